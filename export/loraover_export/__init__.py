@@ -1,0 +1,1 @@
+"""Fold LoRA-Over checkpoints into plain LoRA adapters and certify the result."""

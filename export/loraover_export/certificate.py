@@ -1,0 +1,111 @@
+"""What a fold proves: `fold_certificate.json`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover import __version__
+
+CERTIFICATE_FILE = "fold_certificate.json"
+NOISE_FACTOR = 3.0
+
+
+class MatrixCertificate(BaseModel):
+    """Error of one written matrix against the float64 contraction of its cores (or its stored value)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    shape: tuple[int, int]
+    over_parameterised: bool
+    relative_error: float = Field(
+        description="Frobenius norm of the error over that of the matrix; 0 for a zero matrix"
+    )
+    relative_bound: float = Field(description="Frobenius norm of the elementwise bound over that of the matrix")
+    worst_to_bound: float = Field(description="largest elementwise ratio of error to bound; at most 1 passes")
+    flushed_to_zero: int = Field(description="non-zero elements that became zero in the storage type")
+    subnormal: int = Field(description="elements stored as subnormals, with fewer bits")
+
+    @property
+    def passed(self) -> bool:
+        return self.worst_to_bound <= 1
+
+
+class Deviation(BaseModel):
+    """How far one model's outputs are from another's, over all positions of all prompts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_logit: float
+    mean_logit: float
+    max_kl: float = Field(description="nats, KL(unfolded || other)")
+    mean_kl: float
+    top1_agreement: float = Field(description="share of positions with the same most likely token")
+
+
+class OutputCertificate(BaseModel):
+    """The folded adapter, as PEFT loads it, against the unfolded model, beside the noise of an equal rounding."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str
+    compute_dtype: str
+    prompts: int
+    tokens: int
+    prompt_source: str
+    error: Deviation
+    noise: Deviation = Field(description="the largest over the twins")
+    twins: int = Field(description="adapters whose elements were rounded at random to a neighbour, ranks permuted")
+    adapter_effect: float = Field(description="largest logit change that the adapter makes to the base model")
+
+    @property
+    def bound(self) -> float:
+        """NOISE_FACTOR times the noise, largest logit error.
+
+        Rounding to nearest has half the variance of the twins' random rounding, so about 0.7 of their noise is
+        expected; the factor leaves room for the spread of two maxima.
+        """
+        return NOISE_FACTOR * self.noise.max_logit
+
+    @property
+    def passed(self) -> bool:
+        return self.error.max_logit <= self.bound
+
+
+class FoldCertificate(BaseModel):
+    """Contents of `fold_certificate.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    verdict: str
+    base_model: str | None
+    dtype: str
+    decomposition: str
+    step: int
+    seed: int | None
+    matrices: list[MatrixCertificate]
+    outputs: OutputCertificate | None
+    output_bound: float | None
+    versions: dict[str, str]
+    hardware: str
+
+    @property
+    def passed(self) -> bool:
+        return all(m.passed for m in self.matrices) and (self.outputs is None or self.outputs.passed)
+
+
+def environment() -> dict[str, str]:
+    """Versions that a measurement depends on."""
+    packages = {name: version(name) for name in ("torch", "peft", "transformers", "safetensors")}
+    return {"loraover": __version__, "python": platform.python_version(), **packages}
+
+
+def hardware() -> str:
+    """The processor, in one line."""
+    import torch
+
+    return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,148 @@
+"""One fold from command line to verdict: fold, certify, check outputs, publish, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from loraover.checkpoint import Checkpoint, read_checkpoint
+from loraover.command import quiet_libraries
+from loraover.errors import ConfigError
+from loraover.models import resolve_model
+from loraover.output import check_free, publish_directory
+from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, environment, hardware
+from loraover_export.check_outputs import check_outputs
+from loraover_export.fold import certify_matrices, write_folded
+
+WORST_SHOWN = 8
+
+
+class _RejectedError(Exception):
+    """Leaves the block that would publish."""
+
+
+def run_fold(
+    source: Path, output: Path, dtype: str, check_error: bool, base: str | None, prompts: Path | None, as_json: bool
+) -> int:
+    """Fold, certify and publish; returns the exit code, 0 or 1 where a check failed and nothing was published.
+
+    Raises:
+        LoraOverError: anything about the request, the files or the base model that makes the fold impossible.
+    """
+    quiet_libraries()
+    console = Console(stderr=as_json)
+    if (prompts is not None or base is not None) and not check_error:
+        raise ConfigError("--base and --prompts belong to --check-error, which runs the model.")
+    check_free(output.absolute(), outside=source)
+    checkpoint = read_checkpoint(source)
+    try:
+        with publish_directory(output, outside=source) as draft:
+            certificate = _fold(checkpoint, draft, dtype, check_error, base, prompts, console)
+            (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
+            if not certificate.passed:
+                raise _RejectedError
+    except _RejectedError:
+        pass
+    _show(certificate, console)
+    if certificate.passed:
+        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
+    else:
+        console.print("nothing was written: an adapter that fails its check is not left behind")
+    if as_json:
+        print(certificate.model_dump_json(indent=1))
+    return 0 if certificate.passed else 1
+
+
+def _fold(
+    checkpoint: Checkpoint,
+    draft: Path,
+    dtype: str,
+    check_error: bool,
+    base: str | None,
+    prompts: Path | None,
+    console: Console,
+) -> FoldCertificate:
+    name = base or checkpoint.meta.base_model
+    if check_error and name is None:
+        raise ConfigError(f"{checkpoint.path}: names no base model; name it with --base.")
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("folding", total=len(checkpoint.adapter.shapes) + len(checkpoint.adapter.sites))
+        write_folded(checkpoint, draft, dtype, lambda: progress.advance(task))
+        matrices = certify_matrices(checkpoint, draft, lambda: progress.advance(task))
+    outputs = None
+    if check_error and name is not None:
+        outputs = check_outputs(
+            checkpoint, draft, dtype, resolve_model(name), prompts, lambda line: console.print(escape(line))
+        )
+    certificate = FoldCertificate(
+        verdict="",
+        base_model=checkpoint.meta.base_model,
+        dtype=dtype,
+        decomposition=checkpoint.meta.config.decomposition,
+        step=checkpoint.meta.step,
+        seed=checkpoint.meta.config.seed,
+        matrices=matrices,
+        outputs=outputs,
+        output_bound=None if outputs is None else outputs.bound,
+        versions=environment(),
+        hardware=hardware(),
+    )
+    return certificate.model_copy(update={"verdict": "passed" if certificate.passed else "failed"})
+
+
+def _show(certificate: FoldCertificate, console: Console) -> None:
+    worst = sorted(certificate.matrices, key=lambda m: -m.worst_to_bound)[:WORST_SHOWN]
+    table = Table(
+        title=f"Worst {len(worst)} of {len(certificate.matrices)} matrices, stored as {certificate.dtype}",
+        caption="worst: largest element error / its bound",
+    )
+    table.add_column("matrix", no_wrap=True, overflow="ellipsis")
+    for column in ("shape", "rel. error", "bound", "worst"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    for m in worst:
+        table.add_row(
+            escape(m.name),
+            f"{m.shape[0]} x {m.shape[1]}",
+            f"{m.relative_error:.2e}",
+            f"{m.relative_bound:.2e}",
+            f"{m.worst_to_bound:.3f}",
+        )
+    console.print(table)
+    flushed = sum(m.flushed_to_zero for m in certificate.matrices)
+    subnormal = sum(m.subnormal for m in certificate.matrices)
+    if flushed or subnormal:
+        console.print(
+            f"{certificate.dtype} range: {flushed} elements became zero, {subnormal} are subnormal with fewer bits"
+        )
+    if certificate.outputs is not None:
+        _show_outputs(certificate, console)
+    console.print(f"fold {certificate.verdict}", style="green" if certificate.passed else "red")
+
+
+def _show_outputs(certificate: FoldCertificate, console: Console) -> None:
+    outputs = certificate.outputs
+    assert outputs is not None
+    table = Table(
+        box=SIMPLE, title=f"Folded against unfolded: {escape(outputs.prompt_source)}, {outputs.tokens} tokens"
+    )
+    for column in ("", "max logit", "mean logit", "max KL", "mean KL", "top-1 agreement"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, d in (("error", outputs.error), ("noise floor", outputs.noise)):
+        table.add_row(
+            label,
+            f"{d.max_logit:.2e}",
+            f"{d.mean_logit:.2e}",
+            f"{d.max_kl:.2e}",
+            f"{d.mean_kl:.2e}",
+            f"{d.top1_agreement:.2%}",
+        )
+    console.print(table)
+    console.print(
+        f"max logit error {outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}; "
+        f"the adapter itself moves logits by up to {outputs.adapter_effect:.3g}"
+    )

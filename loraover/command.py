@@ -1,0 +1,52 @@
+"""How every command of this project ends: 0 done, 1 checked and failed, 2 unusable request, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from loraover.errors import LoraOverError
+
+
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a click command and turn its errors into one message and an exit code.
+
+    A command returns its own exit code, or None for 0.
+    """
+    try:
+        result = command.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted; no output was left behind", file=sys.stderr)
+        return 130
+    except LoraOverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def entry_point(command: click.Command) -> Callable[[], Any]:
+    """The function that a console script calls."""
+
+    def main() -> None:
+        sys.exit(run(command))
+
+    return main
+
+
+def quiet_libraries() -> None:
+    """Keep the chatter of libraries off a command's output; their errors still show."""
+    import logging
+    import warnings
+
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says on import that it found no GPU kernels
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b.*")

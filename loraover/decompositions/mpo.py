@@ -1,0 +1,242 @@
+"""Matrix product operator: the paper's decomposition and the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil, prod
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from loraover.decompositions.base import Decomposition, random_coisometry
+from loraover.errors import ConfigError, ShapeError
+
+
+class Layout(NamedTuple):
+    """Modes and bonds of one matrix shape: core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    bonds: tuple[int, ...]
+    centre: int
+
+    def core(self, k: int) -> tuple[int, int, int, int]:
+        return self.bonds[k], self.rows[k], self.columns[k], self.bonds[k + 1]
+
+    def num_parameters(self) -> int:
+        return sum(prod(self.core(k)) for k in range(len(self.rows)))
+
+
+@final
+@dataclass(frozen=True)
+class Mpo(Decomposition):
+    """M[i_1..i_K, j_1..j_K] = C_1[i_1, j_1] C_2[i_2, j_2] ... C_K[i_K, j_K].
+
+    m = prod m_k, n = prod n_k, core k of shape (R_k, m_k, n_k, R_{k+1}), R_1 = R_{K+1} = 1. The
+    auxiliary cores surround one centre core, which is the largest. Left of the centre the cores
+    contract to P with P P^T = I, right of it to Q with Q Q^T = I, and the centre is P^T M Q: the
+    mixed-canonical gauge, so that a change of the centre moves M by no more than itself.
+
+    Every bond is at least full (R_{k+1} = the product of the modes outside it), so that all matrices
+    can be represented; larger bonds add parameters.
+
+    Args:
+        num_cores: K.
+        modes: how to split a dimension of a given size, e.g. {8: (2, 2, 2), 576: (8, 9, 8)}; sizes
+            that are not named are split as evenly as their prime factors allow.
+        bonds: the K - 1 inner bond dimensions; chosen when absent.
+        expansion: least ratio of parameters to m * n; bonds are widened until it is met. Absent:
+            full bonds, which give 1.02 to 1.5.
+    Source: Oseledets 2011, doi:10.1137/090752286; Gao et al. 2023 (OPF), section 3. They split M by
+    SVDs; our auxiliary cores are random, which costs nothing for a zero matrix and loses nothing.
+    """
+
+    num_cores: int = 3
+    modes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    bonds: Sequence[int] | None = None
+    expansion: float | None = None
+
+    def __post_init__(self) -> None:
+        modes = {int(size): tuple(split) for size, split in dict(self.modes).items()}
+        object.__setattr__(self, "modes", modes)
+        if self.bonds is not None:
+            object.__setattr__(self, "bonds", tuple(self.bonds))
+        faults = []
+        if self.num_cores < 1:
+            faults.append(f"num_cores is {self.num_cores}, expected at least 1")
+        for size, split in modes.items():
+            if prod(split) != size or len(split) != self.num_cores or min(split) < 1:
+                faults.append(f"modes[{size}] is {split}, expected {self.num_cores} factors of {size}")
+        if self.bonds is not None and len(self.bonds) != self.num_cores - 1:
+            faults.append(f"bonds has {len(self.bonds)} entries, expected num_cores - 1 = {self.num_cores - 1}")
+        if self.bonds is not None and self.expansion is not None:
+            faults.append("bonds and expansion exclude each other: expansion chooses the bonds")
+        if self.expansion is not None and not 1 <= self.expansion <= 1000:
+            faults.append(f"expansion is {self.expansion}, expected a ratio from 1 to 1000")
+        if self.expansion is not None and self.num_cores == 1:
+            faults.append("expansion needs num_cores of at least 2: one core has no bond to widen")
+        if faults:
+            raise ConfigError("mpo: " + "; ".join(faults) + ".")
+
+    def __hash__(self) -> int:
+        return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion))
+
+    def layout(self, m: int, n: int) -> Layout:
+        """Modes and bonds for an m x n matrix.
+
+        Raises:
+            ShapeError: a given bond is narrower than full, which could not represent every matrix.
+        """
+        return _layout(self, m, n)
+
+    def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
+        layout = self.layout(m, n)
+        return tuple(_unfolding(layout, k) for k in range(self.num_cores))
+
+    def centre(self, m: int, n: int) -> int:
+        return self.layout(m, n).centre
+
+    def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
+        group, m, n = matrices.shape
+        layout = self.layout(m, n)
+        k_centre, last = layout.centre, self.num_cores - 1
+        cores: list[Tensor] = [matrices] * self.num_cores
+
+        # P_k spans the modes of cores 1..k; core k = (P_{k-1}^T (x) I) P_k makes the chain telescope.
+        left = matrices.new_ones(group, 1, 1)
+        for k in range(k_centre):
+            bond, rows, columns, next_bond = layout.core(k)
+            outer = random_coisometry(generators, left.shape[1] * rows * columns, next_bond).to(matrices)
+            cores[k] = left.mT @ outer.reshape(group, left.shape[1], -1)
+            left = outer
+        right = matrices.new_ones(group, 1, 1)
+        for k in range(last, k_centre, -1):
+            bond, rows, columns, next_bond = layout.core(k)
+            outer = random_coisometry(generators, rows * columns * right.shape[1], bond).to(matrices)
+            cores[k] = outer.mT.reshape(group, -1, right.shape[1]) @ right
+            right = outer
+
+        tensor = _interleave(matrices, layout).reshape(group, left.shape[1], -1, right.shape[1])
+        cores[k_centre] = torch.einsum("gpb,gpcq,gqd->gbcd", left, tensor, right)
+        return tuple(core.reshape(group, *_unfolding(layout, k)).contiguous() for k, core in enumerate(cores))
+
+    def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
+        self.check(cores, m, n)
+        layout = self.layout(m, n)
+        group, k_centre, last = cores[0].shape[0], layout.centre, self.num_cores - 1
+
+        left = _fold_right(cores[:k_centre], layout, 0)
+        product = cores[k_centre].reshape(group, layout.bonds[k_centre], -1)
+        if left is not None:
+            product = left @ product
+        right = _fold_right(cores[k_centre + 1 :], layout, k_centre + 1)
+        if k_centre < last and right is not None:
+            bond = layout.bonds[k_centre + 1]
+            product = product.reshape(group, -1, bond) @ right.reshape(group, bond, -1)
+        return _deinterleave(product, layout)
+
+    def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
+        self.check(cores, m, n)
+        layout = self.layout(m, n)
+        group, tokens = x.shape[:2]
+        state = x.reshape(group, tokens, 1, n, 1)  # group, tokens, bond, columns to come, rows done
+        for k, core in enumerate(cores):
+            bond, rows, columns, next_bond = layout.core(k)
+            tensor = core.reshape(group, bond, rows, columns, next_bond)
+            state = state.reshape(group, tokens, bond, columns, -1, state.shape[-1])
+            state = torch.einsum("gtbcnr,gbico->gtonri", state, tensor).flatten(-2)
+        return state.reshape(group, tokens, m)
+
+    def contraction_terms(self, m: int, n: int) -> int:
+        return sum(self.layout(m, n).bonds[1:-1]) + self.num_cores
+
+
+def _fold_right(cores: Sequence[Tensor], layout: Layout, first: int) -> Tensor | None:
+    """Contraction of neighbouring cores, (G, R_first * modes, R_last + 1); None of no cores."""
+    product = None
+    for k, core in enumerate(cores, first):
+        bond = layout.bonds[k]
+        following = core.reshape(core.shape[0], bond, -1)
+        product = following if product is None else product.reshape(core.shape[0], -1, bond) @ following
+    return None if product is None else product.reshape(product.shape[0], -1, layout.bonds[first + len(cores)])
+
+
+def _unfolding(layout: Layout, k: int) -> tuple[int, int]:
+    """2-D shape of core k: rows towards the outside left, columns towards the outside right."""
+    bond, rows, columns, next_bond = layout.core(k)
+    if k < layout.centre:
+        return bond * rows * columns, next_bond
+    if k > layout.centre:
+        return bond, rows * columns * next_bond
+    return bond * rows, columns * next_bond
+
+
+def _interleave(matrices: Tensor, layout: Layout) -> Tensor:
+    """(G, m, n) to (G, m_1, n_1, m_2, n_2, ...)."""
+    count = len(layout.rows)
+    split = matrices.reshape(-1, *layout.rows, *layout.columns)
+    return split.permute(0, *(d for k in range(count) for d in (1 + k, 1 + count + k)))
+
+
+def _deinterleave(product: Tensor, layout: Layout) -> Tensor:
+    """(G, m_1 n_1 m_2 n_2 ...) to (G, m, n)."""
+    count = len(layout.rows)
+    split = product.reshape(-1, *(d for pair in zip(layout.rows, layout.columns, strict=True) for d in pair))
+    order = [1 + 2 * k for k in range(count)] + [2 + 2 * k for k in range(count)]
+    return split.permute(0, *order).reshape(-1, prod(layout.rows), prod(layout.columns))
+
+
+@lru_cache(maxsize=4096)
+def _layout(mpo: Mpo, m: int, n: int) -> Layout:
+    if m < 1 or n < 1:
+        raise ShapeError(f"mpo: a matrix has at least one row and one column, found {m} x {n}.")
+    rows = mpo.modes.get(m) or balanced_factors(m, mpo.num_cores)
+    columns = mpo.modes.get(n) or balanced_factors(n, mpo.num_cores)
+    rows, columns = tuple(rows), tuple(columns)
+    sizes = [a * b for a, b in zip(rows, columns, strict=True)]
+    cuts = range(1, mpo.num_cores)
+    full = (1, *(min(prod(sizes[:k]), prod(sizes[k:])) for k in cuts), 1)
+    minimal = Layout(rows, columns, full, 0)
+    centre = max(range(mpo.num_cores), key=lambda k: (prod(minimal.core(k)), -abs(2 * k + 1 - mpo.num_cores)))
+
+    if mpo.bonds is not None:
+        bonds = (1, *mpo.bonds, 1)
+        narrow = [f"bond {k} is {bonds[k]}, full is {full[k]}" for k in cuts if bonds[k] < full[k]]
+        if narrow:
+            raise ShapeError(
+                f"mpo: {'; '.join(narrow)} for a {m} x {n} matrix with row modes {rows} and column modes "
+                f"{columns}; narrower bonds would truncate the matrix. Widen them or leave them out."
+            )
+        return Layout(rows, columns, bonds, centre)
+    layout = Layout(rows, columns, full, centre)
+    step = 0
+    while mpo.expansion is not None and layout.num_parameters() < mpo.expansion * m * n:
+        step += 1
+        widened = (1, *(ceil(full[k] * (1 + step / 64)) for k in cuts), 1)
+        layout = Layout(rows, columns, widened, centre)
+    return layout
+
+
+def balanced_factors(size: int, count: int) -> tuple[int, ...]:
+    """`count` factors of `size`, as even as its primes allow, the largest in the middle."""
+    factors = [1] * count
+    for prime in _prime_factors(size):
+        factors[factors.index(min(factors))] *= prime
+    factors.sort(reverse=True)
+    middle_out = sorted(range(count), key=lambda k: abs(2 * k + 1 - count))
+    placed = dict(zip(middle_out, factors, strict=True))
+    return tuple(placed[k] for k in range(count))
+
+
+def _prime_factors(size: int) -> list[int]:
+    """Prime factors of `size`, largest first."""
+    primes, divisor = [], 2
+    while divisor * divisor <= size:
+        while size % divisor == 0:
+            primes.append(divisor)
+            size //= divisor
+        divisor += 1
+    return sorted(primes + ([size] if size > 1 else []), reverse=True)

@@ -1,0 +1,56 @@
+"""Singular value decomposition with all three factors trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from loraover.decompositions.base import Decomposition, random_coisometry
+
+
+@final
+@dataclass(frozen=True)
+class Svd(Decomposition):
+    """M = U diag(s) V, with k = min(m, n), U (m, k), s (1, k), V (k, n).
+
+    The centre core is s. A zero matrix gets s = 0 between random U and V with orthonormal columns and
+    rows: until s has grown, only the k directions u_i v_i move.
+    Source: Golub and Van Loan 2013, Matrix Computations, 2.4.
+    """
+
+    def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
+        k = min(m, n)
+        return (m, k), (1, k), (k, n)
+
+    def centre(self, m: int, n: int) -> int:
+        return 1
+
+    def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
+        _, m, n = matrices.shape
+        k = min(m, n)
+        left = random_coisometry(generators, k, m).mT.to(matrices)
+        right = random_coisometry(generators, k, n).to(matrices)
+        u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+        zero = (s[:, :1] == 0).unsqueeze(-1)
+        return (
+            torch.where(zero, left, u).contiguous(),
+            s.unsqueeze(1).contiguous(),
+            torch.where(zero, right, v).contiguous(),
+        )
+
+    def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
+        self.check(cores, m, n)
+        u, s, v = cores
+        return (u * s) @ v
+
+    def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
+        self.check(cores, m, n)
+        u, s, v = cores
+        return ((x @ v.mT) * s) @ u.mT
+
+    def contraction_terms(self, m: int, n: int) -> int:
+        return min(m, n) + 2

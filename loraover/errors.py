@@ -1,0 +1,40 @@
+"""Every error that this project raises on purpose.
+
+    LoraOverError
+    ├── ConfigError      (ValueError)    an option, a recipe or an optimizer that cannot be used
+    ├── ShapeError       (ValueError)    a tensor whose shape contradicts what it must fit
+    ├── CheckpointError  (ValueError)    a LoRA-Over checkpoint or adapter that cannot be trusted
+    ├── FoldError        (ArithmeticError) a fold whose result would be wrong or lossy
+    ├── DataError        (ValueError)    training or evaluation data that cannot be read
+    └── OutputError      (OSError)       a destination that cannot be written
+
+Commands turn each of them into one message on standard error and exit code 2.
+"""
+
+
+class LoraOverError(Exception):
+    """Base of this project's errors: what was found, what was expected, what to do."""
+
+
+class ConfigError(LoraOverError, ValueError):
+    """An option, a recipe or an optimizer that cannot be used."""
+
+
+class ShapeError(LoraOverError, ValueError):
+    """A tensor whose shape contradicts what it must fit."""
+
+
+class CheckpointError(LoraOverError, ValueError):
+    """A LoRA-Over checkpoint or adapter that cannot be trusted."""
+
+
+class FoldError(LoraOverError, ArithmeticError):
+    """A fold whose result would be wrong or lossy."""
+
+
+class DataError(LoraOverError, ValueError):
+    """Training or evaluation data that cannot be read."""
+
+
+class OutputError(LoraOverError, OSError):
+    """A destination that cannot be written."""

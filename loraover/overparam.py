@@ -1,0 +1,314 @@
+"""Over-parameterization beside the optimizer.
+
+The model keeps plain LoRA matrices M. Before the optimizer steps, dL/dM is pulled back to the cores,
+which are what the optimizer steps; afterwards their contraction is written into M. The cores are in the
+optimizer only while it steps: schedulers, gradient clipping, GradScaler, `zero_grad` and `state_dict`
+see an ordinary LoRA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from loraover.config import LoraOverConfig
+from loraover.decompositions import Decomposition
+from loraover.errors import ConfigError
+from loraover.sites import Site, find_sites, match_sites
+
+REFUSED_OPTIMIZERS = {
+    "LBFGS": "it keeps its own list of parameters, so it would never step the cores",
+    "LayerWiseDummyOptimizer": "it steps inside the backward pass, before gradients can be pulled back",
+    "Lomo": "it steps inside the backward pass, before gradients can be pulled back",
+    "AdaLomo": "it steps inside the backward pass, before gradients can be pulled back",
+    "AdamWScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
+    "SGDScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
+    "RAdamScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
+}
+
+
+class CoreGroup:
+    """The cores of sites of one shape, injected together.
+
+    One (G, p_k, q_k) tensor per core, contiguous, and one nn.Parameter per site and core, a view into
+    it, for the optimizer.
+    """
+
+    def __init__(self, sites: Sequence[Site], decomposition: Decomposition, seed: int, step: int) -> None:
+        self.sites = list(sites)
+        self.decomposition = decomposition
+        self.step = step
+        self.shape = sites[0].shape
+        self.centre = decomposition.centre(*self.shape)
+        matrices = torch.stack([site.parameter.detach() for site in sites])
+        self.dtype = torch.promote_types(matrices.dtype, torch.float32)
+        generators = [_generator(seed, site.name) for site in sites]
+        cores = decomposition.init(matrices.double().cpu(), generators)
+        self.stacks = [core.to(matrices.device, self.dtype) for core in cores]
+        self.parameters = [[nn.Parameter(core) for core in stack] for stack in self.stacks]
+
+    def contract(self) -> Tensor:
+        """(G, m, n) in the cores' dtype."""
+        return self.decomposition.contract(self.stacks, *self.shape)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the contraction into the model's matrices, in their own dtype."""
+        with _full_precision(self.stacks[0].device):
+            matrices = self.contract()
+        for site, matrix in zip(self.sites, matrices, strict=True):
+            site.parameter.copy_(matrix)
+
+    def pull_back(self) -> None:
+        """Turn each site's dL/dM into its cores' gradients, and clear it.
+
+        A site without a gradient leaves its cores without one, so that the optimizer skips them.
+        """
+        gradients = [site.parameter.grad for site in self.sites]
+        present = [g is not None for g in gradients]
+        if not any(present):
+            return
+        zero = torch.zeros(self.shape, dtype=self.dtype, device=self.stacks[0].device)
+        dense = [zero if g is None else (g.to_dense() if g.is_sparse else g).to(self.dtype) for g in gradients]
+        with torch.enable_grad(), _full_precision(zero.device):
+            leaves = [stack.detach().requires_grad_() for stack in self.stacks]
+            matrices = self.decomposition.contract(leaves, *self.shape)
+            pulled = torch.autograd.grad(matrices, leaves, torch.stack(dense))
+        for parameters, stack in zip(self.parameters, pulled, strict=True):
+            for parameter, gradient, there in zip(parameters, stack, present, strict=True):
+                parameter.grad = gradient if there else None
+        for site in self.sites:
+            site.parameter.grad = None
+
+    def clear_gradients(self) -> None:
+        for parameters in self.parameters:
+            for parameter in parameters:
+                parameter.grad = None
+
+
+class OverParameterization:
+    """Trains chosen LoRA matrices of a PEFT model through the cores of a decomposition.
+
+        over = OverParameterization(model, LoraOverConfig())
+        over.attach(optimizer)
+        ...                       # an ordinary training loop
+        over.fold()               # the model holds a plain LoRA, as it did at every step
+
+    Args:
+        model: holds PEFT LoRA layers, on the device where it will train. Wrappers (DDP, torch.compile)
+            may be around it.
+        config: which matrices, and how.
+        inject: False leaves every matrix plain until `inject` is called.
+    Raises:
+        ConfigError: no LoRA, a LoRA variant that is not B A, or a pattern that matches no site.
+    Mutates: the chosen matrices are rewritten as the contraction of their cores, which equals them up
+        to rounding.
+    """
+
+    def __init__(self, model: nn.Module, config: LoraOverConfig | None = None, *, inject: bool = True) -> None:
+        self.config = config or LoraOverConfig()
+        self.decomposition = self.config.make_decomposition()
+        self.sites: dict[str, Site] = find_sites(model)
+        self.groups: list[CoreGroup] = []
+        self.optimizer: Optimizer | None = None
+        self._state: dict[Tensor, dict[str, Any]] = {}
+        self._twins: list[tuple[int, bool, list[nn.Parameter]]] = []
+        self._plain_groups: int | None = None
+        self._handles: list[Any] = []
+        if inject:
+            self.inject(match_sites(list(self.sites), self.config.sites))
+
+    @property
+    def injected(self) -> dict[str, tuple[CoreGroup, int]]:
+        """Each over-parameterised site's group and its index in the group."""
+        return {site.name: (group, i) for group in self.groups for i, site in enumerate(group.sites)}
+
+    def inject(self, names: Iterable[str], *, step: int = 0) -> None:
+        """Over-parameterise these sites from now on; the function of the model stays, up to rounding.
+
+        Args:
+            names: of sites that are plain so far.
+            step: optimizer steps taken, for the record.
+        Raises:
+            ConfigError: an unknown site or one that already has cores.
+        Mutates: the optimizer's state of the sites' matrices is dropped; their cores start afresh.
+        """
+        chosen = list(names)
+        unknown = [name for name in chosen if name not in self.sites]
+        if unknown:
+            raise ConfigError(f"inject: no such site: {', '.join(unknown[:3])}; see OverParameterization.sites.")
+        twice = sorted((self.injected.keys() & set(chosen)) | {n for n in chosen if chosen.count(n) > 1})
+        if twice:
+            raise ConfigError(f"inject: already over-parameterised: {', '.join(twice[:3])}.")
+        by_shape: dict[Any, list[Site]] = {}
+        for name in chosen:
+            site = self.sites[name]
+            key = (site.shape, site.parameter.device, site.parameter.dtype)
+            by_shape.setdefault(key, []).append(site)
+        for sites in by_shape.values():
+            group = CoreGroup(sites, self.decomposition, self.config.seed or 0, step)
+            group.write()
+            self.groups.append(group)
+        if self.optimizer is not None:
+            self._join(self.optimizer)
+
+    def attach(self, optimizer: Any) -> OverParameterization:
+        """Install the hooks that make `optimizer.step` train the cores; returns self.
+
+        Args:
+            optimizer: a torch optimizer that holds the chosen matrices, or Accelerate's wrapper of one.
+        Raises:
+            ConfigError: an optimizer whose step is not an ordinary torch step, or one that lacks a
+                chosen matrix.
+        """
+        if self.optimizer is not None:
+            raise ConfigError("attach: an optimizer is attached already; make a new OverParameterization.")
+        optimizer = _ordinary(optimizer)
+        self._join(optimizer)
+        self.optimizer = optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        return self
+
+    def fold(self) -> None:
+        """End over-parameterization: the model keeps the plain LoRA that it holds, the optimizer loses the cores.
+
+        The cores stay readable in `groups` for as long as this object lives.
+        """
+        if self.optimizer is not None:
+            self._leave(self.optimizer)
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.optimizer = [], None
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Numbers in the cores, and in the matrices that they stand for."""
+        cores = sum(stack.numel() for group in self.groups for stack in group.stacks)
+        matrices = sum(site.parameter.numel() for group in self.groups for site in group.sites)
+        return cores, matrices
+
+    def core_state(self, parameter: Tensor) -> dict[str, Any]:
+        """The optimizer's state of one core, by the optimizer's own keys; empty before the first step."""
+        return self._state.get(parameter, {})
+
+    def load_core_state(self, parameter: Tensor, state: Mapping[str, Any]) -> None:
+        """Restore what `core_state` gave."""
+        self._state[parameter] = dict(state)
+
+    def _join(self, optimizer: Optimizer) -> None:
+        """Sort the cores by the parameter group of their matrix, centre and auxiliary apart."""
+        host = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for group in self.groups:
+            for i, site in enumerate(group.sites):
+                if id(site.parameter) not in host:
+                    raise ConfigError(
+                        f"attach: the optimizer does not hold {site.name}. Build it from the PEFT model's parameters, "
+                        "after get_peft_model."
+                    )
+                optimizer.state.pop(site.parameter, None)
+                for k, parameters in enumerate(group.parameters):
+                    key = (host[id(site.parameter)], k == group.centre)
+                    twins.setdefault(key, []).append(parameters[i])
+        self._twins = [(index, centre, parameters) for (index, centre), parameters in twins.items()]
+
+    def _enter(self, optimizer: Optimizer) -> None:
+        """Show the cores to the optimizer, in twins of their matrices' groups."""
+        self._leave(optimizer)
+        self._plain_groups = len(optimizer.param_groups)
+        twins = []
+        for index, centre, parameters in self._twins:
+            options = {k: v for k, v in optimizer.param_groups[index].items() if k not in ("params", "param_names")}
+            if not centre:
+                options["lr"] = options["lr"] * self.config.aux_lr_scale
+                if "weight_decay" in options and not self.config.decay_auxiliary:
+                    options["weight_decay"] = 0.0
+            twins.append({"params": parameters, **options})
+        optimizer.param_groups.extend(twins)
+        optimizer.state.update(self._state)
+
+    def _leave(self, optimizer: Optimizer) -> None:
+        """Take the cores and their state out of the optimizer again."""
+        if self._plain_groups is None:
+            return
+        del optimizer.param_groups[self._plain_groups :]
+        self._plain_groups = None
+        for _, _, parameters in self._twins:
+            for parameter in parameters:
+                if parameter in optimizer.state:
+                    self._state[parameter] = optimizer.state.pop(parameter)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._enter(optimizer)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._pull_back()
+            return None
+        wrapped = self._wrap(closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._leave(optimizer)
+        for group in self.groups:
+            group.clear_gradients()
+            group.write()
+
+    def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure that evaluates at the cores' current values and leaves its gradients on the cores."""
+
+        def evaluate() -> Any:
+            for group in self.groups:
+                group.write()
+            loss = closure()
+            self._pull_back()
+            return loss
+
+        return evaluate
+
+    def _pull_back(self) -> None:
+        for group in self.groups:
+            group.pull_back()
+
+
+def _ordinary(optimizer: Any) -> Optimizer:
+    """The torch optimizer itself, out of Accelerate's wrapper."""
+    if type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer
+    kind = type(optimizer)
+    if kind.__module__.startswith("deepspeed."):
+        raise ConfigError(f"attach: {kind.__name__} of DeepSpeed steps in an engine of its own, past torch's hooks.")
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"attach: expected a torch.optim.Optimizer, found {kind.__module__}.{kind.__name__}.")
+    if kind.__name__ in REFUSED_OPTIMIZERS:
+        raise ConfigError(f"attach: {kind.__name__} cannot be used: {REFUSED_OPTIMIZERS[kind.__name__]}.")
+    return optimizer
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """The same draws for a site in every process and grouping."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 or bfloat16 products while cores are contracted."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,133 @@
+"""The LoRA matrices of a PEFT model that can be over-parameterised."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from loraover.errors import ConfigError, ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One A or B matrix of one module and adapter.
+
+    Args:
+        name: e.g. "model.layers.0.mlp.up_proj.lora_A"; a leading "adapter:" for adapters other than
+            "default". Names do not depend on wrappers such as DDP or torch.compile.
+        module: path of the adapted module below the base model.
+        adapter: PEFT's adapter name.
+        matrix: "A" (r, in_features) or "B" (out_features, r).
+        parameter: the PEFT parameter, of shape (m, n).
+    """
+
+    name: str
+    module: str
+    adapter: str
+    matrix: Literal["A", "B"]
+    parameter: nn.Parameter
+
+    @property
+    def path(self) -> str:
+        """The name without its adapter, which is how a checkpoint of that adapter names it."""
+        return self.name.removeprefix(f"{self.adapter}:")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.parameter.shape
+        return m, n
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Every trainable A and B matrix of `model`, by name, in module order.
+
+    A parameter that several modules share is listed once, under its first module.
+
+    Raises:
+        ConfigError: no LoRA layer, no trainable one, or a LoRA that is not a plain pair of matrices
+            (DoRA and other variants, convolutions, `target_parameters`, nn.MultiheadAttention).
+    """
+    sites: dict[str, Site] = {}
+    seen: set[int] = set()
+    layers = lora_layers(model)
+    for module, layer in layers.items():
+        _refuse_unsupported(module, layer)
+        pairs: tuple[tuple[str, nn.Module, Literal["A", "B"]], ...] = (
+            ("lora_A", layer.lora_A, "A"),
+            ("lora_B", layer.lora_B, "B"),
+            ("lora_embedding_A", layer.lora_embedding_A, "A"),
+            ("lora_embedding_B", layer.lora_embedding_B, "B"),
+        )
+        for kind, holders, matrix in pairs:
+            for adapter, holder in holders.items():
+                parameter = holder if isinstance(holder, nn.Parameter) else holder.weight
+                if not parameter.requires_grad or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                prefix = "" if adapter == "default" else f"{adapter}:"
+                name = f"{prefix}{module}.{kind}"
+                if parameter.ndim != 2:
+                    raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
+                sites[name] = Site(name, module, adapter, matrix, parameter)
+    if not layers:
+        raise ConfigError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)).")
+    if not sites:
+        raise ConfigError("none of the model's LoRA matrices requires a gradient; activate an adapter for training.")
+    return sites
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's LoRA layers by module path below the base model."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    root = next((m for m in model.modules() if isinstance(m, PeftModel)), model)
+    found = {}
+    for path, module in root.named_modules():
+        if isinstance(module, LoraLayer):
+            found[path.replace("_orig_mod.", "").removeprefix("base_model.model.")] = module
+    return found
+
+
+def _refuse_unsupported(module: str, layer: nn.Module) -> None:
+    from peft.tuners.lora import layer as peft_layer
+
+    if layer.lora_variant:
+        variants = sorted({type(v).__name__ for v in layer.lora_variant.values()})
+        raise ConfigError(
+            f"{module}: {', '.join(variants)} is not a plain product B A, so it cannot be folded into a plain LoRA. "
+            "Use a LoraConfig without DoRA or other variants."
+        )
+    reasons = {
+        peft_layer.ParamWrapper: "LoRA through target_parameters (mixture-of-experts weights) is not supported: "
+        "its delta is assembled from slices of A and B. Leave target_parameters out",
+        peft_layer._ConvNd: "LoRA of a convolution is not supported: A is a kernel, not a matrix. "
+        "Leave the layer out of target_modules",
+        peft_layer.MultiheadAttention: "LoRA of nn.MultiheadAttention is not supported: its delta is merged into the "
+        "weights during the forward. Leave the layer out of target_modules",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(layer, kind):
+            raise ConfigError(f"{module}: {reason}.")
+
+
+def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
+    """The names that match at least one shell-style pattern, in their own order.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, with the nearest names.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not hits:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            hint = f" Nearest: {', '.join(near)}." if near else ""
+            raise ConfigError(f"sites: {pattern!r} matches none of {len(names)} sites.{hint}")
+        chosen.update(hits)
+    return [name for name in names if name in chosen]
