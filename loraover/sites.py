@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -57,7 +57,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     layers = lora_layers(model)
     for module, layer in layers.items():
         _refuse_unsupported(module, layer)
-        pairs: tuple[tuple[str, nn.Module, Literal["A", "B"]], ...] = (
+        pairs: tuple[tuple[str, Any, Literal["A", "B"]], ...] = (
             ("lora_A", layer.lora_A, "A"),
             ("lora_B", layer.lora_B, "B"),
             ("lora_embedding_A", layer.lora_embedding_A, "A"),
@@ -81,7 +81,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
     """PEFT's LoRA layers by module path below the base model."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -94,7 +94,7 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _refuse_unsupported(module: str, layer: nn.Module) -> None:
+def _refuse_unsupported(module: str, layer: Any) -> None:
     from peft.tuners.lora import layer as peft_layer
 
     if layer.lora_variant:

@@ -94,10 +94,11 @@ def _add_delta(a: _Factor, b: _Factor, bias: Tensor | None, scaling: float) -> A
             scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
         else:
             x, scale = args[0].to(wide), 1.0
-        delta = b(a(x))
+        delta: Tensor = b(a(x))
         if bias is not None:
             delta = delta + bias.to(wide)
-        return (output.to(wide) + scaling * scale * delta).to(output.dtype)
+        changed: Tensor = (output.to(wide) + scaling * scale * delta).to(output.dtype)
+        return changed
 
     return hook
 

@@ -106,14 +106,16 @@ def _task_type(checkpoint: Checkpoint) -> str | None:
     return task if isinstance(task, str) else None
 
 
-def _prompts(source: ModelSource, base: nn.Module, file: Path | None) -> Prompts:
+def _prompts(source: ModelSource, base: Any, file: Path | None) -> Prompts:
     try:
         tokenizer = load_tokenizer(source)
     except ConfigError:
         if file is not None:
             raise
         ids = torch.randint(base.config.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0))
-        return Prompts(tuple(ids.split(1)), "8 random token sequences (the base model has no tokenizer)")
+        return Prompts(
+            tuple(ids[i : i + 1] for i in range(len(ids))), "8 random token sequences (the base model has no tokenizer)"
+        )
     if file is None:
         lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
     else:

@@ -98,4 +98,5 @@ def random_coisometry(generators: Sequence[torch.Generator], rows: int, columns:
     draws = torch.stack([torch.randn(columns, rows, generator=g, dtype=torch.float64) for g in generators])
     q, r = torch.linalg.qr(draws)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs.unsqueeze(-2)).mT
+    coisometry: Tensor = (q * signs.unsqueeze(-2)).mT
+    return coisometry

@@ -1,0 +1,1 @@
+"""Serving parity of folded adapters."""

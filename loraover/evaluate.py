@@ -1,0 +1,64 @@
+"""Held-out measures of a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from loraover.answers import final_number
+
+
+@torch.no_grad()
+def exact_match(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Share of examples whose greedily generated final number equals the reference's.
+
+    Args:
+        rows: with `prompt` and `completion`, strings or chat messages.
+        max_new_tokens: per example.
+        batch_size: examples generated together, left-padded.
+        on_batch: told how many examples are done.
+    Returns:
+        0 to 1. An answer without a number is wrong.
+    """
+    was_training = model.training
+    model.eval()
+    correct = 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        encoded = tokenizer(
+            [_text(row["prompt"], tokenizer) for row in batch], return_tensors="pt", padding=True, padding_side="left"
+        ).to(model.device)
+        generated = model.generate(
+            input_ids=encoded.input_ids,
+            attention_mask=encoded.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = generated if model.config.is_encoder_decoder else generated[:, encoded.input_ids.shape[1] :]
+        for row, answer in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            found, wanted = final_number(answer), final_number(_content(row["completion"]))
+            correct += found is not None and found == wanted
+        on_batch(min(start + batch_size, len(rows)))
+    model.train(was_training)
+    return correct / len(rows)
+
+
+def _text(prompt: Any, tokenizer: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+
+def _content(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])

@@ -1,0 +1,36 @@
+"""The README.md of an adapter folder."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]#|~"})
+
+
+def plain(text: str) -> str:
+    """Text that came from elsewhere, safe inside one line of Markdown or a table cell."""
+    return html.escape(" ".join(text.split()), quote=False).translate(_MARKDOWN)
+
+
+def model_card(title: str, base_model: str | None, facts: Mapping[str, str], command: str) -> str:
+    """A model card: front matter for the hub, a table of facts, and the command that made the folder.
+
+    Args:
+        title: the heading.
+        base_model: hub name or folder; it and its licence bind the adapter too.
+        facts: rows of the table; values may come from anywhere.
+        command: shown as code.
+    """
+    front = ["library_name: peft", "tags: [lora, loraover]"]
+    if base_model is not None:
+        front.insert(0, f"base_model: {json.dumps(base_model)}")
+    rows = "\n".join(f"| {plain(name)} | {plain(value)} |" for name, value in facts.items())
+    fence = "```"
+    code = " ".join(command.split()).replace("`", "'")
+    return (
+        "---\n" + "\n".join(front) + f"\n---\n# {plain(title)}\n\nA plain LoRA adapter of "
+        f"{plain(base_model or 'an unnamed base model')}; the base model's licence applies to its use.\n\n"
+        f"| | |\n| --- | --- |\n{rows}\n\nMade by\n\n{fence}\n{code}\n{fence}\n"
+    )

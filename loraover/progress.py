@@ -1,0 +1,73 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Reporter:
+    """Tells a person what is going on."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def line(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True, highlight=False)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Progress of one piece of work; the block calls what it gets with the amount done so far."""
+        if not self.console.is_terminal:
+            self.line(f"{label}: {total}")
+            yield lambda done: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(escape(label), total=total)
+            yield lambda done: progress.update(task, completed=done)
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows the Trainer's steps and writes what it logs to a JSONL file."""
+
+    def __init__(self, report: Reporter, metrics: Path) -> None:
+        self.report = report
+        self.metrics = metrics
+        self._task: Any = None
+        self._advance: Callable[[int], None] = lambda done: None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._task = self.report.task("training steps", state.max_steps)
+        self._advance = self._task.__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._advance(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        if logs is not None and "loss" in logs:
+            self.report.line(f"step {state.global_step:>5}/{state.max_steps}  loss {float(logs['loss']):.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._task.__exit__(None, None, None)

@@ -1,0 +1,177 @@
+"""Recipes: what `loraover train` is asked to do, in YAML."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraover.config import LoraOverConfig
+from loraover.errors import ConfigError
+
+MAX_YAML_BYTES = 2**20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Part):
+    """Where examples come from."""
+
+    train: str = Field(description="'word-problems', a JSONL file, a folder, or a hub name")
+    test: str | None = Field(None, description="held-out data, likewise; absent: the hub's or folder's test_split")
+    subset: str | None = Field(None, description="the hub's configuration name")
+    train_split: str = "train"
+    test_split: str = "test"
+    revision: str | None = Field(None, description="commit or tag on the hub; the commit is pinned in the output")
+    format: Literal["auto", "prompt-completion", "messages", "gsm8k"] = "auto"
+    chat: bool | None = Field(None, description="use the tokenizer's chat template; absent: if it has one")
+    train_examples: int | None = Field(None, ge=1)
+    test_examples: int | None = Field(None, ge=1)
+
+
+class Lora(_Part):
+    """The adapter, in PEFT's terms."""
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+
+
+class Training(_Part):
+    """The run, in the terms of transformers' TrainingArguments."""
+
+    max_steps: int = Field(ge=1)
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
+    optim: str = "adamw_torch_fused"
+    max_length: int = Field(512, ge=8, description="tokens; longer examples are cut")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0, lt=2**32)
+    logging_steps: int = Field(10, ge=1)
+    save_steps: int = Field(50, ge=1)
+    save_total_limit: int = Field(2, ge=2, description="checkpoints kept; two, so that one is always whole")
+
+
+class Evaluation(_Part):
+    """What is measured on held-out data, before and after."""
+
+    examples: int = Field(100, ge=0, description="held-out examples; 0 measures nothing")
+    exact_match: bool = Field(True, description="generate answers and compare their final numbers")
+    max_new_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(16, ge=1)
+
+
+class Recipe(_Part):
+    """One training run."""
+
+    description: str = ""
+    model: str = Field(description="base model: folder or hub name")
+    model_revision: str | None = Field(None, description="commit or tag on the hub; the commit is pinned in the output")
+    method: Literal["lora", "lora-over"] = "lora-over"
+    data: Data
+    lora: Lora = Lora()
+    over: LoraOverConfig = LoraOverConfig()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    tensorboard: bool = False
+    push_to_hub: str | None = Field(None, description="repository to upload the adapter to")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship."""
+    return sorted(p.name.removesuffix(".yaml") for p in files("loraover").joinpath("recipes").iterdir())
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe that ships, or a YAML file.
+
+    Args:
+        name: e.g. "demo", or a path.
+        overrides: values by dotted key, e.g. {"training.seed": 1}.
+    Raises:
+        ConfigError: no such recipe, not YAML, or values that do not fit; every fault is named.
+    """
+    import yaml
+
+    if name in recipe_names():
+        content = files("loraover").joinpath("recipes", f"{name}.yaml").read_bytes()
+    elif Path(name).is_file() and Path(name).stat().st_size <= MAX_YAML_BYTES:
+        content = Path(name).read_bytes()
+    else:
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(recipe_names())}."
+        raise ConfigError(f"recipe {name!r}: no such YAML file (of at most {MAX_YAML_BYTES} bytes){hint}")
+    try:
+        values = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"recipe {name!r}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {name!r}: expected keys such as model, data and training.")
+    for key, value in (overrides or {}).items():
+        _override(values, key, value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"recipe {name!r}: " + "; ".join(_faults(error))) from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split "training.seed=1" into its key and its YAML value."""
+    import yaml
+
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"--set {text!r}: expected key=value, e.g. training.seed=1.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not YAML.") from error
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {parent} holds a value, not keys.")
+    values[last] = value
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """One line per fault; unknown keys come with the nearest known one."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        place = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(fault["loc"][:-1]), n=1)
+            faults.append(f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+        elif fault["type"] == "missing":
+            faults.append(f"{place}: required and missing")
+        else:
+            faults.append(f"{place}: {fault['msg']} (found {fault['input']!r:.80})")
+    return faults
+
+
+def _known_keys(place: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in place:
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        model = field.annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

@@ -1,0 +1,80 @@
+"""What a finished run says of itself: `run.json`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover import __version__
+from loraover.adapter_dir import read_json
+
+RUN_FILE = "run.json"
+
+
+class Measures(BaseModel):
+    """Held-out measures at one moment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: int
+    loss: float = Field(description="nats per completion token")
+    exact_match: float | None = Field(None, description="share of examples answered exactly")
+
+    def __str__(self) -> str:
+        accuracy = "" if self.exact_match is None else f", exact match {self.exact_match:.1%}"
+        return f"held-out loss {self.loss:.4f}{accuracy} ({self.examples} examples)"
+
+
+class RunResult(BaseModel):
+    """Contents of `run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    method: str
+    model: str
+    model_origin: str
+    data_origin: str
+    learning_rate: float
+    seed: int
+    steps: int
+    train_seconds: float = Field(description="of this process; a resumed run counts from its resumption")
+    lora_parameters: int = Field(description="numbers in A and B, which are what is served")
+    added_parameters: int = Field(description="numbers in the cores beyond the matrices that they stand for")
+    update_norm: float = Field(description="Frobenius norm of delta(B A) over all modules, scaling included")
+    before: Measures | None
+    after: Measures | None
+    versions: dict[str, str]
+
+    def facts(self) -> dict[str, str]:
+        """Rows for people."""
+        rows = {
+            "method": self.method,
+            "base model": self.model_origin,
+            "training data": self.data_origin,
+            "steps, learning rate, seed": f"{self.steps}, {self.learning_rate:g}, {self.seed}",
+            "parameters of A and B": f"{self.lora_parameters:,}",
+            "parameters added while training": f"{self.added_parameters:,}",
+            "norm of delta(B A)": f"{self.update_norm:.4g}",
+        }
+        if self.before is not None and self.after is not None:
+            rows |= {"before": str(self.before), "after": str(self.after)}
+        return rows
+
+
+def read_run(folder: Path) -> RunResult:
+    """The result of a finished run.
+
+    Raises:
+        CheckpointError: no run there, or one that is not finished.
+    """
+    return read_json(folder / RUN_FILE, RunResult)
+
+
+def environment() -> dict[str, str]:
+    """Versions that a run depends on."""
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"loraover": __version__, "python": platform.python_version(), **packages}

@@ -1,0 +1,51 @@
+"""A seeded generator of arithmetic word problems whose answers can be checked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+NAMES = ("Ada", "Ben", "Chloe", "Dev", "Elif", "Femi", "Grace", "Hugo", "Ines", "Jun", "Kofi", "Lena")
+THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
+STORIES = (
+    ("{name} has {a} {things} and gets {b} more. How many {things} does {name} have?", "+"),
+    ("{name} had {a} {things} and gave {b} away. How many {things} are left?", "-"),
+    ("{name} fills {a} boxes with {b} {things} each. How many {things} are there?", "*"),
+    ("{name} shares {a} {things} among {b} friends. How many {things} does each get?", "/"),
+)
+
+
+def word_problems(seed: int) -> Iterator[dict[str, str]]:
+    """Endless rows with `prompt` and `completion`; the completion ends in `#### answer`, as GSM8K's do.
+
+    The same seed gives the same problems on every machine.
+    """
+    draw = random.Random(seed)
+    while True:
+        story, sign = draw.choice(STORIES)
+        a, b, answer = _numbers(draw, sign)
+        question = story.format(name=draw.choice(NAMES), things=draw.choice(THINGS), a=a, b=b)
+        yield {"prompt": f"Question: {question}\nAnswer:", "completion": f" {a} {sign} {b} = {answer} #### {answer}"}
+
+
+def split_word_problems(train: int, held_out: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Training and held-out rows; no held-out problem occurs in training, and none occurs twice in either."""
+    rows: dict[str, dict[str, str]] = {}
+    problems = word_problems(seed)
+    while len(rows) < train + held_out:
+        row = next(problems)
+        rows.setdefault(row["prompt"], row)
+    distinct = list(rows.values())
+    return distinct[held_out:], distinct[:held_out]
+
+
+def _numbers(draw: random.Random, sign: str) -> tuple[int, int, int]:
+    if sign == "+":
+        a, b = draw.randint(5, 60), draw.randint(5, 39)
+        return a, b, a + b
+    if sign == "-":
+        a = draw.randint(20, 99)
+        b = draw.randint(3, a - 1)
+        return a, b, a - b
+    a, b = draw.randint(2, 12), draw.randint(2, 9)
+    return (a, b, a * b) if sign == "*" else (a * b, b, a)
