@@ -169,7 +169,7 @@ def _write_twin(model: nn.Module, checkpoint: Checkpoint, dtype: str, seed: int)
             key = checkpoint.adapter.sites.get(site.path)
             if key is None:
                 raise CheckpointError(f"{checkpoint.adapter.tensors_path}: holds no {site.path}, which PEFT has made.")
-            exact, _, _ = exact_matrix(checkpoint, key, cores, plain, check_stored=False)
+            exact, _, _ = exact_matrix(checkpoint, key, cores, plain)
             rounded = round_randomly(exact, STORAGE_DTYPES[dtype], generator)
             rank_dim = 0 if site.matrix == "A" else 1
             order = orders.setdefault(site.module, torch.randperm(rounded.shape[rank_dim], generator=generator))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,77 +18,101 @@ from loraover.tensor_file import TensorFile, open_tensors, save_tensors
 from loraover_export.certificate import MatrixCertificate
 from loraover_export.rounding import STORAGE_DTYPES, round_nearest, underflow
 
-Progress = Callable[[], None]
+FILES_REOPENED_EVERY = 32  # tensors; mapped pages of the inputs count as memory until the files are closed
 
 
-def write_folded(checkpoint: Checkpoint, directory: Path, dtype: str, on_matrix: Progress = lambda: None) -> None:
-    """Write the folded adapter: a PEFT directory in which nothing tells of LoRA-Over.
+def write_folded(
+    checkpoint: Checkpoint, directory: Path, dtype: str, on_tensor: Callable[[], None] = lambda: None
+) -> list[MatrixCertificate]:
+    """Write the folded adapter, a PEFT directory in which nothing tells of LoRA-Over, and certify each matrix.
 
     Each over-parameterised matrix is the float64 contraction of its cores, rounded once to `dtype`; every
-    other floating-point tensor is rounded from its stored value.
+    other floating-point tensor is rounded from its stored value. The bound is derived element by element:
+    gamma_k(2^-53) |C_1| ... |C_K| for the contraction, plus u |M| for the rounding, or half a subnormal where
+    the type ends. The file is read back, and must hold what was certified bit for bit.
 
     Args:
         checkpoint: read site by site; only the folded tensors are held in memory.
         directory: an empty folder.
         dtype: fp32, bf16 or fp16.
-        on_matrix: called after each tensor.
+        on_tensor: called after each tensor.
+    Returns:
+        One certificate per A and B matrix, in file order.
     Raises:
         CheckpointError: cores with NaN, or a stored matrix that contradicts its cores.
-        FoldError: an element beyond the range of `dtype`.
+        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
         OutputError: the folder cannot be written.
     """
     folded: dict[str, Tensor] = {}
-    with open_tensors(checkpoint.cores_path) as cores, open_tensors(checkpoint.adapter.tensors_path) as plain:
-        for key in plain.keys:
-            exact, _, _ = exact_matrix(checkpoint, key, cores, plain, check_stored=True)
-            try:
-                folded[key] = round_nearest(exact, STORAGE_DTYPES[dtype]) if exact.is_floating_point() else exact
-            except FoldError as error:
-                raise FoldError(f"{key}: {error}") from error
-            on_matrix()
+    certificates = []
+    for keys in _chunks(checkpoint.adapter.shapes):
+        with (
+            _one_thread(),
+            open_tensors(checkpoint.cores_path) as cores,
+            open_tensors(checkpoint.adapter.tensors_path) as plain,
+        ):
+            for key in keys:
+                exact, magnitude, site = exact_matrix(checkpoint, key, cores, plain)
+                folded[key] = _round(key, exact, dtype)
+                name = site_name(key)
+                if name is not None:
+                    certificates.append(_certify(name, folded[key], exact, magnitude, checkpoint, site))
+                on_tensor()
     save_tensors(folded, directory / TENSORS_FILE)
     config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
     config["inference_mode"] = True
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def certify_matrices(
-    checkpoint: Checkpoint, directory: Path, on_matrix: Progress = lambda: None
-) -> list[MatrixCertificate]:
-    """Read the written adapter back and compare every A and B with the cores.
-
-    The bound is derived element by element: gamma_k(2^-53) |C_1| ... |C_K| for the float64 contraction, plus
-    u |M| for the one rounding to the storage type, or half a subnormal where the type ends.
-
-    Returns:
-        One certificate per matrix, in file order.
-    """
-    by_key = {key: name for name, key in checkpoint.adapter.sites.items()}
-    certificates = []
-    with (
-        open_tensors(checkpoint.cores_path) as cores,
-        open_tensors(checkpoint.adapter.tensors_path) as plain,
-        open_tensors(directory / TENSORS_FILE) as written,
-    ):
-        for key, name in by_key.items():
-            exact, magnitude, site = exact_matrix(checkpoint, key, cores, plain, check_stored=False)
-            certificates.append(_certify(name, written.read(key), exact, magnitude, checkpoint, site))
-            on_matrix()
+    for keys in _chunks(folded):
+        with open_tensors(directory / TENSORS_FILE) as written:
+            for key in keys:
+                if not torch.equal(written.read(key), folded[key]):
+                    raise FoldError(
+                        f"{key}: what was read back is not what was written; the disk is not to be trusted."
+                    )
     return certificates
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Hundreds of small tensors: threads would spend more time waiting for one another than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:
+    ordered = list(keys)
+    for start in range(0, len(ordered), FILES_REOPENED_EVERY):
+        yield ordered[start : start + FILES_REOPENED_EVERY]
+
+
+def _round(key: str, exact: Tensor, dtype: str) -> Tensor:
+    if not exact.is_floating_point():
+        return exact.clone()
+    try:
+        return round_nearest(exact, STORAGE_DTYPES[dtype])
+    except FoldError as error:
+        raise FoldError(f"{key}: {error}") from error
+
+
 def exact_matrix(
-    checkpoint: Checkpoint, key: str, cores: TensorFile, plain: TensorFile, *, check_stored: bool
+    checkpoint: Checkpoint, key: str, cores: TensorFile, plain: TensorFile
 ) -> tuple[Tensor, Tensor, SiteRecord | None]:
-    """One tensor of the adapter in float64, the magnitude of its contraction, and its site if it has cores."""
+    """One tensor of the adapter in float64, the magnitude of its contraction, and its site if it has cores.
+
+    Raises:
+        CheckpointError: the stored matrix contradicts the cores.
+    """
     site = checkpoint.sites.get(site_name(key) or "")
     if site is None:
         stored = plain.read(key)
         exact = stored.double() if stored.is_floating_point() else stored
         return exact, torch.zeros_like(exact), None
     exact, magnitude = checkpoint.contract(checkpoint.read_cores(cores, site), site)
-    if check_stored:
-        checkpoint.check_stored(plain.read(key), exact, magnitude, site)
+    checkpoint.check_stored(plain.read(key), exact, magnitude, site)
     return exact, magnitude, site
 
 

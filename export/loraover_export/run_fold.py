@@ -17,7 +17,7 @@ from loraover.models import resolve_model
 from loraover.output import check_free, publish_directory
 from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, environment, hardware
 from loraover_export.check_outputs import check_outputs
-from loraover_export.fold import certify_matrices, write_folded
+from loraover_export.fold import write_folded
 
 WORST_SHOWN = 8
 
@@ -71,9 +71,8 @@ def _fold(
     if check_error and name is None:
         raise ConfigError(f"{checkpoint.path}: names no base model; name it with --base.")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("folding", total=len(checkpoint.adapter.shapes) + len(checkpoint.adapter.sites))
-        write_folded(checkpoint, draft, dtype, lambda: progress.advance(task))
-        matrices = certify_matrices(checkpoint, draft, lambda: progress.advance(task))
+        task = progress.add_task("folding", total=len(checkpoint.adapter.shapes))
+        matrices = write_folded(checkpoint, draft, dtype, lambda: progress.advance(task))
     outputs = None
     if check_error and name is not None:
         outputs = check_outputs(
