@@ -11,6 +11,8 @@ import click
 
 from loraover.errors import LoraOverError
 
+EXTRAS = dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train")
+
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run a click command and turn its errors into one message and an exit code.
@@ -27,6 +29,11 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return 130
     except LoraOverError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(f"error: this needs {error.name}: pip install 'loraover[{EXTRAS[error.name]}]'", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
 

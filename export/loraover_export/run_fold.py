@@ -76,7 +76,12 @@ def _fold(
     outputs = None
     if check_error and name is not None:
         outputs = check_outputs(
-            checkpoint, draft, dtype, resolve_model(name), prompts, lambda line: console.print(escape(line))
+            checkpoint,
+            draft,
+            dtype,
+            resolve_model(name),
+            prompts,
+            lambda line: console.print(escape(line), soft_wrap=True),
         )
     certificate = FoldCertificate(
         verdict="",
@@ -97,6 +102,8 @@ def _fold(
 def _show(certificate: FoldCertificate, console: Console) -> None:
     worst = sorted(certificate.matrices, key=lambda m: -m.worst_to_bound)[:WORST_SHOWN]
     table = Table(
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
         title=f"Worst {len(worst)} of {len(certificate.matrices)} matrices, stored as {certificate.dtype}",
         caption="worst: largest element error / its bound",
     )
@@ -143,5 +150,6 @@ def _show_outputs(certificate: FoldCertificate, console: Console) -> None:
     console.print(table)
     console.print(
         f"max logit error {outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}; "
-        f"the adapter itself moves logits by up to {outputs.adapter_effect:.3g}"
+        f"the adapter itself moves logits by up to {outputs.adapter_effect:.3g}",
+        soft_wrap=True,
     )

@@ -33,7 +33,8 @@ def engines(as_json: bool) -> None:
     for column in ("engine", "version", "takes"):
         table.add_column(column)
     for engine in found:
-        table.add_row(engine.name, engine.version or f"not installed: pip install {engine.distributions[0]}", engine.takes)
+        found_version = engine.version or f"not installed: pip install {engine.distributions[0]}"
+        table.add_row(engine.name, found_version, engine.takes)
     Console().print(table)
 
 
