@@ -70,12 +70,12 @@ class CoreGroup:
 
         A site without a gradient leaves its cores without one, so that the optimizer skips them.
         """
-        gradients = [site.parameter.grad for site in self.sites]
+        gradients = [site.take_gradient() for site in self.sites]
         present = [g is not None for g in gradients]
         if not any(present):
             return
         zero = torch.zeros(self.shape, dtype=self.dtype, device=self.stacks[0].device)
-        dense = [zero if g is None else (g.to_dense() if g.is_sparse else g).to(self.dtype) for g in gradients]
+        dense = [zero if g is None else g.to(self.dtype) for g in gradients]
         with torch.enable_grad(), _full_precision(zero.device):
             leaves = [stack.detach().requires_grad_() for stack in self.stacks]
             matrices = self.decomposition.contract(leaves, *self.shape)
@@ -83,8 +83,6 @@ class CoreGroup:
         for parameters, stack in zip(self.parameters, pulled, strict=True):
             for parameter, gradient, there in zip(parameters, stack, present, strict=True):
                 parameter.grad = gradient if there else None
-        for site in self.sites:
-            site.parameter.grad = None
 
     def clear_gradients(self) -> None:
         for parameters in self.parameters:
@@ -214,7 +212,8 @@ class OverParameterization:
                         f"attach: the optimizer does not hold {site.name}. Build it from the PEFT model's parameters, "
                         "after get_peft_model."
                     )
-                optimizer.state.pop(site.parameter, None)
+                for parameter in site.holders():
+                    optimizer.state.pop(parameter, None)
                 for k, parameters in enumerate(group.parameters):
                     key = (host[id(site.parameter)], k == group.centre)
                     twins.setdefault(key, []).append(parameters[i])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from loraover.errors import ConfigError, ShapeError
 
@@ -24,6 +24,8 @@ class Site:
         adapter: PEFT's adapter name.
         matrix: "A" (r, in_features) or "B" (out_features, r).
         parameter: the PEFT parameter, of shape (m, n).
+        aliases: parameters that are transposed views of the same memory, as PEFT's `ensure_weight_tying` makes
+            them for an output layer that is tied to the embedding.
     """
 
     name: str
@@ -31,6 +33,19 @@ class Site:
     adapter: str
     matrix: Literal["A", "B"]
     parameter: nn.Parameter
+    aliases: list[nn.Parameter] = field(default_factory=list)
+
+    def take_gradient(self) -> Tensor | None:
+        """Sum of the gradients of the parameter and its aliases, (m, n) and dense, which are cleared."""
+        gradients = [(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None]
+        for parameter in self.holders():
+            parameter.grad = None
+        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
+        return sum(dense[1:], dense[0]) if dense else None
+
+    def holders(self) -> tuple[nn.Parameter, ...]:
+        """Every parameter on the matrix's memory."""
+        return (self.parameter, *self.aliases)
 
     @property
     def path(self) -> str:
@@ -46,7 +61,7 @@ class Site:
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every trainable A and B matrix of `model`, by name, in module order.
 
-    A parameter that several modules share is listed once, under its first module.
+    A matrix that several modules share is listed once, under its first module.
 
     Raises:
         ConfigError: no LoRA layer, no trainable one, or a LoRA that is not a plain pair of matrices
@@ -54,6 +69,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """
     sites: dict[str, Site] = {}
     seen: set[int] = set()
+    by_memory: dict[int, Site] = {}
     layers = lora_layers(model)
     for module, layer in layers.items():
         _refuse_unsupported(module, layer)
@@ -73,7 +89,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                 name = f"{prefix}{module}.{kind}"
                 if parameter.ndim != 2:
                     raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
-                sites[name] = Site(name, module, adapter, matrix, parameter)
+                pointer = parameter.data_ptr()
+                if pointer and pointer in by_memory:
+                    _tie(by_memory[pointer], name, parameter)
+                    continue
+                sites[name] = by_memory[pointer] = Site(name, module, adapter, matrix, parameter)
     if not layers:
         raise ConfigError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)).")
     if not sites:
@@ -114,6 +134,12 @@ def _refuse_unsupported(module: str, layer: Any) -> None:
     for kind, reason in reasons.items():
         if isinstance(layer, kind):
             raise ConfigError(f"{module}: {reason}.")
+
+
+def _tie(site: Site, name: str, parameter: nn.Parameter) -> None:
+    if tuple(parameter.shape) != site.shape[::-1] or parameter.stride() != site.parameter.stride()[::-1]:
+        raise ConfigError(f"{name} shares memory with {site.name}, but is not its transpose; untie them.")
+    site.aliases.append(parameter)
 
 
 def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
