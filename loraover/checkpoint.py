@@ -186,7 +186,7 @@ def write_checkpoint(
                 tensors[key] = parameters[i].detach().cpu()
                 for name, value in over.core_state(parameters[i]).items():
                     if isinstance(value, Tensor):
-                        tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+                        tensors[f"{key}.{name}"] = value.detach().cpu().clone()  # 8-bit optimizers share some
                     else:
                         plain[f"{key}.{name}"] = value
             records.append(record.model_copy(update={"state": plain}))

@@ -144,6 +144,8 @@ class OverParameterization:
         twice = sorted((self.injected.keys() & set(chosen)) | {n for n in chosen if chosen.count(n) > 1})
         if twice:
             raise ConfigError(f"inject: already over-parameterised: {', '.join(twice[:3])}.")
+        if self.optimizer is not None:
+            self._check_hosts(self.optimizer, chosen)
         by_shape: dict[Any, list[Site]] = {}
         for name in chosen:
             site = self.sites[name]
@@ -168,6 +170,7 @@ class OverParameterization:
         if self.optimizer is not None:
             raise ConfigError("attach: an optimizer is attached already; make a new OverParameterization.")
         optimizer = _ordinary(optimizer)
+        self._check_hosts(optimizer, self.injected)
         self._join(optimizer)
         self.optimizer = optimizer
         self._handles = [
@@ -201,17 +204,28 @@ class OverParameterization:
         """Restore what `core_state` gave."""
         self._state[parameter] = dict(state)
 
+    def _check_hosts(self, optimizer: Optimizer, names: Iterable[str]) -> None:
+        """Raise ConfigError unless the optimizer holds these sites, in groups whose rate can be scaled."""
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name in names:
+            identity = id(self.sites[name].parameter)
+            if identity not in rates:
+                raise ConfigError(
+                    f"attach: the optimizer does not hold {name}. Build it from the PEFT model's parameters, "
+                    "after get_peft_model."
+                )
+            if rates[identity] is None and self.config.aux_lr_scale != 1:
+                raise ConfigError(
+                    f"attach: {type(optimizer).__name__} chooses its own learning rate, which aux_lr_scale = "
+                    f"{self.config.aux_lr_scale} cannot scale; leave it at 1."
+                )
+
     def _join(self, optimizer: Optimizer) -> None:
         """Sort the cores by the parameter group of their matrix, centre and auxiliary apart."""
         host = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for group in self.groups:
             for i, site in enumerate(group.sites):
-                if id(site.parameter) not in host:
-                    raise ConfigError(
-                        f"attach: the optimizer does not hold {site.name}. Build it from the PEFT model's parameters, "
-                        "after get_peft_model."
-                    )
                 for parameter in site.holders():
                     optimizer.state.pop(parameter, None)
                 for k, parameters in enumerate(group.parameters):
@@ -227,7 +241,8 @@ class OverParameterization:
         for index, centre, parameters in self._twins:
             options = {k: v for k, v in optimizer.param_groups[index].items() if k not in ("params", "param_names")}
             if not centre:
-                options["lr"] = options["lr"] * self.config.aux_lr_scale
+                if self.config.aux_lr_scale != 1:
+                    options["lr"] = options["lr"] * self.config.aux_lr_scale
                 if "weight_decay" in options and not self.config.decay_auxiliary:
                     options["weight_decay"] = 0.0
             twins.append({"params": parameters, **options})
@@ -288,8 +303,9 @@ def _ordinary(optimizer: Any) -> Optimizer:
         raise ConfigError(f"attach: {kind.__name__} of DeepSpeed steps in an engine of its own, past torch's hooks.")
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"attach: expected a torch.optim.Optimizer, found {kind.__module__}.{kind.__name__}.")
-    if kind.__name__ in REFUSED_OPTIMIZERS:
-        raise ConfigError(f"attach: {kind.__name__} cannot be used: {REFUSED_OPTIMIZERS[kind.__name__]}.")
+    for name in (base.__name__ for base in kind.__mro__):
+        if name in REFUSED_OPTIMIZERS:
+            raise ConfigError(f"attach: {kind.__name__} cannot be used: {REFUSED_OPTIMIZERS[name]}.")
     return optimizer
 
 

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from loraover.errors import ConfigError, ShapeError
 
 
+# Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One A or B matrix of one module and adapter.
@@ -110,7 +114,9 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     found = {}
     for path, module in root.named_modules():
         if isinstance(module, LoraLayer):
-            found[path.replace("_orig_mod.", "").removeprefix("base_model.model.")] = module
+            for wrapper in WRAPPERS:
+                path = path.replace(wrapper, "")
+            found[path.removeprefix("base_model.model.")] = module
     return found
 
 

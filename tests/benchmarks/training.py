@@ -1,0 +1,138 @@
+"""Step time and peak memory of plain LoRA, LoRA-Over and naive autograd through the cores, on SmolLM2-135M.
+
+Times come from one process in which the three take turns in random order, so that a ratio compares steps that were
+taken within seconds of one another. Peak memory comes from a process of its own for each.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import click
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from benchmarks.statistics import median_ratio
+from loraover import LoraOverConfig, OverParameterization
+from loraover.command import quiet_libraries
+from loraover.models import load_model, resolve_model
+from loraover.overparam import CoreGroup
+from loraover.sites import find_sites
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BATCH, LENGTH, RANK = 8, 64, 8
+ARMS = ("LoRA", "LoRA-Over", "naive autograd")
+Step = Callable[[], float]
+
+
+class Contraction(nn.Module):
+    """Parametrization of one A or B matrix by its cores, in the autograd graph."""
+
+    def __init__(self, group: CoreGroup) -> None:
+        super().__init__()
+        self.decomposition, self.shape = group.decomposition, group.shape
+        self.cores = nn.ParameterList([stack[0].clone() for stack in group.stacks])
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return self.decomposition.contract([core.unsqueeze(0) for core in self.cores], *self.shape)[0]
+
+
+def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
+    """A function that takes one training step of an arm and returns its seconds."""
+    torch.manual_seed(0)
+    model: Any = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.train()
+    config = LoraOverConfig()
+    if arm == "naive autograd":
+        owners = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+        for site in find_sites(model).values():
+            group = CoreGroup([site], config.make_decomposition(), 0, 0)
+            owner = owners[id(site.parameter)]
+            site.parameter.requires_grad_(False)
+            parametrize.register_parametrization(owner, "weight", Contraction(group), unsafe=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    if arm == "LoRA-Over":
+        OverParameterization(model, config).attach(optimizer)
+
+    def step() -> float:
+        started = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - started
+
+    return step
+
+
+def load() -> tuple[nn.Module, Tensor]:
+    quiet_libraries()
+    base = load_model(resolve_model(MODEL))
+    ids = torch.randint(base.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    return base, ids
+
+
+def peak_memory_bytes(arm: str, steps: int) -> int:
+    """Peak resident memory of a process that trains one arm."""
+    command = [sys.executable, "-m", "benchmarks.training", "--memory-of", arm, "--rounds", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+@click.command()
+@click.option("--rounds", default=12, show_default=True, help="Paired rounds after two warm-up rounds.")
+@click.option("--memory-of", type=click.Choice(ARMS), hidden=True)
+@click.option("--json", "as_json", is_flag=True)
+def main(rounds: int, memory_of: str | None, as_json: bool) -> None:
+    """Compare plain LoRA, LoRA-Over and naive autograd through the cores."""
+    base, ids = load()
+    if memory_of is not None:
+        step = make_step(memory_of, base, ids)
+        for _ in range(rounds):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    steps = {arm: make_step(arm, deepcopy(base), ids) for arm in ARMS}
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    order, draw = list(ARMS), random.Random(0)
+    for number in range(rounds + 2):
+        draw.shuffle(order)
+        for arm in order:
+            seconds = steps[arm]()
+            if number >= 2:
+                times[arm].append(seconds)
+    memory = {arm: peak_memory_bytes(arm, 3) for arm in ARMS}
+    ratios = {arm: median_ratio(times[arm], times["LoRA"]) for arm in ARMS}
+    if as_json:
+        print(json.dumps({"times_s": times, "peak_bytes": memory, "time_ratio": ratios}))
+        return
+    title = f"{MODEL}, {BATCH} x {LENGTH} tokens, r = {RANK}, all linear layers, {rounds} paired steps"
+    table = Table(box=SIMPLE, title=title)
+    for column in ("", "median step", "ratio to LoRA [95 %]", "peak memory", "ratio"):
+        table.add_column(column)
+    for arm in ARMS:
+        ratio, low, high = ratios[arm]
+        table.add_row(
+            arm,
+            f"{sorted(times[arm])[len(times[arm]) // 2]:.3f} s",
+            f"{ratio:.3f} [{low:.3f}, {high:.3f}]",
+            f"{memory[arm] / 2**20:.0f} MiB",
+            f"{memory[arm] / memory['LoRA']:.3f}",
+        )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

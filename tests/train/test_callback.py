@@ -1,0 +1,348 @@
+"""The callback in the Hugging Face Trainer, Seq2SeqTrainer and TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import (
+    VOCABULARY,
+    fill_b,
+    lora_matrices,
+    one_thread,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    token_ids,
+    trainable,
+    with_lora,
+)
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+from loraover import LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
+from loraover.adapter_dir import site_key
+from loraover.errors import CheckpointError, ConfigError
+from loraover.tensor_file import open_tensors
+
+DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def arguments(folder: Path, kind: Any = TrainingArguments, **changes: Any) -> Any:
+    chosen = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return kind(**(chosen | changes))
+
+
+def llama(**options: Any) -> Any:
+    return with_lora(tiny_llama(), task_type="CAUSAL_LM", **options)
+
+
+def trainer_of(
+    folder: Path, model: Any = None, callback: LoraOverCallback | None = None, optimizer: Any = None, **changes: Any
+) -> Any:
+    return Trainer(
+        model or llama(),
+        arguments(folder, **changes),
+        train_dataset=DATA,
+        callbacks=[callback or LoraOverCallback()],
+        optimizers=(optimizer, None),
+    )
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    with open_tensors(folder / "adapter_model.safetensors") as file:
+        return {key: file.read(key) for key in file.keys}
+
+
+def assert_holds(model: nn.Module, folder: Path) -> None:
+    """The model's matrices are those of the adapter in `folder`, bit for bit."""
+    stored = adapter_tensors(folder)
+    held = {key.replace(".default", ""): matrix for key, matrix in lora_matrices(model).items()}
+    assert held.keys() == stored.keys()
+    assert [key for key in held if not torch.equal(held[key], stored[key])] == []
+
+
+def assert_contracted(folder: Path, sites: int) -> None:
+    """The adapter in a checkpoint is the contraction of the cores beside it."""
+    checkpoint = read_checkpoint(folder)
+    assert len(checkpoint.sites) == sites
+    stored = adapter_tensors(folder)
+    with open_tensors(checkpoint.cores_path) as file:
+        for site in checkpoint.meta.sites:
+            matrix, magnitude = checkpoint.contract(checkpoint.read_cores(file, site), site)
+            assert matrix.any()
+            checkpoint.check_stored(stored[site_key(site.name)], matrix, magnitude, site)
+
+
+def test_the_three_lines_of_a_users_script(tmp_path: Path) -> None:
+    base, data = tiny_llama(), DATA
+    args = arguments(tmp_path / "run")
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    before = lora_matrices(model)
+    callback = LoraOverCallback(LoraOverConfig())
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    model.save_pretrained(tmp_path / "adapter")
+
+    assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(model).items())
+    assert_holds(model, tmp_path / "adapter")
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} <= {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    reloaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
+    tokens = token_ids(1)
+    assert torch.equal(reloaded.eval()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
+    assert callback.over is not None
+    for group in callback.over.groups:
+        for site, matrix in zip(group.sites, group.contract(), strict=True):
+            assert torch.equal(site.parameter, matrix)
+
+
+def test_a_saved_checkpoint_holds_the_cores(tmp_path: Path) -> None:
+    model = llama()
+    trainer_of(tmp_path, model, save_strategy="steps", save_steps=2, seed=11).train()
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert (folder / "loraover.json").is_file()
+        meta = read_checkpoint(folder).meta
+        assert (meta.step, meta.config.seed, meta.core_dtype) == (step, 11, "float32")
+        assert_contracted(folder, sites=28)
+    assert_holds(model, tmp_path / "checkpoint-4")
+    with pytest.raises(AssertionError):
+        assert_holds(model, tmp_path / "checkpoint-2")
+    with open_tensors(tmp_path / "checkpoint-4" / "loraover.safetensors") as file:
+        assert "model.layers.0.mlp.up_proj.lora_A.core.0.exp_avg" in file.keys
+
+
+def test_a_seed_of_its_own_is_kept(tmp_path: Path) -> None:
+    callback = LoraOverCallback(LoraOverConfig(seed=5, sites=["*.q_proj.*"]))
+    trainer_of(tmp_path, callback=callback, save_strategy="steps", save_steps=4, seed=11).train()
+    assert read_checkpoint(tmp_path / "checkpoint-4").meta.config.seed == 5
+    assert_contracted(tmp_path / "checkpoint-4", sites=4)
+
+
+def test_the_first_loss_and_gradient_norm_are_plain_loras(tmp_path: Path) -> None:
+    def first(callbacks: list[Any]) -> tuple[float, float]:
+        trainer = Trainer(llama(), arguments(tmp_path, max_steps=1), train_dataset=DATA, callbacks=callbacks)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
+
+    assert first([LoraOverCallback()]) == pytest.approx(first([]), rel=1e-4)
+
+
+def test_a_model_without_lora_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no LoRA layers"):
+        trainer_of(tmp_path, tiny_llama()).train()
+
+
+def test_a_second_training_begins_anew(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, model := llama())
+    trainer.train()
+    between = lora_matrices(model)
+    trainer.train()
+    assert not any(torch.equal(between[key], matrix) for key, matrix in lora_matrices(model).items())
+
+
+# Resuming
+
+
+def _adamw_8bit(model: nn.Module) -> Any:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return bitsandbytes.optim.AdamW8bit(trainable(model), lr=1e-2, min_8bit_size=16)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "adagrad": lambda model: torch.optim.Adagrad(trainable(model), lr=1e-2),
+    "muon": lambda model: torch.optim.Muon(trainable(model), lr=1e-2),
+    "adamw-8bit": _adamw_8bit,
+}
+
+
+def run(folder: Path, *, resume: str | bool | None = None, optim: str = "adamw_torch", **callback: Any) -> Any:
+    """Losses of every micro-batch, and the matrices at the end, of a run of 6 steps."""
+    model, losses = llama(lora_dropout=0.1), []
+    model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
+    optimizer = OPTIMIZERS[optim](model) if optim in OPTIMIZERS else None
+    changes = {} if optimizer is not None else {"optim": optim}
+    trainer = trainer_of(
+        folder,
+        model,
+        LoraOverCallback(**callback),
+        optimizer,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=3,
+        max_grad_norm=0.5,
+        **changes,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return losses, lora_matrices(model)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", *OPTIMIZERS])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, optim: str) -> None:
+    config = LoraOverConfig(sites=["*.lora_B", "*_proj.lora_A"] if optim == "sgd" else ["*.layers.0.*"])
+    losses, matrices = run(tmp_path, optim=optim, config=config)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed_losses, resumed = run(tmp_path, resume=True, optim=optim, config=config)
+    assert len(losses) == 12
+    assert resumed_losses == losses[6:]
+    assert [key for key in matrices if not torch.equal(matrices[key], resumed[key])] == []
+    assert_contracted(tmp_path / "checkpoint-6", sites=28 if optim == "sgd" else 14)
+
+
+def test_a_resume_that_loses_the_moments_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, _ = run(tmp_path)
+    monkeypatch.setattr(OverParameterization, "load_core_state", lambda self, parameter, state: None)
+    resumed_losses, _ = run(tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    assert resumed_losses[:2] == losses[6:8]
+    assert resumed_losses[2:] != losses[8:]
+
+
+def test_a_resume_without_its_cores_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    folder = tmp_path / "checkpoint-3"
+    with pytest.raises(CheckpointError, match="was trained with"):
+        run(tmp_path, resume=str(folder), config=LoraOverConfig(decomposition="svd"))
+    for name in ("loraover.json", "loraover.safetensors"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=r"loraover\.json: no such file"):
+        run(tmp_path, resume=str(folder))
+
+
+def test_a_checkpoint_that_was_moved_is_named(tmp_path: Path) -> None:
+    losses, matrices = run(tmp_path / "first")
+    moved = tmp_path / "kept" / "best"
+    moved.parent.mkdir()
+    shutil.move(tmp_path / "first" / "checkpoint-3", moved)
+    with pytest.raises(CheckpointError, match="LoraOverCallback"):
+        run(tmp_path / "second", resume=str(moved))
+    resumed_losses, resumed = run(tmp_path / "third", resume=str(moved), resume_from=moved)
+    assert resumed_losses == losses[6:]
+    assert all(torch.equal(matrices[key], resumed[key]) for key in matrices)
+
+
+def test_cores_of_another_run_are_refused(tmp_path: Path) -> None:
+    first, second = (tmp_path / name / "checkpoint-3" for name in ("first", "second"))
+    run(first.parent)
+    run(second.parent, optim="sgd")
+    with pytest.raises(CheckpointError, match=r"q_proj\.lora_A.* (contradicts|differ)"):
+        run(tmp_path / "third", resume=str(first), resume_from=second)
+
+
+# The best model
+
+
+def test_the_best_models_weights_are_kept_at_the_end(tmp_path: Path) -> None:
+    worse = count()
+    model = llama()
+    trainer = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=True,
+        ),
+        train_dataset=DATA,
+        eval_dataset=DATA[:4],
+        compute_metrics=lambda _: {"score": -next(worse)},
+        callbacks=[LoraOverCallback()],
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert_holds(model, tmp_path / "checkpoint-1")
+    for step in (1, 4):
+        assert_contracted(tmp_path / f"checkpoint-{step}", sites=28)
+    with pytest.raises(AssertionError):
+        assert_holds(model, tmp_path / "checkpoint-4")
+
+
+# Other trainers
+
+
+def test_seq2seq_trainer_with_t5(tmp_path: Path) -> None:
+    model = with_lora(tiny_t5(), task_type="SEQ_2_SEQ_LM")
+    before = lora_matrices(model)
+    args = arguments(
+        tmp_path, Seq2SeqTrainingArguments, save_strategy="steps", save_steps=2, max_steps=2, predict_with_generate=True
+    )
+    trainer = Seq2SeqTrainer(
+        model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=[LoraOverCallback(LoraOverConfig())]
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(model).items())
+    assert_contracted(tmp_path / "checkpoint-2", sites=64)
+    assert_holds(model, tmp_path / "checkpoint-2")
+
+
+def test_gpt2_with_conv1d(tmp_path: Path) -> None:
+    model = with_lora(tiny_gpt2(), task_type="CAUSAL_LM", fan_in_fan_out=True)
+    trainer_of(tmp_path, model, save_strategy="steps", save_steps=2, max_steps=2).train()
+    assert_contracted(tmp_path / "checkpoint-2", sites=16)
+    assert_holds(model, tmp_path / "checkpoint-2")
+
+
+def word_tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCABULARY))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+def test_trl_sft_trainer(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    texts = [" ".join(f"w{i}" for i in row) for row in token_ids(seed=7, batch=16).tolist()]
+    trainer = trl.SFTTrainer(
+        tiny_llama(),
+        arguments(tmp_path, trl.SFTConfig, save_strategy="steps", save_steps=2, max_steps=2, max_length=16),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[LoraOverCallback()],
+    )
+    fill_b(trainer.model)
+    before = lora_matrices(trainer.model)
+    trainer.train()
+    assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(trainer.model).items())
+    assert_contracted(tmp_path / "checkpoint-2", sites=28)
+    assert_holds(trainer.model, tmp_path / "checkpoint-2")

@@ -1,0 +1,304 @@
+"""Which matrices of which models can be over-parameterised, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny_models import (
+    fill_b,
+    lora_matrices,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_net,
+    tiny_t5,
+    token_ids,
+    trainable,
+    with_lora,
+)
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim import SGD
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.errors import ConfigError
+from loraover.sites import find_sites, match_sites
+
+
+def language_loss(model: Any) -> Any:
+    return model(input_ids=token_ids(), labels=token_ids(1)).loss
+
+
+def class_loss(model: Any) -> Any:
+    return model(input_ids=token_ids(), labels=torch.tensor([0, 1, 0, 1])).loss
+
+
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], dict[str, tuple[int, int]], int]] = {
+    "llama": (
+        lambda: with_lora(tiny_llama()),
+        language_loss,
+        {
+            "model.layers.0.self_attn.q_proj.lora_A": (4, 32),
+            "model.layers.0.self_attn.k_proj.lora_B": (16, 4),
+            "model.layers.1.mlp.down_proj.lora_A": (4, 48),
+        },
+        28,
+    ),
+    "gpt2": (
+        lambda: with_lora(tiny_gpt2()),
+        language_loss,
+        {"transformer.h.0.attn.c_attn.lora_A": (4, 32), "transformer.h.1.attn.c_attn.lora_B": (96, 4)},
+        16,
+    ),
+    "t5": (
+        lambda: with_lora(tiny_t5()),
+        language_loss,
+        {
+            "encoder.block.0.layer.0.SelfAttention.q.lora_A": (4, 32),
+            "decoder.block.1.layer.1.EncDecAttention.o.lora_B": (32, 4),
+        },
+        64,
+    ),
+    "bert": (
+        lambda: with_lora(tiny_bert(), task_type="SEQ_CLS"),
+        class_loss,
+        {"bert.encoder.layer.1.attention.self.query.lora_B": (32, 4), "bert.pooler.dense.lora_A": (4, 32)},
+        26,
+    ),
+    "embedding": (
+        lambda: with_lora(tiny_llama(), target_modules=["embed_tokens", "q_proj"]),
+        language_loss,
+        {"model.embed_tokens.lora_embedding_A": (4, 64), "model.embed_tokens.lora_embedding_B": (32, 4)},
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sites_of_an_architecture_are_found_and_trained(name: str) -> None:
+    build, loss, some, count = MODELS[name]
+    model = build()
+    over = OverParameterization(model, LoraOverConfig(decomposition="chain"))
+    assert {key: over.sites[key].shape for key in some} == some
+    assert len(over.sites) == len(over.injected) == count
+    assert {id(site.parameter) for site in over.sites.values()} == {
+        id(p) for key, p in model.named_parameters() if "lora_" in key
+    }
+    before = {key: site.parameter.detach().clone() for key, site in over.sites.items()}
+    over.attach(optimizer := SGD(trainable(model), lr=0.1))
+    loss(model).backward()
+    optimizer.step()
+    assert not [key for key, site in over.sites.items() if torch.equal(site.parameter, before[key])]
+    for group in over.groups:
+        for site, matrix in zip(group.sites, group.contract(), strict=True):
+            assert torch.equal(site.parameter, matrix)
+
+
+def test_sites_come_in_module_order_a_before_b() -> None:
+    assert list(find_sites(tiny_net())) == [f"{m}.lora_{x}" for m in ("first", "second", "third") for x in "AB"]
+
+
+def test_a_matrix_knows_its_module_and_side() -> None:
+    site = find_sites(tiny_net())["second.lora_B"]
+    assert (site.module, site.adapter, site.matrix, site.shape) == ("second", "default", "B", (8, 4))
+
+
+def test_several_adapters_have_sites_of_their_own() -> None:
+    model = tiny_net(target_modules=["first"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"]))
+    assert list(find_sites(model)) == ["first.lora_A", "first.lora_B"]
+    model.base_model.set_adapter(["default", "other"])
+    sites = find_sites(model)
+    assert set(sites) == {
+        "first.lora_A",
+        "first.lora_B",
+        *(f"other:{module}.lora_{x}" for module in ("first", "second") for x in "AB"),
+    }
+    other = sites["other:first.lora_A"]
+    assert (other.adapter, other.path, other.shape) == ("other", "first.lora_A", (2, 6))
+    model.set_adapter("other")
+    assert {site.adapter for site in find_sites(model).values()} == {"other"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"second": 2}, "alpha_pattern": {"third": 3}},
+        {"rank_pattern": {"second": 2}, "use_rslora": True},
+    ],
+    ids=["patterns", "rslora"],
+)
+def test_ranks_and_scalings_of_single_modules_are_kept(options: dict[str, Any]) -> None:
+    plain, model = (tiny_net(dtype=torch.float64, **options) for _ in range(2))
+    over = OverParameterization(model)
+    ranks = {name: min(site.shape) for name, site in over.sites.items()}
+    assert ranks == {name: 2 if "second" in name else 4 for name in ranks}
+    over.attach(optimizer := SGD(trainable(model), lr=0.1))
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-12)
+    torch.autograd.backward(model(x).square().mean())
+    optimizer.step()
+    with torch.no_grad():
+        for one, other in zip(trainable(plain), trainable(model), strict=True):
+            one.copy_(other)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_parameter_shared_by_two_modules_is_one_site() -> None:
+    model = tiny_net()
+    net = model.get_base_model()
+    net.third.lora_A["default"].weight = net.second.lora_A["default"].weight
+    over = OverParameterization(model)
+    assert "third.lora_A" not in over.sites
+    assert len(over.sites) == 5
+    over.attach(optimizer := SGD(trainable(model), lr=0.1))
+    torch.autograd.backward(model(torch.ones(2, 6)).square().mean())
+    before = lora_matrices(model)
+    optimizer.step()
+    after = lora_matrices(model)
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+    assert net.third.lora_A["default"].weight is net.second.lora_A["default"].weight
+
+
+def test_transposed_views_of_one_memory_are_one_site() -> None:
+    model = with_lora(
+        tiny_llama(tie_word_embeddings=True), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    )
+    output = model.get_base_model().lm_head
+    sites = find_sites(model)
+    assert list(sites) == ["model.embed_tokens.lora_embedding_A", "model.embed_tokens.lora_embedding_B"]
+    assert [site.aliases for site in sites.values()] == [
+        [output.lora_B["default"].weight],
+        [output.lora_A["default"].weight],
+    ]
+
+
+def test_gradients_of_tied_matrices_are_summed() -> None:
+    model = with_lora(
+        tiny_llama(tie_word_embeddings=True), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    )
+    fill_b(model)
+    site = find_sites(model)["model.embed_tokens.lora_embedding_A"]
+    ids = token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    (alias,) = site.aliases
+    assert site.parameter.grad is not None
+    assert alias.grad is not None
+    expected = site.parameter.grad + alias.grad.mT
+    taken = site.take_gradient()
+    assert taken is not None
+    assert torch.equal(taken, expected)
+    assert site.parameter.grad is None
+    assert alias.grad is None
+
+
+# Names
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel: the model is its only child."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def _compiled_layer(model: Any) -> Any:
+    layers = model.get_base_model().model.layers
+    layers[0] = torch.compile(layers[0])
+    return model
+
+
+def _checkpointed_layer(model: Any) -> Any:
+    layers = model.get_base_model().model.layers
+    layers[1] = checkpoint_wrapper(layers[1])
+    return model
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "ddp": Wrapper,
+    "compile": torch.compile,
+    "ddp-compile": lambda model: Wrapper(torch.compile(model)),  # type: ignore[arg-type]
+    "compiled-layer": _compiled_layer,
+    "checkpointed-layer": _checkpointed_layer,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_do_not_depend_on_wrappers(wrapper: str) -> None:
+    expected = list(find_sites(with_lora(tiny_llama())))
+    assert list(find_sites(WRAPPERS[wrapper](with_lora(tiny_llama())))) == expected
+
+
+def test_names_of_a_base_that_was_compiled_first_are_the_same() -> None:
+    base: Any = torch.compile(tiny_llama())
+    targets = ["q_proj", "v_proj"]
+    assert list(find_sites(with_lora(base, target_modules=targets))) == list(
+        find_sites(with_lora(tiny_llama(), target_modules=targets))
+    )
+
+
+def test_adapters_injected_without_a_peft_model_have_the_same_names() -> None:
+    model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"]), tiny_llama())
+    assert list(find_sites(model)) == list(find_sites(with_lora(tiny_llama(), target_modules=["q_proj"])))
+
+
+# Refusals
+
+
+class Image(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.linear = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: tiny_net(use_dora=True), r"first: DoraLinearVariant is not a plain product"),
+        (lambda: with_lora(Image(), target_modules=["conv", "linear"]), r"conv: LoRA of a convolution"),
+        (lambda: with_lora(Image(), target_modules=["attention"]), r"attention: LoRA of nn\.MultiheadAttention"),
+        (
+            lambda: with_lora(tiny_llama(), target_modules=[], target_parameters=["mlp.gate_proj.weight"]),
+            r"model\.layers\.0\.mlp\.gate_proj: LoRA through target_parameters",
+        ),
+        (tiny_llama, r"has no LoRA layers; wrap it with peft\.get_peft_model"),
+        (lambda: get_peft_model(tiny_llama(), LoraConfig(inference_mode=True)), "none of .* requires a gradient"),
+    ],
+    ids=["dora", "conv2d", "multihead", "target-parameters", "no-lora", "frozen"],
+)
+def test_what_is_not_a_trainable_plain_lora_is_refused(build: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        OverParameterization(build())
+
+
+# Patterns
+
+
+def test_patterns_choose_sites_in_the_models_order() -> None:
+    names = list(find_sites(tiny_net()))
+    assert match_sites(names, ["third.*", "*lora_A"]) == [
+        "first.lora_A",
+        "second.lora_A",
+        "third.lora_A",
+        "third.lora_B",
+    ]
+    over = OverParameterization(tiny_net(), LoraOverConfig(sites=["third.*", "*lora_A"]))
+    assert set(over.injected) == set(match_sites(names, ["third.*", "*lora_A"]))
+    assert len(over.sites) == 6
+
+
+def test_a_pattern_without_a_match_names_the_nearest_sites() -> None:
+    with pytest.raises(ConfigError, match=r"'second\.loraA' matches none of 6 sites\. Nearest: second\.lora_A"):
+        OverParameterization(tiny_net(), LoraOverConfig(sites=["*lora_B", "second.loraA"]))
+
+
+def test_patterns_tell_upper_from_lower_case() -> None:
+    with pytest.raises(ConfigError, match="matches none"):
+        OverParameterization(tiny_net(), LoraOverConfig(sites=["*lora_a"]))
