@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from loraover.errors import ConfigError, ShapeError
 
-
 # Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 

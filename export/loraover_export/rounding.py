@@ -14,7 +14,7 @@ STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 @dataclass(frozen=True)
 class Underflow:
-    """Non-zero elements that a type's range hurt: flushed to zero, or kept as subnormals with fewer bits."""
+    """Non-zero elements at the small end of a type's range: flushed to zero, or stored as subnormals."""
 
     to_zero: int = 0
     to_subnormal: int = 0
@@ -30,11 +30,13 @@ def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         FoldError: an element beyond the type's largest number.
     """
+    if bool(torch.isnan(x).any()):
+        raise FoldError("NaN among the elements; the run that made them had diverged.")
     rounded = (x if dtype == torch.float32 else _round_to_odd(x)).to(dtype)
     if not bool(torch.isfinite(rounded).all()):
         raise FoldError(
             f"an element of {x.abs().max():.4g} exceeds the largest {str(dtype).removeprefix('torch.')} number, "
-            f"{torch.finfo(dtype).max:.4g}; store the adapter as bf16 or fp32."
+            f"{torch.finfo(dtype).max:.4g}; fold to a wider type."
         )
     return rounded
 
@@ -48,7 +50,6 @@ def round_randomly(x: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
     error = x - nearest.double()
     towards = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
     other = torch.nextafter(nearest, towards)
-    other = torch.where(torch.isfinite(other), other, nearest)
     gap = (other.double() - nearest.double()).abs()
     chance = torch.where(gap > 0, error.abs() / gap.clamp_min(5e-324), 0.0)
     draw = torch.rand(x.shape, generator=generator, dtype=torch.float64)
@@ -56,7 +57,7 @@ def round_randomly(x: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
 
 
 def underflow(x: Tensor, rounded: Tensor) -> Underflow:
-    """What rounding `x` to `rounded` lost at the small end of the type's range."""
+    """What rounding `x` to `rounded` met at the small end of the type's range."""
     tiny = torch.finfo(rounded.dtype).smallest_normal
     zero = (rounded == 0) & (x != 0)
     subnormal = (rounded != 0) & (rounded.double().abs() < tiny)

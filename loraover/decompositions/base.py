@@ -31,7 +31,6 @@ class Decomposition(ABC):
     def centre(self, m: int, n: int) -> int:
         """Index of the centre core, the one that holds the matrix; the others are auxiliary."""
 
-    @abstractmethod
     def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
         """Cores whose contraction is `matrices`, up to rounding.
 
@@ -45,6 +44,13 @@ class Decomposition(ABC):
         Returns:
             One (G, p_k, q_k) float64 tensor per core.
         """
+        # One by one: batched factorisations round differently with the place of a matrix in memory.
+        each = [self.init_one(matrix.clone(), g) for matrix, g in zip(matrices, generators, strict=True)]
+        return tuple(torch.stack(cores) for cores in zip(*each, strict=True))
+
+    @abstractmethod
+    def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """`init` of one (m, n) matrix; core k has shape (p_k, q_k)."""
 
     @abstractmethod
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
@@ -89,14 +95,18 @@ class Decomposition(ABC):
             )
 
 
-def random_coisometry(generators: Sequence[torch.Generator], rows: int, columns: int) -> Tensor:
-    """Random matrices P, one per generator, with P P^T = I.
+def random_coisometry(generator: torch.Generator, rows: int, columns: int) -> Tensor:
+    """Random P with P P^T = I.
 
     Returns:
-        (G, rows, columns), float64, Haar-distributed; needs columns >= rows.
+        (rows, columns), float64, Haar-distributed; needs columns >= rows.
     """
-    draws = torch.stack([torch.randn(columns, rows, generator=g, dtype=torch.float64) for g in generators])
-    q, r = torch.linalg.qr(draws)
-    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    coisometry: Tensor = (q * signs.unsqueeze(-2)).mT
+    q, r = torch.linalg.qr(torch.randn(columns, rows, generator=generator, dtype=torch.float64))
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    coisometry: Tensor = (q * signs).mT
     return coisometry
+
+
+def is_whole(*numbers: object) -> bool:
+    """Whether all are integers; options come from files, where a 2.0 or a "2" may stand."""
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)

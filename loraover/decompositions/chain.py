@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from loraover.decompositions.base import Decomposition, random_coisometry
+from loraover.decompositions.base import Decomposition, is_whole, random_coisometry
 from loraover.errors import ConfigError
 
 
@@ -35,8 +35,8 @@ class Chain(Decomposition):
 
     def __post_init__(self) -> None:
         faults = []
-        if self.depth < 2:
-            faults.append(f"depth is {self.depth}, expected at least 2")
+        if not is_whole(self.depth) or self.depth < 2:
+            faults.append(f"depth is {self.depth}, expected a whole number of at least 2")
         if not 1 <= self.expansion <= 1000:
             faults.append(f"expansion is {self.expansion}, expected a ratio from 1 to 1000")
         if faults:
@@ -51,15 +51,15 @@ class Chain(Decomposition):
     def centre(self, m: int, n: int) -> int:
         return self.depth - 1 if m <= n else 0
 
-    def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
-        _, m, n = matrices.shape
+    def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        m, n = matrix.shape
         if m > n:
-            return tuple(core.mT.contiguous() for core in reversed(self.init(matrices.mT, generators)))
-        centre, cores = matrices, []
+            return tuple(core.mT for core in reversed(self.init_one(matrix.mT, generator)))
+        centre, cores = matrix, []
         for rows, columns in self.core_shapes(m, n)[:-1]:
-            cores.append(random_coisometry(generators, rows, columns).to(matrices))
+            cores.append(random_coisometry(generator, rows, columns))
             centre = cores[-1].mT @ centre
-        return (*cores, centre.contiguous())
+        return (*cores, centre)
 
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
         self.check(cores, m, n)

@@ -29,18 +29,13 @@ class Svd(Decomposition):
     def centre(self, m: int, n: int) -> int:
         return 1
 
-    def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
-        _, m, n = matrices.shape
+    def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        m, n = matrix.shape
         k = min(m, n)
-        left = random_coisometry(generators, k, m).mT.to(matrices)
-        right = random_coisometry(generators, k, n).to(matrices)
-        u, s, v = torch.linalg.svd(matrices, full_matrices=False)
-        zero = (s[:, :1] == 0).unsqueeze(-1)
-        return (
-            torch.where(zero, left, u).contiguous(),
-            s.unsqueeze(1).contiguous(),
-            torch.where(zero, right, v).contiguous(),
-        )
+        left, right = random_coisometry(generator, k, m).mT, random_coisometry(generator, k, n)
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        is_zero = not bool(s.any())
+        return left if is_zero else u, s.unsqueeze(0), right if is_zero else v
 
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
         self.check(cores, m, n)

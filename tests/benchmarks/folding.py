@@ -93,7 +93,7 @@ def convert_with_peft() -> float:
     from peft import LoHaConfig, convert_to_lora, get_peft_model
 
     model = nn.Sequential(nn.Linear(4096, 1024, bias=False))
-    adapted = get_peft_model(model, LoHaConfig(r=RANK, target_modules=["0"], init_weights=False))  # type: ignore[arg-type]
+    adapted = get_peft_model(model, LoHaConfig(r=RANK, target_modules=["0"], init_weights=False))
     started = time.perf_counter()
     convert_to_lora(adapted, rank=RANK, progressbar=False)
     return time.perf_counter() - started
@@ -120,13 +120,17 @@ def main(repeats: int, paths: tuple[Path, Path] | None) -> None:
     seconds, extra = runs[len(runs) // 2]
     peft_seconds = convert_with_peft()
     whole = peft_seconds * LAYERS * len(LINEARS)
-    table = Table(box=SIMPLE, title=f"Fold of {LAYERS * len(LINEARS) * 2} matrices, adapter of {adapter_bytes / 2**20:.0f} MiB")
+    table = Table(
+        box=SIMPLE, title=f"Fold of {LAYERS * len(LINEARS) * 2} matrices, adapter of {adapter_bytes / 2**20:.0f} MiB"
+    )
     table.add_column("")
     table.add_column("measured", justify="right")
     table.add_row(f"fold and certify, median of {repeats}", f"{seconds:.2f} s")
     table.add_row("extra memory", f"{extra / 2**20:.0f} MiB, {extra / adapter_bytes:.2f} x the adapter")
     table.add_row("PEFT convert_to_lora, one 4096 x 1024 layer", f"{peft_seconds:.2f} s")
-    table.add_row(f"the same x {LAYERS * len(LINEARS)} layers, by count", f"{whole:.0f} s, {whole / seconds:.0f} x the fold")
+    table.add_row(
+        f"the same x {LAYERS * len(LINEARS)} layers, by count", f"{whole:.0f} s, {whole / seconds:.0f} x the fold"
+    )
     Console(width=100).print(table)
 
 

@@ -25,12 +25,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.statistics import median_ratio
 from loraover import LoraOverConfig, OverParameterization
 from loraover.command import quiet_libraries
 from loraover.models import load_model, resolve_model
 from loraover.overparam import CoreGroup
 from loraover.sites import find_sites
+
+from benchmarks.statistics import median_ratio
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BATCH, LENGTH, RANK = 8, 64, 8
@@ -53,7 +54,9 @@ class Contraction(nn.Module):
 def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
     """A function that takes one training step of an arm and returns its seconds."""
     torch.manual_seed(0)
-    model: Any = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model: Any = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     model.train()
     config = LoraOverConfig()
     if arm == "naive autograd":

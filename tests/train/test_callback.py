@@ -11,6 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+from loraover import LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
+from loraover.adapter_dir import site_key
+from loraover.errors import CheckpointError, ConfigError
+from loraover.tensor_file import open_tensors
+
 from tiny_models import (
     VOCABULARY,
     fill_b,
@@ -23,13 +31,6 @@ from tiny_models import (
     trainable,
     with_lora,
 )
-from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
-
-from loraover import LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.adapter_dir import site_key
-from loraover.errors import CheckpointError, ConfigError
-from loraover.tensor_file import open_tensors
 
 DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import net_batch, net_loss, one_thread, tiny_net, trainable
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
@@ -18,6 +17,8 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from loraover import LoraOverConfig, OverParameterization
 from loraover.decompositions import DECOMPOSITIONS
 from loraover.overparam import CoreGroup
+
+from tiny_models import net_batch, net_loss, one_thread, tiny_net, trainable
 
 STEPS, MICRO_BATCHES, WEIGHT_DECAY = 20, 4, 0.1
 MAX_NORM = 0.05  # below the gradients' norm at every step, so that clipping acts

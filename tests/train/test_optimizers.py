@@ -10,6 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import SGD, Adagrad, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.decompositions import DECOMPOSITIONS
+from loraover.error_bounds import gamma, unit_roundoff
+from loraover.errors import ConfigError
+
 from tiny_models import (
     lora_matrices,
     net_batch,
@@ -21,15 +31,6 @@ from tiny_models import (
     trainable,
     with_lora,
 )
-from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.optim import SGD, Adagrad, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau
-
-from loraover import LoraOverConfig, OverParameterization
-from loraover.decompositions import DECOMPOSITIONS
-from loraover.error_bounds import gamma, unit_roundoff
-from loraover.errors import ConfigError
 
 Step = Callable[[Any, Optimizer, int], None]
 

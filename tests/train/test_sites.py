@@ -8,6 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim import SGD
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.errors import ConfigError
+from loraover.sites import find_sites, match_sites
+
 from tiny_models import (
     fill_b,
     lora_matrices,
@@ -20,13 +28,6 @@ from tiny_models import (
     trainable,
     with_lora,
 )
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.optim import SGD
-
-from loraover import LoraOverConfig, OverParameterization
-from loraover.errors import ConfigError
-from loraover.sites import find_sites, match_sites
 
 
 def language_loss(model: Any) -> Any:

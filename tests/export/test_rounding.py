@@ -1,0 +1,367 @@
+"""Rounding to storage types against rational arithmetic and against the list of all numbers of a type."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import copysign, frexp, inf, nan, nextafter
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loraover.errors import FoldError
+from loraover_export.rounding import STORAGE_DTYPES, Underflow, round_nearest, round_randomly, underflow
+
+from oracles.contraction import Array
+from strategies import SEEDS
+from tolerances import binomial_deviation
+
+
+class Format(NamedTuple):
+    """A binary format as IEEE 754 describes it: significand bits and the range of exponents."""
+
+    precision: int
+    least: int
+    greatest: int
+
+    @property
+    def largest(self) -> float:
+        return 2.0**self.greatest * (2 - 2.0 ** (1 - self.precision))
+
+    @property
+    def smallest(self) -> float:
+        return 2.0 ** (self.least - self.precision + 1)
+
+    @property
+    def overflow(self) -> float:
+        """The least magnitude that rounds to infinity: half a spacing beyond the largest number."""
+        return 2.0**self.greatest * (2 - 2.0**-self.precision)
+
+
+FORMATS = {"fp32": Format(24, -126, 127), "bf16": Format(8, -126, 127), "fp16": Format(11, -14, 15)}
+NARROW = ["bf16", "fp16"]
+
+every_type = pytest.mark.parametrize("name", STORAGE_DTYPES)
+narrow_type = pytest.mark.parametrize("name", NARROW)
+cheap = settings(max_examples=60, deadline=None)
+
+
+def spacing(x: float, form: Format) -> Fraction:
+    """Distance of the format's numbers from |x|'s binade, or from zero's."""
+    exponent = max(frexp(x)[1] - 1, form.least) if x else form.least
+    return Fraction(2) ** (exponent - form.precision + 1)
+
+
+def correctly_rounded(x: float, form: Format) -> float:
+    """The nearest number of the format, ties to the even significand, with x's sign."""
+    unit = spacing(x, form)
+    return copysign(float(round(abs(Fraction(x)) / unit) * unit), x)  # round() of a Fraction takes ties to even
+
+
+def neighbours(x: float, form: Format) -> tuple[float, float]:
+    """The format's numbers at or next to x, below and above."""
+    unit = spacing(x, form)
+    count = Fraction(x) / unit
+    return float(count.__floor__() * unit), float(count.__ceil__() * unit)
+
+
+def positive_numbers(name: str) -> Array:
+    """Every finite number of a 16-bit type from zero up, decoded by NumPy."""
+    if name == "fp16":
+        return np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    return (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def float64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def same_bits(found: Tensor, expected: list[float]) -> bool:
+    """Equality that tells -0 from 0."""
+    wide = found.double()
+    return torch.equal(wide.view(torch.int64), float64(*expected).view(torch.int64))
+
+
+@st.composite
+def numbers(draw: st.DrawFn, form: Format) -> float:
+    """Floats that `form` holds, floats beside ties, and any others that do not overflow."""
+    kind = draw(st.sampled_from(["any", "held", "tie", "beside a tie", "tiny"]))
+    if kind == "any":
+        bound = nextafter(form.overflow, 0)
+        return draw(st.floats(-bound, bound))
+    if kind == "tiny":
+        return draw(st.floats(-8 * form.smallest, 8 * form.smallest))
+    exponent = draw(st.integers(form.least, form.greatest))
+    significand = draw(st.integers(0, 2**form.precision - 2))
+    unit = 2.0 ** (exponent - form.precision + 1)
+    value = significand * unit
+    if kind != "held":
+        value += unit / 2
+    if kind == "beside a tie":
+        # At all depths below the tie, down to the last bit of float64.
+        value += draw(st.sampled_from([-1, 1])) * unit * 2.0 ** -draw(st.integers(2, 52 - form.precision))
+    return value * draw(st.sampled_from([-1, 1]))
+
+
+# To nearest
+
+
+@every_type
+@given(data=st.data())
+@cheap
+def test_rounding_is_the_correct_one(name: str, data: st.DataObject) -> None:
+    form = FORMATS[name]
+    values = data.draw(st.lists(numbers(form), min_size=1, max_size=20))
+    found = round_nearest(float64(*values), STORAGE_DTYPES[name])
+    assert found.dtype == STORAGE_DTYPES[name]
+    assert same_bits(found, [correctly_rounded(x, form) for x in values])
+
+
+@narrow_type
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_is_correct_around_every_tie_of_the_type(name: str, sign: int) -> None:
+    """Between all neighbours: at the middle the even one, a float64 step off the middle the nearer one."""
+    held = positive_numbers(name)
+    below, above = held[:-1], held[1:]
+    middle = (below + above) / 2
+    even = np.where(np.arange(len(below)) % 2 == 0, below, above)
+    for x, expected in (
+        (middle, even),
+        (np.nextafter(middle, 0), below),
+        (np.nextafter(middle, np.inf), above),
+        (np.nextafter(above, 0), above),
+        (np.nextafter(below, np.inf), below),
+        (below, below),
+    ):
+        found = round_nearest(torch.from_numpy(sign * x), STORAGE_DTYPES[name])
+        assert torch.equal(found.double(), torch.from_numpy(sign * expected))
+
+
+@narrow_type
+def test_pytorch_alone_rounds_twice(name: str) -> None:
+    """What `round_nearest` works around: just above a tie, float32 forgets the excess and the tie goes to even."""
+    form, dtype = FORMATS[name], STORAGE_DTYPES[name]
+    tie = 1 + 2.0**-form.precision
+    x = float64(tie, tie + 2.0**-40, -tie - 2.0**-40)
+    above = 1 + 2.0 ** (1 - form.precision)
+    assert same_bits(round_nearest(x, dtype), [1.0, above, -above])
+    assert same_bits(x.to(dtype), [1.0, 1.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "expected"),
+    [
+        ("bf16", 1 + 2.0**-8, 1.0),  # ties to even, down and up
+        ("bf16", 1 + 3 * 2.0**-8, 1 + 2.0**-6),
+        ("fp16", 2049.0, 2048.0),
+        ("fp16", 2051.0, 2052.0),
+        ("fp32", 2.0**24 + 1, 2.0**24),
+        ("fp16", 2.0**-25, 0.0),  # half of the smallest subnormal
+        ("fp16", nextafter(2.0**-25, 1), 2.0**-24),
+        ("fp16", 3 * 2.0**-25, 2.0**-23),
+        ("bf16", 2.0**-134, 0.0),
+        ("bf16", nextafter(2.0**-134, 1), 2.0**-133),
+        ("fp32", nextafter(2.0**-150, 1), 2.0**-149),
+        ("fp16", 5e-324, 0.0),
+        ("bf16", 5e-324, 0.0),
+        ("fp32", 5e-324, 0.0),
+        ("fp16", nextafter(65520.0, 0), 65504.0),  # the last number that does not overflow
+        ("fp16", 0.0, 0.0),
+    ],
+)
+def test_rounding_gives_the_known_number(name: str, x: float, expected: float) -> None:
+    found = round_nearest(float64(x, -x), STORAGE_DTYPES[name])
+    assert same_bits(found, [expected, -expected])
+
+
+@every_type
+@given(data=st.data())
+@cheap
+def test_numbers_of_the_type_stay_as_they_are(name: str, data: st.DataObject) -> None:
+    form, dtype = FORMATS[name], STORAGE_DTYPES[name]
+    values = [correctly_rounded(x, form) for x in data.draw(st.lists(numbers(form), min_size=1, max_size=20))]
+    values += [0.0, -0.0, form.largest, -form.largest, form.smallest, -form.smallest]
+    assert same_bits(round_nearest(float64(*values), dtype), values)
+    assert same_bits(round_randomly(float64(*values), dtype, torch.Generator().manual_seed(0)), values)
+
+
+@every_type
+def test_any_layout_of_the_tensor_is_rounded_alike(name: str) -> None:
+    dtype = STORAGE_DTYPES[name]
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = [correctly_rounded(float(value), FORMATS[name]) for value in x.flatten()]
+    assert same_bits(round_nearest(x, dtype).flatten(), expected)
+    assert same_bits(round_nearest(x.mT.contiguous().mT, dtype).flatten(), expected)
+    assert same_bits(round_nearest(x[0, 0], dtype).reshape(1), expected[:1])
+    assert round_nearest(x[:0], dtype).shape == (0, 4)
+    assert same_bits(
+        round_nearest(x[::2, ::3], dtype).flatten(), [expected[4 * i + j] for i in (0, 2, 4) for j in (0, 3)]
+    )
+
+
+@every_type
+def test_rounding_leaves_its_input_alone(name: str) -> None:
+    x = float64(1 / 3, -1e-30, 0.0)
+    before = x.clone()
+    round_nearest(x, STORAGE_DTYPES[name])
+    round_randomly(x, STORAGE_DTYPES[name], torch.Generator().manual_seed(0))
+    assert torch.equal(x, before)
+
+
+# Too large
+
+
+@every_type
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_number_is_kept_and_half_a_step_more_refused(name: str, sign: int) -> None:
+    form, dtype = FORMATS[name], STORAGE_DTYPES[name]
+    assert form.largest == torch.finfo(dtype).max
+    kept = float64(sign * form.largest, sign * nextafter(form.overflow, 0))
+    assert same_bits(round_nearest(kept, dtype), [sign * form.largest] * 2)
+    generator = torch.Generator().manual_seed(0)
+    assert same_bits(round_randomly(kept, dtype, generator), [sign * form.largest] * 2)
+    for beyond in (form.overflow, nextafter(form.overflow, inf), 1e300, inf):
+        with pytest.raises(FoldError, match=f"exceeds the largest {str(dtype).removeprefix('torch.')} number"):
+            round_nearest(float64(0.5, sign * beyond), dtype)
+        with pytest.raises(FoldError):
+            round_randomly(float64(0.5, sign * beyond), dtype, generator)
+
+
+@every_type
+def test_nan_is_refused(name: str) -> None:
+    with pytest.raises(FoldError):
+        round_nearest(float64(0.5, nan), STORAGE_DTYPES[name])
+
+
+def test_the_refusal_names_the_element_and_the_limit() -> None:
+    with pytest.raises(FoldError, match=r"7e\+04.*float16.*6.55e\+04.*wider type"):
+        round_nearest(float64(1.0, -7e4, 3.0), torch.float16)
+
+
+# At random
+
+
+@every_type
+@given(data=st.data(), seed=SEEDS)
+@cheap
+def test_random_rounding_takes_one_of_the_two_neighbours(name: str, data: st.DataObject, seed: int) -> None:
+    form = FORMATS[name]
+    values = data.draw(st.lists(numbers(form), min_size=1, max_size=20))
+    found = round_randomly(float64(*values), STORAGE_DTYPES[name], torch.Generator().manual_seed(seed))
+    assert found.dtype == STORAGE_DTYPES[name]
+    for x, rounded in zip(values, found.double().tolist(), strict=True):
+        assert rounded in [y for y in neighbours(x, form) if abs(y) <= form.largest]
+
+
+@every_type
+@given(data=st.data(), seed=SEEDS)
+@cheap
+def test_random_rounding_has_no_bias(name: str, data: st.DataObject, seed: int) -> None:
+    """It goes up with the chance that makes the mean x."""
+    form, draws = FORMATS[name], 4000
+    x = data.draw(numbers(form).filter(lambda x: abs(x) <= form.largest))
+    below, above = neighbours(x, form)
+    chance = float((Fraction(x) - Fraction(below)) / (Fraction(above) - Fraction(below))) if above > below else 0.0
+    found = round_randomly(float64(x).expand(draws), STORAGE_DTYPES[name], torch.Generator().manual_seed(seed))
+    ups = int((found.double() > below).sum())
+    assert abs(ups - draws * chance) <= binomial_deviation(draws, chance)
+
+
+@every_type
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize("place", ["normal", "subnormal", "below a power of two", "above zero"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_random_rounding_goes_up_as_often_as_it_should(name: str, fraction: float, place: str, sign: int) -> None:
+    form, draws = FORMATS[name], 100_000
+    unit = 2.0 ** (1 - form.precision)
+    below, step = {
+        "normal": (1.0, unit),
+        "subnormal": (5 * form.smallest, form.smallest),
+        "below a power of two": (2 - unit, unit),
+        "above zero": (0.0, form.smallest),
+    }[place]
+    x = sign * (below + fraction * step)
+    exact_fraction = float((abs(Fraction(x)) - Fraction(below)) / Fraction(step))
+    found = round_randomly(float64(x).expand(draws), STORAGE_DTYPES[name], torch.Generator().manual_seed(7))
+    outwards = int((found.double().abs() > below).sum())
+    assert abs(outwards - draws * exact_fraction) <= binomial_deviation(draws, exact_fraction)
+
+
+@every_type
+def test_random_rounding_has_twice_the_variance_of_the_nearest(name: str) -> None:
+    """Over a uniform place between two neighbours: E f (1 - f) = 1/6 against E min(f, 1 - f)^2 = 1/12 spacings^2."""
+    unit, count = 2.0 ** (1 - FORMATS[name].precision), 200_000
+    generator = torch.Generator().manual_seed(11)
+    x = 1 + torch.rand(count, generator=generator, dtype=torch.float64)
+    dtype = STORAGE_DTYPES[name]
+    for rounded, variance in ((round_nearest(x, dtype), 1 / 12), (round_randomly(x, dtype, generator), 1 / 6)):
+        squares = ((rounded.double() - x) / unit).square()
+        assert abs(float(squares.mean()) - variance) <= 5 * float(squares.std()) / count**0.5
+
+
+@every_type
+def test_random_rounding_follows_its_generator(name: str) -> None:
+    dtype, before = STORAGE_DTYPES[name], torch.get_rng_state()
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, again, other = (round_randomly(x, dtype, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_elements_are_drawn_on_their_own() -> None:
+    found = round_randomly(float64(1 + 2.0**-8).expand(64), torch.bfloat16, torch.Generator().manual_seed(0))
+    assert 0 < int((found > 1).sum()) < 64
+
+
+# Too small
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("fp16", [0.0, -0.0, 1.0, 2.0**-14, -(2.0**-14)], Underflow(0, 0)),
+        ("fp16", [2.0**-25, -(2.0**-25), 1e-30, 5e-324, 0.0], Underflow(4, 0)),
+        ("fp16", [nextafter(2.0**-25, 1), 1.3 * 2.0**-20, -1.3 * 2.0**-15, 1e-10], Underflow(1, 3)),
+        ("fp16", [nextafter(2.0**-14, 0)], Underflow(0, 0)),  # rounds up into the normal range
+        ("bf16", [1e-30, -1e-30, 1.3 * 2.0**-127, 1e-41], Underflow(1, 1)),
+        ("fp32", [1e-30, 1e-40, 1e-50, -1e-50], Underflow(2, 1)),
+    ],
+)
+def test_underflow_counts_zeros_and_subnormals(name: str, values: list[float], expected: Underflow) -> None:
+    x = float64(*values)
+    assert underflow(x, round_nearest(x, STORAGE_DTYPES[name])) == expected
+
+
+@every_type
+@given(data=st.data())
+@cheap
+def test_underflow_agrees_with_rational_arithmetic(name: str, data: st.DataObject) -> None:
+    form = FORMATS[name]
+    values = data.draw(st.lists(numbers(form), min_size=1, max_size=20))
+    x = float64(*values)
+    rounded = [correctly_rounded(value, form) for value in values]
+    expected = Underflow(
+        to_zero=sum(a != 0 and b == 0 for a, b in zip(values, rounded, strict=True)),
+        to_subnormal=sum(0 < abs(b) < 2.0**form.least for b in rounded),
+    )
+    assert underflow(x, round_nearest(x, STORAGE_DTYPES[name])) == expected
+
+
+# The comparison with the oracle can fail
+
+
+@narrow_type
+def test_the_exhaustive_comparison_rejects_wrong_roundings(name: str) -> None:
+    """Truncation, ties away from zero and PyTorch's two roundings differ from the correct one around a tie."""
+    form, dtype = FORMATS[name], STORAGE_DTYPES[name]
+    values = [1 + 2.0**-form.precision, 1 + 2.0**-form.precision + 2.0**-40, 1 + 1.9 * 2.0**-form.precision]
+    expected = [correctly_rounded(x, form) for x in values]
+    assert same_bits(round_nearest(float64(*values), dtype), expected)
+    assert [neighbours(x, form)[0] for x in values] != expected
+    assert [neighbours(x, form)[1] for x in values] != expected
+    assert not same_bits(float64(*values).to(dtype), expected)

@@ -1,0 +1,1 @@
+"""Independent answers: plain NumPy float64 written from the papers, importing nothing of ours."""

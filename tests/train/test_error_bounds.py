@@ -1,0 +1,78 @@
+"""The bounds that certificates rest on, against exact rational arithmetic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraover.error_bounds import gamma, smallest_subnormal, unit_roundoff
+
+import tolerances
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+SMALLEST = {
+    torch.float64: 2.0**-1074,
+    torch.float32: 2.0**-149,
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-133,
+}
+UNIT = 2.0**-53
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unit_roundoff_is_half_the_spacing_at_one(dtype: torch.dtype) -> None:
+    assert unit_roundoff(dtype) == tolerances.UNIT[dtype]
+    unit = torch.tensor(unit_roundoff(dtype), dtype=dtype)
+    one = torch.ones((), dtype=dtype)
+    assert one + unit == one
+    assert one + 2 * unit > one
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smallest_subnormal_is_the_first_number_above_zero(dtype: torch.dtype) -> None:
+    smallest = smallest_subnormal(dtype)
+    assert smallest == SMALLEST[dtype]
+    zero, one = torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
+    assert float(torch.nextafter(zero, one)) == smallest
+
+
+@given(terms=st.integers(0, 2**40), unit=st.sampled_from(sorted(tolerances.UNIT.values())))
+@settings(max_examples=100, deadline=None)
+def test_gamma_is_the_formula(terms: int, unit: float) -> None:
+    product = terms * Fraction(unit)
+    if product >= 1:
+        with pytest.raises(ValueError, match=f"no rounding bound for {terms} operations"):
+            gamma(terms, unit)
+        return
+    exact = product / (1 - product)
+    # k u and 1 - k u are multiples of 2^-53 below 1 and so exact; the division rounds once.
+    assert abs(Fraction(gamma(terms, unit)) - exact) <= exact * Fraction(UNIT)
+
+
+@given(
+    signs=st.lists(st.tuples(st.sampled_from([-1, 1]), st.sampled_from([-1, 1])), min_size=1, max_size=50),
+    unit=st.sampled_from([2.0**-8, 2.0**-11, 2.0**-24]),
+)
+@settings(max_examples=50, deadline=None)
+def test_gamma_bounds_every_product_of_roundings(signs: list[tuple[int, int]], unit: float) -> None:
+    """Higham's lemma 3.1: prod (1 + d_i)^{+-1} = 1 + theta with |theta| <= gamma_k."""
+    product = Fraction(1)
+    for sign, power in signs:
+        product *= (1 + sign * Fraction(unit)) ** power
+    computed = Fraction(gamma(len(signs), unit)) * (1 + 2 * Fraction(UNIT))  # gamma itself is rounded
+    assert abs(product - 1) <= computed
+
+
+def test_no_operation_has_no_error() -> None:
+    assert gamma(0, UNIT) == 0
+
+
+@pytest.mark.parametrize("terms", [256, 257])
+def test_gamma_refuses_where_there_is_no_bound(terms: int) -> None:
+    assert gamma(255, 2.0**-8) == 255
+    with pytest.raises(ValueError, match=f"no rounding bound for {terms} operations"):
+        gamma(terms, 2.0**-8)
