@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from loraover.errors import CheckpointError
-from loraover.tensor_file import open_tensors
+from loraover.tensor_file import FLOATS, open_tensors
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
@@ -36,6 +37,16 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _keys_are_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
 
     def scaling(self, module: str) -> float:
         """The factor in delta_W = scaling * B @ A of one module.
@@ -101,9 +112,15 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         )
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}
+        dtypes = {key: file.dtype(key) for key in file.keys}
     sites = {name: key for key in shapes if (name := site_name(key)) is not None}
     adapter = AdapterDir(path, config, shapes, sites)
     _check_pairs(adapter)
+    for key in sites.values():
+        if dtypes[key] not in FLOATS:
+            raise CheckpointError(
+                f"{adapter.tensors_path}: {key} is {dtypes[key]}, expected one of {', '.join(FLOATS)}."
+            )
     return adapter
 
 
@@ -115,7 +132,7 @@ def _check_pairs(adapter: AdapterDir) -> None:
         match = _SITE_KEY.fullmatch(name)
         assert match is not None
         module, kind = match["module"], match["kind"]
-        if len(adapter.shapes[key]) != 2:
+        if len(adapter.shapes[key]) != 2 or 0 in adapter.shapes[key]:
             raise CheckpointError(f"{where}: {key} has shape {adapter.shapes[key]}, expected a matrix.")
         is_a = kind.endswith("A")
         twin = adapter.sites.get(f"{module}.{kind[:-1]}{'B' if is_a else 'A'}")
@@ -137,13 +154,34 @@ def read_json(path: Path, model: type[Model]) -> Model:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes of JSON, at most {MAX_JSON_BYTES} are read.")
-        return model.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        json.loads(content, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        return model.model_validate_json(content, strict=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; expected a folder that holds it.") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     except ValidationError as error:
         raise CheckpointError(f"{path}: {describe(error)}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def describe(error: ValidationError, limit: int = 8) -> str:

@@ -25,10 +25,10 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
-        print("interrupted; no output was left behind", file=sys.stderr)
+        print("interrupted: an output is whole or absent", file=sys.stderr)
         return 130
     except LoraOverError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
@@ -36,6 +36,11 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         print(f"error: this needs {error.name}: pip install 'loraover[{EXTRAS[error.name]}]'", file=sys.stderr)
         return 2
     return result if isinstance(result, int) else 0
+
+
+def _printable(text: str) -> str:
+    """Text from files, without the power to move the cursor or colour the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def entry_point(command: click.Command) -> Callable[[], Any]:

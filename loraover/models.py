@@ -94,6 +94,7 @@ def load_model(source: ModelSource, *, dtype: str = "fp32", task_type: str | Non
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     auto = {
         "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -108,7 +109,7 @@ def load_model(source: ModelSource, *, dtype: str = "fp32", task_type: str | Non
         model = auto[kind].from_pretrained(
             source.location, revision=source.revision, dtype=getattr(torch, DTYPES[dtype]), use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
     return model.eval()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraover.errors import OutputError
@@ -28,27 +27,30 @@ def publish_directory(destination: str | os.PathLike[str], *, outside: Path | No
     """
     target = Path(destination).absolute()
     check_free(target, outside=outside)
+    draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    made = [parent for parent in target.parents if not parent.exists()]
+    published = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise _output_error(target, error) from error
-    try:
+        draft.mkdir()
         yield draft
         for path in sorted(draft.rglob("*")):
-            if path.is_file():
-                sync(path)
+            sync(path)
         sync(draft)
         check_free(target)
-        draft.chmod(0o777 & ~_umask())
         draft.rename(target)
-        sync(target.parent)
+        published = True
+        for folder in (target.parent, *(parent.parent for parent in made)):
+            sync(folder)
     except OSError as error:
-        if isinstance(error, OutputError) or error.errno not in _WRITE_ERRORS:
+        if isinstance(error, OutputError) or not _is_about(error, target):
             raise
         raise _output_error(target, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        for parent in () if published else made:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:
@@ -68,30 +70,30 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
         draft.replace(target)
         sync(target.parent)
     except OSError as error:
+        if isinstance(error, OutputError):
+            raise
         raise _output_error(target, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def check_free(target: Path, *, outside: Path | None = None) -> None:
     """Raise OutputError unless `target` can become a new folder."""
-    if target.exists() or target.is_symlink():
+    try:
+        occupied = target.exists() or target.is_symlink()
+    except OSError as error:
+        raise _output_error(target, error) from error
+    if occupied:
         kind = "a folder" if target.is_dir() else "a file"
         raise OutputError(f"{target} exists already and is {kind}; choose another output or remove it first.")
     if outside is not None and target.resolve().is_relative_to(outside.resolve()):
         raise OutputError(f"{target} lies inside the input {outside}; choose an output outside of it.")
 
 
-_WRITE_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EFBIG,
-    errno.EIO,
-}
+def _is_about(error: OSError, target: Path) -> bool:
+    """Whether an error names the destination's folder or no file at all, as a full disk does."""
+    return error.filename is None or str(error.filename).startswith(str(target.parent))
 
 
 def _output_error(target: Path, error: OSError) -> OutputError:
@@ -106,9 +108,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.errors import CheckpointError, OutputError
+from loraover.errors import CheckpointError
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 class TensorFile:
@@ -25,6 +28,10 @@ class TensorFile:
     def keys_below(self, prefix: str) -> list[str]:
         return [key for key in self.keys if key.startswith(prefix)]
 
+    def dtype(self, key: str) -> str:
+        """As the format spells it, e.g. "F32"."""
+        return str(self._slice(key).get_dtype())
+
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._slice(key).get_shape())
 
@@ -32,9 +39,10 @@ class TensorFile:
         """One tensor, on the CPU.
 
         Raises:
-            CheckpointError: no such key, or NaN or infinity in it.
+            CheckpointError: no such key, an unusual dtype, or NaN or infinity in it.
         """
-        self._slice(key)
+        if self.dtype(key) not in (*FLOATS, *INTEGERS):
+            raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
         tensor: Tensor = self._handle.get_tensor(key)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
@@ -65,6 +73,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         )
         raise CheckpointError(f"{path}: no such file.{hint}")
     try:
+        path.open("rb").close()  # safetensors takes a file without permission for a missing one
         with safe_open(path, framework="pt") as handle:
             yield TensorFile(path, handle)
     except SafetensorError as error:
@@ -80,10 +89,10 @@ def sha256_of(path: Path) -> str:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file in one go; callers pair it with `loraover.output`.
+    """Write a safetensors file in one go; callers pair it with `loraover.output`, which names the destination.
 
     Raises:
-        OutputError: the disk is full or the file cannot be written.
+        OSError: the disk is full or the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -91,6 +100,4 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OutputError(
-            f"cannot write {path.name}: {error}. Nothing was left there; free space and try again."
-        ) from error
+        raise OSError(f"{path.name}: {error}") from error

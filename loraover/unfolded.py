@@ -5,8 +5,9 @@ It knows nothing of PEFT, so that it can bear witness against a folded adapter t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +20,19 @@ from loraover.errors import CheckpointError
 from loraover.tensor_file import TensorFile, open_tensors
 
 
-class _Factor(nn.Module):
+@dataclass
+class _Factor:
     """x -> x M^T for M given by cores, or by itself where it is not over-parameterised."""
 
-    def __init__(self, decomposition: Decomposition | None, cores: Sequence[Tensor], m: int, n: int) -> None:
-        super().__init__()
-        self.decomposition, self.cores, self.m, self.n = decomposition, tuple(cores), m, n
+    decomposition: Decomposition | None
+    cores: tuple[Tensor, ...]
+    m: int
+    n: int
 
-    def forward(self, x: Tensor) -> Tensor:
+    def to(self, place: torch.device | torch.dtype) -> None:
+        self.cores = tuple(core.to(place) for core in self.cores)
+
+    def __call__(self, x: Tensor) -> Tensor:
         if self.decomposition is None:
             return x @ self.cores[0].mT
         return self.decomposition.apply(self.cores, x.reshape(1, -1, self.n), self.m, self.n).reshape(
@@ -48,7 +54,8 @@ def unfolded(base: nn.Module, checkpoint: Checkpoint) -> Iterator[nn.Module]:
         CheckpointError: the checkpoint was trained on another base model: a module is missing or has
             other dimensions.
     """
-    handles, saved = [], {}
+    handles = []
+    saved: dict[nn.Parameter, Tensor] = {}
     modules = {
         name.rpartition(".")[0]: name.rpartition(".")[2].startswith("lora_embedding")
         for name in checkpoint.adapter.sites
@@ -59,15 +66,15 @@ def unfolded(base: nn.Module, checkpoint: Checkpoint) -> Iterator[nn.Module]:
                 target = _target(base, module, checkpoint)
                 weight = next(target.parameters())
                 kind = "lora_embedding_" if is_embedding else "lora_"
-                a, b = (
-                    _factor(checkpoint, f"{module}.{kind}{matrix}", cores, plain).to(weight.device) for matrix in "AB"
-                )
+                a, b = (_factor(checkpoint, f"{module}.{kind}{matrix}", cores, plain) for matrix in "AB")
+                a.to(weight.device)
+                b.to(weight.device)
                 _check_dimensions(target, module, a.n, b.m, checkpoint)
                 bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
                 bias = plain.read(bias_key).to(weight.device) if bias_key in plain.keys else None
                 scaling = checkpoint.adapter.config.scaling(module)
                 handles.append(target.register_forward_hook(_add_delta(a, b, bias, scaling)))
-            saved = _load_others(base, checkpoint, plain)
+            _load_others(base, checkpoint, plain, saved)
         yield base
     finally:
         for handle in handles:
@@ -80,15 +87,16 @@ def _factor(checkpoint: Checkpoint, name: str, cores: TensorFile, plain: TensorF
     site = checkpoint.sites.get(name)
     if site is None:
         matrix = plain.read(site_key(name))
-        return _Factor(None, [matrix], *matrix.shape)
+        m, n = matrix.shape
+        return _Factor(None, (matrix,), m, n)
     return _Factor(checkpoint.decomposition, checkpoint.read_cores(cores, site), site.m, site.n)
 
 
 def _add_delta(a: _Factor, b: _Factor, bias: Tensor | None, scaling: float) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         wide = torch.promote_types(output.dtype, torch.float32)
-        for factor in (a, b):
-            factor.cores = tuple(core.to(wide) for core in factor.cores)
+        a.to(wide)
+        b.to(wide)
         if isinstance(module, nn.Embedding):
             x = nn.functional.one_hot(args[0], a.n).to(wide)
             scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
@@ -134,17 +142,18 @@ def _check_dimensions(target: nn.Module, module: str, n: int, m: int, checkpoint
         )
 
 
-def _load_others(base: nn.Module, checkpoint: Checkpoint, plain: TensorFile) -> dict[nn.Parameter, Tensor]:
-    """Put fully trained parameters (`modules_to_save`) into the base model; returns what they replaced."""
-    parameters = dict(base.named_parameters())
-    saved = {}
+def _load_others(base: nn.Module, checkpoint: Checkpoint, plain: TensorFile, saved: dict[nn.Parameter, Tensor]) -> None:
+    """Put other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
+
+    Mutates: `saved`, which gets what they replace.
+    """
+    parameters = dict(base.named_parameters(remove_duplicate=False))
     for key in plain.keys:
-        name = key.removeprefix(KEY_PREFIX)
+        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
         if key in checkpoint.adapter.sites.values() or name.endswith(".lora_B.bias"):
             continue
         if name not in parameters or tuple(parameters[name].shape) != plain.shape(key):
             raise CheckpointError(f"{plain.path}: {key} fits no parameter of the base model ({type(base).__name__}).")
         parameter = parameters[name]
-        saved[parameter] = parameter.data
+        saved.setdefault(parameter, parameter.data)
         parameter.data = plain.read(key).to(parameter)
-    return saved

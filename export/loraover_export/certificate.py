@@ -57,7 +57,7 @@ class OutputCertificate(BaseModel):
     tokens: int
     prompt_source: str
     error: Deviation
-    noise: Deviation = Field(description="the largest over the twins")
+    noise: Deviation = Field(description="the largest between any two twins")
     twins: int = Field(description="adapters whose elements were rounded at random to a neighbour, ranks permuted")
     adapter_effect: float = Field(description="largest logit change that the adapter makes to the base model")
 
@@ -65,8 +65,9 @@ class OutputCertificate(BaseModel):
     def bound(self) -> float:
         """NOISE_FACTOR times the noise, largest logit error.
 
-        Rounding to nearest has half the variance of the twins' random rounding, so about 0.7 of their noise is
-        expected; the factor leaves room for the spread of two maxima.
+        Two twins differ by two random roundings, each of twice the variance of one rounding to nearest, so about half
+        of their noise is expected; the factor leaves room for the spread of maxima and for the other arithmetic of
+        the unfolded model.
         """
         return NOISE_FACTOR * self.noise.max_logit
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from loraover_export.certificate import Deviation, OutputCertificate
 from loraover_export.fold import exact_matrix
 from loraover_export.rounding import STORAGE_DTYPES, round_randomly
 
-TWINS = 2
+TWINS = 3
 MAX_TOKENS = 256
 BUILT_IN_PROMPTS = (
     "The train leaves at nine and arrives at noon, so the journey takes three hours.",
@@ -52,10 +53,10 @@ def check_outputs(
 ) -> OutputCertificate:
     """Run both models in float32 on the same prompts and compare every logit.
 
-    The unfolded model applies cores to activations and never forms A or B. The noise floor comes from twins of
-    the folded adapter, measured in the same run: each element of the exact matrices rounded at random to one of
-    its two neighbours in `dtype`, and the rank dimension permuted, so that sums run in another order. They are
-    what a rounding to `dtype` and float32 arithmetic do to the outputs, whatever the fold.
+    The unfolded model applies cores to activations and never forms A or B. The noise floor is the largest deviation
+    between twins of the folded adapter, measured in the same run: each element of the exact matrices rounded at
+    random to one of its two neighbours in `dtype`, and the rank dimension permuted, so that sums run in another
+    order. Twins are compared with one another only, so that what is wrong with the fold is no part of the noise.
 
     Args:
         folded: directory of the written adapter.
@@ -71,19 +72,20 @@ def check_outputs(
 
     report(f"loading the base model from {source.origin}")
     base = load_model(source, dtype="fp32", task_type=_task_type(checkpoint))
-    prompts = _prompts(source, base, prompts_file)
-    report(f"running the unfolded model on {prompts.source}")
-    plain_logits = _logits(base, prompts)
     with unfolded(base, checkpoint) as model:
+        prompts = _prompts(source, base, prompts_file)
+        report(f"running the unfolded model on {prompts.source}")
         reference = _logits(model, prompts)
+    plain_logits = _logits(base, prompts)
     report("running the folded adapter, as PEFT loads it")
     model = PeftModel.from_pretrained(base, str(folded)).eval()
     error = _deviation(reference, _logits(model, prompts))
-    noises = []
+    twins = []
     for seed in range(TWINS):
         report(f"measuring the noise floor, twin {seed + 1} of {TWINS}")
         _write_twin(model, checkpoint, dtype, seed)
-        noises.append(_deviation(reference, _logits(model, prompts)))
+        twins.append(_logits(model, prompts))
+    noises = [_deviation(one, other) for one, other in combinations(twins, 2)]
     noise = Deviation(
         **{name: max(getattr(n, name) for n in noises) for name in ("max_logit", "mean_logit", "max_kl", "mean_kl")},
         top1_agreement=min(n.top1_agreement for n in noises),
@@ -107,28 +109,28 @@ def _task_type(checkpoint: Checkpoint) -> str | None:
 
 
 def _prompts(source: ModelSource, base: Any, file: Path | None) -> Prompts:
-    try:
-        tokenizer = load_tokenizer(source)
-    except ConfigError:
-        if file is not None:
-            raise
-        ids = torch.randint(base.config.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0))
-        return Prompts(
-            tuple(ids[i : i + 1] for i in range(len(ids))), "8 random token sequences (the base model has no tokenizer)"
-        )
-    if file is None:
-        lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
-    else:
+    lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
+    if file is not None:
         try:
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from error
         name = f"the prompts of {file.name}"
-    encoded = [tokenizer(line, return_tensors="pt").input_ids[:, :MAX_TOKENS] for line in lines]
+    try:
+        tokenizer = load_tokenizer(source)
+        encoded = [tokenizer(line, return_tensors="pt").input_ids[:, :MAX_TOKENS] for line in lines]
+    except ConfigError:
+        if file is not None:
+            raise
+        encoded = []
     batches = tuple(ids for ids in encoded if ids.numel())
-    if not batches:
+    if batches:
+        return Prompts(batches, f"{len(batches)} of {name}")
+    if file is not None:
         raise DataError(f"{file}: no prompt in it; expected one a line.")
-    return Prompts(batches, f"{len(batches)} of {name}")
+    ids = torch.randint(base.config.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0))
+    source_name = "8 random token sequences (the base model has no tokenizer)"
+    return Prompts(tuple(ids[i : i + 1] for i in range(len(ids))), source_name)
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def _round(key: str, exact: Tensor, dtype: str) -> Tensor:
     if not exact.is_floating_point():
         return exact.clone()
     try:
-        return round_nearest(exact, STORAGE_DTYPES[dtype])
+        return round_nearest(exact, STORAGE_DTYPES[dtype]).contiguous()
     except FoldError as error:
         raise FoldError(f"{key}: {error}") from error
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from loraover.errors import ShapeError
 
+MAX_CORES = 64
+
 
 class Decomposition(ABC):
     """A differentiable map from cores to a matrix, batched over G matrices of one shape.

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from loraover.decompositions.base import Decomposition, is_whole, random_coisometry
+from loraover.decompositions.base import MAX_CORES, Decomposition, is_whole, random_coisometry
 from loraover.errors import ConfigError
 
 
@@ -35,8 +35,8 @@ class Chain(Decomposition):
 
     def __post_init__(self) -> None:
         faults = []
-        if not is_whole(self.depth) or self.depth < 2:
-            faults.append(f"depth is {self.depth}, expected a whole number of at least 2")
+        if not is_whole(self.depth) or not 2 <= self.depth <= MAX_CORES:
+            faults.append(f"depth is {self.depth}, expected a whole number from 2 to {MAX_CORES}")
         if not 1 <= self.expansion <= 1000:
             faults.append(f"expansion is {self.expansion}, expected a ratio from 1 to 1000")
         if faults:

@@ -11,7 +11,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from loraover.decompositions.base import Decomposition, is_whole, random_coisometry
+from loraover.decompositions.base import MAX_CORES, Decomposition, is_whole, random_coisometry
 from loraover.errors import ConfigError, ShapeError
 
 
@@ -61,11 +61,13 @@ class Mpo(Decomposition):
 
     def __post_init__(self) -> None:
         faults = []
-        if not is_whole(self.num_cores) or self.num_cores < 1:
-            faults.append(f"num_cores is {self.num_cores!r}, expected a whole number of at least 1")
+        if not is_whole(self.num_cores) or not 1 <= self.num_cores <= MAX_CORES:
+            faults.append(f"num_cores is {self.num_cores!r}, expected a whole number from 1 to {MAX_CORES}")
+        if not isinstance(self.modes, Mapping):
+            raise ConfigError(f"mpo: modes is {self.modes!r}, expected a mapping such as {{8: (2, 2, 2)}}.")
         modes = {}
         for size, split in self.modes.items():
-            factors = tuple(split)
+            factors = tuple(split) if isinstance(split, Sequence) else (split,)
             whole = str(size).isdecimal() and is_whole(*factors) and all(f >= 1 for f in factors)
             if not whole or prod(factors) != int(size) or len(factors) != self.num_cores:
                 faults.append(f"modes[{size}] is {factors}, expected {self.num_cores} factors of {size}")
@@ -73,7 +75,8 @@ class Mpo(Decomposition):
                 modes[int(size)] = factors  # JSON writes the sizes as strings
         object.__setattr__(self, "modes", modes)
         if self.bonds is not None:
-            object.__setattr__(self, "bonds", tuple(self.bonds))
+            bonds = tuple(self.bonds) if isinstance(self.bonds, Sequence) else (self.bonds,)
+            object.__setattr__(self, "bonds", bonds)
             if not is_whole(*self.bonds) or len(self.bonds) != self.num_cores - 1:
                 faults.append(f"bonds is {self.bonds}, expected num_cores - 1 = {self.num_cores - 1} whole numbers")
             if self.expansion is not None:

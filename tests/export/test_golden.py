@@ -1,0 +1,275 @@
+"""Files of earlier versions stay readable, bit for bit, and the formats are what their bytes say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden.make import BASE_NAME, BASE_OPTIONS, DTYPES, FOLDER, RECIPES, make_golden
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loraover import LoraOverConfig, OverParameterization, read_checkpoint
+from loraover.checkpoint import SCHEMA_VERSION, restore
+from loraover.command import run
+from loraover.tensor_file import open_tensors, save_tensors
+from loraover_export.cli import cli
+
+from make_checkpoint import tree
+from tiny_models import tiny_llama
+
+CHECKPOINT = ["adapter_config.json", "adapter_model.safetensors", "loraover.json", "loraover.safetensors"]
+
+
+def fold(source: Path, output: Path, *options: str) -> int:
+    return run(cli, ["fold", str(source), "-o", str(output), *options])
+
+
+@pytest.fixture(params=sorted(path for path in FOLDER.parent.glob("schema_*/*") if path.is_dir()), ids=lambda p: p.name)
+def kept(request: pytest.FixtureRequest) -> Path:
+    """A folder as it was committed: checkpoint and expected folds."""
+    folder: Path = request.param
+    return folder
+
+
+@pytest.fixture
+def golden(kept: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint alone."""
+    return shutil.copytree(kept, tmp_path / kept.name, ignore=shutil.ignore_patterns("folded_*"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_todays_fold_gives_the_stored_matrices(kept: Path, golden: Path, dtype: str, tmp_path: Path) -> None:
+    before = tree(golden)
+    assert fold(golden, tmp_path / "out", "--dtype", dtype) == 0
+    assert tree(golden) == before
+    found, expected = (
+        load_file(tmp_path / "out" / "adapter_model.safetensors"),
+        load_file(kept / f"folded_{dtype}.safetensors"),
+    )
+    assert found.keys() == expected.keys()
+    for key, matrix in expected.items():
+        assert found[key].dtype == matrix.dtype == DTYPES[dtype]
+        assert found[key].shape == matrix.shape
+        assert raw_bytes(found[key]) == raw_bytes(matrix), key
+        assert matrix.any()
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_an_edited_golden_file_is_noticed(golden: Path, tmp_path: Path) -> None:
+    content = bytearray((golden / "loraover.safetensors").read_bytes())
+    content[-1] ^= 1
+    (golden / "loraover.safetensors").write_bytes(content)
+    assert fold(golden, tmp_path / "out") == 2
+
+
+def test_todays_reader_understands_the_metadata(golden: Path) -> None:
+    found = read_checkpoint(golden)
+    assert found.meta.schema_version == SCHEMA_VERSION == 1
+    assert found.meta.base_model == BASE_NAME
+    assert found.meta.step == 2
+    assert found.meta.config == LoraOverConfig(decomposition=RECIPES[golden.name][0], seed=7)
+    assert {name.rsplit(".", 1)[1] for name in found.sites} == {"lora_A", "lora_B"}
+    scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0}[golden.name]
+    assert found.adapter.config.scaling("model.layers.0.self_attn.q_proj") == scaling
+
+
+def test_training_resumes_from_it(golden: Path) -> None:
+    name, make_optimizer, _ = RECIPES[golden.name]
+    model = PeftModel.from_pretrained(tiny_llama(**BASE_OPTIONS), golden, is_trainable=True)
+    over = OverParameterization(model, LoraOverConfig(decomposition=name, seed=7), inject=False)
+    restore(over, read_checkpoint(golden))
+    over.attach(make_optimizer([p for p in model.parameters() if p.requires_grad]))
+    tensors = load_file(golden / "loraover.safetensors")
+    for site, (group, i) in over.injected.items():
+        for k, parameters in enumerate(group.parameters):
+            assert torch.equal(parameters[i], tensors.pop(f"{site}.core.{k}"))
+            for key, value in over.core_state(parameters[i]).items():
+                assert torch.equal(value, tensors.pop(f"{site}.core.{k}.{key}"))
+    assert tensors == {}
+
+
+def paths(content: Any, prefix: str = "") -> set[str]:
+    """Every key of a JSON value, with the type below it; list indices as "[]"."""
+    if isinstance(content, dict):
+        return {path for key, value in content.items() for path in paths(value, f"{prefix}.{key}")}
+    if isinstance(content, list):
+        return {path for value in content for path in paths(value, f"{prefix}[]")}
+    return {f"{prefix}: {type(content).__name__}"}
+
+
+def layout(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in load_file(file).items()}
+
+
+def test_todays_writer_writes_the_same_format(golden: Path, tmp_path: Path) -> None:
+    """A difference here is a new format: raise the schema version and add golden files, beside the old ones."""
+    fresh = make_golden(golden.name, tmp_path / "fresh").path
+    assert layout(fresh / "loraover.safetensors") == layout(golden / "loraover.safetensors")
+    assert layout(fresh / "adapter_model.safetensors") == layout(golden / "adapter_model.safetensors")
+    new, old = (json.loads((folder / "loraover.json").read_text()) for folder in (fresh, golden))
+    assert paths(new) == paths(old)
+    assert [{**site, "state": None} for site in new["sites"]] == [{**site, "state": None} for site in old["sites"]]
+
+
+def test_golden_files_are_small() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.parent.rglob("*") if path.is_file()) < 60 * 1024
+
+
+# The formats, byte by byte: A = [2] [3 4] = [6 8], B = [5 7]^T [2] = [10 14]^T, by a chain of two cores.
+
+CORES_BYTES = (
+    b"\x40\x01\x00\x00\x00\x00\x00\x00"
+    b'{"__metadata__":{"format":"pt"},"q.lora_A.core.0":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]},'
+    b'"q.lora_A.core.1":{"dtype":"F32","shape":[1,2],"data_offsets":[4,12]},'
+    b'"q.lora_B.core.0":{"dtype":"F32","shape":[2,1],"data_offsets":[12,20]},'
+    b'"q.lora_B.core.1":{"dtype":"F32","shape":[1,1],"data_offsets":[20,24]}}       '
+    b"\x00\x00\x00\x40\x00\x00\x40\x40\x00\x00\x80\x40\x00\x00\xa0\x40\x00\x00\xe0\x40\x00\x00\x00\x40"
+)
+ADAPTER_BYTES = (
+    b"\xd0\x00\x00\x00\x00\x00\x00\x00"
+    b'{"__metadata__":{"format":"pt"},"base_model.model.q.lora_A.weight":{"dtype":"F32","shape":[1,2],'
+    b'"data_offsets":[0,8]},"base_model.model.q.lora_B.weight":{"dtype":"F32","shape":[2,1],'
+    b'"data_offsets":[8,16]}}   '
+    b"\x00\x00\xc0\x40\x00\x00\x00\x41\x00\x00\x20\x41\x00\x00\x60\x41"
+)
+CONFIG_BYTES = b'{"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 1, "lora_alpha": 3, "extra": [1]}'
+META_BYTES = b"""{
+  "format": "loraover-checkpoint",
+  "schema_version": 1,
+  "base_model": "some/base",
+  "step": 9,
+  "config": {
+    "decomposition": "chain",
+    "options": {"depth": 2, "expansion": 1.0},
+    "sites": ["*"],
+    "aux_lr_scale": 0.5,
+    "decay_auxiliary": true,
+    "seed": null
+  },
+  "core_dtype": "float32",
+  "sites": [
+    {"name": "q.lora_A", "m": 1, "n": 2, "step": 0, "state": {}},
+    {"name": "q.lora_B", "m": 2, "n": 1, "step": 4, "state": {"q.lora_B.core.0.step": 5}}
+  ],
+  "versions": {"loraover": "0.1.0"},
+  "sha256": {
+    "adapter_config.json": "62e38e9116bc22f07f5d3b6a41b7f3bb3cb0b00148e61359f48636dd2caebb7f",
+    "adapter_model.safetensors": "e328794630868399bf94ded98e2d00db4d9cec6d68b49b51bce067bdbcc370fd",
+    "loraover.safetensors": "61024a4689c0e0d82241b58a319824689668ec711e3b3f3a8d84b3c10e5f78df"
+  },
+  "digest": "649755ec9368ed79198f19de22041ae99a0319ba4a2c2edf7da7c453507c52b5"
+}
+"""
+FOLDED_CONFIG = b"""{
+  "base_model_name_or_path": "some/base",
+  "extra": [
+    1
+  ],
+  "inference_mode": true,
+  "lora_alpha": 3,
+  "peft_type": "LORA",
+  "r": 1
+}
+"""
+
+
+@pytest.fixture
+def literal(tmp_path: Path) -> Path:
+    folder = tmp_path / "literal"
+    folder.mkdir()
+    for name, content in zip(CHECKPOINT, (CONFIG_BYTES, ADAPTER_BYTES, META_BYTES, CORES_BYTES), strict=True):
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_literal_checksums_are_those_of_the_bytes() -> None:
+    meta = json.loads(META_BYTES)
+    files = zip(CHECKPOINT, (CONFIG_BYTES, ADAPTER_BYTES, b"", CORES_BYTES), strict=True)
+    assert meta["sha256"] == {name: hashlib.sha256(content).hexdigest() for name, content in files if content}
+    canonical = json.dumps({**meta, "digest": ""}, sort_keys=True)
+    assert meta["digest"] == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def test_a_literal_checkpoint_is_read(literal: Path) -> None:
+    found = read_checkpoint(literal)
+    assert found.meta.step == 9
+    assert found.meta.config.aux_lr_scale == 0.5
+    assert found.meta.config.seed is None
+    assert found.sites["q.lora_B"].step == 4
+    assert found.sites["q.lora_B"].state == {"q.lora_B.core.0.step": 5}
+    assert found.adapter.config.scaling("q") == 3
+    with open_tensors(found.cores_path) as file:
+        assert [core[0].tolist() for core in found.read_cores(file, found.sites["q.lora_A"])] == [[[2]], [[3, 4]]]
+        assert [core[0].tolist() for core in found.read_cores(file, found.sites["q.lora_B"])] == [[[5], [7]], [[2]]]
+
+
+def test_a_literal_checkpoint_folds_to_literal_bytes(literal: Path, tmp_path: Path) -> None:
+    assert fold(literal, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == ADAPTER_BYTES
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == FOLDED_CONFIG
+
+
+HALVES = {"bf16": b"\xc0\x40\x00\x41\x20\x41\x60\x41", "fp16": b"\x00\x46\x00\x48\x00\x49\x00\x4b"}
+"""6, 8, 10 and 14: bfloat16 is the upper half of binary32; in binary16, 6 = 1.5 * 2^2 is 0x4600."""
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_literal_checkpoint_folds_to_literal_halves(dtype: str, literal: Path, tmp_path: Path) -> None:
+    assert fold(literal, tmp_path / "out", "--dtype", dtype) == 0
+    header, data = split((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
+    assert data == HALVES[dtype]
+    assert header == {
+        "__metadata__": {"format": "pt"},
+        "base_model.model.q.lora_A.weight": {"dtype": dtype.upper().replace("FP", "F"), "shape": [1, 2]}
+        | {"data_offsets": [0, 4]},
+        "base_model.model.q.lora_B.weight": {"dtype": dtype.upper().replace("FP", "F"), "shape": [2, 1]}
+        | {"data_offsets": [4, 8]},
+    }
+
+
+def split(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file: eight bytes of length, JSON, tensors."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def test_tensors_are_saved_as_literal_bytes(tmp_path: Path) -> None:
+    cores = {"q.lora_A.core.0": [[2.0]], "q.lora_A.core.1": [[3.0, 4.0]]}
+    cores |= {"q.lora_B.core.0": [[5.0], [7.0]], "q.lora_B.core.1": [[2.0]]}
+    save_tensors({key: torch.tensor(value) for key, value in cores.items()}, tmp_path / "cores.safetensors")
+    assert (tmp_path / "cores.safetensors").read_bytes() == CORES_BYTES
+
+
+def test_a_written_file_is_parsed_by_hand(golden: Path) -> None:
+    """Little-endian, row-major, without gaps: NumPy reads what torch wrote."""
+    header, data = split((golden / "loraover.safetensors").read_bytes())
+    header.pop("__metadata__")
+    expected = load_file(golden / "loraover.safetensors")
+    assert header.keys() == expected.keys()
+    assert sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()) == len(data)
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]
+        assert entry["dtype"] == "F32"
+        found = np.frombuffer(data[start:end], "<f4").reshape(entry["shape"])
+        np.testing.assert_array_equal(found, expected[key].numpy())
+
+
+def test_every_core_is_named_by_its_site(golden: Path) -> None:
+    pattern = re.compile(
+        r"model\.layers\.0\.self_attn\.[qv]_proj\.lora_[AB]\.core\.[012](\.(step|exp_avg|exp_avg_sq))?"
+    )
+    keys = load_file(golden / "loraover.safetensors").keys()
+    assert [key for key in keys if not pattern.fullmatch(key)] == []

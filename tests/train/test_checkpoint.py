@@ -1,0 +1,356 @@
+"""What is written is what is read: cores, optimizer state, and an adapter that PEFT still loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, RMSprop
+from transformers import AutoModelForCausalLM
+
+from loraover import LoraOverConfig, OverParameterization, checkpoint, read_checkpoint, write_checkpoint
+from loraover.adapter_dir import KEY_PREFIX, site_key, site_name
+from loraover.checkpoint import CORES_FILE, META_FILE, Checkpoint, restore
+from loraover.decompositions import DECOMPOSITIONS
+from loraover.errors import CheckpointError, OutputError
+from loraover.output import publish_file
+from loraover.sites import lora_layers
+from loraover.tensor_file import open_tensors
+
+from make_checkpoint import (
+    EMBEDDING,
+    LINEAR,
+    Made,
+    MakeOptimizer,
+    edit_json,
+    edit_tensors,
+    logits,
+    lora_model,
+    make_checkpoint,
+    reseal,
+    save,
+    train,
+    tree,
+)
+from strategies import SEEDS, expansions, sizes
+from tiny_models import fill_b
+
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": LINEAR},
+    "rslora": {"use_rslora": True, "r": 2},
+    "patterns": {
+        "target_modules": LINEAR,
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 1},
+        "alpha_pattern": {"q_proj": 3, "layers.0.mlp.up_proj": 32},
+    },
+    "rslora patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+    "embedding": {"target_modules": EMBEDDING},
+    "lora_bias": {"lora_bias": True},
+    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+}
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "adamw": lambda p: AdamW(p, lr=1e-2, amsgrad=True),
+    "sgd": lambda p: SGD(p, lr=1e-2, momentum=0.9),
+    "rmsprop": lambda p: RMSprop(p, lr=1e-3, centered=True),
+}
+FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def cores_of(over: OverParameterization) -> dict[str, Tensor]:
+    return {
+        f"{name}.core.{k}": parameters[i].detach().clone()
+        for name, (group, i) in over.injected.items()
+        for k, parameters in enumerate(group.parameters)
+    }
+
+
+def state_of(over: OverParameterization) -> dict[str, Any]:
+    """Optimizer state of every core, as bytes where it is a tensor."""
+    state = {}
+    for name, (group, i) in over.injected.items():
+        for k, parameters in enumerate(group.parameters):
+            for key, value in over.core_state(parameters[i]).items():
+                plain = (value.dtype, value.tolist()) if isinstance(value, Tensor) else value
+                state[f"{name}.core.{k}.{key}"] = plain
+    return state
+
+
+def read_cores(found: Checkpoint) -> dict[str, Tensor]:
+    with open_tensors(found.cores_path) as file:
+        return {
+            site.core_key(k): core[0]
+            for site in found.meta.sites
+            for k, core in enumerate(found.read_cores(file, site))
+        }
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [key for key in one if one[key].dtype != other[key].dtype or not torch.equal(one[key], other[key])]
+    assert different == []
+
+
+def reopened(made: Made, make_optimizer: MakeOptimizer, config: LoraOverConfig | None = None) -> Made:
+    """A new process would start like this: base model, adapter, optimizer, cores."""
+    base = AutoModelForCausalLM.from_pretrained(made.base, dtype=made.model.dtype)
+    model = PeftModel.from_pretrained(base, made.path, is_trainable=True, autocast_adapter_dtype=False)
+    over = OverParameterization(model, config or made.over.config, inject=False)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+    restore(over, read_checkpoint(made.path))
+    over.attach(optimizer)
+    return Made(made.base, made.path, model, over, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_cores_and_metadata_are_read_as_they_were_written(
+    decomposition: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = LoraOverConfig(decomposition=decomposition, sites=["*.q_proj.*", "*.v_proj.lora_A"], seed=11)
+    made = make_checkpoint(tmp_path, config=config, dtype=dtype, steps=3)
+    found = read_checkpoint(made.path)
+    assert_equal(read_cores(found), cores_of(made.over))
+    assert found.sites.keys() == made.over.injected.keys()
+    assert len(found.sites) == 6
+    assert len(found.adapter.sites) == 8
+    assert found.meta.config == config
+    assert found.meta.step == 3
+    assert found.meta.base_model == str(made.base)
+    assert found.meta.core_dtype == ("float64" if dtype == torch.float64 else "float32")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_state_is_read_as_it_was_written(optimizer: str, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, make_optimizer=OPTIMIZERS[optimizer])
+    expected = state_of(made.over)
+    assert len(expected) >= 8 * 3  # at least one tensor for each core of each site
+    assert state_of(reopened(made, OPTIMIZERS[optimizer]).over) == expected
+
+
+class Pair(nn.Module):
+    """One layer to adapt."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+OPTIONS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "mpo": st.fixed_dictionaries({"num_cores": st.integers(2, 4)}, optional={"expansion": expansions()}),
+    "svd": st.just({}),
+    "chain": st.fixed_dictionaries({"depth": st.integers(2, 4), "expansion": expansions()}),
+}
+
+
+@pytest.mark.parametrize("name", DECOMPOSITIONS)
+@given(data=st.data(), in_features=sizes(), out_features=sizes(), r=st.integers(1, 5), seed=SEEDS)
+@FEW
+def test_write_then_read_is_identity_for_every_shape(
+    name: str,
+    data: st.DataObject,
+    in_features: int,
+    out_features: int,
+    r: int,
+    seed: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    model = get_peft_model(Pair(in_features, out_features), LoraConfig(r=r, target_modules=["layer"]))
+    fill_b(model, seed)
+    config = LoraOverConfig(decomposition=name, options=data.draw(OPTIONS[name]), seed=seed)
+    over = OverParameterization(model, config)
+    path = tmp_path_factory.mktemp("pair")
+    model.save_pretrained(path)
+    write_checkpoint(path, over, step=0)
+    found = read_checkpoint(path)
+    assert_equal(read_cores(found), cores_of(over))
+    assert found.meta.config == config
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_resumed_training_is_uninterrupted_training(decomposition: str, optimizer: str, tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition=decomposition, seed=5)
+    made = make_checkpoint(tmp_path, config=config, make_optimizer=OPTIMIZERS[optimizer])
+    before = tree(made.path)
+    resumed = reopened(made, OPTIMIZERS[optimizer])
+    assert tree(made.path) == before
+    for each in (made, resumed):
+        train(each.model, each.optimizer, range(2, 5))
+    assert_equal(cores_of(resumed.over), cores_of(made.over))
+    assert state_of(resumed.over) == state_of(made.over)
+    assert torch.equal(resumed.logits(), made.logits())
+
+
+def test_resuming_without_optimizer_state_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_checkpoint(tmp_path)
+    monkeypatch.setattr(OverParameterization, "load_core_state", lambda *_: None)
+    resumed = reopened(made, OPTIMIZERS["adamw"])
+    for each in (made, resumed):
+        train(each.model, each.optimizer, range(2, 4))
+    assert not torch.equal(resumed.logits(), made.logits())
+
+
+def test_sites_injected_at_different_steps_resume_in_their_own_groups(tmp_path: Path) -> None:
+    config = LoraOverConfig(sites=["*.q_proj.*"], seed=5)
+    made = make_checkpoint(tmp_path, config=config)
+    made.over.inject([name for name in made.over.sites if "v_proj" in name], step=2)
+    train(made.model, made.optimizer, range(2, 4))
+    save(made.path, made.model, made.over, step=4)
+    steps = {site.name: site.step for site in read_checkpoint(made.path).meta.sites}
+    assert {name: 2 * ("v_proj" in name) for name in steps} == steps
+    resumed = reopened(made, OPTIMIZERS["adamw"])
+    assert state_of(resumed.over) == state_of(made.over)
+    assert [group.step for group in resumed.over.groups] == [group.step for group in made.over.groups]
+
+
+@pytest.mark.parametrize("lora", LORA)
+def test_the_adapter_stays_loadable_by_peft(lora: str, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, **LORA[lora])
+    base = AutoModelForCausalLM.from_pretrained(made.base)
+    loaded = PeftModel.from_pretrained(base, made.path).eval()
+    assert torch.equal(logits(loaded), made.logits())
+    with loaded.disable_adapter():
+        assert not torch.allclose(logits(loaded), made.logits(), atol=1e-3)
+
+
+@pytest.mark.parametrize("lora", LORA)
+def test_scaling_is_that_of_peft(lora: str, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, steps=0, **LORA[lora])
+    config = read_checkpoint(made.path).adapter.config
+    expected = {path: layer.scaling["default"] for path, layer in lora_layers(made.model).items()}
+    assert {path: config.scaling(path) for path in expected} == expected
+    assert len(expected) >= 3
+
+
+def test_each_adapter_gets_its_own_cores(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, steps=0)
+    model = lora_model(made.base)
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["k_proj", "q_proj"]))
+    fill_b(model, seed=4)
+    model.base_model.set_adapter(["default", "second"])
+    over = OverParameterization(model, LoraOverConfig(seed=5))
+    over.attach(optimizer := OPTIMIZERS["adamw"]([p for p in model.parameters() if p.requires_grad]))
+    train(model, optimizer, range(2))
+    path = tmp_path / "both"
+    save(path, model, over, step=2)
+    for folder, prefix, modules in ((path, "", "qv"), (path / "second", "second:", "qk")):
+        found = read_checkpoint(folder)
+        expected = {
+            key.removeprefix(prefix): core for key, core in cores_of(over).items() if (":" in key) == bool(prefix)
+        }
+        assert_equal(read_cores(found), expected)
+        assert {name.split("_proj")[0][-1] for name in found.sites} == set(modules)
+
+
+@pytest.mark.parametrize("name", ["m.q_proj.lora_A", "m.lora_B.lora_B", "embed.lora_embedding_A", "e.lora_embedding_B"])
+def test_site_names_and_tensor_keys_are_one_to_one(name: str) -> None:
+    assert site_name(site_key(name)) == name
+    assert site_key(name).startswith(KEY_PREFIX)
+    assert site_key(name).endswith(".weight") == ("embedding" not in name)
+
+
+@pytest.mark.parametrize("key", ["m.q_proj.lora_B.bias", "lm_head.weight", "m.lora_A", "e.lora_embedding_A.weight"])
+def test_other_tensors_are_no_sites(key: str) -> None:
+    assert site_name(KEY_PREFIX + key) is None
+
+
+def test_writing_beside_no_adapter_is_refused(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, steps=0)
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=folder.name):
+            write_checkpoint(folder, made.over, step=0)
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_an_adapter_without_cores_is_refused(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, steps=0)
+    with pytest.raises(CheckpointError, match="'other' has no over-parameterised site"):
+        write_checkpoint(made.path, made.over, step=0, adapter="other")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_save_that_is_cut_off_leaves_no_checkpoint(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_checkpoint(tmp_path, steps=0)
+    fresh = tmp_path / "fresh"
+    made.model.save_pretrained(fresh)
+    calls = []
+
+    def full(path: Path, fill: Callable[[Path], object]) -> None:
+        calls.append(path)
+        if len(calls) == stage:
+            raise OutputError(f"cannot write {path}: No space left on device.")
+        publish_file(path, fill)
+
+    monkeypatch.setattr(checkpoint, "publish_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        write_checkpoint(fresh, made.over, step=0)
+    assert [path.name for path in calls] == [CORES_FILE, META_FILE][:stage]
+    with pytest.raises(CheckpointError, match="saving was cut off"):
+        read_checkpoint(fresh)
+
+
+def test_a_newer_adapter_beside_older_cores_is_refused(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path)
+    train(made.model, made.optimizer, range(2, 3))
+    made.model.save_pretrained(made.path)
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: its SHA-256 differs"):
+        read_checkpoint(made.path)
+    write_checkpoint(made.path, made.over, step=3)
+    assert read_checkpoint(made.path).meta.step == 3
+
+
+def test_resuming_with_another_configuration_is_refused(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, steps=0)
+    with pytest.raises(CheckpointError, match="resume with the same configuration"):
+        reopened(made, OPTIMIZERS["adamw"], LoraOverConfig(decomposition="svd"))
+
+
+def test_resuming_a_model_without_the_sites_is_refused(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, steps=0)
+    over = OverParameterization(lora_model(made.base, target_modules=["q_proj"]), made.over.config, inject=False)
+    with pytest.raises(CheckpointError, match=r"lacks 4 of its sites, first model\.layers\.0\.self_attn\.v_proj"):
+        restore(over, read_checkpoint(made.path))
+
+
+@pytest.mark.parametrize("matrix", ["A", "B"])
+def test_resuming_a_model_whose_matrices_contradict_the_cores_is_refused(matrix: str, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, steps=0)
+    key = site_key(f"model.layers.1.self_attn.v_proj.lora_{matrix}")
+
+    def flip(tensors: dict[str, Tensor]) -> None:
+        tensors[key][1, 1] *= -1
+
+    edit_tensors(made.path / "adapter_model.safetensors", flip)
+    reseal(made.path)
+    with pytest.raises(CheckpointError, match=rf"{key} contradicts its cores: element \(1, 1\)"):
+        reopened(made, OPTIMIZERS["adamw"])
+
+
+def test_resealing_nothing_changes_nothing(tmp_path: Path) -> None:
+    """The tests' own seal is the format's: an untouched checkpoint passes with it, an edited one does not."""
+    made = make_checkpoint(tmp_path, steps=0)
+    meta = json.loads((made.path / META_FILE).read_text())
+    reseal(made.path)
+    assert json.loads((made.path / META_FILE).read_text()) == meta
+    read_checkpoint(made.path)
+    edit_json(made.path / META_FILE, lambda content: content.update(step=7))
+    with pytest.raises(CheckpointError, match="digest"):
+        read_checkpoint(made.path)

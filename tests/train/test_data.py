@@ -1,0 +1,412 @@
+"""Training data from files and the hub: every format, and faults that name the row."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+import loraover.data
+from loraover.answers import final_number
+from loraover.data import MAX_LINE_BYTES, Rows, load_rows
+from loraover.errors import ConfigError, DataError, LoraOverError
+from loraover.hub import HubUnreachableError
+from loraover.recipe import Recipe
+
+from real_data import real_data
+
+PAIR = {"prompt": "1+1?", "completion": " 2"}
+GSM8K = {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "And 2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+MESSAGES = {"messages": TURNS}
+AS_CHAT = {"prompt": [{"role": "user", "content": "1+1?"}], "completion": [{"role": "assistant", "content": "2"}]}
+
+Write = Callable[..., Path]
+
+
+def lines(*rows: Any) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def load(source: object, *, split: str = "train", limit: int | None = None, **options: Any) -> Rows:
+    chosen: dict[str, Any] = {"subset": None, "revision": None, "format": "auto", "chat": False} | options
+    return load_rows(str(source), split=split, limit=limit, **chosen)
+
+
+def fault(source: object, **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load(source, **options)
+    return str(caught.value)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes rows, or raw bytes, to a file; gzipped where its name says so."""
+
+    def written(name: str, *rows: Any, raw: bytes | None = None) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        content = lines(*rows) if raw is None else raw
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return path
+
+    return written
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_file_has_one_row_a_line(name: str, write: Write) -> None:
+    other = {"prompt": "ü €?", "completion": " é"}
+    rows = load(write(name, PAIR, other))
+    assert rows.rows == [PAIR, other]
+    assert rows.origin == f"file {name}"
+    assert rows.revision is None
+
+
+def test_a_json_file_is_a_list(write: Write) -> None:
+    assert load(write("a.json", raw=json.dumps([PAIR, PAIR], indent=2).encode())).rows == [PAIR, PAIR]
+
+
+def test_blank_lines_are_passed_over(write: Write) -> None:
+    assert load(write("a.jsonl", raw=b"\n" + lines(PAIR) + b"  \n\r\n" + lines(PAIR).rstrip())).rows == [PAIR, PAIR]
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".jsonl.gz"])
+def test_a_folder_holds_its_splits(end: str, write: Write) -> None:
+    folder = write(f"folder/train{end}", PAIR, PAIR).parent
+    write(f"folder/test{end}", GSM8K)
+    assert load(folder).rows == [PAIR, PAIR]
+    assert load(folder, split="test").rows[0]["prompt"] == "Question: 1+1?\nAnswer:"
+    assert "holds no dev.jsonl" in fault(folder, split="dev")
+
+
+def test_other_fields_are_left_out(write: Write) -> None:
+    assert load(write("a.jsonl", PAIR | {"id": 7, "answer": "x"})).rows == [PAIR]
+
+
+@pytest.mark.parametrize("format", ["auto", "gsm8k"])
+def test_gsm8k_becomes_prompt_and_completion(format: str, write: Write) -> None:
+    rows = load(write("a.jsonl", GSM8K), format=format).rows
+    assert rows == [{"prompt": "Question: 1+1?\nAnswer:", "completion": " 1+1=<<1+1=2>>2\n#### 2"}]
+
+
+@pytest.mark.parametrize("format", ["auto", "messages"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_each_assistant_turn_is_an_example(format: str, chat: bool, write: Write) -> None:
+    rows = load(write("a.jsonl", MESSAGES), format=format, chat=chat).rows
+    assert rows == [
+        {"prompt": TURNS[:2], "completion": [TURNS[2]]},
+        {"prompt": TURNS[:4], "completion": [TURNS[4]]},
+    ]
+
+
+@pytest.mark.parametrize("row", [PAIR, {"prompt": " 1+1?\n", "completion": "2 "}])
+def test_chat_wraps_text_in_messages(row: dict[str, str], write: Write) -> None:
+    assert load(write("a.jsonl", row), chat=True).rows == [AS_CHAT]
+    assert load(write("a.jsonl", row), chat=False).rows == [row]
+
+
+def test_chat_keeps_messages(write: Write) -> None:
+    assert load(write("a.jsonl", AS_CHAT), chat=True).rows == [AS_CHAT]
+
+
+def test_rows_are_recognised_one_by_one(write: Write) -> None:
+    rows = load(write("a.jsonl", PAIR, GSM8K, MESSAGES), chat=True).rows
+    assert [row["completion"][0]["content"] for row in rows] == ["2", "1+1=<<1+1=2>>2\n#### 2", "2", "4"]
+
+
+def test_a_limit_counts_examples(write: Write) -> None:
+    path = write("a.jsonl", raw=lines(MESSAGES, PAIR, PAIR) + b"not JSON\n")
+    assert load(path, limit=1).rows == [{"prompt": TURNS[:2], "completion": [TURNS[2]]}]
+    assert len(load(path, limit=3).rows) == 3
+    assert "row 4: not JSON" in fault(path, limit=5)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a"}, "['prompt']"),
+        ({"text": "a"}, "['completion', 'prompt'] (prompt-completion)"),
+        ({"prompt": "a", "completion": None}, "'completion' is None"),
+        ({"prompt": "a", "completion": ""}, "'completion' is ''"),
+        ({"prompt": 5, "completion": "b"}, "'prompt' is 5"),
+        ({"prompt": {"a": 1}, "completion": "b"}, "'prompt' is {"),
+        ({"question": "a", "answer": 4}, "'answer' is 4"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": []}, "no assistant turn"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "no assistant turn"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "role and content"),
+        ({"messages": ["a", "b"]}, "role and content"),
+        ([1], "found list"),
+        ("text", "found str"),
+        (None, "found NoneType"),
+        ({}, "has fields []"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_numbered(row: Any, said: str, write: Write) -> None:
+    message = fault(write("a.jsonl", PAIR, PAIR, row, PAIR))
+    assert "row 3" in message
+    assert said in message
+
+
+@pytest.mark.parametrize("format", ["prompt-completion", "messages", "gsm8k"])
+def test_a_format_that_was_named_is_held_to(format: str, write: Write) -> None:
+    rows = {"prompt-completion": PAIR, "messages": MESSAGES, "gsm8k": GSM8K}
+    assert "row 2" in fault(write("a.jsonl", rows.pop(format), *rows.values()), format=format)
+
+
+@pytest.mark.parametrize("bad", [b"{'prompt': 1}", b'{"prompt": "a"', b"\xff\xfe{}", b"[" * 100_000, b"x"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_that_is_not_json_is_numbered(bad: bytes, name: str, write: Write) -> None:
+    message = fault(write(name, raw=lines(PAIR, PAIR) + bad + b"\n" + lines(PAIR)))
+    assert "row 3: not JSON" in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("bad", [b"{", b"", b"\xff\xff\xff", b"[" * 100_000])
+def test_a_json_file_that_is_not_json_is_refused(bad: bytes, write: Write) -> None:
+    assert "not JSON" in fault(write("a.json", raw=bad))
+
+
+@pytest.mark.parametrize("content", [b"5", b"null", b"true", b'"text"', b'{"prompt": "a", "completion": "b"}'])
+def test_a_json_file_that_is_no_list_is_refused(content: bytes, write: Write) -> None:
+    assert "a.json" in fault(write("a.json", raw=content))
+
+
+@pytest.mark.parametrize("keep", [5, 20, -9, -1])
+def test_a_truncated_gzip_is_refused(keep: int, write: Write) -> None:
+    path = write("a.jsonl.gz", *[PAIR | {"n": n} for n in range(500)])
+    assert len(load(path).rows) == 500
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "a.jsonl.gz" in fault(path)
+
+
+def test_a_damaged_gzip_is_refused(write: Write) -> None:
+    path = write("a.jsonl.gz", *[PAIR | {"n": n} for n in range(500)])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    assert "a.jsonl.gz" in fault(path)
+
+
+def test_a_plain_file_named_gz_is_refused(write: Write) -> None:
+    path = write("a.jsonl.gz")
+    path.write_bytes(lines(PAIR))
+    assert "cannot be read" in fault(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_giant_line_is_refused_before_it_is_read(name: str, write: Write) -> None:
+    row = lines(PAIR).rstrip()
+    longest = row + b" " * (MAX_LINE_BYTES - len(row) - 1) + b"\n"
+    assert load(write(name, raw=longest)).rows == [PAIR]
+    message = fault(write(name, raw=lines(PAIR) + longest.replace(b"\n", b" \n")))
+    assert f"row 2: longer than {MAX_LINE_BYTES} bytes" in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "folder/train.jsonl"])
+@pytest.mark.parametrize("raw", [b"", b"\n \n"])
+def test_a_file_without_rows_is_refused(name: str, raw: bytes, write: Write) -> None:
+    path = write(name, raw=raw)
+    assert "holds no examples" in fault(path.parent if "/" in name else path)
+
+
+def test_an_empty_list_is_refused(write: Write) -> None:
+    assert "holds no examples" in fault(write("a.json", raw=b"[]"))
+
+
+@pytest.mark.parametrize("half", ["prompt", "completion"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_text_and_messages_in_one_row_are_refused(half: str, chat: bool, write: Write) -> None:
+    """Neither the chat template nor the tokenizer could join the two."""
+    assert "row 2" in fault(write("a.jsonl", PAIR, PAIR | {half: AS_CHAT[half]}), chat=chat)
+
+
+@pytest.mark.parametrize("value", [[1, 2], ["a"], [{"role": "user"}], [None]])
+def test_a_list_that_is_not_messages_is_refused(value: list[Any], write: Write) -> None:
+    assert "row 2" in fault(write("a.jsonl", PAIR, {"prompt": value, "completion": value}))
+
+
+def test_text_and_messages_in_one_file_need_chat(write: Write) -> None:
+    """Such rows do not fit one table, so training on them fails later and with no row named."""
+    path = write("a.jsonl", PAIR, MESSAGES)
+    assert len(load(path, chat=True).rows) == 3
+    assert "row 2" in fault(path, chat=False)
+
+
+@pytest.mark.parametrize("source", ["./nothing", "/nothing/at/all", "~/data", "a/b/c", "nothing.jsonl", "data.gz"])
+def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loraover.data, "pinned_commit", lambda *_: pytest.fail("asked the hub"))
+    assert "no such file or folder" in fault(source)
+
+
+class Hub:
+    """Data sets by name, in place of the hub."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **sets: list[Any]) -> None:
+        self.sets = {name.replace("__", "/"): rows for name, rows in sets.items()}
+        self.asked: list[tuple[str, str | None]] = []
+        self.loaded: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(loraover.data, "pinned_commit", self.pinned_commit)
+        monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
+
+    def commit(self, name: str) -> str:
+        return f"{name.encode().hex():0<40}"[:40]
+
+    def pinned_commit(self, name: str, revision: str | None, kind: str) -> str:
+        self.asked.append((name, revision))
+        if name not in self.sets or revision not in (None, "v1", self.commit(name)):
+            raise ConfigError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it.")
+        return self.commit(name)
+
+    def load_dataset(self, name: str, subset: str | None, *, split: str, revision: str) -> list[Any]:
+        self.loaded.append((name, subset, split, revision))
+        return self.sets[name]
+
+
+def test_a_hub_name_is_read_at_its_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, owner__data=[GSM8K])
+    rows = load("owner/data", subset="main", split="dev", revision="v1")
+    commit = hub.commit("owner/data")
+    assert hub.asked == [("owner/data", "v1")]
+    assert hub.loaded == [("owner/data", "main", "dev", commit)]
+    assert rows.revision == commit
+    assert commit[:12] in rows.origin
+    assert rows.rows[0]["completion"].endswith("#### 2")
+
+
+def test_without_a_hub_a_local_file_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> str:
+        raise HubUnreachableError("the hub cannot be reached.")
+
+    monkeypatch.setattr(loraover.data, "pinned_commit", unreachable)
+    message = fault("owner/data")
+    assert "owner/data" in message
+    assert "--data FILE" in message
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Unknown split"), FileNotFoundError("no file"), datasets.exceptions.DatasetGenerationError()]
+)
+def test_a_hub_set_that_cannot_be_loaded_is_refused(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Any:
+        raise error
+
+    Hub(monkeypatch, owner__data=[GSM8K])
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    assert "owner/data" in fault("owner/data")
+
+
+def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": "owner/model",
+            "data": {"train": str(train), **data},
+            "training": {"max_steps": 1, "seed": 5},
+            "evaluation": {"examples": examples},
+        }
+    )
+
+
+def examples_of(made: Recipe, *, chat: bool = False) -> Any:
+    from loraover.train import load_examples
+
+    return load_examples(made, chat=chat)
+
+
+def test_held_out_rows_come_from_another_file(write: Write) -> None:
+    train, test = write("train.jsonl", PAIR, PAIR, PAIR), write("other.jsonl", GSM8K, GSM8K, GSM8K)
+    examples = examples_of(recipe(train, test=str(test), train_examples=2))
+    assert examples.train.rows == [PAIR, PAIR]
+    assert [row["prompt"] for row in examples.test.rows] == ["Question: 1+1?\nAnswer:"] * 2
+
+
+def test_held_out_rows_come_from_the_other_split(write: Write) -> None:
+    folder = write("folder/train.jsonl", PAIR).parent
+    write("folder/dev.jsonl", GSM8K, GSM8K)
+    examples = examples_of(recipe(folder, test_split="dev", test_examples=1, examples=5))
+    assert [row["prompt"] for row in examples.test.rows] == ["Question: 1+1?\nAnswer:"]
+
+
+def test_one_file_cannot_be_trained_and_measured_on(write: Write) -> None:
+    train = write("train.jsonl", PAIR)
+    with pytest.raises(DataError, match="held-out"):
+        examples_of(recipe(train))
+    assert examples_of(recipe(train, examples=0)).test is None
+
+
+def test_the_held_out_split_is_read_at_the_commit_of_the_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, owner__data=[GSM8K])
+    examples_of(recipe("owner/data", revision="v1"))
+    assert [load[2:] for load in hub.loaded] == [(s, hub.commit("owner/data")) for s in ("train", "test")]
+
+
+def test_another_hub_set_is_not_asked_for_the_commit_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, owner__data=[GSM8K], owner__other=[PAIR])
+    examples = examples_of(recipe("owner/data", test="owner/other"))
+    assert examples.test.revision == hub.commit("owner/other")
+
+
+def test_word_problems_follow_the_run_seed() -> None:
+    made = recipe("word-problems", train_examples=4)
+    examples = examples_of(made)
+    assert (len(examples.train.rows), len(examples.test.rows)) == (4, 2)
+    assert examples == examples_of(made)
+    assert "seed 5" in examples.train.origin
+
+
+def test_word_problems_obey_the_limit_on_held_out_rows() -> None:
+    examples = examples_of(recipe("word-problems", train_examples=4, test_examples=1, examples=3))
+    assert len(examples.test.rows) == 1
+
+
+def test_word_problems_become_chat_messages_where_chat_is_asked_for() -> None:
+    rows = examples_of(recipe("word-problems", train_examples=4), chat=True).train.rows
+    assert all(row["prompt"][0]["role"] == "user" for row in rows)
+    assert all(row["completion"][0]["role"] == "assistant" for row in rows)
+
+
+def test_held_out_data_beside_word_problems_is_used_or_refused(write: Write) -> None:
+    other = write("other.jsonl", PAIR)
+    examples = None
+    with contextlib.suppress(LoraOverError):
+        examples = examples_of(recipe("word-problems", test=str(other), train_examples=4))
+    assert examples is None or examples.test.rows == [PAIR]
+
+
+@pytest.mark.parametrize(("name", "count"), [("gsm8k/train.jsonl.gz", 7473), ("gsm8k/test.jsonl", 1000)])
+def test_the_real_gsm8k_is_read_whole(name: str, count: int) -> None:
+    rows = load(real_data(name)).rows
+    assert len(rows) == count
+    assert load(real_data(name), format="gsm8k").rows == rows
+    for row in rows:
+        answer = row["completion"]
+        number = final_number(answer)
+        assert number is not None
+        assert number == int(answer.rpartition("####")[2].replace(",", ""))
+
+
+def test_real_conversations_become_examples(write: Write) -> None:
+    roles = {"human": "user", "gpt": "assistant"}
+    talks = [
+        json.loads(line)["conversations"]
+        for line in real_data("instruct/fastchat_dummy_conversation.jsonl").read_text().splitlines()
+    ]
+    rows = [{"messages": [{"role": roles[t["from"]], "content": t["value"]} for t in talk]} for talk in talks]
+    loaded = load(write("talks.jsonl", *rows), chat=True).rows
+    assert len(loaded) == sum(t["from"] == "gpt" for talk in talks for t in talk)
+    assert all(row["prompt"][-1]["role"] == "user" for row in loaded)

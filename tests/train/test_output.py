@@ -1,0 +1,275 @@
+"""Output is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from loraover.errors import OutputError
+from loraover.output import check_free, publish_directory, publish_file
+
+from make_checkpoint import tree
+
+
+class Interrupted(BaseException):
+    """Stands for whatever may end a block."""
+
+
+ENDINGS = [KeyboardInterrupt(), Interrupted(), ValueError("no"), MemoryError(), SystemExit(3)]
+
+
+def kind(error: BaseException) -> str:
+    return type(error).__name__
+
+
+@pytest.fixture
+def umask() -> Iterator[int]:
+    old = os.umask(0o027)
+    yield 0o027
+    os.umask(old)
+
+
+def fill(draft: Path) -> None:
+    (draft / "inner").mkdir()
+    (draft / "inner" / "a").write_bytes(b"\x00one")
+    (draft / "b").write_text("two")
+
+
+def publish(target: Path, then: Callable[[Path], object]) -> None:
+    """Fills a draft and does something more before its block ends."""
+    with publish_directory(target) as draft:
+        fill(draft)
+        then(draft)
+
+
+def raiser(error: BaseException) -> Callable[[Path], None]:
+    def then(draft: Path) -> None:
+        raise error
+
+    return then
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "parents" / "out"
+    with publish_directory(target) as draft:
+        fill(draft)
+        assert not target.exists()
+        assert draft.parent == target.parent
+    assert (target / "inner" / "a").read_bytes() == b"\x00one"
+    assert set(tree(target)) == {"inner", "inner/a", "b"}
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_folder_obeys_the_umask(tmp_path: Path, umask: int) -> None:
+    with publish_directory(tmp_path / "out") as draft:
+        assert stat.S_IMODE(draft.stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("ending", ENDINGS, ids=kind)
+def test_a_block_that_raises_leaves_nothing(ending: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(ending)):
+        publish(tmp_path / "out", raiser(ending))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES])
+def test_a_failed_write_becomes_one_message_and_leaves_nothing(code: int, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(OutputError, match=f"cannot write {target}: {os.strerror(code)}"):
+        publish(target, raiser(OSError(code, os.strerror(code))))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_read_is_no_output_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        publish(tmp_path / "out", lambda draft: (tmp_path / "input").read_bytes())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_sync_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError, match="Input/output error"), publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(params=["folder", "empty folder", "file", "link", "dangling link"])
+def taken(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    target = tmp_path / "out"
+    match request.param:
+        case "folder":
+            (target / "inner").mkdir(parents=True)
+        case "empty folder":
+            target.mkdir()
+        case "file":
+            target.write_text("mine")
+        case "link":
+            (tmp_path / "elsewhere").mkdir()
+            target.symlink_to(tmp_path / "elsewhere")
+        case _:
+            target.symlink_to(tmp_path / "nowhere")
+    return target
+
+
+def test_an_existing_destination_is_refused_untouched(taken: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=f"{taken} exists already"), publish_directory(taken):
+        pytest.fail("the block ran")
+    assert tree(tmp_path) == before
+
+
+def test_a_destination_made_meanwhile_is_left_untouched(tmp_path: Path) -> None:
+    def overtake(draft: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("first")
+
+    with pytest.raises(OutputError, match="exists already"):
+        publish(tmp_path / "out", overtake)
+    assert set(tree(tmp_path)) == {"out", "out/theirs"}
+
+
+@pytest.mark.parametrize("inside", ["out", "deep/out", "link/out", "../input/out"])
+def test_a_destination_inside_the_input_is_refused(inside: str, tmp_path: Path) -> None:
+    source = tmp_path / "input"
+    source.mkdir()
+    (tmp_path / "input" / "link").symlink_to(source)
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="lies inside the input"), publish_directory(source / inside, outside=source):
+        pytest.fail("the block ran")
+    assert tree(tmp_path) == before
+
+
+def test_a_destination_beside_the_input_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "input").mkdir()
+    with publish_directory(tmp_path / "input-folded", outside=tmp_path / "input") as draft:
+        fill(draft)
+    assert (tmp_path / "input-folded" / "b").is_file()
+
+
+UNUSABLE = ["file/out", "file/deep/out", "n" * 300, "n" * 250]
+
+
+@pytest.mark.parametrize("name", UNUSABLE, ids=lambda name: f"{name[:9]} {len(name)}")
+def test_an_unusable_destination_is_an_output_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError), publish_directory(tmp_path / name):
+        pytest.fail("the block ran")
+    assert tree(tmp_path) == before
+
+
+def test_a_free_destination_passes(tmp_path: Path) -> None:
+    check_free(tmp_path / "out", outside=tmp_path / "input")
+
+
+def test_contents_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def recorded_rename(self: Path, target: Path) -> Path:
+        events.append(f"-> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
+    with publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    named = events.index("-> out")
+    assert {"a", "b", draft.name} <= set(events[:named])
+    assert events[named + 1 :] == [tmp_path.name]
+
+
+def test_every_new_folder_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file survives a power cut only when the folder that names it is on disk too."""
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    with publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    assert "inner" in synced
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_file_is_replaced_whole(old: str | None, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    if old is not None:
+        target.write_text(old)
+
+    def write(draft: Path) -> None:
+        draft.write_text("new, half")
+        assert (target.read_text() if target.exists() else None) == old
+        draft.write_text("new")
+
+    publish_file(target, write)
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("ending", ENDINGS, ids=kind)
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_file_that_cannot_be_filled_stays_as_it_was(old: str | None, ending: BaseException, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    if old is not None:
+        target.write_text(old)
+    before = tree(tmp_path)
+
+    def write(draft: Path) -> None:
+        draft.write_text("half")
+        raise ending
+
+    with pytest.raises(type(ending)):
+        publish_file(target, write)
+    assert tree(tmp_path) == before
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def write(draft: Path) -> None:
+        draft.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OutputError, match=f"cannot write {target}: No space left on device"):
+        publish_file(target, write)
+    assert tree(tmp_path).keys() == {"file"}
+    assert target.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["file/inner", "absent/inner", "folder", "n" * 300], ids=lambda name: name[:12])
+def test_a_file_that_cannot_be_there_is_an_output_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder").mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(OutputError):
+        publish_file(tmp_path / name, lambda draft: draft.write_text("new"))
+    assert tree(tmp_path) == before
+
+
+def test_one_message_about_one_failure(tmp_path: Path) -> None:
+    """What `save_tensors` raises inside of `publish_file` is not wrapped once more."""
+
+    def write(draft: Path) -> None:
+        raise OutputError("cannot write the tensors: full. Nothing was left there.")
+
+    with pytest.raises(OutputError) as caught:
+        publish_file(tmp_path / "file", write)
+    assert str(caught.value).count("cannot write") == 1

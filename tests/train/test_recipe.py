@@ -1,0 +1,280 @@
+"""Recipes: every fault is named, and a file that is not plain YAML does nothing."""
+
+from __future__ import annotations
+
+import datetime
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from loraover.cli import cli
+from loraover.command import run
+from loraover.errors import ConfigError
+from loraover.recipe import MAX_YAML_BYTES, Recipe, load_recipe, parse_override, recipe_names
+
+SMALL: dict[str, Any] = {"model": "owner/model", "data": {"train": "word-problems"}, "training": {"max_steps": 3}}
+
+Write = Callable[[str | bytes | dict[str, Any]], str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a recipe, as text or as values, and gives its path."""
+
+    def written(content: str | bytes | dict[str, Any]) -> str:
+        path = tmp_path / "recipe.yaml"
+        text = yaml.safe_dump(content) if isinstance(content, dict) else content
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return written
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    return {**SMALL, **parts}
+
+
+def fault(recipe: str, **overrides: Any) -> str:
+    """What is wrong with a recipe, in words."""
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, overrides)
+    return str(caught.value)
+
+
+def test_recipes_ship() -> None:
+    assert {"demo", "gsm8k-smollm2"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_that_ships_is_valid(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description
+    assert recipe.push_to_hub is None
+    assert recipe.training.save_steps <= recipe.training.max_steps, "an interrupted run has something to resume from"
+
+
+def test_a_shipped_recipe_goes_before_a_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").write_text("model: mine")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("demo").model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_file_gives_the_recipe_and_its_defaults(write: Write) -> None:
+    recipe = load_recipe(write(changed(lora={"r": 3, "rank_pattern": {"q_proj": 5}}, method="lora")))
+    assert (recipe.model, recipe.method, recipe.training.max_steps) == ("owner/model", "lora", 3)
+    assert (recipe.lora.r, recipe.lora.rank_pattern, recipe.lora.lora_alpha) == (3, {"q_proj": 5}, 16)
+    assert recipe.evaluation == Recipe.model_validate(SMALL).evaluation
+
+
+def test_a_dumped_recipe_loads_as_itself(write: Write) -> None:
+    recipe = load_recipe("demo", {"over.seed": 5, "lora.alpha_pattern": {"q": 0.1}, "training.learning_rate": 1e-5})
+    assert load_recipe(write(recipe.model_dump(mode="json"))) == recipe
+
+
+def test_all_faults_are_reported_at_once(write: Write) -> None:
+    message = fault(
+        write(
+            {
+                "method": "qlora",
+                "data": {"train": "word-problems", "train_examples": 0},
+                "lora": {"r": "eight", "lora_alpha": -1},
+                "training": {"max_steps": 5, "learning_rate": float("nan"), "save_total_limit": 1, "batch": 8},
+                "evaluation": {"examples": -1},
+                "ouput": 3,
+            }
+        )
+    )
+    for place in (
+        "model: required and missing",
+        "method:",
+        "data.train_examples:",
+        "lora.r:",
+        "lora.lora_alpha:",
+        "training.learning_rate:",
+        "training.save_total_limit:",
+        "training.batch: unknown key",
+        "evaluation.examples:",
+        "ouput: unknown key",
+    ):
+        assert place in message
+    assert "'qlora'" in message
+    assert "'eight'" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "misspelt", "meant"),
+    [
+        (None, "metod", "method"),
+        ("data", "trian", "train"),
+        ("lora", "lora_alfa", "lora_alpha"),
+        ("over", "decompositon", "decomposition"),
+        ("training", "learning_rat", "learning_rate"),
+        ("evaluation", "exmaples", "examples"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(part: str | None, misspelt: str, meant: str, write: Write) -> None:
+    inner = {misspelt: "x"}
+    values = changed(**inner) if part is None else changed(**{part: {**SMALL.get(part, {}), **inner}})
+    place = misspelt if part is None else f"{part}.{misspelt}"
+    assert f"{place}: unknown key; did you mean {meant!r}?" in fault(write(values))
+
+
+def test_a_key_like_no_other_names_none(write: Write) -> None:
+    assert "zzzz: unknown key" in (message := fault(write(changed(zzzz=1))))
+    assert "did you mean" not in message
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"decomposition": "tucker"}, "expected one of mpo, svd, chain"),
+        ({"options": {"cores": 3}}, "'cores'"),
+        ({"sites": []}, "over.sites"),
+        ({"aux_lr_scale": -1}, "over.aux_lr_scale"),
+    ],
+)
+def test_faults_of_over_parameterization_show_when_a_recipe_is_read(
+    over: dict[str, Any], said: str, write: Write
+) -> None:
+    assert said in fault(write(changed(over=over)))
+
+
+UNSAFE = "!!python/object/apply:os.system ['touch {mark}']"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        UNSAFE,
+        "model: " + UNSAFE,
+        "model: !!python/object/new:subprocess.Popen [['touch', '{mark}']]",
+        "? " + UNSAFE + "\n: 1",
+        "model: !!python/name:os.system",
+        "model: !custom x",
+    ],
+)
+def test_yaml_that_would_run_code_is_refused_and_runs_none(
+    text: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "was-here"
+    path = write(text.replace("{mark}", str(mark)))
+    assert "not YAML" in fault(path)
+    assert run(cli, ["train", path, "-o", str(tmp_path / "out")]) == 2
+    assert "not YAML" in capsys.readouterr().err
+    assert not mark.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "model: [",
+        "a: b: c",
+        "model: \x07",
+        b"model: \xff\xfe\xff",
+        b"\x00\x01\x02",
+        "[" * 20_000,
+        "*unknown",
+    ],
+    ids=["open", "nested", "bell", "not-utf-8", "binary", "deep", "alias"],
+)
+def test_what_is_not_yaml_is_refused(content: str | bytes, write: Write) -> None:
+    assert "not YAML" in fault(write(content))
+
+
+@pytest.mark.parametrize("content", ["", "- model\n- data", "just text", "5", "null"])
+def test_what_holds_no_keys_is_refused(content: str, write: Write) -> None:
+    assert "expected keys" in fault(write(content))
+
+
+@pytest.mark.parametrize("content", ["1: 2\n", "true: yes\n", "null: 1\n", f"{datetime.date(2026, 1, 1)}: x\n"])
+def test_keys_that_are_not_text_are_refused(content: str, write: Write) -> None:
+    assert "model: required and missing" in fault(write(content))
+
+
+def test_aliases_that_unfold_to_a_giant_are_refused_cheaply(write: Write) -> None:
+    """A million-fold list takes 300 bytes of YAML; a message that spells it out takes megabytes, or all memory."""
+    levels = ["l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 6)]
+    path = write("\n".join([*levels, "model: *l5"]))
+    load_recipe("demo")
+    tracemalloc.start()
+    try:
+        message = fault(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "model:" in message
+    assert len(message) < 10_000
+    assert peak < 2e6
+
+
+def test_a_giant_file_is_not_read(write: Write) -> None:
+    content = yaml.safe_dump(SMALL).encode()
+    assert load_recipe(write(content + b"#" * (MAX_YAML_BYTES - len(content)))).model == "owner/model"
+    assert str(MAX_YAML_BYTES) in fault(write(content + b"#" * (MAX_YAML_BYTES - len(content) + 1)))
+
+
+def test_overrides_reach_every_depth(write: Write) -> None:
+    path = write(changed(lora={"r": 4}))
+    recipe = load_recipe(
+        path, {"method": "lora", "lora.use_rslora": True, "over.options.num_cores": 2, "training.max_steps": 9}
+    )
+    assert recipe.method == "lora"
+    assert (recipe.lora.r, recipe.lora.use_rslora) == (4, True)
+    assert recipe.over.options == {"num_cores": 2}
+    assert recipe.training.max_steps == 9
+
+
+def test_an_override_is_checked_like_the_file(write: Write) -> None:
+    path = write(SMALL)
+    assert "did you mean 'seed'" in fault(path, **{"training.sed": 1})
+    assert "training.seed" in fault(path, **{"training.seed": -1})
+    assert "model holds a value" in fault(path, **{"model.name": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training.seed=1", ("training.seed", 1)),
+        ("training.learning_rate=1.0e-3", ("training.learning_rate", 1e-3)),
+        ("lora.target_modules=[q_proj, v_proj]", ("lora.target_modules", ["q_proj", "v_proj"])),
+        ("description=a=b", ("description", "a=b")),
+        ("data.test=", ("data.test", None)),
+        (" method = lora", ("method", "lora")),
+    ],
+)
+def test_an_override_is_a_key_and_a_yaml_value(text: str, expected: tuple[str, Any]) -> None:
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize("text", ["training.seed", "=1", "", "a=[", "a=!!python/object/apply:os.system ['x']"])
+def test_an_override_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        parse_override(text)
+
+
+def test_an_override_nested_without_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        parse_override("a=" + "[" * 20_000)
+
+
+@pytest.mark.parametrize(("name", "near"), [("dem", "demo"), ("gsm8k-smolm2", "gsm8k-smollm2"), ("demo.yaml", "demo")])
+def test_an_unknown_recipe_suggests_the_nearest(name: str, near: str) -> None:
+    assert f"did you mean {near!r}?" in fault(name)
+
+
+def test_an_unknown_recipe_like_no_other_lists_them_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fault("zzzzzz")
+    assert all(name in message for name in recipe_names())
+    assert run(cli, ["train", "zzzzzz", "-o", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    assert "no such YAML file" in fault(str(tmp_path))

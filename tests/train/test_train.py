@@ -1,0 +1,892 @@
+"""`loraover train` from recipe to run folder, on tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+import yaml
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+import loraover.data
+import loraover_export.cli
+from loraover import read_checkpoint
+from loraover.cli import cli
+from loraover.command import run
+from loraover.errors import CheckpointError
+from loraover.hub import HubUnreachableError
+from loraover.recipe import load_recipe
+from loraover.run_result import RunResult, read_run
+from loraover.update_norm import update_norm
+from loraover.word_problems import split_word_problems
+
+from tiny_hub import EOS, save_llama, save_t5, tiny_tokenizer, write_recipe
+from tiny_models import lora_matrices, one_thread, tiny_llama
+
+STEPS = 4
+MODELS = {"llama": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM}
+METHODS = ("lora", "lora-over")
+TURNS = [
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "and 2+2?"},
+    {"role": "assistant", "content": "#### 4"},
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reached() -> Iterator[list[Any]]:
+    """Addresses that the main thread tried to reach; every attempt fails, as without a network."""
+    addresses: list[Any] = []
+
+    def refuse(*address: Any, **_: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            addresses.append(address)
+        raise OSError("the network is out of bounds")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setattr(socket.socket, "connect", lambda self, address: refuse(address))
+        yield addresses
+
+
+@pytest.fixture(autouse=True)
+def _no_network(reached: list[Any]) -> Iterator[None]:
+    yield
+    found, reached[:] = list(reached), []
+    assert found == []
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "llama": save_llama(folder / "llama"),
+        "chat": save_llama(folder / "chat", chat=True),
+        "t5": save_t5(folder / "t5"),
+    }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Args:
+        trainer: as it was left.
+        start: A and B when training began.
+        printed: standard output of `train --json`.
+    """
+
+    kind: str
+    method: str
+    base: Path
+    folder: Path
+    trainer: Any
+    start: dict[str, Tensor]
+    printed: str
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def result(self) -> RunResult:
+        return read_run(self.folder)
+
+    def load(self, adapter: Path | None = None) -> Any:
+        """The base model, with the trained adapter as PEFT reads it."""
+        base = MODELS[self.kind].from_pretrained(self.base)
+        return PeftModel.from_pretrained(base, str(adapter or self.adapter)).eval()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[tuple[Any, dict[str, Tensor]]]]:
+    """Each trainer whose training starts in the block, with A and B at that moment."""
+    seen: list[tuple[Any, dict[str, Tensor]]] = []
+    train = transformers.Trainer.train
+
+    def watching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((self, lora_matrices(self.model)))
+        return train(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.Trainer, "train", watching)
+        yield seen
+
+
+def train(recipe: Path, out: Path, *options: object) -> int:
+    return run(cli, ["train", str(recipe), "-o", str(out), *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def trained(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Trained]:
+    """Both kinds of model, by both methods, from one recipe."""
+    runs = {}
+    for kind in MODELS:
+        folder = tmp_path_factory.mktemp(kind)
+        recipe = write_recipe(folder / "recipe.yaml", bases[kind])
+        for method in METHODS:
+            with watched() as seen, contextlib.redirect_stdout(io.StringIO()) as printed:
+                assert train(recipe, folder / method, "--method", method, "--json") == 0
+            trainer, start = seen[0]
+            runs[kind, method] = Trained(kind, method, bases[kind], folder / method, trainer, start, printed.getvalue())
+    return runs
+
+
+@pytest.fixture(params=[(kind, method) for kind in MODELS for method in METHODS], ids="-".join)
+def done(request: pytest.FixtureRequest, trained: dict[tuple[str, str], Trained]) -> Trained:
+    return trained[request.param]
+
+
+@pytest.fixture(params=MODELS)
+def over(request: pytest.FixtureRequest, trained: dict[tuple[str, str], Trained]) -> Trained:
+    return trained[request.param, "lora-over"]
+
+
+@pytest.fixture
+def recipe(bases: dict[str, Path], tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", bases["llama"])
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in metrics(folder) if "loss" in row}
+
+
+def data_file(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# What a run leaves
+
+
+def test_a_run_folder_holds_what_it_should(done: Trained) -> None:
+    names = {path.name for path in done.folder.iterdir()}
+    assert names == {"recipe.yaml", "metrics.jsonl", "run.json", "trainer", "adapter"}
+    adapter = {path.name for path in done.adapter.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= adapter
+    assert ({"loraover.json", "loraover.safetensors"} <= adapter) is (done.method == "lora-over")
+    assert not [path for path in done.adapter.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert not list(done.folder.rglob("*.tmp"))
+    checkpoints = {path.name for path in (done.folder / "trainer").glob("checkpoint-*")}
+    assert checkpoints == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_the_result_is_what_happened(done: Trained) -> None:
+    result = done.result
+    assert (result.method, result.model, result.steps, result.seed) == (done.method, str(done.base), STEPS, 0)
+    assert result.learning_rate == 1e-2
+    assert "word problems, seed 0" in result.data_origin
+    assert result.train_seconds > 0
+    assert {"loraover", "python", "torch", "transformers", "peft"} <= result.versions.keys()
+    assert result.before is not None
+    assert result.after is not None
+    assert result.before.examples == result.after.examples == 4
+    assert result.after.loss < result.before.loss
+    assert result.before.exact_match is not None
+    assert 0 <= result.before.exact_match <= 1
+
+
+def test_the_result_counts_parameters(done: Trained) -> None:
+    tensors = load_file(done.adapter / "adapter_model.safetensors")
+    assert done.result.lora_parameters == sum(tensor.numel() for tensor in tensors.values())
+    if done.method == "lora":
+        assert done.result.added_parameters == 0
+        return
+    cores = {
+        name: tensor
+        for name, tensor in load_file(done.adapter / "loraover.safetensors").items()
+        if name.rpartition(".core.")[2].isdigit()
+    }
+    added = sum(tensor.numel() for tensor in cores.values()) - done.result.lora_parameters
+    assert done.result.added_parameters == added > 0
+
+
+def test_every_step_is_in_the_metrics(done: Trained) -> None:
+    rows = metrics(done.folder)
+    assert list(losses(done.folder)) == [1, 2, 3, 4]
+    assert all(row["learning_rate"] > 0 for row in rows if "loss" in row)
+    assert done.result.before is not None
+    assert done.result.after is not None
+    evaluated = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    assert evaluated == [(0, done.result.before.loss), (STEPS, done.result.after.loss)]
+    assert losses(done.folder)[4] < losses(done.folder)[1]
+
+
+def test_the_recipe_that_was_run_gives_the_same_run_again(done: Trained, tmp_path: Path) -> None:
+    assert load_recipe(str(done.folder / "recipe.yaml")).method == done.method
+    again = tmp_path / "again"
+    assert train(done.folder / "recipe.yaml", again) == 0
+    assert losses(again) == losses(done.folder)
+    assert (again / "recipe.yaml").read_bytes() == (done.folder / "recipe.yaml").read_bytes()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (again / "adapter" / name).read_bytes() == (done.adapter / name).read_bytes()
+
+
+def test_peft_loads_the_adapter_that_was_trained(done: Trained) -> None:
+    model = done.load()
+    trained = lora_matrices(done.trainer.model)
+    loaded = lora_matrices(model)
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+    assert any(not torch.equal(trained[name], done.start[name]) for name in trained)
+    assert update_norm(model) == done.result.update_norm > 0
+    assert model.peft_config["default"].base_model_name_or_path == str(done.base)
+    assert transformers.AutoTokenizer.from_pretrained(done.adapter).pad_token_id is not None
+
+
+def test_the_adapter_is_a_checkpoint_that_folds(over: Trained, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(over.adapter)
+    assert checkpoint.meta.step == STEPS
+    assert len(checkpoint.sites) == len(over.start)
+    folded = tmp_path / "folded"
+    assert run(loraover_export.cli.cli, ["fold", str(over.adapter), "-o", str(folded), "--check-error"]) == 0
+    certificate = json.loads((folded / "fold_certificate.json").read_text())
+    assert certificate["verdict"] == "passed"
+    assert certificate["outputs"]["adapter_effect"] > 100 * certificate["output_bound"]
+    assert update_norm(over.load(folded)) == pytest.approx(over.result.update_norm, rel=1e-6)
+
+
+def test_a_plain_lora_is_no_checkpoint(trained: dict[tuple[str, str], Trained]) -> None:
+    with pytest.raises(CheckpointError, match="not trained by LoRA-Over"):
+        read_checkpoint(trained["llama", "lora"].adapter)
+
+
+def test_the_model_card_states_the_facts(done: Trained) -> None:
+    card = (done.adapter / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == str(done.base)
+    for value in (done.method, f"{done.result.lora_parameters:,}", "word problems"):
+        assert f" {value}" in card
+
+
+# What is learnt
+
+
+def text_of(tokenizer: Any, ids: Tensor) -> str:
+    text: str = tokenizer.decode(ids[ids != tokenizer.pad_token_id])
+    return text
+
+
+def examples_in_batch(trainer: Any) -> list[tuple[str, str, str]]:
+    """Text of the input, of what carries a label, and of what carries none, of each example of the first batch."""
+    tokenizer = trainer.processing_class
+    found = []
+    for batch in [next(iter(trainer.get_train_dataloader())), next(iter(trainer.get_eval_dataloader()))]:
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            learnt = labels != -100
+            rest = ids
+            if len(ids) == len(labels) and torch.equal(ids[learnt], labels[learnt]):
+                rest = ids[~learnt]
+            found.append((text_of(tokenizer, ids), tokenizer.decode(labels[learnt]), text_of(tokenizer, rest)))
+    return found
+
+
+def word_problem_texts() -> dict[str, str]:
+    rows, held_out = split_word_problems(20, 4, 0)
+    return {row["prompt"].lower(): row["completion"].lower() for row in rows + held_out}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_completion_is_learnt(method: str, trained: dict[tuple[str, str], Trained]) -> None:
+    completions = word_problem_texts()
+    found = examples_in_batch(trained["llama", method].trainer)
+    assert len(found) == 8
+    for whole, learnt, rest in found:
+        assert learnt == completions[rest] + EOS
+        assert whole == rest + learnt
+
+
+def test_an_encoder_decoder_reads_the_prompt_and_learns_the_completion(
+    trained: dict[tuple[str, str], Trained],
+) -> None:
+    completions = word_problem_texts()
+    found = examples_in_batch(trained["t5", "lora-over"].trainer)
+    assert len(found) == 8
+    for whole, learnt, _ in found:
+        assert learnt == completions[whole.removesuffix(EOS)] + EOS
+
+
+@pytest.mark.parametrize("chat", [None, True])
+def test_chat_turns_are_learnt_one_by_one(chat: bool | None, bases: dict[str, Path], tmp_path: Path) -> None:
+    file = data_file(tmp_path / "chat.jsonl", *[{"messages": TURNS}] * 4)
+    data = {"train": str(file), "test": str(file), "chat": chat}
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
+    with watched() as seen:
+        assert train(recipe, tmp_path / "out") == 0
+    found = {(learnt, rest) for _, learnt, rest in examples_in_batch(seen[0][0])}
+    assert found == {
+        (f"2{EOS}", "<user>1+1?<assistant>"),
+        (f"#### 4{EOS}", f"<user>1+1?<assistant>2{EOS}<user>and 2+2?<assistant>"),
+    }
+
+
+@pytest.mark.parametrize(("chat", "prompt"), [(None, "<user>1+1?<assistant>"), (False, "1+1?")])
+def test_text_goes_through_the_chat_template_unless_told_otherwise(
+    chat: bool | None, prompt: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    file = data_file(tmp_path / "text.jsonl", *[{"prompt": "1+1?", "completion": "2"}] * 4)
+    data = {"train": str(file), "test": str(file), "chat": chat}
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
+    with watched() as seen:
+        assert train(recipe, tmp_path / "out") == 0
+    assert {(learnt, rest) for _, learnt, rest in examples_in_batch(seen[0][0])} == {(f"2{EOS}", prompt)}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_both_methods_start_from_the_same_adapter(kind: str, trained: dict[tuple[str, str], Trained]) -> None:
+    plain, cores = trained[kind, "lora"], trained[kind, "lora-over"]
+    assert plain.start.keys() == cores.start.keys()
+    assert all(torch.equal(plain.start[name], cores.start[name]) for name in plain.start)
+    assert all(matrix.any() == ("lora_A" in name) for name, matrix in plain.start.items())
+    assert plain.result.before == cores.result.before
+    assert losses(cores.folder)[1] == pytest.approx(losses(plain.folder)[1], rel=1e-5)
+    assert losses(cores.folder)[4] != losses(plain.folder)[4]
+
+
+def test_another_seed_starts_from_another_adapter(trained: dict[tuple[str, str], Trained], tmp_path: Path) -> None:
+    first = trained["llama", "lora"]
+    with watched() as seen:
+        assert train(first.folder / "recipe.yaml", tmp_path / "out", "--seed", 1, "--steps", 1) == 0
+    name = next(name for name in first.start if "lora_A" in name)
+    assert not torch.equal(seen[0][1][name], first.start[name])
+
+
+def test_the_held_out_loss_is_the_mean_over_completion_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Of all examples together, however they are batched: long answers count by their length."""
+    rows = [{"prompt": f"say {n}.", "completion": "7" * n} for n in (1, 2, 40)]
+    file = data_file(tmp_path / "rows.jsonl", *rows)
+    model = MODELS["llama"].from_pretrained(bases["llama"]).eval()
+    tokenizer = tiny_tokenizer()
+    token_losses: list[Tensor] = []
+    for row in rows:
+        prompt, completion = tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"] + EOS).input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        token_losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none"))
+    expected = float(torch.cat(token_losses).mean())
+    assert abs(expected - float(torch.stack([t.mean() for t in token_losses]).mean())) > 1e-3
+    data = {"train": str(file), "test": str(file)}
+    training = {"max_steps": 1, "per_device_train_batch_size": 2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases["llama"], data=data, training=training)
+    assert train(recipe, tmp_path / "out") == 0
+    before = read_run(tmp_path / "out").before
+    assert before is not None
+    assert before.loss == pytest.approx(expected, rel=1e-5)
+
+
+# The command
+
+
+def test_flags_reach_the_recipe(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": "1+1?", "completion": "2"}] * 4
+    train_file, test_file = (data_file(tmp_path / f"{name}.jsonl", *rows) for name in ("train", "test"))
+    options = {
+        "--method": "lora",
+        "--model": bases["llama"],
+        "--data": train_file,
+        "--test-data": test_file,
+        "--steps": 2,
+        "--learning-rate": 0.5,
+        "--seed": 7,
+        "--set": "lora.r=2",
+    }
+    recipe = write_recipe(tmp_path / "recipe.yaml", "absent")
+    flags = [part for pair in options.items() for part in pair]
+    assert train(recipe, tmp_path / "out", *flags, "--set", "evaluation.exact_match=false") == 0
+    ran = load_recipe(str(tmp_path / "out" / "recipe.yaml"))
+    assert (ran.method, ran.model, ran.lora.r) == ("lora", str(bases["llama"]), 2)
+    assert (ran.data.train, ran.data.test) == (str(train_file), str(test_file))
+    assert (ran.training.max_steps, ran.training.learning_rate, ran.training.seed) == (2, 0.5, 7)
+    after = read_run(tmp_path / "out").after
+    assert after is not None
+    assert after.exact_match is None
+
+
+def test_nothing_is_measured_without_held_out_data(recipe: Path, tmp_path: Path) -> None:
+    assert train(recipe, tmp_path / "out", "--set", "evaluation.examples=0") == 0
+    result = read_run(tmp_path / "out")
+    assert result.before is None
+    assert result.after is None
+    assert list(losses(tmp_path / "out")) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"decomposition": "svd", "sites": ["*lora_A"]},
+        {"decomposition": "chain", "seed": 11},
+        {"options": {"num_cores": 2}, "aux_lr_scale": 0.1, "decay_auxiliary": True},
+    ],
+    ids=["svd", "chain", "mpo"],
+)
+def test_other_choices_train_and_fold(over: dict[str, Any], bases: dict[str, Path], tmp_path: Path) -> None:
+    lora = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "lora_dropout": 0.1}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        bases["llama"],
+        lora=lora | {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+        over=over,
+        training={
+            "gradient_accumulation_steps": 2,
+            "weight_decay": 0.1,
+            "optim": "sgd",
+            "gradient_checkpointing": True,
+        },
+    )
+    assert train(recipe, tmp_path / "out") == 0
+    adapter = tmp_path / "out" / "adapter"
+    assert read_checkpoint(adapter).meta.config.seed == over.get("seed", 0)
+    folded = tmp_path / "folded"
+    assert run(loraover_export.cli.cli, ["fold", str(adapter), "-o", str(folded), "--check-error"]) == 0
+
+
+def test_json_is_all_that_is_printed(done: Trained) -> None:
+    assert RunResult.model_validate_json(done.printed) == done.result
+
+
+def test_progress_is_printed_without_json(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train(recipe, tmp_path / "out") == 0
+    printed = capfd.readouterr().out
+    for step in range(1, STEPS + 1):
+        assert f"step     {step}/{STEPS}  loss" in printed
+    assert f"adapter: {tmp_path / 'out' / 'adapter'}" in printed.splitlines()
+    assert "\x1b" not in printed
+
+
+def test_compare_shows_runs_side_by_side(
+    trained: dict[tuple[str, str], Trained], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    runs = [trained["llama", method] for method in METHODS]
+    assert run(cli, ["compare", *(str(r.folder) for r in runs)]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.strip().split("  ")[0]: line for line in printed.splitlines() if line.strip()}
+    for one in runs:
+        assert str(one.folder) in printed
+        assert f"{one.result.added_parameters:,}" in rows["parameters added while training"]
+        assert str(one.result.after) in rows["after"]
+    assert rows["method"].split()[1:] == list(METHODS)
+
+
+def test_compare_prints_json(trained: dict[tuple[str, str], Trained], capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [trained["llama", method] for method in METHODS]
+    assert run(cli, ["compare", "--json", *(str(r.folder) for r in runs)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {path: RunResult.model_validate(values) for path, values in printed.items()} == {
+        str(r.folder): r.result for r in runs
+    }
+
+
+@pytest.mark.parametrize("change", [{"schema_version": 99}, {"unknown": 1}, {"steps": "many"}])
+def test_compare_refuses_a_result_that_it_does_not_know(
+    change: dict[str, Any],
+    trained: dict[tuple[str, str], Trained],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = trained["llama", "lora"].result.model_dump(mode="json")
+    (tmp_path / "run.json").write_text(json.dumps(values | change))
+    assert run(cli, ["compare", str(tmp_path)]) == 2
+    assert next(iter(change)) in capsys.readouterr().err
+
+
+def test_compare_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["compare", str(tmp_path)]) == 2
+    assert "run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "empty", "link"])
+def test_an_output_that_exists_is_left_alone(
+    kind: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    match kind:
+        case "file":
+            out.write_text("mine")
+        case "folder":
+            out.mkdir()
+            (out / "mine").write_text("mine")
+        case "empty":
+            out.mkdir()
+        case "link":
+            out.symlink_to(tmp_path / "nowhere")
+    before = tree(tmp_path)
+    assert train(recipe, out) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_tensorboard_writes_events_into_the_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train(recipe, tmp_path / "out", "--set", "tensorboard=true") == 0
+    found: dict[int, float] = {}
+    for file in (tmp_path / "out").rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        if "train/loss" in events.Tags()["scalars"]:
+            found |= {event.step: event.value for event in events.Scalars("train/loss")}
+    assert found == pytest.approx(losses(tmp_path / "out"), rel=1e-6)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_no_events_are_written_unless_asked_for(done: Trained) -> None:
+    assert not list(done.folder.rglob("*tfevents*"))
+
+
+# The hub
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, set[str]]]:
+    """What was asked of the hub's API: the call, the repository and the files."""
+    calls: list[tuple[str, str, set[str]]] = []
+
+    def create_repo(self: Any, repo_id: str, **_: Any) -> None:
+        calls.append(("create_repo", repo_id, set()))
+
+    def upload_folder(self: Any, *, repo_id: str, folder_path: Path, **_: Any) -> None:
+        calls.append(("upload_folder", repo_id, {path.name for path in Path(folder_path).iterdir()}))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    return calls
+
+
+def test_the_adapter_is_pushed_when_asked_for(
+    recipe: Path, tmp_path: Path, uploads: list[tuple[str, str, set[str]]]
+) -> None:
+    assert train(recipe, tmp_path / "out", "--set", "push_to_hub=me/adapter") == 0
+    assert [call[:2] for call in uploads] == [("create_repo", "me/adapter"), ("upload_folder", "me/adapter")]
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= uploads[1][2]
+    assert not {"optimizer.pt", "training_args.bin", "recipe.yaml"} & uploads[1][2]
+
+
+def test_nothing_is_pushed_otherwise(recipe: Path, tmp_path: Path, uploads: list[tuple[str, str, set[str]]]) -> None:
+    assert train(recipe, tmp_path / "out") == 0
+    assert uploads == []
+
+
+RESPONSE: Any = SimpleNamespace(headers={}, request=None)
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the hub's client raises without a connection, whichever HTTP library it is built on."""
+
+PUSH_ERRORS: dict[str, Exception] = {
+    "refused": HfHubHTTPError("401 Unauthorized", response=RESPONSE),
+    "no token": LocalTokenNotFoundError("no token"),
+    "no connection": HTTP_ERROR("no route"),
+    "no network": OSError("no route"),
+}
+
+
+@pytest.mark.parametrize("error", PUSH_ERRORS.values(), ids=list(PUSH_ERRORS))
+def test_a_push_that_fails_keeps_the_run(
+    error: Exception,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    uploads: list[tuple[str, str, set[str]]],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+    assert train(recipe, tmp_path / "out", "--set", "push_to_hub=me/adapter") == 2
+    assert "me/adapter" in capsys.readouterr().err
+    assert read_run(tmp_path / "out").steps == STEPS
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+WATCH_NETWORK = """
+import atexit, pathlib, socket, threading, time
+reached = []
+def refuse(*address, **_):
+    reached.append(f"{threading.current_thread().name}: {address}")
+    raise OSError("the network is out of bounds")
+socket.getaddrinfo = refuse
+socket.socket.connect = refuse
+@atexit.register
+def tell():
+    time.sleep(1)  # a thread in the background may still be on its way
+    pathlib.Path("REACHED").write_text(chr(10).join(reached))
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """`train --json` in a process of its own, as a user runs it; libraries print what they print.
+
+    Args:
+        folder: holds `recipe.yaml`, the run in `out`, and what the process tried to reach in `reached.txt`.
+    """
+
+    folder: Path
+    code: int
+    out: str
+    error: str
+
+
+@pytest.fixture(scope="module")
+def processes(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """A run on a local folder, and one on a model in the hub's cache without a hub; side by side, to save time."""
+    cache = tmp_path_factory.mktemp("cache")
+    repository = cache / "hub" / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / COMMIT).symlink_to(bases["llama"])
+    started = {}
+    for name, model, more in (("local", bases["llama"], {}), ("cached", "owner/tiny", {"HF_HUB_OFFLINE": "1"})):
+        folder = tmp_path_factory.mktemp(name)
+        recipe = write_recipe(folder / "recipe.yaml", model)
+        program = WATCH_NETWORK.replace("REACHED", str(folder / "reached.txt"))
+        program += "import sys\nfrom loraover.cli import main\nsys.argv[0] = 'loraover'\nmain()\n"
+        command = [sys.executable, "-c", program, "train", str(recipe), "-o", str(folder / "out"), "--json"]
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DISABLE_TELEMETRY", "DO_NOT_TRACK"))}
+        variables = kept | {"OMP_NUM_THREADS": "1", "HF_HOME": str(cache)} | more
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started[name] = (folder, subprocess.Popen(command, env=variables, **pipes))
+    ended = {}
+    for name, (folder, process) in started.items():
+        out, error = process.communicate()
+        ended[name] = Ended(folder, process.returncode, out, error)
+    return ended
+
+
+@pytest.mark.parametrize("name", ["local", "cached"])
+def test_a_process_prints_one_json_object_only(name: str, processes: dict[str, Ended]) -> None:
+    ended = processes[name]
+    assert ended.code == 0, ended.error
+    assert RunResult.model_validate_json(ended.out) == read_run(ended.folder / "out")
+    assert f"step     {STEPS}/{STEPS}  loss" in ended.error
+    for noise in ("Traceback", "Warning", "examples/s]", "\x1b"):
+        assert noise not in ended.error, "libraries stay quiet, and bars belong on a terminal"
+
+
+def test_a_cached_hub_model_is_pinned(processes: dict[str, Ended]) -> None:
+    out = processes["cached"].folder / "out"
+    assert COMMIT[:12] in read_run(out).model_origin
+    assert load_recipe(str(out / "recipe.yaml")).model_revision == COMMIT
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/tiny", COMMIT)
+
+
+def test_the_card_shows_the_command(processes: dict[str, Ended]) -> None:
+    folder = processes["local"].folder
+    card = (folder / "out" / "adapter" / "README.md").read_text()
+    assert f"\nloraover train {folder / 'recipe.yaml'} -o {folder / 'out'} --json\n" in card
+
+
+@pytest.mark.parametrize("name", ["local", "cached"])
+def test_a_run_on_local_files_reaches_for_nothing(name: str, processes: dict[str, Ended]) -> None:
+    """Telemetry of libraries included: the name of a model is nobody else's business."""
+    assert (processes[name].folder / "reached.txt").read_text().splitlines() == []
+
+
+# What is refused
+
+MARK = "was-here"
+CODE = f"""
+import pathlib
+pathlib.Path(__file__).parents[0].joinpath("{MARK}").touch()
+pathlib.Path({{folder!r}}).joinpath("{MARK}").touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class EvilConfig(LlamaConfig):
+    model_type = "evil"
+class EvilModel(LlamaForCausalLM):
+    config_class = EvilConfig
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+EVIL = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+
+
+@pytest.mark.parametrize("answer", ["y", "n", None])
+@pytest.mark.parametrize("where", ["config", "config of a known model", "tokenizer"])
+def test_code_in_a_model_folder_is_never_run(
+    answer: str | None, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever someone, or a script, answers when asked whether to run it."""
+    asked: list[str] = []
+
+    def ask(prompt: str = "") -> str:
+        asked.append(prompt)
+        if answer is None:
+            raise EOFError
+        return answer
+
+    base = save_llama(tmp_path / "base")
+    (base / "evil.py").write_text(CODE.format(folder=str(tmp_path)))
+    file = base / ("tokenizer_config.json" if where == "tokenizer" else "config.json")
+    values = json.loads(file.read_text())
+    if where == "tokenizer":
+        values |= {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}, "tokenizer_class": "EvilTokenizer"}
+    else:
+        values |= {"auto_map": EVIL} | ({"model_type": "evil"} if where == "config" else {})
+    file.write_text(json.dumps(values))
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, training={"max_steps": 1})
+    code = train(recipe, tmp_path / "out")
+    assert not list(tmp_path.rglob(MARK)), "the code was run"
+    assert asked == [], "a command asks no questions"
+    if where == "config":
+        assert code == 2
+    assert code in (0, 2)
+
+
+def test_a_model_in_pickles_is_refused_unread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_llama(tmp_path / "base")
+    torch.save(tiny_llama().state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    assert train(write_recipe(tmp_path / "recipe.yaml", base), tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert str(base) in error
+    assert "cannot be loaded" in error
+
+
+def lacks(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).unlink()
+    return folder
+
+
+LONG = [{"prompt": "why? " * 40, "completion": "42"}] * 8
+Refused = Callable[[Path, dict[str, Path]], dict[str, Any]]
+CHAT_ROWS = [{"messages": TURNS}] * 4
+
+
+def with_rows(folder: Path, *rows: dict[str, Any], **options: Any) -> dict[str, Any]:
+    file = str(data_file(folder / "rows.jsonl", *rows))
+    return {"data": {"train": file, "test": file} | options}
+
+
+REFUSED: dict[str, tuple[Refused, str]] = {
+    "no such model": (lambda t, b: {"model": str(t / "nothing")}, "nothing"),
+    "a folder that is no model": (lambda t, b: {"model": str(t)}, "config.json"),
+    "no weights": (lambda t, b: {"model": str(lacks(save_llama(t / "m"), "model.safetensors"))}, "cannot be loaded"),
+    "no tokenizer": (
+        lambda t, b: {"model": str(lacks(save_llama(t / "m"), "tokenizer.json", "tokenizer_config.json"))},
+        "tokenizer",
+    ),
+    "no such data": (lambda t, b: {"data": {"train": "./nothing.jsonl"}}, "nothing.jsonl"),
+    "a bad row": (lambda t, b: with_rows(t, {"prompt": "a", "completion": "b"}, {"text": "c"}), "row 2"),
+    "chat without a template": (lambda t, b: {"data": {"chat": True}}, "chat template"),
+    "messages without a template": (lambda t, b: with_rows(t, *CHAT_ROWS), "chat template"),
+    "messages for an encoder-decoder": (lambda t, b: {"model": str(b["t5"])} | with_rows(t, *CHAT_ROWS), "T5|t5"),
+    "prompts that fill the length": (lambda t, b: with_rows(t, *LONG), "max_length"),
+    "an unknown optimizer": (lambda t, b: {"training": {"optim": "adamv"}}, "adamv"),
+    "an unknown schedule": (lambda t, b: {"training": {"lr_scheduler_type": "cosin"}}, "cosin"),
+    "a schedule that needs more": (
+        lambda t, b: {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
+        "cosine_with_min_lr|min_lr",
+    ),
+    "unknown target modules": (lambda t, b: {"lora": {"target_modules": ["nothing"]}}, "nothing"),
+    "unknown sites": (lambda t, b: {"over": {"sites": ["nothing"]}}, "nothing"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), REFUSED.values(), ids=list(REFUSED))
+def test_an_unusable_request_ends_with_one_message_and_exit_code_2(
+    change: Refused, said: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"model": str(bases["llama"])} | change(tmp_path, bases)
+    recipe = write_recipe(tmp_path / "recipe.yaml", values.pop("model"), **values)
+    assert train(recipe, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert re.search("^error: ", error, re.MULTILINE)
+    assert re.search(said, error)
+
+
+@pytest.mark.parametrize(
+    "name", ["no such model", "no tokenizer", "no such data", "a bad row", "unknown target modules", "unknown sites"]
+)
+def test_an_unusable_request_leaves_no_folder_in_the_way(
+    name: str, bases: dict[str, Path], tmp_path: Path, recipe: Path
+) -> None:
+    """The same command works once the recipe is mended."""
+    values = {"model": str(bases["llama"])} | REFUSED[name][0](tmp_path, bases)
+    bad = write_recipe(tmp_path / "bad.yaml", values.pop("model"), **values)
+    with contextlib.suppress(Exception):
+        train(bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_only_a_hub_has_is_refused_without_one(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: object) -> str:
+        raise HubUnreachableError("the hub cannot be reached and its cache holds no copy.")
+
+    monkeypatch.setattr(loraover.data, "pinned_commit", unreachable)
+    assert train(recipe, tmp_path / "out", "--data", "owner/data") == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: owner/data")
+    assert "--data FILE" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has both precisions")
+def test_bfloat16_works_on_a_cpu(recipe: Path, tmp_path: Path) -> None:
+    assert train(recipe, tmp_path / "out", "--set", "training.precision=bf16") == 0
+    tensors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    folded = tmp_path / "folded"
+    arguments = ["fold", str(tmp_path / "out" / "adapter"), "-o", str(folded), "--check-error"]
+    assert run(loraover_export.cli.cli, arguments) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has both precisions")
+def test_float16_on_a_cpu_is_refused_rather_than_ignored(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(recipe, tmp_path / "out", "--set", "training.precision=fp16") == 2
+    assert "fp16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_that_diverges_is_no_success(
+    method: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(recipe, tmp_path / "out", "--method", method, "--learning-rate", "1e30") in (1, 2)
+    assert "loss" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter").exists()

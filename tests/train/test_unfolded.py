@@ -1,0 +1,239 @@
+"""The unfolded model: cores applied to activations, and a base model left as it was."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loraover import LoraOverConfig, read_checkpoint
+from loraover.decompositions import DECOMPOSITIONS, Decomposition
+from loraover.errors import CheckpointError
+from loraover.unfolded import unfolded
+
+from make_checkpoint import EMBEDDING, LINEAR, Made, edit_tensors, logits, make_checkpoint, reseal
+from tiny_models import tiny_gpt2, tiny_llama
+
+# Both models compute in float64. A forward of two layers runs through fewer than 1000 rounded operations, on
+# numbers below 10: 1000 * 2^-53 * 10 = 1e-12. What is seen is 1e-15.
+TOLERANCE = 1e-12
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": LINEAR},
+    "rslora": {"use_rslora": True, "r": 2},
+    "patterns": {"target_modules": LINEAR, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 32}},
+    "embedding": {"target_modules": EMBEDDING},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "tied embedding": {"target_modules": EMBEDDING, "base_options": {"tie_word_embeddings": True}},
+    "lora_bias": {"lora_bias": True},
+    "bias": {"bias": "all", "base_options": {"attention_bias": True}},
+    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+    "saved embedding": {"modules_to_save": ["embed_tokens"]},
+    "dropout": {"lora_dropout": 0.5},
+}
+
+
+def load_base(made: Made) -> Any:
+    return AutoModelForCausalLM.from_pretrained(made.base, dtype=made.model.dtype).eval()
+
+
+def hooks(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    assert one.shape == other.shape
+    return float((one - other).abs().max())
+
+
+@pytest.fixture
+def no_contraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever forms A or B from cores fails."""
+
+    def contract(*_: Any) -> Tensor:
+        pytest.fail("the unfolded model formed a matrix")
+
+    for kind in DECOMPOSITIONS.values():
+        monkeypatch.setattr(kind, "contract", contract)
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize("lora", LORA)
+def test_it_computes_what_the_training_model_does(lora: str, decomposition: str, tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition=decomposition, seed=5)
+    made = make_checkpoint(tmp_path, config=config, dtype=torch.float64, **LORA[lora])
+    base = load_base(made)
+    with unfolded(base, read_checkpoint(made.path)) as model:
+        found = logits(model)
+    assert found.dtype == torch.float64
+    assert largest_difference(found, made.logits()) < TOLERANCE
+    assert largest_difference(logits(base), made.logits()) > 1e-3  # the adapter does something
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_it_computes_what_peft_makes_of_the_files(decomposition: str, tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition=decomposition, seed=5)
+    made = make_checkpoint(tmp_path, config=config, dtype=torch.float64, target_modules=LINEAR)
+    with unfolded(load_base(made), read_checkpoint(made.path)) as model:
+        found = logits(model)
+    loaded = PeftModel.from_pretrained(load_base(made), made.path).eval()
+    assert largest_difference(found, logits(loaded)) < TOLERANCE
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_it_never_forms_a_or_b(decomposition: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    config = LoraOverConfig(decomposition=decomposition, seed=5)
+    made = make_checkpoint(tmp_path, config=config, dtype=torch.float64, target_modules=LINEAR)
+    checkpoint = read_checkpoint(made.path)
+    request.getfixturevalue("no_contraction")
+    with unfolded(load_base(made), checkpoint) as model:
+        assert largest_difference(logits(model), made.logits()) < TOLERANCE
+
+
+def test_sites_without_cores_keep_their_matrices(tmp_path: Path) -> None:
+    config = LoraOverConfig(sites=["*.layers.0.*.lora_A", "*.v_proj.lora_B"], seed=5)
+    made = make_checkpoint(tmp_path, config=config, dtype=torch.float64)
+    checkpoint = read_checkpoint(made.path)
+    assert 0 < len(checkpoint.sites) < len(checkpoint.adapter.sites)
+    with unfolded(load_base(made), checkpoint) as model:
+        assert largest_difference(logits(model), made.logits()) < TOLERANCE
+
+
+@pytest.mark.parametrize("mutant", ["scaling", "transposed core", "dropped core"])
+def test_a_wrong_forward_is_noticed(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoraOverConfig(decomposition="svd", seed=5)
+    made = make_checkpoint(tmp_path, config=config, dtype=torch.float64)
+    checkpoint = read_checkpoint(made.path)
+    kind: type[Decomposition] = DECOMPOSITIONS["svd"]
+    apply = kind.apply
+
+    def wrong(self: Decomposition, cores: Any, x: Tensor, m: int, n: int) -> Tensor:
+        u, s, v = cores
+        if mutant == "scaling":
+            return 1.001 * apply(self, cores, x, m, n)
+        if mutant == "dropped core":
+            return apply(self, (u, torch.ones_like(s), v), x, m, n)
+        return apply(self, (u.mT.reshape(u.shape), s, v), x, m, n)
+
+    monkeypatch.setattr(kind, "apply", wrong)
+    with unfolded(load_base(made), checkpoint) as model:
+        assert largest_difference(logits(model), made.logits()) > 1e6 * TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_keeps_the_base_models_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, dtype=dtype)
+    with unfolded(load_base(made), read_checkpoint(made.path)) as model:
+        found = logits(model)
+    assert found.dtype == dtype
+    # one rounding of each activation, on logits below 1, through a handful of layers
+    assert largest_difference(found.double(), made.logits().double()) < 64 * torch.finfo(dtype).eps
+
+
+def test_lora_dropout_is_not_applied(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, lora_dropout=0.9)
+    with unfolded(load_base(made), read_checkpoint(made.path)) as model:
+        assert torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("ending", [None, ValueError, KeyboardInterrupt])
+def test_the_base_model_is_as_before(ending: type[BaseException] | None, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, modules_to_save=["lm_head", "norm"])
+    base, checkpoint = load_base(made), read_checkpoint(made.path)
+    before, expected, identities = weights(base), logits(base), [id(p) for p in base.parameters()]
+    try:
+        with unfolded(base, checkpoint) as model:
+            assert model is base
+            assert hooks(base) == 4
+            assert not torch.equal(logits(model), expected)
+            if ending is not None:
+                raise ending
+    except (ValueError, KeyboardInterrupt):
+        pass
+    assert hooks(base) == 0
+    assert [id(p) for p in base.parameters()] == identities
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+    assert torch.equal(logits(base), expected)
+
+
+def test_it_can_be_entered_again(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path)
+    base, checkpoint = load_base(made), read_checkpoint(made.path)
+    seen = []
+    for _ in range(2):
+        with unfolded(base, checkpoint) as model:
+            seen.append(logits(model))
+    assert torch.equal(*seen)
+
+
+WRONG_BASES: dict[str, tuple[Any, str]] = {
+    "narrower": (lambda: tiny_llama(hidden_size=16), r"q_proj maps 16 to 16 features .* but 32 to 32 in the adapter"),
+    "fewer heads": (lambda: tiny_llama(num_key_value_heads=1), r"v_proj maps 32 to 8 features .* but 32 to 16"),
+    "fewer layers": (
+        lambda: tiny_llama(num_hidden_layers=1),
+        r"has no module 'model\.layers\.1\.self_attn\.[qv]_proj'",
+    ),
+    "other names": (tiny_gpt2, r"GPT2LMHeadModel\) has no module 'model\.layers\.0\.self_attn\.[qv]_proj'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_BASES)
+def test_another_base_model_is_refused_and_left_as_it_was(case: str, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path)
+    make, message = WRONG_BASES[case]
+    base = make()
+    before = weights(base)
+    with pytest.raises(CheckpointError, match=message) as caught, unfolded(base, read_checkpoint(made.path)):
+        pytest.fail("the block ran")
+    assert str(made.path) in str(caught.value)
+    assert str(made.base) in str(caught.value)  # the model to use instead
+    assert hooks(base) == 0
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+
+
+def test_a_base_model_is_restored_when_a_later_parameter_fits_nowhere(tmp_path: Path) -> None:
+    """`lm_head.weight` fits and comes first in the file; `z.weight` fits nothing."""
+    made = make_checkpoint(tmp_path, modules_to_save=["lm_head"])
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["base_model.model.z.weight"] = torch.ones(2, 2)
+
+    edit_tensors(made.path / "adapter_model.safetensors", add)
+    reseal(made.path)
+    base = load_base(made)
+    before = weights(base)
+    checkpoint = read_checkpoint(made.path)
+    with pytest.raises(CheckpointError, match=r"z\.weight fits no parameter"), unfolded(base, checkpoint):
+        pytest.fail("the block ran")
+    assert [name for name, p in base.named_parameters() if not torch.equal(p, before[name])] == []
+    assert hooks(base) == 0
+
+
+def test_padding_and_batch_order_do_not_matter(tmp_path: Path) -> None:
+    """Each position's delta depends on its own activation alone."""
+    made = make_checkpoint(tmp_path, dtype=torch.float64, target_modules=LINEAR)
+    ids = torch.randint(3, 64, (5, 6), generator=torch.Generator().manual_seed(1))
+    order = random.Random(1).sample(range(5), 5)
+    with unfolded(load_base(made), read_checkpoint(made.path)) as model, torch.no_grad():
+        whole, shuffled = model(input_ids=ids).logits, model(input_ids=ids[order]).logits
+    assert largest_difference(whole[order], shuffled) < TOLERANCE
+
+
+def test_cores_follow_the_base_model_to_its_device(tmp_path: Path) -> None:
+    """The meta device stands for a GPU: it refuses to mix with tensors of the CPU, and needs no hardware."""
+    made = make_checkpoint(tmp_path, modules_to_save=["lm_head"], lora_bias=True)
+    base = load_base(made).to("meta")
+    ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
+    expected = base(input_ids=ids).logits
+    with unfolded(base, read_checkpoint(made.path)) as model:
+        found = model(input_ids=ids).logits
+    assert (found.shape, found.device) == (expected.shape, expected.device)

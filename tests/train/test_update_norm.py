@@ -1,0 +1,116 @@
+"""The norm of what an adapter changes, against the dense matrices in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from loraover import OverParameterization
+from loraover.update_norm import update_norm
+
+from tiny_models import fill_b, tiny_gpt2, tiny_llama, tiny_net, tiny_t5, with_lora
+
+UNIT = 2.0**-53
+
+
+def array(tensor: Tensor) -> Any:
+    return tensor.detach().double().numpy()
+
+
+def dense_norm(model: nn.Module, scalings: dict[str, float], adapter: str = "default") -> float:
+    """||concatenation of scaling * B A||, each product formed, from the parameters' names alone.
+
+    Args:
+        scalings: by the end of a module's name; "" is for all others.
+    """
+    parameters = dict(model.named_parameters())
+    total = 0.0
+    for name, a in parameters.items():
+        for kind in ("lora_A", "lora_embedding_A"):
+            if f".{kind}.{adapter}" in name:
+                b = parameters[name.replace(kind, kind[:-1] + "B")]
+                module = name.partition(f".{kind}")[0]
+                scaling = next(s for end, s in scalings.items() if module.endswith(end))
+                total += float(np.square(scaling * (array(b) @ array(a))).sum())
+    return math.sqrt(total)
+
+
+def close(expected: float, terms: int = 200) -> Any:
+    """Squares and sums of about `terms` products, cancellation in B^T B and A A^T included."""
+    return pytest.approx(expected, rel=terms * UNIT * 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norm_over_several_modules_is_the_dense_one(dtype: torch.dtype) -> None:
+    model = tiny_net(dtype=dtype, r=3, lora_alpha=12)
+    expected = dense_norm(model, {"": 4.0})
+    assert expected > 0.1
+    assert update_norm(model) == close(expected)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_t5])
+def test_norm_of_a_language_model_is_the_dense_one(make: Any) -> None:
+    model = with_lora(make(), r=4, lora_alpha=6)
+    assert update_norm(model) == close(dense_norm(model, {"": 1.5}))
+
+
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 12 / 9), (True, 12 / 3)])
+def test_scaling_is_included(use_rslora: bool, scaling: float) -> None:
+    model = tiny_net(r=9, lora_alpha=12, use_rslora=use_rslora)
+    assert update_norm(model) == close(dense_norm(model, {"": scaling}))
+
+
+def test_each_module_has_its_own_rank_and_scaling() -> None:
+    model = tiny_net(r=4, lora_alpha=8, rank_pattern={"second": 2}, alpha_pattern={"second": 1, "third": 3})
+    assert update_norm(model) == close(dense_norm(model, {"second": 0.5, "third": 0.75, "": 2.0}))
+
+
+def test_embeddings_count() -> None:
+    model = with_lora(tiny_llama(), r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"])
+    expected = dense_norm(model, {"": 2.0})
+    assert update_norm(model) == close(expected)
+    assert expected > dense_norm(with_lora(tiny_llama(), r=4, lora_alpha=8, target_modules=["q_proj"]), {"": 2.0})
+
+
+def test_a_fresh_lora_changes_nothing() -> None:
+    assert update_norm(with_lora(tiny_llama(), draw_b=False)) == 0
+
+
+def test_only_the_named_adapter_counts() -> None:
+    model = tiny_net(r=4, lora_alpha=8)
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=10, target_modules=["second"]))
+    fill_b(model, seed=1)
+    assert update_norm(model) == close(dense_norm(model, {"": 2.0}))
+    assert update_norm(model, "other") == close(dense_norm(model, {"": 5.0}, "other"))
+    assert update_norm(model, "absent") == 0
+
+
+def test_cores_leave_the_norm_as_it_is() -> None:
+    model = tiny_net(dtype=torch.float64)
+    before = update_norm(model)
+    over = OverParameterization(model)
+    assert update_norm(model) == close(before, terms=10_000)
+    over.fold()
+
+
+def test_norm_takes_no_part_in_training() -> None:
+    model = tiny_net()
+    update_norm(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_norm_doubles_with_b() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    fill_b(model)
+    before = update_norm(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+    assert update_norm(model) == 2 * before
