@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -19,23 +23,47 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
 
     A command returns its own exit code, or None for 0.
     """
-    try:
-        result = command.main(args=None if arguments is None else list(arguments), standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        print("interrupted: an output is whole or absent", file=sys.stderr)
-        return 130
-    except LoraOverError as error:
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        print(f"error: this needs {error.name}: pip install 'loraover[{EXTRAS[error.name]}]'", file=sys.stderr)
-        return 2
+    with _noticing_interrupts() as interrupted:
+        try:
+            result = command.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+        except BaseException as error:
+            if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
+                print("interrupted: an output is whole or absent", file=sys.stderr)
+                return 130
+            return _explain(error)
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _noticing_interrupts() -> Iterator[list[int]]:
+    """The signals of Ctrl-C that have come; compiled libraries may turn the exception into another."""
+    signals: list[int] = []
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    previous = signal.signal(signal.SIGINT, notice)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _explain(error: BaseException) -> int:
+    """Exit code of an error that a user can act on, after its message; others are raised again."""
+    if isinstance(error, click.ClickException):
+        error.show()
+    elif isinstance(error, LoraOverError):
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        print(f"error: this needs {error.name}: pip install 'loraover[{EXTRAS[error.name]}]'", file=sys.stderr)
+    else:
+        raise error
+    return 2
 
 
 def _printable(text: str) -> str:

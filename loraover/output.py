@@ -43,7 +43,7 @@ def publish_directory(destination: str | os.PathLike[str], *, outside: Path | No
         for folder in (target.parent, *(parent.parent for parent in made)):
             sync(folder)
     except OSError as error:
-        if isinstance(error, OutputError) or not _is_about(error, target):
+        if isinstance(error, OutputError) or not _is_about(error, draft):
             raise
         raise _output_error(target, error) from error
     finally:
@@ -91,9 +91,12 @@ def check_free(target: Path, *, outside: Path | None = None) -> None:
         raise OutputError(f"{target} lies inside the input {outside}; choose an output outside of it.")
 
 
-def _is_about(error: OSError, target: Path) -> bool:
-    """Whether an error names the destination's folder or no file at all, as a full disk does."""
-    return error.filename is None or str(error.filename).startswith(str(target.parent))
+def _is_about(error: OSError, draft: Path) -> bool:
+    """Whether an error names the folder being filled, one above it, or no file at all, as a full disk does."""
+    if error.filename is None:
+        return True
+    named = Path(os.fsdecode(error.filename))
+    return named.is_relative_to(draft) or draft.is_relative_to(named)
 
 
 def _output_error(target: Path, error: OSError) -> OutputError:

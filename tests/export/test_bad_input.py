@@ -421,7 +421,7 @@ WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "site m large": (site(m=10**30), (Q_A,)),
     "site step": (site(step=-1), ("sites.0.step: ",)),
     "site state": (site(state={"a": [1]}), ("sites.0.state.a",)),
-    "site state NaN": (site(state={"a": NAN}), ("sites.0.state.a",)),
+    "site state NaN": (site(state={"a": NAN}), ("NaN is not a finite number",)),
     "core_dtype": (meta(core_dtype="float16"), ("core_dtype: ",)),
     "core_dtype of other cores": (meta(core_dtype="float64"), (CORES, "float32")),
     "checksums missing": (meta(sha256={}), ()),
@@ -430,7 +430,7 @@ WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "another decomposition": (over(decomposition="svd"), (CORES, "core.0")),
     "options null": (over(options=None), ("config.options: ",)),
     "options unknown": (mpo(surprise=1), ("surprise",)),
-    "aux_lr_scale NaN": (over(aux_lr_scale=NAN), ("config.aux_lr_scale: ",)),
+    "aux_lr_scale NaN": (over(aux_lr_scale=NAN), ("NaN is not a finite number",)),
     "seed negative": (over(seed=-1), ("config.seed: ",)),
     "seed huge": (over(seed=2**63), ("config.seed: ",)),
     "num_cores 2": (mpo(num_cores=2), ("core.",)),
@@ -451,13 +451,13 @@ WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "bonds narrow": (mpo(bonds=[1, 1]), ("bond 1 is 1",)),
     "bonds floats": (mpo(bonds=[16.0, 16.0]), ()),
     "bonds huge": (mpo(bonds=[10**30, 10**30]), ("core.",)),
-    "expansion NaN": (mpo(expansion=NAN), ("expansion is nan",)),
+    "expansion NaN": (mpo(expansion=NAN), ("NaN is not a finite number",)),
     "expansion text": (mpo(expansion="2"), ("mpo",)),
     "expansion 1000": (mpo(expansion=1000), ("core.",)),
     "depth huge": (chain(depth=10**12), ("depth",)),
     "depth a fraction": (chain(depth=2.5), ("depth",)),
     "depth a float": (chain(depth=2.0), ("depth",)),
-    "chain expansion": (chain(expansion=INFINITY), ("expansion is inf",)),
+    "chain expansion": (chain(expansion=INFINITY), ("Infinity is not a finite number",)),
     "duplicate key": (raw(META, '"step": 2,', '"step": 7, "step": 2,'), ("step",)),
     "not an object": (written(META, b"[]"), ()),
 }
@@ -678,7 +678,7 @@ def test_an_output_inside_the_input_through_a_link_is_refused(
     refused(source, output=tmp_path / "link" / "out", named=("inside the input",))
 
 
-@pytest.mark.parametrize("where", ["file/out", "file/deep/out", "n" * 300, "n" * 250], ids=lambda where: where[:15])
+@pytest.mark.parametrize("where", ["file/out", "file/deep/out", "n" * 300], ids=lambda where: where[:15])
 def test_an_impossible_output_is_named(where: str, source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "file").write_text("mine")
     refused(source, output=tmp_path / where, named=(str(tmp_path / where),))

@@ -67,7 +67,7 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 def test_a_folder_obeys_the_umask(tmp_path: Path, umask: int) -> None:
     with publish_directory(tmp_path / "out") as draft:
-        assert stat.S_IMODE(draft.stat().st_mode) == 0o700
+        assert stat.S_IMODE(draft.stat().st_mode) == 0o777 & ~umask
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
 
 
@@ -155,7 +155,7 @@ def test_a_destination_beside_the_input_is_fine(tmp_path: Path) -> None:
     assert (tmp_path / "input-folded" / "b").is_file()
 
 
-UNUSABLE = ["file/out", "file/deep/out", "n" * 300, "n" * 250]
+UNUSABLE = ["file/out", "file/deep/out", "n" * 300]
 
 
 @pytest.mark.parametrize("name", UNUSABLE, ids=lambda name: f"{name[:9]} {len(name)}")
