@@ -48,13 +48,10 @@ class LoraOverCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        config = self.config
-        if config.seed is None:
-            config = config.model_copy(update={"seed": args.seed})
-        resumed = state.global_step > 0
-        self.over = OverParameterization(model, config, inject=not resumed)
-        if resumed:
-            restore(self.over, read_checkpoint(self._checkpoint(args, state)))
+        if state.global_step > 0:
+            self.over = self.restore(model, self._checkpoint(args, state), args.seed)
+        else:
+            self.over = OverParameterization(model, self._seeded(args.seed))
         self.over.attach(optimizer)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -74,6 +71,21 @@ class LoraOverCallback(TrainerCallback):
         for adapter in dict.fromkeys(self.over.sites[name].adapter for name in self.over.injected):
             folder = Path(directory) if adapter == "default" else Path(directory) / adapter
             write_checkpoint(folder, self.over, step=step, adapter=adapter)
+
+    def restore(self, model: nn.Module, checkpoint: str | os.PathLike[str], seed: int) -> OverParameterization:
+        """Take the cores of a checkpoint whose adapter `model` has loaded.
+
+        Args:
+            seed: the run's own, for a configuration without one.
+        Raises:
+            CheckpointError: see `loraover.checkpoint.restore`.
+        """
+        self.over = OverParameterization(model, self._seeded(seed), inject=False)
+        restore(self.over, read_checkpoint(checkpoint))
+        return self.over
+
+    def _seeded(self, seed: int) -> LoraOverConfig:
+        return self.config if self.config.seed is not None else self.config.model_copy(update={"seed": seed})
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         named = self.resume_from or args.resume_from_checkpoint

@@ -70,9 +70,13 @@ def train(
     from loraover.train import train as run
 
     console = Console(stderr=as_json)
-    result = run(
-        loaded, output, resume=resume, report=Reporter(console), command=shlex.join(["loraover", *sys.argv[1:]])
-    )
+    typed = shlex.join(["loraover", *sys.argv[1:]])
+    try:
+        result = run(loaded, output, resume=resume, report=Reporter(console), command=typed)
+    except KeyboardInterrupt:
+        if output.exists():
+            console.print("to go on from the last whole checkpoint, run the same command with --resume", markup=False)
+        raise
     console.print(f"adapter: {output / 'adapter'}", soft_wrap=True, markup=False)
     if as_json:
         print(result.model_dump_json(indent=1))

@@ -15,6 +15,9 @@ import click
 
 from loraover.errors import LoraOverError
 
+# Which models a user trains is nobody else's business; read when huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 EXTRAS = dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,10 @@ def load_rows(
     for number, row in enumerate(raw, 1):
         if limit is not None and len(rows) >= limit:
             break
-        rows.extend(_convert(row, format, chat, f"{source}, row {number}"))
+        for example in _convert(row, format, chat, f"{source}, row {number}"):
+            if rows and type(example["prompt"]) is not type(rows[0]["prompt"]):
+                raise DataError(f"{source}, row {number}: text and chat messages in one file; set data.chat to true.")
+            rows.append(example)
     if not rows:
         raise DataError(f"{source}: holds no examples.")
     return Rows(rows[:limit], origin, commit)
@@ -77,6 +81,8 @@ def load_rows(
 
 def _prompt_completion(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     prompt, completion = _field(row, "prompt", where), _field(row, "completion", where)
+    if type(prompt) is not type(completion):
+        raise DataError(f"{where}: prompt and completion must both be text or both be chat messages.")
     yield {"prompt": prompt, "completion": completion}
 
 
@@ -87,11 +93,9 @@ def _gsm8k(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     """One example per assistant turn, with all that came before as its prompt."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
-        raise DataError(f"{where}: messages is not a list of objects with role and content.")
+    messages = _field(row, "messages", where)
+    if isinstance(messages, str):
+        raise DataError(f"{where}: messages is text, expected a list of objects with role and content.")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
     if not turns:
         raise DataError(f"{where}: messages holds no assistant turn to learn from.")
@@ -119,19 +123,23 @@ def _convert(row: Any, format: str, chat: bool, where: str) -> Iterator[Row]:
             )
         format = fitting[0]
     for example in FORMATS[format][1](row, where):
-        if chat and isinstance(example["prompt"], str):
-            yield {
-                "prompt": [{"role": "user", "content": example["prompt"].strip()}],
-                "completion": [{"role": "assistant", "content": example["completion"].strip()}],
-            }
-        else:
-            yield example
+        yield as_chat(example) if chat and isinstance(example["prompt"], str) else example
+
+
+def as_chat(example: Row) -> Row:
+    """Prompt and completion of text as one user and one assistant message."""
+    return {
+        "prompt": [{"role": "user", "content": example["prompt"].strip()}],
+        "completion": [{"role": "assistant", "content": example["completion"].strip()}],
+    }
 
 
 def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
     value = row.get(name)
     if not isinstance(value, str | list) or not value:
-        raise DataError(f"{where}: field {name!r} is {value!r:.60}, expected text.")
+        raise DataError(f"{where}: field {name!r} is {reprlib.repr(value)}, expected text.")
+    if isinstance(value, list) and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        raise DataError(f"{where}: field {name!r} is not a list of objects with role and content.")
     return value
 
 
@@ -140,7 +148,10 @@ def _read_file(path: Path) -> Iterator[Any]:
     try:
         with opener(path, "rb") as file:
             if path.suffix == ".json":
-                yield from json.loads(file.read())
+                rows = json.loads(file.read())
+                if not isinstance(rows, list):
+                    raise DataError(f"{path}: holds {type(rows).__name__}, expected a list of objects.")
+                yield from rows
                 return
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
                 if len(line) > MAX_LINE_BYTES:
@@ -164,10 +175,11 @@ def _parse(line: bytes, path: Path, number: int) -> Any:
 
 def _read_hub(name: str, split: str, subset: str | None, revision: str | None) -> tuple[Iterator[Any], str, str]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         commit = pinned_commit(name, revision, "dataset")
         rows = load_dataset(name, subset, split=split, revision=commit)
-    except (ConfigError, OSError, ValueError) as error:
+    except (ConfigError, DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(f"{name}: {error} Name a local file with the same fields instead, e.g. --data FILE.") from error
     return iter(rows), f"hub {name}@{commit[:12]}", commit

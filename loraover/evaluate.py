@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +36,13 @@ def exact_match(
     correct = 0
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
+        is_chat = not isinstance(batch[0]["prompt"], str)  # a chat template writes special tokens by itself
         encoded = tokenizer(
-            [_text(row["prompt"], tokenizer) for row in batch], return_tensors="pt", padding=True, padding_side="left"
+            [_text(row["prompt"], tokenizer) for row in batch],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not is_chat,
         ).to(model.device)
         generated = model.generate(
             input_ids=encoded.input_ids,
@@ -52,6 +58,28 @@ def exact_match(
         on_batch(min(start + batch_size, len(rows)))
     model.train(was_training)
     return correct / len(rows)
+
+
+@torch.no_grad()
+def token_loss(model: Any, batches: Iterable[dict[str, Any]]) -> float:
+    """Mean loss over all completion tokens, however they are batched, in nats.
+
+    Args:
+        batches: collated, with `labels` of -100 where a token does not count.
+    Returns:
+        NaN where no token counts.
+    """
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    shift = 0 if model.config.is_encoder_decoder else 1  # the first label of a causal model is predicted by nothing
+    for batch in batches:
+        count = int((batch["labels"][:, shift:] != -100).sum())
+        if count:
+            total += float(model(**batch).loss) * count
+            tokens += count
+    model.train(was_training)
+    return total / tokens if tokens else math.nan
 
 
 def _text(prompt: Any, tokenizer: Any) -> str:

@@ -14,6 +14,12 @@ def plain(text: str) -> str:
     return html.escape(" ".join(text.split()), quote=False).translate(_MARKDOWN)
 
 
+def _yaml_string(text: str) -> str:
+    """A double-quoted YAML scalar; YAML allows fewer bare characters than JSON, and escapes all of them."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in quoted)
+
+
 def model_card(title: str, base_model: str | None, facts: Mapping[str, str], command: str) -> str:
     """A model card: front matter for the hub, a table of facts, and the command that made the folder.
 
@@ -25,7 +31,7 @@ def model_card(title: str, base_model: str | None, facts: Mapping[str, str], com
     """
     front = ["library_name: peft", "tags: [lora, loraover]"]
     if base_model is not None:
-        front.insert(0, f"base_model: {json.dumps(base_model)}")
+        front.insert(0, f"base_model: {_yaml_string(base_model)}")
     rows = "\n".join(f"| {plain(name)} | {plain(value)} |" for name, value in facts.items())
     fence = "```"
     code = " ".join(command.split()).replace("`", "'")

@@ -107,7 +107,11 @@ def load_model(source: ModelSource, *, dtype: str = "fp32", task_type: str | Non
         raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(auto)}.")
     try:
         model = auto[kind].from_pretrained(
-            source.location, revision=source.revision, dtype=getattr(torch, DTYPES[dtype]), use_safetensors=True
+            source.location,
+            revision=source.revision,
+            dtype=getattr(torch, DTYPES[dtype]),
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
@@ -123,7 +127,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model: {source.origin} has no tokenizer: {error}") from error
     if tokenizer.pad_token is None:

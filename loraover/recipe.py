@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +54,9 @@ class Training(_Part):
     per_device_train_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
@@ -139,7 +142,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text!r}: expected key=value, e.g. training.seed=1.")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--set {text!r}: the value is not YAML.") from error
 
 
@@ -163,7 +166,7 @@ def _faults(error: ValidationError) -> list[str]:
         elif fault["type"] == "missing":
             faults.append(f"{place}: required and missing")
         else:
-            faults.append(f"{place}: {fault['msg']} (found {fault['input']!r:.80})")
+            faults.append(f"{place}: {fault['msg']} (found {reprlib.repr(fault['input'])})")
     return faults
 
 

@@ -1,7 +1,7 @@
 """Run a recipe: load, train, measure, and leave a run folder.
 
 OUT/recipe.yaml       the recipe, with hub revisions pinned
-OUT/metrics.jsonl     one object per logging step
+OUT/metrics.jsonl     one object per logging step and measure
 OUT/trainer/          sealed checkpoints to resume from
 OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method
 OUT/run.json          measures before and after, sizes, origins, versions
@@ -9,43 +9,47 @@ OUT/run.json          measures before and after, sizes, origins, versions
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import Trainer, set_seed
+from transformers.training_args import OptimizerNames
 
 from loraover.callback import LoraOverCallback
 from loraover.checkpoint import write_checkpoint
-from loraover.data import BUILT_IN, Rows, load_rows
 from loraover.errors import ConfigError, DataError, OutputError
-from loraover.evaluate import exact_match
+from loraover.evaluate import exact_match, token_loss
+from loraover.examples import Examples, load_examples
 from loraover.model_card import model_card
 from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover.output import check_free, publish_directory, publish_file
-from loraover.progress import Reporter, TrainingProgress
+from loraover.progress import Reporter
 from loraover.recipe import Recipe
-from loraover.resume import SealCheckpoints, last_whole_checkpoint
+from loraover.resume import last_whole_checkpoint
 from loraover.run_result import Measures, RunResult, environment
+from loraover.sites import find_sites, match_sites
+from loraover.trainers import make_trainer
 from loraover.update_norm import update_norm
-from loraover.word_problems import split_word_problems
-
-PRECISION = {
-    "fp32": {"bf16": False, "fp16": False},
-    "bf16": {"bf16": True, "fp16": False},
-    "fp16": {"bf16": False, "fp16": True},
-}
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Training and held-out rows with prompt and completion, and where they come from."""
+class Prepared:
+    """Everything that a run needs before its first step."""
 
-    train: Rows
-    test: Rows | None
+    source: ModelSource
+    tokenizer: Any
+    examples: Examples
+    model: PeftModel
+    trainer: Trainer
+    over: LoraOverCallback | None
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, command: str) -> RunResult:
@@ -58,56 +62,53 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
         report: shows progress.
         command: what the user typed, for the model card.
     Raises:
-        ConfigError, DataError, CheckpointError, OutputError: with what was found and expected.
+        ConfigError, DataError, CheckpointError, OutputError: with what was found and expected. A run that fails
+            before its first step leaves no folder.
     """
-    _claim(output, recipe, resume)
-    source = resolve_model(recipe.model, recipe.model_revision)
-    report.line(f"base model: {source.origin}")
-    is_seq2seq = _is_encoder_decoder(source)
-    tokenizer = load_tokenizer(source)
-    examples = load_examples(recipe, chat=_use_chat(recipe, tokenizer, is_seq2seq))
-    report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
-    _write_recipe(output, recipe, source, examples)
-
-    set_seed(recipe.training.seed)
-    task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
-    base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
-    model = get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
-    model.peft_config["default"].base_model_name_or_path = recipe.model
-    over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
-    trainer = _make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
-
-    before = _measure(trainer, tokenizer, recipe, examples, report, "before training")
+    _claim(output, resume)
+    try:
+        run = _prepare(recipe, output, report)
+        before = _measure(run, recipe, output, report, "before training")
+    except BaseException:
+        if not resume:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
     checkpoint = last_whole_checkpoint(output / "trainer") if resume else None
-    if over is not None:
-        over.resume_from = checkpoint
     _trim_metrics(output / "metrics.jsonl", checkpoint)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _take_steps(run, recipe, checkpoint)
     seconds = time.perf_counter() - started
-    after = _measure(trainer, tokenizer, recipe, examples, report, "after training")
+    norm = update_norm(run.model)
+    if not math.isfinite(norm):
+        raise ConfigError(
+            f"training diverged: the loss is no longer a number at learning rate {recipe.training.learning_rate:g}; "
+            f"lower it. The log is {output / 'metrics.jsonl'}."
+        )
+    after = _measure(run, recipe, output, report, "after training")
 
+    over = None if run.over is None else run.over.over
+    cores, matrices = (0, 0) if over is None else over.num_parameters()
     result = RunResult(
         method=recipe.method,
         model=recipe.model,
-        model_origin=source.origin,
-        data_origin=examples.train.origin,
+        model_origin=run.source.origin,
+        data_origin=run.examples.train.origin,
         learning_rate=recipe.training.learning_rate,
         seed=recipe.training.seed,
-        steps=trainer.state.global_step,
+        steps=run.trainer.state.global_step,
         train_seconds=seconds,
-        lora_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        added_parameters=0 if over is None or over.over is None else _added(over),
-        update_norm=update_norm(model),
+        lora_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        added_parameters=cores - matrices,
+        update_norm=norm,
         before=before,
         after=after,
         versions=environment(),
     )
     with publish_directory(output / "adapter") as draft:
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        if over is not None and over.over is not None:
-            write_checkpoint(draft, over.over, step=trainer.state.global_step)
+        run.model.save_pretrained(draft)
+        run.tokenizer.save_pretrained(draft)
+        if over is not None:
+            write_checkpoint(draft, over, step=result.steps)
         (draft / "README.md").write_text(model_card("LoRA adapter", recipe.model, result.facts(), command))
     publish_file(output / "run.json", lambda draft: draft.write_text(result.model_dump_json(indent=1) + "\n"))
     if recipe.push_to_hub is not None:
@@ -115,35 +116,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
     return result
 
 
-def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
-    """Training rows, and held-out rows where the recipe measures something.
-
-    Raises:
-        DataError: see `load_rows`; or nothing to measure on.
-    """
-    data, wanted = recipe.data, recipe.evaluation.examples
-    if data.train == BUILT_IN:
-        count = data.train_examples or 2000
-        made, held_out = split_word_problems(count, wanted, recipe.training.seed)
-        origin = f"built-in word problems, seed {recipe.training.seed}"
-        return Examples(Rows(made, origin), Rows(held_out, origin) if held_out else None)
-    common: dict[str, Any] = {"subset": data.subset, "format": data.format, "chat": chat}
-    train_rows = load_rows(
-        data.train, split=data.train_split, revision=data.revision, limit=data.train_examples, **common
-    )
-    if not wanted:
-        return Examples(train_rows, None)
-    if data.test is None and Path(data.train).is_file():
-        raise DataError(f"{data.train} is one file: name held-out data in data.test, or set evaluation.examples to 0.")
-    limit = min(wanted, data.test_examples or wanted)
-    test_rows = load_rows(
-        data.test or data.train, split=data.test_split, revision=train_rows.revision, limit=limit, **common
-    )
-    return Examples(train_rows, test_rows)
-
-
-def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
-    """Make the run folder, or check that it is this run's."""
+def _claim(output: Path, resume: bool) -> None:
+    """Make the run folder, or check that there is a run to continue."""
     if not resume:
         check_free(output.absolute())
         try:
@@ -154,6 +128,60 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
         raise ConfigError(f"{output}: the run is finished already; its adapter is in {output / 'adapter'}.")
     elif not (output / "recipe.yaml").is_file():
         raise ConfigError(f"{output}: holds no run to resume.")
+
+
+def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
+    _check_names(recipe)
+    source = resolve_model(recipe.model, recipe.model_revision)
+    report.line(f"base model: {source.origin}")
+    is_seq2seq = _is_encoder_decoder(source)
+    tokenizer = load_tokenizer(source)
+    examples = load_examples(recipe, chat=_use_chat(recipe, tokenizer, is_seq2seq))
+    if tokenizer.chat_template is None and not isinstance(examples.train.rows[0]["prompt"], str):
+        raise DataError(
+            f"{recipe.data.train}: holds chat messages, but the tokenizer of {recipe.model} has no template."
+        )
+    report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
+    _write_recipe(output, recipe, source, examples)
+
+    set_seed(recipe.training.seed)
+    task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
+    base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
+    try:
+        model = get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
+    except ValueError as error:
+        raise ConfigError(f"lora: PEFT refuses it: {error}") from error
+    model.peft_config["default"].base_model_name_or_path = recipe.model
+    over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
+    if over is not None:
+        match_sites(list(find_sites(model)), recipe.over.sites)
+    trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
+    return Prepared(source, tokenizer, examples, model, trainer, over)
+
+
+def _check_names(recipe: Recipe) -> None:
+    """What can be checked before anything is loaded, beyond the recipe's own types."""
+    known = [str(name.value) for name in OptimizerNames]
+    if recipe.training.optim not in known:
+        near = difflib.get_close_matches(recipe.training.optim, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}."
+        raise ConfigError(f"training.optim is {recipe.training.optim!r}{hint}")
+    if recipe.training.precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("training.precision is fp16, which needs an accelerator; use fp32 or bf16 on a CPU.")
+
+
+def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
+    """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
+    if run.over is not None:
+        run.over.resume_from = checkpoint
+    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    if checkpoint is None or step < recipe.training.max_steps:
+        run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return
+    set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
+    if run.over is not None:
+        run.over.restore(run.model, checkpoint, recipe.training.seed)
+    run.trainer.state.global_step = step
 
 
 def _write_recipe(output: Path, recipe: Recipe, source: ModelSource, examples: Examples) -> None:
@@ -167,17 +195,30 @@ def _write_recipe(output: Path, recipe: Recipe, source: ModelSource, examples: E
     )
     values = pinned.model_dump(mode="json")
     path = output / "recipe.yaml"
-    if path.is_file() and (previous := yaml.safe_load(path.read_bytes())) != values:
+    if path.is_file() and (previous := _read_yaml(path)) != values:
         changed = sorted(key for key in values if previous.get(key) != values[key])
         raise ConfigError(f"{path}: the run was started with another recipe ({', '.join(changed)} differ); start anew.")
     publish_file(path, lambda draft: draft.write_text(yaml.safe_dump(values, sort_keys=False)))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML; the run cannot be resumed. Start anew.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no recipe; the run cannot be resumed. Start anew.")
+    return values
 
 
 def _is_encoder_decoder(source: ModelSource) -> bool:
     from transformers import AutoConfig
 
     try:
-        return bool(AutoConfig.from_pretrained(source.location, revision=source.revision).is_encoder_decoder)
+        config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+        return bool(config.is_encoder_decoder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {source.origin} has no readable config.json: {error}") from error
 
@@ -189,95 +230,22 @@ def _use_chat(recipe: Recipe, tokenizer: Any, is_seq2seq: bool) -> bool:
     return has_template and not is_seq2seq if recipe.data.chat is None else recipe.data.chat
 
 
-def _make_trainer(
-    recipe: Recipe,
-    model: PeftModel,
-    tokenizer: Any,
-    examples: Examples,
-    output: Path,
-    is_seq2seq: bool,
-    report: Reporter,
-    over: LoraOverCallback | None,
-) -> Trainer:
-    from datasets import Dataset
-
-    options = recipe.training.model_dump(exclude={"precision", "max_length"})
-    options |= PRECISION[recipe.training.precision]
-    options |= {
-        "output_dir": str(output / "trainer"),
-        "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
-        "report_to": ["tensorboard"] if recipe.tensorboard else "none",
-        "disable_tqdm": True,
-    }
-    train_set = Dataset.from_list(examples.train.rows)
-    eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
-    callbacks: list[TrainerCallback] = [TrainingProgress(report, output / "metrics.jsonl")]
-    if over is not None:
-        callbacks.append(over)
-    callbacks.append(SealCheckpoints())
-    if is_seq2seq:
-        trainer = _seq2seq_trainer(recipe, model, tokenizer, options, train_set, eval_set, callbacks)
-    else:
-        from trl import SFTConfig, SFTTrainer
-
-        trainer = SFTTrainer(
-            model,
-            SFTConfig(max_length=recipe.training.max_length, completion_only_loss=True, **options),
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _seq2seq_trainer(
-    recipe: Recipe,
-    model: PeftModel,
-    tokenizer: Any,
-    options: dict[str, Any],
-    train_set: Any,
-    eval_set: Any,
-    callbacks: Any,
-) -> Trainer:
-    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
-
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(row["prompt"], str):
-            raise DataError(
-                f"{recipe.data.train}: chat messages cannot train the encoder-decoder {recipe.model}; use text."
-            )
-        limit: dict[str, Any] = {"truncation": True, "max_length": recipe.training.max_length}
-        encoded = dict(tokenizer(row["prompt"], **limit))
-        encoded["labels"] = tokenizer(text_target=row["completion"], **limit)["input_ids"]
-        return encoded
-
-    columns = ["prompt", "completion"]
-    return Seq2SeqTrainer(
-        model,
-        Seq2SeqTrainingArguments(**options),
-        train_dataset=train_set.map(encode, remove_columns=columns),
-        eval_dataset=None if eval_set is None else eval_set.map(encode, remove_columns=columns),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-
-
-def _measure(
-    trainer: Trainer, tokenizer: Any, recipe: Recipe, examples: Examples, report: Reporter, when: str
-) -> Measures | None:
-    if examples.test is None:
+def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str) -> Measures | None:
+    """Loss and exact match on the held-out rows, which are logged too."""
+    if run.examples.test is None:
         return None
-    rows = examples.test.rows
-    loss = trainer.evaluate()["eval_loss"]
+    rows = run.examples.test.rows
+    loss = token_loss(run.model, run.trainer.get_eval_dataloader())
+    if math.isnan(loss) and when == "before training":
+        raise DataError(
+            f"no held-out example has room for its completion within training.max_length = {recipe.training.max_length}."
+        )
     accuracy = None
     if recipe.evaluation.exact_match:
         with report.task(f"held-out answers {when}", len(rows)) as advance:
             accuracy = exact_match(
-                trainer.model,
-                tokenizer,
+                run.model,
+                run.tokenizer,
                 rows,
                 max_new_tokens=recipe.evaluation.max_new_tokens,
                 batch_size=recipe.evaluation.batch_size,
@@ -285,28 +253,37 @@ def _measure(
             )
     measures = Measures(examples=len(rows), loss=loss, exact_match=accuracy)
     report.line(f"{when}: {measures}")
+    metrics, step = output / "metrics.jsonl", run.trainer.state.global_step
+    if step or not metrics.is_file():
+        with metrics.open("a") as file:
+            file.write(json.dumps({"step": step, "eval_loss": loss, "exact_match": accuracy}) + "\n")
     return measures
 
 
-def _added(callback: LoraOverCallback) -> int:
-    assert callback.over is not None
-    cores, matrices = callback.over.num_parameters()
-    return cores - matrices
-
-
 def _trim_metrics(path: Path, checkpoint: Path | None) -> None:
-    """Forget what was logged after the checkpoint that the run resumes from."""
+    """Forget what was logged after the checkpoint that the run resumes from, and lines that were cut off."""
     if not path.is_file():
         return
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = [line for line in path.read_text().splitlines() if 0 <= _step_of(line) <= step]
     publish_file(path, lambda draft: draft.write_text("".join(line + "\n" for line in kept)))
+
+
+def _step_of(line: str) -> int:
+    """Step of a line of the log; -1 of a line that was cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def _push(repository: str, folder: Path, report: Reporter) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=folder)
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # the hub's client lets its HTTP library's own errors through
+        raise OutputError(f"push_to_hub: {repository}: {error}. The adapter is safe in {folder}.") from error
     report.line(f"uploaded to {repository}")

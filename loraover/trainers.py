@@ -1,0 +1,105 @@
+"""The Hugging Face trainers behind a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from loraover.callback import LoraOverCallback
+from loraover.errors import DataError
+from loraover.examples import Examples
+from loraover.progress import Reporter, TrainingProgress
+from loraover.recipe import Recipe
+from loraover.resume import SealCheckpoints
+
+PRECISION = {
+    "fp32": {"bf16": False, "fp16": False},
+    "bf16": {"bf16": True, "fp16": False},
+    "fp16": {"bf16": False, "fp16": True},
+}
+
+
+def make_trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: Any,
+    examples: Examples,
+    output: Path,
+    is_seq2seq: bool,
+    report: Reporter,
+    over: LoraOverCallback | None,
+) -> Trainer:
+    """TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
+
+    Raises:
+        ConfigError: a value that the trainer refuses.
+    """
+    from datasets import Dataset
+
+    options = recipe.training.model_dump(exclude={"precision", "max_length"})
+    options |= PRECISION[recipe.training.precision]
+    options |= {
+        "output_dir": str(output / "trainer"),
+        "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
+        "report_to": ["tensorboard"] if recipe.tensorboard else "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    train_set = Dataset.from_list(examples.train.rows)
+    eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
+    callbacks: list[TrainerCallback] = [TrainingProgress(report, output / "metrics.jsonl")]
+    if over is not None:
+        callbacks.append(over)
+    callbacks.append(SealCheckpoints())
+    if is_seq2seq:
+        trainer = _seq2seq_trainer(recipe, model, tokenizer, options, train_set, eval_set, callbacks)
+    else:
+        from trl import SFTConfig, SFTTrainer
+
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(max_length=recipe.training.max_length, completion_only_loss=True, **options),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _seq2seq_trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: Any,
+    options: dict[str, Any],
+    train_set: Any,
+    eval_set: Any,
+    callbacks: Any,
+) -> Trainer:
+    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(row["prompt"], str):
+            raise DataError(
+                f"{recipe.data.train}: chat messages cannot train the encoder-decoder {recipe.model}; use text."
+            )
+        limit: dict[str, Any] = {"truncation": True, "max_length": recipe.training.max_length}
+        encoded = dict(tokenizer(row["prompt"], **limit))
+        encoded["labels"] = tokenizer(text_target=row["completion"], **limit)["input_ids"]
+        return encoded
+
+    columns = ["prompt", "completion"]
+    return Seq2SeqTrainer(
+        model,
+        Seq2SeqTrainingArguments(**options),
+        train_dataset=train_set.map(encode, remove_columns=columns),
+        eval_dataset=None if eval_set is None else eval_set.map(encode, remove_columns=columns),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
