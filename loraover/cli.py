@@ -75,7 +75,7 @@ def train(
         result = run(loaded, output, resume=resume, report=Reporter(console), command=typed)
     except KeyboardInterrupt:
         if output.exists():
-            console.print("to go on from the last whole checkpoint, run the same command with --resume", markup=False)
+            click.echo("to go on from the last whole checkpoint, run the same command with --resume", err=True)
         raise
     console.print(f"adapter: {output / 'adapter'}", soft_wrap=True, markup=False)
     if as_json:

@@ -15,6 +15,9 @@ from loraover.errors import ConfigError
 
 MAX_YAML_BYTES = 2**20
 
+_short = reprlib.Repr()
+_short.maxlevel = 2  # YAML aliases can unfold a few bytes into a giant
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -166,7 +169,7 @@ def _faults(error: ValidationError) -> list[str]:
         elif fault["type"] == "missing":
             faults.append(f"{place}: required and missing")
         else:
-            faults.append(f"{place}: {fault['msg']} (found {reprlib.repr(fault['input'])})")
+            faults.append(f"{place}: {fault['msg']} (found {_short.repr(fault['input'])})")
     return faults
 
 

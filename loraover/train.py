@@ -139,7 +139,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     examples = load_examples(recipe, chat=_use_chat(recipe, tokenizer, is_seq2seq))
     if tokenizer.chat_template is None and not isinstance(examples.train.rows[0]["prompt"], str):
         raise DataError(
-            f"{recipe.data.train}: holds chat messages, but the tokenizer of {recipe.model} has no template."
+            f"{recipe.data.train}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
         )
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
     _write_recipe(output, recipe, source, examples)
@@ -238,7 +238,8 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
     loss = token_loss(run.model, run.trainer.get_eval_dataloader())
     if math.isnan(loss) and when == "before training":
         raise DataError(
-            f"no held-out example has room for its completion within training.max_length = {recipe.training.max_length}."
+            "no held-out example has room for its completion within training.max_length = "
+            f"{recipe.training.max_length}; raise it."
         )
     accuracy = None
     if recipe.evaluation.exact_match:

@@ -128,9 +128,9 @@ def test_rows_are_recognised_one_by_one(write: Write) -> None:
 
 def test_a_limit_counts_examples(write: Write) -> None:
     path = write("a.jsonl", raw=lines(MESSAGES, PAIR, PAIR) + b"not JSON\n")
-    assert load(path, limit=1).rows == [{"prompt": TURNS[:2], "completion": [TURNS[2]]}]
-    assert len(load(path, limit=3).rows) == 3
-    assert "row 4: not JSON" in fault(path, limit=5)
+    assert load(path, limit=1, chat=True).rows == [{"prompt": TURNS[:2], "completion": [TURNS[2]]}]
+    assert len(load(path, limit=3, chat=True).rows) == 3
+    assert "row 4: not JSON" in fault(path, limit=5, chat=True)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_limit_counts_examples(write: Write) -> None:
         ({"prompt": {"a": 1}, "completion": "b"}, "'prompt' is {"),
         ({"question": "a", "answer": 4}, "'answer' is 4"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": []}, "no assistant turn"),
+        ({"messages": []}, "'messages' is []"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no assistant turn"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "role and content"),
@@ -323,7 +323,7 @@ def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
 
 
 def examples_of(made: Recipe, *, chat: bool = False) -> Any:
-    from loraover.train import load_examples
+    from loraover.examples import load_examples
 
     return load_examples(made, chat=chat)
 
