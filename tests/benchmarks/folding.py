@@ -101,15 +101,20 @@ def convert_with_peft() -> float:
 
 @click.command()
 @click.option("--repeats", default=3, show_default=True)
+@click.option("--make", type=click.Path(path_type=Path), hidden=True)
 @click.option("--fold", "paths", nargs=2, type=click.Path(path_type=Path), hidden=True)
-def main(repeats: int, paths: tuple[Path, Path] | None) -> None:
+def main(repeats: int, make: Path | None, paths: tuple[Path, Path] | None) -> None:
     """Time the fold of an 8B model's adapter, and PEFT's conversion."""
+    if make is not None:
+        write_synthetic_checkpoint(make)
+        return
     if paths is not None:
         print(json.dumps(fold_here(*paths)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / "checkpoint"
-        write_synthetic_checkpoint(checkpoint)
+        # In a process of its own: the peak of a folding child starts from this one's.
+        subprocess.run([sys.executable, "-m", "benchmarks.folding", "--make", str(checkpoint)], check=True)
         adapter_bytes = (checkpoint / TENSORS_FILE).stat().st_size
         runs = []
         for i in range(repeats):

@@ -95,18 +95,21 @@ def peak_memory_bytes(arm: str, steps: int) -> int:
 
 
 @click.command()
-@click.option("--rounds", default=12, show_default=True, help="Paired rounds after two warm-up rounds.")
+@click.option("--rounds", default=20, show_default=True, help="Paired rounds after two warm-up rounds.")
 @click.option("--memory-of", type=click.Choice(ARMS), hidden=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(rounds: int, memory_of: str | None, as_json: bool) -> None:
     """Compare plain LoRA, LoRA-Over and naive autograd through the cores."""
-    base, ids = load()
     if memory_of is not None:
+        base, ids = load()
         step = make_step(memory_of, base, ids)
         for _ in range(rounds):
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
+    # Before this process grows: a child's peak starts from its parent's.
+    memory = {arm: peak_memory_bytes(arm, 3) for arm in ARMS}
+    base, ids = load()
     steps = {arm: make_step(arm, deepcopy(base), ids) for arm in ARMS}
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order, draw = list(ARMS), random.Random(0)
@@ -116,7 +119,6 @@ def main(rounds: int, memory_of: str | None, as_json: bool) -> None:
             seconds = steps[arm]()
             if number >= 2:
                 times[arm].append(seconds)
-    memory = {arm: peak_memory_bytes(arm, 3) for arm in ARMS}
     ratios = {arm: median_ratio(times[arm], times["LoRA"]) for arm in ARMS}
     if as_json:
         print(json.dumps({"times_s": times, "peak_bytes": memory, "time_ratio": ratios}))
