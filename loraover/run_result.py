@@ -76,6 +76,6 @@ def read_run(folder: Path) -> RunResult:
 
 
 def environment() -> dict[str, str]:
-    """Versions that a run depends on."""
-    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    """Versions that a measurement depends on."""
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
     return {"loraover": __version__, "python": platform.python_version(), **packages}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from loraover import __version__
 
 CERTIFICATE_FILE = "fold_certificate.json"
 NOISE_FACTOR = 3.0
@@ -97,12 +94,6 @@ class FoldCertificate(BaseModel):
     @property
     def passed(self) -> bool:
         return all(m.passed for m in self.matrices) and (self.outputs is None or self.outputs.passed)
-
-
-def environment() -> dict[str, str]:
-    """Versions that a measurement depends on."""
-    packages = {name: version(name) for name in ("torch", "peft", "transformers", "safetensors")}
-    return {"loraover": __version__, "python": platform.python_version(), **packages}
 
 
 def hardware() -> str:

@@ -15,7 +15,8 @@ from loraover.command import quiet_libraries
 from loraover.errors import ConfigError
 from loraover.models import resolve_model
 from loraover.output import check_free, publish_directory
-from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, environment, hardware
+from loraover.run_result import environment
+from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, hardware
 from loraover_export.check_outputs import check_outputs
 from loraover_export.fold import write_folded
 
