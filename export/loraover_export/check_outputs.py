@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from loraover.checkpoint import Checkpoint
 from loraover.errors import CheckpointError, ConfigError, DataError
+from loraover.exact import open_exact
 from loraover.models import ModelSource, load_model, load_tokenizer
 from loraover.sites import Site, find_sites
-from loraover.tensor_file import open_tensors
 from loraover.unfolded import unfolded
 from loraover_export.certificate import Deviation, OutputCertificate
-from loraover_export.fold import exact_matrix
 from loraover_export.rounding import STORAGE_DTYPES, round_randomly
 
 TWINS = 3
@@ -166,12 +165,12 @@ def _write_twin(model: nn.Module, checkpoint: Checkpoint, dtype: str, seed: int)
     """Overwrite the loaded adapter with an equally good rounding of the same matrices."""
     generator = torch.Generator().manual_seed(seed)
     orders: dict[str, Tensor] = {}
-    with open_tensors(checkpoint.cores_path) as cores, open_tensors(checkpoint.adapter.tensors_path) as plain:
+    with open_exact(checkpoint) as source:
         for site in _lora_matrices(model):
             key = checkpoint.adapter.sites.get(site.path)
             if key is None:
                 raise CheckpointError(f"{checkpoint.adapter.tensors_path}: holds no {site.path}, which PEFT has made.")
-            exact, _, _ = exact_matrix(checkpoint, key, cores, plain)
+            exact = source.tensor(key).value
             rounded = round_randomly(exact, STORAGE_DTYPES[dtype], generator)
             rank_dim = 0 if site.matrix == "A" else 1
             order = orders.setdefault(site.module, torch.randperm(rounded.shape[rank_dim], generator=generator))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, site_name
-from loraover.checkpoint import Checkpoint, SiteRecord
-from loraover.error_bounds import gamma, smallest_subnormal, unit_roundoff
+from loraover.checkpoint import Checkpoint
+from loraover.error_bounds import smallest_subnormal, unit_roundoff
 from loraover.errors import FoldError
-from loraover.tensor_file import TensorFile, open_tensors, save_tensors
+from loraover.exact import Exact, open_exact
+from loraover.tensor_file import open_tensors, save_tensors
 from loraover_export.certificate import MatrixCertificate
 from loraover_export.rounding import STORAGE_DTYPES, round_nearest, underflow
 
@@ -46,17 +47,13 @@ def write_folded(
     folded: dict[str, Tensor] = {}
     certificates = []
     for keys in _chunks(checkpoint.adapter.shapes):
-        with (
-            _one_thread(),
-            open_tensors(checkpoint.cores_path) as cores,
-            open_tensors(checkpoint.adapter.tensors_path) as plain,
-        ):
+        with _one_thread(), open_exact(checkpoint) as source:
             for key in keys:
-                exact, magnitude, site = exact_matrix(checkpoint, key, cores, plain)
-                folded[key] = _round(key, exact, dtype)
+                exact = source.tensor(key)
+                folded[key] = round_tensor(key, exact.value, dtype)
                 name = site_name(key)
                 if name is not None:
-                    certificates.append(_certify(name, folded[key], exact, magnitude, checkpoint, site))
+                    certificates.append(certify(name, folded[key], exact))
                 on_tensor()
     save_tensors(folded, directory / TENSORS_FILE)
     config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
@@ -89,7 +86,12 @@ def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:
         yield ordered[start : start + FILES_REOPENED_EVERY]
 
 
-def _round(key: str, exact: Tensor, dtype: str) -> Tensor:
+def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
+    """The nearest numbers of `dtype`; integers as they are.
+
+    Raises:
+        FoldError: an element beyond the range of `dtype`; names the key.
+    """
     if not exact.is_floating_point():
         return exact.clone()
     try:
@@ -98,39 +100,18 @@ def _round(key: str, exact: Tensor, dtype: str) -> Tensor:
         raise FoldError(f"{key}: {error}") from error
 
 
-def exact_matrix(
-    checkpoint: Checkpoint, key: str, cores: TensorFile, plain: TensorFile
-) -> tuple[Tensor, Tensor, SiteRecord | None]:
-    """One tensor of the adapter in float64, the magnitude of its contraction, and its site if it has cores.
-
-    Raises:
-        CheckpointError: the stored matrix contradicts the cores.
-    """
-    site = checkpoint.sites.get(site_name(key) or "")
-    if site is None:
-        stored = plain.read(key)
-        exact = stored.double() if stored.is_floating_point() else stored
-        return exact, torch.zeros_like(exact), None
-    exact, magnitude = checkpoint.contract(checkpoint.read_cores(cores, site), site)
-    checkpoint.check_stored(plain.read(key), exact, magnitude, site)
-    return exact, magnitude, site
-
-
-def _certify(
-    name: str, written: Tensor, exact: Tensor, magnitude: Tensor, checkpoint: Checkpoint, site: SiteRecord | None
-) -> MatrixCertificate:
-    terms = 0 if site is None else checkpoint.decomposition.contraction_terms(site.m, site.n)
-    contraction = gamma(terms, unit_roundoff(torch.float64)) * magnitude
+def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
+    """Error of a written matrix, and the bound of it: the contraction's, and one rounding to the storage type."""
     tiny = smallest_subnormal(written.dtype) / 2
-    bound = contraction + (unit_roundoff(written.dtype) * (exact.abs() + contraction)).clamp_min(tiny)
-    error = (written.double() - exact).abs()
-    norm = float(exact.norm()) or 1.0
-    lost = underflow(exact, written)
-    m, n = exact.shape
+    bound = exact.bound + (unit_roundoff(written.dtype) * (exact.value.abs() + exact.bound)).clamp_min(tiny)
+    error = (written.double() - exact.value).abs()
+    norm = float(exact.value.norm()) or 1.0
+    lost = underflow(exact.value, written)
+    m, n = exact.value.shape
     return MatrixCertificate(
         name=name,
         shape=(m, n),
-        over_parameterised=site is not None,
+        over_parameterised=exact.site is not None,
         relative_error=float(error.norm()) / norm,
         relative_bound=float(bound.norm()) / norm,
         worst_to_bound=float((error / bound).max()),

@@ -379,13 +379,13 @@ def test_the_certificate_rejects_a_wrong_matrix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     guilty, change = (matrix_mutants | {"two units in the last place": (Q_B, two_ulps)})[mutant]
-    right = fold_module._round
+    right = fold_module.round_tensor
 
     def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
         matrix = right(key, exact, dtype)
         return change(matrix) if key == guilty else matrix
 
-    monkeypatch.setattr(fold_module, "_round", wrong)
+    monkeypatch.setattr(fold_module, "round_tensor", wrong)
     found = assert_rejected(made, tmp_path, capsys, "--dtype", dtype)
     assert [site_key(m.name) for m in found.matrices if not m.passed] == [guilty]
 
