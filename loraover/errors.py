@@ -6,6 +6,7 @@
     ├── CheckpointError  (ValueError)    a LoRA-Over checkpoint or adapter that cannot be trusted
     ├── FoldError        (ArithmeticError) a fold whose result would be wrong or lossy
     ├── DataError        (ValueError)    training or evaluation data that cannot be read
+    ├── EngineError      (RuntimeError)  an inference engine that does not start, or refuses a request
     └── OutputError      (OSError)       a destination that cannot be written
 
 Commands turn each of them into one message on standard error and exit code 2.
@@ -34,6 +35,10 @@ class FoldError(LoraOverError, ArithmeticError):
 
 class DataError(LoraOverError, ValueError):
     """Training or evaluation data that cannot be read."""
+
+
+class EngineError(LoraOverError, RuntimeError):
+    """An inference engine that does not start, or refuses a request."""
 
 
 class OutputError(LoraOverError, OSError):

@@ -1,0 +1,1 @@
+"""Adapters that vLLM, SGLang and PEFT read identically."""

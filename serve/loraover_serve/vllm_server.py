@@ -1,0 +1,145 @@
+"""A vLLM server as a child process, for the length of a block."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loraover.errors import EngineError
+from loraover_export.vllm.launch import lora_module
+from loraover_serve.vllm_client import VllmClient
+
+POLL_S, STOP_S = 0.5, 15.0
+LOG_SHOWN = 2000  # characters
+
+
+@dataclass(frozen=True)
+class VllmServerConfig:
+    """What `vllm serve` is asked for.
+
+    Args:
+        model: folder or hub name of the base model, which requests address by this name.
+        adapters: folder of each adapter, by the name that requests use.
+        max_lora_rank: one of vLLM's allowed values, no smaller than any adapter's rank.
+        max_loras: adapters that one batch may use.
+        dtype: of weights and activations, as vLLM spells it; adapters are cast to it.
+        runtime_loading: adapters can be loaded and unloaded over HTTP, by anyone who reaches the server.
+        options: further words of the command line.
+        environment: variables for the server besides this process's own.
+    """
+
+    model: str
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    max_lora_rank: int = 16
+    max_loras: int = 1
+    dtype: str = "auto"
+    runtime_loading: bool = False
+    options: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, executable: str, port: int) -> list[str]:
+        """The command line; the server listens on the loopback interface only."""
+        lora = ["--enable-lora", "--max-loras", str(self.max_loras), "--max-lora-rank", str(self.max_lora_rank)]
+        modules = [lora_module(name, path) for name, path in self.adapters.items()]
+        return [
+            *(executable, "serve", self.model, "--host", "127.0.0.1", "--port", str(port), "--dtype", self.dtype),
+            *(lora if self.adapters or self.runtime_loading else []),
+            *(["--lora-modules", *modules] if modules else []),
+            *self.options,
+        ]
+
+    def variables(self) -> dict[str, str]:
+        """The server's environment: no usage statistics leave the machine, and no hub is asked about a folder."""
+        given = {"VLLM_NO_USAGE_STATS": "1"}
+        if Path(self.model).is_dir():
+            given["HF_HUB_OFFLINE"] = "1"
+        if self.runtime_loading:
+            given["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        return {**os.environ, **given, **self.environment}
+
+
+@contextmanager
+def serve_vllm(
+    config: VllmServerConfig, log: Path, *, executable: str = "vllm", startup_timeout_s: float = 600
+) -> Iterator[VllmClient]:
+    """Start vLLM, wait until the base model and every adapter have answered, and stop it after the block.
+
+    A healthy endpoint is not enough: some models fail at the first request.
+
+    Args:
+        log: file for everything that the server prints; kept.
+        executable: the command `vllm`, of any environment.
+        startup_timeout_s: seconds until the first answers.
+    Yields:
+        A client of the running server.
+    Raises:
+        EngineError: no such command, or a server that ends, refuses an adapter or stays silent; the
+            message has the end of the log.
+    """
+    port = _free_port()
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                config.command(executable, port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=config.variables(),
+                start_new_session=True,  # one group to stop, workers included
+            )
+        except OSError as error:
+            raise EngineError(f"{executable}: cannot be started: {error.strerror}; is vLLM installed there?") from error
+    try:
+        client = VllmClient(f"http://127.0.0.1:{port}")
+        _await_answers(client, [config.model, *config.adapters], process, log, time.monotonic() + startup_timeout_s)
+        yield client
+    finally:
+        _stop(process)
+
+
+def _await_answers(
+    client: VllmClient, names: Sequence[str], process: subprocess.Popen[bytes], log: Path, deadline: float
+) -> None:
+    while not client.is_healthy():
+        if process.poll() is not None:
+            raise EngineError(f"vllm serve ended with code {process.returncode}; {_end_of(log)}")
+        if time.monotonic() > deadline:
+            raise EngineError(f"vllm serve did not come up in time; {_end_of(log)}")
+        time.sleep(POLL_S)
+    for name in names:
+        try:
+            client.complete(name, [1], max_tokens=1)
+        except EngineError as error:
+            raise EngineError(f"vllm serve is up, but {name!r} does not answer: {error} {_end_of(log)}") from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and whatever it started: asked first, killed when that takes too long."""
+    deadline = time.monotonic() + STOP_S
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            process.poll()
+            os.killpg(process.pid, 0)  # raises once the group is empty
+            time.sleep(POLL_S / 5)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _end_of(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace")[-LOG_SHOWN:].strip()
+    return f"the end of {log}:\n{text}"

@@ -1,0 +1,107 @@
+"""The real vLLM serves adapters over HTTP; PEFT agrees as far as the two engines agree on the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import hypot
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from loraover.errors import EngineError
+from loraover_serve.vllm_client import Completion
+
+from agreement import NEW_TOKENS, Agreement, agreement
+from serving import ADAPTERS, Served
+
+SURE = 5  # standard errors
+FEW = 8  # prompts, where a difference is large
+
+
+@pytest.fixture(scope="module")
+def noise(served: Served) -> Agreement:
+    """The two engines on the base model."""
+    return agreement(served.base(), served.prompts, generate(served, served.source.location))
+
+
+@pytest.fixture(scope="module")
+def vanilla(served: Served) -> Any:
+    return peft(served, served.adapters["vanilla"])
+
+
+def generate(served: Served, model: str, prompts: int | None = None) -> list[Completion]:
+    return served.client.complete_batch(model, served.prompts[:prompts], max_tokens=NEW_TOKENS)
+
+
+def peft(served: Served, folder: Path) -> Any:
+    """The adapter as PEFT reads it, in the dtype that vLLM casts it to."""
+    return PeftModel.from_pretrained(served.base(), folder, autocast_adapter_dtype=False).eval()
+
+
+def compare(model: Any, served: Served, completions: Sequence[Completion]) -> Agreement:
+    return agreement(model, served.prompts[: len(completions)], completions)
+
+
+def allowed(tokens: int, noise: Agreement) -> float:
+    """The noise, and what estimates of it from so many tokens may differ by."""
+    return noise.rms + SURE * hypot(noise.standard_error(tokens), noise.standard_error(len(noise.differences)))
+
+
+def assert_no_further_apart(found: Agreement, noise: Agreement) -> None:
+    """Where the texts part, both tokens' logits may be off by as much as any logprob of the base model."""
+    assert found.rms <= allowed(len(found.differences), noise), f"{found}; base model: {noise}"
+    assert max(found.gaps, default=0.0) <= 2 * noise.largest, f"{found}; base model: {noise}"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_peft_agrees_with_the_served_adapter(name: str, served: Served, noise: Agreement) -> None:
+    completions = generate(served, name)
+    found = compare(peft(served, served.adapters[name]), served, completions)
+    print(f"\n{name}: {found}\nbase model: {noise}")
+    assert len(found.differences) == 20 * 32
+    assert_no_further_apart(found, noise)
+    effect = compare(served.base(), served, completions)
+    assert effect.rms > 3 * noise.rms, f"the adapter's own effect is lost in the noise: {effect}"
+
+
+@pytest.mark.parametrize("name", ["misplaced", "doubled"])
+def test_a_wrong_adapter_is_seen(name: str, served: Served, noise: Agreement, vanilla: Any) -> None:
+    served.client.load_adapter(name, served.wrong[name])
+    try:
+        completions = generate(served, name, FEW)
+    finally:
+        served.client.unload_adapter(name)
+    found = compare(vanilla, served, completions)
+    limit = allowed(len(found.differences), noise)
+    assert found.rms > 2 * limit, f"{found}; base model: {noise}"
+    with pytest.raises(AssertionError):
+        assert_no_further_apart(found, noise)
+    is_applied = compare(served.base(), served, completions).rms > limit
+    assert is_applied == (name != "misplaced"), "vLLM ignores tensors below a prefix that it does not know"
+
+
+def test_adapters_come_and_go_while_the_server_runs(served: Served, tmp_path: Path) -> None:
+    client, folder = served.client, served.adapters["vanilla"]
+    client.load_adapter("guest", folder)
+    assert "guest" in client.models()
+    assert client.complete("guest", served.prompts[0], max_tokens=4).token_ids
+    with pytest.raises(EngineError, match="already been loaded"):
+        client.load_adapter("guest", folder)
+    client.unload_adapter("guest")
+    assert "guest" not in client.models()
+    with pytest.raises(EngineError, match="404"):
+        client.complete("guest", served.prompts[0], max_tokens=4)
+    with pytest.raises(EngineError, match="404"):
+        client.unload_adapter("guest")
+    with pytest.raises(EngineError, match="404"):
+        client.load_adapter("guest", tmp_path / "nothing")
+
+
+def test_two_adapters_share_a_batch(served: Served, noise: Agreement) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = dict(zip(ADAPTERS, pool.map(lambda name: generate(served, name, FEW), ADAPTERS), strict=True))
+    for name, completions in both.items():
+        assert_no_further_apart(compare(peft(served, served.adapters[name]), served, completions), noise)

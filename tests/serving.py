@@ -1,0 +1,105 @@
+"""A vLLM server on a real model, with right and wrong adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
+from loraover_serve.vllm_client import VllmClient
+from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
+
+from agreement import PROMPTS
+from vllm_command import vllm_command
+
+ADAPTERS = ("vanilla",)
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+B_SCALE = 0.05  # standard deviation of B: an effect on logprobs several times the noise of bfloat16, and still words
+
+
+@dataclass(frozen=True)
+class Served:
+    """The running server and what it serves.
+
+    Args:
+        adapters: folders that it started with, by name.
+        wrong: folders of adapters with a mistake each, not loaded.
+        prompts: token ids.
+    """
+
+    client: VllmClient
+    source: ModelSource
+    adapters: Mapping[str, Path]
+    wrong: Mapping[str, Path]
+    prompts: list[list[int]]
+
+    def base(self) -> Any:
+        return load_model(self.source, dtype="bf16")
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Served]:
+    """Make the adapters in `folder` and serve them."""
+    command, source = vllm_command(), resolve_model(MODEL)
+    adapters = {"vanilla": vanilla(source, folder / "vanilla")}
+    wrong = {
+        "misplaced": changed(adapters["vanilla"], folder / "misplaced", rename=without_model_prefix),
+        "doubled": changed(adapters["vanilla"], folder / "doubled", lora_alpha=32),
+    }
+    tokenizer = load_tokenizer(source)
+    config = VllmServerConfig(
+        model=source.location,
+        adapters=adapters,
+        max_lora_rank=16,
+        max_loras=2,
+        dtype="bfloat16",
+        runtime_loading=True,
+        options=("--max-model-len", "512", "--enforce-eager"),
+        environment={"VLLM_CPU_KVCACHE_SPACE": "2"},
+    )
+    with serve_vllm(config, folder / "vllm.log", executable=str(command)) as client:
+        yield Served(client, source, adapters, wrong, [tokenizer(text).input_ids for text in PROMPTS])
+
+
+def vanilla(source: ModelSource, folder: Path) -> Path:
+    """A plain PEFT LoRA of rank 8 on every linear layer, in bfloat16."""
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(load_model(source, dtype="bf16"), config, autocast_adapter_dtype=False)
+    draw_b(model, seed=2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def draw_b(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(B_SCALE * torch.randn(parameter.shape, generator=generator))
+
+
+def changed(adapter: Path, folder: Path, *, rename: Any = lambda key: key, **config: Any) -> Path:
+    """A copy with other tensor keys or other values in its configuration."""
+    shutil.copytree(adapter, folder)
+    tensors: dict[str, Tensor] = load_file(adapter / "adapter_model.safetensors")
+    renamed = {rename(key): tensor for key, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    found = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(found | config))
+    return folder
+
+
+def without_model_prefix(key: str) -> str:
+    return key.replace("base_model.model.model.", "base_model.model.")
