@@ -13,20 +13,24 @@ from loraover.errors import OutputError
 
 
 @contextmanager
-def publish_directory(destination: str | os.PathLike[str], *, outside: Path | None = None) -> Iterator[Path]:
+def publish_directory(
+    destination: str | os.PathLike[str], *, outside: Path | None = None, replace: bool = False
+) -> Iterator[Path]:
     """A new folder to fill, which becomes `destination` when the block ends without an exception.
 
     Args:
         destination: must not exist; missing parents are made.
         outside: a folder that the destination may not lie in, such as the command's input.
+        replace: a folder that exists is moved aside at the end, and removed once the new one is in its place;
+            a kill between the two renames leaves it beside the destination, hidden, with the ending `.old`.
     Yields:
         A temporary folder beside the destination, removed if the block raises.
     Raises:
         OutputError: the destination exists, lies in `outside`, or cannot be written (no permission,
-            no space).
+            no space); with `replace`: it is no folder, or `outside` lies in it.
     """
     target = Path(destination).absolute()
-    check_free(target, outside=outside)
+    check_free(target, outside=outside, replace=replace)
     draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
     made = [parent for parent in target.parents if not parent.exists()]
     published = False
@@ -37,8 +41,7 @@ def publish_directory(destination: str | os.PathLike[str], *, outside: Path | No
         for path in sorted(draft.rglob("*")):
             sync(path)
         sync(draft)
-        check_free(target)
-        draft.rename(target)
+        _put_in_place(draft, target, replace)
         published = True
         for folder in (target.parent, *(parent.parent for parent in made)):
             sync(folder)
@@ -51,6 +54,21 @@ def publish_directory(destination: str | os.PathLike[str], *, outside: Path | No
         for parent in () if published else made:
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _put_in_place(draft: Path, target: Path, replace: bool) -> None:
+    check_free(target, replace=replace)
+    if not target.exists():
+        draft.rename(target)
+        return
+    aside = draft.with_suffix(".old")
+    target.rename(aside)
+    try:
+        draft.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:
@@ -78,17 +96,20 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
             draft.unlink(missing_ok=True)
 
 
-def check_free(target: Path, *, outside: Path | None = None) -> None:
-    """Raise OutputError unless `target` can become a new folder."""
+def check_free(target: Path, *, outside: Path | None = None, replace: bool = False) -> None:
+    """Raise OutputError unless `target` can become a new folder, or with `replace` take the place of one."""
     try:
         occupied = target.exists() or target.is_symlink()
     except OSError as error:
         raise _output_error(target, error) from error
-    if occupied:
-        kind = "a folder" if target.is_dir() else "a file"
+    replaceable = replace and target.is_dir() and not target.is_symlink()
+    if occupied and not replaceable:
+        kind = "a link" if target.is_symlink() else "a folder" if target.is_dir() else "a file"
         raise OutputError(f"{target} exists already and is {kind}; choose another output or remove it first.")
     if outside is not None and target.resolve().is_relative_to(outside.resolve()):
         raise OutputError(f"{target} lies inside the input {outside}; choose an output outside of it.")
+    if outside is not None and occupied and outside.resolve().is_relative_to(target.resolve()):
+        raise OutputError(f"{target} holds the input {outside}; replacing it would remove the input.")
 
 
 def _is_about(error: OSError, draft: Path) -> bool:

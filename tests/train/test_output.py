@@ -40,9 +40,9 @@ def fill(draft: Path) -> None:
     (draft / "b").write_text("two")
 
 
-def publish(target: Path, then: Callable[[Path], object]) -> None:
+def publish(target: Path, then: Callable[[Path], object], *, replace: bool = False) -> None:
     """Fills a draft and does something more before its block ends."""
-    with publish_directory(target) as draft:
+    with publish_directory(target, replace=replace) as draft:
         fill(draft)
         then(draft)
 
@@ -273,3 +273,76 @@ def test_one_message_about_one_failure(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         publish_file(tmp_path / "file", write)
     assert str(caught.value).count("cannot write") == 1
+
+
+@pytest.mark.parametrize("old", [None, "empty", "full"])
+def test_a_folder_is_replaced_whole(old: str | None, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    if old is not None:
+        target.mkdir()
+    if old == "full":
+        (target / "inner").mkdir()
+        (target / "inner" / "stale").write_text("old")
+    with publish_directory(target, replace=True) as draft:
+        fill(draft)
+        assert not (target / "b").exists()
+    assert list(tmp_path.iterdir()) == [target]
+    assert "inner/stale" not in tree(target)
+    assert (target / "b").is_file()
+
+
+@pytest.mark.parametrize("ending", ENDINGS, ids=kind)
+def test_a_replacement_that_fails_leaves_the_old_folder(ending: BaseException, tmp_path: Path) -> None:
+    fill_old(tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(type(ending)):
+        publish(tmp_path / "out", raiser(ending), replace=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_old(tmp_path / "out")
+    before, rename = tree(tmp_path), Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        publish_directory(tmp_path / "out", replace=True) as draft,
+    ):
+        fill(draft)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dangling link"])
+def test_only_a_folder_is_replaced(what: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    if what == "file":
+        target.write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / ("elsewhere" if what == "link" else "nowhere"))
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=f"{target} exists already"), publish_directory(target, replace=True):
+        pytest.fail("the block ran")
+    assert tree(tmp_path) == before
+
+
+def test_what_holds_the_input_is_not_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "out" / "deep" / "input"
+    source.mkdir(parents=True)
+    with (
+        pytest.raises(OutputError, match="holds the input"),
+        publish_directory(tmp_path / "out", outside=source, replace=True),
+    ):
+        pytest.fail("the block ran")
+    assert source.is_dir()
+
+
+def fill_old(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "stale").write_text("old")
