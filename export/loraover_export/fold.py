@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, site_name
+from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
 from loraover.checkpoint import Checkpoint
 from loraover.error_bounds import smallest_subnormal, unit_roundoff
 from loraover.errors import FoldError
@@ -44,25 +45,50 @@ def write_folded(
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
         OutputError: the folder cannot be written.
     """
-    folded: dict[str, Tensor] = {}
+    certificates = write_rounded(checkpoint, checkpoint.adapter.shapes, directory, dtype, on_tensor=on_tensor)
+    config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
+    write_config(config | {"inference_mode": True}, directory)
+    return certificates
+
+
+def write_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Write `adapter_config.json`."""
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_rounded(
+    source: Checkpoint | AdapterDir,
+    keys: Iterable[str],
+    directory: Path,
+    dtype: str,
+    *,
+    prepare: Callable[[str, Exact], Exact] = lambda key, exact: exact,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> list[MatrixCertificate]:
+    """Write tensors of an adapter, each rounded once from its exact value, and certify the A and B matrices.
+
+    Args:
+        keys: of the tensors, in the order of the certificates.
+        prepare: what to make of an exact tensor before the rounding, with the bound of its new error.
+
+    The other arguments, returns and errors are those of `write_folded`.
+    """
+    rounded: dict[str, Tensor] = {}
     certificates = []
-    for keys in _chunks(checkpoint.adapter.shapes):
-        with _one_thread(), open_exact(checkpoint) as source:
-            for key in keys:
-                exact = source.tensor(key)
-                folded[key] = round_tensor(key, exact.value, dtype)
+    for chunk in _chunks(keys):
+        with _one_thread(), open_exact(source) as opened:
+            for key in chunk:
+                exact = prepare(key, opened.tensor(key))
+                rounded[key] = round_tensor(key, exact.value, dtype)
                 name = site_name(key)
                 if name is not None:
-                    certificates.append(certify(name, folded[key], exact))
+                    certificates.append(certify(name, rounded[key], exact))
                 on_tensor()
-    save_tensors(folded, directory / TENSORS_FILE)
-    config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
-    config["inference_mode"] = True
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for keys in _chunks(folded):
+    save_tensors(rounded, directory / TENSORS_FILE)
+    for chunk in _chunks(rounded):
         with open_tensors(directory / TENSORS_FILE) as written:
-            for key in keys:
-                if not torch.equal(written.read(key), folded[key]):
+            for key in chunk:
+                if not torch.equal(written.read(key), rounded[key]):
                     raise FoldError(
                         f"{key}: what was read back is not what was written; the disk is not to be trusted."
                     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -13,10 +14,12 @@ from rich.table import Table
 from loraover.checkpoint import Checkpoint, read_checkpoint
 from loraover.command import quiet_libraries
 from loraover.errors import ConfigError
+from loraover.licence import known_licence
+from loraover.model_card import model_card
 from loraover.models import resolve_model
 from loraover.output import check_free, publish_directory
 from loraover.run_result import environment
-from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, hardware
+from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, hardware, matrix_facts
 from loraover_export.check_outputs import check_outputs
 from loraover_export.fold import write_folded
 
@@ -45,6 +48,8 @@ def run_fold(
         with publish_directory(output, outside=source) as draft:
             certificate = _fold(checkpoint, draft, dtype, check_error, base, prompts, console)
             (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
+            command = shlex.join(["loraover-export", "fold", str(source), "-o", str(output), "--dtype", dtype])
+            (draft / "README.md").write_text(_card(certificate, command), encoding="utf-8")
             if not certificate.passed:
                 raise _RejectedError
     except _RejectedError:
@@ -98,6 +103,20 @@ def _fold(
         hardware=hardware(),
     )
     return certificate.model_copy(update={"verdict": "passed" if certificate.passed else "failed"})
+
+
+def _card(certificate: FoldCertificate, command: str) -> str:
+    facts = {
+        "decomposition in training": certificate.decomposition,
+        "optimizer steps": str(certificate.step),
+        "stored as": certificate.dtype,
+        **matrix_facts(certificate.matrices),
+    }
+    outputs, base = certificate.outputs, certificate.base_model
+    if outputs is not None:
+        facts["largest logit error"] = f"{outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}"
+    licence = None if base is None else known_licence(base)
+    return model_card("Folded LoRA adapter", base, facts, command, licence=licence)
 
 
 def _show(certificate: FoldCertificate, console: Console) -> None:

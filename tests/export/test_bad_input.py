@@ -36,7 +36,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 META, CORES = "loraover.json", "loraover.safetensors"
 FILES = [CONFIG, TENSORS, META, CORES]
-WHOLE = {CONFIG, TENSORS, "fold_certificate.json"}
+WHOLE = {CONFIG, TENSORS, "fold_certificate.json", "README.md"}
 MODULE = "model.layers.0.self_attn.q_proj"
 Q_A, Q_B = (f"base_model.model.{MODULE}.lora_{kind}.weight" for kind in "AB")
 CORE = f"{MODULE}.lora_A.core.1"

@@ -100,8 +100,8 @@ def test_adapters_come_and_go_while_the_server_runs(served: Served, tmp_path: Pa
         client.load_adapter("guest", tmp_path / "nothing")
 
 
-def test_two_adapters_share_a_batch(served: Served, noise: Agreement) -> None:
+def test_two_adapters_share_a_batch_and_equal_what_they_were_made_from(served: Served, noise: Agreement) -> None:
     with ThreadPoolExecutor(2) as pool:
         both = dict(zip(ADAPTERS, pool.map(lambda name: generate(served, name, FEW), ADAPTERS), strict=True))
     for name, completions in both.items():
-        assert_no_further_apart(compare(peft(served, served.adapters[name]), served, completions), noise)
+        assert_no_further_apart(compare(peft(served, served.sources[name]), served, completions), noise)

@@ -6,6 +6,9 @@ import json
 import shlex
 from pathlib import Path
 
+from loraover_export.vllm.candidate import Candidate
+
+LOAD_URL = "http://localhost:8000/v1/load_lora_adapter"
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank: vllm/config/lora.py of vLLM 0.32."""
 
@@ -26,22 +29,20 @@ def lora_module(name: str, path: Path) -> str:
     return text
 
 
-def serve_command(model: str, revision: str | None, rank: int, name: str, path: Path) -> str:
-    """The line that starts vLLM with the adapter, quoted for a POSIX shell.
+def launch_commands(candidate: Candidate, path: Path) -> dict[str, str]:
+    """`serve` starts vLLM with the adapter, `load` adds it to a running server; quoted for a POSIX shell.
+
+    The server that `load` asks must have been started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
 
     Args:
-        model: hub name, or folder.
-        rank: of --max-lora-rank.
-        path: absolute, so that the line works anywhere on the machine.
+        path: of the adapter, absolute, so that the lines work anywhere on the machine.
     """
+    revision, rank = candidate.served.source.revision, max_lora_rank(candidate.rank)
     pinned = [] if revision is None else ["--revision", revision]
-    words = ["vllm", "serve", model, *pinned, "--enable-lora", "--max-lora-rank", str(rank)]
-    return shlex.join([*words, "--lora-modules", lora_module(name, path)])
-
-
-def load_command(name: str, path: Path) -> str:
-    """The request that loads the adapter into a running server, which must have been started with
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; quoted for a POSIX shell."""
-    body = json.dumps({"lora_name": name, "lora_path": str(path)})
-    words = ["curl", "http://localhost:8000/v1/load_lora_adapter", "-H", "Content-Type: application/json", "-d", body]
-    return shlex.join(words)
+    serve = ["vllm", "serve", candidate.address, *pinned, "--enable-lora", "--max-lora-rank", str(rank)]
+    body = json.dumps({"lora_name": candidate.name, "lora_path": str(path)})
+    load = ["curl", LOAD_URL, "-H", "Content-Type: application/json", "-d", body]
+    return {
+        "serve": shlex.join([*serve, "--lora-modules", lora_module(candidate.name, path)]),
+        "load": shlex.join(load),
+    }

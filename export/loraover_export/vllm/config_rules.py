@@ -1,0 +1,79 @@
+"""Rules about `adapter_config.json`: whatever makes an adapter more than scaling * B @ A beside unchanged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from loraover_export.vllm.candidate import Candidate, Problem, listed
+
+KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Initialisations of PEFT that leave the base weights as they are."""
+
+VARIANTS = {
+    "alora_invocation_tokens": "an activated LoRA (aLoRA), which acts from certain tokens on",
+    "arrow_config": "an Arrow router over several adapters",
+    "ensure_weight_tying": "an adapter whose embedding and head share their matrices",
+    "kasa_config": "a KaSA adapter, which changes base weights",
+    "layer_replication": "an adapter for a model with repeated layers",
+    "lora_bias": "an adapter whose B has a bias",
+    "megatron_config": "an adapter of Megatron's layers",
+    "monteclora_config": "a MonteCLoRA adapter, which samples its weights",
+    "target_parameters": "an adapter of single parameters, such as those of fused experts",
+    "use_bdlora": "a block-diagonal LoRA (BD-LoRA)",
+    "use_qalora": "a QALoRA adapter, which pools its inputs",
+}
+TRAINING_ONLY = {
+    *("auto_mapping", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
+    *("peft_version", "qalora_group_size", "runtime_config", "target_modules", "task_type", "velora_config"),
+}
+"""Fields that change nothing once A and B are trained; the modules are known from the tensors."""
+
+JUDGED = {"bias", "init_lora_weights", "modules_to_save", "trainable_token_indices"}
+"""Fields that have rules of their own."""
+
+
+def variant(candidate: Candidate) -> Iterator[Problem]:
+    """Fields of PEFT's LoRA variants, and fields that nobody here knows; vLLM ignores those in silence."""
+    for field, value in candidate.config.items():
+        if not value or field in TRAINING_ONLY | JUDGED:
+            continue
+        kind = VARIANTS.get(field)
+        yield Problem(
+            f"{field} is set: this is {kind}"
+            if kind is not None
+            else f"{field} is set to {value!r:.80}, a field that this version does not know and vLLM would ignore",
+            "train a plain LoRA, or merge the adapter into the base model with PEFT and serve that",
+        )
+
+
+def initialisation(candidate: Candidate) -> Iterator[Problem]:
+    start = candidate.config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in KEPT_BASE:
+        yield Problem(
+            f"init_lora_weights is {start!r}: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights, "
+            "so A and B are right for the changed base model only",
+            "save the adapter again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which "
+            "makes it a plain LoRA; or set init_lora_weights to true if the served model holds the changed weights",
+        )
+
+
+def bias(candidate: Candidate) -> Iterator[Problem]:
+    value = candidate.config.get("bias", "none")
+    if value != "none":
+        yield Problem(
+            f"bias is {value!r}: the base model's biases were trained too, and vLLM cannot load them",
+            "train with bias='none', or merge the adapter into the base model with PEFT and serve that",
+        )
+
+
+def other_parameters(candidate: Candidate) -> Iterator[Problem]:
+    """Modules or tokens that were trained in full; vLLM takes some classifier heads, other engines none."""
+    for field in ("modules_to_save", "trainable_token_indices"):
+        value = candidate.config.get(field)
+        if value:
+            names = [str(item) for item in value] if isinstance(value, list | dict) else [str(value)]
+            yield Problem(
+                f"{field} is set ({listed(names)}): parameters that were trained in full are no part of a LoRA",
+                f"train without {field}, or merge the adapter into the base model with PEFT and serve that",
+            )

@@ -1,0 +1,130 @@
+"""Rules about the adapter and the served model: the same modules, of the same shapes, that vLLM can adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from loraover_export.vllm.candidate import Candidate, Problem, listed
+
+MAX_VOCABULARY = 258048
+"""Tokens that vLLM's LogitsProcessorWithLoRA can hold: vllm/lora/layers/logits_processor.py."""
+
+LANGUAGE_MODEL = "language_model"
+
+
+def architecture(candidate: Candidate) -> Iterator[Problem]:
+    known, served = candidate.architectures, candidate.served.architecture
+    if candidate.architecture is not None:
+        return
+    if served in known.without_lora:
+        found = f"vLLM {known.version} serves {served} without LoRA adapters only"
+    elif served in known.unknown:
+        found = f"whether vLLM {known.version} serves {served} with LoRA adapters is not known"
+    else:
+        found = f"vLLM {known.version} has no class {served} of its own"
+    yield Problem(found, "merge the adapter into the base model with PEFT and serve that, or adapt another base model")
+
+
+def base_model(candidate: Candidate) -> Iterator[Problem]:
+    """vLLM never asks what an adapter was trained on."""
+    trained, served = candidate.adapter.config.base_model_name_or_path, candidate.served.source.name
+    if trained is None:
+        found = f"the adapter names no base model; whether it was trained on {served} cannot be told"
+    elif trained == served or (Path(trained).exists() and Path(trained).resolve() == Path(served).resolve()):
+        return
+    else:
+        found = f"trained on {trained}, to be served on {served}; only names and shapes of modules are compared"
+    yield Problem(found, f"make sure that {served} holds the weights that were trained on", is_warning=True)
+
+
+def modules(candidate: Candidate) -> Iterator[Problem]:
+    if candidate.architecture is None:
+        return
+    missing = [path for path in candidate.modules if path not in candidate.served.modules]
+    if not missing:
+        return
+    alike = _alike(missing[0], candidate)
+    yield Problem(
+        f"{len(missing)} of {len(candidate.modules)} adapted modules are not in the served model ({listed(missing)}); "
+        "vLLM ignores matrices below an unknown prefix and answers as the base model",
+        f"the served model has {alike}: rename the tensors"
+        if alike is not None
+        else f"name the model that was trained on with --model; {candidate.served.source.name} is another one",
+    )
+
+
+def _alike(path: str, candidate: Candidate) -> str | None:
+    """A module of the served model that differs from the given path by what stands before it."""
+    return next(
+        (
+            served
+            for served in candidate.served.modules
+            if "." in path and "." in served and (served.endswith(f".{path}") or path.endswith(f".{served}"))
+        ),
+        None,
+    )
+
+
+def shapes(candidate: Candidate) -> Iterator[Problem]:
+    wrong = [
+        (path, shape, candidate.served.modules[path].shape)
+        for path, shape in candidate.present.items()
+        if candidate.served.modules[path].shape not in (None, shape)
+    ]
+    if wrong:
+        path, (n, m), expected = wrong[0]
+        assert expected is not None
+        yield Problem(
+            f"{len(wrong)} of {len(candidate.modules)} adapted modules have other shapes in the served model; {path} "
+            f"maps {n} to {m} features in the adapter, {expected[0]} to {expected[1]} in the model. vLLM would fill a "
+            "part of what is larger, and fail where it is smaller",
+            "serve the model that was trained on, with the vocabulary that was trained on; name it with --model",
+        )
+
+
+def targets(candidate: Candidate) -> Iterator[Problem]:
+    """Modules that vLLM's class cannot adapt, by what they are."""
+    refused: dict[str, list[str]] = {}
+    for path in candidate.present:
+        reason = _refusal(path, candidate)
+        if reason is not None:
+            refused.setdefault(reason, []).append(path)
+    for reason, paths in refused.items():
+        yield Problem(
+            f"{listed(paths)}: {reason}",
+            "train without these target modules, or merge the adapter into the base model with PEFT and serve that",
+        )
+    heads = [path for path in candidate.present if path.rpartition(".")[2] == "lm_head"]
+    if heads and not any(path in paths for paths in refused.values() for path in heads):
+        yield Problem(
+            "the output head is adapted; vLLM's prompt_logprobs leave its delta out",
+            "read the logprobs of generated tokens instead",
+            is_warning=True,
+        )
+
+
+def _refusal(path: str, candidate: Candidate) -> str | None:
+    served, allowed, name = candidate.served.modules[path], candidate.architecture, path.rpartition(".")[2]
+    assert allowed is not None
+    if served.kind == "other":
+        return f"a {served.type_name}, neither a linear layer nor an embedding"
+    if (served.kind == "embedding") != (path in candidate.embeddings):
+        return f"a {served.type_name} in the served model, but adapted as another kind of layer"
+    if served.kind == "embedding" or name == "lm_head":
+        return None if name in allowed.embeddings else f"{candidate.served.architecture} takes no LoRA there in vLLM"
+    if name in allowed.packed and name not in allowed.packed[name]:
+        return f"vLLM expects its parts {', '.join(allowed.packed[name])} instead"
+    if allowed.multimodal and LANGUAGE_MODEL not in path.split("."):
+        return "outside of the language model, which is all that vLLM adapts by default"
+    return None
+
+
+def vocabulary(candidate: Candidate) -> Iterator[Problem]:
+    allowed, size = candidate.architecture, candidate.served.vocabulary or 0
+    if allowed is not None and "lm_head" in allowed.embeddings and size > MAX_VOCABULARY:
+        yield Problem(
+            f"the served model has {size} tokens; vLLM gives {candidate.served.architecture} adapters only up to "
+            f"{MAX_VOCABULARY}",
+            "merge the adapter into the base model with PEFT and serve that",
+        )

@@ -1,0 +1,77 @@
+"""What a pre-flight needs to know of the served model: its modules' names and shapes, from `config.json` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from loraover.models import ModelSource, load_config, load_skeleton
+
+
+@dataclass(frozen=True)
+class ServedModule:
+    """One module.
+
+    Args:
+        kind: what PEFT and vLLM would adapt it as.
+        type_name: its class.
+        shape: (in_features, out_features), or (vocabulary, embedding dimension); None for others.
+    """
+
+    kind: Literal["linear", "embedding", "other"]
+    type_name: str
+    shape: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The model that adapters are to be served on.
+
+    Args:
+        architecture: the class that vLLM looks up.
+        dtype: of its weights, e.g. "bfloat16", as the configuration gives it.
+        vocabulary: tokens.
+        modules: by path; empty where the architecture is not to be served.
+    """
+
+    source: ModelSource
+    architecture: str
+    dtype: str | None
+    vocabulary: int | None
+    modules: Mapping[str, ServedModule] = field(default_factory=dict)
+
+
+def read_served(source: ModelSource, supported: Mapping[str, Any]) -> ServedModel:
+    """Read the configuration, and build the modules without weights if the architecture is a supported one.
+
+    Raises:
+        ConfigError: no usable configuration, or a class that transformers cannot build.
+    """
+    config = load_config(source)
+    text = config.get_text_config()
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    architecture = config.architectures[0]
+    modules = {}
+    if architecture in supported:
+        modules = {name: _describe(module) for name, module in load_skeleton(source).named_modules() if name}
+    return ServedModel(
+        source=source,
+        architecture=architecture,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        vocabulary=getattr(text, "vocab_size", None),
+        modules=modules,
+    )
+
+
+def _describe(module: Any) -> ServedModule:
+    from torch import nn
+
+    name = type(module).__name__
+    match module:
+        case nn.Linear():
+            return ServedModule("linear", name, (module.in_features, module.out_features))
+        case nn.Embedding():
+            return ServedModule("embedding", name, (module.num_embeddings, module.embedding_dim))
+        case _:
+            return ServedModule("other", name)

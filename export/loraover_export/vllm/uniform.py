@@ -1,0 +1,144 @@
+"""An adapter that every engine reads the same way: one rank, scaling 1, nothing but A and B.
+
+delta_W = scaling * B @ A = 1 * [scaling * B, 0] @ [A; 0], with the rank padded by zeros.
+Engines differ in what they make of rank_pattern, alpha_pattern and use_rslora, and some round B before they scale it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from loraover.adapter_dir import AdapterDir, site_name
+from loraover.checkpoint import Checkpoint
+from loraover.error_bounds import gamma, smallest_subnormal, unit_roundoff
+from loraover.errors import ExportError
+from loraover.exact import Exact, adapter_of
+from loraover_export.certificate import MatrixCertificate
+from loraover_export.fold import write_config, write_rounded
+
+
+def largest_rank(adapter: AdapterDir) -> int:
+    """The largest rank of any module: what the others are padded to."""
+    return max(adapter.config.rank(module_of(name)) for name in adapter.sites)
+
+
+def module_of(site: str) -> str:
+    """The module that a site belongs to."""
+    return site.rpartition(".")[0]
+
+
+def write_uniform(
+    source: Checkpoint | AdapterDir,
+    directory: Path,
+    dtype: str,
+    config: dict[str, Any],
+    on_tensor: Callable[[], None] = lambda: None,
+) -> list[MatrixCertificate]:
+    """Write the adapter and certify each matrix against what it stands for.
+
+    A is padded; B is multiplied by its module's scaling in float64, padded, and rounded once. The product adds one
+    rounding of float64 to the bound of B; the padding is exact. Tensors other than A and B are not written.
+
+    Args:
+        source: whose cores or stored values are the truth.
+        directory: an empty folder.
+        dtype: fp32, bf16 or fp16.
+        config: of `uniform_config`.
+    Raises:
+        CheckpointError: NaN, or a stored matrix that contradicts its cores.
+        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
+    """
+    adapter = adapter_of(source)
+    r = largest_rank(adapter)
+
+    def prepare(key: str, exact: Exact) -> Exact:
+        name = site_name(key)
+        assert name is not None
+        if name.endswith("A"):
+            return _padded(exact, (0, 0, 0, r - len(exact.value)))
+        scaled = scale(exact, adapter.config.scaling(module_of(name)))
+        return _padded(scaled, (0, r - exact.value.shape[1]))
+
+    certificates = write_rounded(source, adapter.sites.values(), directory, dtype, prepare=prepare, on_tensor=on_tensor)
+    write_config(config, directory)
+    return certificates
+
+
+def scale(exact: Exact, scaling: float) -> Exact:
+    """scaling * M in float64; |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow."""
+    value = exact.value * scaling
+    rounding = gamma(1, unit_roundoff(torch.float64)) * value.abs()
+    tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2
+    return Exact(value, abs(scaling) * exact.bound + rounding + tiny, exact.site)
+
+
+def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
+    def zeros(matrix: Tensor) -> Tensor:
+        return pad(matrix, sides)
+
+    return Exact(zeros(exact.value), zeros(exact.bound), exact.site)
+
+
+def uniform_config(adapter: AdapterDir, model: str, target_modules: list[str]) -> dict[str, Any]:
+    """Contents of `adapter_config.json`, with what decides the adapter's function spelled out.
+
+    Args:
+        model: base model to name where the adapter names none.
+        target_modules: suffixes that stand for exactly the adapted modules; see `name_modules`.
+    """
+    r = largest_rank(adapter)
+    task_type = (adapter.config.model_extra or {}).get("task_type")
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type or "CAUSAL_LM",
+        "base_model_name_or_path": adapter.config.base_model_name_or_path or model,
+        "revision": adapter.config.revision,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,
+        "target_modules": target_modules,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+    }
+
+
+def name_modules(adapted: Collection[str], others: Collection[str]) -> list[str]:
+    """The shortest suffixes that match every adapted module and no other.
+
+    PEFT adapts a module whose path equals an entry, or ends with "." and an entry.
+
+    Args:
+        adapted: module paths.
+        others: paths of all other modules of the model.
+    Raises:
+        ExportError: no suffix tells some adapted module from another.
+    """
+    forbidden = {suffix for path in others for suffix in _suffixes(path)}
+    chosen = set()
+    for path in adapted:
+        suffix = next((suffix for suffix in _suffixes(path) if suffix not in forbidden), None)
+        if suffix is None:
+            raise ExportError(
+                f"{path}: no list of target_modules tells it from another module whose path ends alike; adapt both."
+            )
+        chosen.add(suffix)
+    return sorted(chosen)
+
+
+def _suffixes(path: str) -> list[str]:
+    """q_proj, self_attn.q_proj, 0.self_attn.q_proj, ..."""
+    parts = path.split(".")
+    return [".".join(parts[k:]) for k in reversed(range(len(parts)))]
