@@ -75,7 +75,7 @@ def read_run(folder: Path) -> RunResult:
     return read_json(folder / RUN_FILE, RunResult)
 
 
-def environment() -> dict[str, str]:
-    """Versions that a measurement depends on."""
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
+def environment(*others: str) -> dict[str, str]:
+    """Versions that a measurement depends on, of other packages too."""
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors", *others)}
     return {"loraover": __version__, "python": platform.python_version(), **packages}

@@ -58,11 +58,10 @@ def unfolded(base: nn.Module, source: Checkpoint | AdapterDir) -> Iterator[nn.Mo
     try:
         with open_exact(source) as exact:
             for module, is_embedding in modules.items():
-                target = _target(base, module, adapter)
-                weight = next(target.parameters())
                 kind = "lora_embedding_" if is_embedding else "lora_"
                 factor_a, factor_b = (exact.factor(f"{module}.{kind}{matrix}") for matrix in "AB")
-                _check_dimensions(target, module, factor_a.n, factor_b.m, adapter)
+                target = target_module(base, module, factor_a.n, factor_b.m, adapter)
+                weight = next(target.parameters())
                 a, b = _Apply(factor_a), _Apply(factor_b)
                 a.to(weight.device)
                 b.to(weight.device)
@@ -71,7 +70,7 @@ def unfolded(base: nn.Module, source: Checkpoint | AdapterDir) -> Iterator[nn.Mo
                 embedding = factor_a.n if is_embedding else None
                 delta = _add_delta(a, b, bias, adapter.config.scaling(module), embedding)
                 handles.append(target.register_forward_hook(delta))
-            _load_others(base, adapter, exact.plain, saved)
+            saved.update(load_others(base, adapter, exact.plain))
         yield base
     finally:
         for handle in handles:
@@ -99,19 +98,21 @@ def _add_delta(a: _Apply, b: _Apply, bias: Tensor | None, scaling: float, embedd
     return hook
 
 
-def _target(base: nn.Module, module: str, adapter: AdapterDir) -> nn.Module:
+def target_module(base: nn.Module, module: str, n: int, m: int, adapter: AdapterDir) -> nn.Module:
+    """The module of the base model that maps n to m features.
+
+    Raises:
+        CheckpointError: no such module, or other dimensions; the adapter was trained on another model.
+    """
+    from transformers.pytorch_utils import Conv1D
+
     try:
-        return base.get_submodule(module)
+        target = base.get_submodule(module)
     except AttributeError as error:
         raise CheckpointError(
             f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}; the adapter was "
             f"trained on {adapter.config.base_model_name_or_path!r}. Name that model with --base."
         ) from error
-
-
-def _check_dimensions(target: nn.Module, module: str, n: int, m: int, adapter: AdapterDir) -> None:
-    from transformers.pytorch_utils import Conv1D
-
     match target:
         case nn.Linear():
             found = (target.in_features, target.out_features)
@@ -129,20 +130,27 @@ def _check_dimensions(target: nn.Module, module: str, n: int, m: int, adapter: A
             f"{m} in the adapter, which was trained on {adapter.config.base_model_name_or_path!r}. "
             "Name that model with --base."
         )
+    return target
 
 
-def _load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile, saved: dict[nn.Parameter, Tensor]) -> None:
+def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict[nn.Parameter, Tensor]:
     """Put other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
 
-    Mutates: `saved`, which gets what they replace.
+    Returns:
+        What they replace.
+    Raises:
+        CheckpointError: one that fits no parameter of the model; nothing is replaced then.
     """
     parameters = dict(base.named_parameters(remove_duplicate=False))
+    others = {}
     for key in plain.keys:
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
         if key in adapter.sites.values() or name.endswith(".lora_B.bias"):
             continue
         if name not in parameters or tuple(parameters[name].shape) != plain.shape(key):
             raise CheckpointError(f"{plain.path}: {key} fits no parameter of the base model ({type(base).__name__}).")
-        parameter = parameters[name]
-        saved.setdefault(parameter, parameter.data)
-        parameter.data = plain.read(key).to(parameter)
+        others[parameters[name]] = plain.read(key).to(parameters[name])
+    saved = {parameter: parameter.data for parameter in others}
+    for parameter, value in others.items():
+        parameter.data = value
+    return saved

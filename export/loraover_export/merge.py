@@ -1,0 +1,66 @@
+"""Add every delta_W to the base model's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraover.adapter_dir import AdapterDir
+from loraover.checkpoint import Checkpoint
+from loraover.exact import Exact, adapter_of, open_exact
+from loraover.unfolded import load_others, target_module
+from loraover_export.certificate import MatrixCertificate
+from loraover_export.delta import U64, Delta, read_deltas
+from loraover_export.fold import certify
+from loraover_export.rounding import round_nearest
+
+
+@torch.no_grad()
+def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate]:
+    """W + delta_W in float64, rounded once to the weights' dtype, in place.
+
+    A weight that other modules share (an embedding tied to the head) is copied first, and the model's
+    configuration then says that they are no longer tied.
+
+    Args:
+        model: the base model, a transformers PreTrainedModel.
+        source: whose deltas, and other trained parameters.
+    Returns:
+        For each module the error of the written weight against float64, with its bound:
+        the product's, u64 |W + delta_W| for the sum, and one rounding.
+    Raises:
+        CheckpointError: the adapter belongs to another base model.
+        FoldError: a weight beyond the range of its dtype.
+    """
+    adapter = adapter_of(source)
+    certificates = []
+    with open_exact(source) as exact:
+        load_others(model, adapter, exact.plain)
+    for delta in read_deltas(source):
+        module = target_module(model, delta.module, delta.a.value.shape[1], delta.b.value.shape[0], adapter)
+        weight = _own_weight(model, module)
+        merged = _merged(weight, module, delta)
+        rounded = round_nearest(merged.value, weight.dtype)
+        certificates.append(certify(f"{delta.module}.weight", rounded, merged))
+        weight.copy_(rounded)
+    return certificates
+
+
+def _merged(weight: nn.Parameter, module: nn.Module, delta: Delta) -> Exact:
+    """W + delta_W in the orientation of the stored weight: Linear holds (out, in), Conv1D and embeddings (in, out)."""
+    product = delta.product()
+    transposed = not isinstance(module, nn.Linear)
+    change, bound = (t.mT if transposed else t for t in (product.value, product.bound))
+    value = weight.double() + change
+    return Exact(value, bound + U64 * value.abs(), product.site)
+
+
+def _own_weight(model: Any, module: Any) -> nn.Parameter:
+    weight: nn.Parameter = module.weight
+    sharing = [other for other in model.modules() if other._parameters.get("weight") is weight]
+    if len(sharing) > 1:
+        module.weight = weight = nn.Parameter(weight.clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+    return weight

@@ -1,0 +1,143 @@
+"""Causal language models: one graph for prefill and decode, built for onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraover_export.onnx import genai
+from loraover_export.onnx.kind import Case, Kind, Plan, Run
+from loraover_export.onnx.padding import accept_left_padding
+from loraover_export.onnx.session import GraphSession, has_provider
+from loraover_export.onnx.swappable import adapter_file, open_inputs, write_marker_adapter
+
+
+class Decoder(Kind):
+    """Llama, Mistral, Qwen, Gemma and whatever else onnxruntime-genai's builder knows."""
+
+    graphs = (genai.GRAPH_FILE,)
+
+    def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
+        base = work / "model"
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        marker = None
+        if plan.markers is not None:
+            marker = work / "marker"
+            write_marker_adapter(marker, plan.markers, plan.rank)
+        excluded: list[str] = []
+        if plan.markers is not None and plan.precision == "int4":
+            draft = work / "fp32"
+            genai.build_decoder(base, draft, precision="fp32", device=plan.device, adapter=marker)
+            excluded = _lora_nodes(draft / genai.GRAPH_FILE, plan.markers)
+        genai.build_decoder(
+            base,
+            out,
+            precision=plan.precision,
+            device=plan.device,
+            adapter=marker,
+            full_precision_nodes=excluded,
+        )
+        _finish(out)
+
+    def cases(self, tokens: Tensor) -> list[Case]:
+        """A batch of several rows and tokens takes no past: GroupQueryAttention refuses it."""
+        rows = tokens[:36].reshape(3, 12)
+        return [
+            Case(rows[:1, :7]),
+            Case(rows),
+            Case(rows, padding="left"),
+            Case(rows, padding="right"),
+            Case(rows[:1], past=7),
+            Case(rows[:, :9], past=8),
+            Case(rows[:, :9], past=8, padding="left"),
+            Case(rows[:, :9], past=8, padding="right"),
+        ]
+
+    def reference(self, model: Any, case: Case) -> Tensor:
+        positions = (case.mask.cumsum(-1) - 1).clamp_min(0)
+        output = model(input_ids=case.ids, attention_mask=case.mask, position_ids=positions, use_cache=False)
+        logits: Tensor = output.logits[:, case.past :]
+        return logits
+
+    def runner(self, folder: Path, device: str, adapter: Path | None) -> Run:
+        config = json.loads((folder / genai.CONFIG_FILE).read_text())
+        session = GraphSession(folder / genai.GRAPH_FILE, device, adapter_file(adapter, self.graphs[0], self.graphs))
+        head_size = config["model"]["decoder"]["head_size"]
+
+        def run(case: Case) -> Tensor:
+            cache = session.empty_cache(case.batch, head_size)
+            outputs: dict[str, Tensor] = {}
+            for start, end in ((0, case.past), (case.past, case.ids.shape[1])):
+                if start == end:
+                    continue
+                mask = case.mask[:, :end]
+                positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:]
+                feed = {"input_ids": case.ids[:, start:end], "attention_mask": mask, "position_ids": positions}
+                outputs = session.run(feed | cache)
+                cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+            return outputs["logits"]
+
+        return run
+
+    def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor:
+        import onnxruntime_genai as og
+
+        config = og.Config(str(folder))
+        if not has_provider(device):
+            config.clear_providers()
+        model = og.Model(config)
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=prompt.shape[1] + tokens, do_sample=False, batch_size=1)
+        generator = og.Generator(model, parameters)
+        if adapter is not None:
+            adapters = og.Adapters(model)
+            adapters.load(str(adapter_file(adapter, self.graphs[0], self.graphs)), adapter.name)
+            generator.set_active_adapter(adapters, adapter.name)
+        generator.append_tokens(prompt.numpy())
+        while not generator.is_done():
+            generator.generate_next_token()
+        return torch.tensor(generator.get_sequence(0)[prompt.shape[1] :], dtype=torch.int64)
+
+    def generate_reference(self, model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
+        end = model.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        ids, cache, chosen, logits = prompt, {}, [], []
+        for _ in range(tokens):
+            output = model(input_ids=ids, use_cache=True, **cache)
+            cache = {"past_key_values": output.past_key_values}
+            logits.append(output.logits[0, -1])
+            token = int(logits[-1].argmax())
+            if token in ends:
+                break
+            chosen.append(token)
+            ids = torch.tensor([[token]])
+        return torch.tensor(chosen, dtype=torch.int64), torch.stack(logits)
+
+
+def _finish(out: Path) -> None:
+    """Left padding for the graph, and a quiet session for the runtime."""
+    import onnx
+
+    graph = out / genai.GRAPH_FILE
+    model = onnx.load(graph, load_external_data=False)
+    if accept_left_padding(model):
+        graph.write_bytes(model.SerializeToString())
+    config_file = out / genai.CONFIG_FILE
+    config = json.loads(config_file.read_text())
+    config["model"]["decoder"]["session_options"]["log_severity_level"] = 3
+    config_file.write_text(json.dumps(config, indent=4) + "\n")
+
+
+def _lora_nodes(graph: Path, markers: Mapping[str, Tensor]) -> list[str]:
+    """Names of the nodes that multiply by a LoRA matrix."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    inputs = {place.input for place in open_inputs(model, graph, markers).values()}
+    return [node.name for node in model.graph.node if inputs & set(node.input)]

@@ -1,0 +1,32 @@
+"""The onnx checker on a written graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraover.errors import ExportError
+
+# ONNX Runtime registers these among the standard operators; the standard's own checker does not know them.
+RUNTIME_OPERATORS = ("SimplifiedLayerNormalization",)
+
+
+def check_file(graph: Path) -> None:
+    """Check the structure, the types of standard operators and the external data of a graph.
+
+    Raises:
+        ExportError: what the checker found.
+    """
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type in RUNTIME_OPERATORS and node.domain == "":
+            node.domain = "com.microsoft"
+    copy = graph.with_name(f".{graph.name}.check")  # beside it, where its external data is
+    try:
+        onnx.save(model, copy)
+        onnx.checker.check_model(copy)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{graph.name}: the onnx checker refuses it: {error}") from error
+    finally:
+        copy.unlink(missing_ok=True)

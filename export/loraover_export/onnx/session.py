@@ -1,0 +1,87 @@
+"""ONNX Runtime sessions, run with or without an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraover.errors import ExportError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def has_provider(device: str) -> bool:
+    """Whether ONNX Runtime can run on the device here."""
+    import onnxruntime as ort
+
+    return PROVIDERS[device] in ort.get_available_providers()
+
+
+class GraphSession:
+    """One graph in ONNX Runtime.
+
+    Args:
+        graph: the file.
+        device: cpu or cuda; a graph for CUDA runs on the CPU where ONNX Runtime has no CUDA provider.
+        adapter: an `.onnx_adapter` file to run with.
+    """
+
+    def __init__(self, graph: Path, device: str, adapter: Path | None = None) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # below it, one warning for each input that has a default
+        providers = list(dict.fromkeys(PROVIDERS[d] for d in (device, "cpu") if has_provider(d)))
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=providers)
+            self._adapter = None if adapter is None else _loaded(adapter)
+        except Exception as error:  # ONNX Runtime's errors share no base of their own
+            raise ExportError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
+        self.inputs: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name; inputs that the graph does not have are left out.
+
+        Raises:
+            ExportError: ONNX Runtime refuses the inputs.
+        """
+        import onnxruntime as ort
+
+        options = ort.RunOptions()
+        if self._adapter is not None:
+            options.add_active_adapter(self._adapter)
+        arrays = {name: tensor.numpy() for name, tensor in feed.items() if name in self.inputs}
+        try:
+            outputs = self._session.run(self._outputs, arrays, options)
+        except Exception as error:  # as above
+            raise ExportError(f"ONNX Runtime cannot run the graph: {error}") from error
+        return {name: torch.from_numpy(value) for name, value in zip(self._outputs, outputs, strict=True)}
+
+    def empty_cache(self, batch: int, head_size: int = 0) -> dict[str, Tensor]:
+        """Past keys and values of no tokens; `head_size` is used where the graph leaves it free."""
+        empty = {}
+        for name, value in self.inputs.items():
+            if name.startswith("past_key_values."):
+                _, heads, _, size = value.shape
+                size = size if isinstance(size, int) else head_size
+                empty[name] = torch.zeros((batch, heads, 0, size), dtype=_torch_dtype(value.type))
+        return empty
+
+
+def _loaded(adapter: Path) -> Any:
+    import onnxruntime as ort
+
+    loaded = ort.LoraAdapter()
+    loaded.Load(str(adapter))
+    return loaded
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return torch.from_numpy(np.zeros(0, FLOATS[name])).dtype

@@ -1,0 +1,46 @@
+"""An ONNX report for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loraover_export.onnx.report import GraphCheck, OnnxReport
+
+
+def show_report(report: OnnxReport, output: Path, console: Console) -> None:
+    """Errors and bounds of each adapter, and where the files are."""
+    if report.checks:
+        table = Table(box=SIMPLE, title="ONNX Runtime against the unfolded PyTorch model, fp32")
+        for column in ("adapter", "max logit error", "noise", "allowed", "adapter's effect", "greedy tokens"):
+            table.add_column(column, justify="left" if column == "adapter" else "right")
+        for check in report.checks:
+            table.add_row(
+                escape(check.adapter or "none"),
+                f"{check.error:.2e}",
+                f"{check.noise:.2e}",
+                f"{check.bound:.2e}",
+                f"{check.adapter_effect:.3g}",
+                _greedy(check),
+            )
+        console.print(table)
+        console.print(f"noise: {report.checks[0].noise_of}")
+    color = {"passed": "green", "failed": "red"}.get(report.verdict, "yellow")
+    console.print(f"export {report.verdict}", style=color)
+    if report.verdict == "failed":
+        console.print("nothing was written: an export that fails its check is not left behind")
+    else:
+        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
+
+
+def _greedy(check: GraphCheck) -> str:
+    greedy = check.greedy
+    if greedy is None:
+        return "-"
+    if greedy.first_difference is None:
+        return f"{greedy.tokens} equal"
+    return f"differ at {greedy.first_difference}, logits {greedy.gap:.1e} apart"

@@ -1,0 +1,215 @@
+"""Graphs whose LoRA matrices are inputs with zeros as default, and the `.onnx_adapter` files that fill them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, read_json, site_key
+from loraover.errors import ExportError
+from loraover.tensor_file import save_tensors
+from loraover_export.certificate import MatrixCertificate
+from loraover_export.delta import Delta
+from loraover_export.fold import certify, round_tensor
+
+LAYOUT_FILE, RANK_DIMENSION = "swappable.json", "lora_rank"
+ADAPTER_SUFFIX = ".onnx_adapter"
+
+
+class Place(BaseModel):
+    """Where a graph takes one A, as (in_features, r), or B, as (r, out_features)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    graph: str = Field(description="file name")
+    input: str
+    features: int = Field(ge=1)
+
+
+class Layout(BaseModel):
+    """Contents of `swappable.json`: the graph's LoRA inputs by site, such as "model.layers.0.mlp.up_proj.lora_A"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    base_model: str
+    dtype: str = Field(description="fp32 or fp16, of the LoRA inputs")
+    places: dict[str, Place] = Field(min_length=1)
+
+
+def read_layout(folder: Path) -> Layout:
+    """The LoRA inputs of an exported graph.
+
+    Raises:
+        CheckpointError: no swappable graph there.
+    """
+    return read_json(folder / LAYOUT_FILE, Layout)
+
+
+def markers(deltas: Iterable[Delta], rank: int) -> dict[str, Tensor]:
+    """A random matrix for every site, by which it is found again in a graph whatever the graph calls it.
+
+    Every matrix has a draw of its own from [1, 2), which float16 tells apart too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = {}
+    for delta in deltas:
+        sizes = {"A": (rank, delta.a.value.shape[1]), "B": (delta.b.value.shape[0], rank)}
+        for matrix, size in sizes.items():
+            drawn[f"{delta.module}.lora_{matrix}"] = 1 + torch.rand(size, generator=generator)
+    return drawn
+
+
+def write_marker_adapter(folder: Path, drawn: Mapping[str, Tensor], rank: int) -> None:
+    """The markers as a PEFT adapter with scaling 1."""
+    folder.mkdir()
+    save_tensors({site_key(name): marker for name, marker in drawn.items()}, folder / TENSORS_FILE)
+    modules = sorted({name.rpartition(".")[0] for name in drawn})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "inference_mode": True}
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"target_modules": modules}))
+
+
+def open_inputs(model: Any, graph: Path, drawn: Mapping[str, Tensor]) -> dict[str, Place]:
+    """Turn the initializers that hold markers into graph inputs, with zeros of rank 1 as default.
+
+    Args:
+        model: onnx.ModelProto without its external data.
+        graph: its file.
+        drawn: the markers to look for; others may be in another graph.
+    Returns:
+        Places by site.
+    Mutates: `model`. Its ranks are free: an adapter of any rank fits.
+    """
+    import numpy as np
+    from onnx import TensorProto, external_data_helper, helper, numpy_helper
+
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, marker in drawn.items():
+        by_shape.setdefault(tuple(marker.mT.shape), []).append(name)
+    places = {}
+    for initializer in model.graph.initializer:
+        for name in by_shape.get(tuple(initializer.dims), ()):
+            if external_data_helper.uses_external_data(initializer):
+                external_data_helper.load_external_data_for_tensor(initializer, str(graph.parent))
+                initializer.data_location = TensorProto.DEFAULT
+                del initializer.external_data[:]
+            held = numpy_helper.to_array(initializer)
+            if not np.array_equal(held, drawn[name].mT.numpy().astype(held.dtype)):
+                continue
+            is_a = name.endswith("lora_A")
+            features = initializer.dims[0 if is_a else 1]
+            dims = (features, RANK_DIMENSION) if is_a else (RANK_DIMENSION, features)
+            value = helper.make_tensor_value_info(initializer.name, initializer.data_type, dims)
+            model.graph.input.append(value)
+            zeros = np.zeros((features, 1) if is_a else (1, features), held.dtype)
+            initializer.CopyFrom(numpy_helper.from_array(zeros, initializer.name))
+            places[name] = Place(graph=graph.name, input=initializer.name, features=features)
+            break
+    _forget_shapes(model, {place.input for place in places.values()})
+    return places
+
+
+def _forget_shapes(model: Any, inputs: set[str]) -> None:
+    """Drop inferred shapes of what is computed from the inputs alone: they name a fixed rank."""
+    outputs = {output for node in model.graph.node if inputs & set(node.input) for output in node.output}
+    kept = [value for value in model.graph.value_info if value.name not in outputs]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+
+
+def write_swappable(
+    folder: Path, graphs: Sequence[str], drawn: Mapping[str, Tensor], base_model: str, dtype: str
+) -> Layout:
+    """Open the inputs of exported graphs, and write down which is which in `swappable.json`.
+
+    Args:
+        drawn: the markers that the graphs were exported with.
+        dtype: of the LoRA inputs.
+    Raises:
+        ExportError: a matrix that no graph has a place for.
+    """
+    import onnx
+
+    places: dict[str, Place] = {}
+    for name in graphs:
+        graph = folder / name
+        model = onnx.load(graph, load_external_data=False)
+        places |= open_inputs(model, graph, drawn)
+        graph.write_bytes(model.SerializeToString())
+    missing = sorted(drawn.keys() - places.keys())
+    if missing:
+        raise ExportError(
+            f"the graph has no place for {len(missing)} of {len(drawn)} matrices, first {missing[0]}; "
+            "use --mode merged, which changes the weights themselves."
+        )
+    layout = Layout(base_model=base_model, dtype=dtype, places=places)
+    (folder / LAYOUT_FILE).write_text(layout.model_dump_json(indent=1) + "\n")
+    return layout
+
+
+def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Path | None:
+    """The file that holds an adapter's matrices for one graph.
+
+    `name.onnx_adapter` beside a single graph, `name.encoder.onnx_adapter` and `name.decoder.onnx_adapter` beside two;
+    None where the adapter has nothing for that graph.
+    """
+    if adapter is None:
+        return None
+    if len(graphs) == 1:
+        return adapter.with_name(f"{adapter.name}{ADAPTER_SUFFIX}")
+    file = adapter.with_name(f"{adapter.name}.{Path(graph).stem}{ADAPTER_SUFFIX}")
+    return file if file.is_file() else None
+
+
+def write_adapter(
+    adapter: Path, layout: Layout, graphs: Sequence[str], deltas: Iterable[Delta]
+) -> list[MatrixCertificate]:
+    """Write an adapter's `.onnx_adapter` files: A transposed, and B transposed with the scaling in it.
+
+    Returns:
+        For each matrix the error of what was written against float64, and its bound.
+    Raises:
+        ExportError: a module that the graph has no inputs for, or has in another size.
+        FoldError: an element beyond the range of the inputs' dtype.
+    """
+    import onnxruntime as ort
+
+    parameters: dict[str, dict[str, Any]] = {}
+    certificates = []
+    for delta in deltas:
+        for matrix, exact in (("A", delta.a), ("B", delta.b)):
+            name = f"{delta.module}.lora_{matrix}"
+            place = _place(layout, name, exact.value.shape[1 if matrix == "A" else 0])
+            rounded = round_tensor(name, exact.value, layout.dtype)
+            certificates.append(certify(name, rounded, exact))
+            value = ort.OrtValue.ortvalue_from_numpy(rounded.mT.contiguous().numpy())
+            parameters.setdefault(place.graph, {})[place.input] = value
+    for graph, values in parameters.items():
+        file = ort.AdapterFormat()
+        file.set_adapter_version(1)
+        file.set_model_version(1)
+        file.set_parameters(values)
+        stem = "" if len(graphs) == 1 else f".{Path(graph).stem}"
+        file.export_adapter(str(adapter.with_name(f"{adapter.name}{stem}{ADAPTER_SUFFIX}")))
+    return certificates
+
+
+def _place(layout: Layout, name: str, features: int) -> Place:
+    place = layout.places.get(name)
+    if place is None:
+        raise ExportError(
+            f"the graph has no input for {name}; it was exported for other target modules. Export a graph from all "
+            "of your adapters at once: loraover-export onnx A B ... --mode swappable."
+        )
+    if place.features != features:
+        raise ExportError(
+            f"{name} has {features} features, but the graph's input {place.input} has {place.features}; the adapter "
+            f"belongs to another base model than the graph's, {layout.base_model}."
+        )
+    return place
