@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraover_export.onnx import genai
-from loraover_export.onnx.kind import Case, Kind, Plan, Run
+from loraover_export.onnx.kind import Case, Kind, Plan, Run, greedy
 from loraover_export.onnx.padding import accept_left_padding
 from loraover_export.onnx.session import GraphSession, has_provider
 from loraover_export.onnx.swappable import adapter_file, open_inputs, write_marker_adapter
@@ -43,7 +43,7 @@ class Decoder(Kind):
             adapter=marker,
             full_precision_nodes=excluded,
         )
-        _finish(out)
+        _finish(out, plan.device)
 
     def cases(self, tokens: Tensor) -> list[Case]:
         """A batch of several rows and tokens takes no past: GroupQueryAttention refuses it."""
@@ -93,7 +93,7 @@ class Decoder(Kind):
             config.clear_providers()
         model = og.Model(config)
         parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=prompt.shape[1] + tokens, do_sample=False, batch_size=1)
+        parameters.set_search_options(max_length=prompt.shape[1] + tokens, do_sample=False, repetition_penalty=1.0)
         generator = og.Generator(model, parameters)
         if adapter is not None:
             adapters = og.Adapters(model)
@@ -105,23 +105,11 @@ class Decoder(Kind):
         return torch.tensor(generator.get_sequence(0)[prompt.shape[1] :], dtype=torch.int64)
 
     def generate_reference(self, model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
-        end = model.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [end]
-        ids, cache, chosen, logits = prompt, {}, [], []
-        for _ in range(tokens):
-            output = model(input_ids=ids, use_cache=True, **cache)
-            cache = {"past_key_values": output.past_key_values}
-            logits.append(output.logits[0, -1])
-            token = int(logits[-1].argmax())
-            if token in ends:
-                break
-            chosen.append(token)
-            ids = torch.tensor([[token]])
-        return torch.tensor(chosen, dtype=torch.int64), torch.stack(logits)
+        return greedy(model, prompt, tokens)
 
 
-def _finish(out: Path) -> None:
-    """Left padding for the graph, and a quiet session for the runtime."""
+def _finish(out: Path, device: str) -> None:
+    """Left padding for the graph, and for the runtime a quiet session on the right device."""
     import onnx
 
     graph = out / genai.GRAPH_FILE
@@ -130,7 +118,10 @@ def _finish(out: Path) -> None:
         graph.write_bytes(model.SerializeToString())
     config_file = out / genai.CONFIG_FILE
     config = json.loads(config_file.read_text())
-    config["model"]["decoder"]["session_options"]["log_severity_level"] = 3
+    session = config["model"]["decoder"]["session_options"]
+    session["log_severity_level"] = 3
+    if device == "cpu":
+        session["provider_options"] = []
     config_file.write_text(json.dumps(config, indent=4) + "\n")
 
 

@@ -42,7 +42,10 @@ def build_decoder(
         options.append(f"nodes_to_exclude={','.join(full_precision_nodes)}")
     module = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     places = ["-m", "none", "-i", str(model), "-o", str(out), "-c", str(out / ".cache")]
-    settings = ["-p", precision, "-e", device, *(["--extra_options", *options] if options else [])]
+    # The builder's own float16 layout for the CPU fails in its first decoding step (onnxruntime-genai 0.18); ONNX
+    # Runtime's CPU kernels run the one for CUDA.
+    layout = "cuda" if precision == "fp16" else device
+    settings = ["-p", precision, "-e", layout, *(["--extra_options", *options] if options else [])]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         [*module, *places, *settings], capture_output=True, text=True, errors="replace", env=environment

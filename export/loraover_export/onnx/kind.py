@@ -121,3 +121,27 @@ class Kind(ABC):
     def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor:
         """The engine's tokens (t,), through its cache, without the one that ends the text."""
         raise NotImplementedError
+
+
+def greedy(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Greedy decoding by transformers, free of what else a model's generation settings ask for."""
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=GenerationConfig(
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=settings.eos_token_id,
+            pad_token_id=0,
+            decoder_start_token_id=settings.decoder_start_token_id,
+        ),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    logits = torch.cat(output.logits)
+    chosen = output.sequences[0, -len(logits) :]
+    ends = torch.tensor(settings.eos_token_id if settings.eos_token_id is not None else [])
+    return chosen[~torch.isin(chosen, ends)], logits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loraover.errors import ExportError
-from loraover_export.onnx.kind import Case, Kind, Plan, Run
+from loraover_export.onnx.kind import Case, Kind, Plan, Run, greedy
 from loraover_export.onnx.session import GraphSession
 from loraover_export.onnx.swappable import adapter_file
 from loraover_export.onnx.torch_graph import add_branches, export_torch
@@ -94,19 +94,7 @@ class Seq2Seq(Kind):
         return run
 
     def generate_reference(self, model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
-        start = model.config.decoder_start_token_id
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=tokens,
-            do_sample=False,
-            num_beams=1,
-            decoder_start_token_id=start,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        chosen = output.sequences[0, 1:]
-        return chosen[chosen != model.config.eos_token_id], torch.cat(output.logits)
+        return greedy(model, prompt, tokens)
 
     def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor:
         from transformers import AutoConfig

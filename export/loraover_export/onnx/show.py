@@ -43,4 +43,4 @@ def _greedy(check: GraphCheck) -> str:
         return "-"
     if greedy.first_difference is None:
         return f"{greedy.tokens} equal"
-    return f"differ at {greedy.first_difference}, logits {greedy.gap:.1e} apart"
+    return f"{greedy.first_difference} equal, then a gap of {greedy.gap:.1e}"
