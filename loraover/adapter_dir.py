@@ -107,8 +107,8 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         raise CheckpointError(f"{path / CONFIG_FILE}: peft_type is {config.peft_type!r}, expected 'LORA'.")
     if config.use_dora:
         raise CheckpointError(
-            f"{path / CONFIG_FILE}: use_dora is true. DoRA rescales the columns of W + B A, so it is not the plain "
-            "low-rank product that a fold certifies; train without use_dora."
+            f"{path / CONFIG_FILE}: use_dora is true. DoRA rescales the columns of W + B A, so it is no plain low-rank "
+            "product: it cannot be folded, and vLLM refuses it; train without use_dora."
         )
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}
@@ -134,6 +134,9 @@ def _check_pairs(adapter: AdapterDir) -> None:
         module, kind = match["module"], match["kind"]
         if len(adapter.shapes[key]) != 2 or 0 in adapter.shapes[key]:
             raise CheckpointError(f"{where}: {key} has shape {adapter.shapes[key]}, expected a matrix.")
+        embedding = kind.replace("lora_", "lora_embedding_")
+        if f"{module}.{embedding}" in adapter.sites:
+            raise CheckpointError(f"{where}: {module} is listed twice, with {kind} and with {embedding}; remove one.")
         is_a = kind.endswith("A")
         twin = adapter.sites.get(f"{module}.{kind[:-1]}{'B' if is_a else 'A'}")
         if twin is None:

@@ -71,6 +71,7 @@ def vllm(
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="To build for.")
 @click.option("--base", help="Base model, folder or hub name, instead of the one that the adapters name.")
+@click.option("--cache/--no-cache", default=True, show_default=True, help="KV cache in a language model's graph.")
 @click.option("--name", "names", multiple=True, help="Of an adapter, in the order of SOURCE; its folder's otherwise.")
 @click.option("--graph", type=click.Path(path_type=Path), help="Earlier swappable export to add adapters to.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Run ONNX Runtime against PyTorch.")

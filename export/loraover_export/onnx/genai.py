@@ -54,7 +54,9 @@ def build_decoder(
         return
     builder = f"onnxruntime-genai {version('onnxruntime-genai')}"
     if "is not currently supported" in done.stderr:
-        raise ExportError(f"{builder} has no decoder graph for {architecture(model)}.")
+        raise ExportError(
+            f"{builder} has no decoder graph for {architecture(model)}; --no-cache exports one without a KV cache."
+        )
     reason = (done.stderr or done.stdout).strip()[-600:]
     raise ExportError(f"{builder} could not build a {precision} graph of {architecture(model)}: {reason}")
 

@@ -71,6 +71,7 @@ class OnnxReport(BaseModel):
     mode: str
     precision: str
     device: str
+    cache: bool
     checked_on: str = Field(description="cpu or cuda: where ONNX Runtime ran the checks")
     base_model: str
     adapters: dict[str, str] = Field(description="sources by name")

@@ -27,6 +27,7 @@ class OnnxRequest:
         precision: fp32, fp16 or int4.
         device: cpu or cuda.
         base: base model, folder or hub name; None means the adapters'.
+        cache: give a language model's graph a KV cache.
         names: of the adapters, in the order of the sources; empty means their folders'.
         graph: folder of a swappable export that only new adapters are wanted for.
         check: run ONNX Runtime against PyTorch.
@@ -39,6 +40,7 @@ class OnnxRequest:
     precision: str = "fp32"
     device: str = "cpu"
     base: str | None = None
+    cache: bool = True
     names: tuple[str, ...] = ()
     graph: Path | None = None
     check: bool = True
@@ -51,6 +53,7 @@ class OnnxRequest:
         words += [] if self.base is None else ["--base", self.base]
         words += [word for name in self.names for word in ("--name", name)]
         words += [] if self.graph is None else ["--graph", str(self.graph)]
+        words += [] if self.cache else ["--no-cache"]
         return shlex.join(words if self.check else [*words, "--no-check"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from loraover.adapter_dir import read_json
 from loraover.command import quiet_libraries
-from loraover.errors import ConfigError, OutputError
+from loraover.errors import ConfigError, ExportError, OutputError
 from loraover.exact import adapter_of
 from loraover.licence import known_licence
 from loraover.model_card import model_card
@@ -25,7 +27,6 @@ from loraover_export.delta import read_deltas
 from loraover_export.merge import merge
 from loraover_export.onnx.check import Reference, check_graph, make_reference, run_cases
 from loraover_export.onnx.decoder import Decoder
-from loraover_export.onnx.encoder import Encoder
 from loraover_export.onnx.graph_file import check_file
 from loraover_export.onnx.kind import Case, Kind, Plan
 from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport
@@ -33,13 +34,14 @@ from loraover_export.onnx.request import Inputs, OnnxRequest, read_inputs
 from loraover_export.onnx.seq2seq import Seq2Seq
 from loraover_export.onnx.session import has_provider
 from loraover_export.onnx.show import show_report
+from loraover_export.onnx.stateless import Stateless
 from loraover_export.onnx.swappable import Layout, markers, read_layout, write_adapter, write_swappable
 
 KINDS: dict[str, type[Kind]] = {
     "CAUSAL_LM": Decoder,
     "SEQ_2_SEQ_LM": Seq2Seq,
-    "SEQ_CLS": Encoder,
-    "TOKEN_CLS": Encoder,
+    "SEQ_CLS": Stateless,
+    "TOKEN_CLS": Stateless,
 }
 STREAM = 64  # tokens that the checks cut their cases from
 
@@ -91,18 +93,26 @@ class _Export:
     """The steps of one export and what they hand to one another."""
 
     def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path, console: Console) -> None:
-        self.request, self.inputs, self.draft, self.console = request, inputs, draft, console
+        self.inputs, self.draft, self.console = inputs, draft, console
+        self.request = request if request.graph is None else _as_exported(request, inputs, request.graph)
         config = load_config(inputs.base)
-        task = inputs.task_type or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
-        if task not in KINDS:
-            raise ConfigError(f"task_type is {task!r}, expected one of {', '.join(KINDS)}.")
-        self.kind = KINDS[task]()
+        self.task = inputs.task_type or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
+        if self.task not in KINDS:
+            raise ConfigError(f"task_type is {self.task!r}, expected one of {', '.join(KINDS)}.")
+        self.kind = KINDS[self.task]() if self.request.cache else Stateless()
         self.tokenizer = load_tokenizer(inputs.base)
-        self.say(f"loading the base model from {inputs.base.origin}")
-        labels = next(filter(None, map(_labels, inputs.adapters.values())), None)
-        self.model = load_model(inputs.base, task_type=task, num_labels=labels)
         self.deltas = {name: list(read_deltas(source)) for name, source in inputs.adapters.items()}
-        for name, source in inputs.adapters.items():
+
+    def load(self) -> None:
+        """The base model, and whether every adapter fits it.
+
+        Raises:
+            CheckpointError: an adapter of another model.
+        """
+        self.say(f"loading the base model from {self.inputs.base.origin}")
+        labels = next(filter(None, map(_labels, self.inputs.adapters.values())), None)
+        self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
+        for name, source in self.inputs.adapters.items():
             for delta in self.deltas[name]:
                 n, m = delta.a.value.shape[1], delta.b.value.shape[0]
                 target_module(self.model, delta.module, n, m, adapter_of(source))
@@ -111,6 +121,8 @@ class _Export:
         self.console.print(escape(line), soft_wrap=True)
 
     def run(self) -> OnnxReport:
+        if self.request.check or self.request.graph is None:
+            self.load()
         cases = self.kind.cases(self._tokens()) if self.request.check else []
         references: dict[str | None, Reference] = {}
         if self.request.check:
@@ -201,6 +213,7 @@ class _Export:
             mode=request.mode,
             precision=request.precision,
             device=request.device,
+            cache=request.cache,
             checked_on=request.device if has_provider(request.device) else "cpu",
             base_model=self.inputs.base.name,
             adapters={name: str(source.path) for name, source in self.inputs.adapters.items()},
@@ -212,6 +225,21 @@ class _Export:
         if not report.passed:
             return report.model_copy(update={"verdict": "failed"})
         return report.model_copy(update={"verdict": "passed"}) if request.check else report
+
+
+def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxRequest:
+    """The request with the settings of the graph that adapters are added to.
+
+    Raises:
+        ExportError: a graph of another base model.
+    """
+    exported = read_json(graph / REPORT_FILE, OnnxReport)
+    if exported.base_model != inputs.base.name:
+        raise ExportError(
+            f"{graph} is a graph of {exported.base_model}, but the adapters belong to {inputs.base.name}; export a "
+            "graph of that model, or name a copy of it with --base."
+        )
+    return replace(request, precision=exported.precision, device=exported.device, cache=exported.cache)
 
 
 def _labels(source: Any) -> int | None:

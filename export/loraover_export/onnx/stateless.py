@@ -1,4 +1,4 @@
-"""Classifiers: one graph from tokens to label scores."""
+"""One graph from tokens to scores, without a cache: classifiers, and language models on request."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from loraover_export.onnx.swappable import adapter_file
 from loraover_export.onnx.torch_graph import add_branches, export_torch
 
 
-class Encoder(Kind):
-    """BERT and its like, with a classification head over the sequence or each token."""
+class Stateless(Kind):
+    """BERT and its like with a head over the sequence or each token, and language models that score whole texts."""
 
     graphs = ("model.onnx",)
 
