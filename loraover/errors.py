@@ -5,6 +5,7 @@
     ├── ShapeError       (ValueError)    a tensor whose shape contradicts what it must fit
     ├── CheckpointError  (ValueError)    a LoRA-Over checkpoint or adapter that cannot be trusted
     ├── FoldError        (ArithmeticError) a fold whose result would be wrong or lossy
+    ├── ExportError      (ValueError)    an adapter, a base model or a graph that cannot be exported as asked
     ├── DataError        (ValueError)    training or evaluation data that cannot be read
     ├── EngineError      (RuntimeError)  an inference engine that does not start, or refuses a request
     └── OutputError      (OSError)       a destination that cannot be written
@@ -31,6 +32,10 @@ class CheckpointError(LoraOverError, ValueError):
 
 class FoldError(LoraOverError, ArithmeticError):
     """A fold whose result would be wrong or lossy."""
+
+
+class ExportError(LoraOverError, ValueError):
+    """An adapter, a base model or a graph that cannot be exported as asked."""
 
 
 class DataError(LoraOverError, ValueError):

@@ -86,12 +86,15 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     return ModelSource(name, name, commit, f"hub {name}@{commit[:12]}")
 
 
-def load_model(source: ModelSource, *, dtype: str = "fp32", task_type: str | None = "CAUSAL_LM") -> Any:
+def load_model(
+    source: ModelSource, *, dtype: str = "fp32", task_type: str | None = "CAUSAL_LM", num_labels: int | None = None
+) -> Any:
     """The base model in eval mode, on the CPU.
 
     Args:
         dtype: fp32, bf16 or fp16.
         task_type: PEFT's: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None means CAUSAL_LM.
+        num_labels: of a classifier; None means what the model's configuration says.
     Raises:
         ConfigError: the files are not such a model.
     """
@@ -115,16 +118,13 @@ def load_model(source: ModelSource, *, dtype: str = "fp32", task_type: str | Non
             dtype=getattr(torch, DTYPES[dtype]),
             use_safetensors=True,
             trust_remote_code=False,
+            **({} if num_labels is None else {"num_labels": num_labels}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
     return model.eval()
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, with a padding token.
-
-    Raises:
 def load_skeleton(source: ModelSource) -> Any:
     """The model that a `config.json` describes, on torch's meta device: real module names and shapes, no weights.
 
@@ -167,6 +167,10 @@ def load_config(source: ModelSource) -> Any:
     return config
 
 
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
         ConfigError: the model has none.
     """
     from transformers import AutoTokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from loraover_export.vllm.architectures import Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 
 MAX_VOCABULARY = 258048
@@ -85,9 +86,12 @@ def shapes(candidate: Candidate) -> Iterator[Problem]:
 
 def targets(candidate: Candidate) -> Iterator[Problem]:
     """Modules that vLLM's class cannot adapt, by what they are."""
+    allowed = candidate.architecture
+    if allowed is None:
+        return
     refused: dict[str, list[str]] = {}
     for path in candidate.present:
-        reason = _refusal(path, candidate)
+        reason = _refusal(path, candidate, allowed)
         if reason is not None:
             refused.setdefault(reason, []).append(path)
     for reason, paths in refused.items():
@@ -104,9 +108,8 @@ def targets(candidate: Candidate) -> Iterator[Problem]:
         )
 
 
-def _refusal(path: str, candidate: Candidate) -> str | None:
-    served, allowed, name = candidate.served.modules[path], candidate.architecture, path.rpartition(".")[2]
-    assert allowed is not None
+def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | None:
+    served, name = candidate.served.modules[path], path.rpartition(".")[2]
     if served.kind == "other":
         return f"a {served.type_name}, neither a linear layer nor an embedding"
     if (served.kind == "embedding") != (path in candidate.embeddings):

@@ -1,13 +1,11 @@
-"""Rules about the tensors of an adapter's file: A and B of each module once, and nothing else that matters."""
+"""Rules about the tensors of an adapter's file: A and B of each module, and nothing else that matters."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from loraover.adapter_dir import KEY_PREFIX
 from loraover_export.vllm.candidate import Candidate, Problem, listed
-from loraover_export.vllm.uniform import module_of
 
 BASE_WEIGHT = ".base_layer.weight"
 KINDS = {
@@ -20,13 +18,6 @@ KINDS = {
 
 
 def tensors(candidate: Candidate) -> Iterator[Problem]:
-    counts = Counter(module_of(site) for site in candidate.adapter.sites if site.endswith("A"))
-    twice = [module for module, count in counts.items() if count > 1]
-    if twice:
-        yield Problem(
-            f"{listed(twice)}: listed twice, as a linear layer and as an embedding",
-            "keep the matrices that belong to the module",
-        )
     matrices = set(candidate.adapter.sites.values())
     others = [key for key in candidate.adapter.shapes if key not in matrices]
     copies = [key for key in others if _is_copy(candidate, key)]

@@ -1,0 +1,352 @@
+"""`loraover-export vllm` as people use it: its folder, its launch lines, and every way in which it can be told no."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import loraover_export.fold as fold_module
+from loraover.command import run
+from loraover.licence import known_licence
+from loraover_export.cli import cli
+from loraover_export.vllm.certificate import VllmCertificate
+from loraover_export.vllm.launch import lora_module
+from loraover_export.vllm.preflight import Preflight
+
+from make_checkpoint import make_checkpoint, tree
+from plain_adapter import make_adapter
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+FILES = ADAPTER | {"vllm_certificate.json", "preflight.json", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("llama"), "Llama")
+
+
+def export(source: Path | str, output: Path | str, *options: str) -> int:
+    return run(cli, ["vllm", str(source), "-o", str(output), *options])
+
+
+def exported(source: Path, output: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    """What --json prints."""
+    capsys.readouterr()
+    assert export(source, output, "--json", *options) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "folded", "plain"])
+def test_every_kind_of_source(kind: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if kind != "plain":
+        source = make_checkpoint(tmp_path, base_options={"head_dim": 8}).path
+    if kind == "folded":
+        assert run(cli, ["fold", str(source), "-o", str(tmp_path / "folded")]) == 0
+        source = tmp_path / "folded"
+    before = tree(source)
+    result = exported(source, tmp_path / "out", capsys)
+    assert tree(source) == before
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == FILES
+    assert result["preflight"] == json.loads((out / "preflight.json").read_text())
+    assert result["certificate"] == json.loads((out / "vllm_certificate.json").read_text())
+    certificate = VllmCertificate.model_validate(result["certificate"])
+    assert certificate.verdict == Preflight.model_validate(result["preflight"]).verdict == "passed"
+    assert {matrix.over_parameterised for matrix in certificate.matrices} == {kind == "checkpoint"}
+    for name in ADAPTER:
+        assert b"loraover" not in (out / name).read_bytes().lower()
+
+
+def test_the_configuration_leaves_nothing_to_an_engine(source: Path, tmp_path: Path) -> None:
+    assert export(source, tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(source.parent / "base"),
+        "revision": None,
+        "inference_mode": True,
+        "r": 6,
+        "lora_alpha": 6,
+        "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["plain", "two words", "it's", "a=b", "a,b", "-x", "$(touch x)", "ünï", "a;b&c|d"])
+def test_the_printed_lines_survive_a_shell(
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = exported(source, tmp_path / name, capsys)
+    script = 'show() { printf \'%s\\0\' "$@"; }\nvllm() { show "$@"; }\ncurl() { show "$@"; }\n'
+    words = {
+        key: subprocess.run(["sh", "-c", script + result[key]], capture_output=True, check=True).stdout.decode()
+        for key in ("serve", "load")
+    }
+    serve, load = (words[key].split("\0")[:-1] for key in ("serve", "load"))
+    base = str((source.parent / "base").resolve())
+    assert serve[:6] == ["serve", base, "--enable-lora", "--max-lora-rank", "8", "--lora-modules"]
+    assert parsed(serve[6]) == (name, str(tmp_path / name))
+    assert len(serve) == 7
+    assert load[0] == "http://localhost:8000/v1/load_lora_adapter"
+    assert json.loads(load[-1]) == {"lora_name": name, "lora_path": str(tmp_path / name)}
+
+
+def parsed(item: str) -> tuple[str, str]:
+    """As LoRAParserAction of vLLM 0.32 (vllm/entrypoints/launchers/cli_args.py) takes a word apart."""
+    assert not item.startswith("-"), "argparse would take it for an option"
+    if "=" in item and "," not in item:
+        name, path = item.split("=", 1)
+        return name, path
+    found = json.loads(item)
+    return found["name"], found["path"]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
+
+
+@given(TEXT, TEXT)
+def test_any_name_and_path_reach_vllm(name: str, path: str) -> None:
+    assert parsed(lora_module(name, Path("/" + path))) == (name, str(Path("/" + path)))
+
+
+def test_the_name_and_the_served_model_are_options(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin = tmp_path / "the twin"
+    shutil.copytree(source.parent / "base", twin)
+    result = exported(source, tmp_path / "out", capsys, "--model", str(twin), "--name", "shop")
+    words = shlex.split(result["serve"])
+    assert words[2] == str(twin)
+    assert words[-1] == f"shop={tmp_path / 'out'}"
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "\x1b[31m"])
+def test_a_name_that_no_request_could_carry(
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(source, tmp_path / "out", "--name", name) == 2
+    assert "--name" in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_names_base_licence_command_and_figures(source: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base [x](y)"
+    shutil.copytree(source.parent / "base", base)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\n# Base\nlicense: mit\n")
+    shutil.copytree(source, tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "adapter_config.json").read_text())
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    assert export(tmp_path / "in", tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["license"]) == (str(base), "apache-2.0")
+    assert "28 of 28 within their bounds" in card
+    assert re.search(r"worst error / bound \| 0\.\d{3}", card)
+    assert "base \\[x\\](y)" in card
+    assert f"loraover-export vllm {tmp_path / 'in'} -o {tmp_path / 'out'} --dtype bf16" in card
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        (None, None),
+        ("# no front matter\nlicense: mit\n", None),
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\r\nlicense: mit\r\n---\r\ntext", "mit"),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\nlicense: ''\n---\n", None),
+        ("---\n- a\n---\n", None),
+        ("---\n: [\n---\n", None),
+        ("---\nlicense: !!python/object/apply:os.getcwd []\n---\n", None),
+        ("---\nlicense: mit\n", None),
+    ],
+)
+def test_a_licence_is_what_the_front_matter_says(card: str | None, licence: str | None, tmp_path: Path) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card.encode())
+    assert known_licence(str(tmp_path)) == licence
+
+
+def test_the_packaged_models_licence_is_known() -> None:
+    assert known_licence("HuggingFaceTB/SmolLM2-135M-Instruct") == "apache-2.0"
+    assert known_licence("nobody/nothing") is None
+    assert known_licence("no hub name at all") is None
+
+
+def test_force_replaces_an_adapter_and_warns(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(source, tmp_path / "out") == 0
+    before = tree(tmp_path)
+    assert export(source, tmp_path / "out", "--dtype", "fp32") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+    (tmp_path / "out" / "stale").write_text("old")
+    result = exported(source, tmp_path / "out", capsys, "--dtype", "fp32", "--force")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert result["preflight"]["rules"]["replacement"] == "warning"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_force_replaces_nothing_but_adapters(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    before = tree(tmp_path)
+    assert export(source, tmp_path / "out", "--force") == 2
+    assert "holds no adapter" in one_error(capsys)
+    assert tree(tmp_path) == before
+
+
+def test_a_failed_preflight_leaves_the_old_adapter(source: Path, tmp_path: Path) -> None:
+    assert export(source, tmp_path / "out") == 0
+    before = tree(tmp_path / "out")
+    shutil.copytree(source, tmp_path / "in")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config | {"bias": "all"}))
+    assert export(tmp_path / "in", tmp_path / "out", "--force") == 2
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("place", ["inside", "above", "itself"])
+def test_the_source_is_never_written_to(
+    place: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(source, tmp_path / "deep" / "in")
+    given_output = {"inside": "deep/in/out", "above": "deep", "itself": "deep/in"}[place]
+    before = tree(tmp_path)
+    assert export(tmp_path / "deep" / "in", tmp_path / given_output, "--force") == 2
+    assert one_error(capsys)
+    assert tree(tmp_path) == before
+
+
+def test_dots_and_links_lead_where_they_should(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "to source").symlink_to(source)
+    result = exported(tmp_path / "to source", tmp_path / "real" / ".." / "link" / "out", capsys)
+    assert parsed(shlex.split(result["serve"])[-1]) == ("out", str(tmp_path / "real" / "out"))
+    assert {path.name for path in (tmp_path / "real" / "out").iterdir()} == FILES
+
+
+def test_a_failed_certificate_is_exit_code_1(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = fold_module.round_tensor
+
+    def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
+        return right(key, exact, dtype) * (1.02 if "lora_B" in key else 1)
+
+    monkeypatch.setattr(fold_module, "round_tensor", wrong)
+    assert export(source, tmp_path / "out") == 1
+    out = capsys.readouterr().out
+    assert "certificate failed" in out
+    assert "nothing was written" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_full_disk_leaves_what_was_there(
+    force: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if force:
+        assert export(source, tmp_path / "out") == 0
+    before = tree(tmp_path)
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fold_module, "save_tensors", full)
+    capsys.readouterr()
+    assert export(source, tmp_path / "out", *(["--force"] if force else [])) == 2
+    assert f"error: cannot write {tmp_path / 'out'}: No space left on device" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no source": (lambda folder: shutil.rmtree(folder), "no such folder"),
+    "no tensors": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no such file"),
+    "a cut file": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"),
+        "safetensors",
+    ),
+    "not JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_source_is_one_message(
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, words = UNUSABLE[name]
+    shutil.copytree(source, tmp_path / "in")
+    change(tmp_path / "in")
+    assert export(tmp_path / "in", tmp_path / "out") == 2
+    assert words in one_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "llama"}', '{"model_type": "surprise"}', "["])
+def test_an_unusable_base_model_is_one_message(
+    content: str | None, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base").mkdir()
+    if content is not None:
+        (tmp_path / "base" / "config.json").write_text(content)
+    capsys.readouterr()
+    assert export(source, tmp_path / "out", "--model", str(tmp_path / "base")) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_base_model_at_all(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(source, tmp_path / "in")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert export(tmp_path / "in", tmp_path / "out") == 2
+    assert "--model" in one_error(capsys)
+    result = exported(tmp_path / "in", tmp_path / "out", capsys, "--model", str(source.parent / "base"))
+    assert result["preflight"]["rules"]["base model"] == "warning"
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(source.parent / "base")
+
+
+def test_help_needs_no_heavy_library() -> None:
+    code = (
+        "import sys; from loraover.command import run; from loraover_export.cli import cli; "
+        "run(cli, ['vllm', '--help']); print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

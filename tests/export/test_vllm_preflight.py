@@ -1,0 +1,257 @@
+"""The pre-flight: every mistake is an error that names its remedy, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from loraover.adapter_dir import read_adapter_dir
+from loraover.command import run
+from loraover.models import resolve_model
+from loraover_export.cli import cli
+from loraover_export.vllm.architectures import known_architectures
+from loraover_export.vllm.candidate import Candidate
+from loraover_export.vllm.preflight import Preflight, preflight
+from loraover_export.vllm.rules import RULES
+from loraover_export.vllm.served import read_served
+
+from make_checkpoint import edit_json, tree
+from plain_adapter import make_adapter, tiny_decoder
+from tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
+from vllm_damage import DAMAGES, Q0, added, config
+
+Check = Callable[..., tuple[int, Preflight, str]]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("llama"), "Llama")
+
+
+@pytest.fixture
+def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Runs the command on an adapter; an exit code other than 0 must leave nothing behind."""
+
+    def call(source: Path, *options: str) -> tuple[int, Preflight, str]:
+        capsys.readouterr()
+        before = tree(tmp_path)
+        code = run(cli, ["vllm", str(source), "-o", str(tmp_path / "out"), "--json", *options])
+        out, err = capsys.readouterr()
+        assert code == 0 or tree(tmp_path) == before
+        return code, Preflight.model_validate(json.loads(out)["preflight"]), err
+
+    return call
+
+
+def damaged(adapter: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    shutil.copytree(adapter, folder)
+    change(folder)
+    return folder
+
+
+def findings(report: Preflight, level: str = "error") -> dict[str, str]:
+    return {finding.rule: finding.found for finding in report.findings if finding.level == level}
+
+
+def test_a_right_adapter_passes_every_rule(adapter: Path, check: Check) -> None:
+    code, report, _ = check(adapter)
+    assert code == 0
+    assert set(report.rules.values()) == {"passed"}
+    assert report.rules.keys() == RULES.keys()
+    assert (report.architecture, report.modules, report.rank, report.max_lora_rank) == ("LlamaForCausalLM", 14, 6, 8)
+    assert report.vllm_version == known_architectures().version == "0.32.0"
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_mistake_is_an_error(name: str, adapter: Path, tmp_path: Path, check: Check) -> None:
+    damage = DAMAGES[name]
+    code, report, err = check(damaged(adapter, tmp_path / "in", damage.change))
+    assert code == 2
+    assert report.verdict == "failed"
+    assert report.rules[damage.rule] == "error"
+    assert all(word in findings(report)[damage.rule] for word in damage.named)
+    assert all(finding.remedy and finding.found for finding in report.findings)
+    assert f"error: {damage.rule}: " in err
+    assert "remedy: " in err
+    assert err.rstrip().endswith("nothing was written")
+
+
+@pytest.mark.parametrize("value", [True, False, "gaussian", "eva", "orthogonal"])
+def test_an_initialisation_that_keeps_the_base_is_fine(
+    value: bool | str, adapter: Path, tmp_path: Path, check: Check
+) -> None:
+    assert check(damaged(adapter, tmp_path / "in", config(init_lora_weights=value)))[0] == 0
+
+
+UNREADABLE = {
+    "DoRA": (config(use_dora=True), "DoRA"),
+    "a module twice": (
+        added(**{f"{Q0}.lora_embedding_A": torch.ones(6, 64), f"{Q0}.lora_embedding_B": torch.ones(64, 6)}),
+        "listed twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_plain_lora_is_not_even_read(
+    name: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, words = UNREADABLE[name]
+    assert run(cli, ["vllm", str(damaged(adapter, tmp_path / "in", change)), "-o", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def on_base(model: Any, folder: Path, **lora: Any) -> Path:
+    """An adapter of a model, both saved in `folder`; returns the adapter's."""
+    model.save_pretrained(folder / "base")
+    model.name_or_path = str(folder / "base")
+    wrapped = get_peft_model(model, LoraConfig(**({"r": 4, "task_type": "CAUSAL_LM"} | lora)))
+    fill_b(wrapped)
+    wrapped.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+UNSERVED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "GPT2LMHeadModel": (tiny_gpt2, {"target_modules": ["c_attn"]}, "without LoRA adapters only"),
+    "T5ForConditionalGeneration": (
+        tiny_t5,
+        {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"},
+        "has no class",
+    ),
+    "BertForSequenceClassification": (
+        tiny_bert,
+        {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+        "without LoRA adapters only",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", UNSERVED)
+def test_an_architecture_that_vllm_cannot_adapt_is_named(architecture: str, tmp_path: Path, check: Check) -> None:
+    make, lora, words = UNSERVED[architecture]
+    code, report, err = check(on_base(make(), tmp_path, **lora))
+    assert code == 2
+    assert architecture in findings(report)["architecture"]
+    assert words in findings(report)["architecture"]
+    assert architecture in err
+
+
+EMBEDDED = {
+    ("Llama", "embed_tokens"): True,
+    ("Llama", "lm_head"): True,
+    ("Qwen3", "embed_tokens"): True,
+    ("Mistral", "embed_tokens"): False,
+    ("Mistral", "lm_head"): False,
+    ("Gemma", "embed_tokens"): False,
+}
+
+
+@pytest.mark.parametrize(("family", "module"), EMBEDDED)
+def test_embeddings_and_heads_where_the_class_takes_them(
+    family: str, module: str, tmp_path: Path, check: Check
+) -> None:
+    source = on_base(tiny_decoder(family), tmp_path, target_modules=[module, "q_proj"])
+    code, report, _ = check(source)
+    assert code == (0 if EMBEDDED[family, module] else 2)
+    if EMBEDDED[family, module]:
+        warned = findings(report, "warning")
+        assert "unchanged copy" in warned["tensors"]
+        assert ("prompt_logprobs" in warned.get("targets", "")) == (module == "lm_head")
+    else:
+        assert f"{family}ForCausalLM takes no LoRA there" in findings(report)["targets"]
+
+
+def test_another_vocabulary_is_another_shape(tmp_path: Path, check: Check) -> None:
+    source = on_base(tiny_decoder("Llama"), tmp_path, target_modules=["embed_tokens"])
+    tiny_decoder("Llama", vocab_size=72).save_pretrained(tmp_path / "larger")
+    code, report, _ = check(source, "--model", str(tmp_path / "larger"))
+    assert code == 2
+    assert "maps 64 to 64 features in the adapter, 72 to 64 in the model" in findings(report)["shapes"]
+    assert "weights of an adapted base layer" in findings(report)["tensors"]
+
+
+def test_another_base_model(adapter: Path, tmp_path: Path, check: Check) -> None:
+    tiny_decoder("Llama", seed=9).save_pretrained(tmp_path / "twin")
+    code, report, _ = check(adapter, "--model", str(tmp_path / "twin"))
+    assert code == 0
+    assert str(tmp_path / "twin") in findings(report, "warning")["base model"]
+    shutil.rmtree(tmp_path / "out")
+    tiny_decoder("Llama", hidden_size=128).save_pretrained(tmp_path / "wide")
+    assert "14 of 14" in findings(check(adapter, "--model", str(tmp_path / "wide"))[1])["shapes"]
+    tiny_decoder("Llama", num_hidden_layers=1).save_pretrained(tmp_path / "short")
+    code, report, _ = check(adapter, "--model", str(tmp_path / "short"))
+    assert "7 of 14" in findings(report)["modules"]
+    assert report.findings[-1].remedy
+    assert code == 2
+
+
+def test_a_prefix_that_is_off_is_told_from_another_model(adapter: Path, tmp_path: Path, check: Check) -> None:
+    _, report, _ = check(damaged(adapter, tmp_path / "in", DAMAGES["a prefix too short"].change))
+    remedies = {finding.rule: finding.remedy for finding in report.findings}
+    assert "the served model has model.layers.0." in remedies["modules"]
+
+
+def test_a_vocabulary_beyond_vllms_limit(adapter: Path, tmp_path: Path, check: Check) -> None:
+    shutil.copytree(adapter.parent / "base", tmp_path / "base")
+    edit_json(tmp_path / "base" / "config.json", lambda content: content.update(vocab_size=258049))
+    _, report, _ = check(adapter, "--model", str(tmp_path / "base"))
+    assert "258049" in findings(report)["vocabulary"]
+    edit_json(tmp_path / "base" / "config.json", lambda content: content.update(vocab_size=258048))
+    assert check(adapter, "--model", str(tmp_path / "base"))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "warns"),
+    [("bf16", "bfloat16", False), ("fp32", "bfloat16", True), ("bf16", "float16", True), ("fp16", "float16", False)],
+)
+def test_a_second_rounding_is_a_warning(
+    stored: str, dtype: str, warns: bool, adapter: Path, tmp_path: Path, check: Check
+) -> None:
+    shutil.copytree(adapter.parent / "base", tmp_path / "base")
+    edit_json(tmp_path / "base" / "config.json", lambda content: content.update(dtype=dtype))
+    code, report, _ = check(adapter, "--model", str(tmp_path / "base"), "--dtype", stored)
+    assert code == 0
+    assert ("rounded twice" in findings(report, "warning").get("storage type", "")) == warns
+
+
+def candidate(adapter: Path) -> Candidate:
+    base = str(adapter.parent / "base")
+    known = known_architectures()
+    served = read_served(resolve_model(base), known.lora)
+    return Candidate(read_adapter_dir(adapter), served, known, "name", base, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "words"),
+    [
+        ({"packed": {"o_proj": ("left", "right")}}, "targets", "vLLM expects its parts left, right instead"),
+        ({"multimodal": True}, "targets", "outside of the language model"),
+    ],
+)
+def test_what_a_class_packs_or_leaves_out(change: dict[str, Any], rule: str, words: str, adapter: Path) -> None:
+    right = candidate(adapter)
+    assert preflight(right).passed
+    table = right.architectures
+    wrong = {**table.lora, "LlamaForCausalLM": table.lora["LlamaForCausalLM"].model_copy(update=change)}
+    report = preflight(replace(right, architectures=table.model_copy(update={"lora": wrong})))
+    assert words in findings(report)[rule]
+
+
+def test_an_adapter_may_not_be_called_like_the_model(adapter: Path) -> None:
+    right = candidate(adapter)
+    assert "requests would reach the base model" in findings(preflight(replace(right, name=right.address)))["name"]
+
+
+def test_a_class_that_could_not_be_looked_at(adapter: Path) -> None:
+    right = candidate(adapter)
+    served = replace(right.served, architecture=right.architectures.unknown[0])
+    assert "is not known" in findings(preflight(replace(right, served=served)))["architecture"]

@@ -1,0 +1,166 @@
+"""Two foreign readers of the written adapters, vLLM's loader and PEFT, for every family; one process asks vLLM all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loraover.command import run
+from loraover_export.cli import cli
+from loraover_export.vllm.architectures import known_architectures
+from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
+
+from make_checkpoint import logits, make_checkpoint, numpy64, oracle_matrices
+from oracles.contraction import Array
+from plain_adapter import FAMILIES, make_adapter
+from tolerances import UNIT, gamma
+from vllm_command import vllm_command
+from vllm_damage import DAMAGES
+
+READER = Path(__file__).resolve().parents[1] / "vllm_reader.py"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+UNSERVED = ("GPT2LMHeadModel", "BertForSequenceClassification", "T5ForConditionalGeneration")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Adapters before and after the command, by family, and `loraover` for a checkpoint; damaged ones by name."""
+
+    source: Mapping[str, Path]
+    output: Mapping[str, Path]
+    damaged: Mapping[str, Path]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    folder = tmp_path_factory.mktemp("families")
+    source = {family: make_adapter(folder / family, family) for family in FAMILIES}
+    lora: dict[str, Any] = {
+        "use_rslora": True,
+        "rank_pattern": {"v_proj": 2},
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+    }
+    source["loraover"] = make_checkpoint(folder / "loraover", base_options={"head_dim": 8}, **lora).path
+    for name, path in source.items():
+        assert run(cli, ["vllm", str(path), "-o", str(folder / "out" / name), "--dtype", "fp32"]) == 0
+    damaged = {name: folder / "damaged" / name for name in DAMAGES}
+    for name, path in damaged.items():
+        shutil.copytree(source["Llama"], path)
+        DAMAGES[name].change(path)
+    return Written(source, {name: folder / "out" / name for name in source}, damaged)
+
+
+@dataclass(frozen=True)
+class VllmsReading:
+    """Per adapter: why vLLM refuses it, or None; the deltas it would add; and what its classes say."""
+
+    refused: Mapping[str, str | None]
+    deltas: Mapping[str, dict[str, Array]]
+    classes: Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def vllm(written: Written, tmp_path_factory: pytest.TempPathFactory) -> VllmsReading:
+    python, out = vllm_command().parent / "python", tmp_path_factory.mktemp("vllm")
+    paths = {**written.output, **{f"source of {name}": path for name, path in written.source.items()}}
+    paths |= written.damaged
+    adapters = [
+        {"path": str(path), "expected": PROJECTIONS, "rank": 512 if path in written.damaged.values() else 8}
+        for path in paths.values()
+    ]
+    classes = [f"{family}ForCausalLM" for family in FAMILIES] + list(UNSERVED)
+    request = json.dumps({"adapters": adapters, "architectures": classes, "out": str(out)})
+    done = subprocess.run([python, READER], input=request, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    files = {name: out / f"{k}.safetensors" for k, name in enumerate(paths)}
+    deltas = {
+        name: {module: numpy64(delta) for module, delta in load_file(file).items()}
+        for name, file in files.items()
+        if file.exists()
+    }
+    return VllmsReading(dict(zip(paths, answer["read"], strict=True)), deltas, answer["classes"])
+
+
+def source_deltas(path: Path) -> dict[str, tuple[Array, Array]]:
+    """scaling * B @ A of every module by PEFT's formula, from the files, in float64; and |scaling B| @ |A|."""
+    config = json.loads((path / "adapter_config.json").read_text())
+    tensors = {key: numpy64(tensor) for key, tensor in load_file(path / "adapter_model.safetensors").items()}
+    if (path / "loraover.json").exists():
+        tensors |= oracle_matrices(path)
+    deltas = {}
+    for key, a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = tensors[key.replace("lora_A", "lora_B")]
+            scaling = config["lora_alpha"] / (np.sqrt(len(a)) if config["use_rslora"] else len(a))
+            deltas[module] = scaling * b @ a, abs(scaling * b) @ abs(a)
+    return deltas
+
+
+CASES = (*FAMILIES, "loraover")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vllm_reads_the_sources_delta(name: str, written: Written, vllm: VllmsReading) -> None:
+    assert vllm.refused[name] is None
+    expected, found = source_deltas(written.source[name]), vllm.deltas[name]
+    assert found.keys() == expected.keys()
+    for module, (delta, magnitude) in expected.items():
+        u, terms = UNIT[torch.float32], 64  # both factors are rounded once; each product sums up to 6 + 6 terms
+        limit = ((1 + u) ** 2 - 1 + gamma(terms, UNIT[torch.float64])) * magnitude
+        assert (abs(found[module] - delta) <= limit).all(), module
+        assert float(np.linalg.norm(delta)) > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peft_reads_the_sources_function(name: str, written: Written) -> None:
+    base = written.source[name].parent / "base"
+    outputs = []
+    for folder in (written.source[name], written.output[name]):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+        outputs.append(logits(model))
+    with model.disable_adapter():
+        plain = logits(model)
+    scale = float(outputs[0].abs().max())
+    # two more roundings of each factor, and sums in another order: some tens of 2^-24
+    assert float((outputs[0] - outputs[1]).abs().max()) < 1e-5 * scale
+    assert float((outputs[0] - plain).abs().max()) > 1e-2 * scale
+    assert {n for n, p in model.named_parameters() if "lora_" in n} == {
+        f"base_model.model.{module}.lora_{kind}.default.weight"
+        for module in source_deltas(written.source[name])
+        for kind in "AB"
+    }
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_vllm_does_with_a_mistake(name: str, vllm: VllmsReading) -> None:
+    """What it refuses, and what the pre-flight alone keeps from being served wrongly."""
+    assert (vllm.refused[name] is not None) == DAMAGES[name].vllm_refuses, vllm.refused[name]
+
+
+def test_the_table_is_what_vllm_says(vllm: VllmsReading) -> None:
+    known = known_architectures()
+    for name, description in vllm.classes.items():
+        assert (name in known.lora) == (description is not None)
+        if description is not None:
+            assert json.loads(known.lora[name].model_dump_json()) == description
+    assert {name for name, description in vllm.classes.items() if description is None} == set(UNSERVED)
+
+
+@pytest.mark.parametrize(("r", "expected"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)])
+def test_the_smallest_allowed_rank(r: int, expected: int | None) -> None:
+    assert max_lora_rank(r) == expected
+    assert expected is None or expected in MAX_LORA_RANKS

@@ -1,0 +1,207 @@
+"""The adapter for vLLM says the same as its source: one rank, scaling 1, each element rounded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loraover.adapter_dir import read_adapter_dir
+from loraover.errors import ExportError
+from loraover.exact import Exact
+from loraover_export.vllm import uniform
+from loraover_export.vllm.uniform import name_modules, scale, uniform_config, write_uniform
+
+from make_checkpoint import nearest, numpy64
+from oracles.contraction import Array
+from plain_adapter import write_adapter
+from strategies import SEEDS, normal
+from tolerances import UNIT, gamma
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODULES = ("model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.up_proj")
+
+
+def matrices(seed: int, ranks: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, 7) and B (5, r) of each module."""
+    return {
+        module: (normal(seed + k, r, 7).to(dtype), normal(seed + k + 100, 5, r).to(dtype))
+        for k, (module, r) in enumerate(zip(MODULES, ranks, strict=True))
+    }
+
+
+def written(source: Path, output: Path, dtype: str) -> tuple[dict[str, Tensor], dict[str, Any], list[Any]]:
+    adapter = read_adapter_dir(source)
+    output.mkdir()
+    config = uniform_config(adapter, "owner/base", name_modules(MODULES, ["model", "model.layers.1.up_proj"]))
+    certificates = write_uniform(adapter, output, dtype, config)
+    tensors = load_file(output / "adapter_model.safetensors")
+    return tensors, json.loads((output / "adapter_config.json").read_text()), certificates
+
+
+def pair(tensors: dict[str, Tensor], module: str) -> tuple[Array, Array]:
+    a, b = (tensors[f"base_model.model.{module}.lora_{kind}.weight"] for kind in "AB")
+    return numpy64(a), numpy64(b)
+
+
+def padded(matrix: Array, rows: int, columns: int) -> Array:
+    result = np.zeros((rows, columns))
+    result[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return result
+
+
+RANKS = st.tuples(*[st.integers(1, 6)] * 3)
+ALPHAS = st.one_of(st.integers(1, 64), st.floats(0.01, 100), st.just(0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=SEEDS,
+    ranks=RANKS,
+    alpha=ALPHAS,
+    other=ALPHAS,
+    rslora=st.booleans(),
+    stored=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    dtype=st.sampled_from(list(DTYPES)),
+)
+def test_delta_is_the_sources(
+    seed: int, ranks: tuple[int, ...], alpha: float, other: float, rslora: bool, stored: torch.dtype, dtype: str
+) -> None:
+    """Every element is the oracle's bit for bit, and B' A' is scaling * B A to the two roundings."""
+    with TemporaryDirectory() as scratch:
+        source = write_adapter(
+            Path(scratch) / "in",
+            matrices(seed, ranks, stored),
+            r=ranks[0],
+            lora_alpha=alpha,
+            rank_pattern={"layers.1.q_proj": ranks[1], "up_proj": ranks[2]},
+            alpha_pattern={"up_proj": other},
+            use_rslora=rslora,
+        )
+        tensors, config, certificates = written(source, Path(scratch) / "out", dtype)
+        original = load_file(source / "adapter_model.safetensors")
+    r = max(ranks)
+    assert config["r"] == config["lora_alpha"] == r
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert all(tensor.dtype == DTYPES[dtype] for tensor in tensors.values())
+    assert all(certificate.passed for certificate in certificates)
+    assert len(certificates) == len(tensors) == 6
+    for module, rank, chosen in zip(MODULES, ranks, (alpha, alpha, other), strict=True):
+        scaling = chosen / (np.sqrt(rank) if rslora else rank)
+        a, b = pair(original, module)
+        found_a, found_b = pair(tensors, module)
+        np.testing.assert_array_equal(found_a, padded(nearest(a, dtype), r, 7))
+        np.testing.assert_array_equal(found_b, padded(nearest(scaling * b, dtype), 5, r))
+        u, tiny = UNIT[DTYPES[dtype]], 2.0**-25 if dtype == "fp16" else 2.0**-100
+        sides = (1 + u) ** 2 - 1 + gamma(2 * r, UNIT[torch.float64])
+        bound = sides * abs(scaling * b) @ abs(a) + tiny * (abs(a).sum(0) + abs(scaling * b).sum(1)[:, None] + r)
+        assert (abs(found_b @ found_a - scaling * b @ a) <= bound).all()
+
+
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+def test_a_power_of_two_passes_bit_exactly(stored: str, tmp_path: Path) -> None:
+    given_matrices = matrices(3, (4, 4, 4), DTYPES[stored])
+    source = write_adapter(tmp_path / "in", given_matrices, lora_alpha=16)
+    tensors, _, certificates = written(source, tmp_path / "out", stored)
+    for module, (a, b) in given_matrices.items():
+        assert torch.equal(tensors[f"base_model.model.{module}.lora_A.weight"], a)
+        assert torch.equal(tensors[f"base_model.model.{module}.lora_B.weight"], 4 * b)
+    assert {certificate.relative_error for certificate in certificates} == {0.0}
+
+
+def scaled_wrongly(factor: float) -> Callable[[Exact, float], Exact]:
+    return lambda exact, scaling: scale(exact, scaling * factor)
+
+
+def padded_in_front(exact: Exact, sides: tuple[int, ...]) -> Exact:
+    """Right for A and for B alone, wrong where only one of them is padded so."""
+    front = sides if len(sides) == 4 else (sides[1], 0)
+    value, bound = (torch.nn.functional.pad(x, front) for x in (exact.value, exact.bound))
+    return Exact(value, bound, exact.site)
+
+
+MUTANTS: dict[str, tuple[str, Any]] = {
+    "scaling forgotten": ("scale", lambda exact, scaling: exact),
+    "scaling twice": ("scale", lambda exact, scaling: scale(scale(exact, scaling), scaling)),
+    "scaling off by a hundredth": ("scale", scaled_wrongly(1.01)),
+    "B padded in front": ("_padded", padded_in_front),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_changes_delta(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_matrices = matrices(4, (4, 2, 3), torch.float32)
+    patterns = {"layers.1.q_proj": 2, "up_proj": 3}
+    source = write_adapter(tmp_path / "in", given_matrices, lora_alpha=12, rank_pattern=patterns)
+    monkeypatch.setattr(uniform, *MUTANTS[mutant])
+    tensors, _, _ = written(source, tmp_path / "out", "fp32")
+    off = []
+    for module, (a, b) in given_matrices.items():
+        expected = 12 / len(a) * numpy64(b) @ numpy64(a)
+        found_a, found_b = pair(tensors, module)
+        off.append(float(np.linalg.norm(found_b @ found_a - expected) / np.linalg.norm(expected)))
+    assert max(off) > 0.005
+
+
+@pytest.mark.parametrize("mutant", ["two ulps", "padding not zero"])
+def test_the_certificate_rejects_what_was_not_rounded_right(
+    mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import loraover_export.fold as fold_module
+
+    right = fold_module.round_tensor
+
+    def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
+        matrix = right(key, exact, dtype)
+        place = (-1, -1) if mutant == "padding not zero" else (0, 0)
+        step = torch.nextafter(matrix[place], torch.tensor(9.0, dtype=matrix.dtype))
+        matrix[place] = torch.nextafter(step, torch.tensor(9.0, dtype=matrix.dtype))
+        return matrix
+
+    source = write_adapter(
+        tmp_path / "in", matrices(5, (4, 2, 3), torch.float32), rank_pattern={"layers.1.q_proj": 2, "up_proj": 3}
+    )
+    monkeypatch.setattr(fold_module, "round_tensor", wrong)
+    _, _, certificates = written(source, tmp_path / "out", "fp32")
+    assert not all(certificate.passed for certificate in certificates)
+
+
+def test_the_bound_of_a_scaled_matrix_covers_the_contractions_error() -> None:
+    value, bound = normal(6, 4, 4), normal(7, 4, 4).abs()
+    result = scale(Exact(value, bound, None), -0.3)
+    assert (result.bound >= 0.3 * bound).all()
+    assert (result.bound <= 0.3 * bound + 2.0**-52 * result.value.abs() + 1e-300).all()
+
+
+PATHS = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(".".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sets(PATHS, min_size=1, max_size=8), st.sets(PATHS, max_size=8))
+def test_peft_resolves_the_names_to_exactly_the_adapted_modules(adapted: set[str], others: set[str]) -> None:
+    others -= adapted
+    try:
+        names = name_modules(adapted, others)
+    except ExportError:
+        assert any(other.endswith(f".{path}") for path in adapted for other in others)
+        return
+    config = LoraConfig(target_modules=names)
+    assert {path for path in adapted | others if check_target_module_exists(config, path)} == adapted
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    layers = [f"model.layers.{k}.{name}" for k in (1, 11) for name in ("q_proj", "k_proj")]
+    assert name_modules(layers, ["model", "lm_head"]) == ["k_proj", "q_proj"]
+    assert name_modules(layers[:1], layers[1:]) == ["1.q_proj"]
