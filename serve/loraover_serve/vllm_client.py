@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from loraover.errors import EngineError
@@ -97,8 +98,8 @@ class VllmClient:
         except HTTPError as error:
             text = error.read().decode(errors="replace")
             raise EngineError(f"{path}: the server answered {error.code}: {text[:1000]}") from error
-        except URLError as error:
-            raise EngineError(f"{path}: no answer from {self.url}: {error.reason}") from error
+        except (OSError, HTTPException) as error:
+            raise EngineError(f"{path}: no answer from {self.url}: {error}") from error
         try:
             return json.loads(content)
         except ValueError:

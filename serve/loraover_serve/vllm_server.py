@@ -16,7 +16,8 @@ from loraover.errors import EngineError
 from loraover_export.vllm.launch import lora_module
 from loraover_serve.vllm_client import VllmClient
 
-POLL_S, STOP_S = 0.5, 15.0
+POLL_S = 0.5
+STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
 LOG_SHOWN = 2000  # characters
 
 
@@ -129,13 +130,14 @@ def _free_port() -> int:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the server and whatever it started: asked first, killed when that takes too long."""
-    deadline = time.monotonic() + STOP_S
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError):  # nobody is left
         os.killpg(process.pid, signal.SIGTERM)
-        while time.monotonic() < deadline:
-            process.poll()
-            os.killpg(process.pid, 0)  # raises once the group is empty
-            time.sleep(POLL_S / 5)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_S)
+            deadline = time.monotonic() + CLEAN_UP_S
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -1,0 +1,158 @@
+"""Starting, watching and stopping a server, with a stand-in that takes no minute to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loraover.errors import EngineError
+from loraover_serve import vllm_server
+from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
+
+STAND_IN = '''#!{python}
+"""Answers as vLLM does; {mode}."""
+import json, os, signal, subprocess, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+MODE, FOLDER = "{mode}", "{folder}"
+print("words:", json.dumps(sys.argv[1:]), flush=True)
+if MODE == "ends":
+    sys.exit("no memory for the cache")
+if MODE == "silent":
+    time.sleep(600)
+child = subprocess.Popen(["sleep", "600"])
+if MODE == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open(FOLDER + "/pids", "w") as file:
+    print(os.getpid(), child.pid, file=file)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply(200, {{"data": [{{"id": "base"}}]}})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if MODE == "fails late" or (MODE == "fails on b" and body["model"] == "b"):
+            return self.reply(500, {{"error": "head_dim 8 is not supported"}})
+        if MODE == "hangs up" and self.path == "/v1/load_lora_adapter":
+            return
+        choice = {{"index": 0, "text": "x", "token_ids": [7], "logprobs": {{"token_logprobs": [-0.5]}}}}
+        self.reply(200, {{"choices": [choice]}})
+
+    def reply(self, code, content):
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+'''
+
+
+def stand_in(folder: Path, mode: str) -> str:
+    path = folder / "vllm"
+    path.write_text(STAND_IN.format(python=sys.executable, mode=mode, folder=folder))
+    path.chmod(0o755)
+    return str(path)
+
+
+def config(folder: Path) -> VllmServerConfig:
+    return VllmServerConfig("base", adapters={"a": folder / "one two", "b": folder / "b"}, max_lora_rank=8, max_loras=2)
+
+
+def assert_stopped(folder: Path) -> None:
+    for pid in map(int, (folder / "pids").read_text().split()):
+        status = Path(f"/proc/{pid}/status")
+        assert not status.exists() or "State:\tZ" in status.read_text(), f"{pid} still runs"
+
+
+def test_a_server_answers_and_is_stopped_with_its_children(tmp_path: Path) -> None:
+    with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "answers")) as client:
+        assert client.models() == ["base"]
+        completion = client.complete("a", [1, 2], max_tokens=1)
+        assert (completion.text, completion.token_ids, completion.logprobs) == ("x", (7,), (-0.5,))
+        assert client.url.startswith("http://127.0.0.1:")
+    assert_stopped(tmp_path)
+    words = json.loads((tmp_path / "log").read_text().removeprefix("words: "))
+    assert words[:2] == ["serve", "base"]
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+    at = words.index("--lora-modules")
+    assert words[at + 1 : at + 3] == [f"a={tmp_path / 'one two'}", f"b={tmp_path / 'b'}"]
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, ValueError])
+def test_a_block_that_raises_stops_the_server(ending: type[BaseException], tmp_path: Path) -> None:
+    with (
+        pytest.raises(ending),
+        serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "answers")),
+    ):
+        raise ending
+    assert_stopped(tmp_path)
+
+
+def test_a_stubborn_server_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "STOP_S", 0.5)
+    before = time.monotonic()
+    with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "stubborn")):
+        pass
+    assert time.monotonic() - before < 10
+    assert_stopped(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("ends", ["ended with code 1", "no memory for the cache"]),
+        ("silent", ["did not come up", "the end of"]),
+        ("fails late", ["'base' does not answer", "500", "head_dim 8"]),
+        ("fails on b", ["'b' does not answer"]),
+    ],
+)
+def test_a_server_that_is_no_use_says_why(mode: str, words: list[str], tmp_path: Path) -> None:
+    server = serve_vllm(
+        config(tmp_path),
+        tmp_path / "log",
+        executable=stand_in(tmp_path, mode),
+        startup_timeout_s=2 if mode == "silent" else 60,
+    )
+    with pytest.raises(EngineError) as caught, server:
+        pytest.fail("the block ran")
+    assert all(word in str(caught.value) for word in words)
+    if mode.startswith("fails"):
+        assert_stopped(tmp_path)
+
+
+def test_a_connection_that_breaks_is_an_engine_error(tmp_path: Path) -> None:
+    server = serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "hangs up"))
+    with server as client, pytest.raises(EngineError, match="no answer"):
+        client.load_adapter("c", tmp_path)
+    with pytest.raises(EngineError, match="no answer"):
+        client.models()
+
+
+def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    missing = str(tmp_path / "vllm")
+    with (
+        pytest.raises(EngineError, match="is vLLM installed"),
+        serve_vllm(config(tmp_path), tmp_path / "log", executable=missing),
+    ):
+        pytest.fail("the block ran")
+
+
+def test_a_folder_is_served_without_asking_a_hub(tmp_path: Path) -> None:
+    folder = VllmServerConfig(str(tmp_path), runtime_loading=True).variables()
+    assert (folder["HF_HUB_OFFLINE"], folder["VLLM_ALLOW_RUNTIME_LORA_UPDATING"]) == ("1", "1")
+    named = VllmServerConfig("owner/model", environment={"VLLM_CPU_KVCACHE_SPACE": "2"}).variables()
+    assert named["VLLM_NO_USAGE_STATS"] == "1"
+    assert named["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert named.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in named
