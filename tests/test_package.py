@@ -56,6 +56,9 @@ def test_wheel_holds_code_types_and_recipes(wheel: Path) -> None:
     for package in ("loraover", "loraover_export", "loraover_serve"):
         assert {f"{package}/py.typed", f"{package}/cli.py"} <= names
     assert "loraover/recipes/demo.yaml" in names
+    sources = {"loraover": ROOT, "loraover_export": ROOT / "export", "loraover_serve": ROOT / "serve"}
+    modules = {str(path.relative_to(root)) for name, root in sources.items() for path in (root / name).rglob("*.py")}
+    assert modules <= names
     assert not [name for name in names if "test" in name]
 
 

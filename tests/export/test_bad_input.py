@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import stat
@@ -16,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +28,7 @@ from loraover.adapter_dir import MAX_JSON_BYTES
 from loraover.command import run
 from loraover_export.cli import cli
 
+from children import Child, become_nobody, limit_file_size
 from make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, reseal, tree
 from tiny_models import tiny_gpt2, tiny_llama
 
@@ -144,8 +143,8 @@ def test_a_longer_file_is_named(file: str, source: Path, refused: Callable[..., 
 def test_flipped_bytes_are_refused_or_change_nothing(
     file: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fold(source, tmp_path / "expected") == 0
-    expected = tree(tmp_path / "expected")
+    assert fold(source, tmp_path / "out") == 0  # the card names the output
+    expected = tree((tmp_path / "out").rename(tmp_path / "expected"))
     content = (source / file).read_bytes()
     draw = random.Random(file)
     positions = [*range(12), *draw.sample(range(12, len(content)), 150)]
@@ -690,47 +689,11 @@ def test_a_refused_fold_makes_no_parents(source: Path, tmp_path: Path, refused: 
     refused(source, output=tmp_path / "new" / "parents" / "out")
 
 
-# A process of its own: permissions, full disks, signals. A fork has everything imported already.
+# A process of its own: permissions, full disks, signals
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a fold in a child process ended: its exit code, or the negative number of the signal that killed it."""
-
-    code: int
-    output: str
-
-
-class Child:
-    """A fold in a forked process; `prepare` runs in there first."""
-
-    def __init__(self, source: Path, output: Path, *options: str, prepare: Callable[[], object] = lambda: None) -> None:
-        self._read, write = os.pipe()
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid:
-            os.close(write)
-            return
-        code = 99
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.stdout = sys.stderr = os.fdopen(write, "w", buffering=1)
-            prepare()
-            code = fold(source, output, *options)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        except KeyboardInterrupt:  # in the few lines around the fold
-            print("interrupted")
-            code = 130
-        except BaseException as error:
-            print(f"Traceback: {error!r}")
-        finally:
-            os._exit(code)
-
-    def end(self) -> Ended:
-        with os.fdopen(self._read) as pipe:
-            output = pipe.read()
-        _, status = os.waitpid(self.pid, 0)
-        return Ended(os.waitstatus_to_exitcode(status), output)
+def fold_in_child(source: Path, output: Path, *options: str, prepare: Callable[[], object] = lambda: None) -> Child:
+    return Child(lambda: fold(source, output, *options), prepare=prepare)
 
 
 def assert_nothing_left(folder: Path, before: dict[str, str]) -> None:
@@ -751,13 +714,6 @@ def public(made: Made) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def become_nobody() -> None:
-    if os.getuid() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-
-
 @pytest.mark.parametrize("mode", [0o555, 0o000], ids=oct)
 @pytest.mark.parametrize("deep", ["", "deep/"])
 def test_a_folder_without_permission_is_named(mode: int, deep: str, public: Path, tmp_path: Path) -> None:
@@ -765,7 +721,7 @@ def test_a_folder_without_permission_is_named(mode: int, deep: str, public: Path
     target = public / "closed" / f"{deep}out"
     (public / "closed").mkdir()
     (public / "closed").chmod(mode)
-    ended = Child(public / "input", target, prepare=become_nobody).end()
+    ended = fold_in_child(public / "input", target, prepare=become_nobody).end()
     assert ended.code == 2, ended.output
     message = one_message(ended.output)
     assert str(target) in message
@@ -780,7 +736,7 @@ def test_a_file_without_permission_is_named(file: str, public: Path, tmp_path: P
     (public / "writable").mkdir()
     (public / "writable").chmod(0o777)
     (public / "input" / file).chmod(0o000)
-    ended = Child(public / "input", public / "writable" / "out", prepare=become_nobody).end()
+    ended = fold_in_child(public / "input", public / "writable" / "out", prepare=become_nobody).end()
     assert ended.code == 2, ended.output
     message = one_message(ended.output)
     assert str(public / "input" / file) in message
@@ -788,17 +744,12 @@ def test_a_file_without_permission_is_named(file: str, public: Path, tmp_path: P
     assert list((public / "writable").iterdir()) == []
 
 
-def limit_file_size(size: int) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 def test_a_file_size_limit_leaves_nothing(source: Path, tmp_path: Path) -> None:
     """Every size at which a file of the output may break, from none to more than enough."""
     before = tree(tmp_path)
     codes = []
     for size in (0, 1, 100, 1000, 1500, 2000, 3000, 4096, 6000, 8000, 12_000, 100_000):
-        ended = Child(source, tmp_path / "out", prepare=lambda size=size: limit_file_size(size)).end()  # type: ignore[misc]
+        ended = fold_in_child(source, tmp_path / "out", prepare=lambda size=size: limit_file_size(size)).end()  # type: ignore[misc]
         codes.append(ended.code)
         if ended.code == 0:
             assert {path.name for path in (tmp_path / "out").iterdir()} == WHOLE
@@ -830,7 +781,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, small_disk: Pa
     for free in range(0, 64, 4):
         filler = small_disk / "filler"
         filler.write_bytes(bytes((64 - free) * 1024))
-        ended = Child(source, small_disk / "out").end()
+        ended = fold_in_child(source, small_disk / "out").end()
         codes.append(ended.code)
         filler.unlink()
         if ended.code == 0:
@@ -847,7 +798,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, small_disk: Pa
 
 def duration_s(source: Path, output: Path, *options: str) -> float:
     before = time.monotonic()
-    assert Child(source, output, *options).end().code == 0
+    assert fold_in_child(source, output, *options).end().code == 0
     return time.monotonic() - before
 
 
@@ -870,7 +821,7 @@ def test_an_interrupted_fold_leaves_nothing(options: tuple[str, ...], times: int
     draw = random.Random(1)
     codes = set()
     for _ in range(times):
-        child = Child(source, target, *options)
+        child = fold_in_child(source, target, *options)
         time.sleep(draw.uniform(0.1, 1.1) * longest)
         os.kill(child.pid, signal.SIGINT)
         ended = child.end()
@@ -898,7 +849,7 @@ def test_a_killed_fold_leaves_nothing_or_all(
     draw = random.Random(2)
     killed = 0
     for _ in range(times):
-        child = Child(source, target, *options)
+        child = fold_in_child(source, target, *options)
         time.sleep(draw.uniform(0.1, 1.1) * longest)
         os.kill(child.pid, signal.SIGKILL)
         ended = child.end()
@@ -988,7 +939,7 @@ def test_the_input_may_be_read_only(public: Path, tmp_path: Path) -> None:
     (public / "writable").mkdir()
     (public / "writable").chmod(0o777)
     (public / "input").chmod(0o555)
-    ended = Child(public / "input", public / "writable" / "out", prepare=become_nobody).end()
+    ended = fold_in_child(public / "input", public / "writable" / "out", prepare=become_nobody).end()
     assert ended.code == 0, ended.output
     assert_whole(public / "writable" / "out", tmp_path / "warm")
     assert stat.S_IMODE((public / "input").stat().st_mode) == 0o555

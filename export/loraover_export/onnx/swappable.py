@@ -18,7 +18,7 @@ from loraover_export.certificate import MatrixCertificate
 from loraover_export.delta import Delta
 from loraover_export.fold import certify, round_tensor
 
-LAYOUT_FILE, RANK_DIMENSION = "swappable.json", "lora_rank"
+LAYOUT_FILE = "swappable.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
 
 
@@ -104,7 +104,8 @@ def open_inputs(model: Any, graph: Path, drawn: Mapping[str, Tensor]) -> dict[st
                 continue
             is_a = name.endswith("lora_A")
             features = initializer.dims[0 if is_a else 1]
-            dims = (features, RANK_DIMENSION) if is_a else (RANK_DIMENSION, features)
+            rank = f"{name.rpartition('.')[0]}.rank"  # one name for two ranks, and buffers are shared that must not be
+            dims = (features, rank) if is_a else (rank, features)
             value = helper.make_tensor_value_info(initializer.name, initializer.data_type, dims)
             model.graph.input.append(value)
             zeros = np.zeros((features, 1) if is_a else (1, features), held.dtype)
