@@ -15,6 +15,7 @@ from loraover.checkpoint import META_FILE, Checkpoint, SiteRecord, read_checkpoi
 from loraover.decompositions import Decomposition
 from loraover.error_bounds import gamma, unit_roundoff
 from loraover.tensor_file import TensorFile, open_tensors
+from loraover.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class ExactAdapter:
         if checkpoint is None or self._cores is None or site is None:
             value = stored.double() if stored.is_floating_point() else stored
             return Exact(value, torch.zeros_like(value), None)
-        value, magnitude = checkpoint.contract(checkpoint.read_cores(self._cores, site), site)
-        checkpoint.check_stored(stored, value, magnitude, site)
+        with one_thread():
+            value, magnitude = checkpoint.contract(checkpoint.read_cores(self._cores, site), site)
+            checkpoint.check_stored(stored, value, magnitude, site)
         terms = checkpoint.decomposition.contraction_terms(site.m, site.n)
         return Exact(value, gamma(terms, unit_roundoff(torch.float64)) * magnitude, site)
 

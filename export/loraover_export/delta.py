@@ -38,11 +38,12 @@ class Delta:
         return self.a.value.shape[0]
 
     def product(self) -> Exact:
-        """delta_W (out_features, in_features), with |dB| |A| + |B| |dA| + |dB| |dA| + gamma_r |B| |A| as its bound."""
+        """delta_W (out_features, in_features), with |dB| (|A| + |dA|) + |B| (|dA| + gamma_r |A|) as its bound."""
         a, b = self.a, self.b
-        magnitude = b.value.abs() @ a.value.abs()
-        bound = b.bound @ (a.value.abs() + a.bound) + b.value.abs() @ a.bound + gamma(self.rank, U64) * magnitude
-        return Exact(b.value @ a.value, bound, a.site or b.site)
+        size = a.value.abs()
+        left = torch.cat([b.bound, b.value.abs()], dim=1)
+        right = torch.cat([size + a.bound, a.bound + gamma(self.rank, U64) * size])
+        return Exact(b.value @ a.value, left @ right, a.site or b.site)
 
 
 def read_deltas(source: Checkpoint | AdapterDir) -> Iterator[Delta]:

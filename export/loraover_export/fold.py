@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from loraover.error_bounds import smallest_subnormal, unit_roundoff
 from loraover.errors import FoldError
 from loraover.exact import Exact, open_exact
 from loraover.tensor_file import open_tensors, save_tensors
+from loraover.threads import one_thread
 from loraover_export.certificate import MatrixCertificate
 from loraover_export.rounding import STORAGE_DTYPES, round_nearest, underflow
 
@@ -76,7 +76,7 @@ def write_rounded(
     rounded: dict[str, Tensor] = {}
     certificates = []
     for chunk in _chunks(keys):
-        with _one_thread(), open_exact(source) as opened:
+        with one_thread(), open_exact(source) as opened:
             for key in chunk:
                 exact = prepare(key, opened.tensor(key))
                 rounded[key] = round_tensor(key, exact.value, dtype)
@@ -93,17 +93,6 @@ def write_rounded(
                         f"{key}: what was read back is not what was written; the disk is not to be trusted."
                     )
     return certificates
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Hundreds of small tensors: threads would spend more time waiting for one another than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -36,11 +37,12 @@ def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate
     """
     adapter = adapter_of(source)
     certificates = []
+    holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
     with open_exact(source) as exact:
         load_others(model, adapter, exact.plain)
     for delta in read_deltas(source):
         module = target_module(model, delta.module, delta.a.value.shape[1], delta.b.value.shape[0], adapter)
-        weight = _own_weight(model, module)
+        weight = _own_weight(model, module, shared=holders[id(module.weight)] > 1)
         merged = _merged(weight, module, delta)
         rounded = round_nearest(merged.value, weight.dtype)
         certificates.append(certify(f"{delta.module}.weight", rounded, merged))
@@ -57,10 +59,9 @@ def _merged(weight: nn.Parameter, module: nn.Module, delta: Delta) -> Exact:
     return Exact(value, bound + U64 * value.abs(), product.site)
 
 
-def _own_weight(model: Any, module: Any) -> nn.Parameter:
-    weight: nn.Parameter = module.weight
-    sharing = [other for other in model.modules() if other._parameters.get("weight") is weight]
-    if len(sharing) > 1:
-        module.weight = weight = nn.Parameter(weight.clone(), requires_grad=False)
+def _own_weight(model: Any, module: Any, *, shared: bool) -> nn.Parameter:
+    if shared:
+        module.weight = nn.Parameter(module.weight.clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
+    weight: nn.Parameter = module.weight
     return weight

@@ -100,16 +100,16 @@ class _Export:
         if self.task not in KINDS:
             raise ConfigError(f"task_type is {self.task!r}, expected one of {', '.join(KINDS)}.")
         self.kind = KINDS[self.task]() if self.request.cache else Stateless()
-        self.tokenizer = load_tokenizer(inputs.base)
         self.deltas = {name: list(read_deltas(source)) for name, source in inputs.adapters.items()}
 
     def load(self) -> None:
-        """The base model, and whether every adapter fits it.
+        """The base model with its tokenizer, and whether every adapter fits it.
 
         Raises:
             CheckpointError: an adapter of another model.
         """
         self.say(f"loading the base model from {self.inputs.base.origin}")
+        self.tokenizer = load_tokenizer(self.inputs.base)
         labels = next(filter(None, map(_labels, self.inputs.adapters.values())), None)
         self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
         for name, source in self.inputs.adapters.items():
