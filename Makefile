@@ -12,22 +12,29 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test vllm vllm-architectures lint bench clean
+.PHONY: demo test vllm vllm-architectures compatibility lint bench clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
-	@echo "== 1/3 plain LoRA, then LoRA-Over, at one learning rate"
+	@echo "== 1/5 plain LoRA, then LoRA-Over, at one learning rate"
 	$(BIN)/loraover train demo --method lora -o $(RUN)/lora
 	$(BIN)/loraover train demo --method lora-over -o $(RUN)/lora-over
-	@echo "== 2/3 side by side (it shows the pipeline; which method is better takes a sweep of the rate)"
+	@echo "== 2/5 side by side (it shows the pipeline; which method is better takes a sweep of the rate)"
 	$(BIN)/loraover compare $(RUN)/lora $(RUN)/lora-over
-	@echo "== 3/3 fold into a plain LoRA, checked against the unfolded model"
+	@echo "== 3/5 fold into a plain LoRA, checked against the unfolded model"
 	$(BIN)/loraover-export fold $(RUN)/lora-over/adapter -o $(RUN)/folded --check-error
+	@echo "== 4/5 an adapter for vLLM, gone over by vLLM's rules"
+	$(BIN)/loraover-export vllm $(RUN)/folded -o $(RUN)/vllm
+	@echo "== 5/5 ONNX: a graph to swap adapters in, and one with the adapter merged, both run against the unfolded model"
+	$(BIN)/loraover-export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
+	$(BIN)/loraover-export onnx $(RUN)/lora-over/adapter --name lora-over -o $(RUN)/merged --mode merged
 	@echo "== done"
 	@echo "plain LoRA          $(RUN)/lora/adapter"
 	@echo "LoRA-Over           $(RUN)/lora-over/adapter   (checkpoint with cores)"
 	@echo "folded adapter      $(RUN)/folded              (a plain PEFT adapter)"
 	@echo "certificate         $(RUN)/folded/fold_certificate.json"
+	@echo "for vLLM            $(RUN)/vllm                (with its pre-flight and launch line)"
+	@echo "ONNX                $(RUN)/swappable, $(RUN)/merged   (with onnx_report.json)"
 
 test: lint vllm
 	$(BIN)/python -m pytest
@@ -44,6 +51,13 @@ endif
 vllm-architectures: vllm
 	$(VLLM_VENV)/bin/python serve/vllm-cpu/list_architectures.py > export/loraover_export/vllm/architectures.json
 
+# docs/compatibility.md, from what the tests of the model families ran.
+compatibility: $(VENV)/.installed vllm
+	rm -f runs/compatibility.json
+	mkdir -p runs
+	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(BIN)/python -m pytest tests/export -k "onnx or vllm"
+	cd tests && ../$(BIN)/python -m compatibility ../runs/compatibility.json > ../docs/compatibility.md
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,6 +66,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks.training
 	cd tests && ../$(BIN)/python -m benchmarks.folding
+	cd tests && ../$(BIN)/python -m benchmarks.exports
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"Python 3.11 to 3.13 is needed, found {sys.version}; set PYTHON=...")'
