@@ -49,7 +49,9 @@ def run_fold(
             certificate = _fold(checkpoint, draft, dtype, check_error, base, prompts, console)
             (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
             command = shlex.join(["loraover-export", "fold", str(source), "-o", str(output), "--dtype", dtype])
-            (draft / "README.md").write_text(_card(certificate, command), encoding="utf-8")
+            (draft / "README.md").write_text(
+                _card(certificate, checkpoint.adapter.config.revision, command), encoding="utf-8"
+            )
             if not certificate.passed:
                 raise _RejectedError
     except _RejectedError:
@@ -105,7 +107,7 @@ def _fold(
     return certificate.model_copy(update={"verdict": "passed" if certificate.passed else "failed"})
 
 
-def _card(certificate: FoldCertificate, command: str) -> str:
+def _card(certificate: FoldCertificate, revision: str | None, command: str) -> str:
     facts = {
         "decomposition in training": certificate.decomposition,
         "optimizer steps": str(certificate.step),
@@ -115,7 +117,7 @@ def _card(certificate: FoldCertificate, command: str) -> str:
     outputs, base = certificate.outputs, certificate.base_model
     if outputs is not None:
         facts["largest logit error"] = f"{outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}"
-    licence = None if base is None else known_licence(base)
+    licence = None if base is None else known_licence(base, revision)
     return model_card("Folded LoRA adapter", base, facts, command, licence=licence)
 
 

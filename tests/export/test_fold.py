@@ -308,6 +308,17 @@ def test_an_unknown_field_is_no_certificate(made: Made, tmp_path: Path) -> None:
         FoldCertificate.model_validate({**json.loads(text), "extra": 1})
 
 
+def test_the_card_names_the_base_its_licence_the_command_and_the_figures(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path)
+    (made.base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert fold(made.path, tmp_path / "out", "--dtype", "bf16") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'license: "apache-2.0"' in card
+    assert f'base_model: "{made.base}"' in card
+    assert f"loraover-export fold {made.path} -o {tmp_path / 'out'} --dtype bf16" in card
+    assert "8 of 8 within their bounds" in card
+
+
 # Mutants of the fold: one matrix each, as it would be with a mistake.
 
 Change = Callable[[Tensor], Tensor]

@@ -137,7 +137,7 @@ def _publish(
                 raise _RejectedError(certificate)
             (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
             (draft / PREFLIGHT_FILE).write_text(report.model_dump_json(indent=1) + "\n")
-            (draft / "README.md").write_text(_card(request, certificate, report), encoding="utf-8")
+            (draft / "README.md").write_text(_card(request, candidate, certificate, report), encoding="utf-8")
     except _RejectedError as rejected:
         return rejected.certificate
     return certificate
@@ -162,7 +162,7 @@ def _write(source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path, c
     )
 
 
-def _card(request: VllmRequest, certificate: VllmCertificate, report: Preflight) -> str:
+def _card(request: VllmRequest, candidate: Candidate, certificate: VllmCertificate, report: Preflight) -> str:
     warnings = [finding.rule for finding in report.findings]
     facts = {
         "rank": str(certificate.rank),
@@ -172,5 +172,5 @@ def _card(request: VllmRequest, certificate: VllmCertificate, report: Preflight)
         **({"warnings": ", ".join(warnings)} if warnings else {}),
     }
     base = certificate.base_model
-    licence = None if base is None else known_licence(base)
+    licence = None if base is None else known_licence(base, candidate.adapter.config.revision)
     return model_card("LoRA adapter for vLLM", base, facts, request.command(), licence=licence)
