@@ -18,7 +18,10 @@ from loraover.errors import LoraOverError
 # Which models a user trains is nobody else's business; read when huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-EXTRAS = dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train")
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
+}
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime_genai as og
 import torch
 from torch import Tensor
 
@@ -86,8 +88,6 @@ class Decoder(Kind):
         return run
 
     def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor:
-        import onnxruntime_genai as og
-
         config = og.Config(str(folder))
         if not has_provider(device):
             config.clear_providers()
@@ -110,8 +110,6 @@ class Decoder(Kind):
 
 def _finish(out: Path, device: str) -> None:
     """Left padding for the graph, and for the runtime a quiet session on the right device."""
-    import onnx
-
     graph = out / genai.GRAPH_FILE
     model = onnx.load(graph, load_external_data=False)
     if accept_left_padding(model):
@@ -127,8 +125,6 @@ def _finish(out: Path, device: str) -> None:
 
 def _lora_nodes(graph: Path, markers: Mapping[str, Tensor]) -> list[str]:
     """Names of the nodes that multiply by a LoRA matrix."""
-    import onnx
-
     model = onnx.load(graph, load_external_data=False)
     inputs = {place.input for place in open_inputs(model, graph, markers).values()}
     return [node.name for node in model.graph.node if inputs & set(node.input)]

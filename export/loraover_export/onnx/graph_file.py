@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
+
 from loraover.errors import ExportError
 
 # ONNX Runtime registers these among the standard operators; the standard's own checker does not know them.
@@ -16,8 +18,6 @@ def check_file(graph: Path) -> None:
     Raises:
         ExportError: what the checker found.
     """
-    import onnx
-
     model = onnx.load(graph, load_external_data=False)
     for node in model.graph.node:
         if node.op_type in RUNTIME_OPERATORS and node.domain == "":

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
 PREFIX = "loraover/padding"
 
 
-def accept_left_padding(model: Any) -> bool:
+def accept_left_padding(model: ModelProto) -> bool:
     """Roll each row's tokens to the left on the way in, and its outputs back to the right on the way out.
 
     GroupQueryAttention counts the ones of the attention mask and takes them for the first tokens of a row, so a row
@@ -16,7 +19,7 @@ def accept_left_padding(model: Any) -> bool:
     tokens, and the KV cache holds them without gaps; a single new token is rolled by nothing.
 
     Args:
-        model: onnx.ModelProto of onnxruntime-genai's builder.
+        model: a graph of onnxruntime-genai's builder.
     Returns:
         Whether the graph needed it.
     Mutates: `model`.
@@ -40,12 +43,9 @@ def accept_left_padding(model: Any) -> bool:
     return True
 
 
-def _rolling(hidden: str) -> tuple[list[Any], list[Any]]:
+def _rolling(hidden: str) -> tuple[list[NodeProto], list[NodeProto]]:
     """Nodes at the start, which roll `input_ids` (batch, tokens), and before the head, which roll back."""
-    import numpy as np
-    from onnx import helper, numpy_helper
-
-    made: list[Any] = []
+    made: list[NodeProto] = []
 
     def add(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         name = f"{PREFIX}/{output}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -18,8 +19,6 @@ FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 def has_provider(device: str) -> bool:
     """Whether ONNX Runtime can run on the device here."""
-    import onnxruntime as ort
-
     return PROVIDERS[device] in ort.get_available_providers()
 
 
@@ -33,8 +32,6 @@ class GraphSession:
     """
 
     def __init__(self, graph: Path, device: str, adapter: Path | None = None) -> None:
-        import onnxruntime as ort
-
         options = ort.SessionOptions()
         options.log_severity_level = 3  # below it, one warning for each input that has a default
         providers = list(dict.fromkeys(PROVIDERS[d] for d in (device, "cpu") if has_provider(d)))
@@ -52,8 +49,6 @@ class GraphSession:
         Raises:
             ExportError: ONNX Runtime refuses the inputs.
         """
-        import onnxruntime as ort
-
         options = ort.RunOptions()
         if self._adapter is not None:
             options.add_active_adapter(self._adapter)
@@ -76,8 +71,6 @@ class GraphSession:
 
 
 def _loaded(adapter: Path) -> Any:
-    import onnxruntime as ort
-
     loaded = ort.LoraAdapter()
     loaded.Load(str(adapter))
     return loaded

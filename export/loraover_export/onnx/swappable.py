@@ -7,7 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -75,20 +79,17 @@ def write_marker_adapter(folder: Path, drawn: Mapping[str, Tensor], rank: int) -
     (folder / CONFIG_FILE).write_text(json.dumps(config | {"target_modules": modules}))
 
 
-def open_inputs(model: Any, graph: Path, drawn: Mapping[str, Tensor]) -> dict[str, Place]:
+def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]) -> dict[str, Place]:
     """Turn the initializers that hold markers into graph inputs, with zeros of rank 1 as default.
 
     Args:
-        model: onnx.ModelProto without its external data.
+        model: without its external data.
         graph: its file.
         drawn: the markers to look for; others may be in another graph.
     Returns:
         Places by site.
     Mutates: `model`. Its ranks are free: an adapter of any rank fits.
     """
-    import numpy as np
-    from onnx import TensorProto, external_data_helper, helper, numpy_helper
-
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, marker in drawn.items():
         by_shape.setdefault(tuple(marker.mT.shape), []).append(name)
@@ -116,7 +117,7 @@ def open_inputs(model: Any, graph: Path, drawn: Mapping[str, Tensor]) -> dict[st
     return places
 
 
-def _forget_shapes(model: Any, inputs: set[str]) -> None:
+def _forget_shapes(model: onnx.ModelProto, inputs: set[str]) -> None:
     """Drop inferred shapes of what is computed from the inputs alone: they name a fixed rank."""
     outputs = {output for node in model.graph.node if inputs & set(node.input) for output in node.output}
     kept = [value for value in model.graph.value_info if value.name not in outputs]
@@ -135,8 +136,6 @@ def write_swappable(
     Raises:
         ExportError: a matrix that no graph has a place for.
     """
-    import onnx
-
     places: dict[str, Place] = {}
     for name in graphs:
         graph = folder / name
@@ -179,8 +178,6 @@ def write_adapter(
         ExportError: a module that the graph has no inputs for, or has in another size.
         FoldError: an element beyond the range of the inputs' dtype.
     """
-    import onnxruntime as ort
-
     parameters: dict[str, dict[str, Any]] = {}
     certificates = []
     for delta in deltas:
