@@ -27,6 +27,7 @@ class Decoder(Kind):
     def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
         base = work / "model"
         model.save_pretrained(base)
+        _say_which_layers_slide(base / "config.json")
         tokenizer.save_pretrained(base)
         marker = None
         if plan.markers is not None:
@@ -106,6 +107,18 @@ class Decoder(Kind):
 
     def generate_reference(self, model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
         return greedy(model, prompt, tokens)
+
+
+def _say_which_layers_slide(config_file: Path) -> None:
+    """Mistral's window holds in every layer and its configuration lists none.
+
+    The builder (onnxruntime-genai 0.18) then leaves the window out of the graph without a word, which shows only in
+    texts longer than the window.
+    """
+    config = json.loads(config_file.read_text())
+    if config.get("sliding_window") and config.get("layer_types") is None:
+        config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+        config_file.write_text(json.dumps(config))
 
 
 def _finish(out: Path, device: str) -> None:

@@ -35,7 +35,8 @@ def build_decoder(
     Raises:
         ExportError: the builder does not know the architecture, or fails.
     """
-    options = []
+    # A KV cache as short as the window fails at run time once a text outgrows it (onnxruntime-genai 0.18).
+    options = ["windowed_kv_cache=false"]
     if adapter is not None:
         options.append(f"adapter_path={adapter}")
     if full_precision_nodes:
@@ -45,7 +46,7 @@ def build_decoder(
     # The builder's own float16 layout for the CPU fails in its first decoding step (onnxruntime-genai 0.18); ONNX
     # Runtime's CPU kernels run the one for CUDA.
     layout = "cuda" if precision == "fp16" else device
-    settings = ["-p", precision, "-e", layout, *(["--extra_options", *options] if options else [])]
+    settings = ["-p", precision, "-e", layout, "--extra_options", *options]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         [*module, *places, *settings], capture_output=True, text=True, errors="replace", env=environment
