@@ -37,7 +37,7 @@ class Served:
     Args:
         adapters: folders that it started with, by name.
         sources: what they were made from.
-        wrong: folders of adapters with a mistake each, not loaded.
+        guests: folders of more adapters, for loading while the server runs.
         prompts: token ids.
     """
 
@@ -45,7 +45,7 @@ class Served:
     source: ModelSource
     adapters: Mapping[str, Path]
     sources: Mapping[str, Path]
-    wrong: Mapping[str, Path]
+    guests: Mapping[str, Path]
     prompts: list[list[int]]
 
     def base(self) -> Any:
@@ -58,7 +58,8 @@ def serving(folder: Path) -> Iterator[Served]:
     command, source = vllm_command(), resolve_model(MODEL)
     adapters = {"vanilla": vanilla(source, folder / "vanilla"), "folded": folded(source, folder / "folded")}
     sources = adapters | {"folded": folder / "checkpoint"}
-    wrong = {
+    guests = {
+        "embeddings": embeddings(source, folder / "embeddings"),
         "misplaced": changed(adapters["vanilla"], folder / "misplaced", rename=without_model_prefix),
         "doubled": changed(adapters["vanilla"], folder / "doubled", lora_alpha=32),
     }
@@ -74,7 +75,7 @@ def serving(folder: Path) -> Iterator[Served]:
         environment={"VLLM_CPU_KVCACHE_SPACE": "2"},
     )
     with serve_vllm(config, folder / "vllm.log", executable=str(command)) as client:
-        yield Served(client, source, adapters, sources, wrong, [tokenizer(text).input_ids for text in PROMPTS])
+        yield Served(client, source, adapters, sources, guests, [tokenizer(text).input_ids for text in PROMPTS])
 
 
 def vanilla(source: ModelSource, folder: Path) -> Path:
@@ -109,11 +110,23 @@ def folded(source: ModelSource, folder: Path) -> Path:
     return folder
 
 
+def embeddings(source: ModelSource, folder: Path) -> Path:
+    """An adapter of the embedding and of the output head, whose weights the model ties, written for vLLM."""
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(source, dtype="bf16"), config)
+    draw_b(model, seed=6)
+    plain = folder.with_name("plain embeddings")
+    model.save_pretrained(plain)
+    assert run(cli, ["vllm", str(plain), "-o", str(folder)]) == 0
+    return folder
+
+
 @torch.no_grad()
 def draw_b(model: Any, seed: int) -> None:
+    """Non-zero draws in B, and in both matrices of an embedding."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding" in name:
             parameter.copy_(B_SCALE * torch.randn(parameter.shape, generator=generator))
 
 

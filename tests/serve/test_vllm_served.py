@@ -36,6 +36,15 @@ def generate(served: Served, model: str, prompts: int | None = None) -> list[Com
     return served.client.complete_batch(model, served.prompts[:prompts], max_tokens=NEW_TOKENS)
 
 
+def as_guest(served: Served, name: str) -> list[Completion]:
+    """Of an adapter that is loaded for a few prompts."""
+    served.client.load_adapter(name, served.guests[name])
+    try:
+        return generate(served, name, FEW)
+    finally:
+        served.client.unload_adapter(name)
+
+
 def peft(served: Served, folder: Path) -> Any:
     """The adapter as PEFT reads it, in the dtype that vLLM casts it to."""
     return PeftModel.from_pretrained(served.base(), folder, autocast_adapter_dtype=False).eval()
@@ -67,13 +76,16 @@ def test_peft_agrees_with_the_served_adapter(name: str, served: Served, noise: A
     assert effect.rms > 3 * noise.rms, f"the adapter's own effect is lost in the noise: {effect}"
 
 
+def test_an_embedding_and_a_tied_head_are_adapted(served: Served, noise: Agreement) -> None:
+    completions = as_guest(served, "embeddings")
+    found = compare(peft(served, served.guests["embeddings"]), served, completions)
+    assert_no_further_apart(found, noise)
+    assert compare(served.base(), served, completions).rms > 2 * allowed(len(found.differences), noise)
+
+
 @pytest.mark.parametrize("name", ["misplaced", "doubled"])
 def test_a_wrong_adapter_is_seen(name: str, served: Served, noise: Agreement, vanilla: Any) -> None:
-    served.client.load_adapter(name, served.wrong[name])
-    try:
-        completions = generate(served, name, FEW)
-    finally:
-        served.client.unload_adapter(name)
+    completions = as_guest(served, name)
     found = compare(vanilla, served, completions)
     limit = allowed(len(found.differences), noise)
     assert found.rms > 2 * limit, f"{found}; base model: {noise}"

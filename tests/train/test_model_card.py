@@ -170,3 +170,18 @@ def test_each_fact_is_one_row(facts: dict[str, str]) -> None:
     assert [[shown(cell.strip()) for cell in row] for row in rows] == [
         [name, " ".join(value.split()).strip()] for name, value in facts.items()
     ]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+def test_a_licence_stands_in_front_matter_and_text(licence: str) -> None:
+    values, body = split(model_card("t", "owner/base", FACTS, "x", licence=licence))
+    assert values["license"] == licence
+    assert shown(f"the base model's licence ({plain(licence)}) applies") in shown(body)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_licence_changes_no_structure(text: str) -> None:
+    _, tame = split(model_card("t", "b", FACTS, "x", licence="mit"))
+    _, body = split(model_card("t", "b", FACTS, "x", licence=text))
+    assert len(lines(body)) == len(lines(tame))
+    assert Tags(body.split("```")[0]).found == []
