@@ -28,6 +28,7 @@ from loraover.checkpoint import write_checkpoint
 from loraover.errors import ConfigError, DataError, OutputError
 from loraover.evaluate import exact_match, token_loss
 from loraover.examples import Examples, load_examples
+from loraover.licence import known_licence
 from loraover.model_card import model_card
 from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover.output import check_free, publish_directory, publish_file
@@ -85,10 +86,18 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
             f"lower it. The log is {output / 'metrics.jsonl'}."
         )
     after = _measure(run, recipe, output, report, "after training")
+    result = _result(run, recipe, seconds, norm, before, after)
+    _publish(run, recipe, output, result, command)
+    if recipe.push_to_hub is not None:
+        _push(recipe.push_to_hub, output / "adapter", report)
+    return result
 
-    over = None if run.over is None else run.over.over
-    cores, matrices = (0, 0) if over is None else over.num_parameters()
-    result = RunResult(
+
+def _result(
+    run: Prepared, recipe: Recipe, seconds: float, norm: float, before: Measures | None, after: Measures | None
+) -> RunResult:
+    cores, matrices = (0, 0) if run.over is None else run.over.over.num_parameters()
+    return RunResult(
         method=recipe.method,
         model=recipe.model,
         model_origin=run.source.origin,
@@ -104,16 +113,19 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
         after=after,
         versions=environment(),
     )
+
+
+def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
+    """The adapter folder, and the run's result once that is whole."""
+    licence = known_licence(recipe.model, run.source.revision)
+    card = model_card("LoRA adapter", recipe.model, result.facts(), command, licence=licence)
     with publish_directory(output / "adapter") as draft:
         run.model.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
-        if over is not None:
-            write_checkpoint(draft, over, step=result.steps)
-        (draft / "README.md").write_text(model_card("LoRA adapter", recipe.model, result.facts(), command))
+        if run.over is not None:
+            write_checkpoint(draft, run.over.over, step=result.steps)
+        (draft / "README.md").write_text(card, encoding="utf-8")
     publish_file(output / "run.json", lambda draft: draft.write_text(result.model_dump_json(indent=1) + "\n"))
-    if recipe.push_to_hub is not None:
-        _push(recipe.push_to_hub, output / "adapter", report)
-    return result
 
 
 def _claim(output: Path, resume: bool) -> None:
