@@ -1,0 +1,97 @@
+"""Tiny decoders of every family through the real command, run in plain ONNX Runtime beside PEFT's model."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraover_export.onnx.report import OnnxReport
+
+from onnx_export import LINEAR, Adapter, Exports, make_exports, read_report
+from onnx_graph import FEEDS, Graph, genai_tokens, torch_tokens, worst_error
+from plain_adapter import FAMILIES
+
+NAMES: tuple[Adapter, ...] = ("first", "second", None)
+PROMPT, TOKENS = FEEDS["one row"].ids[:, :7], 12
+BUILT = {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "tokenizer_config.json"}
+WRITTEN = BUILT | {"onnx_report.json", "README.md"}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    return make_exports(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_the_merged_graph_is_pefts_model(exports: Exports) -> None:
+    errors = worst_error(exports.merged, exports.models["first"])
+    assert max(errors.values()) <= 1, errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_swappable_graph_is_the_model_of_each_adapter(exports: Exports, name: Adapter) -> None:
+    with exports.model(name) as model:
+        errors = worst_error(exports.swappable(name), model)
+    assert max(errors.values()) <= 1, errors
+
+
+def test_the_comparison_tells_adapters_apart(exports: Exports) -> None:
+    graphs: list[tuple[Adapter, Graph]] = [(name, exports.swappable(name)) for name in NAMES]
+    for name, graph in graphs:
+        for other in set(NAMES) - {name}:
+            with exports.model(other) as model:
+                errors = worst_error(graph, model, ["batch", "cached, padded on the left"])
+                assert min(errors.values()) > 1000, (name, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_genai_decodes_as_transformers_does(exports: Exports, name: Adapter) -> None:
+    with exports.model(name) as model:
+        expected = torch_tokens(model, PROMPT, TOKENS)
+    assert genai_tokens(exports.folder / "swappable", PROMPT, TOKENS, exports.adapter(name)) == expected
+    if name == "first":
+        assert genai_tokens(exports.folder / "merged", PROMPT, TOKENS) == expected
+
+
+def test_the_prompt_tells_adapters_apart(exports: Exports) -> None:
+    if exports.models["first"].config.model_type == "gemma":
+        pytest.skip("its embeddings are tied and scaled, so that a random model repeats the last token")
+    with exports.model(None) as base:
+        expected = torch_tokens(base, PROMPT, TOKENS)
+    assert torch_tokens(exports.models["first"], PROMPT, TOKENS) != expected
+
+
+def test_the_merged_report(exports: Exports) -> None:
+    found = read_report(exports.folder / "merged")
+    assert {path.name for path in (exports.folder / "merged").iterdir()} == WRITTEN
+    assert (found.mode, found.precision, found.device, found.cache) == ("merged", "fp32", "cpu", True)
+    assert found.base_model == str(exports.folder / "base")
+    assert found.adapters == {"first": str(exports.folder / "first")}
+    assert [matrix.name for matrix in found.matrices] == merged_names()
+    assert [check.adapter for check in found.checks] == ["first"]
+    assert_checks(found)
+
+
+def test_the_swappable_report(exports: Exports) -> None:
+    found = read_report(exports.folder / "swappable")
+    adapters = {"first.onnx_adapter", "second.onnx_adapter"}
+    assert {path.name for path in (exports.folder / "swappable").iterdir()} == WRITTEN | adapters | {"swappable.json"}
+    assert (found.mode, list(found.adapters)) == ("swappable", ["first", "second"])
+    assert len(found.matrices) == 2 * (2 * len(LINEAR) + 2 * 2)
+    assert [check.adapter for check in found.checks] == [None, "first", "second"]
+    assert_checks(found)
+
+
+def merged_names() -> list[str]:
+    blocks = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn"}
+    names = [f"{blocks.get(name, 'mlp')}.{name}" for name in LINEAR]
+    return sorted(f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in names)
+
+
+def assert_checks(found: OnnxReport) -> None:
+    for check in found.checks:
+        assert len(check.cases) == 8
+        assert {case.max_logit <= check.bound for case in check.cases} == {True}
+        assert 0 < check.noise < 2e-6
+        assert (check.adapter_effect == 0) if check.adapter is None else (check.adapter_effect > 1e4 * check.bound)
+        assert check.greedy is not None
+        assert check.greedy.first_difference is None
+    assert all(matrix.passed for matrix in found.matrices)

@@ -1,0 +1,145 @@
+"""What differs between decoders beyond the common families: windows, fused projections, builder faults, precisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compatibility import record
+from onnx_export import Exports, export, exported, make_exports, read_report, tiny_base, tiny_lora
+from onnx_graph import FEEDS, UNIT, Graph, genai_tokens, torch_logits, torch_tokens, worst_error
+
+PROMPT, TOKENS = FEEDS["one row"].ids[:, :7], 20
+WINDOW = 10
+"""Shorter than a batch of the product's check, and than what is generated here."""
+
+SLIDING = [name for name in FEEDS if name != "cached, padded on the right"]
+"""transformers counts a window in columns, padding between real tokens included."""
+
+
+def assert_model(exports: Exports, feeds: Sequence[str] = tuple(FEEDS)) -> None:
+    """Merged and swappable graphs give PEFT's logits and tokens."""
+    for name in ("first", "second", None):
+        with exports.model(name) as model:
+            errors = worst_error(exports.swappable(name), model, feeds)
+            expected = torch_tokens(model, PROMPT, TOKENS)
+        assert max(errors.values()) <= 1, errors
+        assert genai_tokens(exports.folder / "swappable", PROMPT, TOKENS, exports.adapter(name)) == expected
+        if name == "first":
+            assert genai_tokens(exports.folder / "merged", PROMPT, TOKENS) == expected
+    errors = worst_error(exports.merged, exports.models["first"], feeds)
+    assert max(errors.values()) <= 1, errors
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Mistral": {},
+    "Gemma2": {},
+    "Phi3": {"original_max_position_embeddings": 128, "lora": {"target_modules": ["o_proj"], "r": 9}},
+    "Qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_a_sliding_window_shorter_than_the_text(family: str, tmp_path: Path) -> None:
+    exports = make_exports(family, tmp_path, sliding_window=WINDOW, **OPTIONS[family])
+    assert_model(exports, SLIDING)
+    exports.models["first"].config.sliding_window = 2 * WINDOW
+    assert worst_error(exports.merged, exports.models["first"], ["batch"])["batch"] > 1000
+
+
+@pytest.mark.parametrize("family", ["Granite", "SmolLM3", "Ernie4_5"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    assert_model(make_exports(family, tmp_path))
+
+
+def test_fused_projections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The builder cuts the B of a fused projection into parts, which no adapter's file has a place for."""
+    base = tiny_base(tmp_path / "base", "Phi3", original_max_position_embeddings=128)
+    model = tiny_lora(base, tmp_path / "fused", target_modules=["qkv_proj", "gate_up_proj"])
+    exported("Phi3", tmp_path / "fused", tmp_path / "merged", "--mode", "merged")
+    errors = worst_error(Graph(tmp_path / "merged" / "model.onnx"), model)
+    assert max(errors.values()) <= 1, errors
+    assert export(tmp_path / "fused", tmp_path / "out", "--mode", "swappable") == 2
+    message = capsys.readouterr().err
+    assert "no place for" in message
+    assert "use --mode merged" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["Olmo", "Phi"])
+def test_a_graph_that_the_builder_gets_wrong_is_not_left_behind(family: str, tmp_path: Path) -> None:
+    """onnxruntime-genai 0.18 builds both without a word, with other logits; a later version may get them right."""
+    model = tiny_lora(tiny_base(tmp_path / "base", family), tmp_path / "adapter", rank_pattern={})
+    code = export(tmp_path / "adapter", tmp_path / "out", "--mode", "merged")
+    assert code in (0, 1)
+    assert (tmp_path / "out").exists() == (code == 0)
+    assert {path.name for path in tmp_path.iterdir()} <= {"base", "adapter", "out"}
+    if code == 0:
+        assert max(worst_error(Graph(tmp_path / "out" / "model.onnx"), model).values()) <= 1
+    else:
+        record(family, "ONNX Runtime", "merged", "fp32", "failed", None, None)
+
+
+# Other precisions
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    return make_exports("Llama", tmp_path_factory.mktemp("fp16"), "--precision", "fp16")
+
+
+def test_fp16(half: Exports) -> None:
+    """8 roundings of the largest logit in float16, as 1024 tolerances of fp32."""
+    allowed = 8 * 2.0**-11 / (64 * UNIT)
+    for name in ("first", "second", None):
+        with half.model(name) as model:
+            errors = worst_error(half.swappable(name), model)
+        assert max(errors.values()) <= allowed, errors
+    errors = worst_error(half.merged, half.models["first"])
+    assert max(errors.values()) <= allowed, errors
+    with half.model(None) as base:
+        assert worst_error(half.merged, base, ["batch"])["batch"] > 10 * allowed
+
+
+def test_fp16_decodes(half: Exports) -> None:
+    """Its graph is laid out for CUDA, and runs on the CPU."""
+    expected = torch_tokens(half.models["first"], PROMPT, TOKENS)
+    assert genai_tokens(half.folder / "merged", PROMPT, TOKENS) == expected
+    assert genai_tokens(half.folder / "swappable", PROMPT, TOKENS, half.adapter("first")) == expected
+    inputs = {value.name: value.type for value in half.merged.session.get_inputs()}
+    assert {kind for name, kind in inputs.items() if "past" in name} == {"tensor(float16)"}
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    return make_exports("Llama", tmp_path_factory.mktemp("int4"), "--precision", "int4")
+
+
+def test_int4_keeps_what_an_adapter_changes(int4: Exports) -> None:
+    """Rounding a random model's weights to 15 levels moves its logits by as much as the second adapter does.
+
+    What is measured: the change that an adapter makes, and how far the engine's change is from it, in Frobenius norms.
+    """
+    feed = FEEDS["batch"]
+    with int4.model(None) as model:
+        base = torch_logits(model, feed)
+    found_base = int4.swappable(None).logits(feed)
+    for name in ("first", "second"):
+        change = torch_logits(int4.models[name], feed) - base
+        assert float((int4.swappable(name).logits(feed) - found_base - change).norm() / change.norm()) < 0.3, name
+        assert float((found_base - base).norm()) > 1e-3 * float(change.norm())
+    change = torch_logits(int4.models["first"], feed) - base
+    assert float((int4.merged.logits(feed) - base - change).norm() / change.norm()) < 0.3
+
+
+def test_int4_spares_the_adapters_matrices(int4: Exports) -> None:
+    found = read_report(int4.folder / "swappable")
+    lora = int4.swappable(None).session.get_overridable_initializers()
+    assert len(lora) == len(found.matrices) - 8  # the second adapter's targets are the first one's too
+    assert {value.type for value in lora} == {"tensor(float)"}
+    assert {check.noise_of for check in found.checks} == {"int4 rounding of the base model"}
+    largest = (int4.folder / "swappable" / "model.onnx.data").stat().st_size
+    assert largest < 0.6 * (int4.folder / "base" / "model.safetensors").stat().st_size

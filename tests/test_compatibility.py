@@ -1,0 +1,42 @@
+"""Rows are recorded on request only, and the table shows what was recorded last."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compatibility import VARIABLE, read_rows, record, table
+
+
+def test_nothing_is_recorded_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    record("Llama", "ONNX Runtime", "merged", "fp32", "passed", 1e-7, 2e-7)
+    monkeypatch.setenv(VARIABLE, "")
+    record("Llama", "ONNX Runtime", "merged", "fp32", "passed", 1e-7, 2e-7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.json"
+    monkeypatch.setenv(VARIABLE, str(rows))
+    record("T5", "ONNX Runtime", "merged", "fp32", "failed", None, None)
+    record("Llama", "vLLM 0.32.0", "LoRA", "bf16", "passed", 0.0123, 0.05)
+    record("T5", "ONNX Runtime", "merged", "fp32", "passed", 1.25e-7, 2e-7)
+    assert len(json.loads(rows.read_text())) == 3
+    assert [row.verdict for row in read_rows(rows)] == ["failed", "passed", "passed"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "compatibility", str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == table(read_rows(rows)) + "\n"
+    title, _, _, _, *lines = done.stdout.splitlines()
+    assert "onnxruntime " in title
+    assert lines == [
+        "| Llama | `LlamaForCausalLM` | vLLM 0.32.0 | LoRA | bf16 | 1.2e-02 | 5.0e-02 | passed |",
+        "| T5 | `T5ForConditionalGeneration` | ONNX Runtime | merged | fp32 | 1.2e-07 | 2.0e-07 | passed |",
+    ]
