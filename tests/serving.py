@@ -112,7 +112,7 @@ def folded(source: ModelSource, folder: Path) -> Path:
 
 def embeddings(source: ModelSource, folder: Path) -> Path:
     """An adapter of the embedding and of the output head, whose weights the model ties, written for vLLM."""
-    config = LoraConfig(r=8, lora_alpha=8, target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=8, lora_alpha=32, target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
     model = get_peft_model(load_model(source, dtype="bf16"), config)
     draw_b(model, seed=6)
     plain = folder.with_name("plain embeddings")
