@@ -5,7 +5,7 @@ It knows nothing of PEFT, so that it can bear witness against a folded adapter t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ def unfolded(base: nn.Module, source: Checkpoint | AdapterDir) -> Iterator[nn.Mo
             other dimensions.
     """
     handles = []
-    saved: dict[nn.Parameter, Tensor] = {}
+    saved: dict[str, nn.Parameter] = {}
     adapter = adapter_of(source)
     modules = {name.rpartition(".")[0]: name.rpartition(".")[2].startswith("lora_embedding") for name in adapter.sites}
     try:
@@ -75,8 +75,7 @@ def unfolded(base: nn.Module, source: Checkpoint | AdapterDir) -> Iterator[nn.Mo
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, original in saved.items():
-            parameter.data = original
+        put_parameters(base, saved)
 
 
 def _add_delta(a: _Apply, b: _Apply, bias: Tensor | None, scaling: float, embedding: int | None) -> Any:
@@ -133,24 +132,35 @@ def target_module(base: nn.Module, module: str, n: int, m: int, adapter: Adapter
     return target
 
 
-def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict[nn.Parameter, Tensor]:
+def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict[str, nn.Parameter]:
     """Put other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
 
+    A parameter that modules share, an embedding tied to the head, is replaced only where the adapter names it, as PEFT
+    does; it stays shared if both are named with equal values.
+
     Returns:
-        What they replace.
+        What they replace, by name.
     Raises:
         CheckpointError: one that fits no parameter of the model; nothing is replaced then.
     """
     parameters = dict(base.named_parameters(remove_duplicate=False))
-    others = {}
+    others: dict[str, nn.Parameter] = {}
     for key in plain.keys:
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
         if key in adapter.sites.values() or name.endswith(".lora_B.bias"):
             continue
         if name not in parameters or tuple(parameters[name].shape) != plain.shape(key):
             raise CheckpointError(f"{plain.path}: {key} fits no parameter of the base model ({type(base).__name__}).")
-        others[parameters[name]] = plain.read(key).to(parameters[name])
-    saved = {parameter: parameter.data for parameter in others}
-    for parameter, value in others.items():
-        parameter.data = value
-    return saved
+        value = nn.Parameter(plain.read(key).to(parameters[name]), requires_grad=False)
+        twins = (o for other, o in others.items() if parameters[other] is parameters[name] and torch.equal(o, value))
+        others[name] = next(twins, value)
+    replaced = {name: parameters[name] for name in others}
+    put_parameters(base, others)
+    return replaced
+
+
+def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Replace parameters by name."""
+    for name, parameter in parameters.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, parameter)

@@ -159,8 +159,8 @@ def logits(model: Any, seed: int = 100) -> Tensor:
     return output
 
 
-def oracle_matrices(path: Path) -> dict[str, Array]:
-    """Every over-parameterised matrix of a checkpoint, by tensor key, contracted by the oracles in float64.
+def oracle_matrices(path: Path, dtype: npt.DTypeLike = np.float64) -> dict[str, Array]:
+    """Every over-parameterised matrix of a checkpoint, by tensor key, contracted by the oracles in that dtype.
 
     Reads the JSON itself; an MPO needs three cores and full bonds.
     """
@@ -173,7 +173,7 @@ def oracle_matrices(path: Path) -> dict[str, Array]:
         name, m, n = site["name"], site["m"], site["n"]
         prefix = f"{name}.core."
         count = sum(key.startswith(prefix) and key.removeprefix(prefix).isdigit() for key in tensors)
-        cores = [tensors[f"{prefix}{k}"].double().numpy() for k in range(count)]
+        cores = [tensors[f"{prefix}{k}"].double().numpy().astype(dtype) for k in range(count)]
         match meta["config"]["decomposition"]:
             case "mpo":
                 matrix = mpo_matrix(_as_tensors(cores, modes[m], modes[n]))

@@ -37,16 +37,19 @@ def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate
     """
     adapter = adapter_of(source)
     certificates = []
-    holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    tied = _is_tied(model)
     with open_exact(source) as exact:
         load_others(model, adapter, exact.plain)
+    holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
     for delta in read_deltas(source):
         module = target_module(model, delta.module, delta.a.value.shape[1], delta.b.value.shape[0], adapter)
-        weight = _own_weight(model, module, shared=holders[id(module.weight)] > 1)
+        weight = _own_weight(module, shared=holders[id(module.weight)] > 1)
         merged = _merged(weight, module, delta)
         rounded = round_nearest(merged.value, weight.dtype)
         certificates.append(certify(f"{delta.module}.weight", rounded, merged))
         weight.copy_(rounded)
+    if tied and not _is_tied(model):
+        model.config.tie_word_embeddings = False
     return certificates
 
 
@@ -59,9 +62,14 @@ def _merged(weight: nn.Parameter, module: nn.Module, delta: Delta) -> Exact:
     return Exact(value, bound + U64 * value.abs(), product.site)
 
 
-def _own_weight(model: Any, module: Any, *, shared: bool) -> nn.Parameter:
+def _own_weight(module: Any, *, shared: bool) -> nn.Parameter:
     if shared:
         module.weight = nn.Parameter(module.weight.clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
     weight: nn.Parameter = module.weight
     return weight
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether the head's weight is the embedding's."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight

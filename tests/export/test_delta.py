@@ -1,0 +1,198 @@
+"""What an adapter adds to each module, against NumPy in extended precision, and below the bound that it states."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from math import sqrt
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loraover import LoraOverConfig, read_checkpoint
+from loraover.adapter_dir import read_adapter_dir
+from loraover.decompositions import DECOMPOSITIONS
+from loraover.errors import CheckpointError, ExportError
+from loraover.exact import Exact
+from loraover_export.delta import Delta, other_tensors, read_deltas
+
+from make_checkpoint import EMBEDDING, LINEAR, edit_tensors, make_checkpoint, oracle_matrices
+from plain_adapter import write_adapter
+from strategies import matrices, sizes
+from tolerances import UNIT
+
+Long = npt.NDArray[np.longdouble]
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+class Case(NamedTuple):
+    """Two modules with a rank, alpha, A and B each."""
+
+    ranks: tuple[int, int]
+    alphas: tuple[float, float]
+    rslora: bool
+    a: tuple[Tensor, Tensor]
+    b: tuple[Tensor, Tensor]
+
+    def write(self, folder: Path) -> Path:
+        """Q's rank and alpha are the configuration's, DOWN's come from patterns behind one that does not match."""
+        config = {
+            "r": self.ranks[0],
+            "lora_alpha": self.alphas[0],
+            "rank_pattern": {"proj": 99, "layers.1.mlp.down_proj": self.ranks[1]},
+            "alpha_pattern": {"own_proj": 99.0, "down_proj": self.alphas[1], "mlp.down_proj": 98.0},
+            "use_rslora": self.rslora,
+        }
+        return write_adapter(folder, {Q: (self.a[0], self.b[0]), DOWN: (self.a[1], self.b[1])}, **config)
+
+    def truth(self, k: int) -> Long:
+        """The scaling is a float64, as PEFT's is; the rest is exact but for 2^-64."""
+        return self.scaling(k) * (long(self.b[k]) @ long(self.a[k]))
+
+    def scaling(self, k: int) -> np.longdouble:
+        return np.longdouble(self.alphas[k] / (sqrt(self.ranks[k]) if self.rslora else self.ranks[k]))
+
+
+def long(tensor: Tensor) -> Long:
+    return tensor.double().numpy().astype(np.longdouble)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    ranks = (draw(sizes()), draw(sizes()))
+    alphas = (draw(st.sampled_from([8.0, 1.0, 0.1, 12.5, -3.0])), draw(st.sampled_from([16.0, 7.0, 1e-3])))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    a = tuple(draw(matrices(r, draw(sizes())))[0].to(dtype) for r in ranks)
+    b = tuple(draw(matrices(draw(sizes()), r))[0].to(dtype) for r in ranks)
+    return Case(ranks, alphas, draw(st.booleans()), (a[0], a[1]), (b[0], b[1]))
+
+
+def excess(product: Exact, truth: Long) -> float:
+    """The largest ratio of error to bound; infinity where the bound is zero and the error is not."""
+    error = np.abs(long(product.value) - truth)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(error == 0, 0, error / long(product.bound))
+    return float(ratio.max())
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_stored_matrices(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        deltas = {delta.module: delta for delta in read_deltas(read_adapter_dir(case.write(Path(folder) / "a")))}
+    assert list(deltas) == [Q, DOWN]
+    for k, delta in enumerate(deltas.values()):
+        product = delta.product()
+        assert not delta.embedding
+        assert delta.rank == case.ranks[k]
+        assert product.value.shape == (len(case.b[k]), case.a[k].shape[1])
+        assert excess(product, case.truth(k)) <= 1
+        # the bound is as small as rounding can be: r products, and the scaling
+        magnitude = np.abs(case.scaling(k)) * (abs(long(case.b[k])) @ abs(long(case.a[k])))
+        assert bool((long(product.bound) <= (case.ranks[k] + 3) * UNIT[torch.float64] * magnitude).all())
+
+
+@pytest.mark.parametrize("alpha", [2.0**-3, 1.0, 2.0**10])
+def test_a_power_of_two_scales_bit_for_bit(alpha: float, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 7, generator=generator), torch.randn(5, 4, generator=generator)
+    folder = write_adapter(tmp_path / "a", {Q: (a, b)}, lora_alpha=4 * alpha)
+    (delta,) = read_deltas(read_adapter_dir(folder))
+    assert torch.equal(delta.a.value, a.double())
+    assert torch.equal(delta.b.value, alpha * b.double())
+
+
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": LINEAR, "lora_alpha": 8},
+    "r = 1": {"target_modules": LINEAR, "r": 1, "lora_alpha": 3},
+    "rslora": {"use_rslora": True, "r": 2, "lora_alpha": 5},
+    "patterns": {"target_modules": LINEAR, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 7}},
+    "embedding": {"target_modules": EMBEDDING},
+}
+SCALING: dict[str, Callable[[str], float]] = {
+    "plain": lambda name: 8 / 4,
+    "r = 1": lambda name: 3.0,
+    "rslora": lambda name: 5 / sqrt(2),
+    "patterns": lambda name: {"q_proj": 8 / 2, "down_proj": 7 / 4}.get(name, 8 / 4),
+    "embedding": lambda name: 8 / 4,
+}
+
+
+def checkpoint_deltas(folder: Path, lora: str, decomposition: str) -> Iterator[tuple[Delta, Long]]:
+    """Deltas of a checkpoint, and each one's truth."""
+    made = make_checkpoint(folder, config=LoraOverConfig(decomposition=decomposition, seed=5), **LORA[lora])
+    exact = oracle_matrices(made.path, np.longdouble)
+    for delta in read_deltas(read_checkpoint(made.path)):
+        kind, ending = ("lora_embedding_", "") if delta.embedding else ("lora_", ".weight")
+        a, b = (exact[f"base_model.model.{delta.module}.{kind}{matrix}{ending}"] for matrix in "AB")
+        yield delta, np.longdouble(SCALING[lora](delta.module.rpartition(".")[2])) * (b @ a)
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize("lora", LORA)
+def test_cores(lora: str, decomposition: str, tmp_path: Path) -> None:
+    found = []
+    for delta, truth in checkpoint_deltas(tmp_path, lora, decomposition):
+        product = delta.product()
+        assert product.value.shape == truth.shape
+        assert np.linalg.norm(truth.astype(np.float64)) > 1e-3
+        assert excess(product, truth) <= 1
+        assert float(product.bound.norm()) < 1e-12 * float(product.value.norm())
+        assert product.site is not None
+        found.append(delta)
+    names = LORA[lora].get("target_modules", ["q_proj", "v_proj"])
+    assert sorted(delta.module.rpartition(".")[2] for delta in found) == sorted(
+        name for name in names for _ in range(1 if name == "embed_tokens" else 2)
+    )
+    assert [delta.module for delta in found if delta.embedding] == ["model.embed_tokens"] * (lora == "embedding")
+
+
+MUTANTS: dict[str, Callable[[Delta, float], Tensor]] = {
+    "scaling twice": lambda delta, scaling: delta.product().value * scaling,
+    "no scaling": lambda delta, scaling: delta.product().value / scaling,
+    "transposed": lambda delta, scaling: delta.product().value.reshape(delta.product().value.mT.shape).mT,
+    "ranks permuted in A": lambda delta, scaling: delta.b.value @ delta.a.value.flip(0),
+    "in float32": lambda delta, scaling: (delta.b.value.float() @ delta.a.value.float()).double(),
+    "one element": lambda delta, scaling: delta.product().value.index_fill(0, torch.tensor(1), 0.0),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_bound_rejects(mutant: str, tmp_path: Path) -> None:
+    for delta, truth in checkpoint_deltas(tmp_path, "patterns", "mpo"):
+        product = delta.product()
+        scaling = SCALING["patterns"](delta.module.rpartition(".")[2])
+        wrong = Exact(MUTANTS[mutant](delta, scaling), product.bound, product.site)
+        assert excess(wrong, truth) > 1e4, delta.module
+
+
+def test_a_bias_of_a_lora_is_refused(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, lora_bias=True)
+    with pytest.raises(ExportError, match=r"q_proj\.lora_B\.bias is a bias of a LoRA.*lora_bias=False"):
+        next(read_deltas(read_checkpoint(made.path)))
+
+
+def test_not_a_number_is_refused(tmp_path: Path) -> None:
+    right, wrong = ((torch.ones(2, 3), torch.full((4, 2), value)) for value in (1.0, float("nan")))
+    write_adapter(tmp_path / "a", {Q: right, DOWN: wrong})
+    deltas = read_deltas(read_adapter_dir(tmp_path / "a"))
+    with pytest.raises(CheckpointError, match=r"down_proj\.lora_B\.weight.*NaN"):
+        list(deltas)
+
+
+def test_other_tensors_by_their_names_in_the_base_model(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", {Q: (torch.ones(2, 3), torch.ones(4, 2))})
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["base_model.model.lm_head.weight"] = torch.ones(2)
+        tensors[f"base_model.model.{Q}.base_layer.bias"] = torch.ones(2)
+
+    edit_tensors(folder / "adapter_model.safetensors", add)
+    assert sorted(other_tensors(read_adapter_dir(folder))) == ["lm_head.weight", f"{Q}.bias"]

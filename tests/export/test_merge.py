@@ -1,0 +1,295 @@
+"""Weights with their delta, against NumPy in extended precision and against PEFT's own model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from loraover import LoraOverConfig, read_checkpoint
+from loraover.adapter_dir import read_adapter_dir
+from loraover.errors import CheckpointError, FoldError
+from loraover.exact import Exact
+from loraover.unfolded import unfolded
+from loraover_export import merge as merge_module
+from loraover_export.delta import Delta
+from loraover_export.merge import merge
+from loraover_export.rounding import round_nearest
+
+from make_checkpoint import EMBEDDING, LINEAR, edit_tensors, logits, make_checkpoint, oracle_matrices
+from plain_adapter import write_adapter
+from tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from tolerances import UNIT
+
+Long = npt.NDArray[np.longdouble]
+PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 7}}
+TIED = partial(tiny_llama, tie_word_embeddings=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base model, and options of a LoRA on it."""
+
+    model: Callable[[], Any]
+    lora: dict[str, Any]
+    auto: Any = AutoModelForCausalLM
+    dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "linear": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}),
+    "rslora, r = 1": Case(tiny_llama, {"target_modules": ["o_proj"], "r": 1, "use_rslora": True}),
+    "Conv1D": Case(tiny_gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "embedding": Case(tiny_llama, {"target_modules": EMBEDDING}),
+    "tied embedding": Case(TIED, {"target_modules": EMBEDDING}),
+    "tied head": Case(TIED, {"target_modules": ["lm_head", "v_proj"]}),
+    "tied, both": Case(TIED, {"target_modules": ["lm_head", "embed_tokens"]}),
+    "tied, kept so": Case(TIED, {"target_modules": EMBEDDING, "ensure_weight_tying": True}),
+    "tied, saved head": Case(TIED, {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}),
+    "tied, saved embedding": Case(TIED, {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}),
+    "tied, both saved alike": Case(
+        TIED, {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
+    "biases": Case(partial(tiny_llama, attention_bias=True), {"target_modules": ["q_proj"], "bias": "all"}),
+    "saved norm": Case(tiny_llama, {"target_modules": LINEAR, "modules_to_save": ["norm"]}),
+    "saved classifier": Case(
+        partial(tiny_bert, num_labels=3),
+        {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+        AutoModelForSequenceClassification,
+    ),
+    "bfloat16": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}, dtype=torch.bfloat16),
+    "float16": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}, dtype=torch.float16),
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A base model and an adapter on disk, and the PEFT model that wrote it."""
+
+    case: Case
+    folder: Path
+    peft: Any
+
+    def base(self) -> Any:
+        return self.case.auto.from_pretrained(self.folder / "base", dtype=self.case.dtype)
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+
+def save(name: str, folder: Path) -> Saved:
+    case = CASES[name]
+    case.model().to(case.dtype).save_pretrained(folder / "base")
+    saved = Saved(case, folder, None)
+    options = {"r": 4, "lora_alpha": 5, "task_type": "CAUSAL_LM"} | case.lora
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(saved.base(), LoraConfig(**options), autocast_adapter_dtype=False)
+    fill_b(model, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in parameter_name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    model.save_pretrained(saved.adapter)
+    return Saved(case, folder, model.eval())
+
+
+def deltas(adapter: Path) -> dict[str, Long]:
+    """scaling B A of each module, shaped like an `nn.Linear`'s weight; an embedding's is (dimension, tokens)."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    found = load_file(adapter / "adapter_model.safetensors")
+    long = {k: v.double().numpy().astype(np.longdouble) for k, v in found.items()}
+    result = {}
+    for key, a in long.items():
+        if "lora_A" in key or "lora_embedding_A" in key:
+            module = key.removeprefix("base_model.model.").partition(".lora_")[0]
+            alpha = next((v for k, v in config["alpha_pattern"].items() if module.endswith(k)), config["lora_alpha"])
+            scaling = alpha / (sqrt(len(a)) if config["use_rslora"] else len(a))
+            other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+            result[module] = np.longdouble(scaling) * (long[other] @ a)
+    return result
+
+
+def long(tensor: Tensor) -> Long:
+    return tensor.detach().double().numpy().astype(np.longdouble)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_is_the_oracles_sum_rounded_once(name: str, tmp_path: Path) -> None:
+    saved = save(name, tmp_path)
+    model, before = saved.base(), saved.base()
+    certificates = merge(model, read_adapter_dir(saved.adapter))
+    expected = deltas(saved.adapter)
+    assert [c.name for c in certificates] == [f"{module}.weight" for module in expected]
+    assert all(c.passed for c in certificates)
+    stored = load_file(saved.adapter / "adapter_model.safetensors")
+    others = {k.removeprefix("base_model.model.").replace(".base_layer.", "."): v for k, v in stored.items()}
+    old, new = (dict(m.named_parameters(remove_duplicate=False)) for m in (before, model))
+    assert old.keys() == new.keys()
+    changed = {f"{module}.weight": delta for module, delta in expected.items()}
+    unit = UNIT[saved.case.dtype]
+    for key, weight in new.items():
+        assert weight.dtype == saved.case.dtype
+        start = others[key] if key in others else old[key]
+        if key not in changed:
+            assert torch.equal(weight, start), key
+            continue
+        module = before.get_submodule(key.removesuffix(".weight"))
+        delta = changed[key].T if isinstance(module, Conv1D | nn.Embedding) else changed[key]
+        truth = long(start) + delta
+        allowed = unit * abs(truth) * (1 + 1e-6) + np.longdouble(2.0**-25) * (saved.case.dtype == torch.float16) + 1e-16
+        assert bool((abs(long(weight) - truth) <= allowed).all()), key
+        assert float(np.linalg.norm(delta.astype(np.float64))) > 1e-3, key
+    assert not others.keys() - new.keys() - {k for k in others if "lora_" in k}
+
+
+@torch.no_grad()
+def outputs(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=token_ids(seed=100, batch=3, length=7)).logits
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+def test_the_merged_model_is_pefts(name: str, tmp_path: Path) -> None:
+    """Its outputs are those of PEFT's unmerged model, after being saved and loaded too."""
+    saved = save(name, tmp_path)
+    model = saved.base()
+    expected, base = outputs(saved.peft), outputs(model)
+    merge(model, read_adapter_dir(saved.adapter))
+    model.save_pretrained(tmp_path / "merged")
+    allowed = 64 * UNIT[torch.float32] * float(expected.abs().max())
+    for merged in (model, saved.case.auto.from_pretrained(tmp_path / "merged")):
+        assert float((outputs(merged) - expected).abs().max()) <= allowed
+    assert float((base - expected).abs().max()) > 1000 * allowed
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+def test_the_unfolded_model_is_pefts_and_the_base_model_is_left_as_it_was(name: str, tmp_path: Path) -> None:
+    saved = save(name, tmp_path)
+    model = saved.base()
+    before, expected = outputs(model), outputs(saved.peft)
+    with unfolded(model, read_adapter_dir(saved.adapter)) as whole:
+        assert float((outputs(whole) - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
+    assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tied")])
+def test_the_configuration_says_whether_weights_are_tied(name: str, tmp_path: Path) -> None:
+    saved = save(name, tmp_path)
+    model = saved.base()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    merge(model, read_adapter_dir(saved.adapter))
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings == tied == (name == "tied, both saved alike")
+
+
+@pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "saved norm"])
+def test_peft_merges_to_the_same_weights_but_for_its_own_rounding(name: str, tmp_path: Path) -> None:
+    saved = save(name, tmp_path)
+    model = saved.base()
+    merge(model, read_adapter_dir(saved.adapter))
+    theirs = dict(saved.peft.merge_and_unload().named_parameters())
+    for key, weight in model.named_parameters():
+        # the product in float32, r = 4 at most and the scaling; then the sum: all terms are below 2
+        assert float((weight - theirs[key]).abs().max()) <= 16 * UNIT[torch.float32], key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_is_merged_from_its_cores(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition="chain", seed=5)
+    made = make_checkpoint(tmp_path, config=config, dtype=dtype, target_modules=LINEAR)
+    model, before = (AutoModelForCausalLM.from_pretrained(made.base, dtype=dtype) for _ in range(2))
+    certificates = merge(model, read_checkpoint(made.path))
+    assert all(c.passed and c.over_parameterised for c in certificates)
+    exact = oracle_matrices(made.path, np.longdouble)
+    for name in (certificate.name.removesuffix(".weight") for certificate in certificates):
+        a, b = (exact[f"base_model.model.{name}.lora_{matrix}.weight"] for matrix in "AB")
+        truth = long(before.get_submodule(name).weight) + 2 * (b @ a)
+        error = abs(long(model.get_submodule(name).weight) - truth)
+        assert bool((error <= UNIT[dtype] * abs(truth) * (1 + 1e-6) + 1e-15).all()), name
+    if dtype == torch.float32:
+        assert float((logits(model) - made.logits()).abs().max()) < 1e-6
+
+
+MUTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one element": lambda weight: weight.index_put((torch.tensor(1), torch.tensor(2)), weight[1, 2] * (1 + 2.0**-21)),
+    "truncated to bfloat16": lambda weight: weight.bfloat16().to(weight.dtype),
+    "a row lost": lambda weight: weight.index_fill(0, torch.tensor(3), 0.0),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_certificates_reject_a_wrong_weight(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save("linear", tmp_path)
+    monkeypatch.setattr(
+        merge_module, "round_nearest", lambda value, dtype: MUTANTS[mutant](round_nearest(value, dtype))
+    )
+    assert not any(c.passed for c in merge(saved.base(), read_adapter_dir(saved.adapter)))
+
+
+def test_the_oracle_rejects_a_delta_added_twice_or_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates speak of the rounding; what is rounded, the outputs decide."""
+    saved = save("linear", tmp_path)
+    expected = outputs(saved.peft)
+    product = Delta.product
+    for wrong in (lambda v: 2 * v, lambda v: v.mT.reshape(v.shape), torch.zeros_like):
+
+        def changed(delta: Any, wrong: Callable[[Tensor], Tensor] = wrong) -> Exact:
+            right = product(delta)
+            return Exact(wrong(right.value), right.bound, right.site)
+
+        model = saved.base()
+        with monkeypatch.context() as patch:
+            patch.setattr(Delta, "product", changed)
+            merge(model, read_adapter_dir(saved.adapter))
+        assert float((outputs(model) - expected).abs().max()) > 1e-3
+
+
+WRONG_BASES: dict[str, Callable[[], Any]] = {
+    "narrower": lambda: tiny_llama(hidden_size=16),
+    "fewer layers": lambda: tiny_llama(num_hidden_layers=1),
+    "another architecture": tiny_gpt2,
+}
+
+
+@pytest.mark.parametrize("case", WRONG_BASES)
+def test_another_base_model_is_named(case: str, tmp_path: Path) -> None:
+    saved = save("linear", tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.\d.*--base"):
+        merge(WRONG_BASES[case](), read_adapter_dir(saved.adapter))
+
+
+def test_a_parameter_that_fits_nothing_changes_nothing(tmp_path: Path) -> None:
+    saved = save("saved norm", tmp_path)
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors["base_model.model.model.norm.weight"] = torch.ones(33)
+
+    edit_tensors(saved.adapter / "adapter_model.safetensors", widen)
+    model, before = saved.base(), saved.base()
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight fits no parameter"):
+        merge(model, read_adapter_dir(saved.adapter))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_a_weight_beyond_its_range_is_refused(tmp_path: Path) -> None:
+    a, b = torch.full((1, 32), 1e3), torch.full((32, 1), 1e3)
+    adapter = write_adapter(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (a, b)})
+    with pytest.raises(FoldError, match="float16"):
+        merge(tiny_llama().half(), read_adapter_dir(adapter))
