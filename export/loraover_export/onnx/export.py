@@ -1,0 +1,214 @@
+"""The steps of an ONNX export: PyTorch's answers, graphs, adapters, ONNX Runtime's answers."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from loraover.adapter_dir import read_json
+from loraover.errors import ConfigError, ExportError
+from loraover.exact import adapter_of
+from loraover.models import load_config, load_model, load_tokenizer
+from loraover.run_result import environment
+from loraover.unfolded import target_module
+from loraover_export.certificate import MatrixCertificate, hardware
+from loraover_export.check_outputs import BUILT_IN_PROMPTS
+from loraover_export.delta import read_deltas
+from loraover_export.merge import merge
+from loraover_export.onnx.check import Reference, check_graph, make_reference, run_cases
+from loraover_export.onnx.decoder import Decoder
+from loraover_export.onnx.graph_file import check_file
+from loraover_export.onnx.kind import Case, Kind, Plan
+from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport
+from loraover_export.onnx.request import Inputs, OnnxRequest
+from loraover_export.onnx.seq2seq import Seq2Seq
+from loraover_export.onnx.session import has_provider
+from loraover_export.onnx.stateless import Stateless
+from loraover_export.onnx.swappable import Layout, markers, read_layout, write_adapter, write_swappable
+
+KINDS: dict[str, type[Kind]] = {
+    "CAUSAL_LM": Decoder,
+    "SEQ_2_SEQ_LM": Seq2Seq,
+    "SEQ_CLS": Stateless,
+    "TOKEN_CLS": Stateless,
+}
+STREAM = 64  # tokens that the checks cut their cases from
+
+
+class Export:
+    """One export and what its steps hand to one another.
+
+    Args:
+        draft: an empty folder for the files.
+        console: told what is going on.
+    Raises:
+        ConfigError: no such base model, or a task that no graph is made for.
+        ExportError: a graph to add adapters to that is not of this base model.
+    """
+
+    def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path, console: Console) -> None:
+        self.inputs, self.draft, self.console = inputs, draft, console
+        self.request = request if request.graph is None else _as_exported(request, inputs, request.graph)
+        config = load_config(inputs.base)
+        self.task = inputs.task_type or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
+        if self.task not in KINDS:
+            raise ConfigError(f"task_type is {self.task!r}, expected one of {', '.join(KINDS)}.")
+        self.kind = KINDS[self.task]() if self.request.cache else Stateless()
+        self.deltas = {name: list(read_deltas(source)) for name, source in inputs.adapters.items()}
+
+    def load(self) -> None:
+        """The base model with its tokenizer, and whether every adapter fits it.
+
+        Raises:
+            CheckpointError: an adapter of another model.
+        """
+        self.say(f"loading the base model from {self.inputs.base.origin}")
+        self.tokenizer = load_tokenizer(self.inputs.base)
+        labels = next(filter(None, map(_labels, self.inputs.adapters.values())), None)
+        self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
+        for name, source in self.inputs.adapters.items():
+            for delta in self.deltas[name]:
+                n, m = delta.a.value.shape[1], delta.b.value.shape[0]
+                target_module(self.model, delta.module, n, m, adapter_of(source))
+
+    def say(self, line: str) -> None:
+        self.console.print(escape(line), soft_wrap=True)
+
+    def run(self) -> OnnxReport:
+        """Write everything but the report.
+
+        Raises:
+            LoraOverError: whatever makes the export impossible. A check that fails is in the report.
+        """
+        if self.request.check or self.request.graph is None:
+            self.load()
+        cases = self.kind.cases(self._tokens()) if self.request.check else []
+        references: dict[str | None, Reference] = {}
+        if self.request.check:
+            self.say("running the unfolded model in PyTorch")
+            for name in (None, *self.inputs.adapters):
+                source = None if name is None else self.inputs.adapters[name]
+                references[name] = make_reference(self.kind, self.model, source, cases, self.request.precision)
+        matrices, quantised = self._write(cases)
+        checks = self._check(cases, references, quantised) if self.request.check else []
+        return self._report(matrices, checks)
+
+    def _tokens(self) -> torch.Tensor:
+        """A stream of real text, made long enough by repetition."""
+        ids: list[int] = []
+        for prompt in BUILT_IN_PROMPTS:
+            ids += self.tokenizer(prompt, add_special_tokens=False).input_ids
+        while len(ids) < STREAM:
+            ids += ids
+        return torch.tensor(ids[:STREAM])
+
+    def _write(self, cases: list[Case]) -> tuple[list[MatrixCertificate], list[torch.Tensor] | None]:
+        """Put the graphs and adapters into the draft; also what an int4 graph makes of the base model."""
+        request = self.request
+        if request.graph is not None:
+            return self._write_adapters(read_layout(request.graph)), None
+        if request.mode == "swappable":
+            every = {delta.module: delta for deltas in self.deltas.values() for delta in deltas}
+            rank = max(delta.rank for delta in every.values())
+            drawn = markers(every.values(), rank)
+            self._export(Plan(request.precision, request.device, drawn, rank), self.draft)
+            dtype = "fp16" if request.precision == "fp16" else "fp32"
+            layout = write_swappable(self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype)
+            return self._write_adapters(layout), None
+        quantised = None
+        if request.check and request.precision == "int4":
+            quantised = self._quantised_base(cases)
+        (source,) = self.inputs.adapters.values()
+        certificates = merge(self.model, source)
+        self._export(Plan(request.precision, request.device), self.draft)
+        return certificates, quantised
+
+    def _export(self, plan: Plan, out: Path) -> None:
+        self.say(f"building the {plan.precision} graph of {type(self.model).__name__}")
+        work = out / ".work"
+        work.mkdir()
+        self.kind.export(self.model, self.tokenizer, plan, work, out)
+        shutil.rmtree(work)
+        for graph in self.kind.graphs:
+            check_file(out / graph)
+
+    def _quantised_base(self, cases: list[Case]) -> list[torch.Tensor]:
+        folder = self.draft / ".base"
+        folder.mkdir()
+        self._export(Plan("int4", self.request.device), folder)
+        logits = run_cases(self.kind, self.kind.runner(folder, self.request.device, None), cases)
+        shutil.rmtree(folder)
+        return logits
+
+    def _write_adapters(self, layout: Layout) -> list[MatrixCertificate]:
+        return [
+            certificate
+            for name, deltas in self.deltas.items()
+            for certificate in write_adapter(self.draft / name, layout, self.kind.graphs, deltas)
+        ]
+
+    def _check(
+        self, cases: list[Case], references: dict[str | None, Reference], quantised: list[torch.Tensor] | None
+    ) -> list[GraphCheck]:
+        folder = self.request.graph or self.draft
+        if quantised is None and self.request.precision == "int4":
+            quantised = run_cases(self.kind, self.kind.runner(folder, self.request.device, None), cases)
+        checks = []
+        for name, reference in references.items():
+            if self.request.mode == "merged" and name is None:
+                continue
+            self.say(f"running the graph in ONNX Runtime, {'no adapter' if name is None else name}")
+            adapter = None if name is None or self.request.mode == "merged" else self.draft / name
+            check = check_graph(
+                self.kind, folder, self.request.device, adapter, cases, reference, references[None], quantised
+            )
+            checks.append(check.model_copy(update={"adapter": name}))
+        return checks
+
+    def _report(self, matrices: list[MatrixCertificate], checks: list[GraphCheck]) -> OnnxReport:
+        request = self.request
+        report = OnnxReport(
+            verdict="not checked",
+            mode=request.mode,
+            precision=request.precision,
+            device=request.device,
+            cache=request.cache,
+            checked_on=request.device if has_provider(request.device) else "cpu",
+            base_model=self.inputs.base.name,
+            adapters={name: str(source.path) for name, source in self.inputs.adapters.items()},
+            checks=checks,
+            matrices=matrices,
+            versions=environment("onnx", "onnxruntime", "onnxruntime-genai"),
+            hardware=hardware(),
+        )
+        if not report.passed:
+            return report.model_copy(update={"verdict": "failed"})
+        return report.model_copy(update={"verdict": "passed"}) if request.check else report
+
+
+def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxRequest:
+    """The request with the settings of the graph that adapters are added to.
+
+    Raises:
+        ExportError: a graph of another base model.
+    """
+    exported = read_json(graph / REPORT_FILE, OnnxReport)
+    if exported.base_model != inputs.base.name:
+        raise ExportError(
+            f"{graph} is a graph of {exported.base_model}, but the adapters belong to {inputs.base.name}; export a "
+            "graph of that model, or name a copy of it with --base."
+        )
+    return replace(request, precision=exported.precision, device=exported.device, cache=exported.cache)
+
+
+def _labels(source: Any) -> int | None:
+    """Rows of a saved classification head."""
+    shapes = adapter_of(source).shapes
+    heads = [key for key in shapes if key.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]
+    return next((shapes[key][0] for key in heads if "lora" not in key), None)
