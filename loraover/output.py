@@ -39,6 +39,8 @@ def publish_directory(
         draft.mkdir()
         yield draft
         for path in sorted(draft.rglob("*")):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())  # some libraries keep their files to themselves, servers run as others
             sync(path)
         sync(draft)
         _put_in_place(draft, target, replace)
@@ -123,6 +125,12 @@ def _is_about(error: OSError, draft: Path) -> bool:
 def _output_error(target: Path, error: OSError) -> OutputError:
     reason = error.strerror or str(error)
     return OutputError(f"cannot write {target}: {reason}. Nothing was left there; free space or choose another output.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sync(path: Path) -> None:

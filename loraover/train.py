@@ -32,6 +32,7 @@ from loraover.licence import known_licence
 from loraover.model_card import model_card
 from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover.output import check_free, publish_directory, publish_file
+from loraover.overparam import OverParameterization
 from loraover.progress import Reporter
 from loraover.recipe import Recipe
 from loraover.resume import last_whole_checkpoint
@@ -50,7 +51,12 @@ class Prepared:
     examples: Examples
     model: PeftModel
     trainer: Trainer
-    over: LoraOverCallback | None
+    callback: LoraOverCallback | None
+
+    @property
+    def over(self) -> OverParameterization | None:
+        """Owner of the cores, once training has begun; None for plain LoRA."""
+        return None if self.callback is None else self.callback.over
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, command: str) -> RunResult:
@@ -96,7 +102,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
 def _result(
     run: Prepared, recipe: Recipe, seconds: float, norm: float, before: Measures | None, after: Measures | None
 ) -> RunResult:
-    cores, matrices = (0, 0) if run.over is None else run.over.over.num_parameters()
+    cores, matrices = (0, 0) if run.over is None else run.over.num_parameters()
     return RunResult(
         method=recipe.method,
         model=recipe.model,
@@ -123,7 +129,7 @@ def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, com
         run.model.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
         if run.over is not None:
-            write_checkpoint(draft, run.over.over, step=result.steps)
+            write_checkpoint(draft, run.over, step=result.steps)
         (draft / "README.md").write_text(card, encoding="utf-8")
     publish_file(output / "run.json", lambda draft: draft.write_text(result.model_dump_json(indent=1) + "\n"))
 
@@ -184,15 +190,15 @@ def _check_names(recipe: Recipe) -> None:
 
 def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
     """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
-    if run.over is not None:
-        run.over.resume_from = checkpoint
+    if run.callback is not None:
+        run.callback.resume_from = checkpoint
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if checkpoint is None or step < recipe.training.max_steps:
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
     set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
-    if run.over is not None:
-        run.over.restore(run.model, checkpoint, recipe.training.seed)
+    if run.callback is not None:
+        run.callback.restore(run.model, checkpoint, recipe.training.seed)
     run.trainer.state.global_step = step
 
 
