@@ -8,6 +8,7 @@
     ├── ExportError      (ValueError)    an adapter, a base model or a graph that cannot be exported as asked
     ├── DataError        (ValueError)    training or evaluation data that cannot be read
     ├── EngineError      (RuntimeError)  an inference engine that does not start, or refuses a request
+    ├── ParityError      (ValueError)    measurements that cannot answer what was asked
     └── OutputError      (OSError)       a destination that cannot be written
 
 Commands turn each of them into one message on standard error and exit code 2.
@@ -44,6 +45,10 @@ class DataError(LoraOverError, ValueError):
 
 class EngineError(LoraOverError, RuntimeError):
     """An inference engine that does not start, or refuses a request."""
+
+
+class ParityError(LoraOverError, ValueError):
+    """Measurements that cannot answer what was asked."""
 
 
 class OutputError(LoraOverError, OSError):

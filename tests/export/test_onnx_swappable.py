@@ -1,0 +1,166 @@
+"""Adapters of a LoRA-Over checkpoint in one graph: what their files hold, and how others join them later."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from safetensors.torch import load_file
+
+from make_checkpoint import Made, nearest, numpy64, oracle_matrices, tree
+from onnx_export import LINEAR, OTHER, export, exported, llama_checkpoint, read_report, tiny_lora
+from onnx_graph import Graph, worst_error
+from oracles.contraction import Array
+
+BLOCKS = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn"}
+SCALING = {"q_proj": 5 / 4, "k_proj": 12 / 1}
+"""Of the checkpoint's modules, from its ranks and alphas; 12 / 4 elsewhere, but for one of rank 8."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint and two PEFT adapters of other ranks and targets, of which the second joined the graph later."""
+
+    folder: Path
+    made: Made
+    models: dict[str, Any]
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / "graph"
+
+    @property
+    def later(self) -> Path:
+        return self.folder / "later"
+
+
+@pytest.fixture(scope="module")
+def swappable(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("llama")
+    made = llama_checkpoint(folder)
+    models = {"checkpoint": made.model, "other": tiny_lora(made.base, folder / "other", **OTHER)}
+    exported("Llama", [made.path, folder / "other"], folder / "graph", "--mode", "swappable")
+    models["late"] = tiny_lora(made.base, folder / "late", r=2, rank_pattern={"up_proj": 3}, alpha_pattern={})
+    options = ("--mode", "swappable", "--graph", str(folder / "graph"))
+    exported("Llama", folder / "late", folder / "later", *options)
+    return Exported(folder, made, models)
+
+
+def parameters(file: Path) -> dict[str, Array]:
+    """What an adapter's file holds, by input of the graph."""
+    found = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def expected_parameters(made: Made) -> dict[str, Array]:
+    """The oracle's A^T and (scaling B)^T in float64, by the names that onnxruntime-genai's builder gives."""
+    exact, found = oracle_matrices(made.path), {}
+    for layer in range(2):
+        for name in LINEAR:
+            module = f"model.layers.{layer}.{BLOCKS.get(name, 'mlp')}.{name}"
+            a, b = (exact[f"base_model.model.{module}.lora_{matrix}.weight"] for matrix in "AB")
+            scaling = 12 / 8 if (layer, name) == (1, "down_proj") else SCALING.get(name, 12 / 4)
+            short = module.replace("self_attn", "attn")
+            found[f"{short}.lora_A.MatMul.weight"] = a.T
+            found[f"{short}.lora_B.MatMul.weight"] = scaling * b.T
+    return found
+
+
+def test_the_file_holds_the_oracles_matrices_with_the_scaling_in_b(swappable: Exported) -> None:
+    found = parameters(swappable.graph / "checkpoint.onnx_adapter")
+    expected = expected_parameters(swappable.made)
+    assert found.keys() == expected.keys()
+    for name, matrix in expected.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name].astype(np.float64), nearest(matrix, "fp32"), err_msg=name)
+
+
+def test_ranks_are_the_adapters_own(swappable: Exported) -> None:
+    stored = load_file(swappable.folder / "other" / "adapter_model.safetensors")
+    found = parameters(swappable.graph / "other.onnx_adapter")
+    assert len(found) == len(stored) == 2 * 2 * 2
+    for key, matrix in stored.items():
+        name = key.removeprefix("base_model.model.").replace("self_attn", "attn").replace(".weight", ".MatMul.weight")
+        scaling = 6 / 3 if "lora_B" in key else 1.0  # 6 / sqrt(9)
+        np.testing.assert_array_equal(found[name], (scaling * numpy64(matrix)).T.astype(np.float32), err_msg=name)
+
+
+def test_every_adapter_gives_pefts_outputs(swappable: Exported) -> None:
+    graph = swappable.graph / "model.onnx"
+    for folder, name in ((swappable.graph, "checkpoint"), (swappable.graph, "other"), (swappable.later, "late")):
+        errors = worst_error(Graph(graph, folder / f"{name}.onnx_adapter"), swappable.models[name])
+        assert max(errors.values()) <= 1, (name, errors)
+    with swappable.models["checkpoint"].disable_adapter():
+        errors = worst_error(Graph(graph), swappable.models["checkpoint"])
+    assert max(errors.values()) <= 1, errors
+
+
+def test_one_session_changes_adapters_between_runs(swappable: Exported) -> None:
+    graph, alone = Graph(swappable.graph / "model.onnx"), {}
+    for name in ("checkpoint", "other"):
+        alone[name] = Graph(swappable.graph / "model.onnx", swappable.graph / f"{name}.onnx_adapter")
+    for name in ("checkpoint", "other", "checkpoint"):
+        alone[name].session = graph.session
+        errors = worst_error(alone[name], swappable.models[name], ["batch"])
+        assert errors["batch"] <= 1, name
+
+
+def test_the_defaults_of_the_inputs_are_zero(swappable: Exported) -> None:
+    model = onnx.load(swappable.graph / "model.onnx")
+    layout = json.loads((swappable.graph / "swappable.json").read_text())
+    inputs = {place["input"] for place in layout["places"].values()}
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert len(inputs) == 2 * 2 * len(LINEAR)
+    assert inputs <= held.keys()
+    assert not any(held[name].any() for name in inputs)
+
+
+def test_a_later_export_holds_the_adapter_alone(swappable: Exported) -> None:
+    files = {"late.onnx_adapter", "onnx_report.json", "README.md"}
+    assert {path.name for path in swappable.later.iterdir()} == files
+    found = read_report(swappable.later)
+    assert [check.adapter for check in found.checks] == [None, "late"]
+    assert found.base_model == str(swappable.made.base)
+    assert found.precision == "fp32"
+
+
+def test_a_later_export_leaves_the_graph_alone(swappable: Exported, tmp_path: Path) -> None:
+    before = tree(swappable.graph)
+    options = ("--mode", "swappable", "--graph", str(swappable.graph), "--no-check", "--name", "again")
+    assert export(swappable.made.path, tmp_path / "out", *options) == 0
+    assert tree(swappable.graph) == before
+    again, first = tmp_path / "out" / "again.onnx_adapter", swappable.graph / "checkpoint.onnx_adapter"
+    assert again.read_bytes() == first.read_bytes()
+    assert read_report(tmp_path / "out").verdict == "not checked"
+
+
+def test_a_rebuilt_graph_repeats_bit_for_bit(swappable: Exported, tmp_path: Path) -> None:
+    sources = [swappable.made.path, swappable.folder / "other"]
+    assert export(sources, tmp_path / "out", "--mode", "swappable", "--no-check") == 0
+    one, two = tree(swappable.graph), tree(tmp_path / "out")
+    assert {name for name in one if one[name] != two[name]} == {"README.md", "onnx_report.json"}
+
+
+def test_a_saved_head_on_a_tied_model_is_merged(tmp_path: Path) -> None:
+    """The head is trained apart from the embedding, and stays apart in the graph."""
+    made = llama_checkpoint(tmp_path, modules_to_save=["lm_head"], base_options={"tie_word_embeddings": True})
+    exported("Llama", made.path, tmp_path / "merged", "--mode", "merged")
+    errors = worst_error(Graph(tmp_path / "merged" / "model.onnx"), made.model)
+    assert max(errors.values()) <= 1, errors
+
+
+def test_json_is_one_object_on_standard_output(
+    swappable: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--mode", "swappable", "--graph", str(swappable.graph), "--no-check", "--json")
+    capsys.readouterr()
+    assert export(swappable.folder / "other", tmp_path / "out", *options) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads((tmp_path / "out" / "onnx_report.json").read_text())
+    assert f"wrote {tmp_path / 'out'}" in err

@@ -1,0 +1,146 @@
+"""The tests of equivalence and difference: against scipy and statsmodels, and by their rates of error."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
+
+from loraover.errors import ParityError
+from loraover_serve.parity.equivalence import (
+    MIN_BLOCKS,
+    Comparison,
+    blocks_needed,
+    compare,
+    decide,
+    holm,
+    median_interval,
+)
+
+MARGIN, ALPHA = 0.05, 0.05
+LIMIT = math.log(1.05)
+EXPERIMENTS, BLOCKS = 2000, 12
+SPREAD = 0.06  # of d: some of 12 blocks' experiments are decided, some are not
+
+# Sleep gained by ten patients with two drugs: Student 1908, The Probable Error of a Mean, section IX.
+STUDENT_1 = np.array([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0])
+STUDENT_2 = np.array([1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
+
+
+def test_students_sleep_data_as_statsmodels_judges_them() -> None:
+    found = compare(list(STUDENT_2 - STUDENT_1), margin=math.expm1(3.0))
+    expected, _, _ = ttost_paired(STUDENT_2, STUDENT_1, -3.0, 3.0)
+    assert found.equivalence_p == pytest.approx(expected, rel=1e-12)
+    low, high = stats.ttest_rel(STUDENT_2, STUDENT_1).confidence_interval(0.95)
+    assert found.interval == pytest.approx((math.exp(low), math.exp(high)), rel=1e-12)
+    assert math.log(found.ratio) == pytest.approx(1.58, rel=1e-12)  # Student's own figure
+
+
+@given(st.integers(0, 2**32), st.integers(MIN_BLOCKS, 60), st.floats(0.01, 0.3), st.floats(-0.2, 0.2))
+def test_the_p_values_are_those_of_scipy(seed: int, blocks: int, margin: float, mean: float) -> None:
+    d = np.random.default_rng(seed).normal(mean, 0.1, blocks)
+    found, limit = compare(list(d), margin=margin), math.log1p(margin)
+    above = stats.ttest_1samp(d, limit, alternative="greater").pvalue
+    below = stats.ttest_1samp(d, -limit, alternative="less").pvalue
+    assert found.difference_p == pytest.approx(min(1.0, 2 * min(above, below)), rel=1e-9)
+    assert found.equivalence_p == pytest.approx(max(1 - above, 1 - below), rel=1e-6, abs=1e-12)
+
+
+@given(st.integers(0, 2**32), st.floats(-0.2, 0.2))
+def test_equivalence_is_the_90_percent_interval_inside_the_margin(seed: int, mean: float) -> None:
+    d = np.random.default_rng(seed).normal(mean, 0.05, 20)
+    low, high = stats.ttest_1samp(d, 0).confidence_interval(1 - 2 * ALPHA)
+    found = decide({"d": compare(list(d), margin=MARGIN)})["d"]
+    assert (found.equivalence_p <= ALPHA) == (low > -LIMIT and high < LIMIT)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+def test_holms_correction_is_that_of_statsmodels(count: int) -> None:
+    p_values = list(np.random.default_rng(count).uniform(0, 0.2, count))
+    assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]), rel=1e-12)
+
+
+def experiments(mean: float, seed: int) -> list[Comparison]:
+    """Simulated comparisons with verdicts, each decided by itself."""
+    draws = np.random.default_rng(seed).normal(mean, SPREAD, (EXPERIMENTS, BLOCKS))
+    return [decide({"d": compare(list(d), margin=MARGIN)})["d"] for d in draws]
+
+
+def most(rate: float) -> float:
+    """The largest share of EXPERIMENTS that an event of this rate has with a probability of 99.9 %."""
+    return float(stats.binom.ppf(0.999, EXPERIMENTS, rate)) / EXPERIMENTS
+
+
+def test_equal_arms_are_seldom_called_different() -> None:
+    assert np.mean([c.verdict == "different" for c in experiments(0.0, seed=1)]) <= most(ALPHA)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_arms_just_beyond_the_margin_are_seldom_called_equivalent(sign: int) -> None:
+    assert np.mean([c.verdict == "equivalent" for c in experiments(sign * LIMIT * 1.001, seed=2)]) <= most(ALPHA)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_arms_just_within_the_margin_are_seldom_called_different(sign: int) -> None:
+    assert np.mean([c.verdict == "different" for c in experiments(sign * LIMIT * 0.999, seed=3)]) <= most(ALPHA)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.12])
+def test_intervals_cover_at_their_rate(mean: float) -> None:
+    covered = np.mean([c.interval[0] <= math.exp(mean) <= c.interval[1] for c in experiments(mean, seed=4)])
+    assert 1 - covered <= most(0.05)
+    assert covered <= most(0.95)
+
+
+def test_a_large_difference_is_found() -> None:
+    assert np.mean([c.verdict == "different" for c in experiments(math.log(1.20), seed=5)]) > 0.95
+
+
+def test_a_test_that_ignores_the_spread_is_caught() -> None:
+    """The mutant that compares means with the margin: it calls arms just beyond it equivalent half of the time."""
+    draws = np.random.default_rng(2).normal(LIMIT * 1.001, SPREAD, (EXPERIMENTS, BLOCKS))
+    assert np.mean(np.abs(draws.mean(axis=1)) < LIMIT) > most(ALPHA)
+
+
+def test_the_number_of_blocks_that_would_do_does() -> None:
+    needed = blocks_needed(SPREAD, margin=MARGIN)
+    assert needed is not None
+    draws = np.random.default_rng(6).normal(0.0, SPREAD, (EXPERIMENTS, needed))
+    power = np.mean([compare(list(d), margin=MARGIN).equivalence_p <= ALPHA for d in draws])
+    assert 0.9 - (most(0.9) - 0.9) - 0.01 <= power <= 0.93  # the central t is an approximation
+
+
+def test_no_number_of_blocks_would_do() -> None:
+    assert blocks_needed(100.0, margin=1e-4) is None
+
+
+@pytest.mark.parametrize("values", [[0.1] * (MIN_BLOCKS - 1), [0.0] * 9 + [math.nan], [0.0] * 9 + [math.inf], []])
+def test_too_few_or_broken_values_are_refused(values: list[float]) -> None:
+    with pytest.raises(ParityError, match="finite differences"):
+        compare(values, margin=MARGIN)
+
+
+def test_values_without_spread_are_decided() -> None:
+    same, other = ([shift] * MIN_BLOCKS for shift in (0.0, 0.1))
+    found = decide({"same": compare(same, margin=MARGIN), "other": compare(other, margin=MARGIN)})
+    assert [found[name].verdict for name in found] == ["equivalent", "different"]
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_bootstrap_intervals_hold_the_quantile_at_their_rate(quantile: float) -> None:
+    truth, datasets = stats.norm.ppf(quantile), 60
+    draws = np.random.default_rng(7).normal(size=(datasets, 80))
+    intervals = [median_interval(list(data), quantile=quantile) for data in draws]
+    held = sum(low <= truth <= high for low, high in intervals)
+    assert held >= stats.binom.ppf(0.001, datasets, 0.93)  # of a quantile, BCa's 95 % are a little fewer
+    assert max(high - low for low, high in intervals) < 1.5
+
+
+def test_a_bootstrap_interval_of_equal_values_is_that_value() -> None:
+    assert median_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
