@@ -35,18 +35,25 @@ UNEVEN: dict[str, Any] = {
     "target_modules": LINEAR,
     "r": 4,
     "lora_alpha": 12,
-    "rank_pattern": {"k_proj": 1, "layers.1.mlp.down_proj": 7},
+    "rank_pattern": {"k_proj": 1, "layers.1.mlp.down_proj": 8},
     "alpha_pattern": {"q_proj": 5},
 }
 """LoRA on every linear layer, with three ranks and several scalings."""
 
-OTHER: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "r": 9, "lora_alpha": 6, "use_rslora": True}
+OTHER: dict[str, Any] = {
+    "target_modules": ["q_proj", "down_proj"],
+    "r": 9,
+    "lora_alpha": 6,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": True,
+}
 """Other targets, rank and scaling."""
 
 LLAMA = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 48,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
@@ -69,9 +76,10 @@ def tiny_lora(base: Path, folder: Path, **lora: Any) -> Any:
     return model
 
 
-def llama_checkpoint(folder: Path, **lora: Any) -> Made:
+def llama_checkpoint(folder: Path, *, base_options: Mapping[str, Any] | None = None, **lora: Any) -> Made:
     """A LoRA-Over checkpoint of a Llama that the builder takes."""
-    return make_checkpoint(folder, tokenizer=True, base_options=LLAMA, **(UNEVEN | lora))
+    options = LLAMA | dict(base_options or {})
+    return make_checkpoint(folder, tokenizer=True, base_options=options, **(UNEVEN | lora))
 
 
 def export(sources: Sources, output: Path, *options: str, quick: bool = True) -> int:

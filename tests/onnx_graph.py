@@ -39,10 +39,11 @@ class Feed:
     steps: Sequence[int] = (LENGTH,)
     padding: Literal["none", "left", "right"] = "none"
     pads: Sequence[int] = (0, 3, 1, 5)
+    seed: int = 0
 
     @property
     def ids(self) -> Tensor:
-        return torch.randint(3, 64, (self.rows, LENGTH), generator=torch.Generator().manual_seed(self.rows))
+        return torch.randint(3, 64, (self.rows, LENGTH), generator=torch.Generator().manual_seed(self.seed))
 
     @property
     def mask(self) -> Tensor:

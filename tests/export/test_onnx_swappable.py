@@ -54,8 +54,8 @@ def swappable(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def parameters(file: Path) -> dict[str, Array]:
     """What an adapter's file holds, by input of the graph."""
-    found = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
-    return {name: value.numpy() for name, value in found.items()}
+    adapter = ort.AdapterFormat.read_adapter(str(file))  # owns what its values show
+    return {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}
 
 
 def expected_parameters(made: Made) -> dict[str, Array]:

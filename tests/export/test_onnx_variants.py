@@ -104,6 +104,12 @@ def test_fp16(half: Exports) -> None:
         assert worst_error(half.merged, base, ["batch"])["batch"] > 10 * allowed
 
 
+def test_fp16_with_norms_of_queries_and_keys(tmp_path: Path) -> None:
+    exports = make_exports("Qwen3", tmp_path, "--precision", "fp16")
+    errors = worst_error(exports.merged, exports.models["first"])
+    assert max(errors.values()) <= 2048, errors
+
+
 def test_fp16_decodes(half: Exports) -> None:
     """Its graph is laid out for CUDA, and runs on the CPU."""
     expected = torch_tokens(half.models["first"], PROMPT, TOKENS)

@@ -35,8 +35,9 @@ def build_decoder(
     Raises:
         ExportError: the builder does not know the architecture, or fails.
     """
-    # A KV cache as short as the window fails at run time once a text outgrows it (onnxruntime-genai 0.18).
-    options = ["windowed_kv_cache=false"]
+    # A KV cache as short as the window fails at run time once a text outgrows it; norms of queries and keys within the
+    # attention run on CUDA only, where the checks may not run (onnxruntime-genai 0.18, ONNX Runtime 1.32).
+    options = ["windowed_kv_cache=false", "fuse_qk_norm_gqa=false"]
     if adapter is not None:
         options.append(f"adapter_path={adapter}")
     if full_precision_nodes:

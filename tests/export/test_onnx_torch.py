@@ -1,0 +1,300 @@
+"""Graphs by torch's exporter, in plain ONNX Runtime: T5 with its caches, BERT classifiers, GPT-2 without a cache."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from make_checkpoint import edit_json, edit_tensors, save_tokenizer
+from onnx_export import export, exported, read_report
+from onnx_graph import FEEDS, UNIT, Feed, Graph, fp32_tolerance
+from tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
+
+SHAPES = ("one row", "batch", "padded on the left", "one real token", "padded on the right")
+T5_TARGETS = ["q", "k", "v", "o", "wi", "wo"]
+TOKENS = 10
+
+
+def save_base(folder: Path, model: Any) -> Path:
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def lora(base: Path, auto: Any, folder: Path, **options: Any) -> Any:
+    """An adapter with B, and other trained parameters, not as they started; returns PEFT's model in eval mode."""
+    settings = {"r": 4, "lora_alpha": 6} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.get("r", 4))
+        model = get_peft_model(auto.from_pretrained(base), LoraConfig(**settings))
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+    fill_b(model, seed=2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+# T5: an encoder with the cross-attention's keys and values, and a decoder with a cache
+
+
+class T5Graphs:
+    """Both graphs, run with nothing of ours."""
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        files = (None, None) if name is None else (folder / f"{name}.{part}.onnx_adapter" for part in PARTS)
+        self.encoder, self.decoder = (
+            Graph(folder / f"{part}.onnx", adapter) for part, adapter in zip(PARTS, files, strict=True)
+        )
+
+    def logits(self, ids: Tensor, mask: Tensor, steps: Sequence[Tensor]) -> Tensor:
+        """The decoder's logits of all steps' tokens, each step's cache handed to the next."""
+        cross = self.encoder.run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        cache, found = self.decoder.empty_cache(len(ids), 8), []
+        for step in steps:
+            feed = {"decoder_input_ids": step.numpy(), "attention_mask": mask.numpy()}
+            outputs = self.decoder.run(feed | cross | cache)
+            cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+            found.append(torch.from_numpy(outputs["logits"]))
+        return torch.cat(found, dim=1)
+
+    def greedy(self, ids: Tensor, mask: Tensor) -> Tensor:
+        tokens = torch.zeros(len(ids), 1, dtype=torch.int64)
+        for _ in range(TOKENS):
+            steps = [tokens[:, k : k + 1] for k in range(tokens.shape[1])]
+            tokens = torch.cat([tokens, self.logits(ids, mask, steps)[:, -1:].argmax(-1)], dim=1)
+        return tokens
+
+
+PARTS = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class T5:
+    folder: Path
+    models: dict[str, Any]
+
+    @contextmanager
+    def model(self, name: str | None) -> Iterator[Any]:
+        if name is not None:
+            yield self.models[name]
+            return
+        with self.models["first"].disable_adapter():
+            yield self.models["first"]
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> T5:
+    folder = tmp_path_factory.mktemp("t5")
+    base = save_base(folder / "base", tiny_t5())
+    auto, task = transformers.AutoModelForSeq2SeqLM, {"task_type": "SEQ_2_SEQ_LM"}
+    patterns = {"rank_pattern": {"q": 2}, "alpha_pattern": {"wo": 3}}
+    models = {
+        "first": lora(base, auto, folder / "first", target_modules=T5_TARGETS, **patterns, **task),
+        "second": lora(base, auto, folder / "second", target_modules=["q", "v"], r=7, **task),
+    }
+    exported("T5", folder / "first", folder / "merged", "--mode", "merged")
+    exported("T5", [folder / "first", folder / "second"], folder / "swappable", "--mode", "swappable")
+    return T5(folder, models)
+
+
+@torch.no_grad()
+def t5_worst(graphs: T5Graphs, model: Any) -> dict[str, float]:
+    """Largest difference to PyTorch of each feed and way to decode, in tolerances."""
+    worst = {}
+    for name in SHAPES:
+        ids, mask = FEEDS[name].ids, FEEDS[name].mask
+        expected = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids, use_cache=False).logits
+        singly = [ids[:, k : k + 1] for k in range(ids.shape[1])]
+        for way, steps in {"at once": [ids], "3 and 9": [ids[:, :3], ids[:, 3:]], "singly": singly}.items():
+            error = float((graphs.logits(ids, mask, steps) - expected).abs().max())
+            worst[f"{name}, {way}"] = error / fp32_tolerance(expected)
+    return worst
+
+
+@pytest.mark.parametrize("name", ["first", "second", None])
+def test_t5_swappable(t5: T5, name: str | None) -> None:
+    with t5.model(name) as model:
+        errors = t5_worst(T5Graphs(t5.folder / "swappable", name), model)
+    assert max(errors.values()) <= 1, errors
+
+
+def test_t5_merged(t5: T5) -> None:
+    errors = t5_worst(T5Graphs(t5.folder / "merged"), t5.models["first"])
+    assert max(errors.values()) <= 1, errors
+    with t5.model(None) as base:
+        assert min(t5_worst(T5Graphs(t5.folder / "merged"), base).values()) > 1000
+
+
+@pytest.mark.parametrize("feed", ["one row", "padded on the left", "padded on the right"])
+@pytest.mark.parametrize("name", ["first", None])
+def test_t5_decodes_greedily_as_transformers_does(t5: T5, name: str | None, feed: str) -> None:
+    ids, mask = FEEDS[feed].ids, FEEDS[feed].mask
+    with t5.model(name) as model:
+        expected = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1
+        )
+    assert torch.equal(T5Graphs(t5.folder / "swappable", name).greedy(ids, mask), expected)
+    if name is not None:
+        assert torch.equal(T5Graphs(t5.folder / "merged").greedy(ids, mask), expected)
+
+
+def test_t5_files(t5: T5) -> None:
+    """Two graphs with their weights, and two files of each adapter."""
+    found = {path.name for path in (t5.folder / "swappable").iterdir()}
+    adapters = {f"{name}.{part}.onnx_adapter" for name in ("first", "second") for part in PARTS}
+    assert {path for path in found if path.endswith(".onnx_adapter")} == adapters
+    assert {"encoder.onnx", "decoder.onnx", "config.json", "generation_config.json", "tokenizer.json"} <= found
+    report = read_report(t5.folder / "swappable")
+    assert all(check.greedy is not None and check.greedy.first_difference is None for check in report.checks)
+    assert [check.adapter_effect > 1e4 * check.bound for check in report.checks] == [False, True, True]
+
+
+def test_t5_takes_no_int4(t5: T5, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(t5.folder / "first", tmp_path / "out", "--mode", "merged", "--precision", "int4") == 2
+    assert "T5ForConditionalGeneration takes fp32 or fp16" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# BERT
+
+
+def scores(graph: Graph, feed: Feed) -> Tensor:
+    return torch.from_numpy(
+        graph.run({"input_ids": feed.ids.numpy(), "attention_mask": feed.mask.numpy()})["logits"]
+    ).float()
+
+
+@torch.no_grad()
+def errors(graph: Graph, model: Any) -> dict[str, float]:
+    worst = {}
+    for name in SHAPES:
+        feed = FEEDS[name]
+        expected = model(input_ids=feed.ids, attention_mask=feed.mask).logits
+        found = scores(graph, feed)
+        assert found.shape == expected.shape
+        if expected.ndim == 3:
+            expected, found = feed.real(expected), feed.real(found)
+        worst[name] = float((found - expected).abs().max()) / fp32_tolerance(expected)
+    return worst
+
+
+@dataclass(frozen=True)
+class Bert:
+    """`whole` has a classifier of its own; `plain` is the same adapter without it, which PEFT loads for no task."""
+
+    folder: Path
+    whole: Any
+    plain: Any
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Bert:
+    folder = tmp_path_factory.mktemp("bert")
+    base = save_base(folder / "base", tiny_bert(num_labels=3))
+    auto = transformers.AutoModelForSequenceClassification
+    options = {"target_modules": ["query", "value", "dense"], "alpha_pattern": {"query": 11}, "task_type": "SEQ_CLS"}
+    whole = lora(base, auto, folder / "whole", **options)
+    assert any("classifier" in name for name, p in whole.named_parameters() if p.requires_grad)
+    whole.save_pretrained(folder / "plain")
+    weights = folder / "plain" / "adapter_model.safetensors"
+    edit_tensors(weights, lambda found: [found.pop(key) for key in list(found) if "classifier" in key])
+    edit_json(folder / "plain" / "adapter_config.json", lambda config: config.update(modules_to_save=None))
+    shutil.copytree(folder / "plain", folder / "peft")
+    edit_json(folder / "peft" / "adapter_config.json", lambda config: config.update(task_type=None))
+    plain = PeftModel.from_pretrained(auto.from_pretrained(base), folder / "peft").eval()
+    return Bert(folder, whole, plain)
+
+
+def test_bert_merged_with_its_classifier(bert: Bert, tmp_path: Path) -> None:
+    report = exported("BERT", bert.folder / "whole", tmp_path / "out", "--mode", "merged")
+    found = errors(Graph(tmp_path / "out" / "model.onnx"), bert.whole)
+    assert max(found.values()) <= 1, found
+    assert min(errors(Graph(tmp_path / "out" / "model.onnx"), bert.plain).values()) > 1000
+    assert [check.greedy for check in report.checks] == [None]
+
+
+def test_bert_swappable(bert: Bert, tmp_path: Path) -> None:
+    exported("BERT", bert.folder / "plain", tmp_path / "out", "--mode", "swappable")
+    graph = tmp_path / "out" / "model.onnx"
+    found = errors(Graph(graph, tmp_path / "out" / "plain.onnx_adapter"), bert.plain)
+    assert max(found.values()) <= 1, found
+    with bert.plain.disable_adapter():
+        assert max(errors(Graph(graph), bert.plain).values()) <= 1
+        assert min(errors(Graph(graph, tmp_path / "out" / "plain.onnx_adapter"), bert.plain).values()) > 1000
+
+
+def test_bert_swappable_refuses_a_classifier_of_its_own(
+    bert: Bert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(bert.folder / "whole", tmp_path / "out", "--mode", "swappable") == 2
+    message = capsys.readouterr().err
+    assert "classifier" in message
+    assert "--mode merged" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bert_without_a_classifier_of_its_own(tmp_path: Path) -> None:
+    """The base model has no head, so that the adapter's decides how many labels there are."""
+    base = save_base(tmp_path / "base", tiny_bert().bert)
+    auto = transformers.AutoModelForSequenceClassification
+    model = get_peft_model(
+        auto.from_pretrained(base, num_labels=5), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    )
+    fill_b(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "out", "--mode", "merged") == 0
+    found = errors(Graph(tmp_path / "out" / "model.onnx"), model.eval())
+    assert max(found.values()) <= 1, found
+
+
+# GPT-2, which onnxruntime-genai's builder does not know
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("gpt2")
+    base = save_base(folder / "base", tiny_gpt2())
+    auto, targets = transformers.AutoModelForCausalLM, ["c_attn", "c_proj", "c_fc"]
+    options = {"target_modules": targets, "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
+    return folder, lora(base, auto, folder / "adapter", rank_pattern={"c_fc": 2}, **options)
+
+
+def test_gpt2_has_no_graph_with_a_cache(
+    gpt2: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = gpt2
+    assert export(folder / "adapter", tmp_path / "out", "--mode", "merged") == 2
+    message = capsys.readouterr().err
+    assert "no decoder graph for GPT2LMHeadModel" in message
+    assert "--no-cache" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mode", "precision"), [("merged", "fp32"), ("swappable", "fp32"), ("swappable", "fp16")])
+def test_gpt2_without_a_cache(mode: str, precision: str, gpt2: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, model = gpt2
+    options = ("--mode", mode, "--precision", precision, "--no-cache")
+    report = exported("GPT-2", folder / "adapter", tmp_path / "out", *options)
+    assert not report.cache
+    adapter = tmp_path / "out" / "adapter.onnx_adapter"
+    allowed = 1 if precision == "fp32" else 8 * 2.0**-11 / (64 * UNIT)
+    found = errors(Graph(tmp_path / "out" / "model.onnx", adapter if mode == "swappable" else None), model)
+    assert max(found.values()) <= allowed, found
+    if mode == "swappable":
+        with model.disable_adapter():
+            assert max(errors(Graph(tmp_path / "out" / "model.onnx"), model).values()) <= allowed
+    inputs = Graph(tmp_path / "out" / "model.onnx").session.get_inputs()
+    assert [value.name for value in inputs] == ["input_ids", "attention_mask"]
+    assert {value.type for value in inputs} == {f"tensor({np.dtype(np.int64).name})"}
