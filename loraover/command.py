@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from loraover.errors import LoraOverError
+from loraover.errors import EngineError, LoraOverError
 
 # Which models a user trains is nobody else's business; read when huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -64,7 +64,8 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         error.show()
     elif isinstance(error, LoraOverError):
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        text = printable(str(error)) if not isinstance(error, EngineError) else _printable_lines(str(error))
+        print(f"error: {text}", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         print(f"error: this needs {error.name}: pip install 'loraover[{EXTRAS[error.name]}]'", file=sys.stderr)
     else:
@@ -75,6 +76,11 @@ def _explain(error: BaseException) -> int:
 def printable(text: str) -> str:
     """Text from files, without the power to move the cursor or colour the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _printable_lines(text: str) -> str:
+    """An engine's log, line by line."""
+    return "\n".join(map(printable, text.splitlines()))
 
 
 def entry_point(command: click.Command) -> Callable[[], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,9 @@ from loraover_serve.vllm_client import VllmClient
 
 POLL_S = 0.5
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
-LOG_SHOWN = 2000  # characters
+LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
+CPU_CACHE_GIB = 4  # for keys and values; vLLM's own default is most of the machine's memory
+_ERROR = re.compile(r"\w(Error|Exception): \S")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class VllmServerConfig:
     def variables(self) -> dict[str, str]:
         """The server's environment: no usage statistics leave the machine, and no hub is asked about a folder."""
         given = {"VLLM_NO_USAGE_STATS": "1"}
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            given["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_CACHE_GIB)
         if Path(self.model).is_dir():
             given["HF_HUB_OFFLINE"] = "1"
         if self.runtime_loading:
@@ -68,7 +73,12 @@ class VllmServerConfig:
 
 @contextmanager
 def serve_vllm(
-    config: VllmServerConfig, log: Path, *, executable: str = "vllm", startup_timeout_s: float = 600
+    config: VllmServerConfig,
+    log: Path,
+    *,
+    executable: str = "vllm",
+    port: int | None = None,
+    startup_timeout_s: float = 600,
 ) -> Iterator[VllmClient]:
     """Start vLLM, wait until the base model and every adapter have answered, and stop it after the block.
 
@@ -77,14 +87,15 @@ def serve_vllm(
     Args:
         log: file for everything that the server prints; kept.
         executable: the command `vllm`, of any environment.
+        port: None means a free one.
         startup_timeout_s: seconds until the first answers.
     Yields:
         A client of the running server.
     Raises:
-        EngineError: no such command, or a server that ends, refuses an adapter or stays silent; the
+        EngineError: a port in use, no such command, or a server that ends, refuses an adapter or stays silent; the
             message has the end of the log.
     """
-    port = _free_port()
+    port = _free_port(port or 0)
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
@@ -121,9 +132,14 @@ def _await_answers(
             raise EngineError(f"vllm serve is up, but {name!r} does not answer: {error} {_end_of(log)}") from error
 
 
-def _free_port() -> int:
+def _free_port(wanted: int) -> int:
+    """The wanted port, or any where that is 0."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise EngineError(f"port {wanted} cannot be used: {error.strerror}; choose another.") from error
         port: int = probe.getsockname()[1]
         return port
 
@@ -143,5 +159,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_of(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")[-LOG_SHOWN:].strip()
-    return f"the end of {log}:\n{text}"
+    """The end of the log, after the first error in it: what vLLM prints last is seldom the cause."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    first = next((line for line in lines if _ERROR.search(line)), None)
+    end = [line for line in lines[-LOG_LINES:] if line.strip()]
+    shown = end if first is None or first in end else [first, "...", *end]
+    return "\n".join([f"the end of {log}:", *(line[-LINE_SHOWN:] for line in shown)])
