@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -14,65 +13,11 @@ from loraover.errors import EngineError
 from loraover_serve import vllm_server
 from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
 
-STAND_IN = '''#!{python}
-"""Answers as vLLM does; {mode}."""
-import json, os, signal, subprocess, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-MODE, FOLDER = "{mode}", "{folder}"
-print("words:", json.dumps(sys.argv[1:]), flush=True)
-if MODE == "ends":
-    sys.exit("no memory for the cache")
-if MODE == "silent":
-    time.sleep(600)
-child = subprocess.Popen(["sleep", "600"])
-if MODE == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with open(FOLDER + "/pids", "w") as file:
-    print(os.getpid(), child.pid, file=file)
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.reply(200, {{"data": [{{"id": "base"}}]}})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if MODE == "fails late" or (MODE == "fails on b" and body["model"] == "b"):
-            return self.reply(500, {{"error": "head_dim 8 is not supported"}})
-        if MODE == "hangs up" and self.path == "/v1/load_lora_adapter":
-            return
-        choice = {{"index": 0, "text": "x", "token_ids": [7], "logprobs": {{"token_logprobs": [-0.5]}}}}
-        self.reply(200, {{"choices": [choice]}})
-
-    def reply(self, code, content):
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
-
-    def log_message(self, *args):
-        pass
-
-
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
-'''
-
-
-def stand_in(folder: Path, mode: str) -> str:
-    path = folder / "vllm"
-    path.write_text(STAND_IN.format(python=sys.executable, mode=mode, folder=folder))
-    path.chmod(0o755)
-    return str(path)
+from vllm_stand_in import assert_stopped, stand_in
 
 
 def config(folder: Path) -> VllmServerConfig:
     return VllmServerConfig("base", adapters={"a": folder / "one two", "b": folder / "b"}, max_lora_rank=8, max_loras=2)
-
-
-def assert_stopped(folder: Path) -> None:
-    for pid in map(int, (folder / "pids").read_text().split()):
-        status = Path(f"/proc/{pid}/status")
-        assert not status.exists() or "State:\tZ" in status.read_text(), f"{pid} still runs"
 
 
 def test_a_server_answers_and_is_stopped_with_its_children(tmp_path: Path) -> None:
