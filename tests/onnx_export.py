@@ -170,6 +170,7 @@ def forked_run(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subp
         ended = child.end()
     except BaseException:
         os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
         raise
     return subprocess.CompletedProcess(command, ended.code, "", ended.output)
 

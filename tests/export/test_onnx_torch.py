@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ def save_base(folder: Path, model: Any) -> Path:
     return folder
 
 
-def lora(base: Path, auto: Any, folder: Path, **options: Any) -> Any:
+def lora(base: Path, load: Callable[[Path], Any], folder: Path, **options: Any) -> Any:
     """An adapter with B, and other trained parameters, not as they started; returns PEFT's model in eval mode."""
     settings = {"r": 4, "lora_alpha": 6} | options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.get("r", 4))
-        model = get_peft_model(auto.from_pretrained(base), LoraConfig(**settings))
+        model = get_peft_model(load(base), LoraConfig(**settings))
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter.data += 0.1 * torch.randn(parameter.shape)
@@ -98,11 +99,11 @@ class T5:
 def t5(tmp_path_factory: pytest.TempPathFactory) -> T5:
     folder = tmp_path_factory.mktemp("t5")
     base = save_base(folder / "base", tiny_t5())
-    auto, task = transformers.AutoModelForSeq2SeqLM, {"task_type": "SEQ_2_SEQ_LM"}
+    load, task = transformers.AutoModelForSeq2SeqLM.from_pretrained, {"task_type": "SEQ_2_SEQ_LM"}
     patterns = {"rank_pattern": {"q": 2}, "alpha_pattern": {"wo": 3}}
     models = {
-        "first": lora(base, auto, folder / "first", target_modules=T5_TARGETS, **patterns, **task),
-        "second": lora(base, auto, folder / "second", target_modules=["q", "v"], r=7, **task),
+        "first": lora(base, load, folder / "first", target_modules=T5_TARGETS, **patterns, **task),
+        "second": lora(base, load, folder / "second", target_modules=["q", "v"], r=7, **task),
     }
     exported("T5", folder / "first", folder / "merged", "--mode", "merged")
     exported("T5", [folder / "first", folder / "second"], folder / "swappable", "--mode", "swappable")
@@ -158,7 +159,7 @@ def test_t5_files(t5: T5) -> None:
     assert {"encoder.onnx", "decoder.onnx", "config.json", "generation_config.json", "tokenizer.json"} <= found
     report = read_report(t5.folder / "swappable")
     assert all(check.greedy is not None and check.greedy.first_difference is None for check in report.checks)
-    assert [check.adapter_effect > 1e4 * check.bound for check in report.checks] == [False, True, True]
+    assert [check.adapter_effect > 1e3 * check.bound for check in report.checks] == [False, True, True]
 
 
 def test_t5_takes_no_int4(t5: T5, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +193,7 @@ def errors(graph: Graph, model: Any) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Bert:
-    """`whole` has a classifier of its own; `plain` is the same adapter without it, which PEFT loads for no task."""
+    """`whole` has a classifier, its base model has none; with `plain` it is the other way round."""
 
     folder: Path
     whole: Any
@@ -202,16 +203,17 @@ class Bert:
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Bert:
     folder = tmp_path_factory.mktemp("bert")
-    base = save_base(folder / "base", tiny_bert(num_labels=3))
     auto = transformers.AutoModelForSequenceClassification
     options = {"target_modules": ["query", "value", "dense"], "alpha_pattern": {"query": 11}, "task_type": "SEQ_CLS"}
-    whole = lora(base, auto, folder / "whole", **options)
+    headless = save_base(folder / "headless", tiny_bert().bert)
+    whole = lora(headless, partial(auto.from_pretrained, num_labels=3), folder / "whole", **options)
     assert any("classifier" in name for name, p in whole.named_parameters() if p.requires_grad)
-    whole.save_pretrained(folder / "plain")
+    base = save_base(folder / "base", tiny_bert(num_labels=3))
+    lora(base, auto.from_pretrained, folder / "plain", **options)
     weights = folder / "plain" / "adapter_model.safetensors"
     edit_tensors(weights, lambda found: [found.pop(key) for key in list(found) if "classifier" in key])
     edit_json(folder / "plain" / "adapter_config.json", lambda config: config.update(modules_to_save=None))
-    shutil.copytree(folder / "plain", folder / "peft")
+    shutil.copytree(folder / "plain", folder / "peft")  # PEFT asks for a classifier where the task is SEQ_CLS
     edit_json(folder / "peft" / "adapter_config.json", lambda config: config.update(task_type=None))
     plain = PeftModel.from_pretrained(auto.from_pretrained(base), folder / "peft").eval()
     return Bert(folder, whole, plain)
@@ -245,20 +247,6 @@ def test_bert_swappable_refuses_a_classifier_of_its_own(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bert_without_a_classifier_of_its_own(tmp_path: Path) -> None:
-    """The base model has no head, so that the adapter's decides how many labels there are."""
-    base = save_base(tmp_path / "base", tiny_bert().bert)
-    auto = transformers.AutoModelForSequenceClassification
-    model = get_peft_model(
-        auto.from_pretrained(base, num_labels=5), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
-    )
-    fill_b(model)
-    model.save_pretrained(tmp_path / "adapter")
-    assert export(tmp_path / "adapter", tmp_path / "out", "--mode", "merged") == 0
-    found = errors(Graph(tmp_path / "out" / "model.onnx"), model.eval())
-    assert max(found.values()) <= 1, found
-
-
 # GPT-2, which onnxruntime-genai's builder does not know
 
 
@@ -266,9 +254,9 @@ def test_bert_without_a_classifier_of_its_own(tmp_path: Path) -> None:
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("gpt2")
     base = save_base(folder / "base", tiny_gpt2())
-    auto, targets = transformers.AutoModelForCausalLM, ["c_attn", "c_proj", "c_fc"]
+    load, targets = transformers.AutoModelForCausalLM.from_pretrained, ["c_attn", "c_proj", "c_fc"]
     options = {"target_modules": targets, "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
-    return folder, lora(base, auto, folder / "adapter", rank_pattern={"c_fc": 2}, **options)
+    return folder, lora(base, load, folder / "adapter", rank_pattern={"c_fc": 2}, **options)
 
 
 def test_gpt2_has_no_graph_with_a_cache(
@@ -282,7 +270,7 @@ def test_gpt2_has_no_graph_with_a_cache(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("mode", "precision"), [("merged", "fp32"), ("swappable", "fp32"), ("swappable", "fp16")])
+@pytest.mark.parametrize(("mode", "precision"), [("merged", "fp16"), ("swappable", "fp32")])
 def test_gpt2_without_a_cache(mode: str, precision: str, gpt2: tuple[Path, Any], tmp_path: Path) -> None:
     folder, model = gpt2
     options = ("--mode", mode, "--precision", precision, "--no-cache")
