@@ -159,6 +159,21 @@ def make_exports(family: str, folder: Path, *options: str, lora: Mapping[str, An
     return Exports(folder, models)
 
 
+@dataclass(frozen=True)
+class OnnxMade:
+    """A base model, adapters `first` and `second` of it, and a graph of `second`, whose targets are fewer."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / "graph"
+
+
 def read_report(output: Path) -> OnnxReport:
     return OnnxReport.model_validate_json((output / "onnx_report.json").read_bytes())
 

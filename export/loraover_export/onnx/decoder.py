@@ -10,8 +10,9 @@ from typing import Any
 import onnx
 import onnxruntime_genai as og
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from loraover.errors import ExportError
 from loraover_export.onnx import genai
 from loraover_export.onnx.kind import Case, Kind, Plan, Run, greedy
 from loraover_export.onnx.padding import accept_left_padding
@@ -25,6 +26,7 @@ class Decoder(Kind):
     graphs = (genai.GRAPH_FILE,)
 
     def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
+        _check_widths(model)
         base = work / "model"
         model.save_pretrained(base)
         _say_which_layers_slide(base / "config.json")
@@ -107,6 +109,22 @@ class Decoder(Kind):
 
     def generate_reference(self, model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
         return greedy(model, prompt, tokens)
+
+
+def _check_widths(model: Any) -> None:
+    """The builder (onnxruntime-genai 0.18) takes every linear layer with as many rows as tokens for the head.
+
+    Raises:
+        ExportError: a layer other than the head has as many.
+    """
+    head = model.get_output_embeddings()
+    rows = model.config.vocab_size
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and module.out_features == rows:
+            raise ExportError(
+                f"{name} has as many rows as the vocabulary, {rows}, and onnxruntime-genai's builder would take it for "
+                "the head; --no-cache exports a graph without a KV cache."
+            )
 
 
 def _say_which_layers_slide(config_file: Path) -> None:

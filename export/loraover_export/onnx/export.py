@@ -112,7 +112,7 @@ class Export:
         """Put the graphs and adapters into the draft; also what an int4 graph makes of the base model."""
         request = self.request
         if request.graph is not None:
-            return self._write_adapters(read_layout(request.graph)), None
+            return self._write_adapters(read_layout(request.graph, self.kind.graphs)), None
         if request.mode == "swappable":
             every = {delta.module: delta for deltas in self.deltas.values() for delta in deltas}
             rank = max(delta.rank for delta in every.values())
@@ -199,6 +199,8 @@ def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxReque
         ExportError: a graph of another base model.
     """
     exported = read_json(graph / REPORT_FILE, OnnxReport)
+    if exported.mode != "swappable":
+        raise ExportError(f"{graph} is a {exported.mode} export; adapters join a swappable one.")
     if exported.base_model != inputs.base.name:
         raise ExportError(
             f"{graph} is a graph of {exported.base_model}, but the adapters belong to {inputs.base.name}; export a "

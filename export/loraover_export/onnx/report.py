@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_export.certificate import MatrixCertificate
@@ -68,11 +70,11 @@ class OnnxReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
-    verdict: str = Field(description="passed, failed or not checked")
-    mode: str
-    precision: str
-    device: str
+    schema_version: Literal[1] = 1
+    verdict: Literal["passed", "failed", "not checked"]
+    mode: Literal["merged", "swappable"]
+    precision: Literal["fp32", "fp16", "int4"]
+    device: Literal["cpu", "cuda"]
     cache: bool
     checked_on: str = Field(description="cpu or cuda: where ONNX Runtime ran the checks")
     base_model: str

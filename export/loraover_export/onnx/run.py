@@ -60,7 +60,7 @@ def _check_output(request: OnnxRequest) -> None:
 
 
 def _card(request: OnnxRequest, report: OnnxReport) -> str:
-    facts = {"mode": report.mode, "precision": report.precision, "verdict": report.verdict}
+    facts: dict[str, str] = {"mode": report.mode, "precision": report.precision, "verdict": report.verdict}
     facts |= {f"adapter {name}": source for name, source in report.adapters.items()}
     for check in report.checks:
         facts[f"max logit error, {check.adapter or 'no adapter'}"] = f"{check.error:.2e}, allowed {check.bound:.2e}"

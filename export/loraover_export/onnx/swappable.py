@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, read_json, site_key
-from loraover.errors import ExportError
+from loraover.errors import CheckpointError, ExportError
 from loraover.tensor_file import save_tensors
 from loraover_export.certificate import MatrixCertificate
 from loraover_export.delta import Delta
@@ -41,19 +41,27 @@ class Layout(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     base_model: str
-    dtype: str = Field(description="fp32 or fp16, of the LoRA inputs")
+    dtype: Literal["fp32", "fp16"] = Field(description="of the LoRA inputs")
     places: dict[str, Place] = Field(min_length=1)
 
 
-def read_layout(folder: Path) -> Layout:
-    """The LoRA inputs of an exported graph.
+def read_layout(folder: Path, graphs: Sequence[str]) -> Layout:
+    """The LoRA inputs of exported graphs.
 
+    Args:
+        graphs: file names.
     Raises:
-        CheckpointError: no swappable graph there.
+        CheckpointError: no swappable graphs there, or inputs of others.
     """
-    return read_json(folder / LAYOUT_FILE, Layout)
+    layout = read_json(folder / LAYOUT_FILE, Layout)
+    for site, place in layout.places.items():
+        if place.graph not in graphs:
+            raise CheckpointError(
+                f"{folder / LAYOUT_FILE}: places.{site}.graph is {place.graph!r}, expected {' or '.join(graphs)}."
+            )
+    return layout
 
 
 def markers(deltas: Iterable[Delta], rank: int) -> dict[str, Tensor]:

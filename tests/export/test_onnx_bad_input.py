@@ -1,0 +1,214 @@
+"""An ONNX export that cannot be done ends in one message and exit code 2, with nothing written or overwritten."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from make_checkpoint import edit_json, edit_tensors, save_tokenizer
+from onnx_export import OnnxMade, export, tiny_base, tiny_lora
+from plain_adapter import write_adapter
+from tiny_models import tiny_bert, tiny_gpt2
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+MODULE = "model.layers.0.self_attn.q_proj"
+Q_A, Q_B = (f"base_model.model.{MODULE}.lora_{matrix}.weight" for matrix in "AB")
+MODES = ("merged", "swappable")
+SWAPPABLE = ("--mode", "swappable")
+MERGED = ("--mode", "merged")
+
+Damage = Callable[[Path], object]
+Refused = Callable[..., str]
+
+
+# Base models
+
+
+def narrower(folder: Path) -> Path:
+    return tiny_base(folder, "Llama", hidden_size=96)
+
+
+def shorter(folder: Path) -> Path:
+    return tiny_base(folder, "Llama", num_hidden_layers=1)
+
+
+def gpt2(folder: Path) -> Path:
+    tiny_gpt2().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("other", [narrower, shorter, gpt2])
+@pytest.mark.parametrize("mode", MODES)
+def test_another_base_model_is_named(
+    mode: str,
+    other: Callable[[Path], Path],
+    made: OnnxMade,
+    source: Path,
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    base = other(tmp_path / "base")
+    refused(
+        source,
+        "--mode",
+        mode,
+        "--base",
+        str(base),
+        named=(str(source), "layers.", str(made.base), "--base"),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_base_model_without_a_tokenizer_is_named(
+    mode: str, made: OnnxMade, source: Path, tmp_path: Path, refused: Refused
+) -> None:
+    base = shutil.copytree(made.base, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
+    refused(source, "--mode", mode, "--base", str(base), named=(str(base), "no tokenizer"))
+
+
+@pytest.mark.parametrize("name", ["/absent/model", "absent", "a/b/c"])
+def test_a_base_model_that_is_nowhere_is_named(name: str, source: Path, refused: Refused) -> None:
+    refused(source, *MERGED, "--base", name, named=(repr(name),))
+
+
+def test_an_adapter_that_names_no_base_model_asks_for_one(source: Path, refused: Refused) -> None:
+    edit_json(source / CONFIG, lambda config: config.update(base_model_name_or_path=None))
+    refused(source, *MERGED, named=(str(source), "--base"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_width_like_the_vocabularys_is_refused(mode: str, tmp_path: Path, refused: Refused) -> None:
+    """onnxruntime-genai's builder would take such a layer for the head, without a word."""
+    base = tiny_base(tmp_path / "base", "Llama", vocab_size=96)
+    tiny_lora(base, tmp_path / "adapter")
+    refused(tmp_path / "adapter", "--mode", mode, "--no-check", named=("mlp.gate_proj", "96", "--no-cache"))
+
+
+# Options and names
+
+
+def test_merged_takes_one_source(made: OnnxMade, source: Path, refused: Refused) -> None:
+    refused([source, made.folder / "second"], *MERGED, named=("--mode merged takes one SOURCE, found 2",))
+
+
+def test_a_graph_goes_with_swappable(source: Path, graph: Path, refused: Refused) -> None:
+    refused(source, *MERGED, "--graph", str(graph), named=("--graph", "--mode swappable"))
+
+
+def test_names_are_as_many_as_sources(source: Path, refused: Refused) -> None:
+    refused(source, *SWAPPABLE, "--name", "a", "--name", "b", named=("--name is given 2 times for 1 sources",))
+
+
+def test_two_sources_of_one_name_ask_for_names(made: OnnxMade, source: Path, refused: Refused) -> None:
+    refused([source, made.folder / "first"], *SWAPPABLE, named=("'first'", "--name"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "/etc/name", "a b", "-a", "ä", "a" * 101, "a\n", "a\x1b[31m"])
+def test_a_name_that_is_no_file_name_is_refused(name: str, source: Path, refused: Refused) -> None:
+    refused(source, *SWAPPABLE, "--name", name, named=("--name", "is no name for an adapter's file"))
+
+
+def test_a_folder_with_spaces_needs_a_name(source: Path, tmp_path: Path, refused: Refused) -> None:
+    folder = source.rename(tmp_path / "my first adapter")
+    refused(folder, *SWAPPABLE, named=("'my first adapter'", "--name"))
+    assert export(folder, tmp_path / "out", *SWAPPABLE, "--no-check", "--name", "mine") == 0
+    assert (tmp_path / "out" / "mine.onnx_adapter").is_file()
+
+
+def test_a_folder_through_a_link_has_its_own_name(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "my link").symlink_to(source)
+    assert export(tmp_path / "my link", tmp_path / "out", *SWAPPABLE, "--no-check") == 0
+    assert (tmp_path / "out" / "first.onnx_adapter").is_file()
+
+
+def test_sources_of_other_models_or_tasks_are_refused(
+    made: OnnxMade, source: Path, tmp_path: Path, refused: Refused
+) -> None:
+    edit_json(source / CONFIG, lambda config: config.update(base_model_name_or_path="/another/model"))
+    refused([source, made.folder / "second"], *SWAPPABLE, named=("/another/model", str(made.base)))
+    edit_json(source / CONFIG, lambda c: c.update(base_model_name_or_path=str(made.base), task_type="SEQ_CLS"))
+    refused([source, made.folder / "second"], *SWAPPABLE, named=("SEQ_CLS", "CAUSAL_LM"))
+
+
+def test_another_task_is_named(source: Path, refused: Refused) -> None:
+    edit_json(source / CONFIG, lambda config: config.update(task_type="QUESTION_ANS"))
+    refused(source, *MERGED, named=("'QUESTION_ANS'", "CAUSAL_LM"))
+
+
+def test_a_classifier_takes_no_int4(tmp_path: Path, refused: Refused) -> None:
+    tiny_bert(num_labels=3).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    matrices = {"bert.encoder.layer.0.attention.self.query": (torch.ones(2, 32), torch.ones(32, 2))}
+    config = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(tmp_path / "base")}
+    adapter = write_adapter(tmp_path / "adapter", matrices, **config)
+    refused(adapter, *MERGED, "--precision", "int4", named=("BertForSequenceClassification", "fp32 or fp16"))
+
+
+# Files of the adapter
+
+
+def changed(change: Callable[[dict[str, Tensor]], object]) -> Damage:
+    return lambda folder: edit_tensors(folder / TENSORS, change)
+
+
+def cut(folder: Path) -> None:
+    content = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(content[: len(content) // 2])
+
+
+WRONG_ADAPTERS: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "cut off": (cut, (TENSORS,)),
+    "empty": (lambda folder: (folder / TENSORS).write_bytes(b""), (TENSORS,)),
+    "no tensors": (lambda folder: (folder / TENSORS).unlink(), (TENSORS, "no such file")),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), (CONFIG, "no such file")),
+    "config cut off": (lambda folder: (folder / CONFIG).write_text('{"peft_type": "LORA"'), (CONFIG,)),
+    "A with NaN": (changed(lambda found: found[Q_A][1].fill_(float("nan"))), (TENSORS, Q_A, "NaN")),
+    "B with infinity": (changed(lambda found: found[Q_B][1].fill_(float("inf"))), (TENSORS, Q_B, "infinity")),
+    "A without B": (changed(lambda found: found.pop(Q_B)), (TENSORS, Q_A, "no B beside it")),
+    "a bias of a LoRA": (
+        changed(lambda found: found.update({Q_B.replace("weight", "bias"): torch.ones(64)})),
+        (TENSORS, "lora_B.bias"),
+    ),
+    "a tensor of nothing": (
+        changed(lambda found: found.update({"base_model.model.nothing.weight": torch.ones(2)})),
+        (TENSORS, "nothing.weight"),
+    ),
+    "a module listed twice": (
+        changed(
+            lambda found: found.update(
+                {
+                    f"base_model.model.{MODULE}.lora_embedding_A": torch.ones(4, 64),
+                    f"base_model.model.{MODULE}.lora_embedding_B": torch.ones(64, 4),
+                }
+            )
+        ),
+        (TENSORS, MODULE, "listed twice"),
+    ),
+    "DoRA": (lambda folder: edit_json(folder / CONFIG, lambda config: config.update(use_dora=True)), ("use_dora",)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ADAPTERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wrong_adapter_is_named(mode: str, case: str, source: Path, refused: Refused) -> None:
+    damage, named = WRONG_ADAPTERS[case]
+    damage(source)
+    refused(source, "--mode", mode, named=(str(source), *named))
+
+
+def test_swappable_takes_no_embedding(made: OnnxMade, tmp_path: Path, refused: Refused) -> None:
+    tiny_lora(made.base, tmp_path / "a", target_modules=["embed_tokens", "q_proj"])
+    message = refused(tmp_path / "a", *SWAPPABLE)
+    assert "embed_tokens" in message
+    assert "--mode merged" in message
+
+
+def test_swappable_takes_no_other_parameters(made: OnnxMade, tmp_path: Path, refused: Refused) -> None:
+    tiny_lora(made.base, tmp_path / "a", modules_to_save=["norm"])
+    refused(tmp_path / "a", *SWAPPABLE, named=("norm.weight", "--mode merged"))

@@ -1,0 +1,213 @@
+"""Graphs exported earlier that do not fit, and outputs that cannot be: refused, with nothing written or overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraover.adapter_dir import MAX_JSON_BYTES
+
+from make_checkpoint import edit_json
+from onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
+from plain_adapter import write_adapter
+
+MODULE = "model.layers.0.self_attn.q_proj"
+MERGED, SWAPPABLE = ("--mode", "merged"), ("--mode", "swappable")
+Refused = Callable[..., str]
+
+
+# Graphs exported earlier
+
+
+def test_a_graph_of_other_targets_is_named(source: Path, graph: Path, refused: Refused) -> None:
+    refused(source, *SWAPPABLE, "--graph", str(graph), named=("no input for", "other target modules"))
+
+
+def test_a_graph_of_another_base_model_is_named(made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused) -> None:
+    base = tiny_base(tmp_path / "other", "Llama", hidden_size=96)
+    tiny_lora(base, tmp_path / "a", **OTHER)
+    refused(
+        tmp_path / "a",
+        *SWAPPABLE,
+        "--graph",
+        str(graph),
+        named=(str(graph), str(made.base), str(base), "--base"),
+    )
+
+
+def test_an_adapter_of_another_width_is_named(made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused) -> None:
+    """Even if nothing is checked, and it claims the graph's base model."""
+    adapter = write_adapter(
+        tmp_path / "a", {MODULE: (torch.ones(2, 96), torch.ones(64, 2))}, base_model_name_or_path=str(made.base)
+    )
+    options = (*SWAPPABLE, "--graph", str(graph), "--no-check")
+    refused(adapter, *options, named=("96 features", "has 64", str(made.base)))
+
+
+HOSTILE: dict[str, bytes] = {
+    "nothing": b"",
+    "no JSON": b"places:",
+    "a list": b"[]",
+    "cut off": b'{"schema_version": 1, "base_model": "',
+    "deep": b"[" * 100_000,
+    "garbage": bytes(range(256)),
+    "a huge number": b'{"schema_version": ' + b"9" * 5001 + b"}",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("file", ["swappable.json", "onnx_report.json"])
+def test_a_hostile_graph_is_named(file: str, case: str, made: OnnxMade, graph: Path, refused: Refused) -> None:
+    (graph / file).write_bytes(HOSTILE[case])
+    options = (*SWAPPABLE, "--graph", str(graph), "--no-check")
+    refused(made.folder / "second", *options, named=(str(graph / file),))
+
+
+def place(**values: Any) -> dict[str, Any]:
+    return {"places": {"a.lora_A": {"graph": "model.onnx", "input": "a", "features": 1} | values}}
+
+
+WRONG_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
+    "places a list": ("swappable.json", {"places": []}),
+    "no places": ("swappable.json", {"places": {}}),
+    "features text": (
+        "swappable.json",
+        place(features="1"),
+    ),
+    "features zero": ("swappable.json", place(features=0)),
+    "a place more": ("swappable.json", place(surprise=1)),
+    "another graph": ("swappable.json", place(graph="other.onnx")),
+    "a graph elsewhere": ("swappable.json", place(graph="../model.onnx")),
+    "dtype a number": ("swappable.json", {"dtype": 32}),
+    "dtype unknown": ("swappable.json", {"dtype": "fp8"}),
+    "another schema": ("swappable.json", {"schema_version": 2}),
+    "an unknown key": ("swappable.json", {"surprise": 1}),
+    "cache text": ("onnx_report.json", {"cache": "yes"}),
+    "precision unknown": ("onnx_report.json", {"precision": "fp8"}),
+    "device unknown": ("onnx_report.json", {"device": "tpu"}),
+    "a report of another schema": ("onnx_report.json", {"schema_version": 2}),
+    "a merged graph": ("onnx_report.json", {"mode": "merged"}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+@pytest.mark.parametrize("check", ["--check", "--no-check"])
+def test_wrong_values_of_a_graph_are_named(
+    case: str, check: str, made: OnnxMade, graph: Path, refused: Refused
+) -> None:
+    file, values = WRONG_VALUES[case]
+    edit_json(graph / file, lambda content: content.update(values))
+    refused(made.folder / "second", *SWAPPABLE, "--graph", str(graph), check, named=(str(graph),))
+
+
+@pytest.mark.parametrize("check", ["--check", "--no-check"])
+def test_an_export_without_a_graph_is_named(
+    check: str, made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """As one is that only added adapters to a graph elsewhere."""
+    first = (*SWAPPABLE, "--graph", str(graph), "--no-check", "--name", "again")
+    assert export(made.folder / "second", tmp_path / "later", *first) == 0
+    options = (*SWAPPABLE, "--graph", str(tmp_path / "later"), check)
+    refused(made.folder / "second", *options, named=(str(tmp_path / "later" / "swappable.json"), "no such file"))
+
+
+def test_a_huge_report_is_not_read(made: OnnxMade, graph: Path, refused: Refused) -> None:
+    for file in ("onnx_report.json", "swappable.json"):
+        with (graph / file).open("r+b") as grown:
+            grown.truncate(MAX_JSON_BYTES + 1)
+    before = time.monotonic()
+    refused(
+        made.folder / "second",
+        *SWAPPABLE,
+        "--graph",
+        str(graph),
+        named=(str(graph), str(MAX_JSON_BYTES)),
+    )
+    assert time.monotonic() - before < 5
+
+
+def test_a_graph_that_is_cut_off_is_named(made: OnnxMade, graph: Path, refused: Refused) -> None:
+    content = (graph / "model.onnx").read_bytes()
+    (graph / "model.onnx").write_bytes(content[: len(content) // 2])
+    refused(made.folder / "second", *SWAPPABLE, "--graph", str(graph), named=(str(graph / "model.onnx"),))
+
+
+# Outputs that exist
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link", "dangling link", "an export"])
+def test_an_existing_output_is_refused_untouched(kind: str, made: OnnxMade, tmp_path: Path, refused: Refused) -> None:
+    target = tmp_path / "out"
+    match kind:
+        case "folder":
+            (target / "mine").mkdir(parents=True)
+        case "empty folder":
+            target.mkdir()
+        case "file":
+            target.write_text("mine")
+        case "link":
+            target.symlink_to(made.graph)
+        case "dangling link":
+            target.symlink_to(tmp_path / "nowhere")
+        case _:
+            shutil.copytree(made.graph, target)
+    refused(made.folder / "second", *SWAPPABLE, named=(str(target), "exists already"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_force_replaces_exports_only(kind: str, made: OnnxMade, tmp_path: Path, refused: Refused) -> None:
+    target = tmp_path / "out"
+    match kind:
+        case "folder":
+            target.mkdir()
+            (target / "model.onnx").write_text("mine")
+        case "file":
+            target.write_text("mine")
+        case _:
+            target.symlink_to(made.graph)
+    refused(made.folder / "second", *SWAPPABLE, "--force", named=(str(target),))
+
+
+def test_force_replaces_an_export_whole(made: OnnxMade, graph: Path, source: Path, tmp_path: Path) -> None:
+    target = graph.rename(tmp_path / "out")
+    (target / "stray").write_text("of the older export")
+    assert export(source, target, *MERGED, "--no-check", "--force") == 0
+    found = {path.name for path in target.iterdir()}
+    assert not {"stray", "second.onnx_adapter", "swappable.json"} & found
+    assert read_report(target).mode == "merged"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "first"}
+
+
+def test_a_failing_export_leaves_the_older_one(graph: Path, source: Path, tmp_path: Path, refused: Refused) -> None:
+    target = graph.rename(tmp_path / "out")
+    (source / "adapter_model.safetensors").write_bytes(b"")
+    refused(source, *MERGED, "--force")
+    assert json.loads((target / "onnx_report.json").read_text())["mode"] == "swappable"
+
+
+def test_an_output_inside_an_input_is_refused(made: OnnxMade, source: Path, graph: Path, refused: Refused) -> None:
+    refused(source, *SWAPPABLE, output=source / "out", named=("inside the input", str(source)))
+    refused([made.folder / "second", source], *SWAPPABLE, output=source / "out", named=("inside the input",))
+    options = (*SWAPPABLE, "--graph", str(graph))
+    refused(made.folder / "second", *options, output=graph / "out", named=("inside the input", str(graph)))
+    refused(made.folder / "second", *options, "--force", output=graph, named=(str(graph),))
+
+
+def test_an_output_that_holds_an_input_is_not_replaced(
+    graph: Path, source: Path, tmp_path: Path, refused: Refused
+) -> None:
+    inner = source.rename(graph / "first")
+    refused(inner, *MERGED, "--force", output=graph, named=("holds the input", str(inner)))
+
+
+@pytest.mark.parametrize("where", ["file/out", "n" * 300], ids=["under a file", "a long name"])
+def test_an_impossible_output_is_named(where: str, source: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(source, *MERGED, output=tmp_path / where, named=(str(tmp_path / where),))
