@@ -1,0 +1,238 @@
+"""Exports that went wrong on the way: the check ends in exit code 1, and nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from loraover.exact import Exact
+from loraover_export import merge as merge_module
+from loraover_export.delta import Delta
+from loraover_export.fold import round_tensor
+from loraover_export.onnx import decoder, swappable
+from loraover_export.onnx import export as export_module
+from loraover_export.onnx.decoder import Decoder
+from loraover_export.onnx.report import OnnxReport
+from loraover_export.onnx.session import GraphSession
+from loraover_export.rounding import round_nearest
+
+from make_checkpoint import tree
+from onnx_export import OnnxMade, export
+
+MODES = ("merged", "swappable")
+DOWN = "model.layers.0.mlp.down_proj"
+
+Mutant = Callable[[pytest.MonkeyPatch], object]
+Rejected = Callable[..., OnnxReport]
+
+
+@pytest.fixture
+def rejected(made: OnnxMade, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Rejected:
+    """Exports the adapter `first`, and checks all that a failed check promises; returns the report."""
+
+    def check(mode: str, *options: str, names: Iterable[str] = ("first",)) -> OnnxReport:
+        before = tree(made.folder)
+        capfd.readouterr()
+        sources = [made.folder / name for name in names]
+        code = export(sources, tmp_path / "out", "--mode", mode, "--json", *options)
+        out, err = capfd.readouterr()
+        assert code == 1, err
+        assert list(tmp_path.iterdir()) == []
+        assert tree(made.folder) == before
+        assert "nothing was written" in err
+        found = OnnxReport.model_validate_json(out)
+        assert found.verdict == "failed"
+        return found
+
+    return check
+
+
+def changed(change: Callable[[Delta], Delta]) -> Mutant:
+    """Another delta where adapters are written or merged; the unfolded model knows the right one."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        right = swappable.write_adapter
+
+        def write(adapter: Path, layout: Any, graphs: Any, deltas: Iterable[Delta]) -> Any:
+            return right(adapter, layout, graphs, [change(delta) for delta in deltas])
+
+        monkeypatch.setattr(export_module, "write_adapter", write)
+        product = Delta.product
+        monkeypatch.setattr(Delta, "product", lambda delta: product(change(delta)))
+
+    return patch
+
+
+def scaled(factor: float, module: str = "") -> Callable[[Delta], Delta]:
+    def change(delta: Delta) -> Delta:
+        if module not in delta.module:
+            return delta
+        return replace(delta, b=Exact(delta.b.value * factor, delta.b.bound, delta.b.site))
+
+    return change
+
+
+def permuted(delta: Delta) -> Delta:
+    return replace(delta, a=Exact(delta.a.value.flip(0), delta.a.bound, delta.a.site))
+
+
+DELTAS: dict[str, Callable[[Delta], Delta]] = {
+    "scaling 1.01": scaled(1.01),
+    "scaling 1.01 in one module": scaled(1.01, DOWN),
+    "scaling 1.0001": scaled(1.0001),
+    "scaling twice in one module": scaled(3.0, DOWN),
+    "one module left out": scaled(0.0, DOWN),
+    "ranks permuted in A": permuted,
+    "sign": scaled(-1.0),
+}
+
+
+@pytest.mark.parametrize("mutant", DELTAS)
+@pytest.mark.parametrize("mode", MODES)
+def test_another_delta_is_rejected(mode: str, mutant: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+    """The certificates are in order: they speak of the rounding alone."""
+    changed(DELTAS[mutant])(monkeypatch)
+    found = rejected(mode)
+    assert all(matrix.passed for matrix in found.matrices)
+    assert not next(check for check in found.checks if check.adapter == "first").passed
+
+
+def test_matrices_of_two_modules_swapped_are_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+    """Each A has the size of the other's place."""
+    right = swappable._place
+
+    def place(layout: Any, name: str, features: int) -> Any:
+        other = {"layers.0.self_attn.q_proj.lora_A": "1", "layers.1.self_attn.q_proj.lora_A": "0"}
+        ending = name.removeprefix("model.")
+        if ending in other:
+            name = f"model.layers.{other[ending]}.self_attn.q_proj.lora_A"
+        return right(layout, name, features)
+
+    monkeypatch.setattr(swappable, "_place", place)
+    rejected("swappable")
+
+
+def test_two_adapters_under_one_anothers_names_are_rejected(
+    monkeypatch: pytest.MonkeyPatch, rejected: Rejected
+) -> None:
+    right = swappable.write_adapter
+    other = {"first": "second", "second": "first"}
+    monkeypatch.setattr(
+        export_module, "write_adapter", lambda adapter, *rest: right(adapter.with_name(other[adapter.name]), *rest)
+    )
+    found = rejected("swappable", names=("first", "second"))
+    assert [check.passed for check in found.checks] == [True, False, False]
+
+
+def test_an_adapter_that_is_not_applied_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+    right = GraphSession.__init__
+    monkeypatch.setattr(GraphSession, "__init__", lambda self, graph, device, adapter=None: right(self, graph, device))
+    found = rejected("swappable")
+    assert [check.passed for check in found.checks] == [True, False]
+
+
+def test_a_merge_that_did_nothing_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+    monkeypatch.setattr(export_module, "merge", lambda model, source: [])
+    rejected("merged")
+
+
+def edited(change: Callable[[Any], object]) -> Mutant:
+    """The written graph, changed before it is checked."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        right = Decoder.export
+
+        def build(self: Decoder, model: Any, tokenizer: Any, plan: Any, work: Path, out: Path) -> None:
+            right(self, model, tokenizer, plan, work, out)
+            graph = onnx.load(out / "model.onnx")
+            change(graph.graph)
+            onnx.save(graph, out / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+
+        monkeypatch.setattr(Decoder, "export", build)
+
+    return patch
+
+
+def edit_weight(ending: str, change: Callable[[Tensor], Tensor]) -> Callable[[Any], object]:
+    def edit(graph: Any) -> None:
+        (held,) = (tensor for tensor in graph.initializer if tensor.name.endswith(ending))
+        array = torch.from_numpy(onnx.numpy_helper.to_array(held).copy())
+        held.CopyFrom(onnx.numpy_helper.from_array(change(array).numpy(), held.name))
+
+    return edit
+
+
+def no_rotation(graph: Any) -> None:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "do_rotary":
+                attribute.i = 0
+
+
+GRAPHS: dict[str, Callable[[Any], object]] = {
+    "one weight": edit_weight("layers.1.mlp.down_proj.MatMul.weight", lambda w: w.index_fill(0, torch.tensor(3), 0.0)),
+    "a norm": edit_weight("layers.0.input_layernorm.weight", lambda w: w * (1 + 1e-4)),
+    "no positions": no_rotation,
+}
+
+
+@pytest.mark.parametrize("mutant", GRAPHS)
+@pytest.mark.parametrize("mode", MODES)
+def test_another_graph_is_rejected(mode: str, mutant: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+    edited(GRAPHS[mutant])(monkeypatch)
+    assert not any(check.passed for check in rejected(mode).checks)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_that_takes_no_left_padding_is_rejected(
+    mode: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected
+) -> None:
+    monkeypatch.setattr(decoder, "accept_left_padding", lambda model: False)
+    for check in rejected(mode).checks:
+        wrong = {case.case for case in check.cases if case.max_logit > check.bound}
+        assert wrong == {case.case for case in check.cases if "on the left" in case.case}
+
+
+def test_decoding_with_the_wrong_adapter_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+    """The logits are right: only onnxruntime-genai's own loop goes astray."""
+    right = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", lambda *arguments: right(*arguments[:-1], None))
+    check = rejected("swappable").checks[-1]
+    assert check.error <= check.bound
+    assert check.greedy is not None
+    assert check.greedy.first_difference is not None
+
+
+def test_a_text_that_ends_too_soon_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+    right = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", lambda *arguments: right(*arguments)[:3])
+    check = rejected("merged").checks[-1]
+    assert check.greedy is not None
+    assert check.greedy.first_difference == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_matrix_beyond_its_bound_is_rejected(
+    mode: str, made: OnnxMade, monkeypatch: pytest.MonkeyPatch, rejected: Rejected
+) -> None:
+    """Less than logits show: one element, two units in the last place off."""
+
+    def off(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrong(*arguments: Any) -> Tensor:
+            matrix = right(*arguments)
+            return matrix.index_put((torch.tensor(0), torch.tensor(0)), matrix[0, 0] * (1 + 2.0**-21))
+
+        return wrong
+
+    monkeypatch.setattr(swappable, "round_tensor", off(round_tensor))
+    monkeypatch.setattr(merge_module, "round_nearest", off(round_nearest))
+    found = rejected(mode)
+    assert all(check.passed for check in found.checks)
+    assert not any(matrix.passed for matrix in found.matrices)
