@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loraover.errors import OutputError
+from loraover.errors import LoraOverError, OutputError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -47,10 +51,11 @@ def publish_directory(
         published = True
         for folder in (target.parent, *(parent.parent for parent in made)):
             sync(folder)
-    except OSError as error:
-        if isinstance(error, OutputError) or not _is_about(error, draft):
+    except Exception as error:
+        failure = _as_os_error(error)
+        if failure is None or not _is_about(failure, draft):
             raise
-        raise _output_error(target, error) from error
+        raise _output_error(target, failure) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         for parent in () if published else made:
@@ -112,6 +117,20 @@ def check_free(target: Path, *, outside: Path | None = None, replace: bool = Fal
         raise OutputError(f"{target} lies inside the input {outside}; choose an output outside of it.")
     if outside is not None and occupied and outside.resolve().is_relative_to(target.resolve()):
         raise OutputError(f"{target} holds the input {outside}; replacing it would remove the input.")
+
+
+def _as_os_error(error: Exception) -> OSError | None:
+    """What the system refused, if that is what an error is about and it is not one of ours.
+
+    Libraries in Rust (safetensors, tokenizers) put its number into the text of errors of their own.
+    """
+    if isinstance(error, LoraOverError):
+        return None
+    if isinstance(error, OSError):
+        return error
+    numbers = map(int, re.findall(r"\(os error (\d+)\)", str(error)))
+    number = next((n for n in numbers if n in UNWRITABLE), None)
+    return None if number is None else OSError(number, os.strerror(number))
 
 
 def _is_about(error: OSError, draft: Path) -> bool:

@@ -39,7 +39,7 @@ class Child:
             print("interrupted")
             code = 130
         except BaseException as error:
-            print(f"Traceback: {error!r}")
+            print(f"Traceback, in short:\n{type(error).__name__}: {error}")
         finally:
             os._exit(code)
 

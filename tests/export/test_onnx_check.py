@@ -202,8 +202,8 @@ def test_a_graph_that_takes_no_left_padding_is_rejected(
 
 def test_decoding_with_the_wrong_adapter_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
     """The logits are right: only onnxruntime-genai's own loop goes astray."""
-    right = Decoder.generate
-    monkeypatch.setattr(Decoder, "generate", lambda *arguments: right(*arguments[:-1], None))
+    right: Callable[..., Tensor] = Decoder.generate
+    monkeypatch.setattr(Decoder, "generate", lambda self, *rest: right(self, *rest[:-1], None))
     check = rejected("swappable").checks[-1]
     assert check.error <= check.bound
     assert check.greedy is not None

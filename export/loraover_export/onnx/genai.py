@@ -59,7 +59,7 @@ def build_decoder(
         raise ExportError(
             f"{builder} has no decoder graph for {architecture(model)}; --no-cache exports one without a KV cache."
         )
-    reason = (done.stderr or done.stdout).strip()[-600:]
+    reason = next(reversed((done.stderr or done.stdout).strip().splitlines()), f"exit code {done.returncode}")[:600]
     raise ExportError(f"{builder} could not build a {precision} graph of {architecture(model)}: {reason}")
 
 
