@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -28,6 +30,19 @@ class Completion:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Streamed(Completion):
+    """A continuation that came piece by piece.
+
+    Args:
+        start_s: when the request was sent, on `time.perf_counter`'s clock.
+        piece_s: when each piece of the answer had arrived.
+    """
+
+    start_s: float
+    piece_s: tuple[float, ...]
 
 
 class VllmClient:
@@ -58,20 +73,43 @@ class VllmClient:
         Raises:
             EngineError: no such model, or the engine failed.
         """
-        body = {
-            "model": model,
-            "prompt": [list(prompt) for prompt in prompts],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-        }
+        body = _greedy_body(model, [list(prompt) for prompt in prompts], max_tokens)
         choices = sorted(self._request("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
         return [
             Completion(choice["text"], tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
             for choice in choices
         ]
+
+    def stream(self, model: str, prompt: Sequence[int], *, max_tokens: int, timeout_s: float) -> Streamed:
+        """The greedy continuation of one prompt, with the times at which its pieces came.
+
+        Args:
+            timeout_s: longest silence.
+        Raises:
+            EngineError: no such model, an engine that failed or hung, or an answer of another length.
+        """
+        body = _greedy_body(model, list(prompt), max_tokens) | {"stream": True}
+        text = ""
+        ids: list[int] = []
+        logprobs: list[float] = []
+        times: list[float] = []
+        request = Request(f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        start = time.perf_counter()
+        with self._open(request, timeout_s) as response:
+            for line in response:
+                if not line.startswith(b"data: {"):
+                    continue
+                now, piece = time.perf_counter(), json.loads(line[6:])
+                if "choices" not in piece:
+                    raise EngineError(f"{model}: the server failed in the middle of an answer: {piece!r:.500}")
+                for choice in piece["choices"]:
+                    text += choice["text"]
+                    ids += choice["token_ids"] or []
+                    logprobs += (choice["logprobs"] or {}).get("token_logprobs", [])
+                    times.append(now)
+        if len(ids) != max_tokens:
+            raise EngineError(f"{model}: {len(ids)} tokens of {max_tokens} came; the answer was cut off.")
+        return Streamed(text, tuple(ids), tuple(logprobs), start, tuple(times))
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Make a folder on the server's machine known under a name.
@@ -92,15 +130,33 @@ class VllmClient:
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url + path, data, {"Content-Type": "application/json"})
+        with self._open(request, REQUEST_TIMEOUT_S) as response:
+            content = response.read()
         try:
-            with self._opener.open(request, timeout=REQUEST_TIMEOUT_S) as response:
-                content = response.read()
+            return json.loads(content)
+        except ValueError:
+            return content.decode(errors="replace")
+
+    @contextmanager
+    def _open(self, request: Request, timeout_s: float) -> Iterator[HTTPResponse]:
+        path = request.selector
+        try:
+            with self._opener.open(request, timeout=timeout_s) as response:
+                yield response
         except HTTPError as error:
             text = error.read().decode(errors="replace")
             raise EngineError(f"{path}: the server answered {error.code}: {text[:1000]}") from error
         except (OSError, HTTPException) as error:
             raise EngineError(f"{path}: no answer from {self.url}: {error}") from error
-        try:
-            return json.loads(content)
-        except ValueError:
-            return content.decode(errors="replace")
+
+
+def _greedy_body(model: str, prompt: list[int] | list[list[int]], max_tokens: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+    }

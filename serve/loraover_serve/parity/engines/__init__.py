@@ -1,0 +1,1 @@
+"""The engines that arms are compared on."""

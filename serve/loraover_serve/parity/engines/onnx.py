@@ -1,0 +1,68 @@
+"""onnxruntime-genai in this process: a merged graph or a swappable adapter for each arm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+
+from loraover_serve.parity.engines.base import Engine
+from loraover_serve.parity.sample import Sample
+from loraover_serve.parity.workload import Request
+
+
+@dataclass(frozen=True)
+class OnnxArm:
+    """A graph folder, and an `.onnx_adapter` file to run it with."""
+
+    graph: Path
+    adapter: Path | None = None
+
+
+class OnnxEngine(Engine):
+    """Arms on as many sessions as there are graphs.
+
+    Args:
+        name: "onnx merged" or "onnx swappable".
+        arms: by name.
+    """
+
+    def __init__(self, name: str, arms: Mapping[str, OnnxArm]) -> None:
+        self.name, self.arms = name, tuple(arms)
+        models: dict[Path, Any] = {}
+        self._models: dict[str, Any] = {}
+        self._adapters: dict[str, Any] = {}
+        for arm, spec in arms.items():
+            if spec.graph not in models:
+                models[spec.graph] = og.Model(str(spec.graph))
+            self._models[arm] = models[spec.graph]
+            if spec.adapter is not None:
+                self._adapters[arm] = og.Adapters(self._models[arm])
+                self._adapters[arm].load(str(spec.adapter), arm)
+
+    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+        return [self._answer(arm, block, first + i, request) for i, request in enumerate(requests)]
+
+    def _answer(self, arm: str, block: int, index: int, request: Request) -> Sample:
+        length = len(request.prompt) + request.new_tokens
+        parameters = og.GeneratorParams(self._models[arm])
+        parameters.set_search_options(
+            min_length=length, max_length=length, do_sample=False, repetition_penalty=1.0
+        )  # at least that long: the end of the text is ignored
+        generator = og.Generator(self._models[arm], parameters)
+        if arm in self._adapters:
+            generator.set_active_adapter(self._adapters[arm], arm)
+        prompt = np.array(request.prompt, dtype=np.int64)
+        times: list[float] = []
+        start = time.perf_counter()
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+            times.append(time.perf_counter())
+        ids = tuple(int(token) for token in generator.get_sequence(0)[len(prompt) :])
+        return Sample(arm, block, index, start, tuple(times), ids)

@@ -1,0 +1,36 @@
+"""vLLM over its OpenAI-compatible streaming interface; one server holds all arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from loraover_serve.parity.engines.base import Engine
+from loraover_serve.parity.sample import Sample
+from loraover_serve.parity.workload import Request
+from loraover_serve.vllm_client import VllmClient
+
+
+class VllmEngine(Engine):
+    """A running server.
+
+    Args:
+        models: what each arm is called there.
+        timeout_s: longest silence of an answer.
+    """
+
+    name = "vllm"
+
+    def __init__(self, client: VllmClient, models: Mapping[str, str], timeout_s: float = 120.0) -> None:
+        self.arms = tuple(models)
+        self._client, self._models, self._timeout_s = client, dict(models), timeout_s
+
+    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+        def answer(index: int, request: Request) -> Sample:
+            done = self._client.stream(
+                self._models[arm], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
+            )
+            return Sample(arm, block, index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
+
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(answer, range(first, first + len(requests)), requests))

@@ -1,0 +1,48 @@
+"""One request as it was answered, and what is measured of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion's clock.
+
+    Args:
+        arm: who answered.
+        block: of the design.
+        request: its index.
+        start_s: seconds on a clock that only moves forward.
+        token_s: when each piece of the answer arrived.
+        token_ids: generated.
+        logprobs: nats, where the engine gives them.
+    """
+
+    arm: str
+    block: int
+    request: int
+    start_s: float
+    token_s: tuple[float, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+
+    @property
+    def first_token_s(self) -> float:
+        """Time to first token (TTFT)."""
+        return self.token_s[0] - self.start_s
+
+    @property
+    def end_to_end_s(self) -> float:
+        """Time to the last token (E2EL)."""
+        return self.token_s[-1] - self.start_s
+
+    @property
+    def per_token_s(self) -> float:
+        """Time per output token after the first (TPOT)."""
+        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_ids) - 1)
+
+    @property
+    def between_tokens_s(self) -> list[float]:
+        """Inter-token latencies (ITL), which a server may deliver several at a time."""
+        return [later - earlier for earlier, later in zip(self.token_s, self.token_s[1:], strict=False)]
