@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -99,6 +100,24 @@ def export(sources: Sources, output: Path, *options: str, quick: bool = True) ->
 def exported(family: str, sources: Sources, output: Path, *options: str, quick: bool = True) -> OnnxReport:
     """The report of an export that must pass; the compatibility table gets its row either way."""
     code = export(sources, output, *options, quick=quick)
+    return _recorded(family, output, options, code)
+
+
+def exported_at_once(
+    family: str, requests: Mapping[Path, tuple[Sources, Sequence[str]]], *, quick: bool = True
+) -> list[OnnxReport]:
+    """Several exports by output, each in a process of its own: torch's exporter uses one core."""
+    children = {
+        output: Child(partial(export, sources, output, *options, quick=quick))
+        for output, (sources, options) in requests.items()
+    }
+    ended = {output: child.end() for output, child in children.items()}
+    for end in ended.values():
+        print(end.output)
+    return [_recorded(family, output, requests[output][1], end.code) for output, end in ended.items()]
+
+
+def _recorded(family: str, output: Path, options: Sequence[str], code: int) -> OnnxReport:
     mode = options[options.index("--mode") + 1]
     precision = options[options.index("--precision") + 1] if "--precision" in options else "fp32"
     if "--no-cache" in options:

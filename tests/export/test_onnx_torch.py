@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from make_checkpoint import edit_json, edit_tensors, save_tokenizer
-from onnx_export import export, exported, read_report
+from onnx_export import Sources, export, exported, exported_at_once, read_report
 from onnx_graph import FEEDS, UNIT, Feed, Graph, fp32_tolerance
 from tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
 
@@ -105,8 +104,11 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> T5:
         "first": lora(base, load, folder / "first", target_modules=T5_TARGETS, **patterns, **task),
         "second": lora(base, load, folder / "second", target_modules=["q", "v"], r=7, **task),
     }
-    exported("T5", folder / "first", folder / "merged", "--mode", "merged")
-    exported("T5", [folder / "first", folder / "second"], folder / "swappable", "--mode", "swappable")
+    requests: dict[Path, tuple[Sources, Sequence[str]]] = {
+        folder / "merged": (folder / "first", ("--mode", "merged")),
+        folder / "swappable": ([folder / "first", folder / "second"], ("--mode", "swappable")),
+    }
+    exported_at_once("T5", requests)
     return T5(folder, models)
 
 
@@ -270,19 +272,30 @@ def test_gpt2_has_no_graph_with_a_cache(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("mode", "precision"), [("merged", "fp16"), ("swappable", "fp32")])
-def test_gpt2_without_a_cache(mode: str, precision: str, gpt2: tuple[Path, Any], tmp_path: Path) -> None:
-    folder, model = gpt2
-    options = ("--mode", mode, "--precision", precision, "--no-cache")
-    report = exported("GPT-2", folder / "adapter", tmp_path / "out", *options)
-    assert not report.cache
-    adapter = tmp_path / "out" / "adapter.onnx_adapter"
-    allowed = 1 if precision == "fp32" else 8 * 2.0**-11 / (64 * UNIT)
-    found = errors(Graph(tmp_path / "out" / "model.onnx", adapter if mode == "swappable" else None), model)
+@pytest.fixture(scope="module")
+def gpt2_graphs(gpt2: tuple[Path, Any]) -> dict[str, Path]:
+    folder, _ = gpt2
+    graphs = {"merged": folder / "merged", "swappable": folder / "swappable"}
+    precisions = {"merged": "fp16", "swappable": "fp32"}
+    requests: dict[Path, tuple[Sources, Sequence[str]]] = {
+        graphs[mode]: (folder / "adapter", ("--mode", mode, "--precision", precision, "--no-cache"))
+        for mode, precision in precisions.items()
+    }
+    exported_at_once("GPT-2", requests)
+    return graphs
+
+
+@pytest.mark.parametrize("mode", ["merged", "swappable"])
+def test_gpt2_without_a_cache(mode: str, gpt2: tuple[Path, Any], gpt2_graphs: dict[str, Path]) -> None:
+    _, model = gpt2
+    folder = gpt2_graphs[mode]
+    assert not read_report(folder).cache
+    allowed = 1 if mode == "swappable" else 8 * 2.0**-11 / (64 * UNIT)  # merged in float16
+    adapter = folder / "adapter.onnx_adapter" if mode == "swappable" else None
+    found = errors(Graph(folder / "model.onnx", adapter), model)
     assert max(found.values()) <= allowed, found
     if mode == "swappable":
         with model.disable_adapter():
-            assert max(errors(Graph(tmp_path / "out" / "model.onnx"), model).values()) <= allowed
-    inputs = Graph(tmp_path / "out" / "model.onnx").session.get_inputs()
-    assert [value.name for value in inputs] == ["input_ids", "attention_mask"]
-    assert {value.type for value in inputs} == {f"tensor({np.dtype(np.int64).name})"}
+            assert max(errors(Graph(folder / "model.onnx"), model).values()) <= allowed
+    inputs = {value.name: value.type for value in Graph(folder / "model.onnx").session.get_inputs()}
+    assert inputs == {"input_ids": "tensor(int64)", "attention_mask": "tensor(int64)"}
