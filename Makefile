@@ -55,7 +55,9 @@ vllm-architectures: vllm
 compatibility: $(VENV)/.installed vllm
 	rm -f runs/compatibility.json
 	mkdir -p runs
-	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(BIN)/python -m pytest tests/export -k "onnx or vllm"
+	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(BIN)/python -m pytest \
+		tests/export/test_onnx_decoders.py tests/export/test_onnx_variants.py tests/export/test_onnx_torch.py \
+		tests/export/test_onnx_smollm2.py tests/export/test_vllm_readers.py tests/serve/test_vllm_served.py
 	cd tests && ../$(BIN)/python -m compatibility ../runs/compatibility.json > ../docs/compatibility.md
 
 lint: $(VENV)/.installed

@@ -19,6 +19,14 @@ from loraover.output import publish_file
 VARIABLE = "LORAOVER_COMPATIBILITY"
 PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-genai")
 
+INTRODUCTION = """# Compatibility
+
+Written by `make compatibility` from what the tests ran, on a CPU; nothing here was run on a GPU. Errors are the largest
+of any logit against the unfolded PyTorch model, unless the mode says otherwise; all families but SmolLM2 are tiny random
+models. A bound comes from noise measured in the same run ([how](how-it-works.md)). A failed combination is one that the
+command refuses or that its check rejects: nothing is written.
+"""
+
 ARCHITECTURES = {
     "SmolLM2-135M-Instruct": "LlamaForCausalLM",
     "GPT-2": "GPT2LMHeadModel",
@@ -72,7 +80,8 @@ def table(rows: Sequence[Row]) -> str:
     last = {(row.family, row.engine, row.mode, row.precision): row for row in rows}
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     lines = [
-        f"## Compatibility: {versions}",
+        INTRODUCTION,
+        f"Versions: {versions}.",
         "",
         "| family | architecture | engine | mode | precision | largest error | bound | verdict |",
         "| --- | --- | --- | --- | --- | ---: | ---: | --- |",

@@ -34,9 +34,8 @@ def test_rows_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     command = [sys.executable, "-m", "compatibility", str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == table(read_rows(rows)) + "\n"
-    title, _, _, _, *lines = done.stdout.splitlines()
-    assert "onnxruntime " in title
-    assert lines == [
+    assert "onnxruntime " in done.stdout
+    assert done.stdout.splitlines()[-2:] == [
         "| Llama | `LlamaForCausalLM` | vLLM 0.32.0 | LoRA | bf16 | 1.2e-02 | 5.0e-02 | passed |",
         "| T5 | `T5ForConditionalGeneration` | ONNX Runtime | merged | fp32 | 1.2e-07 | 2.0e-07 | passed |",
     ]

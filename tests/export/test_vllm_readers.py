@@ -22,6 +22,7 @@ from loraover_export.cli import cli
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
 
+from compatibility import ARCHITECTURES, record
 from make_checkpoint import logits, make_checkpoint, numpy64, oracle_matrices
 from oracles.contraction import Array
 from plain_adapter import FAMILIES, make_adapter
@@ -31,6 +32,7 @@ from vllm_damage import DAMAGES
 
 READER = Path(__file__).resolve().parents[1] / "vllm_reader.py"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+READ_BY = f"vLLM {known_architectures().version}, its loader"
 UNSERVED = ("GPT2LMHeadModel", "BertForSequenceClassification", "T5ForConditionalGeneration")
 
 
@@ -118,11 +120,16 @@ def test_vllm_reads_the_sources_delta(name: str, written: Written, vllm: VllmsRe
     assert vllm.refused[name] is None
     expected, found = source_deltas(written.source[name]), vllm.deltas[name]
     assert found.keys() == expected.keys()
+    errors, limits = [], []
     for module, (delta, magnitude) in expected.items():
         u, terms = UNIT[torch.float32], 64  # both factors are rounded once; each product sums up to 6 + 6 terms
         limit = ((1 + u) ** 2 - 1 + gamma(terms, UNIT[torch.float64])) * magnitude
         assert (abs(found[module] - delta) <= limit).all(), module
         assert float(np.linalg.norm(delta)) > 1e-3
+        errors.append(float(abs(found[module] - delta).max()))
+        limits.append(float(limit.max()))
+    if name in FAMILIES:
+        record(name, READ_BY, "LoRA, elements of delta_W", "fp32", "passed", max(errors), max(limits))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -158,6 +165,9 @@ def test_the_table_is_what_vllm_says(vllm: VllmsReading) -> None:
         if description is not None:
             assert json.loads(known.lora[name].model_dump_json()) == description
     assert {name for name, description in vllm.classes.items() if description is None} == set(UNSERVED)
+    for family, name in ARCHITECTURES.items():
+        if name in UNSERVED:
+            record(family, READ_BY, "LoRA", "any", "refused by name", None, None)
 
 
 @pytest.mark.parametrize(("r", "expected"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)])

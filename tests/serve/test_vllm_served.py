@@ -12,9 +12,11 @@ import pytest
 from peft import PeftModel
 
 from loraover.errors import EngineError
+from loraover_export.vllm.architectures import known_architectures
 from loraover_serve.vllm_client import Completion
 
 from agreement import NEW_TOKENS, Agreement, agreement
+from compatibility import record
 from serving import ADAPTERS, Served
 
 SURE = 5  # standard errors
@@ -74,6 +76,8 @@ def test_peft_agrees_with_the_served_adapter(name: str, served: Served, noise: A
     assert_no_further_apart(found, noise)
     effect = compare(served.base(), served, completions)
     assert effect.rms > 3 * noise.rms, f"the adapter's own effect is lost in the noise: {effect}"
+    engine, limit = f"vLLM {known_architectures().version}, served", allowed(len(found.differences), noise)
+    record("SmolLM2-135M-Instruct", engine, f"{name} LoRA, rms of logprobs", "bf16", "passed", found.rms, limit)
 
 
 def test_an_embedding_and_a_tied_head_are_adapted(served: Served, noise: Agreement) -> None:
