@@ -22,8 +22,8 @@ PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime
 INTRODUCTION = """# Compatibility
 
 Written by `make compatibility` from what the tests ran, on a CPU; nothing here was run on a GPU. Errors are the largest
-of any logit against the unfolded PyTorch model, unless the mode says otherwise; all families but SmolLM2 are tiny random
-models. A bound comes from noise measured in the same run ([how](how-it-works.md)). A failed combination is one that the
+of any logit against the unfolded PyTorch model, unless the mode says otherwise. All families but SmolLM2 are tiny
+random models. A bound comes from noise measured in the same run ([how](how-it-works.md)). A failed combination is one that the
 command refuses or that its check rejects: nothing is written.
 """
 
