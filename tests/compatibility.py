@@ -23,8 +23,8 @@ INTRODUCTION = """# Compatibility
 
 Written by `make compatibility` from what the tests ran, on a CPU; nothing here was run on a GPU. Errors are the largest
 of any logit against the unfolded PyTorch model, unless the mode says otherwise. All families but SmolLM2 are tiny
-random models. A bound comes from noise measured in the same run ([how](how-it-works.md)). A failed combination is one that the
-command refuses or that its check rejects: nothing is written.
+random models. A bound comes from noise measured in the same run ([how](how-it-works.md)). A failed combination is one
+that the command refuses or that its check rejects: nothing is written.
 """
 
 ARCHITECTURES = {
