@@ -1,0 +1,98 @@
+"""The adapters that are compared: the folded one, a vanilla LoRA like it, and the vanilla one again as control."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir
+from loraover.errors import ConfigError, ParityError
+from loraover.models import ModelSource, resolve_model
+from loraover.tensor_file import open_tensors, save_tensors
+from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Adapters of equal ranks and targets on one base model.
+
+    Args:
+        adapters: folder of each arm.
+        checkpoint: that the folded adapter was folded from, for the unfolded arm.
+    """
+
+    adapters: Mapping[str, Path]
+    base: ModelSource
+    checkpoint: Path | None
+
+
+def prepare_arms(
+    folded: Path,
+    vanilla: Path | None,
+    checkpoint: Path | None,
+    scratch: Path,
+    *,
+    model: str | None,
+    allow_unequal: bool,
+    seed: int,
+) -> Arms:
+    """Read the folded adapter, and read or make the vanilla one.
+
+    Args:
+        scratch: folder for what is made.
+        model: base model; None means the folded adapter's.
+    Raises:
+        ParityError: adapters of different ranks or targets, whose costs differ by nature.
+        ConfigError: no base model.
+        CheckpointError: files that cannot be trusted.
+    """
+    first = read_adapter_dir(folded)
+    if vanilla is None:
+        vanilla = make_vanilla(first, scratch / VANILLA, seed)
+    second = read_adapter_dir(vanilla)
+    if first.shapes != second.shapes and not allow_unequal:
+        raise ParityError(
+            f"{_difference(first, second)}, so their costs differ by nature; compare adapters of equal ranks and "
+            "targets, or add --allow-unequal."
+        )
+    name = model or first.config.base_model_name_or_path
+    if name is None:
+        raise ConfigError(f"{folded}: names no base model; name it with --model.")
+    control = scratch / CONTROL
+    shutil.copytree(vanilla, control)
+    adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: folded.resolve()}
+    return Arms(adapters, resolve_model(name), checkpoint)
+
+
+def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
+    """A LoRA with the shapes, types and configuration of another, and random weights.
+
+    A is drawn as PEFT draws it (Kaiming uniform); B, which PEFT starts at zero, as wide as the other's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    with open_tensors(like.tensors_path) as file:
+        for name, key in like.sites.items():
+            matrix = file.read(key)
+            if name.endswith("A"):
+                limit = 1 / math.sqrt(matrix.shape[1])
+                drawn = (2 * torch.rand(matrix.shape, generator=generator) - 1) * limit
+            else:
+                drawn = torch.randn(matrix.shape, generator=generator) * float(matrix.double().square().mean().sqrt())
+            tensors[key] = drawn.to(matrix.dtype)
+    folder.mkdir(parents=True)
+    save_tensors(tensors, folder / TENSORS_FILE)
+    shutil.copyfile(like.path / CONFIG_FILE, folder / CONFIG_FILE)
+    return folder
+
+
+def _difference(folded: AdapterDir, vanilla: AdapterDir) -> str:
+    key = min(set(folded.shapes.items()) ^ set(vanilla.shapes.items()))[0]
+    found = [adapter.shapes.get(key, "not there") for adapter in (folded, vanilla)]
+    return f"{key} is {found[0]} in the folded adapter and {found[1]} in the vanilla one"
