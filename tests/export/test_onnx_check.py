@@ -84,13 +84,11 @@ def permuted(delta: Delta) -> Delta:
 
 
 DELTAS: dict[str, Callable[[Delta], Delta]] = {
-    "scaling 1.01": scaled(1.01),
     "scaling 1.01 in one module": scaled(1.01, DOWN),
     "scaling 1.0001": scaled(1.0001),
     "scaling twice in one module": scaled(3.0, DOWN),
     "one module left out": scaled(0.0, DOWN),
     "ranks permuted in A": permuted,
-    "sign": scaled(-1.0),
 }
 
 

@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_nothing(made: OnnxMade, small_disk: Path) -> None:
 
 def test_an_interrupted_export_leaves_nothing(made: OnnxMade, warm: float, tmp_path: Path) -> None:
     draw, codes = random.Random(1), set()
-    for _ in range(8):
+    for _ in range(6):
         child = in_child(made.folder / "first", tmp_path / "out")
         time.sleep(draw.uniform(0.05, 1.1) * warm)
         os.kill(child.pid, signal.SIGINT)
@@ -174,7 +174,7 @@ def test_an_interrupted_export_leaves_nothing(made: OnnxMade, warm: float, tmp_p
 def test_a_killed_export_leaves_nothing_or_all(made: OnnxMade, warm: float, tmp_path: Path) -> None:
     """What lies beside the destination after a kill is hidden, and in nobody's way."""
     draw, before, killed = random.Random(2), tree(made.folder), 0
-    for _ in range(8):
+    for _ in range(6):
         child = in_child(made.folder / "first", tmp_path / "out")
         time.sleep(draw.uniform(0.05, 1.1) * warm)
         os.kill(child.pid, signal.SIGKILL)
