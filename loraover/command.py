@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
+    **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "serve"),
 }
 
 

@@ -20,6 +20,7 @@ from loraover_export.certificate import hardware
 from loraover_serve.parity.analysis import latencies, overall, results, throughputs
 from loraover_serve.parity.arms import Arms, prepare_arms
 from loraover_serve.parity.equivalence import MIN_BLOCKS
+from loraover_serve.parity.html import HTML_FILE, render
 from loraover_serve.parity.measure import Run, measure
 from loraover_serve.parity.outputs import Outputs, compare_outputs
 from loraover_serve.parity.report import REPORT_FILE, ParityReport, RunRecord, SampleRecord
@@ -38,7 +39,7 @@ class ParityRequest:
     Args:
         requests: answered by every arm at every concurrency, both times counted.
         margin: of a ratio, that counts as equal.
-        out: folder for `parity.json`; None writes none.
+        out: folder for `parity.json` and `parity.html`; None writes none.
     """
 
     folded: Path
@@ -103,6 +104,7 @@ def run_parity(request: ParityRequest, as_json: bool) -> int:
     if request.out is not None:
         with publish_directory(request.out, outside=request.folded) as draft:
             (draft / REPORT_FILE).write_text(report.model_dump_json() + "\n")
+            (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
     show_report(report, console)
     if request.out is not None:
         console.print(f"wrote {escape(str(request.out))}", soft_wrap=True)

@@ -1,0 +1,35 @@
+"""A parity report as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from loraover_serve.parity.plots import ecdf_plot, ratio_plot, throughput_plot
+from loraover_serve.parity.report import ParityReport
+
+HTML_FILE = "parity.html"
+TEMPLATE = "parity.html.j2"
+
+
+def render(report: ParityReport) -> str:
+    """The page; every text of the report is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    ratios = ratio_plot(report.results, report.margin) if report.results else ""
+    return template.render(report=report, ratios=ratios, curves=_curves(report))
+
+
+def _curves(report: ParityReport) -> list[tuple[str, str]]:
+    """Titles and plots: a distribution for each run, and throughput where an engine ran at several concurrencies."""
+    curves = [
+        (f"End-to-end latency: {run.engine}, {run.concurrency} at once", ecdf_plot(run))
+        for run in report.runs
+        if run.samples
+    ]
+    for engine in dict.fromkeys(t.engine for t in report.throughputs):
+        mine = [t for t in report.throughputs if t.engine == engine]
+        if len({t.concurrency for t in mine}) > 1:
+            curves.append((f"Throughput: {engine}", throughput_plot(mine)))
+    return curves

@@ -1,0 +1,91 @@
+"""Plots of a parity report, as SVG that takes its ink from the page around it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, Result, Throughput
+from loraover_serve.parity.outputs import BASE
+from loraover_serve.parity.report import RunRecord, SampleRecord
+
+INK = "#0a0b0c"  # replaced by the page's own colour of text
+COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b", "unfolded": "#c2406b"}
+"""Of arms; told apart on light and dark pages, and by people who do not see red and green."""
+MARKS = {"equivalent": "o", "different": "X", "inconclusive": "s"}
+
+
+@contextmanager
+def _axes(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
+    """One pair of axes, and a list that holds the SVG after the block."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.facecolor": "none"} | ink
+    drawn: list[str] = []
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        yield axes, drawn
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    drawn.append(svg[svg.index("<svg") :].replace(INK, "currentColor"))
+
+
+def ratio_plot(results: Sequence[Result], margin: float) -> str:
+    """Every ratio with its interval, and the margin as a band."""
+    with _axes(8, 1.2 + 0.32 * len(results)) as (axes, drawn):
+        axes.axvspan(1 / (1 + margin), 1 + margin, color=COLORS[BASE], alpha=0.18, lw=0, label=f"within {margin:.0%}")
+        axes.axvline(1, color=INK, lw=0.8)
+        for y, r in enumerate(reversed(results)):
+            low, high = r.interval
+            color = COLORS.get(r.arm, INK)
+            axes.plot([low, high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
+            axes.plot([r.ratio], [y], MARKS[r.verdict], color=color, ms=7)
+        names = [f"{r.engine} x{r.concurrency}, {r.arm}: {r.measure}" for r in reversed(results)]
+        axes.set_yticks(range(len(results)), names)
+        axes.set_xlabel("time, arm / vanilla LoRA")
+        axes.legend(loc="upper right", frameon=False, fontsize=9)
+    return drawn[0]
+
+
+def ecdf_plot(run: RunRecord) -> str:
+    """Share of answers whose end-to-end latency is at most so many seconds, for every arm."""
+    by_arm: dict[str, list[float]] = {}
+    for sample in run.samples:
+        by_arm.setdefault(sample.arm, []).append(_latency(sample))
+    with _axes(8, 3.4) as (axes, drawn):
+        for arm, values in by_arm.items():
+            x = np.sort(values)
+            axes.step(x, np.arange(1, len(x) + 1) / len(x), where="post", color=COLORS.get(arm, INK), label=arm)
+        axes.set_xlabel("end-to-end latency, seconds")
+        axes.set_ylabel("share of answers")
+        axes.legend(frameon=False, fontsize=9)
+    return drawn[0]
+
+
+def throughput_plot(throughputs: Sequence[Throughput]) -> str:
+    """Tokens per second against concurrency, one line for every arm of one engine."""
+    with _axes(8, 3.4) as (axes, drawn):
+        for arm in dict.fromkeys(t.arm for t in throughputs):
+            mine = sorted((t for t in throughputs if t.arm == arm), key=lambda t: t.concurrency)
+            x, y = [t.concurrency for t in mine], [t.tokens_per_second for t in mine]
+            low, high = zip(*(t.interval for t in mine), strict=True)
+            spread = np.maximum([np.subtract(y, low), np.subtract(high, y)], 0)
+            axes.errorbar(x, y, yerr=spread, marker="o", color=COLORS.get(arm, INK), label=arm, capsize=3)
+        axes.set_xlabel("requests at once")
+        axes.set_ylabel("tokens per second")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+    return drawn[0]
+
+
+def _latency(sample: SampleRecord) -> float:
+    return sample.token_s[-1] - sample.start_s
