@@ -132,7 +132,7 @@ def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different",
         worst = max(different, key=lambda result: abs(math.log(result.ratio)))
         low, high = worst.interval
         return "different", (
-            f"different by {worst.ratio - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}] in {worst.measure} "
+            f"by {worst.ratio - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}] in {worst.measure} "
             f"({worst.engine}, concurrency {worst.concurrency})"
         )
     if noisy or open_:
@@ -140,8 +140,8 @@ def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different",
         needed = [result.needed_blocks for result in (*noisy, *open_)]
         enough = "no number of blocks would do" if None in needed else f"{max(n or 0 for n in needed)} would do"
         cause = "this machine is too noisy" if noisy else "the interval does not lie within the margin"
-        return "inconclusive", f"inconclusive: {cause} at {blocks} blocks; {enough}"
-    return "equivalent", "equivalent in every primary measure; so are two copies of one adapter"
+        return "inconclusive", f"{cause} at {blocks} blocks; {enough}"
+    return "equivalent", "in every primary measure, and so are two copies of one adapter"
 
 
 def latencies(runs: Sequence[Run]) -> list[Latency]:

@@ -58,15 +58,15 @@ def ratio_plot(results: Sequence[Result], margin: float) -> str:
 
 def ecdf_plot(run: RunRecord) -> str:
     """Share of answers whose end-to-end latency is at most so many seconds, for every arm."""
-    by_arm: dict[str, list[float]] = {}
+    by_arm: dict[str, list[float]] = {arm: [] for arm in COLORS if any(s.arm == arm for s in run.samples)}
     for sample in run.samples:
         by_arm.setdefault(sample.arm, []).append(_latency(sample))
     with _axes(8, 3.4) as (axes, drawn):
         for arm, values in by_arm.items():
-            x = np.sort(values)
-            axes.step(x, np.arange(1, len(x) + 1) / len(x), where="post", color=COLORS.get(arm, INK), label=arm)
+            x = np.sort([min(values), *values])
+            axes.step(x, 100 * np.arange(len(x)) / (len(x) - 1), where="post", color=COLORS.get(arm, INK), label=arm)
         axes.set_xlabel("end-to-end latency, seconds")
-        axes.set_ylabel("share of answers")
+        axes.set_ylabel("answers, %")
         axes.legend(frameon=False, fontsize=9)
     return drawn[0]
 

@@ -37,4 +37,4 @@ def show_report(report: ParityReport, console: Console) -> None:
             f"{o.controls_equal:.0%} equal between two copies of one adapter",
             soft_wrap=True,
         )
-    console.print(escape(report.reason), style=COLORS[report.verdict], soft_wrap=True)
+    console.print(f"{report.verdict}: {escape(report.reason)}", style=COLORS[report.verdict], soft_wrap=True)
