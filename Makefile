@@ -12,22 +12,25 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test vllm vllm-architectures compatibility lint bench clean
+.PHONY: demo demo-vllm test vllm vllm-architectures compatibility lint bench clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
-	@echo "== 1/5 plain LoRA, then LoRA-Over, at one learning rate"
+	@echo "== 1/6 plain LoRA, then LoRA-Over, at one learning rate"
 	$(BIN)/loraover train demo --method lora -o $(RUN)/lora
 	$(BIN)/loraover train demo --method lora-over -o $(RUN)/lora-over
-	@echo "== 2/5 side by side (it shows the pipeline; which method is better takes a sweep of the rate)"
+	@echo "== 2/6 side by side (it shows the pipeline; which method is better takes a sweep of the rate)"
 	$(BIN)/loraover compare $(RUN)/lora $(RUN)/lora-over
-	@echo "== 3/5 fold into a plain LoRA, checked against the unfolded model"
+	@echo "== 3/6 fold into a plain LoRA, checked against the unfolded model"
 	$(BIN)/loraover-export fold $(RUN)/lora-over/adapter -o $(RUN)/folded --check-error
-	@echo "== 4/5 an adapter for vLLM, gone over by vLLM's rules"
+	@echo "== 4/6 an adapter for vLLM, gone over by vLLM's rules"
 	$(BIN)/loraover-export vllm $(RUN)/folded -o $(RUN)/vllm
-	@echo "== 5/5 ONNX: a graph to swap adapters in, and one with the adapter merged, both run against the unfolded model"
+	@echo "== 5/6 ONNX: a graph to swap adapters in, and one with the adapter merged, both run against the unfolded model"
 	$(BIN)/loraover-export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
 	$(BIN)/loraover-export onnx $(RUN)/lora-over/adapter --name lora-over -o $(RUN)/merged --mode merged
+	@echo "== 6/6 does the folded adapter cost what the plain one costs? (a short run: exit 3 says that it was too short)"
+	$(BIN)/loraover-serve parity --folded $(RUN)/folded --vanilla $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
+		--engine onnx --engine torch --requests 16 --prompt-tokens 16 --new-tokens 8 --out $(RUN)/parity || test $$? -eq 3
 	@echo "== done"
 	@echo "plain LoRA          $(RUN)/lora/adapter"
 	@echo "LoRA-Over           $(RUN)/lora-over/adapter   (checkpoint with cores)"
@@ -35,6 +38,18 @@ demo: $(VENV)/.installed
 	@echo "certificate         $(RUN)/folded/fold_certificate.json"
 	@echo "for vLLM            $(RUN)/vllm                (with its pre-flight and launch line)"
 	@echo "ONNX                $(RUN)/swappable, $(RUN)/merged   (with onnx_report.json)"
+	@echo "parity              $(RUN)/parity/parity.html"
+
+# The last step again, on the real vLLM.
+demo-vllm: vllm $(RUN)/folded/adapter_config.json
+	rm -rf $(RUN)/parity-vllm
+	$(BIN)/loraover-export vllm $(RUN)/lora/adapter -o $(RUN)/vllm-vanilla --force
+	$(BIN)/loraover-export vllm $(RUN)/lora-over/adapter -o $(RUN)/vllm-folded --force
+	$(BIN)/loraover-serve parity --folded $(RUN)/vllm-folded --vanilla $(RUN)/vllm-vanilla \
+		--checkpoint $(RUN)/lora-over/adapter --engine vllm --requests 40 --out $(RUN)/parity-vllm || test $$? -eq 3
+
+$(RUN)/folded/adapter_config.json:
+	$(MAKE) demo
 
 test: lint vllm
 	$(BIN)/python -m pytest

@@ -108,6 +108,7 @@ def quiet_libraries() -> None:
         "Unable to fetch remote file",  # PEFT looks for the base model's config on the hub at every save
         "Could not find a config file",
         "'pin_memory' argument is set as true",
+        "`past_key_values` is deprecated",  # a cache's old name, which older transformers know
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
     if not sys.stderr.isatty():
