@@ -52,11 +52,11 @@ def test_genai_decodes_as_transformers_does(exports: Exports, name: Adapter) -> 
 
 
 def test_the_prompt_tells_adapters_apart(exports: Exports) -> None:
-    if exports.models["first"].config.model_type == "gemma":
-        pytest.skip("its embeddings are tied and scaled, so that a random model repeats the last token")
     with exports.model(None) as base:
         expected = torch_tokens(base, PROMPT, TOKENS)
-    assert torch_tokens(exports.models["first"], PROMPT, TOKENS) != expected
+    found = torch_tokens(exports.models["first"], PROMPT, TOKENS)
+    # Gemma's embeddings are tied and scaled, so that a random one repeats the last token whatever its adapter
+    assert found != expected or (exports.models["first"].config.model_type == "gemma" and len(set(found)) == 1)
 
 
 def test_the_merged_report(exports: Exports) -> None:
