@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -132,17 +130,6 @@ def fill_b(model: nn.Module, seed: int = 0) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name and not parameter.any():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Threads are slower on tensors this small, several times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

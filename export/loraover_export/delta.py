@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from loraover.adapter_dir import KEY_PREFIX, AdapterDir, site_key, site_name
 from loraover.checkpoint import Checkpoint
-from loraover.error_bounds import gamma, unit_roundoff
+from loraover.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.errors import ExportError
 from loraover.exact import Exact, adapter_of, open_exact
 
@@ -69,7 +68,7 @@ def read_deltas(source: Checkpoint | AdapterDir) -> Iterator[Delta]:
                     module,
                     kind.startswith("lora_embedding"),
                     exact.tensor(site_key(name)),
-                    _scaled(b, adapter.config.scaling(module)),
+                    scale(b, adapter.config.scaling(module)),
                 )
 
 
@@ -79,7 +78,9 @@ def other_tensors(adapter: AdapterDir) -> list[str]:
     return [key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys]
 
 
-def _scaled(b: Exact, scaling: float) -> Exact:
-    """One more rounding, unless the scaling is a power of two."""
-    value: Tensor = b.value * scaling
-    return Exact(value, b.bound * abs(scaling) + U64 * value.abs(), b.site)
+def scale(exact: Exact, scaling: float) -> Exact:
+    """scaling * M in float64; |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow."""
+    value = exact.value * scaling
+    rounding = gamma(1, U64) * value.abs()
+    tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2
+    return Exact(value, abs(scaling) * exact.bound + rounding + tiny, exact.site)

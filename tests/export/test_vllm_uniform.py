@@ -21,8 +21,9 @@ from torch import Tensor
 from loraover.adapter_dir import read_adapter_dir
 from loraover.errors import ExportError
 from loraover.exact import Exact
+from loraover_export.delta import scale
 from loraover_export.vllm import uniform
-from loraover_export.vllm.uniform import name_modules, scale, uniform_config, write_uniform
+from loraover_export.vllm.uniform import name_modules, uniform_config, write_uniform
 
 from make_checkpoint import nearest, numpy64
 from oracles.contraction import Array

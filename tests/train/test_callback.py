@@ -18,12 +18,12 @@ from loraover import LoraOverCallback, LoraOverConfig, OverParameterization, rea
 from loraover.adapter_dir import site_key
 from loraover.errors import CheckpointError, ConfigError
 from loraover.tensor_file import open_tensors
+from loraover.threads import one_thread
 
 from tiny_models import (
     VOCABULARY,
     fill_b,
     lora_matrices,
-    one_thread,
     tiny_gpt2,
     tiny_llama,
     tiny_t5,

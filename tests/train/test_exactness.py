@@ -17,8 +17,9 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from loraover import LoraOverConfig, OverParameterization
 from loraover.decompositions import DECOMPOSITIONS
 from loraover.overparam import CoreGroup
+from loraover.threads import one_thread
 
-from tiny_models import net_batch, net_loss, one_thread, tiny_net, trainable
+from tiny_models import net_batch, net_loss, tiny_net, trainable
 
 STEPS, MICRO_BATCHES, WEIGHT_DECAY = 20, 4, 0.1
 MAX_NORM = 0.05  # below the gradients' norm at every step, so that clipping acts

@@ -19,12 +19,12 @@ from loraover import LoraOverConfig, OverParameterization
 from loraover.decompositions import DECOMPOSITIONS
 from loraover.error_bounds import gamma, unit_roundoff
 from loraover.errors import ConfigError
+from loraover.threads import one_thread
 
 from tiny_models import (
     lora_matrices,
     net_batch,
     net_loss,
-    one_thread,
     tiny_llama,
     tiny_net,
     token_ids,

@@ -25,9 +25,9 @@ from loraover.command import run
 from loraover.progress import TrainingProgress
 from loraover.resume import SEAL_FILE, last_whole_checkpoint, seal
 from loraover.run_result import read_run
+from loraover.threads import one_thread
 
 from tiny_hub import save_llama, save_t5, write_recipe
-from tiny_models import one_thread
 
 STEPS = 7
 STOP = 6

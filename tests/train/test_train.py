@@ -36,11 +36,12 @@ from loraover.errors import CheckpointError
 from loraover.hub import HubUnreachableError
 from loraover.recipe import load_recipe
 from loraover.run_result import RunResult, read_run
+from loraover.threads import one_thread
 from loraover.update_norm import update_norm
 from loraover.word_problems import split_word_problems
 
 from tiny_hub import EOS, save_llama, save_t5, tiny_tokenizer, write_recipe
-from tiny_models import lora_matrices, one_thread, tiny_llama
+from tiny_models import lora_matrices, tiny_llama
 
 STEPS = 4
 MODELS = {"llama": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM}

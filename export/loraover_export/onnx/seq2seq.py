@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.errors import ExportError
 from loraover_export.onnx.kind import Case, Kind, Plan, Run, greedy
 from loraover_export.onnx.session import GraphSession
 from loraover_export.onnx.swappable import adapter_file
-from loraover_export.onnx.torch_graph import add_branches, export_torch
+from loraover_export.onnx.torch_graph import add_branches, export_torch, set_precision
 
 KEY_VALUE = ("key", "value")
 
@@ -28,10 +27,7 @@ class Seq2Seq(Kind):
     graphs = ("encoder.onnx", "decoder.onnx")
 
     def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
-        if plan.precision == "int4":
-            raise ExportError(f"int4 is made for decoder graphs only; {type(model).__name__} takes fp32 or fp16.")
-        if plan.precision == "fp16":
-            model.half()
+        set_precision(model, plan.precision)
         model.config.save_pretrained(out)
         model.generation_config.save_pretrained(out)
         tokenizer.save_pretrained(out)

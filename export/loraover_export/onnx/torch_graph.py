@@ -37,6 +37,18 @@ class LoraBranch(nn.Module):
         return output
 
 
+def set_precision(model: nn.Module, precision: str) -> None:
+    """Cast a model to the precision of its graph.
+
+    Raises:
+        ExportError: int4, which onnxruntime-genai's builder makes of decoders only.
+    """
+    if precision == "int4":
+        raise ExportError(f"int4 is made for decoder graphs only; {type(model).__name__} takes fp32 or fp16.")
+    if precision == "fp16":
+        model.half()
+
+
 def add_branches(model: nn.Module, markers: Mapping[str, Tensor]) -> None:
     """Put a branch with the markers beside every adapted layer.
 

@@ -10,16 +10,15 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from loraover.adapter_dir import AdapterDir, site_name
 from loraover.checkpoint import Checkpoint
-from loraover.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.errors import ExportError
 from loraover.exact import Exact, adapter_of
 from loraover_export.certificate import MatrixCertificate
+from loraover_export.delta import scale
 from loraover_export.fold import write_config, write_rounded
 
 
@@ -68,14 +67,6 @@ def write_uniform(
     certificates = write_rounded(source, adapter.sites.values(), directory, dtype, prepare=prepare, on_tensor=on_tensor)
     write_config(config, directory)
     return certificates
-
-
-def scale(exact: Exact, scaling: float) -> Exact:
-    """scaling * M in float64; |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow."""
-    value = exact.value * scaling
-    rounding = gamma(1, unit_roundoff(torch.float64)) * value.abs()
-    tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2
-    return Exact(value, abs(scaling) * exact.bound + rounding + tiny, exact.site)
 
 
 def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
