@@ -9,21 +9,24 @@ from rich.table import Table
 
 from loraover_serve.parity.report import ParityReport
 
+SHORT = {"time per output token": "per token", "end-to-end latency": "end to end"}
 COLORS = {"equivalent": "green", "different": "red", "failed": "red", "inconclusive": "yellow"}
 
 
 def show_report(report: ParityReport, console: Console) -> None:
     """Ratios with their intervals, throughput, outputs, verdict."""
-    table = Table(box=SIMPLE, title=f"Times, arm / vanilla LoRA; equal within {report.margin:.0%}")
-    for column in ("engine", "at once", "arm", "measure", "ratio [95 %]", "blocks", "verdict"):
-        table.add_column(column, justify="right" if column in ("at once", "blocks") else "left")
+    table = Table(
+        box=SIMPLE, padding=(0, 1, 0, 0), title=f"Times, arm / vanilla LoRA; equal within {report.margin:.0%}"
+    )
+    for column in ("engine", "x", "arm", "time", "ratio [95 %]", "verdict"):
+        table.add_column(column, no_wrap=True)
     for r in report.results:
         low, high = r.interval
         ratio = f"{r.ratio:.3f} [{low:.3f}, {high:.3f}]"
-        table.add_row(r.engine, str(r.concurrency), r.arm, r.measure, ratio, str(r.blocks), r.verdict)
+        table.add_row(r.engine, str(r.concurrency), r.arm, SHORT[r.measure], ratio, r.verdict)
     console.print(table)
     rates = Table(box=SIMPLE, title="Throughput, tokens per second, median of waves")
-    for column in ("engine", "at once", "arm", "tokens/s [95 %]"):
+    for column in ("engine", "x", "arm", "tokens/s [95 %]"):
         rates.add_column(column)
     for t in report.throughputs:
         low, high = t.interval

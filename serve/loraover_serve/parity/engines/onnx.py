@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class OnnxEngine(Engine):
         self._adapters: dict[str, Any] = {}
         for arm, spec in arms.items():
             if spec.graph not in models:
-                models[spec.graph] = og.Model(str(spec.graph))
+                models[spec.graph] = _endless(spec.graph)
             self._models[arm] = models[spec.graph]
             if spec.adapter is not None:
                 self._adapters[arm] = og.Adapters(self._models[arm])
@@ -51,9 +52,7 @@ class OnnxEngine(Engine):
     def _answer(self, arm: str, block: int, index: int, request: Request) -> Sample:
         length = len(request.prompt) + request.new_tokens
         parameters = og.GeneratorParams(self._models[arm])
-        parameters.set_search_options(
-            min_length=length, max_length=length, do_sample=False, repetition_penalty=1.0
-        )  # at least that long: the end of the text is ignored
+        parameters.set_search_options(min_length=length, max_length=length, do_sample=False, repetition_penalty=1.0)
         generator = og.Generator(self._models[arm], parameters)
         if arm in self._adapters:
             generator.set_active_adapter(self._adapters[arm], arm)
@@ -66,3 +65,14 @@ class OnnxEngine(Engine):
             times.append(time.perf_counter())
         ids = tuple(int(token) for token in generator.get_sequence(0)[len(prompt) :])
         return Sample(arm, block, index, start, tuple(times), ids)
+
+
+def _endless(graph: Path) -> Any:
+    """The model with the last token of its vocabulary for the end of the text.
+
+    `min_length` forbids the end of the text rather than to ignore it, and so changes what is said.
+    """
+    vocabulary = json.loads((graph / "genai_config.json").read_text())["model"]["vocab_size"]
+    config = og.Config(str(graph))
+    config.overlay(json.dumps({"model": {"eos_token_id": vocabulary - 1}}))
+    return og.Model(config)
