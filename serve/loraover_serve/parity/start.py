@@ -77,7 +77,12 @@ def _onnx(arms: Arms, folder: Path, say: Callable[[str], None]) -> list[Engine]:
     vanilla, folded = (swappable / f"{arm}.onnx_adapter" for arm in (VANILLA, FOLDED))
     return [
         OnnxEngine(
-            "onnx merged", {arm: OnnxArm(merged.get(arm, merged[VANILLA])) for arm in (VANILLA, CONTROL, FOLDED)}
+            "onnx merged",
+            {
+                VANILLA: OnnxArm(merged[VANILLA]),
+                CONTROL: OnnxArm(merged[VANILLA], session=1),
+                FOLDED: OnnxArm(merged[FOLDED]),
+            },
         ),
         OnnxEngine(
             "onnx swappable",

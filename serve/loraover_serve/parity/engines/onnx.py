@@ -19,10 +19,16 @@ from loraover_serve.parity.workload import Request
 
 @dataclass(frozen=True)
 class OnnxArm:
-    """A graph folder, and an `.onnx_adapter` file to run it with."""
+    """A graph folder, and an `.onnx_adapter` file to run it with.
+
+    Args:
+        session: arms of one graph and one number share a session, and so the place of its weights in memory, on which
+            speed depends by some percent.
+    """
 
     graph: Path
     adapter: Path | None = None
+    session: int = 0
 
 
 class OnnxEngine(Engine):
@@ -35,13 +41,14 @@ class OnnxEngine(Engine):
 
     def __init__(self, name: str, arms: Mapping[str, OnnxArm]) -> None:
         self.name, self.arms = name, tuple(arms)
-        models: dict[Path, Any] = {}
+        models: dict[tuple[Path, int], Any] = {}
         self._models: dict[str, Any] = {}
         self._adapters: dict[str, Any] = {}
         for arm, spec in arms.items():
-            if spec.graph not in models:
-                models[spec.graph] = _endless(spec.graph)
-            self._models[arm] = models[spec.graph]
+            key = (spec.graph, spec.session)
+            if key not in models:
+                models[key] = _endless(spec.graph)
+            self._models[arm] = models[key]
             if spec.adapter is not None:
                 self._adapters[arm] = og.Adapters(self._models[arm])
                 self._adapters[arm].load(str(spec.adapter), arm)
