@@ -17,7 +17,7 @@ from loraover.models import load_tokenizer
 from loraover.output import check_free, publish_directory
 from loraover.run_result import environment
 from loraover_export.certificate import hardware
-from loraover_serve.parity.analysis import latencies, overall, results, throughputs
+from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, latencies, overall, results, throughputs
 from loraover_serve.parity.arms import Arms, prepare_arms
 from loraover_serve.parity.equivalence import MIN_BLOCKS
 from loraover_serve.parity.html import HTML_FILE, render
@@ -191,7 +191,11 @@ def _report(request: ParityRequest, arms: Arms, runs: Sequence[Run], outputs: li
         outputs=outputs,
         runs=[_record(run) for run in runs],
         base_model=arms.base.name,
-        adapters={arm: str(path) for arm, path in arms.adapters.items()},
+        adapters={
+            FOLDED: str(request.folded),
+            VANILLA: "random weights" if request.vanilla is None else str(request.vanilla),
+            CONTROL: "a copy of the vanilla adapter",
+        },
         workload={
             "kind": request.workload,
             "requests": request.requests,
