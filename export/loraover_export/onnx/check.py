@@ -111,11 +111,11 @@ def check_graph(
 
 
 def _greedy(kind: Kind, folder: Path, device: str, adapter: Path | None, reference: Reference) -> Greedy | None:
-    if reference.greedy is None:
+    generated = kind.generate(folder, reference.prompt, GENERATED, device, adapter)
+    if reference.greedy is None or generated is None:
         return None
     tokens, logits = reference.greedy
-    expected = tokens.tolist()
-    found = kind.generate(folder, reference.prompt, GENERATED, device, adapter).tolist()
+    expected, found = tokens.tolist(), generated.tolist()
     for i, row in enumerate(logits):
         if expected[i : i + 1] != found[i : i + 1]:
             other = row[found[i]] if i < len(found) else row.min()  # it ended the text, PyTorch did not

@@ -118,9 +118,9 @@ class Kind(ABC):
         """
         return None
 
-    def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor:
-        """The engine's tokens (t,), through its cache, without the one that ends the text."""
-        raise NotImplementedError
+    def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor | None:
+        """The engine's tokens (t,), through its cache, without the one that ends the text, if any."""
+        return None
 
 
 def greedy(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
