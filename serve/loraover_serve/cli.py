@@ -111,6 +111,11 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--prompts", type=PATH, help="Text file with one prompt a line.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=32, show_default=True, help="Of a prompt.")
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="To generate.")
+@click.option("--memory", type=click.IntRange(0), default=1, show_default=True, help="vLLM servers an arm, for memory.")
+@click.option("--cross-check", is_flag=True, help="Run `vllm bench serve` against the same server, too.")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(1), default=120, show_default=True, help="Of a silent server, s."
+)
 @click.option("--seed", default=0, show_default=True, help="Of weights, lengths and order.")
 @click.option("--allow-unequal", is_flag=True, help="Compare adapters of different ranks or targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, without the samples.")

@@ -74,10 +74,11 @@ class VllmClient:
             EngineError: no such model, or the engine failed.
         """
         body = _greedy_body(model, [list(prompt) for prompt in prompts], max_tokens)
-        choices = sorted(self._request("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
+        answer = self._request("/v1/completions", body)
+        _check_addressee(model, answer)
         return [
             Completion(choice["text"], tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
-            for choice in choices
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
         ]
 
     def stream(self, model: str, prompt: Sequence[int], *, max_tokens: int, timeout_s: float) -> Streamed:
@@ -86,7 +87,7 @@ class VllmClient:
         Args:
             timeout_s: longest silence.
         Raises:
-            EngineError: no such model, an engine that failed or hung, or an answer of another length.
+            EngineError: no such model, an engine that failed or hung, or an answer of another length, model or prompt.
         """
         body = _greedy_body(model, list(prompt), max_tokens) | {"stream": True}
         text = ""
@@ -102,7 +103,10 @@ class VllmClient:
                 now, piece = time.perf_counter(), json.loads(line[6:])
                 if "choices" not in piece:
                     raise EngineError(f"{model}: the server failed in the middle of an answer: {piece!r:.500}")
+                _check_addressee(model, piece)
                 for choice in piece["choices"]:
+                    if choice.get("prompt_token_ids") not in (None, list(prompt)):
+                        raise EngineError(f"{model}: the answer is to another prompt.")
                     text += choice["text"]
                     ids += choice["token_ids"] or []
                     logprobs += (choice["logprobs"] or {}).get("token_logprobs", [])
@@ -148,6 +152,11 @@ class VllmClient:
             raise EngineError(f"{path}: the server answered {error.code}: {text[:1000]}") from error
         except (OSError, HTTPException) as error:
             raise EngineError(f"{path}: no answer from {self.url}: {error}") from error
+
+
+def _check_addressee(model: str, answer: dict[str, Any]) -> None:
+    if answer.get("model") != model:
+        raise EngineError(f"{model}: the answer is of {answer.get('model')!r}, another model or adapter.")
 
 
 def _greedy_body(model: str, prompt: list[int] | list[list[int]], max_tokens: int) -> dict[str, Any]:

@@ -71,6 +71,18 @@ class VllmServerConfig:
         return {**os.environ, **given, **self.environment}
 
 
+class VllmServer(VllmClient):
+    """A client of a server on this machine.
+
+    Args:
+        pid: of the process that leads the session of all the server's processes.
+    """
+
+    def __init__(self, url: str, pid: int) -> None:
+        super().__init__(url)
+        self.pid = pid
+
+
 @contextmanager
 def serve_vllm(
     config: VllmServerConfig,
@@ -79,7 +91,7 @@ def serve_vllm(
     executable: str = "vllm",
     port: int | None = None,
     startup_timeout_s: float = 600,
-) -> Iterator[VllmClient]:
+) -> Iterator[VllmServer]:
     """Start vLLM, wait until the base model and every adapter have answered, and stop it after the block.
 
     A healthy endpoint is not enough: some models fail at the first request.
@@ -109,7 +121,7 @@ def serve_vllm(
         except OSError as error:
             raise EngineError(f"{executable}: cannot be started: {error.strerror}; is vLLM installed there?") from error
     try:
-        client = VllmClient(f"http://127.0.0.1:{port}")
+        client = VllmServer(f"http://127.0.0.1:{port}", process.pid)
         _await_answers(client, [config.model, *config.adapters], process, log, time.monotonic() + startup_timeout_s)
         yield client
     finally:

@@ -136,11 +136,14 @@ def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different",
             f"({worst.engine}, concurrency {worst.concurrency})"
         )
     if noisy or open_:
-        blocks = max(result.blocks for result in found)
-        needed = [result.needed_blocks for result in (*noisy, *open_)]
-        enough = "no number of blocks would do" if None in needed else f"{max(n or 0 for n in needed)} would do"
-        cause = "this machine is too noisy" if noisy else "the interval does not lie within the margin"
-        return "inconclusive", f"{cause} at {blocks} blocks; {enough}"
+        requests = max(2 * result.blocks * result.concurrency for result in found)
+        needed = [
+            None if result.needed_blocks is None else 2 * result.needed_blocks * result.concurrency
+            for result in (*noisy, *open_)
+        ]
+        enough = "no number would do" if None in needed else f"{max(n or 0 for n in needed)} would do"
+        cause = "this machine is too noisy" if noisy else "an interval does not lie within the margin"
+        return "inconclusive", f"{cause} at {requests} requests; {enough}"
     return "equivalent", "in every primary measure, and so are two copies of one adapter"
 
 

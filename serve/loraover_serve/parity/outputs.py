@@ -1,12 +1,19 @@
-"""Do the arms say the right things? Greedy tokens and their logprobs against PyTorch's unfolded model."""
+"""Do the arms say the right things? Greedy tokens and their logprobs against PyTorch.
+
+The folded adapter is compared with PyTorch's *unfolded* model, the vanilla adapter with PyTorch's vanilla adapter. The
+second shows how far engine and PyTorch are apart for reasons that have nothing to do with folding; the folded adapter's
+answers *agree* if they are no further from PyTorch than that, up to what an estimate from so many tokens may be off by.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,10 +23,28 @@ from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request
 
 BASE = "base"
+SURE = 5  # standard errors
+ROUNDING = 1e-3  # nats: float32's own rounding, where two engines otherwise compute alike
+
+Reference = Callable[[], AbstractContextManager[Any]]
+"""A context that gives PyTorch's model."""
+
+
+class Distance(BaseModel):
+    """One arm's answers against PyTorch's model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reference: str = Field(description="the model in PyTorch")
+    equal: float = Field(description="share of prompts whose tokens are all PyTorch's own choices")
+    largest_gap: float = Field(description="nats by which PyTorch preferred another token, where answers first part")
+    logprob_rms: float | None = Field(description="nats, of the logprobs of all tokens; None: the engine tells none")
+    logprob_error: float | None = Field(description="nats, standard error of logprob_rms")
+    logprob_largest: float | None = Field(description="nats")
 
 
 class Outputs(BaseModel):
-    """What one engine answered, over the prompts of a run."""
+    """What one engine answered, over the first prompts of a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,48 +52,42 @@ class Outputs(BaseModel):
     prompts: int
     controls_equal: float = Field(description="share of prompts with equal tokens from two copies of one adapter")
     repeats_equal: float = Field(description="share of prompts that the folded adapter answers alike both times")
+    vanilla_equal: float = Field(description="share of prompts that folded and vanilla adapter answer alike")
     folded_applied: bool = Field(description="the folded adapter's tokens differ from the base model's somewhere")
     vanilla_applied: bool
-    reference: str = Field(description="what the folded adapter's tokens are compared with")
-    reference_equal: float = Field(description="share of prompts whose tokens are all PyTorch's own choices")
-    logprob_rms: float | None = Field(description="nats, of the folded adapter's logprobs against the reference's")
-    logprob_noise: float | None = Field(description="nats, the same for the base model on both engines")
+    folded: Distance
+    vanilla: Distance = Field(description="the noise floor")
+    agree: bool = Field(description="the folded adapter's distance is within the noise floor")
 
 
 def compare_outputs(
-    run: Run,
-    requests: Sequence[Request],
-    reference: AbstractContextManager[Any],
-    reference_name: str,
-    base: AbstractContextManager[Any],
-    prompts: int,
+    run: Run, requests: Sequence[Request], folded: Reference, folded_name: str, vanilla: Reference, prompts: int
 ) -> Outputs:
     """Compare the answers to the first prompts of a run.
 
     Args:
-        reference: a context that gives PyTorch's model of the folded adapter.
-        base: a context that gives PyTorch's base model.
+        folded: the model that the folded adapter should behave as.
+        folded_name: of it, in words.
+        vanilla: the vanilla adapter.
         prompts: how many.
     """
-    firsts = {arm: _answers(run, arm, prompts) for arm in {sample.arm for sample in run.samples}}
-    with reference as model:
-        judged = [_judge(model, requests, sample) for sample in firsts[FOLDED][0]]
-    noise = None
-    if BASE in firsts and firsts[BASE][0][0].logprobs:
-        with base as model:
-            noise = _rms([d for sample in firsts[BASE][0] for d in _judge(model, requests, sample)[1]])
-    errors = [d for _, differences in judged for d in differences]
+    answers = {arm: _answers(run, arm, prompts) for arm in {sample.arm for sample in run.samples}}
+    firsts = {arm: first for arm, (first, _) in answers.items()}
+    with folded() as model:
+        distance = _distance(folded_name, [_judge(model, requests, sample) for sample in firsts[FOLDED]])
+    with vanilla() as model:
+        floor = _distance("the vanilla adapter", [_judge(model, requests, sample) for sample in firsts[VANILLA]])
     return Outputs(
         engine=run.engine,
-        prompts=len(judged),
-        controls_equal=_equal(firsts[VANILLA][0], firsts[CONTROL][0]),
-        repeats_equal=_equal(*firsts[FOLDED]),
+        prompts=len(firsts[FOLDED]),
+        controls_equal=_equal(firsts[VANILLA], firsts[CONTROL]),
+        repeats_equal=_equal(*answers[FOLDED]),
+        vanilla_equal=_equal(firsts[FOLDED], firsts[VANILLA]),
         folded_applied=_applied(firsts, FOLDED),
         vanilla_applied=_applied(firsts, VANILLA),
-        reference=reference_name,
-        reference_equal=sum(own for own, _ in judged) / len(judged),
-        logprob_rms=_rms(errors) if errors else None,
-        logprob_noise=noise,
+        folded=distance,
+        vanilla=floor,
+        agree=_agree(distance, floor),
     )
 
 
@@ -86,20 +105,51 @@ def _equal(one: Sequence[Sample], other: Sequence[Sample]) -> float:
     return sum(a.token_ids == b.token_ids for a, b in zip(one, other, strict=True)) / len(one)
 
 
-def _applied(firsts: dict[str, tuple[list[Sample], list[Sample]]], arm: str) -> bool:
-    return BASE not in firsts or _equal(firsts[BASE][0], firsts[arm][0]) < 1
+def _applied(firsts: dict[str, list[Sample]], arm: str) -> bool:
+    return BASE not in firsts or _equal(firsts[BASE], firsts[arm]) < 1
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One answer: the gap where PyTorch first prefers another token (None: nowhere), and differences of logprobs."""
+
+    gap: float | None
+    differences: list[float]
 
 
 @torch.inference_mode()
-def _judge(model: Any, requests: Sequence[Request], sample: Sample) -> tuple[bool, list[float]]:
-    """Whether every token is PyTorch's own choice, and the differences of logprobs, teacher-forced."""
+def _judge(model: Any, requests: Sequence[Request], sample: Sample) -> _Judged:
     prompt = requests[sample.request % len(requests)].prompt
     logits = model(input_ids=torch.tensor([[*prompt, *sample.token_ids]])).logits[0, len(prompt) - 1 : -1].double()
-    tokens = torch.tensor(sample.token_ids)
-    scores = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    own = bool((logits.argmax(-1) == tokens).all())
-    return own, [served - score for served, score in zip(sample.logprobs, scores.tolist(), strict=False)]
+    chosen = logits.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+    gaps = logits.amax(-1) - chosen
+    parted = gaps.nonzero()[:, 0].tolist()
+    scores = (chosen - logits.logsumexp(-1)).tolist()
+    differences = [served - score for served, score in zip(sample.logprobs, scores, strict=False)]
+    return _Judged(float(gaps[parted[0]]) if parted else None, differences)
 
 
-def _rms(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value * value for value in values) / len(values))
+def _distance(reference: str, judged: Sequence[_Judged]) -> Distance:
+    differences = np.array([difference for answer in judged for difference in answer.differences])
+    rms = float(np.sqrt(np.mean(differences**2))) if len(differences) else None
+    # of the mean square: the squares' deviation / sqrt(tokens); the root divides it by 2 rms
+    error = float(np.std(differences**2) / math.sqrt(len(differences)) / (2 * rms)) if rms else None
+    return Distance(
+        reference=reference,
+        equal=sum(answer.gap is None for answer in judged) / len(judged),
+        largest_gap=max((answer.gap or 0.0 for answer in judged), default=0.0),
+        logprob_rms=rms,
+        logprob_error=error,
+        logprob_largest=float(np.abs(differences).max()) if len(differences) else None,
+    )
+
+
+def _agree(found: Distance, floor: Distance) -> bool:
+    """The floor's rms, and where texts part, a gap of two logits that are each off by as much as any of the floor's."""
+    gap = 2 * floor.logprob_largest if floor.logprob_largest is not None else floor.largest_gap
+    if found.largest_gap > gap + ROUNDING:
+        return False
+    if found.logprob_rms is None or floor.logprob_rms is None:
+        return True
+    allowed = floor.logprob_rms + SURE * math.hypot(found.logprob_error or 0.0, floor.logprob_error or 0.0)
+    return found.logprob_rms <= allowed + ROUNDING

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, Result, Throughput
+from loraover_serve.parity.measure import Run
 from loraover_serve.parity.outputs import BASE
-from loraover_serve.parity.report import RunRecord, SampleRecord
 
 INK = "#0a0b0c"  # replaced by the page's own colour of text
 COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b", "unfolded": "#c2406b"}
@@ -56,11 +56,11 @@ def ratio_plot(results: Sequence[Result], margin: float) -> str:
     return drawn[0]
 
 
-def ecdf_plot(run: RunRecord) -> str:
+def ecdf_plot(run: Run) -> str:
     """Share of answers whose end-to-end latency is at most so many seconds, for every arm."""
     by_arm: dict[str, list[float]] = {arm: [] for arm in COLORS if any(s.arm == arm for s in run.samples)}
     for sample in run.samples:
-        by_arm.setdefault(sample.arm, []).append(_latency(sample))
+        by_arm.setdefault(sample.arm, []).append(sample.end_to_end_s)
     with _axes(8, 3.4) as (axes, drawn):
         for arm, values in by_arm.items():
             x = np.sort([min(values), *values])
@@ -85,7 +85,3 @@ def throughput_plot(throughputs: Sequence[Throughput]) -> str:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=9)
     return drawn[0]
-
-
-def _latency(sample: SampleRecord) -> float:
-    return sample.token_s[-1] - sample.start_s

@@ -4,55 +4,36 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from loraover_serve.parity.analysis import Latency, Result, Throughput
+from loraover_serve.parity.cross_check import CrossCheck
+from loraover_serve.parity.measure import Run
+from loraover_serve.parity.memory import PeakMemory
 from loraover_serve.parity.outputs import Outputs
 
 REPORT_FILE = "parity.json"
+Verdict = Literal["equivalent", "different", "inconclusive", "failed"]
 EXIT_CODES = {"equivalent": 0, "different": 1, "inconclusive": 3, "failed": 2}
 
 
-class SampleRecord(BaseModel):
-    """One answer; times in seconds on a clock of its run's own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    arm: str
-    block: int
-    request: int
-    start_s: float
-    token_s: tuple[float, ...]
-    token_ids: tuple[int, ...]
-
-
-class RunRecord(BaseModel):
-    """One engine at one concurrency."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    engine: str
-    concurrency: int
-    blocks: int = Field(description="run whole, warm-up left out")
-    failure: str | None = Field(description="why it ended early")
-    samples: list[SampleRecord]
-
-
 class ParityReport(BaseModel):
-    """Contents of `parity.json`."""
+    """Contents of `parity.json`; a failed run's has what was measured before the failure."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
-    verdict: Literal["equivalent", "different", "inconclusive", "failed"]
+    schema_version: int = 2
+    verdict: Verdict
     reason: str
     margin: float
     alpha: float
     results: list[Result]
     latencies: list[Latency]
     throughputs: list[Throughput]
+    memory: list[PeakMemory]
     outputs: list[Outputs]
-    runs: list[RunRecord]
+    cross_checks: list[CrossCheck]
+    runs: list[Run]
     base_model: str
     adapters: dict[str, str]
     workload: dict[str, str | int]

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from loraover_serve.parity.report import ParityReport
 
-SHORT = {"time per output token": "per token", "end-to-end latency": "end to end"}
+SHORT = {"time to first token": "first token", "time per output token": "per token", "end-to-end latency": "end to end"}
+GIB = 2**30
 COLORS = {"equivalent": "green", "different": "red", "failed": "red", "inconclusive": "yellow"}
 
 
@@ -32,12 +33,45 @@ def show_report(report: ParityReport, console: Console) -> None:
         low, high = t.interval
         rates.add_row(t.engine, str(t.concurrency), t.arm, f"{t.tokens_per_second:.1f} [{low:.1f}, {high:.1f}]")
     console.print(rates)
-    for o in report.outputs:
-        distance = "" if o.logprob_rms is None else f"; logprobs {o.logprob_rms:.1e} nats off (rms)"
-        noise = "" if o.logprob_noise is None else f", the base model's {o.logprob_noise:.1e}"
-        console.print(
-            f"{o.engine}, {o.prompts} prompts: {o.reference_equal:.0%} equal {o.reference}{distance}{noise}; "
-            f"{o.controls_equal:.0%} equal between two copies of one adapter",
-            soft_wrap=True,
-        )
+    if report.memory:
+        console.print(_memory_table(report))
+    if report.cross_checks:
+        console.print(_cross_check_table(report))
+    if report.outputs:
+        console.print(_outputs_table(report))
     console.print(f"{report.verdict}: {escape(report.reason)}", style=COLORS[report.verdict], soft_wrap=True)
+
+
+def _memory_table(report: ParityReport) -> Table:
+    table = Table(box=SIMPLE, title="Peak memory of a server with one arm, GiB (lowest to highest)")
+    for column in ("engine", "x", "arm", "peak"):
+        table.add_column(column)
+    for m in report.memory:
+        low, high = min(m.bytes) / GIB, max(m.bytes) / GIB
+        table.add_row(
+            "vllm", str(m.concurrency), m.arm, f"{low:.2f} to {high:.2f}" if len(m.bytes) > 1 else f"{low:.2f}"
+        )
+    return table
+
+
+def _cross_check_table(report: ParityReport) -> Table:
+    table = Table(box=SIMPLE, title="Medians beside those of vllm bench serve, milliseconds")
+    for column in ("x", "arm", "time", "ours", "bench serve"):
+        table.add_column(column)
+    for c in report.cross_checks:
+        table.add_row(
+            str(c.concurrency), c.arm, SHORT[c.measure], f"{1000 * c.ours:.1f}", f"{1000 * c.bench_serve:.1f}"
+        )
+    return table
+
+
+def _outputs_table(report: ParityReport) -> Table:
+    table = Table(box=SIMPLE, title="Answers against PyTorch's: nats where texts part, and logprobs (rms)")
+    for column in ("engine", "arm", "in PyTorch", "equal", "gap", "logprobs", "verdict"):
+        table.add_column(column)
+    for o in report.outputs:
+        for arm, d in (("folded", o.folded), ("vanilla", o.vanilla)):
+            rms = "-" if d.logprob_rms is None else f"{d.logprob_rms:.1e}"
+            verdict = ("agrees" if o.agree else "apart") if arm == "folded" else "the floor"
+            table.add_row(o.engine, arm, d.reference, f"{d.equal:.0%}", f"{d.largest_gap:.1e}", rms, verdict)
+    return table

@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loraover.errors import EngineError
 from loraover.models import load_model
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA
 from loraover_serve.parity.arms import Arms
 from loraover_serve.parity.engines.base import Engine
-from loraover_serve.parity.outputs import BASE
+from loraover_serve.parity.outputs import BASE, Reference
 from loraover_serve.parity.workload import Request
 from loraover_serve.up import server_config
-from loraover_serve.vllm_server import serve_vllm
+from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
 
-ENGINES = ("vllm", "onnx", "torch")
+if TYPE_CHECKING:
+    from loraover_serve.parity.engines.vllm import VllmEngine
 
 
 @contextmanager
 def started(
-    engine: str, arms: Arms, requests: Sequence[Request], folder: Path, vllm: str, say: Callable[[str], None]
-) -> Iterator[list[Engine]]:
+    engine: str,
+    arms: Arms,
+    requests: Sequence[Request],
+    folder: Path,
+    *,
+    vllm: str,
+    timeout_s: float,
+    say: Callable[[str], None],
+) -> Iterator[Sequence[Engine]]:
     """The engines behind one name: ONNX Runtime is two, merged and swappable.
 
     Args:
         folder: for exports and logs.
         vllm: the command `vllm`.
+        timeout_s: longest silence of a server in the middle of an answer.
     Raises:
         EngineError: a server that does not start.
         ExportError: a model that has no graph.
     """
     if engine == "vllm":
-        with _vllm(arms, requests, folder, vllm, say) as running:
+        say(f"starting vLLM; its log is {folder / 'vllm.log'}")
+        with started_vllm(arms.adapters, arms, requests, folder, vllm=vllm, timeout_s=timeout_s) as running:
             yield [running]
     elif engine == "onnx":
         yield _onnx(arms, folder, say)
@@ -47,25 +57,36 @@ def started(
 
 
 @contextmanager
-def _vllm(
-    arms: Arms, requests: Sequence[Request], folder: Path, executable: str, say: Callable[[str], None]
-) -> Iterator[Engine]:
-    """One server for all arms; every request fits, and no prompt is remembered."""
+def started_vllm(
+    adapters: Mapping[str, Path],
+    arms: Arms,
+    requests: Sequence[Request],
+    folder: Path,
+    *,
+    vllm: str,
+    timeout_s: float,
+) -> Iterator[VllmEngine]:
+    """One server for the base model and some adapters; every request fits, and no prompt is remembered.
+
+    Raises:
+        EngineError: a server that does not start, or refuses an adapter.
+    """
     from loraover_serve.parity.engines.vllm import VllmEngine
 
     longest = max(len(request.prompt) + request.new_tokens for request in requests)
-    renamed = [_linked(path, folder / "adapters" / arm) for arm, path in arms.adapters.items()]
     options = ("--no-enable-prefix-caching", "--max-model-len", str(longest + 8))
-    config = server_config(renamed, arms.base.location, options)
-    say(f"starting vLLM; its log is {folder / 'vllm.log'}")
-    with serve_vllm(config, folder / "vllm.log", executable=executable) as client:
-        yield VllmEngine(client, {BASE: config.model} | {arm: arm for arm in arms.adapters})
+    named = [_named(path, folder / "adapters" / arm) for arm, path in adapters.items()]
+    address = arms.base.location
+    config = server_config(named, address, options) if named else VllmServerConfig(address, options=options)
+    with serve_vllm(config, folder / "vllm.log", executable=vllm) as server:
+        yield VllmEngine(server, {BASE: config.model} | {arm: arm for arm in adapters}, timeout_s)
 
 
-def _linked(adapter: Path, link: Path) -> Path:
+def _named(adapter: Path, copy: Path) -> Path:
     """A copy of an adapter under the name of its arm."""
-    shutil.copytree(adapter, link)
-    return link
+    if not copy.exists():
+        shutil.copytree(adapter, copy)
+    return copy
 
 
 def _onnx(arms: Arms, folder: Path, say: Callable[[str], None]) -> list[Engine]:
@@ -109,16 +130,16 @@ def _exported(arms: Arms, names: Sequence[str], mode: str, folder: Path) -> Path
     return output
 
 
-def reference_contexts(arms: Arms) -> tuple[Any, str, Any]:
-    """PyTorch's answer to the folded adapter, unfolded where there is a checkpoint, its name, and the base model."""
-    from contextlib import nullcontext
-
+def references(arms: Arms) -> tuple[Reference, str, Reference]:
+    """PyTorch's model of the folded adapter, unfolded if there is a checkpoint, its name, and the vanilla one's."""
     from loraover.adapter_dir import read_adapter_dir
     from loraover.checkpoint import read_checkpoint
     from loraover.unfolded import unfolded
 
     base = load_model(arms.base)
-    if arms.checkpoint is not None:
-        return unfolded(base, read_checkpoint(arms.checkpoint)), "the unfolded checkpoint in PyTorch", nullcontext(base)
-    folded = read_adapter_dir(arms.adapters[FOLDED])
-    return unfolded(base, folded), "the folded adapter in PyTorch", nullcontext(base)
+    vanilla = read_adapter_dir(arms.adapters[VANILLA])
+    if arms.checkpoint is None:
+        folded, name = read_adapter_dir(arms.adapters[FOLDED]), "the folded adapter"
+        return (lambda: unfolded(base, folded)), name, lambda: unfolded(base, vanilla)
+    checkpoint = read_checkpoint(arms.checkpoint)
+    return (lambda: unfolded(base, checkpoint)), "the unfolded checkpoint", lambda: unfolded(base, vanilla)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from loraover_serve.parity.engines.base import Engine
 from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request
-from loraover_serve.vllm_client import VllmClient
+from loraover_serve.vllm_server import VllmServer
 
 
 class VllmEngine(Engine):
@@ -21,14 +21,15 @@ class VllmEngine(Engine):
 
     name = "vllm"
 
-    def __init__(self, client: VllmClient, models: Mapping[str, str], timeout_s: float = 120.0) -> None:
+    def __init__(self, server: VllmServer, models: Mapping[str, str], timeout_s: float) -> None:
         self.arms = tuple(models)
-        self._client, self._models, self._timeout_s = client, dict(models), timeout_s
+        self.server, self.models = server, dict(models)
+        self._timeout_s = timeout_s
 
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
         def answer(index: int, request: Request) -> Sample:
-            done = self._client.stream(
-                self._models[arm], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
+            done = self.server.stream(
+                self.models[arm], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
             )
             return Sample(arm, block, index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
 
