@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loraover.checkpoint import read_checkpoint, restore, write_checkpoint
 from loraover.config import LoraOverConfig
 from loraover.errors import CheckpointError
+from loraover.importance.base import Loss, Probe, model_loss
 from loraover.overparam import OverParameterization
 
 
@@ -26,16 +29,23 @@ class LoraOverCallback(TrainerCallback):
     with its cores.
 
     Args:
-        config: which matrices, and how; an absent seed is the Trainer's.
+        config: which matrices, when, and how; an absent seed is the Trainer's.
         resume_from: the checkpoint folder of a resumed run, when it is not `args.resume_from_checkpoint`
             or `<output_dir>/checkpoint-<step>`.
+        loss: of the model on one batch, for a schedule that runs the model on some training data; by default the one
+            that the model computes from a batch with labels.
     """
 
     def __init__(
-        self, config: LoraOverConfig | None = None, *, resume_from: str | os.PathLike[str] | None = None
+        self,
+        config: LoraOverConfig | None = None,
+        *,
+        resume_from: str | os.PathLike[str] | None = None,
+        loss: Loss = model_loss,
     ) -> None:
         self.config = config or LoraOverConfig()
         self.resume_from = resume_from
+        self.loss = loss
         self.over: OverParameterization | None = None
 
     def on_train_begin(
@@ -45,14 +55,34 @@ class LoraOverCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        config = self._seeded(args.seed)
+        probe = None
+        if _runs_model(config):
+            batches = calibration_batches(train_dataloader, config.calibration_batches, args.seed, args.device)
+            probe = Probe(model, batches, self.loss)
         if state.global_step > 0:
-            self.over = self.restore(model, self._checkpoint(args, state), args.seed)
+            checkpoint = self._checkpoint(args, state)
+            self.over = self.restore(model, checkpoint, args.seed, steps=state.max_steps, probe=probe)
         else:
-            self.over = OverParameterization(model, self._seeded(args.seed))
+            self.over = OverParameterization(model, config, steps=state.max_steps, probe=probe)
         self.over.attach(optimizer)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.over is None or self.config.schedule == "all":
+            return
+        last = self.over.schedule.rounds[-1:]
+        if last and last[0].step == self.over.step:
+            state.log_history.append(
+                {
+                    "step": state.global_step,
+                    "loraover_injected_sites": len(last[0].chosen),
+                    "loraover_added_parameters": last[0].added,
+                }
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.over is None or not args.should_save:
@@ -62,25 +92,39 @@ class LoraOverCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.over is not None:
-            self.over.fold()
+        if self.over is None:
+            return
+        if args.load_best_model_at_end:
+            self.over.adopt_matrices()
+        self.over.fold()
 
     def save(self, directory: str | os.PathLike[str], *, step: int) -> None:
         """Add the cores to a folder that `model.save_pretrained` has written, each adapter to its own."""
         assert self.over is not None, "nothing was trained"
-        for adapter in dict.fromkeys(self.over.sites[name].adapter for name in self.over.injected):
+        names = self.over.injected or self.over.schedule.candidates
+        for adapter in dict.fromkeys(self.over.sites[name].adapter for name in names):
             folder = Path(directory) if adapter == "default" else Path(directory) / adapter
             write_checkpoint(folder, self.over, step=step, adapter=adapter)
 
-    def restore(self, model: nn.Module, checkpoint: str | os.PathLike[str], seed: int) -> OverParameterization:
+    def restore(
+        self,
+        model: nn.Module,
+        checkpoint: str | os.PathLike[str],
+        seed: int,
+        *,
+        steps: int | None = None,
+        probe: Probe | None = None,
+    ) -> OverParameterization:
         """Take the cores of a checkpoint whose adapter `model` has loaded.
 
         Args:
             seed: the run's own, for a configuration without one.
+            steps: of the whole run, if it goes on.
+            probe: batches, likewise.
         Raises:
             CheckpointError: see `loraover.checkpoint.restore`.
         """
-        self.over = OverParameterization(model, self._seeded(seed), inject=False)
+        self.over = OverParameterization(model, self._seeded(seed), steps=steps, probe=probe, inject=False)
         restore(self.over, read_checkpoint(checkpoint))
         return self.over
 
@@ -97,3 +141,25 @@ class LoraOverCallback(TrainerCallback):
                 "name the folder with LoraOverCallback(resume_from=...)."
             )
         return folder
+
+
+def _runs_model(config: LoraOverConfig) -> bool:
+    return config.score == "loss_impact" or (config.schedule == "static" and config.score != "random")
+
+
+def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:
+    """Batches of training data, drawn by the seed; neither the loader's state nor the random state changes.
+
+    Args:
+        dataloader: of the Trainer, whose dataset and collator are used.
+        device: to put tensors on.
+    """
+    size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
+    dataset = dataloader.dataset
+    if hasattr(dataset, "__len__"):
+        chosen = random.Random(seed).sample(range(len(dataset)), min(count * size, len(dataset)))
+        rows = [dataset[i] for i in chosen]
+    else:
+        rows = list(islice(iter(dataset), count * size))
+    batches = [dataloader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
+    return [{key: value.to(device) for key, value in batch.items()} for batch in batches]

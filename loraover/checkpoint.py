@@ -29,12 +29,17 @@ from loraover.config import LoraOverConfig
 from loraover.decompositions import Decomposition
 from loraover.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.errors import CheckpointError, LoraOverError
+from loraover.importance import GradientScore
 from loraover.output import publish_file
 from loraover.overparam import OverParameterization
+from loraover.schedules import Round
+from loraover.sharding import full, world_size
 from loraover.tensor_file import TensorFile, open_tensors, save_tensors, sha256_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
 META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
+SCORE_PREFIX = "score."
 
 
 class SiteRecord(BaseModel):
@@ -72,14 +77,23 @@ class Meta(BaseModel):
     step: int = Field(ge=0, description="optimizer steps taken")
     config: LoraOverConfig
     core_dtype: Literal["float32", "float64"]
-    sites: list[SiteRecord] = Field(min_length=1)
+    sites: list[SiteRecord]
+    rounds: list[Round] = Field(default_factory=list, description="the schedule's decisions so far")
+    optimizer_steps: int = Field(0, ge=0, description="of those `step` counts, the ones that an optimizer took")
+    optimizer: str | None = Field(None, description="class of the optimizer that the state belongs to")
+    world_size: int = Field(1, ge=1, description="processes that trained together")
     versions: dict[str, str]
     sha256: dict[str, str] = Field(description="of the files that belong to this checkpoint")
     digest: str = Field("", description="SHA-256 of this file's canonical JSON with an empty digest")
 
-    def computed_digest(self) -> str:
-        plain = {**self.model_dump(mode="json"), "digest": ""}
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    def sealed(self) -> Meta:
+        """With its digest."""
+        return self.model_copy(update={"digest": digest_of(self.model_dump(mode="json"))})
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON, the digest itself left empty."""
+    return hashlib.sha256(json.dumps({**content, "digest": ""}, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -166,9 +180,11 @@ def write_checkpoint(
         step: optimizer steps taken.
         adapter: whose cores.
     Raises:
-        CheckpointError: no safetensors adapter there, or no site of `adapter` has cores.
+        CheckpointError: no safetensors adapter there, or no site of `adapter` has cores and none is to have some.
+        ConfigError: A or B were written by something else than training.
         OutputError: the files cannot be written.
     """
+    over.check_unchanged()
     stored = read_adapter_dir(Path(directory))
     tensors: dict[str, Tensor] = {}
     records = []
@@ -190,24 +206,27 @@ def write_checkpoint(
                     else:
                         plain[f"{key}.{name}"] = value
             records.append(record.model_copy(update={"state": plain}))
-    if len(dtypes) != 1:
-        raise CheckpointError(
-            f"{directory}: adapter {adapter!r} has no over-parameterised site to save."
-            if not dtypes
-            else f"{directory}: cores of several dtypes ({dtypes}); train A and B in one dtype."
-        )
+    if len(dtypes) > 1:
+        raise CheckpointError(f"{directory}: cores of several dtypes ({dtypes}); train A and B in one dtype.")
+    if not dtypes and over.config.schedule != "dynamic":
+        raise CheckpointError(f"{directory}: adapter {adapter!r} has no over-parameterised site to save.")
+    if isinstance(over.schedule.score, GradientScore) and over.schedule.observed is not None:
+        tensors |= {SCORE_PREFIX + key: value for key, value in over.schedule.score.state().items()}
     publish_file(stored.path / CORES_FILE, lambda draft: save_tensors(tensors, draft))
     meta = Meta(
         base_model=stored.config.base_model_name_or_path,
         step=step,
         config=over.config,
-        core_dtype=str(dtypes.pop()).removeprefix("torch."),
+        core_dtype="float64" if torch.float64 in dtypes else "float32",
         sites=records,
+        rounds=over.schedule.rounds,
+        optimizer_steps=over.step,
+        optimizer=None if over.optimizer is None else type(over.optimizer).__name__,
+        world_size=world_size(),
         versions={"loraover": __version__, **{name: version(name) for name in ("torch", "peft", "transformers")}},
         sha256={name: sha256_of(stored.path / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
     )
-    sealed = meta.model_copy(update={"digest": meta.computed_digest()})
-    publish_file(stored.path / META_FILE, lambda draft: draft.write_text(sealed.model_dump_json(indent=1)))
+    publish_file(stored.path / META_FILE, lambda draft: draft.write_text(meta.sealed().model_dump_json(indent=1)))
 
 
 def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
@@ -227,13 +246,13 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             f"{path / META_FILE}: no such file. This adapter was not trained by LoRA-Over, or its saving was cut off."
         )
     found = read_json(path / META_FILE, _Version)
-    if found.schema_version != SCHEMA_VERSION:
+    if found.schema_version not in READABLE:
         raise CheckpointError(
-            f"{path / META_FILE}: schema_version is {found.schema_version}, this version reads {SCHEMA_VERSION}; "
+            f"{path / META_FILE}: schema_version is {found.schema_version}, this version reads 1 to {SCHEMA_VERSION}; "
             "use the version of loraover that wrote it, or a newer one."
         )
     meta = read_json(path / META_FILE, Meta)
-    if meta.digest != meta.computed_digest():
+    if meta.digest != digest_of(json.loads((path / META_FILE).read_bytes())):
         raise CheckpointError(f"{path / META_FILE}: its digest does not match its content; the file is damaged.")
     adapter = read_adapter_dir(path)
     if adapter.config.base_model_name_or_path != meta.base_model:
@@ -291,6 +310,11 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: was trained with {checkpoint.meta.config!r}, this run asks for {over.config!r}; "
             "resume with the same configuration or start anew."
         )
+    if checkpoint.meta.world_size != world_size():
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained by {checkpoint.meta.world_size} process(es), this run has {world_size()}; "
+            "the data would be divided differently. Resume with as many, or start anew."
+        )
     missing = sorted(checkpoint.sites.keys() - over.sites.keys())
     if missing:
         raise CheckpointError(f"{checkpoint.path}: the model lacks {len(missing)} of its sites, first {missing[0]}.")
@@ -303,7 +327,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
                 cores = checkpoint.read_cores(file, site)
                 parameter = over.sites[site.name].parameter
                 matrix, magnitude = checkpoint.contract(cores, site)
-                checkpoint.check_stored(parameter.detach().cpu(), matrix, magnitude, site)
+                checkpoint.check_stored(full(parameter.detach()).cpu(), matrix, magnitude, site)
             over.inject([site.name for site in sites], step=step)
         for name, (group, i) in over.injected.items():
             site = checkpoint.sites[name]
@@ -320,5 +344,11 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
                     tensor = file.read(key)
                     state[key.removeprefix(prefix)] = tensor if tensor.ndim == 0 else tensor.to(parameters[i].device)
                 over.load_core_state(parameters[i], state)
+        if isinstance(over.schedule.score, GradientScore):
+            over.schedule.score.load(
+                {key.removeprefix(SCORE_PREFIX): file.read(key) for key in file.keys_below(SCORE_PREFIX)}
+            )
     for group in over.groups:
         group.write()
+    over.schedule.replay(checkpoint.meta.rounds)
+    over.step, over.expected_optimizer = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer

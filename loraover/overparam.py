@@ -20,7 +20,11 @@ from torch.optim import Optimizer
 from loraover.config import LoraOverConfig
 from loraover.decompositions import Decomposition
 from loraover.errors import ConfigError
-from loraover.sites import Site, find_sites, match_sites
+from loraover.importance import Probe
+from loraover.moments import carried_moments
+from loraover.schedules import Schedule
+from loraover.sharding import assign, full, local
+from loraover.sites import Site, find_sites
 
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it keeps its own list of parameters, so it would never step the cores",
@@ -46,12 +50,13 @@ class CoreGroup:
         self.step = step
         self.shape = sites[0].shape
         self.centre = decomposition.centre(*self.shape)
-        matrices = torch.stack([site.parameter.detach() for site in sites])
+        matrices = torch.stack([full(site.parameter.detach()) for site in sites])
         self.dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [_generator(seed, site.name) for site in sites]
         cores = decomposition.init(matrices.double().cpu(), generators)
         self.stacks = [core.to(matrices.device, self.dtype) for core in cores]
         self.parameters = [[nn.Parameter(core) for core in stack] for stack in self.stacks]
+        self._written = self._held()
 
     def contract(self) -> Tensor:
         """(G, m, n) in the cores' dtype."""
@@ -63,14 +68,29 @@ class CoreGroup:
         with _full_precision(self.stacks[0].device):
             matrices = self.contract()
         for site, matrix in zip(self.sites, matrices, strict=True):
-            site.parameter.copy_(matrix)
+            assign(site.parameter, matrix)
+        self._written = self._held()
+
+    def changed(self) -> list[Site]:
+        """Sites whose matrix is no longer what `write` wrote, bit for bit."""
+        held = self._held()
+        if torch.equal(held, self._written):
+            return []
+        same = (held == self._written) | (held.isnan() & self._written.isnan())
+        return [site for site, equal in zip(self.sites, same.flatten(1).all(1).tolist(), strict=True) if not equal]
+
+    def _held(self) -> Tensor:
+        """A copy of what this process holds of the matrices."""
+        return torch.stack([local(site.parameter.detach()) for site in self.sites])
 
     def pull_back(self) -> None:
         """Turn each site's dL/dM into its cores' gradients, and clear it.
 
         A site without a gradient leaves its cores without one, so that the optimizer skips them.
         """
-        gradients = [site.take_gradient() for site in self.sites]
+        gradients = [site.gradient() for site in self.sites]
+        for site in self.sites:
+            site.clear_gradient()
         present = [g is not None for g in gradients]
         if not any(present):
             return
@@ -101,26 +121,41 @@ class OverParameterization:
     Args:
         model: holds PEFT LoRA layers, on the device where it will train. Wrappers (DDP, torch.compile)
             may be around it.
-        config: which matrices, and how.
-        inject: False leaves every matrix plain until `inject` is called.
+        config: which matrices, when, and how.
+        steps: optimizer steps of the whole run, for a dynamic schedule.
+        probe: batches for a schedule that runs the model; their model is this one.
+        inject: False leaves every matrix plain until `inject` is called, or a checkpoint restored.
     Raises:
-        ConfigError: no LoRA, a LoRA variant that is not B A, or a pattern that matches no site.
+        ConfigError: no LoRA, a LoRA variant that is not B A, a pattern that matches no site, or a schedule that
+            does not fit the model or the run.
     Mutates: the chosen matrices are rewritten as the contraction of their cores, which equals them up
         to rounding.
     """
 
-    def __init__(self, model: nn.Module, config: LoraOverConfig | None = None, *, inject: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraOverConfig | None = None,
+        *,
+        steps: int | None = None,
+        probe: Probe | None = None,
+        inject: bool = True,
+    ) -> None:
         self.config = config or LoraOverConfig()
         self.decomposition = self.config.make_decomposition()
         self.sites: dict[str, Site] = find_sites(model)
+        self.schedule = Schedule(self.config, self.sites, steps=steps, probe=probe)
         self.groups: list[CoreGroup] = []
+        self.step = 0
+        self.expected_optimizer: str | None = None
         self.optimizer: Optimizer | None = None
         self._state: dict[Tensor, dict[str, Any]] = {}
         self._twins: list[tuple[int, bool, list[nn.Parameter]]] = []
         self._plain_groups: int | None = None
         self._handles: list[Any] = []
-        if inject:
-            self.inject(match_sites(list(self.sites), self.config.sites))
+        if inject and self.config.schedule != "dynamic":
+            self.schedule.check_ready()
+            self._hold_round()
 
     @property
     def injected(self) -> dict[str, tuple[CoreGroup, int]]:
@@ -135,7 +170,8 @@ class OverParameterization:
             step: optimizer steps taken, for the record.
         Raises:
             ConfigError: an unknown site or one that already has cores.
-        Mutates: the optimizer's state of the sites' matrices is dropped; their cores start afresh.
+        Mutates: the optimizer's moments of the sites' matrices are carried into their centre cores, or dropped
+            (`carry_moments`); the auxiliary cores start afresh.
         """
         chosen = list(names)
         unknown = [name for name in chosen if name not in self.sites]
@@ -155,6 +191,8 @@ class OverParameterization:
             group = CoreGroup(sites, self.decomposition, self.config.seed or 0, step)
             group.write()
             self.groups.append(group)
+            if self.optimizer is not None and self.config.carry_moments:
+                self._carry_moments(self.optimizer, group)
         if self.optimizer is not None:
             self._join(self.optimizer)
 
@@ -170,7 +208,11 @@ class OverParameterization:
         if self.optimizer is not None:
             raise ConfigError("attach: an optimizer is attached already; make a new OverParameterization.")
         optimizer = _ordinary(optimizer)
-        self._check_hosts(optimizer, self.injected)
+        kind = type(optimizer).__name__
+        if self.expected_optimizer not in (None, kind):
+            raise ConfigError(f"attach: the run was trained with {self.expected_optimizer}, this optimizer is {kind}.")
+        self.schedule.check_ready()
+        self._check_hosts(optimizer, dict.fromkeys([*self.injected, *self.schedule.candidates]))
         self._join(optimizer)
         self.optimizer = optimizer
         self._handles = [
@@ -179,11 +221,46 @@ class OverParameterization:
         ]
         return self
 
+    def check_unchanged(self) -> None:
+        """Raise ConfigError if something else than training has written an over-parameterised A or B."""
+        changed = [site.name for group in self.groups for site in group.changed()]
+        if changed:
+            raise ConfigError(
+                f"{len(changed)} over-parameterised matrices, first {changed[0]}, were written by something else than "
+                "training since the last step, and their cores know nothing of it. Call adopt_matrices() to go on "
+                "from the new values, or write none while training."
+            )
+
+    def adopt_matrices(self) -> list[str]:
+        """Go on from A and B as they are now: cores whose matrix something else has written are made anew from it.
+
+        Returns:
+            Names of those sites.
+        Mutates: the optimizer's state of their cores is dropped.
+        """
+        changed = [site.name for group in self.groups for site in group.changed()]
+        for group in self.groups:
+            sites = group.changed()
+            if not sites:
+                continue
+            fresh = CoreGroup(sites, self.decomposition, self.config.seed or 0, group.step)
+            for i, site in enumerate(sites):
+                at = group.sites.index(site)
+                for stack, parameters, made in zip(group.stacks, group.parameters, fresh.stacks, strict=True):
+                    stack[at].copy_(made[i])
+                    self._state.pop(parameters[at], None)
+            group.write()
+        return changed
+
     def fold(self) -> None:
         """End over-parameterization: the model keeps the plain LoRA that it holds, the optimizer loses the cores.
 
         The cores stay readable in `groups` for as long as this object lives.
+
+        Raises:
+            ConfigError: A or B were written by something else; see `adopt_matrices`.
         """
+        self.check_unchanged()
         if self.optimizer is not None:
             self._leave(self.optimizer)
         for handle in self._handles:
@@ -205,7 +282,14 @@ class OverParameterization:
         self._state[parameter] = dict(state)
 
     def _check_hosts(self, optimizer: Optimizer, names: Iterable[str]) -> None:
-        """Raise ConfigError unless the optimizer holds these sites, in groups whose rate can be scaled."""
+        """Raise ConfigError unless the optimizer holds these sites, for us alone, in groups whose rate can scale."""
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if self.optimizer is None and any(
+            isinstance(getattr(h, "__self__", None), OverParameterization) for h in hooks
+        ):
+            raise ConfigError(
+                "attach: another OverParameterization trains this optimizer's matrices already; one callback is enough."
+            )
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for name in names:
             identity = id(self.sites[name].parameter)
@@ -260,7 +344,25 @@ class OverParameterization:
                 if parameter in optimizer.state:
                     self._state[parameter] = optimizer.state.pop(parameter)
 
+    def _carry_moments(self, optimizer: Optimizer, group: CoreGroup) -> None:
+        for i, site in enumerate(group.sites):
+            carried = carried_moments(
+                optimizer.state.get(site.parameter, {}),
+                group.decomposition,
+                [stack[i : i + 1] for stack in group.stacks],
+                site.shape,
+            )
+            if carried:
+                self._state[group.parameters[group.centre][i]] = carried
+
+    def _hold_round(self) -> None:
+        """Let the schedule decide, and inject what it has chosen."""
+        found = self.schedule.choose(self.step)
+        if found is not None:
+            self.inject(found.chosen, step=self.step)
+
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.check_unchanged()
         self._enter(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -276,6 +378,11 @@ class OverParameterization:
         for group in self.groups:
             group.clear_gradients()
             group.write()
+        skipped = getattr(optimizer, "found_inf", None)  # set by GradScaler while a fused optimizer steps
+        if skipped is None or not bool(skipped):
+            self.step += 1
+        if self.schedule.is_due(self.step):
+            self._hold_round()
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that evaluates at the cores' current values and leaves its gradients on the cores."""
@@ -290,6 +397,10 @@ class OverParameterization:
         return evaluate
 
     def _pull_back(self) -> None:
+        score = self.schedule.observed
+        if score is not None:
+            gradients = {name: site.gradient() for name, site in self.schedule.candidates.items()}
+            score.observe({name: g for name, g in gradients.items() if g is not None})
         for group in self.groups:
             group.pull_back()
 

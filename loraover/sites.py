@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from loraover.errors import ConfigError, ShapeError
+from loraover.sharding import full
 
 # Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -38,17 +39,29 @@ class Site:
     parameter: nn.Parameter
     aliases: list[nn.Parameter] = field(default_factory=list)
 
-    def take_gradient(self) -> Tensor | None:
-        """Sum of the gradients of the parameter and its aliases, (m, n) and dense, which are cleared."""
+    def gradient(self) -> Tensor | None:
+        """Sum of the gradients of the parameter and its aliases, (m, n), dense and whole."""
         gradients = [(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None]
+        dense = [full(g.to_dense() if g.is_sparse else g) for g in gradients if g is not None]
+        return sum(dense[1:], dense[0]) if dense else None
+
+    def clear_gradient(self) -> None:
         for parameter in self.holders():
             parameter.grad = None
-        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
-        return sum(dense[1:], dense[0]) if dense else None
 
     def holders(self) -> tuple[nn.Parameter, ...]:
         """Every parameter on the matrix's memory."""
         return (self.parameter, *self.aliases)
+
+    @property
+    def kind(self) -> str:
+        """Type of the module: the last part of its path, e.g. "q_proj"."""
+        return self.module.rpartition(".")[2]
+
+    @property
+    def layer(self) -> str:
+        """Number of the layer, the first in the path; "-" outside of layers."""
+        return next((part for part in self.module.split(".") if part.isdigit()), "-")
 
     @property
     def path(self) -> str:

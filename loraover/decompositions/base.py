@@ -74,6 +74,25 @@ class Decomposition(ABC):
         """
 
     @abstractmethod
+    def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
+        """What the auxiliary cores left and right of the centre contract to.
+
+        Returns:
+            (G, p, b) and (G, d, q); isometries at injection, so that all their singular values are 1.
+        """
+
+    @abstractmethod
+    def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
+        """The centre core's gradient where dL/dM is `matrices`: J^T vec(M), with J = d vec(M) / d vec(centre).
+
+        Args:
+            matrices: (G, m, n), in the cores' dtype.
+            squared: use J's elements squared, which turn variances of independent gradients into the centre's.
+        Returns:
+            (G, p, q), of the centre core's shape.
+        """
+
+    @abstractmethod
     def contraction_terms(self, m: int, n: int) -> int:
         """Longest chain of rounded operations behind one element of the contraction.
 

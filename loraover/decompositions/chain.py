@@ -74,5 +74,16 @@ class Chain(Decomposition):
             x = x @ core.mT
         return x
 
+    def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
+        one = cores[0].new_ones(len(cores[0]), 1, 1)
+        product, *rest = cores[:-1] if m <= n else reversed(cores[1:])
+        for core in rest:
+            product = product @ core if m <= n else core @ product
+        return (product, one) if m <= n else (one, product)
+
+    def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
+        left, right = (frame.square() if squared else frame for frame in self.frames(cores, m, n))
+        return left.mT @ matrices if m <= n else matrices @ right.mT
+
     def contraction_terms(self, m: int, n: int) -> int:
         return (self.depth - 1) * ceil(self.expansion * min(m, n))

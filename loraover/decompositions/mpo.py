@@ -124,7 +124,7 @@ class Mpo(Decomposition):
             cores[k] = outer.mT.reshape(-1, right.shape[0]) @ right
             right = outer
 
-        tensor = _interleave(matrix, layout).reshape(left.shape[0], -1, right.shape[0])
+        tensor = _interleave(matrix.unsqueeze(0), layout).reshape(left.shape[0], -1, right.shape[0])
         cores[layout.centre] = torch.einsum("pb,pcq,qd->bcd", left, tensor, right)
         return tuple(core.reshape(_unfolding(layout, k)) for k, core in enumerate(cores))
 
@@ -157,6 +157,22 @@ class Mpo(Decomposition):
             done *= rows
         return state.reshape(group, tokens, m)
 
+    def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
+        layout = self.layout(m, n)
+        left = _fold_right(cores[: layout.centre], layout, 0)
+        right = _fold_right(cores[layout.centre + 1 :], layout, layout.centre + 1)
+        one = cores[0].new_ones(len(cores[0]), 1, 1)
+        if right is not None:
+            right = right.reshape(len(right), layout.bonds[layout.centre + 1], -1)
+        return one if left is None else left, one if right is None else right
+
+    def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
+        layout = self.layout(m, n)
+        left, right = (frame.square() if squared else frame for frame in self.frames(cores, m, n))
+        tensors = _interleave(matrices, layout).reshape(len(matrices), left.shape[1], -1, right.shape[2])
+        centre = torch.einsum("gpb,gpcq,gdq->gbcd", left, tensors, right)
+        return centre.reshape(len(matrices), *_unfolding(layout, layout.centre))
+
     def contraction_terms(self, m: int, n: int) -> int:
         return sum(self.layout(m, n).bonds[1:-1]) + self.num_cores
 
@@ -181,11 +197,11 @@ def _unfolding(layout: Layout, k: int) -> tuple[int, int]:
     return bond * rows, columns * next_bond
 
 
-def _interleave(matrix: Tensor, layout: Layout) -> Tensor:
-    """(m, n) to (m_1, n_1, m_2, n_2, ...)."""
+def _interleave(matrices: Tensor, layout: Layout) -> Tensor:
+    """(G, m, n) to (G, m_1, n_1, m_2, n_2, ...)."""
     count = len(layout.rows)
-    split = matrix.reshape(*layout.rows, *layout.columns)
-    return split.permute(*(d for k in range(count) for d in (k, count + k)))
+    split = matrices.reshape(-1, *layout.rows, *layout.columns)
+    return split.permute(0, *(d for k in range(count) for d in (1 + k, 1 + count + k)))
 
 
 def _deinterleave(product: Tensor, layout: Layout) -> Tensor:

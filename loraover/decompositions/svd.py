@@ -47,5 +47,12 @@ class Svd(Decomposition):
         u, s, v = cores
         return ((x @ v.mT) * s) @ u.mT
 
+    def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
+        return cores[0], cores[2]
+
+    def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
+        left, right = (frame.square() if squared else frame for frame in self.frames(cores, m, n))
+        return torch.einsum("gmk,gmn,gkn->gk", left, matrices, right).unsqueeze(1)
+
     def contraction_terms(self, m: int, n: int) -> int:
         return min(m, n) + 2

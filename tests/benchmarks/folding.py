@@ -70,7 +70,7 @@ def write_synthetic_checkpoint(folder: Path) -> None:
         versions={},
         sha256={name: sha256_of(folder / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
     )
-    sealed = meta.model_copy(update={"digest": meta.computed_digest()})
+    sealed = meta.sealed()
     (folder / META_FILE).write_text(sealed.model_dump_json())
 
 
