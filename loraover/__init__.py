@@ -8,25 +8,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraover.callback import LoraOverCallback
     from loraover.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-    from loraover.config import LoraOverConfig
+    from loraover.config import Budget, LoraOverConfig
+    from loraover.diagnostics import DiagnosticsCallback
+    from loraover.importance import Probe
     from loraover.overparam import OverParameterization
+    from loraover.resume import SealCheckpoints, last_whole_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Budget": "config",
     "Checkpoint": "checkpoint",
+    "DiagnosticsCallback": "diagnostics",
     "LoraOverCallback": "callback",
     "LoraOverConfig": "config",
     "OverParameterization": "overparam",
+    "Probe": "importance",
+    "SealCheckpoints": "resume",
+    "last_whole_checkpoint": "resume",
     "read_checkpoint": "checkpoint",
     "write_checkpoint": "checkpoint",
 }
 
 __all__ = [
+    "Budget",
     "Checkpoint",
+    "DiagnosticsCallback",
     "LoraOverCallback",
     "LoraOverConfig",
     "OverParameterization",
+    "Probe",
+    "SealCheckpoints",
+    "last_whole_checkpoint",
     "read_checkpoint",
     "write_checkpoint",
 ]

@@ -109,6 +109,30 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     Console().print(table)
 
 
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Write the map and the scores to a new .svg or .png file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print every decision with all scores as JSON.")
+def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
+    """Show which matrices of CHECKPOINT were over-parameterised, when, and by which scores."""
+    import json
+
+    from rich.console import Console
+
+    from loraover.checkpoint import read_checkpoint
+    from loraover.schedule_map import plot_schedule, show_schedule
+
+    meta = read_checkpoint(checkpoint).meta
+    if plot is not None:
+        plot_schedule(meta, plot)
+    if as_json:
+        print(json.dumps([found.model_dump(mode="json") for found in meta.rounds], indent=1))
+    else:
+        show_schedule(meta, Console())
+
+
 main = entry_point(cli)
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,29 @@ class Reporter:
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(escape(label), total=total)
             yield lambda done: progress.update(task, completed=done)
+
+
+class _ToReporter(logging.Handler):
+    def __init__(self, report: Reporter) -> None:
+        super().__init__(logging.INFO)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report.line(record.getMessage())
+
+
+@contextmanager
+def log_shown(report: Reporter) -> Iterator[None]:
+    """Show what the library logs, such as a schedule's decisions, during a block."""
+    logger, handler = logging.getLogger("loraover"), _ToReporter(report)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 class TrainingProgress(TrainerCallback):

@@ -70,7 +70,7 @@ class Training(_Part):
     seed: int = Field(0, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(50, ge=1)
-    save_total_limit: int = Field(2, ge=2, description="checkpoints kept; two, so that one is always whole")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; an old one goes once the new one is whole")
 
 
 class Evaluation(_Part):
@@ -95,6 +95,7 @@ class Recipe(_Part):
     training: Training
     evaluation: Evaluation = Evaluation()
     tensorboard: bool = False
+    diagnostics: bool = Field(False, description="log step norms, and norms and condition of the cores")
     push_to_hub: str | None = Field(None, description="repository to upload the adapter to")
 
 

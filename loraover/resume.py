@@ -1,11 +1,13 @@
 """Whole checkpoints: sealed when they are complete, and only then resumed from.
 
-The Trainer writes a checkpoint file by file into its place, so a killed run leaves a folder that looks like one.
+The Trainer writes a checkpoint file by file into its place, so a killed run leaves a folder that looks like one; and it
+deletes old checkpoints before the callbacks have finished the new one.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,38 @@ class Seal(BaseModel):
 
 
 class SealCheckpoints(TrainerCallback):
-    """Marks each checkpoint complete once all of its files are on disk; put it behind other callbacks that save."""
+    """Marks each checkpoint complete once all of its files are on disk; put it behind other callbacks that save.
+
+    While it trains, it does the work of `save_total_limit`: older checkpoints go once the new one is complete, never
+    the best one.
+
+        callbacks = [LoraOverCallback(config), SealCheckpoints()]
+        trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir))
+    """
+
+    def __init__(self) -> None:
+        self._limit: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._limit, args.save_total_limit = args.save_total_limit, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if not args.should_save:
+            return
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if self._limit is not None:
+            best = state.best_model_checkpoint
+            for folder in checkpoints(args.output_dir)[max(1, self._limit) :]:
+                if best is None or folder.resolve() != Path(best).resolve():
+                    shutil.rmtree(folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        args.save_total_limit = self._limit
 
 
 def seal(folder: Path) -> None:
@@ -45,11 +74,13 @@ def seal(folder: Path) -> None:
 
 def last_whole_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """The latest `checkpoint-N` whose seal is there and true; None without one."""
+    return next(filter(_is_whole, checkpoints(directory)), None)
+
+
+def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
+    """Folders `checkpoint-N`, whole or not, the latest first."""
     folders = [p for p in Path(directory).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(folders, key=lambda p: -int(p.name.removeprefix("checkpoint-"))):
-        if _is_whole(folder):
-            return folder
-    return None
+    return sorted(folders, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
 
 
 def _is_whole(folder: Path) -> bool:

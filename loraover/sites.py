@@ -60,8 +60,7 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """Number of the layer, the first in the path; "-" outside of layers."""
-        return next((part for part in self.module.split(".") if part.isdigit()), "-")
+        return layer_of(self.module)
 
     @property
     def path(self) -> str:
@@ -72,6 +71,13 @@ class Site:
     def shape(self) -> tuple[int, int]:
         m, n = self.parameter.shape
         return m, n
+
+
+def layer_of(module: str) -> str:
+    """The first number in a module's path, behind "encoder" or "decoder" where that is in it; "-" outside of layers."""
+    parts = module.split(".")
+    number = next((part for part in parts if part.isdigit()), "-")
+    return " ".join([*(part for part in parts if part in ("encoder", "decoder")), number])
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:

@@ -33,11 +33,12 @@ from loraover.model_card import model_card
 from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover.output import check_free, publish_directory, publish_file
 from loraover.overparam import OverParameterization
-from loraover.progress import Reporter
+from loraover.progress import Reporter, log_shown
 from loraover.recipe import Recipe
 from loraover.resume import last_whole_checkpoint
 from loraover.run_result import Measures, RunResult, environment
-from loraover.sites import find_sites, match_sites
+from loraover.schedules import Schedule
+from loraover.sites import find_sites
 from loraover.trainers import make_trainer
 from loraover.update_norm import update_norm
 
@@ -83,7 +84,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
     checkpoint = last_whole_checkpoint(output / "trainer") if resume else None
     _trim_metrics(output / "metrics.jsonl", checkpoint)
     started = time.perf_counter()
-    _take_steps(run, recipe, checkpoint)
+    with log_shown(report):
+        _take_steps(run, recipe, checkpoint)
     seconds = time.perf_counter() - started
     norm = update_norm(run.model)
     if not math.isfinite(norm):
@@ -172,7 +174,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     model.peft_config["default"].base_model_name_or_path = recipe.model
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     if over is not None:
-        match_sites(list(find_sites(model)), recipe.over.sites)
+        Schedule(recipe.over, find_sites(model), steps=recipe.training.max_steps, probe=None)
     trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
     return Prepared(source, tokenizer, examples, model, trainer, over)
 
@@ -198,7 +200,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
         return
     set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
     if run.callback is not None:
-        run.callback.restore(run.model, checkpoint, recipe.training.seed)
+        run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=recipe.training.max_steps)
     run.trainer.state.global_step = step
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from loraover.callback import LoraOverCallback
+from loraover.diagnostics import DiagnosticsCallback
 from loraover.errors import DataError
 from loraover.examples import Examples
 from loraover.progress import Reporter, TrainingProgress
@@ -51,10 +52,9 @@ def make_trainer(
     }
     train_set = Dataset.from_list(examples.train.rows)
     eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
-    callbacks: list[TrainerCallback] = [TrainingProgress(report, output / "metrics.jsonl")]
-    if over is not None:
-        callbacks.append(over)
-    callbacks.append(SealCheckpoints())
+    callbacks: list[TrainerCallback] = [] if over is None else [over]
+    callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics else []
+    callbacks += [TrainingProgress(report, output / "metrics.jsonl"), SealCheckpoints()]
     if is_seq2seq:
         trainer = _seq2seq_trainer(recipe, model, tokenizer, options, train_set, eval_set, callbacks)
     else:

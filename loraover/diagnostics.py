@@ -1,0 +1,157 @@
+"""What the adapter and its cores do while they train, as numbers beside the loss; off unless asked."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loraover.callback import LoraOverCallback
+from loraover.overparam import OverParameterization
+from loraover.sharding import full
+from loraover.sites import lora_layers
+
+PREFIX = "loraover/"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Copies of A (r, in) and B (out, r) of a module, float64, and its scaling."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@torch.no_grad()
+def factors(model: nn.Module) -> dict[str, Factors]:
+    """Of every module with an adapter "default"."""
+    found = {}
+    for module, layer in lora_layers(model).items():
+        if "default" in layer.lora_A:
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        elif "default" in layer.lora_embedding_A:
+            a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+        else:
+            continue
+        found[module] = Factors(full(a).double().clone(), full(b).double().clone(), layer.scaling["default"])
+    return found
+
+
+def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> float:
+    """Frobenius norm of the change of scaling * B A, over all modules.
+
+    B' A' - B A = [B', -B] [A'; A] costs 2r x 2r products.
+    """
+    total = 0.0
+    for module, new in after.items():
+        old = before[module]
+        a, b = torch.cat([new.a, old.a]), torch.cat([new.b, -old.b], dim=1)
+        total += new.scaling**2 * float(((b.mT @ b) * (a @ a.mT)).sum())
+    return math.sqrt(max(total, 0.0))
+
+
+@torch.no_grad()
+def core_numbers(over: OverParameterization) -> dict[str, float]:
+    """Norms of centre and auxiliary cores, the worst condition number of the gauge, and added parameters.
+
+    The gauge is the auxiliary cores' contraction left and right of the centre; its condition is 1 at injection.
+    """
+    centre = auxiliary = 0.0
+    condition = 1.0
+    for group in over.groups:
+        for k, stack in enumerate(group.stacks):
+            square = float(stack.double().square().sum())
+            centre, auxiliary = (centre + square, auxiliary) if k == group.centre else (centre, auxiliary + square)
+        for frame in group.decomposition.frames(group.stacks, *group.shape):
+            values = torch.linalg.svdvals(frame.double())
+            condition = max(condition, float((values[:, 0] / values[:, -1]).max()))
+    cores, matrices = over.num_parameters()
+    everything = sum(site.parameter.numel() for site in over.sites.values())
+    return {
+        "centre_norm": math.sqrt(centre),
+        "auxiliary_norm": math.sqrt(auxiliary),
+        "gauge_condition": condition,
+        "injected_sites": len(over.injected),
+        "added_parameters": cores - matrices,
+        "added_share": (cores - matrices) / everything,
+    }
+
+
+def _log_folder(args: TrainingArguments) -> Path:
+    """Where the Trainer's own TensorBoard callback, which comes first, has begun to write."""
+    if named := os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        return Path(named)
+    runs = Path(args.output_dir) / "runs"
+    return max((p for p in runs.glob("*") if p.is_dir()), key=lambda p: p.stat().st_mtime, default=runs)
+
+
+class DiagnosticsCallback(TrainerCallback):
+    """Adds numbers to what the Trainer logs: `trainer_state.json`, and TensorBoard where the Trainer reports to it.
+
+    For plain LoRA, too: `loraover/step_norm` is the size of the logged step in the space of scaling * B A, so that a
+    better method can be told from a larger step. The rest is about the cores.
+
+    Args:
+        over: the callback that trains with cores; None for plain LoRA. Put this one behind it.
+    """
+
+    def __init__(self, over: LoraOverCallback | None = None) -> None:
+        self._over = over
+        self._before: dict[str, Factors] | None = None
+        self._numbers: dict[str, float] = {}
+        self._writer: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if "tensorboard" in args.report_to and state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(_log_folder(args))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        is_logged = (state.global_step + 1) % max(1, int(state.logging_steps)) == 0
+        self._before = factors(model) if is_logged else None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._before is None:
+            return
+        self._numbers = {"step_norm": step_norm(self._before, factors(model))}
+        if self._over is not None and self._over.over is not None:
+            self._numbers |= core_numbers(self._over.over)
+        self._before = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        named = {PREFIX + name: value for name, value in self._numbers.items()}
+        self._numbers = {}
+        if logs is not None:
+            logs.update(named)
+        state.log_history[-1].update(named)
+        if self._writer is not None:
+            for name, value in named.items():
+                self._writer.add_scalar(name, value, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
