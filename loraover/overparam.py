@@ -8,22 +8,18 @@ see an ordinary LoRA.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraover.config import LoraOverConfig
-from loraover.decompositions import Decomposition
+from loraover.cores import CoreGroup
 from loraover.errors import ConfigError
 from loraover.importance import Probe
 from loraover.moments import carried_moments
 from loraover.schedules import Schedule
-from loraover.sharding import assign, full, local
 from loraover.sites import Site, find_sites
 
 REFUSED_OPTIMIZERS = {
@@ -35,79 +31,6 @@ REFUSED_OPTIMIZERS = {
     "SGDScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
     "RAdamScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
 }
-
-
-class CoreGroup:
-    """The cores of sites of one shape, injected together.
-
-    One (G, p_k, q_k) tensor per core, contiguous, and one nn.Parameter per site and core, a view into
-    it, for the optimizer.
-    """
-
-    def __init__(self, sites: Sequence[Site], decomposition: Decomposition, seed: int, step: int) -> None:
-        self.sites = list(sites)
-        self.decomposition = decomposition
-        self.step = step
-        self.shape = sites[0].shape
-        self.centre = decomposition.centre(*self.shape)
-        matrices = torch.stack([full(site.parameter.detach()) for site in sites])
-        self.dtype = torch.promote_types(matrices.dtype, torch.float32)
-        generators = [_generator(seed, site.name) for site in sites]
-        cores = decomposition.init(matrices.double().cpu(), generators)
-        self.stacks = [core.to(matrices.device, self.dtype) for core in cores]
-        self.parameters = [[nn.Parameter(core) for core in stack] for stack in self.stacks]
-        self._written = self._held()
-
-    def contract(self) -> Tensor:
-        """(G, m, n) in the cores' dtype."""
-        return self.decomposition.contract(self.stacks, *self.shape)
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Write the contraction into the model's matrices, in their own dtype."""
-        with _full_precision(self.stacks[0].device):
-            matrices = self.contract()
-        for site, matrix in zip(self.sites, matrices, strict=True):
-            assign(site.parameter, matrix)
-        self._written = self._held()
-
-    def changed(self) -> list[Site]:
-        """Sites whose matrix is no longer what `write` wrote, bit for bit."""
-        held = self._held()
-        if torch.equal(held, self._written):
-            return []
-        same = (held == self._written) | (held.isnan() & self._written.isnan())
-        return [site for site, equal in zip(self.sites, same.flatten(1).all(1).tolist(), strict=True) if not equal]
-
-    def _held(self) -> Tensor:
-        """A copy of what this process holds of the matrices."""
-        return torch.stack([local(site.parameter.detach()) for site in self.sites])
-
-    def pull_back(self) -> None:
-        """Turn each site's dL/dM into its cores' gradients, and clear it.
-
-        A site without a gradient leaves its cores without one, so that the optimizer skips them.
-        """
-        gradients = [site.gradient() for site in self.sites]
-        for site in self.sites:
-            site.clear_gradient()
-        present = [g is not None for g in gradients]
-        if not any(present):
-            return
-        zero = torch.zeros(self.shape, dtype=self.dtype, device=self.stacks[0].device)
-        dense = [zero if g is None else g.to(self.dtype) for g in gradients]
-        with torch.enable_grad(), _full_precision(zero.device):
-            leaves = [stack.detach().requires_grad_() for stack in self.stacks]
-            matrices = self.decomposition.contract(leaves, *self.shape)
-            pulled = torch.autograd.grad(matrices, leaves, torch.stack(dense))
-        for parameters, stack in zip(self.parameters, pulled, strict=True):
-            for parameter, gradient, there in zip(parameters, stack, present, strict=True):
-                parameter.grad = gradient if there else None
-
-    def clear_gradients(self) -> None:
-        for parameters in self.parameters:
-            for parameter in parameters:
-                parameter.grad = None
 
 
 class OverParameterization:
@@ -147,6 +70,7 @@ class OverParameterization:
         self.schedule = Schedule(self.config, self.sites, steps=steps, probe=probe)
         self.groups: list[CoreGroup] = []
         self.step = 0
+        self._is_counted = True
         self.expected_optimizer: str | None = None
         self.optimizer: Optimizer | None = None
         self._state: dict[Tensor, dict[str, Any]] = {}
@@ -378,6 +302,9 @@ class OverParameterization:
         for group in self.groups:
             group.clear_gradients()
             group.write()
+        if self._is_counted:  # by the step of a parent class that this step called
+            return
+        self._is_counted = True
         skipped = getattr(optimizer, "found_inf", None)  # set by GradScaler while a fused optimizer steps
         if skipped is None or not bool(skipped):
             self.step += 1
@@ -398,9 +325,10 @@ class OverParameterization:
 
     def _pull_back(self) -> None:
         score = self.schedule.observed
-        if score is not None:
+        if score is not None and self._is_counted:
             gradients = {name: site.gradient() for name, site in self.schedule.candidates.items()}
             score.observe({name: g for name, g in gradients.items() if g is not None})
+        self._is_counted = False
         for group in self.groups:
             group.pull_back()
 
@@ -418,23 +346,3 @@ def _ordinary(optimizer: Any) -> Optimizer:
         if name in REFUSED_OPTIMIZERS:
             raise ConfigError(f"attach: {kind.__name__} cannot be used: {REFUSED_OPTIMIZERS[name]}.")
     return optimizer
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    """The same draws for a site in every process and grouping."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 or bfloat16 products while cores are contracted."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)

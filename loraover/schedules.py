@@ -16,7 +16,7 @@ from loraover.decompositions import Decomposition
 from loraover.errors import ConfigError
 from loraover.importance import SCORES, GradientScore, Probe
 from loraover.importance.loss_impact import LossImpact
-from loraover.sharding import assign, full, of_rank_zero
+from loraover.sharding import assign, full, gathered, of_rank_zero, reshard
 from loraover.sites import Site, match_sites
 
 logger = logging.getLogger("loraover")
@@ -221,7 +221,7 @@ class Schedule:
             probe.loss(probe.model, batch).backward()  # type: ignore[no-untyped-call]
         found = {name: site.gradient() for name, site in self.candidates.items()}
         probe.model.zero_grad()
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
+        return gathered({name: gradient for name, gradient in found.items() if gradient is not None})
 
 
 @contextmanager

@@ -1,11 +1,15 @@
-"""Parameters that FSDP2 has spread over processes (DTensor), and ordinary ones, through the same four functions."""
+"""Parameters that FSDP2 has spread over processes (DTensor), and ordinary ones, through the same functions.
+
+Every process must call those that gather or agree, or the others wait for it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 
@@ -13,6 +17,28 @@ def full(tensor: Tensor) -> Tensor:
     """The whole tensor; gathered from all processes where it is sharded."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole of each tensor, in one message for all that are sharded alike."""
+    found = {name: tensor for name, tensor in tensors.items() if not _is_sharded(tensor)}
+    alike: dict[Any, list[str]] = {}
+    for name in tensors.keys() - found.keys():
+        tensor: Any = tensors[name]
+        alike.setdefault((tensor.shape, tensor.dtype, tensor.device_mesh, tensor.placements), []).append(name)
+    for names in alike.values():
+        found.update(zip(names, full(torch.stack([tensors[name] for name in names])), strict=True))
+    return found
+
+
+def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's trainable parameters, whole and on the CPU, for PEFT to save.
+
+        state = trainable_state_dict(model)  # in every process
+        if rank == 0:
+            model.save_pretrained(folder, state_dict=state)
+    """
+    return {name: full(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -25,7 +51,7 @@ def local(tensor: Tensor) -> Tensor:
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Write a whole matrix, of which every process keeps its own shard."""
     sharded: Any = parameter
-    if hasattr(parameter, "to_local"):
+    if _is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(
@@ -34,9 +60,31 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that FSDP2 keeps after a forward without a backward.
+
+    The next forward would use them, whatever has been written into the shards since.
+    """
+    if world_size() > 1:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def in_any_process(flags: list[bool], tensor: Tensor) -> list[bool]:
+    """Whether each holds in one of the processes among which `tensor` is divided."""
+    if not _is_sharded(tensor):
+        return flags
+    shared = torch.tensor(flags, dtype=torch.uint8, device=tensor.device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in shared.tolist()]
+
+
 def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
     """Rank 0's numbers, in every process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return numbers
     shared = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.broadcast(shared, src=0)
@@ -47,3 +95,7 @@ def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
 def world_size() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")

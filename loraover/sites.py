@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from loraover.errors import ConfigError, ShapeError
-from loraover.sharding import full
+from loraover.sharding import local
 
 # Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -40,9 +40,9 @@ class Site:
     aliases: list[nn.Parameter] = field(default_factory=list)
 
     def gradient(self) -> Tensor | None:
-        """Sum of the gradients of the parameter and its aliases, (m, n), dense and whole."""
+        """Sum of the gradients of the parameter and its aliases, (m, n), dense; sharded where the parameter is."""
         gradients = [(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None]
-        dense = [full(g.to_dense() if g.is_sparse else g) for g in gradients if g is not None]
+        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
         return sum(dense[1:], dense[0]) if dense else None
 
     def clear_gradient(self) -> None:
@@ -111,7 +111,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                 name = f"{prefix}{module}.{kind}"
                 if parameter.ndim != 2:
                     raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
-                pointer = parameter.data_ptr()
+                pointer = local(parameter).data_ptr()
                 if pointer and pointer in by_memory:
                     _tie(by_memory[pointer], name, parameter)
                     continue

@@ -99,7 +99,8 @@ class GradientScore(Score):
         """
         stacks = []
         for names in self._groups:
-            zero = torch.zeros_like(full(self.sites[names[0]].parameter))
+            site = self.sites[names[0]]
+            zero = torch.zeros(site.shape, device=site.parameter.device)
             stacks.append(torch.stack([gradients.get(name, zero) for name in names]).float())
         norm = torch.stack([stack.square().sum().cpu() for stack in stacks]).sum().sqrt()
         if not norm.isfinite() or norm == 0:
@@ -111,7 +112,7 @@ class GradientScore(Score):
             self._sums[i] = found.double() if total is None else total + found.double()
 
     def _matrices(self, names: Sequence[str]) -> Tensor:
-        return torch.stack([full(self.sites[name].parameter.detach()) for name in names]).float()
+        return full(torch.stack([self.sites[name].parameter.detach() for name in names])).float()
 
     def values(self, probe: Probe | None) -> dict[str, float]:
         scores = dict.fromkeys(self.sites, 0.0)

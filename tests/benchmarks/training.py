@@ -27,8 +27,8 @@ from torch.nn.utils import parametrize
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.command import quiet_libraries
+from loraover.cores import CoreGroup
 from loraover.models import load_model, resolve_model
-from loraover.overparam import CoreGroup
 from loraover.sites import find_sites
 
 from benchmarks.statistics import median_ratio

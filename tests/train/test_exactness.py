@@ -15,8 +15,8 @@ from torch.func import functional_call
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 from loraover import LoraOverConfig, OverParameterization
+from loraover.cores import CoreGroup
 from loraover.decompositions import DECOMPOSITIONS
-from loraover.overparam import CoreGroup
 from loraover.threads import one_thread
 
 from tiny_models import net_batch, net_loss, tiny_net, trainable

@@ -1,0 +1,107 @@
+"""The cores of some matrices, and what they contract to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from loraover.decompositions import Decomposition
+from loraover.sharding import assign, full, local
+from loraover.sites import Site
+
+
+class CoreGroup:
+    """The cores of sites of one shape, injected together.
+
+    One (G, p_k, q_k) tensor per core, contiguous, and one nn.Parameter per site and core, a view into
+    it, for the optimizer.
+    """
+
+    def __init__(self, sites: Sequence[Site], decomposition: Decomposition, seed: int, step: int) -> None:
+        self.sites = list(sites)
+        self.decomposition = decomposition
+        self.step = step
+        self.shape = sites[0].shape
+        self.centre = decomposition.centre(*self.shape)
+        matrices = torch.stack([full(site.parameter.detach()) for site in sites])
+        self.dtype = torch.promote_types(matrices.dtype, torch.float32)
+        generators = [_generator(seed, site.name) for site in sites]
+        cores = decomposition.init(matrices.double().cpu(), generators)
+        self.stacks = [core.to(matrices.device, self.dtype) for core in cores]
+        self.parameters = [[nn.Parameter(core) for core in stack] for stack in self.stacks]
+        self._written = self._held()
+
+    def contract(self) -> Tensor:
+        """(G, m, n) in the cores' dtype."""
+        return self.decomposition.contract(self.stacks, *self.shape)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the contraction into the model's matrices, in their own dtype."""
+        with _full_precision(self.stacks[0].device):
+            matrices = self.contract()
+        for site, matrix in zip(self.sites, matrices, strict=True):
+            assign(site.parameter, matrix)
+        self._written = self._held()
+
+    def changed(self) -> list[Site]:
+        """Sites whose matrix is no longer what `write` wrote, bit for bit."""
+        held = self._held()
+        if torch.equal(held, self._written):
+            return []
+        same = (held == self._written) | (held.isnan() & self._written.isnan())
+        return [site for site, equal in zip(self.sites, same.flatten(1).all(1).tolist(), strict=True) if not equal]
+
+    def _held(self) -> Tensor:
+        """A copy of what this process holds of the matrices."""
+        return torch.stack([local(site.parameter.detach()) for site in self.sites])
+
+    def pull_back(self) -> None:
+        """Turn each site's dL/dM into its cores' gradients, and clear it.
+
+        A site without a gradient leaves its cores without one, so that the optimizer skips them.
+        """
+        gradients = [site.gradient() for site in self.sites]
+        for site in self.sites:
+            site.clear_gradient()
+        present = [g is not None for g in gradients]
+        if not any(present):
+            return
+        zero = torch.zeros(self.shape, dtype=self.dtype, device=self.stacks[0].device)
+        dense = [zero if g is None else g.to(self.dtype) for g in gradients]
+        with torch.enable_grad(), _full_precision(zero.device):
+            leaves = [stack.detach().requires_grad_() for stack in self.stacks]
+            matrices = self.decomposition.contract(leaves, *self.shape)
+            pulled = torch.autograd.grad(matrices, leaves, torch.stack(dense))
+        for parameters, stack in zip(self.parameters, pulled, strict=True):
+            for parameter, gradient, there in zip(parameters, stack, present, strict=True):
+                parameter.grad = gradient if there else None
+
+    def clear_gradients(self) -> None:
+        for parameters in self.parameters:
+            for parameter in parameters:
+                parameter.grad = None
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """The same draws for a site in every process and grouping."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 or bfloat16 products while cores are contracted."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
