@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from loraover.decompositions import Decomposition
-from loraover.sharding import assign, full, local
+from loraover.sharding import assign, full, in_any_process, local
 from loraover.sites import Site
 
 
@@ -27,7 +27,7 @@ class CoreGroup:
         self.step = step
         self.shape = sites[0].shape
         self.centre = decomposition.centre(*self.shape)
-        matrices = torch.stack([full(site.parameter.detach()) for site in sites])
+        matrices = full(torch.stack([site.parameter.detach() for site in sites]))
         self.dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [_generator(seed, site.name) for site in sites]
         cores = decomposition.init(matrices.double().cpu(), generators)
@@ -48,31 +48,40 @@ class CoreGroup:
             assign(site.parameter, matrix)
         self._written = self._held()
 
-    def changed(self) -> list[Site]:
-        """Sites whose matrix is no longer what `write` wrote, bit for bit."""
+    def changed(self, *, anywhere: bool = False) -> list[Site]:
+        """Sites whose matrix is no longer what `write` wrote, bit for bit.
+
+        Args:
+            anywhere: ask the other processes about their shards too; they must ask as well.
+        """
         held = self._held()
-        if torch.equal(held, self._written):
-            return []
-        same = (held == self._written) | (held.isnan() & self._written.isnan())
-        return [site for site, equal in zip(self.sites, same.flatten(1).all(1).tolist(), strict=True) if not equal]
+        differs = [False] * len(self.sites)
+        if not torch.equal(held, self._written):
+            same = (held == self._written) | (held.isnan() & self._written.isnan())
+            differs = (~same).flatten(1).any(1).tolist()
+        if anywhere:
+            differs = in_any_process(differs, self.sites[0].parameter)
+        return [site for site, different in zip(self.sites, differs, strict=True) if different]
 
     def _held(self) -> Tensor:
         """A copy of what this process holds of the matrices."""
         return torch.stack([local(site.parameter.detach()) for site in self.sites])
 
-    def pull_back(self) -> None:
+    def pull_back(self, gradients: Mapping[str, Tensor]) -> None:
         """Turn each site's dL/dM into its cores' gradients, and clear it.
 
         A site without a gradient leaves its cores without one, so that the optimizer skips them.
+
+        Args:
+            gradients: dL/dM of every site that has one, by name, (m, n), whole.
         """
-        gradients = [site.gradient() for site in self.sites]
         for site in self.sites:
             site.clear_gradient()
-        present = [g is not None for g in gradients]
+        present = [site.name in gradients for site in self.sites]
         if not any(present):
             return
         zero = torch.zeros(self.shape, dtype=self.dtype, device=self.stacks[0].device)
-        dense = [zero if g is None else g.to(self.dtype) for g in gradients]
+        dense = [gradients.get(site.name, zero).to(self.dtype) for site in self.sites]
         with torch.enable_grad(), _full_precision(zero.device):
             leaves = [stack.detach().requires_grad_() for stack in self.stacks]
             matrices = self.decomposition.contract(leaves, *self.shape)

@@ -20,6 +20,7 @@ from loraover.errors import ConfigError
 from loraover.importance import Probe
 from loraover.moments import carried_moments
 from loraover.schedules import Schedule
+from loraover.sharding import gathered
 from loraover.sites import Site, find_sites
 
 REFUSED_OPTIMIZERS = {
@@ -162,11 +163,12 @@ class OverParameterization:
             Names of those sites.
         Mutates: the optimizer's state of their cores is dropped.
         """
-        changed = [site.name for group in self.groups for site in group.changed()]
+        changed = []
         for group in self.groups:
-            sites = group.changed()
+            sites = group.changed(anywhere=True)
             if not sites:
                 continue
+            changed += [site.name for site in sites]
             fresh = CoreGroup(sites, self.decomposition, self.config.seed or 0, group.step)
             for i, site in enumerate(sites):
                 at = group.sites.index(site)
@@ -324,13 +326,15 @@ class OverParameterization:
         return evaluate
 
     def _pull_back(self) -> None:
-        score = self.schedule.observed
-        if score is not None and self._is_counted:
-            gradients = {name: site.gradient() for name, site in self.schedule.candidates.items()}
-            score.observe({name: g for name, g in gradients.items() if g is not None})
+        score = self.schedule.observed if self._is_counted else None
         self._is_counted = False
+        candidates = [] if score is None else list(self.schedule.candidates)
+        found = {name: self.sites[name].gradient() for name in dict.fromkeys([*candidates, *self.injected])}
+        gradients = gathered({name: gradient for name, gradient in found.items() if gradient is not None})
+        if score is not None:
+            score.observe({name: gradients[name] for name in candidates if name in gradients})
         for group in self.groups:
-            group.pull_back()
+            group.pull_back(gradients)
 
 
 def _ordinary(optimizer: Any) -> Optimizer:

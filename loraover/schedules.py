@@ -239,6 +239,7 @@ def _undisturbed(probe: Probe | None) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
+            reshard(probe.model)
 
 
 def _group(site: Site, quota: str) -> str:

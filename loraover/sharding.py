@@ -23,9 +23,10 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole of each tensor, in one message for all that are sharded alike."""
     found = {name: tensor for name, tensor in tensors.items() if not _is_sharded(tensor)}
     alike: dict[Any, list[str]] = {}
-    for name in tensors.keys() - found.keys():
-        tensor: Any = tensors[name]
-        alike.setdefault((tensor.shape, tensor.dtype, tensor.device_mesh, tensor.placements), []).append(name)
+    for name in tensors:
+        if name not in found:
+            tensor: Any = tensors[name]
+            alike.setdefault((tensor.shape, tensor.dtype, tensor.device_mesh, tensor.placements), []).append(name)
     for names in alike.values():
         found.update(zip(names, full(torch.stack([tensors[name] for name in names])), strict=True))
     return found
@@ -34,9 +35,9 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's trainable parameters, whole and on the CPU, for PEFT to save.
 
-        state = trainable_state_dict(model)  # in every process
-        if rank == 0:
-            model.save_pretrained(folder, state_dict=state)
+    state = trainable_state_dict(model)  # in every process
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
     """
     return {name: full(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
 
