@@ -4,58 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.callback import LoraOverCallback
 from loraover.overparam import OverParameterization
-from loraover.sharding import full
-from loraover.sites import lora_layers
+from loraover.update_norm import Factors, factors, step_norm
 
 PREFIX = "loraover/"
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Copies of A (r, in) and B (out, r) of a module, float64, and its scaling."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
-@torch.no_grad()
-def factors(model: nn.Module) -> dict[str, Factors]:
-    """Of every module with an adapter "default"."""
-    found = {}
-    for module, layer in lora_layers(model).items():
-        if "default" in layer.lora_A:
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        elif "default" in layer.lora_embedding_A:
-            a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-        else:
-            continue
-        found[module] = Factors(full(a).double().clone(), full(b).double().clone(), layer.scaling["default"])
-    return found
-
-
-def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> float:
-    """Frobenius norm of the change of scaling * B A, over all modules.
-
-    B' A' - B A = [B', -B] [A'; A] costs 2r x 2r products.
-    """
-    total = 0.0
-    for module, new in after.items():
-        old = before[module]
-        a, b = torch.cat([new.a, old.a]), torch.cat([new.b, -old.b], dim=1)
-        total += new.scaling**2 * float(((b.mT @ b) * (a @ a.mT)).sum())
-    return math.sqrt(max(total, 0.0))
 
 
 @torch.no_grad()

@@ -1,29 +1,62 @@
-"""The size of what a LoRA adapter changes."""
+"""The size of what a LoRA adapter changes, and of what a step changes in it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from loraover.sharding import full
 from loraover.sites import lora_layers
 
 
-@torch.no_grad()
-def update_norm(model: nn.Module, adapter: str = "default") -> float:
-    """Frobenius norm of delta_W = scaling * B @ A over all adapted modules; 0 for a fresh LoRA.
+@dataclass(frozen=True)
+class Factors:
+    """Float64 copies of A (r, in_features) and B (out_features, r) of a module, and its scaling."""
 
-    It costs r x r products: ||B A||^2 = trace((B^T B)(A A^T)), in float64.
-    """
-    total = 0.0
-    for layer in lora_layers(model).values():
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def square(self) -> float:
+        """||scaling * B A||^2 = scaling^2 trace((B^T B)(A A^T)), by r x r products."""
+        return self.scaling**2 * float(((self.b.mT @ self.b) * (self.a @ self.a.mT)).sum())
+
+
+@torch.no_grad()
+def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
+    """Of every module with that adapter, by its path."""
+    found = {}
+    for module, layer in lora_layers(model).items():
         if adapter in layer.lora_A:
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         elif adapter in layer.lora_embedding_A:
             a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         else:
             continue
-        a, b = a.double(), b.double()
-        total += float(layer.scaling[adapter] ** 2 * ((b.mT @ b) * (a @ a.mT)).sum())
-    return math.sqrt(max(total, 0.0))
+        found[module] = Factors(
+            *(full(m.detach()).to(torch.float64, copy=True) for m in (a, b)), layer.scaling[adapter]
+        )
+    return found
+
+
+def update_norm(model: nn.Module, adapter: str = "default") -> float:
+    """Frobenius norm of delta_W = scaling * B A over all adapted modules; 0 for a fresh LoRA."""
+    return _root(sum(found.square() for found in factors(model, adapter).values()))
+
+
+def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> float:
+    """Frobenius norm of the change of scaling * B A over all modules: B' A' - B A = [B', -B] [A'; A]."""
+    total = 0.0
+    for module, new in after.items():
+        old = before[module]
+        total += Factors(torch.cat([new.a, old.a]), torch.cat([new.b, -old.b], dim=1), new.scaling).square()
+    return _root(total)
+
+
+def _root(square: float) -> float:
+    """Rounding can leave a square just below zero; NaN stays."""
+    return 0.0 if square < 0 else math.sqrt(square)

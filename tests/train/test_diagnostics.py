@@ -1,0 +1,121 @@
+"""Numbers about steps and cores in what a Trainer logs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from loraover import DiagnosticsCallback, LoraOverCallback, LoraOverConfig, OverParameterization
+from loraover.diagnostics import PREFIX, core_numbers
+from loraover.threads import one_thread
+from loraover.update_norm import factors, step_norm
+
+from tiny_models import tiny_llama, tiny_net, token_ids, with_lora
+
+DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
+STEPS = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def trained(folder: Path, over: LoraOverCallback | None, report_to: str = "none") -> Trainer:
+    args = TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=2,
+        save_strategy="no",
+        report_to=report_to,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model = with_lora(tiny_llama(), task_type="CAUSAL_LM")
+    callbacks: list[Any] = [DiagnosticsCallback(over)] if over is None else [over, DiagnosticsCallback(over)]
+    trainer = Trainer(model, args, train_dataset=DATA, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer: Trainer, name: str) -> dict[int, float]:
+    return {row["step"]: row[PREFIX + name] for row in trainer.state.log_history if PREFIX + name in row}
+
+
+def dense(model: Any) -> Tensor:
+    parts = [found.scaling * (found.b @ found.a) for found in factors(model).values()]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def test_the_step_norm_is_the_dense_one() -> None:
+    model = tiny_net()
+    before, dense_before = factors(model), dense(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    expected = float((dense(model) - dense_before).norm())
+    assert step_norm(before, factors(model)) == pytest.approx(expected, rel=1e-9)
+    assert step_norm(before, before) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_every_logged_step_has_its_numbers(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, LoraOverCallback())
+    norms = logged(trainer, "step_norm")
+    assert list(norms) == [2, 4]
+    assert all(norm > 0 for norm in norms.values())
+    assert logged(trainer, "injected_sites") == dict.fromkeys([2, 4], 28)
+    assert logged(trainer, "added_parameters")[2] > 0
+    assert 0 < logged(trainer, "added_share")[2] < 1
+    conditions = logged(trainer, "gauge_condition")
+    assert 1 < conditions[2] < conditions[4]
+
+
+def test_plain_lora_has_step_norms_only(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, None)
+    assert list(logged(trainer, "step_norm")) == [2, 4]
+    assert logged(trainer, "centre_norm") == {}
+
+
+def test_they_reach_tensorboard_and_the_trainers_own_record(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, LoraOverCallback(), report_to="tensorboard")
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    found = {event.step: event.value for event in events.Scalars(PREFIX + "step_norm")}
+    assert found == pytest.approx(logged(trainer, "step_norm"), rel=1e-6)
+    trainer.save_state()
+    record = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert PREFIX + "gauge_condition" in record["log_history"][0]
+
+
+def test_without_them_nothing_is_logged(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True
+    )
+    trainer = Trainer(
+        with_lora(tiny_llama(), task_type="CAUSAL_LM"), args, train_dataset=DATA, callbacks=[LoraOverCallback()]
+    )
+    trainer.train()
+    assert not any(key.startswith(PREFIX) for row in trainer.state.log_history for key in row)
+
+
+@pytest.mark.parametrize("decomposition", ["mpo", "svd", "chain"])
+def test_the_gauge_is_isometric_at_injection(decomposition: str) -> None:
+    over = OverParameterization(tiny_net(), LoraOverConfig(decomposition=decomposition))
+    numbers = core_numbers(over)
+    assert numbers["gauge_condition"] == pytest.approx(1.0, abs=1e-5)
+    matrices = [site.parameter.detach().double() for site in over.sites.values()]
+    assert numbers["centre_norm"] == pytest.approx(math.sqrt(sum(float(m.square().sum()) for m in matrices)), rel=1e-5)
+    cores, plain = over.num_parameters()
+    assert numbers["added_share"] == pytest.approx((cores - plain) / plain)
