@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from loraover.checkpoint import Meta
@@ -19,19 +21,35 @@ from loraover.sites import layer_of
 
 COLORS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2406b", "#8a63d2", "#7a8a99")
 """Of rounds, from the first on, over and over."""
+PLAIN = "#e3e6ea"
 PLOT_TYPES = (".svg", ".png")
 
 
-def placed(meta: Meta) -> dict[tuple[str, str], int | None]:
-    """Round (from 1) in which the matrix at (layer, module type and A or B) was injected; None: it is plain."""
+@dataclass(frozen=True)
+class Place:
+    """Of a matrix in the map."""
+
+    layer: str
+    kind: str
+    matrix: str
+
+
+def placed(meta: Meta) -> dict[Place, int | None]:
+    """Round (from 1) in which each matrix was injected; None: it is plain. Layers come in their order."""
     rounds = {name: number for number, found in enumerate(meta.rounds, 1) for name in found.chosen}
-    names = dict.fromkeys([*(site.name for site in meta.sites), *(n for r in meta.rounds for n in r.scores)])
-    return {_place(name): rounds.get(name, 1 if not meta.rounds else None) for name in names}
+    names = dict.fromkeys([*(n for r in meta.rounds for n in r.scores), *(site.name for site in meta.sites)])
+    found = {_place(name): rounds.get(name, 1 if not meta.rounds else None) for name in names}
+    return dict(sorted(found.items(), key=lambda item: _order(item[0].layer)))
 
 
-def _place(name: str) -> tuple[str, str]:
+def _place(name: str) -> Place:
     module, _, matrix = name.rpartition(".lora_")
-    return layer_of(module), f"{module.rpartition('.')[2]} {matrix}"
+    return Place(layer_of(module), module.rpartition(".")[2], matrix[-1])
+
+
+def _order(layer: str) -> tuple[str, int]:
+    stack, _, number = layer.rpartition(" ")
+    return ("" if stack == "encoder" else stack), int(number) if number.isdigit() else -1
 
 
 def show_schedule(meta: Meta, console: Console) -> None:
@@ -54,19 +72,20 @@ def show_schedule(meta: Meta, console: Console) -> None:
     console.print(_map(placed(meta)))
 
 
-def _map(rounds: Mapping[tuple[str, str], int | None]) -> Table:
-    kinds = list(dict.fromkeys(kind for _, kind in rounds))
+def _map(rounds: Mapping[Place, int | None]) -> Table:
+    kinds = list(dict.fromkeys(place.kind for place in rounds))
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("layer")
     for kind in kinds:
-        table.add_column(kind.replace(" ", "\n"), justify="center")
-    for layer in dict.fromkeys(layer for layer, _ in rounds):
-        cells = []
-        for kind in kinds:
-            number = rounds.get((layer, kind), 0)
-            cells.append("" if number == 0 else "·" if number is None else f"[{_color(number)}]{number}[/]")
-        table.add_row(layer, *cells)
+        table.add_column(f"{escape(kind)}\nA B", justify="center")
+    for layer in dict.fromkeys(place.layer for place in rounds):
+        pairs = ([_cell(rounds.get(Place(layer, kind, matrix), 0)) for matrix in "AB"] for kind in kinds)
+        table.add_row(layer, *(" ".join(pair) for pair in pairs))
     return table
+
+
+def _cell(number: int | None) -> str:
+    return " " if number == 0 else "·" if number is None else f"[{_color(number)}]{number}[/]"
 
 
 def _color(number: int) -> str:
@@ -87,7 +106,7 @@ def plot_schedule(meta: Meta, path: Path) -> None:
 
     rounds = placed(meta)
     has_scores = any(found.scores for found in meta.rounds)
-    layers = list(dict.fromkeys(layer for layer, _ in rounds))
+    layers = list(dict.fromkeys(place.layer for place in rounds))
     figure = Figure(figsize=(13 if has_scores else 7, 2.5 + 0.22 * len(layers)), layout="constrained")
     axes = figure.subplots(1, 2 if has_scores else 1, squeeze=False)[0]
     _draw_map(axes[0], rounds)
@@ -101,16 +120,16 @@ def plot_schedule(meta: Meta, path: Path) -> None:
     )
 
 
-def _draw_map(axes: Any, rounds: Mapping[tuple[str, str], int | None]) -> None:
+def _draw_map(axes: Any, rounds: Mapping[Place, int | None]) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
-    layers = list(dict.fromkeys(layer for layer, _ in rounds))
-    kinds = list(dict.fromkeys(kind for _, kind in rounds))
+    layers = list(dict.fromkeys(place.layer for place in rounds))
+    kinds = list(dict.fromkeys(f"{place.kind} {place.matrix}" for place in rounds))
     image = np.ones((len(layers), len(kinds), 3))
-    for (layer, kind), number in rounds.items():
-        color = "#e3e6ea" if number is None else _color(number)
-        image[layers.index(layer), kinds.index(kind)] = to_rgb(color)
+    for place, number in rounds.items():
+        color = PLAIN if number is None else _color(number)
+        image[layers.index(place.layer), kinds.index(f"{place.kind} {place.matrix}")] = to_rgb(color)
     axes.imshow(image, aspect="auto", interpolation="none")
     axes.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right")
     axes.set_yticks(range(len(layers)), layers)
@@ -118,8 +137,8 @@ def _draw_map(axes: Any, rounds: Mapping[tuple[str, str], int | None]) -> None:
     found = sorted({number for number in rounds.values() if number is not None})
     patches = [Patch(color=_color(number), label=f"round {number}") for number in found]
     if None in rounds.values():
-        patches.append(Patch(color="#e3e6ea", label="plain"))
-    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
+        patches.append(Patch(color=PLAIN, label="plain"))
+    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False)
 
 
 def _draw_scores(axes: Any, meta: Meta) -> None:
@@ -128,13 +147,12 @@ def _draw_scores(axes: Any, meta: Meta) -> None:
     for i, found in enumerate(meta.rounds):
         by_kind: dict[str, list[float]] = {}
         for name, score in found.scores.items():
-            by_kind.setdefault(_place(name)[1], []).append(score)
+            place = _place(name)
+            by_kind.setdefault(f"{place.kind} {place.matrix}", []).append(score)
         for kind, scores in by_kind.items():
             series.setdefault(kind, [math.nan] * len(steps))[i] = float(np.mean(scores))
     for i, (kind, means) in enumerate(series.items()):
-        axes.plot(
-            steps, means, marker="o", label=kind, color=COLORS[(i // 2) % 6], ls="-" if kind.endswith("A") else "--"
-        )
+        axes.plot(steps, means, marker="o", label=kind, color=f"C{i // 2}", ls="-" if kind.endswith("A") else "--")
     values = [v for means in series.values() for v in means if not math.isnan(v)]
     axes.set_yscale("log" if min(values) > 0 else "linear")
     axes.set_xlabel("optimizer steps")

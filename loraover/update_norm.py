@@ -37,10 +37,12 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
             a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         else:
             continue
-        found[module] = Factors(
-            *(full(m.detach()).to(torch.float64, copy=True) for m in (a, b)), layer.scaling[adapter]
-        )
+        found[module] = Factors(_copy(a), _copy(b), layer.scaling[adapter])
     return found
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return full(parameter.detach()).to(torch.float64, copy=True)
 
 
 def update_norm(model: nn.Module, adapter: str = "default") -> float:
