@@ -1,0 +1,120 @@
+"""One plain training loop, for one process and for several that share each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.importance import Probe
+from loraover.sharding import full
+
+from processes import Traffic
+from tiny_models import lora_matrices, net_batch, tiny_net, trainable
+
+STEPS, ROWS = 6, 4
+
+# As in test_exactness: the sides round a gradient apart by 1e-14 at most, an update is at most LR / EPS = 10 times as
+# steep, and the loss is too flat to amplify it.
+LR, EPS, TOLERANCE = 1e-2, 1e-3, 2e-12
+
+CONFIGS: dict[str, LoraOverConfig | None] = {
+    "plain-lora": None,
+    "all": LoraOverConfig(),
+    "static": LoraOverConfig.model_validate({"schedule": "static", "score": "loss_impact", "budget": {"sites": 4}}),
+    "static-fisher": LoraOverConfig.model_validate({"schedule": "static", "budget": {"parameters": 30}}),
+    "dynamic": LoraOverConfig.model_validate(
+        {"schedule": "dynamic", "score": "fisher", "budget": {"sites": 4}, "rounds": 2, "start": 0.3, "end": 0.6}
+    ),
+}
+
+
+def model(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """TinyNet whose matrices have 3 or 5 rows, which two processes cannot share evenly."""
+    return tiny_net(dtype=dtype, **({"r": 3} | options))
+
+
+def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    error: Tensor = net(x) - y
+    return error.square().mean()
+
+
+def share(seed: int, rank: int, world: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """This process's rows of a batch."""
+    rows = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    x, y = net_batch(seed, ROWS, dtype)
+    return x[rows], y[rows]
+
+
+def train(
+    net: Any,
+    config: LoraOverConfig | None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    micro_batches: int = 1,
+    accumulate: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext(),
+    probed: Any = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """A run of `STEPS` steps: its losses, messages, decisions, and what it leaves.
+
+    Args:
+        net: wrapped or not.
+        config: None for plain LoRA.
+        accumulate: context of a micro-batch, given whether it is the step's last.
+        probed: the model that a schedule runs, if it is not `net`.
+    """
+    over = None
+    with Traffic() as before:
+        if config is not None:
+            batches = [share(100 + i, 0, 1, dtype) for i in range(2)]
+            over = OverParameterization(net, config, steps=STEPS, probe=Probe(probed or net, batches, loss))
+    optimizer = torch.optim.AdamW(trainable(net), lr=LR, eps=EPS)
+    if over is not None:
+        over.attach(optimizer)
+    losses, messages = [], []
+    for step in range(STEPS):
+        with Traffic() as traffic:
+            for micro in range(micro_batches):
+                with accumulate(micro == micro_batches - 1):
+                    found = loss(net, share(step * micro_batches + micro, rank, world, dtype)) / micro_batches
+                    found.backward()  # type: ignore[no-untyped-call]
+                losses.append(found.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        messages.append(traffic.messages)
+    return {
+        "losses": losses,
+        "messages_before": before.messages,
+        "messages": messages,
+        "matrices": {name.removeprefix("module."): full(matrix) for name, matrix in lora_matrices(net).items()},
+        "cores": {} if over is None else cores(over),
+        "rounds": [] if over is None else [found.model_dump() for found in over.schedule.rounds],
+    }
+
+
+def cores(over: OverParameterization) -> dict[str, Tensor]:
+    """Every core and its optimizer state."""
+    found = {}
+    for name, (group, i) in over.injected.items():
+        for k, parameters in enumerate(group.parameters):
+            found[f"{name}.{k}"] = parameters[i].detach()
+            found |= {f"{name}.{k}.{key}": value for key, value in over.core_state(parameters[i]).items()}
+    return found
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def deviation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest difference of an element."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)

@@ -1,0 +1,81 @@
+"""Code in two processes that talk through gloo, and what they say to one another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+TESTS = Path(__file__).parent
+PATIENCE_S = 60
+
+
+def in_two_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What `work(rank)` returns in each of two forks, which have everything imported already.
+
+    Args:
+        work: returns tensors, plain data and containers of them.
+        folder: for the results; empty.
+    """
+    folder.mkdir(exist_ok=True)
+    start_processes(_take_part, (work, folder), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _take_part(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=PATIENCE_S),
+    )
+    torch.save(work(rank), folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def torchrun(*command: object, processes: int = 2) -> str:
+    """Standard output of a script under torchrun, with the tests' own modules to import; fails where it fails."""
+    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+            *map(str, command),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every collective in its block, by name, with the bytes of the whole tensor that is reduced, gathered or sent."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.messages: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.name().partition("::")[2]
+        is_message = function.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "_wrap"))
+        if is_message:
+            tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)]
+            self.messages.append((name, max(tensor.nbytes for tensor in tensors)))
+        return result

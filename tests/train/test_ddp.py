@@ -1,0 +1,132 @@
+"""DistributedDataParallel: ranks are equal, train as one process would, and send what plain LoRA sends."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from loraover import OverParameterization
+from loraover.errors import ConfigError
+from loraover.sites import find_sites
+
+from parallel_run import CONFIGS, STEPS, TOLERANCE, deviation, equal, model, train
+from processes import in_two_processes
+from tiny_models import tiny_net, trainable
+
+SCHEDULES = ["all", "static", "static-fisher", "dynamic"]
+
+
+def sent(messages: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Without what DDP sends once, behind its first backward, to agree on the order of gradients."""
+    return [message for message in messages if message not in [("broadcast_", 28), ("broadcast_", 4)]]
+
+
+def fresh(schedule: str) -> Any:
+    """With B = 0 a static schedule takes warm-up steps, which it undoes."""
+    return model(draw_b="static" not in schedule)
+
+
+def ddp_run(rank: int, schedule: str, micro_batches: int = 1, **options: Any) -> dict[str, Any]:
+    """A run of this process's share; the probe is the wrapped model, or as in the Trainer the model itself."""
+    net = fresh(schedule)
+    wrapped = DistributedDataParallel(net)
+    return train(
+        wrapped,
+        CONFIGS[schedule],
+        rank=rank,
+        world=2,
+        micro_batches=micro_batches,
+        accumulate=lambda is_last: nullcontext() if is_last else wrapped.no_sync(),
+        probed=net if schedule == "static-fisher" else wrapped,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_two_processes_train_as_one_does_at_their_global_batch(
+    schedule: str, micro_batches: int, tmp_path: Path
+) -> None:
+    alone = train(fresh(schedule), CONFIGS[schedule], micro_batches=micro_batches)
+    first, second = in_two_processes(lambda rank: ddp_run(rank, schedule, micro_batches), tmp_path)
+
+    mean = [(one + other) / 2 for one, other in zip(first["losses"], second["losses"], strict=True)]
+    assert first["losses"] != second["losses"]
+    assert mean == pytest.approx(alone["losses"], rel=TOLERANCE)
+    assert equal(first["matrices"], second["matrices"])
+    assert equal(first["cores"], second["cores"])
+    assert deviation(first["matrices"], alone["matrices"]) < TOLERANCE
+    assert deviation(first["cores"], alone["cores"]) < TOLERANCE
+    assert first["rounds"] == second["rounds"]
+    assert [found["chosen"] for found in first["rounds"]] == [found["chosen"] for found in alone["rounds"]]
+
+
+def test_processes_that_never_average_their_gradients_drift_apart(tmp_path: Path) -> None:
+    def work(rank: int) -> dict[str, Any]:
+        wrapped = DistributedDataParallel(model())
+        return train(wrapped, CONFIGS["all"], rank=rank, world=2, accumulate=lambda is_last: wrapped.no_sync())
+
+    first, second = in_two_processes(work, tmp_path)
+    assert not equal(first["matrices"], second["matrices"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_sends_plain_loras_bytes_and_a_round_its_scores(schedule: str, tmp_path: Path) -> None:
+    plain, over = in_two_processes(lambda rank: [ddp_run(rank, "plain-lora"), ddp_run(rank, schedule)], tmp_path)[0]
+
+    matrices = sum(matrix.nbytes for matrix in over["matrices"].values())
+    expected = [[("allreduce_", matrices)] for _ in range(STEPS)]
+    assert [sent(messages) for messages in plain["messages"]] == expected
+    scores = [("broadcast_", 8 * len(found["scores"])) for found in over["rounds"] if found["scores"]]
+    if schedule == "dynamic":
+        for found, message in zip(over["rounds"], scores, strict=True):
+            expected[found["step"] - 1].append(message)
+        scores = []
+    assert [sent(messages) for messages in over["messages"]] == expected
+    # Warm-up steps of a static schedule send gradients where they run the wrapped model.
+    warm_up = [("allreduce_", matrices)] * 8 if schedule == "static" else []
+    assert sent(over["messages_before"]) == warm_up + scores
+
+
+# Wrappers
+
+
+def test_names_do_not_depend_on_ddp(tmp_path: Path) -> None:
+    def names(rank: int) -> list[list[str]]:
+        compiled: Any = torch.compile(DistributedDataParallel(tiny_net()))
+        return [list(find_sites(wrapped)) for wrapped in (tiny_net(), DistributedDataParallel(tiny_net()), compiled)]
+
+    plain, ddp, compiled = in_two_processes(names, tmp_path)[1]
+    assert len(plain) == 6
+    assert ddp == compiled == plain
+
+
+def test_cores_made_before_ddp_are_noticed_where_it_writes_rank_zeros_matrices(tmp_path: Path) -> None:
+    def work(rank: int) -> str:
+        over = OverParameterization(net := tiny_net(seed=rank))
+        DistributedDataParallel(net)
+        try:
+            over.check_unchanged()
+        except ConfigError as error:
+            return str(error)
+        return "unchanged"
+
+    first, second = in_two_processes(work, tmp_path)
+    assert first == "unchanged"
+    assert second.startswith("6 over-parameterised matrices, first first.lora_A, were written by something else")
+
+
+@pytest.mark.parametrize("base", [object, torch.optim.AdamW])
+def test_deepspeeds_optimizer_is_refused_with_the_reason(base: type) -> None:
+    kind = type("DeepSpeedZeroOptimizer", (base,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    net = tiny_net()
+    optimizer = kind() if base is object else kind(trainable(net))
+    with pytest.raises(
+        ConfigError, match="DeepSpeedZeroOptimizer of DeepSpeed steps in an engine of its own, past torch"
+    ):
+        OverParameterization(net).attach(optimizer)
