@@ -2,60 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-STAND_IN = '''#!{python}
-"""Answers as vLLM does; {mode}."""
-import json, os, signal, subprocess, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-MODE, FOLDER = "{mode}", "{folder}"
-print("words:", json.dumps(sys.argv[1:]), flush=True)
-if MODE == "ends":
-    sys.exit("no memory for the cache")
-if MODE == "raises":
-    print("ValueError: not enough memory")
-    print("a line" + "\\n" * 40 + "RuntimeError: see above", flush=True)
-    sys.exit(1)
-if MODE == "silent":
-    time.sleep(600)
-child = subprocess.Popen(["sleep", "600"])
-if MODE == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with open(FOLDER + "/pids", "w") as file:
-    print(os.getpid(), child.pid, file=file)
+LAUNCHER = """#!{python}
+import sys
+sys.path.insert(0, {tests!r})
+from vllm_stand_in import main
+main({mode!r}, {folder!r}, {after})
+"""
+HANG_S = 600
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.reply(200, {{"data": [{{"id": "base"}}]}})
+def stand_in(folder: Path, mode: str, *, after: int = 0) -> str:
+    """The path of a command that can be started in place of `vllm`.
 
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if MODE == "fails late" or (MODE == "fails on b" and body["model"] == "b"):
-            return self.reply(500, {{"error": "head_dim 8 is not supported"}})
-        if MODE == "hangs up" and self.path == "/v1/load_lora_adapter":
-            return
-        choice = {{"index": 0, "text": "x", "token_ids": [7], "logprobs": {{"token_logprobs": [-0.5]}}}}
-        self.reply(200, {{"choices": [choice]}})
-
-    def reply(self, code, content):
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
-
-    def log_message(self, *args):
-        pass
-
-
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
-'''
-
-
-def stand_in(folder: Path, mode: str) -> str:
+    Args:
+        folder: for the command, and what it writes: `pids`, and `failing` once it fails.
+        mode: "answers", or how it fails.
+        after: completions that succeed before the fault of `mode`.
+    """
     path = folder / "vllm"
-    path.write_text(STAND_IN.format(python=sys.executable, mode=mode, folder=folder))
+    tests = str(Path(__file__).parent)
+    path.write_text(LAUNCHER.format(python=sys.executable, tests=tests, mode=mode, folder=str(folder), after=after))
     path.chmod(0o755)
     return str(path)
 
@@ -64,3 +41,122 @@ def assert_stopped(folder: Path) -> None:
     for pid in map(int, (folder / "pids").read_text().split()):
         status = Path(f"/proc/{pid}/status")
         assert not status.exists() or "State:\tZ" in status.read_text(), f"{pid} still runs"
+
+
+def main(mode: str, folder: str, after: int) -> None:
+    pids = Path(folder) / "pids"
+    print("words:", json.dumps(sys.argv[1:]), flush=True)
+    if mode == "ends" or (mode == "starts once" and pids.exists()):
+        sys.exit("no memory for the cache")
+    if mode == "raises":
+        print("ValueError: not enough memory")
+        print("a line" + "\n" * 40 + "RuntimeError: see above", flush=True)
+        sys.exit(1)
+    if mode == "silent":
+        time.sleep(HANG_S)
+    child = subprocess.Popen(["sleep", str(HANG_S)])
+    if mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pids.write_text(f"{os.getpid()} {child.pid}\n")
+    Server(int(sys.argv[sys.argv.index("--port") + 1]), mode, Path(folder), after).serve_forever()
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, port: int, mode: str, folder: Path, after: int) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.mode, self.folder, self.after = mode, folder, after
+        self.completions = itertools.count(1)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        self.reply(200, {"data": [{"id": "base"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        mode = self.server.mode
+        if mode == "fails late" or (mode == "fails on b" and body["model"] == "b"):
+            self.reply(500, {"error": "head_dim 8 is not supported"})
+        elif mode == "hangs up" and self.path == "/v1/load_lora_adapter":
+            self.close_connection = True
+        else:
+            self.complete(body, mode if next(self.server.completions) > self.server.after else "answers")
+
+    def complete(self, body: dict[str, Any], mode: str) -> None:
+        if mode != "answers":
+            (self.server.folder / "failing").touch()
+        if mode == "dies":
+            os._exit(1)
+        elif mode == "answers 500":
+            self.reply(500, {"error": {"message": "EngineCore encountered an issue.", "code": 500}})
+        elif mode == "answers 404":
+            self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}})
+        elif body.get("stream"):
+            self.stream(body, mode)
+        else:
+            several = isinstance(body["prompt"][0], list)
+            choices = [choice(body["max_tokens"], index=i) for i in range(len(body["prompt"]) if several else 1)]
+            self.reply(200, {"model": speaker(body, mode), "choices": choices})
+
+    def stream(self, body: dict[str, Any], mode: str) -> None:
+        """Server-sent events, one a token, in chunks; the first repeats the prompt."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        tokens = body["max_tokens"]
+        size = tokens if mode == "comes in one piece" else 1
+        self.piece(body, mode, choice(size, body["prompt"]))
+        if mode == "hangs":
+            time.sleep(HANG_S)
+        if mode == "breaks off":
+            self.chunk(b'data: {"object": "text_comp')
+            self.close_connection = True
+            return
+        if mode == "errs within":
+            self.event(json.dumps({"error": {"message": "EngineCore encountered an issue.", "code": 500}}))
+        elif mode != "stops early":
+            for _ in range(size, tokens):
+                self.piece(body, mode, choice(1))
+        self.event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def piece(self, body: dict[str, Any], mode: str, found: dict[str, Any]) -> None:
+        model = speaker(body, mode)
+        self.event(json.dumps({"object": "text_completion", "model": model, "choices": [found], "usage": None}))
+
+    def event(self, text: str) -> None:
+        self.chunk(f"data: {text}\n\n".encode())
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def reply(self, code: int, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def speaker(body: dict[str, Any], mode: str) -> str:
+    return "another" if mode == "answers as another" else str(body["model"])
+
+
+def choice(tokens: int, prompt: list[int] | None = None, index: int = 0) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": "x" * tokens,
+        "logprobs": {"tokens": ["x"] * tokens, "token_logprobs": [-0.5] * tokens},
+        "finish_reason": None,
+        "prompt_token_ids": prompt,
+        "token_ids": [7] * tokens,
+    }

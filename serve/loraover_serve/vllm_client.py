@@ -100,7 +100,7 @@ class VllmClient:
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue
-                now, piece = time.perf_counter(), json.loads(line[6:])
+                now, piece = time.perf_counter(), _parsed(model, line[6:])
                 if "choices" not in piece:
                     raise EngineError(f"{model}: the server failed in the middle of an answer: {piece!r:.500}")
                 _check_addressee(model, piece)
@@ -152,6 +152,14 @@ class VllmClient:
             raise EngineError(f"{path}: the server answered {error.code}: {text[:1000]}") from error
         except (OSError, HTTPException) as error:
             raise EngineError(f"{path}: no answer from {self.url}: {error}") from error
+
+
+def _parsed(model: str, text: bytes) -> dict[str, Any]:
+    try:
+        piece: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise EngineError(f"{model}: the answer broke off at {text!r:.500}.") from error
+    return piece
 
 
 def _check_addressee(model: str, answer: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One vLLM server for all tests that need one: starting it takes most of a minute."""
+"""One vLLM server for all tests that need one: starting it takes most of a minute; and one tiny model with its fold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from loraover.command import run
+from loraover_export.cli import cli
+
+from make_checkpoint import Made, make_checkpoint
 from serving import Served, serving
 
 
@@ -13,3 +17,12 @@ from serving import Served, serving
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(tmp_path_factory.mktemp("served adapters")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A tiny Llama with a tokenizer, a checkpoint, and its fold in the folder `folded` beside it."""
+    folder = tmp_path_factory.mktemp("parity")
+    made = make_checkpoint(folder, tokenizer=True)
+    assert run(cli, ["fold", str(made.path), "-o", str(folder / "folded")]) == 0
+    return made

@@ -1,56 +1,38 @@
-"""The parity benchmark: its design, its judgement of made-up samples, its page, and a run on PyTorch."""
+"""The parity benchmark: its design, its judgement of made-up samples, and a run on PyTorch."""
 
 from __future__ import annotations
 
-import json
 import math
-import random
-from collections.abc import Sequence
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraover import LoraOverConfig
 from loraover.command import run
-from loraover.errors import EngineError
-from loraover_export.cli import cli as export_cli
 from loraover_serve.cli import cli
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, log_ratios, overall, results, throughputs
 from loraover_serve.parity.design import block_orders
 from loraover_serve.parity.engines.base import Engine
-from loraover_serve.parity.html import render
 from loraover_serve.parity.measure import Run, measure
+from loraover_serve.parity.memory import peak_of
+from loraover_serve.parity.outputs import Distance, agrees
 from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.sample import Sample
-from loraover_serve.parity.workload import Request
+from loraover_serve.parity.workload import Request, make_requests
 
+from clockwork import ARMS, Clockwork
 from make_checkpoint import Made, make_checkpoint
+from tiny_hub import tiny_tokenizer
 
-ARMS = ("base", VANILLA, CONTROL, FOLDED)
 REQUESTS = [Request((1, 2, 3), 4)]
-
-
-class Clockwork(Engine):
-    """Answers on a made-up clock that drifts; each arm takes its own share longer."""
-
-    name = "clockwork"
-
-    def __init__(self, slower: dict[str, float], *, noise: float = 0.0, drift: float = 0.0, dies_at: int = -1) -> None:
-        self.arms = ARMS
-        self._slower, self._noise, self._drift, self._dies_at = slower, noise, drift, dies_at
-        self._draw, self._calls = random.Random(0), 0
-
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
-        if block == self._dies_at:
-            raise EngineError("the server answered 500")
-        self._calls += 1
-        samples = []
-        for i, request in enumerate(requests):
-            log = self._slower.get(arm, 0.0) + self._drift * self._calls + self._draw.gauss(0, self._noise)
-            times = tuple(math.exp(log) * (k + 1) for k in range(request.new_tokens))
-            samples.append(Sample(arm, block, first + i, 0.0, times, tuple(range(request.new_tokens))))
-        return samples
+MIB = 2**20
+ALLOCATES = "block = b'x' * (100 << 20); print(len(block), flush=True); input()"
+PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATES!r}], start_new_session=True)"
+NEAR = Distance(reference="", equal=1.0, largest_gap=0.0, logprob_rms=0.01, logprob_error=0.001, logprob_largest=0.05)
 
 
 def judged(engine: Engine, blocks: int = 20) -> tuple[str, str]:
@@ -112,13 +94,59 @@ def test_throughput_counts_the_tokens_of_a_wave() -> None:
     assert found.tokens_per_second == pytest.approx(4 / (5.0 - 1.0))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A tiny Llama with a tokenizer, a checkpoint and its fold."""
-    folder = tmp_path_factory.mktemp("parity")
-    made = make_checkpoint(folder, tokenizer=True)
-    assert run(export_cli, ["fold", str(made.path), "-o", str(folder / "folded")]) == 0
-    return made
+def test_memory_of_a_child_in_a_session_of_its_own_counts() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        with peak_of(process.pid) as peak:
+            assert int(process.stdout.readline()) == 100 * MIB
+        process.communicate(b"\n")
+    assert 100 * MIB < peak.bytes < 200 * MIB
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, True),
+        ({"logprob_rms": 0.015}, True),  # the errors of two estimates
+        ({"logprob_rms": 0.03}, False),
+        ({"largest_gap": 0.09}, True),  # two logits, each off by as much as any of the floor's
+        ({"largest_gap": 0.11}, False),
+    ],
+)
+def test_answers_agree_as_far_as_the_vanilla_adapters_do(changes: dict[str, float], found: bool) -> None:
+    assert agrees(NEAR.model_copy(update=changes), NEAR) is found
+
+
+def test_without_logprobs_the_gap_decides() -> None:
+    silent = NEAR.model_copy(update={"logprob_rms": None, "logprob_error": None, "logprob_largest": None})
+    assert agrees(silent, silent)
+    assert not agrees(silent.model_copy(update={"largest_gap": 0.01}), silent)
+
+
+def test_mixed_lengths_vary_around_those_asked_for() -> None:
+    def draw(seed: int) -> list[Request]:
+        return make_requests("mixed", tiny_tokenizer(), 300, prompt_tokens=16, new_tokens=8, seed=seed)
+
+    requests = draw(0)
+    prompts, answers = [len(r.prompt) for r in requests], [r.new_tokens for r in requests]
+    assert requests == draw(0)
+    assert requests != draw(1)
+    assert min(prompts + answers) >= 2
+    assert max(prompts) <= 8 * 16
+    assert len(set(prompts)) > 20
+    assert len(set(answers)) > 10
+    assert sorted(prompts)[150] == pytest.approx(16, abs=2)
+    assert sorted(answers)[150] == pytest.approx(8, abs=1)
+
+
+def test_the_prompts_of_a_file_come_over_and_over(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("one\n\n  \nanother\n", encoding="utf-8")
+    tokenizer = tiny_tokenizer()
+    requests = make_requests("file", tokenizer, 5, prompt_tokens=9, new_tokens=3, seed=0, file=tmp_path / "prompts")
+    one, another = (Request(tuple(tokenizer(text).input_ids), 3) for text in ("one", "another"))
+    assert requests == [one, another, one, another, one]
 
 
 def words(made: Made, *more: str) -> list[str]:
@@ -160,21 +188,33 @@ def test_requests_that_cannot_be_used(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n \n", "no prompt in it"), (None, "No such file"), (b"caf\xe9\n", "cannot be read as UTF-8")],
+)
+def test_files_without_prompts_are_refused(
+    content: bytes | None, message: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts"
+    if content is not None:
+        file.write_bytes(content)
+    assert run(cli, words(made, "--workload", "file", "--prompts", str(file))) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert str(file) in error
+
+
+def test_answers_unlike_the_unfolded_models_are_different(made: Made, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", config=LoraOverConfig(seed=6), steps=9)
+    out = tmp_path / "out"
+    assert run(cli, words(made, "--checkpoint", str(other.path), "--requests", "10", "--out", str(out))) == 1
+    report = ParityReport.model_validate_json((out / "parity.json").read_text())
+    assert report.verdict == "different"
+    assert "further from PyTorch" in report.reason
+    assert [o.agree for o in report.outputs] == [False]
+
+
 def test_adapters_of_other_ranks_are_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_checkpoint(tmp_path, r=2)
     assert run(cli, words(made, "--vanilla", str(other.path))) == 2
     assert "--allow-unequal" in capsys.readouterr().err
-
-
-def test_text_from_elsewhere_is_escaped_on_the_page(made: Made, tmp_path: Path) -> None:
-    run(cli, words(made, "--requests", "10", "--out", str(tmp_path / "out")))
-    content = json.loads((tmp_path / "out" / "parity.json").read_text())
-    hostile = "<script>alert(1)</script>"
-    content |= {"base_model": hostile, "command": hostile, "reason": hostile}
-    content["results"][0]["engine"] = content["runs"][0]["engine"] = hostile
-    page = render(ParityReport.model_validate_json(json.dumps(content)))
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    )  # names of XML vocabularies, which no browser fetches

@@ -45,6 +45,8 @@ def measure(
         warm_up: blocks that are run and forgotten.
     Returns:
         The samples of the blocks that were run whole: an engine that fails in the middle, or Ctrl-C, keeps them.
+    Raises:
+        EngineError: the engine failed before one block was whole; KeyboardInterrupt likewise.
     """
     samples: list[Sample] = []
     failure = None
@@ -54,11 +56,10 @@ def measure(
         wave = [requests[i % len(requests)] for i in range(first, first + concurrency)]
         try:
             answered = [sample for arm in order for sample in engine.run(arm, block, first, wave)]
-        except EngineError as error:
-            failure = str(error)
-            break
-        except KeyboardInterrupt:
-            failure = "interrupted"
+        except (EngineError, KeyboardInterrupt) as error:
+            if not done:
+                raise
+            failure = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             break
         if block >= warm_up:
             samples += answered

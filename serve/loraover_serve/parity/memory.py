@@ -45,10 +45,10 @@ def peak_of(session: int) -> Iterator[Peak]:
     peak, done = Peak(), threading.Event()
 
     def watch() -> None:
-        while True:
+        ended = False
+        while not ended:
+            ended = done.wait(POLL_S)  # and once more at the end
             peak.bytes = max(peak.bytes, _memory(session))
-            if done.wait(POLL_S):
-                return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -87,7 +87,7 @@ def compare_outputs(
         vanilla_applied=_applied(firsts, VANILLA),
         folded=distance,
         vanilla=floor,
-        agree=_agree(distance, floor),
+        agree=agrees(distance, floor),
     )
 
 
@@ -144,7 +144,7 @@ def _distance(reference: str, judged: Sequence[_Judged]) -> Distance:
     )
 
 
-def _agree(found: Distance, floor: Distance) -> bool:
+def agrees(found: Distance, floor: Distance) -> bool:
     """The floor's rms, and where texts part, a gap of two logits that are each off by as much as any of the floor's."""
     gap = 2 * floor.logprob_largest if floor.logprob_largest is not None else floor.largest_gap
     if found.largest_gap > gap + ROUNDING:

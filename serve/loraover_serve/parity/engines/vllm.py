@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from loraover.errors import EngineError
 from loraover_serve.parity.engines.base import Engine
 from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request
@@ -31,7 +32,15 @@ class VllmEngine(Engine):
             done = self.server.stream(
                 self.models[arm], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
             )
+            if len(done.piece_s) == 1:
+                raise EngineError(
+                    f"{arm}: an answer of {request.new_tokens} tokens came in one piece, which tells no time "
+                    "per token; ask for longer ones with --new-tokens."
+                )
             return Sample(arm, block, index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
 
-        with ThreadPoolExecutor(len(requests)) as pool:
+        pool = ThreadPoolExecutor(len(requests))
+        try:
             return list(pool.map(answer, range(first, first + len(requests)), requests))
+        finally:  # after a failure or Ctrl-C the rest may hang; it ends with the server
+            pool.shutdown(wait=False, cancel_futures=True)
