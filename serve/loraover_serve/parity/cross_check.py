@@ -93,9 +93,14 @@ def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"vllm bench serve: {error}") from error
     if done.returncode != 0 or not result.is_file():
-        raise EngineError(f"vllm bench serve ended with code {done.returncode}: {done.stderr[-2000:]}")
+        last = (done.stderr.strip() or "no message").splitlines()[-1]  # of a traceback: the cause
+        raise EngineError(f"vllm bench serve ended with code {done.returncode}: {last}")
     content: dict[str, Any] = json.loads(result.read_text())
     return content
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
 
 
 def _median(samples: Sequence[Sample], measure: Any) -> float:
