@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from loraover.errors import ConfigError
 from loraover.sharding import full
 from loraover.sites import Site
 
@@ -18,8 +19,17 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def model_loss(model: Any, batch: Any) -> Tensor:
-    """The loss that a Hugging Face model computes by itself from a batch with labels."""
-    loss: Tensor = model(**batch).loss
+    """The loss that a Hugging Face model computes by itself from a batch with labels.
+
+    Raises:
+        ConfigError: it computes none from this one.
+    """
+    loss: Tensor | None = model(**batch).loss
+    if loss is None:
+        raise ConfigError(
+            f"the model computes no loss from a batch of {', '.join(batch)}; give the trainer's as `loss`, "
+            "a function of the model and a batch."
+        )
     return loss
 
 

@@ -1,0 +1,166 @@
+"""Every script in docs/examples trains through cores and leaves a plain LoRA, and a checkpoint that folds."""
+
+from __future__ import annotations
+
+import math
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
+from loraover.adapter_dir import TENSORS_FILE
+from loraover.command import run
+from loraover.errors import ConfigError
+from loraover_export.cli import cli
+
+from tiny_hub import save_llama, save_t5
+from tiny_models import lora_matrices
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+DISTRIBUTED = {"ddp", "fsdp2"}
+"""Run with several processes, in a test of their own."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a script leaves in its output folder.
+
+    Args:
+        adapter: folder of the plain LoRA.
+        checkpoint: folder of the checkpoint with its cores.
+        needs: a package of the `dev` extra.
+        options: beside --model and --output.
+        backwards: in one optimizer step.
+    """
+
+    adapter: str = "."
+    checkpoint: str = "."
+    needs: str = "peft"
+    steps: int = 5
+    options: tuple[str, ...] = ()
+    backwards: int = 1
+    base: str = "llama"
+
+
+SCRIPTS = {
+    "trainer": Example("adapter", "checkpoint-5"),
+    "seq2seq": Example("adapter", "checkpoint-5", base="t5"),
+    "sft": Example("adapter", "checkpoint-5", needs="trl"),
+    "dpo": Example("adapter", "checkpoint-5", needs="trl"),
+    "lightning_trainer": Example(needs="lightning"),
+    "plain_loop": Example("adapter", "checkpoint-10", steps=10, options=("--save-every", "5"), backwards=2),
+    "compile": Example(options=("--backend", "aot_eager")),
+    "qlora": Example("adapter", "checkpoint-5", needs="bitsandbytes"),
+    "schedule": Example(),
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A script that was run: the losses that it went backward from, and its folders."""
+
+    example: Example
+    losses: list[float]
+    base: Path
+    output: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.output / self.example.adapter
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output / self.example.checkpoint
+
+    def load_adapter(self) -> PeftModel:
+        kind = AutoModelForSeq2SeqLM if self.example.base == "t5" else AutoModelForCausalLM
+        return PeftModel.from_pretrained(kind.from_pretrained(self.base), str(self.adapter))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {"llama": save_llama(folder / "llama"), "t5": save_t5(folder / "t5")}
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def ran(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    example = SCRIPTS[request.param]
+    pytest.importorskip(example.needs, reason=f"{example.needs} is not installed")
+    output, losses = tmp_path_factory.mktemp(request.param), []
+    arguments = ["--model", str(bases[example.base]), "--output", str(output), "--steps", str(example.steps)]
+    backward: Any = Tensor.backward
+
+    def noted(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        losses.append(loss.item())
+        backward(loss, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["example.py", *arguments, *example.options])
+        patch.setattr(Tensor, "backward", noted)
+        runpy.run_path(str(EXAMPLES / f"{request.param}.py"), run_name="__main__")
+    return Ran(example, losses, bases[example.base], output)
+
+
+def test_every_script_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - DISTRIBUTED == SCRIPTS.keys()
+
+
+def test_an_example_takes_its_steps(ran: Ran) -> None:
+    assert len(ran.losses) == ran.example.steps * ran.example.backwards
+    assert all(map(math.isfinite, ran.losses))
+
+
+def test_an_example_leaves_a_lora_that_peft_loads(ran: Ran) -> None:
+    matrices = lora_matrices(ran.load_adapter())
+    assert all(matrix.any() for matrix in matrices.values())
+    assert {key.replace(".default", "") for key in matrices} == load_file(ran.adapter / TENSORS_FILE).keys()
+
+
+def test_an_example_leaves_cores_that_fold_into_that_lora(ran: Ran, tmp_path: Path) -> None:
+    assert read_checkpoint(ran.checkpoint).sites
+    trained, kept = (load_file(folder / TENSORS_FILE) for folder in (ran.checkpoint, ran.adapter))
+    assert trained.keys() == kept.keys()
+    assert all(torch.equal(matrix, kept[key]) for key, matrix in trained.items())
+    assert run(cli, ["fold", str(ran.checkpoint), "-o", str(tmp_path / "folded")]) == 0
+
+
+def train_on_preferences(base: Path, output: Path, score: str, *, with_loss: bool) -> OverParameterization:
+    """DPO with a static schedule, and the trainer's own loss for it as docs/examples/dpo.py has it."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    config = LoraOverConfig(schedule="static", score=score, budget=Budget(sites=4))
+    trainer: Any
+    own: Any = {"loss": lambda model, batch: trainer.compute_loss(model, batch)} if with_loss else {}
+    callback = LoraOverCallback(config, **own)
+    trainer = trl.DPOTrainer(
+        str(base),
+        args=trl.DPOConfig(str(output), max_steps=1, bf16=False, save_strategy="no", report_to="none"),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}] * 8),
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.over is not None
+    return callback.over
+
+
+@pytest.mark.parametrize("score", ["fisher", "loss_impact"])
+def test_a_static_schedule_takes_the_loss_of_dpo(score: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    over = train_on_preferences(bases["llama"], tmp_path, score, with_loss=True)
+    assert len(over.injected) == 4
+    assert any(over.schedule.rounds[0].scores.values())
+
+
+def test_a_static_schedule_without_it_says_what_is_missing(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no loss from a batch of input_ids"):
+        train_on_preferences(bases["llama"], tmp_path, "fisher", with_loss=False)
