@@ -72,8 +72,8 @@ class OverParameterization:
         self.groups: list[CoreGroup] = []
         self.step = 0
         self._is_counted = True
-        self.expected_optimizer: str | None = None
         self.optimizer: Optimizer | None = None
+        self.optimizer_class: str | None = None
         self._state: dict[Tensor, dict[str, Any]] = {}
         self._twins: list[tuple[int, bool, list[nn.Parameter]]] = []
         self._plain_groups: int | None = None
@@ -134,12 +134,12 @@ class OverParameterization:
             raise ConfigError("attach: an optimizer is attached already; make a new OverParameterization.")
         optimizer = _ordinary(optimizer)
         kind = type(optimizer).__name__
-        if self.expected_optimizer not in (None, kind):
-            raise ConfigError(f"attach: the run was trained with {self.expected_optimizer}, this optimizer is {kind}.")
+        if self.optimizer_class not in (None, kind):
+            raise ConfigError(f"attach: the run was trained with {self.optimizer_class}, this optimizer is {kind}.")
         self.schedule.check_ready()
         self._check_hosts(optimizer, dict.fromkeys([*self.injected, *self.schedule.candidates]))
         self._join(optimizer)
-        self.optimizer = optimizer
+        self.optimizer, self.optimizer_class = optimizer, kind
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -186,7 +186,13 @@ class OverParameterization:
         Raises:
             ConfigError: A or B were written by something else; see `adopt_matrices`.
         """
+        if self.optimizer is None:
+            return
         self.check_unchanged()
+        self.detach()
+
+    def detach(self) -> None:
+        """Take the cores and the hooks out of the optimizer, whatever the matrices hold."""
         if self.optimizer is not None:
             self._leave(self.optimizer)
         for handle in self._handles:
@@ -221,8 +227,8 @@ class OverParameterization:
             identity = id(self.sites[name].parameter)
             if identity not in rates:
                 raise ConfigError(
-                    f"attach: the optimizer does not hold {name}. Build it from the PEFT model's parameters, "
-                    "after get_peft_model."
+                    f"attach: the optimizer does not hold {name}. Build it, and OverParameterization, after "
+                    "get_peft_model and after fully_shard."
                 )
             if rates[identity] is None and self.config.aux_lr_scale != 1:
                 raise ConfigError(

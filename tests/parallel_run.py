@@ -22,6 +22,7 @@ STEPS, ROWS = 6, 4
 # steep, and the loss is too flat to amplify it.
 LR, EPS, TOLERANCE = 1e-2, 1e-3, 2e-12
 
+SCHEDULES = ["all", "static", "static-fisher", "dynamic"]
 CONFIGS: dict[str, LoraOverConfig | None] = {
     "plain-lora": None,
     "all": LoraOverConfig(),
@@ -33,9 +34,14 @@ CONFIGS: dict[str, LoraOverConfig | None] = {
 }
 
 
-def model(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """TinyNet whose matrices have 3 or 5 rows, which two processes cannot share evenly."""
-    return tiny_net(dtype=dtype, **({"r": 3} | options))
+def model(**options: Any) -> Any:
+    """TinyNet in float64, with matrices of 3 and of 5 rows, which two processes cannot share evenly."""
+    return tiny_net(dtype=torch.float64, **({"r": 3} | options))
+
+
+def fresh(schedule: str) -> Any:
+    """With B = 0 a static schedule takes warm-up steps, which it undoes."""
+    return model(draw_b="static" not in schedule)
 
 
 def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -44,10 +50,10 @@ def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return error.square().mean()
 
 
-def share(seed: int, rank: int, world: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def share(seed: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
     """This process's rows of a batch."""
     rows = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-    x, y = net_batch(seed, ROWS, dtype)
+    x, y = net_batch(seed, ROWS, torch.float64)
     return x[rows], y[rows]
 
 
@@ -60,7 +66,7 @@ def train(
     micro_batches: int = 1,
     accumulate: Callable[[bool], AbstractContextManager[Any]] = lambda is_last: nullcontext(),
     probed: Any = None,
-    dtype: torch.dtype = torch.float64,
+    **adamw: Any,
 ) -> dict[str, Any]:
     """A run of `STEPS` steps: its losses, messages, decisions, and what it leaves.
 
@@ -69,13 +75,14 @@ def train(
         config: None for plain LoRA.
         accumulate: context of a micro-batch, given whether it is the step's last.
         probed: the model that a schedule runs, if it is not `net`.
+        adamw: options of the optimizer.
     """
     over = None
     with Traffic() as before:
         if config is not None:
-            batches = [share(100 + i, 0, 1, dtype) for i in range(2)]
+            batches = [share(100 + i, 0, 1) for i in range(2)]
             over = OverParameterization(net, config, steps=STEPS, probe=Probe(probed or net, batches, loss))
-    optimizer = torch.optim.AdamW(trainable(net), lr=LR, eps=EPS)
+    optimizer = torch.optim.AdamW(trainable(net), lr=LR, eps=EPS, **adamw)
     if over is not None:
         over.attach(optimizer)
     losses, messages = [], []
@@ -83,7 +90,7 @@ def train(
         with Traffic() as traffic:
             for micro in range(micro_batches):
                 with accumulate(micro == micro_batches - 1):
-                    found = loss(net, share(step * micro_batches + micro, rank, world, dtype)) / micro_batches
+                    found = loss(net, share(step * micro_batches + micro, rank, world)) / micro_batches
                     found.backward()  # type: ignore[no-untyped-call]
                 losses.append(found.item())
             optimizer.step()
@@ -117,4 +124,17 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def deviation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Largest difference of an element."""
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    return max([0.0, *(float((one[name] - other[name]).abs().max()) for name in one)])
+
+
+def assert_trained_as_one(alone: dict[str, Any], first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Two processes are equal bit for bit, and to rounding what one process is at their global batch."""
+    mean = [(one + other) / 2 for one, other in zip(first["losses"], second["losses"], strict=True)]
+    assert first["losses"] != second["losses"]
+    assert max(abs(loss - one) for loss, one in zip(mean, alone["losses"], strict=True)) < TOLERANCE
+    assert equal(first["matrices"], second["matrices"])
+    assert equal(first["cores"], second["cores"])
+    assert deviation(first["matrices"], alone["matrices"]) < TOLERANCE
+    assert deviation(first["cores"], alone["cores"]) < TOLERANCE
+    assert first["rounds"] == second["rounds"]
+    assert [found["chosen"] for found in first["rounds"]] == [found["chosen"] for found in alone["rounds"]]

@@ -14,21 +14,14 @@ from loraover import OverParameterization
 from loraover.errors import ConfigError
 from loraover.sites import find_sites
 
-from parallel_run import CONFIGS, STEPS, TOLERANCE, deviation, equal, model, train
+from parallel_run import CONFIGS, SCHEDULES, STEPS, assert_trained_as_one, equal, fresh, model, train
 from processes import in_two_processes
 from tiny_models import tiny_net, trainable
-
-SCHEDULES = ["all", "static", "static-fisher", "dynamic"]
 
 
 def sent(messages: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """Without what DDP sends once, behind its first backward, to agree on the order of gradients."""
     return [message for message in messages if message not in [("broadcast_", 28), ("broadcast_", 4)]]
-
-
-def fresh(schedule: str) -> Any:
-    """With B = 0 a static schedule takes warm-up steps, which it undoes."""
-    return model(draw_b="static" not in schedule)
 
 
 def ddp_run(rank: int, schedule: str, micro_batches: int = 1, **options: Any) -> dict[str, Any]:
@@ -54,16 +47,7 @@ def test_two_processes_train_as_one_does_at_their_global_batch(
 ) -> None:
     alone = train(fresh(schedule), CONFIGS[schedule], micro_batches=micro_batches)
     first, second = in_two_processes(lambda rank: ddp_run(rank, schedule, micro_batches), tmp_path)
-
-    mean = [(one + other) / 2 for one, other in zip(first["losses"], second["losses"], strict=True)]
-    assert first["losses"] != second["losses"]
-    assert mean == pytest.approx(alone["losses"], rel=TOLERANCE)
-    assert equal(first["matrices"], second["matrices"])
-    assert equal(first["cores"], second["cores"])
-    assert deviation(first["matrices"], alone["matrices"]) < TOLERANCE
-    assert deviation(first["cores"], alone["cores"]) < TOLERANCE
-    assert first["rounds"] == second["rounds"]
-    assert [found["chosen"] for found in first["rounds"]] == [found["chosen"] for found in alone["rounds"]]
+    assert_trained_as_one(alone, first, second)
 
 
 def test_processes_that_never_average_their_gradients_drift_apart(tmp_path: Path) -> None:

@@ -1,0 +1,219 @@
+"""FSDP2: matrices are sharded, their cores are whole in every process, and training is as in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, distributed
+from torch.distributed.fsdp import fully_shard
+
+from loraover import OverParameterization, read_checkpoint, write_checkpoint
+from loraover.checkpoint import restore
+from loraover.errors import ConfigError
+from loraover.sharding import full, local, trainable_state_dict
+from loraover.sites import find_sites
+
+from parallel_run import (
+    CONFIGS,
+    SCHEDULES,
+    STEPS,
+    TOLERANCE,
+    assert_trained_as_one,
+    cores,
+    deviation,
+    equal,
+    fresh,
+    loss,
+    model,
+    share,
+    train,
+)
+from processes import in_two_processes
+from tiny_models import tiny_net, trainable
+
+
+def sharded(net: Any) -> Any:
+    """Two layers are units of their own; what the third adds stays whole between a forward and its backward."""
+    for layer in (net.get_base_model().first, net.get_base_model().second):
+        fully_shard(layer)
+    return fully_shard(net)
+
+
+def fsdp_run(rank: int, schedule: str, net: Any = None, **options: Any) -> dict[str, Any]:
+    """A run of this process's share."""
+    net = sharded(fresh(schedule) if net is None else net)
+
+    @contextmanager
+    def accumulate(is_last: bool) -> Iterator[None]:
+        net.set_requires_gradient_sync(is_last)
+        yield
+
+    return train(net, CONFIGS[schedule], rank=rank, world=2, accumulate=accumulate, **options)
+
+
+def step(net: Any, optimizer: torch.optim.Optimizer, rank: int, seed: int) -> float:
+    found = loss(net, share(seed, rank, 2))
+    found.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+    return found.item()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_two_processes_train_as_one_does_at_their_global_batch(
+    schedule: str, micro_batches: int, tmp_path: Path
+) -> None:
+    alone = train(fresh(schedule), CONFIGS[schedule], micro_batches=micro_batches)
+    first, second = in_two_processes(lambda rank: fsdp_run(rank, schedule, micro_batches=micro_batches), tmp_path)
+    assert_trained_as_one(alone, first, second)
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=["foreach", "fused"])
+def test_a_rank_too_small_to_share_and_optimizers_that_cannot_mix_tensors(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = train(model(r=1), CONFIGS["all"], **options)
+    first, second = in_two_processes(lambda rank: fsdp_run(rank, "all", model(r=1), **options), tmp_path)
+    assert_trained_as_one(alone, first, second)
+
+
+def test_matrices_are_shards_and_cores_are_whole_in_groups_of_their_own(tmp_path: Path) -> None:
+    def work(rank: int) -> dict[str, Any]:
+        over = OverParameterization(net := sharded(tiny_net()))
+        optimizer = torch.optim.AdamW(trainable(net), lr=1e-2)
+        over.attach(optimizer)
+        kinds: list[list[str]] = []
+
+        def note(optimizer: Any, args: Any, kwargs: Any) -> None:
+            kinds.extend(sorted({type(p.data).__name__ for p in group["params"]}) for group in optimizer.param_groups)
+
+        optimizer.register_step_pre_hook(note)
+        net(torch.zeros(2, 6)).sum().backward()
+        optimizer.step()
+        return {
+            "names": list(over.sites),
+            "kinds": kinds,
+            "held": [local(s.parameter).numel() for s in over.sites.values()],
+        }
+
+    first, second = in_two_processes(work, tmp_path)
+    assert first["names"] == list(find_sites(tiny_net()))
+    assert first["kinds"] == second["kinds"] == [["DTensor"], ["Tensor"], ["Tensor"]]
+    assert [a + b for a, b in zip(first["held"], second["held"], strict=True)] == [
+        site.parameter.numel() for site in find_sites(tiny_net()).values()
+    ]
+
+
+def test_cores_made_before_sharding_are_refused(tmp_path: Path) -> None:
+    def work(rank: int) -> str:
+        over = OverParameterization(net := tiny_net())
+        optimizer = torch.optim.AdamW(trainable(sharded(net)))
+        with pytest.raises(ConfigError) as refusal:
+            over.attach(optimizer)
+        return str(refusal.value)
+
+    assert in_two_processes(work, tmp_path)[0].endswith(
+        "OverParameterization, after get_peft_model and after fully_shard."
+    )
+
+
+@pytest.mark.parametrize("schedule", ["all", "static", "dynamic"])
+def test_a_step_gathers_the_gradients_that_it_pulls_back_and_sends_nothing_else(schedule: str, tmp_path: Path) -> None:
+    plain, over = in_two_processes(lambda rank: [fsdp_run(rank, "plain-lora"), fsdp_run(rank, schedule)], tmp_path)[0]
+    sites, rounds = find_sites(model()), over["rounds"]
+
+    def gathered(names: Iterable[str]) -> int:
+        """Bytes of these matrices, whose rows are filled up to an even number."""
+        return sum(16 * ceil(sites[name].shape[0] / 2) * sites[name].shape[1] for name in names)
+
+    for step in range(STEPS):
+        before, after = plain["messages"][step], over["messages"][step]
+        assert after[: len(before)] == before
+        is_scoring = schedule == "dynamic" and step < rounds[-1]["step"]
+        injected = [name for found in rounds if found["step"] <= step for name in found["chosen"]]
+        expected = gathered(sites if is_scoring else injected)
+        for found in rounds:
+            if found["step"] == step + 1:  # matrices with both of their moments
+                expected += 8 * len(found["scores"]) + 3 * gathered(found["chosen"])
+        assert sum(size for _, size in after[len(before) :]) == expected
+    scattered = sum(size for name, size in plain["messages"][0] if name == "_reduce_scatter_base_")
+    assert gathered(sites) == scattered
+
+
+def test_moments_of_sharded_matrices_are_carried(tmp_path: Path) -> None:
+    def work(net: Any, rank: int, world: int) -> dict[str, Tensor]:
+        over = OverParameterization(net, CONFIGS["all"], inject=False)
+        optimizer = torch.optim.AdamW(trainable(net), eps=1e-3)
+        over.attach(optimizer)
+        loss(net, share(0, rank, world)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        over.inject(["second.lora_A", "third.lora_B"])
+        return cores(over)
+
+    alone = work(model(), 0, 1)
+    first, second = in_two_processes(lambda rank: work(sharded(model()), rank, 2), tmp_path)
+    assert {name.rpartition(".")[2] for name in first} >= {"exp_avg", "exp_avg_sq", "step"}
+    assert all(value.any() for name, value in first.items() if name.endswith("exp_avg"))
+    assert equal(first, second)
+    assert deviation(first, alone) < TOLERANCE
+
+
+def test_matrices_that_changed_in_one_process_only_are_adopted_by_both(tmp_path: Path) -> None:
+    def work(rank: int) -> dict[str, Any]:
+        over = OverParameterization(sharded(model()))
+        site = over.sites["second.lora_B"]
+        if rank == 1:
+            with torch.no_grad():
+                local(site.parameter).add_(1)
+        written = full(site.parameter.detach()).clone()
+        names = over.adopt_matrices()
+        over.check_unchanged()
+        return {"names": names, "written": written, "adopted": full(site.parameter.detach()), "cores": cores(over)}
+
+    first, second = in_two_processes(work, tmp_path)
+    assert first["names"] == second["names"] == ["second.lora_B"]
+    assert equal(first["cores"], second["cores"])
+    assert deviation({"": first["adopted"]}, {"": first["written"]}) < TOLERANCE
+
+
+def test_a_checkpoint_is_whole_and_resumed_from(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+
+    def work(rank: int) -> dict[str, Any]:
+        over = OverParameterization(net := sharded(model()))
+        over.attach(optimizer := torch.optim.AdamW(trainable(net)))
+        for seed in range(3):
+            step(net, optimizer, rank, seed)
+        state = trainable_state_dict(net)
+        if rank == 0:
+            net.save_pretrained(folder, state_dict=state)
+            write_checkpoint(folder, over, step=3)
+        distributed.barrier()
+        losses = [step(net, optimizer, rank, seed) for seed in range(3, 6)]
+
+        base = fresh("all").unload()
+        again = sharded(PeftModel.from_pretrained(base, folder, is_trainable=True))
+        resumed = OverParameterization(again, inject=False)
+        restore(resumed, read_checkpoint(folder))
+        resumed.attach(optimizer := torch.optim.AdamW(trainable(again)))
+        return {
+            "state": state,
+            "losses": losses,
+            "resumed": [step(again, optimizer, rank, seed) for seed in range(3, 6)],
+            "cores": [cores(over), cores(resumed)],
+        }
+
+    for found in in_two_processes(work, tmp_path / "results"):
+        assert found["resumed"] == found["losses"]
+        assert equal(*found["cores"])
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.meta.world_size == 2
+    assert len(checkpoint.sites) == 6
