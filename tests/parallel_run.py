@@ -1,19 +1,22 @@
-"""One plain training loop, for one process and for several that share each batch."""
+"""A plain training loop for one process, and for several that share each batch; and what both must leave."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loraover import LoraOverConfig, OverParameterization
-from loraover.importance import Probe
+from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint
+from loraover.command import run
 from loraover.sharding import full
+from loraover_export.cli import cli
 
-from processes import Traffic
+from processes import EXAMPLES, Traffic, script_in_two_processes
 from tiny_models import lora_matrices, net_batch, tiny_net, trainable
 
 STEPS, ROWS = 6, 4
@@ -138,3 +141,12 @@ def assert_trained_as_one(alone: dict[str, Any], first: dict[str, Any], second: 
     assert deviation(first["cores"], alone["cores"]) < TOLERANCE
     assert first["rounds"] == second["rounds"]
     assert [found["chosen"] for found in first["rounds"]] == [found["chosen"] for found in alone["rounds"]]
+
+
+def assert_example_folds(name: str, folder: Path) -> None:
+    """Two processes of an example leave one plain LoRA, and with it the cores that fold into it."""
+    script_in_two_processes(EXAMPLES / f"{name}.py", "--steps", 5, "--output", folder / "adapter")
+    checkpoint = read_checkpoint(folder / "adapter")
+    assert (len(checkpoint.sites), checkpoint.meta.step, checkpoint.meta.world_size) == (28, 5, 2)
+    assert all(matrix.any() for matrix in load_file(checkpoint.adapter.tensors_path).values())
+    assert run(cli, ["fold", str(folder / "adapter"), "-o", str(folder / "folded")]) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "docs" / "examples"
 PATIENCE_S = 60
 
 
@@ -46,22 +49,29 @@ def _take_part(rank: int, work: Callable[[int], Any], folder: Path) -> None:
     distributed.destroy_process_group()
 
 
-def torchrun(*command: object, processes: int = 2) -> str:
-    """Standard output of a script under torchrun, with the tests' own modules to import; fails where it fails."""
-    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+def script_in_two_processes(script: Path, *arguments: object) -> None:
+    """A script in two forks that have the environment that torchrun gives."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    start_processes(_run_script, (script, arguments, port), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+
+
+def _run_script(rank: int, script: Path, arguments: tuple[object, ...], port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    sys.argv = [str(script), *map(str, arguments)]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def torchrun(script: Path, *arguments: object) -> None:
+    """A script in two processes that torchrun starts, with the tests' own modules to import; fails where it fails."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-            *map(str, command),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]

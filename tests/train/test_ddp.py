@@ -14,7 +14,17 @@ from loraover import OverParameterization
 from loraover.errors import ConfigError
 from loraover.sites import find_sites
 
-from parallel_run import CONFIGS, SCHEDULES, STEPS, assert_trained_as_one, equal, fresh, model, train
+from parallel_run import (
+    CONFIGS,
+    SCHEDULES,
+    STEPS,
+    assert_example_folds,
+    assert_trained_as_one,
+    equal,
+    fresh,
+    model,
+    train,
+)
 from processes import in_two_processes
 from tiny_models import tiny_net, trainable
 
@@ -114,3 +124,7 @@ def test_deepspeeds_optimizer_is_refused_with_the_reason(base: type) -> None:
         ConfigError, match="DeepSpeedZeroOptimizer of DeepSpeed steps in an engine of its own, past torch"
     ):
         OverParameterization(net).attach(optimizer)
+
+
+def test_the_example_leaves_a_plain_lora_whose_checkpoint_folds(tmp_path: Path) -> None:
+    assert_example_folds("ddp", tmp_path)

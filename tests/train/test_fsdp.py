@@ -25,6 +25,7 @@ from parallel_run import (
     SCHEDULES,
     STEPS,
     TOLERANCE,
+    assert_example_folds,
     assert_trained_as_one,
     cores,
     deviation,
@@ -217,3 +218,7 @@ def test_a_checkpoint_is_whole_and_resumed_from(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(folder)
     assert checkpoint.meta.world_size == 2
     assert len(checkpoint.sites) == 6
+
+
+def test_the_example_leaves_a_plain_lora_whose_checkpoint_folds(tmp_path: Path) -> None:
+    assert_example_folds("fsdp2", tmp_path)
