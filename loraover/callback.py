@@ -90,13 +90,20 @@ class LoraOverCallback(TrainerCallback):
         self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", step=state.global_step)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         if self.over is None:
             return
-        if args.load_best_model_at_end:
-            self.over.adopt_matrices()
-        self.over.fold()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and model is not None:
+            self.over.detach()  # the model holds the best checkpoint's matrices by now, of which that has the cores
+            self.restore(model, state.best_model_checkpoint, args.seed, steps=state.max_steps)
+        else:
+            self.over.fold()
 
     def save(self, directory: str | os.PathLike[str], *, step: int) -> None:
         """Add the cores to a folder that `model.save_pretrained` has written, each adapter to its own."""

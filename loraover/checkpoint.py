@@ -221,7 +221,7 @@ def write_checkpoint(
         sites=records,
         rounds=over.schedule.rounds,
         optimizer_steps=over.step,
-        optimizer=None if over.optimizer is None else type(over.optimizer).__name__,
+        optimizer=over.optimizer_class,
         world_size=world_size(),
         versions={"loraover": __version__, **{name: version(name) for name in ("torch", "peft", "transformers")}},
         sha256={name: sha256_of(stored.path / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
@@ -275,6 +275,8 @@ def _check_layout(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every site has its matrix and all of its cores, in the right shapes."""
     if len(checkpoint.sites) != len(checkpoint.meta.sites):
         raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: one is listed twice.")
+    if not checkpoint.sites and checkpoint.meta.config.schedule != "dynamic":
+        raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: none, which only a dynamic schedule has.")
     with open_tensors(checkpoint.cores_path) as file:
         shapes = {key: file.shape(key) for key in file.keys}
     for site in checkpoint.meta.sites:
@@ -351,4 +353,4 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     for group in over.groups:
         group.write()
     over.schedule.replay(checkpoint.meta.rounds)
-    over.step, over.expected_optimizer = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer
+    over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer

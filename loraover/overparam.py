@@ -313,8 +313,7 @@ class OverParameterization:
         if self._is_counted:  # by the step of a parent class that this step called
             return
         self._is_counted = True
-        skipped = getattr(optimizer, "found_inf", None)  # set by GradScaler while a fused optimizer steps
-        if skipped is None or not bool(skipped):
+        if not _is_skipped(optimizer):
             self.step += 1
         if self.schedule.is_due(self.step):
             self._hold_round()
@@ -332,7 +331,8 @@ class OverParameterization:
         return evaluate
 
     def _pull_back(self) -> None:
-        score = self.schedule.observed if self._is_counted else None
+        is_seen = self._is_counted and not _is_skipped(self.optimizer)
+        score = self.schedule.observed if is_seen else None
         self._is_counted = False
         candidates = [] if score is None else list(self.schedule.candidates)
         found = {name: self.sites[name].gradient() for name in dict.fromkeys([*candidates, *self.injected])}
@@ -341,6 +341,11 @@ class OverParameterization:
             score.observe({name: gradients[name] for name in candidates if name in gradients})
         for group in self.groups:
             group.pull_back(gradients)
+
+
+def _is_skipped(optimizer: Any) -> bool:
+    """Whether a fused optimizer, which GradScaler lets step in any case, leaves this step out."""
+    return bool(getattr(optimizer, "found_inf", False))
 
 
 def _ordinary(optimizer: Any) -> Optimizer:

@@ -52,6 +52,7 @@ class Schedule:
         self, config: LoraOverConfig, sites: Mapping[str, Site], *, steps: int | None, probe: Probe | None
     ) -> None:
         self.config = config
+        self._sites = sites
         self.candidates = {name: sites[name] for name in match_sites(list(sites), config.sites)}
         self.rounds: list[Round] = []
         self.round_steps: list[int] = []
@@ -99,6 +100,12 @@ class Schedule:
         values = of_rank_zero([found[name] if math.isfinite(found[name]) else 0.0 for name in plain], device)
         scores = dict(zip(plain, values, strict=True))
         if not any(scores.values()) and plain:
+            if self.config.schedule == "static":
+                raise ConfigError(
+                    f"schedule static: {self.config.score} is zero for every candidate, even after "
+                    f"{self.config.calibration_steps} warm-up steps: on the calibration batches, no candidate changes "
+                    "the loss. Check their labels, or raise calibration_batches."
+                )
             if not self._waits:
                 self._waits = True
                 logger.info("step %d: %s is zero for every site while B = 0; the round waits", step, self.config.score)
@@ -125,19 +132,30 @@ class Schedule:
         return found
 
     def _best(self, scores: Mapping[str, float], taken: set[str], done: float) -> list[str]:
-        """The best plain sites of each group of the quota, until its share of the budget so far is spent."""
-        groups: dict[str, list[str]] = {}
-        for name, site in self.candidates.items():
-            groups.setdefault(_group(site, self.config.quota), []).append(name)
-        sizes = {group: sum(self._cost(name) for name in names) for group, names in groups.items()}
-        shares = _shares(sizes, self._capacity * done, whole=self._counts_sites)
+        """The best plain sites, each taken from the group of the quota that is furthest below its share so far."""
+        total = self._capacity * done
+        everything = sum(self._cost(name) for name in self.candidates)
+        ranked: dict[str, list[str]] = {}
+        below: dict[str, float] = {}
+        for name in sorted(self.candidates, key=lambda n: -scores.get(n, 0.0)):  # stable: ties by place
+            group = _group(self.candidates[name], self.config.quota)
+            spent = self._cost(name) if name in taken else 0
+            below[group] = below.get(group, 0.0) + total * self._cost(name) / everything - spent
+            if name not in taken:
+                ranked.setdefault(group, []).append(name)
+        left = (round(total) if self._counts_sites else total) - sum(self._cost(name) for name in taken)
         chosen: set[str] = set()
-        for group, names in groups.items():
-            left = shares[group] - sum(self._cost(name) for name in names if name in taken)
-            for name in sorted((n for n in names if n in scores), key=lambda n: -scores[n]):  # stable: ties by place
-                if self._cost(name) <= left:
-                    left -= self._cost(name)
-                    chosen.add(name)
+        while ranked:
+            group = max(ranked, key=lambda g: below[g])
+            if below[group] <= 0:
+                break
+            name = ranked[group].pop(0)
+            if self._cost(name) <= left:
+                left -= self._cost(name)
+                below[group] -= self._cost(name)
+                chosen.add(name)
+            if not ranked[group]:
+                del ranked[group]
         return [name for name in self.candidates if name in chosen]
 
     @property
@@ -165,16 +183,20 @@ class Schedule:
             )
         return budget.parameters
 
+    @property
+    def _runs_model(self) -> bool:
+        is_static = self.config.schedule == "static"
+        return self.config.schedule != "all" and (
+            self.score.needs_probe or (is_static and isinstance(self.score, GradientScore))
+        )
+
     def check_ready(self) -> None:
         """Raise ConfigError unless everything that a decision needs is there."""
         if self.config.schedule == "dynamic" and not self.round_steps:
             raise ConfigError(
                 "a dynamic schedule places its rounds in the run: give the number of its steps with `steps`."
             )
-        runs_model = self.score.needs_probe or (
-            self.config.schedule == "static" and isinstance(self.score, GradientScore)
-        )
-        if runs_model and not self.is_over and (self._probe is None or not self._probe.batches):
+        if self._runs_model and not self.is_over and (self._probe is None or not self._probe.batches):
             raise ConfigError(
                 f"schedule {self.config.schedule} with score {self.config.score} runs the model on calibration "
                 "batches; give them with `batches`, or use the Trainer's callback, which takes them from the training "
@@ -187,13 +209,13 @@ class Schedule:
 
         Where B is zero, scores are zero by construction: then some steps are taken first.
         """
-        if self.config.schedule != "static" or not (self.score.needs_probe or isinstance(self.score, GradientScore)):
+        if self.config.schedule != "static" or not self._runs_model:
             yield
             return
         assert self._probe is not None
-        kept = {name: full(site.parameter.detach()).clone() for name, site in self.candidates.items()}
+        kept = {name: full(site.parameter.detach()).clone() for name, site in self._sites.items()}
         try:
-            if any(site.matrix == "B" and not kept[name].any() for name, site in self.candidates.items()):
+            if not all(matrix.any() for matrix in kept.values()):
                 logger.info(
                     "%s says nothing while B = 0: %d warm-up steps on %d batches, which are undone",
                     *(self.config.score, self.config.calibration_steps, len(self._probe.batches)),
@@ -205,10 +227,10 @@ class Schedule:
             yield
         finally:
             for name, matrix in kept.items():
-                assign(self.candidates[name].parameter, matrix)
+                assign(self._sites[name].parameter, matrix)
 
     def _warm_up(self, probe: Probe) -> None:
-        parameters = [parameter for site in self.candidates.values() for parameter in site.holders()]
+        parameters = [parameter for site in self._sites.values() for parameter in site.holders()]
         optimizer = torch.optim.Adam(parameters, lr=CALIBRATION_RATE)
         for step in range(self.config.calibration_steps):
             with torch.enable_grad():
@@ -244,19 +266,6 @@ def _undisturbed(probe: Probe | None) -> Iterator[None]:
 
 def _group(site: Site, quota: str) -> str:
     return {"global": "", "module": site.kind, "matrix": site.matrix, "layer": site.layer}[quota]
-
-
-def _shares(sizes: Mapping[str, int], total: float, *, whole: bool) -> dict[str, float]:
-    """The total, divided in proportion to the sizes; whole numbers by largest remainder."""
-    everything = sum(sizes.values())
-    exact = {group: total * size / everything for group, size in sizes.items()}
-    if not whole:
-        return exact
-    shares: dict[str, float] = {group: int(share) for group, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda group: shares[group] - exact[group])
-    for group in by_remainder[: round(total) - int(sum(shares.values()))]:
-        shares[group] += 1
-    return shares
 
 
 def _round_steps(config: LoraOverConfig, steps: int) -> list[int]:

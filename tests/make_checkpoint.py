@@ -74,6 +74,7 @@ def make_checkpoint(
     config: LoraOverConfig | None = None,
     dtype: torch.dtype = torch.float32,
     steps: int = 2,
+    total: int | None = None,
     tokenizer: bool = False,
     make_optimizer: MakeOptimizer = adamw,
     base_options: Mapping[str, Any] | None = None,
@@ -86,6 +87,7 @@ def make_checkpoint(
     Args:
         dtype: of the base model and of the adapter.
         steps: optimizer steps.
+        total: of the run that these begin, for a dynamic schedule.
         tokenizer: save a word-level tokenizer beside the base model.
         base_options: of LlamaConfig.
         lora: options of LoraConfig; rank 4 on q_proj and v_proj otherwise.
@@ -95,7 +97,7 @@ def make_checkpoint(
     if tokenizer:
         save_tokenizer(base)
     model = lora_model(base, dtype, **lora)
-    over = OverParameterization(model, config or LoraOverConfig(seed=5))
+    over = OverParameterization(model, config or LoraOverConfig(seed=5), steps=total)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     over.attach(optimizer)
     train(model, optimizer, range(steps))

@@ -394,9 +394,9 @@ WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
 
 WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "schema 0": (meta(schema_version=0), ("schema_version is 0", "reads 1")),
-    "schema 2": (meta(schema_version=2), ("schema_version is 2", "reads 1")),
-    "schema large": (raw(META, '"schema_version": 1', f'"schema_version": {"9" * 40}'), ("schema_version",)),
-    "schema huge": (raw(META, '"schema_version": 1', f'"schema_version": {HUGE}'), ()),
+    "schema 3": (meta(schema_version=3), ("schema_version is 3", "reads 1 to 2")),
+    "schema large": (raw(META, '"schema_version": 2', f'"schema_version": {"9" * 40}'), ("schema_version",)),
+    "schema huge": (raw(META, '"schema_version": 2', f'"schema_version": {HUGE}'), ()),
     "schema null": (meta(schema_version=None), ("schema_version: ",)),
     "schema text": (meta(schema_version="one"), ("schema_version: ",)),
     "no schema": (lambda folder: edit_json(folder / META, lambda c: c.pop("schema_version")), ("schema_version: ",)),

@@ -18,9 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraover import LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.checkpoint import SCHEMA_VERSION, restore
+from loraover import OverParameterization, read_checkpoint
+from loraover.checkpoint import READABLE, SCHEMA_VERSION, restore
 from loraover.command import run
+from loraover.importance import GradientScore
 from loraover.tensor_file import open_tensors, save_tensors
 from loraover_export.cli import cli
 
@@ -34,7 +35,10 @@ def fold(source: Path, output: Path, *options: str) -> int:
     return run(cli, ["fold", str(source), "-o", str(output), *options])
 
 
-@pytest.fixture(params=sorted(path for path in FOLDER.parent.glob("schema_*/*") if path.is_dir()), ids=lambda p: p.name)
+KEPT = sorted(path for path in FOLDER.parent.glob("schema_*/*") if path.is_dir())
+
+
+@pytest.fixture(params=KEPT, ids=lambda p: f"{p.parent.name}-{p.name}")
 def kept(request: pytest.FixtureRequest) -> Path:
     """A folder as it was committed: checkpoint and expected folds."""
     folder: Path = request.param
@@ -75,29 +79,43 @@ def test_an_edited_golden_file_is_noticed(golden: Path, tmp_path: Path) -> None:
     assert fold(golden, tmp_path / "out") == 2
 
 
-def test_todays_reader_understands_the_metadata(golden: Path) -> None:
+def test_golden_files_of_every_schema_version_are_kept() -> None:
+    assert {path.parent.name for path in KEPT} == {f"schema_{version}" for version in READABLE}
+    assert f"schema_{SCHEMA_VERSION}" == FOLDER.name
+
+
+def test_todays_reader_understands_the_metadata(kept: Path, golden: Path) -> None:
     found = read_checkpoint(golden)
-    assert found.meta.schema_version == SCHEMA_VERSION == 1
+    assert f"schema_{found.meta.schema_version}" == kept.parent.name
     assert found.meta.base_model == BASE_NAME
     assert found.meta.step == 2
-    assert found.meta.config == LoraOverConfig(decomposition=RECIPES[golden.name][0], seed=7)
+    assert found.meta.config == RECIPES[golden.name].config
     assert {name.rsplit(".", 1)[1] for name in found.sites} == {"lora_A", "lora_B"}
-    scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0}[golden.name]
+    scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0, "dynamic": 4.0}[golden.name]
     assert found.adapter.config.scaling("model.layers.0.self_attn.q_proj") == scaling
+    rounds = {"dynamic": [(1, 1), (2, 1)]}.get(golden.name, [(0, len(found.sites))])
+    assert [(r.step, len(r.chosen)) for r in found.meta.rounds] == (rounds if found.meta.schema_version > 1 else [])
 
 
 def test_training_resumes_from_it(golden: Path) -> None:
-    name, make_optimizer, _ = RECIPES[golden.name]
+    recipe, found = RECIPES[golden.name], read_checkpoint(golden)
     model = PeftModel.from_pretrained(tiny_llama(**BASE_OPTIONS), golden, is_trainable=True)
-    over = OverParameterization(model, LoraOverConfig(decomposition=name, seed=7), inject=False)
-    restore(over, read_checkpoint(golden))
-    over.attach(make_optimizer([p for p in model.parameters() if p.requires_grad]))
+    over = OverParameterization(model, recipe.config, steps=recipe.total, inject=False)
+    restore(over, found)
+    over.attach(recipe.make_optimizer([p for p in model.parameters() if p.requires_grad]))
     tensors = load_file(golden / "loraover.safetensors")
     for site, (group, i) in over.injected.items():
         for k, parameters in enumerate(group.parameters):
             assert torch.equal(parameters[i], tensors.pop(f"{site}.core.{k}"))
             for key, value in over.core_state(parameters[i]).items():
                 assert torch.equal(value, tensors.pop(f"{site}.core.{k}.{key}"))
+    assert over.schedule.rounds == found.meta.rounds
+    score = {key: tensors.pop(key) for key in list(tensors) if key.startswith("score.")}
+    assert bool(score) is (golden.name == "dynamic")
+    assert isinstance(over.schedule.score, GradientScore)
+    restored = {f"score.{key}": value for key, value in over.schedule.score.state().items()}
+    assert restored.keys() == score.keys()
+    assert all(torch.equal(restored[key], score[key]) for key in score)
     assert tensors == {}
 
 
@@ -114,8 +132,10 @@ def layout(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in load_file(file).items()}
 
 
-def test_todays_writer_writes_the_same_format(golden: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_todays_writer_writes_the_same_format(name: str, tmp_path: Path) -> None:
     """A difference here is a new format: raise the schema version and add golden files, beside the old ones."""
+    golden = FOLDER / name
     fresh = make_golden(golden.name, tmp_path / "fresh").path
     assert layout(fresh / "loraover.safetensors") == layout(golden / "loraover.safetensors")
     assert layout(fresh / "adapter_model.safetensors") == layout(golden / "adapter_model.safetensors")
@@ -125,7 +145,7 @@ def test_todays_writer_writes_the_same_format(golden: Path, tmp_path: Path) -> N
 
 
 def test_golden_files_are_small() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.parent.rglob("*") if path.is_file()) < 60 * 1024
+    assert sum(path.stat().st_size for path in FOLDER.parent.rglob("*") if path.is_file()) < 64 * 1024
 
 
 # The formats, byte by byte: A = [2] [3 4] = [6 8], B = [5 7]^T [2] = [10 14]^T, by a chain of two cores.
@@ -262,14 +282,15 @@ def test_a_written_file_is_parsed_by_hand(golden: Path) -> None:
     assert sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()) == len(data)
     for key, entry in header.items():
         start, end = entry["data_offsets"]
-        assert entry["dtype"] == "F32"
-        found = np.frombuffer(data[start:end], "<f4").reshape(entry["shape"])
+        dtype = {"F32": "<f4", "F64": "<f8", "I64": "<i8"}[entry["dtype"]]
+        found = np.frombuffer(data[start:end], dtype).reshape(entry["shape"])
         np.testing.assert_array_equal(found, expected[key].numpy())
 
 
 def test_every_core_is_named_by_its_site(golden: Path) -> None:
     pattern = re.compile(
         r"model\.layers\.0\.self_attn\.[qv]_proj\.lora_[AB]\.core\.[012](\.(step|exp_avg|exp_avg_sq))?"
+        r"|score\.(steps|(sum|smoothed|uncertain)\.\d)"
     )
     keys = load_file(golden / "loraover.safetensors").keys()
     assert [key for key in keys if not pattern.fullmatch(key)] == []

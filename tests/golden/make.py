@@ -1,4 +1,4 @@
-"""Writes `tests/golden/schema_1`: checkpoints that every later version must read, and their folds.
+"""Writes `tests/golden/schema_2`: checkpoints that every later version must read, and their folds.
 
     .venv/bin/python tests/golden/make.py
 
@@ -14,7 +14,8 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from torch.optim import SGD, Optimizer
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from loraover import LoraOverConfig
+from loraover import Budget, LoraOverConfig
 
 from make_checkpoint import Made, MakeOptimizer, adamw, make_checkpoint, nearest, numpy64, oracle_matrices, save
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = Path(__file__).parent / f"schema_{SCHEMA}"
 BASE_NAME = "loraover/golden-base"
 BASE_OPTIONS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
@@ -42,23 +43,45 @@ def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return SGD(parameters, lr=0.1)
 
 
-RECIPES: dict[str, tuple[str, MakeOptimizer, dict[str, Any]]] = {
-    "mpo": ("mpo", adamw, {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 3}}),
-    "svd": ("svd", sgd, {"target_modules": ["q_proj"], "use_rslora": True}),
-    "chain": ("chain", sgd, {"target_modules": ["q_proj"]}),
+@dataclass(frozen=True)
+class Recipe:
+    """A checkpoint after two of `total` steps.
+
+    Args:
+        total: steps of the whole run, where the schedule wants to know.
+        lora: options of LoraConfig.
+    """
+
+    config: LoraOverConfig
+    make_optimizer: MakeOptimizer
+    lora: Mapping[str, Any]
+    total: int | None = None
+
+
+QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 3}}
+DYNAMIC = LoraOverConfig(
+    schedule="dynamic", score="sensitivity", budget=Budget(sites=3), rounds=3, start=0.1, end=0.3, seed=7
+)
+RECIPES: dict[str, Recipe] = {
+    "mpo": Recipe(LoraOverConfig(decomposition="mpo", seed=7), adamw, QV),
+    "svd": Recipe(LoraOverConfig(decomposition="svd", seed=7), sgd, {"target_modules": ["q_proj"], "use_rslora": True}),
+    "chain": Recipe(LoraOverConfig(decomposition="chain", seed=7), sgd, {"target_modules": ["q_proj"]}),
+    "dynamic": Recipe(DYNAMIC, adamw, QV, total=10),
 }
+"""Written with schema 1, but for "dynamic", which has had two of its three rounds."""
 
 
 def make_golden(name: str, scratch: Path) -> Made:
     """The checkpoint that a recipe describes, as the code of today writes it."""
-    decomposition, make_optimizer, lora = RECIPES[name]
+    recipe = RECIPES[name]
     made = make_checkpoint(
         scratch,
-        config=LoraOverConfig(decomposition=decomposition, seed=7),
-        make_optimizer=make_optimizer,
+        config=recipe.config,
+        make_optimizer=recipe.make_optimizer,
+        total=recipe.total,
         base_options=BASE_OPTIONS,
         r=2,
-        **lora,
+        **recipe.lora,
     )
     made.model.peft_config["default"].base_model_name_or_path = BASE_NAME
     save(made.path, made.model, made.over, step=2)

@@ -82,7 +82,7 @@ def test_all_faults_are_reported_at_once(write: Write) -> None:
                 "method": "qlora",
                 "data": {"train": "word-problems", "train_examples": 0},
                 "lora": {"r": "eight", "lora_alpha": -1},
-                "training": {"max_steps": 5, "learning_rate": float("nan"), "save_total_limit": 1, "batch": 8},
+                "training": {"max_steps": 5, "learning_rate": float("nan"), "save_total_limit": 0, "batch": 8},
                 "evaluation": {"examples": -1},
                 "ouput": 3,
             }
