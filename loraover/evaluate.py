@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from loraover.answers import final_number
 
@@ -60,26 +61,37 @@ def exact_match(
     return correct / len(rows)
 
 
+class Scored(NamedTuple):
+    """One example's completion under a model: its negative log-likelihood in nats, and its tokens."""
+
+    nats: float
+    tokens: int
+
+
 @torch.no_grad()
-def token_loss(model: Any, batches: Iterable[dict[str, Any]]) -> float:
-    """Mean loss over all completion tokens, however they are batched, in nats.
+def example_losses(model: Any, batches: Iterable[dict[str, Any]]) -> list[Scored]:
+    """Every example's loss on its completion, in order.
 
     Args:
         batches: collated, with `labels` of -100 where a token does not count.
-    Returns:
-        NaN where no token counts.
     """
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
     shift = 0 if model.config.is_encoder_decoder else 1  # the first label of a causal model is predicted by nothing
+    found = []
     for batch in batches:
-        count = int((batch["labels"][:, shift:] != -100).sum())
-        if count:
-            total += float(model(**batch).loss) * count
-            tokens += count
+        labels = batch["labels"][:, shift:]
+        logits = model(**batch).logits[:, : labels.shape[1]].float()
+        nats = cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").double().sum(1)
+        found += [Scored(*pair) for pair in zip(nats.tolist(), (labels != -100).sum(1).tolist(), strict=True)]
     model.train(was_training)
-    return total / tokens if tokens else math.nan
+    return found
+
+
+def token_loss(scored: Sequence[Scored]) -> float:
+    """Mean loss over all completion tokens, in nats; NaN where no token counts."""
+    tokens = sum(example.tokens for example in scored)
+    return sum(example.nats for example in scored) / tokens if tokens else math.nan
 
 
 def _text(prompt: Any, tokenizer: Any) -> str:

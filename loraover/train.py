@@ -4,6 +4,7 @@ OUT/recipe.yaml       the recipe, with hub revisions pinned
 OUT/metrics.jsonl     one object per logging step and measure
 OUT/trainer/          sealed checkpoints to resume from
 OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method
+OUT/held_out.json     [nats, tokens] of each held-out completion after training
 OUT/run.json          measures before and after, sizes, origins, versions
 """
 
@@ -26,7 +27,7 @@ from transformers.training_args import OptimizerNames
 from loraover.callback import LoraOverCallback
 from loraover.checkpoint import write_checkpoint
 from loraover.errors import ConfigError, DataError, OutputError
-from loraover.evaluate import exact_match, token_loss
+from loraover.evaluate import exact_match, example_losses, token_loss
 from loraover.examples import Examples, load_examples
 from loraover.licence import known_licence
 from loraover.model_card import model_card
@@ -41,6 +42,9 @@ from loraover.schedules import Schedule
 from loraover.sites import find_sites
 from loraover.trainers import make_trainer
 from loraover.update_norm import update_norm
+
+HELD_OUT_FILE = "held_out.json"
+BEFORE, AFTER = "before training", "after training"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
     _claim(output, resume)
     try:
         run = _prepare(recipe, output, report)
-        before = _measure(run, recipe, output, report, "before training")
+        before = _measure(run, recipe, output, report, BEFORE)
     except BaseException:
         if not resume:
             shutil.rmtree(output, ignore_errors=True)
@@ -93,7 +97,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
             f"training diverged: the loss is no longer a number at learning rate {recipe.training.learning_rate:g}; "
             f"lower it. The log is {output / 'metrics.jsonl'}."
         )
-    after = _measure(run, recipe, output, report, "after training")
+    after = _measure(run, recipe, output, report, AFTER)
     result = _result(run, recipe, seconds, norm, before, after)
     _publish(run, recipe, output, result, command)
     if recipe.push_to_hub is not None:
@@ -255,8 +259,9 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
     if run.examples.test is None:
         return None
     rows = run.examples.test.rows
-    loss = token_loss(run.model, run.trainer.get_eval_dataloader())
-    if math.isnan(loss) and when == "before training":
+    scored = example_losses(run.model, run.trainer.get_eval_dataloader())
+    loss = token_loss(scored)
+    if math.isnan(loss) and when == BEFORE:
         raise DataError(
             "no held-out example has room for its completion within training.max_length = "
             f"{recipe.training.max_length}; raise it."
@@ -273,6 +278,8 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
                 on_batch=advance,
             )
     measures = Measures(examples=len(rows), loss=loss, exact_match=accuracy)
+    if when == AFTER:
+        publish_file(output / HELD_OUT_FILE, lambda draft: draft.write_text(json.dumps(scored) + "\n"))
     report.line(f"{when}: {measures}")
     metrics, step = output / "metrics.jsonl", run.trainer.state.global_step
     if step or not metrics.is_file():

@@ -196,7 +196,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_folder_holds_what_it_should(done: Trained) -> None:
     names = {path.name for path in done.folder.iterdir()}
-    assert names == {"recipe.yaml", "metrics.jsonl", "run.json", "trainer", "adapter"}
+    assert names == {"recipe.yaml", "metrics.jsonl", "held_out.json", "run.json", "trainer", "adapter"}
     adapter = {path.name for path in done.adapter.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= adapter
     assert ({"loraover.json", "loraover.safetensors"} <= adapter) is (done.method == "lora-over")
@@ -217,6 +217,9 @@ def test_the_result_is_what_happened(done: Trained) -> None:
     assert result.after is not None
     assert result.before.examples == result.after.examples == 4
     assert result.after.loss < result.before.loss
+    scored = json.loads((done.folder / "held_out.json").read_text())
+    assert len(scored) == 4
+    assert result.after.loss == pytest.approx(sum(nats for nats, _ in scored) / sum(tokens for _, tokens in scored))
     assert result.before.exact_match is not None
     assert 0 <= result.before.exact_match <= 1
 
