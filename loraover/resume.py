@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loraover.adapter_dir import read_json
 from loraover.errors import CheckpointError
 from loraover.output import publish_file, sync
+from loraover.sharding import wait_for_all
 from loraover.tensor_file import sha256_of
 
 SEAL_FILE = "complete.json"
@@ -48,6 +49,7 @@ class SealCheckpoints(TrainerCallback):
         self._limit, args.save_total_limit = args.save_total_limit, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        wait_for_all()  # each process writes its own random state
         if not args.should_save:
             return
         seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -93,6 +93,12 @@ def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
     return found
 
 
+def wait_for_all() -> None:
+    """Until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def world_size() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

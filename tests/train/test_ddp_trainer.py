@@ -1,0 +1,72 @@
+"""The callback in a Trainer that torchrun starts in two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraover import read_checkpoint
+from loraover.adapter_dir import read_json
+from loraover.errors import CheckpointError
+from loraover.resume import SEAL_FILE, Seal, last_whole_checkpoint
+
+from parallel_run import equal
+from parallel_trainer import STEPS, run, trainer_of
+from processes import TESTS, torchrun
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainer")
+    torchrun(TESTS / "parallel_trainer.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saw(folder: Path) -> list[dict[str, Any]]:
+    """What each process saw of its runs."""
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_the_processes_stay_equal_bit_for_bit(saw: list[dict[str, Any]]) -> None:
+    first, second = (found["whole"] for found in saw)
+    assert first["losses"] != second["losses"]
+    assert equal(first["matrices"], second["matrices"])
+    assert equal(first["cores"], second["cores"])
+    assert first["rounds"] == second["rounds"]
+    assert [len(found["chosen"]) for found in first["rounds"]] == [4, 4]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(saw: list[dict[str, Any]]) -> None:
+    for whole, resumed in ((found["whole"], found["resumed"]) for found in saw):
+        assert resumed["losses"] == whole["losses"][len(whole["losses"]) // 2 :]
+        assert equal(resumed["matrices"], whole["matrices"])
+        assert equal(resumed["cores"], whole["cores"])
+        assert resumed["rounds"] == whole["rounds"]
+
+
+def test_two_processes_log_what_one_does_at_their_global_batch(saw: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone = run(tmp_path, rows=4, dropout=0.0)
+    assert saw[0]["apart"]["logged"] == pytest.approx(alone["logged"], rel=1e-5)
+    assert [found["chosen"] for found in saw[0]["apart"]["rounds"]] == [found["chosen"] for found in alone["rounds"]]
+
+
+def test_only_rank_0_writes_but_for_random_states(folder: Path) -> None:
+    written = {path.name for path in (folder / "apart-1").rglob("*") if path.is_file()}
+    assert written == {"rng_state_1.pth"}
+
+
+def test_a_checkpoint_is_whole_and_sealed_with_every_processs_part(folder: Path) -> None:
+    newest = last_whole_checkpoint(folder / "run")
+    assert newest == folder / "run" / f"checkpoint-{STEPS}"
+    checkpoint = read_checkpoint(newest)
+    assert (checkpoint.meta.world_size, len(checkpoint.sites)) == (2, 8)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < read_json(newest / SEAL_FILE, Seal).files.keys()
+
+
+def test_one_process_cannot_go_on_for_two(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"was trained by 2 process\(es\), this run has 1"):
+        trainer_of(folder / "run", rows=4).train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
