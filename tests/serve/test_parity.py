@@ -80,6 +80,12 @@ def test_a_noisy_machine_says_how_many_blocks_would_do() -> None:
     assert int(reason.split(";")[1].split()[0]) > 40
 
 
+def test_a_ratio_at_the_margin_asks_for_no_fewer_requests_than_it_had() -> None:
+    verdict, reason = judged(Clockwork({FOLDED: 0.047}, noise=0.02), blocks=100)
+    assert verdict == "inconclusive"
+    assert reason.endswith("at 200 requests; a ratio lies too near the margin to tell")
+
+
 def test_what_was_measured_before_a_failure_is_kept() -> None:
     run = measure(Clockwork({}, dies_at=7), REQUESTS, concurrency=3, blocks=20, seed=0)
     assert (run.blocks, run.failure) == (6, "the server answered 500")  # one block warms up

@@ -85,8 +85,7 @@ def results(runs: Sequence[Run], margin: float, alpha: float = 0.05) -> list[Res
     """Every arm against the vanilla adapter; what counts, folded against vanilla, is corrected for its number."""
     found: dict[tuple[str, int, str, str], Comparison] = {}
     for run in runs:
-        arms = dict.fromkeys(sample.arm for sample in run.samples)
-        for arm in arms:
+        for arm in sorted({sample.arm for sample in run.samples}):
             if arm != VANILLA:
                 for name, measure in PRIMARY.items():
                     differences = log_ratios(run, arm, measure)
@@ -137,11 +136,14 @@ def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different",
         )
     if noisy or open_:
         requests = max(2 * result.blocks * result.concurrency for result in found)
-        needed = [
-            None if result.needed_blocks is None else 2 * result.needed_blocks * result.concurrency
+        needed = max(
+            math.inf if result.needed_blocks is None else 2 * result.needed_blocks * result.concurrency
             for result in (*noisy, *open_)
-        ]
-        enough = "no number would do" if None in needed else f"{max(n or 0 for n in needed)} would do"
+        )
+        if needed == math.inf:
+            enough = "no number would do"
+        else:
+            enough = f"{needed} would do" if needed > requests else "a ratio lies too near the margin to tell"
         cause = "this machine is too noisy" if noisy else "an interval does not lie within the margin"
         return "inconclusive", f"{cause} at {requests} requests; {enough}"
     return "equivalent", "in every primary measure, and so are two copies of one adapter"
@@ -194,7 +196,7 @@ def throughputs(runs: Sequence[Run]) -> list[Throughput]:
 
 
 def _by_arm(run: Run) -> Mapping[str, list[Sample]]:
-    arms: dict[str, list[Sample]] = {}
+    arms: dict[str, list[Sample]] = {arm: [] for arm in sorted({sample.arm for sample in run.samples})}
     for sample in run.samples:
-        arms.setdefault(sample.arm, []).append(sample)
+        arms[sample.arm].append(sample)
     return arms

@@ -26,7 +26,13 @@ def _axes(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
     from matplotlib.figure import Figure
 
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.facecolor": "none"} | ink
+    style = {
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "axes.facecolor": "none",
+        "text.parse_math": False,
+    } | ink
     drawn: list[str] = []
     with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -42,17 +48,16 @@ def _axes(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
 def ratio_plot(results: Sequence[Result], margin: float) -> str:
     """Every ratio with its interval, and the margin as a band."""
     with _axes(8, 1.2 + 0.32 * len(results)) as (axes, drawn):
-        axes.axvspan(1 / (1 + margin), 1 + margin, color=COLORS[BASE], alpha=0.18, lw=0, label=f"within {margin:.0%}")
+        axes.axvspan(1 / (1 + margin), 1 + margin, color=COLORS[BASE], alpha=0.18, lw=0)
         axes.axvline(1, color=INK, lw=0.8)
         for y, r in enumerate(reversed(results)):
             low, high = r.interval
             color = COLORS.get(r.arm, INK)
-            axes.plot([low, high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
-            axes.plot([r.ratio], [y], MARKS[r.verdict], color=color, ms=7)
+            axes.plot([low, high], [y, y], color=color, lw=2, solid_capstyle="butt")
+            axes.plot([r.ratio], [y], MARKS[r.verdict], color=color, ms=9)
         names = [f"{r.engine} x{r.concurrency}, {r.arm}: {r.measure}" for r in reversed(results)]
         axes.set_yticks(range(len(results)), names)
-        axes.set_xlabel("time, arm / vanilla LoRA")
-        axes.legend(loc="upper right", frameon=False, fontsize=9)
+        axes.set_xlabel(f"time, arm / vanilla LoRA (shaded: within {100 * margin:g} %)")
     return drawn[0]
 
 
@@ -81,6 +86,7 @@ def throughput_plot(throughputs: Sequence[Throughput]) -> str:
             spread = np.maximum([np.subtract(y, low), np.subtract(high, y)], 0)
             axes.errorbar(x, y, yerr=spread, marker="o", color=COLORS.get(arm, INK), label=arm, capsize=3)
         axes.set_xlabel("requests at once")
+        axes.set_xticks(sorted({t.concurrency for t in throughputs}))
         axes.set_ylabel("tokens per second")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=9)
