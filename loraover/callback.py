@@ -47,6 +47,7 @@ class LoraOverCallback(TrainerCallback):
         self.resume_from = resume_from
         self.loss = loss
         self.over: OverParameterization | None = None
+        self._logged_rounds = 0
 
     def on_train_begin(
         self,
@@ -67,22 +68,24 @@ class LoraOverCallback(TrainerCallback):
         if state.global_step > 0:
             checkpoint = self._checkpoint(args, state)
             self.over = self.restore(model, checkpoint, args.seed, steps=state.max_steps, probe=probe)
+            self._logged_rounds = len(self.over.schedule.rounds)  # the checkpoint's own log tells them
         else:
             self.over = OverParameterization(model, config, steps=state.max_steps, probe=probe)
+            self._logged_rounds = 0
         self.over.attach(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.over is None or self.config.schedule == "all":
             return
-        last = self.over.schedule.rounds[-1:]
-        if last and last[0].step == self.over.step:
+        for held in self.over.schedule.rounds[self._logged_rounds :]:
             state.log_history.append(
                 {
                     "step": state.global_step,
-                    "loraover_injected_sites": len(last[0].chosen),
-                    "loraover_added_parameters": last[0].added,
+                    "loraover_injected_sites": len(held.chosen),
+                    "loraover_added_parameters": held.added,
                 }
             )
+        self._logged_rounds = len(self.over.schedule.rounds)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.over is None or not args.should_save:

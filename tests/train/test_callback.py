@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from loraover import LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
+from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.adapter_dir import site_key
 from loraover.errors import CheckpointError, ConfigError
 from loraover.tensor_file import open_tensors
@@ -166,6 +166,20 @@ def test_a_second_training_begins_anew(tmp_path: Path) -> None:
     between = lora_matrices(model)
     trainer.train()
     assert not any(torch.equal(between[key], matrix) for key, matrix in lora_matrices(model).items())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [({}, []), ({"schedule": "static"}, [1]), ({"schedule": "dynamic", "rounds": 2}, [1, 2])],
+    ids=["all", "static", "dynamic"],
+)
+def test_every_decision_is_in_the_log_once(tmp_path: Path, schedule: dict[str, Any], steps: list[int]) -> None:
+    budget = {"budget": Budget(sites=4)} if schedule else {}
+    trainer = trainer_of(tmp_path, callback=LoraOverCallback(LoraOverConfig(**schedule, **budget)))
+    trainer.train()
+    told = [row for row in trainer.state.log_history if "loraover_injected_sites" in row]
+    assert [row["step"] for row in told] == steps
+    assert sum(row["loraover_injected_sites"] for row in told) == (4 if schedule else 0)
 
 
 # Resuming

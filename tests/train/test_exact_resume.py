@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import signal
@@ -219,6 +220,14 @@ def test_a_run_can_be_killed_again_and_again(training: Training, whole: Outcome,
         run_and_die(training, base, tmp_path, partial(kill_in_step, steps))
         assert last_whole_checkpoint(tmp_path) == (resumed and tmp_path / f"checkpoint-{resumed}")
     outcome(training, base, tmp_path).assert_continues(whole, 4)
+
+
+@pytest.mark.parametrize("training", ["trainer"], indirect=True)
+def test_the_log_of_a_resumed_run_tells_each_round_once(training: Training, base: Path, tmp_path: Path) -> None:
+    run_and_die(training, base, tmp_path, partial(kill_in_step, 5))
+    training(base, tmp_path)
+    rows = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in rows if "loraover_injected_sites" in row] == [3, 4, 6]
 
 
 @pytest.mark.parametrize("training", ["trainer"], indirect=True)
