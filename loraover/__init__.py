@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraover.callback import LoraOverCallback
-    from loraover.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+    from loraover.checkpoint import Checkpoint, read_checkpoint, restore, write_checkpoint
     from loraover.config import Budget, LoraOverConfig
     from loraover.diagnostics import DiagnosticsCallback
     from loraover.importance import Probe
     from loraover.overparam import OverParameterization
-    from loraover.resume import SealCheckpoints, last_whole_checkpoint
+    from loraover.resume import SealCheckpoints, last_whole_checkpoint, seal
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,8 @@ _HOMES = {
     "SealCheckpoints": "resume",
     "last_whole_checkpoint": "resume",
     "read_checkpoint": "checkpoint",
+    "restore": "checkpoint",
+    "seal": "resume",
     "write_checkpoint": "checkpoint",
 }
 
@@ -41,6 +43,8 @@ __all__ = [
     "SealCheckpoints",
     "last_whole_checkpoint",
     "read_checkpoint",
+    "restore",
+    "seal",
     "write_checkpoint",
 ]
 

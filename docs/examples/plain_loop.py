@@ -14,9 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraover import Budget, LoraOverConfig, OverParameterization, last_whole_checkpoint
-from loraover.checkpoint import read_checkpoint, restore, write_checkpoint
-from loraover.resume import seal
+from loraover import (
+    Budget,
+    LoraOverConfig,
+    OverParameterization,
+    last_whole_checkpoint,
+    read_checkpoint,
+    restore,
+    seal,
+    write_checkpoint,
+)
 from loraover.word_problems import split_word_problems
 
 parser = argparse.ArgumentParser()
@@ -68,7 +75,7 @@ model.train()
 
 losses = []
 config = LoraOverConfig(schedule="dynamic", budget=Budget(fraction=0.5), start=0.3, end=0.6)
-over = OverParameterization(model, config, steps=options.steps)
+over = OverParameterization(model, config, steps=options.steps, inject=checkpoint is None)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
 if checkpoint is not None:
     load(checkpoint)
