@@ -1,4 +1,4 @@
-"""A Trainer's run in each process that torchrun starts: whole, then again from its middle, then with folders apart.
+"""A Trainer's run in each process that torchrun starts: whole, again from its middle, with folders apart, and static.
 
     torchrun --nproc-per-node 2 tests/parallel_trainer.py FOLDER
 
@@ -23,9 +23,10 @@ from parallel_run import cores
 from tiny_models import lora_matrices, tiny_llama, token_ids, with_lora
 
 STEPS, MIDDLE = 6, 3
-CONFIG = LoraOverConfig.model_validate(
+DYNAMIC = LoraOverConfig.model_validate(
     {"schedule": "dynamic", "score": "fisher", "budget": {"sites": 8}, "rounds": 2, "start": 0.3, "end": 0.7}
 )
+STATIC = LoraOverConfig.model_validate({"schedule": "static", "score": "loss_impact", "budget": {"fraction": 0.5}})
 DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=48)]
 
 
@@ -37,7 +38,7 @@ class Uneven(Trainer):
         super()._save_rng_state(output_dir)
 
 
-def trainer_of(folder: Path, *, rows: int, dropout: float = 0.1, config: LoraOverConfig = CONFIG) -> Any:
+def trainer_of(folder: Path, *, rows: int, dropout: float = 0.1, config: LoraOverConfig = DYNAMIC) -> Any:
     """Two micro-batches a step.
 
     Args:
@@ -86,7 +87,8 @@ def main(folder: Path) -> None:
     distributed.barrier()
     resumed = run(folder / "run", last_whole_checkpoint(folder / "run"), rows=2)
     apart = run(folder / f"apart-{rank}", rows=2, dropout=0.0)
-    torch.save({"whole": whole, "resumed": resumed, "apart": apart}, folder / f"{rank}.pt")
+    static = run(folder / "static", rows=2, config=STATIC)
+    torch.save({"whole": whole, "resumed": resumed, "apart": apart, "static": static}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -31,13 +31,14 @@ def saw(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_the_processes_stay_equal_bit_for_bit(saw: list[dict[str, Any]]) -> None:
-    first, second = (found["whole"] for found in saw)
+@pytest.mark.parametrize(("kind", "chosen"), [("whole", [4, 4]), ("static", [14])])
+def test_the_processes_stay_equal_bit_for_bit(kind: str, chosen: list[int], saw: list[dict[str, Any]]) -> None:
+    first, second = (found[kind] for found in saw)
     assert first["losses"] != second["losses"]
     assert equal(first["matrices"], second["matrices"])
     assert equal(first["cores"], second["cores"])
     assert first["rounds"] == second["rounds"]
-    assert [len(found["chosen"]) for found in first["rounds"]] == [4, 4]
+    assert [len(found["chosen"]) for found in first["rounds"]] == chosen
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(saw: list[dict[str, Any]]) -> None:
