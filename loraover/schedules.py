@@ -97,9 +97,8 @@ class Schedule:
             found = self.score.values(self._probe)
         forwards = self.score.forwards(self._probe) if isinstance(self.score, LossImpact) and self._probe else 0
         device = next(iter(self.candidates.values())).parameter.device
-        values = of_rank_zero([found[name] if math.isfinite(found[name]) else 0.0 for name in plain], device)
-        scores = dict(zip(plain, values, strict=True))
-        if not any(scores.values()) and plain:
+        values = of_rank_zero([score if math.isfinite(score) else 0.0 for score in found.values()], device)
+        if not any(values):
             if self.config.schedule == "static":
                 raise ConfigError(
                     f"schedule static: {self.config.score} is zero for every candidate, even after "
@@ -111,6 +110,7 @@ class Schedule:
                 logger.info("step %d: %s is zero for every site while B = 0; the round waits", step, self.config.score)
             return None
         self._waits = False
+        scores = {name: score for name, score in zip(found, values, strict=True) if name not in taken}
         done = (len(self.rounds) + 1) / (self.config.rounds if self.config.schedule == "dynamic" else 1)
         return self._record(step, scores, self._best(scores, taken, done), forwards)
 
