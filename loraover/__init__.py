@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loraover.importance import Probe
     from loraover.overparam import OverParameterization
     from loraover.resume import SealCheckpoints, last_whole_checkpoint, seal
+    from loraover.sharding import trainable_state_dict
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "read_checkpoint": "checkpoint",
     "restore": "checkpoint",
     "seal": "resume",
+    "trainable_state_dict": "sharding",
     "write_checkpoint": "checkpoint",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "read_checkpoint",
     "restore",
     "seal",
+    "trainable_state_dict",
     "write_checkpoint",
 ]
 

@@ -12,8 +12,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraover import LoraOverConfig, OverParameterization, write_checkpoint
-from loraover.sharding import trainable_state_dict
+from loraover import LoraOverConfig, OverParameterization, trainable_state_dict, write_checkpoint
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--output", type=Path, default=Path("runs/fsdp2"))

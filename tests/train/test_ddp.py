@@ -76,7 +76,7 @@ def test_a_step_sends_plain_loras_bytes_and_a_round_its_scores(schedule: str, tm
     matrices = sum(matrix.nbytes for matrix in over["matrices"].values())
     expected = [[("allreduce_", matrices)] for _ in range(STEPS)]
     assert [sent(messages) for messages in plain["messages"]] == expected
-    scores = [("broadcast_", 8 * len(found["scores"])) for found in over["rounds"] if found["scores"]]
+    scores = [("broadcast_", 8 * len(over["matrices"])) for found in over["rounds"] if found["scores"]]
     if schedule == "dynamic":
         for found, message in zip(over["rounds"], scores, strict=True):
             expected[found["step"] - 1].append(message)

@@ -142,8 +142,8 @@ def test_a_step_gathers_the_gradients_that_it_pulls_back_and_sends_nothing_else(
         injected = [name for found in rounds if found["step"] <= step for name in found["chosen"]]
         expected = gathered(sites if is_scoring else injected)
         for found in rounds:
-            if found["step"] == step + 1:  # matrices with both of their moments
-                expected += 8 * len(found["scores"]) + 3 * gathered(found["chosen"])
+            if found["step"] == step + 1:  # scores, and matrices with both of their moments
+                expected += 8 * len(sites) + 3 * gathered(found["chosen"])
         assert sum(size for _, size in after[len(before) :]) == expected
     scattered = sum(size for name, size in plain["messages"][0] if name == "_reduce_scatter_base_")
     assert gathered(sites) == scattered
