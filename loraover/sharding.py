@@ -66,7 +66,7 @@ def reshard(model: nn.Module) -> None:
 
     The next forward would use them, whatever has been written into the shards since.
     """
-    if world_size() > 1:
+    if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
         for module in model.modules():
