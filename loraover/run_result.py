@@ -43,9 +43,11 @@ class RunResult(BaseModel):
     seed: int
     steps: int
     train_seconds: float = Field(description="of this process; a resumed run counts from its resumption")
-    lora_parameters: int = Field(description="numbers in A and B, which are what is served")
+    lora_parameters: int = Field(description="numbers in A and B, which are what is served; of full fine-tuning, all")
     added_parameters: int = Field(description="numbers in the cores beyond the matrices that they stand for")
-    update_norm: float = Field(description="Frobenius norm of delta(B A) over all modules, scaling included")
+    update_norm: float | None = Field(
+        description="Frobenius norm of delta(B A) over all modules, scaling included; None of full fine-tuning"
+    )
     before: Measures | None
     after: Measures | None
     versions: dict[str, str]
@@ -59,8 +61,9 @@ class RunResult(BaseModel):
             "steps, learning rate, seed": f"{self.steps}, {self.learning_rate:g}, {self.seed}",
             "parameters of A and B": f"{self.lora_parameters:,}",
             "parameters added while training": f"{self.added_parameters:,}",
-            "norm of delta(B A)": f"{self.update_norm:.4g}",
         }
+        if self.update_norm is not None:
+            rows["norm of delta(B A)"] = f"{self.update_norm:.4g}"
         if self.before is not None and self.after is not None:
             rows |= {"before": str(self.before), "after": str(self.after)}
         return rows
@@ -79,3 +82,10 @@ def environment(*others: str) -> dict[str, str]:
     """Versions that a measurement depends on, of other packages too."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors", *others)}
     return {"loraover": __version__, "python": platform.python_version(), **packages}
+
+
+def hardware() -> str:
+    """The processor, in one line."""
+    import torch
+
+    return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"

@@ -17,10 +17,9 @@ from rich.table import Table
 from loraover.checkpoint import Meta
 from loraover.errors import ConfigError
 from loraover.output import publish_file
+from loraover.page import COLORS
 from loraover.sites import layer_of
 
-COLORS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2406b", "#8a63d2", "#7a8a99")
-"""Of rounds, from the first on, over and over."""
 PLAIN = "#e3e6ea"
 PLOT_TYPES = (".svg", ".png")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -106,8 +105,3 @@ class FoldCertificate(BaseModel):
         return all(m.passed for m in self.matrices) and (self.outputs is None or self.outputs.passed)
 
 
-def hardware() -> str:
-    """The processor, in one line."""
-    import torch
-
-    return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"

@@ -18,8 +18,8 @@ from loraover.licence import known_licence
 from loraover.model_card import model_card
 from loraover.models import resolve_model
 from loraover.output import check_free, publish_directory
-from loraover.run_result import environment
-from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, hardware, matrix_facts
+from loraover.run_result import environment, hardware
+from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, matrix_facts
 from loraover_export.check_outputs import check_outputs
 from loraover_export.fold import write_folded
 

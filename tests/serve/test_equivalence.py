@@ -13,13 +13,13 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from loraover.errors import ParityError
+from loraover.statistics import holm
 from loraover_serve.parity.equivalence import (
     MIN_BLOCKS,
     Comparison,
     blocks_needed,
     compare,
     decide,
-    holm,
     median_interval,
 )
 

@@ -15,9 +15,9 @@ from loraover.adapter_dir import read_json
 from loraover.errors import ConfigError, ExportError
 from loraover.exact import adapter_of
 from loraover.models import load_config, load_model, load_tokenizer
-from loraover.run_result import environment
+from loraover.run_result import environment, hardware
 from loraover.unfolded import target_module
-from loraover_export.certificate import MatrixCertificate, hardware
+from loraover_export.certificate import MatrixCertificate
 from loraover_export.check_outputs import BUILT_IN_PROMPTS
 from loraover_export.delta import read_deltas
 from loraover_export.merge import merge

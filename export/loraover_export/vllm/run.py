@@ -19,8 +19,8 @@ from loraover.licence import known_licence
 from loraover.model_card import model_card
 from loraover.models import ModelSource, resolve_model
 from loraover.output import check_free, publish_directory
-from loraover.run_result import environment
-from loraover_export.certificate import hardware, matrix_facts
+from loraover.run_result import environment, hardware
+from loraover_export.certificate import matrix_facts
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate

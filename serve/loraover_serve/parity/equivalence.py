@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from loraover.errors import ParityError
+from loraover.statistics import holm
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
 MIN_BLOCKS = 5
@@ -110,17 +111,6 @@ def _verdict(comparison: Comparison, difference_p: float, alpha: float) -> Verdi
     if difference_p <= alpha:
         return "different"
     return "equivalent" if comparison.equivalence_p <= alpha else "inconclusive"
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values: the k-th smallest of n times n - k + 1, made monotone, at most 1."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for position, i in enumerate(order):
-        largest = max(largest, (len(p_values) - position) * p_values[i])
-        adjusted[i] = min(1.0, largest)
-    return adjusted
 
 
 def median_interval(values: Sequence[float], *, quantile: float = 0.5, seed: int = 0) -> tuple[float, float]:

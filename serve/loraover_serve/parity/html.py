@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
+from loraover.page import render_page
 from loraover_serve.parity.plots import ecdf_plot, ratio_plot, throughput_plot
 from loraover_serve.parity.report import ParityReport
 
@@ -13,12 +14,9 @@ TEMPLATE = "parity.html.j2"
 
 def render(report: ParityReport) -> str:
     """The page; every text of the report is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     ratios = ratio_plot(report.results, report.margin) if report.results else ""
-    return template.render(report=report, ratios=ratios, curves=_curves(report))
+    return render_page(template, report=report, ratios=ratios, curves=_curves(report))
 
 
 def _curves(report: ParityReport) -> list[tuple[str, str]]:

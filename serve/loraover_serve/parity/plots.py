@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from loraover.page import INK, svg_axes
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, Result, Throughput
 from loraover_serve.parity.measure import Run
 from loraover_serve.parity.outputs import BASE
 
-INK = "#0a0b0c"  # replaced by the page's own colour of text
 COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b", "unfolded": "#c2406b"}
 """Of arms; told apart on light and dark pages, and by people who do not see red and green."""
 MARKS = {"equivalent": "o", "different": "X", "inconclusive": "s"}
 
 
-@contextmanager
-def _axes(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
-    """One pair of axes, and a list that holds the SVG after the block."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    style = {
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 11,
-        "axes.facecolor": "none",
-        "text.parse_math": False,
-    } | ink
-    drawn: list[str] = []
-    with rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        yield axes, drawn
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    drawn.append(svg[svg.index("<svg") :].replace(INK, "currentColor"))
-
-
 def ratio_plot(results: Sequence[Result], margin: float) -> str:
     """Every ratio with its interval, and the margin as a band."""
-    with _axes(8, 1.2 + 0.32 * len(results)) as (axes, drawn):
+    with svg_axes(8, 1.2 + 0.32 * len(results)) as (axes, drawn):
         axes.axvspan(1 / (1 + margin), 1 + margin, color=COLORS[BASE], alpha=0.18, lw=0)
         axes.axvline(1, color=INK, lw=0.8)
         for y, r in enumerate(reversed(results)):
@@ -66,7 +37,7 @@ def ecdf_plot(run: Run) -> str:
     by_arm: dict[str, list[float]] = {arm: [] for arm in COLORS if any(s.arm == arm for s in run.samples)}
     for sample in run.samples:
         by_arm.setdefault(sample.arm, []).append(sample.end_to_end_s)
-    with _axes(8, 3.4) as (axes, drawn):
+    with svg_axes(8, 3.4) as (axes, drawn):
         for arm, values in by_arm.items():
             x = np.sort([min(values), *values])
             axes.step(x, 100 * np.arange(len(x)) / (len(x) - 1), where="post", color=COLORS.get(arm, INK), label=arm)
@@ -78,7 +49,7 @@ def ecdf_plot(run: Run) -> str:
 
 def throughput_plot(throughputs: Sequence[Throughput]) -> str:
     """Tokens per second against concurrency, one line for every arm of one engine."""
-    with _axes(8, 3.4) as (axes, drawn):
+    with svg_axes(8, 3.4) as (axes, drawn):
         for arm in dict.fromkeys(t.arm for t in throughputs):
             mine = sorted((t for t in throughputs if t.arm == arm), key=lambda t: t.concurrency)
             x, y = [t.concurrency for t in mine], [t.tokens_per_second for t in mine]

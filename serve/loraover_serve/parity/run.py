@@ -17,8 +17,7 @@ from loraover.command import quiet_libraries
 from loraover.errors import LoraOverError, ParityError
 from loraover.models import load_tokenizer
 from loraover.output import check_free, publish_directory
-from loraover.run_result import environment
-from loraover_export.certificate import hardware
+from loraover.run_result import environment, hardware
 from loraover_serve.parity.analysis import (
     CONTROL,
     FOLDED,
