@@ -133,6 +133,67 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
         show_schedule(meta, Console())
 
 
+@cli.command()
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
+@click.option("--methods", default="lora,lora-over", show_default=True, help="Separated by commas; see docs/study.md.")
+@click.option(
+    "--lr-sweep", "rates", default="3e-4,1e-3,3e-3", show_default=True, help="Learning rates of every method."
+)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the study, new or begun."
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Recipe key for all runs.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at the same time.")
+@click.option("--ray", help="Address of a Ray cluster for the runs, or 'local'.")
+@click.option("--report-only", is_flag=True, help="Judge what is finished; run nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def study(
+    recipes: tuple[str, ...],
+    methods: str,
+    rates: str,
+    seeds: int,
+    output: Path,
+    settings: tuple[str, ...],
+    jobs: int,
+    ray: str | None,
+    report_only: bool,
+    as_json: bool,
+) -> None:
+    """Train RECIPEs with several methods, learning rates and seeds, and compare the methods, each at its best rate.
+
+    Finished runs are kept: the same command goes on where it was stopped.
+    """
+    from rich.console import Console
+
+    from loraover.progress import Reporter
+    from loraover.recipe import parse_override
+    from loraover.study.runner import StudyRequest, Where, run_study
+
+    request = StudyRequest(
+        recipes=recipes,
+        methods=tuple(methods.split(",")),
+        rates=_rates(rates),
+        seeds=seeds,
+        settings=dict(parse_override(setting) for setting in settings),
+        command=shlex.join(["loraover", *sys.argv[1:]]),
+    )
+    console = Console(stderr=as_json)
+    report = run_study(request, output, None if report_only else Where(jobs, ray), Reporter(console))
+    if as_json:
+        print(report.model_dump_json(indent=1))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
+        raise click.UsageError(f"--lr-sweep {text!r}: expected different positive numbers such as 3e-4,1e-3,3e-3.")
+    return rates
+
+
 main = entry_point(cli)
 
 if __name__ == "__main__":

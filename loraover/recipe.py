@@ -46,6 +46,8 @@ class Lora(_Part):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
+    use_dora: bool = Field(False, description="of plain LoRA; it is no product B A and cannot be over-parameterised")
+    init_lora_weights: bool | str = Field(True, description="as PEFT spells it, e.g. pissa")
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
 
@@ -64,6 +66,9 @@ class Training(_Part):
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     optim: str = "adamw_torch_fused"
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="LoRA+: learning rate of B as a multiple of A's, with AdamW"
+    )
     max_length: int = Field(512, ge=8, description="tokens; longer examples are cut")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
@@ -88,7 +93,9 @@ class Recipe(_Part):
     description: str = ""
     model: str = Field(description="base model: folder or hub name")
     model_revision: str | None = Field(None, description="commit or tag on the hub; the commit is pinned in the output")
-    method: Literal["lora", "lora-over"] = "lora-over"
+    method: Literal["lora", "lora-over", "full"] = Field(
+        "lora-over", description="plain LoRA, LoRA-Over, or full: all weights of the model, for comparison"
+    )
     data: Data
     lora: Lora = Lora()
     over: LoraOverConfig = LoraOverConfig()

@@ -3,7 +3,7 @@
 OUT/recipe.yaml       the recipe, with hub revisions pinned
 OUT/metrics.jsonl     one object per logging step and measure
 OUT/trainer/          sealed checkpoints to resume from
-OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method
+OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method; OUT/model/ of full
 OUT/held_out.json     [nats, tokens] of each held-out completion after training
 OUT/run.json          measures before and after, sizes, origins, versions
 """
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import Trainer, set_seed
+from safetensors.torch import load_model as load_weights
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.training_args import OptimizerNames
 
 from loraover.callback import LoraOverCallback
@@ -54,7 +55,7 @@ class Prepared:
     source: ModelSource
     tokenizer: Any
     examples: Examples
-    model: PeftModel
+    model: PreTrainedModel | PeftModel
     trainer: Trainer
     callback: LoraOverCallback | None
 
@@ -91,22 +92,21 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
     with log_shown(report):
         _take_steps(run, recipe, checkpoint)
     seconds = time.perf_counter() - started
-    norm = update_norm(run.model)
-    if not math.isfinite(norm):
+    if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
         raise ConfigError(
             f"training diverged: the loss is no longer a number at learning rate {recipe.training.learning_rate:g}; "
             f"lower it. The log is {output / 'metrics.jsonl'}."
         )
     after = _measure(run, recipe, output, report, AFTER)
-    result = _result(run, recipe, seconds, norm, before, after)
+    result = _result(run, recipe, seconds, before, after)
     _publish(run, recipe, output, result, command)
     if recipe.push_to_hub is not None:
-        _push(recipe.push_to_hub, output / "adapter", report)
+        _push(recipe.push_to_hub, _product(recipe, output), report)
     return result
 
 
 def _result(
-    run: Prepared, recipe: Recipe, seconds: float, norm: float, before: Measures | None, after: Measures | None
+    run: Prepared, recipe: Recipe, seconds: float, before: Measures | None, after: Measures | None
 ) -> RunResult:
     cores, matrices = (0, 0) if run.over is None else run.over.num_parameters()
     return RunResult(
@@ -120,7 +120,7 @@ def _result(
         train_seconds=seconds,
         lora_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         added_parameters=cores - matrices,
-        update_norm=norm,
+        update_norm=update_norm(run.model) if isinstance(run.model, PeftModel) else None,
         before=before,
         after=after,
         versions=environment(),
@@ -130,14 +130,19 @@ def _result(
 def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
     """The adapter folder, and the run's result once that is whole."""
     licence = known_licence(recipe.model, run.source.revision)
-    card = model_card("LoRA adapter", recipe.model, result.facts(), command, licence=licence)
-    with publish_directory(output / "adapter") as draft:
+    title = "Fine-tuned model" if recipe.method == "full" else "LoRA adapter"
+    card = model_card(title, recipe.model, result.facts(), command, licence=licence)
+    with publish_directory(_product(recipe, output)) as draft:
         run.model.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
         if run.over is not None:
             write_checkpoint(draft, run.over, step=result.steps)
         (draft / "README.md").write_text(card, encoding="utf-8")
     publish_file(output / "run.json", lambda draft: draft.write_text(result.model_dump_json(indent=1) + "\n"))
+
+
+def _product(recipe: Recipe, output: Path) -> Path:
+    return output / ("model" if recipe.method == "full" else "adapter")
 
 
 def _claim(output: Path, resume: bool) -> None:
@@ -148,8 +153,8 @@ def _claim(output: Path, resume: bool) -> None:
             (output / "trainer").mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"cannot write {output}: {error.strerror}.") from error
-    elif (output / "adapter").exists():
-        raise ConfigError(f"{output}: the run is finished already; its adapter is in {output / 'adapter'}.")
+    elif any((output / name).exists() for name in ("adapter", "model")):
+        raise ConfigError(f"{output}: the run is finished already; what it trained is in there.")
     elif not (output / "recipe.yaml").is_file():
         raise ConfigError(f"{output}: holds no run to resume.")
 
@@ -171,16 +176,21 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     set_seed(recipe.training.seed)
     task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
     base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
-    try:
-        model = get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
-    except ValueError as error:
-        raise ConfigError(f"lora: PEFT refuses it: {error}") from error
-    model.peft_config["default"].base_model_name_or_path = recipe.model
+    model = base if recipe.method == "full" else _with_adapter(base, recipe, task, source)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=recipe.training.max_steps, probe=None)
     trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
     return Prepared(source, tokenizer, examples, model, trainer, over)
+
+
+def _with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource) -> PeftModel:
+    try:
+        model = get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
+    except ValueError as error:
+        raise ConfigError(f"lora: PEFT refuses it: {error}") from error
+    model.peft_config["default"].base_model_name_or_path = recipe.model
+    return model
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -202,7 +212,10 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
     if checkpoint is None or step < recipe.training.max_steps:
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
-    set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
+    if isinstance(run.model, PeftModel):
+        set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
+    else:
+        load_weights(run.model, checkpoint / "model.safetensors")
     if run.callback is not None:
         run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=recipe.training.max_steps)
     run.trainer.state.global_step = step

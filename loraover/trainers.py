@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from peft.optimizers import create_loraplus_optimizer
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from loraover.callback import LoraOverCallback
 from loraover.diagnostics import DiagnosticsCallback
-from loraover.errors import DataError
+from loraover.errors import ConfigError, DataError
 from loraover.examples import Examples
 from loraover.progress import Reporter, TrainingProgress
 from loraover.recipe import Recipe
@@ -26,7 +27,7 @@ PRECISION = {
 
 def make_trainer(
     recipe: Recipe,
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     examples: Examples,
     output: Path,
@@ -41,7 +42,7 @@ def make_trainer(
     """
     from datasets import Dataset
 
-    options = recipe.training.model_dump(exclude={"precision", "max_length"})
+    options = recipe.training.model_dump(exclude={"precision", "max_length", "loraplus_lr_ratio"})
     options |= PRECISION[recipe.training.precision]
     options |= {
         "output_dir": str(output / "trainer"),
@@ -67,14 +68,31 @@ def make_trainer(
             eval_dataset=eval_set,
             processing_class=tokenizer,
             callbacks=callbacks,
+            optimizers=(_loraplus(recipe, model), None),
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
+def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
+    """AdamW with a higher rate for B (LoRA+, Hayou et al. 2024, arXiv:2402.12354); None: the Trainer makes its own."""
+    if recipe.training.loraplus_lr_ratio is None:
+        return None
+    if not isinstance(model, PeftModel) or not recipe.training.optim.startswith("adamw_torch"):
+        raise ConfigError("training.loraplus_lr_ratio takes a LoRA and optim adamw_torch or adamw_torch_fused.")
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=recipe.training.learning_rate,
+        loraplus_lr_ratio=recipe.training.loraplus_lr_ratio,
+        loraplus_weight_decay=recipe.training.weight_decay,
+        fused=recipe.training.optim == "adamw_torch_fused",
+    )
+
+
 def _seq2seq_trainer(
     recipe: Recipe,
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     options: dict[str, Any],
     train_set: Any,
@@ -102,4 +120,5 @@ def _seq2seq_trainer(
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         processing_class=tokenizer,
         callbacks=callbacks,
+        optimizers=(_loraplus(recipe, model), None),
     )

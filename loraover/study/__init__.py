@@ -1,0 +1,1 @@
+"""A grid of methods, learning rates and seeds, and what it says."""

@@ -1,0 +1,187 @@
+"""Run a study's grid, on this machine or with Ray, and report what is finished."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraover.errors import ConfigError, LoraOverError
+from loraover.output import publish_file
+from loraover.progress import Reporter
+from loraover.recipe import Recipe
+from loraover.run_result import environment, hardware
+from loraover.study.grid import Run, make_grid
+from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
+from loraover.study.report import StudyReport, task_results, words
+from loraover.study.show import to_html, to_markdown
+
+REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
+
+
+DEFAULTS = {"evaluation.exact_match": False, "diagnostics": True}
+"""What a study sets unless it is asked otherwise: losses judge, and steps are measured."""
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """What the command was asked for; see `make_grid`."""
+
+    recipes: tuple[str, ...]
+    methods: tuple[str, ...]
+    rates: tuple[float, ...]
+    seeds: int
+    settings: dict[str, Any]
+    command: str
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which machine the runs are for.
+
+    Args:
+        jobs: runs at the same time on this one.
+        ray: address of a Ray cluster, or "local" for one on this machine; None: no Ray.
+    """
+
+    jobs: int = 1
+    ray: str | None = None
+
+
+def run_study(request: StudyRequest, folder: Path, where: Where | None, report: Reporter) -> StudyReport:
+    """Run what is not finished, judge, and write `study.json`, `study.md` and `study.html`.
+
+    Args:
+        folder: of the study, new or begun.
+        where: None runs nothing.
+    Raises:
+        ConfigError: a request that is no study, or not the one that was begun in `folder`.
+        LoraOverError: see `run_grid` and `make_report`.
+    """
+    grid = make_grid(request.recipes, request.methods, request.rates, request.seeds, DEFAULTS | request.settings)
+    outcomes = finished(grid, folder) if where is None else run_grid(grid, folder, where, report)
+    found = make_report(grid, outcomes, request.command)
+    for name, content in (
+        (REPORT_FILE, found.model_dump_json(indent=1) + "\n"),
+        (TABLE_FILE, to_markdown(found)),
+        (HTML_FILE, to_html(found)),
+    ):
+        publish_file(folder / name, _writer(content))
+    for line in found.words:
+        report.line(line)
+    report.line(f"wrote {folder / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}")
+    return found
+
+
+def run_grid(grid: Sequence[Run], folder: Path, where: Where, report: Reporter) -> dict[Run, Outcome]:
+    """Every run of the grid; those that are finished are read.
+
+    Args:
+        folder: of the study.
+    Raises:
+        LoraOverError: a run that failed for another reason than that its loss diverged; finished runs are kept.
+    """
+    outcomes = finished(grid, folder)
+    left = [run for run in grid if run not in outcomes]
+    if outcomes:
+        report.line(f"{len(outcomes)} of {len(grid)} runs are finished already")
+    with report.task("runs", len(grid)) as advance:
+        advance(len(outcomes))
+        for run, outcome in _executed(left, folder, where):
+            outcomes[run] = outcome
+            advance(len(outcomes))
+            said = outcome.failure or f"loss {sum(outcome.nats) / sum(outcome.tokens):.4f}"
+            report.line(
+                f"{len(outcomes)}/{len(grid)} {run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {said}"
+            )
+    return outcomes
+
+
+def finished(grid: Sequence[Run], folder: Path) -> dict[Run, Outcome]:
+    """Outcomes that are there."""
+    found = {run: read_outcome(run.recipe, folder / run.folder) for run in grid}
+    return {run: outcome for run, outcome in found.items() if outcome is not None}
+
+
+def _executed(runs: Sequence[Run], folder: Path, where: Where) -> Iterator[tuple[Run, Outcome]]:
+    if where.ray is not None:
+        yield from _on_ray(runs, folder, where.ray)
+        return
+    threads = max(1, (os.cpu_count() or 1) // where.jobs)
+    if where.jobs == 1:
+        yield from ((run, execute(run.recipe, folder / run.folder, threads)) for run in runs)
+        return
+    with ThreadPoolExecutor(where.jobs) as pool:
+        futures = {pool.submit(execute, run.recipe, folder / run.folder, threads): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _on_ray(runs: Sequence[Run], folder: Path, address: str) -> Iterator[tuple[Run, Outcome]]:
+    """One task a run; a worker trains in a folder of its own and sends back the outcome."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--ray needs Ray: pip install 'loraover[ray]'.") from error
+    with _cluster(ray, address):
+        remote: Any = ray.remote(num_cpus=1)(_execute_anywhere)
+        waiting = {remote.remote(run.recipe.model_dump(mode="json")): run for run in runs}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            run = waiting.pop(done)
+            outcome = Outcome.model_validate_json(ray.get(done))
+            (folder / run.folder).mkdir(parents=True, exist_ok=True)
+            publish_file(folder / run.folder / OUTCOME_FILE, _writer(outcome.model_dump_json() + "\n"))
+            yield run, outcome
+
+
+def _writer(content: str) -> Callable[[Path], object]:
+    return lambda draft: draft.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def _cluster(ray: Any, address: str) -> Iterator[None]:
+    ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
+    with tempfile.TemporaryDirectory(prefix="loraover-study-") as scratch:
+        return execute(Recipe.model_validate(recipe), Path(scratch) / "run", threads=1).model_dump_json()
+
+
+def make_report(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], command: str) -> StudyReport:
+    """Judge the seeds of which every run is finished.
+
+    Raises:
+        LoraOverError: no seed is whole yet.
+    """
+    seeds = 0
+    while any(run.seed == seeds for run in grid) and all(run in outcomes for run in grid if run.seed == seeds):
+        seeds += 1
+    if not seeds:
+        raise LoraOverError(
+            "no seed has all of its runs finished yet, so there is nothing to compare; go on with the study."
+        )
+    tasks = task_results(grid, outcomes, seeds)
+    return StudyReport(
+        is_whole=len(outcomes) == len(grid),
+        seeds=seeds,
+        runs=len(outcomes),
+        tasks=tasks,
+        words=words(tasks),
+        command=command,
+        versions=environment("scipy", "transformers"),
+        hardware=hardware(),
+    )

@@ -1,0 +1,88 @@
+"""A study's report for people: Markdown, and one HTML page with plots."""
+
+from __future__ import annotations
+
+import math
+from importlib.resources import files
+
+from loraover.page import COLORS, INK, render_page, svg_axes
+from loraover.study.report import MethodResult, StudyReport, TaskResult
+
+TEMPLATE = "study.html.j2"
+COLUMNS = (
+    *("method", "rate", "test loss (sd)", "difference [95 %], p", "trained", "s / step", "GiB", "step norm"),
+    *("fold error", "basin", "regret"),
+)
+
+
+def to_markdown(report: StudyReport) -> str:
+    """What the figures say, and a table for each task."""
+    lines = [f"- {line}" for line in report.words] or ["- Nothing can be compared yet."]
+    for task in report.tasks:
+        lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {report.seeds} seeds.", ""]
+        lines += [
+            f"| {' | '.join(COLUMNS)} |",
+            f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
+        ]
+        lines += [_row(result) for result in task.methods]
+        lines += [f"- {line}" for line in task.failures]
+    return "\n".join(lines) + "\n"
+
+
+def _row(r: MethodResult) -> str:
+    compared = "baseline"
+    if r.difference is not None:
+        low, high = r.difference.interval
+        compared = f"{r.difference.mean:+.4f} [{low:+.4f}, {high:+.4f}], {r.difference.p:.2g}"
+    at_least = ">= " if r.sensitivity.is_basin_cut else ""
+    cells = [
+        r.method,
+        f"{r.rate:g}",
+        f"{r.test_loss:.4f} ({r.deviation:.4f})",
+        compared,
+        f"{r.trained_parameters:,}",
+        f"{r.step_seconds:.2f}",
+        f"{r.peak_bytes / 2**30:.2f}",
+        "-" if r.step_norm is None else f"{r.step_norm:.3g}",
+        "-" if r.fold_error is None else f"{r.fold_error:.1e}",
+        f"{at_least}{r.sensitivity.basin_decades:.2f}",
+        f"{r.sensitivity.regret:.2%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def to_html(report: StudyReport) -> str:
+    """The page; every text of the report is escaped."""
+    template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    tasks = [(task, difference_plot(task), rate_plot(task)) for task in report.tasks]
+    return render_page(template, report=report, tasks=tasks)
+
+
+def difference_plot(task: TaskResult) -> str:
+    """Every method's difference to the baseline with its interval; empty where nothing is compared."""
+    compared = [(r.method, r.difference) for r in task.methods if r.difference is not None]
+    if not compared:
+        return ""
+    with svg_axes(8, 1.0 + 0.36 * len(compared)) as (axes, drawn):
+        axes.axvline(0, color=INK, lw=0.8)
+        for y, (_, found) in enumerate(reversed(compared)):
+            color = COLORS[(len(compared) - y) % len(COLORS)]
+            axes.plot(found.interval, [y, y], color=color, lw=2.5, solid_capstyle="butt")
+            axes.plot([found.mean], [y], "o", color=color, ms=7)
+        axes.set_yticks(range(len(compared)), [method for method, _ in reversed(compared)])
+        axes.set_xlabel(f"test loss minus that of {task.baseline}, nats per token")
+    return drawn[0]
+
+
+def rate_plot(task: TaskResult) -> str:
+    """Validation loss against learning rate, one line for each method."""
+    with svg_axes(8, 3.8) as (axes, drawn):
+        for i, result in enumerate(task.methods):
+            points = [(float(rate), loss) for rate, loss in result.sensitivity.losses.items() if math.isfinite(loss)]
+            rates, losses = zip(*points, strict=True)
+            axes.plot(rates, losses, marker="o", color=COLORS[i % len(COLORS)], label=result.method)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("validation loss, nats per token")
+        axes.legend(frameon=False, fontsize=9)
+    return drawn[0]
