@@ -19,8 +19,7 @@ from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover.command import run
 from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_export.cli import cli
-from loraover_serve.vllm_client import VllmClient
-from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
+from loraover_serve.vllm_server import VllmServer, VllmServerConfig, serve_vllm
 
 from agreement import PROMPTS
 from vllm_command import vllm_command
@@ -41,7 +40,7 @@ class Served:
         prompts: token ids.
     """
 
-    client: VllmClient
+    client: VllmServer
     source: ModelSource
     adapters: Mapping[str, Path]
     sources: Mapping[str, Path]

@@ -1,0 +1,71 @@
+"""A proxy before a vLLM server that makes one of its models slower by a share of the time that it takes."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPResponse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import SimpleQueue
+from urllib.request import ProxyHandler, Request, build_opener
+
+
+@contextmanager
+def delaying(url: str, model: str, share: float) -> Iterator[str]:
+    """Forward completions; what comes t seconds after a request for `model` is handed on after (1 + share) t.
+
+    Args:
+        url: of the server.
+    Yields:
+        The proxy's own address.
+    """
+    proxy = Proxy(url, model, share)
+    thread = threading.Thread(target=proxy.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        thread.join()
+        proxy.server_close()
+
+
+class Proxy(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, url: str, model: str, share: float) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url, self.model, self.share = url, model, share
+        self.opener = build_opener(ProxyHandler({}))
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Proxy
+
+    def do_POST(self) -> None:
+        start = time.perf_counter()
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        stretch = 1 + self.server.share * (json.loads(body)["model"] == self.server.model)
+        request = Request(self.server.url + self.path, body, {"Content-Type": "application/json"})
+        lines: SimpleQueue[tuple[float, bytes] | None] = SimpleQueue()
+        with self.server.opener.open(request) as answer:
+            threading.Thread(target=collect, args=(answer, lines)).start()
+            self.send_response(answer.status)
+            self.end_headers()
+            while (arrived := lines.get()) is not None:
+                at, line = arrived
+                time.sleep(max(0.0, start + stretch * (at - start) - time.perf_counter()))
+                self.wfile.write(line)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def collect(answer: HTTPResponse, lines: SimpleQueue[tuple[float, bytes] | None]) -> None:
+    """Lines with the times at which they came, and None at the end; in a thread of its own, whoever sleeps."""
+    for line in answer:
+        lines.put((time.perf_counter(), line))
+    lines.put(None)
