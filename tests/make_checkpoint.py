@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
+from loraover.checkpoint import restore
 
 from oracles.contraction import Array, chain_matrix, mpo_matrix, svd_matrix
 from strategies import full_bonds
@@ -119,6 +120,21 @@ def lora_model(base: Path, dtype: torch.dtype = torch.float32, **lora: Any) -> A
     return wrapped
 
 
+def reopened(
+    made: Made, make_optimizer: MakeOptimizer, config: LoraOverConfig | None = None, *, total: int | None = None
+) -> Made:
+    """A new process would start like this: base model, adapter, optimizer, cores."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(made.base, dtype=made.model.dtype)
+    model = PeftModel.from_pretrained(base, made.path, is_trainable=True, autocast_adapter_dtype=False)
+    over = OverParameterization(model, config or made.over.config, steps=total, inject=False)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+    restore(over, read_checkpoint(made.path))
+    over.attach(optimizer)
+    return Made(made.base, made.path, model, over, optimizer)
+
+
 def train(model: Any, optimizer: Optimizer, steps: Iterable[int]) -> None:
     """Steps of next-token prediction on random tokens, a batch of its own for each step."""
     model.train()
@@ -159,6 +175,14 @@ def logits(model: Any, seed: int = 100) -> Tensor:
     """(sequences, tokens, vocabulary) on tokens that training has not seen."""
     output: Tensor = model(input_ids=token_ids(seed=seed, batch=3, length=7)).logits
     return output
+
+
+def cores_of(over: OverParameterization) -> dict[str, Tensor]:
+    return {
+        f"{name}.core.{k}": parameters[i].detach().clone()
+        for name, (group, i) in over.injected.items()
+        for k, parameters in enumerate(group.parameters)
+    }
 
 
 def oracle_matrices(path: Path, dtype: npt.DTypeLike = np.float64) -> dict[str, Array]:

@@ -29,13 +29,14 @@ from loraover.tensor_file import open_tensors
 from make_checkpoint import (
     EMBEDDING,
     LINEAR,
-    Made,
     MakeOptimizer,
+    cores_of,
     edit_json,
     edit_tensors,
     logits,
     lora_model,
     make_checkpoint,
+    reopened,
     reseal,
     save,
     train,
@@ -65,14 +66,6 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def cores_of(over: OverParameterization) -> dict[str, Tensor]:
-    return {
-        f"{name}.core.{k}": parameters[i].detach().clone()
-        for name, (group, i) in over.injected.items()
-        for k, parameters in enumerate(group.parameters)
-    }
-
-
 def state_of(over: OverParameterization) -> dict[str, Any]:
     """Optimizer state of every core, as bytes where it is a tensor."""
     state = {}
@@ -97,17 +90,6 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     different = [key for key in one if one[key].dtype != other[key].dtype or not torch.equal(one[key], other[key])]
     assert different == []
-
-
-def reopened(made: Made, make_optimizer: MakeOptimizer, config: LoraOverConfig | None = None) -> Made:
-    """A new process would start like this: base model, adapter, optimizer, cores."""
-    base = AutoModelForCausalLM.from_pretrained(made.base, dtype=made.model.dtype)
-    model = PeftModel.from_pretrained(base, made.path, is_trainable=True, autocast_adapter_dtype=False)
-    over = OverParameterization(model, config or made.over.config, inject=False)
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
-    restore(over, read_checkpoint(made.path))
-    over.attach(optimizer)
-    return Made(made.base, made.path, model, over, optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -1,0 +1,279 @@
+"""Schedules in a run: what they look at, when they decide, and what they leave behind."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from loraover import Budget, LoraOverConfig, OverParameterization, Probe, read_checkpoint
+from loraover.errors import ConfigError
+from loraover.importance import SCORES, GradientScore
+from loraover.schedules import Schedule
+from loraover.sites import find_sites
+
+from make_checkpoint import adamw, cores_of, make_checkpoint, numpy64, reopened, save, train
+from oracles import scores as oracle
+from tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
+from tolerances import UNIT, gamma
+
+BATCHES = [net_batch(seed) for seed in range(3)]
+
+
+def batch_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    loss: Tensor = (model(x) - y).square().mean()
+    return loss
+
+
+def static(model: nn.Module, loss: Callable[[Any, Any], Tensor] = batch_loss, **config: Any) -> Schedule:
+    """A static schedule of this model that has yet to decide."""
+    options = {"schedule": "static", "budget": Budget(sites=2)} | config
+    probe = Probe(model, BATCHES, loss)
+    return Schedule(LoraOverConfig(**options), find_sites(model), steps=None, probe=probe)
+
+
+def dynamic(
+    model: nn.Module, optimizer: Optimizer, steps: int = 10, probe: Probe | None = None, **config: Any
+) -> OverParameterization:
+    options = {"schedule": "dynamic", "budget": Budget(sites=4), "rounds": 2, "start": 0.2} | config
+    return OverParameterization(model, LoraOverConfig(**options), steps=steps, probe=probe).attach(optimizer)
+
+
+def steps_of(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        net_loss(model, step).backward()
+        optimizer.step()
+
+
+# Static
+
+
+@pytest.mark.parametrize("draw_b", [False, True])
+@pytest.mark.parametrize("score", SCORES)
+def test_a_static_choice_is_undone_bit_for_bit(score: str, draw_b: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_net(lora_dropout=0.5, draw_b=draw_b).train()
+    model.get_base_model().second.eval()
+    before, modes, random = lora_matrices(model), [m.training for m in model.modules()], torch.get_rng_state()
+    with caplog.at_level(logging.INFO, "loraover"):
+        found = static(model, score=score).choose(0)
+    assert found is not None
+    assert len(found.chosen) == 2
+    after = lora_matrices(model)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert ("8 warm-up steps on 3 batches" in caplog.text) is (score != "random" and not draw_b)
+
+
+@pytest.mark.parametrize("score", ["fisher", "taylor", "sensitivity"])
+def test_static_scores_are_those_of_the_calibration_batches(score: str) -> None:
+    model = tiny_net()
+    found = static(model, score=score).choose(0)
+    sites, seen = find_sites(model), []
+    for batch in BATCHES:
+        torch.autograd.backward(batch_loss(model, batch))
+        gradients = {name: numpy64(g) for name, site in sites.items() if (g := site.gradient()) is not None}
+        seen.append({name: (numpy64(sites[name].parameter), gradient) for name, gradient in gradients.items()})
+        model.zero_grad()
+    expected = {name: getattr(oracle, score)(seen, name) for name in sites}
+    assert found is not None
+    assert found.scores == pytest.approx(expected, rel=gamma(1000, UNIT[torch.float32]))
+    assert set(found.chosen) == {max((n for n in sites if n.endswith(x)), key=lambda n: expected[n]) for x in "AB"}
+
+
+@pytest.mark.parametrize("score", ["fisher", "taylor", "sensitivity", "loss_impact"])
+@pytest.mark.parametrize("matrix", "AB")
+def test_a_fresh_lora_is_scored_though_one_matrix_alone_may_be_chosen(score: str, matrix: str) -> None:
+    found = static(tiny_net(draw_b=False), score=score, sites=[f"*.lora_{matrix}"]).choose(0)
+    assert found is not None
+    assert len(found.scores) == 3
+    assert all(value != 0 for value in found.scores.values())
+
+
+def test_a_static_score_that_stays_zero_is_an_error() -> None:
+    model = tiny_net()
+    before = lora_matrices(model)
+    schedule = static(model, lambda model, batch: 0.0 * batch_loss(model, batch))
+    with pytest.raises(ConfigError, match="fisher is zero for every candidate"):
+        schedule.choose(0)
+    assert all(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
+
+
+def test_a_static_schedule_trains_what_it_chose() -> None:
+    model = tiny_net(draw_b=False)
+    config = LoraOverConfig(schedule="static", budget=Budget(sites=2))
+    over = OverParameterization(model, config, probe=Probe(model, BATCHES, batch_loss))
+    (found,) = over.schedule.rounds
+    assert set(over.injected) == set(found.chosen)
+    assert found.step == found.forwards == 0
+    cores, matrices = over.num_parameters()
+    assert found.added == cores - matrices > 0
+    before = lora_matrices(model)
+    over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
+    steps_of(model, optimizer, range(3))
+    assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(model).items())
+    assert over.schedule.rounds == [found]
+
+
+# Dynamic
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_rounds_are_held_after_their_steps(score: str) -> None:
+    model = tiny_net()
+    probe = Probe(model, BATCHES, batch_loss) if score == "loss_impact" else None
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    over = dynamic(model, optimizer, score=score, probe=probe)
+    counts = []
+    for step in range(10):
+        steps_of(model, optimizer, range(step, step + 1))
+        counts.append(len(over.injected))
+    assert counts == [0, 2, 2, 2, 4, 4, 4, 4, 4, 4]
+    first, second = over.schedule.rounds
+    assert (first.step, second.step, over.step) == (2, 5, 10)
+    assert second.scores.keys() == over.sites.keys() - set(first.chosen)
+    assert first.forwards == second.forwards == (3 * 4 if score == "loss_impact" else 0)
+    assert {group.step for group in over.groups} == {2, 5}
+
+
+@pytest.mark.parametrize("score", ["fisher", "taylor", "sensitivity"])
+def test_dynamic_scores_are_those_of_every_step_so_far(score: str) -> None:
+    model = tiny_net()
+    optimizer = SGD(trainable(model), lr=0.1)
+    over = dynamic(model, optimizer, score=score)
+    seen = []
+    for step in range(5):
+        optimizer.zero_grad()
+        net_loss(model, step).backward()
+        nn.utils.clip_grad_norm_(trainable(model), 1e-2)
+        gradients = {name: numpy64(g) for name, site in over.sites.items() if (g := site.gradient()) is not None}
+        seen.append({name: (numpy64(over.sites[name].parameter), gradient) for name, gradient in gradients.items()})
+        optimizer.step()
+    for found in over.schedule.rounds:
+        expected = {name: getattr(oracle, score)(seen[: found.step], name) for name in found.scores}
+        assert found.scores == pytest.approx(expected, rel=gamma(1000, UNIT[torch.float32]))
+    assert len(over.schedule.rounds) == 2
+
+
+def test_nothing_is_watched_once_the_rounds_are_over() -> None:
+    model = tiny_net()
+    optimizer = SGD(trainable(model), lr=0.1)
+    over = dynamic(model, optimizer)
+    assert over.schedule.observed is over.schedule.score
+    steps_of(model, optimizer, range(5))
+    assert isinstance(over.schedule.score, GradientScore)
+    kept = over.schedule.score.state()
+    steps_of(model, optimizer, range(5, 7))
+    assert over.schedule.observed is None
+    assert over.schedule.score.state()["steps"] == kept["steps"] == 5
+
+
+def test_a_round_waits_while_every_score_is_zero(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_net(draw_b=False)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    scheduler = LambdaLR(optimizer, lambda step: float(step >= 6))
+    over = dynamic(model, optimizer, score="taylor", steps=20)
+    with caplog.at_level(logging.INFO, "loraover"):
+        for step in range(20):
+            steps_of(model, optimizer, range(step, step + 1))
+            scheduler.step()
+    # The seventh step is the first that moves B, the eighth the first that sees it.
+    assert [found.step for found in over.schedule.rounds] == [8, 10]
+    assert [len(found.chosen) for found in over.schedule.rounds] == [2, 2]
+    assert [record.message for record in caplog.records if "waits" in record.message] == [
+        "step 4: taylor is zero for every site while B = 0; the round waits"
+    ]
+    decided = [record.message for record in caplog.records if "over-parameterised by" in record.message]
+    assert decided[0].startswith("step 8: 2 of 6 sites over-parameterised by taylor,")
+
+
+@pytest.mark.parametrize("where", ["first.lora_A", "third.lora_B"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_scaler_skips_neither_counts_nor_feeds_a_score(fused: bool, where: str) -> None:
+    def run(bad: int | None) -> tuple[OverParameterization, dict[str, Tensor]]:
+        model = tiny_net()
+        optimizer = AdamW(trainable(model), lr=1e-2, fused=fused, foreach=False)
+        over = dynamic(model, optimizer, sites=["third.*", "second.*"], budget=Budget(sites=2))
+        scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+        for number in [*range(3), bad, *range(3, 6)]:
+            if number is None:
+                continue
+            optimizer.zero_grad()
+            scaler.scale(net_loss(model, number)).backward()
+            if number == bad:
+                over.sites[where].parameter.grad[0, 0] = math.inf  # type: ignore[index]
+            scaler.step(optimizer)
+            scaler.update()
+        return over, lora_matrices(model)
+
+    (over, matrices), (skipping, others) = run(None), run(9)
+    assert over.step == skipping.step == 6
+    assert [found.step for found in over.schedule.rounds] == [2, 5]
+    assert skipping.schedule.rounds == over.schedule.rounds
+    assert [key for key in matrices if not torch.equal(matrices[key], others[key])] == []
+
+
+def test_accumulated_micro_batches_are_one_step_of_a_score() -> None:
+    def run(rows: int) -> Mapping[str, float]:
+        model = tiny_net()
+        optimizer = SGD(trainable(model), lr=0.0)
+        over = dynamic(model, optimizer, quota="global")
+        for step in range(2):
+            optimizer.zero_grad()
+            x, y = net_batch(step, 8)
+            for part in range(0, 8, rows):
+                loss = batch_loss(model, (x[part : part + rows], y[part : part + rows]))
+                torch.autograd.backward(loss * rows / 8)
+            optimizer.step()
+        return over.schedule.rounds[0].scores
+
+    assert run(4) == pytest.approx(run(8), rel=gamma(1000, UNIT[torch.float32]))
+
+
+# Saved and resumed
+
+
+@pytest.mark.parametrize("score", ["fisher", "sensitivity", "random"])
+@pytest.mark.parametrize("saved_at", [1, 3, 6])
+def test_every_decision_survives_a_checkpoint(score: str, saved_at: int, tmp_path: Path) -> None:
+    config = LoraOverConfig(schedule="dynamic", score=score, budget=Budget(sites=5), rounds=2, start=0.2, seed=5)
+    made = make_checkpoint(tmp_path, config=config, steps=saved_at, total=10)
+    found = read_checkpoint(made.path).meta
+    assert found.rounds == made.over.schedule.rounds
+    assert len(found.rounds) == {1: 0, 3: 1, 6: 2}[saved_at]
+    assert found.optimizer_steps == saved_at
+    assert found.optimizer == "AdamW"
+    resumed = reopened(made, adamw, total=10)
+    resumed.optimizer.load_state_dict(copy.deepcopy(made.optimizer.state_dict()))
+    assert resumed.over.schedule.rounds == found.rounds
+    for each in (made, resumed):
+        train(each.model, each.optimizer, range(saved_at, 8))
+    assert resumed.over.schedule.rounds == made.over.schedule.rounds
+    assert [each.step for each in made.over.schedule.rounds] == [2, 5]
+    ours, theirs = cores_of(resumed.over), cores_of(made.over)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert torch.equal(resumed.logits(), made.logits())
+
+
+def test_a_folded_run_saves_its_decisions(tmp_path: Path) -> None:
+    config = LoraOverConfig(schedule="dynamic", budget=Budget(sites=5), rounds=2, start=0.2, seed=5)
+    made = make_checkpoint(tmp_path, config=config, steps=8, total=10)
+    made.over.fold()
+    save(tmp_path / "folded", made.model, made.over, step=8)
+    meta = read_checkpoint(tmp_path / "folded").meta
+    assert meta.rounds == made.over.schedule.rounds
+    assert (meta.optimizer, meta.optimizer_steps) == ("AdamW", 8)
