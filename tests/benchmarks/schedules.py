@@ -52,6 +52,11 @@ METHODS: dict[str, dict[str, Any]] = {
         for schedule in ("static", "dynamic")
         for score in SCORE_NAMES
     },
+    "dynamic, fisher, moments afresh": {
+        "over.schedule": "dynamic",
+        "over.budget": {"fraction": FRACTION},
+        "over.carry_moments": False,
+    },
 }
 
 
