@@ -1,0 +1,278 @@
+"""What an optimizer remembers of a matrix goes on in the centre core of its decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, RMSprop
+from torch.optim.lr_scheduler import LambdaLR
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.decompositions import DECOMPOSITIONS
+
+from strategies import SEEDS, Case, cases, generators, matrices, normal, random_cores
+from tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
+from tolerances import UNDERFLOW, UNIT, chain_terms, gamma, isometry_error
+
+DECOMPOSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mpo-1": ("mpo", {"num_cores": 1}),
+    "mpo-2": ("mpo", {"num_cores": 2}),
+    "mpo-3": ("mpo", {}),
+    "mpo-4": ("mpo", {"num_cores": 4}),
+    "mpo-wide": ("mpo", {"expansion": 2.5}),
+    "svd": ("svd", {}),
+    "chain": ("chain", {}),
+    "chain-3": ("chain", {"depth": 3, "expansion": 1.5}),
+}
+STEPS = 5
+
+Build = Callable[[list[nn.Parameter]], Any]
+
+
+def jacobian(case: Case, cores: Sequence[Tensor]) -> Tensor:
+    """d vec(M) / d vec(centre) of one matrix, (m n, p q), by autograd through the contraction.
+
+    Args:
+        cores: core k (1, p_k, q_k).
+    """
+    decomposition, k = case.decomposition, case.decomposition.centre(case.m, case.n)
+
+    def contract(centre: Tensor) -> Tensor:
+        return decomposition.contract([*cores[:k], centre, *cores[k + 1 :]], case.m, case.n)
+
+    found = torch.autograd.functional.jacobian(contract, cores[k], vectorize=True)  # type: ignore[no-untyped-call]
+    return found.reshape(case.m * case.n, -1)  # type: ignore[no-any-return]
+
+
+# The map from a matrix's gradient to the centre's
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("name", DECOMPOSITIONS)
+@given(data=st.data(), seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_the_centres_gradient_is_the_transposed_jacobian(
+    name: str, squared: bool, data: st.DataObject, seed: int
+) -> None:
+    case = data.draw(cases(name))
+    cores = random_cores(case, 2, seed)
+    gradients = normal(seed + 100, 2, case.m, case.n)
+    gradients = gradients.square() if squared else gradients
+    found = case.decomposition.to_centre(cores, gradients, case.m, case.n, squared=squared)
+    assert found.shape == cores[case.decomposition.centre(case.m, case.n)].shape
+    terms = 2 * chain_terms(case.decomposition.core_shapes(case.m, case.n)) + case.m + case.n
+    for i, gradient in enumerate(gradients):
+        j = jacobian(case, [core[i : i + 1] for core in cores])
+        j = j.square() if squared else j
+        # Squaring the frames doubles the number of roundings behind an element of J; |C_k| bounds their sizes.
+        sizes = jacobian(case, [core[i : i + 1].abs() for core in cores])
+        sizes = sizes.square() if squared else sizes
+        bound = 2 * gamma(2 * terms, UNIT[torch.float64]) * (sizes.mT @ gradient.abs().flatten())
+        assert ((found[i].flatten() - j.mT @ gradient.flatten()).abs() <= bound + UNDERFLOW[torch.float64]).all()
+
+
+@pytest.mark.parametrize("name", DECOMPOSITIONS)
+@given(data=st.data(), seed=SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_the_frames_are_isometries_at_injection(name: str, data: st.DataObject, seed: int) -> None:
+    case = data.draw(cases(name))
+    drawn = data.draw(matrices(case.m, case.n))
+    cores = case.decomposition.init(drawn, generators(seed, len(drawn)))
+    for frame in case.decomposition.frames(cores, case.m, case.n):
+        rows, columns = frame.shape[1:]
+        shapes = case.decomposition.core_shapes(case.m, case.n)
+        errors = sum(isometry_error(p, q) * sqrt(min(p, q)) for p, q in shapes) + isometry_error(rows, columns)
+        assert ((torch.linalg.svdvals(frame) - 1).abs() <= errors).all()
+
+
+# Moments of a run
+
+
+def trained(build: Build, steps: int = STEPS, **config: Any) -> tuple[Any, OverParameterization, Any, list[Any]]:
+    """A run in which only `first.lora_A` is over-parameterised, and the gradients of all matrices in each step."""
+    model = tiny_net(dtype=torch.float64)
+    over = OverParameterization(model, LoraOverConfig(sites=["first.lora_A"], seed=4, **config))
+    optimizer = build(trainable(model))
+    over.attach(optimizer)
+    seen = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        net_loss(model, step).backward()
+        seen.append({name: site.gradient().clone() for name, site in over.sites.items()})  # type: ignore[union-attr]
+        optimizer.step()
+    return model, over, optimizer, seen
+
+
+def later_sites(over: OverParameterization) -> list[str]:
+    return [name for name in over.sites if name != "first.lora_A"]
+
+
+def centre_of(over: OverParameterization, name: str) -> tuple[nn.Parameter, Tensor]:
+    """The centre core and the Jacobian of its matrix."""
+    group, i = over.injected[name]
+    case = Case(over.config.decomposition, over.config.options, *group.shape)
+    return group.parameters[group.centre][i], jacobian(case, [stack[i : i + 1] for stack in group.stacks])
+
+
+def adam(parameters: list[nn.Parameter]) -> Adam:
+    return Adam(parameters, lr=1e-2, betas=(0.8, 0.9), amsgrad=True, foreach=False)
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_carried_moments_are_those_of_a_centre_that_was_trained_all_along(name: str) -> None:
+    decomposition, options = DECOMPOSED[name]
+    _, over, optimizer, seen = trained(adam, decomposition=decomposition, options=options)
+    before = {site: optimizer.state[over.sites[site].parameter] for site in later_sites(over)}
+    over.inject(later_sites(over), step=STEPS)
+    for site in later_sites(over):
+        centre, j = centre_of(over, site)
+        state = over.core_state(centre)
+        assert state.keys() == before[site].keys() == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+        assert state["step"] == STEPS
+
+        mean = torch.zeros_like(centre)
+        for gradients in seen:
+            pulled = (j.mT @ gradients[site].flatten()).view(centre.shape)
+            mean = 0.8 * mean + 0.2 * pulled
+        # Some hundred roundings on numbers below 1.
+        torch.testing.assert_close(state["exp_avg"], mean, rtol=0, atol=gamma(1000, UNIT[torch.float64]))
+        assert mean.abs().max() > 1e-4
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            expected = (j.square().mT @ before[site][key].flatten()).view(centre.shape)
+            torch.testing.assert_close(state[key], expected, rtol=1e-12, atol=0)
+        group, i = over.injected[site]
+        assert all(over.core_state(each[i]) == {} for each in group.parameters if each[i] is not centre)
+    assert not any(over.sites[site].parameter in optimizer.state for site in over.sites)
+
+
+def test_the_step_after_injection_uses_them() -> None:
+    """Adam by hand from the carried moments, with the bias correction of all steps so far."""
+    model, over, optimizer, _ = trained(
+        lambda p: Adam(p, lr=1e-2, betas=(0.8, 0.9), eps=1e-8, foreach=False), aux_lr_scale=0.0
+    )
+    over.inject(later_sites(over), step=STEPS)
+    optimizer.zero_grad()
+    net_loss(model, STEPS).backward()
+    expected = {}
+    for site in later_sites(over):
+        centre, j = centre_of(over, site)
+        state, gradient = over.core_state(centre), over.sites[site].gradient()
+        assert gradient is not None
+        pulled = (j.mT @ gradient.flatten()).view(centre.shape)
+        mean, square = 0.8 * state["exp_avg"] + 0.2 * pulled, 0.9 * state["exp_avg_sq"] + 0.1 * pulled.square()
+        n = STEPS + 1
+        step = mean / (1 - 0.8**n) / ((square / (1 - 0.9**n)).sqrt() + 1e-8)
+        expected[site] = centre.detach() - 1e-2 * step
+    optimizer.step()
+    for site, centre in expected.items():
+        # An element of step is at most 3; its quotient and root amplify roundings of a near-zero mean no further.
+        torch.testing.assert_close(centre_of(over, site)[0].detach(), centre, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_injection_keeps_the_function(name: str) -> None:
+    decomposition, options = DECOMPOSED[name]
+    model, over, _, _ = trained(adam, decomposition=decomposition, options=options)
+    x, _ = net_batch(9, dtype=torch.float64)
+    before, outputs = lora_matrices(model), model(x)
+    over.inject(later_sites(over), step=STEPS)
+    for key, matrix in lora_matrices(model).items():
+        torch.testing.assert_close(matrix, before[key], rtol=0, atol=1e-14)
+    torch.testing.assert_close(model(x), outputs, rtol=0, atol=1e-12)
+
+
+def _adafactor(parameters: list[nn.Parameter]) -> Any:
+    from transformers import Adafactor
+
+    return Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=False, beta1=0.9)
+
+
+def _adamw_8bit(parameters: list[nn.Parameter]) -> Any:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=16)
+
+
+CARRIED: dict[str, tuple[Build, set[str]]] = {
+    "adamw": (lambda p: AdamW(p, lr=1e-2), {"step", "exp_avg", "exp_avg_sq"}),
+    "adamw-fused": (lambda p: AdamW(p, lr=1e-2, fused=True), {"step", "exp_avg", "exp_avg_sq"}),
+    "nadam": (lambda p: NAdam(p, lr=1e-2), {"step", "mu_product", "exp_avg", "exp_avg_sq"}),
+    "sgd": (lambda p: SGD(p, lr=1e-2, momentum=0.9), {"momentum_buffer"}),
+    "sgd-plain": (lambda p: SGD(p, lr=1e-2), set()),
+    "muon": (lambda p: Muon(p, lr=1e-2), {"momentum_buffer"}),
+    "adagrad": (lambda p: Adagrad(p, lr=1e-2), {"step", "sum"}),
+    "rmsprop": (lambda p: RMSprop(p, lr=1e-3, centered=True), {"step", "square_avg", "grad_avg"}),
+    "torch-adafactor": (lambda p: torch.optim.Adafactor(p, lr=1e-2), set()),
+    "adamax": (lambda p: torch.optim.Adamax(p, lr=1e-2), set()),
+    "rprop": (lambda p: torch.optim.Rprop(p, lr=1e-3), set()),
+    "adafactor": (_adafactor, set()),
+    "adamw-8bit": (_adamw_8bit, set()),
+}
+"""What each optimizer's centre cores go on with; nothing where a moment has another shape or meaning."""
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("carry", [True, False])
+def test_every_optimizer_goes_on_or_starts_afresh(name: str, carry: bool) -> None:
+    build, keys = CARRIED[name]
+    model = tiny_net()
+    over = OverParameterization(model, LoraOverConfig(sites=["first.lora_A"], carry_moments=carry))
+    over.attach(optimizer := build(trainable(model)))
+    for step in range(4):
+        optimizer.zero_grad()
+        net_loss(model, step).backward()
+        if step == 2:
+            over.inject(later_sites(over), step=2)
+            for site in later_sites(over):
+                group, i = over.injected[site]
+                states = [over.core_state(parameters[i]) for parameters in group.parameters]
+                assert {key for key, value in states.pop(group.centre).items() if value is not None} == (
+                    keys if carry else set()
+                )
+                assert not any(states)
+        before = lora_matrices(model)
+        optimizer.step()
+        assert [key for key, matrix in lora_matrices(model).items() if torch.equal(matrix, before[key])] == []
+
+
+def test_moments_of_a_half_precision_adapter_take_the_cores_precision() -> None:
+    model = tiny_net(dtype=torch.bfloat16)
+    over = OverParameterization(model, LoraOverConfig(sites=["first.lora_A"]))
+    over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
+    for step in range(3):
+        optimizer.zero_grad()
+        net_loss(model, step).backward()
+        optimizer.step()
+    over.inject(later_sites(over), step=3)
+    for site in later_sites(over):
+        centre = centre_of(over, site)[0]
+        assert {over.core_state(centre)[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    optimizer.zero_grad()
+    net_loss(model, 3).backward()
+    optimizer.step()
+
+
+def test_options_and_the_scheduled_rate_hold_after_injection() -> None:
+    model = tiny_net()
+    still, live = trainable(model)[::2], trainable(model)[1::2]
+    optimizer = AdamW([{"params": still, "lr": 0.0}, {"params": live, "lr": 1e-2}], weight_decay=0.0)
+    over = OverParameterization(model, LoraOverConfig(sites=["first.lora_A"])).attach(optimizer)
+    scheduler = LambdaLR(optimizer, lambda step: float(step < 4))
+    moved = []
+    for step in range(6):
+        if step == 2:
+            over.inject(later_sites(over), step=2)
+        before = lora_matrices(model)
+        optimizer.zero_grad()
+        net_loss(model, step).backward()
+        optimizer.step()
+        scheduler.step()
+        after = lora_matrices(model)
+        moved.append({key.split(".")[-3] for key in after if not torch.equal(after[key], before[key])})
+    assert moved == [{"lora_B"}] * 4 + [set()] * 2
