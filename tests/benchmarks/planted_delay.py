@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
+from loraover.command import quiet_libraries
 from loraover.models import load_tokenizer, resolve_model
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, overall, results
 from loraover_serve.parity.engines.vllm import VllmEngine
@@ -48,14 +49,15 @@ def run_delayed(share: float, blocks: int, folder: Path) -> Run:
 
 
 @click.command()
-@click.option("--blocks", default=30, show_default=True)
+@click.option("--blocks", default=60, show_default=True)
 @click.option("--share", default=0.12, show_default=True, help="Of a request's time, to add.")
 def main(blocks: int, share: float) -> None:
     """Plant a delay; exit code 1 unless it is found and its intervals cover its size."""
+    quiet_libraries()
     with TemporaryDirectory() as folder:
         found = results([run_delayed(share, blocks, Path(folder))], MARGIN)
     verdict, reason = overall(found)
-    print(f"{verdict} {reason}")
+    print(f"{verdict}: {reason}")
     for result in found:
         low, high = result.interval
         print(f"{result.arm}, {result.measure}: {result.ratio:.4f} [{low:.4f}, {high:.4f}], {result.verdict}")
