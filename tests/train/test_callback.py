@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.adapter_dir import site_key
@@ -274,9 +274,18 @@ def test_cores_of_another_run_are_refused(tmp_path: Path) -> None:
 # The best model
 
 
-def test_the_best_models_weights_are_kept_at_the_end(tmp_path: Path) -> None:
+SCHEDULES = {
+    "all": (LoraOverConfig(), 28, 28),
+    "dynamic": (LoraOverConfig(schedule="dynamic", budget=Budget(sites=8), rounds=2, start=0.25, end=0.75), 4, 8),
+}
+"""A configuration, and how many sites have cores in the best checkpoint, the first, and in the last."""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_best_models_weights_are_kept_at_the_end_with_their_cores(schedule: str, tmp_path: Path) -> None:
+    config, first, last = SCHEDULES[schedule]
     worse = count()
-    model = llama()
+    model, callback = llama(), LoraOverCallback(config)
     trainer = Trainer(
         model,
         arguments(
@@ -292,15 +301,39 @@ def test_the_best_models_weights_are_kept_at_the_end(tmp_path: Path) -> None:
         train_dataset=DATA,
         eval_dataset=DATA[:4],
         compute_metrics=lambda _: {"score": -next(worse)},
-        callbacks=[LoraOverCallback()],
+        callbacks=[callback],
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     assert_holds(model, tmp_path / "checkpoint-1")
-    for step in (1, 4):
-        assert_contracted(tmp_path / f"checkpoint-{step}", sites=28)
+    for step, sites in ((1, first), (4, last)):
+        assert_contracted(tmp_path / f"checkpoint-{step}", sites=sites)
     with pytest.raises(AssertionError):
         assert_holds(model, tmp_path / "checkpoint-4")
+    model.save_pretrained(tmp_path / "best")
+    callback.save(tmp_path / "best", step=4)
+    assert_contracted(tmp_path / "best", sites=first)
+    assert_holds(model, tmp_path / "best")
+    assert read_checkpoint(tmp_path / "best").meta.rounds == read_checkpoint(tmp_path / "checkpoint-1").meta.rounds
+
+
+# Writes from outside
+
+
+class WriteBetween(TrainerCallback):
+    """Writes B after the second step, as a callback with averaged weights would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            kwargs["model"].base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.data.mul_(2)
+
+
+def test_a_write_during_training_stops_it_by_name(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.add_callback(WriteBetween())
+    with pytest.raises(ConfigError, match=r"first model\.layers\.0\.mlp\.up_proj\.lora_B, were written"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-2" / "loraover.json").exists()
 
 
 # Other trainers
