@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,6 +17,7 @@ from loraover.config import LoraOverConfig
 from loraover.errors import CheckpointError
 from loraover.importance.base import Loss, Probe, model_loss
 from loraover.overparam import OverParameterization
+from loraover.schedules import runs_model
 
 
 class LoraOverCallback(TrainerCallback):
@@ -62,7 +64,7 @@ class LoraOverCallback(TrainerCallback):
         assert model is not None
         config = self._seeded(args.seed)
         probe = None
-        if _runs_model(config):
+        if runs_model(config):
             batches = calibration_batches(train_dataloader, config.calibration_batches, args.seed, args.device)
             probe = Probe(model, batches, self.loss)
         if state.global_step > 0:
@@ -153,10 +155,6 @@ class LoraOverCallback(TrainerCallback):
         return folder
 
 
-def _runs_model(config: LoraOverConfig) -> bool:
-    return config.score == "loss_impact" or (config.schedule == "static" and config.score != "random")
-
-
 def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:
     """Batches of training data, drawn by the seed; neither the loader's state nor the random state changes.
 
@@ -166,10 +164,11 @@ def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> 
     """
     size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
     dataset = dataloader.dataset
-    if hasattr(dataset, "__len__"):
-        chosen = random.Random(seed).sample(range(len(dataset)), min(count * size, len(dataset)))
-        rows = [dataset[i] for i in chosen]
-    else:
-        rows = list(islice(iter(dataset), count * size))
-    batches = [dataloader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
+    with torch.random.fork_rng(devices=[]):  # a dataset may draw crops, a collator masks
+        if hasattr(dataset, "__len__"):
+            chosen = random.Random(seed).sample(range(len(dataset)), min(count * size, len(dataset)))
+            rows = [dataset[i] for i in chosen]
+        else:
+            rows = list(islice(iter(dataset), count * size))
+        batches = [dataloader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
     return [{key: value.to(device) for key, value in batch.items()} for batch in batches]

@@ -183,20 +183,13 @@ class Schedule:
             )
         return budget.parameters
 
-    @property
-    def _runs_model(self) -> bool:
-        is_static = self.config.schedule == "static"
-        return self.config.schedule != "all" and (
-            self.score.needs_probe or (is_static and isinstance(self.score, GradientScore))
-        )
-
     def check_ready(self) -> None:
         """Raise ConfigError unless everything that a decision needs is there."""
         if self.config.schedule == "dynamic" and not self.round_steps:
             raise ConfigError(
                 "a dynamic schedule places its rounds in the run: give the number of its steps with `steps`."
             )
-        if self._runs_model and not self.is_over and (self._probe is None or not self._probe.batches):
+        if runs_model(self.config) and not self.is_over and (self._probe is None or not self._probe.batches):
             raise ConfigError(
                 f"schedule {self.config.schedule} with score {self.config.score} runs the model on calibration "
                 "batches; give them with `batches`, or use the Trainer's callback, which takes them from the training "
@@ -209,7 +202,7 @@ class Schedule:
 
         Where B is zero, scores are zero by construction: then some steps are taken first.
         """
-        if self.config.schedule != "static" or not self._runs_model:
+        if self.config.schedule != "static" or not runs_model(self.config):
             yield
             return
         assert self._probe is not None
@@ -244,6 +237,13 @@ class Schedule:
         found = {name: site.gradient() for name, site in self.candidates.items()}
         probe.model.zero_grad()
         return gathered({name: gradient for name, gradient in found.items() if gradient is not None})
+
+
+def runs_model(config: LoraOverConfig) -> bool:
+    """Whether a decision takes batches to run the model on."""
+    score = SCORES[config.score]
+    is_static = config.schedule == "static"
+    return config.schedule != "all" and (score.needs_probe or (is_static and issubclass(score, GradientScore)))
 
 
 @contextmanager

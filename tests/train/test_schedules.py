@@ -128,6 +128,15 @@ def test_a_static_schedule_trains_what_it_chose() -> None:
     assert over.schedule.rounds == [found]
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_a_schedule_that_takes_all_needs_no_score(score: str) -> None:
+    over = OverParameterization(model := tiny_net(), LoraOverConfig(score=score))
+    over.attach(AdamW(trainable(model)))
+    (found,) = over.schedule.rounds
+    assert found.chosen == list(over.sites)
+    assert found.scores == {}
+
+
 # Dynamic
 
 
