@@ -34,10 +34,11 @@ FRACTION = 0.25
 STEPS = 40
 SETTINGS: dict[str, Any] = {
     "training.max_steps": STEPS,
-    "training.max_length": 128,
+    "training.max_length": 96,
+    "training.per_device_train_batch_size": 2,
     "training.learning_rate": 1e-3,
     "training.save_steps": 1000,
-    "evaluation.examples": 40,
+    "evaluation.examples": 32,
     "over.calibration_batches": 1,
 }
 METHODS: dict[str, dict[str, Any]] = {
