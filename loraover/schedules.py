@@ -192,7 +192,7 @@ class Schedule:
         if runs_model(self.config) and not self.is_over and (self._probe is None or not self._probe.batches):
             raise ConfigError(
                 f"schedule {self.config.schedule} with score {self.config.score} runs the model on calibration "
-                "batches; give them with `batches`, or use the Trainer's callback, which takes them from the training "
+                "batches; give them with `probe`, or use the Trainer's callback, which takes them from the training "
                 "data."
             )
 

@@ -27,7 +27,7 @@ class LossImpact(Score):
     @torch.no_grad()
     def values(self, probe: Probe | None) -> dict[str, float]:
         if probe is None:
-            raise ConfigError("loss_impact runs the model on calibration batches; give them with `batches`.")
+            raise ConfigError("loss_impact runs the model on calibration batches; give them with `probe`.")
         whole = _loss(probe)
         layers = lora_layers(probe.model)
         impact: dict[tuple[str, str], float] = {}
