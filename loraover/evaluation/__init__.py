@@ -1,0 +1,1 @@
+"""Benchmarks of a base model and its adapters, side by side."""
