@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import reprlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loraover.errors import ConfigError, DataError
+from loraover.formats import Row, read_row
 from loraover.hub import pinned_commit
 
 BUILT_IN = "word-problems"
 MAX_LINE_BYTES = 4 * 2**20
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,15 @@ class Rows:
 
 
 def load_rows(
-    source: str, *, split: str, subset: str | None, revision: str | None, limit: int | None, format: str, chat: bool
+    source: str,
+    *,
+    split: str,
+    subset: str | None,
+    revision: str | None,
+    limit: int | None,
+    format: str,
+    chat: bool,
+    keep: Mapping[str, re.Pattern[str]] = MappingProxyType({}),
 ) -> Rows:
     """Read examples and bring them into prompt and completion.
 
@@ -41,106 +52,71 @@ def load_rows(
         source: a `.jsonl`, `.jsonl.gz` or `.json` file, a folder with `<split>.jsonl`, or a hub name.
         split: of a folder or a hub data set.
         subset: the hub's configuration name.
-        limit: number of rows to read; None reads all.
-        format: a key of `FORMATS`, or "auto" to recognise it by the fields.
+        limit: number of examples to read; None reads all.
+        format: a key of `loraover.formats.FORMATS`, or "auto" to recognise it by the fields.
         chat: write strings as chat messages, for a tokenizer with a chat template.
+        keep: read only rows in whose columns these expressions are found.
     Raises:
         DataError: nothing there, not JSON, or a row that lacks a field; the row is numbered.
     """
+    rows: list[Row] = []
+    raw = read_raw(source, split=split, subset=subset, revision=revision)
+    for number, row in enumerate(raw.rows, 1):
+        if limit is not None and len(rows) >= limit:
+            break
+        where = f"{source}, row {number}"
+        if not _is_kept(row, keep, where):
+            continue
+        for example in read_row(row, format, chat, where):
+            if rows and type(example["prompt"]) is not type(rows[0]["prompt"]):
+                raise DataError(f"{where}: text and chat messages in one file; set data.chat to true.")
+            rows.append(example)
+    if not rows:
+        raise DataError(f"{source}: holds no examples" + (" that data.keep lets through." if keep else "."))
+    return Rows(rows[:limit], raw.origin, raw.revision)
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Rows as they stand in their source, read on the way; see `Rows`."""
+
+    rows: Iterator[Any]
+    origin: str
+    revision: str | None = None
+
+
+def read_raw(source: str, *, split: str, subset: str | None = None, revision: str | None = None) -> RawRows:
+    """Open a data source; arguments as in `load_rows`.
+
+    Raises:
+        DataError: nothing there; or, while rows are read, not JSON.
+    """
     path = Path(source)
-    commit = None
     if path.is_file():
-        raw, origin = _read_file(path), f"file {path.name}"
-    elif path.is_dir():
+        return RawRows(_read_file(path), f"file {path.name}")
+    if path.is_dir():
         file = next(
             (path / f"{split}{end}" for end in (".jsonl", ".jsonl.gz") if (path / f"{split}{end}").is_file()), None
         )
         if file is None:
             raise DataError(f"{path}: holds no {split}.jsonl or {split}.jsonl.gz.")
-        raw, origin = _read_file(file), f"file {file.name}"
-    elif (
-        source.count("/") <= 1
-        and not source.startswith((".", "/", "~"))
-        and path.suffix not in (".jsonl", ".json", ".gz")
-    ):
-        raw, origin, commit = _read_hub(source, split, subset, revision)
-    else:
+        return RawRows(_read_file(file), f"file {file.name}")
+    is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+    if not is_name or path.suffix in (".jsonl", ".json", ".gz"):
         raise DataError(f"{source}: no such file or folder, and not a hub name such as 'owner/data'.")
-    rows: list[Row] = []
-    for number, row in enumerate(raw, 1):
-        if limit is not None and len(rows) >= limit:
-            break
-        for example in _convert(row, format, chat, f"{source}, row {number}"):
-            if rows and type(example["prompt"]) is not type(rows[0]["prompt"]):
-                raise DataError(f"{source}, row {number}: text and chat messages in one file; set data.chat to true.")
-            rows.append(example)
-    if not rows:
-        raise DataError(f"{source}: holds no examples.")
-    return Rows(rows[:limit], origin, commit)
+    return RawRows(*_read_hub(source, split, subset, revision))
 
 
-def _prompt_completion(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    prompt, completion = _field(row, "prompt", where), _field(row, "completion", where)
-    if type(prompt) is not type(completion):
-        raise DataError(f"{where}: prompt and completion must both be text or both be chat messages.")
-    yield {"prompt": prompt, "completion": completion}
-
-
-def _gsm8k(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    question, answer = _field(row, "question", where), _field(row, "answer", where)
-    yield {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
-
-
-def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    """One example per assistant turn, with all that came before as its prompt."""
-    messages = _field(row, "messages", where)
-    if isinstance(messages, str):
-        raise DataError(f"{where}: messages is text, expected a list of objects with role and content.")
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-    if not turns:
-        raise DataError(f"{where}: messages holds no assistant turn to learn from.")
-    for i in turns:
-        yield {"prompt": messages[:i], "completion": [messages[i]]}
-
-
-FORMATS: dict[str, tuple[frozenset[str], Callable[[Mapping[str, Any], str], Iterator[Row]]]] = {
-    "prompt-completion": (frozenset({"prompt", "completion"}), _prompt_completion),
-    "messages": (frozenset({"messages"}), _messages),
-    "gsm8k": (frozenset({"question", "answer"}), _gsm8k),
-}
-
-
-def _convert(row: Any, format: str, chat: bool, where: str) -> Iterator[Row]:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, found {type(row).__name__}.")
-    if format == "auto":
-        fitting = [name for name, (fields, _) in FORMATS.items() if fields <= row.keys()]
-        if not fitting:
+def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:
+    for column, pattern in keep.items():
+        value = row.get(column) if isinstance(row, dict) else None
+        if not isinstance(value, str):
             raise DataError(
-                f"{where}: has fields {sorted(row)}; expected "
-                + " or ".join(f"{sorted(fields)} ({name})" for name, (fields, _) in FORMATS.items())
-                + "."
+                f"{where}: field {column!r} is {reprlib.repr(value)}, expected text, which data.keep reads."
             )
-        format = fitting[0]
-    for example in FORMATS[format][1](row, where):
-        yield as_chat(example) if chat and isinstance(example["prompt"], str) else example
-
-
-def as_chat(example: Row) -> Row:
-    """Prompt and completion of text as one user and one assistant message."""
-    return {
-        "prompt": [{"role": "user", "content": example["prompt"].strip()}],
-        "completion": [{"role": "assistant", "content": example["completion"].strip()}],
-    }
-
-
-def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
-    value = row.get(name)
-    if not isinstance(value, str | list) or not value:
-        raise DataError(f"{where}: field {name!r} is {reprlib.repr(value)}, expected text.")
-    if isinstance(value, list) and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        raise DataError(f"{where}: field {name!r} is not a list of objects with role and content.")
-    return value
+        if not pattern.search(value):
+            return False
+    return True
 
 
 def _read_file(path: Path) -> Iterator[Any]:
@@ -173,13 +149,45 @@ def _parse(line: bytes, path: Path, number: int) -> Any:
         raise DataError(f"{path}, row {number}: not JSON: {error}.") from error
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether a source is looked for on the hub: nothing local has that name, and a data set there could have it."""
+    path = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".gz")
+    return source.count("/") <= 1 and not looks_local and not path.exists()
+
+
+def count_hub_rows(name: str, split: str, subset: str | None, revision: str | None) -> int:
+    """Rows of a split, from what the hub says of the data set; none is read.
+
+    Raises:
+        DataError: the hub cannot be reached or does not say.
+    """
+    from datasets import load_dataset_builder
+
+    with _hub_errors(name):
+        commit = pinned_commit(name, revision, "dataset")
+        splits = load_dataset_builder(name, subset, revision=commit).info.splits
+    if splits is None or split not in splits:
+        raise DataError(
+            f"{name}: the hub does not say how many rows {split!r} has; set data.train_examples or training.max_steps."
+        )
+    return int(splits[split].num_examples)
+
+
 def _read_hub(name: str, split: str, subset: str | None, revision: str | None) -> tuple[Iterator[Any], str, str]:
     from datasets import load_dataset
+
+    with _hub_errors(name):
+        commit = pinned_commit(name, revision, "dataset")
+        rows = load_dataset(name, subset, split=split, revision=commit)
+    return iter(rows), f"hub {name}@{commit[:12]}", commit
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        commit = pinned_commit(name, revision, "dataset")
-        rows = load_dataset(name, subset, split=split, revision=commit)
+        yield
     except (ConfigError, DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(f"{name}: {error} Name a local file with the same fields instead, e.g. --data FILE.") from error
-    return iter(rows), f"hub {name}@{commit[:12]}", commit

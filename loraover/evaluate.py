@@ -1,18 +1,18 @@
-"""Held-out measures of a causal language model."""
+"""Held-out measures of a language model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from loraover.answers import final_number
+from loraover.generation import greedy_answers
 
 
-@torch.no_grad()
 def exact_match(
     model: Any,
     tokenizer: Any,
@@ -20,45 +20,32 @@ def exact_match(
     *,
     max_new_tokens: int,
     batch_size: int,
+    answer: Literal["number", "text"] = "number",
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Share of examples whose greedily generated final number equals the reference's.
+    """Share of examples whose greedily generated answer equals the reference.
 
     Args:
         rows: with `prompt` and `completion`, strings or chat messages.
         max_new_tokens: per example.
         batch_size: examples generated together, left-padded.
+        answer: what is compared: the final number, or the whole text but for white space around it.
         on_batch: told how many examples are done.
     Returns:
-        0 to 1. An answer without a number is wrong.
+        0 to 1. Where numbers are compared, an answer without one is wrong.
     """
-    was_training = model.training
-    model.eval()
-    correct = 0
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        is_chat = not isinstance(batch[0]["prompt"], str)  # a chat template writes special tokens by itself
-        encoded = tokenizer(
-            [_text(row["prompt"], tokenizer) for row in batch],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not is_chat,
-        ).to(model.device)
-        generated = model.generate(
-            input_ids=encoded.input_ids,
-            attention_mask=encoded.attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new = generated if model.config.is_encoder_decoder else generated[:, encoded.input_ids.shape[1] :]
-        for row, answer in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            found, wanted = final_number(answer), final_number(_content(row["completion"]))
-            correct += found is not None and found == wanted
-        on_batch(min(start + batch_size, len(rows)))
-    model.train(was_training)
-    return correct / len(rows)
+    answers = greedy_answers(
+        model,
+        tokenizer,
+        [row["prompt"] for row in rows],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
+    read: Callable[[str], object] = final_number if answer == "number" else str.strip
+    found = [read(text) for text in answers]
+    wanted = [read(_content(row["completion"])) for row in rows]
+    return sum(one is not None and one == other for one, other in zip(found, wanted, strict=True)) / len(rows)
 
 
 class Scored(NamedTuple):
@@ -92,12 +79,6 @@ def token_loss(scored: Sequence[Scored]) -> float:
     """Mean loss over all completion tokens, in nats; NaN where no token counts."""
     tokens = sum(example.tokens for example in scored)
     return sum(example.nats for example in scored) / tokens if tokens else math.nan
-
-
-def _text(prompt: Any, tokenizer: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
 
 def _content(completion: Any) -> str:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraover.data import BUILT_IN, Rows, as_chat, load_rows
+from loraover.data import BUILT_IN, Rows, load_rows
 from loraover.errors import DataError
+from loraover.formats import as_chat
 from loraover.recipe import Recipe
 from loraover.word_problems import split_word_problems
+
+WORD_PROBLEMS = 2000  # for training, where a recipe names no number
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
     """
     data = recipe.data
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
-    common: dict[str, Any] = {"subset": data.subset, "format": data.format, "chat": chat}
+    common: dict[str, Any] = {"subset": data.subset, "format": data.format, "chat": chat, "keep": data.keep}
     if data.train == BUILT_IN:
-        made, held_out = split_word_problems(data.train_examples or 2000, wanted, recipe.training.seed)
+        made, held_out = split_word_problems(data.train_examples or WORD_PROBLEMS, wanted, recipe.training.seed)
         origin = f"built-in word problems, seed {recipe.training.seed}"
         train_rows, test_rows = (Rows([as_chat(r) if chat else r for r in rows], origin) for rows in (made, held_out))
         if data.test in (None, BUILT_IN):

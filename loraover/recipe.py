@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import reprlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from loraover.config import LoraOverConfig
 from loraover.errors import ConfigError
@@ -32,7 +34,24 @@ class Data(_Part):
     train_split: str = "train"
     test_split: str = "test"
     revision: str | None = Field(None, description="commit or tag on the hub; the commit is pinned in the output")
-    format: Literal["auto", "prompt-completion", "messages", "gsm8k"] = "auto"
+    format: Literal[
+        "auto",
+        "prompt-completion",
+        "messages",
+        "gsm8k",
+        "instruction",
+        "conversations",
+        "metamath",
+        "codefeedback",
+        "glue-mnli",
+        "glue-sst2",
+        "glue-cola",
+        "glue-qnli",
+        "glue-mrpc",
+    ] = "auto"
+    keep: dict[str, re.Pattern[str]] = Field(
+        default_factory=dict, description="read only rows in whose columns these regular expressions are found"
+    )
     chat: bool | None = Field(None, description="use the tokenizer's chat template; absent: if it has one")
     train_examples: int | None = Field(None, ge=1)
     test_examples: int | None = Field(None, ge=1)
@@ -55,7 +74,8 @@ class Lora(_Part):
 class Training(_Part):
     """The run, in the terms of transformers' TrainingArguments."""
 
-    max_steps: int = Field(ge=1)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; or else num_train_epochs")
+    num_train_epochs: float | None = Field(None, gt=0, allow_inf_nan=False, description="passes over the training data")
     per_device_train_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
@@ -63,6 +83,7 @@ class Training(_Part):
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "cosine"
     warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="of all steps, in place of warmup_steps")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
     optim: str = "adamw_torch_fused"
@@ -77,12 +98,33 @@ class Training(_Part):
     save_steps: int = Field(50, ge=1)
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; an old one goes once the new one is whole")
 
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Training:
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("give one of max_steps and num_train_epochs, the other null or not at all")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give one of warmup_steps and warmup_ratio")
+        return self
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps of the run on one process, as the Trainer counts them: an epoch's last step may be smaller.
+
+        Args:
+            examples: for training.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.num_train_epochs is not None
+        batches = math.ceil(examples / self.per_device_train_batch_size)
+        return math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))
+
 
 class Evaluation(_Part):
     """What is measured on held-out data, before and after."""
 
     examples: int = Field(100, ge=0, description="held-out examples; 0 measures nothing")
-    exact_match: bool = Field(True, description="generate answers and compare their final numbers")
+    exact_match: bool = Field(True, description="generate answers and compare them with the references")
+    answer: Literal["number", "text"] = Field("number", description="compare final numbers, or the whole text")
     max_new_tokens: int = Field(256, ge=1)
     batch_size: int = Field(16, ge=1)
 

@@ -176,15 +176,21 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     set_seed(recipe.training.seed)
     task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
     base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
-    model = base if recipe.method == "full" else _with_adapter(base, recipe, task, source)
+    model = base if recipe.method == "full" else with_adapter(base, recipe, task, source)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     if over is not None:
-        Schedule(recipe.over, find_sites(model), steps=recipe.training.max_steps, probe=None)
+        steps = recipe.training.steps(len(examples.train.rows))
+        Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
     trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
     return Prepared(source, tokenizer, examples, model, trainer, over)
 
 
-def _with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource) -> PeftModel:
+def with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource) -> PeftModel:
+    """The base model with the recipe's LoRA, untrained.
+
+    Raises:
+        ConfigError: PEFT refuses the recipe's `lora`.
+    """
     try:
         model = get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
     except ValueError as error:
@@ -208,8 +214,9 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
     """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
     if run.callback is not None:
         run.callback.resume_from = checkpoint
+    steps = recipe.training.steps(len(run.examples.train.rows))
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    if checkpoint is None or step < recipe.training.max_steps:
+    if checkpoint is None or step < steps:
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
     if isinstance(run.model, PeftModel):
@@ -217,7 +224,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
     else:
         load_weights(run.model, checkpoint / "model.safetensors")
     if run.callback is not None:
-        run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=recipe.training.max_steps)
+        run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=steps)
     run.trainer.state.global_step = step
 
 
@@ -288,6 +295,7 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
                 rows,
                 max_new_tokens=recipe.evaluation.max_new_tokens,
                 batch_size=recipe.evaluation.batch_size,
+                answer=recipe.evaluation.answer,
                 on_batch=advance,
             )
     measures = Measures(examples=len(rows), loss=loss, exact_match=accuracy)

@@ -42,8 +42,11 @@ def make_trainer(
     """
     from datasets import Dataset
 
-    options = recipe.training.model_dump(exclude={"precision", "max_length", "loraplus_lr_ratio"})
+    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio"}
+    options = recipe.training.model_dump(exclude=ours, exclude_none=True)
     options |= PRECISION[recipe.training.precision]
+    if recipe.training.warmup_ratio:
+        options["warmup_steps"] = recipe.training.warmup_ratio  # transformers 5: below 1, a share of all steps
     options |= {
         "output_dir": str(output / "trainer"),
         "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,

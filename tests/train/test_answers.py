@@ -161,6 +161,14 @@ def test_exact_match_is_the_share_of_right_answers(batch_size: int, is_encoder_d
     assert all(options["max_new_tokens"] == 7 and options["do_sample"] is False for options in model.options)
 
 
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_labels_are_compared_as_text(is_encoder_decoder: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    rows = [{"prompt": "result: ", "completion": label} for label in ("neutral", "neutral", "neutral", "answer 1")]
+    model = Parrot(tokenizer, [" neutral\n", "neutrally", "", "other 1"], is_encoder_decoder=is_encoder_decoder)
+    assert exact_match(model, tokenizer, rows, max_new_tokens=9, batch_size=1, answer="text") == 1 / 4
+
+
 def test_exact_match_leaves_the_model_as_it_was() -> None:
     for training in (True, False):
         model = Parrot(tiny_tokenizer(), RIGHT)

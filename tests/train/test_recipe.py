@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import Trainer, TrainingArguments
 
 from loraover.cli import cli
 from loraover.command import run
 from loraover.errors import ConfigError
 from loraover.recipe import MAX_YAML_BYTES, Recipe, load_recipe, parse_override, recipe_names
+
+from tiny_models import tiny_net
 
 SMALL: dict[str, Any] = {"model": "owner/model", "data": {"train": "word-problems"}, "training": {"max_steps": 3}}
 
@@ -46,7 +49,7 @@ def fault(recipe: str, **overrides: Any) -> str:
 
 
 def test_recipes_ship() -> None:
-    assert {"demo", "gsm8k-smollm2"} <= set(recipe_names())
+    assert {"demo", "gsm8k-smollm2", "glue-qnli-t5-base", "metamath-gsm8k"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -54,7 +57,8 @@ def test_a_recipe_that_ships_is_valid(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
     assert recipe.push_to_hub is None
-    assert recipe.training.save_steps <= recipe.training.max_steps, "an interrupted run has something to resume from"
+    if recipe.training.max_steps is not None:
+        assert recipe.training.save_steps <= recipe.training.max_steps, "an interrupted run can be resumed"
 
 
 def test_a_shipped_recipe_goes_before_a_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +145,33 @@ def test_faults_of_over_parameterization_show_when_a_recipe_is_read(
     over: dict[str, Any], said: str, write: Write
 ) -> None:
     assert said in fault(write(changed(over=over)))
+
+
+def test_a_run_has_steps_or_epochs(write: Write) -> None:
+    for training in ({}, {"max_steps": 3, "num_train_epochs": 1}):
+        assert "give one of max_steps and num_train_epochs" in fault(write(changed(training=training)))
+    assert load_recipe(write(changed(training={"num_train_epochs": 0.5}))).training.max_steps is None
+
+
+def test_a_run_warms_up_for_steps_or_for_a_share_of_them(write: Write) -> None:
+    both = {"max_steps": 3, "warmup_steps": 1, "warmup_ratio": 0.1}
+    assert "give one of warmup_steps and warmup_ratio" in fault(write(changed(training=both)))
+    assert "training.warmup_ratio" in fault(write(changed(training={"max_steps": 3, "warmup_ratio": 1})))
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs", "batch", "accumulated", "steps"),
+    [(64, 1, 32, 1, 2), (65, 1, 32, 1, 3), (65, 2, 8, 4, 6), (10, 0.5, 2, 1, 3), (1, 1, 32, 8, 1), (9, 0.1, 3, 1, 1)],
+)
+def test_steps_of_epochs_are_counted_as_the_trainer_does(
+    examples: int, epochs: float, batch: int, accumulated: int, steps: int, write: Write, tmp_path: Path
+) -> None:
+    counts = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+    recipe = load_recipe(write(changed(training={"num_train_epochs": epochs, **counts})))
+    assert recipe.training.steps(examples) == steps
+    args = TrainingArguments(str(tmp_path / "out"), num_train_epochs=epochs, use_cpu=True, report_to="none", **counts)
+    trainer = Trainer(tiny_net(), args, train_dataset=[{"x": 0}] * examples)
+    assert trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1] == steps
 
 
 UNSAFE = "!!python/object/apply:os.system ['touch {mark}']"

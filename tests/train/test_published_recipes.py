@@ -1,0 +1,189 @@
+"""Recipes after LoRA-GA's protocol, run whole on tiny models of the same kind and slices in the hub's columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from safetensors.torch import load_file
+
+from loraover import read_checkpoint
+from loraover.cli import cli
+from loraover.command import run
+from loraover.recipe import load_recipe
+from loraover.resume import last_whole_checkpoint
+from loraover.run_result import read_run
+from loraover.threads import one_thread
+
+from tiny_hub import save_llama, save_t5
+
+TEXT = "in spring a farmer sells 3 eggs"
+SLICES: dict[str, dict[str, Any]] = {
+    "glue-mnli-t5-base": {"premise": TEXT, "hypothesis": "no eggs", "label": 2},
+    "glue-sst2-t5-base": {"sentence": TEXT, "label": 1},
+    "glue-cola-t5-base": {"sentence": TEXT, "label": 1},
+    "glue-qnli-t5-base": {"question": "what is sold?", "sentence": TEXT, "label": 0},
+    "glue-mrpc-t5-base": {"sentence1": TEXT, "sentence2": "eggs are sold", "label": 1},
+    "metamath-gsm8k": {"type": "GSM_SV", "query": TEXT, "response": "it is 3.\n#### 3\nThe answer is: 3"},
+    "codefeedback-humaneval": {"query": TEXT, "answer": "so:\n```python\nx = 3\n```\nbye"},
+    "wizardlm-mtbench": {"instruction": TEXT, "output": "it sells 3."},
+}
+SIZES = {"mnli": 392_702, "sst2": 67_349, "cola": 8_551, "qnli": 104_743, "mrpc": 3_668}
+EXAMPLES = 40
+STEPS = 2
+"""40 examples in batches of 32: the second step is smaller."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {"t5": save_t5(folder / "t5"), "llama": save_llama(folder / "llama")}
+
+
+def kind(recipe: str) -> str:
+    return "t5" if "t5" in recipe else "llama"
+
+
+def train(recipe: str, bases: dict[str, Path], folder: Path, *options: object) -> int:
+    """Train the recipe in `folder`/run on the tiny model and on the slice of its data, with no key changed."""
+    for name, count in (("train", EXAMPLES), ("test", 4)):
+        rows = [SLICES[recipe] | {"idx": i} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = ["--model", bases[kind(recipe)], "--data", folder / "train.jsonl", "--test-data", folder / "test.jsonl"]
+    return run(cli, ["train", recipe, "-o", str(folder / "run"), *map(str, [*local, *options])])
+
+
+@pytest.mark.parametrize("recipe", SLICES)
+def test_a_published_recipe_runs_from_end_to_end(recipe: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    assert train(recipe, bases, tmp_path) == 0
+    result = read_run(tmp_path / "run")
+    assert (result.steps, result.method) == (STEPS, "lora-over")
+    assert result.before is not None
+    assert result.after is not None
+    assert (result.after.exact_match is not None) is (kind(recipe) == "t5")
+    linear = list(linear_layers(bases[kind(recipe)], kind(recipe)))
+    matrices = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert len(matrices) == len(read_checkpoint(tmp_path / "run" / "adapter").meta.sites) == 2 * len(linear)
+    assert all(matrix.any() for matrix in matrices.values())
+
+
+def linear_layers(base: Path, kind: str) -> Iterator[str]:
+    """The linear layers of a model but for its head."""
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(base)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear" and module is not model.get_output_embeddings():
+            yield name
+
+
+@pytest.mark.parametrize("recipe", SLICES)
+def test_a_published_recipe_is_the_protocol(recipe: str) -> None:
+    loaded = load_recipe(recipe)
+    training = loaded.training
+    assert (loaded.lora.r, loaded.lora.lora_alpha, loaded.lora.target_modules) == (8, 16, "all-linear")
+    assert loaded.lora.init_lora_weights is True
+    assert (training.num_train_epochs, training.max_steps) == (1, None)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 32
+    assert (training.lr_scheduler_type, training.warmup_ratio, training.weight_decay) == ("cosine", 0.03, 0)
+    assert training.optim.startswith("adamw")
+    found = (training.precision, training.learning_rate, training.max_length)
+    assert found == (("fp32", 1e-4, 128) if kind(recipe) == "t5" else ("bf16", 2e-5, 1024))
+    assert "arXiv:2407.05000" in loaded.description
+
+
+def test_recipes_of_glue_differ_in_their_data_alone() -> None:
+    def common(task: str) -> dict[str, Any]:
+        values = load_recipe(f"glue-{task}-t5-base").model_dump(exclude={"description", "data"})
+        del values["training"]["save_steps"], values["training"]["logging_steps"], values["evaluation"]["examples"]
+        return values
+
+    for task in SIZES:
+        assert common(task) == common("qnli")
+        data = load_recipe(f"glue-{task}-t5-base").data
+        assert (data.subset, data.format) == (task, f"glue-{task}")
+
+
+@pytest.mark.parametrize("recipe", SLICES)
+def test_a_published_recipe_saves_before_its_end(recipe: str) -> None:
+    loaded = load_recipe(recipe)
+    examples = loaded.data.train_examples or SIZES[str(loaded.data.subset)]
+    assert loaded.training.save_steps < loaded.training.steps(examples)
+
+
+@pytest.mark.parametrize("recipe", ["glue-cola-t5-base", "metamath-gsm8k"])
+def test_the_rate_rises_for_a_share_of_the_steps_and_falls_to_zero(
+    recipe: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    small = ["--set", "training.per_device_train_batch_size=1", "--set", "training.gradient_accumulation_steps=1"]
+    shown = ["--set", "training.logging_steps=1", "--set", "training.warmup_ratio=0.1"]
+    assert train(recipe, bases, tmp_path, *small, *shown, "--method", "lora", "--set", "evaluation.examples=0") == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rates = [row["learning_rate"] for row in map(json.loads, lines) if "loss" in row]
+    peak = load_recipe(recipe).training.learning_rate
+    assert len(rates) == EXAMPLES
+    assert rates[:5] == pytest.approx([0, peak / 4, peak / 2, peak * 3 / 4, peak])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < peak / 100
+
+
+def test_a_dynamic_schedule_takes_its_rounds_from_the_epoch(bases: dict[str, Path], tmp_path: Path) -> None:
+    dynamic = ["over.schedule=dynamic", "over.budget={fraction: 0.5}", "over.rounds=2", "over.start=0.2"]
+    options = [part for key in [*dynamic, "training.per_device_train_batch_size=4"] for part in ("--set", key)]
+    assert train("glue-qnli-t5-base", bases, tmp_path, *options) == 0
+    rounds = read_checkpoint(tmp_path / "run" / "adapter").meta.rounds
+    assert [found.step for found in rounds] == [2, 5]
+
+
+def test_an_epoch_is_resumed_where_it_stopped(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*("--set", "training.per_device_train_batch_size=8"), *("--set", "training.save_steps=2")]
+    logged = [*options, "--set", "training.logging_steps=1"]
+    (tmp_path / "whole").mkdir()
+    assert train("glue-qnli-t5-base", bases, tmp_path / "whole", *logged) == 0
+    (tmp_path / "cut").mkdir()
+
+    def interrupt(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loraover.progress.TrainingProgress.on_step_end", interrupt)
+        assert train("glue-qnli-t5-base", bases, tmp_path / "cut", *logged) == 130
+    checkpoint = last_whole_checkpoint(tmp_path / "cut" / "run" / "trainer")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-2"
+    assert train("glue-qnli-t5-base", bases, tmp_path / "cut", *logged, "--resume") == 0
+    whole, cut = (read_run(tmp_path / name / "run") for name in ("whole", "cut"))
+    assert whole.steps == cut.steps == 5
+    assert whole.after == cut.after
+
+
+def test_a_run_that_was_stopped_after_its_last_step_is_finished(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loraover.train._publish", interrupt)
+        assert train("glue-qnli-t5-base", bases, tmp_path) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("took another step"))
+        assert train("glue-qnli-t5-base", bases, tmp_path, "--resume") == 0
+    assert read_run(tmp_path / "run").steps == STEPS
+
+
+def test_steps_on_the_command_line_take_the_place_of_epochs(bases: dict[str, Path], tmp_path: Path) -> None:
+    assert train("glue-mrpc-t5-base", bases, tmp_path, "--steps", 1) == 0
+    assert read_run(tmp_path / "run").steps == 1
