@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loraover.command import entry_point
+
+if TYPE_CHECKING:
+    from loraover.recipe import Recipe
 
 
 @click.group()
@@ -20,22 +23,23 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("recipe")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the run.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder for the run.")
 @click.option("--method", type=click.Choice(["lora", "lora-over"]), help="Plain LoRA, or LoRA-Over.")
 @click.option("--model", help="Base model: folder or hub name.")
 @click.option("--data", help="Training data: JSONL file, folder, hub name or 'word-problems'.")
 @click.option("--test-data", help="Held-out data, likewise.")
-@click.option("--steps", type=int, help="Optimizer steps.")
+@click.option("--steps", type=int, help="Optimizer steps, in place of epochs.")
 @click.option("--learning-rate", type=float)
 @click.option("--seed", type=int)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key, e.g. over.decomposition=svd."
 )
 @click.option("--resume", is_flag=True, help="Continue the run in OUTPUT from its last whole checkpoint.")
+@click.option("--plan", is_flag=True, help="Say what the run would take, from config.json alone, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     recipe: str,
-    output: Path,
+    output: Path | None,
     method: str | None,
     model: str | None,
     data: str | None,
@@ -45,9 +49,12 @@ def train(
     seed: int | None,
     settings: tuple[str, ...],
     resume: bool,
+    plan: bool,
     as_json: bool,
 ) -> None:
     """Train an adapter as RECIPE says: the name of a recipe that ships, or a YAML file."""
+    if output is None and not plan:
+        raise click.UsageError("give the folder for the run with -o, or --plan.")
     from rich.console import Console
 
     from loraover.command import quiet_libraries
@@ -63,9 +70,15 @@ def train(
         "training.seed": seed,
     }
     overrides: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    if steps is not None:
+        overrides["training.num_train_epochs"] = None
     overrides |= dict(parse_override(setting) for setting in settings)
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
+    if plan:
+        _show_plan(loaded, as_json)
+        return
+    assert output is not None
     from loraover.progress import Reporter
     from loraover.train import train as run
 
@@ -80,6 +93,18 @@ def train(
     console.print(f"adapter: {output / 'adapter'}", soft_wrap=True, markup=False)
     if as_json:
         print(result.model_dump_json(indent=1))
+
+
+def _show_plan(recipe: Recipe, as_json: bool) -> None:
+    from loraover.plan import ASSUMPTION, make_plan
+
+    found = make_plan(recipe)
+    if as_json:
+        print(found.model_dump_json(indent=1))
+        return
+    for name, value in found.facts().items():
+        click.echo(f"{name:<18}{value}")
+    click.echo(ASSUMPTION)
 
 
 @cli.command()

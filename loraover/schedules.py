@@ -69,6 +69,17 @@ class Schedule:
             self.round_steps = _round_steps(config, steps)
 
     @property
+    def most_parameters(self) -> tuple[int, int]:
+        """Numbers that the cores hold at most once all is decided, and those that they have beyond their matrices."""
+        added = sorted(self._added.values(), reverse=True)
+        cores = sorted((self._added[n] + s.parameter.numel() for n, s in self.candidates.items()), reverse=True)
+        if self.config.budget is None:
+            return sum(cores), sum(added)
+        if self._counts_sites:
+            return sum(cores[: int(self._capacity)]), sum(added[: int(self._capacity)])
+        return min(sum(cores), sum(cores) - sum(added) + int(self._capacity)), int(self._capacity)
+
+    @property
     def is_over(self) -> bool:
         """Nothing is left to decide."""
         return len(self.rounds) >= (self.config.rounds if self.config.schedule == "dynamic" else 1)

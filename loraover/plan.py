@@ -1,0 +1,168 @@
+"""What a recipe would take, before anything is loaded: from the model's config.json and the size of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from loraover.data import BUILT_IN, count_hub_rows, is_hub_name, load_rows
+from loraover.examples import WORD_PROBLEMS
+from loraover.models import DTYPES, load_skeleton, resolve_model
+from loraover.recipe import Recipe
+from loraover.schedules import Schedule
+from loraover.sites import find_sites
+from loraover.train import with_adapter
+
+CORE_BYTES = 4  # cores are float32
+
+
+class Plan(BaseModel):
+    """Numbers of one process; memory in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    method: str
+    weights: int = Field(description="of the base model")
+    adapter: int = Field(description="A and B")
+    cores: int = Field(description="at most: all that a schedule can inject")
+    gradients: int = Field(description="of all that is trained, A and B with their cores")
+    optimizer_states: int = Field(description="two moments, as AdamW's, in the type of what they belong to")
+    activations: int = Field(description="estimate, see `ASSUMPTION`")
+    steps: int
+    examples: int = Field(description="that the run sees, over all epochs")
+    tokens: int = Field(description="at most: every example of full length")
+
+    @property
+    def memory(self) -> int:
+        return sum((self.weights, self.adapter, self.cores, self.gradients, self.optimizer_states, self.activations))
+
+    def facts(self) -> dict[str, str]:
+        """Rows for people."""
+        return {
+            "base model": self.model,
+            "method": self.method,
+            "weights": _size(self.weights),
+            "A and B": _size(self.adapter),
+            "cores": f"at most {_size(self.cores)}",
+            "gradients": f"at most {_size(self.gradients)}",
+            "optimizer states": f"at most {_size(self.optimizer_states)}",
+            "activations": f"about {_size(self.activations)}",
+            "memory in all": f"about {_size(self.memory)}",
+            "steps": f"{self.steps:,}",
+            "examples": f"{self.examples:,}",
+            "tokens": f"at most {self.tokens:,}",
+        }
+
+
+ASSUMPTION = (
+    "Activations are what autograd keeps of one micro-batch of full length, all in the recipe's precision. They count "
+    "attention scores only where the model's own code forms them. Optimizer states are AdamW's; a framework's buffers "
+    "and fragmentation come on top."
+)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Memory, steps and tokens of a run.
+
+    Raises:
+        ConfigError: what `train` would refuse before it loads weights; or neither the hub nor its cache answers.
+        DataError: local data that cannot be read.
+    """
+    training = recipe.training
+    source = resolve_model(recipe.model, recipe.model_revision)
+    precision = "bf16" if training.precision == "bf16" else "fp32"
+    base = load_skeleton(source).to(getattr(torch, DTYPES[precision]))
+    weights = _bytes(base.parameters())
+    is_seq2seq = bool(base.config.is_encoder_decoder)
+    examples = None if training.max_steps is not None else _count_examples(recipe)
+    steps = training.steps(examples or 0)
+
+    model: nn.Module = base
+    if recipe.method != "full":
+        lora = recipe.lora.model_copy(update={"init_lora_weights": True})  # others decompose weights, which are absent
+        task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
+        with torch.device("meta"):
+            model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source)
+    trained = _bytes(p for p in model.parameters() if p.requires_grad)
+    cores = added = 0
+    if recipe.method == "lora-over":
+        cores, added = Schedule(recipe.over, find_sites(model), steps=steps, probe=None).most_parameters
+    batch = training.per_device_train_batch_size
+    seen = steps * batch * training.gradient_accumulation_steps
+    if training.num_train_epochs is not None and examples is not None:
+        seen = round(examples * training.num_train_epochs)
+    return Plan(
+        model=source.origin,
+        method=recipe.method,
+        weights=weights,
+        adapter=0 if recipe.method == "full" else trained,
+        cores=cores * CORE_BYTES,
+        gradients=trained + cores * CORE_BYTES,
+        optimizer_states=2 * (trained + added * CORE_BYTES),
+        activations=_activations(model, recipe, is_seq2seq),
+        steps=steps,
+        examples=seen,
+        tokens=seen * training.max_length * (2 if is_seq2seq else 1),
+    )
+
+
+def _count_examples(recipe: Recipe) -> int:
+    """Training examples of an epoch; of the hub's data, as many as are asked for, or else all rows."""
+    data = recipe.data
+    if data.train == BUILT_IN:
+        return data.train_examples or WORD_PROBLEMS
+    if is_hub_name(data.train):
+        return data.train_examples or count_hub_rows(data.train, data.train_split, data.subset, data.revision)
+    local: dict[str, Any] = {"subset": None, "revision": None, "limit": data.train_examples, "keep": data.keep}
+    return len(load_rows(data.train, split=data.train_split, format=data.format, chat=True, **local).rows)
+
+
+def _activations(model: Any, recipe: Recipe, is_seq2seq: bool) -> int:
+    """Bytes that autograd keeps for the backward pass of one micro-batch.
+
+    With gradient checkpointing, those of the layers' inputs and of one layer.
+    """
+    model = model.to(getattr(torch, DTYPES[recipe.training.precision])).train()
+    shape = (recipe.training.per_device_train_batch_size, recipe.training.max_length)
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "labels": ids, **({} if is_seq2seq else {"attention_mask": torch.ones_like(ids)})}
+    whole = _kept_bytes(model, inputs)
+    if not recipe.training.gradient_checkpointing:
+        return whole
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    kept = _kept_bytes(model, inputs)
+    return kept + (whole - kept) // max(layers, 1)
+
+
+def _kept_bytes(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Bytes of the tensors, other than the model's own, that autograd keeps after a forward pass on the meta device."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs, use_cache=False)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,220 @@
+"""`loraover train --plan`: memory, steps and tokens before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
+
+import loraover.data
+import loraover.models
+from loraover.cli import cli
+from loraover.command import run
+from loraover.errors import DataError
+from loraover.hub import HubUnreachableError
+from loraover.models import load_model, resolve_model
+from loraover.plan import Plan, make_plan
+from loraover.recipe import load_recipe
+from loraover.run_result import read_run
+from loraover.threads import one_thread
+
+from tiny_hub import save_llama, save_t5, write_recipe
+from tiny_models import with_lora
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {"llama": save_llama(folder / "llama"), "t5": save_t5(folder / "t5")}
+
+
+@pytest.fixture
+def configs(bases: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """The models' config.json and nothing else of them."""
+    for kind, folder in bases.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return {kind: tmp_path / kind for kind in bases}
+
+
+def plan(recipe: Path | str, capsys: pytest.CaptureFixture[str], *options: object) -> Plan:
+    assert run(cli, ["train", str(recipe), "--plan", "--json", *map(str, options)]) == 0
+    return Plan.model_validate_json(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("over", [{}, {"schedule": "dynamic", "budget": {"fraction": 0.5}, "rounds": 2}])
+def test_a_plan_counts_what_a_run_trains(
+    kind: str,
+    over: dict[str, Any],
+    bases: dict[str, Path],
+    configs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases[kind], over=over, evaluation={"examples": 0})
+    found = plan(recipe, capsys, "--model", configs[kind])
+    assert run(cli, ["train", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    result = read_run(tmp_path / "run")
+    assert found.steps == result.steps
+    assert found.adapter == 4 * result.lora_parameters
+    stored = load_file(tmp_path / "run" / "adapter" / "loraover.safetensors")
+    held = 4 * sum(core.numel() for name, core in stored.items() if name.rpartition(".core.")[2].isdigit())
+    states = 8 * (result.lora_parameters + result.added_parameters)
+    if over:
+        assert held <= found.cores <= 3 * held
+        assert states <= found.optimizer_states <= 1.2 * states
+    else:
+        assert (found.cores, found.optimizer_states) == (held, states)
+
+
+@pytest.mark.parametrize(("method", "trained"), [("lora", "adapter"), ("full", "weights")])
+def test_a_plan_without_cores_has_the_moments_of_what_is_trained(
+    method: str, trained: str, configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", configs["llama"], method=method)
+    found = plan(recipe, capsys)
+    assert found.cores == 0
+    assert found.optimizer_states == 2 * getattr(found, trained)
+    assert found.gradients == getattr(found, trained)
+
+
+def test_bf16_halves_the_weights_and_not_the_adapter(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", configs["llama"])
+    whole, half = (plan(recipe, capsys, "--set", f"training.precision={p}") for p in ("fp32", "bf16"))
+    assert half.weights * 2 == whole.weights
+    assert half.adapter == whole.adapter
+    assert 0.5 * whole.activations <= half.activations < 0.7 * whole.activations
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_activations_are_what_autograd_keeps(
+    kind: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases[kind], method="lora")
+    found = plan(recipe, capsys)
+    task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
+    model = with_lora(load_model(resolve_model(str(bases[kind])), task_type=task), r=4, task_type=task).train()
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.ones(4, 128, dtype=torch.long)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    held = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+    assert found.activations == pytest.approx(held, rel=0.15)
+
+
+def test_checkpointing_keeps_less(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, config in configs.items():
+        recipe = write_recipe(tmp_path / f"{kind}.yaml", config)
+        whole = plan(recipe, capsys)
+        less = plan(recipe, capsys, "--set", "training.gradient_checkpointing=true")
+        assert 0 < less.activations < whole.activations
+        assert less.model_copy(update={"activations": whole.activations}) == whole
+
+
+def test_an_epoch_of_a_file_counts_its_rows(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": "a?", "sentence": "b", "label": 0}] * 70
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = ["--model", configs["t5"], "--data", tmp_path / "rows.jsonl"]
+    found = plan("glue-qnli-t5-base", capsys, *local)
+    assert (found.steps, found.examples, found.tokens) == (3, 70, 70 * 2 * 128)
+    twice = plan("glue-qnli-t5-base", capsys, *local, "--set", "training.num_train_epochs=2")
+    assert (twice.steps, twice.examples) == (6, 140)
+
+
+def test_steps_need_no_data(configs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan("metamath-gsm8k", capsys, "--model", configs["llama"], "--steps", 10)
+    assert (found.steps, found.examples, found.tokens) == (10, 320, 320 * 1024)
+
+
+def test_an_epoch_of_the_hub_takes_the_examples_that_are_asked_for(
+    configs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = plan("wizardlm-mtbench", capsys, "--model", configs["llama"])
+    assert (found.steps, found.examples) == (1625, 52_000)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Sizes of splits, as the hub tells them."""
+    splits: dict[str, Any] = {}
+    monkeypatch.setattr(loraover.data, "pinned_commit", lambda *_: "c" * 40)
+    info = SimpleNamespace(info=SimpleNamespace(splits=splits))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: info)
+    return splits
+
+
+def test_an_epoch_of_the_hub_counts_what_the_hub_says(
+    hub: dict[str, Any], configs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub["train"] = SimpleNamespace(num_examples=104_743)
+    found = plan("glue-qnli-t5-base", capsys, "--model", configs["t5"])
+    assert (found.steps, found.examples) == (3274, 104_743)
+
+
+def test_a_size_that_the_hub_does_not_say_is_asked_for(hub: dict[str, Any], configs: dict[str, Path]) -> None:
+    recipe = load_recipe("glue-qnli-t5-base", {"model": str(configs["t5"])})
+    with pytest.raises(DataError, match=r"data\.train_examples or training\.max_steps"):
+        make_plan(recipe)
+
+
+def test_a_hub_that_cannot_be_reached_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(name: str, *_: object) -> str:
+        raise HubUnreachableError(f"model {name!r}: the hub cannot be reached and its cache holds no copy.")
+
+    monkeypatch.setattr(loraover.models, "pinned_commit", unreachable)
+    assert run(cli, ["train", "metamath-gsm8k", "--plan"]) == 2
+    assert "'meta-llama/Llama-2-7b-hf': the hub cannot be reached" in capsys.readouterr().err
+
+
+def test_a_schedule_that_does_not_fit_is_refused_before_anything_is_loaded(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = {"schedule": "static", "budget": {"sites": 9999}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", configs["llama"], over=over)
+    assert run(cli, ["train", str(recipe), "--plan"]) == 2
+    assert "budget.sites is 9999" in capsys.readouterr().err
+
+
+def test_a_plan_is_shown_with_its_assumption_and_leaves_nothing(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", configs["llama"])
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert run(cli, ["train", str(recipe), "--plan", "-o", "run"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("weights", "A and B", "cores", "optimizer states", "activations", "steps", "tokens", "micro-batch"):
+        assert word in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["train", "demo"]) == 2
+    assert "-o" in capsys.readouterr().err
