@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loraover.data import BUILT_IN, count_hub_rows, is_hub_name, load_rows
@@ -61,9 +64,9 @@ class Plan(BaseModel):
 
 
 ASSUMPTION = (
-    "Activations are what autograd keeps of one micro-batch of full length, all in the recipe's precision. They count "
-    "attention scores only where the model's own code forms them. Optimizer states are AdamW's; a framework's buffers "
-    "and fragmentation come on top."
+    "Activations are what autograd keeps of one micro-batch of full length: all logits (TRL computes them in parts), "
+    "but no attention scores, as with fused attention. Optimizer states are AdamW's. Fragmentation and the buffers of "
+    "libraries come on top."
 )
 
 
@@ -128,33 +131,68 @@ def _activations(model: Any, recipe: Recipe, is_seq2seq: bool) -> int:
 
     With gradient checkpointing, those of the layers' inputs and of one layer.
     """
-    model = model.to(getattr(torch, DTYPES[recipe.training.precision])).train()
     shape = (recipe.training.per_device_train_batch_size, recipe.training.max_length)
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids, "labels": ids, **({} if is_seq2seq else {"attention_mask": torch.ones_like(ids)})}
-    whole = _kept_bytes(model, inputs)
+    precision = recipe.training.precision
+    mode = _Accelerated(None if precision == "fp32" else getattr(torch, DTYPES[precision]))
+    whole = kept_bytes(model.train(), ids, mode)
     if not recipe.training.gradient_checkpointing:
         return whole
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable()
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
-    kept = _kept_bytes(model, inputs)
+    kept = kept_bytes(model, ids, mode)
     return kept + (whole - kept) // max(layers, 1)
 
 
-def _kept_bytes(model: nn.Module, inputs: dict[str, Any]) -> int:
-    """Bytes of the tensors, other than the model's own, that autograd keeps after a forward pass on the meta device."""
+def kept_bytes(model: nn.Module, ids: Tensor, mode: AbstractContextManager[Any]) -> int:
+    """Bytes of the tensors, other than the model's own, that autograd keeps of a forward pass with a loss.
+
+    Args:
+        ids: (batch, tokens), input and labels.
+        mode: to run it in.
+    """
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**inputs, use_cache=False)
+    with mode, saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False)
     return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+
+
+class _Accelerated(TorchFunctionMode):
+    """What an accelerator does and the meta device does not: autocast, and attention that keeps no scores."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (linear, torch.matmul, scaled_dot_product_attention) and self.dtype is not None:
+            args = [arg.to(self.dtype) if isinstance(arg, Tensor) else arg for arg in args]
+        if func is scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3], (kwargs or {}).get("attn_mask"))  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps queries, keys, values, the output and a float32 for each row of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        rows = query.shape[:-1]
+        output = query.new_empty(*rows, value.shape[-1])
+        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(rows, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError
 
 
 def _bytes(parameters: Any) -> int:

@@ -178,10 +178,9 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
     model = base if recipe.method == "full" else with_adapter(base, recipe, task, source)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
-    if over is not None:
-        steps = recipe.training.steps(len(examples.train.rows))
-        Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
     trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
+    if over is not None:
+        Schedule(recipe.over, find_sites(model), steps=_steps(recipe, trainer), probe=None)
     return Prepared(source, tokenizer, examples, model, trainer, over)
 
 
@@ -210,11 +209,16 @@ def _check_names(recipe: Recipe) -> None:
         raise ConfigError("training.precision is fp16, which needs an accelerator; use fp32 or bf16 on a CPU.")
 
 
+def _steps(recipe: Recipe, trainer: Trainer) -> int:
+    """Steps of the whole run; a trainer may leave out examples that have no room for a completion."""
+    return recipe.training.steps(len(trainer.train_dataset))
+
+
 def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
     """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
     if run.callback is not None:
         run.callback.resume_from = checkpoint
-    steps = recipe.training.steps(len(run.examples.train.rows))
+    steps = _steps(recipe, run.trainer)
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if checkpoint is None or step < steps:
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

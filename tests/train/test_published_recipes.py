@@ -184,6 +184,17 @@ def test_a_run_that_was_stopped_after_its_last_step_is_finished(
     assert read_run(tmp_path / "run").steps == STEPS
 
 
+def test_an_example_without_room_for_its_completion_takes_no_part_in_the_epoch(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    long = ["--set", "training.max_length=120", "--set", "training.per_device_train_batch_size=1"]
+    rows = [SLICES["metamath-gsm8k"]] * 33 + [SLICES["metamath-gsm8k"] | {"query": "x" * 200}] * 40
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*long, "--set", f"data.train={tmp_path / 'long.jsonl'}", "--set", "training.save_steps=1"]
+    assert train("metamath-gsm8k", bases, tmp_path, *options) == 0
+    assert read_run(tmp_path / "run").steps == 5
+
+
 def test_steps_on_the_command_line_take_the_place_of_epochs(bases: dict[str, Path], tmp_path: Path) -> None:
     assert train("glue-mrpc-t5-base", bases, tmp_path, "--steps", 1) == 0
     assert read_run(tmp_path / "run").steps == 1
