@@ -320,6 +320,12 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     missing = sorted(checkpoint.sites.keys() - over.sites.keys())
     if missing:
         raise CheckpointError(f"{checkpoint.path}: the model lacks {len(missing)} of its sites, first {missing[0]}.")
+    for record in checkpoint.meta.sites:
+        if over.sites[record.name].shape != (record.m, record.n):
+            raise CheckpointError(
+                f"{checkpoint.path}: {record.name} is {record.m} x {record.n}, in the model it is "
+                f"{' x '.join(map(str, over.sites[record.name].shape))}; resume with the adapter's own LoraConfig."
+            )
     with open_tensors(checkpoint.cores_path) as file:
         by_step: dict[int, list[SiteRecord]] = {}
         for site in checkpoint.meta.sites:

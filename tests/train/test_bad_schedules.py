@@ -1,0 +1,252 @@
+"""Schedules that cannot be held are refused before the first step, with what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from transformers import Trainer, TrainingArguments
+
+from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe, checkpoint
+from loraover.errors import CheckpointError, ConfigError
+from loraover.recipe import load_recipe
+
+from make_checkpoint import Made, adamw, make_checkpoint, reopened
+from tiny_models import lora_matrices, net_batch, net_loss, tiny_llama, tiny_net, token_ids, trainable, with_lora
+
+BATCHES = [net_batch(seed) for seed in range(2)]
+
+
+def batch_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    loss: Tensor = (model(x) - y).square().mean()
+    return loss
+
+
+# Configurations that contradict themselves
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "two budgets": (
+        {"schedule": "static", "budget": {"sites": 2, "fraction": 0.5}},
+        "give one of sites, fraction and parameters, found sites, fraction",
+    ),
+    "an empty budget": (
+        {"schedule": "static", "budget": {}},
+        "give one of sites, fraction and parameters, found none",
+    ),
+    "static without a budget": ({"schedule": "static"}, "schedule 'static' takes a budget"),
+    "dynamic without a budget": ({"schedule": "dynamic"}, "schedule 'dynamic' takes a budget"),
+    "all with a budget": ({"budget": {"sites": 2}}, "schedule 'all' takes no budget"),
+    "no site": ({"schedule": "static", "budget": {"sites": 0}}, "greater than or equal to 1"),
+    "a fraction above one": ({"schedule": "static", "budget": {"fraction": 1.1}}, "less than or equal to 1"),
+    "a misspelt unit": ({"schedule": "static", "budget": {"site": 2}}, "budget.site: "),
+    "a misspelt score": ({"score": "fischer"}, "score is 'fischer'; did you mean 'fisher'?"),
+    "a score of another kind": ({"score": "xyz"}, "expected one of fisher, taylor, sensitivity, loss_impact, random"),
+    "a misspelt schedule": ({"schedule": "dynamik"}, "'all', 'static' or 'dynamic'"),
+    "a misspelt quota": ({"quota": "modules"}, "'global', 'module', 'matrix' or 'layer'"),
+    "start after end": ({"start": 0.6}, "start is 0.6, after end, which is 0.5"),
+    "an end behind the run": ({"end": 1.0}, "less than 1"),
+    "no round": ({"rounds": 0}, "greater than or equal to 1"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_contradiction_is_refused_in_python_and_in_a_recipe(case: str) -> None:
+    options, said = CONTRADICTIONS[case]
+    with pytest.raises(ConfigError) as refusal:
+        load_recipe("demo", {"method": "lora-over", "over": options})
+    assert said in str(refusal.value)
+    with pytest.raises(ValueError, match="LoraOverConfig"):
+        LoraOverConfig(**options)
+
+
+# Schedules that fit neither the model nor the run
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "more sites than there are": (
+        {"schedule": "static", "budget": Budget(sites=7)},
+        r"budget\.sites is 7, but there are 6 candidate sites",
+    ),
+    "more sites than match": (
+        {"schedule": "static", "budget": Budget(sites=3), "sites": ["first.*"]},
+        r"budget\.sites is 3, but there are 2 candidate sites",
+    ),
+    "fewer parameters than the cheapest": (
+        {"schedule": "static", "budget": Budget(parameters=1)},
+        r"budget\.parameters is 1; the cores of one site add \d+ at least, those of all 6 candidates \d+",
+    ),
+    "more parameters than all": (
+        {"schedule": "static", "budget": Budget(parameters=10**6)},
+        r"budget\.parameters is 1000000; the cores",
+    ),
+    "a pattern that matches nothing": (
+        {"schedule": "static", "budget": Budget(sites=1), "sites": ["first.lora_C"]},
+        r"'first\.lora_C' matches none of 6 sites\. Nearest: first\.lora_",
+    ),
+    "more rounds than steps": (
+        {"schedule": "dynamic", "budget": Budget(sites=6), "rounds": 6, "end": 0.9},
+        "6 rounds from 0.1 to 0.9 of 4 steps come after steps 1, 1, 2, 2, 3, 4; they must differ",
+    ),
+    "a round after the last step": (
+        {"schedule": "dynamic", "budget": Budget(sites=6), "rounds": 2, "end": 0.9},
+        "come after steps 1, 4; they must differ and precede the last",
+    ),
+    "dynamic without the number of steps": (
+        {"schedule": "dynamic", "budget": Budget(sites=2), "steps": None},
+        "give the number of its steps with `steps`",
+    ),
+    "static without batches": (
+        {"schedule": "static", "budget": Budget(sites=2), "probe": False},
+        "schedule static with score fisher runs the model on calibration batches",
+    ),
+    "static without a batch": (
+        {"schedule": "static", "budget": Budget(sites=2), "probe": []},
+        "schedule static with score fisher runs the model on calibration batches",
+    ),
+    "loss_impact without batches": (
+        {"schedule": "dynamic", "budget": Budget(sites=2), "score": "loss_impact", "rounds": 2, "probe": False},
+        "schedule dynamic with score loss_impact runs the model on calibration batches",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_schedule_that_does_not_fit_is_refused_before_the_first_step(case: str) -> None:
+    options, said = UNFIT[case]
+    config = {key: value for key, value in options.items() if key not in ("steps", "probe")}
+    batches = options.get("probe", BATCHES)
+    model = tiny_net()
+    before, optimizer = lora_matrices(model), AdamW(trainable(model))
+    probe = None if batches is False else Probe(model, batches, batch_loss)
+    steps = options.get("steps", 4)
+    with pytest.raises(ConfigError, match=said):
+        OverParameterization(model, LoraOverConfig(**config), steps=steps, probe=probe).attach(optimizer)
+    assert_untouched(model, before, optimizer)
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Tensor], optimizer: Any) -> None:
+    assert all(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 0
+
+
+# Optimizers
+
+
+def test_an_optimizer_without_a_lora_matrix_is_refused() -> None:
+    model = tiny_net()
+    over = OverParameterization(model, LoraOverConfig(schedule="dynamic", budget=Budget(sites=2)), steps=10)
+    optimizer = SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ConfigError, match=r"does not hold first\.lora_A\. Build it"):
+        over.attach(optimizer)
+
+
+def test_an_optimizer_without_a_site_that_a_later_round_could_choose_is_refused() -> None:
+    model = tiny_net()
+    over = OverParameterization(model, LoraOverConfig(schedule="dynamic", budget=Budget(sites=2)), steps=10)
+    with pytest.raises(ConfigError, match=r"does not hold third\.lora_B"):
+        over.attach(SGD(trainable(model)[:-1], lr=0.1))
+
+
+def test_two_on_one_optimizer_are_refused() -> None:
+    model = tiny_net()
+    optimizer = SGD(trainable(model), lr=0.1)
+    first = OverParameterization(model, LoraOverConfig(sites=["first.*"])).attach(optimizer)
+    second = OverParameterization(model, LoraOverConfig(sites=["second.*"]))
+    with pytest.raises(ConfigError, match="another OverParameterization trains this optimizer's matrices already"):
+        second.attach(optimizer)
+    net_loss(model).backward()
+    optimizer.step()
+    first.fold()
+    second.attach(optimizer)
+
+
+def trainer_of(folder: Path, *callbacks: LoraOverCallback) -> Trainer:
+    args = TrainingArguments(str(folder), max_steps=4, report_to="none", use_cpu=True, disable_tqdm=True)
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(batch=8)]
+    model = with_lora(tiny_llama(), task_type="CAUSAL_LM")
+    return Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))
+
+
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one callback is enough"):
+        trainer_of(tmp_path, LoraOverCallback(), LoraOverCallback()).train()
+
+
+def test_rounds_that_a_trainers_run_has_no_room_for_are_refused(tmp_path: Path) -> None:
+    config = LoraOverConfig(schedule="dynamic", budget=Budget(sites=4), rounds=6)
+    trainer = trainer_of(tmp_path, LoraOverCallback(config))
+    before = lora_matrices(trainer.model)
+    with pytest.raises(ConfigError, match=r"6 rounds from 0\.1 to 0\.5 of 4 steps"):
+        trainer.train()
+    assert all(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(trainer.model).items())
+
+
+# Resuming
+
+CONFIG = LoraOverConfig(schedule="dynamic", score="taylor", budget=Budget(sites=4), rounds=2, start=0.2, seed=5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_checkpoint(tmp_path_factory.mktemp("made"), config=CONFIG, steps=3, total=10)
+
+
+OTHER_CONFIGS: dict[str, dict[str, Any]] = {
+    "decomposition": {"decomposition": "svd"},
+    "schedule": {"schedule": "all", "budget": None},
+    "score": {"score": "fisher"},
+    "budget": {"budget": Budget(sites=5)},
+    "rounds": {"rounds": 3},
+    "seed": {"seed": 6},
+}
+
+
+@pytest.mark.parametrize("changed", OTHER_CONFIGS)
+def test_resuming_with_another_configuration_is_refused(changed: str, made: Made) -> None:
+    config = CONFIG.model_copy(update=OTHER_CONFIGS[changed])
+    with pytest.raises(CheckpointError, match="resume with the same configuration or start anew"):
+        reopened(made, adamw, config, total=10)
+
+
+def test_resuming_with_another_optimizer_is_refused(made: Made) -> None:
+    with pytest.raises(ConfigError, match="the run was trained with AdamW, this optimizer is SGD"):
+        reopened(made, lambda parameters: SGD(parameters, lr=0.1), total=10)
+
+
+def test_resuming_in_more_processes_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
+    with pytest.raises(CheckpointError, match=r"was trained by 1 process\(es\), this run has 2"):
+        reopened(made, adamw, total=10)
+
+
+MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "another rank": (
+        lambda: with_lora(tiny_llama(), r=2, target_modules=["q_proj", "v_proj"]),
+        r"lora_[AB] is \d+ x \d+, in the model it is \d+ x \d+; resume with the adapter's own LoraConfig",
+    ),
+    "rank one": (
+        lambda: with_lora(tiny_llama(), r=1, target_modules=["q_proj", "v_proj"]),
+        r"lora_[AB] is \d+ x \d+, in the model it is \d+ x \d+",
+    ),
+    "other modules": (
+        lambda: with_lora(tiny_llama(), target_modules=["up_proj"]),
+        r"the model lacks 2 of its sites, first model\.layers\.",
+    ),
+    "other matrices": (
+        lambda: with_lora(tiny_llama(), seed=3, target_modules=["q_proj", "v_proj"]),
+        "contradicts its cores",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_resuming_another_model_is_refused(case: str, made: Made) -> None:
+    model, said = MODELS[case]
+    over = OverParameterization(model(), CONFIG, steps=10, inject=False)
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.restore(over, checkpoint.read_checkpoint(made.path))
