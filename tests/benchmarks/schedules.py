@@ -31,14 +31,15 @@ from benchmarks.training import load
 from real_data import data_folder
 
 FRACTION = 0.25
-STEPS = 40
+STEPS = 24
 SETTINGS: dict[str, Any] = {
     "training.max_steps": STEPS,
+    "data.train_examples": 200,
     "training.max_length": 96,
     "training.per_device_train_batch_size": 2,
     "training.learning_rate": 1e-3,
     "training.save_steps": 1000,
-    "evaluation.examples": 32,
+    "evaluation.examples": 24,
     "over.calibration_batches": 1,
 }
 METHODS: dict[str, dict[str, Any]] = {
