@@ -108,7 +108,7 @@ def make_plan(recipe: Recipe) -> Plan:
         cores=cores * CORE_BYTES,
         gradients=trained + cores * CORE_BYTES,
         optimizer_states=2 * (trained + added * CORE_BYTES),
-        activations=_activations(model, recipe, is_seq2seq),
+        activations=_activations(model, recipe),
         steps=steps,
         examples=seen,
         tokens=seen * training.max_length * (2 if is_seq2seq else 1),
@@ -126,7 +126,7 @@ def _count_examples(recipe: Recipe) -> int:
     return len(load_rows(data.train, split=data.train_split, format=data.format, chat=True, **local).rows)
 
 
-def _activations(model: Any, recipe: Recipe, is_seq2seq: bool) -> int:
+def _activations(model: Any, recipe: Recipe) -> int:
     """Bytes that autograd keeps for the backward pass of one micro-batch.
 
     With gradient checkpointing, those of the layers' inputs and of one layer.
@@ -173,6 +173,8 @@ class _Accelerated(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__:  # the meta device holds no values: of a mask that is asked for, nothing is masked
+            return True
         if func in (linear, torch.matmul, scaled_dot_product_attention) and self.dtype is not None:
             args = [arg.to(self.dtype) if isinstance(arg, Tensor) else arg for arg in args]
         if func is scaled_dot_product_attention:
