@@ -36,27 +36,25 @@ class Plan(BaseModel):
     cores: int = Field(description="at most: all that a schedule can inject")
     gradients: int = Field(description="of all that is trained, A and B with their cores")
     optimizer_states: int = Field(description="two moments, as AdamW's, in the type of what they belong to")
-    activations: int = Field(description="estimate, see `ASSUMPTION`")
+    activations: int | None = Field(description="estimate, see `ASSUMPTION`; None: only a run with values shows them")
     steps: int
     examples: int = Field(description="that the run sees, over all epochs")
     tokens: int = Field(description="at most: every example of full length")
 
-    @property
-    def memory(self) -> int:
-        return sum((self.weights, self.adapter, self.cores, self.gradients, self.optimizer_states, self.activations))
-
     def facts(self) -> dict[str, str]:
         """Rows for people."""
+        held = self.weights + self.adapter + self.cores + self.gradients + self.optimizer_states
+        known = self.activations is not None
         return {
             "base model": self.model,
             "method": self.method,
             "weights": _size(self.weights),
             "A and B": _size(self.adapter),
-            "cores": f"at most {_size(self.cores)}",
-            "gradients": f"at most {_size(self.gradients)}",
-            "optimizer states": f"at most {_size(self.optimizer_states)}",
-            "activations": f"about {_size(self.activations)}",
-            "memory in all": f"about {_size(self.memory)}",
+            "cores": _size(self.cores),
+            "gradients": _size(self.gradients),
+            "optimizer states": _size(self.optimizer_states),
+            "activations": f"about {_size(self.activations or 0)}" if known else "unknown for this architecture",
+            "in all": f"about {_size(held + (self.activations or 0))}{'' if known else ', and activations'}",
             "steps": f"{self.steps:,}",
             "examples": f"{self.examples:,}",
             "tokens": f"at most {self.tokens:,}",
@@ -65,8 +63,8 @@ class Plan(BaseModel):
 
 ASSUMPTION = (
     "Activations are what autograd keeps of one micro-batch of full length: all logits (TRL computes them in parts), "
-    "but no attention scores, as with fused attention. Optimizer states are AdamW's. Fragmentation and the buffers of "
-    "libraries come on top."
+    "but no attention scores, as with fused attention. Cores are all that the schedule can inject, optimizer states "
+    "AdamW's. Fragmentation and the buffers of libraries come on top."
 )
 
 
@@ -126,8 +124,8 @@ def _count_examples(recipe: Recipe) -> int:
     return len(load_rows(data.train, split=data.train_split, format=data.format, chat=True, **local).rows)
 
 
-def _activations(model: Any, recipe: Recipe) -> int:
-    """Bytes that autograd keeps for the backward pass of one micro-batch.
+def _activations(model: Any, recipe: Recipe) -> int | None:
+    """Bytes that autograd keeps for the backward pass of one micro-batch; None where that depends on values.
 
     With gradient checkpointing, those of the layers' inputs and of one layer.
     """
@@ -135,13 +133,16 @@ def _activations(model: Any, recipe: Recipe) -> int:
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     precision = recipe.training.precision
     mode = _Accelerated(None if precision == "fp32" else getattr(torch, DTYPES[precision]))
-    whole = kept_bytes(model.train(), ids, mode)
-    if not recipe.training.gradient_checkpointing:
-        return whole
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable()
-    layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
-    kept = kept_bytes(model, ids, mode)
+    try:
+        whole = kept_bytes(model.train(), ids, mode)
+        if not recipe.training.gradient_checkpointing:
+            return whole
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+        layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+        kept = kept_bytes(model, ids, mode)
+    except (RuntimeError, AttributeError):  # such as a mixture of experts, whose router looks at values
+        return None
     return kept + (whole - kept) // max(layers, 1)
 
 

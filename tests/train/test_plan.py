@@ -99,6 +99,8 @@ def test_bf16_halves_the_weights_and_not_the_adapter(
     whole, half = (plan(recipe, capsys, "--set", f"training.precision={p}") for p in ("fp32", "bf16"))
     assert half.weights * 2 == whole.weights
     assert half.adapter == whole.adapter
+    assert whole.activations is not None
+    assert half.activations is not None
     assert 0.5 * whole.activations <= half.activations < 0.7 * whole.activations
 
 
@@ -116,11 +118,26 @@ def test_activations_are_what_autograd_keeps(
     assert found.activations == pytest.approx(held, rel=0.1)
 
 
+def test_a_model_that_looks_at_values_is_planned_without_activations(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(self: Any, *_: Any, **__: Any) -> Any:
+        return next(self.parameters()).max().item()
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", look)
+    recipe = write_recipe(tmp_path / "recipe.yaml", configs["llama"])
+    assert plan(recipe, capsys).activations is None
+    assert run(cli, ["train", str(recipe), "--plan"]) == 0
+    assert "unknown for this architecture" in capsys.readouterr().out
+
+
 def test_checkpointing_keeps_less(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, config in configs.items():
         recipe = write_recipe(tmp_path / f"{kind}.yaml", config)
         whole = plan(recipe, capsys)
         less = plan(recipe, capsys, "--set", "training.gradient_checkpointing=true")
+        assert less.activations is not None
+        assert whole.activations is not None
         assert 0 < less.activations < whole.activations
         assert less.model_copy(update={"activations": whole.activations}) == whole
 
