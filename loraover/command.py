@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
+    "lm_eval": "eval",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
     **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "serve"),
 }
@@ -98,6 +99,9 @@ def quiet_libraries() -> None:
     import logging
     import warnings
 
+    if not sys.stderr.isatty():  # both are read when the library is imported
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says on import that it found no GPU kernels
     import transformers
 
@@ -111,5 +115,3 @@ def quiet_libraries() -> None:
         "`past_key_values` is deprecated",  # a cache's old name, which older transformers know
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -167,6 +167,15 @@ def load_config(source: ModelSource) -> Any:
     return config
 
 
+def is_encoder_decoder(source: ModelSource) -> bool:
+    """Whether the model answers with a decoder of its own, as T5 does.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return bool(load_config(source).is_encoder_decoder)
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, with a padding token.
 

@@ -1,0 +1,113 @@
+"""Requests to a server that speaks OpenAI's protocol, such as vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+
+from loraover.errors import ConfigError, EngineError
+
+REQUEST_TIMEOUT_S = 300.0
+TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
+PAUSES_S = (1.0, 4.0)
+
+
+class UnansweredError(EngineError):
+    """A request that came to nothing, though the same one might succeed later."""
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """A key is for one server; it is not handed on to another."""
+
+    def redirect_request(self, *arguments: Any, **named: Any) -> None:
+        return None
+
+
+class Endpoint:
+    """One server."""
+
+    def __init__(self, url: str, key_variable: str | None = None, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        """
+        Args:
+            url: of the server, with or without the final `/v1`.
+            key_variable: environment variable with the key; it is sent to the server and shown to nobody.
+            timeout_s: longest silence.
+        Raises:
+            ConfigError: not an HTTP address, or no such variable.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+            raise ConfigError(f"{url!r} is no address of a server; expected e.g. http://localhost:8000/v1.")
+        self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else url.rstrip("/") + "/v1"
+        self.headers = {"Content-Type": "application/json"}
+        self._key = "" if key_variable is None else os.environ.get(key_variable, "")
+        if key_variable is not None and not self._key:
+            raise ConfigError(f"the environment variable {key_variable}, which should hold a key, is not set.")
+        if self._key:
+            self.headers["Authorization"] = f"Bearer {self._key}"
+        self._timeout_s = timeout_s
+        is_near = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
+        # a proxy for the outside world cannot reach loopback
+        self._opener = build_opener(_NoRedirects, *([ProxyHandler({})] if is_near else []))
+
+    def complete(self, model: str, prompt: str, *, max_tokens: int, stop: Sequence[str] = ()) -> str:
+        """The greedy continuation of a text.
+
+        Raises:
+            EngineError: the server refused, or did not answer although it was asked again.
+        """
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0} | ({"stop": list(stop)} if stop else {})
+        return self._insist("/completions", {"model": model, **body}, "text")
+
+    def chat(self, model: str, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
+        """The answer to a conversation.
+
+        Raises:
+            EngineError: see `complete`.
+        """
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
+        return self._insist("/chat/completions", {"model": model, **body}, "message", "content")
+
+    def _insist(self, path: str, body: dict[str, Any], *keys: str) -> str:
+        """The text under these keys of the first choice; asks again after a pause where that may help."""
+        for pause in PAUSES_S:
+            try:
+                return _text(self._request(path, body), *keys)
+            except UnansweredError:
+                time.sleep(pause)
+        return _text(self._request(path, body), *keys)
+
+    def _request(self, path: str, body: dict[str, Any]) -> Any:
+        request = Request(self.url + path, json.dumps(body).encode(), self.headers)
+        try:
+            with self._opener.open(request, timeout=self._timeout_s) as response:
+                return json.loads(response.read())
+        except HTTPError as error:
+            kind = UnansweredError if error.code in TRANSIENT else EngineError
+            text = error.read(1000).decode(errors="replace")
+            raise kind(self._hidden(f"{self.url}{path}: the server answered {error.code}: {text}")) from None
+        except (OSError, HTTPException) as error:
+            raise UnansweredError(self._hidden(f"{self.url}{path}: no answer: {error}")) from None
+        except ValueError as error:
+            raise UnansweredError(self._hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
+
+    def _hidden(self, text: str) -> str:
+        """Servers repeat a key that they refuse."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _text(answer: Any, *keys: str) -> str:
+    try:
+        found = answer["choices"][0]
+        for key in keys:
+            found = found[key]
+    except (LookupError, TypeError) as error:
+        raise UnansweredError(f"the server's answer holds no text: {answer!r:.300}") from error
+    return found if isinstance(found, str) else ""  # null where a model says nothing

@@ -1,0 +1,60 @@
+"""Scores of open answers by another model, with FastChat's prompts.
+
+Source: Zheng et al. 2023, arXiv:2306.05685, and the files of lm-sys/FastChat, fastchat/llm_judge/data.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from loraover.evaluation.endpoint import Endpoint, UnansweredError
+
+TRIES = 3
+RETRY_TEMPERATURE = 0.7  # at temperature 0 a judge would repeat itself
+MAX_TOKENS = 2048
+_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+_LOOSE_RATING = re.compile(r"\[(\d+(?:\.\d+)?)\]")  # FastChat's second choice
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's rating from 1 to 10, and what it said; None where no rating could be had."""
+
+    rating: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model behind an endpoint that rates answers."""
+
+    endpoint: Endpoint
+    name: str
+
+    def rate(self, system_prompt: str, prompt: str) -> Verdict:
+        """Ask until there is a rating, `TRIES` times at most.
+
+        Raises:
+            EngineError: the judge refuses to be asked, for example for a wrong key.
+        """
+        messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": prompt}]
+        said = ""
+        for attempt in range(TRIES):
+            temperature = RETRY_TEMPERATURE if attempt else 0.0
+            try:
+                said = self.endpoint.chat(self.name, messages, max_tokens=MAX_TOKENS, temperature=temperature)
+            except UnansweredError as error:
+                return Verdict(None, str(error))  # the endpoint has tried again by itself
+            rating = find_rating(said)
+            if rating is not None:
+                return Verdict(rating, said)
+        return Verdict(None, said)
+
+
+def find_rating(text: str) -> float | None:
+    """The first "[[7]]", or else "[7]"; None without one, or outside of 1 to 10."""
+    found = _RATING.search(text) or _LOOSE_RATING.search(text)
+    if found is None or not 1 <= float(found[1]) <= 10:
+        return None
+    return float(found[1])

@@ -1,0 +1,166 @@
+"""MT-Bench: eighty conversations of two turns, rated by a judge.
+
+Source: Zheng et al. 2023, arXiv:2306.05685. Departure: answers are greedy; FastChat samples in some categories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraover.errors import ConfigError, DataError
+from loraover.evaluation.base import Example, Measured, Options, Questions, Row, Task, read_questions, text_field
+from loraover.evaluation.judge import Judge, Verdict
+from loraover.evaluation.parallel import in_parallel
+
+if TYPE_CHECKING:
+    from loraover.evaluation.subjects import Subject
+    from loraover.progress import Reporter
+
+QUESTIONS, PROMPTS = "question.jsonl", "judge_prompts.jsonl"
+REFERENCES = ("reference_answer/gpt-4.jsonl", "reference_answer_gpt-4.jsonl")
+WITH_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")  # FastChat's NEED_REF_CATS
+PROMPT_NAMES = {  # by whether there is a reference, and by turn
+    (False, 0): "single-v1",
+    (True, 0): "single-math-v1",
+    (False, 1): "single-v1-multi-turn",
+    (True, 1): "single-math-v1-multi-turn",
+}
+REQUESTS_AT_A_TIME = 4
+
+
+@dataclass(frozen=True)
+class MtBench(Task):
+    """Mean rating, from 1 to 10."""
+
+    is_right_or_wrong: bool = False
+    max_new_tokens: int = 1024
+
+    def check(self, options: Options) -> None:
+        if options.data is None or not Path(options.data).is_dir():
+            raise ConfigError(
+                f"mtbench needs --data FOLDER with {QUESTIONS}, {PROMPTS} and {REFERENCES[0]}, as in "
+                "fastchat/llm_judge/data of github.com/lm-sys/FastChat."
+            )
+        if options.judge is None:
+            raise ConfigError("mtbench needs a judge: --judge-url and --judge-model.")
+
+    def read(self, options: Options) -> Questions:
+        folder = Path(str(options.data))
+        prompts = {row["name"]: row for row in _rows(folder / PROMPTS, _prompt)}
+        lacking = [name for name in PROMPT_NAMES.values() if name not in prompts]
+        if lacking:
+            raise DataError(f"{folder / PROMPTS}: has no prompt named {lacking[0]!r}.")
+        file = next((folder / name for name in REFERENCES if (folder / name).is_file()), folder / REFERENCES[0])
+        references = {row["question_id"]: row["turns"] for row in _rows(file, _reference)}
+        found = read_questions(str(folder / QUESTIONS), _question, split="test", limit=options.examples)
+        for row in found.rows:
+            row["references"] = None
+            if row["category"] in WITH_REFERENCE:
+                if row["question_id"] not in references:
+                    raise DataError(f"{file}: has no answer to question {row['question_id']}.")
+                row["references"] = references[row["question_id"]]
+            row["prompts"] = [prompts[PROMPT_NAMES[row["references"] is not None, turn]] for turn in (0, 1)]
+        return found
+
+    def measure(self, subject: Subject, questions: Questions, options: Options, report: Reporter) -> Measured:
+        judge = options.judge
+        assert judge is not None
+        chats: list[list[dict[str, str]]] = [[] for _ in questions.rows]
+        for turn in (0, 1):
+            for chat, row in zip(chats, questions.rows, strict=True):
+                chat.append({"role": "user", "content": row["turns"][turn]})
+            answers = subject.chat(chats, max_new_tokens=options.max_new_tokens or self.max_new_tokens, report=report)
+            for chat, answer in zip(chats, answers, strict=True):
+                chat.append({"role": "assistant", "content": answer})
+        asked = [
+            (row, turn, [message["content"] for message in chat[1::2]])
+            for row, chat in zip(questions.rows, chats, strict=True)
+            for turn in (0, 1)
+        ]
+        verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
+        examples = [
+            Example(f"{row['question_id']}, turn {turn + 1}", verdict.rating, answers[turn], note=verdict.text)
+            for (row, turn, answers), verdict in zip(asked, verdicts, strict=True)
+        ]
+        return Measured(_means(examples), examples)
+
+    def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
+        assert options.judge is not None
+        return {
+            "judge": f"{options.judge.name} at {options.judge.endpoint.url}",
+            "note": "a rating means nothing without the name of its judge",
+        }
+
+
+def _rate(judge: Judge, row: Row, turn: int, answers: list[str]) -> Verdict:
+    prompt, turns = row["prompts"][turn], row["turns"]
+    values = {
+        "question": turns[0],
+        "answer": answers[0],
+        **{f"question_{i + 1}": turns[i] for i in (0, 1)},
+        **{f"answer_{i + 1}": answers[i] for i in (0, 1)},
+        **{f"ref_answer_{i + 1}": text for i, text in enumerate(row["references"] or ())},
+    }
+    return judge.rate(prompt["system_prompt"], fill(prompt["prompt_template"], values))
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """The template with its {names} replaced; braces in the values, as in code, stay as they are."""
+    return template.format_map(values)
+
+
+def _means(examples: list[Example]) -> dict[str, float]:
+    """Over the answers that were rated; a measure without any is left out."""
+    parts = {"rating": examples, "turn 1": examples[::2], "turn 2": examples[1::2]}
+    rated = {name: [e.score for e in part if e.score is not None] for name, part in parts.items()}
+    return {name: sum(scores) / len(scores) for name, scores in rated.items() if scores}
+
+
+def _rows(path: Path, read: Any) -> list[Row]:
+    return read_questions(str(path), read, split="test", limit=None).rows
+
+
+def _question(row: Mapping[str, Any], where: str) -> Row:
+    return {
+        "question_id": _id(row, where),
+        "category": text_field(row, ("category",), where),
+        "turns": _turns(row.get("turns"), where),
+    }
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Row:
+    found = {name: text_field(row, (name,), where) for name in ("name", "system_prompt", "prompt_template")}
+    if found["name"] in PROMPT_NAMES.values():
+        known = {
+            "question",
+            "answer",
+            *(f"{kind}_{i}" for kind in ("question", "answer", "ref_answer") for i in (1, 2)),
+        }
+        try:
+            fill(found["prompt_template"], dict.fromkeys(known, ""))
+        except (LookupError, ValueError, AttributeError) as error:
+            raise DataError(f"{where}: prompt_template asks for what no answer has: {error!r}.") from error
+    return found
+
+
+def _reference(row: Mapping[str, Any], where: str) -> Row:
+    choices = row.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    turns = first.get("turns") if isinstance(first, Mapping) else None
+    return {"question_id": _id(row, where), "turns": _turns(turns, f"{where}, choices[0]")}
+
+
+def _id(row: Mapping[str, Any], where: str) -> int:
+    number = row.get("question_id")
+    if type(number) is not int:
+        raise DataError(f"{where}: field 'question_id' is {number!r}, expected a number.")
+    return number
+
+
+def _turns(turns: Any, where: str) -> list[str]:
+    if not (isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, str) for turn in turns)):
+        raise DataError(f"{where}: field 'turns' is {turns!r:.100}, expected two texts.")
+    return turns

@@ -1,0 +1,113 @@
+"""What an evaluation found: its JSON file, and a table for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.evaluation.base import Example
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Z_95 = 1.959964
+
+
+class ModelResult(BaseModel):
+    """One model's outcome."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="base, or the adapter as it was named")
+    sha256: str | None = Field(None, description="of the adapter's configuration and tensors")
+    measures: dict[str, float] = Field(default_factory=dict)
+    interval: tuple[float, float] | None = Field(None, description="95 %, of the share of right answers")
+    missing: int = Field(0, description="examples without a score")
+    examples: list[Example] = Field(default_factory=list)
+    seconds: float = 0.0
+    failure: str | None = Field(None, description="why there are no measures")
+
+
+class Evaluation(BaseModel):
+    """Contents of the file that `loraover eval` writes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    task: str
+    model: str
+    model_origin: str
+    data_origin: str
+    data_sha256: str = Field(description="of the questions as they were put")
+    questions: int
+    is_right_or_wrong: bool = Field(description="whether a score is 1 or 0")
+    settings: dict[str, str]
+    versions: dict[str, str]
+    hardware: str
+    command: str
+    results: list[ModelResult] = Field(default_factory=list, description="the base model's first")
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22.
+    """
+    share, z2 = right / total, Z_95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def show_evaluation(found: Evaluation, console: Console) -> None:
+    """Print one row for each model, and what its figures depend on."""
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, title=f"{found.task}, {found.questions} questions from {escape(found.data_origin)}")
+    columns, rows = result_rows(found)
+    for i, column in enumerate(columns):
+        table.add_column(escape(column), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    said = "; ".join(f"{name}: {value}" for name, value in found.settings.items())
+    console.print(f"{found.model_origin}; {said}", soft_wrap=True, markup=False, highlight=False)
+    for result in found.results:
+        if result.failure is not None:
+            console.print(f"{result.name} failed: {result.failure}", soft_wrap=True, markup=False, highlight=False)
+
+
+def result_rows(found: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Column names, and one row for each model."""
+    names = list(dict.fromkeys(name for result in found.results for name in result.measures))
+    columns = ["model", *names]
+    columns += ["95 %", "gained", "lost"] if found.is_right_or_wrong else ["missing"]
+    base = found.results[0].examples if found.results else []
+    return columns, [_row(result, names, base, found.is_right_or_wrong) for result in found.results]
+
+
+def _row(result: ModelResult, names: Sequence[str], base: Sequence[Example], is_right_or_wrong: bool) -> list[str]:
+    cells = [result.name, *(_figure(result.measures.get(name), is_right_or_wrong) for name in names)]
+    if not is_right_or_wrong:
+        return [*cells, str(result.missing)]
+    interval = "-" if result.interval is None else "{:.1%} to {:.1%}".format(*result.interval)
+    return [*cells, interval, *_changes(result.examples, base)]
+
+
+def _changes(examples: Sequence[Example], base: Sequence[Example]) -> tuple[str, str]:
+    """How many answers became right, and wrong, against the base model's."""
+    if not base or not examples or examples is base:
+        return "-", "-"
+    pairs = [(before.score or 0, after.score or 0) for before, after in zip(base, examples, strict=True)]
+    return str(sum(after > before for before, after in pairs)), str(sum(after < before for before, after in pairs))
+
+
+def _figure(value: float | None, is_share: bool) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if is_share else f"{value:.2f}"

@@ -1,0 +1,182 @@
+"""Evaluate a base model and its adapters, one after another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraover.adapter_dir import read_json
+from loraover.errors import ConfigError, LoraOverError
+from loraover.evaluation import TASKS
+from loraover.evaluation.base import Options, Questions, Task
+from loraover.evaluation.endpoint import Endpoint
+from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation, wilson_interval
+from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
+from loraover.models import ModelSource, load_tokenizer, resolve_model
+from loraover.output import publish_file
+from loraover.progress import Reporter
+from loraover.run_result import environment, hardware
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to evaluate.
+
+    Args:
+        model: base model, folder or hub name.
+        adapters: folders, evaluated after the base model.
+        endpoint: instead of models in memory.
+        served: names at the endpoint, the base model's first.
+        dtype: fp32, bf16 or fp16, of models in memory.
+        batch_size: questions at a time.
+        command: what the user typed.
+    """
+
+    task: str
+    model: str
+    options: Options
+    adapters: tuple[Path, ...] = ()
+    endpoint: Endpoint | None = None
+    served: tuple[str, ...] = ()
+    dtype: str = "fp32"
+    batch_size: int = 8
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A model to come.
+
+    Args:
+        sha256: of its adapter; None of a model that cannot be recognised by its files.
+    """
+
+    name: str
+    sha256: str | None
+    load: Callable[[], Subject]
+
+
+def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluation:
+    """Ask the base model, then every adapter; shows what is finished at the end, at Ctrl-C too.
+
+    Args:
+        output: JSON file, written after every model. One that holds the beginning of the same evaluation is gone
+            on with: adapters whose files are the same are not asked again.
+    Raises:
+        LoraOverError: the request cannot be used, or the first model fails; a later one's failure is its result.
+    """
+    task, options = TASKS[request.task], request.options
+    task.check(options)
+    source = resolve_model(request.model)
+    report.line(f"base model: {source.origin}")
+    questions = task.read(options)
+    report.line(f"questions: {questions.origin}, {len(questions.rows)} of them")
+    tokenizer = load_tokenizer(source)
+    candidates = _candidates(request, source, tokenizer)
+    found = _empty(request, task, source, questions, tokenizer)
+    known = _known(found, output) if request.endpoint is None else {}  # what a server has under a name may change
+    try:
+        for candidate in candidates:
+            result = known.get((candidate.name, candidate.sha256))
+            if result is None:
+                result = _result(candidate, task, questions, options, report, is_first=not found.results)
+            else:
+                report.line(f"{candidate.name}: finished already")
+            found = found.model_copy(update={"results": [*found.results, result]})
+            if output is not None:
+                text = found.model_dump_json(indent=1) + "\n"
+                publish_file(output, partial(Path.write_text, data=text, encoding="utf-8"))
+    finally:
+        if found.results:
+            show_evaluation(found, report.console)
+    return found
+
+
+def _candidates(request: Request, source: ModelSource, tokenizer: Any) -> list[_Candidate]:
+    """Everything that can be checked of the models is checked here, before the first one is asked."""
+    size = request.batch_size
+    if request.endpoint is not None:
+        endpoint = request.endpoint
+        if not request.served or request.adapters:
+            raise ConfigError("--endpoint needs --endpoint-model for each model it serves, and takes no --adapter.")
+
+        def ask(name: str) -> Callable[[], Subject]:
+            return lambda: Served(endpoint, name, tokenizer, source.location, size)
+
+        return [_Candidate(name, None, ask(name)) for name in request.served]
+
+    def load(adapter: Path | None) -> Callable[[], Subject]:
+        return lambda: in_memory(source, tokenizer, adapter, dtype=request.dtype, batch_size=size)
+
+    adapters = [_Candidate(str(adapter), adapter_digest(adapter), load(adapter)) for adapter in request.adapters]
+    return [_Candidate(BASE, None, load(None)), *adapters]
+
+
+def _empty(request: Request, task: Task, source: ModelSource, questions: Questions, tokenizer: Any) -> Evaluation:
+    options = request.options
+    engine = f"PyTorch, {request.dtype}" if request.endpoint is None else f"endpoint {request.endpoint.url}"
+    settings = {
+        "engine": engine,
+        "answers": "greedy",
+        "new tokens": str(options.max_new_tokens or task.max_new_tokens),
+        "batch size": str(request.batch_size),
+    }
+    return Evaluation(
+        task=request.task,
+        model=request.model,
+        model_origin=source.origin,
+        data_origin=questions.origin,
+        data_sha256=hashlib.sha256(json.dumps(questions.rows, sort_keys=True).encode()).hexdigest(),
+        questions=len(questions.rows),
+        is_right_or_wrong=task.is_right_or_wrong,
+        settings=settings | task.settings(options, tokenizer),
+        versions=environment(*task.packages),
+        hardware=hardware(),
+        command=request.command,
+    )
+
+
+def _known(wanted: Evaluation, output: Path | None) -> dict[tuple[str, str | None], ModelResult]:
+    """Finished results of the same evaluation, by name and digest."""
+    if output is None or not output.exists():
+        return {}
+    begun = read_json(output, Evaluation)
+    kept = {"results", "command", "hardware", "versions"}
+    before, now = begun.model_dump(exclude=kept), wanted.model_dump(exclude=kept)
+    changed = [key for key in now if before[key] != now[key]]
+    if changed:
+        raise ConfigError(f"{output}: holds another evaluation ({', '.join(changed)} differ); name a new file.")
+    return {(result.name, result.sha256): result for result in begun.results if result.failure is None}
+
+
+def _result(
+    candidate: _Candidate, task: Task, questions: Questions, options: Options, report: Reporter, *, is_first: bool
+) -> ModelResult:
+    """What one model makes of the questions; where there is nothing to keep yet, its failure is raised."""
+    report.line(f"{candidate.name}:")
+    started = time.perf_counter()
+    try:
+        measured = task.measure(candidate.load(), questions, options, report)
+    except LoraOverError as error:
+        if is_first:
+            raise
+        return ModelResult(name=candidate.name, sha256=candidate.sha256, failure=str(error))
+    scores = [example.score for example in measured.examples]
+    right = sum(score == 1 for score in scores)
+    return ModelResult(
+        name=candidate.name,
+        sha256=candidate.sha256,
+        measures=measured.measures,
+        interval=wilson_interval(right, len(scores)) if task.is_right_or_wrong else None,
+        missing=scores.count(None),
+        examples=measured.examples,
+        seconds=time.perf_counter() - started,
+    )

@@ -1,0 +1,98 @@
+"""Requests to servers that answer, fail, hang, or are asked with a key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from loraover.errors import ConfigError, EngineError
+from loraover.evaluation import endpoint as module
+from loraover.evaluation.endpoint import Endpoint, UnansweredError
+
+from openai_server import openai_server
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
+
+
+def test_it_completes_and_chats() -> None:
+    with openai_server(lambda body: "chatted" if "messages" in body else "completed") as server:
+        for url in (server.url, f"{server.url}/", f"{server.url}/v1", f"{server.url}/v1/"):
+            assert Endpoint(url).complete("m", "one", max_tokens=3, stop=("x",)) == "completed"
+            assert Endpoint(url).chat("m", HELLO, max_tokens=4) == "chatted"
+        first, second = server.bodies[:2]
+    asked = {"model": "m", "temperature": 0}
+    assert first == {"path": "/v1/completions", "prompt": "one", "max_tokens": 3, "stop": ["x"], **asked}
+    assert second == {"path": "/v1/chat/completions", "messages": HELLO, "max_tokens": 4, **asked}
+
+
+def test_a_passing_fault_is_passed_over() -> None:
+    replies: Iterator[str | int] = iter([503, 429, "at last"])
+    with openai_server(lambda body: next(replies)) as server:
+        assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == "at last"
+
+
+@pytest.mark.parametrize("fault", [500, b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": null}]}'])
+def test_a_lasting_fault_is_told_after_three_tries(fault: int | bytes) -> None:
+    with openai_server(lambda body: fault) as server:
+        with pytest.raises(UnansweredError):
+            Endpoint(server.url).chat("m", HELLO, max_tokens=4)
+        assert len(server.bodies) == 3
+
+
+def test_a_server_that_hangs_is_given_up() -> None:
+    def hang(body: object) -> str:
+        time.sleep(5)
+        return "too late"
+
+    with openai_server(hang) as server, pytest.raises(UnansweredError, match="timed out"):
+        Endpoint(server.url, timeout_s=0.1).chat("m", HELLO, max_tokens=4)
+
+
+def test_nobody_there_is_told() -> None:
+    with openai_server(lambda body: "x") as server:
+        pass
+    with pytest.raises(UnansweredError, match="refused"):
+        Endpoint(server.url).chat("m", HELLO, max_tokens=4)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_refusal_is_told_at_once_without_the_key(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    with openai_server(lambda body: status) as server:
+        with pytest.raises(EngineError, match=rf"{status}: refused, for Bearer \*\*\*") as caught:
+            Endpoint(server.url, "MY_KEY").chat("m", HELLO, max_tokens=4)
+        assert server.headers[0]["Authorization"] == "Bearer sk-sesame"
+        assert len(server.bodies) == 1
+    assert "sesame" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_a_key_is_not_carried_to_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    with openai_server(lambda body: 307) as server:
+        with pytest.raises(EngineError, match="307"):
+            Endpoint(server.url, "MY_KEY").chat("m", HELLO, max_tokens=4)
+        assert [body["path"] for body in server.bodies] == ["/v1/chat/completions"]
+
+
+def test_no_key_is_sent_unless_its_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sesame")
+    with openai_server(lambda body: "x") as server:
+        Endpoint(server.url).chat("m", HELLO, max_tokens=4)
+        assert "Authorization" not in server.headers[0]
+
+
+def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("localhost:8000", "file:///etc/passwd", "ftp://host", "http://", "http://user:word@host"):
+        with pytest.raises(ConfigError, match="no address of a server"):
+            Endpoint(url)
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(ConfigError, match="MY_KEY"):
+        Endpoint("http://localhost", "MY_KEY")

@@ -1,0 +1,182 @@
+"""`loraover eval`: several adapters side by side, and work that is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from loraover.cli import cli
+from loraover.command import run
+from loraover.evaluation.base import Example
+from loraover.evaluation.results import Evaluation, ModelResult, result_rows, wilson_interval
+
+from openai_server import openai_server
+from tiny_hub import save_llama
+from tiny_models import tiny_llama, with_lora
+
+pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With `base`, adapters `a` and `b` on it, `other` of another size, and questions."""
+    made = tmp_path_factory.mktemp("eval")
+    save_llama(made / "base")
+    for seed, name in enumerate("ab"):
+        model = AutoModelForCausalLM.from_pretrained(made / "base")
+        with_lora(model, task_type="CAUSAL_LM", seed=seed).save_pretrained(made / name)
+    with_lora(tiny_llama(hidden_size=16), task_type="CAUSAL_LM").save_pretrained(made / "other")
+    questions = [{"question": f"{i} plus 1?", "answer": f"#### {i + 1}"} for i in range(3)]
+    (made / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    return made
+
+
+def words(folder: Path, out: Path, *more: str) -> list[str]:
+    made = ["eval", str(folder / "base"), "--task", "gsm8k", "--data", str(folder / "questions.jsonl"), "-o", str(out)]
+    return [*made, "--max-new-tokens", "4", *more]
+
+
+def names(out: Path) -> list[str]:
+    return [Path(result["name"]).name for result in json.loads(out.read_text())["results"]]
+
+
+def test_the_base_model_comes_first_and_adapters_are_compared_with_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    adapters = ["--adapter", str(folder / "a"), "--adapter", str(folder / "b")]
+    assert run(cli, words(folder, out, *adapters, "--json")) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == json.loads(out.read_text())
+    found = json.loads(shown.out)
+    assert names(out) == ["base", "a", "b"]
+    assert (found["questions"], found["data_origin"]) == (3, "file questions.jsonl")
+    assert found["settings"]["prompt"] == "plain text"
+    assert {"torch", "peft", "lm-eval", "loraover"} <= found["versions"].keys()
+    assert [result["sha256"] is None for result in found["results"]] == [True, False, False]
+    assert "gained" in shown.err
+
+
+def test_an_adapter_that_does_not_fit_is_a_failure_and_the_next_one_is_asked(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    adapters = ["--adapter", str(folder / "other"), "--adapter", str(folder / "b")]
+    assert run(cli, words(folder, out, *adapters)) == 1
+    assert names(out) == ["base", "other", "b"]
+    base, other, last = json.loads(out.read_text())["results"]
+    assert "PEFT cannot put it on this model" in other["failure"]
+    assert (other["measures"], other["examples"]) == ({}, [])
+    assert base["failure"] is None
+    assert last["failure"] is None
+
+
+def test_what_cannot_be_used_is_told_before_anything_is_asked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    for more, message in (
+        (["--adapter", str(tmp_path / "none")], "none"),
+        (["--adapter", str(folder / "base")], "adapter_config.json"),
+        (["--endpoint-model", "m", "--endpoint", "ftp://x"], "no address of a server"),
+        (["--endpoint", "http://localhost:1"], "--endpoint-model"),
+        (["--chat"], "no chat template"),
+        (["--judge-url", "http://localhost:1"], "go together"),
+        (["--task", "humaneval"], "--allow-code-execution"),
+        (["--task", "mtbench"], "needs --data FOLDER"),
+    ):
+        assert run(cli, words(folder, out, *more)) == 2, more
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_was_finished_before_ctrl_c_is_kept_and_gone_on_from(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    adapters = [word for name in "abab" for word in ("--adapter", str(folder / name))]
+    command = [sys.executable, "-m", "loraover.cli", *words(folder, out, *adapters)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not out.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "exact_match" in shown
+    begun = json.loads(out.read_text())["results"]
+    assert 1 <= len(begun) < 5
+    assert run(cli, words(folder, out, *adapters)) == 0
+    assert names(out) == ["base", "a", "b", "a", "b"]
+    assert json.loads(out.read_text())["results"][0] == begun[0]
+
+
+def test_only_what_is_the_same_is_kept(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, adapter = tmp_path / "out.json", tmp_path / "adapter"
+    shutil.copytree(folder / "a", adapter)
+    assert run(cli, words(folder, out, "--adapter", str(adapter))) == 0
+    before = json.loads(out.read_text())["results"]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(folder / "b" / name, adapter / name)
+    assert run(cli, words(folder, out, "--adapter", str(adapter))) == 0
+    after = json.loads(out.read_text())["results"]
+    assert before[0] == after[0]
+    assert before[1]["sha256"] != after[1]["sha256"]
+    capsys.readouterr()
+    assert run(cli, words(folder, out, "--examples", "2")) == 2
+    assert "holds another evaluation (data_sha256, questions differ)" in capsys.readouterr().err
+    assert json.loads(out.read_text())["results"] == after
+
+
+def test_models_at_an_endpoint_are_always_asked(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    answer = json.dumps({"choices": [{"index": 0, "text": " 1"}]}).encode()
+    with openai_server(lambda body: answer) as server:
+        more = ["--endpoint", server.url, "--endpoint-model", "m"]
+        for times in (1, 2):
+            assert run(cli, words(folder, out, *more)) == 0
+            assert len(server.bodies) == 3 * times
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (50, 50, 0.9287, 1.0)]
+)
+def test_the_interval_is_wilsons(right: int, total: int, low: float, high: float) -> None:
+    assert wilson_interval(right, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def result(name: str, scores: list[float | None]) -> ModelResult:
+    examples = [Example(str(i), score, "") for i, score in enumerate(scores)]
+    return ModelResult(name=name, measures={"acc": 0.5}, interval=(0.1, 0.9), examples=examples)
+
+
+def test_changes_against_the_base_model_are_counted(evaluation: dict[str, Any]) -> None:
+    models = [result("base", [1, 0, 0, 1]), result("a", [0, 1, 1, 1]), ModelResult(name="b", failure="no")]
+    columns, rows = result_rows(Evaluation(**evaluation, results=models))
+    assert columns == ["model", "acc", "95 %", "gained", "lost"]
+    assert rows[0] == ["base", "50.0%", "10.0% to 90.0%", "-", "-"]
+    assert rows[1][3:] == ["2", "1"]
+    assert rows[2] == ["b", "-", "-", "-", "-"]
+
+
+@pytest.fixture
+def evaluation() -> dict[str, Any]:
+    return {
+        "task": "gsm8k",
+        "model": "m",
+        "model_origin": "folder m",
+        "data_origin": "file",
+        "data_sha256": "",
+        "questions": 4,
+        "is_right_or_wrong": True,
+        "settings": {},
+        "versions": {},
+        "hardware": "",
+        "command": "",
+    }

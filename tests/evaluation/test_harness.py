@@ -1,0 +1,215 @@
+"""Benchmarks of lm-evaluation-harness on a tiny model and on answers that are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jinja2 import Template
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from loraover.cli import cli
+from loraover.command import run
+from loraover.errors import DataError
+from loraover.evaluation import TASKS
+from loraover.evaluation.base import Options
+from loraover.evaluation.harness import HarnessTask, number_matches
+from loraover.generation import greedy_answers
+
+from openai_server import openai_server
+from tiny_hub import save_llama, save_t5
+from tiny_models import with_lora
+
+pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+
+SUMS = [
+    {"question": f"what is {i} plus {i}?", "answer": f"it is <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
+    for i in range(3)
+]
+PAIRS = [
+    {"sentence1": "who came?", "sentence2": "ada came.", "label": "entailment"},
+    {"sentence1": "who left?", "sentence2": "it rained.", "label": "not_entailment"},
+    {"sentence1": "where?", "sentence2": "in oslo.", "label": "entailment"},
+]
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny chat model and an adapter on it that changes its answers."""
+    folder = tmp_path_factory.mktemp("models")
+    base = save_llama(folder / "base", chat=True)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with_lora(model, task_type="CAUSAL_LM", lora_alpha=64).save_pretrained(folder / "adapter")
+    return base, folder / "adapter"
+
+
+def results(words: list[str], out: Path) -> list[dict[str, Any]]:
+    assert run(cli, ["eval", *words, "-o", str(out)]) == 0
+    found: list[dict[str, Any]] = json.loads(out.read_text())["results"]
+    return found
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_gsm8k_is_what_the_model_generates(models: tuple[Path, Path], is_chat: bool, tmp_path: Path) -> None:
+    base, adapter = models
+    data = written(tmp_path / "sums.jsonl", SUMS)
+    words = [str(base), "--adapter", str(adapter), "--task", "gsm8k", "--data", data, "--max-new-tokens", "12"]
+    found = results([*words, "--chat" if is_chat else "--no-chat"], tmp_path / "out.json")
+    texts = [f"Question: {row['question']}\nAnswer:" for row in SUMS]
+    prompts: Any = [[{"role": "user", "content": text}] for text in texts] if is_chat else texts
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = [greedy_answers(model, tokenizer, prompts, max_new_tokens=12, batch_size=1)]
+    adapted = PeftModel.from_pretrained(model, str(adapter))
+    expected.append(greedy_answers(adapted, tokenizer, prompts, max_new_tokens=12, batch_size=1))
+    assert expected[0] != expected[1]
+    assert [[example["answer"] for example in result["examples"]] for result in found] == expected
+    assert [example["expected"] for example in found[0]["examples"]] == ["0", "2", "4"]
+    assert [result["name"] for result in found] == ["base", str(adapter)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_right"),
+    [
+        ("#### 1,234.50", True),
+        ("so it costs $1234.5 each", True),
+        ("#### -1234.5", False),
+        ("1234.5 apples, of 7", False),
+        ("", False),
+    ],
+)
+def test_numbers_are_compared_as_numbers(answer: str, is_right: bool) -> None:
+    assert number_matches({"answer": "#### 1234.5"}, [answer]) == {"exact_match": float(is_right)}
+
+
+def test_a_right_answer_behind_an_endpoint_counts(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sesame")
+    data = written(tmp_path / "sums.jsonl", SUMS)
+    with openai_server(lambda body: " #### 2" if body["model"] == "one" else " none") as server:
+        words = [str(models[0]), "--task", "gsm8k", "--data", data, "--endpoint", server.url]
+        found = results([*words, "--endpoint-model", "one", "--endpoint-model", "two"], tmp_path / "out.json")
+    assert [[example["score"] for example in result["examples"]] for result in found] == [[0, 1, 0], [0, 0, 0]]
+    assert found[0]["measures"] == {"exact_match": pytest.approx(1 / 3)}
+    assert {body["path"] for body in server.bodies} == {"/v1/completions"}
+    assert not any("Authorization" in headers for headers in server.headers)
+    asked = AutoTokenizer.from_pretrained(models[0]).batch_decode([body["prompt"][0] for body in server.bodies[:3]])
+    expected = [f"<user>question: {row['question']}\nanswer:<assistant>" for row in SUMS]
+    assert sorted(text.replace(" ", "") for text in asked) == sorted(text.replace(" ", "") for text in expected)
+
+
+def test_an_endpoint_without_logprobs_cannot_be_asked_for_choices(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = written(tmp_path / "pairs.jsonl", PAIRS[:1])
+    with openai_server(lambda body: " yes") as server:
+        words = [str(models[0]), "--task", "qnli", "--data", data, "--endpoint", server.url, "--endpoint-model", "one"]
+        assert run(cli, ["eval", *words]) == 2
+    assert "qnli: the endpoint gave no usable answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "qnli", "sst2", "cola", "mrpc", "mnli"])
+def test_questions_are_those_of_the_harness(task: str) -> None:
+    import lm_eval.tasks
+    from lm_eval.tasks.glue.mnli.utils import doc_to_text
+
+    file = "gsm8k/gsm8k.yaml" if task == "gsm8k" else f"glue/{task}/default.yaml"
+    text = Path(lm_eval.tasks.__file__).with_name(file.split("/")[0]).joinpath(*file.split("/")[1:]).read_text()
+    theirs = yaml.safe_load(text.replace("!function", ""))
+    ours = TASKS[task]
+    assert isinstance(ours, HarnessTask)
+    assert list(ours.choices) == theirs.get("doc_to_choice", [])
+    assert list(ours.metrics) == [metric["metric"] for metric in theirs["metric_list"]]
+    if task != "mnli":
+        assert ours.text == theirs["doc_to_text"]
+        return
+    for hypothesis in ("it is wet", " it is wet. "):
+        row = {"premise": "it rains", "hypothesis": hypothesis}
+        assert Template(ours.text).render(**row) == doc_to_text(row)
+
+
+def test_a_choice_is_the_likelier_answer(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Held to log-likelihoods that plain PyTorch computes."""
+    import torch
+
+    base, _ = models
+    data = written(tmp_path / "pairs.jsonl", PAIRS)
+    (found,) = results([str(base), "--task", "qnli", "--data", data, "--no-chat"], tmp_path / "out.json")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+
+    def likelihood(text: str, answer: str) -> float:
+        ids = tokenizer(text + answer, return_tensors="pt").input_ids
+        start = len(tokenizer(text).input_ids)
+        with torch.no_grad():
+            scores = model(ids).logits[0].log_softmax(-1)
+        return float(sum(scores[i - 1, ids[0, i]] for i in range(start, ids.shape[1])))
+
+    for row, example in zip(PAIRS, found["examples"], strict=True):
+        text = f"{row['sentence1']}\n{row['sentence2']}\nQuestion: Does this response answer the question?\nAnswer:"
+        is_yes = likelihood(text, " yes") > likelihood(text, " no")
+        assert example["answer"] == ("entailment" if is_yes else "not_entailment")
+        assert example["score"] == float(example["answer"] == row["label"])
+    assert found["measures"]["acc"] == sum(example["score"] for example in found["examples"]) / 3
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "qnli": {"question": "who?", "sentence": "ada.", "label": 1},
+    "mnli": {"premise": "it rains", "hypothesis": "it is wet", "label": 2},
+    "sst2": {"sentence": "good", "label": 1},
+    "cola": {"sentence": "who is", "label": "acceptable"},
+    "mrpc": {"sentence1": "a", "sentence2": "b", "label": 0},
+}
+
+
+@pytest.mark.parametrize("task", list(ROWS))
+def test_every_glue_task_runs_on_the_hubs_columns(models: tuple[Path, Path], task: str, tmp_path: Path) -> None:
+    other = ROWS[task] | {"label": 0}
+    data = written(tmp_path / "rows.jsonl", [ROWS[task], other])
+    (found,) = results([str(models[0]), "--task", task, "--data", data], tmp_path / "out.json")
+    assert len(found["examples"]) == 2
+    assert found["measures"].keys() == {"cola": {"mcc"}, "mrpc": {"acc", "f1"}}.get(task, {"acc"})
+
+
+def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
+    base = save_t5(tmp_path / "t5")
+    data = written(tmp_path / "pairs.jsonl", PAIRS)
+    (found,) = results([str(base), "--task", "qnli", "--data", data], tmp_path / "out.json")
+    assert len(found["examples"]) == 3
+    assert AutoModelForSeq2SeqLM.from_pretrained(base).config.is_encoder_decoder
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("gsm8k", {"question": "x"}, r"row 2: has fields \['question'\]; expected 'answer'"),
+        ("gsm8k", {"question": "x", "answer": "none"}, "row 2: field 'answer' .* holds no number"),
+        ("gsm8k", {"question": 3, "answer": "4"}, "row 2: field 'question' is 3, expected text"),
+        ("qnli", {"sentence1": "x", "label": "entailment"}, "row 2: .* expected 'sentence' or 'sentence2'"),
+        ("qnli", {"sentence1": "x", "sentence2": "y", "label": -1}, "row 2: .*test splits have no labels"),
+        ("qnli", {"sentence1": "x", "sentence2": "y", "label": "maybe"}, "0 or 'entailment', 1 or 'not_entailment'"),
+        ("qnli", {"sentence1": "x", "sentence2": "y", "label": True}, "row 2: field 'label' is True"),
+        ("qnli", [], "row 2: expected an object, found list"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(task: str, row: Any, message: str, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", [SUMS[0] if task == "gsm8k" else PAIRS[0], row])
+    with pytest.raises(DataError, match=message):
+        TASKS[task].read(Options(data=data))
+    assert len(TASKS[task].read(Options(data=data, examples=1)).rows) == 1
+
+
+def test_no_file_and_no_rows_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        TASKS["gsm8k"].read(Options(data=str(tmp_path / "none.jsonl")))
+    with pytest.raises(DataError, match="holds no questions"):
+        TASKS["gsm8k"].read(Options(data=written(tmp_path / "none.jsonl", [])))

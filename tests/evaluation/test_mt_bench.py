@@ -1,0 +1,194 @@
+"""MT-Bench in FastChat's format, with a judge of a few lines."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.cli import cli
+from loraover.command import run
+from loraover.errors import DataError
+from loraover.evaluation import TASKS
+from loraover.evaluation import endpoint as endpoint_module
+from loraover.evaluation.base import Options
+from loraover.evaluation.judge import find_rating
+from loraover.evaluation.mt_bench import QUESTIONS, REFERENCES
+
+from openai_server import Recorded, openai_server
+from real_data import data_folder, real_data
+from tiny_hub import save_llama
+
+PROMPTS = {
+    "single-v1": "[Question]\n{question}\n[Answer]\n{answer}",
+    "single-math-v1": "[Question]\n{question}\n[Reference]\n{ref_answer_1}\n[Answer]\n{answer}",
+    "single-v1-multi-turn": "{question_1}|{answer_1}|{question_2}|{answer_2}",
+    "single-math-v1-multi-turn": "{ref_answer_1}|{ref_answer_2}|{question_1}|{answer_1}|{question_2}|{answer_2}",
+}
+ASKED = [
+    {"question_id": 81, "category": "writing", "turns": ["write {this}", "again"]},
+    {"question_id": 101, "category": "reasoning", "turns": ["who?", "why?"]},
+]
+KNOWN = {"question_id": 101, "choices": [{"index": 0, "turns": ["me", "because"]}]}
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fastchat(folder: Path) -> Path:
+    lines(folder / QUESTIONS, ASKED)
+    prompts = [{"name": n, "system_prompt": f"judge {n}", "prompt_template": t} for n, t in PROMPTS.items()]
+    lines(folder / "judge_prompts.jsonl", prompts)
+    lines(folder / REFERENCES[0], [KNOWN])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("chat"), chat=True)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "PAUSES_S", (0.0, 0.0))
+
+
+def evaluated(
+    model: Path, folder: Path, reply: Callable[[dict[str, Any]], Any], *more: str
+) -> tuple[dict[str, Any], Recorded, int]:
+    """What the command wrote, what the judge was sent, and the exit code."""
+    out = folder / "out.json"
+    with openai_server(reply) as judge:
+        words = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(folder)), "--max-new-tokens", "6"]
+        words += ["--judge-url", judge.url, "--judge-model", "tester", "-o", str(out), *more]
+        code = run(cli, words)
+    return (json.loads(out.read_text()) if out.exists() else {}), judge, code
+
+
+def test_both_turns_are_rated_and_the_judge_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, judge, code = evaluated(model, tmp_path, lambda body: f"so: [[{len(body['messages'][0]['content'])}]]"[-8:])
+    assert code == 0
+    (result,) = found["results"]
+    by_id = {example["id"]: example["score"] for example in result["examples"]}
+    assert by_id.keys() == {"81, turn 1", "81, turn 2", "101, turn 1", "101, turn 2"}
+    assert len(judge.bodies) >= 4
+    shown = capsys.readouterr().out
+    assert "tester" in found["settings"]["judge"]
+    assert "judge: tester at http" in shown
+    assert "means nothing without the name of its judge" in shown
+
+
+def test_the_judge_sees_questions_answers_and_references(model: Path, tmp_path: Path) -> None:
+    found, judge, _ = evaluated(model, tmp_path, lambda body: "Rating: [[7]]")
+    asked = {body["messages"][0]["content"]: body["messages"][1]["content"] for body in judge.bodies}
+    answers = {e["id"]: e["answer"] for e in found["results"][0]["examples"]}
+    assert asked["judge single-v1"] == f"[Question]\nwrite {{this}}\n[Answer]\n{answers['81, turn 1']}"
+    assert asked["judge single-math-v1"].endswith(f"[Reference]\nme\n[Answer]\n{answers['101, turn 1']}")
+    two = f"who?|{answers['101, turn 1']}|why?|{answers['101, turn 2']}"
+    assert asked["judge single-math-v1-multi-turn"] == f"me|because|{two}"
+    assert answers["81, turn 1"] != ""
+    assert found["results"][0]["measures"] == {"rating": 7.0, "turn 1": 7.0, "turn 2": 7.0}
+
+
+def test_nonsense_is_asked_again_and_then_counted_as_missing(model: Path, tmp_path: Path) -> None:
+    def reply(body: dict[str, Any]) -> str:
+        if "multi-turn" in body["messages"][0]["content"]:
+            return "I would rather not say"
+        return "[[4]]" if body["temperature"] else "[[11]]"
+
+    found, judge, code = evaluated(model, tmp_path, reply)
+    (result,) = found["results"]
+    assert code == 0
+    assert result["measures"] == {"rating": 4.0, "turn 1": 4.0}
+    assert result["missing"] == 2
+    assert [e["score"] for e in result["examples"]] == [4.0, None, 4.0, None]
+    assert len(judge.bodies) == 2 * 2 + 2 * 3
+
+
+def test_a_judge_that_fails_leaves_missing_ratings_never_scores(model: Path, tmp_path: Path) -> None:
+    found, _, code = evaluated(model, tmp_path, lambda body: 500)
+    (result,) = found["results"]
+    assert code == 0
+    assert (result["measures"], result["missing"]) == ({}, 4)
+
+
+def test_a_judge_that_refuses_the_key_ends_it_and_the_key_stays_secret(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    refused, judge, code = evaluated(model, tmp_path, lambda body: 401, "--judge-key-variable", "MY_KEY")
+    assert (refused, code) == ({}, 2)
+    assert judge.headers[0]["Authorization"] == "Bearer sk-sesame"
+    _, _, code = evaluated(model, tmp_path, lambda body: "[[3]]", "--judge-key-variable", "MY_KEY")
+    assert code == 0
+    assert "sesame" not in (tmp_path / "out.json").read_text()
+    shown = capsys.readouterr()
+    assert "sesame" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Rating: [[5]]", 5.0),
+        ("[[7.5]] then [[2]]", 7.5),
+        ("Rating: [8]", 8.0),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("[[rating]]", None),
+        ("9", None),
+        ("", None),
+    ],
+)
+def test_ratings_are_read_as_fastchat_does(text: str, rating: float | None) -> None:
+    assert find_rating(text) == rating
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        (QUESTIONS, {"question_id": 1, "category": "x", "turns": ["one"]}, "row 3: field 'turns'"),
+        (QUESTIONS, {"question_id": "a", "category": "x", "turns": ["a", "b"]}, "row 3: field 'question_id'"),
+        (QUESTIONS, {"question_id": 1, "turns": ["a", "b"]}, "row 3: has fields .* expected 'category'"),
+        (QUESTIONS, {"question_id": 1, "category": "math", "turns": ["a", "b"]}, "no answer to question 1"),
+        (REFERENCES[0], {"question_id": 1, "choices": []}, r"row 2, choices\[0\]: field 'turns'"),
+        (
+            "judge_prompts.jsonl",
+            {"name": "single-v1", "system_prompt": "", "prompt_template": "{secret}"},
+            "row 5: prompt_template asks for what no answer has",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(file: str, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with (fastchat(tmp_path) / file).open("a") as more:
+        more.write(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message):
+        TASKS["mtbench"].read(Options(data=str(tmp_path)))
+
+
+def test_a_missing_file_or_prompt_is_named(tmp_path: Path) -> None:
+    folder = fastchat(tmp_path)
+    lines(folder / "judge_prompts.jsonl", [])
+    with pytest.raises(DataError, match="judge_prompts"):
+        TASKS["mtbench"].read(Options(data=str(folder)))
+    shutil.rmtree(folder / "reference_answer")
+    fastchat(tmp_path)
+    (folder / QUESTIONS).unlink()
+    with pytest.raises(DataError, match=re.escape(QUESTIONS)):
+        TASKS["mtbench"].read(Options(data=str(folder)))
+
+
+def test_the_real_files_are_read() -> None:
+    real_data("mt_bench/question.jsonl")
+    found = TASKS["mtbench"].read(Options(data=str(data_folder() / "mt_bench")))
+    assert len(found.rows) == 80
+    assert sum(row["references"] is not None for row in found.rows) == 30
+    assert found.rows[0]["prompts"][1]["name"] == "single-v1-multi-turn"

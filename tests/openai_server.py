@@ -1,0 +1,66 @@
+"""A server that speaks as much of OpenAI's protocol as the tests need, and keeps what it was sent."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = Callable[[dict[str, Any]], str | int | bytes]
+"""From a request's body: the text of the answer, or the HTTP status of a refusal, or the bytes to send."""
+
+
+@dataclass
+class Recorded:
+    """One running server."""
+
+    url: str
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+
+@contextmanager
+def openai_server(reply: Reply) -> Iterator[Recorded]:
+    """Answers `/v1/completions` and `/v1/chat/completions` on loopback during a block."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            recorded.bodies.append({"path": self.path, **body})
+            recorded.headers.append(dict(self.headers))
+            said = reply(body)
+            if isinstance(said, int):
+                self._send(said, f"refused, for {self.headers.get('Authorization')}".encode())
+            elif isinstance(said, bytes):
+                self._send(200, said)
+            else:
+                choice = {"message": {"content": said}} if "messages" in body else {"text": said}
+                self._send(200, json.dumps({"choices": [{"index": 0, **choice}]}).encode())
+
+        def _send(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            if 300 <= status < 400:
+                self.send_header("Location", f"{recorded.url}/elsewhere")
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    recorded = Recorded(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield recorded
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
