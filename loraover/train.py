@@ -32,7 +32,7 @@ from loraover.evaluate import exact_match, example_losses, token_loss
 from loraover.examples import Examples, load_examples
 from loraover.licence import known_licence
 from loraover.model_card import model_card
-from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
+from loraover.models import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
 from loraover.output import check_free, publish_directory, publish_file
 from loraover.overparam import OverParameterization
 from loraover.progress import Reporter, log_shown
@@ -163,7 +163,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     _check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
     report.line(f"base model: {source.origin}")
-    is_seq2seq = _is_encoder_decoder(source)
+    is_seq2seq = is_encoder_decoder(source)
     tokenizer = load_tokenizer(source)
     examples = load_examples(recipe, chat=_use_chat(recipe, tokenizer, is_seq2seq))
     if tokenizer.chat_template is None and not isinstance(examples.train.rows[0]["prompt"], str):
@@ -259,16 +259,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no recipe; the run cannot be resumed. Start anew.")
     return values
-
-
-def _is_encoder_decoder(source: ModelSource) -> bool:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-        return bool(config.is_encoder_decoder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {source.origin} has no readable config.json: {error}") from error
 
 
 def _use_chat(recipe: Recipe, tokenizer: Any, is_seq2seq: bool) -> bool:
