@@ -26,7 +26,7 @@ from delaying_proxy import delaying
 from serving import Served
 from vllm_command import vllm_command
 
-NEW_TOKENS = 3
+NEW_TOKENS = 2
 COPIES = {VANILLA: "vanilla", CONTROL: "vanilla", FOLDED: "folded"}
 SHARED_BATCH = pytest.mark.xfail(
     reason="vllm-project/vllm#48421: on a CPU, requests for the base model get the weights of an adapter in their batch"
