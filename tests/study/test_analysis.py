@@ -13,8 +13,11 @@ from scipy import stats
 from loraover.study.analysis import Halves, Losses, difference, mean_loss, sensitivity
 
 
-def made_up(draw: np.random.Generator, true: float, seeds: int = 5, examples: int = 60) -> tuple[Losses, Losses, Losses]:
+def made_up(
+    draw: np.random.Generator, true: float, seeds: int = 5, examples: int = 60
+) -> tuple[Losses, Losses, Losses]:
     """Losses of two methods with effects of seeds, of examples and of both together; tokens."""
+    seeds, examples = 5, 60
     tokens = draw.integers(20, 80, examples).astype(float)
     gap = true + 0.01 * draw.standard_normal((seeds, 1)) + 0.02 * draw.standard_normal(examples)
     gap = gap + 0.02 * draw.standard_normal((seeds, examples))
