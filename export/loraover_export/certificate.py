@@ -103,5 +103,3 @@ class FoldCertificate(BaseModel):
     @property
     def passed(self) -> bool:
         return all(m.passed for m in self.matrices) and (self.outputs is None or self.outputs.passed)
-
-
