@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from loraover_serve.parity.memory import PeakMemory, measure_memory
 from loraover_serve.parity.outputs import BASE, Outputs, compare_outputs
 from loraover_serve.parity.report import REPORT_FILE, ParityReport, Verdict
 from loraover_serve.parity.show import show_report
-from loraover_serve.parity.start import references, started, started_vllm
+from loraover_serve.parity.start import LOG_FILE, references, started, started_vllm
 from loraover_serve.parity.workload import Kind, Request, make_requests
 
 ALPHA = 0.05
@@ -124,11 +125,14 @@ def run_parity(request: ParityRequest, as_json: bool) -> int:
         if measured.whole:
             console.print("comparing outputs with PyTorch")
         outputs = [_outputs(run, arms, requests) for run in {run.engine: run for run in measured.whole}.values()]
-    report = _report(request, arms, measured, outputs)
-    if request.out is not None:
-        with publish_directory(request.out, outside=request.folded) as draft:
-            (draft / REPORT_FILE).write_text(report.model_dump_json() + "\n")
-            (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
+        report = _report(request, arms, measured, outputs)
+        if request.out is not None:
+            with publish_directory(request.out, outside=request.folded) as draft:
+                (draft / REPORT_FILE).write_text(report.model_dump_json() + "\n")
+                (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
+                log = Path(scratch) / LOG_FILE
+                if measured.failure is not None and log.is_file():
+                    shutil.copyfile(log, draft / LOG_FILE)
     show_report(report, console)
     if request.out is not None:
         console.print(f"wrote {escape(str(request.out))}", soft_wrap=True)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from loraover_serve.parity.engines.vllm import VllmEngine
 
 
+LOG_FILE = "vllm.log"
+
+
 @contextmanager
 def started(
     engine: str,
@@ -44,7 +47,7 @@ def started(
         ExportError: a model that has no graph.
     """
     if engine == "vllm":
-        say(f"starting vLLM; its log is {folder / 'vllm.log'}")
+        say("starting vLLM")
         with started_vllm(arms.adapters, arms, requests, folder, vllm=vllm, timeout_s=timeout_s) as running:
             yield [running]
     elif engine == "onnx":
@@ -78,7 +81,7 @@ def started_vllm(
     named = [_named(path, folder / "adapters" / arm) for arm, path in adapters.items()]
     address = arms.base.location
     config = server_config(named, address, options) if named else VllmServerConfig(address, options=options)
-    with serve_vllm(config, folder / "vllm.log", executable=vllm) as server:
+    with serve_vllm(config, folder / LOG_FILE, executable=vllm) as server:
         yield VllmEngine(server, {BASE: config.model} | {arm: arm for arm in adapters}, timeout_s)
 
 
