@@ -43,7 +43,7 @@ class Endpoint:
             ConfigError: not an HTTP address, or no such variable.
         """
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise ConfigError(f"{url!r} is no address of a server; expected e.g. http://localhost:8000/v1.")
         self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else url.rstrip("/") + "/v1"
         self.headers = {"Content-Type": "application/json"}
@@ -88,7 +88,7 @@ class Endpoint:
         request = Request(self.url + path, json.dumps(body).encode(), self.headers)
         try:
             with self._opener.open(request, timeout=self._timeout_s) as response:
-                return json.loads(response.read())
+                return json.loads(self._hidden(response.read().decode(errors="replace")))
         except HTTPError as error:
             kind = UnansweredError if error.code in TRANSIENT else EngineError
             text = error.read(1000).decode(errors="replace")
@@ -99,7 +99,7 @@ class Endpoint:
             raise UnansweredError(self._hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
 
     def _hidden(self, text: str) -> str:
-        """Servers repeat a key that they refuse."""
+        """A server may repeat the key; what it says is shown and kept."""
         return text.replace(self._key, "***") if self._key else text
 
 

@@ -99,7 +99,7 @@ class HarnessTask(Task):
         return found
 
     def _example(self, sample: Mapping[str, Any]) -> Example:
-        number = str(sample["doc_id"])
+        number = str(sample["doc_id"] + 1)  # as messages count rows
         if not self.labels:
             answer, expected = sample["filtered_resps"][0], str(final_number(sample["doc"]["answer"]))
             return Example(number, sample["exact_match"], answer, expected)

@@ -74,6 +74,12 @@ def test_a_refusal_is_told_at_once_without_the_key(status: int, monkeypatch: pyt
     assert caught.value.__cause__ is None
 
 
+def test_a_key_that_an_answer_repeats_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    with openai_server(lambda body: "you sent sk-sesame") as server:
+        assert Endpoint(server.url, "MY_KEY").chat("m", HELLO, max_tokens=4) == "you sent ***"
+
+
 def test_a_key_is_not_carried_to_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-sesame")
     with openai_server(lambda body: 307) as server:
@@ -90,7 +96,14 @@ def test_no_key_is_sent_unless_its_variable_is_named(monkeypatch: pytest.MonkeyP
 
 
 def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for url in ("localhost:8000", "file:///etc/passwd", "ftp://host", "http://", "http://user:word@host"):
+    for url in (
+        "localhost:8000",
+        "file:///etc/passwd",
+        "ftp://host",
+        "http://",
+        "http://user:word@host",
+        "http://host/v1?key=x",
+    ):
         with pytest.raises(ConfigError, match="no address of a server"):
             Endpoint(url)
     monkeypatch.delenv("MY_KEY", raising=False)

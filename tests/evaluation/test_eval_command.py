@@ -100,7 +100,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
 
 def test_what_was_finished_before_ctrl_c_is_kept_and_gone_on_from(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    adapters = [word for name in "abab" for word in ("--adapter", str(folder / name))]
+    adapters = [word for name in "ab" for word in ("--adapter", str(folder / name))]
     command = [sys.executable, "-m", "loraover.cli", *words(folder, out, *adapters)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
@@ -111,9 +111,9 @@ def test_what_was_finished_before_ctrl_c_is_kept_and_gone_on_from(folder: Path, 
     assert process.returncode == 130, shown
     assert "exact_match" in shown
     begun = json.loads(out.read_text())["results"]
-    assert 1 <= len(begun) < 5
+    assert 1 <= len(begun) < 3
     assert run(cli, words(folder, out, *adapters)) == 0
-    assert names(out) == ["base", "a", "b", "a", "b"]
+    assert names(out) == ["base", "a", "b"]
     assert json.loads(out.read_text())["results"][0] == begun[0]
 
 

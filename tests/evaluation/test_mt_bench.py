@@ -135,6 +135,13 @@ def test_a_judge_that_refuses_the_key_ends_it_and_the_key_stays_secret(
     assert "sesame" not in shown.out + shown.err
 
 
+def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = save_llama(tmp_path / "plain")
+    found, judge, code = evaluated(plain, tmp_path, lambda body: "[[3]]")
+    assert (found, judge.bodies, code) == ({}, [], 2)
+    assert "no chat template" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "rating"),
     [
