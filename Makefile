@@ -12,7 +12,7 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm test browser vllm vllm-architectures compatibility lint bench clean
+.PHONY: demo demo-vllm test browser vllm vllm-architectures compatibility lint bench schedules study-smoke clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
@@ -89,6 +89,15 @@ bench: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks.training
 	cd tests && ../$(BIN)/python -m benchmarks.folding
 	cd tests && ../$(BIN)/python -m benchmarks.exports
+	cd tests && ../$(BIN)/python -m benchmarks.schedules cost
+
+# The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
+schedules: $(VENV)/.installed
+	cd tests && ../$(BIN)/python -m benchmarks.schedules study --out $(CURDIR)/runs/schedules
+
+# Two methods, rates and seeds on a tiny model: killed in the middle, finished, reported again.
+study-smoke: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/study/test_study.py -k "killed or again"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"Python 3.11 to 3.13 is needed, found {sys.version}; set PYTHON=...")'
