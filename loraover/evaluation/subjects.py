@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +68,7 @@ class InMemory(Subject):
     def harness_model(self) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+        return _bars_on_terminals(HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size))
 
     def _answers(self, prompts: Sequence[Any], max_new_tokens: int, stop: Sequence[str], report: Reporter) -> list[str]:
         from loraover.generation import greedy_answers
@@ -115,13 +117,15 @@ class Served(Subject):
     def harness_model(self) -> Any:
         from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-        return LocalCompletionsAPI(
-            base_url=f"{self.endpoint.url}/completions",
-            model=self.name,
-            tokenizer_backend="huggingface",
-            tokenizer=self.tokenizer_location,
-            num_concurrent=self.batch_size,
-            header=self.endpoint.headers,  # else the harness sends any OpenAI key that it finds
+        return _bars_on_terminals(
+            LocalCompletionsAPI(
+                base_url=f"{self.endpoint.url}/completions",
+                model=self.name,
+                tokenizer_backend="huggingface",
+                tokenizer=self.tokenizer_location,
+                num_concurrent=self.batch_size,
+                header=self.endpoint.headers,  # else the harness sends any OpenAI key that it finds
+            )
         )
 
     def harness_errors(self) -> tuple[type[Exception], ...]:
@@ -129,6 +133,14 @@ class Served(Subject):
         from requests import RequestException
 
         return ClientError, RequestException, TimeoutError, LookupError, TypeError  # the last two: no logprobs in there
+
+
+def _bars_on_terminals(model: Any) -> Any:
+    """The harness's model with its progress bars on a terminal only; the harness has no setting for that."""
+    if not sys.stderr.isatty():
+        for name in ("generate_until", "loglikelihood"):
+            setattr(model, name, partial(getattr(model, name), disable_tqdm=True))
+    return model
 
 
 def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtype: str, batch_size: int) -> InMemory:
