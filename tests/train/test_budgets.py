@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -120,6 +120,7 @@ KINDS = pytest.mark.parametrize(
 
 
 @KINDS
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_budget_is_never_exceeded_and_spent_as_far_as_it_goes(schedule: str, unit: str, data: st.DataObject) -> None:
     case = data.draw(cases(schedule, unit))
@@ -140,6 +141,7 @@ def test_a_budget_is_never_exceeded_and_spent_as_far_as_it_goes(schedule: str, u
 
 
 @KINDS
+@settings(deadline=None)
 @given(data=st.data())
 def test_each_group_gets_its_share_within_one_site(schedule: str, unit: str, data: st.DataObject) -> None:
     case = data.draw(cases(schedule, unit))
@@ -157,6 +159,7 @@ def test_each_group_gets_its_share_within_one_site(schedule: str, unit: str, dat
 
 
 @KINDS
+@settings(deadline=None)
 @given(data=st.data())
 def test_within_a_group_the_best_are_taken_first(schedule: str, unit: str, data: st.DataObject) -> None:
     case = data.draw(cases(schedule, unit))
@@ -175,6 +178,7 @@ def test_within_a_group_the_best_are_taken_first(schedule: str, unit: str, data:
         taken |= set(found.chosen)
 
 
+@settings(deadline=None)
 @given(data=st.data(), unit=st.sampled_from(["sites", "fraction"]))
 def test_rounds_come_evenly_and_take_even_parts(data: st.DataObject, unit: str) -> None:
     case = data.draw(cases("dynamic", unit))
