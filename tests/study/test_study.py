@@ -32,7 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(recipe: Path, out: Path, *more: str) -> list[str]:
-    return ["study", str(recipe), "--seeds", "2", "--lr-sweep", RATES, "-o", str(out), *more]
+    return ["study", str(recipe), "--seeds", "2", "--lr-sweep", RATES, "--jobs", "2", "-o", str(out), *more]
 
 
 def report_of(out: Path) -> StudyReport:
