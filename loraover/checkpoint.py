@@ -307,25 +307,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
             matrices contradict the cores.
     Mutates: the model's matrices, which become the contraction of the cores.
     """
-    if over.config != checkpoint.meta.config:
-        raise CheckpointError(
-            f"{checkpoint.path}: was trained with {checkpoint.meta.config!r}, this run asks for {over.config!r}; "
-            "resume with the same configuration or start anew."
-        )
-    if checkpoint.meta.world_size != world_size():
-        raise CheckpointError(
-            f"{checkpoint.path}: was trained by {checkpoint.meta.world_size} process(es), this run has {world_size()}; "
-            "the data would be divided differently. Resume with as many, or start anew."
-        )
-    missing = sorted(checkpoint.sites.keys() - over.sites.keys())
-    if missing:
-        raise CheckpointError(f"{checkpoint.path}: the model lacks {len(missing)} of its sites, first {missing[0]}.")
-    for record in checkpoint.meta.sites:
-        if over.sites[record.name].shape != (record.m, record.n):
-            raise CheckpointError(
-                f"{checkpoint.path}: {record.name} is {record.m} x {record.n}, in the model it is "
-                f"{' x '.join(map(str, over.sites[record.name].shape))}; resume with the adapter's own LoraConfig."
-            )
+    _check_resumable(over, checkpoint)
     with open_tensors(checkpoint.cores_path) as file:
         by_step: dict[int, list[SiteRecord]] = {}
         for site in checkpoint.meta.sites:
@@ -360,3 +342,26 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
         group.write()
     over.schedule.replay(checkpoint.meta.rounds)
     over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer
+
+
+def _check_resumable(over: OverParameterization, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless model, configuration and number of processes are those of the checkpoint."""
+    if over.config != checkpoint.meta.config:
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained with {checkpoint.meta.config!r}, this run asks for {over.config!r}; "
+            "resume with the same configuration or start anew."
+        )
+    if checkpoint.meta.world_size != world_size():
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained by {checkpoint.meta.world_size} process(es), this run has {world_size()}; "
+            "the data would be divided differently. Resume with as many, or start anew."
+        )
+    missing = sorted(checkpoint.sites.keys() - over.sites.keys())
+    if missing:
+        raise CheckpointError(f"{checkpoint.path}: the model lacks {len(missing)} of its sites, first {missing[0]}.")
+    for record in checkpoint.meta.sites:
+        if over.sites[record.name].shape != (record.m, record.n):
+            raise CheckpointError(
+                f"{checkpoint.path}: {record.name} is {record.m} x {record.n}, in the model it is "
+                f"{' x '.join(map(str, over.sites[record.name].shape))}; resume with the adapter's own LoraConfig."
+            )

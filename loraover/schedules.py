@@ -238,13 +238,13 @@ class Schedule:
         optimizer = torch.optim.Adam(parameters, lr=CALIBRATION_RATE)
         for step in range(self.config.calibration_steps):
             with torch.enable_grad():
-                probe.loss(probe.model, probe.batches[step % len(probe.batches)]).backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(probe.loss(probe.model, probe.batches[step % len(probe.batches)]))
             optimizer.step()
             probe.model.zero_grad()
 
     def _gradients(self, probe: Probe, batch: object) -> dict[str, Tensor]:
         with torch.enable_grad():
-            probe.loss(probe.model, batch).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(probe.loss(probe.model, batch))
         found = {name: site.gradient() for name, site in self.candidates.items()}
         probe.model.zero_grad()
         return gathered({name: gradient for name, gradient in found.items() if gradient is not None})

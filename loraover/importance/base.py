@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -117,7 +118,7 @@ class GradientScore(Score):
             return
         self._steps += 1
         for i, (names, stack) in enumerate(zip(self._groups, stacks, strict=True)):
-            found = self.of(i, lambda names=names: self._matrices(names), stack.div_(norm.to(stack.device)))  # type: ignore[misc]
+            found = self.of(i, partial(self._matrices, names), stack.div_(norm.to(stack.device)))
             total = self._sums[i]
             self._sums[i] = found.double() if total is None else total + found.double()
 

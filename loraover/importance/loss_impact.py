@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -45,8 +45,8 @@ class LossImpact(Score):
 
 
 @contextmanager
-def _without_update(layer: object, site: Site) -> Iterator[None]:
-    scaling: dict[str, float] = layer.scaling  # type: ignore[attr-defined]
+def _without_update(layer: Any, site: Site) -> Iterator[None]:
+    scaling: dict[str, float] = layer.scaling
     kept = scaling[site.adapter]
     scaling[site.adapter] = 0.0
     try:
