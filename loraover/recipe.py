@@ -123,6 +123,7 @@ class Evaluation(_Part):
     """What is measured on held-out data, before and after."""
 
     examples: int = Field(100, ge=0, description="held-out examples; 0 measures nothing")
+    before: bool = Field(True, description="measure the untrained model too")
     exact_match: bool = Field(True, description="generate answers and compare them with the references")
     answer: Literal["number", "text"] = Field("number", description="compare final numbers, or the whole text")
     max_new_tokens: int = Field(256, ge=1)

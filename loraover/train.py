@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -270,12 +269,12 @@ def _use_chat(recipe: Recipe, tokenizer: Any, is_seq2seq: bool) -> bool:
 
 def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str) -> Measures | None:
     """Loss and exact match on the held-out rows, which are logged too."""
-    if run.examples.test is None:
+    if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
         return None
     rows = run.examples.test.rows
     scored = example_losses(run.model, run.trainer.get_eval_dataloader())
     loss = token_loss(scored)
-    if math.isnan(loss) and when == BEFORE:
+    if not any(example.tokens for example in scored):
         raise DataError(
             "no held-out example has room for its completion within training.max_length = "
             f"{recipe.training.max_length}; raise it."

@@ -92,7 +92,8 @@ def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
 
 
 def digest(recipe: Recipe) -> str:
-    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+    """Of the keys that are not at their defaults, so that a new key leaves finished runs valid."""
+    return hashlib.sha256(recipe.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
 def _outcome(recipe: Recipe, folder: Path, said: str, code: int, peak: int) -> Outcome:

@@ -24,8 +24,8 @@ from loraover.study.show import to_html, to_markdown
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
 
 
-DEFAULTS = {"evaluation.exact_match": False, "diagnostics": True}
-"""What a study sets unless it is asked otherwise: losses judge, and steps are measured."""
+DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagnostics": True}
+"""What a study sets unless it is asked otherwise: losses after training judge, and steps are measured."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from loraover.errors import ConfigError
+from loraover.evaluation.jail import RUNNER
 from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
 MIB = 2**20
@@ -176,7 +177,7 @@ def processes_with(words: str) -> int:
 )
 def test_a_fork_bomb_is_held_and_leaves_nothing_behind(bomb: str) -> None:
     assert reason(bomb, seconds=2) in ("timed out", "Exception: left")
-    assert processes_with("-I -S -B -c") == 0
+    assert processes_with(RUNNER) == 0
     assert processes_with("sleep 86399") == 0
 
 
@@ -200,14 +201,14 @@ def test_a_killed_parent_takes_its_sandbox_along() -> None:
     assert parent.stdout is not None
     assert parent.stdout.readline() == "ready\n"
     deadline = time.monotonic() + 20
-    while processes_with("-I -S -B -c") == 0 and time.monotonic() < deadline:
+    while processes_with(RUNNER) == 0 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert processes_with("-I -S -B -c") == 1
+    assert processes_with(RUNNER) == 1
     parent.kill()
     parent.wait()
-    while processes_with("-I -S -B -c") and time.monotonic() < deadline:
+    while processes_with(RUNNER) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert processes_with("-I -S -B -c") == 0
+    assert processes_with(RUNNER) == 0
 
 
 def test_the_host_keeps_its_limits_and_mounts() -> None:
