@@ -163,7 +163,13 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
 @click.option("--methods", default="lora,lora-over", show_default=True, help="Separated by commas; see docs/study.md.")
 @click.option(
-    "--lr-sweep", "rates", default="3e-4,1e-3,3e-3", show_default=True, help="Learning rates of every method."
+    "--lr-sweep",
+    "sweeps",
+    multiple=True,
+    metavar="[METHOD=]RATES",
+    default=["3e-4,1e-3,3e-3"],
+    show_default=True,
+    help="Learning rates of every method, or of one.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option(
@@ -177,7 +183,7 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
 def study(
     recipes: tuple[str, ...],
     methods: str,
-    rates: str,
+    sweeps: tuple[str, ...],
     seeds: int,
     output: Path,
     settings: tuple[str, ...],
@@ -198,8 +204,7 @@ def study(
 
     request = StudyRequest(
         recipes=recipes,
-        methods=tuple(methods.split(",")),
-        rates=_rates(rates),
+        rates=_sweeps(methods.split(","), sweeps),
         seeds=seeds,
         settings=dict(parse_override(setting) for setting in settings),
         command=shlex.join(["loraover", *sys.argv[1:]]),
@@ -208,6 +213,18 @@ def study(
     report = run_study(request, output, None if report_only else Where(jobs, ray), Reporter(console))
     if as_json:
         print(report.model_dump_json(indent=1))
+
+
+def _sweeps(methods: list[str], sweeps: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """Learning rates by method: those of METHOD=RATES, else those of every method."""
+    named = {method: rates for method, _, rates in (sweep.rpartition("=") for sweep in sweeps)}
+    common = named.pop("", None)
+    if unknown := sorted(named.keys() - set(methods)):
+        raise click.UsageError(f"--lr-sweep names {unknown[0]!r}, which is none of --methods.")
+    texts = {method: named.get(method, common) for method in methods}
+    if missing := [method for method, text in texts.items() if text is None]:
+        raise click.UsageError(f"--lr-sweep says no rates of {missing[0]!r}.")
+    return {method: _rates(text) for method, text in texts.items() if text is not None}
 
 
 def _rates(text: str) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,23 +51,23 @@ class Run:
 
 
 def make_grid(
-    recipes: Sequence[str], methods: Sequence[str], rates: Sequence[float], seeds: int, settings: dict[str, Any]
+    recipes: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: int, settings: dict[str, Any]
 ) -> list[Run]:
     """Every combination; all of one seed come before the next, so that a study that is stopped has whole seeds.
 
     Args:
-        methods: names of `METHODS`, with settings as in "lora-over:decomposition=svd:schedule=dynamic"; those of
-            lora-over are keys of `over`, those of the others keys of `lora`.
-        rates: learning rates.
+        rates: learning rates of each method. Methods are names of `METHODS`, with settings as in
+            "lora-over:decomposition=svd:schedule=dynamic"; those of lora-over are keys of `over`, those of the others
+            keys of `lora`.
         settings: recipe keys that all runs share.
     Raises:
         ConfigError: an unknown method, or a recipe that does not take a setting.
     """
-    own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in methods}
+    own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
     runs = []
     for seed in range(seeds):
         for (recipe, method), chosen in own.items():
-            for rate in rates:
+            for rate in rates[method]:
                 values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
                 runs.append(Run(Path(recipe).stem, method, rate, seed, load_recipe(recipe, values)))
     return runs

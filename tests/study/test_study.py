@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
-from loraover.cli import cli
+from loraover.cli import _sweeps, cli
 from loraover.command import run
 from loraover.recipe import load_recipe
 from loraover.study.grid import make_grid, matched_rank
@@ -101,6 +102,7 @@ def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pyte
         (["--methods", "lora-over:decompositoin=svd"], "did you mean 'decomposition'"),
         (["--lr-sweep", "1e-3,1e-3"], "different positive numbers"),
         (["--lr-sweep", "fast"], "different positive numbers"),
+        (["--lr-sweep", "dora=1e-3"], "'dora', which is none of --methods"),
         (["--report-only"], "nothing to compare"),
     ],
 )
@@ -123,7 +125,7 @@ def test_a_run_that_diverges_is_worse_than_any_other(recipe: Path, tmp_path: Pat
 
 def test_every_method_makes_a_recipe(recipe: Path) -> None:
     methods = ["lora", "rslora", "dora", "pissa", "lora+", "lora-matched", "full", "lora-over:decomposition=svd"]
-    grid = make_grid([str(recipe)], methods, [1e-3], 1, {})
+    grid = make_grid([str(recipe)], {method: [1e-3] for method in methods}, 1, {})
     by_method = {found.method: found.recipe for found in grid}
     assert by_method["dora"].lora.use_dora
     assert by_method["lora+"].training.loraplus_lr_ratio == 16
@@ -133,14 +135,21 @@ def test_every_method_makes_a_recipe(recipe: Path) -> None:
 
 
 def test_seeds_come_one_after_the_other(recipe: Path) -> None:
-    seeds = [found.seed for found in make_grid([str(recipe)], ["lora", "lora-over"], [1e-3, 1e-2], 3, {})]
+    seeds = [found.seed for found in make_grid([str(recipe)], {"lora": [1e-3, 1e-2], "lora-over": [1e-4]}, 3, {})]
     assert seeds == sorted(seeds)
+
+
+def test_a_method_may_have_a_sweep_of_its_own() -> None:
+    svd = "lora-over:decomposition=svd"
+    assert _sweeps(["lora", svd], ("1e-3,1e-2", f"{svd}=1e-4,3e-4")) == {"lora": (1e-3, 1e-2), svd: (1e-4, 3e-4)}
+    with pytest.raises(click.UsageError, match="no rates of 'lora'"):
+        _sweeps(["lora", svd], (f"{svd}=1e-4",))
 
 
 @pytest.mark.parametrize("method", ["dora", "pissa", "lora+", "full"])
 def test_the_other_methods_train(method: str, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    (found,) = make_grid([str(recipe)], [method], [1e-3], 1, {"training.max_steps": 2})
+    (found,) = make_grid([str(recipe)], {method: [1e-3]}, 1, {"training.max_steps": 2})
     settings = tmp_path / "recipe.yaml"
     settings.write_text(json.dumps(found.recipe.model_dump(mode="json")))
     assert run(cli, ["train", str(settings), "-o", str(folder)]) == 0
