@@ -14,6 +14,8 @@ from torch import Tensor
 from loraover.decompositions.base import MAX_CORES, Decomposition, is_whole, random_coisometry
 from loraover.errors import ConfigError, ShapeError
 
+GAUGES = ("identity", "random")
+
 
 class Layout(NamedTuple):
     """Modes and bonds of one matrix shape: core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
@@ -50,14 +52,18 @@ class Mpo(Decomposition):
         bonds: the K - 1 inner bond dimensions; chosen when absent.
         expansion: least ratio of parameters to m * n; bonds are widened until it is met. Absent:
             full bonds, which give 1.01 to 1.3 with three cores of usual LoRA shapes.
+        gauge: "identity" makes P and Q identities where bonds are full, so that the centre's elements are M's own and
+            an optimizer that scales each element by itself (Adam) sees the axes that it sees in plain LoRA; "random"
+            draws P and Q from the Haar measure, as wider bonds need in any case.
     Source: Oseledets 2011, doi:10.1137/090752286; Gao et al. 2023 (OPF), section 3. They split M by
-    SVDs; our auxiliary cores are random, which costs nothing for a zero matrix and loses nothing.
+    SVDs; our auxiliary cores do not depend on M, which costs nothing for a zero matrix and loses nothing.
     """
 
     num_cores: int = 3
     modes: Mapping[int, Sequence[int]] = field(default_factory=dict)
     bonds: Sequence[int] | None = None
     expansion: float | None = None
+    gauge: str = "random"
 
     def __post_init__(self) -> None:
         faults = []
@@ -85,11 +91,13 @@ class Mpo(Decomposition):
             faults.append(f"expansion is {self.expansion}, expected a ratio from 1 to 1000")
         if self.expansion is not None and self.num_cores == 1:
             faults.append("expansion needs num_cores of at least 2: one core has no bond to widen")
+        if self.gauge not in GAUGES:
+            faults.append(f"gauge is {self.gauge!r}, expected {' or '.join(GAUGES)}")
         if faults:
             raise ConfigError("mpo: " + "; ".join(faults) + ".")
 
     def __hash__(self) -> int:
-        return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion))
+        return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion, self.gauge))
 
     def layout(self, m: int, n: int) -> Layout:
         """Modes and bonds for an m x n matrix.
@@ -114,19 +122,24 @@ class Mpo(Decomposition):
         left = matrix.new_ones(1, 1)
         for k in range(layout.centre):
             _, rows, columns, next_bond = layout.core(k)
-            outer = random_coisometry(generator, left.shape[0] * rows * columns, next_bond)
+            outer = self._coisometry(generator, left.shape[0] * rows * columns, next_bond)
             cores[k] = left.mT @ outer.reshape(left.shape[0], -1)
             left = outer
         right = matrix.new_ones(1, 1)
         for k in range(self.num_cores - 1, layout.centre, -1):
             bond, rows, columns, _ = layout.core(k)
-            outer = random_coisometry(generator, rows * columns * right.shape[0], bond)
+            outer = self._coisometry(generator, rows * columns * right.shape[0], bond)
             cores[k] = outer.mT.reshape(-1, right.shape[0]) @ right
             right = outer
 
         tensor = _interleave(matrix.unsqueeze(0), layout).reshape(left.shape[0], -1, right.shape[0])
         cores[layout.centre] = torch.einsum("pb,pcq,qd->bcd", left, tensor, right)
         return tuple(core.reshape(_unfolding(layout, k)) for k, core in enumerate(cores))
+
+    def _coisometry(self, generator: torch.Generator, rows: int, columns: int) -> Tensor:
+        if self.gauge == "identity" and rows == columns:
+            return torch.eye(rows, dtype=torch.float64)
+        return random_coisometry(generator, rows, columns)
 
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
         self.check(cores, m, n)

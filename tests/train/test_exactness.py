@@ -161,3 +161,17 @@ def test_one_core_gradient_off_by_a_hundredth_is_noticed(
 
     monkeypatch.setattr(CoreGroup, "pull_back", mutant)
     assert deviation(beside(case), through(case)) > 1e6 * TOLERANCE
+
+
+def test_in_the_identity_gauge_with_auxiliary_cores_at_rest_it_is_plain_lora_bit_for_bit() -> None:
+    options = {"num_cores": 3, "gauge": "identity"}
+    plain, model = tiny_net(dtype=torch.float64), tiny_net(dtype=torch.float64)
+    over = OverParameterization(model, LoraOverConfig(options=options, aux_lr_scale=0))
+    optimizers = [OPTIMIZERS["adamw"](trainable(net)) for net in (plain, model)]
+    over.attach(optimizers[1])
+    for step in range(STEPS):
+        for net, optimizer in zip((plain, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            net_loss(net, step).backward()
+            optimizer.step()
+        assert all(torch.equal(*pair) for pair in zip(trainable(plain), trainable(model), strict=True))
