@@ -107,7 +107,7 @@ def test_a_static_score_that_stays_zero_is_an_error() -> None:
     model = tiny_net()
     before = lora_matrices(model)
     schedule = static(model, lambda model, batch: 0.0 * batch_loss(model, batch))
-    with pytest.raises(ConfigError, match="fisher is zero for every candidate"):
+    with pytest.raises(ConfigError, match="fisher is zero for every A and B"):
         schedule.choose(0)
     assert all(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
 
@@ -203,10 +203,34 @@ def test_a_round_waits_while_every_score_is_zero(caplog: pytest.LogCaptureFixtur
     assert [found.step for found in over.schedule.rounds] == [8, 10]
     assert [len(found.chosen) for found in over.schedule.rounds] == [2, 2]
     assert [record.message for record in caplog.records if "waits" in record.message] == [
-        "step 4: taylor is zero for every site while B = 0; the round waits"
+        "step 4: taylor is zero for every A and B while B = 0; the round waits"
     ]
     decided = [record.message for record in caplog.records if "over-parameterised by" in record.message]
     assert decided[0].startswith("step 8: 2 of 6 sites over-parameterised by taylor,")
+
+
+@pytest.mark.parametrize("score", ["fisher", "inverse"])
+def test_a_round_waits_for_the_first_gradient_of_a_where_b_has_one_already(
+    score: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_net(draw_b=False)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    scheduler = LambdaLR(optimizer, lambda step: float(step >= 1))
+    over = dynamic(model, optimizer, score=score, steps=10)
+    with caplog.at_level(logging.INFO, "loraover"):
+        for step in range(5):
+            steps_of(model, optimizer, range(step, step + 1))
+            scheduler.step()
+    # The second step is the first that moves B, the third the first that sees it.
+    first, second = over.schedule.rounds
+    assert (first.step, second.step) == (3, 5)
+    assert all(first.scores.values())
+    assert set(first.chosen) == {
+        max((n for n in first.scores if n.endswith(matrix)), key=lambda n: first.scores[n]) for matrix in "AB"
+    }
+    assert [record.message for record in caplog.records if "waits" in record.message] == [
+        f"step 2: {score} is zero for every A while B = 0; the round waits"
+    ]
 
 
 @pytest.mark.parametrize("where", ["first.lora_A", "third.lora_B"])
