@@ -32,8 +32,8 @@ class Seal(BaseModel):
 class SealCheckpoints(TrainerCallback):
     """Marks each checkpoint complete once all of its files are on disk; put it behind other callbacks that save.
 
-    While it trains, it does the work of `save_total_limit`: older checkpoints go once the new one is complete, never
-    the best one.
+    While it trains, it does the work of `save_total_limit`: once the new checkpoint is complete, older ones go, and
+    those that a killed run left incomplete; never the best one.
 
         callbacks = [LoraOverCallback(config), SealCheckpoints()]
         trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
@@ -52,10 +52,11 @@ class SealCheckpoints(TrainerCallback):
         wait_for_all()  # each process writes its own random state
         if not args.should_save:
             return
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        seal(newest)
         if self._limit is not None:
             best = state.best_model_checkpoint
-            for folder in checkpoints(args.output_dir)[max(1, self._limit) :]:
+            for folder in _superfluous(newest, self._limit):
                 if best is None or folder.resolve() != Path(best).resolve():
                     shutil.rmtree(folder)
 
@@ -83,6 +84,17 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     """Folders `checkpoint-N`, whole or not, the latest first."""
     folders = [p for p in Path(directory).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(folders, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+
+def _superfluous(newest: Path, limit: int) -> list[Path]:
+    """Checkpoints beside the newest that `limit` leaves no room for, and those without a seal.
+
+    Sealed ones of later steps, which the run has come back from, are not counted and stay.
+    """
+    folders = checkpoints(newest.parent)
+    sealed = [folder for folder in folders if (folder / SEAL_FILE).is_file()]
+    unsealed = [folder for folder in folders if folder not in sealed]
+    return unsealed + sealed[sealed.index(newest) :][max(1, limit) :]
 
 
 def _is_whole(folder: Path) -> bool:
