@@ -34,6 +34,7 @@ from loraover.output import publish_file
 from loraover.overparam import OverParameterization
 from loraover.schedules import Round
 from loraover.sharding import full, world_size
+from loraover.sites import only_adapter
 from loraover.tensor_file import TensorFile, open_tensors, save_tensors, sha256_of
 
 SCHEMA_VERSION = 2
@@ -301,8 +302,9 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 
     Args:
         over: made with `inject=False` on a model that has loaded the checkpoint's adapter.
-        checkpoint: of the "default" adapter.
+        checkpoint: of the one adapter that is trained.
     Raises:
+        ConfigError: several adapters are trained.
         CheckpointError: other sites or another configuration than the checkpoint's, or a model whose
             matrices contradict the cores.
     Mutates: the model's matrices, which become the contraction of the cores.
@@ -346,7 +348,8 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 
 def _check_resumable(over: OverParameterization, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless model, configuration and number of processes are those of the checkpoint."""
-    if over.config != checkpoint.meta.config:
+    only_adapter(over.sites.values())
+    if over.config.model_dump(mode="json") != checkpoint.meta.config.model_dump(mode="json"):
         raise CheckpointError(
             f"{checkpoint.path}: was trained with {checkpoint.meta.config!r}, this run asks for {over.config!r}; "
             "resume with the same configuration or start anew."

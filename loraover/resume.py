@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.adapter_dir import read_json
-from loraover.errors import CheckpointError
+from loraover.errors import CheckpointError, ConfigError
 from loraover.output import publish_file, sync
+from loraover.overparam import has_cores
 from loraover.sharding import wait_for_all
 from loraover.tensor_file import sha256_of
 
@@ -42,11 +43,34 @@ class SealCheckpoints(TrainerCallback):
 
     def __init__(self) -> None:
         self._limit: int | None = None
+        self._saw_cores = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        self._limit, args.save_total_limit = args.save_total_limit, None
+        if self._limit is None:  # it is still there after a run that was interrupted
+            self._limit = args.save_total_limit
+        args.save_total_limit = None
+        self._saw_cores = has_cores(optimizer)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if has_cores(optimizer) and not self._saw_cores:
+            raise ConfigError(
+                "SealCheckpoints comes before LoraOverCallback, so it would seal checkpoints that lack their cores; "
+                "put it behind: callbacks=[LoraOverCallback(...), SealCheckpoints()]."
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         wait_for_all()  # each process writes its own random state
@@ -63,7 +87,7 @@ class SealCheckpoints(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args.save_total_limit = self._limit
+        args.save_total_limit, self._limit = self._limit, None
 
 
 def seal(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ class Site:
     """One A or B matrix of one module and adapter.
 
     Args:
-        name: e.g. "model.layers.0.mlp.up_proj.lora_A"; a leading "adapter:" for adapters other than
-            "default". Names do not depend on wrappers such as DDP or torch.compile.
+        name: e.g. "model.layers.0.mlp.up_proj.lora_A". Where several adapters are trained, those other than
+            "default" have "adapter:" before it. Names do not depend on wrappers such as DDP or torch.compile.
         module: path of the adapted module below the base model.
         adapter: PEFT's adapter name.
         matrix: "A" (r, in_features) or "B" (out_features, r).
@@ -93,34 +93,56 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     seen: set[int] = set()
     by_memory: dict[int, Site] = {}
     layers = lora_layers(model)
+    is_alone = len({adapter for layer in layers.values() for _, _, adapter, _ in _trained_matrices(layer)}) == 1
     for module, layer in layers.items():
         _refuse_unsupported(module, layer)
-        pairs: tuple[tuple[str, Any, Literal["A", "B"]], ...] = (
-            ("lora_A", layer.lora_A, "A"),
-            ("lora_B", layer.lora_B, "B"),
-            ("lora_embedding_A", layer.lora_embedding_A, "A"),
-            ("lora_embedding_B", layer.lora_embedding_B, "B"),
-        )
-        for kind, holders, matrix in pairs:
-            for adapter, holder in holders.items():
-                parameter = holder if isinstance(holder, nn.Parameter) else holder.weight
-                if not parameter.requires_grad or id(parameter) in seen:
-                    continue
-                seen.add(id(parameter))
-                prefix = "" if adapter == "default" else f"{adapter}:"
-                name = f"{prefix}{module}.{kind}"
-                if parameter.ndim != 2:
-                    raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
-                pointer = local(parameter).data_ptr()
-                if pointer and pointer in by_memory:
-                    _tie(by_memory[pointer], name, parameter)
-                    continue
-                sites[name] = by_memory[pointer] = Site(name, module, adapter, matrix, parameter)
+        for kind, matrix, adapter, parameter in _trained_matrices(layer):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{module}.{kind}" if adapter == "default" or is_alone else f"{adapter}:{module}.{kind}"
+            if parameter.ndim != 2:
+                raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
+            pointer = local(parameter).data_ptr()
+            if pointer and pointer in by_memory:
+                _tie(by_memory[pointer], name, parameter)
+                continue
+            sites[name] = by_memory[pointer] = Site(name, module, adapter, matrix, parameter)
     if not layers:
         raise ConfigError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)).")
     if not sites:
         raise ConfigError("none of the model's LoRA matrices requires a gradient; activate an adapter for training.")
     return sites
+
+
+def _trained_matrices(layer: Any) -> Iterator[tuple[str, Literal["A", "B"], str, nn.Parameter]]:
+    """PEFT's name, side, adapter and parameter of a layer's matrices that require a gradient."""
+    pairs: tuple[tuple[str, Any, Literal["A", "B"]], ...] = (
+        ("lora_A", layer.lora_A, "A"),
+        ("lora_B", layer.lora_B, "B"),
+        ("lora_embedding_A", layer.lora_embedding_A, "A"),
+        ("lora_embedding_B", layer.lora_embedding_B, "B"),
+    )
+    for kind, holders, matrix in pairs:
+        for adapter, holder in holders.items():
+            parameter = holder if isinstance(holder, nn.Parameter) else holder.weight
+            if parameter.requires_grad:
+                yield kind, matrix, adapter, parameter
+
+
+def only_adapter(sites: Iterable[Site]) -> str:
+    """PEFT's name of the adapter that all of these belong to.
+
+    Raises:
+        ConfigError: several adapters.
+    """
+    adapters = list(dict.fromkeys(site.adapter for site in sites))
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"{len(adapters)} adapters are trained at once ({', '.join(adapters)}), of which a checkpoint restores one. "
+            "Activate one, or train without the callback, by OverParameterization."
+        )
+    return adapters[0]
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

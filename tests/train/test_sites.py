@@ -122,7 +122,9 @@ def test_several_adapters_have_sites_of_their_own() -> None:
     other = sites["other:first.lora_A"]
     assert (other.adapter, other.path, other.shape) == ("other", "first.lora_A", (2, 6))
     model.set_adapter("other")
-    assert {site.adapter for site in find_sites(model).values()} == {"other"}
+    alone = find_sites(model)
+    assert {site.adapter for site in alone.values()} == {"other"}
+    assert list(alone) == [f"{module}.lora_{x}" for module in ("first", "second") for x in "AB"]
 
 
 @pytest.mark.parametrize(
