@@ -139,7 +139,7 @@ def only_adapter(sites: Iterable[Site]) -> str:
     adapters = list(dict.fromkeys(site.adapter for site in sites))
     if len(adapters) > 1:
         raise ConfigError(
-            f"{len(adapters)} adapters are trained at once ({', '.join(adapters)}), of which a checkpoint restores one. "
+            f"{len(adapters)} adapters are trained at once ({', '.join(adapters)}), and a checkpoint restores one. "
             "Activate one, or train without the callback, by OverParameterization."
         )
     return adapters[0]
