@@ -21,7 +21,7 @@ from loraover.importance import Probe
 from loraover.moments import carried_moments
 from loraover.schedules import Schedule
 from loraover.sharding import gathered
-from loraover.sites import Site, find_sites
+from loraover.sites import Site, base_model_name, find_sites
 
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it keeps its own list of parameters, so it would never step the cores",
@@ -67,6 +67,8 @@ class OverParameterization:
     ) -> None:
         self.config = config or LoraOverConfig()
         self.decomposition = self.config.make_decomposition()
+        self.base_model = base_model_name(model)
+        self.steps = steps
         self.sites: dict[str, Site] = find_sites(model)
         self.schedule = Schedule(self.config, self.sites, steps=steps, probe=probe)
         self.groups: list[CoreGroup] = []

@@ -147,17 +147,31 @@ def only_adapter(sites: Iterable[Site]) -> str:
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """PEFT's LoRA layers by module path below the base model."""
-    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    root = next((m for m in model.modules() if isinstance(m, PeftModel)), model)
     found = {}
-    for path, module in root.named_modules():
+    for path, module in _peft_model(model).named_modules():
         if isinstance(module, LoraLayer):
             for wrapper in WRAPPERS:
                 path = path.replace(wrapper, "")
             found[path.removeprefix("base_model.model.")] = module
     return found
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """Hub name or folder that transformers loaded the base model from; None for a model that is not from there."""
+    from peft import PeftModel
+
+    root = _peft_model(model)
+    base = root.get_base_model() if isinstance(root, PeftModel) else root
+    return getattr(base, "name_or_path", None) or None
+
+
+def _peft_model(model: nn.Module) -> nn.Module:
+    """Inside of wrappers; the model itself if PEFT's layers have no PeftModel around them."""
+    from peft import PeftModel
+
+    return next((m for m in model.modules() if isinstance(m, PeftModel)), model)
 
 
 def _refuse_unsupported(module: str, layer: Any) -> None:
