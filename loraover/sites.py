@@ -212,8 +212,23 @@ def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not hits:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            near = _nearest(names, pattern)
             hint = f" Nearest: {', '.join(near)}." if near else ""
             raise ConfigError(f"sites: {pattern!r} matches none of {len(names)} sites.{hint}")
         chosen.update(hits)
     return [name for name in names if name in chosen]
+
+
+def _nearest(names: Sequence[str], pattern: str) -> list[str]:
+    """The pattern with its unknown parts replaced by the likest parts of names, if that matches; else similar names."""
+    parts = sorted({part for name in names for part in name.split(".")})
+    mended = ".".join(_mended(part, parts) for part in pattern.split("."))
+    if fnmatch.filter(names, mended):
+        return [mended]
+    return difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+
+
+def _mended(part: str, known: Sequence[str]) -> str:
+    literal = part.strip("*")
+    near = [] if fnmatch.filter(known, part) else difflib.get_close_matches(literal, known, n=1)
+    return part.replace(literal, near[0]) if near else part
