@@ -358,8 +358,8 @@ def _check_resumable(over: OverParameterization, checkpoint: Checkpoint) -> None
         )
     if over.config.schedule == "dynamic" and checkpoint.meta.steps not in (None, over.steps):
         raise CheckpointError(
-            f"{checkpoint.path}: its schedule was laid out for {checkpoint.meta.steps} steps, this run has {over.steps}, "
-            "so that its rounds would move. Resume with as many, or start anew."
+            f"{checkpoint.path}: its schedule was laid out for {checkpoint.meta.steps} steps, this run has "
+            f"{over.steps}, so that its rounds would move. Resume with as many, or start anew."
         )
     if checkpoint.meta.base_model and over.base_model not in (None, checkpoint.meta.base_model):
         raise CheckpointError(

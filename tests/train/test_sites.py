@@ -309,7 +309,7 @@ def test_a_pattern_without_a_match_names_the_nearest_sites() -> None:
         ("*.q_prj.*", "*.q_proj.*"),
         ("*q_prj*", "*q_proj*"),
         ("*.qproj.*", "*.q_proj.*"),
-        ("*.layer.3.*.v_proj.lora_a", "*.layers.3.*.v_proj.lora_A"),
+        ("*.layer.3.*.v_prj.lora_A", "*.layers.3.*.v_proj.lora_A"),
         ("*.self_attention.*", "*.self_attn.*"),
         ("model.layers.3.self_attn.q_proj", "model.layers.3.self_attn.q_proj.lora_A"),
     ],
