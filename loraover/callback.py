@@ -90,6 +90,7 @@ class LoraOverCallback(TrainerCallback):
                     "step": state.global_step,
                     "loraover_injected_sites": len(held.chosen),
                     "loraover_added_parameters": held.added,
+                    "loraover_scores": held.ranked,
                 }
             )
         self._logged_rounds = len(self.over.schedule.rounds)

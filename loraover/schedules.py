@@ -35,6 +35,11 @@ class Round(BaseModel):
     added: int = Field(description="numbers that their cores have beyond the matrices")
     forwards: int = Field(description="batches run for the scores")
 
+    @property
+    def ranked(self) -> dict[str, float]:
+        """The chosen sites with their scores, the best first; empty where all were taken."""
+        return dict(sorted(((n, self.scores[n]) for n in self.chosen if n in self.scores), key=lambda item: -item[1]))
+
 
 class Schedule:
     """Chooses sites as the configuration says.
@@ -118,7 +123,7 @@ class Schedule:
                 )
             if not self._waits:
                 self._waits = True
-                logger.info(
+                logger.warning(
                     "step %d: %s is zero for every %s while B = 0; the round waits", step, self.config.score, unknown
                 )
             return None
@@ -147,6 +152,8 @@ class Schedule:
                 *(step, len(chosen), len(self.candidates), self.config.score, found.added),
                 f" ({forwards} extra forwards)" if forwards else "",
             )
+            for name, score in found.ranked.items():
+                logger.info("  %.3e  %s", score, name)
         return found
 
     def _best(self, scores: Mapping[str, float], taken: set[str], done: float) -> list[str]:
@@ -227,7 +234,7 @@ class Schedule:
         kept = {name: full(site.parameter.detach()).clone() for name, site in self._sites.items()}
         try:
             if not all(matrix.any() for matrix in kept.values()):
-                logger.info(
+                logger.warning(
                     "%s says nothing while B = 0: %d warm-up steps on %d batches, which are undone",
                     *(self.config.score, self.config.calibration_steps, len(self._probe.batches)),
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, SealCheckpoints, read_checkpoint
 from loraover.adapter_dir import site_key
 from loraover.errors import CheckpointError, ConfigError
+from loraover.progress import Reporter, TrainingProgress
 from loraover.schedule_map import placed
 from loraover.tensor_file import open_tensors
 from loraover.threads import one_thread
@@ -212,11 +215,16 @@ def test_several_adapters_at_once_are_refused(tmp_path: Path) -> None:
 )
 def test_every_decision_is_in_the_log_once(tmp_path: Path, schedule: dict[str, Any], steps: list[int]) -> None:
     budget = {"budget": Budget(sites=4)} if schedule else {}
-    trainer = trainer_of(tmp_path, callback=LoraOverCallback(LoraOverConfig(**schedule, **budget)))
+    trainer = trainer_of(tmp_path, callback=(callback := LoraOverCallback(LoraOverConfig(**schedule, **budget))))
+    trainer.add_callback(TrainingProgress(Reporter(Console(quiet=True)), tmp_path / "metrics.jsonl"))
     trainer.train()
     told = [row for row in trainer.state.log_history if "loraover_injected_sites" in row]
     assert [row["step"] for row in told] == steps
     assert sum(row["loraover_injected_sites"] for row in told) == (4 if schedule else 0)
+    assert callback.over is not None
+    for row, found in zip(told, callback.over.schedule.rounds, strict=bool(schedule)):
+        assert row["loraover_scores"] == {name: found.scores[name] for name in found.chosen}
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == trainer.state.log_history
 
 
 # Resuming

@@ -75,7 +75,8 @@ def test_a_static_choice_is_undone_bit_for_bit(score: str, draw_b: bool, caplog:
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert ("8 warm-up steps on 3 batches" in caplog.text) is (score != "random" and not draw_b)
+    told = [record.levelname for record in caplog.records if "8 warm-up steps on 3 batches" in record.message]
+    assert told == (["WARNING"] if score != "random" and not draw_b else [])
 
 
 @pytest.mark.parametrize("score", ["fisher", "taylor", "sensitivity"])
@@ -202,11 +203,14 @@ def test_a_round_waits_while_every_score_is_zero(caplog: pytest.LogCaptureFixtur
     # The seventh step is the first that moves B, the eighth the first that sees it.
     assert [found.step for found in over.schedule.rounds] == [8, 10]
     assert [len(found.chosen) for found in over.schedule.rounds] == [2, 2]
-    assert [record.message for record in caplog.records if "waits" in record.message] == [
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         "step 4: taylor is zero for every A and B while B = 0; the round waits"
     ]
-    decided = [record.message for record in caplog.records if "over-parameterised by" in record.message]
+    decided = [record.message for record in caplog.records if record.levelname == "INFO"]
     assert decided[0].startswith("step 8: 2 of 6 sites over-parameterised by taylor,")
+    scores = over.schedule.rounds[0].ranked
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert decided[1:3] == [f"  {score:.3e}  {name}" for name, score in scores.items()]
 
 
 @pytest.mark.parametrize("score", ["fisher", "inverse"])
