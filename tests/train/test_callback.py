@@ -315,6 +315,12 @@ def test_a_resume_without_its_cores_is_refused(tmp_path: Path) -> None:
         run(tmp_path, resume=str(folder))
 
 
+def test_a_resume_with_another_optimizer_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ConfigError, match="the run was trained with AdamW, this optimizer is SGD"):
+        run(tmp_path, resume=str(tmp_path / "checkpoint-3"), optim="sgd")
+
+
 def test_a_checkpoint_that_was_moved_is_named(tmp_path: Path) -> None:
     losses, matrices = run(tmp_path / "first")
     moved = tmp_path / "kept" / "best"
