@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,6 +19,7 @@ from loraover.errors import CheckpointError
 from loraover.importance.base import Loss, Probe, model_loss
 from loraover.overparam import OverParameterization
 from loraover.schedules import runs_model
+from loraover.sites import find_sites, only_adapter
 
 
 class LoraOverCallback(TrainerCallback):
@@ -62,6 +64,9 @@ class LoraOverCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        only_adapter(find_sites(model).values())
+        if self.over is not None:
+            self.over.detach()  # of a run that was interrupted, whose optimizer the Trainer has kept
         config = self._seeded(args.seed)
         probe = None
         if runs_model(config):
@@ -85,6 +90,7 @@ class LoraOverCallback(TrainerCallback):
                     "step": state.global_step,
                     "loraover_injected_sites": len(held.chosen),
                     "loraover_added_parameters": held.added,
+                    "loraover_scores": held.ranked,
                 }
             )
         self._logged_rounds = len(self.over.schedule.rounds)
@@ -111,12 +117,10 @@ class LoraOverCallback(TrainerCallback):
             self.over.fold()
 
     def save(self, directory: str | os.PathLike[str], *, step: int) -> None:
-        """Add the cores to a folder that `model.save_pretrained` has written, each adapter to its own."""
+        """Add the cores to a folder that `model.save_pretrained` has written."""
         assert self.over is not None, "nothing was trained"
-        names = self.over.injected or self.over.schedule.candidates
-        for adapter in dict.fromkeys(self.over.sites[name].adapter for name in names):
-            folder = Path(directory) if adapter == "default" else Path(directory) / adapter
-            write_checkpoint(folder, self.over, step=step, adapter=adapter)
+        adapter = only_adapter(self.over.sites.values())
+        write_checkpoint(_adapter_folder(directory, adapter), self.over, step=step, adapter=adapter)
 
     def restore(
         self,
@@ -137,7 +141,8 @@ class LoraOverCallback(TrainerCallback):
             CheckpointError: see `loraover.checkpoint.restore`.
         """
         self.over = OverParameterization(model, self._seeded(seed), steps=steps, probe=probe, inject=False)
-        restore(self.over, read_checkpoint(checkpoint))
+        adapter = only_adapter(self.over.sites.values())
+        restore(self.over, read_checkpoint(_adapter_folder(checkpoint, adapter)))
         return self.over
 
     def _seeded(self, seed: int) -> LoraOverConfig:
@@ -153,6 +158,11 @@ class LoraOverCallback(TrainerCallback):
                 "name the folder with LoraOverCallback(resume_from=...)."
             )
         return folder
+
+
+def _adapter_folder(directory: str | os.PathLike[str], adapter: str) -> Path:
+    """Where `model.save_pretrained(directory)` puts an adapter."""
+    return Path(directory) if adapter == "default" else Path(directory) / adapter
 
 
 def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:
@@ -171,4 +181,4 @@ def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> 
         else:
             rows = list(islice(iter(dataset), count * size))
         batches = [dataloader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
-    return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    return [send_to_device(batch, device) for batch in batches]

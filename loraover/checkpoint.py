@@ -34,6 +34,7 @@ from loraover.output import publish_file
 from loraover.overparam import OverParameterization
 from loraover.schedules import Round
 from loraover.sharding import full, world_size
+from loraover.sites import only_adapter
 from loraover.tensor_file import TensorFile, open_tensors, save_tensors, sha256_of
 
 SCHEMA_VERSION = 2
@@ -79,6 +80,7 @@ class Meta(BaseModel):
     core_dtype: Literal["float32", "float64"]
     sites: list[SiteRecord]
     rounds: list[Round] = Field(default_factory=list, description="the schedule's decisions so far")
+    steps: int | None = Field(None, ge=0, description="optimizer steps of the whole run, where it was told")
     optimizer_steps: int = Field(0, ge=0, description="of those `step` counts, the ones that an optimizer took")
     optimizer: str | None = Field(None, description="class of the optimizer that the state belongs to")
     world_size: int = Field(1, ge=1, description="processes that trained together")
@@ -220,6 +222,7 @@ def write_checkpoint(
         core_dtype="float64" if torch.float64 in dtypes else "float32",
         sites=records,
         rounds=over.schedule.rounds,
+        steps=over.steps,
         optimizer_steps=over.step,
         optimizer=over.optimizer_class,
         world_size=world_size(),
@@ -301,8 +304,9 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 
     Args:
         over: made with `inject=False` on a model that has loaded the checkpoint's adapter.
-        checkpoint: of the "default" adapter.
+        checkpoint: of the one adapter that is trained.
     Raises:
+        ConfigError: several adapters are trained.
         CheckpointError: other sites or another configuration than the checkpoint's, or a model whose
             matrices contradict the cores.
     Mutates: the model's matrices, which become the contraction of the cores.
@@ -345,11 +349,22 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 
 
 def _check_resumable(over: OverParameterization, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless model, configuration and number of processes are those of the checkpoint."""
-    if over.config != checkpoint.meta.config:
+    """Raise CheckpointError unless the run and its model are those of the checkpoint."""
+    only_adapter(over.sites.values())
+    if over.config.model_dump(mode="json") != checkpoint.meta.config.model_dump(mode="json"):
         raise CheckpointError(
             f"{checkpoint.path}: was trained with {checkpoint.meta.config!r}, this run asks for {over.config!r}; "
             "resume with the same configuration or start anew."
+        )
+    if over.config.schedule == "dynamic" and checkpoint.meta.steps not in (None, over.steps):
+        raise CheckpointError(
+            f"{checkpoint.path}: its schedule was laid out for {checkpoint.meta.steps} steps, this run has "
+            f"{over.steps}, so that its rounds would move. Resume with as many, or start anew."
+        )
+    if checkpoint.meta.base_model and over.base_model not in (None, checkpoint.meta.base_model):
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained on {checkpoint.meta.base_model}, the model was loaded from "
+            f"{over.base_model}; load that one, or set its `name_or_path` if it is a copy."
         )
     if checkpoint.meta.world_size != world_size():
         raise CheckpointError(

@@ -52,11 +52,20 @@ def _log_folder(args: TrainingArguments) -> Path:
     return max((p for p in runs.glob("*") if p.is_dir()), key=lambda p: p.stat().st_mtime, default=runs)
 
 
+def _may_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
+    """Whether the Trainer logs after that step, as far as can be told before it."""
+    if args.logging_strategy == "steps":
+        is_first = step == 1 and args.logging_first_step
+        return bool(is_first or step % max(1, int(state.logging_steps)) == 0)
+    return bool(args.logging_strategy == "epoch")
+
+
 class DiagnosticsCallback(TrainerCallback):
     """Adds numbers to what the Trainer logs: `trainer_state.json`, and TensorBoard where the Trainer reports to it.
 
     For plain LoRA, too: `loraover/step_norm` is the size of the logged step in the space of scaling * B A, so that a
-    better method can be told from a larger step. The rest is about the cores.
+    better method can be told from a larger step. The rest is about the cores. `logging_strategy="epoch"` costs a copy
+    of A and B at every step: which one ends the epoch is not known before it.
 
     Args:
         over: the callback that trains with cores; None for plain LoRA. Put this one behind it.
@@ -65,7 +74,6 @@ class DiagnosticsCallback(TrainerCallback):
     def __init__(self, over: LoraOverCallback | None = None) -> None:
         self._over = over
         self._before: dict[str, Factors] | None = None
-        self._numbers: dict[str, float] = {}
         self._writer: Any = None
 
     def on_train_begin(
@@ -79,31 +87,24 @@ class DiagnosticsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        is_logged = (state.global_step + 1) % max(1, int(state.logging_steps)) == 0
-        self._before = factors(model) if is_logged else None
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        if self._before is None:
-            return
-        self._numbers = {"step_norm": step_norm(self._before, factors(model))}
-        if self._over is not None and self._over.over is not None:
-            self._numbers |= core_numbers(self._over.over)
-        self._before = None
+        self._before = factors(model) if _may_log(args, state, state.global_step + 1) else None
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        named = {PREFIX + name: value for name, value in self._numbers.items()}
-        self._numbers = {}
-        if logs is not None:
-            logs.update(named)
+        if self._before is None or logs is None or "loss" not in logs:
+            return
+        numbers = {"step_norm": step_norm(self._before, factors(model))}
+        if self._over is not None and self._over.over is not None:
+            numbers |= core_numbers(self._over.over)
+        named = {PREFIX + name: value for name, value in numbers.items()}
+        logs.update(named)
         state.log_history[-1].update(named)
         if self._writer is not None:
             for name, value in named.items():

@@ -21,7 +21,7 @@ from loraover.importance import Probe
 from loraover.moments import carried_moments
 from loraover.schedules import Schedule
 from loraover.sharding import gathered
-from loraover.sites import Site, find_sites
+from loraover.sites import Site, base_model_name, find_sites
 
 REFUSED_OPTIMIZERS = {
     "LBFGS": "it keeps its own list of parameters, so it would never step the cores",
@@ -67,6 +67,8 @@ class OverParameterization:
     ) -> None:
         self.config = config or LoraOverConfig()
         self.decomposition = self.config.make_decomposition()
+        self.base_model = base_model_name(model)
+        self.steps = steps
         self.sites: dict[str, Site] = find_sites(model)
         self.schedule = Schedule(self.config, self.sites, steps=steps, probe=probe)
         self.groups: list[CoreGroup] = []
@@ -215,10 +217,7 @@ class OverParameterization:
 
     def _check_hosts(self, optimizer: Optimizer, names: Iterable[str]) -> None:
         """Raise ConfigError unless the optimizer holds these sites, for us alone, in groups whose rate can scale."""
-        hooks = optimizer._optimizer_step_pre_hooks.values()
-        if self.optimizer is None and any(
-            isinstance(getattr(h, "__self__", None), OverParameterization) for h in hooks
-        ):
+        if self.optimizer is None and has_cores(optimizer):
             raise ConfigError(
                 "attach: another OverParameterization trains this optimizer's matrices already; one callback is enough."
             )
@@ -348,10 +347,21 @@ def _is_skipped(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "found_inf", False))
 
 
+def has_cores(optimizer: Any) -> bool:
+    """Whether some OverParameterization trains through this optimizer, or Accelerate's wrapper of one."""
+    hooks = getattr(_unwrapped(optimizer), "_optimizer_step_pre_hooks", {}).values()
+    return any(isinstance(getattr(hook, "__self__", None), OverParameterization) for hook in hooks)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    return optimizer.optimizer if type(optimizer).__module__.startswith("accelerate.") else optimizer
+
+
 def _ordinary(optimizer: Any) -> Optimizer:
     """The torch optimizer itself, out of Accelerate's wrapper."""
-    if type(optimizer).__module__.startswith("accelerate."):
-        optimizer = optimizer.optimizer
+    if type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
+        raise ConfigError("attach: DeepSpeed steps in an engine of its own, past torch's hooks; train without it.")
+    optimizer = _unwrapped(optimizer)
     kind = type(optimizer)
     if kind.__module__.startswith("deepspeed."):
         raise ConfigError(f"attach: {kind.__name__} of DeepSpeed steps in an engine of its own, past torch's hooks.")

@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.adapter_dir import read_json
-from loraover.errors import CheckpointError
+from loraover.errors import CheckpointError, ConfigError
 from loraover.output import publish_file, sync
+from loraover.overparam import has_cores
 from loraover.sharding import wait_for_all
 from loraover.tensor_file import sha256_of
 
@@ -32,8 +33,8 @@ class Seal(BaseModel):
 class SealCheckpoints(TrainerCallback):
     """Marks each checkpoint complete once all of its files are on disk; put it behind other callbacks that save.
 
-    While it trains, it does the work of `save_total_limit`: older checkpoints go once the new one is complete, never
-    the best one.
+    While it trains, it does the work of `save_total_limit`: once the new checkpoint is complete, older ones go, and
+    those that a killed run left incomplete; never the best one.
 
         callbacks = [LoraOverCallback(config), SealCheckpoints()]
         trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
@@ -42,27 +43,51 @@ class SealCheckpoints(TrainerCallback):
 
     def __init__(self) -> None:
         self._limit: int | None = None
+        self._saw_cores = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        self._limit, args.save_total_limit = args.save_total_limit, None
+        if self._limit is None:  # it is still there after a run that was interrupted
+            self._limit = args.save_total_limit
+        args.save_total_limit = None
+        self._saw_cores = has_cores(optimizer)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if has_cores(optimizer) and not self._saw_cores:
+            raise ConfigError(
+                "SealCheckpoints comes before LoraOverCallback, so it would seal checkpoints that lack their cores; "
+                "put it behind: callbacks=[LoraOverCallback(...), SealCheckpoints()]."
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         wait_for_all()  # each process writes its own random state
         if not args.should_save:
             return
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        seal(newest)
         if self._limit is not None:
             best = state.best_model_checkpoint
-            for folder in checkpoints(args.output_dir)[max(1, self._limit) :]:
+            for folder in _superfluous(newest, self._limit):
                 if best is None or folder.resolve() != Path(best).resolve():
                     shutil.rmtree(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args.save_total_limit = self._limit
+        args.save_total_limit, self._limit = self._limit, None
 
 
 def seal(folder: Path) -> None:
@@ -83,6 +108,17 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     """Folders `checkpoint-N`, whole or not, the latest first."""
     folders = [p for p in Path(directory).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(folders, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+
+def _superfluous(newest: Path, limit: int) -> list[Path]:
+    """Checkpoints beside the newest that `limit` leaves no room for, and those without a seal.
+
+    Sealed ones of later steps, which the run has come back from, are not counted and stay.
+    """
+    folders = checkpoints(newest.parent)
+    sealed = [folder for folder in folders if (folder / SEAL_FILE).is_file()]
+    unsealed = [folder for folder in folders if folder not in sealed]
+    return unsealed + sealed[sealed.index(newest) :][max(1, limit) :]
 
 
 def _is_whole(folder: Path) -> bool:

@@ -26,7 +26,11 @@ PLOT_TYPES = (".svg", ".png")
 
 @dataclass(frozen=True)
 class Place:
-    """Of a matrix in the map."""
+    """Of a matrix in the map.
+
+    Args:
+        kind: the module's path below the number of its layer, e.g. "self_attn.q_proj"; all of it outside of layers.
+    """
 
     layer: str
     kind: str
@@ -43,7 +47,9 @@ def placed(meta: Meta) -> dict[Place, int | None]:
 
 def _place(name: str) -> Place:
     module, _, matrix = name.rpartition(".lora_")
-    return Place(layer_of(module), module.rpartition(".")[2], matrix[-1])
+    parts = module.split(".")
+    below = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
+    return Place(layer_of(module), ".".join(parts[below:]), matrix[-1])
 
 
 def _order(layer: str) -> tuple[str, int]:
@@ -76,7 +82,7 @@ def _map(rounds: Mapping[Place, int | None]) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("layer")
     for kind in kinds:
-        table.add_column(f"{escape(kind)}\nA B", justify="center")
+        table.add_column("\n".join([*escape(kind).split("."), "A B"]), justify="center", vertical="bottom")
     for layer in dict.fromkeys(place.layer for place in rounds):
         pairs = ([_cell(rounds.get(Place(layer, kind, matrix), 0)) for matrix in "AB"] for kind in kinds)
         table.add_row(layer, *(" ".join(pair) for pair in pairs))

@@ -35,6 +35,11 @@ class Round(BaseModel):
     added: int = Field(description="numbers that their cores have beyond the matrices")
     forwards: int = Field(description="batches run for the scores")
 
+    @property
+    def ranked(self) -> dict[str, float]:
+        """The chosen sites with their scores, the best first; empty where all were taken."""
+        return dict(sorted(((n, self.scores[n]) for n in self.chosen if n in self.scores), key=lambda item: -item[1]))
+
 
 class Schedule:
     """Chooses sites as the configuration says.
@@ -95,7 +100,7 @@ class Schedule:
         return bool(self.round_steps) and not self.is_over and step >= self.round_steps[len(self.rounds)]
 
     def choose(self, step: int) -> Round | None:
-        """Decide; None where every score is zero so far, and the round has to wait.
+        """Decide; None where the scores of every A or of every B are zero so far, and the round has to wait.
 
         Args:
             step: optimizer steps taken.
@@ -109,16 +114,18 @@ class Schedule:
         forwards = self.score.forwards(self._probe) if isinstance(self.score, LossImpact) and self._probe else 0
         device = next(iter(self.candidates.values())).parameter.device
         values = of_rank_zero([score if math.isfinite(score) else 0.0 for score in found.values()], device)
-        if not any(values):
+        if unknown := self._unknown(dict(zip(found, values, strict=True))):
             if self.config.schedule == "static":
                 raise ConfigError(
-                    f"schedule static: {self.config.score} is zero for every candidate, even after "
-                    f"{self.config.calibration_steps} warm-up steps: on the calibration batches, no candidate changes "
+                    f"schedule static: {self.config.score} is zero for every {unknown}, even after "
+                    f"{self.config.calibration_steps} warm-up steps: on the calibration batches, none changes "
                     "the loss. Check their labels, or raise calibration_batches."
                 )
             if not self._waits:
                 self._waits = True
-                logger.info("step %d: %s is zero for every site while B = 0; the round waits", step, self.config.score)
+                logger.warning(
+                    "step %d: %s is zero for every %s while B = 0; the round waits", step, self.config.score, unknown
+                )
             return None
         self._waits = False
         scores = {name: score for name, score in zip(found, values, strict=True) if name not in taken}
@@ -128,6 +135,11 @@ class Schedule:
     def replay(self, rounds: Iterable[Round]) -> None:
         """Take over the decisions of a run that is resumed."""
         self.rounds = list(rounds)
+
+    def _unknown(self, scores: Mapping[str, float]) -> str:
+        """Which of A and B score zero everywhere, so that their order says nothing yet; empty where neither does."""
+        known = {site.matrix for name, site in self.candidates.items() if scores[name]}
+        return " and ".join(sorted({site.matrix for site in self.candidates.values()} - known))
 
     def _record(self, step: int, scores: dict[str, float], chosen: list[str], forwards: int) -> Round:
         found = Round(
@@ -140,6 +152,8 @@ class Schedule:
                 *(step, len(chosen), len(self.candidates), self.config.score, found.added),
                 f" ({forwards} extra forwards)" if forwards else "",
             )
+            for name, score in found.ranked.items():
+                logger.info("  %.3e  %s", score, name)
         return found
 
     def _best(self, scores: Mapping[str, float], taken: set[str], done: float) -> list[str]:
@@ -220,7 +234,7 @@ class Schedule:
         kept = {name: full(site.parameter.detach()).clone() for name, site in self._sites.items()}
         try:
             if not all(matrix.any() for matrix in kept.values()):
-                logger.info(
+                logger.warning(
                     "%s says nothing while B = 0: %d warm-up steps on %d batches, which are undone",
                     *(self.config.score, self.config.calibration_steps, len(self._probe.batches)),
                 )

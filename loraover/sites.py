@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ class Site:
     """One A or B matrix of one module and adapter.
 
     Args:
-        name: e.g. "model.layers.0.mlp.up_proj.lora_A"; a leading "adapter:" for adapters other than
-            "default". Names do not depend on wrappers such as DDP or torch.compile.
+        name: e.g. "model.layers.0.mlp.up_proj.lora_A". Where several adapters are trained, those other than
+            "default" have "adapter:" before it. Names do not depend on wrappers such as DDP or torch.compile.
         module: path of the adapted module below the base model.
         adapter: PEFT's adapter name.
         matrix: "A" (r, in_features) or "B" (out_features, r).
@@ -93,29 +93,21 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     seen: set[int] = set()
     by_memory: dict[int, Site] = {}
     layers = lora_layers(model)
+    is_alone = len({adapter for layer in layers.values() for _, _, adapter, _ in _trained_matrices(layer)}) == 1
     for module, layer in layers.items():
         _refuse_unsupported(module, layer)
-        pairs: tuple[tuple[str, Any, Literal["A", "B"]], ...] = (
-            ("lora_A", layer.lora_A, "A"),
-            ("lora_B", layer.lora_B, "B"),
-            ("lora_embedding_A", layer.lora_embedding_A, "A"),
-            ("lora_embedding_B", layer.lora_embedding_B, "B"),
-        )
-        for kind, holders, matrix in pairs:
-            for adapter, holder in holders.items():
-                parameter = holder if isinstance(holder, nn.Parameter) else holder.weight
-                if not parameter.requires_grad or id(parameter) in seen:
-                    continue
-                seen.add(id(parameter))
-                prefix = "" if adapter == "default" else f"{adapter}:"
-                name = f"{prefix}{module}.{kind}"
-                if parameter.ndim != 2:
-                    raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
-                pointer = local(parameter).data_ptr()
-                if pointer and pointer in by_memory:
-                    _tie(by_memory[pointer], name, parameter)
-                    continue
-                sites[name] = by_memory[pointer] = Site(name, module, adapter, matrix, parameter)
+        for kind, matrix, adapter, parameter in _trained_matrices(layer):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{module}.{kind}" if adapter == "default" or is_alone else f"{adapter}:{module}.{kind}"
+            if parameter.ndim != 2:
+                raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
+            pointer = local(parameter).data_ptr()
+            if pointer and pointer in by_memory:
+                _tie(by_memory[pointer], name, parameter)
+                continue
+            sites[name] = by_memory[pointer] = Site(name, module, adapter, matrix, parameter)
     if not layers:
         raise ConfigError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)).")
     if not sites:
@@ -123,19 +115,63 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
+def _trained_matrices(layer: Any) -> Iterator[tuple[str, Literal["A", "B"], str, nn.Parameter]]:
+    """PEFT's name, side, adapter and parameter of a layer's matrices that require a gradient."""
+    pairs: tuple[tuple[str, Any, Literal["A", "B"]], ...] = (
+        ("lora_A", layer.lora_A, "A"),
+        ("lora_B", layer.lora_B, "B"),
+        ("lora_embedding_A", layer.lora_embedding_A, "A"),
+        ("lora_embedding_B", layer.lora_embedding_B, "B"),
+    )
+    for kind, holders, matrix in pairs:
+        for adapter, holder in holders.items():
+            parameter = holder if isinstance(holder, nn.Parameter) else holder.weight
+            if parameter.requires_grad:
+                yield kind, matrix, adapter, parameter
+
+
+def only_adapter(sites: Iterable[Site]) -> str:
+    """PEFT's name of the adapter that all of these belong to.
+
+    Raises:
+        ConfigError: several adapters.
+    """
+    adapters = list(dict.fromkeys(site.adapter for site in sites))
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"{len(adapters)} adapters are trained at once ({', '.join(adapters)}), and a checkpoint restores one. "
+            "Activate one, or train without the callback, by OverParameterization."
+        )
+    return adapters[0]
+
+
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """PEFT's LoRA layers by module path below the base model."""
-    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    root = next((m for m in model.modules() if isinstance(m, PeftModel)), model)
     found = {}
-    for path, module in root.named_modules():
+    for path, module in _peft_model(model).named_modules():
         if isinstance(module, LoraLayer):
             for wrapper in WRAPPERS:
                 path = path.replace(wrapper, "")
             found[path.removeprefix("base_model.model.")] = module
     return found
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """Hub name or folder that transformers loaded the base model from; None for a model that is not from there."""
+    from peft import PeftModel
+
+    root = _peft_model(model)
+    base = root.get_base_model() if isinstance(root, PeftModel) else root
+    return getattr(base, "name_or_path", None) or None
+
+
+def _peft_model(model: nn.Module) -> nn.Module:
+    """Inside of wrappers; the model itself if PEFT's layers have no PeftModel around them."""
+    from peft import PeftModel
+
+    return next((m for m in model.modules() if isinstance(m, PeftModel)), model)
 
 
 def _refuse_unsupported(module: str, layer: Any) -> None:
@@ -176,8 +212,23 @@ def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not hits:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            near = _nearest(names, pattern)
             hint = f" Nearest: {', '.join(near)}." if near else ""
             raise ConfigError(f"sites: {pattern!r} matches none of {len(names)} sites.{hint}")
         chosen.update(hits)
     return [name for name in names if name in chosen]
+
+
+def _nearest(names: Sequence[str], pattern: str) -> list[str]:
+    """The pattern with its unknown parts replaced by the likest parts of names, if that matches; else similar names."""
+    parts = sorted({part for name in names for part in name.split(".")})
+    mended = ".".join(_mended(part, parts) for part in pattern.split("."))
+    if fnmatch.filter(names, mended):
+        return [mended]
+    return difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+
+
+def _mended(part: str, known: Sequence[str]) -> str:
+    literal = part.strip("*")
+    near = [] if fnmatch.filter(known, part) else difflib.get_close_matches(literal, known, n=1)
+    return part.replace(literal, near[0]) if near else part

@@ -189,12 +189,11 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: Model
     Raises:
         ConfigError: PEFT refuses the recipe's `lora`.
     """
+    base.name_or_path = recipe.model  # wherever its copy lies
     try:
-        model = get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
+        return get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
     except ValueError as error:
         raise ConfigError(f"lora: PEFT refuses it: {error}") from error
-    model.peft_config["default"].base_model_name_or_path = recipe.model
-    return model
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -27,17 +27,18 @@ class Factors:
 
 
 @torch.no_grad()
-def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
-    """Of every module with that adapter, by its path."""
+def factors(model: nn.Module, adapter: str | None = None) -> dict[str, Factors]:
+    """Of every module with that adapter, by its path; None: the first that is active."""
     found = {}
     for module, layer in lora_layers(model).items():
-        if adapter in layer.lora_A:
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        elif adapter in layer.lora_embedding_A:
-            a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        name = layer.active_adapters[0] if adapter is None else adapter
+        if name in layer.lora_A:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        elif name in layer.lora_embedding_A:
+            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         else:
             continue
-        found[module] = Factors(_copy(a), _copy(b), layer.scaling[adapter])
+        found[module] = Factors(_copy(a), _copy(b), layer.scaling[name])
     return found
 
 
@@ -45,7 +46,7 @@ def _copy(parameter: Tensor) -> Tensor:
     return full(parameter.detach()).to(torch.float64, copy=True)
 
 
-def update_norm(model: nn.Module, adapter: str = "default") -> float:
+def update_norm(model: nn.Module, adapter: str | None = None) -> float:
     """Frobenius norm of delta_W = scaling * B A over all adapted modules; 0 for a fresh LoRA."""
     return _root(sum(found.square() for found in factors(model, adapter).values()))
 

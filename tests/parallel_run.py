@@ -143,9 +143,9 @@ def assert_trained_as_one(alone: dict[str, Any], first: dict[str, Any], second: 
     assert [found["chosen"] for found in first["rounds"]] == [found["chosen"] for found in alone["rounds"]]
 
 
-def assert_example_folds(name: str, folder: Path) -> None:
+def assert_example_folds(name: str, folder: Path, start: Callable[..., None] = script_in_two_processes) -> None:
     """Two processes of an example leave one plain LoRA, and with it the cores that fold into it."""
-    script_in_two_processes(EXAMPLES / f"{name}.py", "--steps", 5, "--output", folder / "adapter")
+    start(EXAMPLES / f"{name}.py", "--steps", 5, "--output", folder / "adapter")
     checkpoint = read_checkpoint(folder / "adapter")
     assert (len(checkpoint.sites), checkpoint.meta.step, checkpoint.meta.world_size) == (28, 5, 2)
     assert all(matrix.any() for matrix in load_file(checkpoint.adapter.tensors_path).values())

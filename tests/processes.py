@@ -64,13 +64,17 @@ def _run_script(rank: int, script: Path, arguments: tuple[object, ...], port: in
     runpy.run_path(str(script), run_name="__main__")
 
 
-def torchrun(script: Path, *arguments: object) -> None:
-    """A script in two processes that torchrun starts, with the tests' own modules to import; fails where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
-    )
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+"""`accelerate launch`; --multi_gpu, because --cpu starts several processes by mpirun only. GPUs are not needed."""
+
+
+def launched(launcher: tuple[str, ...], script: Path, *arguments: object) -> None:
+    """A script in two processes that a launcher starts, with the tests' own modules to import; fails where it fails."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", *launcher, str(script), *map(str, arguments)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 

@@ -107,17 +107,20 @@ def tiny_bert(seed: int = 0, num_labels: int = 2) -> BertForSequenceClassificati
     return _seeded(BertForSequenceClassification, config, seed)
 
 
-def with_lora(model: nn.Module, *, draw_b: bool = True, seed: int = 0, **options: Any) -> PeftModel:
+def with_lora(
+    model: nn.Module, *, draw_b: bool = True, seed: int = 0, adapter: str = "default", **options: Any
+) -> PeftModel:
     """The model with a LoRA adapter of rank 4 on all of its linear layers.
 
     Args:
         draw_b: fill B, and A of an embedding, with non-zero draws, so that the adapter changes the model's function.
+        adapter: PEFT's name of it.
         options: of LoraConfig.
     """
     chosen = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, LoraConfig(**chosen))
+        wrapped = get_peft_model(model, LoraConfig(**chosen), adapter_name=adapter)
     if draw_b:
         fill_b(wrapped, seed)
     return wrapped

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from copy import deepcopy
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import click
@@ -16,11 +21,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from loraover import Budget, LoraOverConfig, OverParameterization
+from loraover import Budget, LoraOverConfig, OverParameterization, Probe
 from loraover.checkpoint import read_checkpoint
 from loraover.command import quiet_libraries
 from loraover.config import SCORE_NAMES
+from loraover.importance.loss_impact import LossImpact
 from loraover.progress import Reporter
 from loraover.recipe import load_recipe
 from loraover.run_result import read_run
@@ -31,6 +38,8 @@ from benchmarks.training import load
 from real_data import data_folder
 
 FRACTION = 0.25
+MOST_RATIO, MOST_INJECTION_S = 1.02, 1.0
+STEPS_FILE = "step_seconds.json"
 STEPS = 24
 SETTINGS: dict[str, Any] = {
     "training.max_steps": STEPS,
@@ -71,41 +80,82 @@ def main() -> None:
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/schedules"), show_default=True)
 @click.option("--only", help="Methods whose name holds this.")
-def study(seeds: int, out: Path, only: str | None) -> None:
+@click.option("--jobs", default=1, show_default=True, help="Runs at a time, which share the processor's cores.")
+def study(seeds: int, out: Path, only: str | None, jobs: int) -> None:
     """Train every schedule and score; finished runs are kept and not run again. Prints a table in Markdown."""
-    quiet_libraries()
-    data = data_folder() / "gsm8k"
-    for seed in range(seeds):
-        for method, settings in METHODS.items():
-            folder = out / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}"
-            if (folder / "run.json").is_file() or (only is not None and only not in method):
-                continue
-            files = {"data.train": str(data / "train.jsonl.gz"), "data.test": str(data / "test.jsonl")}
-            recipe = load_recipe("gsm8k-smollm2", {**SETTINGS, **files, "training.seed": seed, **settings})
-            started = (folder / "recipe.yaml").is_file()
-            train(recipe, folder, resume=started, report=Reporter(Console(stderr=True)), command="")
+    out.mkdir(parents=True, exist_ok=True)
+    runs = [(seed, method) for seed in range(seeds) for method in METHODS if only is None or only in method]
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _share_cores, (jobs,)) as pool:
+        waiting = {pool.submit(train_one, method, seed, out): f"{method}, seed {seed}" for seed, method in runs}
+        for done in as_completed(waiting):
+            done.result()
+            print(f"done: {waiting[done]}", file=sys.stderr)
     print(table(out, seeds))
 
 
+def _share_cores(jobs: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def train_one(method: str, seed: int, out: Path) -> None:
+    """Train, or go on, unless it is done; what the run says goes to a log beside its folder."""
+    folder = run_folder(out, method, seed)
+    if (folder / "run.json").is_file():
+        return
+    quiet_libraries()
+    data = data_folder() / "gsm8k"
+    files = {"data.train": str(data / "train.jsonl.gz"), "data.test": str(data / "test.jsonl")}
+    recipe = load_recipe("gsm8k-smollm2", {**SETTINGS, **files, "training.seed": seed, **METHODS[method]})
+    started = (folder / "recipe.yaml").is_file()
+    with folder.with_suffix(".log").open("a") as log, steps_timed() as seconds:
+        train(recipe, folder, resume=started, report=Reporter(Console(file=log)), command="")
+    (folder / STEPS_FILE).write_text(json.dumps(seconds))
+
+
+def run_folder(out: Path, method: str, seed: int) -> Path:
+    return out / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+@contextmanager
+def steps_timed() -> Iterator[list[float]]:
+    """Seconds from the end of each step to the end of the next, of the optimizer that steps last in the block."""
+    ends: dict[int, list[float]] = {}
+    seconds: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        ends.setdefault(id(optimizer), []).append(time.perf_counter())
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        yield seconds
+    finally:
+        handle.remove()
+    last = max(ends.values(), key=lambda times: times[-1], default=[])
+    seconds += [after - before for before, after in pairwise(last)]
+
+
 def table(out: Path, seeds: int) -> str:
-    """Mean over seeds of held-out loss, step time and added parameters."""
+    """Of finished runs: mean held-out loss and each seed's, median time of a step, mean added parameters, forwards."""
     lines = [
-        f"| schedule, score | held-out loss, {seeds} seeds | seconds a step | added parameters | extra forwards |",
+        "| schedule, score | held-out loss (each seed) | median step, s | added parameters | extra forwards |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for method in METHODS:
-        folders = [out / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}" for seed in range(seeds)]
-        runs = [read_run(folder) for folder in folders if (folder / "run.json").is_file()]
+        folders = [run_folder(out, method, seed) for seed in range(seeds)]
+        done = [folder for folder in folders if (folder / STEPS_FILE).is_file()]
+        runs = [read_run(folder) for folder in done]
         losses = [run.after.loss for run in runs if run.after is not None]
         if not losses:
             continue
         forwards = 0
         if method != "plain LoRA":
-            forwards = sum(found.forwards for found in read_checkpoint(folders[0] / "adapter").meta.rounds)
+            forwards = max(sum(r.forwards for r in read_checkpoint(f / "adapter").meta.rounds) for f in done)
         each = ", ".join(f"{loss:.4f}" for loss in losses)
-        seconds = fmean(run.train_seconds / run.steps for run in runs)
+        seconds = [time for folder in done for time in json.loads((folder / STEPS_FILE).read_text())]
         added = fmean(run.added_parameters for run in runs)
-        lines.append(f"| {method} | {fmean(losses):.4f} ({each}) | {seconds:.2f} | {added:,.0f} | {forwards} |")
+        lines.append(
+            f"| {method} | {fmean(losses):.4f} ({each}) | {median(seconds):.2f} | {added:,.0f} | {forwards:,} |"
+        )
     return "\n".join(lines)
 
 
@@ -133,46 +183,76 @@ def make_arm(base: nn.Module, ids: Tensor, config: LoraOverConfig) -> tuple[Over
 
 
 @main.command()
-@click.option("--rounds", default=20, show_default=True, help="Paired steps after two of warm-up.")
+@click.option("--rounds", default=30, show_default=True, help="Paired steps after two of warm-up.")
 @click.option("--json", "as_json", is_flag=True)
 def cost(rounds: int, as_json: bool) -> None:
-    """Step time of a dynamic schedule that still scores, over that of `all` on the same sites; and of one injection."""
+    """Step time of a dynamic schedule that still scores, over that of `all` on the same sites; and of one injection.
+
+    Exits with 1 if a limit is exceeded: 1.02 of the step time, 1 s of an injection.
+    """
     base, ids = load()
     found: dict[str, Any] = {}
     for score in ("fisher", "taylor", "sensitivity"):
-        # Round 1 after the first step, round 2 far away: scores are observed in all steps that are timed.
-        dynamic, step = make_arm(
-            base,
-            ids,
-            LoraOverConfig(
-                schedule="dynamic", score=score, budget=Budget(fraction=2 * FRACTION), rounds=2, start=0.001, end=0.9
-            ),
-        )
-        step()
-        while not dynamic.injected:
-            step()
-        plain, plain_step = make_arm(base, ids, LoraOverConfig(sites=list(dynamic.injected)))
-        times: dict[str, list[float]] = {"dynamic": [], "all": []}
-        draw = random.Random(0)
-        for number in range(rounds + 2):
-            for name, take in draw.sample([("dynamic", step), ("all", plain_step)], 2):
-                seconds = take()
-                if number >= 2:
-                    times[name].append(seconds)
-        assert dynamic.schedule.observed is not None
-        started = time.perf_counter()
-        dynamic._hold_round()
-        injection = time.perf_counter() - started
-        ratio = median_ratio(times["dynamic"], times["all"])
-        found[score] = {"ratio": ratio, "injection_s": injection, "sites": len(plain.injected), "times_s": times}
+        found[score] = measure(base, ids, score, rounds)
         if not as_json:
-            injected = len(dynamic.injected) - len(plain.injected)
-            print(
-                f"{score}: {ratio[0]:.4f} [{ratio[1]:.4f}, {ratio[2]:.4f}] of the step time of `all` on the same "
-                f"{len(plain.injected)} sites; scoring and injecting {injected} more took {injection:.2f} s"
-            )
+            print(f"{score}: {described(found[score])}", flush=True)
+    over, _ = make_arm(base, ids, LoraOverConfig())
+    found["loss_impact"] = {"forwards_a_batch": LossImpact(over.sites, 0).forwards(Probe(base, [ids]))}
     if as_json:
         print(json.dumps(found))
+    else:
+        print(f"loss_impact: {found['loss_impact']['forwards_a_batch']} forwards a batch at every decision")
+    if any("exceeded" in numbers.get("verdicts", ()) for numbers in found.values()):
+        sys.exit(1)
+
+
+def measure(base: nn.Module, ids: Tensor, score: str, rounds: int) -> dict[str, Any]:
+    """Paired steps of a schedule whose second round is far away, so that it scores in all of them; then that round."""
+    dynamic, step = make_arm(
+        base,
+        ids,
+        LoraOverConfig(
+            schedule="dynamic", score=score, budget=Budget(fraction=2 * FRACTION), rounds=2, start=0.001, end=0.9
+        ),
+    )
+    while not dynamic.injected:
+        step()
+    names = list(dynamic.injected)
+    _, plain_step = make_arm(base, ids, LoraOverConfig(sites=names))
+    times: dict[str, list[float]] = {"dynamic": [], "all": []}
+    draw = random.Random(0)
+    for number in range(rounds + 2):
+        for name, take in draw.sample([("dynamic", step), ("all", plain_step)], 2):
+            seconds = take()
+            if number >= 2:
+                times[name].append(seconds)
+    assert dynamic.schedule.observed is not None
+    started = time.perf_counter()
+    dynamic._hold_round()
+    injection = time.perf_counter() - started
+    ratio = median_ratio(times["dynamic"], times["all"])
+    return {
+        "ratio": ratio,
+        "injection_s": injection,
+        "sites": len(names),
+        "injected": len(dynamic.injected) - len(names),
+        "verdicts": [verdict(ratio[1], ratio[2], MOST_RATIO), verdict(injection, injection, MOST_INJECTION_S)],
+        "times_s": times,
+    }
+
+
+def verdict(low: float, high: float, limit: float) -> str:
+    """Of an interval that holds the true value."""
+    return "kept" if high <= limit else "exceeded" if low > limit else "undecided, take more rounds"
+
+
+def described(found: dict[str, Any]) -> str:
+    ratio, low, high = found["ratio"]
+    return (
+        f"{ratio:.4f} [{low:.4f}, {high:.4f}] of the step time of `all` on the same {found['sites']} sites "
+        f"(limit {MOST_RATIO}: {found['verdicts'][0]}); scoring and injecting {found['injected']} more took "
+        f"{found['injection_s']:.2f} s (limit {MOST_INJECTION_S:g} s: {found['verdicts'][1]})"
+    )
 
 
 if __name__ == "__main__":

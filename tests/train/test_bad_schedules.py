@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,23 @@ def test_resuming_with_another_configuration_is_refused(changed: str, made: Made
 def test_resuming_with_another_optimizer_is_refused(made: Made) -> None:
     with pytest.raises(ConfigError, match="the run was trained with AdamW, this optimizer is SGD"):
         reopened(made, lambda parameters: SGD(parameters, lr=0.1), total=10)
+
+
+@pytest.mark.parametrize("steps", [9, 1000, None])
+def test_resuming_a_dynamic_schedule_of_another_length_is_refused(steps: int | None, made: Made) -> None:
+    with pytest.raises(CheckpointError, match=f"laid out for 10 steps, this run has {steps}"):
+        reopened(made, adamw, total=steps)
+
+
+def test_a_longer_run_may_go_on_where_nothing_depends_on_its_length(tmp_path: Path) -> None:
+    reopened(make_checkpoint(tmp_path, total=10), adamw, total=20)
+
+
+def test_resuming_with_another_base_model_is_refused(made: Made, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(made.base, tmp_path / "other"))
+    said = rf"was trained on {made.base}, the model was loaded from {other}; load that one"
+    with pytest.raises(CheckpointError, match=said):
+        reopened(replace(made, base=other), adamw, total=10)
 
 
 def test_resuming_in_more_processes_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,12 @@ def test_batches_are_drawn_by_the_seed_without_repetition() -> None:
     assert rows_of(calibration_batches(loader, 3, seed=2, device="cpu")) != rows
 
 
+def test_what_is_no_tensor_stays_in_its_batch() -> None:
+    rows = [row | {"text": "a"} for row in ROWS]
+    loader = loader_of(rows, batch_size=2, collate_fn=lambda rows: {"text": [row["text"] for row in rows]})
+    assert calibration_batches(loader, 1, seed=1, device="cpu") == [{"text": ["a", "a"]}]
+
+
 def test_a_small_dataset_is_taken_whole() -> None:
     loader = loader_of(ROWS, batch_size=10)
     batches = calibration_batches(loader, 9, seed=1, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
-from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
+from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, SealCheckpoints, read_checkpoint
 from loraover.adapter_dir import site_key
 from loraover.errors import CheckpointError, ConfigError
+from loraover.progress import Reporter, TrainingProgress
+from loraover.schedule_map import placed
 from loraover.tensor_file import open_tensors
 from loraover.threads import one_thread
 
@@ -168,6 +172,42 @@ def test_a_second_training_begins_anew(tmp_path: Path) -> None:
     assert not any(torch.equal(between[key], matrix) for key, matrix in lora_matrices(model).items())
 
 
+def test_an_interrupted_training_can_be_begun_again(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2)
+    callbacks = [LoraOverCallback(), SealCheckpoints(), interrupt := Interrupt()]
+    trainer = Trainer(llama(), args, train_dataset=DATA, callbacks=callbacks)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupt)
+    trainer.train()
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
+    assert args.save_total_limit == 2
+    assert_contracted(tmp_path / "checkpoint-4", sites=28)
+
+
+def test_a_seal_that_would_come_before_the_cores_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1)
+    trainer = Trainer(llama(), args, train_dataset=DATA, callbacks=[SealCheckpoints(), LoraOverCallback()])
+    with pytest.raises(ConfigError, match="SealCheckpoints comes before LoraOverCallback"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_several_adapters_at_once_are_refused(tmp_path: Path) -> None:
+    model = llama()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    before = lora_matrices(model)
+    with pytest.raises(ConfigError, match=r"2 adapters are trained at once \(default, second\)"):
+        trainer_of(tmp_path, model).train()
+    assert all(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
+
+
 @pytest.mark.parametrize(
     ("schedule", "steps"),
     [({}, []), ({"schedule": "static"}, [1]), ({"schedule": "dynamic", "rounds": 2}, [1, 2])],
@@ -175,11 +215,16 @@ def test_a_second_training_begins_anew(tmp_path: Path) -> None:
 )
 def test_every_decision_is_in_the_log_once(tmp_path: Path, schedule: dict[str, Any], steps: list[int]) -> None:
     budget = {"budget": Budget(sites=4)} if schedule else {}
-    trainer = trainer_of(tmp_path, callback=LoraOverCallback(LoraOverConfig(**schedule, **budget)))
+    trainer = trainer_of(tmp_path, callback=(callback := LoraOverCallback(LoraOverConfig(**schedule, **budget))))
+    trainer.add_callback(TrainingProgress(Reporter(Console(quiet=True)), tmp_path / "metrics.jsonl"))
     trainer.train()
     told = [row for row in trainer.state.log_history if "loraover_injected_sites" in row]
     assert [row["step"] for row in told] == steps
     assert sum(row["loraover_injected_sites"] for row in told) == (4 if schedule else 0)
+    assert callback.over is not None
+    for row, found in zip(told, callback.over.schedule.rounds, strict=bool(schedule)):
+        assert row["loraover_scores"] == {name: found.scores[name] for name in found.chosen}
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == trainer.state.log_history
 
 
 # Resuming
@@ -197,9 +242,16 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def run(folder: Path, *, resume: str | bool | None = None, optim: str = "adamw_torch", **callback: Any) -> Any:
+def run(
+    folder: Path,
+    *,
+    resume: str | bool | None = None,
+    optim: str = "adamw_torch",
+    adapter: str = "default",
+    **callback: Any,
+) -> Any:
     """Losses of every micro-batch, and the matrices at the end, of a run of 6 steps."""
-    model, losses = llama(lora_dropout=0.1), []
+    model, losses = llama(lora_dropout=0.1, adapter=adapter), []
     model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
     optimizer = OPTIMIZERS[optim](model) if optim in OPTIMIZERS else None
     changes = {} if optimizer is not None else {"optim": optim}
@@ -232,6 +284,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, optim: str) -
     assert_contracted(tmp_path / "checkpoint-6", sites=28 if optim == "sgd" else 14)
 
 
+def test_an_adapter_of_another_name_is_resumed(tmp_path: Path) -> None:
+    config = LoraOverConfig(schedule="dynamic", budget=Budget(sites=8), rounds=2, start=0.2, end=0.7)
+    losses, matrices = run(tmp_path, adapter="math", config=config)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed_losses, resumed = run(tmp_path, resume=True, adapter="math", config=config)
+    assert resumed_losses == losses[6:]
+    assert [key for key in matrices if not torch.equal(matrices[key], resumed[key])] == []
+    meta = read_checkpoint(tmp_path / "checkpoint-6" / "math").meta
+    assert [len(found.chosen) for found in meta.rounds] == [4, 4]
+    assert list(placed(meta).values()).count(None) == 20
+
+
 def test_a_resume_that_loses_the_moments_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses, _ = run(tmp_path)
     monkeypatch.setattr(OverParameterization, "load_core_state", lambda self, parameter, state: None)
@@ -249,6 +313,12 @@ def test_a_resume_without_its_cores_is_refused(tmp_path: Path) -> None:
         (folder / name).unlink()
     with pytest.raises(CheckpointError, match=r"loraover\.json: no such file"):
         run(tmp_path, resume=str(folder))
+
+
+def test_a_resume_with_another_optimizer_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ConfigError, match="the run was trained with AdamW, this optimizer is SGD"):
+        run(tmp_path, resume=str(tmp_path / "checkpoint-3"), optim="sgd")
 
 
 def test_a_checkpoint_that_was_moved_is_named(tmp_path: Path) -> None:

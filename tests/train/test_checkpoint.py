@@ -21,7 +21,7 @@ from loraover import LoraOverConfig, OverParameterization, checkpoint, read_chec
 from loraover.adapter_dir import KEY_PREFIX, site_key, site_name
 from loraover.checkpoint import CORES_FILE, META_FILE, Checkpoint, restore
 from loraover.decompositions import DECOMPOSITIONS
-from loraover.errors import CheckpointError, OutputError
+from loraover.errors import CheckpointError, ConfigError, OutputError
 from loraover.output import publish_file
 from loraover.sites import lora_layers
 from loraover.tensor_file import open_tensors
@@ -216,6 +216,21 @@ def test_scaling_is_that_of_peft(lora: str, tmp_path: Path) -> None:
     expected = {path: layer.scaling["default"] for path, layer in lora_layers(made.model).items()}
     assert {path: config.scaling(path) for path in expected} == expected
     assert len(expected) >= 3
+
+
+@pytest.mark.parametrize("options", [{"modes": {4: (2, 2, 1)}}, {"bonds": (32, 32)}], ids=["modes", "bonds"])
+def test_a_run_resumes_with_options_that_json_writes_in_another_way(options: dict[str, Any], tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, config=LoraOverConfig(options=options, seed=5))
+    assert_equal(cores_of(reopened(made, OPTIMIZERS["adamw"]).over), cores_of(made.over))
+
+
+def test_cores_of_several_adapters_are_not_restored(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, steps=0)
+    made.model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    made.model.base_model.set_adapter(["default", "second"])
+    over = OverParameterization(made.model, made.over.config, inject=False)
+    with pytest.raises(ConfigError, match=r"2 adapters are trained at once \(default, second\)"):
+        restore(over, read_checkpoint(made.path))
 
 
 def test_each_adapter_gets_its_own_cores(tmp_path: Path) -> None:

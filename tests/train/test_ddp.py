@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from parallel_run import (
     model,
     train,
 )
-from processes import in_two_processes
+from processes import ACCELERATE, in_two_processes, launched
 from tiny_models import tiny_net, trainable
 
 
@@ -128,3 +129,7 @@ def test_deepspeeds_optimizer_is_refused_with_the_reason(base: type) -> None:
 
 def test_the_example_leaves_a_plain_lora_whose_checkpoint_folds(tmp_path: Path) -> None:
     assert_example_folds("ddp", tmp_path)
+
+
+def test_accelerate_launches_the_example(tmp_path: Path) -> None:
+    assert_example_folds("ddp", tmp_path, partial(launched, ACCELERATE))

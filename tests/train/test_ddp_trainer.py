@@ -15,13 +15,13 @@ from loraover.resume import SEAL_FILE, Seal, last_whole_checkpoint
 
 from parallel_run import equal
 from parallel_trainer import STEPS, run, trainer_of
-from processes import TESTS, torchrun
+from processes import TESTS, TORCHRUN, launched
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainer")
-    torchrun(TESTS / "parallel_trainer.py", folder)
+    launched(TORCHRUN, TESTS / "parallel_trainer.py", folder)
     return folder
 
 

@@ -31,21 +31,21 @@ def _single_thread() -> Iterator[None]:
         yield
 
 
-def trained(folder: Path, over: LoraOverCallback | None, report_to: str = "none") -> Trainer:
-    args = TrainingArguments(
-        str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=2,
-        save_strategy="no",
-        report_to=report_to,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    model = with_lora(tiny_llama(), task_type="CAUSAL_LM")
+def trained(folder: Path, over: LoraOverCallback | None, adapter: str = "default", **changes: Any) -> Trainer:
+    options: dict[str, Any] = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = TrainingArguments(str(folder), **(options | changes))
+    model = with_lora(tiny_llama(), task_type="CAUSAL_LM", adapter=adapter)
     callbacks: list[Any] = [DiagnosticsCallback(over)] if over is None else [over, DiagnosticsCallback(over)]
-    trainer = Trainer(model, args, train_dataset=DATA, callbacks=callbacks)
+    trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=callbacks)
     trainer.train()
     return trainer
 
@@ -86,6 +86,31 @@ def test_plain_lora_has_step_norms_only(tmp_path: Path) -> None:
     trainer = trained(tmp_path, None)
     assert list(logged(trainer, "step_norm")) == [2, 4]
     assert logged(trainer, "centre_norm") == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"logging_first_step": True}, [1, 2, 4]),
+        ({"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, [6, 12]),
+        ({"logging_steps": 0.6}, [3]),
+        ({"logging_strategy": "no"}, []),
+        ({"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 3}, [1, 2, 3]),
+    ],
+    ids=["first", "epoch", "share", "no", "evaluated"],
+)
+def test_numbers_are_of_the_step_that_is_logged(tmp_path: Path, changes: dict[str, Any], steps: list[int]) -> None:
+    each = trained(tmp_path / "each", None, **(changes | {"logging_strategy": "steps", "logging_steps": 1}))
+    trainer = trained(tmp_path / "some", None, **changes)
+    expected = logged(each, "step_norm")
+    assert logged(trainer, "step_norm") == {step: expected[step] for step in steps}
+    assert len(set(expected.values())) == len(expected) >= 3
+
+
+def test_an_adapter_of_another_name_is_measured(tmp_path: Path) -> None:
+    norms = logged(trained(tmp_path, LoraOverCallback(), adapter="math"), "step_norm")
+    assert list(norms) == [2, 4]
+    assert all(norm > 0 for norm in norms.values())
 
 
 def test_they_reach_tensorboard_and_the_trainers_own_record(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,43 @@ def test_a_checkpoint_is_whole_and_resumed_from(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(folder)
     assert checkpoint.meta.world_size == 2
     assert len(checkpoint.sites) == 6
+
+
+def test_a_resumed_run_holds_the_rounds_to_come_bit_for_bit(tmp_path: Path) -> None:
+    """Rounds after steps 2 and 4 of 6, a checkpoint after 3."""
+    folder, config = tmp_path / "checkpoint", CONFIGS["dynamic"]
+
+    def begin(net: Any, **options: Any) -> tuple[OverParameterization, torch.optim.Optimizer]:
+        return OverParameterization(net, config, steps=STEPS, **options), torch.optim.AdamW(trainable(net))
+
+    def work(rank: int) -> dict[str, Any]:
+        over, optimizer = begin(net := sharded(fresh("dynamic")))
+        over.attach(optimizer)
+        for seed in range(3):
+            step(net, optimizer, rank, seed)
+        state, moments = trainable_state_dict(net), deepcopy(optimizer.state_dict())
+        if rank == 0:
+            net.save_pretrained(folder, state_dict=state)
+            write_checkpoint(folder, over, step=3)
+        distributed.barrier()
+        losses = [step(net, optimizer, rank, seed) for seed in range(3, STEPS)]
+
+        again = sharded(PeftModel.from_pretrained(fresh("dynamic").unload(), folder, is_trainable=True))
+        resumed, optimizer = begin(again, inject=False)
+        optimizer.load_state_dict(moments)
+        restore(resumed, read_checkpoint(folder))
+        resumed.attach(optimizer)
+        return {
+            "losses": [losses, [step(again, optimizer, rank, seed) for seed in range(3, STEPS)]],
+            "cores": [cores(over), cores(resumed)],
+            "rounds": [[found.model_dump() for found in each.schedule.rounds] for each in (over, resumed)],
+        }
+
+    for found in in_two_processes(work, tmp_path / "results"):
+        assert found["losses"][0] == found["losses"][1]
+        assert equal(*found["cores"])
+        assert found["rounds"][0] == found["rounds"][1]
+        assert [each["step"] for each in found["rounds"][0]] == [2, 4]
 
 
 def test_the_example_leaves_a_plain_lora_whose_checkpoint_folds(tmp_path: Path) -> None:

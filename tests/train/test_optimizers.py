@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
@@ -516,6 +517,13 @@ def _deepspeed(base: type) -> Callable[[list[nn.Parameter]], Any]:
     return lambda parameters: kind(parameters) if issubclass(base, Optimizer) else kind()
 
 
+def _deepspeed_wrapper(parameters: list[nn.Parameter]) -> Any:
+    """As Accelerate makes it around whatever optimizer it has given to DeepSpeed's engine."""
+    wrapper = DeepSpeedOptimizerWrapper.__new__(DeepSpeedOptimizerWrapper)
+    wrapper.optimizer = AdamW(parameters)
+    return wrapper
+
+
 @pytest.mark.parametrize(
     ("build", "named"),
     [
@@ -523,10 +531,11 @@ def _deepspeed(base: type) -> Callable[[list[nn.Parameter]], Any]:
         (PatientLBFGS, "LBFGS"),
         (_deepspeed(object), "DeepSpeedZeroOptimizer of DeepSpeed"),
         (_deepspeed(SGD), "DeepSpeedZeroOptimizer of DeepSpeed"),
+        (_deepspeed_wrapper, "DeepSpeed steps in an engine"),
         (AdamWScheduleFree, "AdamWScheduleFree"),
         (lambda parameters: parameters, r"builtins\.list"),
     ],
-    ids=["lbfgs", "lbfgs-subclass", "deepspeed", "deepspeed-torch", "schedule-free", "list"],
+    ids=["lbfgs", "lbfgs-subclass", "deepspeed", "deepspeed-torch", "deepspeed-wrapper", "schedule-free", "list"],
 )
 def test_an_optimizer_with_another_kind_of_step_is_refused_by_name(
     build: Callable[[list[nn.Parameter]], Any], named: str

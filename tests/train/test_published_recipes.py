@@ -137,11 +137,11 @@ def test_the_rate_rises_for_a_share_of_the_steps_and_falls_to_zero(
 
 
 def test_a_dynamic_schedule_takes_its_rounds_from_the_epoch(bases: dict[str, Path], tmp_path: Path) -> None:
-    dynamic = ["over.schedule=dynamic", "over.budget={fraction: 0.5}", "over.rounds=2", "over.start=0.2"]
+    dynamic = ["over.schedule=dynamic", "over.budget={fraction: 0.5}", "over.rounds=2", "over.start=0.3"]
     options = [part for key in [*dynamic, "training.per_device_train_batch_size=4"] for part in ("--set", key)]
     assert train("glue-qnli-t5-base", bases, tmp_path, *options) == 0
     rounds = read_checkpoint(tmp_path / "run" / "adapter").meta.rounds
-    assert [found.step for found in rounds] == [2, 5]
+    assert [found.step for found in rounds] == [3, 5]
 
 
 def test_an_epoch_is_resumed_where_it_stopped(

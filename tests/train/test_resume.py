@@ -17,13 +17,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import loraover.resume
 import loraover.train
 from loraover.cli import cli
 from loraover.command import run
 from loraover.progress import TrainingProgress
-from loraover.resume import SEAL_FILE, last_whole_checkpoint, seal
+from loraover.resume import SEAL_FILE, SealCheckpoints, last_whole_checkpoint, seal
 from loraover.run_result import read_run
 from loraover.threads import one_thread
 
@@ -377,6 +378,33 @@ def test_the_latest_checkpoint_is_the_one_with_the_highest_step(tmp_path: Path) 
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
     (tmp_path / "checkpoint-100" / "a.bin").unlink()
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    ("limit", "whole", "half", "best", "left"),
+    [
+        (1, [4], [6], None, [5]),
+        (2, [2, 4], [6], None, [4, 5]),
+        (2, [2], [3, 4], None, [2, 5]),
+        (1, [2, 4], [], 2, [2, 5]),
+        (1, [4, 8], [6], None, [5, 8]),
+        (None, [2, 4], [6], None, [2, 4, 5, 6]),
+    ],
+)
+def test_rotation_keeps_what_is_whole_and_takes_what_is_not(
+    limit: int | None, whole: list[int], half: list[int], best: int | None, left: list[int], tmp_path: Path
+) -> None:
+    """Of a run that was killed while it wrote a checkpoint, resumed, and has saved step 5."""
+    for step in [*whole, *half, 5]:
+        checkpoint(tmp_path, step)
+    for step in whole:
+        seal(tmp_path / f"checkpoint-{step}")
+    args = TrainingArguments(str(tmp_path), save_total_limit=limit, use_cpu=True)
+    state = TrainerState(global_step=5, best_model_checkpoint=best and str(tmp_path / f"checkpoint-{best}"))
+    callback, control = SealCheckpoints(), TrainerControl()
+    callback.on_train_begin(args, state, control)
+    callback.on_save(args, state, control)
+    assert sorted(int(p.name.removeprefix("checkpoint-")) for p in tmp_path.iterdir()) == left
 
 
 def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:

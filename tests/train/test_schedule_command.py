@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.optim import AdamW
@@ -13,7 +15,7 @@ from loraover.cli import cli
 from loraover.command import run
 from loraover.schedule_map import placed
 
-from tiny_models import tiny_llama, tiny_t5, token_ids, trainable, with_lora
+from tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
 
 
 def trained(folder: Path, config: LoraOverConfig, *, is_t5: bool = False) -> Path:
@@ -93,6 +95,14 @@ def test_encoder_and_decoder_have_rows_of_their_own(tmp_path: Path) -> None:
     folder = trained(tmp_path / "t5", LoraOverConfig(), is_t5=True)
     layers = list(dict.fromkeys(place.layer for place in placed(read_checkpoint(folder).meta)))
     assert layers == ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_t5, tiny_gpt2])
+def test_every_matrix_has_a_place_of_its_own(base: Callable[[], Any], tmp_path: Path) -> None:
+    over = OverParameterization(model := with_lora(base()))
+    model.save_pretrained(tmp_path)
+    write_checkpoint(tmp_path, over, step=0)
+    assert len(placed(read_checkpoint(tmp_path).meta)) == len(over.sites)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe, read_checkpoint
 from loraover.errors import ConfigError
 from loraover.importance import SCORES, GradientScore
-from loraover.schedules import Schedule
+from loraover.schedules import Round, Schedule
 from loraover.sites import find_sites
 
 from make_checkpoint import adamw, cores_of, make_checkpoint, numpy64, reopened, save, train
@@ -75,7 +77,8 @@ def test_a_static_choice_is_undone_bit_for_bit(score: str, draw_b: bool, caplog:
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert ("8 warm-up steps on 3 batches" in caplog.text) is (score != "random" and not draw_b)
+    told = [record.levelname for record in caplog.records if "8 warm-up steps on 3 batches" in record.message]
+    assert told == (["WARNING"] if score != "random" and not draw_b else [])
 
 
 @pytest.mark.parametrize("score", ["fisher", "taylor", "sensitivity"])
@@ -107,7 +110,7 @@ def test_a_static_score_that_stays_zero_is_an_error() -> None:
     model = tiny_net()
     before = lora_matrices(model)
     schedule = static(model, lambda model, batch: 0.0 * batch_loss(model, batch))
-    with pytest.raises(ConfigError, match="fisher is zero for every candidate"):
+    with pytest.raises(ConfigError, match="fisher is zero for every A and B"):
         schedule.choose(0)
     assert all(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
 
@@ -190,23 +193,52 @@ def test_nothing_is_watched_once_the_rounds_are_over() -> None:
     assert over.schedule.score.state()["steps"] == kept["steps"] == 5
 
 
-def test_a_round_waits_while_every_score_is_zero(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("score", ["taylor", "loss_impact"])
+def test_a_round_waits_while_every_score_is_zero(score: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_net(draw_b=False)
     optimizer = AdamW(trainable(model), lr=1e-2)
     scheduler = LambdaLR(optimizer, lambda step: float(step >= 6))
-    over = dynamic(model, optimizer, score="taylor", steps=20)
+    over = dynamic(model, optimizer, score=score, steps=20, probe=Probe(model, BATCHES, batch_loss))
     with caplog.at_level(logging.INFO, "loraover"):
         for step in range(20):
             steps_of(model, optimizer, range(step, step + 1))
             scheduler.step()
-    # The seventh step is the first that moves B, the eighth the first that sees it.
-    assert [found.step for found in over.schedule.rounds] == [8, 10]
+    # The seventh step is the first that moves B, the eighth the first whose gradient sees it.
+    first = {"taylor": 8, "loss_impact": 7}[score]
+    assert [found.step for found in over.schedule.rounds] == [first, 10]
     assert [len(found.chosen) for found in over.schedule.rounds] == [2, 2]
-    assert [record.message for record in caplog.records if "waits" in record.message] == [
-        "step 4: taylor is zero for every site while B = 0; the round waits"
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"step 4: {score} is zero for every A and B while B = 0; the round waits"
     ]
-    decided = [record.message for record in caplog.records if "over-parameterised by" in record.message]
-    assert decided[0].startswith("step 8: 2 of 6 sites over-parameterised by taylor,")
+    decided = [record.message for record in caplog.records if record.levelname == "INFO"]
+    assert decided[0].startswith(f"step {first}: 2 of 6 sites over-parameterised by {score},")
+    scores = over.schedule.rounds[0].ranked
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert decided[1:3] == [f"  {score:.3e}  {name}" for name, score in scores.items()]
+
+
+@pytest.mark.parametrize("score", ["fisher", "inverse"])
+def test_a_round_waits_for_the_first_gradient_of_a_where_b_has_one_already(
+    score: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_net(draw_b=False)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    scheduler = LambdaLR(optimizer, lambda step: float(step >= 1))
+    over = dynamic(model, optimizer, score=score, steps=10)
+    with caplog.at_level(logging.INFO, "loraover"):
+        for step in range(5):
+            steps_of(model, optimizer, range(step, step + 1))
+            scheduler.step()
+    # The second step is the first that moves B, the third the first that sees it.
+    first, second = over.schedule.rounds
+    assert (first.step, second.step) == (3, 5)
+    assert all(first.scores.values())
+    assert set(first.chosen) == {
+        max((n for n in first.scores if n.endswith(matrix)), key=lambda n: first.scores[n]) for matrix in "AB"
+    }
+    assert [record.message for record in caplog.records if "waits" in record.message] == [
+        f"step 2: {score} is zero for every A while B = 0; the round waits"
+    ]
 
 
 @pytest.mark.parametrize("where", ["first.lora_A", "third.lora_B"])
@@ -250,6 +282,31 @@ def test_accumulated_micro_batches_are_one_step_of_a_score() -> None:
         return over.schedule.rounds[0].scores
 
     assert run(4) == pytest.approx(run(8), rel=gamma(1000, UNIT[torch.float32]))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_a_model_that_inductor_compiles_trains_as_an_eager_one() -> None:
+    def run(compiled: bool) -> tuple[dict[str, Tensor], list[Round]]:
+        model = tiny_net(dtype=torch.float64)
+        taken: Any = torch.compile(model) if compiled else model
+        optimizer = AdamW(trainable(model), lr=1e-2, eps=1e-3)
+        over = dynamic(taken, optimizer)
+        for step in range(7):
+            optimizer.zero_grad()
+            torch.autograd.backward(batch_loss(taken, net_batch(step, dtype=torch.float64)))
+            optimizer.step()
+        return lora_matrices(model), over.schedule.rounds
+
+    counters.clear()
+    with torch._inductor.config.patch(compile_threads=1):  # no pool of workers beside tests that fork
+        compiled, rounds = run(True)
+    eager, others = run(False)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert counters["inductor"]
+    # Gradients differ by rounding, and an update of at most lr / eps = 10 of them, in seven steps.
+    assert max(float((compiled[key] - matrix).abs().max()) for key, matrix in eager.items()) < 2e-12
+    assert [found.chosen for found in rounds] == [found.chosen for found in others]
+    assert len(rounds) == 2
 
 
 # Saved and resumed

@@ -122,7 +122,9 @@ def test_several_adapters_have_sites_of_their_own() -> None:
     other = sites["other:first.lora_A"]
     assert (other.adapter, other.path, other.shape) == ("other", "first.lora_A", (2, 6))
     model.set_adapter("other")
-    assert {site.adapter for site in find_sites(model).values()} == {"other"}
+    alone = find_sites(model)
+    assert {site.adapter for site in alone.values()} == {"other"}
+    assert list(alone) == [f"{module}.lora_{x}" for module in ("first", "second") for x in "AB"]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +301,25 @@ def test_patterns_choose_sites_in_the_models_order() -> None:
 def test_a_pattern_without_a_match_names_the_nearest_sites() -> None:
     with pytest.raises(ConfigError, match=r"'second\.loraA' matches none of 6 sites\. Nearest: second\.lora_A"):
         OverParameterization(tiny_net(), LoraOverConfig(sites=["*lora_B", "second.loraA"]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("*.q_prj.*", "*.q_proj.*"),
+        ("*q_prj*", "*q_proj*"),
+        ("*.qproj.*", "*.q_proj.*"),
+        ("*.layer.3.*.v_prj.lora_A", "*.layers.3.*.v_proj.lora_A"),
+        ("*.self_attention.*", "*.self_attn.*"),
+        ("model.layers.3.self_attn.q_proj", "model.layers.3.self_attn.q_proj.lora_A"),
+    ],
+)
+def test_the_nearest_names_in_a_model_of_many_layers(pattern: str, near: str) -> None:
+    modules = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(30) for x in "qkvo"]
+    names = [f"{module}.lora_{matrix}" for module in modules for matrix in "AB"]
+    with pytest.raises(ConfigError, match="matches none of 240 sites") as refusal:
+        match_sites(names, [pattern])
+    assert near in str(refusal.value).partition("Nearest: ")[2]
 
 
 def test_patterns_tell_upper_from_lower_case() -> None:
