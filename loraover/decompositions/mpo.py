@@ -63,7 +63,7 @@ class Mpo(Decomposition):
     modes: Mapping[int, Sequence[int]] = field(default_factory=dict)
     bonds: Sequence[int] | None = None
     expansion: float | None = None
-    gauge: str = "random"
+    gauge: str = "identity"
 
     def __post_init__(self) -> None:
         faults = []
