@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -138,6 +139,15 @@ def test_it_knows_nothing_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None
 def test_memory_is_limited() -> None:
     assert reason("x = bytearray(2**30)").startswith("MemoryError")
     assert reason("x = []\nwhile True:\n    x.append(bytearray(2**20))", seconds=20).startswith("MemoryError")
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["shmget(0, 2**23, 0o1600)", "msgget(0, 0o1600)", "semget(0, 32000, 0o1600)", "memfd_create(b'x', 0)"],
+)
+def test_memory_outside_of_its_address_space_cannot_be_had(call: str) -> None:
+    program = f"import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n(c.{call}, ctypes.get_errno())"
+    assert says(program) == f"(-1, {errno.EPERM})"
 
 
 @pytest.mark.parametrize(
