@@ -40,11 +40,7 @@ class Subject(ABC):
 
     @abstractmethod
     def harness_model(self) -> Any:
-        """The same model for lm-evaluation-harness."""
-
-    def harness_errors(self) -> tuple[type[Exception], ...]:
-        """What it raises there when an engine fails."""
-        return ()
+        """The same model for lm-evaluation-harness; raises EngineError there when an engine fails."""
 
 
 @dataclass(frozen=True)
@@ -115,24 +111,17 @@ class Served(Subject):
         return in_parallel(ask, chats, self.batch_size, "answers", report)
 
     def harness_model(self) -> Any:
-        from lm_eval.models.openai_completions import LocalCompletionsAPI
+        from loraover.evaluation.harness_client import HarnessClient
 
         return _bars_on_terminals(
-            LocalCompletionsAPI(
-                base_url=f"{self.endpoint.url}/completions",
+            HarnessClient(
+                self.endpoint,
                 model=self.name,
                 tokenizer_backend="huggingface",
                 tokenizer=self.tokenizer_location,
                 num_concurrent=self.batch_size,
-                header=self.endpoint.headers,  # else the harness sends any OpenAI key that it finds
             )
         )
-
-    def harness_errors(self) -> tuple[type[Exception], ...]:
-        from aiohttp import ClientError
-        from requests import RequestException
-
-        return ClientError, RequestException, TimeoutError, LookupError, TypeError  # the last two: no logprobs in there
 
 
 def _bars_on_terminals(model: Any) -> Any:
