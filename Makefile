@@ -95,7 +95,7 @@ bench: $(VENV)/.installed
 schedules: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks.schedules study --out $(CURDIR)/runs/schedules
 
-# Two methods, rates and seeds on a tiny model: killed in the middle, finished, reported again.
+# Two methods, rates and seeds on a tiny model: killed in the middle, finished, and the same report as without.
 study-smoke: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/study/test_study.py -k "killed or again"
 

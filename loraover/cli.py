@@ -161,7 +161,11 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
-@click.option("--methods", default="lora,lora-over", show_default=True, help="Separated by commas; see docs/study.md.")
+@click.option(
+    "--methods",
+    help="Separated by commas, see docs/study/; absent: plain LoRA at two sizes, LoRA-Over of all matrices, and of a "
+    "quarter of them chosen by score and by chance.",
+)
 @click.option(
     "--lr-sweep", "rates", default="3e-4,1e-3,3e-3", show_default=True, help="Learning rates of every method."
 )
@@ -176,7 +180,7 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def study(
     recipes: tuple[str, ...],
-    methods: str,
+    methods: str | None,
     rates: str,
     seeds: int,
     output: Path,
@@ -194,11 +198,12 @@ def study(
 
     from loraover.progress import Reporter
     from loraover.recipe import parse_override
+    from loraover.study.grid import DEFAULT_METHODS, split_outside_brackets
     from loraover.study.runner import StudyRequest, Where, run_study
 
     request = StudyRequest(
         recipes=recipes,
-        methods=tuple(methods.split(",")),
+        methods=DEFAULT_METHODS if methods is None else tuple(split_outside_brackets(methods, ",")),
         rates=_rates(rates),
         seeds=seeds,
         settings=dict(parse_override(setting) for setting in settings),
