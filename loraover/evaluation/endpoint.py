@@ -15,12 +15,17 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 from loraover.errors import ConfigError, EngineError
 
 REQUEST_TIMEOUT_S = 300.0
+UNFIT = {400, 413, 422}
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
 PAUSES_S = (1.0, 4.0)
 
 
 class UnansweredError(EngineError):
     """A request that came to nothing, though the same one might succeed later."""
+
+
+class UnfitRequestError(EngineError):
+    """A request that the server refuses for what it holds, such as a text beyond the model's context."""
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -96,7 +101,8 @@ class Endpoint:
             with self._opener.open(request, timeout=self._timeout_s) as response:
                 return json.loads(self.hidden(response.read().decode(errors="replace")))
         except HTTPError as error:
-            kind = UnansweredError if error.code in TRANSIENT else EngineError
+            fault = EngineError if error.code not in UNFIT else UnfitRequestError
+            kind = UnansweredError if error.code in TRANSIENT else fault
             text = error.read(1000).decode(errors="replace")
             raise kind(self.hidden(f"{self.url}{path}: the server answered {error.code}: {text}")) from None
         except (OSError, HTTPException) as error:
