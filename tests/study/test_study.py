@@ -9,22 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loraover.cli import cli
 from loraover.command import run
 from loraover.config import Budget
 from loraover.errors import LoraOverError
 from loraover.examples import load_examples
+from loraover.progress import Reporter
 from loraover.recipe import Recipe, load_recipe
 from loraover.run_result import read_run
 from loraover.study import outcome as outcome_module
 from loraover.study.grid import DEFAULT_METHODS, make_grid, matched_rank, split_outside_brackets
 from loraover.study.outcome import OUTCOME_FILE, Outcome, execute
 from loraover.study.report import StudyReport
+from loraover.study.runner import Where, run_grid
 
 from tiny_hub import save_llama, write_recipe
 
@@ -331,6 +336,33 @@ def test_the_other_methods_train(method: str, recipe: Path, tmp_path: Path) -> N
         assert norm is not None
         assert 0 < norm < (0.2 if method == "pissa" else 2)  # of two steps, without the B A that PiSSA begins with
         assert "step_norm" in logged
+
+
+@pytest.mark.parametrize(("resources", "gpus"), [({"CPU": 2.0}, 0), ({"CPU": 2.0, "GPU": 1.0}, 1)])
+def test_a_run_reserves_a_gpu_where_a_cluster_has_any(
+    resources: dict[str, float], gpus: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster that only notes what it is asked for."""
+    reserved: list[dict[str, int]] = []
+    outcome = Outcome(recipe="", nats=[1.0], tokens=[1]).model_dump_json()
+
+    def remote(**options: int) -> Callable[[object], SimpleNamespace]:
+        reserved.append(options)
+        return lambda work: SimpleNamespace(remote=lambda recipe: object())
+
+    cluster = SimpleNamespace(
+        init=lambda **_: None,
+        shutdown=lambda: None,
+        cluster_resources=lambda: resources,
+        remote=remote,
+        wait=lambda waiting, num_returns: (waiting[:1], waiting[1:]),
+        get=lambda done: outcome,
+    )
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    grid = make_grid([str(recipe)], ["lora"], [1e-3, 1e-2], 1, {})
+    found = run_grid(grid, tmp_path, Where(ray="local"), Reporter(Console()))
+    assert len(found) == 2
+    assert reserved == [{"num_cpus": 1, "num_gpus": gpus}]
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers take two cores")

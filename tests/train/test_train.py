@@ -35,7 +35,7 @@ from loraover.command import run
 from loraover.errors import CheckpointError
 from loraover.hub import HubUnreachableError
 from loraover.recipe import load_recipe
-from loraover.run_result import RunResult, read_run
+from loraover.run_result import RunResult, hardware, peak_bytes, read_run
 from loraover.threads import one_thread
 from loraover.update_norm import update_norm
 from loraover.word_problems import split_word_problems
@@ -204,6 +204,14 @@ def test_a_run_folder_holds_what_it_should(done: Trained) -> None:
     assert not list(done.folder.rglob("*.tmp"))
     checkpoints = {path.name for path in (done.folder / "trainer").glob("checkpoint-*")}
     assert checkpoints == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 12345)
+    assert hardware().endswith(" threads, some GPU")
+    assert peak_bytes() == 12345
 
 
 def test_the_result_is_what_happened(done: Trained) -> None:
