@@ -88,40 +88,40 @@ def _task(task: str, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Ta
     by_method: dict[str, dict[float, list[Outcome]]] = {}
     for run in runs:
         by_method.setdefault(run.method, {}).setdefault(run.rate, []).append(outcomes[run])
-    losses = {
-        (method, rate): np.array([outcome.nats for outcome in same])
-        for method, by_rate in by_method.items()
-        for rate, same in by_rate.items()
-        if all(outcome.failure is None for outcome in same)
+    validated = {method: _means(by_rate, tokens, halves.validation) for method, by_rate in by_method.items()}
+    tuned = {
+        method: sensitivity(means) for method, means in validated.items() if any(map(math.isfinite, means.values()))
     }
-    tuned: dict[str, Sensitivity] = {}
-    for method, by_rate in by_method.items():
-        means = {
-            rate: mean_loss(losses[method, rate][:, halves.validation], tokens[halves.validation])
-            if (method, rate) in losses
-            else math.inf
-            for rate in by_rate
-        }
-        if any(map(math.isfinite, means.values())):
-            tuned[method] = sensitivity(means)
-    plain = [method for method in tuned if method in PLAIN]
-    baseline = min(plain, key=lambda method: min(tuned[method].losses.values()), default=None)
-    at_best = {method: losses[method, found.best_rate][:, halves.test] for method, found in tuned.items()}
+    baseline = min(
+        (method for method in tuned if method in PLAIN),
+        key=lambda method: min(tuned[method].losses.values()),
+        default=None,
+    )
+    chosen = {method: by_method[method][found.best_rate] for method, found in tuned.items()}
+    reference = None if baseline is None else _losses(chosen[baseline], halves.test)
     results = [
-        _method(
-            method,
-            found,
-            at_best[method],
-            tokens[halves.test],
-            by_method[method][found.best_rate],
-            None if baseline in (None, method) else at_best[baseline],
-        )
-        for method, found in tuned.items()
+        _method(method, tuned[method], chosen[method], halves.test, None if method == baseline else reference)
+        for method in tuned
     ]
     failures = [f"{run.folder}: {outcomes[run].failure}" for run in runs if outcomes[run].failure is not None]
     return TaskResult(
         task=task, examples=len(tokens[halves.test]), baseline=baseline, methods=results, failures=failures
     )
+
+
+def _means(by_rate: Mapping[float, Sequence[Outcome]], tokens: Losses, half: slice) -> dict[float, float]:
+    """Mean loss at each rate; infinite where a seed has failed."""
+    return {
+        rate: math.inf
+        if any(outcome.failure is not None for outcome in same)
+        else mean_loss(_losses(same, half), tokens[half])
+        for rate, same in by_rate.items()
+    }
+
+
+def _losses(outcomes: Sequence[Outcome], half: slice) -> Losses:
+    """(seeds, examples of that half)."""
+    return np.array([outcome.nats[half] for outcome in outcomes])
 
 
 def _tokens(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
@@ -144,11 +144,11 @@ def _tokens(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
 def _method(
     method: str,
     tuned: Sensitivity,
-    losses: Losses,
-    tokens: Losses,
     outcomes: Sequence[Outcome],
+    half: slice,
     reference: Losses | None,
 ) -> MethodResult:
+    losses, tokens = _losses(outcomes, half), np.array(outcomes[0].tokens[half], dtype=np.float64)
     each = [mean_loss(row[None], tokens) for row in losses]
     norms = _known(outcome.step_norm for outcome in outcomes)
     updates = _known(outcome.update_norm for outcome in outcomes)
