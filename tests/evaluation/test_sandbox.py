@@ -199,7 +199,8 @@ def test_processes_are_limited_though_several_sandboxes_run() -> None:
     )
     with ThreadPoolExecutor(2) as pool:
         found = [int(said.removeprefix("Exception: ")) for said in pool.map(reason, [count] * 2)]
-    assert all(1 <= children < 32 for children in found), found
+    assert max(found) >= 1  # of root's sandboxes, one may use up what both may have
+    assert max(found) < 32
 
 
 def test_a_killed_parent_takes_its_sandbox_along() -> None:
