@@ -95,9 +95,9 @@ bench: $(VENV)/.installed
 schedules: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks.schedules study --out $(CURDIR)/runs/schedules
 
-# Two methods, rates and seeds on a tiny model: killed in the middle, finished, reported again.
+# Two methods, rates and seeds on a tiny model: killed in the middle, finished, and the same report as without.
 study-smoke: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/study/test_study.py -k "killed or again"
+	$(BIN)/python -m pytest tests/study/test_study.py -k "killed_study or study_that_was_killed or made_again_and"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"Python 3.11 to 3.13 is needed, found {sys.version}; set PYTHON=...")'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,11 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
-@click.option("--methods", default="lora,lora-over", show_default=True, help="Separated by commas; see docs/study.md.")
+@click.option(
+    "--methods",
+    help="Separated by commas, see docs/study/; absent: plain LoRA at two sizes, LoRA-Over of all matrices, and of a "
+    "quarter of them chosen by score and by chance.",
+)
 @click.option(
     "--lr-sweep",
     "sweeps",
@@ -182,7 +187,7 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def study(
     recipes: tuple[str, ...],
-    methods: str,
+    methods: str | None,
     sweeps: tuple[str, ...],
     seeds: int,
     output: Path,
@@ -198,13 +203,16 @@ def study(
     """
     from rich.console import Console
 
+    from loraover.command import quiet_libraries
     from loraover.progress import Reporter
     from loraover.recipe import parse_override
+    from loraover.study.grid import DEFAULT_METHODS, split_outside_brackets
     from loraover.study.runner import StudyRequest, Where, run_study
 
+    quiet_libraries()
     request = StudyRequest(
         recipes=recipes,
-        rates=_sweeps(methods.split(","), sweeps),
+        rates=_sweeps(DEFAULT_METHODS if methods is None else split_outside_brackets(methods, ","), sweeps),
         seeds=seeds,
         settings=dict(parse_override(setting) for setting in settings),
         command=shlex.join(["loraover", *sys.argv[1:]]),
@@ -215,7 +223,7 @@ def study(
         print(report.model_dump_json(indent=1))
 
 
-def _sweeps(methods: list[str], sweeps: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+def _sweeps(methods: Sequence[str], sweeps: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     """Learning rates by method: those of METHOD=RATES, else those of every method."""
     named = {method: rates for method, _, rates in (sweep.rpartition("=") for sweep in sweeps)}
     common = named.pop("", None)

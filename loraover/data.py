@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,7 +51,7 @@ def load_rows(
 
     Args:
         source: a `.jsonl`, `.jsonl.gz` or `.json` file, a folder with `<split>.jsonl`, or a hub name.
-        split: of a folder or a hub data set.
+        split: of a folder or a hub data set, or a slice of one such as "train[:95%]"; a file is read whole.
         subset: the hub's configuration name.
         limit: number of examples to read; None reads all.
         format: a key of `loraover.formats.FORMATS`, or "auto" to recognise it by the fields.
@@ -61,7 +62,7 @@ def load_rows(
     """
     rows: list[Row] = []
     raw = read_raw(source, split=split, subset=subset, revision=revision)
-    for number, row in enumerate(raw.rows, 1):
+    for number, row in raw.rows:
         if limit is not None and len(rows) >= limit:
             break
         where = f"{source}, row {number}"
@@ -78,9 +79,9 @@ def load_rows(
 
 @dataclass(frozen=True)
 class RawRows:
-    """Rows as they stand in their source, read on the way; see `Rows`."""
+    """Rows as they stand in their source, each with its number from 1, read on the way; see `Rows`."""
 
-    rows: Iterator[Any]
+    rows: Iterator[tuple[int, Any]]
     origin: str
     revision: str | None = None
 
@@ -95,12 +96,7 @@ def read_raw(source: str, *, split: str, subset: str | None = None, revision: st
     if path.is_file():
         return RawRows(_read_file(path), f"file {path.name}")
     if path.is_dir():
-        file = next(
-            (path / f"{split}{end}" for end in (".jsonl", ".jsonl.gz") if (path / f"{split}{end}").is_file()), None
-        )
-        if file is None:
-            raise DataError(f"{path}: holds no {split}.jsonl or {split}.jsonl.gz.")
-        return RawRows(_read_file(file), f"file {file.name}")
+        return _read_folder(path, split)
     is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
     if not is_name or path.suffix in (".jsonl", ".json", ".gz"):
         raise DataError(f"{source}: no such file or folder, and not a hub name such as 'owner/data'.")
@@ -119,7 +115,31 @@ def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:
     return True
 
 
-def _read_file(path: Path) -> Iterator[Any]:
+def _read_folder(folder: Path, split: str) -> RawRows:
+    name, bracket, _ = split.partition("[")
+    file = next(
+        (folder / f"{name}{end}" for end in (".jsonl", ".jsonl.gz") if (folder / f"{name}{end}").is_file()), None
+    )
+    if file is None:
+        raise DataError(f"{folder}: holds no {name}.jsonl or {name}.jsonl.gz.")
+    if not bracket:
+        return RawRows(_read_file(file), f"file {file.name}")
+    return RawRows(_sliced(file, name, split), f"file {file.name}, {split}")
+
+
+def _sliced(file: Path, name: str, split: str) -> Iterator[tuple[int, Any]]:
+    """The rows that the hub's library would take of that split."""
+    from datasets import ReadInstruction
+
+    count = sum(1 for _ in _read_file(file))
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({name: count})
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{file}: {split!r} is no slice of its {count} rows; expected e.g. train[:95%].") from error
+    yield from islice(_read_file(file), part.from_, part.to)
+
+
+def _read_file(path: Path) -> Iterator[tuple[int, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
@@ -127,13 +147,13 @@ def _read_file(path: Path) -> Iterator[Any]:
                 rows = json.loads(file.read())
                 if not isinstance(rows, list):
                     raise DataError(f"{path}: holds {type(rows).__name__}, expected a list of objects.")
-                yield from rows
+                yield from enumerate(rows, 1)
                 return
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
                 if len(line) > MAX_LINE_BYTES:
                     raise DataError(f"{path}, row {number}: longer than {MAX_LINE_BYTES} bytes.")
                 if line.strip():
-                    yield _parse(line, path, number)
+                    yield number, _parse(line, path, number)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
     except (ValueError, RecursionError) as error:
@@ -174,13 +194,15 @@ def count_hub_rows(name: str, split: str, subset: str | None, revision: str | No
     return int(splits[split].num_examples)
 
 
-def _read_hub(name: str, split: str, subset: str | None, revision: str | None) -> tuple[Iterator[Any], str, str]:
+def _read_hub(
+    name: str, split: str, subset: str | None, revision: str | None
+) -> tuple[Iterator[tuple[int, Any]], str, str]:
     from datasets import load_dataset
 
     with _hub_errors(name):
         commit = pinned_commit(name, revision, "dataset")
         rows = load_dataset(name, subset, split=split, revision=commit)
-    return iter(rows), f"hub {name}@{commit[:12]}", commit
+    return enumerate(rows, 1), f"hub {name}@{commit[:12]}", commit
 
 
 @contextmanager
@@ -190,4 +212,7 @@ def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (ConfigError, DatasetGenerationError, OSError, ValueError) as error:
-        raise DataError(f"{name}: {error} Name a local file with the same fields instead, e.g. --data FILE.") from error
+        raise DataError(
+            f"{name}: {error} Download it where the hub can be reached (hf download {name} --repo-type dataset), or "
+            "name a local file with the same fields, one JSON object a line: --data FILE."
+        ) from error

@@ -47,10 +47,18 @@ def read_row(row: Any, format: str, chat: bool, where: str) -> Iterator[Row]:
         raise DataError(f"{where}: expected an object, found {type(row).__name__}.")
     found = FORMATS[_recognised(row, where) if format == "auto" else format]
     for example in found.read(row, where):
+        for part in ("prompt", "completion"):
+            if not any(text.strip() for text in _texts(example[part])):
+                raise DataError(f"{where}: the {part} is empty; leave such rows out with data.keep.")
         if isinstance(example["prompt"], str):
             yield as_chat(example) if chat else example | {"prompt": found.template.format(example["prompt"])}
         else:
             yield example
+
+
+def _texts(part: Any) -> list[str]:
+    """Of a prompt or completion."""
+    return [part] if isinstance(part, str) else [str(message["content"] or "") for message in part]
 
 
 def as_chat(example: Row) -> Row:
@@ -150,7 +158,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 
 def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
     value = row.get(name)
-    if not isinstance(value, str | list) or not value:
+    if not isinstance(value, str | list) or not value or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{where}: field {name!r} is {reprlib.repr(value)}, expected text.")
     if isinstance(value, list) and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
         raise DataError(f"{where}: field {name!r} is not a list of objects with role and content.")

@@ -35,7 +35,7 @@ def greedy_answers(
         batch = prompts[start : start + batch_size]
         is_chat = not isinstance(batch[0], str)  # a chat template writes special tokens by itself
         encoded = tokenizer(
-            [_text(prompt, tokenizer) for prompt in batch],
+            [prompt_text(prompt, tokenizer) for prompt in batch],
             return_tensors="pt",
             padding=True,
             padding_side="left",
@@ -56,7 +56,8 @@ def greedy_answers(
     return answers
 
 
-def _text(prompt: Any, tokenizer: Any) -> str:
+def prompt_text(prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:
+    """What a model reads: the text, or the chat as the tokenizer's template writes it out."""
     if isinstance(prompt, str):
         return prompt
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))

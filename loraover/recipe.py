@@ -148,6 +148,11 @@ class Recipe(_Part):
     diagnostics: bool = Field(False, description="log step norms, and norms and condition of the cores")
     push_to_hub: str | None = Field(None, description="repository to upload the adapter to")
 
+    @property
+    def trains_only_products(self) -> bool:
+        """All that is trained is in delta_W = scaling * B A, so the norm of its change is the size of a step."""
+        return self.method != "full" and not self.lora.use_dora
+
 
 def recipe_names() -> list[str]:
     """The recipes that ship."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import resource
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -43,10 +45,15 @@ class RunResult(BaseModel):
     seed: int
     steps: int
     train_seconds: float = Field(description="of this process; a resumed run counts from its resumption")
+    timed_steps: int | None = Field(None, description="steps that train_seconds are of")
+    peak_bytes: int | None = Field(
+        None, description="most memory held: by PyTorch on a CUDA device, or without one by the process"
+    )
     lora_parameters: int = Field(description="numbers in A and B, which are what is served; of full fine-tuning, all")
     added_parameters: int = Field(description="numbers in the cores beyond the matrices that they stand for")
     update_norm: float | None = Field(
-        description="Frobenius norm of delta(B A) over all modules, scaling included; None of full fine-tuning"
+        description="Frobenius norm of what the run has added to B A over all modules, scaling included; None where "
+        "more than B A is trained: full fine-tuning, DoRA"
     )
     before: Measures | None
     after: Measures | None
@@ -85,7 +92,18 @@ def environment(*others: str) -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The processor, in one line."""
+    """The processor, and the accelerator where there is one, in one line."""
     import torch
 
-    return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held so far: PyTorch's on the CUDA device, or without one its own."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

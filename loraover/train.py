@@ -16,7 +16,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -37,11 +37,11 @@ from loraover.overparam import OverParameterization
 from loraover.progress import Reporter, log_shown
 from loraover.recipe import Recipe
 from loraover.resume import last_whole_checkpoint
-from loraover.run_result import Measures, RunResult, environment
+from loraover.run_result import Measures, RunResult, environment, peak_bytes
 from loraover.schedules import Schedule
 from loraover.sites import find_sites
 from loraover.trainers import make_trainer
-from loraover.update_norm import update_norm
+from loraover.update_norm import Factors, factors, step_norm
 
 HELD_OUT_FILE = "held_out.json"
 BEFORE, AFTER = "before training", "after training"
@@ -49,12 +49,17 @@ BEFORE, AFTER = "before training", "after training"
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run needs before its first step."""
+    """Everything that a run needs before its first step.
+
+    Args:
+        untrained: A and B of every module as they are made; None where more than their product is trained.
+    """
 
     source: ModelSource
     tokenizer: Any
     examples: Examples
     model: PreTrainedModel | PeftModel
+    untrained: dict[str, Factors] | None
     trainer: Trainer
     callback: LoraOverCallback | None
 
@@ -62,6 +67,13 @@ class Prepared:
     def over(self) -> OverParameterization | None:
         """Owner of the cores, once training has begun; None for plain LoRA."""
         return None if self.callback is None else self.callback.over
+
+
+class Timed(NamedTuple):
+    """Steps that this process has taken, which are not all of a run that was resumed, and their seconds."""
+
+    steps: int
+    seconds: float
 
 
 def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, command: str) -> RunResult:
@@ -87,26 +99,22 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
         raise
     checkpoint = last_whole_checkpoint(output / "trainer") if resume else None
     _trim_metrics(output / "metrics.jsonl", checkpoint)
-    started = time.perf_counter()
     with log_shown(report):
-        _take_steps(run, recipe, checkpoint)
-    seconds = time.perf_counter() - started
+        timed = _take_steps(run, recipe, checkpoint)
     if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
         raise ConfigError(
             f"training diverged: the loss is no longer a number at learning rate {recipe.training.learning_rate:g}; "
             f"lower it. The log is {output / 'metrics.jsonl'}."
         )
     after = _measure(run, recipe, output, report, AFTER)
-    result = _result(run, recipe, seconds, before, after)
+    result = _result(run, recipe, timed, before, after)
     _publish(run, recipe, output, result, command)
     if recipe.push_to_hub is not None:
         _push(recipe.push_to_hub, _product(recipe, output), report)
     return result
 
 
-def _result(
-    run: Prepared, recipe: Recipe, seconds: float, before: Measures | None, after: Measures | None
-) -> RunResult:
+def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None, after: Measures | None) -> RunResult:
     cores, matrices = (0, 0) if run.over is None else run.over.num_parameters()
     return RunResult(
         method=recipe.method,
@@ -116,10 +124,12 @@ def _result(
         learning_rate=recipe.training.learning_rate,
         seed=recipe.training.seed,
         steps=run.trainer.state.global_step,
-        train_seconds=seconds,
+        train_seconds=timed.seconds,
+        timed_steps=timed.steps,
+        peak_bytes=peak_bytes(),
         lora_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         added_parameters=cores - matrices,
-        update_norm=update_norm(run.model) if isinstance(run.model, PeftModel) else None,
+        update_norm=None if run.untrained is None else step_norm(run.untrained, factors(run.model)),
         before=before,
         after=after,
         versions=environment(),
@@ -176,11 +186,12 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
     base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
     model = base if recipe.method == "full" else with_adapter(base, recipe, task, source)
+    untrained = factors(model) if recipe.trains_only_products else None
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=_steps(recipe, trainer), probe=None)
-    return Prepared(source, tokenizer, examples, model, trainer, over)
+    return Prepared(source, tokenizer, examples, model, untrained, trainer, over)
 
 
 def with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource) -> PeftModel:
@@ -212,15 +223,16 @@ def _steps(recipe: Recipe, trainer: Trainer) -> int:
     return recipe.training.steps(len(trainer.train_dataset))
 
 
-def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
+def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> Timed:
     """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
     if run.callback is not None:
         run.callback.resume_from = checkpoint
     steps = _steps(recipe, run.trainer)
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if checkpoint is None or step < steps:
+        started = time.perf_counter()
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        return
+        return Timed(run.trainer.state.global_step - step, time.perf_counter() - started)
     if isinstance(run.model, PeftModel):
         set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
     else:
@@ -228,6 +240,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> None:
     if run.callback is not None:
         run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=steps)
     run.trainer.state.global_step = step
+    return Timed(0, 0.0)
 
 
 def _write_recipe(output: Path, recipe: Recipe, source: ModelSource, examples: Examples) -> None:

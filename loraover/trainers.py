@@ -57,7 +57,7 @@ def make_trainer(
     train_set = Dataset.from_list(examples.train.rows)
     eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
     callbacks: list[TrainerCallback] = [] if over is None else [over]
-    callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics else []
+    callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics and recipe.trains_only_products else []
     callbacks += [TrainingProgress(report, output / "metrics.jsonl"), SealCheckpoints()]
     if is_seq2seq:
         trainer = _seq2seq_trainer(recipe, model, tokenizer, options, train_set, eval_set, callbacks)

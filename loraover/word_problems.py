@@ -28,15 +28,26 @@ def word_problems(seed: int) -> Iterator[dict[str, str]]:
         yield {"prompt": f"Question: {question}\nAnswer:", "completion": f" {a} {sign} {b} = {answer} #### {answer}"}
 
 
+HELD_OUT_SEED = 0
+
+
 def split_word_problems(train: int, held_out: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and held-out rows; no held-out problem occurs in training, and none occurs twice in either."""
+    """Training rows that the seed draws, and held-out rows, which are the same for every seed.
+
+    No held-out problem occurs in training, and none occurs twice in either.
+    """
+    tests = _distinct(held_out, HELD_OUT_SEED, set())
+    return _distinct(train, seed, {row["prompt"] for row in tests}), tests
+
+
+def _distinct(count: int, seed: int, without: set[str]) -> list[dict[str, str]]:
     rows: dict[str, dict[str, str]] = {}
     problems = word_problems(seed)
-    while len(rows) < train + held_out:
+    while len(rows) < count:
         row = next(problems)
-        rows.setdefault(row["prompt"], row)
-    distinct = list(rows.values())
-    return distinct[held_out:], distinct[:held_out]
+        if row["prompt"] not in without:
+            rows.setdefault(row["prompt"], row)
+    return list(rows.values())
 
 
 def _numbers(draw: random.Random, sign: str) -> tuple[int, int, int]:

@@ -47,9 +47,10 @@ def tiny_tokenizer(*, chat: bool = False, adds: str = "$A") -> Any:
     )
 
 
-def save_llama(folder: Path, *, chat: bool = False, seed: int = 0, adds: str = "$A") -> Path:
-    """Two layers, hidden size 32; returns `folder`."""
-    return _save(folder, tiny_llama(seed, max_position_embeddings=256), tiny_tokenizer(chat=chat, adds=adds))
+def save_llama(folder: Path, *, chat: bool = False, seed: int = 0, adds: str = "$A", **changes: Any) -> Path:
+    """Two layers, hidden size 32, with `changes` of its configuration; returns `folder`."""
+    model = tiny_llama(seed, **({"max_position_embeddings": 256} | changes))
+    return _save(folder, model, tiny_tokenizer(chat=chat, adds=adds))
 
 
 def save_t5(folder: Path, *, seed: int = 0) -> Path:

@@ -120,7 +120,7 @@ def read_questions(
     """
     raw = read_raw(source, split=split, subset=subset)
     rows: list[Row] = []
-    for number, row in enumerate(raw.rows, 1):
+    for number, row in raw.rows:
         if limit is not None and len(rows) >= limit:
             break
         where = f"{source}, row {number}"

@@ -15,12 +15,17 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 from loraover.errors import ConfigError, EngineError
 
 REQUEST_TIMEOUT_S = 300.0
+UNFIT = {400, 413, 422}
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
 PAUSES_S = (1.0, 4.0)
 
 
 class UnansweredError(EngineError):
     """A request that came to nothing, though the same one might succeed later."""
+
+
+class UnfitRequestError(EngineError):
+    """A request that the server refuses for what it holds, such as a text beyond the model's context."""
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -44,12 +49,18 @@ class Endpoint:
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise ConfigError(f"{url!r} is no address of a server; expected e.g. http://localhost:8000/v1.")
+            shown = "what was given" if "@" in url or parts.query else repr(url)  # there, it may hold a secret
+            raise ConfigError(
+                f"{shown} is no address of a server; expected e.g. http://localhost:8000/v1, without user or query."
+            )
         self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else url.rstrip("/") + "/v1"
         self.headers = {"Content-Type": "application/json"}
         self._key = "" if key_variable is None else os.environ.get(key_variable, "")
         if key_variable is not None and not self._key:
-            raise ConfigError(f"the environment variable {key_variable}, which should hold a key, is not set.")
+            raise ConfigError(  # the name is not shown: it may be the key itself
+                f"the key of {parts.hostname}: no environment variable of the name that was given is set; give the "
+                "variable's name, not the key."
+            )
         if self._key:
             self.headers["Authorization"] = f"Bearer {self._key}"
         self._timeout_s = timeout_s
@@ -88,18 +99,19 @@ class Endpoint:
         request = Request(self.url + path, json.dumps(body).encode(), self.headers)
         try:
             with self._opener.open(request, timeout=self._timeout_s) as response:
-                return json.loads(self._hidden(response.read().decode(errors="replace")))
+                return json.loads(self.hidden(response.read().decode(errors="replace")))
         except HTTPError as error:
-            kind = UnansweredError if error.code in TRANSIENT else EngineError
+            fault = EngineError if error.code not in UNFIT else UnfitRequestError
+            kind = UnansweredError if error.code in TRANSIENT else fault
             text = error.read(1000).decode(errors="replace")
-            raise kind(self._hidden(f"{self.url}{path}: the server answered {error.code}: {text}")) from None
+            raise kind(self.hidden(f"{self.url}{path}: the server answered {error.code}: {text}")) from None
         except (OSError, HTTPException) as error:
-            raise UnansweredError(self._hidden(f"{self.url}{path}: no answer: {error}")) from None
+            raise UnansweredError(self.hidden(f"{self.url}{path}: no answer: {error}")) from None
         except ValueError as error:
-            raise UnansweredError(self._hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
+            raise UnansweredError(self.hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
 
-    def _hidden(self, text: str) -> str:
-        """A server may repeat the key; what it says is shown and kept."""
+    def hidden(self, text: str) -> str:
+        """The text without the key, which a server may repeat; what it says is shown and kept."""
         return text.replace(self._key, "***") if self._key else text
 
 

@@ -12,10 +12,13 @@ Everything in a PID namespace dies with its PID 1, so a program that forks faste
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import platform
 import resource
 import signal
+import struct
 import sys
 from pathlib import Path
 from types import FrameType
@@ -33,7 +36,18 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000  # one number on every architecture; Linux 5.12
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+
+# By machine, <linux/audit.h>'s number and those of msgget, semget, shmget, memfd_create and memfd_secret: what these
+# make holds memory that no process has in its address space, so RLIMIT_AS does not see it.
+UNLIMITED_CALLS = {
+    "x86_64": (0xC000003E, (68, 64, 29, 319, 447)),
+    "aarch64": (0xC00000B7, (186, 190, 194, 279, 447)),
+}
+# <linux/bpf_common.h>, <linux/seccomp.h>
+LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+SECCOMP_MODE_FILTER, ALLOW, REFUSE = 2, 0x7FFF0000, 0x50000 | errno.EPERM
+NUMBER_AT, ARCHITECTURE_AT, X32_CALLS = 0, 4, 0x40000000
 
 # In the jail: reads the program, keeps a way to answer that the program does not know, and answers with the token
 # that only a program which ran to its end reaches.
@@ -103,6 +117,7 @@ def _become_program(limits: dict[str, Any]) -> NoReturn:
     _limit(limits)
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # until the waiting process listens
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _refuse_unlimited_calls()
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
     os.execve(python, [python, "-I", "-S", "-B", "-c", RUNNER], environment)
 
@@ -173,6 +188,26 @@ def _limit(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (most, most))
+
+
+def _refuse_unlimited_calls() -> None:
+    """EPERM of those calls, and of all that come under another architecture's numbers, here and in what is started."""
+    if platform.machine() not in UNLIMITED_CALLS:
+        raise OSError(errno.ENOSYS, f"calls on {platform.machine()} are not known, only {', '.join(UNLIMITED_CALLS)}")
+    architecture, calls = UNLIMITED_CALLS[platform.machine()]
+    refuse = len(calls) + 1  # instructions from the first comparison of a number to the last instruction
+    steps = [
+        (LOAD, 0, 0, ARCHITECTURE_AT),
+        (IF_EQUAL, 0, refuse + 2, architecture),
+        (LOAD, 0, 0, NUMBER_AT),
+        (IF_AT_LEAST, refuse, 0, X32_CALLS),
+        *((IF_EQUAL, refuse - 1 - i, 0, call) for i, call in enumerate(calls)),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, REFUSE),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(code)))
+    _call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from loraover.evaluation.endpoint import Endpoint, UnansweredError
+from loraover.evaluation.endpoint import Endpoint, UnansweredError, UnfitRequestError
 
 TRIES = 3
 RETRY_TEMPERATURE = 0.7  # at temperature 0 a judge would repeat itself
@@ -44,8 +44,8 @@ class Judge:
             temperature = RETRY_TEMPERATURE if attempt else 0.0
             try:
                 said = self.endpoint.chat(self.name, messages, max_tokens=MAX_TOKENS, temperature=temperature)
-            except UnansweredError as error:
-                return Verdict(None, str(error))  # the endpoint has tried again by itself
+            except (UnansweredError, UnfitRequestError) as error:
+                return Verdict(None, str(error))  # the endpoint has tried again by itself where that may help
             rating = find_rating(said)
             if rating is not None:
                 return Verdict(rating, said)

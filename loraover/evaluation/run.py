@@ -69,7 +69,8 @@ def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluat
 
     Args:
         output: JSON file, written after every model. One that holds the beginning of the same evaluation is gone
-            on with: adapters whose files are the same are not asked again.
+            on with: adapters whose files are the same, and models of the same name at the same endpoint, are not asked
+            again.
     Raises:
         LoraOverError: the request cannot be used, or the first model fails; a later one's failure is its result.
     """
@@ -82,7 +83,7 @@ def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluat
     tokenizer = load_tokenizer(source)
     candidates = _candidates(request, source, tokenizer)
     found = _empty(request, task, source, questions, tokenizer)
-    known = _known(found, output) if request.endpoint is None else {}  # what a server has under a name may change
+    known = _known(found, output)
     try:
         for candidate in candidates:
             result = known.get((candidate.name, candidate.sha256))
@@ -149,7 +150,7 @@ def _known(wanted: Evaluation, output: Path | None) -> dict[tuple[str, str | Non
     if output is None or not output.exists():
         return {}
     begun = read_json(output, Evaluation)
-    kept = {"results", "command", "hardware", "versions"}
+    kept = {"results", "command", "hardware"}
     before, now = begun.model_dump(exclude=kept), wanted.model_dump(exclude=kept)
     changed = [key for key in now if before[key] != now[key]]
     if changed:

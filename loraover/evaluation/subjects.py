@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_json
-from loraover.errors import CheckpointError, ConfigError
+from loraover.errors import CheckpointError, ConfigError, DataError
 from loraover.evaluation.parallel import in_parallel
 from loraover.models import ModelSource, is_encoder_decoder, load_model
 
@@ -40,11 +40,7 @@ class Subject(ABC):
 
     @abstractmethod
     def harness_model(self) -> Any:
-        """The same model for lm-evaluation-harness."""
-
-    def harness_errors(self) -> tuple[type[Exception], ...]:
-        """What it raises there when an engine fails."""
-        return ()
+        """The same model for lm-evaluation-harness; raises EngineError there when an engine fails."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,7 @@ class InMemory(Subject):
     def _answers(self, prompts: Sequence[Any], max_new_tokens: int, stop: Sequence[str], report: Reporter) -> list[str]:
         from loraover.generation import greedy_answers
 
+        self._check_room(prompts)
         with report.task("answers", len(prompts)) as advance:
             return greedy_answers(
                 self.model,
@@ -83,6 +80,19 @@ class InMemory(Subject):
                 stop=stop,
                 on_batch=advance,
             )
+
+    def _check_room(self, prompts: Sequence[Any]) -> None:
+        """Raise DataError of a prompt that leaves no room for an answer."""
+        from loraover.generation import prompt_text
+
+        context = getattr(self.model.config, "max_position_embeddings", None)  # T5 has none
+        for number, prompt in enumerate(prompts, 1):
+            count = len(self.tokenizer(prompt_text(prompt, self.tokenizer)).input_ids)
+            if context is not None and count >= context:
+                raise DataError(
+                    f"question {number}: its {count} tokens leave no room in the model's context of {context}; leave "
+                    "it out of --data, or take a model with a longer context."
+                )
 
 
 @dataclass(frozen=True)
@@ -115,24 +125,17 @@ class Served(Subject):
         return in_parallel(ask, chats, self.batch_size, "answers", report)
 
     def harness_model(self) -> Any:
-        from lm_eval.models.openai_completions import LocalCompletionsAPI
+        from loraover.evaluation.harness_client import HarnessClient
 
         return _bars_on_terminals(
-            LocalCompletionsAPI(
-                base_url=f"{self.endpoint.url}/completions",
+            HarnessClient(
+                self.endpoint,
                 model=self.name,
                 tokenizer_backend="huggingface",
                 tokenizer=self.tokenizer_location,
                 num_concurrent=self.batch_size,
-                header=self.endpoint.headers,  # else the harness sends any OpenAI key that it finds
             )
         )
-
-    def harness_errors(self) -> tuple[type[Exception], ...]:
-        from aiohttp import ClientError
-        from requests import RequestException
-
-        return ClientError, RequestException, TimeoutError, LookupError, TypeError  # the last two: no logprobs in there
 
 
 def _bars_on_terminals(model: Any) -> Any:

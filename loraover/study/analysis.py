@@ -42,7 +42,10 @@ class Sensitivity(BaseModel):
     is_bracketed: bool = Field(description="the best rate is not at an end of the sweep")
     basin_decades: float = Field(description="log10 width of the rates within 1 % of the lowest loss, interpolated")
     is_basin_cut: bool = Field(description="the basin goes on beyond the sweep")
-    regret: float = Field(description="mean over the sweep of loss / lowest loss - 1")
+    regret: float | None = Field(
+        description="mean over the sweep of loss / lowest loss - 1; None: infinite, as a rate diverged"
+    )
+    diverged: int = Field(description="rates at which a run diverged, or failed otherwise")
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,15 @@ def sensitivity(by_rate: Mapping[float, float]) -> Sensitivity:
     limit = (1 + BASIN) * losses[best]
     low, cut_low = _edge(rates, losses, best, -1, limit)
     high, cut_high = _edge(rates, losses, best, 1, limit)
-    finite = [loss for loss in losses if math.isfinite(loss)]
+    diverged = losses.count(math.inf)
     return Sensitivity(
         losses={f"{rate:g}": loss for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)},
         best_rate=rates[best],
         is_bracketed=0 < best < len(rates) - 1,
         basin_decades=high - low,
         is_basin_cut=cut_low or cut_high,
-        regret=sum(loss / losses[best] - 1 for loss in finite) / len(finite),
+        regret=None if diverged else sum(loss / losses[best] - 1 for loss in losses) / len(losses),
+        diverged=diverged,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 PLAIN = ("lora", "lora-matched")
 """Methods that train plain A and B: the best of them is what the others are compared with."""
+
+QUARTER = "lora-over:schedule=dynamic:budget.fraction=0.25:score="
+DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
+"""What a sceptic asks for: a tuned LoRA, one with as many trained numbers, and a choice of matrices by chance."""
+
+FEWEST_EXAMPLES = 4
+"""Held-out examples, half of which choose the rates; an interval over examples takes two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +65,14 @@ def make_grid(
 
     Args:
         rates: learning rates of each method. Methods are names of `METHODS`, with settings as in
-            "lora-over:decomposition=svd:schedule=dynamic"; those of lora-over are keys of `over`, those of the others
-            keys of `lora`.
+            "lora-over:schedule=dynamic:budget={fraction: 0.25}"; those of lora-over are keys of `over`, those of the
+            others keys of `lora`.
         settings: recipe keys that all runs share.
     Raises:
-        ConfigError: an unknown method, or a recipe that does not take a setting.
+        ConfigError: an unknown method, a recipe that does not take a setting, or a grid that compares nothing.
     """
+    if not rates.keys() & set(PLAIN):
+        raise ConfigError(f"--methods: a study compares with plain LoRA; add {' or '.join(PLAIN)}.")
     own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
     runs = []
     for seed in range(seeds):
@@ -70,11 +80,24 @@ def make_grid(
             for rate in rates[method]:
                 values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
                 runs.append(Run(Path(recipe).stem, method, rate, seed, load_recipe(recipe, values)))
+    _check(runs)
     return runs
 
 
+def _check(runs: Sequence[Run]) -> None:
+    folders = Counter(run.folder for run in runs)
+    for run in runs:
+        if folders[run.folder] > 1:
+            raise ConfigError(f"two runs would share {run.folder}; give recipes different names.")
+        held_out = min(run.recipe.evaluation.examples, run.recipe.data.test_examples or FEWEST_EXAMPLES)
+        if held_out < FEWEST_EXAMPLES:
+            raise ConfigError(
+                f"{run.task}: a study takes {FEWEST_EXAMPLES} held-out examples or more, found {held_out}."
+            )
+
+
 def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any]:
-    name, *own = method.split(":")
+    name, *own = split_outside_brackets(method, ":")
     if name not in METHODS:
         raise ConfigError(f"--methods: {name!r} is none of {', '.join(METHODS)}.")
     part = "over" if name == "lora-over" else "lora"
@@ -84,19 +107,35 @@ def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any
     return METHODS[name] | given
 
 
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """As `str.split`, but not within [...] and {...}: there, a separator is part of a YAML value."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def matched_rank(recipe: Recipe) -> int:
-    """The smallest rank at which a plain LoRA has at least as many numbers as the recipe's cores."""
+    """The smallest rank at which a plain LoRA has as many numbers as LoRA-Over trains at most with the recipe's `over`.
+
+    Those are all matrices, and what the cores that the schedule can inject have beyond theirs.
+    """
     from peft import LoraConfig, get_peft_model
 
+    from loraover.schedules import Schedule
     from loraover.sites import find_sites
 
     options = recipe.lora.model_dump() | {"init_lora_weights": False}
-    model = get_peft_model(load_skeleton(resolve_model(recipe.model)), LoraConfig(**options))
+    source = resolve_model(recipe.model, recipe.model_revision)
+    model = get_peft_model(load_skeleton(source), LoraConfig(**options))
     sites = find_sites(model)
-    decomposition = recipe.over.make_decomposition()
-    cores = sum(decomposition.num_parameters(*site.shape) for site in sites.values())
+    _, added = Schedule(recipe.over, sites, steps=None, probe=None).most_parameters
     matrices = sum(site.parameter.numel() for site in sites.values())
-    return -(-recipe.lora.r * cores // matrices)
+    return -(-recipe.lora.r * (matrices + added) // matrices)
 
 
 def _slug(method: str) -> str:

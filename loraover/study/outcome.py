@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -23,7 +28,12 @@ from loraover.run_result import RUN_FILE, read_run
 from loraover.train import HELD_OUT_FILE
 
 OUTCOME_FILE = "outcome.json"
-DIVERGED = "training diverged"
+DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
+SIGNS_OF_NO_MEMORY = (
+    "OutOfMemoryError",
+    "MemoryError",
+    "can't allocate memory",
+)  # CUDA's, Python's, PyTorch's on a CPU
 
 
 class Outcome(BaseModel):
@@ -32,11 +42,12 @@ class Outcome(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str = Field(description="SHA-256 of the recipe")
-    failure: str | None = Field(None, description="why there is no loss; a run that diverged has failed for good")
+    failure: str | None = Field(None, description="why there is no loss, and another try would not give one")
     nats: list[float] = Field(default_factory=list, description="of each held-out completion")
     tokens: list[int] = Field(default_factory=list)
-    step_seconds: float = 0.0
-    peak_bytes: int = Field(0, description="of the process")
+    step_seconds: float | None = Field(None, description="None: the process that ended the run took no step")
+    peak_bytes: int | None = Field(None, description="of PyTorch on a CUDA device, or without one of the process")
+    worker: str | None = Field(None, description="of a Ray cluster, that trained")
     trained_parameters: int = Field(0, description="numbers in the cores, and in the matrices without cores")
     served_parameters: int = Field(0, description="numbers in A and B")
     update_norm: float | None = None
@@ -51,30 +62,58 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         folder: of the run; its outcome is written there, and is what a second call returns.
         threads: for the process.
     Raises:
-        LoraOverError: the run failed for another reason than that its loss diverged.
+        LoraOverError: the run failed for another reason than its rate or its size.
     """
-    found = read_outcome(recipe, folder)
-    if found is not None:
-        return found
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) as lock:
+        found = read_outcome(recipe, folder)
+        if found is not None:
+            return found
+        said = "" if (folder / RUN_FILE).is_file() else _train(recipe, folder, threads, lock)
+        outcome = _outcome(recipe, folder, said)
+        folder.mkdir(exist_ok=True)
+        publish_file(folder / OUTCOME_FILE, lambda draft: draft.write_text(outcome.model_dump_json() + "\n"))
+    return outcome
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Hold the run's lock, once nobody else does. Yields its descriptor: a process that inherits that holds it too.
+
+    So a training process whose study was killed is waited for, and two studies of one folder take turns.
+    """
+    with folder.with_suffix(folder.suffix + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
+    """What `loraover train` says; its exit code is told by what it leaves in the folder."""
     asked = folder.with_suffix(folder.suffix + ".yaml")
     publish_file(asked, lambda draft: draft.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
-    command += ["--resume"] if (folder / "recipe.yaml").is_file() else []
+    if (folder / "recipe.yaml").is_file() and not any((folder / name).exists() for name in ("adapter", "model")):
+        command.append("--resume")
+    else:
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # killed before there was anything to resume, or within its last words
     with tempfile.TemporaryFile("w+") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            pass_fds=[lock],
+        )
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            process.wait()
         except KeyboardInterrupt:
             process.wait()  # the terminal has told it as well
             raise
-        process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
-        said = log.read()
-    outcome = _outcome(recipe, folder, said, process.returncode, usage.ru_maxrss * 1024)
-    publish_file(folder / OUTCOME_FILE, lambda draft: draft.write_text(outcome.model_dump_json() + "\n"))
-    return outcome
+        return log.read()
 
 
 def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
@@ -96,28 +135,41 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(recipe.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
-def _outcome(recipe: Recipe, folder: Path, said: str, code: int, peak: int) -> Outcome:
+def _outcome(recipe: Recipe, folder: Path, said: str) -> Outcome:
     if not (folder / RUN_FILE).is_file():
-        last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
-        if DIVERGED in said:
-            return Outcome(recipe=digest(recipe), failure=DIVERGED, peak_bytes=peak)
-        raise LoraOverError(f"{folder}: loraover train ended with code {code}: {last}")
+        return Outcome(recipe=digest(recipe), failure=_failure(folder, said))
     result = read_run(folder)
     scored = json.loads((folder / HELD_OUT_FILE).read_text())
+    if not all(math.isfinite(nats) for nats, _ in scored):
+        return Outcome(recipe=digest(recipe), failure=DIVERGED)
     logged = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     norms = [row["loraover/step_norm"] for row in logged if "loraover/step_norm" in row]
     return Outcome(
         recipe=digest(recipe),
         nats=[nats for nats, _ in scored],
         tokens=[tokens for _, tokens in scored],
-        step_seconds=result.train_seconds / result.steps,
-        peak_bytes=peak,
+        step_seconds=result.train_seconds / result.timed_steps if result.timed_steps else None,
+        peak_bytes=result.peak_bytes,
         trained_parameters=result.lora_parameters + result.added_parameters,
         served_parameters=result.lora_parameters,
         update_norm=result.update_norm,
         step_norm=sum(norms) / len(norms) if norms else None,
         fold_error=_fold_error(folder / "adapter"),
     )
+
+
+def _failure(folder: Path, said: str) -> str:
+    """Why a run has no result, where that lies in the run.
+
+    Raises:
+        LoraOverError: it does not.
+    """
+    if DIVERGED in said:
+        return DIVERGED
+    last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+    if any(sign in last for sign in SIGNS_OF_NO_MEMORY):
+        return OUT_OF_MEMORY
+    raise LoraOverError(f"{folder}: loraover train ended without a result: {last}")
 
 
 def _fold_error(adapter: Path) -> float | None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, median, stdev
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover.errors import LoraOverError
 from loraover.statistics import holm
 from loraover.study.analysis import Difference, Halves, Losses, Sensitivity, difference, mean_loss, sensitivity
-from loraover.study.grid import PLAIN, Run
+from loraover.study.grid import FEWEST_EXAMPLES, PLAIN, Run
 from loraover.study.outcome import Outcome
 
 ALPHA = 0.05
-Cell = tuple[str, str, float]
-"""Task, method and rate."""
 
 
 class MethodResult(BaseModel):
@@ -31,8 +31,8 @@ class MethodResult(BaseModel):
     sensitivity: Sensitivity
     trained_parameters: int
     served_parameters: int
-    step_seconds: float
-    peak_bytes: int
+    step_seconds: float | None
+    peak_bytes: int | None
     update_norm: float | None
     step_norm: float | None
     fold_error: float | None
@@ -45,7 +45,7 @@ class TaskResult(BaseModel):
 
     task: str
     examples: int = Field(description="in the test half")
-    baseline: str = Field(description="the plain LoRA with the lowest validation loss")
+    baseline: str | None = Field(description="the plain LoRA with the lowest validation loss; None: none has one")
     methods: list[MethodResult]
     failures: list[str]
 
@@ -72,6 +72,8 @@ def task_results(runs: Sequence[Run], outcomes: Mapping[Run, Outcome], seeds: in
     Args:
         runs: the grid.
         outcomes: of all its runs with these seeds.
+    Raises:
+        LoraOverError: runs of one task that were not judged on the same examples.
     """
     found = []
     for task in dict.fromkeys(run.task for run in runs):
@@ -81,54 +83,77 @@ def task_results(runs: Sequence[Run], outcomes: Mapping[Run, Outcome], seeds: in
 
 
 def _task(task: str, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> TaskResult:
-    tokens = np.array(next(outcomes[run].tokens for run in runs if outcomes[run].failure is None), dtype=np.float64)
+    tokens = _tokens(runs, outcomes)
     halves = Halves(len(tokens))
-    by_method: dict[str, dict[float, list[Run]]] = {}
+    by_method: dict[str, dict[float, list[Outcome]]] = {}
     for run in runs:
-        by_method.setdefault(run.method, {}).setdefault(run.rate, []).append(run)
-    losses: dict[tuple[str, float], Losses] = {}
-    tuned: dict[str, Sensitivity] = {}
-    for method, by_rate in by_method.items():
-        means = {}
-        for rate, same in by_rate.items():
-            diverged = any(outcomes[run].failure is not None for run in same)
-            if not diverged:
-                losses[method, rate] = np.array([outcomes[run].nats for run in same])
-            means[rate] = (
-                float("inf")
-                if diverged
-                else mean_loss(losses[method, rate][:, halves.validation], tokens[halves.validation])
-            )
-        if any(np.isfinite(list(means.values()))):
-            tuned[method] = sensitivity(means)
-    plain = [method for method in tuned if method in PLAIN]
-    baseline = min(plain or tuned, key=lambda method: min(tuned[method].losses.values()))
-    reference = losses[baseline, tuned[baseline].best_rate][:, halves.test]
-    results = []
-    for method, found in tuned.items():
-        at_best = losses[method, found.best_rate][:, halves.test]
-        chosen = [outcomes[run] for run in by_method[method][found.best_rate]]
-        results.append(
-            _method(method, found, at_best, tokens[halves.test], chosen, None if method == baseline else reference)
-        )
+        by_method.setdefault(run.method, {}).setdefault(run.rate, []).append(outcomes[run])
+    validated = {method: _means(by_rate, tokens, halves.validation) for method, by_rate in by_method.items()}
+    tuned = {
+        method: sensitivity(means) for method, means in validated.items() if any(map(math.isfinite, means.values()))
+    }
+    baseline = min(
+        (method for method in tuned if method in PLAIN),
+        key=lambda method: min(tuned[method].losses.values()),
+        default=None,
+    )
+    chosen = {method: by_method[method][found.best_rate] for method, found in tuned.items()}
+    reference = None if baseline is None else _losses(chosen[baseline], halves.test)
+    results = [
+        _method(method, tuned[method], chosen[method], halves.test, None if method == baseline else reference)
+        for method in tuned
+    ]
     failures = [f"{run.folder}: {outcomes[run].failure}" for run in runs if outcomes[run].failure is not None]
     return TaskResult(
         task=task, examples=len(tokens[halves.test]), baseline=baseline, methods=results, failures=failures
     )
 
 
+def _means(by_rate: Mapping[float, Sequence[Outcome]], tokens: Losses, half: slice) -> dict[float, float]:
+    """Mean loss at each rate; infinite where a seed has failed."""
+    return {
+        rate: math.inf
+        if any(outcome.failure is not None for outcome in same)
+        else mean_loss(_losses(same, half), tokens[half])
+        for rate, same in by_rate.items()
+    }
+
+
+def _losses(outcomes: Sequence[Outcome], half: slice) -> Losses:
+    """(seeds, examples of that half)."""
+    return np.array([outcome.nats[half] for outcome in outcomes])
+
+
+def _tokens(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
+    """(examples,): of every run of a task; empty where all have failed."""
+    scored = [run for run in runs if outcomes[run].failure is None]
+    if not scored:
+        return np.zeros(0)
+    tokens = outcomes[scored[0]].tokens
+    if len(tokens) < FEWEST_EXAMPLES:
+        raise LoraOverError(f"{scored[0].folder}: has {len(tokens)} held-out examples, expected {FEWEST_EXAMPLES}.")
+    for run in scored:
+        if outcomes[run].tokens != tokens:
+            raise LoraOverError(
+                f"{run.folder} and {scored[0].folder} were judged on different held-out examples, so they cannot be "
+                "compared; were the data changed? Start the study anew."
+            )
+    return np.array(tokens, dtype=np.float64)
+
+
 def _method(
     method: str,
     tuned: Sensitivity,
-    losses: Losses,
-    tokens: Losses,
     outcomes: Sequence[Outcome],
+    half: slice,
     reference: Losses | None,
 ) -> MethodResult:
+    losses, tokens = _losses(outcomes, half), np.array(outcomes[0].tokens[half], dtype=np.float64)
     each = [mean_loss(row[None], tokens) for row in losses]
-    norms = [outcome.step_norm for outcome in outcomes if outcome.step_norm is not None]
-    updates = [outcome.update_norm for outcome in outcomes if outcome.update_norm is not None]
-    errors = [outcome.fold_error for outcome in outcomes if outcome.fold_error is not None]
+    norms = _known(outcome.step_norm for outcome in outcomes)
+    updates = _known(outcome.update_norm for outcome in outcomes)
+    errors = _known(outcome.fold_error for outcome in outcomes)
+    seconds = _known(outcome.step_seconds for outcome in outcomes)
     paired = None if reference is None or len(losses) < 2 else difference(losses, reference, tokens)
     return MethodResult(
         method=method,
@@ -139,12 +164,16 @@ def _method(
         sensitivity=tuned,
         trained_parameters=outcomes[0].trained_parameters,
         served_parameters=outcomes[0].served_parameters,
-        step_seconds=float(np.median([outcome.step_seconds for outcome in outcomes])),
-        peak_bytes=max(outcome.peak_bytes for outcome in outcomes),
+        step_seconds=median(seconds) if seconds else None,
+        peak_bytes=max((outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None), default=None),
         update_norm=fmean(updates) if updates else None,
         step_norm=fmean(norms) if norms else None,
         fold_error=max(errors) if errors else None,
     )
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _adjusted(tasks: Sequence[TaskResult]) -> list[TaskResult]:
@@ -170,21 +199,62 @@ def _with_p(result: MethodResult, p: float | None) -> MethodResult:
 
 
 def words(tasks: Sequence[TaskResult]) -> list[str]:
-    """One sentence for each task and method that has been compared."""
-    return [_sentence(task, result) for task in tasks for result in task.methods if result.difference is not None]
+    """Whether LoRA-Over beats tuned plain LoRA, then a sentence for each task and method that has been compared."""
+    lines = [_overall(tasks)]
+    for task in tasks:
+        if task.baseline is None:
+            lines.append(
+                f"{task.task}: no plain LoRA has a rate at which every run ended well, so nothing is compared."
+            )
+        lines += [_sentence(task, result) for result in task.methods if result.difference is not None]
+    return lines
+
+
+def _overall(tasks: Sequence[TaskResult]) -> str:
+    settings: dict[str, list[Difference]] = {}
+    for result in (result for task in tasks for result in task.methods):
+        if result.method.startswith("lora-over") and result.difference is not None:
+            settings.setdefault(result.method, []).append(result.difference)
+    if not settings:
+        return "Whether LoRA-Over beats a tuned plain LoRA cannot be said yet: it takes both, and two seeds."
+    better = {method: sum(_is_better(d) for d in found) for method, found in settings.items()}
+    worse = {method: sum(_is_worse(d) for d in found) for method, found in settings.items()}
+    counts = "; ".join(
+        f"{method} is better on {better[method]}, worse on {worse[method]} of {len(found)}"
+        for method, found in settings.items()
+    )
+    if any(better[method] and not worse[method] for method in settings):
+        verdict = "LoRA-Over beats tuned plain LoRA here"
+    elif any(better.values()):
+        verdict = "LoRA-Over beats tuned plain LoRA on some tasks and loses to it on others"
+    else:
+        verdict = "LoRA-Over does not beat tuned plain LoRA here"
+    several = " (nothing corrects for the number of settings)" if len(settings) > 1 and any(better.values()) else ""
+    return f"{verdict}: of the tasks, {counts}{several}."
+
+
+def _is_better(found: Difference) -> bool:
+    return found.p <= ALPHA and found.mean < 0
+
+
+def _is_worse(found: Difference) -> bool:
+    return found.p <= ALPHA and found.mean > 0
 
 
 def _sentence(task: TaskResult, result: MethodResult) -> str:
     assert result.difference is not None
     mean, (low, high) = result.difference.mean, result.difference.interval
     figures = f"{mean:+.4f} nats per token [{low:+.4f}, {high:+.4f}], p {result.difference.p:.2g} after Holm"
-    if result.difference.p > ALPHA:
-        verdict = f"{result.method} and {task.baseline} cannot be told apart"
-    elif mean < 0:
+    if _is_better(result.difference):
         verdict = f"{result.method} beats {task.baseline}"
-    else:
+    elif _is_worse(result.difference):
         verdict = f"{result.method} does not beat {task.baseline}: it is worse"
-    edge = (
-        "" if result.sensitivity.is_bracketed else "; its best rate is at an end of the sweep, which should be widened"
-    )
-    return f"{task.task}: {verdict}, each at its own tuned rate ({figures}){edge}."
+    else:
+        verdict = f"{result.method} and {task.baseline} cannot be told apart"
+    at_end = [
+        other.method
+        for other in task.methods
+        if other.method in (result.method, task.baseline) and not other.sensitivity.is_bracketed
+    ]
+    edge = f"; the best rate of {' and of '.join(at_end)} is at an end of the sweep, which should be widened"
+    return f"{task.task}: {verdict}, each at its own tuned rate ({figures}){edge if at_end else ''}."

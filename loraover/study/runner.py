@@ -83,7 +83,8 @@ def run_grid(grid: Sequence[Run], folder: Path, where: Where, report: Reporter) 
     Args:
         folder: of the study.
     Raises:
-        LoraOverError: a run that failed for another reason than that its loss diverged; finished runs are kept.
+        LoraOverError: a run that failed for another reason than that its loss diverged or its memory did not do;
+            finished runs are kept.
     """
     outcomes = finished(grid, folder)
     left = [run for run in grid if run not in outcomes]
@@ -127,11 +128,13 @@ def _executed(runs: Sequence[Run], folder: Path, where: Where) -> Iterator[tuple
 def _on_ray(runs: Sequence[Run], folder: Path, address: str) -> Iterator[tuple[Run, Outcome]]:
     """One task a run; a worker trains in a folder of its own and sends back the outcome."""
     try:
-        import ray
+        import ray as imported
     except ImportError as error:
         raise ConfigError("--ray needs Ray: pip install 'loraover[ray]'.") from error
+    ray: Any = imported
     with _cluster(ray, address):
-        remote: Any = ray.remote(num_cpus=1)(_execute_anywhere)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus)(_execute_anywhere)
         waiting = {remote.remote(run.recipe.model_dump(mode="json")): run for run in runs}
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
@@ -156,15 +159,19 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
 
 
 def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
+    import ray
+
+    worker = str(ray.get_runtime_context().get_worker_id())
     with tempfile.TemporaryDirectory(prefix="loraover-study-") as scratch:
-        return execute(Recipe.model_validate(recipe), Path(scratch) / "run", threads=1).model_dump_json()
+        outcome = execute(Recipe.model_validate(recipe), Path(scratch) / "run", threads=1)
+    return outcome.model_copy(update={"worker": worker}).model_dump_json()
 
 
 def make_report(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], command: str) -> StudyReport:
     """Judge the seeds of which every run is finished.
 
     Raises:
-        LoraOverError: no seed is whole yet.
+        LoraOverError: no seed is whole yet, or see `task_results`.
     """
     seeds = 0
     while any(run.seed == seeds for run in grid) and all(run in outcomes for run in grid if run.seed == seeds):

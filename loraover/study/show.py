@@ -11,51 +11,71 @@ from loraover.study.report import MethodResult, StudyReport, TaskResult
 TEMPLATE = "study.html.j2"
 COLUMNS = (
     *("method", "rate", "test loss (sd)", "difference [95 %], p", "trained", "s / step", "GiB", "step norm"),
-    *("fold error", "basin", "regret"),
+    *("update norm", "fold error", "basin", "regret"),
 )
+END_NOTE = " (end): the best rate is at an end of the sweep."
 
 
 def to_markdown(report: StudyReport) -> str:
     """What the figures say, and a table for each task."""
-    lines = [f"- {line}" for line in report.words] or ["- Nothing can be compared yet."]
+    lines = [f"- {line}" for line in report.words]
     for task in report.tasks:
-        lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {report.seeds} seeds.", ""]
+        lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {report.seeds} seeds.{END_NOTE}", ""]
         lines += [
             f"| {' | '.join(COLUMNS)} |",
             f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
         ]
-        lines += [_row(result) for result in task.methods]
+        lines += [_row(result, task) for result in task.methods]
         lines += [f"- {line}" for line in task.failures]
     return "\n".join(lines) + "\n"
 
 
-def _row(r: MethodResult) -> str:
-    compared = "baseline"
+def _row(r: MethodResult, task: TaskResult) -> str:
+    compared = "baseline" if r.method == task.baseline else "-"
     if r.difference is not None:
         low, high = r.difference.interval
         compared = f"{r.difference.mean:+.4f} [{low:+.4f}, {high:+.4f}], {r.difference.p:.2g}"
     at_least = ">= " if r.sensitivity.is_basin_cut else ""
     cells = [
         r.method,
-        f"{r.rate:g}",
+        f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}",
         f"{r.test_loss:.4f} ({r.deviation:.4f})",
         compared,
         f"{r.trained_parameters:,}",
-        f"{r.step_seconds:.2f}",
-        f"{r.peak_bytes / 2**30:.2f}",
-        "-" if r.step_norm is None else f"{r.step_norm:.3g}",
-        "-" if r.fold_error is None else f"{r.fold_error:.1e}",
+        _figure(r.step_seconds, ".2f"),
+        _figure(gibibytes(r), ".2f"),
+        _figure(r.step_norm, ".3g"),
+        _figure(r.update_norm, ".3g"),
+        _figure(r.fold_error, ".1e"),
         f"{at_least}{r.sensitivity.basin_decades:.2f}",
-        f"{r.sensitivity.regret:.2%}",
+        regret_text(r),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def gibibytes(r: MethodResult) -> float | None:
+    """Peak memory."""
+    return None if r.peak_bytes is None else r.peak_bytes / 2**30
+
+
+def regret_text(r: MethodResult) -> str:
+    """The regret, infinite where a rate diverged."""
+    found = r.sensitivity
+    if found.regret is not None:
+        return f"{found.regret:.2%}"
+    return f"infinite ({found.diverged} of {found.diverged + len(found.losses)} rates failed)"
 
 
 def to_html(report: StudyReport) -> str:
     """The page; every text of the report is escaped."""
     template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     tasks = [(task, difference_plot(task), rate_plot(task)) for task in report.tasks]
-    return render_page(template, report=report, tasks=tasks)
+    shown = {"figure": _figure, "gibibytes": gibibytes, "regret": regret_text, "end_note": END_NOTE}
+    return render_page(template, report=report, tasks=tasks, **shown)
 
 
 def difference_plot(task: TaskResult) -> str:
@@ -75,7 +95,9 @@ def difference_plot(task: TaskResult) -> str:
 
 
 def rate_plot(task: TaskResult) -> str:
-    """Validation loss against learning rate, one line for each method."""
+    """Validation loss against learning rate, one line for each method; empty where every method failed."""
+    if not task.methods:
+        return ""
     with svg_axes(8, 3.8) as (axes, drawn):
         for i, result in enumerate(task.methods):
             points = [(float(rate), loss) for rate, loss in result.sensitivity.losses.items() if math.isfinite(loss)]

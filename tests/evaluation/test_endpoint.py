@@ -104,8 +104,16 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         "http://user:word@host",
         "http://host/v1?key=x",
     ):
-        with pytest.raises(ConfigError, match="no address of a server"):
+        with pytest.raises(ConfigError, match="no address of a server") as caught:
             Endpoint(url)
+        assert "word" not in str(caught.value)
+        assert "key=x" not in str(caught.value)
     monkeypatch.delenv("MY_KEY", raising=False)
-    with pytest.raises(ConfigError, match="MY_KEY"):
+    with pytest.raises(ConfigError, match="no environment variable of the name"):
         Endpoint("http://localhost", "MY_KEY")
+
+
+def test_a_key_in_place_of_its_variable_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match="not the key") as caught:
+        Endpoint("http://localhost", "sk-sesame")
+    assert "sesame" not in str(caught.value)

@@ -134,14 +134,61 @@ def test_only_what_is_the_same_is_kept(folder: Path, tmp_path: Path, capsys: pyt
     assert json.loads(out.read_text())["results"] == after
 
 
-def test_models_at_an_endpoint_are_always_asked(folder: Path, tmp_path: Path) -> None:
+def test_models_at_an_endpoint_are_gone_on_with_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, ill = tmp_path / "out.json", ["n"]
+    with openai_server(lambda body: 400 if body["model"] in ill else " 1") as server:
+        more = ["--endpoint", server.url, "--endpoint-model", "m", "--endpoint-model", "n"]
+        assert run(cli, words(folder, out, *more)) == 1
+        assert names(out) == ["m", "n"]
+        asked = len(server.bodies)
+        ill.clear()
+        assert run(cli, words(folder, out, *more)) == 0
+        assert {body["model"] for body in server.bodies[asked:]} == {"n"}
+        before = out.read_text()
+        assert run(cli, words(folder, out, *more, "--max-new-tokens", "5")) == 2
+    assert "holds another evaluation (settings differ)" in capsys.readouterr().err
+    assert out.read_text() == before
+
+
+def test_results_of_other_versions_are_not_mixed_in(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.json"
-    answer = json.dumps({"choices": [{"index": 0, "text": " 1"}]}).encode()
-    with openai_server(lambda body: answer) as server:
-        more = ["--endpoint", server.url, "--endpoint-model", "m"]
-        for times in (1, 2):
-            assert run(cli, words(folder, out, *more)) == 0
-            assert len(server.bodies) == 3 * times
+    assert run(cli, words(folder, out)) == 0
+    found = json.loads(out.read_text())
+    found["versions"]["torch"] = "1.0"
+    out.write_text(json.dumps(found))
+    assert run(cli, words(folder, out)) == 2
+    assert "holds another evaluation (versions differ)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("gsm8k", "openai/gsm8k"), ("qnli", "nyu-mll/glue"), ("humaneval", "openai/openai_humaneval"), ("mtbench", "")],
+)
+def test_a_task_without_its_data_says_what_to_download_and_where_to_put_it(
+    task: str,
+    name: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("loraover.evaluation.humaneval.check_sandbox", lambda: None)
+    judge = ["--judge-url", "http://localhost:1", "--judge-model", "m"]
+    assert run(cli, ["eval", str(folder / "base"), "--task", task, "--allow-code-execution", *judge]) == 2
+    said = capsys.readouterr().err
+    if task == "mtbench":
+        assert "needs --data FOLDER with question.jsonl, judge_prompts.jsonl" in said
+        assert "github.com/lm-sys/FastChat" in said
+    else:
+        assert f"hf download {name} --repo-type dataset" in said
+        assert "one JSON object a line: --data FILE" in said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +118,25 @@ def test_an_endpoint_without_logprobs_cannot_be_asked_for_choices(
     with openai_server(lambda body: " yes") as server:
         words = [str(models[0]), "--task", "qnli", "--data", data, "--endpoint", server.url, "--endpoint-model", "one"]
         assert run(cli, ["eval", *words]) == 2
-    assert "qnli: the endpoint gave no usable answer" in capsys.readouterr().err
+    assert "the endpoint gave no usable answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", ["1", "8"])
+def test_a_key_that_is_refused_is_shown_nowhere(batch_size: str, models: tuple[Path, Path], tmp_path: Path) -> None:
+    """In a process of its own: asyncio says at its end what nobody has waited for."""
+    data, out = written(tmp_path / "sums.jsonl", SUMS), tmp_path / "out.json"
+    with openai_server(lambda body: 401 if body["model"] == "two" else " yes") as server:
+        words = ["eval", str(models[0]), "--task", "gsm8k", "--data", data, "--endpoint", server.url, "-o", str(out)]
+        words += ["--endpoint-key-variable", "MY_KEY", "--endpoint-model", "one", "--endpoint-model", "two"]
+        done = subprocess.run(
+            [sys.executable, "-m", "loraover.cli", *words, "--batch-size", batch_size, "--max-new-tokens", "2"],
+            env=os.environ | {"MY_KEY": "sk-sesame"},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 1, done.stderr
+    assert server.headers[-1]["Authorization"] == "Bearer sk-sesame"
+    assert "sesame" not in done.stdout + done.stderr + out.read_text()
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "qnli", "sst2", "cola", "mrpc", "mnli"])

@@ -121,6 +121,36 @@ def test_a_judge_that_fails_leaves_missing_ratings_never_scores(model: Path, tmp
     assert (result["measures"], result["missing"]) == ({}, 4)
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_question_that_the_judge_cannot_take_is_missing_and_no_other(
+    status: int, model: Path, tmp_path: Path
+) -> None:
+    def reply(body: dict[str, Any]) -> str | int:
+        return status if "multi-turn" in body["messages"][0]["content"] else "[[6]]"
+
+    found, judge, code = evaluated(model, tmp_path, reply)
+    (result,) = found["results"]
+    assert (code, result["missing"]) == (0, 2)
+    assert result["measures"] == {"rating": 6.0, "turn 1": 6.0}
+    assert len(judge.bodies) == 4  # it is not asked again
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_judge_that_takes_no_question_ends_it(status: int, model: Path, tmp_path: Path) -> None:
+    found, _, code = evaluated(model, tmp_path, lambda body: status)
+    assert (found, code) == ({}, 2)
+
+
+def test_a_question_beyond_the_models_context_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"question_id": 82, "category": "writing", "turns": ["a" * 300, "again"]}
+    monkeypatch.setitem(globals(), "ASKED", [ASKED[0], long])
+    found, judge, code = evaluated(model, tmp_path, lambda body: "[[6]]")
+    assert (found, judge.bodies, code) == ({}, [], 2)
+    assert "question 2: its 317 tokens leave no room in the model's context of 256" in capsys.readouterr().err
+
+
 def test_a_judge_that_refuses_the_key_ends_it_and_the_key_stays_secret(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,3 +84,4 @@ def test_a_rate_that_diverged_is_worse_than_any_other() -> None:
     assert found.best_rate == 1e-3
     assert found.losses == {"0.001": 1.0}
     assert found.basin_decades == 0.0
+    assert (found.regret, found.diverged) == (None, 1)

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
+from rich.console import Console
 
 from loraover.cli import _sweeps, cli
 from loraover.command import run
-from loraover.recipe import load_recipe
-from loraover.study.grid import make_grid, matched_rank
-from loraover.study.outcome import OUTCOME_FILE
+from loraover.config import Budget
+from loraover.errors import LoraOverError
+from loraover.examples import load_examples
+from loraover.progress import Reporter
+from loraover.recipe import Recipe, load_recipe
+from loraover.run_result import read_run
+from loraover.study import outcome as outcome_module
+from loraover.study.grid import DEFAULT_METHODS, make_grid, matched_rank, split_outside_brackets
+from loraover.study.outcome import OUTCOME_FILE, Outcome, execute
 from loraover.study.report import StudyReport
+from loraover.study.runner import Where, run_grid
 
 from tiny_hub import save_llama, write_recipe
 
@@ -32,8 +44,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(folder / "words.yaml", save_llama(folder / "llama"), evaluation=evaluation)
 
 
+METHODS = ["--methods", "lora,lora-over"]
+
+
 def words(recipe: Path, out: Path, *more: str) -> list[str]:
-    return ["study", str(recipe), "--seeds", "2", "--lr-sweep", RATES, "--jobs", "2", "-o", str(out), *more]
+    return ["study", str(recipe), *METHODS, "--seeds", "2", "--lr-sweep", RATES, "--jobs", "2", "-o", str(out), *more]
 
 
 def report_of(out: Path) -> StudyReport:
@@ -73,9 +88,24 @@ def test_a_study_that_was_killed_is_finished(killed: Path) -> None:
     assert over.fold_error is not None
     assert 0 < over.fold_error < 1e-6
     assert over.step_norm is not None
+    assert over.peak_bytes is not None
     assert over.peak_bytes > 2**27
-    (line,) = report.words
-    assert line.startswith("words: lora-over ")
+    assert report.words[0].startswith("LoRA-Over ")
+    assert report.words[1].startswith("words: lora-over ")
+
+
+def test_a_killed_study_reports_what_an_uninterrupted_one_does(killed: Path, recipe: Path, tmp_path: Path) -> None:
+    assert run(cli, words(recipe, tmp_path / "whole")) == 0
+    whole, resumed = report_of(tmp_path / "whole"), report_of(killed)
+    assert whole.words == resumed.words
+    measured = {"methods": {"__all__": {"step_seconds", "peak_bytes"}}}
+    for one, other in zip(whole.tasks, resumed.tasks, strict=True):
+        assert one.model_dump(exclude=measured) == other.model_dump(exclude=measured)
+    outcomes = [
+        {path.relative_to(out): json.loads(path.read_text())["nats"] for path in out.rglob(OUTCOME_FILE)}
+        for out in (tmp_path / "whole", killed)
+    ]
+    assert outcomes[0] == outcomes[1]
 
 
 def test_the_report_can_be_made_again_and_is_the_same(killed: Path, recipe: Path) -> None:
@@ -98,8 +128,12 @@ def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pyte
     ("more", "message"),
     [
         (["--methods", "lora,galore"], "'galore' is none of"),
-        (["--methods", "lora-over:decomposition"], "expected key=value"),
-        (["--methods", "lora-over:decompositoin=svd"], "did you mean 'decomposition'"),
+        (["--methods", "lora,lora-over:decomposition"], "expected key=value"),
+        (["--methods", "lora,lora-over:decompositoin=svd"], "did you mean 'decomposition'"),
+        (["--methods", "lora-over,dora"], "compares with plain LoRA"),
+        (["--set", "evaluation.examples=1"], "4 held-out examples or more, found 1"),
+        (["--set", "evaluation.examples=0"], "4 held-out examples or more, found 0"),
+        (["--set", "data.test_examples=2"], "4 held-out examples or more, found 2"),
         (["--lr-sweep", "1e-3,1e-3"], "different positive numbers"),
         (["--lr-sweep", "fast"], "different positive numbers"),
         (["--lr-sweep", "dora=1e-3"], "'dora', which is none of --methods"),
@@ -121,6 +155,157 @@ def test_a_run_that_diverges_is_worse_than_any_other(recipe: Path, tmp_path: Pat
     assert task.methods[0].rate == 1e-3
     (failure,) = task.failures
     assert failure.endswith("training diverged")
+
+
+def test_recipes_of_one_name_would_share_folders(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / recipe.name
+    shutil.copy(recipe, other)
+    assert run(cli, [*words(recipe, tmp_path / "out"), str(other)]) == 2
+    assert "give recipes different names" in capsys.readouterr().err
+
+
+def test_every_seed_is_judged_on_the_same_examples(recipe: Path) -> None:
+    grid = make_grid([str(recipe)], {"lora": [1e-3]}, 3, {})
+    found = [load_examples(run.recipe, chat=False) for run in grid]
+    tests = [one.test.rows for one in found if one.test is not None]
+    assert tests[0] == tests[1] == tests[2] != []
+    assert found[0].train.rows != found[1].train.rows
+
+
+def one_run(recipe: Path, **settings: Any) -> Recipe:
+    (found,) = make_grid([str(recipe)], {"lora": [1e-3]}, 1, {"training.max_steps": 2, **settings})
+    return found.recipe
+
+
+@pytest.fixture(scope="module")
+def finished_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    execute(one_run(recipe), folder, threads=1)
+    return folder
+
+
+@pytest.mark.parametrize("lost", [("run.json", "adapter", "recipe.yaml"), ("run.json",)])
+def test_a_run_that_was_killed_at_its_edges_is_made_again(
+    lost: tuple[str, ...], finished_run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Before its recipe was kept; between its adapter and its result."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE, *lost))
+    found = execute(one_run(recipe), folder, threads=1)
+    before = Outcome.model_validate_json((finished_run / OUTCOME_FILE).read_text())
+    assert (found.failure, found.nats) == (None, before.nats)
+
+
+def test_a_run_without_its_outcome_is_not_trained_again(
+    finished_run: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE))
+    monkeypatch.setattr(outcome_module, "_train", lambda *_: pytest.fail("trained again"))
+    found = execute(one_run(recipe), folder, threads=1)
+    assert found.model_dump_json() + "\n" == (finished_run / OUTCOME_FILE).read_text()
+
+
+def test_a_run_goes_on_while_its_study_is_killed_and_is_waited_for(recipe: Path, tmp_path: Path) -> None:
+    """Two processes never write one run: the second study gets what the first one's process makes."""
+    folder = tmp_path / "run"
+    asked = one_run(recipe, **{"training.max_steps": 40, "training.save_steps": 5, "evaluation.before": False})
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom loraover.recipe import Recipe\n"
+        "from loraover.study.outcome import execute\n"
+        "execute(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), threads=1)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, asked.model_dump_json(), str(folder)])
+    deadline = time.monotonic() + 120
+    while not (folder / "trainer" / "checkpoint-5" / "complete.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    assert not (folder / "run.json").exists()
+    found = execute(asked, folder, threads=1)
+    assert found.failure is None
+    assert read_run(folder).timed_steps == 40  # in one process
+
+
+def test_seconds_are_those_of_the_steps_that_were_timed(finished_run: Path, recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE))
+    result = read_run(folder).model_copy(update={"steps": 100, "timed_steps": 4, "train_seconds": 2.0})
+    (folder / "run.json").write_text(result.model_dump_json())
+    assert execute(one_run(recipe), folder, threads=1).step_seconds == 0.5
+    (folder / OUTCOME_FILE).unlink()
+    (folder / "run.json").write_text(result.model_copy(update={"timed_steps": 0}).model_dump_json())
+    assert execute(one_run(recipe), folder, threads=1).step_seconds is None
+
+
+def test_a_loss_that_is_no_number_is_a_divergence(finished_run: Path, recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE))
+    scored = json.loads((folder / "held_out.json").read_text())
+    scored[0][0] = float("nan")
+    (folder / "held_out.json").write_text(json.dumps(scored))
+    for _ in range(2):  # the second time it is read
+        assert execute(one_run(recipe), folder, threads=1).failure == "training diverged"
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:126] . DefaultCPUAllocator: can't allocate memory",
+        "MemoryError",
+    ],
+)
+def test_a_run_that_does_not_fit_is_a_failure_of_its_own(
+    last: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome_module, "_train", lambda *_: f"Traceback\n{last}\n")
+    assert execute(one_run(recipe), tmp_path / "run", threads=1).failure == "out of memory"
+    monkeypatch.setattr(outcome_module, "_train", lambda *_: "error: no such model")
+    with pytest.raises(LoraOverError, match="no such model"):
+        execute(one_run(recipe), tmp_path / "other", threads=1)
+    assert not (tmp_path / "other").exists()
+
+
+def test_settings_of_a_method_may_be_lists_and_mappings(recipe: Path) -> None:
+    text = "lora,lora-over:schedule=dynamic:budget={fraction: 0.25}:sites=['*.q_proj.*', '*.v_proj.*'],lora-over:"
+    text += (
+        "decomposition=chain:options={depth: 3, expansion: 1.5},lora-over:schedule=static:budget.sites=2:score=random"
+    )
+    methods = split_outside_brackets(text, ",")
+    assert len(methods) == 4
+    _, dynamic, chain, static = (
+        found.recipe.over for found in make_grid([str(recipe)], dict.fromkeys(methods, (1e-3,)), 1, {})
+    )
+    assert (dynamic.schedule, dynamic.budget) == ("dynamic", Budget(fraction=0.25))
+    assert dynamic.sites == ["*.q_proj.*", "*.v_proj.*"]
+    assert (chain.decomposition, chain.options) == ("chain", {"depth": 3, "expansion": 1.5})
+    assert (static.schedule, static.budget, static.score) == ("static", Budget(sites=2), "random")
+
+
+def test_what_is_compared_by_default(recipe: Path) -> None:
+    grid = make_grid([str(recipe)], dict.fromkeys(DEFAULT_METHODS, (1e-3,)), 1, {})
+    lora, matched, over, fisher, chance = (found.recipe for found in grid)
+    assert matched.lora.r > lora.lora.r
+    assert over.over.schedule == "all"
+    assert [found.over.budget for found in (fisher, chance)] == [Budget(fraction=0.25)] * 2
+    assert [found.over.score for found in (fisher, chance)] == ["fisher", "random"]
+
+
+def test_a_matched_rank_counts_what_the_schedule_can_inject(recipe: Path) -> None:
+    def rank(**over: Any) -> int:
+        return matched_rank(load_recipe(str(recipe), {f"over.{key}": value for key, value in over.items()}))
+
+    wide = {"expansion": 3.0}
+    everything = rank(options=wide)
+    assert everything >= 12  # 4 times 3
+    assert (
+        4 < rank(options=wide, sites=["*.q_proj.*"]) < rank(options=wide, schedule="dynamic", budget={"fraction": 0.5})
+    )
+    assert rank(options=wide, schedule="dynamic", budget={"fraction": 1.0}) == everything
+    assert rank(options=wide, schedule="static", budget={"fraction": 0.5}) < everything
 
 
 def test_every_method_makes_a_recipe(recipe: Path) -> None:
@@ -149,14 +334,55 @@ def test_a_method_may_have_a_sweep_of_its_own() -> None:
 @pytest.mark.parametrize("method", ["dora", "pissa", "lora+", "full"])
 def test_the_other_methods_train(method: str, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    (found,) = make_grid([str(recipe)], {method: [1e-3]}, 1, {"training.max_steps": 2})
+    _, found = make_grid(
+        [str(recipe)], {"lora": [1e-3], method: [1e-3]}, 1, {"training.max_steps": 2, "diagnostics": True}
+    )
     settings = tmp_path / "recipe.yaml"
     settings.write_text(json.dumps(found.recipe.model_dump(mode="json")))
     assert run(cli, ["train", str(settings), "-o", str(folder)]) == 0
     assert (folder / ("model" if method == "full" else "adapter")).is_dir()
+    norm, logged = read_run(folder).update_norm, (folder / "metrics.jsonl").read_text()
+    if method in ("dora", "full"):  # which train more than B A
+        assert norm is None
+        assert "step_norm" not in logged
+    else:
+        assert norm is not None
+        assert 0 < norm < (0.2 if method == "pissa" else 2)  # of two steps, without the B A that PiSSA begins with
+        assert "step_norm" in logged
 
 
-def test_ray_runs_a_study(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("resources", "gpus"), [({"CPU": 2.0}, 0), ({"CPU": 2.0, "GPU": 1.0}, 1)])
+def test_a_run_reserves_a_gpu_where_a_cluster_has_any(
+    resources: dict[str, float], gpus: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster that only notes what it is asked for."""
+    reserved: list[dict[str, int]] = []
+    outcome = Outcome(recipe="", nats=[1.0], tokens=[1]).model_dump_json()
+
+    def remote(**options: int) -> Callable[[object], SimpleNamespace]:
+        reserved.append(options)
+        return lambda work: SimpleNamespace(remote=lambda recipe: object())
+
+    cluster = SimpleNamespace(
+        init=lambda **_: None,
+        shutdown=lambda: None,
+        cluster_resources=lambda: resources,
+        remote=remote,
+        wait=lambda waiting, num_returns: (waiting[:1], waiting[1:]),
+        get=lambda done: outcome,
+    )
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    grid = make_grid([str(recipe)], {"lora": [1e-3, 1e-2]}, 1, {})
+    found = run_grid(grid, tmp_path, Where(ray="local"), Reporter(Console()))
+    assert len(found) == 2
+    assert reserved == [{"num_cpus": 1, "num_gpus": gpus}]
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers take two cores")
+def test_two_workers_of_ray_run_a_study(recipe: Path, tmp_path: Path) -> None:
     more = ["--ray", "local", "--lr-sweep", "1e-2", "--seeds", "1"]
     assert run(cli, words(recipe, tmp_path / "out", *more)) == 0
     assert report_of(tmp_path / "out").runs == 2
+    outcomes = [Outcome.model_validate_json(path.read_text()) for path in tmp_path.rglob(OUTCOME_FILE)]
+    assert None not in {found.worker for found in outcomes}
+    assert len({found.worker for found in outcomes}) == 2

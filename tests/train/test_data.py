@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets import ReadInstruction
 
 import loraover.data
 from loraover.answers import final_number
@@ -109,6 +110,47 @@ def test_each_assistant_turn_is_an_example(format: str, chat: bool, write: Write
         {"prompt": TURNS[:2], "completion": [TURNS[2]]},
         {"prompt": TURNS[:4], "completion": [TURNS[4]]},
     ]
+
+
+def test_a_slice_is_the_hubs(write: Write) -> None:
+    rows = [PAIR | {"prompt": str(i)} for i in range(12)]
+    folder = write("train.jsonl", *rows).parent
+    everything = datasets.Dataset.from_list(rows)
+    for split in ("train[:95%]", "train[95%:]", "train[:3]", "train[2:50%]", "train[-2:]"):
+        expected = ReadInstruction.from_spec(split).to_absolute({"train": 12})[0]
+        found = load(folder, split=split)
+        assert found.rows == everything.select(range(expected.from_, expected.to)).to_list(), split
+        assert found.origin == f"file train.jsonl, {split}"
+    assert [row["prompt"] for row in load(folder, split="train[95%:]").rows] == ["11"]
+    for split in ("train[", "train[:200%]", "train[:x]", "train[:2]+train[4:]"):
+        assert "is no slice of its 12 rows" in fault(folder, split=split), split
+
+
+def test_rows_are_counted_as_lines(write: Write) -> None:
+    """Blank ones too, whatever is wrong with a row; in a slice, those before it."""
+    path = write("train.jsonl", raw=lines(PAIR) + b"\n\n" + lines(PAIR, {"prompt": "x"}))
+    assert "row 5: has fields" in fault(path)
+    assert "row 5: has fields" in fault(path.parent, split="train[2:]")
+    assert "row 5: not JSON" in fault(write("b.jsonl", raw=lines(PAIR) + b"\n\n" + lines(PAIR) + b"{"))
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"prompt": " ", "completion": "2"}, "prompt"),
+        ({"prompt": "1+1?", "completion": " \n"}, "completion"),
+        ({"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": " "}]}, "completion"),
+        ({"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "2"}]}, "prompt"),
+        ({"question": "1+1?", "answer": "  "}, "answer"),
+        ({"query": "1+1?", "response": "\nThe answer is: 2"}, "completion"),
+    ],
+)
+def test_an_empty_example_is_refused(row: dict[str, Any], part: str, write: Write) -> None:
+    format = "metamath" if "query" in row else "auto"
+    good = PAIR if format == "auto" else {"query": "1+1?", "response": "2"}
+    said = fault(write("a.jsonl", good, row), format=format, chat=True)
+    assert "row 2" in said
+    assert part in said
 
 
 @pytest.mark.parametrize("row", [PAIR, {"prompt": " 1+1?\n", "completion": "2 "}])

@@ -32,6 +32,17 @@ SLICES: dict[str, dict[str, Any]] = {
     "codefeedback-humaneval": {"query": TEXT, "answer": "so:\n```python\nx = 3\n```\nbye"},
     "wizardlm-mtbench": {"instruction": TEXT, "output": "it sells 3."},
 }
+LLAMA_2: dict[str, Any] = {"num_key_value_heads": 4}  # as many as query heads
+LLAMA_3_1: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+}
 SIZES = {"mnli": 392_702, "sst2": 67_349, "cola": 8_551, "qnli": 104_743, "mrpc": 3_668}
 EXAMPLES = 40
 STEPS = 2
@@ -47,34 +58,69 @@ def _single_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {"t5": save_t5(folder / "t5"), "llama": save_llama(folder / "llama")}
+    return {
+        "t5": save_t5(folder / "t5"),
+        "llama": save_llama(folder / "llama", **LLAMA_2),
+        "llama 3.1": save_llama(folder / "llama31", **LLAMA_3_1),
+    }
 
 
 def kind(recipe: str) -> str:
     return "t5" if "t5" in recipe else "llama"
 
 
-def train(recipe: str, bases: dict[str, Path], folder: Path, *options: object) -> int:
+def train(recipe: str, bases: dict[str, Path], folder: Path, *options: object, base: str | None = None) -> int:
     """Train the recipe in `folder`/run on the tiny model and on the slice of its data, with no key changed."""
     for name, count in (("train", EXAMPLES), ("test", 4)):
         rows = [SLICES[recipe] | {"idx": i} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    local = ["--model", bases[kind(recipe)], "--data", folder / "train.jsonl", "--test-data", folder / "test.jsonl"]
+    local = [
+        "--model",
+        bases[base or kind(recipe)],
+        "--data",
+        folder / "train.jsonl",
+        "--test-data",
+        folder / "test.jsonl",
+    ]
     return run(cli, ["train", recipe, "-o", str(folder / "run"), *map(str, [*local, *options])])
 
 
-@pytest.mark.parametrize("recipe", SLICES)
-def test_a_published_recipe_runs_from_end_to_end(recipe: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    assert train(recipe, bases, tmp_path) == 0
+@pytest.mark.parametrize(
+    ("recipe", "base"),
+    [(name, base) for name in SLICES for base in ([kind(name)] if kind(name) == "t5" else ["llama", "llama 3.1"])],
+)
+def test_a_published_recipe_runs_from_end_to_end(
+    recipe: str, base: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    assert train(recipe, bases, tmp_path, base=base) == 0
     result = read_run(tmp_path / "run")
     assert (result.steps, result.method) == (STEPS, "lora-over")
     assert result.before is not None
     assert result.after is not None
     assert (result.after.exact_match is not None) is (kind(recipe) == "t5")
-    linear = list(linear_layers(bases[kind(recipe)], kind(recipe)))
+    linear = list(linear_layers(bases[base], kind(recipe)))
     matrices = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert len(matrices) == len(read_checkpoint(tmp_path / "run" / "adapter").meta.sites) == 2 * len(linear)
     assert all(matrix.any() for matrix in matrices.values())
+
+
+def test_the_tiny_models_are_of_the_kinds_that_the_recipes_name(bases: dict[str, Path]) -> None:
+    two, three = (transformers.AutoConfig.from_pretrained(bases[name]) for name in ("llama", "llama 3.1"))
+    assert two.num_key_value_heads == two.num_attention_heads
+    assert three.num_key_value_heads < three.num_attention_heads
+    assert three.rope_parameters["rope_type"] == "llama3"
+
+
+def test_a_folder_stands_in_for_the_hub(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The recipe trains on 95 % of the hub's one split and holds out the rest; so it does of a folder."""
+    rows = [SLICES["metamath-gsm8k"] | {"query": f"{TEXT} on day {i}"} for i in range(EXAMPLES)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", str(bases["llama"]), "--data", str(tmp_path), "-o", str(tmp_path / "run")]
+    assert run(cli, ["train", "metamath-gsm8k", *words]) == 0
+    result = read_run(tmp_path / "run")
+    assert result.data_origin == "file train.jsonl, train[:95%]"
+    assert result.after is not None
+    assert result.after.examples == 2
 
 
 def linear_layers(base: Path, kind: str) -> Iterator[str]:

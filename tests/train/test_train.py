@@ -35,7 +35,7 @@ from loraover.command import run
 from loraover.errors import CheckpointError
 from loraover.hub import HubUnreachableError
 from loraover.recipe import load_recipe
-from loraover.run_result import RunResult, read_run
+from loraover.run_result import RunResult, hardware, peak_bytes, read_run
 from loraover.threads import one_thread
 from loraover.update_norm import update_norm
 from loraover.word_problems import split_word_problems
@@ -206,12 +206,23 @@ def test_a_run_folder_holds_what_it_should(done: Trained) -> None:
     assert checkpoints == {"checkpoint-2", "checkpoint-4"}
 
 
+def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 12345)
+    assert hardware().endswith(" threads, some GPU")
+    assert peak_bytes() == 12345
+
+
 def test_the_result_is_what_happened(done: Trained) -> None:
     result = done.result
     assert (result.method, result.model, result.steps, result.seed) == (done.method, str(done.base), STEPS, 0)
     assert result.learning_rate == 1e-2
     assert "word problems, seed 0" in result.data_origin
     assert result.train_seconds > 0
+    assert result.timed_steps == STEPS
+    assert result.peak_bytes is not None
+    assert result.peak_bytes > 2**26
     assert {"loraover", "python", "torch", "transformers", "peft"} <= result.versions.keys()
     assert result.before is not None
     assert result.after is not None
@@ -267,7 +278,7 @@ def test_peft_loads_the_adapter_that_was_trained(done: Trained) -> None:
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(loaded[name], trained[name]) for name in trained)
     assert any(not torch.equal(trained[name], done.start[name]) for name in trained)
-    assert update_norm(model) == done.result.update_norm
+    assert update_norm(model) == pytest.approx(done.result.update_norm, rel=1e-12)
     assert update_norm(model) > 0
     assert model.peft_config["default"].base_model_name_or_path == str(done.base)
     assert transformers.AutoTokenizer.from_pretrained(done.adapter).pad_token_id is not None

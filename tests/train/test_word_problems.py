@@ -98,6 +98,11 @@ def test_a_split_has_no_problem_twice(train: int, held_out: int, seed: int) -> N
     assert len({row["prompt"] for row in rows + held}) == train + held_out
 
 
+def test_every_seed_holds_the_same_problems_out() -> None:
+    assert split_word_problems(10, 20, 0)[1] == split_word_problems(30, 20, 7)[1]
+    assert split_word_problems(10, 20, 0)[0] != split_word_problems(10, 20, 7)[0]
+
+
 def test_a_large_split_is_still_disjoint() -> None:
     rows, held = split_word_problems(20_000, 500, 0)
     assert len({row["prompt"] for row in rows + held}) == 20_500

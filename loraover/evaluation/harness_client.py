@@ -1,0 +1,52 @@
+"""The harness's client of an endpoint, with errors that carry no key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from aiohttp import ClientError
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from requests import RequestException
+
+from loraover.errors import EngineError
+from loraover.evaluation.endpoint import Endpoint
+
+FAULTS = (ClientError, RequestException, TimeoutError, LookupError, TypeError)  # the last two: no logprobs in there
+
+
+class HarnessClient(LocalCompletionsAPI):
+    """Asks one server.
+
+    aiohttp's errors show the headers that were sent, and asyncio logs the errors of requests that nobody waits for any
+    more; so they are replaced in the request itself.
+
+    Args:
+        options: of `LocalCompletionsAPI`.
+    """
+
+    def __init__(self, endpoint: Endpoint, **options: Any) -> None:
+        headers = endpoint.headers  # else the harness sends any OpenAI key that it finds
+        super().__init__(base_url=f"{endpoint.url}/completions", header=headers, **options)
+        self._endpoint = endpoint
+
+    async def amodel_call(self, *arguments: Any, **named: Any) -> Any:
+        with self._faults_without_key():
+            return await super().amodel_call(*arguments, **named)
+
+    def generate_until(self, *arguments: Any, **named: Any) -> Any:
+        with self._faults_without_key():
+            return super().generate_until(*arguments, **named)
+
+    def loglikelihood(self, *arguments: Any, **named: Any) -> Any:
+        with self._faults_without_key():
+            return super().loglikelihood(*arguments, **named)
+
+    @contextmanager
+    def _faults_without_key(self) -> Iterator[None]:
+        try:
+            yield
+        except FAULTS as error:
+            said = self._endpoint.hidden(f"{type(error).__name__}: {error}")
+            raise EngineError(f"{self.base_url}: the endpoint gave no usable answer: {said}") from None

@@ -1,0 +1,205 @@
+"""What a report says of outcomes that are made up: choice of rates and baseline, verdicts, failures."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loraover.errors import LoraOverError
+from loraover.statistics import holm
+from loraover.study.analysis import Halves
+from loraover.study.grid import Run, make_grid
+from loraover.study.outcome import DIVERGED, OUT_OF_MEMORY, Outcome
+from loraover.study.report import StudyReport, TaskResult, task_results, words
+from loraover.study.runner import make_report
+from loraover.study.show import to_html, to_markdown
+
+from tiny_hub import write_recipe
+
+RATES = (1e-4, 1e-3, 1e-2)
+SEEDS, EXAMPLES = 5, 40
+TOKENS = 20
+Losses = Mapping[str, tuple[float, float, float]]
+"""Nats per token of a method at each rate."""
+
+MIDDLE = (1.2, 1.0, 1.2)
+
+
+def grid_of(folder: Path, methods: list[str], tasks: int = 1) -> list[Run]:
+    recipes = [str(write_recipe(folder / f"task{i}.yaml", "none", evaluation={"examples": 12})) for i in range(tasks)]
+    return make_grid(recipes, dict.fromkeys(methods, RATES), SEEDS, {})
+
+
+def made_up(run: Run, loss: float, noise: float = 0.01) -> Outcome:
+    """With effects of seed and example that the methods share, and some of their own."""
+    shared = np.random.default_rng([run.seed, 1]).normal(0, 0.1, EXAMPLES)
+    own = np.random.default_rng([run.seed, zlib.crc32(run.method.encode())]).normal(0, noise, EXAMPLES)
+    nats = TOKENS * (loss + shared + own)
+    return Outcome(recipe="", nats=nats.tolist(), tokens=[TOKENS] * EXAMPLES, step_seconds=0.5, peak_bytes=2**30)
+
+
+def judged(runs: list[Run], losses: Losses, more: Mapping[str, Losses] | None = None) -> list[TaskResult]:
+    """Args: more: losses of tasks that have their own."""
+    by_task = {run.task: (more or {}).get(run.task, losses) for run in runs}
+    outcomes = {run: made_up(run, by_task[run.task][run.method][RATES.index(run.rate)]) for run in runs}
+    return task_results(runs, outcomes, SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("over", "verdict", "overall"),
+    [
+        (0.9, "lora-over beats lora", "LoRA-Over beats tuned plain LoRA here"),
+        (1.1, "lora-over does not beat lora: it is worse", "LoRA-Over does not beat tuned plain LoRA here"),
+        (1.0, "lora-over and lora cannot be told apart", "LoRA-Over does not beat tuned plain LoRA here"),
+    ],
+)
+def test_the_words_are_those_of_the_figures(over: float, verdict: str, overall: str, tmp_path: Path) -> None:
+    (task,) = tasks = judged(grid_of(tmp_path, ["lora", "lora-over"]), {"lora": MIDDLE, "lora-over": (1.2, over, 1.2)})
+    first, second = words(tasks)
+    assert first.startswith(f"{overall}: of the tasks, lora-over is better on ")
+    assert second.startswith(f"task0: {verdict}, each at its own tuned rate")
+    assert "end of the sweep" not in second
+    assert task.methods[1].difference is not None
+    assert task.methods[1].difference.mean == pytest.approx(over - 1, abs=0.01)
+
+
+def test_each_method_keeps_the_rate_that_validation_chose(tmp_path: Path) -> None:
+    """The test half would choose another."""
+    runs, halves = grid_of(tmp_path, ["lora", "lora-over"]), Halves(EXAMPLES)
+    outcomes = {}
+    for run in runs:
+        nats = np.full(EXAMPLES, 2.0)
+        nats[halves.validation] = 1.0 if run.rate == 1e-3 else 1.5
+        nats[halves.test] = 3.0 if run.rate == 1e-3 else 0.1
+        outcomes[run] = Outcome(recipe="", nats=(TOKENS * nats).tolist(), tokens=[TOKENS] * EXAMPLES)
+    (task,) = task_results(runs, outcomes, SEEDS)
+    assert [result.rate for result in task.methods] == [1e-3, 1e-3]
+    assert [result.test_loss for result in task.methods] == pytest.approx([3.0, 3.0])
+    assert task.methods[0].sensitivity.losses == {"0.0001": 1.5, "0.001": 1.0, "0.01": 1.5}
+
+
+def test_the_baseline_is_the_best_plain_lora_whatever_else_is_better(tmp_path: Path) -> None:
+    methods = ["dora", "lora", "lora:r=2", "lora-matched"]
+    runs = grid_of_any(tmp_path, methods)
+    losses = {"dora": (1.2, 0.5, 1.2), "lora": (1.2, 1.0, 1.2), "lora:r=2": MIDDLE, "lora-matched": (1.2, 0.9, 1.2)}
+    (task,) = judged(runs, losses)
+    assert task.baseline == "lora-matched"
+    compared = {result.method: result.difference is not None for result in task.methods}
+    assert compared == {"dora": True, "lora": True, "lora:r=2": True, "lora-matched": False}
+
+
+def grid_of_any(folder: Path, methods: list[str]) -> list[Run]:
+    """A grid whose methods are names only, so that no model is needed to find a rank."""
+    plain = grid_of(folder, ["lora"])
+    return [Run(run.task, method, run.rate, run.seed, run.recipe) for run in plain for method in methods]
+
+
+def test_a_best_rate_at_an_end_is_marked_of_both(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"])
+    tasks = judged(runs, {"lora": (1.2, 1.1, 1.0), "lora-over": (1.0, 1.1, 1.2)})
+    assert "the best rate of lora and of lora-over is at an end of the sweep" in words(tasks)[1]
+    report = report_of(tasks)
+    assert "| lora | 0.01 (end) |" in to_markdown(report)
+    assert "| lora-over | 0.0001 (end) |" in to_markdown(report)
+    assert "0.01 (end)" in to_html(report)
+    (task,) = judged(runs, {"lora": (1.2, 1.1, 1.0), "lora-over": MIDDLE})
+    assert "the best rate of lora is at an end of the sweep" in words([task])[1]
+
+
+def test_p_values_are_holms_over_tasks_for_each_method(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over", "dora"], tasks=3)
+    more = {
+        f"task{i}": {"lora": MIDDLE, "dora": MIDDLE, "lora-over": (1.2, 1 + gap, 1.2)}
+        for i, gap in enumerate((0.0, -0.004, -0.1))
+    }
+    together = judged(runs, {}, more)
+    alone = [judged([run for run in runs if run.task == task], {}, more)[0] for task in more]
+    for method in ("lora-over", "dora"):
+        raw, corrected = ([p_of(task, method) for task in tasks] for tasks in (alone, together))
+        assert corrected == pytest.approx(holm(raw))
+        assert corrected != pytest.approx(raw)
+    assert words(together)[0].startswith("LoRA-Over beats tuned plain LoRA here: of the tasks, lora-over is better on ")
+
+
+def p_of(task: TaskResult, method: str) -> float:
+    (found,) = [result.difference for result in task.methods if result.method == method]
+    assert found is not None
+    return found.p
+
+
+def test_a_gain_here_and_a_loss_there_is_no_win(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"], tasks=2)
+    tasks = judged(
+        runs, {"lora": MIDDLE, "lora-over": (1.2, 0.8, 1.2)}, {"task1": {"lora": MIDDLE, "lora-over": (1.3, 1.2, 1.3)}}
+    )
+    assert words(tasks)[0] == (
+        "LoRA-Over beats tuned plain LoRA on some tasks and loses to it on others: of the tasks, lora-over is better "
+        "on 1, worse on 1 of 2."
+    )
+
+
+def failed(runs: list[Run], failures: Mapping[tuple[str, float], str], losses: Losses) -> dict[Run, Outcome]:
+    return {
+        run: Outcome(recipe="", failure=failures[run.method, run.rate])
+        if (run.method, run.rate) in failures
+        else made_up(run, losses[run.method][RATES.index(run.rate)])
+        for run in runs
+    }
+
+
+def test_nothing_stands_in_for_a_plain_lora_that_diverged(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"])
+    outcomes = failed(runs, {("lora", rate): DIVERGED for rate in RATES}, {"lora-over": MIDDLE})
+    (task,) = tasks = task_results(runs, outcomes, SEEDS)
+    assert (task.baseline, [result.method for result in task.methods]) == (None, ["lora-over"])
+    assert len(task.failures) == len(RATES) * SEEDS
+    assert "cannot be said" in words(tasks)[0]
+    assert "no plain LoRA has a rate" in words(tasks)[1]
+    report = report_of(tasks)
+    assert "| baseline |" not in to_markdown(report)
+    assert "there is no baseline" in to_html(report)
+
+
+def test_a_task_of_which_every_run_failed_is_reported(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"])
+    outcomes = {run: Outcome(recipe="", failure=OUT_OF_MEMORY) for run in runs}
+    report = make_report(runs, outcomes, "")
+    (task,) = report.tasks
+    assert (task.methods, task.baseline) == ([], None)
+    assert task.failures[0].endswith("seed-0: out of memory")
+    assert "out of memory" in to_html(report)
+
+
+def test_a_rate_that_diverged_is_no_better_than_a_bad_one(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"])
+    losses = {"lora": (1.2, 1.0, 9.0), "lora-over": (1.2, 1.0, 9.0)}
+    (task,) = task_results(runs, failed(runs, {("lora-over", 1e-2): DIVERGED}, losses), SEEDS)
+    bad, diverged = (result.sensitivity for result in task.methods)
+    assert bad.regret == pytest.approx((0.2 + 8.0) / 3, rel=0.02)
+    assert (diverged.regret, diverged.diverged) == (None, 1)
+    assert "| infinite (1 of 3 rates failed) |" in to_markdown(report_of([task]))
+
+
+def test_outcomes_on_different_examples_are_not_compared(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"])
+    outcomes = {run: made_up(run, 1.0) for run in runs}
+    outcomes[runs[-1]] = outcomes[runs[-1]].model_copy(update={"tokens": [TOKENS] * (EXAMPLES - 1) + [TOKENS + 1]})
+    with pytest.raises(LoraOverError, match="different held-out examples"):
+        task_results(runs, outcomes, SEEDS)
+
+
+def report_of(tasks: list[TaskResult]) -> StudyReport:
+    return StudyReport(
+        is_whole=True,
+        seeds=SEEDS,
+        runs=0,
+        tasks=tasks,
+        words=words(tasks),
+        command="",
+        versions={},
+        hardware="",
+    )
