@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from loraover import LoraOverConfig
 from loraover.command import run
 from loraover_serve.cli import cli
-from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, log_ratios, overall, results, throughputs
+from loraover_serve.parity.analysis import (
+    CONTROL,
+    FOLDED,
+    VANILLA,
+    latencies,
+    log_ratios,
+    overall,
+    results,
+    throughputs,
+)
 from loraover_serve.parity.design import block_orders
 from loraover_serve.parity.engines.base import Engine
 from loraover_serve.parity.measure import Run, measure
@@ -68,10 +77,18 @@ def test_a_slower_arm_is_different_and_its_size_is_covered() -> None:
     assert all(r.interval[0] < 1.12 < r.interval[1] for r in found if r.arm == FOLDED)
 
 
-def test_a_difference_between_copies_makes_equality_inconclusive() -> None:
-    verdict, reason = judged(Clockwork({CONTROL: 0.04}, noise=0.02))
+@pytest.mark.parametrize("folded", [0.0, 0.3])
+def test_a_difference_between_copies_makes_every_other_inconclusive(folded: float) -> None:
+    verdict, reason = judged(Clockwork({CONTROL: 0.04, FOLDED: folded}, noise=0.02))
     assert verdict == "inconclusive"
     assert "too noisy at 40 requests" in reason
+
+
+@pytest.mark.parametrize("slower", [{CONTROL: 0.09, FOLDED: 0.09}, {VANILLA: 0.09}])
+def test_a_large_difference_between_copies_is_named(slower: dict[str, float]) -> None:
+    verdict, reason = judged(Clockwork(slower, noise=0.02))
+    assert verdict == "inconclusive"
+    assert reason.startswith(f"two copies of one adapter differ by {'-' if VANILLA in slower else '+'}")
 
 
 def test_a_noisy_machine_says_how_many_blocks_would_do() -> None:
@@ -91,6 +108,11 @@ def test_what_was_measured_before_a_failure_is_kept() -> None:
     assert (run.blocks, run.failure) == (6, "the server answered 500")  # one block warms up
     assert len(run.samples) == 6 * 2 * len(ARMS) * 3
     assert {(s.block, s.arm) for s in run.samples} == {(b, arm) for b in range(1, 7) for arm in ARMS}
+
+
+def test_a_thousand_requests_are_described_in_no_time() -> None:
+    run = measure(Clockwork({}, noise=0.02), [Request((1,), 32)], concurrency=1, blocks=500, seed=0)
+    assert len(latencies([run])) == len(ARMS) * 4
 
 
 def test_throughput_counts_the_tokens_of_a_wave() -> None:

@@ -99,9 +99,5 @@ def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
     return content
 
 
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
-
-
 def _median(samples: Sequence[Sample], measure: Any) -> float:
     return float(np.median([measure(sample) for sample in samples]))

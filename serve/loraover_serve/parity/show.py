@@ -17,7 +17,7 @@ COLORS = {"equivalent": "green", "different": "red", "failed": "red", "inconclus
 def show_report(report: ParityReport, console: Console) -> None:
     """Ratios with their intervals, throughput, outputs, verdict."""
     table = Table(
-        box=SIMPLE, padding=(0, 1, 0, 0), title=f"Times, arm / vanilla LoRA; equal within {report.margin:.0%}"
+        box=SIMPLE, padding=(0, 1, 0, 0), title=f"Times, arm / vanilla LoRA; equal within {100 * report.margin:g} %"
     )
     for column in ("engine", "x", "arm", "time", "ratio [95 %]", "verdict"):
         table.add_column(column, no_wrap=True)
