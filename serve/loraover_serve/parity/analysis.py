@@ -27,6 +27,7 @@ DESCRIBED: dict[str, Callable[[Sample], Sequence[float]]] = {
     "end-to-end latency": lambda sample: [sample.end_to_end_s],
 }
 QUANTILES = (0.5, 0.9, 0.99)
+QUANTILE_NAMES = tuple(f"p{100 * q:g}" for q in QUANTILES)
 
 
 class Result(BaseModel):
@@ -169,14 +170,13 @@ def latencies(runs: Sequence[Run]) -> list[Latency]:
 
 
 def _latency(run: Run, arm: str, measure: str, blocks: Sequence[Sequence[float]]) -> Latency:
-    names = [f"p{100 * q:g}" for q in QUANTILES]
     return Latency(
         engine=run.engine,
         concurrency=run.concurrency,
         arm=arm,
         measure=measure,
-        quantiles=dict(zip(names, quantile_of(blocks, QUANTILES), strict=True)),
-        intervals=dict(zip(names, quantile_intervals(blocks, QUANTILES), strict=True)),
+        quantiles=dict(zip(QUANTILE_NAMES, quantile_of(blocks, QUANTILES), strict=True)),
+        intervals=dict(zip(QUANTILE_NAMES, quantile_intervals(blocks, QUANTILES), strict=True)),
     )
 
 

@@ -6,7 +6,7 @@ mean is the log of a ratio of geometric means. With a margin m, the arms are
 - *equivalent* if both one-sided t tests reject |mean d| >= log(1 + m) at alpha (TOST: Schuirmann 1987,
   doi:10.1007/BF01068419), which is the same as the 1 - 2 alpha interval lying inside the margin;
 - *different* if the studentised bootstrap interval of mean d lies wholly beyond the margin, at the confidence that
-  Holm's correction over all comparisons asks for (Holm 1979): a difference that is real but smaller is nobody's concern;
+  Holm's correction over all comparisons asks for (Holm 1979): a difference that is real but smaller is no concern;
 - *inconclusive* otherwise.
 """
 
