@@ -21,7 +21,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A tiny Llama that every engine takes, a tokenizer, a checkpoint, and its fold in the folder `folded` beside it."""
+    """A tiny Llama that every engine takes, with a tokenizer, a checkpoint, and its fold in the folder `folded`."""
     folder = tmp_path_factory.mktemp("parity")
     made = make_checkpoint(folder, tokenizer=True, base_options=SERVABLE)
     assert run(cli, ["fold", str(made.path), "-o", str(folder / "folded")]) == 0

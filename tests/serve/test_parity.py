@@ -42,6 +42,7 @@ from make_checkpoint import SERVABLE, Made, make_checkpoint
 from tiny_hub import tiny_tokenizer
 
 REQUESTS = [Request((1, 2, 3), 4)]
+KEPT = Path(__file__).resolve().parents[2] / "docs" / "parity"
 MIB = 2**20
 ALLOCATES = "block = b'x' * (100 << 20); print(len(block), flush=True); input()"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATES!r}], start_new_session=True)"
@@ -324,6 +325,20 @@ def test_fewer_than_three_servers_make_no_interval() -> None:
     low, high = mean_interval([1, 2, 3]) or (0, 0)
     assert low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)  # Student's t of two degrees of freedom
     assert high == pytest.approx(4 - low)
+
+
+def test_the_kept_report_says_what_its_samples_say() -> None:
+    report = ParityReport.model_validate_json((KEPT / "smollm2-vllm.json").read_text())
+    found = results(report.runs, report.margin, report.alpha)
+    assert found == report.results
+    assert overall(found) == (report.verdict, report.reason) == ("equivalent", report.reason)
+    assert latencies(report.runs) == report.latencies
+    assert throughputs(report.runs) == report.throughputs
+    page, table = (KEPT / "smollm2-vllm.html").read_text(), (KEPT / "README.md").read_text()
+    for arm in (FOLDED, CONTROL, "base"):
+        mine = [r for r in found if r.arm == arm]
+        assert all(f"{r.interval[0]:.4f} to {r.interval[1]:.4f}" in page for r in mine)
+        assert all(f"{r.ratio:.3f} [{r.interval[0]:.3f}, {r.interval[1]:.3f}]" in table for r in mine)
 
 
 def test_a_run_on_onnx(made: Made, tmp_path: Path) -> None:

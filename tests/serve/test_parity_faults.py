@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,7 +37,8 @@ FAULTS = {
 
 
 @pytest.fixture(autouse=True)
-def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
+def _haste(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(vllm_server, "POLL_S", 0.05)
     monkeypatch.setattr(vllm_server, "CLEAN_UP_S", 0.1)
 
@@ -84,7 +85,6 @@ def test_a_fault_before_any_block_leaves_no_report(
     assert not (tmp_path / "out").exists()
     (kept,) = re.findall(r"vLLM's log is kept in (\S+)", shown)
     assert "words:" in (Path(kept) / "vllm.log").read_text()
-    shutil.rmtree(kept)
 
 
 def test_blocks_too_few_for_a_test_are_kept_too(made: Made, tmp_path: Path) -> None:
