@@ -8,6 +8,7 @@ import pytest
 
 from loraover.command import run
 from loraover_export.cli import cli
+from loraover_serve.parity import bootstrap
 
 from make_checkpoint import SERVABLE, Made, make_checkpoint
 from serving import Served, serving
@@ -26,3 +27,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     made = make_checkpoint(folder, tokenizer=True, base_options=SERVABLE)
     assert run(cli, ["fold", str(made.path), "-o", str(folder / "folded")]) == 0
     return made
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for the rates of thousands of bootstraps, which do not depend on their number."""
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 999)

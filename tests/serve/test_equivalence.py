@@ -26,6 +26,8 @@ from loraover_serve.parity.equivalence import (
     holm_levels,
 )
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 MARGIN, ALPHA = 0.05, 0.05
 LIMIT = math.log(1.05)
 EXPERIMENTS, BLOCKS = 2000, 12

@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loraover_serve.parity import bootstrap
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, overall, results
 from loraover_serve.parity.measure import Run
 from loraover_serve.parity.sample import Sample
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 EXPERIMENTS, BLOCKS, MARGIN, ALPHA = 2000, 12, 0.05, 0.05
 BEYOND = math.log1p(MARGIN) * 1.001
 MOST = stats.binom.ppf(0.999, EXPERIMENTS, ALPHA) / EXPERIMENTS
 """The largest share of wrong verdicts at a rate of alpha, with a probability of 99.9 %."""
-
-
-@pytest.fixture(autouse=True)
-def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "RESAMPLES", 999)
 
 
 def simulated(slower: dict[str, float], draw: np.random.Generator) -> Run:

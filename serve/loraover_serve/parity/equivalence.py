@@ -83,7 +83,8 @@ def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05)
     if len(d) < MIN_BLOCKS or not np.isfinite(d).all():
         raise ParityError(f"a comparison takes at least {MIN_BLOCKS} finite differences, found {len(d)}.")
     limit = math.log1p(margin)
-    mean, error, freedom = float(d.mean()), float(stats.sem(d)), len(d) - 1
+    mean, spread, freedom = float(d.mean()), float(d.std(ddof=1)), len(d) - 1
+    error = spread / math.sqrt(len(d))
     smallest = float(np.spacing(max(1.0, abs(mean))))
     draws = studentised(d) if error > smallest else np.zeros(RESAMPLES)
     error = max(error, smallest)  # tests need some spread
@@ -95,7 +96,7 @@ def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05)
         blocks=len(d),
         equivalence_p=float(max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))),
         difference_p=_difference_p(draws, upper, lower),
-        needed_blocks=blocks_needed(float(d.std(ddof=1)), margin=margin, alpha=alpha),
+        needed_blocks=blocks_needed(spread, margin=margin, alpha=alpha),
         confidence=1 - alpha,
     )
 
