@@ -11,8 +11,8 @@ from loraover_serve.parity.analysis import CONTROL, FOLDED, PRIMARY, VANILLA, la
 from loraover_serve.parity.cross_check import CrossCheck
 from loraover_serve.parity.engines.base import Engine
 from loraover_serve.parity.measure import measure
-from loraover_serve.parity.memory import PeakMemory
-from loraover_serve.parity.outputs import Distance, Outputs
+from loraover_serve.parity.memory import PeakMemory, mean_interval
+from loraover_serve.parity.outputs import Answer, Distance, Outputs
 from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request
@@ -74,18 +74,20 @@ def whole_report() -> ParityReport:
         logprob_rms=2e-3,
         logprob_error=1e-4,
         logprob_largest=9e-3,
+        answers=[Answer(request=i, gap=None, logprob_rms=2e-3) for i in range(8)],
     )
     silent = near.model_copy(update={"logprob_rms": None, "logprob_error": None, "logprob_largest": None})
     folded = {"reference": "the unfolded checkpoint", "equal": 0.875, "largest_gap": 3e-3}
     outputs = [
         Outputs(
             engine=engine,
+            concurrency=1,
             prompts=8,
             controls_equal=1.0,
             repeats_equal=1.0,
             vanilla_equal=0.25,
-            folded_applied=True,
-            vanilla_applied=True,
+            noise_rms=floor.logprob_rms,
+            unapplied=[],
             folded=floor.model_copy(update=folded),
             vanilla=floor,
             agree=True,
@@ -100,13 +102,18 @@ def whole_report() -> ParityReport:
         results=found,
         latencies=latencies(runs),
         throughputs=throughputs(runs),
-        memory=[PeakMemory(concurrency=c, arm=arm, bytes=[2_400_000_000 + c, 2**31]) for arm in ARMS for c in (1, 4)],
+        memory=[
+            PeakMemory(concurrency=c, arm=arm, bytes=found, interval=mean_interval(found))
+            for arm in ARMS
+            for c, found in ((1, [2**31, 2_400_000_000, 2**31]), (4, [2**31]))
+        ],
         outputs=outputs,
         cross_checks=[
             CrossCheck(concurrency=1, arm=arm, measure=measure, ours=0.0312, bench_serve=0.0309)
             for arm in ARMS
             for measure in ("time to first token", *PRIMARY)
         ],
+        notes=["no cross-check: vllm bench serve ended with code 1"],
         runs=runs,
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         adapters={FOLDED: "folded", VANILLA: "random weights", CONTROL: "a copy of the vanilla adapter"},

@@ -39,6 +39,8 @@ MODES = {
 }
 """How an MPO of three cores splits a dimension unless told otherwise: part of the file format."""
 
+SERVABLE = {"head_dim": 32, "num_key_value_heads": 1}
+"""Options of a tiny Llama that vLLM and onnxruntime-genai take."""
 WORDS = ["the", "train", "leaves", "at", "nine", "and", "a", "farmer", "has", "17", "sheep", "red", "blue"]
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]

@@ -46,18 +46,20 @@ def assert_stopped(folder: Path) -> None:
 def main(mode: str, folder: str, after: int) -> None:
     pids = Path(folder) / "pids"
     print("words:", json.dumps(sys.argv[1:]), flush=True)
+    if sys.argv[1] == "bench":
+        sys.exit("no such dataset")
     if mode == "ends" or (mode == "starts once" and pids.exists()):
         sys.exit("no memory for the cache")
     if mode == "raises":
         print("ValueError: not enough memory")
         print("a line" + "\n" * 40 + "RuntimeError: see above", flush=True)
         sys.exit(1)
-    if mode == "silent":
-        time.sleep(HANG_S)
     child = subprocess.Popen(["sleep", str(HANG_S)])
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pids.write_text(f"{os.getpid()} {child.pid}\n")
+    if mode == "silent":
+        time.sleep(HANG_S)
     Server(int(sys.argv[sys.argv.index("--port") + 1]), mode, Path(folder), after).serve_forever()
 
 
@@ -68,6 +70,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.mode, self.folder, self.after = mode, folder, after
         self.completions = itertools.count(1)
+        self.seen = False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,7 +78,13 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.reply(200, {"data": [{"id": "base"}]})
+        """Models, version and health, which is the first time all right."""
+        mode, seen = self.server.mode, self.server.seen
+        self.server.seen = True
+        if mode == "busy" and seen:
+            time.sleep(2)
+        well = mode != "unwell" or not seen
+        self.reply(200 if well else 503, {"data": [{"id": "base"}], "version": "0.0 of a stand-in"})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -100,7 +109,8 @@ class Handler(BaseHTTPRequestHandler):
             self.stream(body, mode)
         else:
             several = isinstance(body["prompt"][0], list)
-            choices = [choice(body["max_tokens"], index=i) for i in range(len(body["prompt"]) if several else 1)]
+            prompts = len(body["prompt"]) if several else 1
+            choices = [choice(body["max_tokens"], logprob(body, mode), index=i) for i in range(prompts)]
             self.reply(200, {"model": speaker(body, mode), "choices": choices})
 
     def stream(self, body: dict[str, Any], mode: str) -> None:
@@ -111,7 +121,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         tokens = body["max_tokens"]
         size = tokens if mode == "comes in one piece" else 1
-        self.piece(body, mode, choice(size, body["prompt"]))
+        first = choice(size, logprob(body, mode), body["prompt"])
+        if mode == "leaves out":
+            del first["token_ids"]
+        self.piece(body, mode, first)
         if mode == "hangs":
             time.sleep(HANG_S)
         if mode == "breaks off":
@@ -122,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             self.event(json.dumps({"error": {"message": "EngineCore encountered an issue.", "code": 500}}))
         elif mode != "stops early":
             for _ in range(size, tokens):
-                self.piece(body, mode, choice(1))
+                self.piece(body, mode, choice(1, logprob(body, mode)))
         self.event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
 
@@ -151,11 +164,17 @@ def speaker(body: dict[str, Any], mode: str) -> str:
     return "another" if mode == "answers as another" else str(body["model"])
 
 
-def choice(tokens: int, prompt: list[int] | None = None, index: int = 0) -> dict[str, Any]:
+def logprob(body: dict[str, Any], mode: str) -> float:
+    """Of every token; two copies of an adapter are sure of the same."""
+    by_model = {} if mode == "ignores adapters" else {"vanilla": -0.6, "control": -0.6, "folded": -0.7}
+    return by_model.get(body["model"], -0.5)
+
+
+def choice(tokens: int, logprob: float, prompt: list[int] | None = None, index: int = 0) -> dict[str, Any]:
     return {
         "index": index,
         "text": "x" * tokens,
-        "logprobs": {"tokens": ["x"] * tokens, "token_logprobs": [-0.5] * tokens},
+        "logprobs": {"tokens": ["x"] * tokens, "token_logprobs": [logprob] * tokens},
         "finish_reason": None,
         "prompt_token_ids": prompt,
         "token_ids": [7] * tokens,

@@ -11,6 +11,14 @@ import click
 from loraover.command import entry_point
 
 PATH = click.Path(path_type=Path)
+START_TIMEOUT = click.option(
+    "--start-timeout",
+    "start_timeout_s",
+    type=click.FloatRange(1),
+    default=600,
+    show_default=True,
+    help="Of a server until its first answers, s.",
+)
 
 
 class SplitAtDashes(click.Command):
@@ -57,17 +65,17 @@ def engines(as_json: bool) -> None:
 @click.option("--vllm", envvar="LORAOVER_VLLM", default="vllm", show_default=True, help="The command vllm.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Of the loopback interface; a free one otherwise.")
 @click.option("--log", type=PATH, default=Path("vllm.log"), show_default=True, help="The server's output.")
+@START_TIMEOUT
 @click.pass_obj
-def up(
-    options: tuple[str, ...], adapters: tuple[Path, ...], model: str | None, vllm: str, port: int | None, log: Path
-) -> None:
+def up(options: tuple[str, ...], /, **request: Any) -> None:
     """Start vLLM with ADAPTERs, as `loraover-export vllm` writes them, and print a request that works.
 
-    It is ready when the base model and each adapter have answered. What stands after -- goes to vllm serve unchanged.
+    It is ready when the base model and each adapter have answered. What stands after -- goes to vllm serve unchanged;
+    what up sets itself, such as --port, is refused there. Ctrl-C, SIGTERM and SIGHUP stop the server.
     """
     from loraover_serve.up import UpRequest, serve_until_stopped
 
-    serve_until_stopped(UpRequest(adapters, model, vllm, port, log, options))
+    serve_until_stopped(UpRequest(options=options, **request))
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -116,6 +124,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(1), default=120, show_default=True, help="Of a silent server, s."
 )
+@START_TIMEOUT
 @click.option("--seed", default=0, show_default=True, help="Of weights, lengths and order.")
 @click.option("--allow-unequal", is_flag=True, help="Compare adapters of different ranks or targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, without the samples.")
@@ -124,7 +133,8 @@ def parity(as_json: bool, **request: Any) -> int:
 
     Exit code 0: equivalent; 1: different; 3: inconclusive; 2: unusable request, or an engine that failed.
     """
-    from loraover_serve.parity.run import ParityRequest, run_parity
+    from loraover_serve.parity.request import ParityRequest
+    from loraover_serve.parity.run import run_parity
 
     return run_parity(ParityRequest(**request), as_json)
 

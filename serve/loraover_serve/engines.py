@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -32,10 +33,11 @@ ENGINES = (
 
 def find_engines() -> list[Engine]:
     """The known engines, with the version that is installed."""
-    return [Engine(e.name, e.distributions, e.takes, _installed(e.distributions)) for e in ENGINES]
+    return [Engine(e.name, e.distributions, e.takes, installed_version(e.distributions)) for e in ENGINES]
 
 
-def _installed(distributions: tuple[str, ...]) -> str | None:
+def installed_version(distributions: Sequence[str]) -> str | None:
+    """Of the first of some distributions that is installed; None where none is."""
     for name in distributions:
         try:
             return version(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,26 @@ import click
 
 from loraover.adapter_dir import AdapterDir, read_adapter_dir
 from loraover.errors import ConfigError, EngineError
-from loraover.models import resolve_model
+from loraover.models import ModelSource, resolve_model
 from loraover_export.vllm.launch import max_lora_rank
 from loraover_export.vllm.uniform import largest_rank
 from loraover_serve.vllm_client import VllmClient
 from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
 
 HEALTH_S = 2.0
+SET_BY_UP = {
+    "--model": "name it with --model before the --",
+    "--revision": "it is the adapters' own",
+    "--host": "the server listens on the loopback interface only; put a proxy before it",
+    "--port": "name it with --port before the --",
+    "--uds": "the server listens on the loopback interface only; put a proxy before it",
+    "--api-key": "only this machine reaches the server; put a proxy before it",
+    "--served-model-name": "requests address the base model by its name; rename an adapter's folder to rename it",
+    "--enable-lora": "it is always on",
+    "--lora-modules": "name each adapter's folder before the --",
+    "--max-lora-rank": "it is the smallest that holds the adapters",
+}
+"""Words for `vllm serve` that `up` sets or relies on, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class UpRequest:
         model: base model, folder or hub name; None means the adapters'.
         vllm: the command `vllm`, of any environment.
         port: None means a free one.
+        start_timeout_s: seconds until the server must have answered.
         log: file for the server's output; kept.
         options: further words for `vllm serve`.
     """
@@ -40,6 +54,7 @@ class UpRequest:
     vllm: str
     port: int | None
     log: Path
+    start_timeout_s: float
     options: tuple[str, ...]
 
 
@@ -47,43 +62,72 @@ def serve_until_stopped(request: UpRequest) -> None:
     """Start the server, print a request that works, and wait.
 
     Raises:
-        ConfigError: adapters of different models, of one name, or of a rank that vLLM does not take.
+        ConfigError: adapters of different models, of one name, or of a rank that vLLM does not take, or an option for
+            vLLM that is not for the user to set.
+        OutputError: the log cannot be written.
         EngineError: a server that does not start, refuses an adapter, or ends by itself.
     """
-    config = server_config(request.adapters, request.model, request.options)
+    _check_options(request.options)
+    adapters = read_named(request.adapters)
+    config = server_config(adapters, served_model(adapters, request.model), request.options)
     click.echo(f"starting vLLM with {', '.join(config.adapters)}; its log is {request.log}")
-    with serve_vllm(config, request.log, executable=request.vllm, port=request.port) as client:
+    with serve_vllm(
+        config,
+        request.log,
+        executable=request.vllm,
+        port=request.port,
+        startup_timeout_s=request.start_timeout_s,
+    ) as client:
         click.echo(f"ready: {client.url}\n\n{example_request(client, list(config.adapters))}\n\nCtrl-C stops it")
-        while client.is_healthy():
+        while client.is_alive():
             time.sleep(HEALTH_S)
     raise EngineError(f"vLLM ended by itself; see {request.log}.")
 
 
-def server_config(adapters: Sequence[Path], model: str | None, options: Sequence[str] = ()) -> VllmServerConfig:
-    """A server for these adapters, with the smallest --max-lora-rank that holds them all."""
+def _check_options(options: Sequence[str]) -> None:
+    """Refuse words that contradict what `up` tells vLLM; vLLM reads underscores as hyphens."""
+    for option in options:
+        name = option.partition("=")[0].replace("_", "-")
+        if name in SET_BY_UP:
+            raise ConfigError(f"{name} cannot be given to vLLM here: {SET_BY_UP[name]}.")
+
+
+def read_named(adapters: Sequence[Path]) -> dict[str, AdapterDir]:
+    """Adapters by the names of their folders, which requests address them by."""
     read = {path.resolve().name: read_adapter_dir(path) for path in adapters}
     if len(read) != len(adapters):
         raise ConfigError("two adapters lie in folders of one name, which requests address them by; rename one.")
-    rank = max_lora_rank(max(map(largest_rank, read.values())))
+    return read
+
+
+def server_config(
+    adapters: Mapping[str, AdapterDir], model: ModelSource, options: Sequence[str] = ()
+) -> VllmServerConfig:
+    """A server for a model and these adapters, with the smallest --max-lora-rank that holds them all."""
+    largest = max(map(largest_rank, adapters.values()), default=1)
+    rank = max_lora_rank(largest)
     if rank is None:
-        raise ConfigError(f"an adapter has rank {max(map(largest_rank, read.values()))}; vLLM takes 512 at most.")
+        raise ConfigError(f"an adapter has rank {largest}; vLLM takes 512 at most.")
+    is_folder = Path(model.location).is_dir()
     return VllmServerConfig(
-        model=_address(read, model),
-        adapters={name: adapter.path.resolve() for name, adapter in read.items()},
+        model=str(Path(model.location).resolve()) if is_folder else model.location,
+        adapters={name: adapter.path.resolve() for name, adapter in adapters.items()},
         max_lora_rank=rank,
-        max_loras=len(read),
+        max_loras=max(1, len(adapters)),
+        revision=model.revision,
         options=tuple(options),
     )
 
 
-def _address(adapters: dict[str, AdapterDir], model: str | None) -> str:
-    """What vLLM is started with: a folder by its full path, else the hub name."""
-    trained = {adapter.config.base_model_name_or_path for adapter in adapters.values()}
-    if model is None and (len(trained) > 1 or None in trained):
-        found = ", ".join(sorted(map(str, trained)))
+def served_model(adapters: Mapping[str, AdapterDir], model: str | None) -> ModelSource:
+    """The base model to serve: the one asked for, else the one that the adapters were trained on, at their revision."""
+    trained = {(adapter.config.base_model_name_or_path, adapter.config.revision) for adapter in adapters.values()}
+    names = {name for name, _ in trained}
+    if model is None and (len(trained) > 1 or None in names):
+        found = ", ".join(sorted(f"{name}@{revision}" if revision else str(name) for name, revision in trained))
         raise ConfigError(f"the adapters' base models are {found}; name the one to serve with --model.")
-    source = resolve_model(str(model or trained.pop()))
-    return str(Path(source.location).resolve()) if Path(source.location).is_dir() else source.name
+    name, revision = next(iter(trained))
+    return resolve_model(str(model or name), revision if names == {model or name} and len(trained) == 1 else None)
 
 
 def example_request(client: VllmClient, names: Sequence[str]) -> str:

@@ -61,7 +61,15 @@ class VllmClient:
 
     def models(self) -> list[str]:
         """Names that requests can address: the base model and the adapters loaded now."""
-        return [model["id"] for model in self._request("/v1/models")["data"]]
+        answer = self._request("/v1/models")
+        with _readable("/v1/models", answer):
+            return [model["id"] for model in answer["data"]]
+
+    def version(self) -> str:
+        """Of the server."""
+        answer = self._request("/version")
+        with _readable("/version", answer):
+            return str(answer["version"])
 
     def complete(self, model: str, prompt: Sequence[int], *, max_tokens: int) -> Completion:
         """`complete_batch` of one prompt."""
@@ -75,11 +83,12 @@ class VllmClient:
         """
         body = _greedy_body(model, [list(prompt) for prompt in prompts], max_tokens)
         answer = self._request("/v1/completions", body)
-        _check_addressee(model, answer)
-        return [
-            Completion(choice["text"], tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
-            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
-        ]
+        with _readable(model, answer):
+            _check_addressee(model, answer)
+            return [
+                Completion(choice["text"], tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
+                for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+            ]
 
     def stream(self, model: str, prompt: Sequence[int], *, max_tokens: int, timeout_s: float) -> Streamed:
         """The greedy continuation of one prompt, with the times at which its pieces came.
@@ -104,13 +113,14 @@ class VllmClient:
                 if "choices" not in piece:
                     raise EngineError(f"{model}: the server failed in the middle of an answer: {piece!r:.500}")
                 _check_addressee(model, piece)
-                for choice in piece["choices"]:
-                    if choice.get("prompt_token_ids") not in (None, list(prompt)):
-                        raise EngineError(f"{model}: the answer is to another prompt.")
-                    text += choice["text"]
-                    ids += choice["token_ids"] or []
-                    logprobs += (choice["logprobs"] or {}).get("token_logprobs", [])
-                    times.append(now)
+                with _readable(model, piece):
+                    for choice in piece["choices"]:
+                        if choice.get("prompt_token_ids") not in (None, list(prompt)):
+                            raise EngineError(f"{model}: the answer is to another prompt.")
+                        text += choice["text"]
+                        ids += choice["token_ids"] or []
+                        logprobs += (choice["logprobs"] or {}).get("token_logprobs", [])
+                        times.append(now)
         if len(ids) != max_tokens:
             raise EngineError(f"{model}: {len(ids)} tokens of {max_tokens} came; the answer was cut off.")
         return Streamed(text, tuple(ids), tuple(logprobs), start, tuple(times))
@@ -160,6 +170,15 @@ def _parsed(model: str, text: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise EngineError(f"{model}: the answer broke off at {text!r:.500}.") from error
     return piece
+
+
+@contextmanager
+def _readable(asked: str, answer: Any) -> Iterator[None]:
+    """Take what the block needs from an answer, which may lack it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{asked}: the answer is not what vLLM's would be: {answer!r:.500}") from error
 
 
 def _check_addressee(model: str, answer: dict[str, Any]) -> None:

@@ -7,18 +7,24 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+from urllib.error import HTTPError
 
-from loraover.errors import EngineError
+from loraover.errors import EngineError, OutputError
 from loraover_export.vllm.launch import lora_module
 from loraover_serve.vllm_client import VllmClient
 
 POLL_S = 0.5
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
+STARTUP_S, HEALTH_TIMEOUT_S = 600.0, 10.0
 LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
 CPU_CACHE_GIB = 4  # for keys and values; vLLM's own default is most of the machine's memory
 _ERROR = re.compile(r"\w(Error|Exception): \S")
@@ -34,6 +40,7 @@ class VllmServerConfig:
         max_lora_rank: one of vLLM's allowed values, no smaller than any adapter's rank.
         max_loras: adapters that one batch may use.
         dtype: of weights and activations, as vLLM spells it; adapters are cast to it.
+        revision: commit of the model on the hub.
         runtime_loading: adapters can be loaded and unloaded over HTTP, by anyone who reaches the server.
         options: further words of the command line.
         environment: variables for the server besides this process's own.
@@ -44,6 +51,7 @@ class VllmServerConfig:
     max_lora_rank: int = 16
     max_loras: int = 1
     dtype: str = "auto"
+    revision: str | None = None
     runtime_loading: bool = False
     options: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -54,6 +62,7 @@ class VllmServerConfig:
         modules = [lora_module(name, path) for name, path in self.adapters.items()]
         return [
             *(executable, "serve", self.model, "--host", "127.0.0.1", "--port", str(port), "--dtype", self.dtype),
+            *(["--revision", self.revision] if self.revision is not None else []),
             *(lora if self.adapters or self.runtime_loading else []),
             *(["--lora-modules", *modules] if modules else []),
             *self.options,
@@ -82,6 +91,18 @@ class VllmServer(VllmClient):
         super().__init__(url)
         self.pid = pid
 
+    def is_alive(self) -> bool:
+        """Whether the process, a child of this one, runs and reports no failure; it may be too busy to answer."""
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+        try:
+            self._opener.open(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S).close()
+        except HTTPError:
+            return False
+        except (OSError, HTTPException):
+            return True
+        return True
+
 
 @contextmanager
 def serve_vllm(
@@ -90,25 +111,29 @@ def serve_vllm(
     *,
     executable: str = "vllm",
     port: int | None = None,
-    startup_timeout_s: float = 600,
+    startup_timeout_s: float = STARTUP_S,
+    watch: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[VllmServer]:
     """Start vLLM, wait until the base model and every adapter have answered, and stop it after the block.
 
-    A healthy endpoint is not enough: some models fail at the first request.
+    A healthy endpoint is not enough: some models fail at the first request. SIGTERM and SIGHUP end the block as Ctrl-C
+    does, with KeyboardInterrupt, so that no server is left behind.
 
     Args:
         log: file for everything that the server prints; kept.
         executable: the command `vllm`, of any environment.
         port: None means a free one.
         startup_timeout_s: seconds until the first answers.
+        watch: a context for the time that the process, whose id it is given, runs.
     Yields:
         A client of the running server.
     Raises:
         EngineError: a port in use, no such command, or a server that ends, refuses an adapter or stays silent; the
             message has the end of the log.
+        OutputError: the log cannot be written.
     """
     port = _free_port(port or 0)
-    with log.open("wb") as output:
+    with _signals_as_interrupts(), _opened(log) as output:
         try:
             process = subprocess.Popen(
                 config.command(executable, port),
@@ -120,12 +145,42 @@ def serve_vllm(
             )
         except OSError as error:
             raise EngineError(f"{executable}: cannot be started: {error.strerror}; is vLLM installed there?") from error
+        try:
+            client = VllmServer(f"http://127.0.0.1:{port}", process.pid)
+            deadline = time.monotonic() + startup_timeout_s
+            with watch(process.pid):
+                _await_answers(client, [config.model, *config.adapters], process, log, deadline)
+                yield client
+        finally:
+            _stop(process)
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Requests to end this process raise KeyboardInterrupt, where they are not ignored (as nohup does)."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
-        client = VllmServer(f"http://127.0.0.1:{port}", process.pid)
-        _await_answers(client, [config.model, *config.adapters], process, log, time.monotonic() + startup_timeout_s)
-        yield client
+        yield
     finally:
-        _stop(process)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _opened(log: Path) -> BinaryIO:
+    try:
+        return log.open("wb")
+    except OSError as error:
+        raise OutputError(f"{log}: the log cannot be written: {error.strerror}; name another with --log.") from error
 
 
 def _await_answers(
@@ -157,17 +212,19 @@ def _free_port(wanted: int) -> int:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and whatever it started: asked first, killed when that takes too long."""
-    with suppress(ProcessLookupError):  # nobody is left
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
+    """End the server and whatever it started: asked first, killed when that takes too long or Ctrl-C comes again."""
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(STOP_S)
             deadline = time.monotonic() + CLEAN_UP_S
             while time.monotonic() < deadline:
-                os.killpg(process.pid, 0)
+                os.killpg(process.pid, 0)  # raises when nobody is left
                 time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _end_of(log: Path) -> str:

@@ -8,8 +8,9 @@ import pytest
 
 from loraover.command import run
 from loraover_export.cli import cli
+from loraover_serve.parity import bootstrap
 
-from make_checkpoint import Made, make_checkpoint
+from make_checkpoint import SERVABLE, Made, make_checkpoint
 from serving import Served, serving
 
 
@@ -21,8 +22,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A tiny Llama with a tokenizer, a checkpoint, and its fold in the folder `folded` beside it."""
+    """A tiny Llama that every engine takes, with a tokenizer, a checkpoint, and its fold in the folder `folded`."""
     folder = tmp_path_factory.mktemp("parity")
-    made = make_checkpoint(folder, tokenizer=True)
+    made = make_checkpoint(folder, tokenizer=True, base_options=SERVABLE)
     assert run(cli, ["fold", str(made.path), "-o", str(folder / "folded")]) == 0
     return made
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for the rates of thousands of bootstraps, which do not depend on their number."""
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 999)

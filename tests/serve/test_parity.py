@@ -6,33 +6,49 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loraover import LoraOverConfig
+from loraover.adapter_dir import read_adapter_dir
 from loraover.command import run
 from loraover_serve.cli import cli
-from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, log_ratios, overall, results, throughputs
+from loraover_serve.parity import outputs
+from loraover_serve.parity.analysis import (
+    CONTROL,
+    FOLDED,
+    VANILLA,
+    latencies,
+    log_ratios,
+    overall,
+    results,
+    throughputs,
+)
+from loraover_serve.parity.arms import make_vanilla
 from loraover_serve.parity.design import block_orders
 from loraover_serve.parity.engines.base import Engine
 from loraover_serve.parity.measure import Run, measure
-from loraover_serve.parity.memory import peak_of
-from loraover_serve.parity.outputs import Distance, agrees
+from loraover_serve.parity.memory import mean_interval, peak_of
+from loraover_serve.parity.outputs import Distance, agrees, is_applied
 from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request, make_requests
 
 from clockwork import ARMS, Clockwork
-from make_checkpoint import Made, make_checkpoint
+from make_checkpoint import SERVABLE, Made, make_checkpoint
 from tiny_hub import tiny_tokenizer
 
 REQUESTS = [Request((1, 2, 3), 4)]
+KEPT = Path(__file__).resolve().parents[2] / "docs" / "parity"
 MIB = 2**20
 ALLOCATES = "block = b'x' * (100 << 20); print(len(block), flush=True); input()"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATES!r}], start_new_session=True)"
-NEAR = Distance(reference="", equal=1.0, largest_gap=0.0, logprob_rms=0.01, logprob_error=0.001, logprob_largest=0.05)
+NEAR = Distance(
+    reference="", equal=1.0, largest_gap=0.0, logprob_rms=0.01, logprob_error=0.001, logprob_largest=0.05, answers=[]
+)
 
 
 def judged(engine: Engine, blocks: int = 20) -> tuple[str, str]:
@@ -68,10 +84,18 @@ def test_a_slower_arm_is_different_and_its_size_is_covered() -> None:
     assert all(r.interval[0] < 1.12 < r.interval[1] for r in found if r.arm == FOLDED)
 
 
-def test_a_difference_between_copies_makes_equality_inconclusive() -> None:
-    verdict, reason = judged(Clockwork({CONTROL: 0.04}, noise=0.02))
+@pytest.mark.parametrize("folded", [0.0, 0.3])
+def test_a_difference_between_copies_makes_every_other_inconclusive(folded: float) -> None:
+    verdict, reason = judged(Clockwork({CONTROL: 0.04, FOLDED: folded}, noise=0.02))
     assert verdict == "inconclusive"
     assert "too noisy at 40 requests" in reason
+
+
+@pytest.mark.parametrize("slower", [{CONTROL: 0.09, FOLDED: 0.09}, {VANILLA: 0.09}])
+def test_a_large_difference_between_copies_is_named(slower: dict[str, float]) -> None:
+    verdict, reason = judged(Clockwork(slower, noise=0.02))
+    assert verdict == "inconclusive"
+    assert reason.startswith(f"two copies of one adapter differ by {'-' if VANILLA in slower else '+'}")
 
 
 def test_a_noisy_machine_says_how_many_blocks_would_do() -> None:
@@ -91,6 +115,11 @@ def test_what_was_measured_before_a_failure_is_kept() -> None:
     assert (run.blocks, run.failure) == (6, "the server answered 500")  # one block warms up
     assert len(run.samples) == 6 * 2 * len(ARMS) * 3
     assert {(s.block, s.arm) for s in run.samples} == {(b, arm) for b in range(1, 7) for arm in ARMS}
+
+
+def test_a_thousand_requests_are_described_in_no_time() -> None:
+    run = measure(Clockwork({}, noise=0.02), [Request((1,), 32)], concurrency=1, blocks=500, seed=0)
+    assert len(latencies([run])) == len(ARMS) * 4
 
 
 def test_throughput_counts_the_tokens_of_a_wave() -> None:
@@ -155,9 +184,9 @@ def test_the_prompts_of_a_file_come_over_and_over(tmp_path: Path) -> None:
     assert requests == [one, another, one, another, one]
 
 
-def words(made: Made, *more: str) -> list[str]:
+def words(made: Made, *more: str, engine: str = "torch") -> list[str]:
     folded = made.path.parent / "folded"
-    return ["parity", "--folded", str(folded), "--engine", "torch", "--prompt-tokens", "5", "--new-tokens", "4", *more]
+    return ["parity", "--folded", str(folded), "--engine", engine, "--prompt-tokens", "5", "--new-tokens", "4", *more]
 
 
 def test_a_run_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,11 +198,15 @@ def test_a_run_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
     assert {r.arm for r in report.results} == {"base", CONTROL, FOLDED, "unfolded"}
     (torch_run,) = report.runs
     assert len(torch_run.samples) == 5 * 2 * 5
-    (outputs,) = report.outputs
-    assert (outputs.folded.equal, outputs.controls_equal, outputs.repeats_equal) == (1.0, 1.0, 1.0)
-    assert outputs.folded.logprob_rms is not None
-    assert outputs.folded.logprob_rms < 1e-5
-    assert outputs.agree
+    (found,) = report.outputs
+    assert (found.folded.equal, found.controls_equal, found.repeats_equal) == (1.0, 1.0, 1.0)
+    assert found.folded.logprob_rms is not None
+    assert found.folded.logprob_rms < 1e-5
+    assert found.agree
+    assert (found.unapplied, found.noise_rms) == ([], 0.0)
+    assert [answer.gap for answer in found.folded.answers] == [None] * found.prompts
+    assert {"numpy", "scipy", "torch"} <= report.versions.keys()
+    assert "GiB of memory" in report.hardware
     assert report.verdict in capsys.readouterr().out
 
 
@@ -181,10 +214,12 @@ def test_a_run_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
     ("more", "message"),
     [
         (["--requests", "9"], "--requests 10 or more"),
-        (["--requests", "100", "--concurrency", "1,16"], "--requests 160 or more"),
+        (["--requests", "100", "--concurrency", "1,16", "--engine", "vllm"], "--requests 160 or more"),
         (["--concurrency", "0"], "no list of positive numbers"),
         (["--workload", "file"], "go together"),
         (["--vanilla", "nowhere"], "no such folder"),
+        (["--checkpoint", "nowhere"], "no such folder"),
+        (["--concurrency", "4"], "one request at a time"),
     ],
 )
 def test_requests_that_cannot_be_used(
@@ -211,7 +246,7 @@ def test_files_without_prompts_are_refused(
 
 
 def test_answers_unlike_the_unfolded_models_are_different(made: Made, tmp_path: Path) -> None:
-    other = make_checkpoint(tmp_path / "other", config=LoraOverConfig(seed=6), steps=9)
+    other = make_checkpoint(tmp_path / "other", config=LoraOverConfig(seed=6), steps=9, base_options=SERVABLE)
     out = tmp_path / "out"
     assert run(cli, words(made, "--checkpoint", str(other.path), "--requests", "10", "--out", str(out))) == 1
     report = ParityReport.model_validate_json((out / "parity.json").read_text())
@@ -220,7 +255,103 @@ def test_answers_unlike_the_unfolded_models_are_different(made: Made, tmp_path: 
     assert [o.agree for o in report.outputs] == [False]
 
 
-def test_adapters_of_other_ranks_are_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = make_checkpoint(tmp_path, r=2)
+@pytest.mark.parametrize("lora", [{"r": 2}, {"target_modules": ["q_proj", "k_proj"]}])
+def test_adapters_of_other_ranks_or_targets_are_refused(
+    lora: dict[str, Any], made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_checkpoint(tmp_path, base_options=SERVABLE, **lora)
     assert run(cli, words(made, "--vanilla", str(other.path))) == 2
     assert "--allow-unequal" in capsys.readouterr().err
+    more = ["--vanilla", str(other.path), "--requests", "10", "--allow-unequal"]
+    assert run(cli, words(made, *more)) in (0, 1, 3)
+
+
+def test_a_checkpoint_of_other_modules_is_refused_before_anything_starts(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_checkpoint(tmp_path, target_modules=["q_proj", "k_proj"])
+    assert run(cli, words(made, "--checkpoint", str(other.path))) == 2
+    shown = capsys.readouterr()
+    assert "adapts other modules" in shown.err
+    assert "loading PyTorch" not in shown.out
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_what_was_measured_outlives_the_comparison_of_outputs(
+    failure: BaseException, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(outputs, "_distance", fail)
+    assert run(cli, words(made, "--requests", "10", "--out", str(tmp_path / "out"))) == 2
+    report = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
+    reason = "interrupted" if isinstance(failure, KeyboardInterrupt) else "PyTorch: RuntimeError: out of memory"
+    assert (report.verdict, report.reason, report.runs[0].blocks) == ("failed", reason, 5)
+
+
+def test_an_adapter_that_peft_refuses_is_an_engine_error(
+    made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise ValueError("Target modules not found")
+
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", refuse)
+    assert run(cli, words(made)) == 2
+    assert "torch: ValueError: Target modules not found" in capsys.readouterr().err
+
+
+def test_a_vanilla_adapter_holds_what_the_folded_one_holds_besides_a_and_b(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, lora_bias=True, modules_to_save=["lm_head"])
+    like = read_adapter_dir(made.path)
+    vanilla = read_adapter_dir(make_vanilla(like, tmp_path / "vanilla", seed=0))
+    assert vanilla.shapes == like.shapes
+    assert len(vanilla.shapes) > len(vanilla.sites)
+
+
+@pytest.mark.parametrize(
+    ("change", "noise", "found"),
+    [(1e-4, 0.0, True), (1e-4, 1e-4, False), (0.0, 0.0, False), (1e-3, 1e-4, True)],
+)
+def test_a_weak_adapter_is_seen_by_its_logprobs(change: float, noise: float, found: bool) -> None:
+    base = [Sample("base", 1, 0, 0.0, (1.0, 2.0), (5, 6), (-1.0, -2.0))]
+    arm = [Sample(FOLDED, 1, 0, 0.0, (1.0, 2.0), (5, 6), (-1.0, -2.0 - change))]
+    assert is_applied(base, arm, noise) is found
+    assert is_applied(base, [Sample(FOLDED, 1, 0, 0.0, (1.0, 2.0), (5, 7))], noise)
+
+
+def test_fewer_than_three_servers_make_no_interval() -> None:
+    assert mean_interval([1, 2]) is None
+    low, high = mean_interval([1, 2, 3]) or (0, 0)
+    assert low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)  # Student's t of two degrees of freedom
+    assert high == pytest.approx(4 - low)
+
+
+def test_the_kept_report_says_what_its_samples_say() -> None:
+    report = ParityReport.model_validate_json((KEPT / "smollm2-vllm.json").read_text())
+    found = results(report.runs, report.margin, report.alpha)
+    assert found == report.results
+    assert overall(found) == (report.verdict, report.reason) == ("equivalent", report.reason)
+    assert latencies(report.runs) == report.latencies
+    assert throughputs(report.runs) == report.throughputs
+    page, table = (KEPT / "smollm2-vllm.html").read_text(), (KEPT / "README.md").read_text()
+    for arm in (FOLDED, CONTROL, "base"):
+        mine = [r for r in found if r.arm == arm]
+        assert all(f"{r.interval[0]:.4f} to {r.interval[1]:.4f}" in page for r in mine)
+        assert all(f"{r.ratio:.3f} [{r.interval[0]:.3f}, {r.interval[1]:.3f}]" in table for r in mine)
+
+
+def test_a_run_on_onnx(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(cli, words(made, "--requests", "10", "--out", str(out), engine="onnx")) in (0, 1, 3)
+    report = ParityReport.model_validate_json((out / "parity.json").read_text())
+    assert [run.engine for run in report.runs] == ["onnx merged", "onnx swappable"]
+    for found in report.runs:
+        assert {sample.arm for sample in found.samples} == {"base", VANILLA, CONTROL, FOLDED}
+        assert all(len(sample.token_ids) == len(sample.token_s) == 4 for sample in found.samples)
+    merged, swappable = ({(s.arm, s.request): s.token_ids for s in found.samples} for found in report.runs)
+    assert merged == swappable
+    for compared in report.outputs:
+        assert (compared.folded.equal, compared.vanilla.equal, compared.controls_equal) == (1.0, 1.0, 1.0)
+        assert compared.unapplied == []
+    assert {"onnxruntime", "onnxruntime-genai"} <= report.versions.keys()

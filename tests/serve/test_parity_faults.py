@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,13 +30,15 @@ FAULTS = {
     "answers as another": "the answer is of 'another'",
     "breaks off": "broke off at",
     "stops early": "1 tokens of 4 came",
+    "leaves out": "not what vLLM's would be",
     "errs within": "failed in the middle of an answer",
     "comes in one piece": "--new-tokens",
 }
 
 
 @pytest.fixture(autouse=True)
-def _haste(monkeypatch: pytest.MonkeyPatch) -> None:
+def _haste(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(vllm_server, "POLL_S", 0.05)
     monkeypatch.setattr(vllm_server, "CLEAN_UP_S", 0.1)
 
@@ -76,8 +80,11 @@ def test_a_fault_before_any_block_leaves_no_report(
     vllm = stand_in(tmp_path, fault, after=STARTED + BLOCK + 3)
     assert parity(made, vllm, tmp_path / "out") == 2
     assert_stopped(tmp_path)
-    assert cause in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert cause in shown
     assert not (tmp_path / "out").exists()
+    (kept,) = re.findall(r"vLLM's log is kept in (\S+)", shown)
+    assert "words:" in (Path(kept) / "vllm.log").read_text()
 
 
 def test_blocks_too_few_for_a_test_are_kept_too(made: Made, tmp_path: Path) -> None:
@@ -87,13 +94,26 @@ def test_blocks_too_few_for_a_test_are_kept_too(made: Made, tmp_path: Path) -> N
     assert len(report.runs[0].samples) == 2 * BLOCK
 
 
-def test_a_server_for_memory_that_does_not_start_leaves_the_times(made: Made, tmp_path: Path) -> None:
-    assert parity(made, stand_in(tmp_path, "starts once"), tmp_path / "out", "--memory", "1") == 2
+def test_what_decides_nothing_may_fail(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vllm = stand_in(tmp_path, "starts once")
+    assert parity(made, vllm, tmp_path / "out", "--memory", "1", "--cross-check") in (0, 1, 3)
     assert_stopped(tmp_path)
     report = read(tmp_path / "out")
-    assert report.verdict == "failed"
-    assert "no memory for the cache" in report.reason
     assert report.runs[0].blocks == 12
+    assert ["no such dataset" in report.notes[0], "no memory for the cache" in report.notes[1]] == [True, True]
+    assert (report.outputs[0].unapplied, report.versions["vllm"]) == ([], "0.0 of a stand-in")
+    assert "note: no cross-check: vllm bench serve" in capsys.readouterr().out
+    logs = [(tmp_path / "out" / name).read_text() for name in ("vllm.log", "vllm-memory.log")]
+    assert ["no memory" in log for log in logs] == [False, True]
+
+
+def test_a_fault_among_requests_at_once_keeps_the_whole_blocks(made: Made, tmp_path: Path) -> None:
+    vllm = stand_in(tmp_path, "answers 500", after=STARTED + 4 * 6 * BLOCK + 5)
+    assert parity(made, vllm, tmp_path / "out", "--requests", "64", "--concurrency", "4") == 2
+    assert_stopped(tmp_path)
+    (found,) = read(tmp_path / "out").runs
+    assert (found.concurrency, found.blocks, len(found.samples)) == (4, 5, 5 * 4 * BLOCK)
+    assert all(sample.request // 4 == sample.block for sample in found.samples)
 
 
 def interrupted(made: Made, folder: Path, after: int) -> Ended:
@@ -126,15 +146,16 @@ def test_ctrl_c_before_any_block_leaves_no_report(made: Made, tmp_path: Path) ->
 
 
 def test_an_engine_that_ignores_adapters_fails_the_run(made: Made, tmp_path: Path) -> None:
-    vllm = stand_in(tmp_path, "answers")
+    vllm = stand_in(tmp_path, "ignores adapters")
     assert parity(made, vllm, tmp_path / "out", "--requests", "40", "--concurrency", "1,4") == 2
     assert_stopped(tmp_path)
     report = read(tmp_path / "out")
     assert (report.verdict, report.reason) == (
         "failed",
-        "vllm answers as the base model; an adapter is not applied there",
+        "vllm answers as the base model for vanilla, control, folded; no adapter is applied",
     )
     assert [(run.concurrency, run.blocks) for run in report.runs] == [(1, 20), (4, 5)]
+    assert [outputs.concurrency for outputs in report.outputs] == [1, 4]
     assert {(t.concurrency, t.arm) for t in report.throughputs} == {
         (concurrency, arm) for concurrency in (1, 4) for arm in ("base", "vanilla", "control", "folded")
     }

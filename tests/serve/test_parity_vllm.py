@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-from loraover.models import load_tokenizer
+from loraover.command import run
+from loraover_export.vllm.architectures import known_architectures
+from loraover_serve.cli import cli
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, overall, results
-from loraover_serve.parity.cross_check import cross_check
 from loraover_serve.parity.engines.vllm import VllmEngine
 from loraover_serve.parity.measure import Run, measure
 from loraover_serve.parity.memory import peak_of
 from loraover_serve.parity.outputs import BASE
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.workload import Request
 from loraover_serve.vllm_server import VllmServer
 
 from delaying_proxy import delaying
+from make_checkpoint import Made
 from serving import Served
 from vllm_command import vllm_command
 
@@ -94,27 +102,79 @@ def few_requests(served: Served) -> list[Request]:
 
 
 def test_a_planted_delay_is_found(delayed: Run) -> None:
-    found = results([delayed], margin=0.05)
-    verdict, reason = overall(found)
-    assert verdict == "different", reason
-    assert all(1.5 < result.ratio < 2.6 for result in found if result.arm == FOLDED), found
+    """The machine may be busy with other tests: then the copies fail the control, and the verdict must be that."""
+    found = results([delayed], margin=0.25)
+    folded, control = ([result for result in found if result.arm == arm] for arm in (FOLDED, CONTROL))
+    assert all(result.verdict == "different" and 1.5 < result.ratio < 2.6 for result in folded), folded
+    is_quiet = all(result.verdict == "equivalent" for result in control)
+    assert overall(found)[0] == ("different" if is_quiet else "inconclusive")
 
 
-def test_vllms_own_benchmark_runs_beside_ours(delayed: Run, served: Served, tmp_path: Path) -> None:
-    found = cross_check(
-        delayed,
-        VANILLA,
-        COPIES[VANILLA],
-        few_requests(served),
-        load_tokenizer(served.source),
-        vllm=str(vllm_command()),
-        url=served.client.url,
-        folder=tmp_path,
-    )
-    assert all(check.arm == VANILLA and check.concurrency == 1 for check in found)
-    for figures in ({c.measure: c.ours for c in found}, {c.measure: c.bench_serve for c in found}):
+@pytest.fixture(scope="module")
+def tiny_run(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[ParityReport, list[list[str]]]:
+    """A run of the command on a tiny model, and the words of each call of vLLM."""
+    folder = tmp_path_factory.mktemp("tiny run")
+    vllm = recording(folder)
+    words = ["parity", "--folded", str(made.path.parent / "folded"), "--checkpoint", str(made.path), "--engine", "vllm"]
+    words += ["--vllm", str(vllm), "--requests", "10", "--prompt-tokens", "5", "--new-tokens", "8", "--memory", "0"]
+    assert run(cli, [*words, "--cross-check", "--out", str(folder / "out")]) in (0, 1, 3)
+    report = ParityReport.model_validate_json((folder / "out" / "parity.json").read_text())
+    return report, [line.split("\t") for line in (folder / "words").read_text().splitlines()]
+
+
+def recording(folder: Path) -> Path:
+    """The command vllm, which writes its words down first."""
+    path = folder / "vllm"
+    lines = ["#!/bin/bash", f"(IFS=$'\\t'; echo \"$*\") >> '{folder}/words'", f"exec '{vllm_command()}' \"$@\""]
+    path.write_text("\n".join(lines))
+    path.chmod(0o755)
+    return path
+
+
+def test_the_command_measures_on_a_server_without_a_memory(
+    tiny_run: tuple[ParityReport, list[list[str]]],
+) -> None:
+    report, (serve, *benches) = tiny_run
+    assert serve[0] == "serve"
+    assert "--no-enable-prefix-caching" in serve
+    assert serve[serve.index("--max-lora-rank") + 1] == "8"
+    assert [bench[:2] for bench in benches] == [["bench", "serve"]] * 4
+    assert report.versions["vllm"].startswith(known_architectures().version)
+    (found,) = report.outputs
+    assert found.unapplied == []
+    assert found.agree
+
+
+def test_vllms_own_benchmark_runs_beside_ours(tiny_run: tuple[ParityReport, list[list[str]]]) -> None:
+    report, _ = tiny_run
+    assert report.notes == []
+    assert {check.arm for check in report.cross_checks} == {BASE, VANILLA, CONTROL, FOLDED}
+    checks = [check for check in report.cross_checks if check.arm == FOLDED]
+    for figures in ({c.measure: c.ours for c in checks}, {c.measure: c.bench_serve for c in checks}):
         assert 0 < figures["time per output token"] <= figures["end-to-end latency"]
         assert 0 < figures["time to first token"] <= figures["end-to-end latency"]
+
+
+def test_up_serves_what_it_prints_and_leaves_nothing_when_it_is_stopped(made: Made, tmp_path: Path) -> None:
+    words = ["up", str(made.path.parent / "folded"), "--vllm", str(vllm_command()), "--log", str(tmp_path / "log")]
+    command = [sys.executable, "-m", "loraover_serve.cli", *words, "--", "--enforce-eager"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as up:
+        assert up.stdout is not None
+        try:
+            curl = next(line for line in up.stdout if line.startswith("curl ")).strip()
+            answer = subprocess.run(["bash", "-c", f"{curl} --silent"], capture_output=True, text=True, check=True)
+            assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
+            started = psutil.Process(up.pid).children(recursive=True)
+        finally:
+            up.terminate()
+        assert up.wait(60) == 130
+    assert started
+    assert not [process for process in started if runs(process)]
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended, though nobody may have asked how."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_the_servers_memory_is_that_of_all_its_processes(served: Served) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,9 +17,12 @@ import pytest
 
 from loraover.command import run
 from loraover.errors import ConfigError
+from loraover.models import ModelSource
 from loraover_export.cli import cli as export_cli
+from loraover_serve import up, vllm_server
 from loraover_serve.cli import cli
-from loraover_serve.up import server_config
+from loraover_serve.up import read_named, served_model, server_config
+from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
 
 from make_checkpoint import make_checkpoint
 from vllm_stand_in import assert_stopped, stand_in
@@ -54,7 +58,10 @@ def read_until(process: subprocess.Popen[str], end: str) -> str:
     raise AssertionError("".join(lines))
 
 
-def test_it_prints_a_request_that_works_and_stops_on_ctrl_c(running: subprocess.Popen[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_prints_a_request_that_works_and_stops_when_it_is_asked(
+    ending: signal.Signals, running: subprocess.Popen[str], tmp_path: Path
+) -> None:
     shown = read_until(running, "Ctrl-C")
     curl = next(line for line in shown.splitlines() if line.startswith("curl "))
     answer = subprocess.run(["bash", "-c", f"{curl} --silent"], capture_output=True, text=True, check=True)
@@ -62,7 +69,7 @@ def test_it_prints_a_request_that_works_and_stops_on_ctrl_c(running: subprocess.
     words = json.loads((tmp_path / "log").read_text().removeprefix("words: "))
     assert words[-3:] == ["--max-model-len", "64", "-h"]
     assert words[words.index("--max-lora-rank") + 1] == "8"
-    running.send_signal(signal.SIGINT)
+    running.send_signal(ending)
     assert running.wait(30) == 130
     assert_stopped(tmp_path)
 
@@ -100,10 +107,66 @@ def test_the_first_error_of_a_log_is_shown_on_a_line_of_its_own(
 
 def test_adapters_of_one_name_or_of_two_models_are_refused(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="folders of one name"):
-        server_config([adapter, adapter], None)
+        read_named([adapter, adapter])
     other = make_checkpoint(tmp_path / "other")
     assert run(export_cli, ["vllm", str(other.path), "-o", str(tmp_path / "second")]) == 0
+    both = read_named([adapter, tmp_path / "second"])
     with pytest.raises(ConfigError, match="--model"):
-        server_config([adapter, tmp_path / "second"], None)
-    config = server_config([adapter, tmp_path / "second"], str(other.base))
+        served_model(both, None)
+    config = server_config(both, served_model(both, str(other.base)))
     assert (config.model, list(config.adapters)) == (str(other.base), ["shop", "second"])
+
+
+def test_the_revision_of_the_adapters_is_served(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def resolve(name: str, revision: str | None = None) -> ModelSource:
+        asked.append((name, revision))
+        return ModelSource(name, name, revision and "c0ffee", "")
+
+    monkeypatch.setattr(up, "resolve_model", resolve)
+    pinned = shutil.copytree(adapter, tmp_path / "pinned")
+    content = json.loads((pinned / "adapter_config.json").read_text())
+    content |= {"base_model_name_or_path": "owner/model", "revision": "v2"}
+    (pinned / "adapter_config.json").write_text(json.dumps(content))
+    named = read_named([pinned])
+    for model in (None, "owner/model"):
+        words = server_config(named, served_model(named, model)).command("vllm", 1)
+        assert words[words.index("--revision") + 1] == "c0ffee"
+    assert "--revision" not in server_config(named, served_model(named, "owner/other")).command("vllm", 1)
+    assert asked == [("owner/model", "v2")] * 2 + [("owner/other", None)]
+
+
+@pytest.mark.parametrize("option", ["--port", "--served-model-name=x", "--api_key", "--host", "--lora-modules"])
+def test_options_that_it_sets_itself_are_refused(
+    option: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["up", str(adapter), "--vllm", stand_in(tmp_path, "answers"), "--", option, "1"]) == 2
+    assert option.partition("=")[0].replace("_", "-") + " cannot be given" in capsys.readouterr().err
+    assert not (tmp_path / "pids").exists()
+
+
+def test_a_log_that_cannot_be_written_is_refused(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "missing" / "log"
+    assert run(cli, ["up", str(adapter), "--vllm", stand_in(tmp_path, "answers"), "--log", str(log)]) == 2
+    assert f"{log}: the log cannot be written" in capsys.readouterr().err
+
+
+def test_a_silent_server_is_given_up_and_stopped(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["up", str(adapter), "--vllm", stand_in(tmp_path, "silent"), "--log", str(tmp_path / "log")]
+    assert run(cli, [*words, "--start-timeout", "2"]) == 2
+    assert "did not come up in time" in capsys.readouterr().err
+    assert_stopped(tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "alive"), [("busy", True), ("unwell", False)])
+def test_a_busy_server_is_alive_and_one_that_reports_a_failure_is_not(
+    mode: str, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "HEALTH_TIMEOUT_S", 0.2)
+    with serve_vllm(VllmServerConfig("base"), tmp_path / "log", executable=stand_in(tmp_path, mode)) as server:
+        assert server.is_alive() is alive

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +55,30 @@ def test_a_stubborn_server_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_stopped(tmp_path)
 
 
+def test_ctrl_c_while_a_stubborn_server_is_asked_to_stop_kills_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "STOP_S", 60)
+    again = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "stubborn")),
+    ):
+        again.start()
+    assert_stopped(tmp_path)
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nohup asks for."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "answers")) as client:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert client.version() == "0.0 of a stand-in"
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
@@ -72,7 +98,7 @@ def test_a_server_that_is_no_use_says_why(mode: str, words: list[str], tmp_path:
     with pytest.raises(EngineError) as caught, server:
         pytest.fail("the block ran")
     assert all(word in str(caught.value) for word in words)
-    if mode.startswith("fails"):
+    if mode != "ends":
         assert_stopped(tmp_path)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_serve.parity.equivalence import Comparison, compare, decide, median_interval
+from loraover_serve.parity.bootstrap import quantile_intervals, quantile_of
+from loraover_serve.parity.equivalence import Comparison, compare, decide
 from loraover_serve.parity.measure import Run
 from loraover_serve.parity.sample import Sample
 
@@ -27,6 +27,7 @@ DESCRIBED: dict[str, Callable[[Sample], Sequence[float]]] = {
     "end-to-end latency": lambda sample: [sample.end_to_end_s],
 }
 QUANTILES = (0.5, 0.9, 0.99)
+QUANTILE_NAMES = tuple(f"p{100 * q:g}" for q in QUANTILES)
 
 
 class Result(BaseModel):
@@ -39,7 +40,8 @@ class Result(BaseModel):
     arm: str
     measure: str
     ratio: float = Field(description="of geometric means, arm to vanilla")
-    interval: tuple[float, float] = Field(description="95 %, studentised")
+    interval: tuple[float, float] = Field(description="95 %, studentised bootstrap over blocks")
+    adjusted_interval: tuple[float, float] = Field(description="Holm-adjusted; beyond the margin: different")
     blocks: int
     equivalence_p: float
     difference_p: float = Field(description="Holm-adjusted over every comparison of folded with vanilla")
@@ -48,7 +50,7 @@ class Result(BaseModel):
 
 
 class Latency(BaseModel):
-    """Quantiles of one measure of one arm, in seconds, with 95 % bootstrap intervals; they decide nothing."""
+    """Quantiles of one measure of one arm, in seconds, with 95 % intervals over blocks; they decide nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -108,7 +110,8 @@ def _result(key: tuple[str, int, str, str], comparison: Comparison) -> Result:
         arm=arm,
         measure=measure,
         ratio=comparison.ratio,
-        interval=comparison.interval,
+        interval=comparison.interval(0.95),
+        adjusted_interval=comparison.interval(comparison.confidence),
         blocks=comparison.blocks,
         equivalence_p=comparison.equivalence_p,
         difference_p=comparison.difference_p,
@@ -120,33 +123,38 @@ def _result(key: tuple[str, int, str, str], comparison: Comparison) -> Result:
 def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different", "inconclusive"], str]:
     """The verdict on folded against vanilla, and its reason in words.
 
-    Where identical adapters (the control) do not pass as equivalent, the machine is too noisy for any verdict but a
-    difference.
+    Where identical adapters (the control) do not pass as equivalent, the machine is too noisy for any verdict.
     """
     folded = [result for result in found if result.arm == FOLDED]
-    different = [result for result in folded if result.verdict == "different"]
     noisy = [result for result in found if result.arm == CONTROL and result.verdict != "equivalent"]
+    different = [result for result in (noisy or folded) if result.verdict == "different"]
     open_ = [result for result in folded if result.verdict == "inconclusive"]
     if different:
         worst = max(different, key=lambda result: abs(math.log(result.ratio)))
-        low, high = worst.interval
-        return "different", (
-            f"by {worst.ratio - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}] in {worst.measure} "
-            f"({worst.engine}, concurrency {worst.concurrency})"
-        )
+        if noisy:
+            return "inconclusive", f"two copies of one adapter differ {_by(worst)}; no other difference means anything"
+        return "different", _by(worst)
     if noisy or open_:
         requests = max(2 * result.blocks * result.concurrency for result in found)
-        needed = max(
-            math.inf if result.needed_blocks is None else 2 * result.needed_blocks * result.concurrency
-            for result in (*noisy, *open_)
-        )
-        if needed == math.inf:
-            enough = "no number would do"
-        else:
-            enough = f"{needed} would do" if needed > requests else "a ratio lies too near the margin to tell"
         cause = "this machine is too noisy" if noisy else "an interval does not lie within the margin"
-        return "inconclusive", f"{cause} at {requests} requests; {enough}"
+        return "inconclusive", f"{cause} at {requests} requests; {_enough([*noisy, *open_], requests)}"
     return "equivalent", "in every primary measure, and so are two copies of one adapter"
+
+
+def _by(result: Result) -> str:
+    low, high = result.interval
+    return (
+        f"by {result.ratio - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}] in {result.measure} "
+        f"({result.engine}, concurrency {result.concurrency})"
+    )
+
+
+def _enough(undecided: Sequence[Result], requests: int) -> str:
+    needed = [r.needed_blocks and 2 * r.needed_blocks * r.concurrency for r in undecided]
+    if None in needed:
+        return "no number would do"
+    most = max(filter(None, needed))
+    return f"{most} would do" if most > requests else "a ratio lies too near the margin to tell"
 
 
 def latencies(runs: Sequence[Run]) -> list[Latency]:
@@ -155,20 +163,20 @@ def latencies(runs: Sequence[Run]) -> list[Latency]:
     for run in runs:
         for arm, samples in _by_arm(run).items():
             for name, values in DESCRIBED.items():
-                data = [value for sample in samples for value in values(sample)]
-                if data:
-                    described.append(_latency(run, arm, name, data))
+                blocks = _by_block((sample.block, values(sample)) for sample in samples)
+                if any(blocks):
+                    described.append(_latency(run, arm, name, blocks))
     return described
 
 
-def _latency(run: Run, arm: str, measure: str, data: Sequence[float]) -> Latency:
+def _latency(run: Run, arm: str, measure: str, blocks: Sequence[Sequence[float]]) -> Latency:
     return Latency(
         engine=run.engine,
         concurrency=run.concurrency,
         arm=arm,
         measure=measure,
-        quantiles={f"p{100 * q:g}": float(np.quantile(data, q)) for q in QUANTILES},
-        intervals={f"p{100 * q:g}": median_interval(data, quantile=q) for q in QUANTILES},
+        quantiles=dict(zip(QUANTILE_NAMES, quantile_of(blocks, QUANTILES), strict=True)),
+        intervals=dict(zip(QUANTILE_NAMES, quantile_intervals(blocks, QUANTILES), strict=True)),
     )
 
 
@@ -178,21 +186,29 @@ def throughputs(runs: Sequence[Run]) -> list[Throughput]:
     for run in runs:
         for arm, samples in _by_arm(run).items():
             waves = [samples[i : i + run.concurrency] for i in range(0, len(samples), run.concurrency)]
-            rates = [
-                sum(len(sample.token_ids) for sample in wave)
-                / (max(sample.token_s[-1] for sample in wave) - min(sample.start_s for sample in wave))
-                for wave in waves
-            ]
+            blocks = _by_block((wave[0].block, [_rate(wave)]) for wave in waves)
             found.append(
                 Throughput(
                     engine=run.engine,
                     concurrency=run.concurrency,
                     arm=arm,
-                    tokens_per_second=float(np.median(rates)),
-                    interval=median_interval(rates),
+                    tokens_per_second=quantile_of(blocks, [0.5])[0],
+                    interval=quantile_intervals(blocks, [0.5])[0],
                 )
             )
     return found
+
+
+def _rate(wave: Sequence[Sample]) -> float:
+    tokens = sum(len(sample.token_ids) for sample in wave)
+    return tokens / (max(sample.token_s[-1] for sample in wave) - min(sample.start_s for sample in wave))
+
+
+def _by_block(values: Iterable[tuple[int, Sequence[float]]]) -> list[list[float]]:
+    blocks: dict[int, list[float]] = {}
+    for block, found in values:
+        blocks.setdefault(block, []).extend(found)
+    return list(blocks.values())
 
 
 def _by_arm(run: Run) -> Mapping[str, list[Sample]]:

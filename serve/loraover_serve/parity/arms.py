@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir
-from loraover.errors import ConfigError, ParityError
-from loraover.models import ModelSource, resolve_model
+from loraover.checkpoint import read_checkpoint
+from loraover.errors import ParityError
+from loraover.models import ModelSource
 from loraover.tensor_file import open_tensors, save_tensors
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA
+from loraover_serve.up import served_model
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def prepare_arms(
         scratch: folder for what is made.
         model: base model; None means the folded adapter's.
     Raises:
-        ParityError: adapters of different ranks or targets, whose costs differ by nature.
+        ParityError: adapters of different ranks or targets, whose costs differ by nature, or a checkpoint of others.
         ConfigError: no base model.
         CheckpointError: files that cannot be trusted.
     """
@@ -61,19 +63,19 @@ def prepare_arms(
             f"{_difference(first, second)}, so their costs differ by nature; compare adapters of equal ranks and "
             "targets, or add --allow-unequal."
         )
-    name = model or first.config.base_model_name_or_path
-    if name is None:
-        raise ConfigError(f"{folded}: names no base model; name it with --model.")
+    if checkpoint is not None and read_checkpoint(checkpoint).adapter.sites.keys() != first.sites.keys():
+        raise ParityError(f"{checkpoint} adapts other modules than {folded}, which was not folded from it.")
     control = scratch / CONTROL
     shutil.copytree(vanilla, control)
     adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: folded.resolve()}
-    return Arms(adapters, resolve_model(name), checkpoint)
+    return Arms(adapters, served_model({FOLDED: first}, model), checkpoint)
 
 
 def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
     """A LoRA with the shapes, types and configuration of another, and random weights.
 
-    A is drawn as PEFT draws it (Kaiming uniform); B, which PEFT starts at zero, as wide as the other's.
+    A is drawn as PEFT draws it (Kaiming uniform); B, which PEFT starts at zero, as wide as the other's. What else the
+    other holds (biases, modules that were trained whole) is copied.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -86,6 +88,18 @@ def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
             else:
                 drawn = torch.randn(matrix.shape, generator=generator) * float(matrix.double().square().mean().sqrt())
             tensors[key] = drawn.to(matrix.dtype)
+        tensors |= {key: file.read(key) for key in file.keys if key not in tensors}
+    return _write(tensors, like, folder)
+
+
+def make_idle(like: AdapterDir, folder: Path) -> Path:
+    """A LoRA with the ranks and targets of another that changes nothing: its A and B are zero."""
+    with open_tensors(like.tensors_path) as file:
+        tensors = {key: torch.zeros_like(file.read(key)) for key in like.sites.values()}
+    return _write(tensors, like, folder)
+
+
+def _write(tensors: dict[str, Tensor], like: AdapterDir, folder: Path) -> Path:
     folder.mkdir(parents=True)
     save_tensors(tensors, folder / TENSORS_FILE)
     shutil.copyfile(like.path / CONFIG_FILE, folder / CONFIG_FILE)

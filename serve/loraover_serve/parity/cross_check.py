@@ -72,8 +72,11 @@ def cross_check(
         *("--save-result", "--result-dir", str(folder), "--result-filename", result.name),
     ]
     found = _run(command, result)
-    if found["completed"] != len(requests):
-        raise EngineError(f"vllm bench serve: {found['completed']} of {len(requests)} requests were answered.")
+    if found.get("completed") != len(requests):
+        raise EngineError(f"vllm bench serve: {found.get('completed')} of {len(requests)} requests were answered.")
+    lacking = [key for key, _ in FIGURES.values() if key not in found]
+    if lacking:
+        raise EngineError(f"vllm bench serve: no {', '.join(lacking)} in its result.")
     samples = [sample for sample in run.samples if sample.arm == arm]
     return [
         CrossCheck(
@@ -97,10 +100,6 @@ def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
         raise EngineError(f"vllm bench serve ended with code {done.returncode}: {last}")
     content: dict[str, Any] = json.loads(result.read_text())
     return content
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
 
 
 def _median(samples: Sequence[Sample], measure: Any) -> float:

@@ -5,8 +5,8 @@ mean is the log of a ratio of geometric means. With a margin m, the arms are
 
 - *equivalent* if both one-sided t tests reject |mean d| >= log(1 + m) at alpha (TOST: Schuirmann 1987,
   doi:10.1007/BF01068419), which is the same as the 1 - 2 alpha interval lying inside the margin;
-- *different* if, after Holm's correction over all comparisons (Holm 1979), t tests reject |mean d| <= log(1 + m):
-  a difference that is real but smaller than the margin is nobody's concern;
+- *different* if the studentised bootstrap interval of mean d lies wholly beyond the margin, at the confidence that
+  Holm's correction over all comparisons asks for (Holm 1979): a difference that is real but smaller is no concern;
 - *inconclusive* otherwise.
 """
 
@@ -23,10 +23,12 @@ from scipy import stats
 
 from loraover.errors import ParityError
 from loraover.statistics import holm
+from loraover_serve.parity.bootstrap import RESAMPLES, studentised
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
 MIN_BLOCKS = 5
 MAX_BLOCKS = 100_000
+LARGEST = 700.0  # a logarithm whose exponential is still a number
 
 
 @dataclass(frozen=True)
@@ -34,29 +36,45 @@ class Comparison:
     """One measure of two arms.
 
     Args:
-        ratio: of geometric means, second arm to first.
-        interval: of the ratio, at confidence 1 - alpha.
+        mean: of d, the log of the ratio of geometric means, second arm to first.
+        error: standard error of the mean.
+        draws: t of its bootstrap resamples, in ascending order.
         blocks: pairs.
         equivalence_p: the larger p value of the two one-sided tests.
         difference_p: of the hypothesis that the ratio lies within the margin; Holm-adjusted by `decide`.
         needed_blocks: so many would show equivalence with a probability of 90 %, were there no difference; None where
             no number would.
+        confidence: of the interval that decides about a difference; Holm-adjusted by `decide`.
     """
 
-    ratio: float
-    interval: tuple[float, float]
+    mean: float
+    error: float
+    draws: NDArray[np.float64]
     blocks: int
     equivalence_p: float
     difference_p: float
     needed_blocks: int | None
+    confidence: float
     verdict: Verdict = "inconclusive"
+
+    @property
+    def ratio(self) -> float:
+        """Of geometric means, second arm to first."""
+        return math.exp(self.mean)
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Studentised bootstrap interval of the ratio."""
+        last = len(self.draws) - 1
+        beyond = max(0, math.floor((1 - confidence) / 2 * (last + 2) + 1e-9) - 1)
+        low, high = (self.mean - self.draws[i] * self.error for i in (last - beyond, beyond))
+        return math.exp(max(low, -LARGEST)), math.exp(min(high, LARGEST))
 
 
 def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05) -> Comparison:
     """Test paired log-ratios against a margin; the verdict is still to be given by `decide`.
 
     Args:
-        differences: d, one for each block; independent and about normal.
+        differences: d, one for each block; independent, and about normal for the tests of equivalence.
         margin: of the ratio, e.g. 0.05.
     Raises:
         ParityError: fewer than 5 blocks, or a value that is not a finite number.
@@ -65,20 +83,32 @@ def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05)
     if len(d) < MIN_BLOCKS or not np.isfinite(d).all():
         raise ParityError(f"a comparison takes at least {MIN_BLOCKS} finite differences, found {len(d)}.")
     limit = math.log1p(margin)
-    mean, error, freedom = float(d.mean()), float(stats.sem(d)), len(d) - 1
-    if error == 0.0:  # t tests need some spread
-        error = float(np.spacing(max(1.0, abs(mean))))
+    mean, spread, freedom = float(d.mean()), float(d.std(ddof=1)), len(d) - 1
+    error = spread / math.sqrt(len(d))
+    smallest = float(np.spacing(max(1.0, abs(mean))))
+    draws = studentised(d) if error > smallest else np.zeros(RESAMPLES)
+    error = max(error, smallest)  # tests need some spread
     upper, lower = (mean - limit) / error, (mean + limit) / error
-    half = float(stats.t.ppf(1 - alpha / 2, freedom)) * error
-    beyond = min(stats.t.sf(upper, freedom), stats.t.cdf(lower, freedom))
     return Comparison(
-        ratio=math.exp(mean),
-        interval=(math.exp(mean - half), math.exp(mean + half)),
+        mean=mean,
+        error=error,
+        draws=draws,
         blocks=len(d),
         equivalence_p=float(max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))),
-        difference_p=float(min(1.0, 2 * beyond)),
-        needed_blocks=blocks_needed(float(d.std(ddof=1)), margin=margin, alpha=alpha),
+        difference_p=_difference_p(draws, upper, lower),
+        needed_blocks=blocks_needed(spread, margin=margin, alpha=alpha),
+        confidence=1 - alpha,
     )
+
+
+def _difference_p(draws: NDArray[np.float64], upper: float, lower: float) -> float:
+    """At most alpha where the interval of confidence 1 - alpha lies wholly beyond the margin.
+
+    Args:
+        upper, lower: t of the observed mean against the margin's two ends.
+    """
+    beyond = min(np.count_nonzero(draws >= upper), np.count_nonzero(draws <= lower))
+    return float(min(1.0, 2 * (1 + beyond) / (1 + len(draws))))
 
 
 def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: float = 0.9) -> int | None:
@@ -99,40 +129,28 @@ def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: f
 
 
 def decide(comparisons: Mapping[str, Comparison], *, alpha: float = 0.05) -> dict[str, Comparison]:
-    """Give every comparison its verdict, with Holm's correction of the p values of difference over all of them."""
-    adjusted = holm([comparison.difference_p for comparison in comparisons.values()])
+    """Give every comparison its verdict, with Holm's correction of p value and confidence over all of them."""
+    p_values = [comparison.difference_p for comparison in comparisons.values()]
     return {
-        name: replace(comparison, difference_p=p, verdict=_verdict(comparison, p, alpha))
-        for (name, comparison), p in zip(comparisons.items(), adjusted, strict=True)
+        name: replace(comparison, difference_p=p, confidence=1 - level, verdict=_verdict(comparison, p, alpha))
+        for (name, comparison), p, level in zip(
+            comparisons.items(), holm(p_values), holm_levels(p_values, alpha), strict=True
+        )
     }
+
+
+def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
+    """The level at which Holm's method tests each p value: it rises from step to step until one is not rejected."""
+    levels, level = [0.0] * len(p_values), 0.0
+    is_open = True
+    for position, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        level = alpha / (len(p_values) - position) if is_open else level
+        levels[i] = level
+        is_open = is_open and p_values[i] <= level
+    return levels
 
 
 def _verdict(comparison: Comparison, difference_p: float, alpha: float) -> Verdict:
     if difference_p <= alpha:
         return "different"
     return "equivalent" if comparison.equivalence_p <= alpha else "inconclusive"
-
-
-def median_interval(values: Sequence[float], *, quantile: float = 0.5, seed: int = 0) -> tuple[float, float]:
-    """95 % BCa bootstrap interval of a quantile; for what is reported and decides nothing.
-
-    Source: Efron 1987, doi:10.1080/01621459.1987.10478410; scipy.stats.bootstrap.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    if len(data) < 2 or data.min() == data.max():
-        return float(data.min()), float(data.max())
-
-    def statistic(sample: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = np.quantile(sample, quantile, axis=axis)
-        return found
-
-    found = stats.bootstrap(
-        (data,), statistic, n_resamples=2000, method="BCa", rng=np.random.default_rng(seed), vectorized=True
-    ).confidence_interval
-    low, high = float(found.low), float(found.high)
-    if math.isnan(low) or math.isnan(high):  # BCa's correction is undefined where the jackknife has no spread
-        plain = stats.bootstrap(
-            (data,), statistic, n_resamples=2000, method="percentile", rng=np.random.default_rng(seed), vectorized=True
-        ).confidence_interval
-        low, high = float(plain.low), float(plain.high)
-    return low, high

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from loraover.page import render_page
+from loraover_serve.parity.analysis import DESCRIBED
 from loraover_serve.parity.plots import ecdf_plot, ratio_plot, throughput_plot
 from loraover_serve.parity.report import ParityReport
 
@@ -20,11 +21,12 @@ def render(report: ParityReport) -> str:
 
 
 def _curves(report: ParityReport) -> list[tuple[str, str]]:
-    """Titles and plots: a distribution for each run, and throughput where an engine ran at several concurrencies."""
+    """Titles and plots: distributions of each run, and throughput where an engine ran at several concurrencies."""
     curves = [
-        (f"End-to-end latency: {run.engine}, {run.concurrency} at once", ecdf_plot(run))
+        (f"{name.capitalize()}: {run.engine}, {run.concurrency} at once", ecdf_plot(run, name))
         for run in report.runs
         if run.samples
+        for name in DESCRIBED
     ]
     for engine in dict.fromkeys(t.engine for t in report.throughputs):
         mine = [t for t in report.throughputs if t.engine == engine]

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
+from scipy import stats
 
 from loraover_serve.parity.workload import Request
 
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from loraover_serve.parity.engines.vllm import VllmEngine
 
 POLL_S = 0.2
+MIN_SERVERS = 3
+
+Watch = Callable[[int], AbstractContextManager[Any]]
+"""A context for the life of a process, by its id."""
 
 
 class PeakMemory(BaseModel):
@@ -27,6 +33,9 @@ class PeakMemory(BaseModel):
     concurrency: int
     arm: str
     bytes: list[int] = Field(description="one number for each server that was started")
+    interval: tuple[float, float] | None = Field(
+        description="95 % t interval of the mean; None of fewer than 3 servers"
+    )
 
 
 @dataclass
@@ -71,7 +80,7 @@ def _memory(session: int) -> int:
 
 
 def measure_memory(
-    start: Callable[[], AbstractContextManager[VllmEngine]],
+    start: Callable[[Watch], AbstractContextManager[VllmEngine]],
     arm: str,
     requests: Sequence[Request],
     *,
@@ -81,14 +90,29 @@ def measure_memory(
     """Start so many servers, one after another, with one arm alone, and let each answer the requests.
 
     Args:
-        start: a context of a server that has just been started.
+        start: a context of a server that has just been started, watched since it was a process.
     Raises:
         EngineError: a server that does not start or answer.
     """
-    found = []
+    peaks: list[Peak] = []
+
+    @contextmanager
+    def watch(pid: int) -> Iterator[None]:
+        with peak_of(pid) as peak:
+            peaks.append(peak)
+            yield
+
     for _ in range(servers):
-        with start() as engine, peak_of(engine.server.pid) as peak:
+        with start(watch) as engine:
             for first in range(0, len(requests), concurrency):
                 engine.run(arm, 0, first, requests[first : first + concurrency])
-        found.append(peak.bytes)
-    return PeakMemory(concurrency=concurrency, arm=arm, bytes=found)
+    found = [peak.bytes for peak in peaks]
+    return PeakMemory(concurrency=concurrency, arm=arm, bytes=found, interval=mean_interval(found))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % t interval of the mean of a few values; None of fewer than 3, which tell too little of their spread."""
+    if len(values) < MIN_SERVERS:
+        return None
+    mean, half = fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return mean - half, mean + half

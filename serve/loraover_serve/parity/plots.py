@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from loraover.page import INK, svg_axes
-from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, Result, Throughput
+from loraover_serve.parity.analysis import CONTROL, DESCRIBED, FOLDED, VANILLA, Result, Throughput
 from loraover_serve.parity.measure import Run
 from loraover_serve.parity.outputs import BASE
 
 COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b", "unfolded": "#c2406b"}
 """Of arms; told apart on light and dark pages, and by people who do not see red and green."""
+POINTS = 200  # of a curve: more than a screen shows
 MARKS = {"equivalent": "o", "different": "X", "inconclusive": "s"}
 
 
@@ -32,17 +33,22 @@ def ratio_plot(results: Sequence[Result], margin: float) -> str:
     return drawn[0]
 
 
-def ecdf_plot(run: Run) -> str:
-    """Share of answers whose end-to-end latency is at most so many seconds, for every arm."""
+def ecdf_plot(run: Run, name: str) -> str:
+    """Share of times that are at most so many seconds, for every arm, at up to POINTS shares.
+
+    Args:
+        name: one of DESCRIBED.
+    """
     by_arm: dict[str, list[float]] = {arm: [] for arm in COLORS if any(s.arm == arm for s in run.samples)}
     for sample in run.samples:
-        by_arm.setdefault(sample.arm, []).append(sample.end_to_end_s)
+        by_arm.setdefault(sample.arm, []).extend(DESCRIBED[name](sample))
     with svg_axes(8, 3.4) as (axes, drawn):
         for arm, values in by_arm.items():
-            x = np.sort([min(values), *values])
-            axes.step(x, 100 * np.arange(len(x)) / (len(x) - 1), where="post", color=COLORS.get(arm, INK), label=arm)
-        axes.set_xlabel("end-to-end latency, seconds")
-        axes.set_ylabel("answers, %")
+            shares = np.linspace(0, 1, min(len(values), POINTS) + 1)
+            x = np.quantile(values, shares, method="inverted_cdf")
+            axes.step(x, 100 * shares, where="post", color=COLORS.get(arm, INK), label=arm)
+        axes.set_xlabel(f"{name}, seconds")
+        axes.set_ylabel("times, %")
         axes.legend(frameon=False, fontsize=9)
     return drawn[0]
 

@@ -22,7 +22,7 @@ class ParityReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 2
+    schema_version: int = 3
     verdict: Verdict
     reason: str
     margin: float
@@ -33,6 +33,7 @@ class ParityReport(BaseModel):
     memory: list[PeakMemory]
     outputs: list[Outputs]
     cross_checks: list[CrossCheck]
+    notes: list[str]
     runs: list[Run]
     base_model: str
     adapters: dict[str, str]

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from loraover.command import quiet_libraries
-from loraover.errors import LoraOverError, ParityError
 from loraover.models import load_tokenizer
-from loraover.output import check_free, publish_directory
-from loraover.run_result import environment, hardware
+from loraover.output import publish_directory
 from loraover_serve.parity.analysis import (
     CONTROL,
     FOLDED,
@@ -30,73 +24,16 @@ from loraover_serve.parity.analysis import (
     throughputs,
 )
 from loraover_serve.parity.arms import Arms, prepare_arms
-from loraover_serve.parity.cross_check import CrossCheck, cross_check
-from loraover_serve.parity.engines.base import Engine
-from loraover_serve.parity.equivalence import MIN_BLOCKS
+from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.html import HTML_FILE, render
-from loraover_serve.parity.measure import Run, measure
-from loraover_serve.parity.memory import PeakMemory, measure_memory
-from loraover_serve.parity.outputs import BASE, Outputs, compare_outputs
+from loraover_serve.parity.machine import machine, versions
 from loraover_serve.parity.report import REPORT_FILE, ParityReport, Verdict
+from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.show import show_report
-from loraover_serve.parity.start import LOG_FILE, references, started, started_vllm
-from loraover_serve.parity.workload import Kind, Request, make_requests
+from loraover_serve.parity.start import LOG_FILE, Launch
+from loraover_serve.parity.workload import Request, make_requests
 
 ALPHA = 0.05
-COMPARED_PROMPTS = 8
-MEMORY_WAVES = 4
-
-
-@dataclass(frozen=True)
-class ParityRequest:
-    """What the command was asked for.
-
-    Args:
-        requests: answered by every arm at every concurrency, both times counted.
-        margin: of a ratio, that counts as equal.
-        memory: servers to start for each arm and concurrency to measure peak memory, on vLLM.
-        timeout_s: longest silence of a server in the middle of an answer.
-        out: folder for `parity.json` and `parity.html`; None writes none.
-    """
-
-    folded: Path
-    vanilla: Path | None
-    checkpoint: Path | None
-    engines: tuple[str, ...]
-    requests: int
-    concurrency: tuple[int, ...]
-    margin: float
-    out: Path | None
-    model: str | None
-    vllm: str
-    workload: Kind
-    prompts: Path | None
-    prompt_tokens: int
-    new_tokens: int
-    seed: int
-    allow_unequal: bool
-    memory: int
-    cross_check: bool
-    timeout_s: float
-
-    def blocks(self, concurrency: int) -> int:
-        """Blocks that the requests make at a concurrency."""
-        return self.requests // (2 * concurrency)
-
-    def command(self) -> str:
-        words = ["loraover-serve", "parity", "--folded", str(self.folded)]
-        words += [] if self.vanilla is None else ["--vanilla", str(self.vanilla)]
-        words += [] if self.checkpoint is None else ["--checkpoint", str(self.checkpoint)]
-        words += [word for engine in self.engines for word in ("--engine", engine)]
-        words += ["--requests", str(self.requests), "--concurrency", ",".join(map(str, self.concurrency))]
-        words += ["--margin", str(self.margin), "--workload", self.workload, "--seed", str(self.seed)]
-        words += ["--prompt-tokens", str(self.prompt_tokens), "--new-tokens", str(self.new_tokens)]
-        words += [] if self.prompts is None else ["--prompts", str(self.prompts)]
-        words += [] if self.model is None else ["--model", self.model]
-        words += ["--memory", str(self.memory)] if "vllm" in self.engines else []
-        words += ["--cross-check"] if self.cross_check else []
-        words += ["--allow-unequal"] if self.allow_unequal else []
-        return shlex.join(words)
 
 
 def run_parity(request: ParityRequest, as_json: bool) -> int:
@@ -109,7 +46,24 @@ def run_parity(request: ParityRequest, as_json: bool) -> int:
     """
     quiet_libraries()
     console = Console(stderr=as_json)
-    _check(request)
+    request.check()
+    logs, are_done_with = Path(tempfile.mkdtemp(prefix="loraover-parity-logs-")), False
+    try:
+        report = _measured_report(request, logs, console)
+        if request.out is not None:
+            _write(report, request.out, request.folded, logs)
+        are_done_with = request.out is not None or not (report.notes or report.verdict == "failed")
+    finally:
+        _end_logs(logs, are_done_with)
+    show_report(report, console)
+    if request.out is not None:
+        console.print(f"wrote {escape(str(request.out))}", soft_wrap=True)
+    if as_json:
+        print(report.model_dump_json(exclude={"runs"}, indent=1))
+    return report.exit_code
+
+
+def _measured_report(request: ParityRequest, logs: Path, console: Console) -> ParityReport:
     with tempfile.TemporaryDirectory(prefix="loraover-parity-") as scratch:
         arms = prepare_arms(
             request.folded,
@@ -120,39 +74,31 @@ def run_parity(request: ParityRequest, as_json: bool) -> int:
             allow_unequal=request.allow_unequal,
             seed=request.seed,
         )
-        requests = _requests(request, arms)
-        measured = _measure(request, arms, requests, Path(scratch), console)
-        if measured.whole:
-            console.print("comparing outputs with PyTorch")
-        outputs = [_outputs(run, arms, requests) for run in {run.engine: run for run in measured.whole}.values()]
-        report = _report(request, arms, measured, outputs)
-        if request.out is not None:
-            with publish_directory(request.out, outside=request.folded) as draft:
-                (draft / REPORT_FILE).write_text(report.model_dump_json() + "\n")
-                (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
-                log = Path(scratch) / LOG_FILE
-                if measured.failure is not None and log.is_file():
-                    shutil.copyfile(log, draft / LOG_FILE)
-    show_report(report, console)
-    if request.out is not None:
-        console.print(f"wrote {escape(str(request.out))}", soft_wrap=True)
-    if as_json:
-        print(report.model_dump_json(exclude={"runs"}, indent=1))
-    return report.exit_code
+        collector = Collector(
+            request,
+            arms,
+            _requests(request, arms),
+            Path(scratch),
+            Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s),
+            lambda line: console.print(escape(line), soft_wrap=True),
+        )
+        return _report(request, arms, collector.collect())
 
 
-def _check(request: ParityRequest) -> None:
-    if request.out is not None:
-        check_free(request.out.absolute(), outside=request.folded)
-    for concurrency in request.concurrency:
-        if request.blocks(concurrency) < MIN_BLOCKS:
-            raise ParityError(
-                f"{request.requests} requests make {request.blocks(concurrency)} blocks of 2 x {concurrency} at "
-                f"concurrency {concurrency}; the tests take {MIN_BLOCKS} at least: --requests "
-                f"{2 * MIN_BLOCKS * concurrency} or more."
-            )
-    if request.new_tokens < 2:
-        raise ParityError("--new-tokens is 1; a time per output token takes two tokens at least.")
+def _write(report: ParityReport, out: Path, folded: Path, logs: Path) -> None:
+    with publish_directory(out, outside=folded) as draft:
+        (draft / REPORT_FILE).write_text(report.model_dump_json() + "\n")
+        (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
+        for log in logs.iterdir():
+            shutil.copyfile(log, draft / log.name)
+
+
+def _end_logs(folder: Path, are_done_with: bool) -> None:
+    """Remove the servers' logs, or say where they are kept."""
+    if are_done_with or not any(folder.iterdir()):
+        shutil.rmtree(folder)
+    else:
+        print(f"vLLM's log is kept in {folder}", file=sys.stderr)
 
 
 def _requests(request: ParityRequest, arms: Arms) -> list[Request]:
@@ -167,128 +113,21 @@ def _requests(request: ParityRequest, arms: Arms) -> list[Request]:
     )
 
 
-@dataclass
-class _Measured:
-    """What there is so far, and why there is no more."""
-
-    runs: list[Run] = field(default_factory=list)
-    memory: list[PeakMemory] = field(default_factory=list)
-    cross_checks: list[CrossCheck] = field(default_factory=list)
-    failure: str | None = None
-
-    @property
-    def whole(self) -> list[Run]:
-        """Runs with enough blocks for the tests."""
-        return [run for run in self.runs if run.blocks >= MIN_BLOCKS]
-
-    @contextmanager
-    def keep(self) -> Iterator[None]:
-        """Keep what was measured before a failure or Ctrl-C; the first failure of a run with nothing yet is raised."""
-        try:
-            yield
-        except LoraOverError as error:
-            if not self.runs:
-                raise
-            self.failure = str(error)
-        except KeyboardInterrupt:
-            if not self.runs:
-                raise
-            self.failure = "interrupted"
-
-
-def _measure(
-    request: ParityRequest, arms: Arms, requests: Sequence[Request], scratch: Path, console: Console
-) -> _Measured:
-    """Every engine at every concurrency, then memory and vLLM's own benchmark where they are asked for."""
-    measured = _Measured()
-
-    def say(line: str) -> None:
-        console.print(escape(line), soft_wrap=True)
-
-    with measured.keep():
-        for name in request.engines:
-            with started(
-                name, arms, requests, scratch, vllm=request.vllm, timeout_s=request.timeout_s, say=say
-            ) as engines:
-                for engine in engines:
-                    for concurrency in request.concurrency if name == "vllm" else request.concurrency[:1]:
-                        blocks = request.blocks(concurrency)
-                        say(f"{engine.name}, concurrency {concurrency}: {blocks} blocks of {len(engine.arms)} arms")
-                        run = measure(engine, requests, concurrency=concurrency, blocks=blocks, seed=request.seed)
-                        measured.runs.append(run)
-                        if run.failure is not None:
-                            measured.failure = run.failure
-                            return measured
-                        if name == "vllm" and request.cross_check:
-                            say("vllm bench serve, on each arm")
-                            measured.cross_checks += _cross_checks(request, run, engine, arms, requests, scratch)
-            if name == "vllm" and request.memory:
-                _measure_memory(request, arms, requests, scratch, measured, say)
-    return measured
-
-
-def _cross_checks(
-    request: ParityRequest, run: Run, engine: Engine, arms: Arms, requests: Sequence[Request], scratch: Path
-) -> list[CrossCheck]:
-    from loraover_serve.parity.engines.vllm import VllmEngine
-
-    assert isinstance(engine, VllmEngine)
-    tokenizer = load_tokenizer(arms.base)
-    return [
-        check
-        for arm, model in engine.models.items()
-        for check in cross_check(
-            run, arm, model, requests, tokenizer, vllm=request.vllm, url=engine.server.url, folder=scratch
-        )
-    ]
-
-
-def _measure_memory(
-    request: ParityRequest,
-    arms: Arms,
-    requests: Sequence[Request],
-    scratch: Path,
-    measured: _Measured,
-    say: Callable[[str], None],
-) -> None:
-    """A few waves of requests for each arm in a server of its own."""
-    for arm in (BASE, *arms.adapters):
-        alone = {arm: arms.adapters[arm]} if arm != BASE else {}
-        for concurrency in request.concurrency:
-            say(f"peak memory of {arm}, concurrency {concurrency}: {request.memory} server(s) of its own")
-            measured.memory.append(
-                measure_memory(
-                    partial(
-                        started_vllm, alone, arms, requests, scratch, vllm=request.vllm, timeout_s=request.timeout_s
-                    ),
-                    arm,
-                    requests[: MEMORY_WAVES * concurrency],
-                    concurrency=concurrency,
-                    servers=request.memory,
-                )
-            )
-
-
-def _outputs(run: Run, arms: Arms, requests: Sequence[Request]) -> Outputs:
-    folded, name, vanilla = references(arms)
-    return compare_outputs(run, requests, folded, name, vanilla, COMPARED_PROMPTS)
-
-
-def _verdict(measured: _Measured, found: list[Result], outputs: list[Outputs]) -> tuple[Verdict, str]:
+def _verdict(measured: Measured, found: list[Result]) -> tuple[Verdict, str]:
     if measured.failure is not None:
         return "failed", measured.failure
-    unapplied = [o.engine for o in outputs if not (o.folded_applied and o.vanilla_applied)]
-    if unapplied:
-        return "failed", f"{unapplied[0]} answers as the base model; an adapter is not applied there"
-    apart = [o.engine for o in outputs if not o.agree]
+    for o in measured.outputs:
+        if o.unapplied:
+            return "failed", f"{o.engine} answers as the base model for {', '.join(o.unapplied)}; no adapter is applied"
+    apart = [o.engine for o in measured.outputs if not o.agree]
     if apart:
         return "different", f"{apart[0]}'s answers are further from PyTorch than the vanilla adapter's are"
     return overall(found)
 
 
-def _report(request: ParityRequest, arms: Arms, measured: _Measured, outputs: list[Outputs]) -> ParityReport:
+def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityReport:
     found = results(measured.whole, request.margin, ALPHA) if measured.whole else []
-    verdict, reason = _verdict(measured, found, outputs)
+    verdict, reason = _verdict(measured, found)
     return ParityReport(
         verdict=verdict,
         reason=reason,
@@ -298,8 +137,9 @@ def _report(request: ParityRequest, arms: Arms, measured: _Measured, outputs: li
         latencies=latencies(measured.whole),
         throughputs=throughputs(measured.whole),
         memory=measured.memory,
-        outputs=outputs,
+        outputs=measured.outputs,
         cross_checks=measured.cross_checks,
+        notes=measured.notes,
         runs=measured.runs,
         base_model=arms.base.name,
         adapters={
@@ -315,6 +155,6 @@ def _report(request: ParityRequest, arms: Arms, measured: _Measured, outputs: li
         },
         seed=request.seed,
         command=request.command(),
-        versions=environment("scipy"),
-        hardware=hardware(),
+        versions=versions(request.engines) | measured.versions,
+        hardware=machine(),
     )

@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraover.adapter_dir import read_adapter_dir
 from loraover.errors import EngineError
 from loraover.models import load_model
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA
-from loraover_serve.parity.arms import Arms
+from loraover_serve.parity.arms import Arms, make_idle
 from loraover_serve.parity.engines.base import Engine
+from loraover_serve.parity.memory import Watch
 from loraover_serve.parity.outputs import BASE, Reference
 from loraover_serve.parity.workload import Request
-from loraover_serve.up import server_config
-from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
+from loraover_serve.up import read_named, server_config
+from loraover_serve.vllm_server import serve_vllm
 
 if TYPE_CHECKING:
     from loraover_serve.parity.engines.vllm import VllmEngine
 
 
-LOG_FILE = "vllm.log"
+LOG_FILE, MEMORY_LOG_FILE = "vllm.log", "vllm-memory.log"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How vLLM is started.
+
+    Args:
+        vllm: the command.
+        log: file for what the server prints.
+        timeout_s: longest silence in the middle of an answer.
+        start_timeout_s: seconds until the first answers.
+    """
+
+    vllm: str
+    log: Path
+    timeout_s: float
+    start_timeout_s: float
 
 
 @contextmanager
@@ -31,24 +51,21 @@ def started(
     arms: Arms,
     requests: Sequence[Request],
     folder: Path,
-    *,
-    vllm: str,
-    timeout_s: float,
+    launch: Launch,
     say: Callable[[str], None],
 ) -> Iterator[Sequence[Engine]]:
     """The engines behind one name: ONNX Runtime is two, merged and swappable.
 
     Args:
-        folder: for exports and logs.
-        vllm: the command `vllm`.
-        timeout_s: longest silence of a server in the middle of an answer.
+        folder: for exports and copies of adapters.
+        launch: of vLLM.
     Raises:
         EngineError: a server that does not start.
         ExportError: a model that has no graph.
     """
     if engine == "vllm":
         say("starting vLLM")
-        with started_vllm(arms.adapters, arms, requests, folder, vllm=vllm, timeout_s=timeout_s) as running:
+        with started_vllm(arms.adapters, arms, requests, folder, launch) as running:
             yield [running]
     elif engine == "onnx":
         yield _onnx(arms, folder, say)
@@ -65,9 +82,8 @@ def started_vllm(
     arms: Arms,
     requests: Sequence[Request],
     folder: Path,
-    *,
-    vllm: str,
-    timeout_s: float,
+    launch: Launch,
+    watch: Watch = nullcontext,
 ) -> Iterator[VllmEngine]:
     """One server for the base model and some adapters; every request fits, and no prompt is remembered.
 
@@ -78,11 +94,12 @@ def started_vllm(
 
     longest = max(len(request.prompt) + request.new_tokens for request in requests)
     options = ("--no-enable-prefix-caching", "--max-model-len", str(longest + 8))
-    named = [_named(path, folder / "adapters" / arm) for arm, path in adapters.items()]
-    address = arms.base.location
-    config = server_config(named, address, options) if named else VllmServerConfig(address, options=options)
-    with serve_vllm(config, folder / LOG_FILE, executable=vllm) as server:
-        yield VllmEngine(server, {BASE: config.model} | {arm: arm for arm in adapters}, timeout_s)
+    named = read_named([_named(path, folder / "adapters" / arm) for arm, path in adapters.items()])
+    config = server_config(named, arms.base, options)
+    with serve_vllm(
+        config, launch.log, executable=launch.vllm, startup_timeout_s=launch.start_timeout_s, watch=watch
+    ) as server:
+        yield VllmEngine(server, {BASE: config.model} | {arm: arm for arm in adapters}, launch.timeout_s)
 
 
 def _named(adapter: Path, copy: Path) -> Path:
@@ -96,13 +113,16 @@ def _onnx(arms: Arms, folder: Path, say: Callable[[str], None]) -> list[Engine]:
     from loraover_serve.parity.engines.onnx import OnnxArm, OnnxEngine
 
     say("building ONNX graphs")
-    swappable = _exported(arms, (VANILLA, FOLDED), "swappable", folder)
-    merged = {arm: _exported(arms, (arm,), "merged", folder) for arm in (VANILLA, FOLDED)}
+    sources = {arm: arms.adapters[arm] for arm in (VANILLA, FOLDED)}
+    swappable = _exported(arms, sources, "swappable", folder)
+    sources[BASE] = make_idle(read_adapter_dir(arms.adapters[VANILLA]), folder / "idle")  # merges into the base model
+    merged = {arm: _exported(arms, {arm: path}, "merged", folder) for arm, path in sources.items()}
     vanilla, folded = (swappable / f"{arm}.onnx_adapter" for arm in (VANILLA, FOLDED))
     return [
         OnnxEngine(
             "onnx merged",
             {
+                BASE: OnnxArm(merged[BASE]),
                 VANILLA: OnnxArm(merged[VANILLA]),
                 CONTROL: OnnxArm(merged[VANILLA], session=1),
                 FOLDED: OnnxArm(merged[FOLDED]),
@@ -120,14 +140,14 @@ def _onnx(arms: Arms, folder: Path, say: Callable[[str], None]) -> list[Engine]:
     ]
 
 
-def _exported(arms: Arms, names: Sequence[str], mode: str, folder: Path) -> Path:
+def _exported(arms: Arms, sources: Mapping[str, Path], mode: str, folder: Path) -> Path:
     """A graph by `loraover-export onnx`; its check is that command's business."""
     from loraover_export.onnx.request import OnnxRequest
     from loraover_export.onnx.run import run_onnx
 
-    output = folder / "-".join((mode, *names))
-    sources = tuple(arms.adapters[name] for name in names)
-    request = OnnxRequest(sources, output, mode, base=arms.base.location, names=tuple(names), check=False)
+    output = folder / "-".join((mode, *sources))
+    paths, names = tuple(sources.values()), tuple(sources)
+    request = OnnxRequest(paths, output, mode, base=arms.base.location, names=names, check=False)
     if run_onnx(request, as_json=False) != 0:
         raise EngineError(f"{output}: the ONNX export failed.")
     return output
@@ -135,7 +155,6 @@ def _exported(arms: Arms, names: Sequence[str], mode: str, folder: Path) -> Path
 
 def references(arms: Arms) -> tuple[Reference, str, Reference]:
     """PyTorch's model of the folded adapter, unfolded if there is a checkpoint, its name, and the vanilla one's."""
-    from loraover.adapter_dir import read_adapter_dir
     from loraover.checkpoint import read_checkpoint
     from loraover.unfolded import unfolded
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from loraover.errors import EngineError, LoraOverError
 from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request
 
@@ -24,3 +26,18 @@ class Engine(ABC):
         Raises:
             EngineError: a request that failed, or hung.
         """
+
+
+@contextmanager
+def engine_errors(engine: str) -> Iterator[None]:
+    """Name the engine in what it raises: the engines of this process have no errors of their own.
+
+    Raises:
+        EngineError: for the errors that torch, PEFT and onnxruntime-genai raise.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, LoraOverError):
+            raise
+        raise EngineError(f"{engine}: {type(error).__name__}: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-from loraover_serve.parity.engines.base import Engine
+from loraover_serve.parity.engines.base import Engine, engine_errors
 from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request
 
@@ -37,13 +37,19 @@ class OnnxEngine(Engine):
     Args:
         name: "onnx merged" or "onnx swappable".
         arms: by name.
+    Raises:
+        EngineError: a graph or an adapter that does not load.
     """
 
     def __init__(self, name: str, arms: Mapping[str, OnnxArm]) -> None:
         self.name, self.arms = name, tuple(arms)
-        models: dict[tuple[Path, int], Any] = {}
         self._models: dict[str, Any] = {}
         self._adapters: dict[str, Any] = {}
+        with engine_errors(name):
+            self._load(arms)
+
+    def _load(self, arms: Mapping[str, OnnxArm]) -> None:
+        models: dict[tuple[Path, int], Any] = {}
         for arm, spec in arms.items():
             key = (spec.graph, spec.session)
             if key not in models:
@@ -54,7 +60,8 @@ class OnnxEngine(Engine):
                 self._adapters[arm].load(str(spec.adapter), arm)
 
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
-        return [self._answer(arm, block, first + i, request) for i, request in enumerate(requests)]
+        with engine_errors(self.name):
+            return [self._answer(arm, block, first + i, request) for i, request in enumerate(requests)]
 
     def _answer(self, arm: str, block: int, index: int, request: Request) -> Sample:
         length = len(request.prompt) + request.new_tokens

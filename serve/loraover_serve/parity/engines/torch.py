@@ -12,7 +12,7 @@ import torch
 
 from loraover.checkpoint import read_checkpoint
 from loraover.unfolded import unfolded
-from loraover_serve.parity.engines.base import Engine
+from loraover_serve.parity.engines.base import Engine, engine_errors
 from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request
 
@@ -31,7 +31,7 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
-        with self._switches[arm]() as model:
+        with engine_errors(self.name), self._switches[arm]() as model:
             return [_answer(model, arm, block, first + i, request) for i, request in enumerate(requests)]
 
 
@@ -43,14 +43,17 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
             takes another.
         adapters: folder of each arm.
         checkpoint: a LoRA-Over checkpoint.
+    Raises:
+        EngineError: an adapter that PEFT refuses.
     """
     from peft import PeftModel
 
     first, *others = adapters.items()
-    model = PeftModel.from_pretrained(load_base(), str(first[1]), adapter_name=first[0])
-    for arm, path in others:
-        model.load_adapter(str(path), adapter_name=arm)
-    model.eval()
+    with engine_errors(TorchEngine.name):
+        model = PeftModel.from_pretrained(load_base(), str(first[1]), adapter_name=first[0])
+        for arm, path in others:
+            model.load_adapter(str(path), adapter_name=arm)
+        model.eval()
 
     @contextmanager
     def base() -> Iterator[Any]:
