@@ -13,6 +13,7 @@ COLUMNS = (
     *("method", "rate", "test loss (sd)", "difference [95 %], p", "trained", "s / step", "GiB", "step norm"),
     *("update norm", "fold error", "basin", "regret"),
 )
+HIGHEST = 1.5
 END_NOTE = " (end): the best rate is at an end of the sweep."
 
 
@@ -95,15 +96,23 @@ def difference_plot(task: TaskResult) -> str:
 
 
 def rate_plot(task: TaskResult) -> str:
-    """Validation loss against learning rate, one line for each method; empty where every method failed."""
+    """Validation loss against learning rate, one line for each method; empty where every method failed.
+
+    Lines leave the plot where a loss is more than `HIGHEST` times the lowest, so that the basins can be seen.
+    """
     if not task.methods:
         return ""
+    swept = sorted({float(rate) for result in task.methods for rate in result.sensitivity.losses})
+    lowest = min(loss for result in task.methods for loss in result.sensitivity.losses.values())
     with svg_axes(8, 3.8) as (axes, drawn):
         for i, result in enumerate(task.methods):
             points = [(float(rate), loss) for rate, loss in result.sensitivity.losses.items() if math.isfinite(loss)]
             rates, losses = zip(*points, strict=True)
             axes.plot(rates, losses, marker="o", color=COLORS[i % len(COLORS)], label=result.method)
         axes.set_xscale("log")
+        axes.set_xticks(swept, [f"{rate:g}" for rate in swept])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(0.97 * lowest, min(axes.get_ylim()[1], HIGHEST * lowest))
         axes.set_xlabel("learning rate")
         axes.set_ylabel("validation loss, nats per token")
         axes.legend(frameon=False, fontsize=9)
