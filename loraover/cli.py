@@ -206,10 +206,11 @@ def study(
     from loraover.command import quiet_libraries
     from loraover.progress import Reporter
     from loraover.recipe import parse_override
+
+    quiet_libraries()
     from loraover.study.grid import DEFAULT_METHODS, split_outside_brackets
     from loraover.study.runner import StudyRequest, Where, run_study
 
-    quiet_libraries()
     request = StudyRequest(
         recipes=recipes,
         rates=_sweeps(DEFAULT_METHODS if methods is None else split_outside_brackets(methods, ","), sweeps),
