@@ -12,7 +12,7 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm test browser vllm vllm-architectures compatibility lint bench schedules study-smoke clean
+.PHONY: demo demo-vllm test browser vllm vllm-architectures compatibility lint bench schedules study study-smoke clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
@@ -91,9 +91,15 @@ bench: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks.exports
 	cd tests && ../$(BIN)/python -m benchmarks.schedules cost
 
+# The study that docs/study/ reports: hours. Its finished runs are kept in docs/study/smollm2, and it goes on from there.
+study: $(VENV)/.installed
+	$(BIN)/python docs/study/prepare.py "$${LORAOVER_DATA:-../shared/data}" runs/study-data
+	$(BIN)/loraover study docs/study/gsm8k.yaml docs/study/qnli.yaml docs/study/subj.yaml --methods lora,lora-over \
+		--lr-sweep 1e-3,3e-3,1e-2 --seeds 5 --jobs 2 -o docs/study/smollm2
+
 # The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 schedules: $(VENV)/.installed
-	cd tests && ../$(BIN)/python -m benchmarks.schedules study --out $(CURDIR)/runs/schedules
+	cd tests && ../$(BIN)/python -m benchmarks.schedules study --jobs 2 --out $(CURDIR)/runs/schedules
 
 # Two methods, rates and seeds on a tiny model: killed in the middle, finished, and the same report as without.
 study-smoke: $(VENV)/.installed
