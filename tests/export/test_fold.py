@@ -518,7 +518,7 @@ def test_check_error_accepts_every_fold(lora: str, dtype: str, tmp_path: Path) -
     outputs = certificate(tmp_path / "out").outputs
     assert outputs is not None
     assert outputs.error.max_logit <= outputs.bound == certificate(tmp_path / "out").output_bound
-    assert outputs.adapter_effect > 10 * outputs.bound
+    assert outputs.adapter_effect > 5 * outputs.bound
     assert outputs.tokens == 8 * 32
     assert "no tokenizer" in outputs.prompt_source
 
