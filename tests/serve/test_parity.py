@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
+import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +293,33 @@ def test_what_was_measured_outlives_the_comparison_of_outputs(
     report = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
     reason = "interrupted" if isinstance(failure, KeyboardInterrupt) else "PyTorch: RuntimeError: out of memory"
     assert (report.verdict, report.reason, report.runs[0].blocks) == ("failed", reason, 5)
+
+
+def test_what_was_measured_is_shown_and_kept_where_the_page_cannot_be_written(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill_the_disk(report: ParityReport) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("loraover_serve.parity.run.render", fill_the_disk)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run(cli, words(made, "--requests", "10", "--json", "--out", str(tmp_path / "out"))) == 2
+    shown = capsys.readouterr()
+    assert "No space left" in shown.err
+    (kept,) = re.findall(r"parity\.json kept in (\S+)", shown.err)
+    report = ParityReport.model_validate_json((Path(kept) / "parity.json").read_text())
+    assert json.loads(shown.out) == json.loads(report.model_dump_json(exclude={"runs"}))
+    assert len(report.runs[0].samples) == 5 * 2 * 4
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert run(cli, words(made, "--out", str(tmp_path / "file" / "out"))) == 2
+    shown = capsys.readouterr()
+    assert f"cannot write {tmp_path / 'file' / 'out'}" in shown.err
+    assert "loading PyTorch" not in shown.out
 
 
 def test_an_adapter_that_peft_refuses_is_an_engine_error(

@@ -83,7 +83,7 @@ def test_a_fault_before_any_block_leaves_no_report(
     shown = capsys.readouterr().err
     assert cause in shown
     assert not (tmp_path / "out").exists()
-    (kept,) = re.findall(r"vLLM's log is kept in (\S+)", shown)
+    (kept,) = re.findall(r"vllm\.log kept in (\S+)", shown)
     assert "words:" in (Path(kept) / "vllm.log").read_text()
 
 

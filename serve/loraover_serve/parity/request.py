@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.errors import ParityError
-from loraover.output import check_free
+from loraover.output import check_writable
 from loraover_serve.parity.equivalence import MIN_BLOCKS
 from loraover_serve.parity.workload import Kind
 
@@ -59,10 +59,10 @@ class ParityRequest:
 
         Raises:
             ParityError: too few requests or tokens, or several at once without a server.
-            OutputError: an output that is there already.
+            OutputError: an output that is there already, or cannot be written.
         """
         if self.out is not None:
-            check_free(self.out.absolute(), outside=self.folded)
+            check_writable(self.out, outside=self.folded)
         if self.concurrency != (1,) and "vllm" not in self.engines:
             raise ParityError("--concurrency is vLLM's; onnx and torch answer one request at a time.")
         for concurrency in self.concurrency:
