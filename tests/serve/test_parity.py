@@ -122,7 +122,7 @@ def test_what_was_measured_before_a_failure_is_kept() -> None:
     assert {(s.block, s.arm) for s in run.samples} == {(b, arm) for b in range(1, 7) for arm in ARMS}
 
 
-def test_a_thousand_requests_are_described_in_no_time() -> None:
+def test_every_latency_of_every_arm_of_a_thousand_requests_is_described() -> None:
     run = measure(Clockwork({}, noise=0.02), [Request((1,), 32)], concurrency=1, blocks=500, seed=0)
     assert len(latencies([run])) == len(ARMS) * 4
 
@@ -225,6 +225,8 @@ def test_a_run_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--vanilla", "nowhere"], "no such folder"),
         (["--checkpoint", "nowhere"], "no such folder"),
         (["--concurrency", "4"], "one request at a time"),
+        (["--concurrency", "4,1,4", "--engine", "vllm"], "--concurrency names one twice: 4, 1, 4"),
+        (["--engine", "torch"], "--engine names one twice: torch, torch"),
     ],
 )
 def test_requests_that_cannot_be_used(
