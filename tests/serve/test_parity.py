@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from loraover import LoraOverConfig
-from loraover.adapter_dir import read_adapter_dir
+from loraover.adapter_dir import TENSORS_FILE, read_adapter_dir
 from loraover.command import run
 from loraover_serve.cli import cli
 from loraover_serve.parity import outputs
@@ -375,17 +377,33 @@ def test_the_kept_report_says_what_its_samples_say() -> None:
         assert all(f"{r.ratio:.3f} [{r.interval[0]:.3f}, {r.interval[1]:.3f}]" in table for r in mine)
 
 
-def test_a_run_on_onnx(made: Made, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert run(cli, words(made, "--requests", "10", "--out", str(out), engine="onnx")) in (0, 1, 3)
+def weakened(adapter: Path, copy: Path) -> Path:
+    """An adapter that changes what the model thinks, and nothing that it says."""
+    shutil.copytree(adapter, copy)
+    tensors = load_file(copy / TENSORS_FILE)
+    weak = {name: 1e-2 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(weak, copy / TENSORS_FILE)
+    return copy
+
+
+def test_a_run_on_onnx(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, folded = tmp_path / "out", weakened(made.path.parent / "folded", tmp_path / "weak")
+    more = ["--folded", str(folded), "--requests", "10", "--json", "--out", str(out)]
+    assert run(cli, words(made, *more, engine="onnx")) in (0, 1, 3)
     report = ParityReport.model_validate_json((out / "parity.json").read_text())
+    assert json.loads(capfd.readouterr().out)["verdict"] == report.verdict
     assert [run.engine for run in report.runs] == ["onnx merged", "onnx swappable"]
     for found in report.runs:
         assert {sample.arm for sample in found.samples} == {"base", VANILLA, CONTROL, FOLDED}
         assert all(len(sample.token_ids) == len(sample.token_s) == 4 for sample in found.samples)
+        assert all(0 < sample.first_token_s < sample.end_to_end_s for sample in found.samples)
     merged, swappable = ({(s.arm, s.request): s.token_ids for s in found.samples} for found in report.runs)
     assert merged == swappable
+    assert all(ids == merged["base", request] for (_, request), ids in merged.items())
     for compared in report.outputs:
         assert (compared.folded.equal, compared.vanilla.equal, compared.controls_equal) == (1.0, 1.0, 1.0)
-        assert compared.unapplied == []
+        assert (compared.unapplied, compared.noise_rms) == ([], 0.0)
+        for distance in (compared.folded, compared.vanilla):
+            assert distance.logprob_rms is not None
+            assert distance.logprob_rms < 1e-5
     assert {"onnxruntime", "onnxruntime-genai"} <= report.versions.keys()

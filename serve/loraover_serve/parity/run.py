@@ -119,7 +119,7 @@ def _verdict(measured: Measured, found: list[Result]) -> tuple[Verdict, str]:
         return "failed", measured.failure
     for o in measured.outputs:
         if o.unapplied:
-            return "failed", f"{o.engine} answers as the base model for {', '.join(o.unapplied)}; no adapter is applied"
+            return "failed", f"{o.engine} answers as the base model for {', '.join(o.unapplied)}"
     apart = [o.engine for o in measured.outputs if not o.agree]
     if apart:
         return "different", f"{apart[0]}'s answers are further from PyTorch than the vanilla adapter's are"
