@@ -63,6 +63,16 @@ def publish_directory(
                 parent.rmdir()
 
 
+class _AbandonedError(Exception):
+    """Leaves the block that would publish."""
+
+
+def check_writable(destination: str | os.PathLike[str], *, outside: Path | None = None) -> None:
+    """Raise OutputError unless `publish_directory` can begin there; nothing is left behind."""
+    with suppress(_AbandonedError), publish_directory(destination, outside=outside):
+        raise _AbandonedError
+
+
 def _put_in_place(draft: Path, target: Path, replace: bool) -> None:
     check_free(target, replace=replace)
     if not target.exists():

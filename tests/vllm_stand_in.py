@@ -45,10 +45,12 @@ def assert_stopped(folder: Path) -> None:
 
 def main(mode: str, folder: str, after: int) -> None:
     pids = Path(folder) / "pids"
+    started_before = pids.exists()
+    note(pids, os.getpid())
     print("words:", json.dumps(sys.argv[1:]), flush=True)
     if sys.argv[1] == "bench":
         sys.exit("no such dataset")
-    if mode == "ends" or (mode == "starts once" and pids.exists()):
+    if mode == "ends" or (mode == "starts once" and started_before):
         sys.exit("no memory for the cache")
     if mode == "raises":
         print("ValueError: not enough memory")
@@ -57,10 +59,15 @@ def main(mode: str, folder: str, after: int) -> None:
     child = subprocess.Popen(["sleep", str(HANG_S)])
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    pids.write_text(f"{os.getpid()} {child.pid}\n")
+    note(pids, child.pid)
     if mode == "silent":
         time.sleep(HANG_S)
     Server(int(sys.argv[sys.argv.index("--port") + 1]), mode, Path(folder), after).serve_forever()
+
+
+def note(pids: Path, pid: int) -> None:
+    with pids.open("a") as file:
+        print(pid, file=file)
 
 
 class Server(ThreadingHTTPServer):
@@ -83,6 +90,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.seen = True
         if mode == "busy" and seen:
             time.sleep(2)
+        if mode == "stammers" and not seen:
+            self.wfile.write(b"INFO: starting\r\n\r\n")
+            self.close_connection = True
+            return
         well = mode != "unwell" or not seen
         self.reply(200 if well else 503, {"data": [{"id": "base"}], "version": "0.0 of a stand-in"})
 
@@ -105,8 +116,12 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(500, {"error": {"message": "EngineCore encountered an issue.", "code": 500}})
         elif mode == "answers 404":
             self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}})
+        elif mode == "breaks off the error":
+            self.reply(500, {}, promised=1000)
         elif body.get("stream"):
             self.stream(body, mode)
+        elif mode == "hangs":
+            time.sleep(HANG_S)
         else:
             several = isinstance(body["prompt"][0], list)
             prompts = len(body["prompt"]) if several else 1
@@ -124,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
         first = choice(size, logprob(body, mode), body["prompt"])
         if mode == "leaves out":
             del first["token_ids"]
+        if mode == "hides logprobs":
+            del first["logprobs"]["token_logprobs"]
         self.piece(body, mode, first)
         if mode == "hangs":
             time.sleep(HANG_S)
@@ -149,12 +166,14 @@ class Handler(BaseHTTPRequestHandler):
     def chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
-    def reply(self, code: int, content: dict[str, Any]) -> None:
+    def reply(self, code: int, content: dict[str, Any], promised: int = 0) -> None:
+        """Answer with JSON, and hang up where more bytes are promised than that."""
         data = json.dumps(content).encode()
         self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(max(promised, len(data))))
         self.end_headers()
         self.wfile.write(data)
+        self.close_connection = promised > len(data)
 
     def log_message(self, *args: object) -> None:
         pass

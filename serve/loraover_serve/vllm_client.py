@@ -56,7 +56,7 @@ class VllmClient:
         """Whether the server answers at all; a model may still fail at its first request."""
         try:
             return bool(self._opener.open(f"{self.url}/health", timeout=10).status == 200)
-        except OSError:
+        except (OSError, HTTPException):
             return False
 
     def models(self) -> list[str]:
@@ -71,18 +71,29 @@ class VllmClient:
         with _readable("/version", answer):
             return str(answer["version"])
 
-    def complete(self, model: str, prompt: Sequence[int], *, max_tokens: int) -> Completion:
+    def complete(
+        self, model: str, prompt: Sequence[int], *, max_tokens: int, timeout_s: float = REQUEST_TIMEOUT_S
+    ) -> Completion:
         """`complete_batch` of one prompt."""
-        return self.complete_batch(model, [prompt], max_tokens=max_tokens)[0]
+        return self.complete_batch(model, [prompt], max_tokens=max_tokens, timeout_s=timeout_s)[0]
 
-    def complete_batch(self, model: str, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> list[Completion]:
+    def complete_batch(
+        self,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> list[Completion]:
         """Greedy continuations of token sequences, of exactly `max_tokens` tokens each, end of text or not.
 
+        Args:
+            timeout_s: longest silence.
         Raises:
-            EngineError: no such model, or the engine failed.
+            EngineError: no such model, or the engine failed or stayed silent.
         """
         body = _greedy_body(model, [list(prompt) for prompt in prompts], max_tokens)
-        answer = self._request("/v1/completions", body)
+        answer = self._request("/v1/completions", body, timeout_s)
         with _readable(model, answer):
             _check_addressee(model, answer)
             return [
@@ -96,7 +107,8 @@ class VllmClient:
         Args:
             timeout_s: longest silence.
         Raises:
-            EngineError: no such model, an engine that failed or hung, or an answer of another length, model or prompt.
+            EngineError: no such model, an engine that failed or hung, or an answer of another length, model or
+                prompt, or without its logprobs.
         """
         body = _greedy_body(model, list(prompt), max_tokens) | {"stream": True}
         text = ""
@@ -123,6 +135,8 @@ class VllmClient:
                         times.append(now)
         if len(ids) != max_tokens:
             raise EngineError(f"{model}: {len(ids)} tokens of {max_tokens} came; the answer was cut off.")
+        if len(logprobs) != len(ids):
+            raise EngineError(f"{model}: {len(logprobs)} logprobs came with {len(ids)} tokens.")
         return Streamed(text, tuple(ids), tuple(logprobs), start, tuple(times))
 
     def load_adapter(self, name: str, path: Path) -> None:
@@ -141,10 +155,10 @@ class VllmClient:
         """
         self._request("/v1/unload_lora_adapter", {"lora_name": name})
 
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _request(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url + path, data, {"Content-Type": "application/json"})
-        with self._open(request, REQUEST_TIMEOUT_S) as response:
+        with self._open(request, timeout_s) as response:
             content = response.read()
         try:
             return json.loads(content)
@@ -158,10 +172,16 @@ class VllmClient:
             with self._opener.open(request, timeout=timeout_s) as response:
                 yield response
         except HTTPError as error:
-            text = error.read().decode(errors="replace")
-            raise EngineError(f"{path}: the server answered {error.code}: {text[:1000]}") from error
+            raise EngineError(f"{path}: the server answered {error.code}: {_explanation(error)}") from error
         except (OSError, HTTPException) as error:
             raise EngineError(f"{path}: no answer from {self.url}: {error}") from error
+
+
+def _explanation(error: HTTPError) -> str:
+    try:
+        return error.read().decode(errors="replace")[:1000]
+    except (OSError, HTTPException) as broken:
+        return f"its explanation broke off: {broken}"
 
 
 def _parsed(model: str, text: bytes) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _await_answers(
         time.sleep(POLL_S)
     for name in names:
         try:
-            client.complete(name, [1], max_tokens=1)
+            client.complete(name, [1], max_tokens=1, timeout_s=max(deadline - time.monotonic(), POLL_S))
         except EngineError as error:
             raise EngineError(f"vllm serve is up, but {name!r} does not answer: {error} {_end_of(log)}") from error
 

@@ -105,9 +105,11 @@ def test_a_planted_delay_is_found(delayed: Run) -> None:
     """The machine may be busy with other tests: then the copies fail the control, and the verdict must be that."""
     found = results([delayed], margin=0.25)
     folded, control = ([result for result in found if result.arm == arm] for arm in (FOLDED, CONTROL))
-    assert all(result.verdict == "different" and 1.5 < result.ratio < 2.6 for result in folded), folded
-    is_quiet = all(result.verdict == "equivalent" for result in control)
-    assert overall(found)[0] == ("different" if is_quiet else "inconclusive")
+    if all(result.verdict == "equivalent" for result in control):
+        assert all(result.verdict == "different" and 1.5 < result.ratio < 2.6 for result in folded), folded
+        assert overall(found)[0] == "different"
+    else:
+        assert overall(found)[0] == "inconclusive"
 
 
 @pytest.fixture(scope="module")

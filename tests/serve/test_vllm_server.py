@@ -86,6 +86,7 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path, monkeypatch: pytest.Mon
         ("silent", ["did not come up", "the end of"]),
         ("fails late", ["'base' does not answer", "500", "head_dim 8"]),
         ("fails on b", ["'b' does not answer"]),
+        ("hangs", ["'base' does not answer", "timed out"]),
     ],
 )
 def test_a_server_that_is_no_use_says_why(mode: str, words: list[str], tmp_path: Path) -> None:
@@ -93,13 +94,18 @@ def test_a_server_that_is_no_use_says_why(mode: str, words: list[str], tmp_path:
         config(tmp_path),
         tmp_path / "log",
         executable=stand_in(tmp_path, mode),
-        startup_timeout_s=2 if mode == "silent" else 60,
+        startup_timeout_s=10 if mode in ("silent", "hangs") else 60,
     )
     with pytest.raises(EngineError) as caught, server:
         pytest.fail("the block ran")
     assert all(word in str(caught.value) for word in words)
     if mode != "ends":
         assert_stopped(tmp_path)
+
+
+def test_what_is_no_http_at_first_is_waited_for(tmp_path: Path) -> None:
+    with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "stammers")) as client:
+        assert client.is_healthy()
 
 
 def test_a_connection_that_breaks_is_an_engine_error(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Answer(BaseModel):
 
     request: int
     gap: float | None = Field(description="nats by which PyTorch first preferred another token; None: nowhere")
-    logprob_rms: float | None = Field(description="nats, over its tokens; None: the engine tells none")
+    logprob_rms: float | None = Field(description="nats, over the tokens that the engine tells them of; None: of none")
 
 
 class Distance(BaseModel):
@@ -50,7 +50,7 @@ class Distance(BaseModel):
     reference: str = Field(description="the model in PyTorch")
     equal: float = Field(description="share of prompts whose tokens are all PyTorch's own choices")
     largest_gap: float = Field(description="nats by which PyTorch preferred another token, where answers first part")
-    logprob_rms: float | None = Field(description="nats, of the logprobs of all tokens; None: the engine tells none")
+    logprob_rms: float | None = Field(description="nats, of all logprobs that the engine tells; None: it tells none")
     logprob_error: float | None = Field(description="nats, standard error of logprob_rms")
     logprob_largest: float | None = Field(description="nats")
     answers: list[Answer]
@@ -181,8 +181,8 @@ def _distance(reference: str, model: Any, requests: Sequence[Request], samples: 
 
 
 def agrees(found: Distance, floor: Distance) -> bool:
-    """The floor's rms, and where texts part, a gap of two logits that are each off by as much as any of the floor's."""
-    gap = 2 * floor.logprob_largest if floor.logprob_largest is not None else floor.largest_gap
+    """The floor's rms, and where texts part, its gap or that of two logits that are each off by as much as any."""
+    gap = max(floor.largest_gap, 2 * (floor.logprob_largest or 0.0))
     if found.largest_gap > gap + ROUNDING:
         return False
     if found.logprob_rms is None or floor.logprob_rms is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.errors import ParityError
-from loraover.output import check_free
+from loraover.output import check_writable
 from loraover_serve.parity.equivalence import MIN_BLOCKS
 from loraover_serve.parity.workload import Kind
 
@@ -58,11 +58,14 @@ class ParityRequest:
         """Refuse what cannot be measured, before anything starts.
 
         Raises:
-            ParityError: too few requests or tokens, or several at once without a server.
-            OutputError: an output that is there already.
+            ParityError: too few requests or tokens, several at once without a server, or something named twice.
+            OutputError: an output that is there already, or cannot be written.
         """
         if self.out is not None:
-            check_free(self.out.absolute(), outside=self.folded)
+            check_writable(self.out, outside=self.folded)
+        for option, given in (("--engine", self.engines), ("--concurrency", self.concurrency)):
+            if len(set(given)) < len(given):
+                raise ParityError(f"{option} names one twice: {', '.join(map(str, given))}; name each once.")
         if self.concurrency != (1,) and "vllm" not in self.engines:
             raise ParityError("--concurrency is vLLM's; onnx and torch answer one request at a time.")
         for concurrency in self.concurrency:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from loraover.command import quiet_libraries
 from loraover.models import load_tokenizer
-from loraover.output import publish_directory
+from loraover.output import publish_directory, publish_file
 from loraover_serve.parity.analysis import (
     CONTROL,
     FOLDED,
@@ -37,7 +37,7 @@ ALPHA = 0.05
 
 
 def run_parity(request: ParityRequest, as_json: bool) -> int:
-    """Measure, judge, write and show.
+    """Measure, judge, show and write.
 
     Returns:
         0 equivalent, 1 different, 3 inconclusive, 2 where an engine failed in the middle and the report is partial.
@@ -47,19 +47,18 @@ def run_parity(request: ParityRequest, as_json: bool) -> int:
     quiet_libraries()
     console = Console(stderr=as_json)
     request.check()
-    logs, are_done_with = Path(tempfile.mkdtemp(prefix="loraover-parity-logs-")), False
+    kept, is_done_with = Path(tempfile.mkdtemp(prefix="loraover-parity-kept-")), False
     try:
-        report = _measured_report(request, logs, console)
+        report = _measured_report(request, kept, console)
+        show_report(report, console)
+        if as_json:
+            print(report.model_dump_json(exclude={"runs"}, indent=1))
         if request.out is not None:
-            _write(report, request.out, request.folded, logs)
-        are_done_with = request.out is not None or not (report.notes or report.verdict == "failed")
+            _write(report, request.out, request.folded, kept)
+            console.print(f"wrote {escape(str(request.out))}", soft_wrap=True)
+        is_done_with = request.out is not None or not (report.notes or report.verdict == "failed")
     finally:
-        _end_logs(logs, are_done_with)
-    show_report(report, console)
-    if request.out is not None:
-        console.print(f"wrote {escape(str(request.out))}", soft_wrap=True)
-    if as_json:
-        print(report.model_dump_json(exclude={"runs"}, indent=1))
+        _end(kept, is_done_with)
     return report.exit_code
 
 
@@ -85,20 +84,22 @@ def _measured_report(request: ParityRequest, logs: Path, console: Console) -> Pa
         return _report(request, arms, collector.collect())
 
 
-def _write(report: ParityReport, out: Path, folded: Path, logs: Path) -> None:
+def _write(report: ParityReport, out: Path, folded: Path, kept: Path) -> None:
+    """Publish report, page and logs; `kept` has the samples already should that fail."""
+    publish_file(kept / REPORT_FILE, lambda path: path.write_text(report.model_dump_json() + "\n"))
     with publish_directory(out, outside=folded) as draft:
-        (draft / REPORT_FILE).write_text(report.model_dump_json() + "\n")
         (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
-        for log in logs.iterdir():
-            shutil.copyfile(log, draft / log.name)
+        for file in kept.iterdir():
+            shutil.copyfile(file, draft / file.name)
 
 
-def _end_logs(folder: Path, are_done_with: bool) -> None:
-    """Remove the servers' logs, or say where they are kept."""
-    if are_done_with or not any(folder.iterdir()):
-        shutil.rmtree(folder)
+def _end(kept: Path, is_done_with: bool) -> None:
+    """Remove the servers' logs and the samples, or say where they are kept."""
+    names = sorted(file.name for file in kept.iterdir())
+    if is_done_with or not names:
+        shutil.rmtree(kept)
     else:
-        print(f"vLLM's log is kept in {folder}", file=sys.stderr)
+        print(f"{', '.join(names)} kept in {kept}", file=sys.stderr)
 
 
 def _requests(request: ParityRequest, arms: Arms) -> list[Request]:
@@ -118,7 +119,7 @@ def _verdict(measured: Measured, found: list[Result]) -> tuple[Verdict, str]:
         return "failed", measured.failure
     for o in measured.outputs:
         if o.unapplied:
-            return "failed", f"{o.engine} answers as the base model for {', '.join(o.unapplied)}; no adapter is applied"
+            return "failed", f"{o.engine} answers as the base model for {', '.join(o.unapplied)}"
     apart = [o.engine for o in measured.outputs if not o.agree]
     if apart:
         return "different", f"{apart[0]}'s answers are further from PyTorch than the vanilla adapter's are"

@@ -16,7 +16,7 @@ class Sample:
         start_s: seconds on a clock that only moves forward.
         token_s: when each piece of the answer arrived.
         token_ids: generated.
-        logprobs: nats, where the engine gives them.
+        logprobs: nats, of as many of the first tokens as the engine tells: ONNX Runtime of one.
     """
 
     arm: str

@@ -74,11 +74,15 @@ class OnnxEngine(Engine):
         times: list[float] = []
         start = time.perf_counter()
         generator.append_tokens(prompt)
+        before = time.perf_counter()
+        logits = generator.get_logits()[0, -1].astype(np.float64)
+        start += time.perf_counter() - before  # not the answer's time
         while not generator.is_done():
             generator.generate_next_token()
             times.append(time.perf_counter())
         ids = tuple(int(token) for token in generator.get_sequence(0)[len(prompt) :])
-        return Sample(arm, block, index, start, tuple(times), ids)
+        logprob = float(logits[ids[0]] - np.logaddexp.reduce(logits))
+        return Sample(arm, block, index, start, tuple(times), ids, (logprob,))
 
 
 def _endless(graph: Path) -> Any:
