@@ -25,10 +25,12 @@ from loraover.exact import open_exact
 from loraover.output import publish_file
 from loraover.recipe import Recipe
 from loraover.run_result import RUN_FILE, read_run
+from loraover.tensor_file import HAD_DIVERGED
 from loraover.train import HELD_OUT_FILE
 
 OUTCOME_FILE = "outcome.json"
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
+SIGNS_OF_DIVERGENCE = (DIVERGED, HAD_DIVERGED)  # at its end; in what a killed one is resumed from
 SIGNS_OF_NO_MEMORY = (
     "OutOfMemoryError",
     "MemoryError",
@@ -42,7 +44,7 @@ class Outcome(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str = Field(description="SHA-256 of the recipe")
-    failure: str | None = Field(None, description="why there is no loss, and another try would not give one")
+    failure: str | None = Field(None, description="why there is no loss")
     nats: list[float] = Field(default_factory=list, description="of each held-out completion")
     tokens: list[int] = Field(default_factory=list)
     step_seconds: float | None = Field(None, description="None: the process that ended the run took no step")
@@ -164,7 +166,7 @@ def _failure(folder: Path, said: str) -> str:
     Raises:
         LoraOverError: it does not.
     """
-    if DIVERGED in said:
+    if any(sign in said for sign in SIGNS_OF_DIVERGENCE):
         return DIVERGED
     last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
     if any(sign in last for sign in SIGNS_OF_NO_MEMORY):

@@ -149,12 +149,11 @@ def test_what_is_no_study_is_refused(
 
 
 def test_a_run_that_diverges_is_worse_than_any_other(recipe: Path, tmp_path: Path) -> None:
-    more = ["--methods", "lora", "--lr-sweep", "1e-3,1e30", "--seeds", "1"]
+    more = ["--lr-sweep", "1e-3,1e30", "--seeds", "1"]
     assert run(cli, words(recipe, tmp_path / "out", *more)) == 0
     (task,) = report_of(tmp_path / "out").tasks
-    assert task.methods[0].rate == 1e-3
-    (failure,) = task.failures
-    assert failure.endswith("training diverged")
+    assert [method.rate for method in task.methods] == [1e-3, 1e-3]
+    assert [failure.endswith("training diverged") for failure in task.failures] == [True, True]
 
 
 def test_recipes_of_one_name_would_share_folders(
@@ -248,6 +247,17 @@ def test_a_loss_that_is_no_number_is_a_divergence(finished_run: Path, recipe: Pa
     (folder / "held_out.json").write_text(json.dumps(scored))
     for _ in range(2):  # the second time it is read
         assert execute(one_run(recipe), folder, threads=1).failure == "training diverged"
+
+
+def test_a_run_that_was_killed_after_it_diverged_has_diverged(recipe: Path, tmp_path: Path) -> None:
+    """Its cores, which are resumed from, are no numbers."""
+    diverging = {"method": "lora-over", "training.learning_rate": 1e30, "training.save_steps": 1}
+    asked = load_recipe(str(recipe), diverging | {"training.max_steps": 2, "evaluation.before": False})
+    folder = tmp_path / "run"
+    assert execute(asked, folder, threads=1).failure == "training diverged"
+    (folder / OUTCOME_FILE).unlink()
+    assert (folder / "trainer" / "checkpoint-2" / "complete.json").is_file()
+    assert execute(asked, folder, threads=1).failure == "training diverged"
 
 
 @pytest.mark.parametrize(
