@@ -23,7 +23,7 @@ from loraover.checkpoint import META_FILE, read_checkpoint
 from loraover.errors import ConfigError, LoraOverError
 from loraover.exact import open_exact
 from loraover.output import publish_file
-from loraover.recipe import Recipe
+from loraover.recipe import Recipe, load_recipe
 from loraover.run_result import RUN_FILE, read_run
 from loraover.tensor_file import HAD_DIVERGED
 from loraover.train import HELD_OUT_FILE
@@ -64,6 +64,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         folder: of the run; its outcome is written there, and is what a second call returns.
         threads: for the process.
     Raises:
+        ConfigError: the run was begun with another recipe.
         LoraOverError: the run failed for another reason than its rate or its size.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         found = read_outcome(recipe, folder)
         if found is not None:
             return found
+        _check_begun(recipe, folder)
         said = "" if (folder / RUN_FILE).is_file() else _train(recipe, folder, threads, lock)
         outcome = _outcome(recipe, folder, said)
         folder.mkdir(exist_ok=True)
@@ -89,9 +91,24 @@ def _alone(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+def _asked(folder: Path) -> Path:
+    """The recipe as the study gave it to the run, without the revisions that the run pins in its own."""
+    return folder.with_suffix(folder.suffix + ".yaml")
+
+
+def _check_begun(recipe: Recipe, folder: Path) -> None:
+    """Raise ConfigError of a run that was begun, or finished but for its outcome, with another recipe."""
+    if (folder / "recipe.yaml").is_file() and digest(load_recipe(str(_asked(folder)))) != digest(recipe):
+        raise _another_recipe(folder)
+
+
+def _another_recipe(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder}: was run with another recipe than this study's; name a new folder.")
+
+
 def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
     """What `loraover train` says; its exit code is told by what it leaves in the folder."""
-    asked = folder.with_suffix(folder.suffix + ".yaml")
+    asked = _asked(folder)
     publish_file(asked, lambda draft: draft.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
     if (folder / "recipe.yaml").is_file() and not any((folder / name).exists() for name in ("adapter", "model")):
@@ -128,7 +145,7 @@ def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
         return None
     found = read_json(folder / OUTCOME_FILE, Outcome)
     if found.recipe != digest(recipe):
-        raise ConfigError(f"{folder}: was run with another recipe than this study's; name a new folder.")
+        raise _another_recipe(folder)
     return found
 
 
