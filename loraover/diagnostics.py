@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.callback import LoraOverCallback
@@ -21,27 +22,35 @@ PREFIX = "loraover/"
 def core_numbers(over: OverParameterization) -> dict[str, float]:
     """Norms of centre and auxiliary cores, the worst condition number of the gauge, and added parameters.
 
-    The gauge is the auxiliary cores' contraction left and right of the centre; its condition is 1 at injection.
+    The gauge is the auxiliary cores' contraction left and right of the centre; its condition is 1 at injection, and
+    NaN once a run has diverged.
     """
     centre = auxiliary = 0.0
-    condition = 1.0
+    conditions = [1.0]
     for group in over.groups:
         for k, stack in enumerate(group.stacks):
             square = float(stack.double().square().sum())
             centre, auxiliary = (centre + square, auxiliary) if k == group.centre else (centre, auxiliary + square)
         for frame in group.decomposition.frames(group.stacks, *group.shape):
-            values = torch.linalg.svdvals(frame.double())
-            condition = max(condition, float((values[:, 0] / values[:, -1]).max()))
+            conditions.append(_condition(frame.double()))
     cores, matrices = over.num_parameters()
     everything = sum(site.parameter.numel() for site in over.sites.values())
     return {
         "centre_norm": math.sqrt(centre),
         "auxiliary_norm": math.sqrt(auxiliary),
-        "gauge_condition": condition,
+        "gauge_condition": float(torch.tensor(conditions, dtype=torch.float64).max()),  # unlike max, NaN if one is
         "injected_sites": len(over.injected),
         "added_parameters": cores - matrices,
         "added_share": (cores - matrices) / everything,
     }
+
+
+def _condition(frame: Tensor) -> float:
+    """The largest ratio of extreme singular values; NaN where a matrix is not finite, which PyTorch refuses."""
+    if not bool(frame.isfinite().all()):
+        return math.nan
+    values = torch.linalg.svdvals(frame)
+    return float((values[:, 0] / values[:, -1]).max())
 
 
 def _log_folder(args: TrainingArguments) -> Path:

@@ -15,6 +15,7 @@ from loraover.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+HAD_DIVERGED = "the run that wrote it had diverged"
 
 
 class TensorFile:
@@ -45,7 +46,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
         tensor: Tensor = self._handle.get_tensor(key)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
+            raise CheckpointError(f"{self.path}: {key} holds NaN or infinity; {HAD_DIVERGED}.")
         return tensor
 
     def _slice(self, key: str) -> Any:

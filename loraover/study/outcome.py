@@ -23,12 +23,14 @@ from loraover.checkpoint import META_FILE, read_checkpoint
 from loraover.errors import ConfigError, LoraOverError
 from loraover.exact import open_exact
 from loraover.output import publish_file
-from loraover.recipe import Recipe
+from loraover.recipe import Recipe, load_recipe
 from loraover.run_result import RUN_FILE, read_run
+from loraover.tensor_file import HAD_DIVERGED
 from loraover.train import HELD_OUT_FILE
 
 OUTCOME_FILE = "outcome.json"
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
+SIGNS_OF_DIVERGENCE = (DIVERGED, HAD_DIVERGED)  # at its end; in what a killed one is resumed from
 SIGNS_OF_NO_MEMORY = (
     "OutOfMemoryError",
     "MemoryError",
@@ -42,7 +44,7 @@ class Outcome(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str = Field(description="SHA-256 of the recipe")
-    failure: str | None = Field(None, description="why there is no loss, and another try would not give one")
+    failure: str | None = Field(None, description="why there is no loss")
     nats: list[float] = Field(default_factory=list, description="of each held-out completion")
     tokens: list[int] = Field(default_factory=list)
     step_seconds: float | None = Field(None, description="None: the process that ended the run took no step")
@@ -62,6 +64,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         folder: of the run; its outcome is written there, and is what a second call returns.
         threads: for the process.
     Raises:
+        ConfigError: the run was begun with another recipe.
         LoraOverError: the run failed for another reason than its rate or its size.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +72,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         found = read_outcome(recipe, folder)
         if found is not None:
             return found
+        _check_begun(recipe, folder)
         said = "" if (folder / RUN_FILE).is_file() else _train(recipe, folder, threads, lock)
         outcome = _outcome(recipe, folder, said)
         folder.mkdir(exist_ok=True)
@@ -87,9 +91,24 @@ def _alone(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+def _asked(folder: Path) -> Path:
+    """The recipe as the study gave it to the run, without the revisions that the run pins in its own."""
+    return folder.with_suffix(folder.suffix + ".yaml")
+
+
+def _check_begun(recipe: Recipe, folder: Path) -> None:
+    """Raise ConfigError of a run that was begun, or finished but for its outcome, with another recipe."""
+    if (folder / "recipe.yaml").is_file() and digest(load_recipe(str(_asked(folder)))) != digest(recipe):
+        raise _another_recipe(folder)
+
+
+def _another_recipe(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder}: was run with another recipe than this study's; name a new folder.")
+
+
 def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
     """What `loraover train` says; its exit code is told by what it leaves in the folder."""
-    asked = folder.with_suffix(folder.suffix + ".yaml")
+    asked = _asked(folder)
     publish_file(asked, lambda draft: draft.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
     if (folder / "recipe.yaml").is_file() and not any((folder / name).exists() for name in ("adapter", "model")):
@@ -126,7 +145,7 @@ def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
         return None
     found = read_json(folder / OUTCOME_FILE, Outcome)
     if found.recipe != digest(recipe):
-        raise ConfigError(f"{folder}: was run with another recipe than this study's; name a new folder.")
+        raise _another_recipe(folder)
     return found
 
 
@@ -164,7 +183,7 @@ def _failure(folder: Path, said: str) -> str:
     Raises:
         LoraOverError: it does not.
     """
-    if DIVERGED in said:
+    if any(sign in said for sign in SIGNS_OF_DIVERGENCE):
         return DIVERGED
     last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
     if any(sign in last for sign in SIGNS_OF_NO_MEMORY):

@@ -21,7 +21,7 @@ from rich.console import Console
 from loraover.cli import _sweeps, cli
 from loraover.command import run
 from loraover.config import Budget
-from loraover.errors import LoraOverError
+from loraover.errors import ConfigError, LoraOverError
 from loraover.examples import load_examples
 from loraover.progress import Reporter
 from loraover.recipe import Recipe, load_recipe
@@ -149,12 +149,11 @@ def test_what_is_no_study_is_refused(
 
 
 def test_a_run_that_diverges_is_worse_than_any_other(recipe: Path, tmp_path: Path) -> None:
-    more = ["--methods", "lora", "--lr-sweep", "1e-3,1e30", "--seeds", "1"]
+    more = ["--lr-sweep", "1e-3,1e30", "--seeds", "1"]
     assert run(cli, words(recipe, tmp_path / "out", *more)) == 0
     (task,) = report_of(tmp_path / "out").tasks
-    assert task.methods[0].rate == 1e-3
-    (failure,) = task.failures
-    assert failure.endswith("training diverged")
+    assert [method.rate for method in task.methods] == [1e-3, 1e-3]
+    assert [failure.endswith("training diverged") for failure in task.failures] == [True, True]
 
 
 def test_recipes_of_one_name_would_share_folders(
@@ -186,13 +185,18 @@ def finished_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+def copy_of(run: Path, folder: Path, *lost: str) -> Path:
+    """The run beside the recipe that it was asked for, without its outcome and what else is lost."""
+    shutil.copy(run.with_name("run.yaml"), folder.with_name("run.yaml"))
+    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE, *lost)))
+
+
 @pytest.mark.parametrize("lost", [("run.json", "adapter", "recipe.yaml"), ("run.json",)])
 def test_a_run_that_was_killed_at_its_edges_is_made_again(
     lost: tuple[str, ...], finished_run: Path, recipe: Path, tmp_path: Path
 ) -> None:
     """Before its recipe was kept; between its adapter and its result."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE, *lost))
+    folder = copy_of(finished_run, tmp_path / "run", *lost)
     found = execute(one_run(recipe), folder, threads=1)
     before = Outcome.model_validate_json((finished_run / OUTCOME_FILE).read_text())
     assert (found.failure, found.nats) == (None, before.nats)
@@ -201,11 +205,22 @@ def test_a_run_that_was_killed_at_its_edges_is_made_again(
 def test_a_run_without_its_outcome_is_not_trained_again(
     finished_run: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE))
+    folder = copy_of(finished_run, tmp_path / "run")
     monkeypatch.setattr(outcome_module, "_train", lambda *_: pytest.fail("trained again"))
     found = execute(one_run(recipe), folder, threads=1)
     assert found.model_dump_json() + "\n" == (finished_run / OUTCOME_FILE).read_text()
+
+
+@pytest.mark.parametrize("lost", [(), ("run.json", "adapter")])
+def test_a_run_without_its_outcome_is_no_run_of_another_recipe(
+    lost: tuple[str, ...], finished_run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Finished, or to be resumed."""
+    folder = copy_of(finished_run, tmp_path / "run", *lost)
+    for _ in range(2):  # asking leaves no trace
+        with pytest.raises(ConfigError, match="another recipe"):
+            execute(one_run(recipe, **{"lora.r": 2}), folder, threads=1)
+    assert not (folder / OUTCOME_FILE).exists()
 
 
 def test_a_run_goes_on_while_its_study_is_killed_and_is_waited_for(recipe: Path, tmp_path: Path) -> None:
@@ -230,8 +245,7 @@ def test_a_run_goes_on_while_its_study_is_killed_and_is_waited_for(recipe: Path,
 
 
 def test_seconds_are_those_of_the_steps_that_were_timed(finished_run: Path, recipe: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE))
+    folder = copy_of(finished_run, tmp_path / "run")
     result = read_run(folder).model_copy(update={"steps": 100, "timed_steps": 4, "train_seconds": 2.0})
     (folder / "run.json").write_text(result.model_dump_json())
     assert execute(one_run(recipe), folder, threads=1).step_seconds == 0.5
@@ -241,13 +255,23 @@ def test_seconds_are_those_of_the_steps_that_were_timed(finished_run: Path, reci
 
 
 def test_a_loss_that_is_no_number_is_a_divergence(finished_run: Path, recipe: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE))
+    folder = copy_of(finished_run, tmp_path / "run")
     scored = json.loads((folder / "held_out.json").read_text())
     scored[0][0] = float("nan")
     (folder / "held_out.json").write_text(json.dumps(scored))
     for _ in range(2):  # the second time it is read
         assert execute(one_run(recipe), folder, threads=1).failure == "training diverged"
+
+
+def test_a_run_that_was_killed_after_it_diverged_has_diverged(recipe: Path, tmp_path: Path) -> None:
+    """Its cores, which are resumed from, are no numbers."""
+    diverging = {"method": "lora-over", "training.learning_rate": 1e30, "training.save_steps": 1}
+    asked = load_recipe(str(recipe), diverging | {"training.max_steps": 2, "evaluation.before": False})
+    folder = tmp_path / "run"
+    assert execute(asked, folder, threads=1).failure == "training diverged"
+    (folder / OUTCOME_FILE).unlink()
+    assert (folder / "trainer" / "checkpoint-2" / "complete.json").is_file()
+    assert execute(asked, folder, threads=1).failure == "training diverged"
 
 
 @pytest.mark.parametrize(

@@ -144,3 +144,11 @@ def test_the_gauge_is_isometric_at_injection(decomposition: str) -> None:
     assert numbers["centre_norm"] == pytest.approx(math.sqrt(sum(float(m.square().sum()) for m in matrices)), rel=1e-5)
     cores, plain = over.num_parameters()
     assert numbers["added_share"] == pytest.approx((cores - plain) / plain)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_cores_that_have_diverged_have_numbers_that_say_so(value: float) -> None:
+    over = OverParameterization(tiny_net(), LoraOverConfig())
+    with torch.no_grad():
+        over.groups[0].parameters[0][0].fill_(value)
+    assert math.isnan(core_numbers(over)["gauge_condition"])
