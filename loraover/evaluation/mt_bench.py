@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.errors import ConfigError, DataError
+from loraover.errors import ConfigError, DataError, EngineError
 from loraover.evaluation.base import Example, Measured, Options, Questions, Row, Task, read_questions, text_field
 from loraover.evaluation.judge import Judge, Verdict
 from loraover.evaluation.parallel import in_parallel
@@ -81,6 +81,9 @@ class MtBench(Task):
             for turn in (0, 1)
         ]
         verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
+        if all(verdict.rating is None for verdict in verdicts):
+            said = f"of the first one it said: {verdicts[0].text:.500}"
+            raise EngineError(f"judge {judge.name} at {judge.endpoint.url}: has rated none of the answers; {said}")
         examples = [
             Example(f"{row['question_id']}, turn {turn + 1}", verdict.rating, answers[turn], note=verdict.text)
             for (row, turn, answers), verdict in zip(asked, verdicts, strict=True)

@@ -62,9 +62,11 @@ class InMemory(Subject):
         return self._answers(chats, max_new_tokens, (), report)
 
     def harness_model(self) -> Any:
-        from lm_eval.models.huggingface import HFLM
+        from loraover.evaluation.harness_model import HarnessModel
 
-        return _bars_on_terminals(HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size))
+        return _bars_on_terminals(
+            HarnessModel(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
+        )
 
     def _answers(self, prompts: Sequence[Any], max_new_tokens: int, stop: Sequence[str], report: Reporter) -> list[str]:
         from loraover.generation import greedy_answers
@@ -134,6 +136,7 @@ class Served(Subject):
                 tokenizer_backend="huggingface",
                 tokenizer=self.tokenizer_location,
                 num_concurrent=self.batch_size,
+                max_length=sys.maxsize,  # else the harness cuts questions to 2048 tokens; the server knows its context
             )
         )
 

@@ -183,6 +183,39 @@ def test_a_choice_is_the_likelier_answer(models: tuple[Path, Path], tmp_path: Pa
     assert found["measures"]["acc"] == sum(example["score"] for example in found["examples"]) / 3
 
 
+@pytest.mark.parametrize(
+    ("task", "rows", "answer", "room"), [("gsm8k", SUMS, "", 256 - 12), ("qnli", PAIRS, " yes", 256 + 1)]
+)
+def test_a_question_beyond_the_models_context_is_named(
+    task: str,
+    rows: list[dict[str, Any]],
+    answer: str,
+    room: int,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Up to the token; the last one of a choice is scored, not read."""
+    ours, tokenizer = TASKS[task], AutoTokenizer.from_pretrained(models[0])
+    assert isinstance(ours, HarnessTask)
+    rest = Template(ours.text).render(question="a", sentence=rows[1].get("sentence2")) + answer
+    fits = room - len(tokenizer(rest).input_ids) + 1
+    for length, code in ((fits, 0), (fits + 1, 2)):
+        data = written(tmp_path / "rows.jsonl", [rows[0], rows[1] | {next(iter(rows[1])): "a" * length}])
+        words = ["eval", str(models[0]), "--task", task, "--data", data, "--no-chat", "--max-new-tokens", "12"]
+        assert run(cli, words) == code
+    assert "question 2: with room for its answer it has 257 tokens, the model's context 256" in capsys.readouterr().err
+
+
+def test_a_long_question_reaches_an_endpoint_whole(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """The harness would cut it to what it takes for the context."""
+    data = written(tmp_path / "sums.jsonl", [SUMS[0] | {"question": "a" * 3000}])
+    with openai_server(lambda body: " #### 0") as server:
+        words = [str(models[0]), "--task", "gsm8k", "--data", data, "--endpoint", server.url, "--endpoint-model", "one"]
+        results(words, tmp_path / "out.json")
+    assert len(server.bodies[0]["prompt"][0]) > 3000
+
+
 ROWS: dict[str, dict[str, Any]] = {
     "qnli": {"question": "who?", "sentence": "ada.", "label": 1},
     "mnli": {"premise": "it rains", "hypothesis": "it is wet", "label": 2},

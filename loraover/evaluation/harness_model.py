@@ -1,0 +1,38 @@
+"""The harness's model in memory, which refuses what the harness would cut without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from loraover.errors import DataError
+
+
+class HarnessModel(HFLM):
+    """Answers whole questions only.
+
+    Raises:
+        DataError: a question that, with its answer, is beyond the model's context; nothing has been asked yet.
+    """
+
+    def generate_until(self, requests: Sequence[Any], **named: Any) -> Any:
+        is_apart = self.backend == "seq2seq"  # what its decoder writes takes no room in its encoder
+        for request in requests:
+            prompt, options = request.args
+            self._check_room(request, len(self.tok_encode(prompt)) + (0 if is_apart else options["max_gen_toks"]))
+        return super().generate_until(requests, **named)
+
+    def loglikelihood(self, requests: Sequence[Any], **named: Any) -> Any:
+        for request in requests:
+            self._check_room(request, len(self.tok_encode("".join(request.args))) - 1)  # the last one is not read
+        return super().loglikelihood(requests, **named)
+
+    def _check_room(self, request: Any, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise DataError(
+                f"question {request.doc_id + 1}: with room for its answer it has {tokens} tokens, the model's context "
+                f"{self.max_length}; leave it out of --data, lower --max-new-tokens, or take a model with a longer "
+                "context."
+            )
