@@ -33,8 +33,8 @@ class Seal(BaseModel):
 class SealCheckpoints(TrainerCallback):
     """Marks each checkpoint complete once all of its files are on disk; put it behind other callbacks that save.
 
-    While it trains, it does the work of `save_total_limit`: once the new checkpoint is complete, older ones go, and
-    those that a killed run left incomplete; never the best one.
+    While it trains, it does the work of `save_total_limit`: once the new checkpoint is complete, older ones that it has
+    sealed go; never the best one.
 
         callbacks = [LoraOverCallback(config), SealCheckpoints()]
         trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
@@ -111,14 +111,13 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def _superfluous(newest: Path, limit: int) -> list[Path]:
-    """Checkpoints beside the newest that `limit` leaves no room for, and those without a seal.
+    """Sealed checkpoints before the newest that `limit` leaves no room for.
 
-    Sealed ones of later steps, which the run has come back from, are not counted and stay.
+    Those of later steps, which the run has come back from, and those without a seal, which may be whole and older than
+    this callback's use, are not counted and stay.
     """
-    folders = checkpoints(newest.parent)
-    sealed = [folder for folder in folders if (folder / SEAL_FILE).is_file()]
-    unsealed = [folder for folder in folders if folder not in sealed]
-    return unsealed + sealed[sealed.index(newest) :][max(1, limit) :]
+    sealed = [folder for folder in checkpoints(newest.parent) if (folder / SEAL_FILE).is_file()]
+    return sealed[sealed.index(newest) :][max(1, limit) :]
 
 
 def _is_whole(folder: Path) -> bool:

@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 PLAIN = ("lora", "lora-matched")
 """Methods that train plain A and B: the best of them is what the others are compared with."""
 
-QUARTER = "lora-over:schedule=dynamic:budget.fraction=0.25:score="
+QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
 DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
 """What a sceptic asks for: a tuned LoRA, one with as many trained numbers, and a choice of matrices by chance."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
 
@@ -47,6 +48,7 @@ class TaskResult(BaseModel):
     examples: int = Field(description="in the test half")
     baseline: str | None = Field(description="the plain LoRA with the lowest validation loss; None: none has one")
     methods: list[MethodResult]
+    failed: list[str] = Field(description="methods that have no rate at which every run ended well")
     failures: list[str]
 
 
@@ -105,7 +107,12 @@ def _task(task: str, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Ta
     ]
     failures = [f"{run.folder}: {outcomes[run].failure}" for run in runs if outcomes[run].failure is not None]
     return TaskResult(
-        task=task, examples=len(tokens[halves.test]), baseline=baseline, methods=results, failures=failures
+        task=task,
+        examples=len(tokens[halves.test]),
+        baseline=baseline,
+        methods=results,
+        failed=[method for method in by_method if method not in tuned],
+        failures=failures,
     )
 
 
@@ -211,16 +218,25 @@ def words(tasks: Sequence[TaskResult]) -> list[str]:
 
 
 def _overall(tasks: Sequence[TaskResult]) -> str:
+    """A task on which a setting of LoRA-Over failed at every rate, and plain LoRA did not, counts as worse."""
     settings: dict[str, list[Difference]] = {}
-    for result in (result for task in tasks for result in task.methods):
-        if result.method.startswith("lora-over") and result.difference is not None:
-            settings.setdefault(result.method, []).append(result.difference)
+    failed: Counter[str] = Counter()
+    for task in tasks:
+        for result in task.methods:
+            if result.method.startswith("lora-over") and result.difference is not None:
+                settings.setdefault(result.method, []).append(result.difference)
+        if task.baseline is not None:
+            failed.update(method for method in task.failed if method.startswith("lora-over"))
+    for method, count in failed.items():
+        if count == len(tasks):
+            settings[method] = []
     if not settings:
         return "Whether LoRA-Over beats a tuned plain LoRA cannot be said yet: it takes both, and two seeds."
-    better = {method: sum(_is_better(d) for d in found) for method, found in settings.items()}
-    worse = {method: sum(_is_worse(d) for d in found) for method, found in settings.items()}
+    better = {method: sum(map(_is_better, found)) for method, found in settings.items()}
+    worse = {method: sum(map(_is_worse, found)) + failed[method] for method, found in settings.items()}
     counts = "; ".join(
-        f"{method} is better on {better[method]}, worse on {worse[method]} of {len(found)}"
+        f"{method} is better on {better[method]}, worse on {worse[method]} of {len(found) + failed[method]}"
+        + (f" ({failed[method]} failed at every rate)" if failed[method] else "")
         for method, found in settings.items()
     )
     if any(better[method] and not worse[method] for method in settings):

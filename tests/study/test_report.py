@@ -125,6 +125,20 @@ def test_p_values_are_holms_over_tasks_for_each_method(tmp_path: Path) -> None:
     assert words(together)[0].startswith("LoRA-Over beats tuned plain LoRA here: of the tasks, lora-over is better on ")
 
 
+def test_a_task_on_which_every_rate_failed_counts_as_worse(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"], tasks=2)
+    outcomes = {run: made_up(run, 0.9 if run.method == "lora-over" else 1.0) for run in runs}
+    lost = {run for run in runs if run.method == "lora-over" and run.task == "task1"}
+    outcomes |= {run: Outcome(recipe="", failure=DIVERGED) for run in lost}
+    tasks = task_results(runs, outcomes, SEEDS)
+    assert tasks[1].failed == ["lora-over"]
+    assert words(tasks)[0] == (
+        "LoRA-Over beats tuned plain LoRA on some tasks and loses to it on others: of the tasks, lora-over is better "
+        "on 1, worse on 1 of 2 (1 failed at every rate)."
+    )
+    assert words(tasks[1:])[0].startswith("LoRA-Over does not beat tuned plain LoRA here")
+
+
 def p_of(task: TaskResult, method: str) -> float:
     (found,) = [result.difference for result in task.methods if result.method == method]
     assert found is not None

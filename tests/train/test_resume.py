@@ -385,15 +385,15 @@ def test_the_latest_checkpoint_is_the_one_with_the_highest_step(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("limit", "whole", "half", "best", "left"),
     [
-        (1, [4], [6], None, [5]),
-        (2, [2, 4], [6], None, [4, 5]),
-        (2, [2], [3, 4], None, [2, 5]),
+        (1, [4], [6], None, [5, 6]),
+        (2, [2, 4], [6], None, [4, 5, 6]),
+        (2, [2], [3, 4], None, [2, 3, 4, 5]),
         (1, [2, 4], [], 2, [2, 5]),
-        (1, [4, 8], [6], None, [5, 8]),
+        (1, [4, 8], [6], None, [5, 6, 8]),
         (None, [2, 4], [6], None, [2, 4, 5, 6]),
     ],
 )
-def test_rotation_keeps_what_is_whole_and_takes_what_is_not(
+def test_rotation_counts_what_is_sealed_and_takes_nothing_else(
     limit: int | None, whole: list[int], half: list[int], best: int | None, left: list[int], tmp_path: Path
 ) -> None:
     """Of a run that was killed while it wrote a checkpoint, resumed, and has saved step 5."""

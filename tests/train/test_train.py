@@ -214,6 +214,16 @@ def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) 
     assert peak_bytes() == 12345
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak begins with its parent's")
+def test_the_memory_of_a_parent_is_not_its_childs() -> None:
+    child = "from loraover.run_result import peak_bytes; print(peak_bytes())"
+    code = (
+        f"import subprocess, sys; x = bytearray(2**30); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**30
+
+
 def test_the_result_is_what_happened(done: Trained) -> None:
     result = done.result
     assert (result.method, result.model, result.steps, result.seed) == (done.method, str(done.base), STEPS, 0)
