@@ -66,7 +66,7 @@ def test_it_prints_a_request_that_works_and_stops_when_it_is_asked(
     curl = next(line for line in shown.splitlines() if line.startswith("curl "))
     answer = subprocess.run(["bash", "-c", f"{curl} --silent"], capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout)["choices"][0]["text"] == "x" * 16
-    words = json.loads((tmp_path / "log").read_text().removeprefix("words: "))
+    words = json.loads((tmp_path / "log").read_text().splitlines()[0].removeprefix("words: "))
     assert words[-3:] == ["--max-model-len", "64", "-h"]
     assert words[words.index("--max-lora-rank") + 1] == "8"
     running.send_signal(ending)

@@ -29,7 +29,7 @@ def test_a_server_answers_and_is_stopped_with_its_children(tmp_path: Path) -> No
         assert (completion.text, completion.token_ids, completion.logprobs) == ("x", (7,), (-0.5,))
         assert client.url.startswith("http://127.0.0.1:")
     assert_stopped(tmp_path)
-    words = json.loads((tmp_path / "log").read_text().removeprefix("words: "))
+    words = json.loads((tmp_path / "log").read_text().splitlines()[0].removeprefix("words: "))
     assert words[:2] == ["serve", "base"]
     assert words[words.index("--host") + 1] == "127.0.0.1"
     at = words.index("--lora-modules")
