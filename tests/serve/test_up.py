@@ -42,7 +42,9 @@ def running(adapter: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "loraover_serve.cli", "up", str(adapter), "--vllm", stand_in(tmp_path, "answers")]
     command += ["--log", str(tmp_path / "log"), "--", "--max-model-len", "64", "-h"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup ignores it, and so would the child
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    signal.signal(signal.SIGHUP, previous)
     yield process
     process.kill()
     process.wait()
