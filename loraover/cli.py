@@ -204,10 +204,10 @@ def study(
     from rich.console import Console
 
     from loraover.command import quiet_libraries
-    from loraover.progress import Reporter
-    from loraover.recipe import parse_override
 
     quiet_libraries()
+    from loraover.progress import Reporter
+    from loraover.recipe import parse_override
     from loraover.study.grid import DEFAULT_METHODS, split_outside_brackets
     from loraover.study.runner import StudyRequest, Where, run_study
 
