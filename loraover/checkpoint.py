@@ -188,26 +188,7 @@ def write_checkpoint(
     """
     over.check_unchanged()
     stored = read_adapter_dir(Path(directory))
-    tensors: dict[str, Tensor] = {}
-    records = []
-    dtypes = set()
-    for group in over.groups:
-        for i, site in enumerate(group.sites):
-            if site.adapter != adapter:
-                continue
-            dtypes.add(group.dtype)
-            m, n = site.shape
-            plain = {}
-            record = SiteRecord(name=site.path, m=m, n=n, step=group.step)
-            for k, parameters in enumerate(group.parameters):
-                key = record.core_key(k)
-                tensors[key] = parameters[i].detach().cpu()
-                for name, value in over.core_state(parameters[i]).items():
-                    if isinstance(value, Tensor):
-                        tensors[f"{key}.{name}"] = value.detach().cpu().clone()  # 8-bit optimizers share some
-                    else:
-                        plain[f"{key}.{name}"] = value
-            records.append(record.model_copy(update={"state": plain}))
+    tensors, records, dtypes = _recorded(over, adapter)
     if len(dtypes) > 1:
         raise CheckpointError(f"{directory}: cores of several dtypes ({dtypes}); train A and B in one dtype.")
     if not dtypes and over.config.schedule != "dynamic":
@@ -230,6 +211,31 @@ def write_checkpoint(
         sha256={name: sha256_of(stored.path / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
     )
     publish_file(stored.path / META_FILE, lambda draft: draft.write_text(meta.sealed().model_dump_json(indent=1)))
+
+
+def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:
+    """Cores and their optimizer state as a file takes them, what `loraover.json` says of each site, and cores' dtypes."""
+    tensors: dict[str, Tensor] = {}
+    records: list[SiteRecord] = []
+    dtypes: set[torch.dtype] = set()
+    for group in over.groups:
+        for i, site in enumerate(group.sites):
+            if site.adapter != adapter:
+                continue
+            dtypes.add(group.dtype)
+            m, n = site.shape
+            plain = {}
+            record = SiteRecord(name=site.path, m=m, n=n, step=group.step)
+            for k, parameters in enumerate(group.parameters):
+                key = record.core_key(k)
+                tensors[key] = parameters[i].detach().cpu()
+                for name, value in over.core_state(parameters[i]).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"{key}.{name}"] = value.detach().cpu().clone()  # 8-bit optimizers share some
+                    else:
+                        plain[f"{key}.{name}"] = value
+            records.append(record.model_copy(update={"state": plain}))
+    return tensors, records, dtypes
 
 
 def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
