@@ -214,7 +214,7 @@ def write_checkpoint(
 
 
 def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:
-    """Cores and their optimizer state as a file takes them, what `loraover.json` says of each site, and cores' dtypes."""
+    """Cores and optimizer state as a file takes them, what `loraover.json` says of sites, and the cores' dtypes."""
     tensors: dict[str, Tensor] = {}
     records: list[SiteRecord] = []
     dtypes: set[torch.dtype] = set()
