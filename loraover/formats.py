@@ -12,9 +12,10 @@ from loraover.glue import GLUE_TASKS, glue_reader
 Row = dict[str, Any]
 
 # Taori et al. 2023, Stanford Alpaca
+ALPACA_TURN = "### Instruction:\n{}\n\n### Response:\n"
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n### Response:\n"
+    + ALPACA_TURN
 )
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 

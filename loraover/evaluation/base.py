@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraover.data import read_raw
-from loraover.errors import DataError
+from loraover.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from loraover.evaluation.judge import Judge
@@ -101,6 +101,18 @@ class Task(ABC):
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
         """What else a reader needs to know to repeat the figures."""
         return {}
+
+
+def uses_chat(options: Options, tokenizer: Any) -> bool:
+    """Whether questions go into the chat template.
+
+    Raises:
+        ConfigError: there should be one, and is none.
+    """
+    has_template = tokenizer.chat_template is not None
+    if options.chat and not has_template:
+        raise ConfigError("--chat: the model's tokenizer has no chat template.")
+    return has_template if options.chat is None else options.chat
 
 
 def read_questions(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraover.answers import final_number
-from loraover.errors import ConfigError, DataError
+from loraover.errors import DataError
 from loraover.evaluation.base import (
     Example,
     Measured,
@@ -23,6 +23,7 @@ from loraover.evaluation.base import (
     label_field,
     read_questions,
     text_field,
+    uses_chat,
 )
 
 if TYPE_CHECKING:
@@ -138,15 +139,3 @@ def number_matches(row: Mapping[str, Any], answers: list[str]) -> dict[str, floa
     """Whether the answer's final number is the reference's, however it is written."""
     found = final_number(answers[0])
     return {"exact_match": float(found is not None and found == final_number(row["answer"]))}
-
-
-def uses_chat(options: Options, tokenizer: Any) -> bool:
-    """Whether questions go into the chat template.
-
-    Raises:
-        ConfigError: there should be one, and is none.
-    """
-    has_template = tokenizer.chat_template is not None
-    if options.chat and not has_template:
-        raise ConfigError("--chat: the model's tokenizer has no chat template.")
-    return has_template if options.chat is None else options.chat

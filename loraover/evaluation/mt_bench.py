@@ -1,6 +1,7 @@
 """MT-Bench: eighty conversations of two turns, rated by a judge.
 
 Source: Zheng et al. 2023, arXiv:2306.05685. Departure: answers are greedy; FastChat samples in some categories.
+Without a chat template, questions are asked in Alpaca's prompt (Taori et al. 2023), as recipes train instructions.
 """
 
 from __future__ import annotations
@@ -11,12 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.errors import ConfigError, DataError, EngineError
-from loraover.evaluation.base import Example, Measured, Options, Questions, Row, Task, read_questions, text_field
+from loraover.evaluation.base import (
+    Example,
+    Measured,
+    Options,
+    Questions,
+    Row,
+    Task,
+    read_questions,
+    text_field,
+    uses_chat,
+)
 from loraover.evaluation.judge import Judge, Verdict
 from loraover.evaluation.parallel import in_parallel
+from loraover.formats import ALPACA, ALPACA_TURN
 
 if TYPE_CHECKING:
-    from loraover.evaluation.subjects import Subject
+    from loraover.evaluation.subjects import Chat, Subject
     from loraover.progress import Reporter
 
 QUESTIONS, PROMPTS = "question.jsonl", "judge_prompts.jsonl"
@@ -68,11 +80,11 @@ class MtBench(Task):
     def measure(self, subject: Subject, questions: Questions, options: Options, report: Reporter) -> Measured:
         judge = options.judge
         assert judge is not None
-        chats: list[list[dict[str, str]]] = [[] for _ in questions.rows]
+        chats: list[Chat] = [[] for _ in questions.rows]
         for turn in (0, 1):
             for chat, row in zip(chats, questions.rows, strict=True):
                 chat.append({"role": "user", "content": row["turns"][turn]})
-            answers = subject.chat(chats, max_new_tokens=options.max_new_tokens or self.max_new_tokens, report=report)
+            answers = _answers(subject, chats, options, options.max_new_tokens or self.max_new_tokens, report)
             for chat, answer in zip(chats, answers, strict=True):
                 chat.append({"role": "assistant", "content": answer})
         asked = [
@@ -93,9 +105,24 @@ class MtBench(Task):
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
         assert options.judge is not None
         return {
+            "prompt": "chat template" if uses_chat(options, tokenizer) else "Alpaca's",
             "judge": f"{options.judge.name} at {options.judge.endpoint.url}",
             "note": "a rating means nothing without the name of its judge",
         }
+
+
+def _answers(subject: Subject, chats: list[Chat], options: Options, max_new_tokens: int, report: Reporter) -> list[str]:
+    """To the last question of each conversation."""
+    if uses_chat(options, subject.tokenizer):
+        return subject.chat(chats, max_new_tokens=max_new_tokens, report=report)
+    prompts = []
+    for chat in chats:
+        first, *later = [message["content"] for message in chat]
+        turns = zip(later[::2], later[1::2], strict=True)
+        prompts.append(ALPACA.format(first) + "".join(f"{a}\n\n{ALPACA_TURN.format(q)}" for a, q in turns))
+    stop = ALPACA_TURN.partition("\n")[0]
+    answers = subject.complete(prompts, max_new_tokens=max_new_tokens, stop=(stop,), report=report)
+    return [answer.partition(stop)[0].strip() for answer in answers]
 
 
 def _rate(judge: Judge, row: Row, turn: int, answers: list[str]) -> Verdict:

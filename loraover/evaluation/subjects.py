@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_json
-from loraover.errors import CheckpointError, ConfigError, DataError
+from loraover.errors import CheckpointError, DataError
 from loraover.evaluation.parallel import in_parallel
 from loraover.models import ModelSource, is_encoder_decoder, load_model
 
@@ -57,8 +57,6 @@ class InMemory(Subject):
         return self._answers(prompts, max_new_tokens, stop, report)
 
     def chat(self, chats: Sequence[Chat], *, max_new_tokens: int, report: Reporter) -> list[str]:
-        if self.tokenizer.chat_template is None:
-            raise ConfigError("the questions are conversations, but the model's tokenizer has no chat template.")
         return self._answers(chats, max_new_tokens, (), report)
 
     def harness_model(self) -> Any:

@@ -170,11 +170,37 @@ def test_a_judge_that_refuses_the_key_ends_it_and_the_key_stays_secret(
     assert "sesame" not in shown.out + shown.err
 
 
-def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_chat_template_is_asked_in_alpacas_prompt(tmp_path: Path) -> None:
     plain = save_llama(tmp_path / "plain")
-    found, judge, code = evaluated(plain, tmp_path, lambda body: "[[3]]")
+    asked: list[str] = []
+
+    def reply(body: dict[str, Any]) -> str:
+        asked.append(body["prompt"])
+        return f" answer {len(asked)}\n\n### Instruction:\nmine"
+
+    with openai_server(reply) as server:
+        names = ["--endpoint", server.url, "--endpoint-model", "plain", "--batch-size", "1"]
+        found, judge, code = evaluated(plain, tmp_path, lambda body: "[[3]]", *names)
+    assert code == 0
+    assert found["settings"]["prompt"] == "Alpaca's"
+    assert asked[1].startswith("Below is an instruction")
+    assert asked[1].endswith("### Instruction:\nwho?\n\n### Response:\n")
+    assert asked[3] == f"{asked[1]}answer 2\n\n### Instruction:\nwhy?\n\n### Response:\n"
+    assert {e["id"]: e["answer"] for e in found["results"][0]["examples"]}["101, turn 2"] == "answer 4"
+    assert len(judge.bodies) == 4
+
+
+def test_a_template_that_is_asked_for_has_to_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = save_llama(tmp_path / "plain")
+    found, judge, code = evaluated(plain, tmp_path, lambda body: "[[3]]", "--chat")
     assert (found, judge.bodies, code) == ({}, [], 2)
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_the_model_itself_answers_without_its_template(model: Path, tmp_path: Path) -> None:
+    found, _, code = evaluated(model, tmp_path, lambda body: "[[3]]", "--no-chat")
+    assert code == 0
+    assert found["settings"]["prompt"] == "Alpaca's"
 
 
 @pytest.mark.parametrize(
