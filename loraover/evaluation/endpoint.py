@@ -48,19 +48,21 @@ class Endpoint:
             ConfigError: not an HTTP address, or no such variable.
         """
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             shown = "what was given" if "@" in url or parts.query else repr(url)  # there, it may hold a secret
             raise ConfigError(
                 f"{shown} is no address of a server; expected e.g. http://localhost:8000/v1, without user or query."
             )
         self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else url.rstrip("/") + "/v1"
         self.headers = {"Content-Type": "application/json"}
-        self._key = "" if key_variable is None else os.environ.get(key_variable, "")
+        self._key = "" if key_variable is None else os.environ.get(key_variable, "").strip()
         if key_variable is not None and not self._key:
             raise ConfigError(  # the name is not shown: it may be the key itself
                 f"the key of {parts.hostname}: no environment variable of the name that was given is set; give the "
                 "variable's name, not the key."
             )
+        if not self._key.isascii() or not self._key.isprintable():
+            raise ConfigError(f"the key of {parts.hostname}: holds characters that no header can carry.")
         if self._key:
             self.headers["Authorization"] = f"Bearer {self._key}"
         self._timeout_s = timeout_s

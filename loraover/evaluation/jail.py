@@ -38,16 +38,18 @@ SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000  # one number on e
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 
-# By machine, <linux/audit.h>'s number and those of msgget, semget, shmget, memfd_create and memfd_secret: what these
-# make holds memory that no process has in its address space, so RLIMIT_AS does not see it.
-UNLIMITED_CALLS = {
-    "x86_64": (0xC000003E, (68, 64, 29, 319, 447)),
-    "aarch64": (0xC00000B7, (186, 190, 194, 279, 447)),
+# By machine, <linux/audit.h>'s number, socket's, and those of calls that are refused. What msgget, semget, shmget,
+# memfd_create and memfd_secret make holds memory that no process has in its address space, unseen by RLIMIT_AS;
+# io_uring_setup opens a way around this filter.
+CALLS = {
+    "x86_64": (0xC000003E, 41, (68, 64, 29, 319, 447, 425)),
+    "aarch64": (0xC00000B7, 198, (186, 190, 194, 279, 447, 425)),
 }
+NAMESPACED_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK; AF_VSOCK would reach the host
 # <linux/bpf_common.h>, <linux/seccomp.h>
 LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 SECCOMP_MODE_FILTER, ALLOW, REFUSE = 2, 0x7FFF0000, 0x50000 | errno.EPERM
-NUMBER_AT, ARCHITECTURE_AT, X32_CALLS = 0, 4, 0x40000000
+NUMBER_AT, ARCHITECTURE_AT, FIRST_ARGUMENT_AT, X32_CALLS = 0, 4, 16, 0x40000000
 
 # In the jail: reads the program, keeps a way to answer that the program does not know, and answers with the token
 # that only a program which ran to its end reaches.
@@ -117,7 +119,7 @@ def _become_program(limits: dict[str, Any]) -> NoReturn:
     _limit(limits)
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # until the waiting process listens
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _refuse_unlimited_calls()
+    _refuse_calls()
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
     os.execve(python, [python, "-I", "-S", "-B", "-c", RUNNER], environment)
 
@@ -190,20 +192,27 @@ def _limit(limits: dict[str, Any]) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def _refuse_unlimited_calls() -> None:
-    """EPERM of those calls, and of all that come under another architecture's numbers, here and in what is started."""
-    if platform.machine() not in UNLIMITED_CALLS:
-        raise OSError(errno.ENOSYS, f"calls on {platform.machine()} are not known, only {', '.join(UNLIMITED_CALLS)}")
-    architecture, calls = UNLIMITED_CALLS[platform.machine()]
-    refuse = len(calls) + 1  # instructions from the first comparison of a number to the last instruction
+def _refuse_calls() -> None:
+    """EPERM of those calls, of sockets of other families, and of all calls under another architecture's numbers.
+
+    It holds here and in what is started.
+    """
+    if platform.machine() not in CALLS:
+        raise OSError(errno.ENOSYS, f"calls on {platform.machine()} are not known, only {', '.join(CALLS)}")
+    architecture, socket, calls = CALLS[platform.machine()]
+    families = len(NAMESPACED_FAMILIES)
+    refuse = len(calls) + families + 2  # instructions from the first comparison of a number to that which refuses
     steps = [
         (LOAD, 0, 0, ARCHITECTURE_AT),
         (IF_EQUAL, 0, refuse + 2, architecture),
         (LOAD, 0, 0, NUMBER_AT),
         (IF_AT_LEAST, refuse, 0, X32_CALLS),
         *((IF_EQUAL, refuse - 1 - i, 0, call) for i, call in enumerate(calls)),
-        (RETURN, 0, 0, ALLOW),
+        (IF_EQUAL, 0, families + 2, socket),
+        (LOAD, 0, 0, FIRST_ARGUMENT_AT),
+        *((IF_EQUAL, families - i, 0, family) for i, family in enumerate(NAMESPACED_FAMILIES)),
         (RETURN, 0, 0, REFUSE),
+        (RETURN, 0, 0, ALLOW),
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(code)))

@@ -14,7 +14,8 @@ TRIES = 3
 RETRY_TEMPERATURE = 0.7  # at temperature 0 a judge would repeat itself
 MAX_TOKENS = 2048
 _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
-_LOOSE_RATING = re.compile(r"\[(\d+(?:\.\d+)?)\]")  # FastChat's second choice
+# FastChat's second choice is any "[7]", also of code that the judge quotes
+_LOOSE_RATING = re.compile(r"rating\W*\[(\d+(?:\.\d+)?)\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Judge:
 
 
 def find_rating(text: str) -> float | None:
-    """The first "[[7]]", or else "[7]"; None without one, or outside of 1 to 10."""
+    """The first "[[7]]", or else the first "Rating: [7]"; None without one, or outside of 1 to 10."""
     found = _RATING.search(text) or _LOOSE_RATING.search(text)
     if found is None or not 1 <= float(found[1]) <= 10:
         return None

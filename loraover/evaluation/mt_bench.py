@@ -114,7 +114,7 @@ class MtBench(Task):
 def _answers(subject: Subject, chats: list[Chat], options: Options, max_new_tokens: int, report: Reporter) -> list[str]:
     """To the last question of each conversation."""
     if uses_chat(options, subject.tokenizer):
-        return subject.chat(chats, max_new_tokens=max_new_tokens, report=report)
+        return [text.strip() for text in subject.chat(chats, max_new_tokens=max_new_tokens, report=report)]
     prompts = []
     for chat in chats:
         first, *later = [message["content"] for message in chat]

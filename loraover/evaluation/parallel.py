@@ -25,5 +25,5 @@ def in_parallel(
                 found.append(future.result())
                 advance(len(found))
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
     return found

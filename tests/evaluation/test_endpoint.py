@@ -102,6 +102,7 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         "ftp://host",
         "http://",
         "http://user:word@host",
+        "http://:word@host",
         "http://host/v1?key=x",
     ):
         with pytest.raises(ConfigError, match="no address of a server") as caught:
@@ -111,6 +112,21 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(ConfigError, match="no environment variable of the name"):
         Endpoint("http://localhost", "MY_KEY")
+
+
+def test_a_key_of_a_file_with_other_line_ends_is_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame\r\n")
+    with openai_server(lambda body: "x") as server:
+        Endpoint(server.url, "MY_KEY").chat("m", HELLO, max_tokens=4)
+        assert server.headers[0]["Authorization"] == "Bearer sk-sesame"
+
+
+@pytest.mark.parametrize("key", ["sk-ses\name", "sk-sésame"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ConfigError, match="no header can carry") as caught:
+        Endpoint("http://localhost", "MY_KEY")
+    assert "sk-s" not in str(caught.value)
 
 
 def test_a_key_in_place_of_its_variable_is_not_shown() -> None:

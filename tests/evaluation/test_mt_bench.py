@@ -209,6 +209,8 @@ def test_the_model_itself_answers_without_its_template(model: Path, tmp_path: Pa
         ("Rating: [[5]]", 5.0),
         ("[[7.5]] then [[2]]", 7.5),
         ("Rating: [8]", 8.0),
+        ("**Rating**: [8]", 8.0),
+        ("`nums[1]` is off by one, I cannot rate this", None),
         ("[[0]]", None),
         ("[[11]]", None),
         ("[[rating]]", None),

@@ -126,6 +126,15 @@ def test_it_has_no_network() -> None:
     assert says("import socket\n[name for _, name in socket.if_nameindex()]") == "['lo']"
 
 
+def test_only_families_of_sockets_that_have_namespaces_can_be_had() -> None:
+    program = "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
+    for family in (socket.AF_VSOCK, socket.AF_PACKET, socket.AF_ALG):
+        assert says(f"{program}(c.socket({int(family)}, 1, 0), ctypes.get_errno())") == f"(-1, {errno.EPERM})"
+    for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK):
+        assert says(f"{program}(c.socket({int(family)}, {int(socket.SOCK_DGRAM)}, 0) > 0)") == "True"
+    assert says(f"{program}(c.syscall(425, 8, 0), ctypes.get_errno())") == f"(-1, {errno.EPERM})"  # io_uring_setup
+
+
 def test_it_knows_nothing_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAOVER_SECRET", "sesame")
     environment = says("import os\nsorted(os.environ)")

@@ -1,0 +1,40 @@
+"""Greedy answers as text."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from loraover.generation import greedy_answers
+
+TOKENS = ["<pad>", "</s>", "\u2581", "\u2581def", ":", "\n", "return", "\u2581x"]
+ANSWER = ["\u2581", "\u2581", "\u2581", "\u2581", "return", "\u2581x", "</s>"]
+
+
+def as_llama_2s() -> Any:
+    """A tokenizer whose decoder drops the first space of a text."""
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    parts = [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+class Writes(torch.nn.Module):
+    """A model that goes on with `ANSWER`."""
+
+    config = SimpleNamespace(is_encoder_decoder=False)
+    device = "cpu"
+
+    def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        answer = torch.tensor([[TOKENS.index(token) for token in ANSWER]])
+        return torch.cat([input_ids, answer.expand(len(input_ids), -1)], dim=1)
+
+
+def test_an_answer_keeps_its_indentation() -> None:
+    answers = greedy_answers(Writes(), as_llama_2s(), ["def :", "def"], max_new_tokens=7, batch_size=2)
+    assert answers == ["    return x"] * 2
