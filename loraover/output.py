@@ -113,6 +113,17 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
             draft.unlink(missing_ok=True)
 
 
+def check_file_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError unless `publish_file` can begin there; nothing is left behind."""
+
+    def begin(draft: Path) -> None:
+        draft.touch()
+        raise _AbandonedError
+
+    with suppress(_AbandonedError):
+        publish_file(path, begin)
+
+
 def check_free(target: Path, *, outside: Path | None = None, replace: bool = False) -> None:
     """Raise OutputError unless `target` can become a new folder, or with `replace` take the place of one."""
     try:

@@ -58,6 +58,7 @@ class RunResult(BaseModel):
     before: Measures | None
     after: Measures | None
     versions: dict[str, str]
+    hardware: str | None = None
 
     def facts(self) -> dict[str, str]:
         """Rows for people."""

@@ -37,7 +37,7 @@ from loraover.overparam import OverParameterization
 from loraover.progress import Reporter, log_shown
 from loraover.recipe import Recipe
 from loraover.resume import last_whole_checkpoint
-from loraover.run_result import Measures, RunResult, environment, peak_bytes
+from loraover.run_result import Measures, RunResult, environment, hardware, peak_bytes
 from loraover.schedules import Schedule
 from loraover.sites import find_sites
 from loraover.trainers import make_trainer
@@ -133,6 +133,7 @@ def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None
         before=before,
         after=after,
         versions=environment(),
+        hardware=hardware(),
     )
 
 

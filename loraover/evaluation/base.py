@@ -144,7 +144,7 @@ def read_questions(
     return Questions(rows, raw.origin)
 
 
-def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
+def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, *, may_be_empty: bool = False) -> str:
     """The text under the first of these names.
 
     Raises:
@@ -155,6 +155,8 @@ def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> st
         raise DataError(f"{where}: has fields {sorted(row)}; expected {' or '.join(map(repr, names))} among them.")
     if not isinstance(row[name], str):
         raise DataError(f"{where}: field {name!r} is {reprlib.repr(row[name])}, expected text.")
+    if not may_be_empty and not row[name].strip():
+        raise DataError(f"{where}: field {name!r} is empty.")
     return str(row[name])
 
 

@@ -89,7 +89,8 @@ class HarnessTask(Task):
         return {"prompt": "chat template" if uses_chat(options, tokenizer) else "plain text", "shots": "0"}
 
     def _question(self, row: Mapping[str, Any], where: str) -> Row:
-        found: Row = {name: text_field(row, names, where) for name, names in self.fields.items()}
+        is_glue = bool(self.labels)  # where an empty sentence is data
+        found: Row = {name: text_field(row, n, where, may_be_empty=is_glue) for name, n in self.fields.items()}
         if self.labels:
             found["label"] = label_field(row, self.labels, where)
         elif final_number(found["answer"]) is None:

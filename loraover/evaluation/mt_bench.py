@@ -162,7 +162,8 @@ def _question(row: Mapping[str, Any], where: str) -> Row:
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> Row:
-    found = {name: text_field(row, (name,), where) for name in ("name", "system_prompt", "prompt_template")}
+    found = {name: text_field(row, (name,), where) for name in ("name", "prompt_template")}
+    found["system_prompt"] = text_field(row, ("system_prompt",), where, may_be_empty=True)
     if found["name"] in PROMPT_NAMES.values():
         known = {
             "question",
@@ -191,6 +192,8 @@ def _id(row: Mapping[str, Any], where: str) -> int:
 
 
 def _turns(turns: Any, where: str) -> list[str]:
-    if not (isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, str) for turn in turns)):
+    if not (
+        isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, str) and turn.strip() for turn in turns)
+    ):
         raise DataError(f"{where}: field 'turns' is {turns!r:.100}, expected two texts.")
     return turns

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Z_95 = 1.959964
+CORRELATIONS = ("mcc",)  # measures that are no share
 
 
 class ModelResult(BaseModel):
@@ -86,13 +87,14 @@ def result_rows(found: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Column names, and one row for each model."""
     names = list(dict.fromkeys(name for result in found.results for name in result.measures))
     columns = ["model", *names]
-    columns += ["95 %", "gained", "lost"] if found.is_right_or_wrong else ["missing"]
+    columns += ["right, 95 %", "gained", "lost"] if found.is_right_or_wrong else ["missing"]
     base = found.results[0].examples if found.results else []
     return columns, [_row(result, names, base, found.is_right_or_wrong) for result in found.results]
 
 
 def _row(result: ModelResult, names: Sequence[str], base: Sequence[Example], is_right_or_wrong: bool) -> list[str]:
-    cells = [result.name, *(_figure(result.measures.get(name), is_right_or_wrong) for name in names)]
+    cells = [result.name]
+    cells += [_figure(result.measures.get(name), is_right_or_wrong and name not in CORRELATIONS) for name in names]
     if not is_right_or_wrong:
         return [*cells, str(result.missing)]
     interval = "-" if result.interval is None else "{:.1%} to {:.1%}".format(*result.interval)

@@ -19,7 +19,7 @@ from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
 from loraover.models import ModelSource, load_tokenizer, resolve_model
-from loraover.output import publish_file
+from loraover.output import check_file_writable, publish_file
 from loraover.progress import Reporter
 from loraover.run_result import environment, hardware
 
@@ -76,6 +76,8 @@ def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluat
     """
     task, options = TASKS[request.task], request.options
     task.check(options)
+    if output is not None:
+        check_file_writable(output)
     source = resolve_model(request.model)
     report.line(f"base model: {source.origin}")
     questions = task.read(options)

@@ -1,7 +1,8 @@
 """From the losses of finished runs to differences with intervals.
 
 Every method is tuned by itself: its learning rate is the one with the lowest mean loss on the validation half of the
-held-out examples. All differences are of the other half, the test half, which no choice has seen.
+held-out examples. All differences are of the other half, the test half, whose examples no choice has seen; the trained
+models are the same in both.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def difference(method: Losses, baseline: Losses, tokens: Losses, seed: int = 0) 
     """Paired by seed and example.
 
     The standard error comes from the pigeonhole bootstrap: seeds and examples are drawn again independently of each
-    other, since every seed answers the same examples. It errs on the wide side (Owen 2007, doi:10.1214/07-AOAS122). The
-    interval is a t interval with one degree of freedom less than there are seeds.
+    other, since every seed answers the same examples (Owen 2007, doi:10.1214/07-AOAS122). Of n, n - 1 are drawn, so
+    that the variances of seeds and of examples are without bias; the noise of single answers counts more than once,
+    which errs on the wide side. The interval is a t interval with one degree of freedom less than there are seeds.
 
     Args:
         method, baseline: (seeds, examples); at least 2 of each.
@@ -87,9 +89,9 @@ def difference(method: Losses, baseline: Losses, tokens: Losses, seed: int = 0) 
     gaps = method - baseline
     seeds, examples = gaps.shape
     draw = np.random.default_rng(seed)
-    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS)
-    of_examples = draw.multinomial(examples, np.full(examples, 1 / examples), DRAWS)
-    means = np.einsum("ds,se,de->d", of_seeds, gaps, of_examples) / (seeds * (of_examples @ tokens))
+    of_seeds = draw.multinomial(seeds - 1, np.full(seeds, 1 / seeds), DRAWS)
+    of_examples = draw.multinomial(examples - 1, np.full(examples, 1 / examples), DRAWS)
+    means = np.einsum("ds,se,de->d", of_seeds, gaps, of_examples) / ((seeds - 1) * (of_examples @ tokens))
     mean, error = mean_loss(gaps, tokens), float(means.std(ddof=1))
     if error == 0.0:
         return Difference(mean=mean, interval=(mean, mean), p=1.0 if mean == 0 else 0.0)

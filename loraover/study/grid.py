@@ -26,7 +26,10 @@ METHODS: dict[str, dict[str, Any]] = {
 """What each method sets in a recipe; `lora-matched` also takes the rank that has as many numbers as the cores."""
 
 PLAIN = ("lora", "lora-matched")
-"""Methods that train plain A and B: the best of them is what the others are compared with."""
+"""Methods that train plain A and B: the best of them, of whatever rank, is what the others are compared with."""
+
+VARIANTS = {key.removeprefix("lora.") for settings in METHODS.values() for key in settings if key.startswith("lora.")}
+"""Settings that make another method of plain LoRA."""
 
 QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
 DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
@@ -71,7 +74,7 @@ def make_grid(
     Raises:
         ConfigError: an unknown method, a recipe that does not take a setting, or a grid that compares nothing.
     """
-    if not rates.keys() & set(PLAIN):
+    if not any(map(is_plain, rates)):
         raise ConfigError(f"--methods: a study compares with plain LoRA; add {' or '.join(PLAIN)}.")
     own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
     runs = []
@@ -88,12 +91,21 @@ def _check(runs: Sequence[Run]) -> None:
     folders = Counter(run.folder for run in runs)
     for run in runs:
         if folders[run.folder] > 1:
-            raise ConfigError(f"two runs would share {run.folder}; give recipes different names.")
+            raise ConfigError(
+                f"two runs would share {run.folder}; give recipes different names, and methods and rates ones that "
+                "differ by more than marks or a seventh digit."
+            )
         held_out = min(run.recipe.evaluation.examples, run.recipe.data.test_examples or FEWEST_EXAMPLES)
         if held_out < FEWEST_EXAMPLES:
             raise ConfigError(
                 f"{run.task}: a study takes {FEWEST_EXAMPLES} held-out examples or more, found {held_out}."
             )
+
+
+def is_plain(method: str) -> bool:
+    """Whether a method is a plain LoRA, with settings such as `r=64` too."""
+    name, *own = split_outside_brackets(method, ":")
+    return name in PLAIN and not VARIANTS & {setting.partition("=")[0].strip() for setting in own}
 
 
 def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ class Outcome(BaseModel):
     step_seconds: float | None = Field(None, description="None: the process that ended the run took no step")
     peak_bytes: int | None = Field(None, description="of PyTorch on a CUDA device, or without one of the process")
     worker: str | None = Field(None, description="of a Ray cluster, that trained")
+    hardware: str | None = Field(None, description="on which it was trained")
     trained_parameters: int = Field(0, description="numbers in the cores, and in the matrices without cores")
     served_parameters: int = Field(0, description="numbers in A and B")
     update_norm: float | None = None
@@ -132,7 +134,10 @@ def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
             process.wait()  # the terminal has told it as well
             raise
         log.seek(0)
-        return log.read()
+        said = log.read()
+    if process.returncode == -signal.SIGKILL:
+        said += "\nsomething has killed it, as Linux does where memory is short; try fewer --jobs"
+    return said
 
 
 def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
@@ -150,8 +155,14 @@ def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
 
 
 def digest(recipe: Recipe) -> str:
-    """Of the keys that are not at their defaults, so that a new key leaves finished runs valid."""
-    return hashlib.sha256(recipe.model_dump_json(exclude_defaults=True).encode()).hexdigest()
+    """Of the keys that are not at their defaults, so that a new key leaves finished runs valid.
+
+    Defaults of the decomposition are in it: another one there is another method.
+    """
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    if recipe.method == "lora-over":
+        values["decomposition"] = repr(recipe.over.make_decomposition())
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _outcome(recipe: Recipe, folder: Path, said: str) -> Outcome:
@@ -169,6 +180,7 @@ def _outcome(recipe: Recipe, folder: Path, said: str) -> Outcome:
         tokens=[tokens for _, tokens in scored],
         step_seconds=result.train_seconds / result.timed_steps if result.timed_steps else None,
         peak_bytes=result.peak_bytes,
+        hardware=result.hardware,
         trained_parameters=result.lora_parameters + result.added_parameters,
         served_parameters=result.lora_parameters,
         update_norm=result.update_norm,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.errors import LoraOverError
 from loraover.statistics import holm
 from loraover.study.analysis import Difference, Halves, Losses, Sensitivity, difference, mean_loss, sensitivity
-from loraover.study.grid import FEWEST_EXAMPLES, PLAIN, Run
+from loraover.study.grid import FEWEST_EXAMPLES, Run, is_plain
 from loraover.study.outcome import Outcome
 
 ALPHA = 0.05
@@ -27,7 +27,7 @@ class MethodResult(BaseModel):
     method: str
     rate: float
     test_loss: float = Field(description="nats per token, mean over seeds")
-    deviation: float = Field(description="standard deviation over seeds")
+    deviation: float | None = Field(description="standard deviation over seeds; None: there is one")
     difference: Difference | None = Field(description="to the baseline; None for itself")
     sensitivity: Sensitivity
     trained_parameters: int
@@ -95,7 +95,7 @@ def _task(task: str, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Ta
         method: sensitivity(means) for method, means in validated.items() if any(map(math.isfinite, means.values()))
     }
     baseline = min(
-        (method for method in tuned if method in PLAIN),
+        filter(is_plain, tuned),
         key=lambda method: min(tuned[method].losses.values()),
         default=None,
     )
@@ -166,7 +166,7 @@ def _method(
         method=method,
         rate=tuned.best_rate,
         test_loss=fmean(each),
-        deviation=stdev(each) if len(each) > 1 else 0.0,
+        deviation=stdev(each) if len(each) > 1 else None,
         difference=paired,
         sensitivity=tuned,
         trained_parameters=outcomes[0].trained_parameters,
@@ -184,12 +184,13 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 
 def _adjusted(tasks: Sequence[TaskResult]) -> list[TaskResult]:
-    """Holm's correction over tasks, for each method by itself."""
+    """Holm's correction over tasks, for each method by itself; a task on which it failed counts among them."""
     compared = [(t.task, r.method, r.difference.p) for t in tasks for r in t.methods if r.difference is not None]
     p_values: dict[tuple[str, str], float] = {}
     for method in {method for _, method, _ in compared}:
         mine = [(task, p) for task, its, p in compared if its == method]
-        for (task, _), p in zip(mine, holm([p for _, p in mine]), strict=True):
+        failed = sum(method in task.failed and task.baseline is not None for task in tasks)
+        for (task, _), p in zip(mine, holm([p for _, p in mine] + [1.0] * failed), strict=False):
             p_values[task, method] = p
     return [
         task.model_copy(
@@ -227,9 +228,8 @@ def _overall(tasks: Sequence[TaskResult]) -> str:
                 settings.setdefault(result.method, []).append(result.difference)
         if task.baseline is not None:
             failed.update(method for method in task.failed if method.startswith("lora-over"))
-    for method, count in failed.items():
-        if count == len(tasks):
-            settings[method] = []
+    for method in failed:
+        settings.setdefault(method, [])
     if not settings:
         return "Whether LoRA-Over beats a tuned plain LoRA cannot be said yet: it takes both, and two seeds."
     better = {method: sum(map(_is_better, found)) for method, found in settings.items()}
@@ -239,14 +239,22 @@ def _overall(tasks: Sequence[TaskResult]) -> str:
         + (f" ({failed[method]} failed at every rate)" if failed[method] else "")
         for method, found in settings.items()
     )
-    if any(better[method] and not worse[method] for method in settings):
+    if any(better[method] == len(found) + failed[method] for method, found in settings.items()):
         verdict = "LoRA-Over beats tuned plain LoRA here"
+    elif any(better[method] and not worse[method] for method in settings):
+        verdict = "LoRA-Over beats tuned plain LoRA on some tasks here and loses on none"
     elif any(better.values()):
         verdict = "LoRA-Over beats tuned plain LoRA on some tasks and loses to it on others"
     else:
         verdict = "LoRA-Over does not beat tuned plain LoRA here"
     several = " (nothing corrects for the number of settings)" if len(settings) > 1 and any(better.values()) else ""
-    return f"{verdict}: of the tasks, {counts}{several}."
+    at_end = [
+        task.task
+        for task in tasks
+        if any(r.method == task.baseline and not r.sensitivity.is_bracketed for r in task.methods)
+    ]
+    edge = f", but the sweep did not bracket plain LoRA's best rate on {', '.join(at_end)}" if at_end else ""
+    return f"{verdict}: of the tasks, {counts}{several}{edge}."
 
 
 def _is_better(found: Difference) -> bool:

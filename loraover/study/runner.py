@@ -15,7 +15,7 @@ from loraover.errors import ConfigError, LoraOverError
 from loraover.output import publish_file
 from loraover.progress import Reporter
 from loraover.recipe import Recipe
-from loraover.run_result import environment, hardware
+from loraover.run_result import environment
 from loraover.study.grid import Run, make_grid
 from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
 from loraover.study.report import StudyReport, task_results, words
@@ -189,5 +189,6 @@ def make_report(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], command: s
         words=words(tasks),
         command=command,
         versions=environment("scipy", "transformers"),
-        hardware=hardware(),
+        hardware="; ".join(sorted({found.hardware for found in outcomes.values() if found.hardware}))
+        or "unknown hardware",
     )

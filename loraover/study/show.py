@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from importlib.resources import files
 
 from loraover.page import COLORS, INK, render_page, svg_axes
@@ -20,6 +19,8 @@ END_NOTE = " (end): the best rate is at an end of the sweep."
 def to_markdown(report: StudyReport) -> str:
     """What the figures say, and a table for each task."""
     lines = [f"- {line}" for line in report.words]
+    if not report.is_whole:
+        lines.append(f"- {unfinished(report)}")
     for task in report.tasks:
         lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {report.seeds} seeds.{END_NOTE}", ""]
         lines += [
@@ -40,7 +41,7 @@ def _row(r: MethodResult, task: TaskResult) -> str:
     cells = [
         r.method,
         f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}",
-        f"{r.test_loss:.4f} ({r.deviation:.4f})",
+        f"{r.test_loss:.4f} ({_figure(r.deviation, '.4f')})",
         compared,
         f"{r.trained_parameters:,}",
         _figure(r.step_seconds, ".2f"),
@@ -71,11 +72,22 @@ def regret_text(r: MethodResult) -> str:
     return f"infinite ({found.diverged} of {found.diverged + len(found.losses)} rates failed)"
 
 
+def unfinished(report: StudyReport) -> str:
+    """That the report is not of the whole grid."""
+    return f"The study is not finished: {report.runs} runs are, and the first {report.seeds} seeds count here."
+
+
 def to_html(report: StudyReport) -> str:
     """The page; every text of the report is escaped."""
     template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     tasks = [(task, difference_plot(task), rate_plot(task)) for task in report.tasks]
-    shown = {"figure": _figure, "gibibytes": gibibytes, "regret": regret_text, "end_note": END_NOTE}
+    shown = {
+        "figure": _figure,
+        "gibibytes": gibibytes,
+        "regret": regret_text,
+        "unfinished": unfinished,
+        "end_note": END_NOTE,
+    }
     return render_page(template, report=report, tasks=tasks, **shown)
 
 
@@ -106,9 +118,14 @@ def rate_plot(task: TaskResult) -> str:
     lowest = min(loss for result in task.methods for loss in result.sensitivity.losses.values())
     with svg_axes(8, 3.8) as (axes, drawn):
         for i, result in enumerate(task.methods):
-            points = [(float(rate), loss) for rate, loss in result.sensitivity.losses.items() if math.isfinite(loss)]
-            rates, losses = zip(*points, strict=True)
-            axes.plot(rates, losses, marker="o", color=COLORS[i % len(COLORS)], label=result.method)
+            losses = result.sensitivity.losses
+            axes.plot(
+                [float(rate) for rate in losses],
+                list(losses.values()),
+                marker="o",
+                color=COLORS[i % len(COLORS)],
+                label=result.method,
+            )
         axes.set_xscale("log")
         axes.set_xticks(swept, [f"{rate:g}" for rate in swept])
         axes.set_xticks([], minor=True)

@@ -106,7 +106,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--margin", type=click.FloatRange(0, 1, min_open=True), default=0.05, show_default=True, help="That is equal."
 )
-@click.option("--out", type=PATH, help="New folder for parity.json and parity.html.")
+@click.option("-o", "--out", type=PATH, help="New folder for parity.json and parity.html.")
 @click.option("--model", help="Base model, folder or hub name, instead of the one that the adapter names.")
 @click.option("--vllm", envvar="LORAOVER_VLLM", default="vllm", show_default=True, help="The command vllm.")
 @click.option(

@@ -98,6 +98,16 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
     assert not out.exists()
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_asked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, words(folder, tmp_path / "missing" / "out.json")) == 2
+    shown = capsys.readouterr()
+    assert "cannot write" in shown.err
+    assert "base" not in shown.out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_was_finished_before_ctrl_c_is_kept_and_gone_on_from(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     adapters = [word for name in "ab" for word in ("--adapter", str(folder / name))]
@@ -206,7 +216,7 @@ def result(name: str, scores: list[float | None]) -> ModelResult:
 def test_changes_against_the_base_model_are_counted(evaluation: dict[str, Any]) -> None:
     models = [result("base", [1, 0, 0, 1]), result("a", [0, 1, 1, 1]), ModelResult(name="b", failure="no")]
     columns, rows = result_rows(Evaluation(**evaluation, results=models))
-    assert columns == ["model", "acc", "95 %", "gained", "lost"]
+    assert columns == ["model", "acc", "right, 95 %", "gained", "lost"]
     assert rows[0] == ["base", "50.0%", "10.0% to 90.0%", "-", "-"]
     assert rows[1][3:] == ["2", "1"]
     assert rows[2] == ["b", "-", "-", "-", "-"]

@@ -247,6 +247,7 @@ def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
     [
         ("gsm8k", {"question": "x"}, r"row 2: has fields \['question'\]; expected 'answer'"),
         ("gsm8k", {"question": "x", "answer": "none"}, "row 2: field 'answer' .* holds no number"),
+        ("gsm8k", {"question": " ", "answer": "4"}, "row 2: field 'question' is empty"),
         ("gsm8k", {"question": 3, "answer": "4"}, "row 2: field 'question' is 3, expected text"),
         ("qnli", {"sentence1": "x", "label": "entailment"}, "row 2: .* expected 'sentence' or 'sentence2'"),
         ("qnli", {"sentence1": "x", "sentence2": "y", "label": -1}, "row 2: .*test splits have no labels"),

@@ -226,6 +226,7 @@ def test_ratings_are_read_as_fastchat_does(text: str, rating: float | None) -> N
     ("file", "row", "message"),
     [
         (QUESTIONS, {"question_id": 1, "category": "x", "turns": ["one"]}, "row 3: field 'turns'"),
+        (QUESTIONS, {"question_id": 1, "category": "x", "turns": ["one", ""]}, "row 3: field 'turns'"),
         (QUESTIONS, {"question_id": "a", "category": "x", "turns": ["a", "b"]}, "row 3: field 'question_id'"),
         (QUESTIONS, {"question_id": 1, "turns": ["a", "b"]}, "row 3: has fields .* expected 'category'"),
         (QUESTIONS, {"question_id": 1, "category": "math", "turns": ["a", "b"]}, "no answer to question 1"),

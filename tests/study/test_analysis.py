@@ -14,12 +14,11 @@ from loraover.study.analysis import Halves, Losses, difference, mean_loss, sensi
 
 
 def made_up(
-    draw: np.random.Generator, true: float, seeds: int = 5, examples: int = 60
+    draw: np.random.Generator, true: float, seeds: int = 5, examples: int = 60, of_seeds: float = 0.01
 ) -> tuple[Losses, Losses, Losses]:
     """Losses of two methods with effects of seeds, of examples and of both together; tokens."""
-    seeds, examples = 5, 60
     tokens = draw.integers(20, 80, examples).astype(float)
-    gap = true + 0.01 * draw.standard_normal((seeds, 1)) + 0.02 * draw.standard_normal(examples)
+    gap = true + of_seeds * draw.standard_normal((seeds, 1)) + 0.02 * draw.standard_normal(examples)
     gap = gap + 0.02 * draw.standard_normal((seeds, examples))
     baseline = tokens * (1.5 + 0.3 * draw.standard_normal(examples)) * np.ones((seeds, 1))
     return baseline + gap * tokens, baseline, tokens
@@ -34,10 +33,13 @@ def test_intervals_cover_over_seeds_and_examples_together() -> None:
     assert covered >= stats.binom.ppf(1e-3, experiments, 0.95)
 
 
-def test_no_difference_is_seldom_called_one() -> None:
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("of_seeds", [0.01, 0.3])
+def test_no_difference_is_seldom_called_one(seeds: int, of_seeds: float) -> None:
+    """Also where little but the seed makes a difference, and there are few."""
     draw = np.random.default_rng(1)
-    experiments = 300
-    called = sum(difference(*made_up(draw, 0.0)).p <= 0.05 for _ in range(experiments))
+    experiments = 1000
+    called = sum(difference(*made_up(draw, 0.0, seeds, 12, of_seeds)).p <= 0.05 for _ in range(experiments))
     assert called <= stats.binom.ppf(1 - 1e-3, experiments, 0.05)
 
 

@@ -83,13 +83,10 @@ def test_each_method_keeps_the_rate_that_validation_chose(tmp_path: Path) -> Non
 
 
 def test_the_baseline_is_the_best_plain_lora_whatever_else_is_better(tmp_path: Path) -> None:
-    methods = ["dora", "lora", "lora:r=2", "lora-matched"]
-    runs = grid_of_any(tmp_path, methods)
-    losses = {"dora": (1.2, 0.5, 1.2), "lora": (1.2, 1.0, 1.2), "lora:r=2": MIDDLE, "lora-matched": (1.2, 0.9, 1.2)}
-    (task,) = judged(runs, losses)
-    assert task.baseline == "lora-matched"
-    compared = {result.method: result.difference is not None for result in task.methods}
-    assert compared == {"dora": True, "lora": True, "lora:r=2": True, "lora-matched": False}
+    best = {"dora": 0.5, "lora:init_lora_weights=pissa": 0.6, "lora": 1.0, "lora:r=2": 0.8, "lora-matched": 0.9}
+    (task,) = judged(grid_of_any(tmp_path, list(best)), {method: (1.2, loss, 1.2) for method, loss in best.items()})
+    assert task.baseline == "lora:r=2"
+    assert [result.method for result in task.methods if result.difference is None] == ["lora:r=2"]
 
 
 def grid_of_any(folder: Path, methods: list[str]) -> list[Run]:
@@ -122,7 +119,22 @@ def test_p_values_are_holms_over_tasks_for_each_method(tmp_path: Path) -> None:
         raw, corrected = ([p_of(task, method) for task in tasks] for tasks in (alone, together))
         assert corrected == pytest.approx(holm(raw))
         assert corrected != pytest.approx(raw)
-    assert words(together)[0].startswith("LoRA-Over beats tuned plain LoRA here: of the tasks, lora-over is better on ")
+    assert words(together)[0].startswith(
+        "LoRA-Over beats tuned plain LoRA on some tasks here and loses on none: of the "
+    )
+
+
+def test_holm_counts_the_task_on_which_a_method_failed(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"], tasks=2)
+    better = {run: made_up(run, 0.97 if run.method == "lora-over" else 1.0, noise=0.1) for run in runs}
+    lost = {run for run in runs if run.method == "lora-over" and run.task == "task1"}
+    whole, failed = (
+        task_results(runs, better | dict.fromkeys(gone, Outcome(recipe="", failure=DIVERGED)), SEEDS)
+        for gone in ((), lost)
+    )
+    (alone,) = task_results([run for run in runs if run.task == "task0"], better, SEEDS)
+    assert p_of(failed[0], "lora-over") == pytest.approx(2 * p_of(alone, "lora-over"))
+    assert p_of(whole[0], "lora-over") >= p_of(alone, "lora-over")
 
 
 def test_a_task_on_which_every_rate_failed_counts_as_worse(tmp_path: Path) -> None:
@@ -134,7 +146,8 @@ def test_a_task_on_which_every_rate_failed_counts_as_worse(tmp_path: Path) -> No
     assert tasks[1].failed == ["lora-over"]
     assert words(tasks)[0] == (
         "LoRA-Over beats tuned plain LoRA on some tasks and loses to it on others: of the tasks, lora-over is better "
-        "on 1, worse on 1 of 2 (1 failed at every rate)."
+        "on 1, worse on 1 of 2 (1 failed at every rate), but the sweep did not bracket plain LoRA's best rate on "
+        "task0, task1."
     )
     assert words(tasks[1:])[0].startswith("LoRA-Over does not beat tuned plain LoRA here")
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from loraover.cli import _sweeps, cli
 from loraover.command import run
 from loraover.config import Budget
+from loraover.decompositions import Mpo
 from loraover.errors import ConfigError, LoraOverError
 from loraover.examples import load_examples
 from loraover.progress import Reporter
@@ -28,7 +29,7 @@ from loraover.recipe import Recipe, load_recipe
 from loraover.run_result import read_run
 from loraover.study import outcome as outcome_module
 from loraover.study.grid import DEFAULT_METHODS, make_grid, matched_rank, split_outside_brackets
-from loraover.study.outcome import OUTCOME_FILE, Outcome, execute
+from loraover.study.outcome import OUTCOME_FILE, Outcome, digest, execute
 from loraover.study.report import StudyReport
 from loraover.study.runner import Where, run_grid
 
@@ -291,6 +292,23 @@ def test_a_run_that_does_not_fit_is_a_failure_of_its_own(
     with pytest.raises(LoraOverError, match="no such model"):
         execute(one_run(recipe), tmp_path / "other", threads=1)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_was_killed_says_so(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho loading\nkill -9 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(LoraOverError, match="has killed it"):
+        execute(one_run(recipe), tmp_path / "run", threads=1)
+
+
+def test_another_default_of_a_decomposition_is_another_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over, plain = (load_recipe(str(recipe), {"method": method}) for method in ("lora-over", "lora"))
+    before = digest(over), digest(plain)
+    monkeypatch.setattr(Mpo.__init__, "__defaults__", (*vars(Mpo)["__init__"].__defaults__[:-1], "random"))
+    assert digest(over) != before[0]
+    assert digest(plain) == before[1]
 
 
 def test_settings_of_a_method_may_be_lists_and_mappings(recipe: Path) -> None:
