@@ -30,7 +30,7 @@ from loraover.decompositions import Decomposition
 from loraover.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.errors import CheckpointError, LoraOverError
 from loraover.importance import GradientScore
-from loraover.output import publish_file
+from loraover.output import publish_file, publish_text
 from loraover.overparam import OverParameterization
 from loraover.schedules import Round
 from loraover.sharding import full, world_size
@@ -210,7 +210,7 @@ def write_checkpoint(
         versions={"loraover": __version__, **{name: version(name) for name in ("torch", "peft", "transformers")}},
         sha256={name: sha256_of(stored.path / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
     )
-    publish_file(stored.path / META_FILE, lambda draft: draft.write_text(meta.sealed().model_dump_json(indent=1)))
+    publish_text(stored.path / META_FILE, meta.sealed().model_dump_json(indent=1))
 
 
 def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:

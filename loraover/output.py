@@ -113,6 +113,11 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
             draft.unlink(missing_ok=True)
 
 
+def publish_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace one file, in UTF-8; raises as `publish_file`."""
+    publish_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
 def check_file_writable(path: str | os.PathLike[str]) -> None:
     """Raise OutputError unless `publish_file` can begin there; nothing is left behind."""
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loraover.adapter_dir import read_json
 from loraover.errors import CheckpointError, ConfigError
-from loraover.output import publish_file, sync
+from loraover.output import publish_text, sync
 from loraover.overparam import has_cores
 from loraover.sharding import wait_for_all
 from loraover.tensor_file import sha256_of
@@ -96,7 +96,7 @@ def seal(folder: Path) -> None:
     for path in paths:
         sync(path)
     content = Seal(files={str(p.relative_to(folder)): sha256_of(p) for p in paths}).model_dump_json(indent=1)
-    publish_file(folder / SEAL_FILE, lambda draft: draft.write_text(content))
+    publish_text(folder / SEAL_FILE, content)
 
 
 def last_whole_checkpoint(directory: str | os.PathLike[str]) -> Path | None:

@@ -32,7 +32,7 @@ from loraover.examples import Examples, load_examples
 from loraover.licence import known_licence
 from loraover.model_card import model_card
 from loraover.models import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
-from loraover.output import check_free, publish_directory, publish_file
+from loraover.output import check_free, publish_directory, publish_text
 from loraover.overparam import OverParameterization
 from loraover.progress import Reporter, log_shown
 from loraover.recipe import Recipe
@@ -148,7 +148,7 @@ def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, com
         if run.over is not None:
             write_checkpoint(draft, run.over, step=result.steps)
         (draft / "README.md").write_text(card, encoding="utf-8")
-    publish_file(output / "run.json", lambda draft: draft.write_text(result.model_dump_json(indent=1) + "\n"))
+    publish_text(output / "run.json", result.model_dump_json(indent=1) + "\n")
 
 
 def _product(recipe: Recipe, output: Path) -> Path:
@@ -258,7 +258,7 @@ def _write_recipe(output: Path, recipe: Recipe, source: ModelSource, examples: E
     if path.is_file() and (previous := _read_yaml(path)) != values:
         changed = sorted(key for key in values if previous.get(key) != values[key])
         raise ConfigError(f"{path}: the run was started with another recipe ({', '.join(changed)} differ); start anew.")
-    publish_file(path, lambda draft: draft.write_text(yaml.safe_dump(values, sort_keys=False)))
+    publish_text(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
             )
     measures = Measures(examples=len(rows), loss=loss, exact_match=accuracy)
     if when == AFTER:
-        publish_file(output / HELD_OUT_FILE, lambda draft: draft.write_text(json.dumps(scored) + "\n"))
+        publish_text(output / HELD_OUT_FILE, json.dumps(scored) + "\n")
     report.line(f"{when}: {measures}")
     metrics, step = output / "metrics.jsonl", run.trainer.state.global_step
     if step or not metrics.is_file():
@@ -321,7 +321,7 @@ def _trim_metrics(path: Path, checkpoint: Path | None) -> None:
         return
     step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     kept = [line for line in path.read_text().splitlines() if 0 <= _step_of(line) <= step]
-    publish_file(path, lambda draft: draft.write_text("".join(line + "\n" for line in kept)))
+    publish_text(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> int:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from loraover.output import publish_file
+from loraover.output import publish_text
 
 VARIABLE = "LORAOVER_COMPATIBILITY"
 PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-genai")
@@ -68,7 +68,7 @@ def record(
         return
     path = Path(name)
     rows = [*(read_rows(path) if path.exists() else []), Row(family, engine, mode, precision, verdict, error, bound)]
-    publish_file(path, lambda draft: draft.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n"))
+    publish_text(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def read_rows(path: Path) -> list[Row]:

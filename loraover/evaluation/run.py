@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
 from loraover.models import ModelSource, load_tokenizer, resolve_model
-from loraover.output import check_file_writable, publish_file
+from loraover.output import check_file_writable, publish_text
 from loraover.progress import Reporter
 from loraover.run_result import environment, hardware
 
@@ -95,8 +94,7 @@ def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluat
                 report.line(f"{candidate.name}: finished already")
             found = found.model_copy(update={"results": [*found.results, result]})
             if output is not None:
-                text = found.model_dump_json(indent=1) + "\n"
-                publish_file(output, partial(Path.write_text, data=text, encoding="utf-8"))
+                publish_text(output, found.model_dump_json(indent=1) + "\n")
     finally:
         if found.results:
             show_evaluation(found, report.console)

@@ -23,7 +23,7 @@ from loraover.adapter_dir import read_json
 from loraover.checkpoint import META_FILE, read_checkpoint
 from loraover.errors import ConfigError, LoraOverError
 from loraover.exact import open_exact
-from loraover.output import publish_file
+from loraover.output import publish_text
 from loraover.recipe import Recipe, load_recipe
 from loraover.run_result import RUN_FILE, read_run
 from loraover.tensor_file import HAD_DIVERGED
@@ -78,7 +78,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         said = "" if (folder / RUN_FILE).is_file() else _train(recipe, folder, threads, lock)
         outcome = _outcome(recipe, folder, said)
         folder.mkdir(exist_ok=True)
-        publish_file(folder / OUTCOME_FILE, lambda draft: draft.write_text(outcome.model_dump_json() + "\n"))
+        publish_text(folder / OUTCOME_FILE, outcome.model_dump_json() + "\n")
     return outcome
 
 
@@ -111,7 +111,7 @@ def _another_recipe(folder: Path) -> ConfigError:
 def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
     """What `loraover train` says; its exit code is told by what it leaves in the folder."""
     asked = _asked(folder)
-    publish_file(asked, lambda draft: draft.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)))
+    publish_text(asked, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
     if (folder / "recipe.yaml").is_file() and not any((folder / name).exists() for name in ("adapter", "model")):
         command.append("--resume")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.errors import ConfigError, LoraOverError
-from loraover.output import publish_file
+from loraover.output import publish_text
 from loraover.progress import Reporter
 from loraover.recipe import Recipe
 from loraover.run_result import environment
@@ -70,7 +70,7 @@ def run_study(request: StudyRequest, folder: Path, where: Where | None, report: 
         (TABLE_FILE, to_markdown(found)),
         (HTML_FILE, to_html(found)),
     ):
-        publish_file(folder / name, _writer(content))
+        publish_text(folder / name, content)
     for line in found.words:
         report.line(line)
     report.line(f"wrote {folder / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}")
@@ -141,12 +141,8 @@ def _on_ray(runs: Sequence[Run], folder: Path, address: str) -> Iterator[tuple[R
             run = waiting.pop(done)
             outcome = Outcome.model_validate_json(ray.get(done))
             (folder / run.folder).mkdir(parents=True, exist_ok=True)
-            publish_file(folder / run.folder / OUTCOME_FILE, _writer(outcome.model_dump_json() + "\n"))
+            publish_text(folder / run.folder / OUTCOME_FILE, outcome.model_dump_json() + "\n")
             yield run, outcome
-
-
-def _writer(content: str) -> Callable[[Path], object]:
-    return lambda draft: draft.write_text(content, encoding="utf-8")
 
 
 @contextmanager

@@ -98,13 +98,17 @@ def difference_plot(task: TaskResult) -> str:
         return ""
     with svg_axes(8, 1.0 + 0.36 * len(compared)) as (axes, drawn):
         axes.axvline(0, color=INK, lw=0.8)
-        for y, (_, found) in enumerate(reversed(compared)):
-            color = COLORS[(len(compared) - y) % len(COLORS)]
+        for y, (method, found) in enumerate(reversed(compared)):
+            color = _color(task, method)
             axes.plot(found.interval, [y, y], color=color, lw=2.5, solid_capstyle="butt")
             axes.plot([found.mean], [y], "o", color=color, ms=7)
         axes.set_yticks(range(len(compared)), [method for method, _ in reversed(compared)])
         axes.set_xlabel(f"test loss minus that of {task.baseline}, nats per token")
     return drawn[0]
+
+
+def _color(task: TaskResult, method: str) -> str:
+    return COLORS[[result.method for result in task.methods].index(method) % len(COLORS)]
 
 
 def rate_plot(task: TaskResult) -> str:
@@ -117,13 +121,13 @@ def rate_plot(task: TaskResult) -> str:
     swept = sorted({float(rate) for result in task.methods for rate in result.sensitivity.losses})
     lowest = min(loss for result in task.methods for loss in result.sensitivity.losses.values())
     with svg_axes(8, 3.8) as (axes, drawn):
-        for i, result in enumerate(task.methods):
+        for result in task.methods:
             losses = result.sensitivity.losses
             axes.plot(
                 [float(rate) for rate in losses],
                 list(losses.values()),
                 marker="o",
-                color=COLORS[i % len(COLORS)],
+                color=_color(task, result.method),
                 label=result.method,
             )
         axes.set_xscale("log")

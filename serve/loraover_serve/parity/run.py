@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from loraover.command import quiet_libraries
 from loraover.models import load_tokenizer
-from loraover.output import publish_directory, publish_file
+from loraover.output import publish_directory, publish_text
 from loraover_serve.parity.analysis import (
     CONTROL,
     FOLDED,
@@ -86,7 +86,7 @@ def _measured_report(request: ParityRequest, logs: Path, console: Console) -> Pa
 
 def _write(report: ParityReport, out: Path, folded: Path, kept: Path) -> None:
     """Publish report, page and logs; `kept` has the samples already should that fail."""
-    publish_file(kept / REPORT_FILE, lambda path: path.write_text(report.model_dump_json() + "\n"))
+    publish_text(kept / REPORT_FILE, report.model_dump_json() + "\n")
     with publish_directory(out, outside=folded) as draft:
         (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
         for file in kept.iterdir():
