@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, RMSprop
 from transformers import AutoModelForCausalLM
 
-from loraover import LoraOverConfig, OverParameterization, checkpoint, read_checkpoint, write_checkpoint
+from loraover import LoraOverConfig, OverParameterization, checkpoint, output, read_checkpoint, write_checkpoint
 from loraover.adapter_dir import KEY_PREFIX, site_key, site_name
 from loraover.checkpoint import CORES_FILE, META_FILE, Checkpoint, restore
 from loraover.decompositions import DECOMPOSITIONS
@@ -296,7 +296,8 @@ def test_a_save_that_is_cut_off_leaves_no_checkpoint(
             raise OutputError(f"cannot write {path}: No space left on device.")
         publish_file(path, fill)
 
-    monkeypatch.setattr(checkpoint, "publish_file", full)
+    for module in (checkpoint, output):
+        monkeypatch.setattr(module, "publish_file", full)
     with pytest.raises(OutputError, match="No space left"):
         write_checkpoint(fresh, made.over, step=0)
     assert [path.name for path in calls] == [CORES_FILE, META_FILE][:stage]
