@@ -1,6 +1,7 @@
 """HumanEval: functions completed from their docstring, and their unit tests run.
 
-Source: Chen et al. 2021, arXiv:2107.03374. Departure: one greedy sample for each problem, so pass@1 has no estimator.
+Source: Chen et al. 2021, arXiv:2107.03374. Departures: one greedy sample for each problem, so pass@1 has no estimator,
+and the end of a Markdown block ends the function too, as an instructed model writes it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ STOPS = (
     "\n#",
     "\nif",
     "\nprint",
-)  # section 2.1 of the paper; what follows is no part of the function
+    "\n```",
+)  # but for the last, section 2.1 of the paper; what follows is no part of the function
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 
 

@@ -112,6 +112,7 @@ def test_where_nothing_can_hold_the_code_it_is_not_generated_either(
 def test_a_completion_ends_where_the_function_does() -> None:
     assert cut("    return 1\n\ndef other():\n    pass", STOPS) == "    return 1\n"
     assert cut("    return 1\n# done\nclass X: pass", STOPS) == "    return 1"
+    assert cut("    return 1\n```\n\nIt returns 1.", STOPS) == "    return 1"
     assert cut("    if x:\n        print(x)\n    return 1", STOPS) == "    if x:\n        print(x)\n    return 1"
 
 
