@@ -171,10 +171,10 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
     "--lr-sweep",
     "sweeps",
     multiple=True,
-    metavar="[METHOD=]RATES",
+    metavar="[NAME=]RATES",
     default=["3e-4,1e-3,3e-3"],
     show_default=True,
-    help="Learning rates of every method, or of one.",
+    help="Learning rates of every method, of one, or of a task (a recipe's name), which comes first.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option(
@@ -211,9 +211,12 @@ def study(
     from loraover.study.grid import DEFAULT_METHODS, split_outside_brackets
     from loraover.study.runner import StudyRequest, Where, run_study
 
+    compared = DEFAULT_METHODS if methods is None else split_outside_brackets(methods, ",")
+    rates, task_rates = _sweeps(compared, [Path(recipe).stem for recipe in recipes], sweeps)
     request = StudyRequest(
         recipes=recipes,
-        rates=_sweeps(DEFAULT_METHODS if methods is None else split_outside_brackets(methods, ","), sweeps),
+        rates=rates,
+        task_rates=task_rates,
         seeds=seeds,
         settings=dict(parse_override(setting) for setting in settings),
         command=shlex.join(["loraover", *sys.argv[1:]]),
@@ -224,16 +227,19 @@ def study(
         print(report.model_dump_json(indent=1))
 
 
-def _sweeps(methods: Sequence[str], sweeps: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
-    """Learning rates by method: those of METHOD=RATES, else those of every method."""
-    named = {method: rates for method, _, rates in (sweep.rpartition("=") for sweep in sweeps)}
-    common = named.pop("", None)
-    if unknown := sorted(named.keys() - set(methods)):
-        raise click.UsageError(f"--lr-sweep names {unknown[0]!r}, which is none of --methods.")
-    texts = {method: named.get(method, common) for method in methods}
-    if missing := [method for method, text in texts.items() if text is None]:
+def _sweeps(
+    methods: Sequence[str], tasks: Sequence[str], sweeps: tuple[str, ...]
+) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
+    """Learning rates by method: those of METHOD=RATES, else those without a name; and by task."""
+    named = {name: _rates(text) for name, _, text in (sweep.rpartition("=") for sweep in sweeps)}
+    common = named.pop("", ())
+    if unknown := sorted(named.keys() - {*methods, *tasks}):
+        raise click.UsageError(f"--lr-sweep names {unknown[0]!r}, which is none of --methods and no recipe's name.")
+    by_method = {method: named.get(method, common) for method in methods}
+    by_task = {task: named[task] for task in tasks if task in named}
+    if len(by_task) < len(set(tasks)) and (missing := [method for method in methods if not by_method[method]]):
         raise click.UsageError(f"--lr-sweep says no rates of {missing[0]!r}.")
-    return {method: _rates(text) for method, text in texts.items() if text is not None}
+    return by_method, by_task
 
 
 def _rates(text: str) -> tuple[float, ...]:

@@ -64,6 +64,7 @@ def make_trainer(
     else:
         from trl import SFTConfig, SFTTrainer
 
+        _project_labelled_positions_only()
         trainer = SFTTrainer(
             model,
             SFTConfig(max_length=recipe.training.max_length, completion_only_loss=True, **options),
@@ -75,6 +76,18 @@ def make_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _project_labelled_positions_only() -> None:
+    """Keep TRL's loss from projecting masked positions to the vocabulary on a CPU.
+
+    Where there is no Triton, TRL 1.16 projects all, for compilers that want fixed shapes. Nothing is compiled here, and
+    of a small model with short answers that took half of a step. A TRL without that switch is left as it is.
+    """
+    from trl.trainer import utils
+
+    if hasattr(utils, "_use_triton"):
+        utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
 
 
 def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:

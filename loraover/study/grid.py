@@ -62,7 +62,11 @@ class Run:
 
 
 def make_grid(
-    recipes: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: int, settings: dict[str, Any]
+    recipes: Sequence[str],
+    rates: Mapping[str, Sequence[float]],
+    seeds: int,
+    settings: dict[str, Any],
+    task_rates: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Run]:
     """Every combination; all of one seed come before the next, so that a study that is stopped has whole seeds.
 
@@ -71,6 +75,7 @@ def make_grid(
             "lora-over:schedule=dynamic:budget={fraction: 0.25}"; those of lora-over are keys of `over`, those of the
             others keys of `lora`.
         settings: recipe keys that all runs share.
+        task_rates: learning rates of all methods on a task, by its name, in place of their own.
     Raises:
         ConfigError: an unknown method, a recipe that does not take a setting, or a grid that compares nothing.
     """
@@ -80,9 +85,10 @@ def make_grid(
     runs = []
     for seed in range(seeds):
         for (recipe, method), chosen in own.items():
-            for rate in rates[method]:
+            task = Path(recipe).stem
+            for rate in (task_rates or {}).get(task, rates[method]):
                 values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
-                runs.append(Run(Path(recipe).stem, method, rate, seed, load_recipe(recipe, values)))
+                runs.append(Run(task, method, rate, seed, load_recipe(recipe, values)))
     _check(runs)
     return runs
 

@@ -34,6 +34,7 @@ class StudyRequest:
 
     recipes: tuple[str, ...]
     rates: dict[str, tuple[float, ...]]
+    task_rates: dict[str, tuple[float, ...]]
     seeds: int
     settings: dict[str, Any]
     command: str
@@ -62,7 +63,7 @@ def run_study(request: StudyRequest, folder: Path, where: Where | None, report: 
         ConfigError: a request that is no study, or not the one that was begun in `folder`.
         LoraOverError: see `run_grid` and `make_report`.
     """
-    grid = make_grid(request.recipes, request.rates, request.seeds, DEFAULTS | request.settings)
+    grid = make_grid(request.recipes, request.rates, request.seeds, DEFAULTS | request.settings, request.task_rates)
     outcomes = finished(grid, folder) if where is None else run_grid(grid, folder, where, report)
     found = make_report(grid, outcomes, request.command)
     for name, content in (

@@ -368,9 +368,22 @@ def test_seeds_come_one_after_the_other(recipe: Path) -> None:
 
 def test_a_method_may_have_a_sweep_of_its_own() -> None:
     svd = "lora-over:decomposition=svd"
-    assert _sweeps(["lora", svd], ("1e-3,1e-2", f"{svd}=1e-4,3e-4")) == {"lora": (1e-3, 1e-2), svd: (1e-4, 3e-4)}
+    found = _sweeps(["lora", svd], ["gsm8k"], ("1e-3,1e-2", f"{svd}=1e-4,3e-4"))
+    assert found == ({"lora": (1e-3, 1e-2), svd: (1e-4, 3e-4)}, {})
     with pytest.raises(click.UsageError, match="no rates of 'lora'"):
-        _sweeps(["lora", svd], (f"{svd}=1e-4",))
+        _sweeps(["lora", svd], ["gsm8k"], (f"{svd}=1e-4",))
+
+
+def test_a_task_may_have_a_sweep_of_its_own(recipe: Path) -> None:
+    rates, task_rates = _sweeps(["lora", "lora-over"], [recipe.stem], (f"{recipe.stem}=1e-4,3e-4",))
+    runs = make_grid([str(recipe)], rates, 1, {}, task_rates)
+    assert [(run.method, run.rate) for run in runs] == [
+        (method, rate) for method in ("lora", "lora-over") for rate in (1e-4, 3e-4)
+    ]
+    with pytest.raises(click.UsageError, match="no rates of 'lora'"):
+        _sweeps(["lora", "lora-over"], [recipe.stem, "other"], (f"{recipe.stem}=1e-4",))
+    common, own = _sweeps(["lora"], [recipe.stem, "other"], (f"{recipe.stem}=1e-4", "lora=1e-3"))
+    assert (common, own) == ({"lora": (1e-3,)}, {recipe.stem: (1e-4,)})
 
 
 @pytest.mark.parametrize("method", ["dora", "pissa", "lora+", "full"])

@@ -1,0 +1,53 @@
+"""What the trainers that `loraover train` makes compute."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from trl.trainer import utils
+
+from loraover.progress import Reporter
+from loraover.recipe import load_recipe
+from loraover.train import _prepare
+
+from tiny_hub import save_llama, write_recipe
+
+
+def test_only_labelled_positions_are_projected_and_no_gradient_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(str(write_recipe(tmp_path / "recipe.yaml", save_llama(tmp_path / "base"), method="lora")))
+    (tmp_path / "run").mkdir()
+    trainer: Any = _prepare(recipe, tmp_path / "run", Reporter(Console(file=io.StringIO()))).trainer
+    batch = next(iter(trainer.get_train_dataloader()))
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    assert 0 < labelled < batch["labels"][:, 1:].numel()
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        trainer.model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {name: value.grad for name, value in trainer.model.named_parameters() if value.requires_grad}
+
+    whole = trainer.model(**batch).loss
+    expected = gradients(whole)
+
+    projected = []
+
+    class Spied(utils._ChunkedLogProbFunction):
+        @classmethod
+        def apply(cls, hidden: Tensor, *rest: Any) -> Any:
+            projected.append(len(hidden))
+            return super().apply(hidden, *rest)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Spied)
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    found = gradients(loss)
+    assert projected == [labelled]
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(found, expected)
