@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraover.data import read_raw
-from loraover.errors import ConfigError, DataError
+from loraover.errors import ConfigError, DataError, EngineError
 
 if TYPE_CHECKING:
     from loraover.evaluation.judge import Judge
@@ -72,6 +72,18 @@ class Measured:
     examples: list[Example]
 
 
+class UnratedError(EngineError):
+    """A model has answered, but its answers could not be rated.
+
+    Args:
+        answered: one for each answer, without a score; `Task.rate` goes on with them.
+    """
+
+    def __init__(self, message: str, answered: list[Example]) -> None:
+        super().__init__(message)
+        self.answered = answered
+
+
 class Task(ABC):
     """A benchmark."""
 
@@ -95,8 +107,13 @@ class Task(ABC):
         """Put the questions to one model.
 
         Raises:
+            UnratedError: the answers are there, but no scores.
             LoraOverError: the model or its engine cannot answer them.
         """
+
+    def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> Measured:
+        """Score the answers of an `UnratedError`, which only some tasks raise."""
+        raise NotImplementedError
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
         """What else a reader needs to know to repeat the figures."""

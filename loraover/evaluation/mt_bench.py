@@ -7,7 +7,7 @@ Without a chat template, questions are asked in Alpaca's prompt (Taori et al. 20
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from loraover.evaluation.base import (
     Questions,
     Row,
     Task,
+    UnratedError,
     read_questions,
     text_field,
     uses_chat,
@@ -78,8 +79,6 @@ class MtBench(Task):
         return found
 
     def measure(self, subject: Subject, questions: Questions, options: Options, report: Reporter) -> Measured:
-        judge = options.judge
-        assert judge is not None
         chats: list[Chat] = [[] for _ in questions.rows]
         for turn in (0, 1):
             for chat, row in zip(chats, questions.rows, strict=True):
@@ -87,18 +86,32 @@ class MtBench(Task):
             answers = _answers(subject, chats, options, options.max_new_tokens or self.max_new_tokens, report)
             for chat, answer in zip(chats, answers, strict=True):
                 chat.append({"role": "assistant", "content": answer})
+        texts = [message["content"] for chat in chats for message in chat[1::2]]
+        answered = [Example(name, None, text) for name, text in zip(_names(questions), texts, strict=True)]
+        return self.rate(answered, questions, options, report)
+
+    def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> Measured:
+        judge = options.judge
+        assert judge is not None
+        if [example.id for example in answered] != _names(questions):
+            raise DataError("the answers that were kept are not those to these questions; name a new file.")
+        texts = [example.answer for example in answered]
         asked = [
-            (row, turn, [message["content"] for message in chat[1::2]])
-            for row, chat in zip(questions.rows, chats, strict=True)
+            (row, turn, [first, second])
+            for row, first, second in zip(questions.rows, texts[::2], texts[1::2], strict=True)
             for turn in (0, 1)
         ]
-        verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
+        try:
+            verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
+        except EngineError as error:
+            raise UnratedError(str(error), answered) from error
         if all(verdict.rating is None for verdict in verdicts):
             said = f"of the first one it said: {verdicts[0].text:.500}"
-            raise EngineError(f"judge {judge.name} at {judge.endpoint.url}: has rated none of the answers; {said}")
+            message = f"judge {judge.name} at {judge.endpoint.url}: has rated none of the answers; {said}"
+            raise UnratedError(message, answered)
         examples = [
-            Example(f"{row['question_id']}, turn {turn + 1}", verdict.rating, answers[turn], note=verdict.text)
-            for (row, turn, answers), verdict in zip(asked, verdicts, strict=True)
+            replace(example, score=verdict.rating, note=verdict.text)
+            for example, verdict in zip(answered, verdicts, strict=True)
         ]
         return Measured(_means(examples), examples)
 
@@ -109,6 +122,11 @@ class MtBench(Task):
             "judge": f"{options.judge.name} at {options.judge.endpoint.url}",
             "note": "a rating means nothing without the name of its judge",
         }
+
+
+def _names(questions: Questions) -> list[str]:
+    """Of all answers, in order."""
+    return [f"{row['question_id']}, turn {turn}" for row in questions.rows for turn in (1, 2)]
 
 
 def _answers(subject: Subject, chats: list[Chat], options: Options, max_new_tokens: int, report: Reporter) -> list[str]:

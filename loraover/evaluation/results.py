@@ -27,7 +27,7 @@ class ModelResult(BaseModel):
     measures: dict[str, float] = Field(default_factory=dict)
     interval: tuple[float, float] | None = Field(None, description="95 %, of the share of right answers")
     missing: int = Field(0, description="examples without a score")
-    examples: list[Example] = Field(default_factory=list)
+    examples: list[Example] = Field(default_factory=list, description="of a failure: answers that nobody would rate")
     seconds: float = 0.0
     failure: str | None = Field(None, description="why there are no measures")
 

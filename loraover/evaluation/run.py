@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from loraover.adapter_dir import read_json
-from loraover.errors import ConfigError, LoraOverError
+from loraover.errors import ConfigError, EngineError, LoraOverError
 from loraover.evaluation import TASKS
-from loraover.evaluation.base import Options, Questions, Task
+from loraover.evaluation.base import Example, Options, Questions, Task, UnratedError
 from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
@@ -62,6 +62,11 @@ class _Candidate:
     sha256: str | None
     load: Callable[[], Subject]
 
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """By which a result in a file is recognised."""
+        return self.name, self.sha256
+
 
 def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluation:
     """Ask the base model, then every adapter; shows what is finished at the end, at Ctrl-C too.
@@ -69,7 +74,7 @@ def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluat
     Args:
         output: JSON file, written after every model. One that holds the beginning of the same evaluation is gone
             on with: adapters whose files are the same, and models of the same name at the same endpoint, are not asked
-            again.
+            again; answers that nobody would rate are only rated.
     Raises:
         LoraOverError: the request cannot be used, or the first model fails; a later one's failure is its result.
     """
@@ -86,15 +91,21 @@ def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluat
     found = _empty(request, task, source, questions, tokenizer)
     known = _known(found, output)
     try:
-        for candidate in candidates:
-            result = known.get((candidate.name, candidate.sha256))
-            if result is None:
-                result = _result(candidate, task, questions, options, report, is_first=not found.results)
-            else:
+        for number, candidate in enumerate(candidates):
+            result = known.get(candidate.key)
+            if result is not None and result.failure is None:
                 report.line(f"{candidate.name}: finished already")
+            else:
+                answered = [] if result is None else result.examples
+                result = _result(candidate, answered, task, questions, options, report, is_first=number == 0)
             found = found.model_copy(update={"results": [*found.results, result]})
             if output is not None:
-                publish_text(output, found.model_dump_json(indent=1) + "\n")
+                later = [known[other.key] for other in candidates[number + 1 :] if other.key in known]
+                whole = found.model_copy(update={"results": [*found.results, *later]})
+                publish_text(output, whole.model_dump_json(indent=1) + "\n")
+            if result.failure is not None and number == 0:
+                kept = "" if output is None else f" Its answers are kept in {output}; the same command rates them."
+                raise EngineError(result.failure + kept)
     finally:
         if found.results:
             show_evaluation(found, report.console)
@@ -146,26 +157,48 @@ def _empty(request: Request, task: Task, source: ModelSource, questions: Questio
 
 
 def _known(wanted: Evaluation, output: Path | None) -> dict[tuple[str, str | None], ModelResult]:
-    """Finished results of the same evaluation, by name and digest."""
+    """Results of the same evaluation, by name and digest: those that are finished, or have answers at least."""
     if output is None or not output.exists():
         return {}
     begun = read_json(output, Evaluation)
-    kept = {"results", "command", "hardware"}
-    before, now = begun.model_dump(exclude=kept), wanted.model_dump(exclude=kept)
+    before, now = _identity(begun), _identity(wanted)
+    if not any(result.measures for result in begun.results):
+        for settings in (before["settings"], now["settings"]):
+            settings.pop("judge", None)  # nothing depends on it yet: another judge may rate the answers
     changed = [key for key in now if before[key] != now[key]]
     if changed:
         raise ConfigError(f"{output}: holds another evaluation ({', '.join(changed)} differ); name a new file.")
-    return {(result.name, result.sha256): result for result in begun.results if result.failure is None}
+    return {(result.name, result.sha256): result for result in begun.results if result.examples}
+
+
+def _identity(evaluation: Evaluation) -> dict[str, Any]:
+    return evaluation.model_dump(exclude={"results", "command", "hardware"})
 
 
 def _result(
-    candidate: _Candidate, task: Task, questions: Questions, options: Options, report: Reporter, *, is_first: bool
+    candidate: _Candidate,
+    answered: list[Example],
+    task: Task,
+    questions: Questions,
+    options: Options,
+    report: Reporter,
+    *,
+    is_first: bool,
 ) -> ModelResult:
-    """What one model makes of the questions; where there is nothing to keep yet, its failure is raised."""
-    report.line(f"{candidate.name}:")
+    """What one model makes of the questions; where there is nothing to keep yet, its failure is raised.
+
+    Args:
+        answered: its answers, if it has been asked already.
+    """
+    report.line(f"{candidate.name}: answered already" if answered else f"{candidate.name}:")
     started = time.perf_counter()
     try:
-        measured = task.measure(candidate.load(), questions, options, report)
+        if answered:
+            measured = task.rate(answered, questions, options, report)
+        else:
+            measured = task.measure(candidate.load(), questions, options, report)
+    except UnratedError as error:
+        return ModelResult(name=candidate.name, sha256=candidate.sha256, failure=str(error), examples=error.answered)
     except LoraOverError as error:
         if is_first:
             raise

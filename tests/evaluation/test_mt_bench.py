@@ -18,7 +18,7 @@ from loraover.evaluation import TASKS
 from loraover.evaluation import endpoint as endpoint_module
 from loraover.evaluation.base import Options
 from loraover.evaluation.judge import find_rating
-from loraover.evaluation.mt_bench import QUESTIONS, REFERENCES
+from loraover.evaluation.mt_bench import QUESTIONS, REFERENCES, MtBench
 
 from openai_server import Recorded, openai_server
 from real_data import data_folder, real_data
@@ -120,10 +120,50 @@ def test_a_judge_that_rates_no_answer_at_all_ends_it(
 ) -> None:
     """For example since it does not know a parameter that every request has."""
     found, _, code = evaluated(model, tmp_path, lambda body: reply)
-    assert (found, code) == ({}, 2)
+    assert code == 2
+    assert_unrated(found)
     error = capsys.readouterr().err
     assert "has rated none of the answers" in error
     assert said in error
+
+
+def assert_unrated(found: dict[str, Any]) -> None:
+    (result,) = found["results"]
+    assert result["failure"]
+    assert (result["measures"], [example["score"] for example in result["examples"]]) == ({}, [None] * 4)
+    assert all(example["answer"] for example in result["examples"])
+
+
+def test_answers_that_nobody_would_rate_are_kept_and_rated_later(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the judge of another address, too, since nothing has been rated yet."""
+    unrated, _, code = evaluated(model, tmp_path, lambda body: 401)
+    assert code == 2
+    assert_unrated(unrated)
+    assert f"answers are kept in {tmp_path / 'out.json'}; the same command rates them" in capsys.readouterr().err
+
+    monkeypatch.setattr(MtBench, "measure", None)
+    rated, judge, code = evaluated(model, tmp_path, lambda body: "[[5]]")
+    assert code == 0
+    assert "base: answered already" in capsys.readouterr().out
+    assert len(judge.bodies) == 4
+    (before,), (after,) = unrated["results"], rated["results"]
+    assert after["measures"] == {"rating": 5.0, "turn 1": 5.0, "turn 2": 5.0}
+    assert after["failure"] is None
+    assert [e["answer"] for e in after["examples"]] == [e["answer"] for e in before["examples"]]
+    assert evaluated(model, tmp_path, lambda body: "[[6]]")[2] == 2, "what one judge has rated is not another's"
+
+
+def test_answers_to_other_questions_are_not_rated(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unrated, _, _ = evaluated(model, tmp_path, lambda body: 401)
+    del unrated["results"][0]["examples"][1:]
+    (tmp_path / "out.json").write_text(json.dumps(unrated))
+    capsys.readouterr()
+    assert evaluated(model, tmp_path, lambda body: "[[6]]")[2] == 2
+    assert "not those to these questions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 500])
@@ -143,7 +183,8 @@ def test_a_question_that_the_judge_cannot_take_is_missing_and_no_other(
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_judge_that_takes_no_question_ends_it(status: int, model: Path, tmp_path: Path) -> None:
     found, _, code = evaluated(model, tmp_path, lambda body: status)
-    assert (found, code) == ({}, 2)
+    assert code == 2
+    assert_unrated(found)
 
 
 def test_a_question_beyond_the_models_context_is_named(
@@ -161,7 +202,8 @@ def test_a_judge_that_refuses_the_key_ends_it_and_the_key_stays_secret(
 ) -> None:
     monkeypatch.setenv("MY_KEY", "sk-sesame")
     refused, judge, code = evaluated(model, tmp_path, lambda body: 401, "--judge-key-variable", "MY_KEY")
-    assert (refused, code) == ({}, 2)
+    assert code == 2
+    assert_unrated(refused)
     assert judge.headers[0]["Authorization"] == "Bearer sk-sesame"
     _, _, code = evaluated(model, tmp_path, lambda body: "[[3]]", "--judge-key-variable", "MY_KEY")
     assert code == 0
