@@ -5,92 +5,38 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import re
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-import loraover.data
 import loraover_export.cli
 from loraover import read_checkpoint
 from loraover.cli import cli
 from loraover.command import run
 from loraover.errors import CheckpointError
-from loraover.hub import HubUnreachableError
 from loraover.recipe import load_recipe
 from loraover.run_result import RunResult, hardware, peak_bytes, read_run
-from loraover.threads import one_thread
 from loraover.update_norm import update_norm
 from loraover.word_problems import split_word_problems
 
-from tiny_hub import EOS, save_llama, save_t5, tiny_tokenizer, write_recipe
-from tiny_models import lora_matrices, tiny_llama
+from tiny_hub import EOS, tiny_tokenizer, write_recipe
+from tiny_models import lora_matrices
+from train_command import METHODS, STEPS, TURNS, data_file, train
 
-STEPS = 4
+pytestmark = pytest.mark.usefixtures("single_thread", "no_network")
+
 MODELS = {"llama": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM}
-METHODS = ("lora", "lora-over")
-TURNS = [
-    {"role": "user", "content": "1+1?"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": "and 2+2?"},
-    {"role": "assistant", "content": "#### 4"},
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def reached() -> Iterator[list[Any]]:
-    """Addresses that the main thread tried to reach; every attempt fails, as without a network."""
-    addresses: list[Any] = []
-
-    def refuse(*address: Any, **_: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            addresses.append(address)
-        raise OSError("the network is out of bounds")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket, "getaddrinfo", refuse)
-        patch.setattr(socket.socket, "connect", lambda self, address: refuse(address))
-        yield addresses
-
-
-@pytest.fixture(autouse=True)
-def _no_network(reached: list[Any]) -> Iterator[None]:
-    yield
-    found, reached[:] = list(reached), []
-    assert found == []
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {
-        "llama": save_llama(folder / "llama"),
-        "chat": save_llama(folder / "chat", chat=True),
-        "t5": save_t5(folder / "t5"),
-    }
 
 
 @dataclass(frozen=True)
@@ -140,10 +86,6 @@ def watched() -> Iterator[list[tuple[Any, dict[str, Tensor]]]]:
         yield seen
 
 
-def train(recipe: Path, out: Path, *options: object) -> int:
-    return run(cli, ["train", str(recipe), "-o", str(out), *map(str, options)])
-
-
 @pytest.fixture(scope="module")
 def trained(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Trained]:
     """Both kinds of model, by both methods, from one recipe."""
@@ -169,22 +111,12 @@ def over(request: pytest.FixtureRequest, trained: dict[tuple[str, str], Trained]
     return trained[request.param, "lora-over"]
 
 
-@pytest.fixture
-def recipe(bases: dict[str, Path], tmp_path: Path) -> Path:
-    return write_recipe(tmp_path / "recipe.yaml", bases["llama"])
-
-
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in metrics(folder) if "loss" in row}
-
-
-def data_file(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -595,302 +527,6 @@ def test_no_events_are_written_unless_asked_for(done: Trained) -> None:
     assert not list(done.folder.rglob("*tfevents*"))
 
 
-# The hub
-
-
-@pytest.fixture
-def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, set[str]]]:
-    """What was asked of the hub's API: the call, the repository and the files."""
-    calls: list[tuple[str, str, set[str]]] = []
-
-    def create_repo(self: Any, repo_id: str, **_: Any) -> None:
-        calls.append(("create_repo", repo_id, set()))
-
-    def upload_folder(self: Any, *, repo_id: str, folder_path: Path, **_: Any) -> None:
-        calls.append(("upload_folder", repo_id, {path.name for path in Path(folder_path).iterdir()}))
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    return calls
-
-
-def test_the_adapter_is_pushed_when_asked_for(
-    recipe: Path, tmp_path: Path, uploads: list[tuple[str, str, set[str]]]
-) -> None:
-    assert train(recipe, tmp_path / "out", "--set", "push_to_hub=me/adapter") == 0
-    assert [call[:2] for call in uploads] == [("create_repo", "me/adapter"), ("upload_folder", "me/adapter")]
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= uploads[1][2]
-    assert not {"optimizer.pt", "training_args.bin", "recipe.yaml"} & uploads[1][2]
-
-
-def test_nothing_is_pushed_otherwise(recipe: Path, tmp_path: Path, uploads: list[tuple[str, str, set[str]]]) -> None:
-    assert train(recipe, tmp_path / "out") == 0
-    assert uploads == []
-
-
-RESPONSE: Any = SimpleNamespace(headers={}, request=None)
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What the hub's client raises without a connection, whichever HTTP library it is built on."""
-
-PUSH_ERRORS: dict[str, Exception] = {
-    "refused": HfHubHTTPError("401 Unauthorized", response=RESPONSE),
-    "no token": LocalTokenNotFoundError("no token"),
-    "no connection": HTTP_ERROR("no route"),
-    "no network": OSError("no route"),
-}
-
-
-@pytest.mark.parametrize("error", PUSH_ERRORS.values(), ids=list(PUSH_ERRORS))
-def test_a_push_that_fails_keeps_the_run(
-    error: Exception,
-    recipe: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    uploads: list[tuple[str, str, set[str]]],
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
-    assert train(recipe, tmp_path / "out", "--set", "push_to_hub=me/adapter") == 2
-    assert "me/adapter" in capsys.readouterr().err
-    assert read_run(tmp_path / "out").steps == STEPS
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
-
-
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-WATCH_NETWORK = """
-import atexit, pathlib, socket, threading, time
-reached = []
-def refuse(*address, **_):
-    reached.append(f"{threading.current_thread().name}: {address}")
-    raise OSError("the network is out of bounds")
-socket.getaddrinfo = refuse
-socket.socket.connect = refuse
-@atexit.register
-def tell():
-    time.sleep(1)  # a thread in the background may still be on its way
-    pathlib.Path("REACHED").write_text(chr(10).join(reached))
-"""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """`train --json` in a process of its own, as a user runs it; libraries print what they print.
-
-    Args:
-        folder: holds `recipe.yaml`, the run in `out`, and what the process tried to reach in `reached.txt`.
-    """
-
-    folder: Path
-    code: int
-    out: str
-    error: str
-
-
-@pytest.fixture(scope="module")
-def processes(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """A run on a local folder, and one on a model in the hub's cache without a hub; side by side, to save time."""
-    cache = tmp_path_factory.mktemp("cache")
-    repository = cache / "hub" / "models--owner--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / COMMIT).symlink_to(bases["llama"])
-    started = {}
-    for name, model, more in (("local", bases["llama"], {}), ("cached", "owner/tiny", {"HF_HUB_OFFLINE": "1"})):
-        folder = tmp_path_factory.mktemp(name)
-        recipe = write_recipe(folder / "recipe.yaml", model)
-        program = WATCH_NETWORK.replace("REACHED", str(folder / "reached.txt"))
-        program += "import sys\nfrom loraover.cli import main\nsys.argv[0] = 'loraover'\nmain()\n"
-        command = [sys.executable, "-c", program, "train", str(recipe), "-o", str(folder / "out"), "--json"]
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DISABLE_TELEMETRY", "DO_NOT_TRACK"))}
-        variables = kept | {"OMP_NUM_THREADS": "1", "HF_HOME": str(cache)} | more
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started[name] = (folder, subprocess.Popen(command, env=variables, **pipes))
-    ended = {}
-    for name, (folder, process) in started.items():
-        out, error = process.communicate()
-        ended[name] = Ended(folder, process.returncode, out, error)
-    return ended
-
-
-@pytest.mark.parametrize("name", ["local", "cached"])
-def test_a_process_prints_one_json_object_only(name: str, processes: dict[str, Ended]) -> None:
-    ended = processes[name]
-    assert ended.code == 0, ended.error
-    assert RunResult.model_validate_json(ended.out) == read_run(ended.folder / "out")
-    assert f"step     {STEPS}/{STEPS}  loss" in ended.error
-    for noise in ("Traceback", "Warning", "examples/s]", "\x1b"):
-        assert noise not in ended.error, "libraries stay quiet, and bars belong on a terminal"
-
-
-def test_a_cached_hub_model_is_pinned(processes: dict[str, Ended]) -> None:
-    out = processes["cached"].folder / "out"
-    assert COMMIT[:12] in read_run(out).model_origin
-    assert load_recipe(str(out / "recipe.yaml")).model_revision == COMMIT
-    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/tiny", COMMIT)
-
-
-def test_the_card_shows_the_command(processes: dict[str, Ended]) -> None:
-    folder = processes["local"].folder
-    card = (folder / "out" / "adapter" / "README.md").read_text()
-    assert f"\nloraover train {folder / 'recipe.yaml'} -o {folder / 'out'} --json\n" in card
-
-
-@pytest.mark.parametrize("name", ["local", "cached"])
-def test_a_run_on_local_files_reaches_for_nothing(name: str, processes: dict[str, Ended]) -> None:
-    """Telemetry of libraries included: the name of a model is nobody else's business."""
-    assert (processes[name].folder / "reached.txt").read_text().splitlines() == []
-
-
-# What is refused
-
-MARK = "was-here"
-CODE = f"""
-import pathlib
-pathlib.Path(__file__).parents[0].joinpath("{MARK}").touch()
-pathlib.Path({{folder!r}}).joinpath("{MARK}").touch()
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-class EvilConfig(LlamaConfig):
-    model_type = "evil"
-class EvilModel(LlamaForCausalLM):
-    config_class = EvilConfig
-class EvilTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-EVIL = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-
-
-@pytest.mark.parametrize("answer", ["y", "n", None])
-@pytest.mark.parametrize("where", ["config", "config of a known model", "tokenizer"])
-def test_code_in_a_model_folder_is_never_run(
-    answer: str | None, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever someone, or a script, answers when asked whether to run it."""
-    asked: list[str] = []
-
-    def ask(prompt: str = "") -> str:
-        asked.append(prompt)
-        if answer is None:
-            raise EOFError
-        return answer
-
-    base = save_llama(tmp_path / "base")
-    (base / "evil.py").write_text(CODE.format(folder=str(tmp_path)))
-    file = base / ("tokenizer_config.json" if where == "tokenizer" else "config.json")
-    values = json.loads(file.read_text())
-    if where == "tokenizer":
-        values |= {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}, "tokenizer_class": "EvilTokenizer"}
-    else:
-        values |= {"auto_map": EVIL} | ({"model_type": "evil"} if where == "config" else {})
-    file.write_text(json.dumps(values))
-    monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    recipe = write_recipe(tmp_path / "recipe.yaml", base, training={"max_steps": 1})
-    code = train(recipe, tmp_path / "out")
-    assert not list(tmp_path.rglob(MARK)), "the code was run"
-    assert asked == [], "a command asks no questions"
-    if where == "config":
-        assert code == 2
-    assert code in (0, 2)
-
-
-def test_a_model_in_pickles_is_refused_unread(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = save_llama(tmp_path / "base")
-    torch.save(tiny_llama().state_dict(), base / "pytorch_model.bin")
-    (base / "model.safetensors").unlink()
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
-    assert train(write_recipe(tmp_path / "recipe.yaml", base), tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert str(base) in error
-    assert "cannot be loaded" in error
-
-
-def lacks(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).unlink()
-    return folder
-
-
-LONG = [{"prompt": "why? " * 40, "completion": "42"}] * 8
-Refused = Callable[[Path, dict[str, Path]], dict[str, Any]]
-CHAT_ROWS = [{"messages": TURNS}] * 4
-
-
-def with_rows(folder: Path, *rows: dict[str, Any], **options: Any) -> dict[str, Any]:
-    file = str(data_file(folder / "rows.jsonl", *rows))
-    return {"data": {"train": file, "test": file} | options}
-
-
-REFUSED: dict[str, tuple[Refused, str]] = {
-    "no such model": (lambda t, b: {"model": str(t / "nothing")}, "nothing"),
-    "a folder that is no model": (lambda t, b: {"model": str(t)}, "config.json"),
-    "no weights": (lambda t, b: {"model": str(lacks(save_llama(t / "m"), "model.safetensors"))}, "cannot be loaded"),
-    "no tokenizer": (
-        lambda t, b: {"model": str(lacks(save_llama(t / "m"), "tokenizer.json", "tokenizer_config.json"))},
-        "tokenizer",
-    ),
-    "no such data": (lambda t, b: {"data": {"train": "./nothing.jsonl"}}, "nothing.jsonl"),
-    "a bad row": (lambda t, b: with_rows(t, {"prompt": "a", "completion": "b"}, {"text": "c"}), "row 2"),
-    "chat without a template": (lambda t, b: {"data": {"chat": True}}, "chat template"),
-    "messages without a template": (lambda t, b: with_rows(t, *CHAT_ROWS), "chat template"),
-    "messages for an encoder-decoder": (lambda t, b: {"model": str(b["t5"])} | with_rows(t, *CHAT_ROWS), "T5|t5"),
-    "prompts that fill the length": (lambda t, b: with_rows(t, *LONG), "max_length"),
-    "an unknown optimizer": (lambda t, b: {"training": {"optim": "adamv"}}, "adamv"),
-    "an unknown schedule": (lambda t, b: {"training": {"lr_scheduler_type": "cosin"}}, "cosin"),
-    "a schedule that needs more": (
-        lambda t, b: {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
-        "cosine_with_min_lr|min_lr",
-    ),
-    "unknown target modules": (lambda t, b: {"lora": {"target_modules": ["nothing"]}}, "nothing"),
-    "unknown sites": (lambda t, b: {"over": {"sites": ["nothing"]}}, "nothing"),
-}
-
-
-@pytest.mark.parametrize(("change", "said"), REFUSED.values(), ids=list(REFUSED))
-def test_an_unusable_request_ends_with_one_message_and_exit_code_2(
-    change: Refused, said: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = {"model": str(bases["llama"])} | change(tmp_path, bases)
-    recipe = write_recipe(tmp_path / "recipe.yaml", values.pop("model"), **values)
-    assert train(recipe, tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert re.search("^error: ", error, re.MULTILINE)
-    assert re.search(said, error)
-
-
-@pytest.mark.parametrize(
-    "name", ["no such model", "no tokenizer", "no such data", "a bad row", "unknown target modules", "unknown sites"]
-)
-def test_an_unusable_request_leaves_no_folder_in_the_way(
-    name: str, bases: dict[str, Path], tmp_path: Path, recipe: Path
-) -> None:
-    """The same command works once the recipe is mended."""
-    values = {"model": str(bases["llama"])} | REFUSED[name][0](tmp_path, bases)
-    bad = write_recipe(tmp_path / "bad.yaml", values.pop("model"), **values)
-    with contextlib.suppress(Exception):
-        train(bad, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_data_that_only_a_hub_has_is_refused_without_one(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def unreachable(*_: object) -> str:
-        raise HubUnreachableError("the hub cannot be reached and its cache holds no copy.")
-
-    monkeypatch.setattr(loraover.data, "pinned_commit", unreachable)
-    assert train(recipe, tmp_path / "out", "--data", "owner/data") == 2
-    error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: owner/data")
-    assert "--data FILE" in error
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has both precisions")
 def test_bfloat16_works_on_a_cpu(recipe: Path, tmp_path: Path) -> None:
     assert train(recipe, tmp_path / "out", "--set", "training.precision=bf16") == 0
@@ -899,20 +535,3 @@ def test_bfloat16_works_on_a_cpu(recipe: Path, tmp_path: Path) -> None:
     folded = tmp_path / "folded"
     arguments = ["fold", str(tmp_path / "out" / "adapter"), "-o", str(folded), "--check-error"]
     assert run(loraover_export.cli.cli, arguments) == 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has both precisions")
-def test_float16_on_a_cpu_is_refused_rather_than_ignored(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(recipe, tmp_path / "out", "--set", "training.precision=fp16") == 2
-    assert "fp16" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_training_that_diverges_is_no_success(
-    method: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(recipe, tmp_path / "out", "--method", method, "--learning-rate", "1e30") in (1, 2)
-    assert "loss" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "adapter").exists()

@@ -1,0 +1,181 @@
+"""What `loraover train` refuses, and code that it never runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import loraover.data
+from loraover.hub import HubUnreachableError
+
+from tiny_hub import save_llama, write_recipe
+from tiny_models import tiny_llama
+from train_command import METHODS, TURNS, data_file, train
+
+pytestmark = pytest.mark.usefixtures("single_thread", "no_network")
+
+MARK = "was-here"
+CODE = f"""
+import pathlib
+pathlib.Path(__file__).parents[0].joinpath("{MARK}").touch()
+pathlib.Path({{folder!r}}).joinpath("{MARK}").touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class EvilConfig(LlamaConfig):
+    model_type = "evil"
+class EvilModel(LlamaForCausalLM):
+    config_class = EvilConfig
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+EVIL = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+
+
+@pytest.mark.parametrize("answer", ["y", "n", None])
+@pytest.mark.parametrize("where", ["config", "config of a known model", "tokenizer"])
+def test_code_in_a_model_folder_is_never_run(
+    answer: str | None, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever someone, or a script, answers when asked whether to run it."""
+    asked: list[str] = []
+
+    def ask(prompt: str = "") -> str:
+        asked.append(prompt)
+        if answer is None:
+            raise EOFError
+        return answer
+
+    base = save_llama(tmp_path / "base")
+    (base / "evil.py").write_text(CODE.format(folder=str(tmp_path)))
+    file = base / ("tokenizer_config.json" if where == "tokenizer" else "config.json")
+    values = json.loads(file.read_text())
+    if where == "tokenizer":
+        values |= {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}, "tokenizer_class": "EvilTokenizer"}
+    else:
+        values |= {"auto_map": EVIL} | ({"model_type": "evil"} if where == "config" else {})
+    file.write_text(json.dumps(values))
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, training={"max_steps": 1})
+    code = train(recipe, tmp_path / "out")
+    assert not list(tmp_path.rglob(MARK)), "the code was run"
+    assert asked == [], "a command asks no questions"
+    if where == "config":
+        assert code == 2
+    assert code in (0, 2)
+
+
+def test_a_model_in_pickles_is_refused_unread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_llama(tmp_path / "base")
+    torch.save(tiny_llama().state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    assert train(write_recipe(tmp_path / "recipe.yaml", base), tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert str(base) in error
+    assert "cannot be loaded" in error
+
+
+def lacks(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).unlink()
+    return folder
+
+
+LONG = [{"prompt": "why? " * 40, "completion": "42"}] * 8
+Refused = Callable[[Path, dict[str, Path]], dict[str, Any]]
+CHAT_ROWS = [{"messages": TURNS}] * 4
+
+
+def with_rows(folder: Path, *rows: dict[str, Any], **options: Any) -> dict[str, Any]:
+    file = str(data_file(folder / "rows.jsonl", *rows))
+    return {"data": {"train": file, "test": file} | options}
+
+
+REFUSED: dict[str, tuple[Refused, str]] = {
+    "no such model": (lambda t, b: {"model": str(t / "nothing")}, "nothing"),
+    "a folder that is no model": (lambda t, b: {"model": str(t)}, "config.json"),
+    "no weights": (lambda t, b: {"model": str(lacks(save_llama(t / "m"), "model.safetensors"))}, "cannot be loaded"),
+    "no tokenizer": (
+        lambda t, b: {"model": str(lacks(save_llama(t / "m"), "tokenizer.json", "tokenizer_config.json"))},
+        "tokenizer",
+    ),
+    "no such data": (lambda t, b: {"data": {"train": "./nothing.jsonl"}}, "nothing.jsonl"),
+    "a bad row": (lambda t, b: with_rows(t, {"prompt": "a", "completion": "b"}, {"text": "c"}), "row 2"),
+    "chat without a template": (lambda t, b: {"data": {"chat": True}}, "chat template"),
+    "messages without a template": (lambda t, b: with_rows(t, *CHAT_ROWS), "chat template"),
+    "messages for an encoder-decoder": (lambda t, b: {"model": str(b["t5"])} | with_rows(t, *CHAT_ROWS), "T5|t5"),
+    "prompts that fill the length": (lambda t, b: with_rows(t, *LONG), "max_length"),
+    "an unknown optimizer": (lambda t, b: {"training": {"optim": "adamv"}}, "adamv"),
+    "an unknown schedule": (lambda t, b: {"training": {"lr_scheduler_type": "cosin"}}, "cosin"),
+    "a schedule that needs more": (
+        lambda t, b: {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
+        "cosine_with_min_lr|min_lr",
+    ),
+    "unknown target modules": (lambda t, b: {"lora": {"target_modules": ["nothing"]}}, "nothing"),
+    "unknown sites": (lambda t, b: {"over": {"sites": ["nothing"]}}, "nothing"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), REFUSED.values(), ids=list(REFUSED))
+def test_an_unusable_request_ends_with_one_message_and_exit_code_2(
+    change: Refused, said: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"model": str(bases["llama"])} | change(tmp_path, bases)
+    recipe = write_recipe(tmp_path / "recipe.yaml", values.pop("model"), **values)
+    assert train(recipe, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert re.search("^error: ", error, re.MULTILINE)
+    assert re.search(said, error)
+
+
+@pytest.mark.parametrize(
+    "name", ["no such model", "no tokenizer", "no such data", "a bad row", "unknown target modules", "unknown sites"]
+)
+def test_an_unusable_request_leaves_no_folder_in_the_way(
+    name: str, bases: dict[str, Path], tmp_path: Path, recipe: Path
+) -> None:
+    """The same command works once the recipe is mended."""
+    values = {"model": str(bases["llama"])} | REFUSED[name][0](tmp_path, bases)
+    bad = write_recipe(tmp_path / "bad.yaml", values.pop("model"), **values)
+    with contextlib.suppress(Exception):
+        train(bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_only_a_hub_has_is_refused_without_one(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: object) -> str:
+        raise HubUnreachableError("the hub cannot be reached and its cache holds no copy.")
+
+    monkeypatch.setattr(loraover.data, "pinned_commit", unreachable)
+    assert train(recipe, tmp_path / "out", "--data", "owner/data") == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: owner/data")
+    assert "--data FILE" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has both precisions")
+def test_float16_on_a_cpu_is_refused_rather_than_ignored(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(recipe, tmp_path / "out", "--set", "training.precision=fp16") == 2
+    assert "fp16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_that_diverges_is_no_success(
+    method: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(recipe, tmp_path / "out", "--method", method, "--learning-rate", "1e30") in (1, 2)
+    assert "loss" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter").exists()
