@@ -17,6 +17,9 @@ from loraover.decompositions.mpo import GAUGES
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 18, 24, 31)
 """Rank 1, primes, prime powers and sizes with many factors."""
 
+LORA_SHAPES = [(8, 576), (576, 8), (16, 1536), (1536, 16), (16, 49152), (49152, 16)]
+"""Of A and B in a small model, its vocabulary included."""
+
 SEEDS = st.integers(0, 2**32 - 1)
 
 
