@@ -26,7 +26,9 @@ def cli() -> None:
 @cli.command()
 @click.argument("recipe")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder for the run.")
-@click.option("--method", type=click.Choice(["lora", "lora-over"]), help="Plain LoRA, or LoRA-Over.")
+@click.option(
+    "--method", type=click.Choice(["lora", "lora-over", "full"]), help="Plain LoRA, LoRA-Over, or all weights."
+)
 @click.option("--model", help="Base model: folder or hub name.")
 @click.option("--data", help="Training data: JSONL file, folder, hub name or 'word-problems'.")
 @click.option("--test-data", help="Held-out data, likewise.")
@@ -37,7 +39,7 @@ def cli() -> None:
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key, e.g. over.decomposition=svd."
 )
 @click.option("--resume", is_flag=True, help="Continue the run in OUTPUT from its last whole checkpoint.")
-@click.option("--plan", is_flag=True, help="Say what the run would take, from config.json alone, and do nothing.")
+@click.option("--plan", is_flag=True, help="Say what the run would take, and do nothing: no weights are read.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     recipe: str,
@@ -174,7 +176,7 @@ def schedule(checkpoint: Path, plot: Path | None, as_json: bool) -> None:
     metavar="[NAME=]RATES",
     default=["3e-4,1e-3,3e-3"],
     show_default=True,
-    help="Learning rates of every method, of one, or of a task (a recipe's name), which comes first.",
+    help="Learning rates of every method, of one, or of a task (a recipe's name), in place of its methods' own.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option(

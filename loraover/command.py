@@ -1,4 +1,7 @@
-"""How every command of this project ends: 0 done, 1 checked and failed, 2 unusable request, 130 interrupted."""
+"""How every command of this project ends: 0 done, 1 checked and failed, 2 unusable request, 130 interrupted.
+
+`loraover-serve parity` also has 3: inconclusive.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,14 @@ def _yaml_string(text: str) -> str:
 
 
 def model_card(
-    title: str, base_model: str | None, facts: Mapping[str, str], command: str, *, licence: str | None = None
+    title: str,
+    base_model: str | None,
+    facts: Mapping[str, str],
+    command: str,
+    *,
+    licence: str | None = None,
+    kind: str = "A plain LoRA adapter",
+    library: str = "peft",
 ) -> str:
     """A model card: front matter for the hub, a table of facts, and the command that made the folder.
 
@@ -31,18 +38,21 @@ def model_card(
         facts: rows of the table; values may come from anywhere.
         command: shown as code.
         licence: of the base model, as its own card states it.
+        kind: what the folder holds, of that base model.
+        library: that reads it.
     """
-    front = ["library_name: peft", "tags: [lora, loraover]"]
+    front = [f"library_name: {library}", "tags: [lora, loraover]" if library == "peft" else "tags: [loraover]"]
     if licence is not None:
         front.append(f"license: {_yaml_string(licence)}")
     if base_model is not None:
         front.insert(0, f"base_model: {_yaml_string(base_model)}")
     rows = "\n".join(f"| {plain(name)} | {plain(value)} |" for name, value in facts.items())
+    base = plain(base_model or "an unnamed base model")
     stated = "" if licence is None else f" ({plain(licence)})"
     fence = "```"
     code = " ".join(command.split()).replace("`", "'")
     return (
-        "---\n" + "\n".join(front) + f"\n---\n# {plain(title)}\n\nA plain LoRA adapter of "
-        f"{plain(base_model or 'an unnamed base model')}; the base model's licence{stated} applies to its use.\n\n"
+        "---\n" + "\n".join(front) + f"\n---\n# {plain(title)}\n\n"
+        f"{kind} of {base}; the base model's licence{stated} applies to its use.\n\n"
         f"| | |\n| --- | --- |\n{rows}\n\nMade by\n\n{fence}\n{code}\n{fence}\n"
     )

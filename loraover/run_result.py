@@ -67,7 +67,7 @@ class RunResult(BaseModel):
             "base model": self.model_origin,
             "training data": self.data_origin,
             "steps, learning rate, seed": f"{self.steps}, {self.learning_rate:g}, {self.seed}",
-            "parameters of A and B": f"{self.lora_parameters:,}",
+            "parameters served": f"{self.lora_parameters:,}",
             "parameters added while training": f"{self.added_parameters:,}",
         }
         if self.update_norm is not None:

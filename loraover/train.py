@@ -140,8 +140,10 @@ def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None
 def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
     """The adapter folder, and the run's result once that is whole."""
     licence = known_licence(recipe.model, run.source.revision)
-    title = "Fine-tuned model" if recipe.method == "full" else "LoRA adapter"
-    card = model_card(title, recipe.model, result.facts(), command, licence=licence)
+    title, kind, library = "LoRA adapter", f"A {'DoRA' if recipe.lora.use_dora else 'plain LoRA'} adapter", "peft"
+    if recipe.method == "full":
+        title, kind, library = "Fine-tuned model", "A fine-tuned copy", "transformers"
+    card = model_card(title, recipe.model, result.facts(), command, licence=licence, kind=kind, library=library)
     with publish_directory(_product(recipe, output)) as draft:
         run.model.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)

@@ -46,11 +46,6 @@ def _copy(parameter: Tensor) -> Tensor:
     return full(parameter.detach()).to(torch.float64, copy=True)
 
 
-def update_norm(model: nn.Module, adapter: str | None = None) -> float:
-    """Frobenius norm of delta_W = scaling * B A over all adapted modules; 0 for a fresh LoRA."""
-    return _root(sum(found.square() for found in factors(model, adapter).values()))
-
-
 def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> float:
     """Frobenius norm of the change of scaling * B A over all modules: B' A' - B A = [B', -B] [A'; A]."""
     total = 0.0

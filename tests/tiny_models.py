@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from loraover.update_norm import factors
 
 VOCABULARY = 64
 
@@ -142,6 +145,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def lora_matrices(model: nn.Module) -> dict[str, Tensor]:
     """Copies of every A and B, by parameter name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def update_norm(model: nn.Module, adapter: str | None = None) -> float:
+    """Frobenius norm of scaling * B A over all adapted modules; 0 for a fresh LoRA."""
+    return math.sqrt(sum(found.square() for found in factors(model, adapter).values()))
 
 
 def token_ids(seed: int = 0, batch: int = 4, length: int = 8) -> Tensor:

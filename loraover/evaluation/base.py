@@ -112,7 +112,12 @@ class Task(ABC):
         """
 
     def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> Measured:
-        """Score the answers of an `UnratedError`, which only some tasks raise."""
+        """Score the answers of an `UnratedError`, which only some tasks raise.
+
+        Raises:
+            DataError: they are not answers to these questions.
+            UnratedError: still no scores.
+        """
         raise NotImplementedError
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:

@@ -45,7 +45,7 @@ class Endpoint:
             key_variable: environment variable with the key; it is sent to the server and shown to nobody.
             timeout_s: longest silence.
         Raises:
-            ConfigError: not an HTTP address, or no such variable.
+            ConfigError: not an HTTP address, no such variable, or a key that no header can carry.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:

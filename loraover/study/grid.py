@@ -121,6 +121,8 @@ def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any
     part = "over" if name == "lora-over" else "lora"
     given = {f"{part}.{key}": value for key, value in map(parse_override, own)}
     if name == "lora-matched":
+        if "lora.r" in given:
+            raise ConfigError("--methods: lora-matched has a rank of its own; for another one say lora:r=N.")
         given["lora.r"] = matched_rank(load_recipe(recipe, shared))
     return METHODS[name] | given
 

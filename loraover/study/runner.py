@@ -84,7 +84,7 @@ def run_grid(grid: Sequence[Run], folder: Path, where: Where, report: Reporter) 
     Args:
         folder: of the study.
     Raises:
-        LoraOverError: a run that failed for another reason than that its loss diverged or its memory did not do;
+        LoraOverError: a run that failed for another reason than that its loss diverged or its memory was too small;
             finished runs are kept.
     """
     outcomes = finished(grid, folder)

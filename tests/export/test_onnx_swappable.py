@@ -128,6 +128,7 @@ def test_a_later_export_holds_the_adapter_alone(swappable: Exported) -> None:
     assert [check.adapter for check in found.checks] == [None, "late"]
     assert found.base_model == str(swappable.made.base)
     assert found.precision == "fp32"
+    assert "ONNX graphs, with their LoRA adapters, of" in (swappable.later / "README.md").read_text()
 
 
 def test_a_later_export_leaves_the_graph_alone(swappable: Exported, tmp_path: Path) -> None:

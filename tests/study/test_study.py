@@ -350,6 +350,11 @@ def test_a_matched_rank_counts_what_the_schedule_can_inject(recipe: Path) -> Non
     assert rank(options=wide, schedule="static", budget={"fraction": 0.5}) < everything
 
 
+def test_lora_matched_takes_no_rank(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="lora:r=N"):
+        make_grid([str(recipe)], {"lora-matched:r=64": [1e-3]}, 1, {})
+
+
 def test_every_method_makes_a_recipe(recipe: Path) -> None:
     methods = ["lora", "rslora", "dora", "pissa", "lora+", "lora-matched", "full", "lora-over:decomposition=svd"]
     grid = make_grid([str(recipe)], {method: [1e-3] for method in methods}, 1, {})
@@ -395,7 +400,10 @@ def test_the_other_methods_train(method: str, recipe: Path, tmp_path: Path) -> N
     settings = tmp_path / "recipe.yaml"
     settings.write_text(json.dumps(found.recipe.model_dump(mode="json")))
     assert run(cli, ["train", str(settings), "-o", str(folder)]) == 0
-    assert (folder / ("model" if method == "full" else "adapter")).is_dir()
+    card = (folder / ("model" if method == "full" else "adapter") / "README.md").read_text()
+    said = {"dora": "A DoRA adapter of", "full": "A fine-tuned copy of"}
+    assert said.get(method, "A plain LoRA adapter of") in card
+    assert f"library_name: {'transformers' if method == 'full' else 'peft'}" in card
     norm, logged = read_run(folder).update_norm, (folder / "metrics.jsonl").read_text()
     if method in ("dora", "full"):  # which train more than B A
         assert norm is None

@@ -27,11 +27,10 @@ from loraover.command import run
 from loraover.errors import CheckpointError
 from loraover.recipe import load_recipe
 from loraover.run_result import RunResult, hardware, peak_bytes, read_run
-from loraover.update_norm import update_norm
 from loraover.word_problems import split_word_problems
 
 from tiny_hub import EOS, tiny_tokenizer, write_recipe
-from tiny_models import lora_matrices
+from tiny_models import lora_matrices, update_norm
 from train_command import METHODS, STEPS, TURNS, data_file, train
 
 pytestmark = pytest.mark.usefixtures("single_thread", "no_network")

@@ -12,9 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loraover import OverParameterization
-from loraover.update_norm import update_norm
 
-from tiny_models import fill_b, tiny_gpt2, tiny_llama, tiny_net, tiny_t5, with_lora
+from tiny_models import fill_b, tiny_gpt2, tiny_llama, tiny_net, tiny_t5, update_norm, with_lora
 
 UNIT = 2.0**-53
 

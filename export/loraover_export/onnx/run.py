@@ -66,4 +66,7 @@ def _card(request: OnnxRequest, report: OnnxReport) -> str:
         facts[f"max logit error, {check.adapter or 'no adapter'}"] = f"{check.error:.2e}, allowed {check.bound:.2e}"
     facts |= matrix_facts(report.matrices)
     licence = known_licence(report.base_model)
-    return model_card("ONNX export", report.base_model, facts, request.command(), licence=licence)
+    kind = "ONNX graphs, with their LoRA adapters,"
+    return model_card(
+        "ONNX export", report.base_model, facts, request.command(), licence=licence, kind=kind, library="onnx"
+    )
