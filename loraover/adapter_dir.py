@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
 KEY_PREFIX = "base_model.model."
 _SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)")
+
+KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Starts of A and B, as PEFT names them, that leave the base weights alone."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -37,6 +41,12 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether A and B belong to the base weights as they are, not to ones that their start has changed."""
+        start = (self.model_extra or {}).get("init_lora_weights")
+        return not isinstance(start, str) or start.lower() in KEPT_BASE
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -80,6 +90,16 @@ class AdapterDir:
     @property
     def tensors_path(self) -> Path:
         return self.path / TENSORS_FILE
+
+    def check_keeps_base(self) -> None:
+        """Raise CheckpointError unless A and B, on the base weights as they are, are the whole adapter."""
+        if not self.config.keeps_base:
+            start = (self.config.model_extra or {})["init_lora_weights"]
+            raise CheckpointError(
+                f"{self.path / CONFIG_FILE}: init_lora_weights is {start!r}, which changes the base weights, so A and "
+                "B are right for the changed base model only. Save the adapter again with PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
+            )
 
 
 def site_key(name: str) -> str:
@@ -155,8 +175,11 @@ def read_json(path: Path, model: type[Model]) -> Model:
         CheckpointError: missing, too large, not JSON, or with fields that do not fit; all are named.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes of JSON, at most {MAX_JSON_BYTES} are read.")
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise CheckpointError(f"{path}: a device or a pipe, expected a file.")
+        if status.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {status.st_size} bytes of JSON, at most {MAX_JSON_BYTES} are read.")
         content = path.read_bytes()
         json.loads(content, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         return model.model_validate_json(content, strict=True)

@@ -233,7 +233,12 @@ def _sweeps(
     methods: Sequence[str], tasks: Sequence[str], sweeps: tuple[str, ...]
 ) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
     """Learning rates by method: those of METHOD=RATES, else those without a name; and by task."""
-    named = {name: _rates(text) for name, _, text in (sweep.rpartition("=") for sweep in sweeps)}
+    parts = [(name, _rates(text)) for name, _, text in (sweep.rpartition("=") for sweep in sweeps)]
+    named = dict(parts)
+    if len(named) < len(parts):
+        raise click.UsageError("--lr-sweep gives two sweeps to one name, or two without a name.")
+    if both := sorted({*methods} & {*tasks} & named.keys()):
+        raise click.UsageError(f"--lr-sweep names {both[0]!r}, a method and a recipe; give the recipe another name.")
     common = named.pop("", ())
     if unknown := sorted(named.keys() - {*methods, *tasks}):
         raise click.UsageError(f"--lr-sweep names {unknown[0]!r}, which is none of --methods and no recipe's name.")

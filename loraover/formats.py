@@ -161,6 +161,27 @@ def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
     value = row.get(name)
     if not isinstance(value, str | list) or not value or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{where}: field {name!r} is {reprlib.repr(value)}, expected text.")
-    if isinstance(value, list) and not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        raise DataError(f"{where}: field {name!r} is not a list of objects with role and content.")
+    if isinstance(value, list) and not all(map(_is_message, value)):
+        raise DataError(f"{where}: field {name!r} is not a list of objects with role and content, both text.")
+    check_encodes(value if isinstance(value, str) else "".join(_texts(value)), name, where)
     return value
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"role", "content"} <= value.keys()
+        and isinstance(value["role"], str)
+        and isinstance(value["content"], str | None)
+    )
+
+
+def check_encodes(text: str, name: str, where: str) -> None:
+    """Raise DataError for half a character, as an escape in JSON can hold: no library encodes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(
+            f"{where}: field {name!r} holds {half!a}, half a character; mend or leave out the row."
+        ) from error

@@ -8,10 +8,11 @@ import re
 import reprlib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from loraover.adapter_dir import KEPT_BASE
 from loraover.config import LoraOverConfig
 from loraover.errors import ConfigError
 
@@ -68,7 +69,17 @@ class Lora(_Part):
     use_dora: bool = Field(False, description="of plain LoRA; it is no product B A and cannot be over-parameterised")
     init_lora_weights: bool | str = Field(True, description="as PEFT spells it, e.g. pissa")
     rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+
+    @field_validator("target_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_patterns(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else () if isinstance(value, list) else value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression, as PEFT takes it: {error}") from error
+        return value
 
 
 class Training(_Part):
@@ -148,6 +159,16 @@ class Recipe(_Part):
     diagnostics: bool = Field(False, description="log step norms, and norms and condition of the cores")
     push_to_hub: str | None = Field(None, description="repository to upload the adapter to")
 
+    @model_validator(mode="after")
+    def _can_be_folded(self) -> Recipe:
+        start = self.lora.init_lora_weights
+        if self.method == "lora-over" and isinstance(start, str) and start.lower() not in KEPT_BASE:
+            raise ValueError(
+                f"lora.init_lora_weights {start!r} changes the base weights, so no fold would be a plain LoRA; "
+                "train it with method lora"
+            )
+        return self
+
     @property
     def trains_only_products(self) -> bool:
         """All that is trained is in delta_W = scaling * B A, so the norm of its change is the size of a step."""
@@ -180,7 +201,7 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         raise ConfigError(f"recipe {name!r}: no such YAML file (of at most {MAX_YAML_BYTES} bytes){hint}")
     try:
         values = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"recipe {name!r}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {name!r}: expected keys such as model, data and training.")
@@ -201,7 +222,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text!r}: expected key=value, e.g. training.seed=1.")
     try:
         return key.strip(), yaml.safe_load(value)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
         raise ConfigError(f"--set {text!r}: the value is not YAML.") from error
 
 

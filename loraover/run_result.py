@@ -22,9 +22,9 @@ class Measures(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    examples: int
+    examples: int = Field(description="that the loss is of")
     loss: float = Field(description="nats per completion token")
-    exact_match: float | None = Field(None, description="share of examples answered exactly")
+    exact_match: float | None = Field(None, description="share of all held-out examples answered exactly")
 
     def __str__(self) -> str:
         accuracy = "" if self.exact_match is None else f", exact match {self.exact_match:.1%}"

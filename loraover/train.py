@@ -99,8 +99,13 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
         raise
     checkpoint = last_whole_checkpoint(output / "trainer") if resume else None
     _trim_metrics(output / "metrics.jsonl", checkpoint)
-    with log_shown(report):
-        timed = _take_steps(run, recipe, checkpoint)
+    try:
+        with log_shown(report):
+            timed = _take_steps(run, recipe, checkpoint)
+    except BaseException:
+        if not resume and run.trainer.state.global_step == 0:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
     if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
         raise ConfigError(
             f"training diverged: the loss is no longer a number at learning rate {recipe.training.learning_rate:g}; "
@@ -192,6 +197,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     untrained = factors(model) if recipe.trains_only_products else None
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
+    _check_trainer(trainer, recipe, len(examples.train.rows), report)
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=_steps(recipe, trainer), probe=None)
     return Prepared(source, tokenizer, examples, model, untrained, trainer, over)
@@ -219,6 +225,32 @@ def _check_names(recipe: Recipe) -> None:
         raise ConfigError(f"training.optim is {recipe.training.optim!r}{hint}")
     if recipe.training.precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("training.precision is fp16, which needs an accelerator; use fp32 or bf16 on a CPU.")
+
+
+def _check_trainer(trainer: Trainer, recipe: Recipe, rows: int, report: Reporter) -> None:
+    """What can be checked of a trainer before its first step.
+
+    Raises:
+        ConfigError: an optimizer or a schedule that cannot be made.
+        DataError: no example to learn from.
+    """
+    taken = len(trainer.train_dataset)
+    if taken < rows:
+        report.line(
+            f"{rows - taken} of {rows} examples have no room for their completion within training.max_length = "
+            f"{recipe.training.max_length} and are left out"
+        )
+    if not taken:
+        raise DataError(f"{recipe.data.train}: no example fits training.max_length = {recipe.training.max_length}.")
+    given = trainer.optimizer
+    try:
+        trainer.create_optimizer_and_scheduler(_steps(recipe, trainer))
+    except (ImportError, ValueError) as error:
+        chosen = (
+            f"training.optim {recipe.training.optim!r} with lr_scheduler_type {recipe.training.lr_scheduler_type!r}"
+        )
+        raise ConfigError(f"{chosen} cannot be used here: {error}") from error
+    trainer.optimizer, trainer.lr_scheduler = given, None  # the Trainer makes them where it has placed the model
 
 
 def _steps(recipe: Recipe, trainer: Trainer) -> int:
@@ -268,7 +300,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML; the run cannot be resumed. Start anew.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no recipe; the run cannot be resumed. Start anew.")
@@ -289,7 +321,8 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
     rows = run.examples.test.rows
     scored = example_losses(run.model, run.trainer.get_eval_dataloader())
     loss = token_loss(scored)
-    if not any(example.tokens for example in scored):
+    fitting = sum(example.tokens > 0 for example in scored)
+    if not fitting:
         raise DataError(
             "no held-out example has room for its completion within training.max_length = "
             f"{recipe.training.max_length}; raise it."
@@ -306,7 +339,12 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
                 answer=recipe.evaluation.answer,
                 on_batch=advance,
             )
-    measures = Measures(examples=len(rows), loss=loss, exact_match=accuracy)
+    measures = Measures(examples=fitting, loss=loss, exact_match=accuracy)
+    if fitting < len(rows):
+        report.line(
+            f"{len(rows) - fitting} of {len(rows)} held-out examples have no room for their completion within "
+            f"training.max_length = {recipe.training.max_length}: the loss is that of the others"
+        )
     if when == AFTER:
         publish_text(output / HELD_OUT_FILE, json.dumps(scored) + "\n")
     report.line(f"{when}: {measures}")

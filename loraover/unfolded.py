@@ -49,11 +49,12 @@ def unfolded(base: nn.Module, source: Checkpoint | AdapterDir) -> Iterator[nn.Mo
         source: a checkpoint, or a plain adapter.
     Raises:
         CheckpointError: the adapter was trained on another base model: a module is missing or has
-            other dimensions.
+            other dimensions, or its start had changed the weights.
     """
     handles = []
     saved: dict[str, nn.Parameter] = {}
     adapter = adapter_of(source)
+    adapter.check_keeps_base()
     modules = {name.rpartition(".")[0]: name.rpartition(".")[2].startswith("lora_embedding") for name in adapter.sites}
     try:
         with open_exact(source) as exact:

@@ -44,6 +44,7 @@ def run_fold(
         raise ConfigError("--base and --prompts belong to --check-error, which runs the model.")
     check_free(output.absolute(), outside=source)
     checkpoint = read_checkpoint(source)
+    checkpoint.adapter.check_keeps_base()
     try:
         with publish_directory(output, outside=source) as draft:
             certificate = _fold(checkpoint, draft, dtype, check_error, base, prompts, console)

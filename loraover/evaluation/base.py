@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraover.data import read_raw
-from loraover.errors import ConfigError, DataError, EngineError
+from loraover.errors import ConfigError, DataError
+from loraover.formats import check_encodes
 
 if TYPE_CHECKING:
     from loraover.evaluation.judge import Judge
@@ -72,16 +73,7 @@ class Measured:
     examples: list[Example]
 
 
-class UnratedError(EngineError):
-    """A model has answered, but its answers could not be rated.
-
-    Args:
-        answered: one for each answer, without a score; `Task.rate` goes on with them.
-    """
-
-    def __init__(self, message: str, answered: list[Example]) -> None:
-        super().__init__(message)
-        self.answered = answered
+Keep = Callable[[list[Example]], None]
 
 
 class Task(ABC):
@@ -103,20 +95,23 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def measure(self, subject: Subject, questions: Questions, options: Options, report: Reporter) -> Measured:
+    def measure(
+        self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
+    ) -> Measured:
         """Put the questions to one model.
 
+        Args:
+            keep: takes answers that `rate` can go on with, where scores are another service's.
         Raises:
-            UnratedError: the answers are there, but no scores.
-            LoraOverError: the model or its engine cannot answer them.
+            LoraOverError: the model or its engine cannot answer them, or nobody scores them.
         """
 
     def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> Measured:
-        """Score the answers of an `UnratedError`, which only some tasks raise.
+        """Score answers that were kept, which only some tasks do.
 
         Raises:
             DataError: they are not answers to these questions.
-            UnratedError: still no scores.
+            EngineError: nobody scores them.
         """
         raise NotImplementedError
 
@@ -179,6 +174,7 @@ def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, *, ma
         raise DataError(f"{where}: field {name!r} is {reprlib.repr(row[name])}, expected text.")
     if not may_be_empty and not row[name].strip():
         raise DataError(f"{where}: field {name!r} is empty.")
+    check_encodes(row[name], name, where)
     return str(row[name])
 
 

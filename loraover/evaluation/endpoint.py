@@ -47,7 +47,10 @@ class Endpoint:
         Raises:
             ConfigError: not an HTTP address, no such variable, or a key that no header can carry.
         """
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise ConfigError(f"what was given is no address of a server: {error}.") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             shown = "what was given" if "@" in url or parts.query else repr(url)  # there, it may hold a secret
             raise ConfigError(
@@ -105,11 +108,10 @@ class Endpoint:
         except HTTPError as error:
             fault = EngineError if error.code not in UNFIT else UnfitRequestError
             kind = UnansweredError if error.code in TRANSIENT else fault
-            text = error.read(1000).decode(errors="replace")
-            raise kind(self.hidden(f"{self.url}{path}: the server answered {error.code}: {text}")) from None
+            raise kind(self.hidden(f"{self.url}{path}: the server answered {error.code}: {_body(error)}")) from None
         except (OSError, HTTPException) as error:
             raise UnansweredError(self.hidden(f"{self.url}{path}: no answer: {error}")) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UnansweredError(self.hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
 
     def hidden(self, text: str) -> str:
@@ -117,11 +119,20 @@ class Endpoint:
         return text.replace(self._key, "***") if self._key else text
 
 
+def _body(error: HTTPError) -> str:
+    """The beginning of what came with it."""
+    try:
+        return error.read(1000).decode(errors="replace")
+    except (OSError, HTTPException):
+        return "(cut off)"
+
+
 def _text(answer: Any, *keys: str) -> str:
+    """What a model said; half a character, which JSON can hold and no file can, becomes a question mark."""
     try:
         found = answer["choices"][0]
         for key in keys:
             found = found[key]
     except (LookupError, TypeError) as error:
         raise UnansweredError(f"the server's answer holds no text: {answer!r:.300}") from error
-    return found if isinstance(found, str) else ""  # null where a model says nothing
+    return found.encode(errors="replace").decode() if isinstance(found, str) else ""  # null: it says nothing

@@ -15,6 +15,7 @@ from loraover.answers import final_number
 from loraover.errors import DataError
 from loraover.evaluation.base import (
     Example,
+    Keep,
     Measured,
     Options,
     Questions,
@@ -64,7 +65,9 @@ class HarnessTask(Task):
             return read_questions(options.data, self._question, split=split, limit=options.examples)
         return read_questions(name, self._question, split=split, subset=subset, limit=options.examples)
 
-    def measure(self, subject: Subject, questions: Questions, options: Options, report: Reporter) -> Measured:
+    def measure(
+        self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
+    ) -> Measured:
         from lm_eval import simple_evaluate
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.tasks import TaskManager

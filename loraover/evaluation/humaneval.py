@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraover.errors import ConfigError
-from loraover.evaluation.base import Example, Measured, Options, Questions, Row, Task, read_questions, text_field
+from loraover.evaluation.base import Example, Keep, Measured, Options, Questions, Row, Task, read_questions, text_field
 from loraover.evaluation.parallel import in_parallel
 from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
@@ -50,7 +50,9 @@ class HumanEval(Task):
     def read(self, options: Options) -> Questions:
         return read_questions(options.data or self.hub, _problem, split="test", limit=options.examples)
 
-    def measure(self, subject: Subject, questions: Questions, options: Options, report: Reporter) -> Measured:
+    def measure(
+        self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
+    ) -> Measured:
         problems = questions.rows
         completions = subject.complete(
             [problem["prompt"] for problem in problems],

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from loraover.errors import ConfigError, DataError, EngineError
 from loraover.evaluation.base import (
     Example,
+    Keep,
     Measured,
     Options,
     Questions,
     Row,
     Task,
-    UnratedError,
     read_questions,
     text_field,
     uses_chat,
@@ -78,7 +78,9 @@ class MtBench(Task):
             row["prompts"] = [prompts[PROMPT_NAMES[row["references"] is not None, turn]] for turn in (0, 1)]
         return found
 
-    def measure(self, subject: Subject, questions: Questions, options: Options, report: Reporter) -> Measured:
+    def measure(
+        self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
+    ) -> Measured:
         chats: list[Chat] = [[] for _ in questions.rows]
         for turn in (0, 1):
             for chat, row in zip(chats, questions.rows, strict=True):
@@ -88,6 +90,7 @@ class MtBench(Task):
                 chat.append({"role": "assistant", "content": answer})
         texts = [message["content"] for chat in chats for message in chat[1::2]]
         answered = [Example(name, None, text) for name, text in zip(_names(questions), texts, strict=True)]
+        keep(answered)
         return self.rate(answered, questions, options, report)
 
     def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> Measured:
@@ -101,14 +104,10 @@ class MtBench(Task):
             for row, first, second in zip(questions.rows, texts[::2], texts[1::2], strict=True)
             for turn in (0, 1)
         ]
-        try:
-            verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
-        except EngineError as error:
-            raise UnratedError(str(error), answered) from error
+        verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
         if all(verdict.rating is None for verdict in verdicts):
             said = f"of the first one it said: {verdicts[0].text:.500}"
-            message = f"judge {judge.name} at {judge.endpoint.url}: has rated none of the answers; {said}"
-            raise UnratedError(message, answered)
+            raise EngineError(f"judge {judge.name} at {judge.endpoint.url}: has rated none of the answers; {said}")
         examples = [
             replace(example, score=verdict.rating, note=verdict.text)
             for example, verdict in zip(answered, verdicts, strict=True)

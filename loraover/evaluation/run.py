@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraover.adapter_dir import read_json
 from loraover.errors import ConfigError, EngineError, LoraOverError
 from loraover.evaluation import TASKS
-from loraover.evaluation.base import Example, Options, Questions, Task, UnratedError
+from loraover.evaluation.base import Example, Options, Questions, Task
 from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
@@ -89,21 +90,25 @@ def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluat
     tokenizer = load_tokenizer(source)
     candidates = _candidates(request, source, tokenizer)
     found = _empty(request, task, source, questions, tokenizer)
-    known = _known(found, output)
+    names, keys = {c.name for c in candidates}, {c.key for c in candidates}
+    known = {key: result for key, result in _known(found, output).items() if key in keys or key[0] not in names}
     try:
-        for number, candidate in enumerate(candidates):
-            result = known.get(candidate.key)
+        for candidate in candidates:
+            result = known.pop(candidate.key, None)
             if result is not None and result.failure is None:
                 report.line(f"{candidate.name}: finished already")
             else:
                 answered = [] if result is None else result.examples
-                result = _result(candidate, answered, task, questions, options, report, is_first=number == 0)
+                publish = partial(_publish, output, found, list(known.values()))
+                try:
+                    result = _result(candidate, answered, task, questions, options, report, publish)
+                except LoraOverError as error:
+                    if not found.results:
+                        raise
+                    result = _failure(candidate, str(error), answered)
+                publish(result)
             found = found.model_copy(update={"results": [*found.results, result]})
-            if output is not None:
-                later = [known[other.key] for other in candidates[number + 1 :] if other.key in known]
-                whole = found.model_copy(update={"results": [*found.results, *later]})
-                publish_text(output, whole.model_dump_json(indent=1) + "\n")
-            if result.failure is not None and number == 0:
+            if result.failure is not None and len(found.results) == 1:
                 kept = "" if output is None else f" Its answers are kept in {output}; the same command rates them."
                 raise EngineError(result.failure + kept)
     finally:
@@ -124,6 +129,8 @@ def _candidates(request: Request, source: ModelSource, tokenizer: Any) -> list[_
             return lambda: Served(endpoint, name, tokenizer, source.location, size)
 
         return [_Candidate(name, None, ask(name)) for name in request.served]
+    if request.served:
+        raise ConfigError("--endpoint-model names models of an --endpoint; which one?")
 
     def load(adapter: Path | None) -> Callable[[], Subject]:
         return lambda: in_memory(source, tokenizer, adapter, dtype=request.dtype, batch_size=size)
@@ -175,6 +182,13 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
     return evaluation.model_dump(exclude={"results", "command", "hardware"})
 
 
+def _publish(output: Path | None, before: Evaluation, after: list[ModelResult], result: ModelResult) -> None:
+    """Write what there is: a result between those that are finished and those that are known and to come."""
+    if output is not None:
+        whole = before.model_copy(update={"results": [*before.results, result, *after]})
+        publish_text(output, whole.model_dump_json(indent=1) + "\n")
+
+
 def _result(
     candidate: _Candidate,
     answered: list[Example],
@@ -182,27 +196,32 @@ def _result(
     questions: Questions,
     options: Options,
     report: Reporter,
-    *,
-    is_first: bool,
+    publish: Callable[[ModelResult], None],
 ) -> ModelResult:
-    """What one model makes of the questions; where there is nothing to keep yet, its failure is raised.
+    """What one model makes of the questions.
 
     Args:
         answered: its answers, if it has been asked already.
+        publish: takes a result that others may follow.
+    Raises:
+        LoraOverError: there is nothing to keep.
     """
-    report.line(f"{candidate.name}: answered already" if answered else f"{candidate.name}:")
     started = time.perf_counter()
+
+    def keep(answers: list[Example]) -> None:
+        answered[:] = answers
+        publish(_failure(candidate, "its answers have not been rated", answers))
+
+    report.line(f"{candidate.name}: answered already" if answered else f"{candidate.name}:")
     try:
         if answered:
             measured = task.rate(answered, questions, options, report)
         else:
-            measured = task.measure(candidate.load(), questions, options, report)
-    except UnratedError as error:
-        return ModelResult(name=candidate.name, sha256=candidate.sha256, failure=str(error), examples=error.answered)
-    except LoraOverError as error:
-        if is_first:
+            measured = task.measure(candidate.load(), questions, options, report, keep)
+    except EngineError as error:
+        if not answered:
             raise
-        return ModelResult(name=candidate.name, sha256=candidate.sha256, failure=str(error))
+        return _failure(candidate, str(error), answered)
     scores = [example.score for example in measured.examples]
     right = sum(score == 1 for score in scores)
     return ModelResult(
@@ -213,4 +232,10 @@ def _result(
         missing=scores.count(None),
         examples=measured.examples,
         seconds=time.perf_counter() - started,
+    )
+
+
+def _failure(candidate: _Candidate, message: str, answered: list[Example]) -> ModelResult:
+    return ModelResult(
+        name=candidate.name, sha256=candidate.sha256, missing=len(answered), examples=answered, failure=message
     )

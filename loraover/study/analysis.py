@@ -44,7 +44,7 @@ class Sensitivity(BaseModel):
     basin_decades: float = Field(description="log10 width of the rates within 1 % of the lowest loss, interpolated")
     is_basin_cut: bool = Field(description="the basin goes on beyond the sweep")
     regret: float | None = Field(
-        description="mean over the sweep of loss / lowest loss - 1; None: infinite, as a rate diverged"
+        description="mean over the sweep of loss / lowest loss - 1; None: infinite, a rate diverged or the lowest is 0"
     )
     diverged: int = Field(description="rates at which a run diverged, or failed otherwise")
 
@@ -115,7 +115,7 @@ def sensitivity(by_rate: Mapping[float, float]) -> Sensitivity:
         is_bracketed=0 < best < len(rates) - 1,
         basin_decades=high - low,
         is_basin_cut=cut_low or cut_high,
-        regret=None if diverged else sum(loss / losses[best] - 1 for loss in losses) / len(losses),
+        regret=None if diverged or not losses[best] else sum(loss / losses[best] - 1 for loss in losses) / len(losses),
         diverged=diverged,
     )
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{Q
 
 FEWEST_EXAMPLES = 4
 """Held-out examples, half of which choose the rates; an interval over examples takes two."""
+
+
+LONGEST_NAME = 150  # of a folder, in characters; file systems take 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +98,8 @@ def make_grid(
 
 
 def _check(runs: Sequence[Run]) -> None:
+    if nameless := [run.task for run in runs if run.task in (".", "..")]:
+        raise ConfigError(f"a recipe named {nameless[0]!r} would leave the study's folder; give it another name.")
     folders = Counter(run.folder for run in runs)
     for run in runs:
         if folders[run.folder] > 1:
@@ -159,4 +165,6 @@ def matched_rank(recipe: Recipe) -> int:
 
 
 def _slug(method: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", method)
+    """Of a method, as a file system takes it."""
+    name = re.sub(r"[^A-Za-z0-9.+=-]+", "_", method)
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(method.encode()).hexdigest()[:8]}"

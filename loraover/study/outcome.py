@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraover.adapter_dir import read_json
 from loraover.checkpoint import META_FILE, read_checkpoint
-from loraover.errors import ConfigError, LoraOverError
+from loraover.errors import ConfigError, LoraOverError, OutputError
 from loraover.exact import open_exact
 from loraover.output import publish_text
 from loraover.recipe import Recipe, load_recipe
@@ -58,6 +58,12 @@ class Outcome(BaseModel):
     step_norm: float | None = Field(None, description="mean over the logged steps")
     fold_error: float | None = Field(None, description="largest relative Frobenius error of a stored A or B")
 
+    @model_validator(mode="after")
+    def _are_pairs(self) -> Outcome:
+        if len(self.nats) != len(self.tokens):
+            raise ValueError(f"{len(self.nats)} nats and {len(self.tokens)} tokens, expected as many")
+        return self
+
 
 def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
     """Train in a process of its own, or go on with a run that was cut off.
@@ -67,9 +73,13 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         threads: for the process.
     Raises:
         ConfigError: the run was begun with another recipe.
+        OutputError: there is no place for the folder.
         LoraOverError: the run failed for another reason than its rate or its size.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder.parent} cannot be made: {error.strerror}.") from error
     with _alone(folder) as lock:
         found = read_outcome(recipe, folder)
         if found is not None:

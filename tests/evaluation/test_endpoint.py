@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -32,13 +34,35 @@ def test_it_completes_and_chats() -> None:
     assert second == {"path": "/v1/chat/completions", "messages": HELLO, "max_tokens": 4, **asked}
 
 
+def test_a_refusal_that_is_cut_off_is_a_refusal() -> None:
+    def refuse(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 401 no\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nab")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=refuse, args=(server,))
+        thread.start()
+        with pytest.raises(EngineError, match="answered 401"):
+            Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}").chat("m", HELLO, max_tokens=4)
+        thread.join()
+
+
+def test_half_a_character_of_an_answer_can_be_written() -> None:
+    with openai_server(lambda body: "so \ud83d") as server:
+        assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == "so ?"
+
+
 def test_a_passing_fault_is_passed_over() -> None:
     replies: Iterator[str | int] = iter([503, 429, "at last"])
     with openai_server(lambda body: next(replies)) as server:
         assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == "at last"
 
 
-@pytest.mark.parametrize("fault", [500, b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": null}]}'])
+@pytest.mark.parametrize(
+    "fault", [500, b"<html>", b"[" * 200_000, b"{}", b'{"choices": []}', b'{"choices": [{"message": null}]}']
+)
 def test_a_lasting_fault_is_told_after_three_tries(fault: int | bytes) -> None:
     with openai_server(lambda body: fault) as server:
         with pytest.raises(UnansweredError):

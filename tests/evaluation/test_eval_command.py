@@ -88,6 +88,8 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
         (["--adapter", str(folder / "base")], "adapter_config.json"),
         (["--endpoint-model", "m", "--endpoint", "ftp://x"], "no address of a server"),
         (["--endpoint", "http://localhost:1"], "--endpoint-model"),
+        (["--endpoint-model", "m"], "of an --endpoint"),
+        (["--endpoint-model", "m", "--endpoint", "http://[::1"], "no address of a server"),
         (["--chat"], "no chat template"),
         (["--judge-url", "http://localhost:1"], "go together"),
         (["--task", "humaneval"], "--allow-code-execution"),
@@ -125,6 +127,22 @@ def test_what_was_finished_before_ctrl_c_is_kept_and_gone_on_from(folder: Path, 
     assert run(cli, words(folder, out, *adapters)) == 0
     assert names(out) == ["base", "a", "b"]
     assert json.loads(out.read_text())["results"][0] == begun[0]
+
+
+def test_what_is_not_asked_for_stays(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    a, b = (["--adapter", str(folder / name)] for name in "ab")
+    assert run(cli, words(folder, out, *a)) == 0
+    assert run(cli, words(folder, out, *b)) == 0
+    assert sorted(names(out)) == ["a", "b", "base"]
+    before = json.loads(out.read_text())
+    assert run(cli, words(folder, out, *a, *b)) == 0
+    assert json.loads(out.read_text())["results"] == before["results"]
+
+
+def test_a_device_is_no_file_of_results(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, words(folder, Path("/dev/full"))) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
 
 
 def test_only_what_is_the_same_is_kept(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

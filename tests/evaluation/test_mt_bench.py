@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +157,26 @@ def test_answers_that_nobody_would_rate_are_kept_and_rated_later(
     assert after["failure"] is None
     assert [e["answer"] for e in after["examples"]] == [e["answer"] for e in before["examples"]]
     assert evaluated(model, tmp_path, lambda body: "[[6]]")[2] == 2, "what one judge has rated is not another's"
+
+
+def test_ctrl_c_does_not_wait_for_a_judge_and_keeps_the_answers(model: Path, tmp_path: Path) -> None:
+    asked, done, out = threading.Event(), threading.Event(), tmp_path / "out.json"
+
+    def hang(body: dict[str, Any]) -> str:
+        asked.set()
+        done.wait(60)
+        return "[[5]]"
+
+    with openai_server(hang) as judge:
+        words = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(tmp_path)), "--max-new-tokens", "6"]
+        words += ["--judge-url", judge.url, "--judge-model", "tester", "-o", str(out)]
+        process = subprocess.Popen([sys.executable, "-m", "loraover.cli", *words], stderr=subprocess.PIPE, text=True)
+        assert asked.wait(120)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+        done.set()
+    assert process.returncode == 130, error
+    assert_unrated(json.loads(out.read_text()))
 
 
 def test_answers_to_other_questions_are_not_rated(

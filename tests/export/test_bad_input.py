@@ -350,6 +350,7 @@ HUGE = "9" * 5001
 
 WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "DoRA": (config(use_dora=True), ("use_dora is true",)),
+    "PiSSA": (config(init_lora_weights="pissa"), ("init_lora_weights is 'pissa'", "path_initial_model")),
     "IA3": (config(peft_type="IA3"), ("'IA3'", "'LORA'")),
     "no peft_type": (
         lambda folder: edit_json(folder / CONFIG, lambda content: content.pop("peft_type")),

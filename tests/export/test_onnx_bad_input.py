@@ -190,6 +190,10 @@ WRONG_ADAPTERS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ),
         (TENSORS, MODULE, "listed twice"),
     ),
+    "PiSSA": (
+        lambda folder: edit_json(folder / CONFIG, lambda config: config.update(init_lora_weights="pissa")),
+        ("init_lora_weights is 'pissa'",),
+    ),
     "DoRA": (lambda folder: edit_json(folder / CONFIG, lambda config: config.update(use_dora=True)), ("use_dora",)),
 }
 

@@ -87,3 +87,8 @@ def test_a_rate_that_diverged_is_worse_than_any_other() -> None:
     assert found.losses == {"0.001": 1.0}
     assert found.basin_decades == 0.0
     assert (found.regret, found.diverged) == (None, 1)
+
+
+def test_a_loss_of_zero_is_no_divisor() -> None:
+    found = sensitivity({1e-4: 0.1, 1e-3: 0.0, 1e-2: 0.2})
+    assert (found.best_rate, found.regret, found.diverged) == (1e-3, None, 0)

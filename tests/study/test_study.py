@@ -49,7 +49,8 @@ METHODS = ["--methods", "lora,lora-over"]
 
 
 def words(recipe: Path, out: Path, *more: str) -> list[str]:
-    return ["study", str(recipe), *METHODS, "--seeds", "2", "--lr-sweep", RATES, "--jobs", "2", "-o", str(out), *more]
+    sweep = [] if "--lr-sweep" in more else ["--lr-sweep", RATES]
+    return ["study", str(recipe), *METHODS, "--seeds", "2", *sweep, "--jobs", "2", "-o", str(out), *more]
 
 
 def report_of(out: Path) -> StudyReport:
@@ -138,6 +139,7 @@ def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pyte
         (["--lr-sweep", "1e-3,1e-3"], "different positive numbers"),
         (["--lr-sweep", "fast"], "different positive numbers"),
         (["--lr-sweep", "dora=1e-3"], "'dora', which is none of --methods"),
+        (["--lr-sweep", "1e-3", "--lr-sweep", "1e-2"], "two sweeps to one name, or two without a name"),
         (["--report-only"], "nothing to compare"),
     ],
 )
@@ -377,6 +379,35 @@ def test_a_method_may_have_a_sweep_of_its_own() -> None:
     assert found == ({"lora": (1e-3, 1e-2), svd: (1e-4, 3e-4)}, {})
     with pytest.raises(click.UsageError, match="no rates of 'lora'"):
         _sweeps(["lora", svd], ["gsm8k"], (f"{svd}=1e-4",))
+
+
+def test_a_name_of_a_method_and_a_recipe_is_ambiguous() -> None:
+    with pytest.raises(click.UsageError, match="a method and a recipe"):
+        _sweeps(["lora", "lora-over"], ["lora"], ("1e-3", "lora=1e-4"))
+
+
+@pytest.mark.parametrize("place", ["{recipe}", "{recipe}/below"])
+def test_a_study_without_a_place_is_refused(
+    place: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = recipe.read_bytes()
+    assert run(cli, words(recipe, Path(place.format(recipe=recipe)))) == 2
+    assert "cannot be made" in capsys.readouterr().err
+    assert recipe.read_bytes() == before
+
+
+def test_a_long_method_has_a_folder_that_a_file_system_takes(recipe: Path) -> None:
+    methods = [f"lora-over:sites={[name * 60]}" for name in ("*.layers.0.*a", "*.layers.0.*b")]
+    grid = make_grid([str(recipe)], dict.fromkeys(("lora", *methods), (1e-3,)), 1, {})
+    assert len({found.folder for found in grid}) == 3
+    assert all(len(part) < 200 for found in grid for part in found.folder.parts)
+
+
+def test_a_recipe_that_leads_out_of_the_study_is_refused(recipe: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "...yaml"
+    odd.write_bytes(recipe.read_bytes())
+    with pytest.raises(ConfigError, match="give it another name"):
+        make_grid([str(odd)], {"lora": [1e-3]}, 1, {})
 
 
 def test_a_task_may_have_a_sweep_of_its_own(recipe: Path) -> None:

@@ -210,8 +210,10 @@ def test_yaml_that_would_run_code_is_refused_and_runs_none(
         b"\x00\x01\x02",
         "[" * 20_000,
         "*unknown",
+        "model: 2024-13-01",
+        "model: !!int x",
     ],
-    ids=["open", "nested", "bell", "not-utf-8", "binary", "deep", "alias"],
+    ids=["open", "nested", "bell", "not-utf-8", "binary", "deep", "alias", "no-date", "no-number"],
 )
 def test_what_is_not_yaml_is_refused(content: str | bytes, write: Write) -> None:
     assert "not YAML" in fault(write(content))
@@ -283,7 +285,9 @@ def test_an_override_is_a_key_and_a_yaml_value(text: str, expected: tuple[str, A
     assert parse_override(text) == expected
 
 
-@pytest.mark.parametrize("text", ["training.seed", "=1", "", "a=[", "a=!!python/object/apply:os.system ['x']"])
+@pytest.mark.parametrize(
+    "text", ["training.seed", "=1", "", "a=[", "a=!!python/object/apply:os.system ['x']", "a=2024-13-01"]
+)
 def test_an_override_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         parse_override(text)

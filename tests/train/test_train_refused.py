@@ -120,6 +120,26 @@ REFUSED: dict[str, tuple[Refused, str]] = {
         lambda t, b: {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
         "cosine_with_min_lr|min_lr",
     ),
+    "an optimizer that is not installed": (lambda t, b: {"training": {"optim": "galore_adamw"}}, "galore_adamw"),
+    "a rate below the schedule's end": (
+        lambda t, b: {"training": {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}},
+        "polynomial",
+    ),
+    "no row that fits": (
+        lambda t, b: {"training": {"max_length": 8}, "evaluation": {"examples": 0}},
+        "no example fits training.max_length = 8",
+    ),
+    "a shell's pattern for PEFT": (lambda t, b: {"lora": {"target_modules": "*.q_proj"}}, "no regular expression"),
+    "a wrong pattern of ranks": (lambda t, b: {"lora": {"rank_pattern": {"(": 4}}}, "no regular expression"),
+    "a start that changes the base": (lambda t, b: {"lora": {"init_lora_weights": "pissa"}}, "no fold would be"),
+    "content in parts": (
+        lambda t, b: with_rows(t, {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "text", "text": "2"}]}]}),
+        "row 1: field 'messages' is not a list of objects with role and content, both text",
+    ),
+    "half a character": (
+        lambda t, b: with_rows(t, {"prompt": "a", "completion": "b"}, {"prompt": "\ud83d", "completion": "b"}),
+        "row 2: field 'prompt' holds .*half a character",
+    ),
     "unknown target modules": (lambda t, b: {"lora": {"target_modules": ["nothing"]}}, "nothing"),
     "unknown sites": (lambda t, b: {"over": {"sites": ["nothing"]}}, "nothing"),
 }
@@ -138,7 +158,17 @@ def test_an_unusable_request_ends_with_one_message_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    "name", ["no such model", "no tokenizer", "no such data", "a bad row", "unknown target modules", "unknown sites"]
+    "name",
+    [
+        "no such model",
+        "no tokenizer",
+        "no such data",
+        "a bad row",
+        "an optimizer that is not installed",
+        "no row that fits",
+        "unknown target modules",
+        "unknown sites",
+    ],
 )
 def test_an_unusable_request_leaves_no_folder_in_the_way(
     name: str, bases: dict[str, Path], tmp_path: Path, recipe: Path

@@ -78,6 +78,7 @@ def read_inputs(request: OnnxRequest) -> Inputs:
     adapters = dict(zip(_names(request), map(read_source, request.sources), strict=True))
     dirs = [adapter_of(source) for source in adapters.values()]
     for adapter in dirs:
+        adapter.check_keeps_base()
         if request.mode == "swappable":
             _check_swappable(adapter)
     trained = {(adapter.config.base_model_name_or_path, adapter.config.revision) for adapter in dirs}

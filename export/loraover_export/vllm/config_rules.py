@@ -6,9 +6,6 @@ from collections.abc import Iterator
 
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 
-KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
-"""Initialisations of PEFT that leave the base weights as they are."""
-
 VARIANTS = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA), which acts from certain tokens on",
     "arrow_config": "an Arrow router over several adapters",
@@ -48,8 +45,8 @@ def variant(candidate: Candidate) -> Iterator[Problem]:
 
 
 def initialisation(candidate: Candidate) -> Iterator[Problem]:
-    start = candidate.config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in KEPT_BASE:
+    if not candidate.adapter.config.keeps_base:
+        start = candidate.config["init_lora_weights"]
         yield Problem(
             f"init_lora_weights is {start!r}: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights, "
             "so A and B are right for the changed base model only",
