@@ -61,7 +61,9 @@ def _run_script(rank: int, script: Path, arguments: tuple[object, ...], port: in
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     sys.argv = [str(script), *map(str, arguments)]
-    runpy.run_path(str(script), run_name="__main__")
+    left = runpy.run_path(str(script), run_name="__main__")
+    assert left
+    os._exit(0)  # what a fork of a process with threads has left may wait for ever as it is torn down
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
