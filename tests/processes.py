@@ -62,8 +62,8 @@ def _run_script(rank: int, script: Path, arguments: tuple[object, ...], port: in
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     sys.argv = [str(script), *map(str, arguments)]
     left = runpy.run_path(str(script), run_name="__main__")
-    assert left
-    os._exit(0)  # what a fork of a process with threads has left may wait for ever as it is torn down
+    assert left  # held until the end: freed in a fork of a process with threads, it has been seen to wait for ever
+    os._exit(0)
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")

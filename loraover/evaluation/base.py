@@ -107,13 +107,13 @@ class Task(ABC):
         """
 
     def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> Measured:
-        """Score answers that were kept, which only some tasks do.
+        """Score answers that were kept, which only tasks that another service scores do.
 
         Raises:
-            DataError: they are not answers to these questions.
+            DataError: they are not answers to these questions, or of no such task.
             EngineError: nobody scores them.
         """
-        raise NotImplementedError
+        raise DataError("the file holds answers without scores, which this task never leaves; name a new file.")
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
         """What else a reader needs to know to repeat the figures."""

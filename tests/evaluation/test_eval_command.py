@@ -140,6 +140,20 @@ def test_what_is_not_asked_for_stays(folder: Path, tmp_path: Path) -> None:
     assert json.loads(out.read_text())["results"] == before["results"]
 
 
+def test_answers_without_scores_are_of_no_such_task(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    assert run(cli, words(folder, out)) == 0
+    found = json.loads(out.read_text())
+    found["results"][0] |= {"failure": "no", "measures": {}}
+    out.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert run(cli, words(folder, out)) == 2
+    assert "answers without scores" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == found
+
+
 def test_a_device_is_no_file_of_results(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cli, words(folder, Path("/dev/full"))) == 2
     assert capsys.readouterr().err.count("error: ") == 1
