@@ -38,6 +38,7 @@ def cli() -> None:
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key, e.g. over.decomposition=svd."
 )
+@click.option("--base", help="Base model that a pushed adapter names in place of the stand-in that it was trained on.")
 @click.option("--resume", is_flag=True, help="Continue the run in OUTPUT from its last whole checkpoint.")
 @click.option("--plan", is_flag=True, help="Say what the run would take, and do nothing: no weights are read.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -52,6 +53,7 @@ def train(
     learning_rate: float | None,
     seed: int | None,
     settings: tuple[str, ...],
+    base: str | None,
     resume: bool,
     plan: bool,
     as_json: bool,
@@ -72,6 +74,7 @@ def train(
         "training.max_steps": steps,
         "training.learning_rate": learning_rate,
         "training.seed": seed,
+        "push_base": base,
     }
     overrides: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     if steps is not None:
@@ -87,7 +90,7 @@ def train(
     from loraover.train import train as run
 
     console = Console(stderr=as_json)
-    typed = shlex.join(["loraover", *sys.argv[1:]])
+    typed = shlex.join(["loraover", *(word for word in sys.argv[1:] if word != "--resume")])  # also runs from the start
     try:
         result = run(loaded, output, resume=resume, report=Reporter(console), command=typed)
     except KeyboardInterrupt:

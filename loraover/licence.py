@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loraover.models import PACKAGED_MODELS
+from loraover.stand_in import STAND_INS, find_stand_in
 
 MAX_CARD_BYTES = 2**20
 _FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
@@ -14,7 +14,7 @@ _FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
 def known_licence(name: str, revision: str | None = None) -> str | None:
     """The `license` of a model card's front matter, e.g. "apache-2.0"; None where no card at hand states one.
 
-    Looks into the model's folder, or the hub's cache, or the list of packaged models; never asks the network.
+    Looks into the model's folder, or the hub's cache, or the list of stand-ins; never asks the network.
 
     Args:
         name: folder or hub name.
@@ -22,8 +22,9 @@ def known_licence(name: str, revision: str | None = None) -> str | None:
     """
     card = _card(name, revision)
     stated = None if card is None else _stated(card)
-    if stated is None and name in PACKAGED_MODELS:
-        return PACKAGED_MODELS[name].licence
+    if stated is None:
+        stand_in = STAND_INS.get(name) or find_stand_in(name)
+        return None if stand_in is None else stand_in.licence
     return stated
 
 

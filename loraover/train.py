@@ -1,6 +1,6 @@
 """Run a recipe: load, train, measure, and leave a run folder.
 
-OUT/recipe.yaml       the recipe, with hub revisions pinned
+OUT/recipe.yaml       the recipe, with hub revisions pinned, and the folder of a stand-in for the hub's model
 OUT/metrics.jsonl     one object per logging step and measure
 OUT/trainer/          sealed checkpoints to resume from
 OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method; OUT/model/ of full
@@ -35,6 +35,7 @@ from loraover.models import ModelSource, is_encoder_decoder, load_model, load_to
 from loraover.output import check_free, publish_directory, publish_text
 from loraover.overparam import OverParameterization
 from loraover.progress import Reporter, log_shown
+from loraover.push import moved_copy, push, pushed_base
 from loraover.recipe import Recipe
 from loraover.resume import last_whole_checkpoint
 from loraover.run_result import Measures, RunResult, environment, hardware, peak_bytes
@@ -53,6 +54,7 @@ class Prepared:
 
     Args:
         untrained: A and B of every module as they are made; None where more than their product is trained.
+        pushed_base: model that a pushed adapter names in place of the stand-in that it was trained on.
     """
 
     source: ModelSource
@@ -62,6 +64,7 @@ class Prepared:
     untrained: dict[str, Factors] | None
     trainer: Trainer
     callback: LoraOverCallback | None
+    pushed_base: ModelSource | None
 
     @property
     def over(self) -> OverParameterization | None:
@@ -115,7 +118,8 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
     result = _result(run, recipe, timed, before, after)
     _publish(run, recipe, output, result, command)
     if recipe.push_to_hub is not None:
-        _push(recipe.push_to_hub, _product(recipe, output), report)
+        _push(recipe.push_to_hub, run, recipe, output, result, command)
+        report.line(f"uploaded to {recipe.push_to_hub}")
     return result
 
 
@@ -144,11 +148,7 @@ def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None
 
 def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
     """The adapter folder, and the run's result once that is whole."""
-    licence = known_licence(recipe.model, run.source.revision)
-    title, kind, library = "LoRA adapter", f"A {'DoRA' if recipe.lora.use_dora else 'plain LoRA'} adapter", "peft"
-    if recipe.method == "full":
-        title, kind, library = "Fine-tuned model", "A fine-tuned copy", "transformers"
-    card = model_card(title, recipe.model, result.facts(), command, licence=licence, kind=kind, library=library)
+    card = _card(recipe, result, run.source, command)
     with publish_directory(_product(recipe, output)) as draft:
         run.model.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
@@ -156,6 +156,24 @@ def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, com
             write_checkpoint(draft, run.over, step=result.steps)
         (draft / "README.md").write_text(card, encoding="utf-8")
     publish_text(output / "run.json", result.model_dump_json(indent=1) + "\n")
+
+
+def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) -> str:
+    licence = known_licence(base.name, base.revision)
+    title, kind, library = "LoRA adapter", f"A {'DoRA' if recipe.lora.use_dora else 'plain LoRA'} adapter", "peft"
+    if recipe.method == "full":
+        title, kind, library = "Fine-tuned model", "A fine-tuned copy", "transformers"
+    facts = result.facts() | base.facts()
+    return model_card(title, base.name, facts, command, licence=licence, kind=kind, library=library)
+
+
+def _push(repository: str, run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
+    folder = _product(recipe, output)
+    if run.pushed_base is None:
+        push(repository, folder, folder)
+        return
+    with moved_copy(folder, run.pushed_base, _card(recipe, result, run.pushed_base, command)) as copy:
+        push(repository, copy, folder)
 
 
 def _product(recipe: Recipe, output: Path) -> Path:
@@ -180,6 +198,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     _check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
     report.line(f"base model: {source.origin}")
+    named = pushed_base(recipe, source, report.line)
     is_seq2seq = is_encoder_decoder(source)
     tokenizer = load_tokenizer(source)
     examples = load_examples(recipe, chat=_use_chat(recipe, tokenizer, is_seq2seq))
@@ -200,7 +219,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     _check_trainer(trainer, recipe, len(examples.train.rows), report)
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=_steps(recipe, trainer), probe=None)
-    return Prepared(source, tokenizer, examples, model, untrained, trainer, over)
+    return Prepared(source, tokenizer, examples, model, untrained, trainer, over, named)
 
 
 def with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource) -> PeftModel:
@@ -209,7 +228,7 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: Model
     Raises:
         ConfigError: PEFT refuses the recipe's `lora`.
     """
-    base.name_or_path = recipe.model  # wherever its copy lies
+    base.name_or_path = source.name
     try:
         return get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
     except ValueError as error:
@@ -283,6 +302,7 @@ def _write_recipe(output: Path, recipe: Recipe, source: ModelSource, examples: E
 
     pinned = recipe.model_copy(
         update={
+            "model": source.name,
             "model_revision": source.revision,
             "data": recipe.data.model_copy(update={"revision": examples.train.revision}),
         }
@@ -370,15 +390,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
-
-
-def _push(repository: str, folder: Path, report: Reporter) -> None:
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # the hub's client lets its HTTP library's own errors through
-        raise OutputError(f"push_to_hub: {repository}: {error}. The adapter is safe in {folder}.") from error
-    report.line(f"uploaded to {repository}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -11,17 +12,19 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from loraover.adapter_dir import CONFIG_FILE
+from loraover.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint import Checkpoint, read_checkpoint
 from loraover.command import quiet_libraries
 from loraover.errors import ConfigError
 from loraover.licence import known_licence
 from loraover.model_card import model_card
-from loraover.models import resolve_model
+from loraover.models import ModelSource
 from loraover.output import check_free, publish_directory
 from loraover.run_result import environment, hardware
 from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, matrix_facts
 from loraover_export.check_outputs import check_outputs
-from loraover_export.fold import write_folded
+from loraover_export.fold import write_config, write_folded
 
 WORST_SHOWN = 8
 
@@ -45,14 +48,15 @@ def run_fold(
     check_free(output.absolute(), outside=source)
     checkpoint = read_checkpoint(source)
     checkpoint.adapter.check_keeps_base()
+    model = None
+    if check_error:
+        model = resolve_base([checkpoint.adapter], base, option="--base", say=lambda line: _say(console, line))
+    command = _command(source, output, dtype, check_error, base, prompts)
     try:
         with publish_directory(output, outside=source) as draft:
-            certificate = _fold(checkpoint, draft, dtype, check_error, base, prompts, console)
+            certificate = _fold(checkpoint, draft, dtype, model, prompts, console)
             (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
-            command = shlex.join(["loraover-export", "fold", str(source), "-o", str(output), "--dtype", dtype])
-            (draft / "README.md").write_text(
-                _card(certificate, checkpoint.adapter.config.revision, command), encoding="utf-8"
-            )
+            (draft / "README.md").write_text(_card(certificate, checkpoint, model, command), encoding="utf-8")
             if not certificate.passed:
                 raise _RejectedError
     except _RejectedError:
@@ -67,34 +71,39 @@ def run_fold(
     return 0 if certificate.passed else 1
 
 
+def _command(source: Path, output: Path, dtype: str, check_error: bool, base: str | None, prompts: Path | None) -> str:
+    """The command line, for the model card; without what was done about an adapter that lay at the output."""
+    words = ["loraover-export", "fold", str(source), "-o", str(output), "--dtype", dtype]
+    words += ["--check-error"] if check_error else []
+    words += [] if base is None else ["--base", base]
+    return shlex.join([*words, *([] if prompts is None else ["--prompts", str(prompts)])])
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(escape(line), soft_wrap=True)
+
+
 def _fold(
     checkpoint: Checkpoint,
     draft: Path,
     dtype: str,
-    check_error: bool,
-    base: str | None,
+    model: ModelSource | None,
     prompts: Path | None,
     console: Console,
 ) -> FoldCertificate:
-    name = base or checkpoint.meta.base_model
-    if check_error and name is None:
-        raise ConfigError(f"{checkpoint.path}: names no base model; name it with --base.")
+    """Write the folded adapter and judge it; with a model, by its outputs too."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("folding", total=len(checkpoint.adapter.shapes))
         matrices = write_folded(checkpoint, draft, dtype, lambda: progress.advance(task))
-    outputs = None
-    if check_error and name is not None:
-        outputs = check_outputs(
-            checkpoint,
-            draft,
-            dtype,
-            resolve_model(name),
-            prompts,
-            lambda line: console.print(escape(line), soft_wrap=True),
-        )
+    outputs, base_model = None, checkpoint.meta.base_model
+    if model is not None:
+        if model.moved is not None:
+            write_config(naming(json.loads((draft / CONFIG_FILE).read_bytes()), model), draft)
+            base_model = model.name
+        outputs = check_outputs(checkpoint, draft, dtype, model, prompts, lambda line: _say(console, line))
     certificate = FoldCertificate(
         verdict="",
-        base_model=checkpoint.meta.base_model,
+        base_model=base_model,
         dtype=dtype,
         decomposition=checkpoint.meta.config.decomposition,
         step=checkpoint.meta.step,
@@ -108,7 +117,7 @@ def _fold(
     return certificate.model_copy(update={"verdict": "passed" if certificate.passed else "failed"})
 
 
-def _card(certificate: FoldCertificate, revision: str | None, command: str) -> str:
+def _card(certificate: FoldCertificate, checkpoint: Checkpoint, model: ModelSource | None, command: str) -> str:
     facts = {
         "decomposition in training": certificate.decomposition,
         "optimizer steps": str(certificate.step),
@@ -116,6 +125,8 @@ def _card(certificate: FoldCertificate, revision: str | None, command: str) -> s
         **matrix_facts(certificate.matrices),
     }
     outputs, base = certificate.outputs, certificate.base_model
+    revision = model.revision if model is not None and base == model.name else checkpoint.adapter.config.revision
+    facts |= base_facts(base, model)
     if outputs is not None:
         facts["largest logit error"] = f"{outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}"
     licence = None if base is None else known_licence(base, revision)

@@ -12,8 +12,9 @@ from pathlib import Path
 import click
 
 from loraover.adapter_dir import AdapterDir, read_adapter_dir
+from loraover.base_model import resolve_base
 from loraover.errors import ConfigError, EngineError
-from loraover.models import ModelSource, resolve_model
+from loraover.models import ModelSource
 from loraover_export.vllm.launch import max_lora_rank
 from loraover_export.vllm.uniform import largest_rank
 from loraover_serve.vllm_client import VllmClient
@@ -121,13 +122,7 @@ def server_config(
 
 def served_model(adapters: Mapping[str, AdapterDir], model: str | None) -> ModelSource:
     """The base model to serve: the one asked for, else the one that the adapters were trained on, at their revision."""
-    trained = {(adapter.config.base_model_name_or_path, adapter.config.revision) for adapter in adapters.values()}
-    names = {name for name, _ in trained}
-    if model is None and (len(trained) > 1 or None in names):
-        found = ", ".join(sorted(f"{name}@{revision}" if revision else str(name) for name, revision in trained))
-        raise ConfigError(f"the adapters' base models are {found}; name the one to serve with --model.")
-    name, revision = next(iter(trained))
-    return resolve_model(str(model or name), revision if names == {model or name} and len(trained) == 1 else None)
+    return resolve_base([*adapters.values()], model, option="--model", say=click.echo)
 
 
 def example_request(client: VllmClient, names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from loraover.adapter_dir import read_adapter_dir
 from loraover.errors import ExportError
 from loraover.exact import Exact
+from loraover.models import ModelSource
 from loraover_export.delta import scale
 from loraover_export.vllm import uniform
 from loraover_export.vllm.uniform import name_modules, uniform_config, write_uniform
@@ -32,6 +33,7 @@ from strategies import SEEDS, normal
 from tolerances import UNIT, gamma
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BASE = ModelSource("owner/base", "owner/base", None, "hub owner/base")
 MODULES = ("model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.up_proj")
 
 
@@ -46,7 +48,7 @@ def matrices(seed: int, ranks: tuple[int, ...], dtype: torch.dtype) -> dict[str,
 def written(source: Path, output: Path, dtype: str) -> tuple[dict[str, Tensor], dict[str, Any], list[Any]]:
     adapter = read_adapter_dir(source)
     output.mkdir()
-    config = uniform_config(adapter, "owner/base", name_modules(MODULES, ["model", "model.layers.1.up_proj"]))
+    config = uniform_config(adapter, BASE, name_modules(MODULES, ["model", "model.layers.1.up_proj"]))
     certificates = write_uniform(adapter, output, dtype, config)
     tensors = load_file(output / "adapter_model.safetensors")
     return tensors, json.loads((output / "adapter_config.json").read_text()), certificates

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from loraover import base_model
 from loraover.command import run
 from loraover.errors import ConfigError
 from loraover.models import ModelSource
 from loraover_export.cli import cli as export_cli
-from loraover_serve import up, vllm_server
+from loraover_serve import vllm_server
 from loraover_serve.cli import cli
 from loraover_serve.up import read_named, served_model, server_config
 from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
@@ -126,7 +127,7 @@ def test_the_revision_of_the_adapters_is_served(adapter: Path, tmp_path: Path, m
         asked.append((name, revision))
         return ModelSource(name, name, revision and "c0ffee", "")
 
-    monkeypatch.setattr(up, "resolve_model", resolve)
+    monkeypatch.setattr(base_model, "resolve_model", resolve)
     pinned = shutil.copytree(adapter, tmp_path / "pinned")
     content = json.loads((pinned / "adapter_config.json").read_text())
     content |= {"base_model_name_or_path": "owner/model", "revision": "v2"}

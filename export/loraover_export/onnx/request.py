@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.adapter_dir import AdapterDir
+from loraover.base_model import resolve_base
 from loraover.checkpoint import Checkpoint
 from loraover.errors import ConfigError, ExportError
 from loraover.exact import adapter_of, read_source
-from loraover.models import ModelSource, resolve_model
+from loraover.models import ModelSource
 from loraover_export.delta import other_tensors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -47,7 +49,7 @@ class OnnxRequest:
     force: bool = False
 
     def command(self) -> str:
-        """The command line, for the model card."""
+        """The command line, for the model card; without --force, which is about what lay at the output."""
         words = ["loraover-export", "onnx", *map(str, self.sources), "-o", str(self.output), "--mode", self.mode]
         words += ["--precision", self.precision, "--device", self.device]
         words += [] if self.base is None else ["--base", self.base]
@@ -66,12 +68,14 @@ class Inputs:
     task_type: str | None
 
 
-def read_inputs(request: OnnxRequest) -> Inputs:
+def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: None) -> Inputs:
     """Read every source and find the base model that they share.
 
+    Args:
+        say: told a warning about the base model.
     Raises:
-        ConfigError: options that contradict one another, or no base model.
-        ExportError: what the mode cannot hold, or sources of different models.
+        ConfigError: options that contradict one another, or no base model, or several.
+        ExportError: what the mode cannot hold, or sources of different tasks.
         CheckpointError: files that cannot be trusted.
     """
     _check_options(request)
@@ -81,17 +85,12 @@ def read_inputs(request: OnnxRequest) -> Inputs:
         adapter.check_keeps_base()
         if request.mode == "swappable":
             _check_swappable(adapter)
-    trained = {(adapter.config.base_model_name_or_path, adapter.config.revision) for adapter in dirs}
     tasks = {(adapter.config.model_extra or {}).get("task_type") for adapter in dirs}
-    if len(tasks) > 1 or (request.base is None and len(trained) > 1):
-        found = sorted({str(name) for name, _ in trained} | {str(task) for task in tasks})
-        raise ExportError(f"the sources were trained for different models or tasks ({', '.join(found)}).")
-    name, revision = trained.pop()
-    if request.base is None and name is None:
-        raise ConfigError(f"{dirs[0].path}: names no base model; name it with --base.")
+    if len(tasks) > 1:
+        raise ExportError(f"the sources were trained for different tasks ({', '.join(sorted(map(str, tasks)))}).")
     task = tasks.pop()
-    source = resolve_model(request.base or str(name), revision if request.base in (None, name) else None)
-    return Inputs(adapters, source, task if isinstance(task, str) else None)
+    base = resolve_base(dirs, request.base, option="--base", say=say)
+    return Inputs(adapters, base, task if isinstance(task, str) else None)
 
 
 def _check_options(request: OnnxRequest) -> None:

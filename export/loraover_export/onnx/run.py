@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 
 from loraover.command import quiet_libraries
 from loraover.errors import OutputError
@@ -12,7 +13,7 @@ from loraover.output import check_free, publish_directory
 from loraover_export.certificate import matrix_facts
 from loraover_export.onnx.export import Export
 from loraover_export.onnx.report import REPORT_FILE, OnnxReport
-from loraover_export.onnx.request import OnnxRequest, read_inputs
+from loraover_export.onnx.request import Inputs, OnnxRequest, read_inputs
 from loraover_export.onnx.show import show_report
 
 
@@ -35,14 +36,14 @@ def run_onnx(request: OnnxRequest, as_json: bool) -> int:
     quiet_libraries()
     console = Console(stderr=as_json)
     _check_output(request)
-    inputs = read_inputs(request)
+    inputs = read_inputs(request, lambda line: console.print(escape(line), soft_wrap=True))
     try:
         with publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft:
             report = Export(request, inputs, draft, console).run()
             if report.verdict == "failed":
                 raise _FailedError(report)
             (draft / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n")
-            (draft / "README.md").write_text(_card(request, report), encoding="utf-8")
+            (draft / "README.md").write_text(_card(request, inputs, report), encoding="utf-8")
     except _FailedError as failed:
         report = failed.report
     show_report(report, request.output, console)
@@ -59,13 +60,13 @@ def _check_output(request: OnnxRequest) -> None:
         raise OutputError(f"{target} holds no ONNX export, and --force replaces such only; choose another output.")
 
 
-def _card(request: OnnxRequest, report: OnnxReport) -> str:
+def _card(request: OnnxRequest, inputs: Inputs, report: OnnxReport) -> str:
     facts: dict[str, str] = {"mode": report.mode, "precision": report.precision, "verdict": report.verdict}
     facts |= {f"adapter {name}": source for name, source in report.adapters.items()}
     for check in report.checks:
         facts[f"max logit error, {check.adapter or 'no adapter'}"] = f"{check.error:.2e}, allowed {check.bound:.2e}"
-    facts |= matrix_facts(report.matrices)
-    licence = known_licence(report.base_model)
+    facts |= matrix_facts(report.matrices) | inputs.base.facts()
+    licence = known_licence(report.base_model, inputs.base.revision)
     kind = "ONNX graphs, with their LoRA adapters,"
     return model_card(
         "ONNX export", report.base_model, facts, request.command(), licence=licence, kind=kind, library="onnx"

@@ -30,7 +30,13 @@ def architecture(candidate: Candidate) -> Iterator[Problem]:
 def base_model(candidate: Candidate) -> Iterator[Problem]:
     """vLLM never asks what an adapter was trained on."""
     trained, served = candidate.adapter.config.base_model_name_or_path, candidate.served.source.name
-    if trained is None:
+    moved = candidate.served.source.moved
+    if moved is not None:
+        found = (
+            f"trained on a {moved.trained}, to be served on {served}, whose logits differ from its by up to "
+            f"{moved.difference:.3g}"
+        )
+    elif trained is None:
         found = f"the adapter names no base model; whether it was trained on {served} cannot be told"
     elif trained == served or (Path(trained).exists() and Path(trained).resolve() == Path(served).resolve()):
         return

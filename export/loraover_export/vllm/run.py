@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from loraover.adapter_dir import CONFIG_FILE, AdapterDir
+from loraover.base_model import base_facts, resolve_base
 from loraover.checkpoint import Checkpoint
-from loraover.command import quiet_libraries
+from loraover.command import printable, quiet_libraries
 from loraover.errors import ConfigError, OutputError
 from loraover.exact import adapter_of, read_source
 from loraover.licence import known_licence
 from loraover.model_card import model_card
-from loraover.models import ModelSource, resolve_model
+from loraover.models import ModelSource
 from loraover.output import check_free, publish_directory
 from loraover.run_result import environment, hardware
 from loraover_export.certificate import matrix_facts
@@ -51,9 +52,10 @@ class VllmRequest:
     force: bool
 
     def command(self) -> str:
-        """The command line, for the model card."""
+        """The command line, for the model card; without --force, which is about what lay at the output."""
         words = ["loraover-export", "vllm", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
-        return shlex.join([*words, *([] if self.model is None else ["--model", self.model])])
+        words += [] if self.model is None else ["--model", self.model]
+        return shlex.join([*words, *([] if self.name is None else ["--name", self.name])])
 
 
 class _RejectedError(Exception):
@@ -77,7 +79,7 @@ def run_vllm(request: VllmRequest, as_json: bool) -> int:
     console = Console(stderr=as_json)
     replaces = _check_output(request)
     source = read_source(request.source)
-    candidate = _candidate(request, adapter_of(source), replaces)
+    candidate = _candidate(request, adapter_of(source), replaces, console)
     report = preflight(candidate)
     show_preflight(report, console)
     result: dict[str, object] = {"preflight": report.model_dump()}
@@ -107,15 +109,15 @@ def _check_output(request: VllmRequest) -> bool:
     return target.exists()
 
 
-def _candidate(request: VllmRequest, adapter: AdapterDir, replaces: bool) -> Candidate:
-    trained = adapter.config.base_model_name_or_path
-    if request.model is None and trained is None:
-        raise ConfigError(f"{adapter.path}: names no base model; name the model to be served with --model.")
+def _candidate(request: VllmRequest, adapter: AdapterDir, replaces: bool, console: Console) -> Candidate:
     name = request.output.absolute().name if request.name is None else request.name
     if not name.strip() or not name.isprintable():
         raise ConfigError(f"--name: {name!r} is no name that a request could carry.")
-    revision = adapter.config.revision if request.model in (None, trained) else None
-    source = resolve_model(request.model or str(trained), revision)
+
+    def say(line: str) -> None:
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+    source = resolve_base([adapter], request.model, option="--model", say=say)
     known = known_architectures()
     served = read_served(source, known.lora)
     return Candidate(adapter, served, known, name, _address(source), request.dtype, replaces)
@@ -146,7 +148,7 @@ def _publish(
 def _write(source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path, console: Console) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
     others = served.modules.keys() - candidate.modules.keys()
-    config = uniform_config(adapter, served.source.name, name_modules(candidate.modules, others))
+    config = uniform_config(adapter, served.source, name_modules(candidate.modules, others))
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing", total=len(adapter.sites))
         matrices = write_uniform(source, draft, candidate.dtype, config, lambda: progress.advance(task))
@@ -171,6 +173,8 @@ def _card(request: VllmRequest, candidate: Candidate, certificate: VllmCertifica
         "pre-flight": f"passed vLLM {report.vllm_version}'s rules on {report.served_model}",
         **({"warnings": ", ".join(warnings)} if warnings else {}),
     }
-    base = certificate.base_model
-    licence = None if base is None else known_licence(base, candidate.adapter.config.revision)
+    base, source = certificate.base_model, candidate.served.source
+    facts |= base_facts(base, source)
+    revision = source.revision if base == source.name else candidate.adapter.config.revision
+    licence = None if base is None else known_licence(base, revision)
     return model_card("LoRA adapter for vLLM", base, facts, request.command(), licence=licence)

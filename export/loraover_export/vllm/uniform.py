@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loraover.adapter_dir import AdapterDir, site_name
+from loraover.base_model import naming
 from loraover.checkpoint import Checkpoint
 from loraover.errors import ExportError
 from loraover.exact import Exact, adapter_of
+from loraover.models import ModelSource
 from loraover_export.certificate import MatrixCertificate
 from loraover_export.delta import scale
 from loraover_export.fold import write_config, write_rounded
@@ -76,19 +78,19 @@ def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
     return Exact(zeros(exact.value), zeros(exact.bound), exact.site)
 
 
-def uniform_config(adapter: AdapterDir, model: str, target_modules: list[str]) -> dict[str, Any]:
+def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: list[str]) -> dict[str, Any]:
     """Contents of `adapter_config.json`, with what decides the adapter's function spelled out.
 
     Args:
-        model: base model to name where the adapter names none.
+        served: base model to name where the adapter names none, or was trained on a stand-in of it.
         target_modules: suffixes that stand for exactly the adapted modules; see `name_modules`.
     """
     r = largest_rank(adapter)
     task_type = (adapter.config.model_extra or {}).get("task_type")
-    return {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type or "CAUSAL_LM",
-        "base_model_name_or_path": adapter.config.base_model_name_or_path or model,
+        "base_model_name_or_path": adapter.config.base_model_name_or_path,
         "revision": adapter.config.revision,
         "inference_mode": True,
         "r": r,
@@ -104,6 +106,8 @@ def uniform_config(adapter: AdapterDir, model: str, target_modules: list[str]) -
         "alpha_pattern": {},
         "modules_to_save": None,
     }
+    is_named = adapter.config.base_model_name_or_path is not None and served.moved is None
+    return config if is_named else naming(config, served)
 
 
 def name_modules(adapted: Collection[str], others: Collection[str]) -> list[str]:

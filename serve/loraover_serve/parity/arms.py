@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir
+from loraover.base_model import resolve_base
 from loraover.checkpoint import read_checkpoint
 from loraover.errors import ParityError
 from loraover.models import ModelSource
 from loraover.tensor_file import open_tensors, save_tensors
 from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA
-from loraover_serve.up import served_model
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ def prepare_arms(
     model: str | None,
     allow_unequal: bool,
     seed: int,
+    say: Callable[[str], None],
 ) -> Arms:
     """Read the folded adapter, and read or make the vanilla one.
 
     Args:
         scratch: folder for what is made.
         model: base model; None means the folded adapter's.
+        say: told a warning about the base model.
     Raises:
         ParityError: adapters of different ranks or targets, whose costs differ by nature, or a checkpoint of others.
         ConfigError: no base model.
@@ -68,7 +70,7 @@ def prepare_arms(
     control = scratch / CONTROL
     shutil.copytree(vanilla, control)
     adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: folded.resolve()}
-    return Arms(adapters, served_model({FOLDED: first}, model), checkpoint)
+    return Arms(adapters, resolve_base([first], model, option="--model", say=say), checkpoint)
 
 
 def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:

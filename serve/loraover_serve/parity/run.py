@@ -63,6 +63,9 @@ def run_parity(request: ParityRequest, as_json: bool) -> int:
 
 
 def _measured_report(request: ParityRequest, logs: Path, console: Console) -> ParityReport:
+    def say(line: str) -> None:
+        console.print(escape(line), soft_wrap=True)
+
     with tempfile.TemporaryDirectory(prefix="loraover-parity-") as scratch:
         arms = prepare_arms(
             request.folded,
@@ -72,6 +75,7 @@ def _measured_report(request: ParityRequest, logs: Path, console: Console) -> Pa
             model=request.model,
             allow_unequal=request.allow_unequal,
             seed=request.seed,
+            say=say,
         )
         collector = Collector(
             request,
@@ -79,7 +83,7 @@ def _measured_report(request: ParityRequest, logs: Path, console: Console) -> Pa
             _requests(request, arms),
             Path(scratch),
             Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s),
-            lambda line: console.print(escape(line), soft_wrap=True),
+            say,
         )
         return _report(request, arms, collector.collect())
 
