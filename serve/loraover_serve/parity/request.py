@@ -89,7 +89,9 @@ class ParityRequest:
         words += ["--prompt-tokens", str(self.prompt_tokens), "--new-tokens", str(self.new_tokens)]
         words += [] if self.prompts is None else ["--prompts", str(self.prompts)]
         words += [] if self.model is None else ["--model", self.model]
-        words += ["--memory", str(self.memory)] if "vllm" in self.engines else []
+        if "vllm" in self.engines:
+            words += ["--memory", str(self.memory), "--vllm", self.vllm, "--start-timeout", str(self.start_timeout_s)]
+        words += ["--timeout", str(self.timeout_s)]
         words += ["--cross-check"] if self.cross_check else []
         words += ["--allow-unequal"] if self.allow_unequal else []
-        return shlex.join(words)
+        return shlex.join([*words, *([] if self.out is None else ["--out", str(self.out)])])

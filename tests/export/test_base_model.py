@@ -1,0 +1,189 @@
+"""Which base model the exports use and name, and the commands that they record."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins import RECORD, adapter_config, as_stand_in, with_other_logits
+
+from loraover.command import run
+from loraover.models import ModelSource
+from loraover.stand_in import STAND_INS
+from loraover_export.cli import cli
+from loraover_export.onnx.request import OnnxRequest, read_inputs
+from loraover_export.vllm.run import VllmRequest
+from loraover_serve.cli import cli as serve_cli
+from loraover_serve.parity.request import ParityRequest
+
+import onnx_export
+from make_checkpoint import SERVABLE, Made, edit_json, make_checkpoint, reseal, tree
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Made:
+    """A checkpoint that was trained on a stand-in."""
+    made = make_checkpoint(tmp_path / "made", tokenizer=True, base_options=SERVABLE)
+    as_stand_in(made.base)
+    return made
+
+
+COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "fold": (("--check-error",), "--base"),
+    "vllm": ((), "--model"),
+    "onnx": (("--mode", "merged", "--no-check"), "--base"),
+}
+
+
+def export(command: str, source: Path, output: Path, *options: str) -> int:
+    words = (*COMMANDS[command][0], *options)
+    if command == "onnx":
+        return onnx_export.export(source, output, *words)
+    return run(cli, [command, str(source), "-o", str(output), *words])
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["fold", "vllm"])
+def test_an_export_of_a_stand_ins_adapter_names_the_stand_in(
+    command: str, trained: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert export(command, trained.path, tmp_path / "out") == 0
+    assert "warning: " not in capfd.readouterr().out
+    assert f'base_model: "{trained.base}"' in card(tmp_path / "out")
+    assert RECORD.sha256 in card(tmp_path / "out")
+    assert adapter_config(tmp_path / "out")["base_model_name_or_path"] == str(trained.base)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_export_to_another_base_names_it_and_warns(
+    command: str, trained: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = with_other_logits(trained.base, tmp_path / "other")
+    assert export(command, trained.path, tmp_path / "out", COMMANDS[command][1], str(other)) == 0
+    said = re.search(
+        r"warning: trained on a (.*)\. The logits of (\S+) differ.* by up to (\S+) ", capfd.readouterr().out
+    )
+    assert said is not None
+    assert (said[1], said[2]) == (str(RECORD), str(other))
+    assert float(said[3]) > 1e-3
+    assert f'base_model: "{other}"' in card(tmp_path / "out")
+    assert f"| {said[3]} |" in card(tmp_path / "out")
+    if command != "onnx":
+        assert adapter_config(tmp_path / "out")["base_model_name_or_path"] == str(other)
+    if command == "vllm":
+        (finding,) = json.loads((tmp_path / "out" / "preflight.json").read_text())["findings"]
+        assert f"up to {said[3]}" in finding["found"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_stand_in_that_is_gone_is_named(
+    command: str, trained: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(STAND_INS, RECORD.stands_for, RECORD)
+    gone = str(tmp_path / RECORD.folder.name)
+    edit_json(trained.path / "adapter_config.json", lambda config: config.update(base_model_name_or_path=gone))
+    edit_json(trained.path / "loraover.json", lambda meta: meta.update(base_model=gone))
+    reseal(trained.path)
+    assert export(command, trained.path, tmp_path / "out") == 2
+    message = capfd.readouterr().err
+    assert gone in message
+    assert f"python -m loraover.stand_in {RECORD.stands_for}" in message
+    assert not (tmp_path / "out").exists()
+    if command == "fold":
+        assert export(command, trained.path, tmp_path / "out", "--base", str(trained.base)) == 0  # the same elsewhere
+        assert run(cli, [command, str(trained.path), "-o", str(tmp_path / "folded")]) == 0  # needs no base model
+        assert RECORD.sha256 in card(tmp_path / "folded")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_export_reads_the_revision_that_the_adapter_pins(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_checkpoint(tmp_path / "made", tokenizer=True, base_options=SERVABLE, revision="v2")
+    asked = []
+
+    def resolve(name: str, revision: str | None = None) -> ModelSource:
+        asked.append((name, revision))
+        return ModelSource(name, name, None, f"{name} at {revision}")
+
+    monkeypatch.setattr("loraover.base_model.resolve_model", resolve)
+    if command == "onnx":
+        read_inputs(OnnxRequest((made.path,), tmp_path / "out", "merged"))
+    else:
+        assert export(command, made.path, tmp_path / "out") == 0
+    assert asked == [(str(made.base), "v2")]
+
+
+# Commands that are recorded
+
+
+def recorded(folder: Path) -> list[str]:
+    """The words of the command in a card."""
+    code = re.search(r"```\n(.*)\n```", card(folder))
+    assert code is not None
+    return shlex.split(code[1])
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("fold", ("--dtype", "bf16", "--base", "{copy}", "--prompts", "{prompts}")),
+        ("vllm", ("--dtype", "fp32", "--model", "{copy}", "--name", "other name")),
+        ("onnx", ("--base", "{copy}", "--name", "it", "--no-cache")),
+    ],
+)
+def test_a_recorded_command_gives_the_same_again(
+    command: str, options: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = make_checkpoint(tmp_path / "made", tokenizer=True, base_options=SERVABLE)
+    copy = as_stand_in(shutil.copytree(as_stand_in(made.base), tmp_path / "copy"))
+    places = {"copy": copy, "prompts": tmp_path / "prompts.txt"}
+    (tmp_path / "prompts.txt").write_text("the train leaves at nine\na farmer\n")
+    out = tmp_path / "out"
+    assert export(command, made.path, out, *(option.format(**places) for option in options), "--json") == 0
+    printed, before, words = capfd.readouterr().out, tree(out), recorded(out)
+    assert words[0] == "loraover-export"
+    assert RECORD.sha256 in card(out)
+    shutil.rmtree(out)
+    assert run(cli, [*words[1:], "--json"]) == 0
+    assert capfd.readouterr().out == printed
+    assert tree(out) == before
+
+
+def parsed(command: Any, words: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = command.make_context(command.name, words).params
+    return {name: value for name, value in values.items() if name not in ("as_json", "force")}
+
+
+def test_requests_record_every_option() -> None:
+    """Read back by the command line itself, so an option that is new and not recorded fails here."""
+    vllm = ["source", "-o", "out", "--model", "m", "--dtype", "fp16", "--name", "x y"]
+    values = parsed(cli.commands["vllm"], list(vllm))
+    words = shlex.split(VllmRequest(**values, force=True).command())
+    assert parsed(cli.commands["vllm"], words[2:]) == values
+    onnx = ["a", "b", "-o", "out", "--mode", "swappable", "--precision", "int4", "--device", "cuda", "--base", "m"]
+    onnx += ["--no-cache", "--name", "x", "--name", "y", "--graph", "g", "--no-check"]
+    values = parsed(cli.commands["onnx"], list(onnx))
+    words = shlex.split(OnnxRequest(**values, force=True).command())
+    assert parsed(cli.commands["onnx"], words[2:]) == values
+
+
+def test_a_parity_report_records_every_option() -> None:
+    words = ["--folded", "f", "--vanilla", "v", "--checkpoint", "c", "--engine", "vllm", "--engine", "torch"]
+    words += ["--requests", "40", "--concurrency", "1,4", "--margin", "0.1", "-o", "out", "--model", "m"]
+    words += ["--vllm", "bin/vllm", "--workload", "file", "--prompts", "p", "--prompt-tokens", "5", "--new-tokens", "6"]
+    words += ["--memory", "3", "--cross-check", "--timeout", "7", "--start-timeout", "8", "--seed", "9"]
+    words += ["--allow-unequal"]
+    values = parsed(serve_cli.commands["parity"], list(words))
+    defaults = {p.name: p.default for p in serve_cli.commands["parity"].params}
+    assert all(value != defaults[name] for name, value in values.items())
+    again = shlex.split(ParityRequest(**values).command())
+    assert parsed(serve_cli.commands["parity"], again[2:]) == values
