@@ -53,7 +53,7 @@ def write_model(folder: Path) -> None:
         (folder / out).mkdir()
     Decoder().export(base, load_tokenizer(source), Plan("fp32", "cpu"), folder / "base/.work", folder / "base")
     model: Any = with_lora(base, r=RANK, lora_alpha=16, task_type="CAUSAL_LM")
-    model.peft_config["default"].base_model_name_or_path = MODEL
+    model.peft_config["default"].base_model_name_or_path = source.name
     over = OverParameterization(model, LoraOverConfig(seed=0))
     model.save_pretrained(folder / "checkpoint")
     write_checkpoint(folder / "checkpoint", over, step=0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -534,3 +536,16 @@ def test_bfloat16_works_on_a_cpu(recipe: Path, tmp_path: Path) -> None:
     folded = tmp_path / "folded"
     arguments = ["fold", str(tmp_path / "out" / "adapter"), "-o", str(folded), "--check-error"]
     assert run(loraover_export.cli.cli, arguments) == 0
+
+
+def test_the_recorded_command_of_a_resumed_run_starts_anew(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = ["train", str(recipe), "-o", str(out), "--method", "lora"]
+    assert run(cli, words) == 0
+    shutil.rmtree(out / "adapter")
+    monkeypatch.setattr(sys, "argv", ["loraover", *words, "--resume"])
+    assert run(cli, [*words, "--resume"]) == 0
+    command = f"loraover {shlex.join(words)}"
+    assert f"\n{command}\n" in (out / "adapter" / "README.md").read_text()
