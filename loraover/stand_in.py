@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -67,14 +68,15 @@ STAND_INS = {
 
 
 def find_stand_in(name: str) -> StandIn | None:
-    """The record of a stand-in's folder; a folder that is gone, or another user's, is known by its name.
+    """The record of a stand-in's folder; one that is gone, or that may not be entered, is known by its name.
 
     Raises:
         CheckpointError: a record that cannot be read.
     """
     folder = Path(name)
-    if folder.is_dir():
-        return read_json(folder / STAND_IN_FILE, StandIn) if (folder / STAND_IN_FILE).is_file() else None
+    with suppress(PermissionError):
+        if folder.is_dir():
+            return read_json(folder / STAND_IN_FILE, StandIn) if (folder / STAND_IN_FILE).is_file() else None
     return next((known for known in STAND_INS.values() if known.folder.name == folder.name), None)
 
 
