@@ -78,7 +78,7 @@ def _measured_report(request: ParityRequest, logs: Path, console: Console) -> Pa
             arms,
             _requests(request, arms),
             Path(scratch),
-            Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s),
+            Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s, request.options),
             lambda line: console.print(escape(line), soft_wrap=True),
         )
         return _report(request, arms, collector.collect())
