@@ -12,7 +12,7 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm test browser vllm vllm-architectures compatibility lint bench schedules study study-smoke clean
+.PHONY: demo demo-vllm test browser sandbox vllm vllm-architectures compatibility lint bench schedules study study-smoke clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
@@ -51,13 +51,18 @@ demo-vllm: vllm $(RUN)/folded/adapter_config.json
 $(RUN)/folded/adapter_config.json:
 	$(MAKE) demo
 
-test: lint vllm browser
+test: lint vllm browser sandbox
 	$(BIN)/python -m pytest
 
 # For the tests of the parity page, which are skipped without one.
 browser:
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
 		apt-get install -qq --no-install-recommends chromium; } || echo "no chromium: the parity page is not tested in a browser"
+
+# For the tests of HumanEval's sandbox, which are skipped without it.
+sandbox:
+	@command -v bwrap > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
+		apt-get install -qq --no-install-recommends bubblewrap libseccomp2; } || echo "no bubblewrap: the sandbox is not tested"
 
 # vLLM pins its libraries, torch included, so it lives apart and is reached by its command line and HTTP.
 ifeq ($(shell uname -s),Linux)

@@ -2,7 +2,8 @@
 
 Standard input: JSON with `adapters`, each with `path`, `expected` (module suffixes that vLLM would accept) and `rank`
 (--max-lora-rank), and with `out`, a folder. Last line of standard output: JSON with `read`, one entry per adapter:
-null, or why vLLM refuses it; and `classes`, what vLLM's classes of the `architectures` asked for say of themselves.
+null, or why vLLM refuses it; `classes`, what vLLM's classes of the `architectures` asked for say of themselves; and
+`names`, by class, what vLLM's loader makes of the module paths asked for there.
 The deltas that vLLM would add lie in `out`, one safetensors file per adapter, by number: scaling * B @ A in float64.
 """
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from vllm.config.lora import LoRAConfig
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.interfaces import supports_lora
 from vllm.model_executor.models.registry import ModelRegistry
 
@@ -53,7 +55,15 @@ def main() -> None:
     for name in request["architectures"]:
         cls = ModelRegistry.models[name].load_model_cls() if name in ModelRegistry.models else None
         classes[name] = describe(cls) if cls is not None and supports_lora(cls) else None
-    print(json.dumps({"read": found, "classes": classes}))
+    names = {name: [mapped(name, path) for path in paths] for name, paths in request["names"].items()}
+    print(json.dumps({"read": found, "classes": classes, "names": names}))
+
+
+def mapped(architecture: str, path: str) -> str:
+    """The module that WorkerLoRAManager._load_adapter would look for."""
+    mapper = getattr(ModelRegistry.models[architecture].load_model_cls(), "hf_to_vllm_mapper", None)
+    mapper = None if mapper is None else mapper.get_rename_mapper()
+    return str(parse_fine_tuned_lora_name(f"base_model.model.{path}.lora_A.weight", mapper)[0])
 
 
 if __name__ == "__main__":

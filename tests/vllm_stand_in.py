@@ -20,6 +20,7 @@ from vllm_stand_in import main
 main({mode!r}, {folder!r}, {after})
 """
 HANG_S = 600
+VERSION = "0.32.0+cpu"
 
 
 def stand_in(folder: Path, mode: str, *, after: int = 0) -> str:
@@ -44,6 +45,9 @@ def assert_stopped(folder: Path) -> None:
 
 
 def main(mode: str, folder: str, after: int) -> None:
+    if sys.argv[1] == "--version":
+        print("unheard of" if mode == "hides its version" else VERSION)
+        return
     pids = Path(folder) / "pids"
     started_before = pids.exists()
     note(pids, os.getpid())
@@ -62,7 +66,8 @@ def main(mode: str, folder: str, after: int) -> None:
     note(pids, child.pid)
     if mode == "silent":
         time.sleep(HANG_S)
-    Server(int(sys.argv[sys.argv.index("--port") + 1]), mode, Path(folder), after).serve_forever()
+    host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
+    Server(host, int(port), mode, Path(folder), after).serve_forever()
 
 
 def note(pids: Path, pid: int) -> None:
@@ -73,8 +78,8 @@ def note(pids: Path, pid: int) -> None:
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, port: int, mode: str, folder: Path, after: int) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, host: str, port: int, mode: str, folder: Path, after: int) -> None:
+        super().__init__((host, port), Handler)
         self.mode, self.folder, self.after = mode, folder, after
         self.completions = itertools.count(1)
         self.seen = False
@@ -86,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Models, version and health, which is the first time all right."""
+        if not self.may_pass():
+            return
         mode, seen = self.server.mode, self.server.seen
         self.server.seen = True
         if mode == "busy" and seen:
@@ -97,8 +104,18 @@ class Handler(BaseHTTPRequestHandler):
         well = mode != "unwell" or not seen
         self.reply(200 if well else 503, {"data": [{"id": "base"}], "version": "0.0 of a stand-in"})
 
+    def may_pass(self) -> bool:
+        """Whether a request below /v1 brings the key that vLLM would ask for; otherwise it has been answered."""
+        key = os.environ.get("VLLM_API_KEY")
+        if not key or not self.path.startswith("/v1") or self.headers["Authorization"] == f"Bearer {key}":
+            return True
+        self.reply(401, {"error": "Unauthorized"})
+        return False
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.may_pass():
+            return
         mode = self.server.mode
         if mode == "fails late" or (mode == "fails on b" and body["model"] == "b"):
             self.reply(500, {"error": "head_dim 8 is not supported"})

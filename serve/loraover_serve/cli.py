@@ -63,15 +63,18 @@ def engines(as_json: bool) -> None:
 @click.argument("adapters", metavar="ADAPTER... [-- VLLM OPTIONS]", nargs=-1, required=True, type=PATH)
 @click.option("--model", help="Base model, folder or hub name, instead of the one that the adapters name.")
 @click.option("--vllm", envvar="LORAOVER_VLLM", default="vllm", show_default=True, help="The command vllm.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Of the loopback interface; a free one otherwise.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address or name to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on; 8000 or the next free one otherwise.")
 @click.option("--log", type=PATH, default=Path("vllm.log"), show_default=True, help="The server's output.")
 @START_TIMEOUT
 @click.pass_obj
 def up(options: tuple[str, ...], /, **request: Any) -> None:
     """Start vLLM with ADAPTERs, as `loraover-export vllm` writes them, and print a request that works.
 
-    It is ready when the base model and each adapter have answered. What stands after -- goes to vllm serve unchanged;
-    what up sets itself, such as --port, is refused there. Ctrl-C, SIGTERM and SIGHUP stop the server.
+    Adapters that vLLM refuses, or would serve wrongly without a message, are refused before it starts. The server is
+    ready when the base model and each adapter have answered. What stands after -- goes to vllm serve unchanged; what up
+    sets itself, such as --port, is refused there. The server asks for the key in VLLM_API_KEY, if that is set.
+    Ctrl-C, SIGTERM and SIGHUP stop the server.
     """
     from loraover_serve.up import UpRequest, serve_until_stopped
 
@@ -88,7 +91,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     return numbers
 
 
-@cli.command()
+@cli.command(cls=SplitAtDashes, options_metavar="[OPTIONS] [-- VLLM OPTIONS]")
 @click.option("--folded", type=PATH, required=True, help="The folded adapter.")
 @click.option("--vanilla", type=PATH, help="A plain LoRA of the same ranks and targets; random weights otherwise.")
 @click.option("--checkpoint", type=PATH, help="The LoRA-Over checkpoint, for the unfolded arm of torch.")
@@ -128,15 +131,17 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--seed", default=0, show_default=True, help="Of weights, lengths and order.")
 @click.option("--allow-unequal", is_flag=True, help="Compare adapters of different ranks or targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, without the samples.")
-def parity(as_json: bool, **request: Any) -> int:
+@click.pass_obj
+def parity(options: tuple[str, ...], /, as_json: bool, **request: Any) -> int:
     """Measure whether a folded adapter costs what a vanilla LoRA costs, and says what it should.
 
+    What stands after -- goes to vllm serve; what parity sets itself, such as the prefix cache, is refused there.
     Exit code 0: equivalent; 1: different; 3: inconclusive; 2: unusable request, or an engine that failed.
     """
     from loraover_serve.parity.request import ParityRequest
     from loraover_serve.parity.run import run_parity
 
-    return run_parity(ParityRequest(**request), as_json)
+    return run_parity(ParityRequest(options=options, **request), as_json)
 
 
 main = entry_point(cli)

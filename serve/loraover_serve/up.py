@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -17,17 +18,19 @@ from loraover.errors import ConfigError, EngineError
 from loraover.models import ModelSource
 from loraover_export.vllm.launch import max_lora_rank
 from loraover_export.vllm.uniform import largest_rank
+from loraover_serve.adapter_check import check_adapters
 from loraover_serve.vllm_client import VllmClient
-from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
+from loraover_serve.vllm_server import KEY_VARIABLE, VllmServerConfig, next_free_port, serve_vllm, vllm_version
 
 HEALTH_S = 2.0
+FIRST_PORT = 8000  # vLLM's own default
 SET_BY_UP = {
     "--model": "name it with --model before the --",
     "--revision": "it is the adapters' own",
-    "--host": "the server listens on the loopback interface only; put a proxy before it",
+    "--host": "name it with --host before the --",
     "--port": "name it with --port before the --",
-    "--uds": "the server listens on the loopback interface only; put a proxy before it",
-    "--api-key": "only this machine reaches the server; put a proxy before it",
+    "--uds": "the server listens on a port; name it with --port before the --",
+    "--api-key": f"set {KEY_VARIABLE} in the environment, where other users of the machine do not see it",
     "--served-model-name": "requests address the base model by its name; rename an adapter's folder to rename it",
     "--enable-lora": "it is always on",
     "--lora-modules": "name each adapter's folder before the --",
@@ -44,7 +47,8 @@ class UpRequest:
         adapters: folders; requests address each by its folder's name.
         model: base model, folder or hub name; None means the adapters'.
         vllm: the command `vllm`, of any environment.
-        port: None means a free one.
+        host: address or name to listen on.
+        port: None means 8000, or the next free one.
         start_timeout_s: seconds until the server must have answered.
         log: file for the server's output; kept.
         options: further words for `vllm serve`.
@@ -53,6 +57,7 @@ class UpRequest:
     adapters: tuple[Path, ...]
     model: str | None
     vllm: str
+    host: str
     port: int | None
     log: Path
     start_timeout_s: float
@@ -63,34 +68,68 @@ def serve_until_stopped(request: UpRequest) -> None:
     """Start the server, print a request that works, and wait.
 
     Raises:
-        ConfigError: adapters of different models, of one name, or of a rank that vLLM does not take, or an option for
-            vLLM that is not for the user to set.
+        ConfigError: adapters of different models, of one name, of a rank that vLLM does not take or that vLLM would
+            serve wrongly, or an option for vLLM that is not for the user to set.
         OutputError: the log cannot be written.
         EngineError: a server that does not start, refuses an adapter, or ends by itself.
     """
-    _check_options(request.options)
+    check_options(request.options, SET_BY_UP)
     adapters = read_named(request.adapters)
-    config = server_config(adapters, served_model(adapters, request.model), request.options)
+    source = served_model(adapters, request.model)
+    config = replace(server_config(adapters, source, request.options), host=request.host)
+    _warn_if_open(config)
+    version = vllm_version(request.vllm)
+    check_adapters(adapters, source, config.model, version, lambda line: click.echo(line, err=True))
+    port = _port(request)
     click.echo(f"starting vLLM with {', '.join(config.adapters)}; its log is {request.log}")
     with serve_vllm(
         config,
         request.log,
         executable=request.vllm,
-        port=request.port,
+        port=port,
         startup_timeout_s=request.start_timeout_s,
     ) as client:
-        click.echo(f"ready: {client.url}\n\n{example_request(client, list(config.adapters))}\n\nCtrl-C stops it")
+        line = example_request(client, list(config.adapters), with_key=config.api_key() is not None)
+        click.echo(f"ready: {client.url}\n\n{line}\n\nCtrl-C stops it")
         while client.is_alive():
             time.sleep(HEALTH_S)
     raise EngineError(f"vLLM ended by itself; see {request.log}.")
 
 
-def _check_options(options: Sequence[str]) -> None:
-    """Refuse words that contradict what `up` tells vLLM; vLLM reads underscores as hyphens."""
+def check_options(options: Sequence[str], refused: Mapping[str, str]) -> None:
+    """Refuse words that contradict what vLLM is told anyway; vLLM reads underscores as hyphens.
+
+    Args:
+        refused: what to do instead, by option.
+    """
     for option in options:
         name = option.partition("=")[0].replace("_", "-")
-        if name in SET_BY_UP:
-            raise ConfigError(f"{name} cannot be given to vLLM here: {SET_BY_UP[name]}.")
+        if name in refused:
+            raise ConfigError(f"{name} cannot be given to vLLM here: {refused[name]}.")
+
+
+def _warn_if_open(config: VllmServerConfig) -> None:
+    """Warn of a server that other machines reach and that asks for no key."""
+    try:
+        is_loopback = ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        is_loopback = config.host == "localhost"
+    if not is_loopback and config.api_key() is None:
+        click.echo(
+            f"warning: anyone who reaches {config.host} can use this server; set {KEY_VARIABLE} in the environment to "
+            "make it ask for a key",
+            err=True,
+        )
+
+
+def _port(request: UpRequest) -> int:
+    """The port that was asked for, else the first free one from vLLM's default on."""
+    if request.port is not None:
+        return request.port
+    port = next_free_port(request.host, FIRST_PORT)
+    if port != FIRST_PORT:
+        click.echo(f"port {FIRST_PORT} is taken; using {port}")
+    return port
 
 
 def read_named(adapters: Sequence[Path]) -> dict[str, AdapterDir]:
@@ -122,11 +161,11 @@ def server_config(
 
 def served_model(adapters: Mapping[str, AdapterDir], model: str | None) -> ModelSource:
     """The base model to serve: the one asked for, else the one that the adapters were trained on, at their revision."""
-    return resolve_base([*adapters.values()], model, option="--model", say=click.echo)
+    return resolve_base([*adapters.values()], model, option="--model", say=lambda line: click.echo(line, err=True))
 
 
-def example_request(client: VllmClient, names: Sequence[str]) -> str:
-    """A line for a shell that asks the first adapter for a completion."""
+def example_request(client: VllmClient, names: Sequence[str], *, with_key: bool = False) -> str:
+    """A line for a shell that asks the first adapter for a completion; it names the key's variable, not the key."""
     body = json.dumps({"model": names[0], "prompt": "The capital of France is", "max_tokens": 16})
     words = ["curl", f"{client.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
-    return shlex.join(words)
+    return shlex.join(words) + (f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if with_key else "")

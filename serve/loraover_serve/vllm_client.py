@@ -46,11 +46,17 @@ class Streamed(Completion):
 
 
 class VllmClient:
-    """One server, by its address."""
+    """One server, by its address.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        api_key: the server's key, sent with every request; None sends none.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url
         self._opener = build_opener(ProxyHandler({}))  # a proxy for the outside world cannot reach loopback
+        if api_key is not None:
+            self._opener.addheaders.append(("Authorization", f"Bearer {api_key}"))
 
     def is_healthy(self) -> bool:
         """Whether the server answers at all; a model may still fail at its first request."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
 import re
 import signal
@@ -18,7 +20,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 from urllib.error import HTTPError
 
-from loraover.errors import EngineError, OutputError
+from loraover.errors import ConfigError, EngineError, OutputError
 from loraover_export.vllm.launch import lora_module
 from loraover_serve.vllm_client import VllmClient
 
@@ -26,7 +28,14 @@ POLL_S = 0.5
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
 STARTUP_S, HEALTH_TIMEOUT_S = 600.0, 10.0
 LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
+VERSION_S = 120.0  # for `vllm --version`, which imports torch
+LAST_PORT = 65535
+LOOPBACK = "127.0.0.1"
+KEY_VARIABLE = "VLLM_API_KEY"
+"""The environment variable that vLLM reads the server's key from; on a command line, every user would see it."""
+
 CPU_CACHE_GIB = 4  # for keys and values; vLLM's own default is most of the machine's memory
+_VERSION = re.compile(r"\d+\.\d+\S*")
 _ERROR = re.compile(r"\w(Error|Exception): \S")
 
 
@@ -41,6 +50,7 @@ class VllmServerConfig:
         max_loras: adapters that one batch may use.
         dtype: of weights and activations, as vLLM spells it; adapters are cast to it.
         revision: commit of the model on the hub.
+        host: address or name that the server listens on.
         runtime_loading: adapters can be loaded and unloaded over HTTP, by anyone who reaches the server.
         options: further words of the command line.
         environment: variables for the server besides this process's own.
@@ -52,16 +62,17 @@ class VllmServerConfig:
     max_loras: int = 1
     dtype: str = "auto"
     revision: str | None = None
+    host: str = LOOPBACK
     runtime_loading: bool = False
     options: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, executable: str, port: int) -> list[str]:
-        """The command line; the server listens on the loopback interface only."""
+        """The command line of a server that listens on `port`."""
         lora = ["--enable-lora", "--max-loras", str(self.max_loras), "--max-lora-rank", str(self.max_lora_rank)]
         modules = [lora_module(name, path) for name, path in self.adapters.items()]
         return [
-            *(executable, "serve", self.model, "--host", "127.0.0.1", "--port", str(port), "--dtype", self.dtype),
+            *(executable, "serve", self.model, "--host", self.host, "--port", str(port), "--dtype", self.dtype),
             *(["--revision", self.revision] if self.revision is not None else []),
             *(lora if self.adapters or self.runtime_loading else []),
             *(["--lora-modules", *modules] if modules else []),
@@ -79,6 +90,26 @@ class VllmServerConfig:
             given["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         return {**os.environ, **given, **self.environment}
 
+    def api_key(self) -> str | None:
+        """The key that the server asks for, from its environment; None where it asks for none.
+
+        Raises:
+            ConfigError: a key that no HTTP header can carry.
+        """
+        key = self.variables().get(KEY_VARIABLE) or None
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ConfigError(f"{KEY_VARIABLE}: a key has printable ASCII characters without spaces; choose another.")
+        return key
+
+    def url(self, port: int) -> str:
+        """Where this machine reaches the server."""
+        host = self.host
+        with suppress(ValueError):
+            address = ipaddress.ip_address(host)
+            if address.is_unspecified:  # listens on every interface
+                host = LOOPBACK if address.version == 4 else "::1"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
 
 class VllmServer(VllmClient):
     """A client of a server on this machine.
@@ -87,8 +118,8 @@ class VllmServer(VllmClient):
         pid: of the process that leads the session of all the server's processes.
     """
 
-    def __init__(self, url: str, pid: int) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, pid: int, api_key: str | None = None) -> None:
+        super().__init__(url, api_key)
         self.pid = pid
 
     def is_alive(self) -> bool:
@@ -128,11 +159,13 @@ def serve_vllm(
     Yields:
         A client of the running server.
     Raises:
+        ConfigError: a key that no request can carry.
         EngineError: a port in use, no such command, or a server that ends, refuses an adapter or stays silent; the
             message has the end of the log.
         OutputError: the log cannot be written.
     """
-    port = _free_port(port or 0)
+    key = config.api_key()
+    port = _free_port(config.host, port or 0)
     with _signals_as_interrupts(), _opened(log) as output:
         try:
             process = subprocess.Popen(
@@ -144,9 +177,9 @@ def serve_vllm(
                 start_new_session=True,  # one group to stop, workers included
             )
         except OSError as error:
-            raise EngineError(f"{executable}: cannot be started: {error.strerror}; is vLLM installed there?") from error
+            raise _not_started(executable, error) from error
         try:
-            client = VllmServer(f"http://127.0.0.1:{port}", process.pid)
+            client = VllmServer(config.url(port), process.pid, key)
             deadline = time.monotonic() + startup_timeout_s
             with watch(process.pid):
                 _await_answers(client, [config.model, *config.adapters], process, log, deadline)
@@ -199,16 +232,59 @@ def _await_answers(
             raise EngineError(f"vllm serve is up, but {name!r} does not answer: {error} {_end_of(log)}") from error
 
 
-def _free_port(wanted: int) -> int:
-    """The wanted port, or any where that is 0."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _not_started(executable: str, error: OSError) -> EngineError:
+    return EngineError(f"{executable}: cannot be started: {error.strerror}; is vLLM installed there?")
+
+
+def vllm_version(executable: str) -> str | None:
+    """Version of a command `vllm`, such as "0.32.0+cpu"; None where it prints none.
+
+    Raises:
+        EngineError: no such command.
+    """
+    command = [executable, "--version"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=VERSION_S
+        )
+    except OSError as error:
+        raise _not_started(executable, error) from error
+    except subprocess.TimeoutExpired:
+        return None
+    words = done.stdout.split()
+    return words[-1] if words and _VERSION.fullmatch(words[-1]) else None
+
+
+def next_free_port(host: str, first: int) -> int:
+    """The first port from `first` on that a server can listen on at `host`.
+
+    Raises:
+        EngineError: none is free, or there is no such host on this machine.
+    """
+    for port in range(first, LAST_PORT + 1):
         try:
-            probe.bind(("127.0.0.1", wanted))
+            return _bound(host, port)
         except OSError as error:
-            raise EngineError(f"port {wanted} cannot be used: {error.strerror}; choose another.") from error
-        port: int = probe.getsockname()[1]
-        return port
+            if error.errno != errno.EADDRINUSE:
+                raise EngineError(f"{host} cannot be listened on: {error.strerror}; choose another --host.") from error
+    raise EngineError(f"no port from {first} to {LAST_PORT} is free on {host}.")
+
+
+def _free_port(host: str, wanted: int) -> int:
+    """The wanted port, or any where that is 0."""
+    try:
+        return _bound(host, wanted)
+    except OSError as error:
+        raise EngineError(f"port {wanted} cannot be used on {host}: {error.strerror}; choose another.") from error
+
+
+def _bound(host: str, port: int) -> int:
+    """The port that a server gets that asks for this one; the family is chosen as vLLM does."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        found: int = probe.getsockname()[1]
+        return found
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from unittest.mock import MagicMock
 
 import vllm
 from vllm.model_executor.models.interfaces import supports_lora, supports_multimodal
@@ -18,8 +19,37 @@ def describe(cls: type) -> dict[str, object]:
     return {
         "embeddings": sorted(cls.embedding_modules),
         "packed": {name: list(parts) for name, parts in cls.packed_modules_mapping.items()},
-        "multimodal": supports_multimodal(cls) and hasattr(cls, "get_mm_mapping"),
+        "language_model": language_model(cls),
+        "renames": renames(cls),
     }
+
+
+def language_model(cls: type) -> str | None:
+    """The start of the names of the modules that adapters change, where not all modules are.
+
+    get_mm_mapping is asked without a model: some classes look at which towers they have, but the language model's
+    name does not depend on that.
+    """
+    if not (supports_multimodal(cls) and hasattr(cls, "get_mm_mapping")):
+        return None
+    (prefix,) = cls.get_mm_mapping(MagicMock()).language_model
+    return str(prefix)
+
+
+def renames(cls: type) -> list[tuple[str, str, str]]:
+    """What vLLM does to the names in an adapter's file, in its order; see WeightsMapper._map_name."""
+    mapper = getattr(cls, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return []
+    mapper = mapper.get_rename_mapper()
+    if mapper.orig_to_new_renaming:
+        raise NotImplementedError(f"{cls.__name__}: renames by transformers' WeightRenaming are not listed here")
+    return [
+        *(("regex", pattern.pattern, new) for pattern, new in mapper.orig_to_new_regex.items()),
+        *(("substr", old, new) for old, new in mapper.orig_to_new_substr.items()),
+        *(("prefix", old, new) for old, new in mapper.orig_to_new_prefix.items()),
+        *(("suffix", old, new) for old, new in mapper.orig_to_new_suffix.items()),
+    ]
 
 
 def main() -> None:

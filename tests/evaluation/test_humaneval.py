@@ -14,8 +14,9 @@ from loraover.errors import ConfigError, DataError
 from loraover.evaluation import TASKS, humaneval
 from loraover.evaluation.base import Options
 from loraover.evaluation.humaneval import STOPS, cut, program
-from loraover.evaluation.sandbox import check_sandbox, run_program
+from loraover.evaluation.sandbox import run_program
 
+from bubblewrap import needs_bubblewrap
 from openai_server import openai_server
 from real_data import real_data
 from tiny_hub import save_llama
@@ -43,19 +44,11 @@ def problems(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def _sandbox() -> None:
-    try:
-        check_sandbox()
-    except ConfigError as error:
-        pytest.skip(str(error))
-
-
 def words(model: Path, problems: Path, *more: str) -> list[str]:
     return ["eval", str(model), "--task", "humaneval", "--data", str(problems), *more]
 
 
-@pytest.mark.usefixtures("_sandbox")
+@needs_bubblewrap
 def test_served_completions_are_run_against_their_tests(model: Path, problems: Path, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> str:
         assert (body["stop"], body["temperature"]) == (list(STOPS), 0)
@@ -83,7 +76,7 @@ def test_served_completions_are_run_against_their_tests(model: Path, problems: P
     }
 
 
-@pytest.mark.usefixtures("_sandbox")
+@needs_bubblewrap
 def test_a_model_in_memory_completes_in_batches(model: Path, problems: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     more = ["--allow-code-execution", "--max-new-tokens", "8", "--batch-size", "2", "-o", str(out)]
@@ -125,7 +118,7 @@ def test_rows_that_lack_a_field_are_named(tmp_path: Path) -> None:
         TASKS["humaneval"].read(Options(data=str(tmp_path / "none.jsonl")))
 
 
-@pytest.mark.usefixtures("_sandbox")
+@needs_bubblewrap
 def test_canonical_solutions_pass_and_empty_ones_fail() -> None:
     path = real_data("humaneval/HumanEval.jsonl.gz")
     found = TASKS["humaneval"].read(Options(data=str(path)))

@@ -159,13 +159,15 @@ def test_a_recorded_command_gives_the_same_again(
 
 
 def parsed(command: Any, words: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = command.make_context(command.name, words).params
-    return {name: value for name, value in values.items() if name not in ("as_json", "force")}
+    """A command's parameters, and as "options" what stands after "--"."""
+    context = command.make_context(command.name, words)
+    values = {name: value for name, value in context.params.items() if name not in ("as_json", "force")}
+    return values if context.obj is None else values | {"options": context.obj}
 
 
 def test_requests_record_every_option() -> None:
     """Read back by the command line itself, so an option that is new and not recorded fails here."""
-    vllm = ["source", "-o", "out", "--model", "m", "--dtype", "fp16", "--name", "x y"]
+    vllm = ["source", "-o", "out", "--model", "m", "--dtype", "fp16", "--name", "x y", "--vllm-version", "0.33.0"]
     values = parsed(cli.commands["vllm"], list(vllm))
     words = shlex.split(VllmRequest(**values, force=True).command())
     assert parsed(cli.commands["vllm"], words[2:]) == values
@@ -181,9 +183,9 @@ def test_a_parity_report_records_every_option() -> None:
     words += ["--requests", "40", "--concurrency", "1,4", "--margin", "0.1", "-o", "out", "--model", "m"]
     words += ["--vllm", "bin/vllm", "--workload", "file", "--prompts", "p", "--prompt-tokens", "5", "--new-tokens", "6"]
     words += ["--memory", "3", "--cross-check", "--timeout", "7", "--start-timeout", "8", "--seed", "9"]
-    words += ["--allow-unequal"]
+    words += ["--allow-unequal", "--", "--max-num-seqs", "4"]
     values = parsed(serve_cli.commands["parity"], list(words))
     defaults = {p.name: p.default for p in serve_cli.commands["parity"].params}
-    assert all(value != defaults[name] for name, value in values.items())
+    assert all(value != defaults.get(name) for name, value in values.items())
     again = shlex.split(ParityRequest(**values).command())
     assert parsed(serve_cli.commands["parity"], again[2:]) == values

@@ -33,6 +33,21 @@ from vllm_damage import DAMAGES
 READER = Path(__file__).resolve().parents[1] / "vllm_reader.py"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 READ_BY = f"vLLM {known_architectures().version}, its loader"
+NAMES = {
+    "Gemma3ForConditionalGeneration": ("model.language_model.layers.0.mlp.up_proj", "lm_head", "model.vision_tower.x"),
+    "Idefics3ForConditionalGeneration": ("model.text_model.layers.0.mlp.up_proj", "lm_head"),
+    "InternVLForConditionalGeneration": (
+        "model.language_model.layers.0.mlp.up_proj",
+        "model.vision_tower.x",
+        "lm_head",
+    ),
+    "MistralLarge3ForCausalLM": ("layers.0.attention.wkv_b", "model.layers.0.self_attn.kv_b_proj"),
+    "Qwen2_5_VLForConditionalGeneration": ("model.layers.0.mlp.up_proj", "model.visual.x", "lm_head"),
+    "Qwen3VLForConditionalGeneration": ("model.language_model.layers.0.mlp.up_proj", "model.visual.blocks.0.x"),
+    "SmolVLMForConditionalGeneration": ("model.text_model.layers.0.mlp.up_proj", "model.connector.x"),
+}
+"""Module paths of adapters, by classes whose names vLLM maps, or of which it adapts a part only."""
+
 UNSERVED = ("GPT2LMHeadModel", "BertForSequenceClassification", "T5ForConditionalGeneration")
 
 
@@ -66,11 +81,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 @dataclass(frozen=True)
 class VllmsReading:
-    """Per adapter: why vLLM refuses it, or None; the deltas it would add; and what its classes say."""
+    """Per adapter: why vLLM refuses it, or None; the deltas it would add; what its classes say; and names it maps."""
 
     refused: Mapping[str, str | None]
     deltas: Mapping[str, dict[str, Array]]
     classes: Mapping[str, Any]
+    names: Mapping[str, list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +98,8 @@ def vllm(written: Written, tmp_path_factory: pytest.TempPathFactory) -> VllmsRea
         {"path": str(path), "expected": PROJECTIONS, "rank": 512 if path in written.damaged.values() else 8}
         for path in paths.values()
     ]
-    classes = [f"{family}ForCausalLM" for family in FAMILIES] + list(UNSERVED)
-    request = json.dumps({"adapters": adapters, "architectures": classes, "out": str(out)})
+    classes = [f"{family}ForCausalLM" for family in FAMILIES] + list(UNSERVED) + list(NAMES)
+    request = json.dumps({"adapters": adapters, "architectures": classes, "names": NAMES, "out": str(out)})
     done = subprocess.run([python, READER], input=request, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -93,7 +109,7 @@ def vllm(written: Written, tmp_path_factory: pytest.TempPathFactory) -> VllmsRea
         for name, file in files.items()
         if file.exists()
     }
-    return VllmsReading(dict(zip(paths, answer["read"], strict=True)), deltas, answer["classes"])
+    return VllmsReading(dict(zip(paths, answer["read"], strict=True)), deltas, answer["classes"], answer["names"])
 
 
 def source_deltas(path: Path) -> dict[str, tuple[Array, Array]]:
@@ -168,6 +184,12 @@ def test_the_table_is_what_vllm_says(vllm: VllmsReading) -> None:
     for family, name in ARCHITECTURES.items():
         if name in UNSERVED:
             record(family, READ_BY, "LoRA", "any", "refused by name", None, None)
+
+
+def test_names_are_mapped_as_vllm_maps_them(vllm: VllmsReading) -> None:
+    known = known_architectures().lora
+    assert {name: [known[name].rename(path) for path in paths] for name, paths in NAMES.items()} == vllm.names
+    assert any(vllm.names[name] != list(paths) for name, paths in NAMES.items())
 
 
 @pytest.mark.parametrize(("r", "expected"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)])

@@ -231,6 +231,10 @@ def test_a_run_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--concurrency", "4"], "one request at a time"),
         (["--concurrency", "4,1,4", "--engine", "vllm"], "--concurrency names one twice: 4, 1, 4"),
         (["--engine", "torch"], "--engine names one twice: torch, torch"),
+        (["--", "--max-num-seqs", "4"], "add --engine vllm"),
+        (["--engine", "vllm", "--", "--enable_prefix_caching"], "the prefix cache is always off"),
+        (["--engine", "vllm", "--", "--lora-modules=a=b"], "--lora-modules cannot be given to vLLM here"),
+        (["--engine", "vllm", "--", "--model", "x"], "name it with --model before the --"),
     ],
 )
 def test_requests_that_cannot_be_used(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -112,6 +113,20 @@ def test_what_decides_nothing_may_fail(made: Made, tmp_path: Path, capsys: pytes
     assert "note: no cross-check: vllm bench serve" in capsys.readouterr().out
     logs = [(tmp_path / "out" / name).read_text() for name in ("vllm.log", "vllm-memory.log")]
     assert ["no memory" in log for log in logs] == [False, True]
+
+
+def test_options_for_vllm_reach_every_server_and_the_recorded_command(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "a-key")
+    more = ("--memory", "1", "--", "--max-num-seqs", "4", "--tensor-parallel-size=1")
+    assert parity(made, stand_in(tmp_path, "answers"), tmp_path / "out", *more) in (0, 1, 3)
+    for name in ("vllm.log", "vllm-memory.log"):
+        line = next(line for line in (tmp_path / "out" / name).read_text().splitlines() if line.startswith("words: "))
+        assert json.loads(line.removeprefix("words: "))[-3:] == ["--max-num-seqs", "4", "--tensor-parallel-size=1"]
+    report = read(tmp_path / "out")
+    assert report.command.endswith(" -- --max-num-seqs 4 --tensor-parallel-size=1")
+    assert not report.notes
 
 
 def test_a_fault_among_requests_at_once_keeps_the_whole_blocks(made: Made, tmp_path: Path) -> None:

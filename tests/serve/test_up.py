@@ -103,8 +103,8 @@ def test_the_first_error_of_a_log_is_shown_on_a_line_of_its_own(
     words = ["up", str(adapter), "--vllm", stand_in(tmp_path, "raises"), "--log", str(tmp_path / "log")]
     assert run(cli, words) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert "ended with code 1" in lines[0]
-    assert lines[1] == "ValueError: not enough memory"
+    first = next(k for k, line in enumerate(lines) if "ended with code 1" in line)
+    assert lines[first + 1] == "ValueError: not enough memory"
     assert lines[-1] == "RuntimeError: see above"
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.resources import files
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from loraover_export.vllm.versions import Versions
+
+LORA_A = ".lora_A.weight"
 
 
 class Architecture(BaseModel):
@@ -14,14 +20,32 @@ class Architecture(BaseModel):
     Args:
         embeddings: names of embeddings and heads that take LoRA.
         packed: modules that vLLM fuses, with the names that adapters use for their parts.
-        multimodal: only the language model is adapted, unless the server is told otherwise.
+        language_model: start of the names of the modules that are adapted, in vLLM's names, for a multimodal class;
+            the server can be told to adapt more. None for a class of text alone.
+        renames: rules (kind, old, new) that turn a tensor's name in a file into vLLM's, in the order vLLM applies them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     embeddings: tuple[str, ...]
     packed: dict[str, tuple[str, ...]]
-    multimodal: bool
+    language_model: str | None
+    renames: tuple[tuple[Literal["regex", "substr", "prefix", "suffix"], str, str], ...]
+
+    def rename(self, path: str) -> str:
+        """The module of vLLM's model that the matrices of the module `path` are for.
+
+        The rules see tensor names, as in vLLM: WeightsMapper._map_name in vllm/model_executor/models/utils.py.
+        """
+        key = path + LORA_A
+        for kind, old, new in self.renames:
+            if kind == "regex":
+                key = re.sub(old, new, key)
+            elif kind == "substr" or (kind == "prefix" and key.startswith(old)):
+                key = key.replace(old, new, 1)
+            elif kind == "suffix" and key.endswith(old):
+                key = key.removesuffix(old) + new
+        return key.removesuffix(LORA_A)
 
 
 class Architectures(BaseModel):
@@ -40,6 +64,29 @@ class Architectures(BaseModel):
     without_lora: tuple[str, ...]
     unknown: tuple[str, ...]
     lora: dict[str, Architecture]
+
+
+LATER = {
+    "BertForTokenClassification": (
+        Versions(since="0.33.0"),
+        Architecture(embeddings=(), packed={"qkv_proj": ("query", "key", "value")}, language_model=None, renames=()),
+    )
+}
+"""Classes that take adapters since a later release than the one of `architectures.json`, read from its sources."""
+
+
+def architectures_of(version: str | None) -> Architectures:
+    """The classes of a release of vLLM; None means the release of `architectures.json`.
+
+    Raises:
+        ConfigError: not a version.
+    """
+    known = known_architectures()
+    if version is None:
+        return known
+    later = {name: described for name, (versions, described) in LATER.items() if version in versions}
+    without = tuple(name for name in known.without_lora if name not in later)
+    return known.model_copy(update={"version": version, "lora": known.lora | later, "without_lora": without})
 
 
 @cache

@@ -8,8 +8,13 @@ from typing import Any
 
 from loraover.adapter_dir import AdapterDir
 from loraover_export.vllm.architectures import Architecture, Architectures
-from loraover_export.vllm.served import ServedModel
+from loraover_export.vllm.known_faults import Platform
+from loraover_export.vllm.served import ServedModel, ServedModule
 from loraover_export.vllm.uniform import largest_rank, module_of
+from loraover_export.vllm.versions import Versions
+
+TEXT_NAMES = Versions(since="0.33.0")
+"""Releases that put an adapter of a text model on the language model of a multimodal class."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,12 @@ class Candidate:
     """What a pre-flight judges.
 
     Args:
-        name: that requests will use.
+        architectures: the classes of the release of vLLM whose rules apply.
+        name: what requests will call the adapter.
         address: what vLLM is started with, which is the name that requests for the base model use.
-        dtype: to be stored in: fp32, bf16 or fp16.
+        dtype: storage type to write, fp32, bf16 or fp16; None where the adapter's folder is served as it is.
         replaces: whether an adapter lies at the destination already.
+        platform: what the server computes on; None where that is not known.
     """
 
     adapter: AdapterDir
@@ -37,8 +44,9 @@ class Candidate:
     architectures: Architectures
     name: str
     address: str
-    dtype: str
+    dtype: str | None
     replaces: bool = False
+    platform: Platform | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -69,10 +77,35 @@ class Candidate:
         """Adapted modules with the matrices of an embedding."""
         return {module_of(site) for site in self.adapter.sites if site.endswith("lora_embedding_A")}
 
-    @property
-    def present(self) -> dict[str, tuple[int, int]]:
-        """The adapted modules that the served model has."""
-        return {path: shape for path, shape in self.modules.items() if path in self.served.modules}
+    @cached_property
+    def present(self) -> dict[str, str]:
+        """The served model's module that each adapted module is applied to; those applied nowhere are left out."""
+        allowed = self.architecture
+        if allowed is None:
+            return {path: path for path in self.modules if path in self.served.modules}
+        names = {allowed.rename(path): path for path in self.served.modules}
+        if self.architectures.version in TEXT_NAMES:
+            texts = {text: path for name, path in names.items() for text in _text_names(name, allowed)}
+            names = texts | names
+        names |= {allowed.rename(path): path for path in self.modules if path in self.served.modules}
+        found = {path: names.get(allowed.rename(path)) for path in self.modules}
+        return {path: served for path, served in found.items() if served is not None}
+
+    def served_module(self, path: str) -> ServedModule:
+        """The served module that an adapted module of `present` is applied to."""
+        return self.served.modules[self.present[path]]
+
+
+def _text_names(name: str, allowed: Architecture) -> list[str]:
+    """Names that an adapter of a text model has for a module of the language model.
+
+    Source: _get_text_lora_names in vllm/lora/model_manager.py of vLLM 0.33.
+    """
+    prefix = None if allowed.language_model is None else allowed.language_model.rstrip(".") + "."
+    if prefix is None or not name.startswith(prefix):
+        return []
+    rest = name.removeprefix(prefix)
+    return [rest] if rest.startswith(("model.", "lm_head")) else [f"model.{rest}", rest]
 
 
 def listed(names: list[str], limit: int = 3) -> str:

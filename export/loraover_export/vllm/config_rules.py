@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from loraover_export.vllm.candidate import Candidate, Problem, listed
+from loraover_export.vllm.versions import Versions
 
 VARIANTS = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA), which acts from certain tokens on",
@@ -28,6 +31,10 @@ TRAINING_ONLY = {
 
 JUDGED = {"bias", "init_lora_weights", "modules_to_save", "trainable_token_indices"}
 """Fields that have rules of their own."""
+
+HEADS = {"classifier", "score"}
+TOKEN_HEADS = Versions(since="0.33.0")
+"""Releases that load the head of a token classifier, too, and not only that of a sequence classifier."""
 
 
 def variant(candidate: Candidate) -> Iterator[Problem]:
@@ -70,7 +77,38 @@ def other_parameters(candidate: Candidate) -> Iterator[Problem]:
         value = candidate.config.get(field)
         if value:
             names = [str(item) for item in value] if isinstance(value, list | dict) else [str(value)]
+            loads = HEADS.issuperset(names) and field == "modules_to_save"
             yield Problem(
-                f"{field} is set ({listed(names)}): parameters that were trained in full are no part of a LoRA",
+                f"{field} is set ({listed(names)}): parameters that were trained in full are no part of a LoRA"
+                + (f"; {_heads(candidate.architectures.version)}" if loads else ""),
                 f"train without {field}, or merge the adapter into the base model with PEFT and serve that",
             )
+
+
+def _heads(version: str) -> str:
+    kinds = "sequence and token classifiers" if version in TOKEN_HEADS else "sequence classifiers"
+    return f"vLLM {version} can load the heads of {kinds} from PEFT's own folder, but other engines cannot"
+
+
+def patterns(candidate: Candidate) -> Iterator[Problem]:
+    """Modules with a rank or a scaling of their own, in a folder that is served as it is."""
+    config = candidate.adapter.config
+    usual = config.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
+    own = [
+        path
+        for path in candidate.modules
+        if (config.rank(path), config.scaling(path)) != (usual.rank(path), usual.scaling(path))
+    ]
+    if candidate.dtype is None and own:
+        fields = " and ".join(field for field in ("rank_pattern", "alpha_pattern") if getattr(config, field))
+        yield Problem(
+            f"{fields} gives {len(own)} of {len(candidate.modules)} modules a rank or a scaling of their own "
+            f"({listed(own)}), which engines and releases read differently, some without a message",
+            f"write it for vLLM and serve that: {export_command(candidate.adapter.path)}",
+        )
+
+
+def export_command(folder: Path) -> str:
+    """The command that writes an adapter in the form that every engine reads alike."""
+    path = folder.resolve()
+    return shlex.join(["loraover-export", "vllm", str(path), "-o", f"{path}-vllm"])

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from loraover_export.vllm.architectures import Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed
+from loraover_export.vllm.known_faults import known_faults
 
 MAX_VOCABULARY = 258048
 """Tokens that vLLM's LogitsProcessorWithLoRA can hold: vllm/lora/layers/logits_processor.py."""
-
-LANGUAGE_MODEL = "language_model"
 
 
 def architecture(candidate: Candidate) -> Iterator[Problem]:
@@ -48,7 +47,7 @@ def base_model(candidate: Candidate) -> Iterator[Problem]:
 def modules(candidate: Candidate) -> Iterator[Problem]:
     if candidate.architecture is None:
         return
-    missing = [path for path in candidate.modules if path not in candidate.served.modules]
+    missing = [path for path in candidate.modules if path not in candidate.present]
     if not missing:
         return
     alike = _alike(missing[0], candidate)
@@ -75,9 +74,9 @@ def _alike(path: str, candidate: Candidate) -> str | None:
 
 def shapes(candidate: Candidate) -> Iterator[Problem]:
     wrong = [
-        (path, shape, candidate.served.modules[path].shape)
-        for path, shape in candidate.present.items()
-        if candidate.served.modules[path].shape not in (None, shape)
+        (path, candidate.modules[path], candidate.served_module(path).shape)
+        for path in candidate.present
+        if candidate.served_module(path).shape not in (None, candidate.modules[path])
     ]
     if wrong:
         path, (n, m), expected = wrong[0]
@@ -115,18 +114,37 @@ def targets(candidate: Candidate) -> Iterator[Problem]:
 
 
 def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | None:
-    served, name = candidate.served.modules[path], path.rpartition(".")[2]
+    served, mapped = candidate.served_module(path), allowed.rename(candidate.present[path])
+    name = mapped.rpartition(".")[2]
     if served.kind == "other":
         return f"a {served.type_name}, neither a linear layer nor an embedding"
     if (served.kind == "embedding") != (path in candidate.embeddings):
         return f"a {served.type_name} in the served model, but adapted as another kind of layer"
+    if allowed.language_model is not None and not mapped.startswith(allowed.language_model):
+        return f"outside of {allowed.language_model}, the language model, which is all that vLLM adapts by default"
     if served.kind == "embedding" or name == "lm_head":
         return None if name in allowed.embeddings else f"{candidate.served.architecture} takes no LoRA there in vLLM"
     if name in allowed.packed and name not in allowed.packed[name]:
         return f"vLLM expects its parts {', '.join(allowed.packed[name])} instead"
-    if allowed.multimodal and LANGUAGE_MODEL not in path.split("."):
-        return "outside of the language model, which is all that vLLM adapts by default"
     return None
+
+
+def no_ops(candidate: Candidate) -> Iterator[Problem]:
+    """Modules whose matrices vLLM loads and applies nowhere."""
+    allowed, version = candidate.architecture, candidate.architectures.version
+    if allowed is None:
+        return
+    for known in known_faults().no_ops:
+        if candidate.served.architecture not in known.classes or version not in known.versions:
+            continue
+        paths = [path for path in candidate.modules if allowed.rename(path).rpartition(".")[2] == known.module]
+        if paths:
+            yield Problem(
+                f"{listed(paths)}: vLLM {version} loads these matrices and applies them nowhere, without a message: "
+                f"{known.reason} ({known.thread})",
+                f"train without {known.module} as a target module, or merge the adapter into the base model with PEFT "
+                "and serve that",
+            )
 
 
 def vocabulary(candidate: Candidate) -> Iterator[Problem]:

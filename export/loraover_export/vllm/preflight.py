@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.launch import max_lora_rank
 from loraover_export.vllm.rules import RULES
@@ -52,7 +51,7 @@ def preflight(candidate: Candidate) -> Preflight:
     failed = any(finding.level == "error" for finding in findings)
     return Preflight(
         verdict="failed" if failed else "passed",
-        vllm_version=known_architectures().version,
+        vllm_version=candidate.architectures.version,
         served_model=candidate.served.source.name,
         architecture=candidate.served.architecture,
         modules=len(candidate.modules),

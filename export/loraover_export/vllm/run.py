@@ -22,7 +22,7 @@ from loraover.models import ModelSource
 from loraover.output import check_free, publish_directory
 from loraover.run_result import environment, hardware
 from loraover_export.certificate import matrix_facts
-from loraover_export.vllm.architectures import known_architectures
+from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate
 from loraover_export.vllm.launch import launch_commands
@@ -42,6 +42,7 @@ class VllmRequest:
         dtype: to store the adapter in: fp32, bf16 or fp16.
         name: that requests will use; None means the output folder's.
         force: replace an adapter that lies at the output.
+        vllm_version: release of vLLM whose rules apply; None means the one that `architectures.json` lists.
     """
 
     source: Path
@@ -50,11 +51,13 @@ class VllmRequest:
     dtype: str
     name: str | None
     force: bool
+    vllm_version: str | None = None
 
     def command(self) -> str:
         """The command line, for the model card; without --force, which is about what lay at the output."""
         words = ["loraover-export", "vllm", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
         words += [] if self.model is None else ["--model", self.model]
+        words += [] if self.vllm_version is None else ["--vllm-version", self.vllm_version]
         return shlex.join([*words, *([] if self.name is None else ["--name", self.name])])
 
 
@@ -118,7 +121,7 @@ def _candidate(request: VllmRequest, adapter: AdapterDir, replaces: bool, consol
         console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     source = resolve_base([adapter], request.model, option="--model", say=say)
-    known = known_architectures()
+    known = architectures_of(request.vllm_version)
     served = read_served(source, known.lora)
     return Candidate(adapter, served, known, name, _address(source), request.dtype, replaces)
 
@@ -134,7 +137,7 @@ def _publish(
     """Write the adapter with its report, certificate and card; a failed certificate publishes nothing."""
     try:
         with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
-            certificate = _write(source, candidate, draft, console)
+            certificate = _write(request, source, candidate, draft, console)
             if not certificate.passed:
                 raise _RejectedError(certificate)
             (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
@@ -145,17 +148,19 @@ def _publish(
     return certificate
 
 
-def _write(source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path, console: Console) -> VllmCertificate:
+def _write(
+    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path, console: Console
+) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
     others = served.modules.keys() - candidate.modules.keys()
     config = uniform_config(adapter, served.source, name_modules(candidate.modules, others))
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing", total=len(adapter.sites))
-        matrices = write_uniform(source, draft, candidate.dtype, config, lambda: progress.advance(task))
+        matrices = write_uniform(source, draft, request.dtype, config, lambda: progress.advance(task))
     return VllmCertificate(
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",
         base_model=config["base_model_name_or_path"],
-        dtype=candidate.dtype,
+        dtype=request.dtype,
         rank=candidate.rank,
         scaling={path: adapter.config.scaling(path) for path in candidate.modules},
         matrices=matrices,

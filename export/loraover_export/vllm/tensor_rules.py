@@ -42,8 +42,10 @@ def _kind(key: str) -> str:
 def _is_copy(candidate: Candidate, key: str) -> bool:
     """Whether PEFT saved the frozen weights of an adapted embedding or head, of the served model's own size."""
     module = key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
-    served = candidate.served.modules.get(module)
-    if not key.endswith(BASE_WEIGHT) or module not in candidate.modules or served is None or served.shape is None:
+    if not key.endswith(BASE_WEIGHT) or module not in candidate.present:
+        return False
+    served = candidate.served_module(module)
+    if served.shape is None:
         return False
     n, m = served.shape
     return candidate.adapter.shapes[key] == ((n, m) if served.kind == "embedding" else (m, n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from loraover.errors import EngineError
 from loraover_serve.parity.measure import Run
 from loraover_serve.parity.sample import Sample
 from loraover_serve.parity.workload import Request
+from loraover_serve.vllm_server import KEY_VARIABLE
 
 TIMEOUT_S = 3600
 FIGURES = {
@@ -91,8 +93,12 @@ def cross_check(
 
 
 def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
+    key = os.environ.get(KEY_VARIABLE)
+    environment = os.environ | ({"OPENAI_API_KEY": key} if key else {})  # the variable that `vllm bench serve` reads
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, env=environment, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"vllm bench serve: {error}") from error
     if done.returncode != 0 or not result.is_file():

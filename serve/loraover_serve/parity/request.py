@@ -10,6 +10,15 @@ from loraover.errors import ParityError
 from loraover.output import check_writable
 from loraover_serve.parity.equivalence import MIN_BLOCKS
 from loraover_serve.parity.workload import Kind
+from loraover_serve.up import SET_BY_UP, check_options
+
+_CACHE_OFF = "the prefix cache is always off, or a later arm would reuse an earlier one's work"
+SET_BY_PARITY = (
+    dict.fromkeys(SET_BY_UP, "parity sets it, alike for every arm")
+    | {"--model": SET_BY_UP["--model"]}
+    | {"--enable-prefix-caching": _CACHE_OFF, "--no-enable-prefix-caching": _CACHE_OFF}
+)
+"""Words for `vllm serve` that `parity` sets or relies on, and why they cannot be given."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,7 @@ class ParityRequest:
         timeout_s: longest silence of a server in the middle of an answer.
         start_timeout_s: seconds until a server must have answered.
         out: folder for `parity.json` and `parity.html`; None writes none.
+        options: further words for `vllm serve`, for every arm.
     """
 
     folded: Path
@@ -45,6 +55,7 @@ class ParityRequest:
     cross_check: bool
     timeout_s: float
     start_timeout_s: float
+    options: tuple[str, ...] = ()
 
     def blocks(self, concurrency: int) -> int:
         """Blocks that the requests make at a concurrency."""
@@ -58,7 +69,9 @@ class ParityRequest:
         """Refuse what cannot be measured, before anything starts.
 
         Raises:
-            ParityError: too few requests or tokens, several at once without a server, or something named twice.
+            ConfigError: an option for vLLM that parity sets itself.
+            ParityError: too few requests or tokens, several at once or vLLM's options without a server, or something
+                named twice.
             OutputError: an output that is there already, or cannot be written.
         """
         if self.out is not None:
@@ -66,6 +79,9 @@ class ParityRequest:
         for option, given in (("--engine", self.engines), ("--concurrency", self.concurrency)):
             if len(set(given)) < len(given):
                 raise ParityError(f"{option} names one twice: {', '.join(map(str, given))}; name each once.")
+        check_options(self.options, SET_BY_PARITY)
+        if self.options and "vllm" not in self.engines:
+            raise ParityError("what stands after -- is for vLLM, which is not measured; add --engine vllm.")
         if self.concurrency != (1,) and "vllm" not in self.engines:
             raise ParityError("--concurrency is vLLM's; onnx and torch answer one request at a time.")
         for concurrency in self.concurrency:
@@ -94,4 +110,6 @@ class ParityRequest:
         words += ["--timeout", str(self.timeout_s)]
         words += ["--cross-check"] if self.cross_check else []
         words += ["--allow-unequal"] if self.allow_unequal else []
-        return shlex.join([*words, *([] if self.out is None else ["--out", str(self.out)])])
+        words += [] if self.out is None else ["--out", str(self.out)]
+        words += ["--", *self.options] if self.options else []
+        return shlex.join(words)

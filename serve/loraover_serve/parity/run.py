@@ -82,7 +82,7 @@ def _measured_report(request: ParityRequest, logs: Path, console: Console) -> Pa
             arms,
             _requests(request, arms),
             Path(scratch),
-            Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s),
+            Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s, request.options),
             say,
         )
         return _report(request, arms, collector.collect())

@@ -38,12 +38,14 @@ class Launch:
         log: file for what the server prints.
         timeout_s: longest silence in the middle of an answer.
         start_timeout_s: seconds until the first answers.
+        options: further words of its command line.
     """
 
     vllm: str
     log: Path
     timeout_s: float
     start_timeout_s: float
+    options: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def started_vllm(
     from loraover_serve.parity.engines.vllm import VllmEngine
 
     longest = max(len(request.prompt) + request.new_tokens for request in requests)
-    options = ("--no-enable-prefix-caching", "--max-model-len", str(longest + 8))
+    options = ("--no-enable-prefix-caching", "--max-model-len", str(longest + 8), *launch.options)
     named = read_named([_named(path, folder / "adapters" / arm) for arm, path in adapters.items()])
     config = server_config(named, arms.base, options)
     with serve_vllm(

@@ -1,0 +1,65 @@
+"""What vLLM is known to do wrongly without a message, by version: `known_faults.json`, kept by hand."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from loraover_export.vllm.versions import Versions
+
+Platform = Literal["cpu", "cuda"]
+
+
+class NoOp(BaseModel):
+    """A module whose matrices vLLM loads and applies nowhere.
+
+    Args:
+        module: last part of the module's path.
+        classes: model classes, by vLLM's names.
+        versions: releases that do so.
+        reason: why, for people.
+        thread: where it is discussed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    module: str
+    classes: tuple[str, ...]
+    versions: Versions
+    reason: str
+    thread: str
+
+
+class EngineFault(BaseModel):
+    """A fault that any adapter can meet.
+
+    Args:
+        platform: what the server computes on.
+        versions: releases that have it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    platform: Platform
+    versions: Versions
+    found: str
+    remedy: str
+
+
+class KnownFaults(BaseModel):
+    """Contents of `known_faults.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    no_ops: tuple[NoOp, ...]
+    engine: tuple[EngineFault, ...]
+
+
+@cache
+def known_faults() -> KnownFaults:
+    """The table that comes with this package."""
+    return KnownFaults.model_validate_json(files("loraover_export.vllm").joinpath("known_faults.json").read_bytes())

@@ -1,0 +1,44 @@
+"""Releases of vLLM that something holds for."""
+
+from __future__ import annotations
+
+from packaging.version import InvalidVersion, Version
+from pydantic import BaseModel, ConfigDict
+
+from loraover.errors import ConfigError
+
+
+class Versions(BaseModel):
+    """A range of releases.
+
+    Args:
+        since: the first release; None leaves the range open.
+        before: the first release that is not in it any more; None leaves the range open.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    since: str | None = None
+    before: str | None = None
+
+    def __contains__(self, version: str) -> bool:
+        found = release(version)
+        return (self.since is None or found >= Version(self.since)) and (
+            self.before is None or found < Version(self.before)
+        )
+
+
+READ = Versions(since="0.32.0", before="0.34.0")
+"""Releases whose sources the rules were read from."""
+
+
+def release(version: str) -> Version:
+    """The release that a version such as "0.33.0rc1+cpu" belongs to, here 0.33.0.
+
+    Raises:
+        ConfigError: not a version.
+    """
+    try:
+        return Version(Version(version).base_version)
+    except InvalidVersion as error:
+        raise ConfigError(f"vLLM's version {version!r} is not a version such as 0.32.0.") from error

@@ -1,0 +1,122 @@
+"""`loraover-serve up` refuses what vLLM would serve wrongly, before anything starts."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loraover.command import run
+from loraover_export.cli import cli as export_cli
+from loraover_serve import up
+from loraover_serve.cli import cli
+from loraover_serve.vllm_server import vllm_version
+
+from plain_adapter import make_adapter
+from vllm_damage import config, renamed
+from vllm_stand_in import VERSION, stand_in
+
+Up = Callable[..., tuple[int, str]]
+
+
+class StartedError(Exception):
+    """Raised in place of starting a server."""
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain LoRA of one rank and scaling."""
+    return make_adapter(tmp_path_factory.mktemp("up preflight"), "Llama", rank_pattern={})
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Up:
+    """Runs `up`; returns its exit code, 0 where it would have started the server, and its messages."""
+
+    def serve(*_: object, **__: object) -> None:
+        raise StartedError
+
+    def call(*adapters: Path, mode: str = "answers") -> tuple[int, str]:
+        monkeypatch.setattr(up, "serve_vllm", serve)
+        try:
+            code = run(cli, ["up", *map(str, adapters), "--vllm", stand_in(tmp_path, mode)])
+        except StartedError:
+            code = 0
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def damaged(adapter: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    shutil.copytree(adapter, folder)
+    change(folder)
+    return folder
+
+
+def test_a_plain_lora_is_served_and_faults_of_the_release_are_named(adapter: Path, start: Up) -> None:
+    code, shown = start(adapter)
+    assert code == 0
+    assert "error" not in shown
+    assert f"warning: adapter: engine: vLLM {VERSION}: in a batch that mixes requests" in shown
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("alpha_pattern", config(alpha_pattern={"q_proj": 1})),
+        ("alpha_pattern", config(alpha_pattern={"model.layers.1.mlp.up_proj": 64})),
+        ("rank_pattern", None),
+    ],
+)
+def test_what_the_export_mends_is_refused_with_its_command(
+    field: str, change: Callable[[Path], object] | None, adapter: Path, tmp_path: Path, start: Up
+) -> None:
+    if change is None:
+        folder = make_adapter(tmp_path / "ranks", "Llama", rank_pattern={"q_proj": 6})
+    else:
+        folder = damaged(adapter, tmp_path / "in", change)
+    code, shown = start(folder)
+    assert code == 2
+    assert f"error: {folder.name}: patterns: {field} gives" in shown
+    assert "nothing was started" in shown
+    command = shown[shown.index("loraover-export ") :].splitlines()[0]
+    assert run(export_cli, shlex.split(command)[1:]) == 0
+    assert start(Path(f"{folder}-vllm"))[0] == 0
+
+
+def test_patterns_that_change_nothing_are_fine(adapter: Path, tmp_path: Path, start: Up) -> None:
+    same = config(alpha_pattern={"q_proj": 12, "elsewhere": 1})
+    assert start(damaged(adapter, tmp_path / "in", same))[0] == 0
+
+
+def test_a_wrong_prefix_is_refused(adapter: Path, tmp_path: Path, start: Up) -> None:
+    wrong = damaged(adapter, tmp_path / "wrong", renamed("model.model.model.", "model.model."))
+    code, shown = start(adapter, wrong)
+    assert code == 2
+    assert "error: wrong: modules: 14 of 14 adapted modules are not in the served model" in shown
+    assert "rename the tensors" in shown
+    assert "error: wrong: not served" in shown
+    assert not (tmp_path / "pids").exists()
+
+
+def test_two_adapters_with_one_fault_are_named_together(adapter: Path, tmp_path: Path, start: Up) -> None:
+    folders = [damaged(adapter, tmp_path / name, config(bias="all")) for name in ("a", "b")]
+    code, shown = start(*folders)
+    assert code == 2
+    assert shown.count("error: a, b: bias: ") == 1
+    assert "error: a, b: not served" in shown
+
+
+def test_a_command_without_a_version_gets_the_tables_rules(adapter: Path, start: Up) -> None:
+    code, shown = start(adapter, mode="hides its version")
+    assert code == 0
+    assert "prints no version; the rules of 0.32.0 are applied" in shown
+    assert "engine" not in shown
+
+
+def test_the_version_of_a_command(tmp_path: Path) -> None:
+    assert vllm_version(stand_in(tmp_path, "answers")) == VERSION
+    assert vllm_version(stand_in(tmp_path, "hides its version")) is None
