@@ -18,7 +18,6 @@ from loraover.errors import CheckpointError
 from loraover.exact import Factor, adapter_of, open_exact
 from loraover.tensor_file import TensorFile
 
-
 WITHOUT_FLOAT64 = ("mps",)  # devices whose share of the work in float64 the CPU does
 
 

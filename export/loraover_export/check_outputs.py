@@ -107,9 +107,7 @@ class _Compared:
         self.effect, self.error = RunningDeviation(), RunningDeviation()
         self.noises = [RunningDeviation() for _ in combinations(range(TWINS), 2)]
 
-    def add(
-        self, base: Any, unfolded: Any, adapters: FoldedAndTwins, ids: Tensor, positions: Tensor | None
-    ) -> None:
+    def add(self, base: Any, unfolded: Any, adapters: FoldedAndTwins, ids: Tensor, positions: Tensor | None) -> None:
         """Run every model on one piece; no more logits are held than those of the twins."""
         reference = _logits(unfolded, ids, positions)
         self.effect.add(reference, _logits(base, ids, positions))
@@ -173,7 +171,7 @@ def _pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
     if ids.shape[1] <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         yield None
         return
-    yield from torch.arange(ids.shape[1]).split(at_once)
+    yield from torch.split(torch.arange(ids.shape[1]), at_once)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ class RunningDeviation:
             other: logits of the same positions.
         """
         rows = max(1, ELEMENTS_AT_ONCE // reference.shape[-1])
-        for p, q in zip(reference.split(rows), other.split(rows), strict=True):
+        for p, q in zip(torch.split(reference, rows), torch.split(other, rows), strict=True):
             self._same += int((p.argmax(-1) == q.argmax(-1)).sum())
             error = (p.double() - q.double()).abs()
             log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
