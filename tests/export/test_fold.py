@@ -532,6 +532,33 @@ def test_check_error_accepts_every_decomposition_and_training_dtype(
     assert fold(made.path, tmp_path / "out", "--check-error") == 0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_check_error_accepts_a_deep_chain(seed: int, tmp_path: Path) -> None:
+    """The reference applies eight cores, the folded adapter has two matrices; the difference is no error of the fold.
+
+    Between the cores, bonds are stretched in some directions and shrunk again, which changes no matrix, and multiplies
+    what a reference in float32 would round away.
+    """
+    config = LoraOverConfig(decomposition="chain", options={"depth": 8}, seed=seed)
+    made = make_checkpoint(tmp_path, config=config, target_modules=LINEAR, tokenizer=True)
+    rng = np.random.default_rng(seed)
+
+    def turn(found: dict[str, Tensor]) -> None:
+        for site in dict.fromkeys(key.rpartition(".core.")[0] for key in found if ".core." in key):
+            for k in range(7):
+                left, right = f"{site}.core.{k}", f"{site}.core.{k + 1}"
+                p, q = (np.linalg.qr(rng.standard_normal((found[left].shape[1],) * 2))[0] for _ in range(2))
+                gauge = torch.from_numpy(p * 2.0 ** rng.integers(-3, 4, len(p)) @ q)
+                found[left] = (found[left].double() @ gauge).float()
+                found[right] = torch.linalg.solve(gauge, found[right].double()).float()
+
+    edit_tensors(made.path / "loraover.safetensors", turn)
+    matrices = {key: torch.from_numpy(matrix).float() for key, matrix in oracle_matrices(made.path).items()}
+    edit_tensors(made.path / "adapter_model.safetensors", lambda found: found.update(matrices))
+    reseal(made.path)
+    assert fold(made.path, tmp_path / "out", "--check-error") == 0
+
+
 def test_check_error_needs_room_for_noise(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict is the measured noise's, not a constant: without room above it, the same fold fails."""
     monkeypatch.setattr("loraover_export.certificate.NOISE_FACTOR", 1e-3)

@@ -17,12 +17,11 @@ def show_report(report: OnnxReport, output: Path, console: Console) -> None:
     """Errors and bounds of each adapter, and where the files are."""
     if report.checks:
         table = Table(box=SIMPLE, title="ONNX Runtime against the unfolded PyTorch model, fp32")
-        for column in ("adapter", "compared", "max error", "noise", "allowed", "adapter's effect", "greedy tokens"):
-            table.add_column(column, justify="left" if column in ("adapter", "compared") else "right")
+        for column in ("adapter", "max logit error", "noise", "allowed", "adapter's effect", "greedy tokens"):
+            table.add_column(column, justify="left" if column == "adapter" else "right")
         for check in report.checks:
             table.add_row(
-                escape(check.adapter or "none"),
-                check.compared,
+                escape(check.adapter or "none") + (", its change" if check.compared == "change" else ""),
                 f"{check.error:.2e}",
                 f"{check.noise:.2e}",
                 f"{check.bound:.2e}",
