@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, read_checkpoint
-from loraover.decompositions import DECOMPOSITIONS, Decomposition
 from loraover.adapter_dir import site_key
+from loraover.decompositions import DECOMPOSITIONS, Decomposition
 from loraover.errors import CheckpointError
 from loraover.unfolded import unfolded
 

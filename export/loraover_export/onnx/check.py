@@ -59,8 +59,10 @@ def make_reference(
         merged: an int4 graph rounds weights with the adapter in them.
     """
 
-    def run(model: Any, source: Checkpoint | AdapterDir | None = source) -> list[Tensor]:
-        with nullcontext(model) if source is None else unfolded(model, source) as whole:
+    def run(
+        model: Any, source: Checkpoint | AdapterDir | None = source, delta_dtype: torch.dtype = torch.float64
+    ) -> list[Tensor]:
+        with nullcontext(model) if source is None else unfolded(model, source, delta_dtype=delta_dtype) as whole:
             return [kind.compared(case, kind.reference(whole, case)) for case in cases]
 
     logits = run(model)
@@ -69,7 +71,8 @@ def make_reference(
         greedy = kind.generate_reference(whole, prompt, GENERATED)
     rounded = None
     if precision == "fp32":
-        noise, noise_of = largest(logits, run(model.double())), "PyTorch in float32 against float64"
+        in_float32 = run(model, delta_dtype=torch.float32)
+        noise, noise_of = largest(in_float32, run(model.double())), "PyTorch in float32 against float64"
         model.float()  # exact: its weights were float32
     elif precision == "int4":
         rounded = run(rounded_copy(model, source), None) if merged and source else run(rounded_copy(model, None))
