@@ -112,7 +112,7 @@ def test_its_delta_is_exact_beside_a_float32_model(decomposition: str, tmp_path:
     seen: list[tuple[Tensor, Tensor]] = []
     module = "model.layers.1.self_attn.v_proj"
     with unfolded(base, read_checkpoint(made.path)) as model:
-        layer = model.get_submodule(module)
+        layer: Any = model.get_submodule(module)
         layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
         logits(model)
     ((x, found),) = seen
@@ -127,7 +127,7 @@ class OnMps(Tensor):
     """Says that it lies on an Apple GPU."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("mps")
 
 
