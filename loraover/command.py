@@ -1,6 +1,6 @@
 """How every command of this project ends: 0 done, 1 checked and failed, 2 unusable request, 130 interrupted.
 
-`loraover-serve parity` also has 3: inconclusive.
+Checks that can be inconclusive also have 3: `loraover-export fold --check-error` and `onnx`, `loraover-serve parity`.
 """
 
 from __future__ import annotations
