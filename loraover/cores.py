@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,15 +103,40 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
+MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 or bfloat16 products while cores are contracted."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
+    """Neither autocast nor TF32 or bfloat16 products while cores are contracted.
+
+    Torch has two ways of setting these: attributes named `fp32_precision`, and older functions, which raise once the
+    attributes hold what they cannot express. Both are set, so that code which reads either finds full precision.
+    """
+    precisions = [matmul.fp32_precision for matmul in MATMULS]
+    with torch.autocast(device.type, enabled=False):
+        if all(precision in ("none", "ieee") for precision in precisions):
             yield
-    finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+            return
+        older = _older_precision()
+        if older is not None:
+            torch.set_float32_matmul_precision("highest")
+        for matmul in MATMULS:
+            matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if older is not None:
+                torch.set_float32_matmul_precision(older)
+            for matmul, precision in zip(MATMULS, precisions, strict=True):
+                matmul.fp32_precision = "none"  # takes the setting of all backends, which it may have had before
+                if matmul.fp32_precision != precision:
+                    matmul.fp32_precision = precision
+
+
+def _older_precision() -> str | None:
+    """What the older functions say; None where they raise."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
