@@ -31,8 +31,8 @@ class CoreGroup:
         matrices = full(torch.stack([site.parameter.detach() for site in sites]))
         self.dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [_generator(seed, site.name) for site in sites]
-        cores = decomposition.init(matrices.double().cpu(), generators)
-        self.stacks = [core.to(matrices.device, self.dtype) for core in cores]
+        cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
+        self.stacks = [core.to(self.dtype).to(matrices.device) for core in cores]
         self.parameters = [[nn.Parameter(core) for core in stack] for stack in self.stacks]
         self._written = self._held()
 
