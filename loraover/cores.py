@@ -103,7 +103,8 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+BACKENDS: Any = torch.backends  # its attributes for precision have no types
+MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
-GET_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
+GET_DEVICE = Tensor.device.__get__
 REFUSAL = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
 
 

@@ -121,7 +121,7 @@ def test_a_file_is_no_checkpoint(source: Path, refused: Callable[..., str]) -> N
 def test_a_plain_adapter_is_no_checkpoint(source: Path, refused: Callable[..., str]) -> None:
     (source / META).unlink()
     (source / CORES).unlink()
-    refused(source, named=(str(source / META), "not trained by LoRA-Over"))
+    refused(source, named=(str(source / META), "holds a plain LoRA without the cores", "output_dir"))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, 0.3, 0.9, -1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from apple import apple_gpu
 from torch import Tensor, distributed
 from torch.optim import AdamW
 
@@ -17,7 +18,6 @@ from loraover.diagnostics import core_numbers
 from loraover.importance import SCORES, GradientScore
 from loraover.update_norm import factors, step_norm
 
-from apple import apple_gpu
 from tiny_models import net_loss, tiny_net, trainable
 
 

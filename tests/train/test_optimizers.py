@@ -17,7 +17,6 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.decompositions import DECOMPOSITIONS
 from loraover.error_bounds import gamma, unit_roundoff
 from loraover.errors import ConfigError
 from loraover.threads import one_thread

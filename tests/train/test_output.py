@@ -77,9 +77,7 @@ def test_a_folder_obeys_the_umask(tmp_path: Path, umask: int) -> None:
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
 
 
-def test_the_umask_is_obeyed_without_being_changed(
-    tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_umask_is_obeyed_without_being_changed(tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change would be seen by the process's other threads, whose files would be open to all."""
 
     def change(mask: int) -> int:
@@ -548,7 +546,8 @@ def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_draft_that_is_swept_away_before_it_is_locked_is_made_again(
     is_held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flock, swept = fcntl.flock, []
+    flock = fcntl.flock
+    swept: list[Path] = []
 
     def sweeping(descriptor: int, operation: int) -> None:
         if not swept:

@@ -16,11 +16,8 @@ from loraover.decompositions import DECOMPOSITIONS
 
 from tiny_models import fill_b, lora_matrices, trainable, with_lora
 
-BACKENDS: dict[str, Any] = {
-    "all": torch.backends,
-    "cuda": torch.backends.cuda.matmul,
-    "mkldnn": torch.backends.mkldnn.matmul,
-}
+ALL: Any = torch.backends
+BACKENDS: dict[str, Any] = {"all": ALL, "cuda": ALL.cuda.matmul, "mkldnn": ALL.mkldnn.matmul}
 
 
 def setter(backend: str, precision: str) -> Callable[[], None]:
@@ -36,10 +33,10 @@ WAYS: dict[str, Callable[[], Any]] = {
     "cuda": setter("cuda", "tf32"),
     "mkldnn-bf16": setter("mkldnn", "bf16"),
     "mkldnn-tf32": setter("mkldnn", "tf32"),
-    "mkldnn-flags": lambda: torch.backends.mkldnn.set_flags(_fp32_precision="bf16"),
+    "mkldnn-flags": lambda: ALL.mkldnn.set_flags(_fp32_precision="bf16"),
     "older-high": older("high"),
     "older-medium": older("medium"),
-    "older-allow-tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "older-allow-tf32": lambda: setattr(ALL.cuda.matmul, "allow_tf32", True),
     "older-then-transformers": lambda: (older("high")(), enable_tf32.__wrapped__(True)),
     "transformers-then-cuda": lambda: (enable_tf32.__wrapped__(True), setter("cuda", "ieee")()),
 }
@@ -56,7 +53,7 @@ def settings() -> dict[str, Any]:
     """Everything that torch says of float32 products; `mixed` where the older functions raise."""
     found = {name: backend.fp32_precision for name, backend in BACKENDS.items()}
     found["older"] = reading(torch.get_float32_matmul_precision)
-    found["allow_tf32"] = reading(lambda: torch.backends.cuda.matmul.allow_tf32)
+    found["allow_tf32"] = reading(lambda: ALL.cuda.matmul.allow_tf32)
     return found
 
 
@@ -65,7 +62,7 @@ def _defaults() -> Iterator[None]:
     before = settings()
     yield
     torch.set_float32_matmul_precision("highest")
-    torch.backends.mkldnn.set_flags(_fp32_precision="none")
+    ALL.mkldnn.set_flags(_fp32_precision="none")
     for backend in BACKENDS.values():
         backend.fp32_precision = "none"
     assert settings() == before
@@ -116,9 +113,9 @@ def test_lower_precision_is_not_used_for_contraction_and_stays_set(
 def test_what_followed_the_setting_of_all_backends_still_follows_it() -> None:
     enable_tf32.__wrapped__(True)
     step("mpo")
-    torch.backends.fp32_precision = "ieee"
+    ALL.fp32_precision = "ieee"
     assert settings()["cuda"] == settings()["mkldnn"] == "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    ALL.cuda.matmul.fp32_precision = "tf32"
     step("mpo")
-    torch.backends.fp32_precision = "none"
+    ALL.fp32_precision = "none"
     assert settings()["cuda"] == "tf32"

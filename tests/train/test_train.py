@@ -248,7 +248,7 @@ def test_the_adapter_is_a_checkpoint_that_folds(over: Trained, tmp_path: Path) -
 
 
 def test_a_plain_lora_is_no_checkpoint(trained: dict[tuple[str, str], Trained]) -> None:
-    with pytest.raises(CheckpointError, match="not trained by LoRA-Over"):
+    with pytest.raises(CheckpointError, match="holds a plain LoRA without the cores"):
         read_checkpoint(trained["llama", "lora"].adapter)
 
 
