@@ -123,10 +123,11 @@ class LoraOverCallback(TrainerCallback):
         self._leave_checkpoint(args, model, step)
 
     def _leave_checkpoint(self, args: TrainingArguments, model: nn.Module, step: int) -> None:
-        """Write the adapter and its cores into the Trainer's own folder, for a fold with a certificate."""
-        if self.over is None or not isinstance(
-            model, PeftModel
-        ):  # others write all of their weights, or cannot write themselves
+        """Write the adapter and its cores into the Trainer's own folder, for a fold with a certificate.
+
+        Only of a PeftModel: others would write all of their weights, or cannot write themselves.
+        """
+        if self.over is None or not isinstance(model, PeftModel):
             return
         weights = trainable_state_dict(model) if world_size() > 1 else None  # in every process
         if args.should_save:

@@ -253,8 +253,9 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             pass
         raise CheckpointError(
             f"{path / META_FILE}: no such file. This folder holds a plain LoRA without the cores behind it, which can "
-            "be served as it is. After training with LoraOverCallback, the Trainer's output_dir and its checkpoint-N "
-            "folders hold cores: name one of those, for a fold with a certificate or to resume."
+            "be served as it is, or its saving was cut off. After training with LoraOverCallback, the Trainer's "
+            "output_dir and its checkpoint-N folders hold cores: name one of those, for a fold with a certificate or "
+            "to resume."
         )
     found = read_json(path / META_FILE, _Version)
     if found.schema_version not in READABLE:
