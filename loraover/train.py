@@ -115,7 +115,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
     result = _result(run, recipe, timed, before, after)
     _publish(run, recipe, output, result, command)
     if recipe.push_to_hub is not None:
-        _push(recipe.push_to_hub, _product(recipe, output), report)
+        _push(recipe.push_to_hub, product(recipe, output), report)
     return result
 
 
@@ -149,7 +149,7 @@ def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, com
     if recipe.method == "full":
         title, kind, library = "Fine-tuned model", "A fine-tuned copy", "transformers"
     card = model_card(title, recipe.model, result.facts(), command, licence=licence, kind=kind, library=library)
-    with publish_directory(_product(recipe, output)) as draft:
+    with publish_directory(product(recipe, output)) as draft:
         run.model.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
         if run.over is not None:
@@ -158,7 +158,8 @@ def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, com
     publish_text(output / "run.json", result.model_dump_json(indent=1) + "\n")
 
 
-def _product(recipe: Recipe, output: Path) -> Path:
+def product(recipe: Recipe, output: Path) -> Path:
+    """The folder in a run's output that holds what was trained."""
     return output / ("model" if recipe.method == "full" else "adapter")
 
 
