@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,6 +20,7 @@ from loraover.errors import CheckpointError
 from loraover.importance.base import Loss, Probe, model_loss
 from loraover.overparam import OverParameterization
 from loraover.schedules import runs_model
+from loraover.sharding import trainable_state_dict, world_size
 from loraover.sites import find_sites, only_adapter
 
 
@@ -30,7 +32,7 @@ class LoraOverCallback(TrainerCallback):
         model.save_pretrained("adapter")      # a plain LoRA
 
     Every checkpoint that the Trainer saves becomes a LoRA-Over checkpoint, and a resumed run continues
-    with its cores.
+    with its cores. At the end of training, `output_dir` is one too, whatever the Trainer saves.
 
     Args:
         config: which matrices, when, and how; an absent seed is the Trainer's.
@@ -110,11 +112,28 @@ class LoraOverCallback(TrainerCallback):
     ) -> None:
         if self.over is None:
             return
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None and model is not None:
+        assert model is not None
+        step = state.global_step
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.over.detach()  # the model holds the best checkpoint's matrices by now, of which that has the cores
             self.restore(model, state.best_model_checkpoint, args.seed, steps=state.max_steps)
+            step = state.best_global_step or step
         else:
             self.over.fold()
+        self._leave_checkpoint(args, model, step)
+
+    def _leave_checkpoint(self, args: TrainingArguments, model: nn.Module, step: int) -> None:
+        """Write the adapter and its cores into the Trainer's own folder, for a fold with a certificate.
+
+        Only of a PeftModel: others would write all of their weights, or cannot write themselves.
+        """
+        if self.over is None or not isinstance(model, PeftModel):
+            return
+        weights = trainable_state_dict(model) if world_size() > 1 else None  # in every process
+        if args.should_save:
+            adapter = only_adapter(self.over.sites.values())
+            model.save_pretrained(args.output_dir, state_dict=weights, selected_adapters=[adapter])
+            self.save(args.output_dir, step=step)
 
     def save(self, directory: str | os.PathLike[str], *, step: int) -> None:
         """Add the cores to a folder that `model.save_pretrained` has written."""

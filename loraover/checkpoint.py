@@ -252,7 +252,10 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         with open_tensors(path / TENSORS_FILE):
             pass
         raise CheckpointError(
-            f"{path / META_FILE}: no such file. This adapter was not trained by LoRA-Over, or its saving was cut off."
+            f"{path / META_FILE}: no such file. This folder holds a plain LoRA without the cores behind it, which can "
+            "be served as it is, or its saving was cut off. After training with LoraOverCallback, the Trainer's "
+            "output_dir and its checkpoint-N folders hold cores: name one of those, for a fold with a certificate or "
+            "to resume."
         )
     found = read_json(path / META_FILE, _Version)
     if found.schema_version not in READABLE:

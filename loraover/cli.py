@@ -87,6 +87,7 @@ def train(
         return
     assert output is not None
     from loraover.progress import Reporter
+    from loraover.train import product
     from loraover.train import train as run
 
     console = Console(stderr=as_json)
@@ -97,7 +98,8 @@ def train(
         if output.exists():
             click.echo("to go on from the last whole checkpoint, run the same command with --resume", err=True)
         raise
-    console.print(f"adapter: {output / 'adapter'}", soft_wrap=True, markup=False)
+    made = product(loaded, output)
+    console.print(f"{made.name}: {made}", soft_wrap=True, markup=False)
     if as_json:
         print(result.model_dump_json(indent=1))
 

@@ -1,6 +1,6 @@
 """How every command of this project ends: 0 done, 1 checked and failed, 2 unusable request, 130 interrupted.
 
-`loraover-serve parity` also has 3: inconclusive.
+Checks that can be inconclusive also have 3: `loraover-export fold --check-error` and `onnx`, `loraover-serve parity`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from loraover.errors import EngineError, LoraOverError
 # Which models a user trains is nobody else's business; read when huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+INTERRUPTED = "interrupted: an output is whole or absent"
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
     "lm_eval": "eval",
@@ -39,7 +40,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
             result = command.main(args=None if arguments is None else list(arguments), standalone_mode=False)
         except BaseException as error:
             if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
-                print("interrupted: an output is whole or absent", file=sys.stderr)
+                print(INTERRUPTED, file=sys.stderr)
                 return 130
             return _explain(error)
     return result if isinstance(result, int) else 0

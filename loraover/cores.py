@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class CoreGroup:
         matrices = full(torch.stack([site.parameter.detach() for site in sites]))
         self.dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [_generator(seed, site.name) for site in sites]
-        cores = decomposition.init(matrices.double().cpu(), generators)
-        self.stacks = [core.to(matrices.device, self.dtype) for core in cores]
+        cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
+        self.stacks = [core.to(self.dtype).to(matrices.device) for core in cores]
         self.parameters = [[nn.Parameter(core) for core in stack] for stack in self.stacks]
         self._written = self._held()
 
@@ -102,15 +103,41 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
+BACKENDS: Any = torch.backends  # its attributes for precision have no types
+MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul)
+
+
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 or bfloat16 products while cores are contracted."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
+    """Neither autocast nor TF32 or bfloat16 products while cores are contracted.
+
+    Torch has two ways of setting these: attributes named `fp32_precision`, and older functions, which raise once the
+    attributes hold what they cannot express. Both are set, so that code which reads either finds full precision.
+    """
+    precisions = [matmul.fp32_precision for matmul in MATMULS]
+    with torch.autocast(device.type, enabled=False):
+        if all(precision in ("none", "ieee") for precision in precisions):
             yield
-    finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+            return
+        older = _older_precision()
+        if older is not None:
+            torch.set_float32_matmul_precision("highest")
+        for matmul in MATMULS:
+            matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if older is not None:
+                torch.set_float32_matmul_precision(older)
+            for matmul, precision in zip(MATMULS, precisions, strict=True):
+                matmul.fp32_precision = "none"  # takes the setting of all backends, which it may have had before
+                if matmul.fp32_precision != precision:
+                    matmul.fp32_precision = precision
+
+
+def _older_precision() -> str | None:
+    """What the older functions say; None where they raise."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None

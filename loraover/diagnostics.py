@@ -29,10 +29,10 @@ def core_numbers(over: OverParameterization) -> dict[str, float]:
     conditions = [1.0]
     for group in over.groups:
         for k, stack in enumerate(group.stacks):
-            square = float(stack.double().square().sum())
+            square = float(stack.cpu().double().square().sum())
             centre, auxiliary = (centre + square, auxiliary) if k == group.centre else (centre, auxiliary + square)
         for frame in group.decomposition.frames(group.stacks, *group.shape):
-            conditions.append(_condition(frame.double()))
+            conditions.append(_condition(frame.cpu().double()))
     cores, matrices = over.num_parameters()
     everything = sum(site.parameter.numel() for site in over.sites.values())
     return {

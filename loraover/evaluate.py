@@ -69,7 +69,7 @@ def example_losses(model: Any, batches: Iterable[dict[str, Any]]) -> list[Scored
     for batch in batches:
         labels = batch["labels"][:, shift:]
         logits = model(**batch).logits[:, : labels.shape[1]].float()
-        nats = cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").double().sum(1)
+        nats = cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").cpu().double().sum(1)
         found += [Scored(*pair) for pair in zip(nats.tolist(), (labels != -100).sum(1).tolist(), strict=True)]
     model.train(was_training)
     return found

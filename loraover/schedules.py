@@ -9,13 +9,14 @@ from contextlib import contextmanager
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraover.config import Budget, LoraOverConfig
 from loraover.decompositions import Decomposition
 from loraover.errors import ConfigError
 from loraover.importance import SCORES, GradientScore, Probe
 from loraover.importance.loss_impact import LossImpact
+from loraover.random_state import seeded
 from loraover.sharding import assign, full, gathered, of_rank_zero, reshard
 from loraover.sites import Site, match_sites
 
@@ -109,7 +110,7 @@ class Schedule:
         plain = [name for name in self.candidates if name not in taken]
         if self.config.schedule == "all":
             return self._record(step, {}, plain, 0)
-        with _undisturbed(self._probe), self._calibrated():
+        with _undisturbed(self._probe, self.config.seed or 0), self._calibrated():
             found = self.score.values(self._probe)
         forwards = self.score.forwards(self._probe) if isinstance(self.score, LossImpact) and self._probe else 0
         device = next(iter(self.candidates.values())).parameter.device
@@ -225,7 +226,8 @@ class Schedule:
     def _calibrated(self) -> Iterator[None]:
         """A static schedule's look at the probe's batches; what it does to the model is undone after the block.
 
-        Where B is zero, scores are zero by construction: then some steps are taken first.
+        Where B is zero, scores are zero by construction: then some steps are taken first. Backward passes run in
+        training mode, dropout included: only in that mode does a model checkpoint its activations.
         """
         if self.config.schedule != "static" or not runs_model(self.config):
             yield
@@ -233,15 +235,16 @@ class Schedule:
         assert self._probe is not None
         kept = {name: full(site.parameter.detach()).clone() for name, site in self._sites.items()}
         try:
-            if not all(matrix.any() for matrix in kept.values()):
-                logger.warning(
-                    "%s says nothing while B = 0: %d warm-up steps on %d batches, which are undone",
-                    *(self.config.score, self.config.calibration_steps, len(self._probe.batches)),
-                )
-                self._warm_up(self._probe)
-            if isinstance(self.score, GradientScore):
-                for batch in self._probe.batches:
-                    self.score.observe(self._gradients(self._probe, batch))
+            with _mode(self._probe.model, training=True):
+                if not all(matrix.any() for matrix in kept.values()):
+                    logger.warning(
+                        "%s says nothing while B = 0: %d warm-up steps on %d batches, which are undone",
+                        *(self.config.score, self.config.calibration_steps, len(self._probe.batches)),
+                    )
+                    self._warm_up(self._probe)
+                if isinstance(self.score, GradientScore):
+                    for batch in self._probe.batches:
+                        self.score.observe(self._gradients(self._probe, batch))
             yield
         finally:
             for name, matrix in kept.items():
@@ -272,21 +275,34 @@ def runs_model(config: LoraOverConfig) -> bool:
 
 
 @contextmanager
-def _undisturbed(probe: Probe | None) -> Iterator[None]:
-    """The model in eval mode; its mode and the random state are as before after the block."""
+def _undisturbed(probe: Probe | None, seed: int) -> Iterator[None]:
+    """The model in eval mode, and random numbers by the seed; both are as before after the block."""
     if probe is None:
         yield
         return
-    modes = {module: module.training for module in probe.model.modules()}
-    devices = sorted({p.device.index or 0 for p in probe.model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        probe.model.eval()
+    with seeded(seed, {p.device for p in probe.model.parameters()}), _mode(probe.model, training=False):
         try:
             yield
         finally:
-            for module, training in modes.items():
-                module.training = training
             reshard(probe.model)
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or eval mode for the length of a block.
+
+    Batch norms stay in eval mode: in training mode, each forward changes their running statistics.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    for module in modes:
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, before in modes.items():
+            module.training = before
 
 
 def _group(site: Site, quota: str) -> str:

@@ -87,9 +87,9 @@ def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
     """Rank 0's numbers, in every process."""
     if world_size() == 1:
         return numbers
-    shared = torch.tensor(numbers, dtype=torch.float64, device=device)
+    shared = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).to(device)  # not every GPU has float64
     dist.broadcast(shared, src=0)
-    found: list[float] = shared.tolist()
+    found: list[float] = shared.cpu().view(torch.float64).tolist()
     return found
 
 

@@ -149,7 +149,7 @@ def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None
 def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
     """The adapter folder, and the run's result once that is whole."""
     card = _card(recipe, result, run.source, command)
-    with publish_directory(_product(recipe, output)) as draft:
+    with publish_directory(product(recipe, output)) as draft:
         run.model.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
         if run.over is not None:
@@ -168,7 +168,7 @@ def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) ->
 
 
 def _push(repository: str, run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
-    folder = _product(recipe, output)
+    folder = product(recipe, output)
     if run.pushed_base is None:
         push(repository, folder, folder)
         return
@@ -176,7 +176,8 @@ def _push(repository: str, run: Prepared, recipe: Recipe, output: Path, result: 
         push(repository, copy, folder)
 
 
-def _product(recipe: Recipe, output: Path) -> Path:
+def product(recipe: Recipe, output: Path) -> Path:
+    """The folder in a run's output that holds what was trained."""
     return output / ("model" if recipe.method == "full" else "adapter")
 
 

@@ -18,6 +18,8 @@ from loraover.errors import CheckpointError
 from loraover.exact import Factor, adapter_of, open_exact
 from loraover.tensor_file import TensorFile
 
+WITHOUT_FLOAT64 = ("mps",)  # devices whose share of the work in float64 the CPU does
+
 
 class _Apply:
     """x -> x M^T for M given by cores, or by itself where it is not over-parameterised."""
@@ -26,8 +28,8 @@ class _Apply:
         self._factor = factor
         self._cores = factor.cores
 
-    def to(self, place: torch.device | torch.dtype) -> None:
-        self._cores = tuple(core.to(place) for core in self._cores)
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._cores = tuple(core.to(device).to(dtype) for core in self._cores)
 
     def __call__(self, x: Tensor) -> Tensor:
         factor = self._factor
@@ -38,15 +40,21 @@ class _Apply:
 
 
 @contextmanager
-def unfolded(base: nn.Module, source: Checkpoint | AdapterDir) -> Iterator[nn.Module]:
+def unfolded(
+    base: nn.Module, source: Checkpoint | AdapterDir, *, delta_dtype: torch.dtype = torch.float64
+) -> Iterator[nn.Module]:
     """The base model with the checkpoint's cores beside its weights, for the length of a block.
 
     Each adapted module returns W x + scaling * B(A(x)); A and B act through their cores, or as they are
     stored where they have none. Evaluation only: LoRA dropout is not applied.
 
+    W x is computed as the base model does. The rest is float64, so that the error of a reference does not grow with
+    the number of cores, of which a folded adapter has none.
+
     Args:
         base: the plain base model, in eval mode and in the dtype to compute in.
         source: a checkpoint, or a plain adapter.
+        delta_dtype: dtype that cores are applied in; float32 costs what training through the cores would.
     Raises:
         CheckpointError: the adapter was trained on another base model: a module is missing or has
             other dimensions, or its start had changed the weights.
@@ -62,14 +70,11 @@ def unfolded(base: nn.Module, source: Checkpoint | AdapterDir) -> Iterator[nn.Mo
                 kind = "lora_embedding_" if is_embedding else "lora_"
                 factor_a, factor_b = (exact.factor(f"{module}.{kind}{matrix}") for matrix in "AB")
                 target = target_module(base, module, factor_a.n, factor_b.m, adapter)
-                weight = next(target.parameters())
                 a, b = _Apply(factor_a), _Apply(factor_b)
-                a.to(weight.device)
-                b.to(weight.device)
                 bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
-                bias = exact.plain.read(bias_key).to(weight.device) if bias_key in exact.plain.keys else None
+                bias = exact.plain.read(bias_key) if bias_key in exact.plain.keys else None
                 embedding = factor_a.n if is_embedding else None
-                delta = _add_delta(a, b, bias, adapter.config.scaling(module), embedding)
+                delta = _add_delta(a, b, bias, adapter.config.scaling(module), embedding, delta_dtype)
                 handles.append(target.register_forward_hook(delta))
             saved.update(load_others(base, adapter, exact.plain))
         yield base
@@ -79,21 +84,25 @@ def unfolded(base: nn.Module, source: Checkpoint | AdapterDir) -> Iterator[nn.Mo
         put_parameters(base, saved)
 
 
-def _add_delta(a: _Apply, b: _Apply, bias: Tensor | None, scaling: float, embedding: int | None) -> Any:
+def _add_delta(
+    a: _Apply, b: _Apply, bias: Tensor | None, scaling: float, embedding: int | None, dtype: torch.dtype
+) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        wide = torch.promote_types(output.dtype, torch.float32)
-        a.to(wide)
-        b.to(wide)
-        if embedding is not None:
-            x = nn.functional.one_hot(args[0], embedding).to(wide)
-            scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
+        device = torch.device("cpu") if output.device.type in WITHOUT_FLOAT64 else output.device
+        wide = torch.promote_types(output.dtype, dtype)
+        a.to(device, wide)
+        b.to(device, wide)
+        x, scale = args[0].to(device), 1.0
+        if embedding is None:
+            x = x.to(wide)
         else:
-            x, scale = args[0].to(wide), 1.0
+            x = nn.functional.one_hot(x, embedding).to(wide)
+            scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
         delta: Tensor = b(a(x))
         if bias is not None:
-            delta = delta + bias.to(wide)
-        changed: Tensor = (output.to(wide) + scaling * scale * delta).to(output.dtype)
-        return changed
+            delta = delta + bias.to(device).to(wide)
+        changed = output.to(device).to(wide) + scaling * scale * delta
+        return changed.to(output.dtype).to(output.device)
 
     return hook
 

@@ -15,7 +15,7 @@ from loraover.sites import lora_layers
 
 @dataclass(frozen=True)
 class Factors:
-    """Float64 copies of A (r, in_features) and B (out_features, r) of a module, and its scaling."""
+    """Float64 copies, on the CPU, of A (r, in_features) and B (out_features, r) of a module, and its scaling."""
 
     a: Tensor
     b: Tensor
@@ -43,7 +43,7 @@ def factors(model: nn.Module, adapter: str | None = None) -> dict[str, Factors]:
 
 
 def _copy(parameter: Tensor) -> Tensor:
-    return full(parameter.detach()).to(torch.float64, copy=True)
+    return full(parameter.detach()).cpu().to(torch.float64, copy=True)  # an Apple GPU has no float64
 
 
 def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> float:

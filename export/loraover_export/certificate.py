@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 CERTIFICATE_FILE = "fold_certificate.json"
 NOISE_FACTOR = 3.0
+POWER = 2.0
+"""How many bounds an adapter must move logits by, so that its loss could not pass for noise."""
+
+Verdict = Literal["passed", "failed", "inconclusive"]
+EXIT_CODES: dict[str, int] = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
 
 
 class MatrixCertificate(BaseModel):
@@ -78,8 +84,23 @@ class OutputCertificate(BaseModel):
         return NOISE_FACTOR * self.noise.max_logit
 
     @property
+    def verdict(self) -> Verdict:
+        return judge(self.error.max_logit, self.bound, self.adapter_effect)
+
+    @property
     def passed(self) -> bool:
-        return self.error.max_logit <= self.bound
+        return self.verdict == "passed"
+
+
+def judge(error: float, bound: float, adapter_effect: float) -> Verdict:
+    """Verdict on a logit error.
+
+    The verdict is inconclusive where the error is within its bound, and an adapter that does nothing could be too:
+    where the adapter itself moves no logit by POWER bounds.
+    """
+    if not error <= bound:
+        return "failed"
+    return "inconclusive" if adapter_effect < POWER * bound else "passed"
 
 
 class FoldCertificate(BaseModel):
@@ -88,7 +109,7 @@ class FoldCertificate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    verdict: str
+    verdict: Verdict
     base_model: str | None
     dtype: str
     decomposition: str
@@ -102,4 +123,4 @@ class FoldCertificate(BaseModel):
 
     @property
     def passed(self) -> bool:
-        return all(m.passed for m in self.matrices) and (self.outputs is None or self.outputs.passed)
+        return self.verdict == "passed"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint import Checkpoint
-from loraover.errors import CheckpointError, ConfigError, DataError
-from loraover.exact import open_exact
+from loraover.errors import ConfigError, DataError
 from loraover.models import ModelSource, load_model, load_tokenizer
-from loraover.sites import Site, find_sites
 from loraover.unfolded import unfolded
 from loraover_export.certificate import Deviation, OutputCertificate
-from loraover_export.rounding import STORAGE_DTYPES, round_randomly
+from loraover_export.delta import other_tensors
+from loraover_export.deviation import RunningDeviation
+from loraover_export.twins import FOLDED, FoldedAndTwins
 
 TWINS = 3
 MAX_TOKENS = 256
+LOGITS_AT_ONCE = 2**24
+"""Elements of a piece: 64 MiB in float32, and no more than three pieces are held."""
+
 BUILT_IN_PROMPTS = (
     "The train leaves at nine and arrives at noon, so the journey takes three hours.",
     "A farmer has 17 sheep and buys 25 more. How many sheep are there now?",
@@ -57,6 +62,9 @@ def check_outputs(
     random to one of its two neighbours in `dtype`, and the rank dimension permuted, so that sums run in another
     order. Twins are compared with one another only, so that what is wrong with the fold is no part of the noise.
 
+    All models share the base weights and are run on one piece of one prompt after another, so the memory depends
+    neither on the number of prompts nor, where a model can leave logits out, on their length.
+
     Args:
         folded: directory of the written adapter.
         dtype: what it is stored in.
@@ -67,39 +75,61 @@ def check_outputs(
         CheckpointError: the base model is not the one that was trained.
         DataError: no usable prompt in the file.
     """
-    from peft import PeftModel
-
     report(f"loading the base model from {source.origin}")
     base = load_model(source, dtype="fp32", task_type=_task_type(checkpoint))
-    with unfolded(base, checkpoint) as model:
+    with unfolded(_sharing_weights(base), checkpoint) as reference:
         prompts = _prompts(source, base, prompts_file)
-        report(f"running the unfolded model on {prompts.source}")
-        reference = _logits(model, prompts)
-    plain_logits = _logits(base, prompts)
-    report("running the folded adapter, as PEFT loads it")
-    model = PeftModel.from_pretrained(base, str(folded)).eval()
-    error = _deviation(reference, _logits(model, prompts))
-    twins = []
-    for seed in range(TWINS):
-        report(f"measuring the noise floor, twin {seed + 1} of {TWINS}")
-        _write_twin(model, checkpoint, dtype, seed)
-        twins.append(_logits(model, prompts))
-    noises = [_deviation(one, other) for one, other in combinations(twins, 2)]
-    noise = Deviation(
-        **{name: max(getattr(n, name) for n in noises) for name in ("max_logit", "mean_logit", "max_kl", "mean_kl")},
-        top1_agreement=min(n.top1_agreement for n in noises),
-    )
+        report(f"loading the folded adapter with PEFT, and {TWINS} twins of it for the noise floor")
+        others = other_tensors(checkpoint.adapter)
+        adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS)
+        report(f"running the base model, the unfolded model, the folded adapter and its twins on {prompts.source}")
+        compared = _Compared()
+        for ids in prompts.batches:
+            for positions in _pieces(base, ids):
+                compared.add(base, reference, adapters, ids, positions)
     return OutputCertificate(
         base=source.origin,
         compute_dtype="fp32",
         prompts=len(prompts.batches),
         tokens=sum(batch.numel() for batch in prompts.batches),
         prompt_source=prompts.source,
-        error=error,
-        noise=noise,
+        error=compared.error.result(),
+        noise=_largest([noise.result() for noise in compared.noises]),
         twins=TWINS,
-        adapter_effect=_deviation(reference, plain_logits).max_logit,
+        adapter_effect=compared.effect.result().max_logit,
     )
+
+
+class _Compared:
+    """The deviations that the certificate states, over all pieces so far."""
+
+    def __init__(self) -> None:
+        self.effect, self.error = RunningDeviation(), RunningDeviation()
+        self.noises = [RunningDeviation() for _ in combinations(range(TWINS), 2)]
+
+    def add(self, base: Any, unfolded: Any, adapters: FoldedAndTwins, ids: Tensor, positions: Tensor | None) -> None:
+        """Run every model on one piece; no more logits are held than those of the twins."""
+        reference = _logits(unfolded, ids, positions)
+        self.effect.add(reference, _logits(base, ids, positions))
+        self.error.add(reference, _logits(adapters.active(FOLDED), ids, positions))
+        del reference
+        twins = [_logits(adapters.active(name), ids, positions) for name in adapters.twins]
+        for noise, (one, other) in zip(self.noises, combinations(twins, 2), strict=True):
+            noise.add(one, other)
+
+
+def _largest(noises: list[Deviation]) -> Deviation:
+    return Deviation(
+        **{name: max(getattr(n, name) for n in noises) for name in ("max_logit", "mean_logit", "max_kl", "mean_kl")},
+        top1_agreement=min(n.top1_agreement for n in noises),
+    )
+
+
+def _sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:
+    """A second model on the same tensors, apart from copies of those whose names are given; it may lack some."""
+    tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    copied = {id(tensors[name]) for name in but if name in tensors}
+    return copy.deepcopy(model, {id(t): t for t in tensors.values() if id(t) not in copied})
 
 
 def _task_type(checkpoint: Checkpoint) -> str | None:
@@ -132,52 +162,25 @@ def _prompts(source: ModelSource, base: Any, file: Path | None) -> Prompts:
     return Prompts(tuple(ids[i : i + 1] for i in range(len(ids))), source_name)
 
 
-@torch.no_grad()
-def _logits(model: Any, prompts: Prompts) -> list[Tensor]:
-    """(tokens, vocabulary) per prompt; one prompt at a time, so that nothing is padded."""
-    outputs = []
-    for ids in prompts.batches:
-        extra: Mapping[str, Tensor] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        logits = model(input_ids=ids, **extra).logits
-        outputs.append(logits.reshape(-1, logits.shape[-1]))
-    return outputs
+def _pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
+    """Positions of a prompt whose logits are looked at together, at most LOGITS_AT_ONCE elements; None means all.
 
-
-def _deviation(reference: list[Tensor], other: list[Tensor]) -> Deviation:
-    errors, divergences, same = [], [], []
-    for p, q in zip(reference, other, strict=True):
-        errors.append((p.double() - q.double()).abs())
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
-        same.append(p.argmax(-1) == q.argmax(-1))
-    error, divergence = torch.cat([e.flatten() for e in errors]), torch.cat(divergences)
-    return Deviation(
-        max_logit=float(error.max()),
-        mean_logit=float(error.mean()),
-        max_kl=float(divergence.max()),
-        mean_kl=float(divergence.mean()),
-        top1_agreement=float(torch.cat(same).double().mean()),
-    )
+    Each piece costs a forward pass over the whole prompt. Models that cannot leave logits out take all at once.
+    """
+    at_once = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    if ids.shape[1] <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        yield None
+        return
+    yield from torch.split(torch.arange(ids.shape[1]), at_once)
 
 
 @torch.no_grad()
-def _write_twin(model: nn.Module, checkpoint: Checkpoint, dtype: str, seed: int) -> None:
-    """Overwrite the loaded adapter with an equally good rounding of the same matrices."""
-    generator = torch.Generator().manual_seed(seed)
-    orders: dict[str, Tensor] = {}
-    with open_exact(checkpoint) as source:
-        for site in _lora_matrices(model):
-            key = checkpoint.adapter.sites.get(site.path)
-            if key is None:
-                raise CheckpointError(f"{checkpoint.adapter.tensors_path}: holds no {site.path}, which PEFT has made.")
-            exact = source.tensor(key).value
-            rounded = round_randomly(exact, STORAGE_DTYPES[dtype], generator)
-            rank_dim = 0 if site.matrix == "A" else 1
-            order = orders.setdefault(site.module, torch.randperm(rounded.shape[rank_dim], generator=generator))
-            site.parameter.copy_(rounded.index_select(rank_dim, order))
-
-
-def _lora_matrices(model: nn.Module) -> Iterator[Site]:
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    yield from find_sites(model).values()
+def _logits(model: Any, ids: Tensor, positions: Tensor | None) -> Tensor:
+    """(positions, vocabulary) of one prompt; one at a time, so that nothing is padded."""
+    extra: dict[str, Tensor] = {}
+    if model.config.is_encoder_decoder:
+        extra["decoder_input_ids"] = ids
+    if positions is not None:
+        extra["logits_to_keep"] = positions
+    logits: Tensor = model(input_ids=ids, **extra).logits
+    return logits.reshape(-1, logits.shape[-1])

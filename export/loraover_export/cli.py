@@ -25,18 +25,27 @@ def cli() -> None:
 @click.option("--check-error", is_flag=True, help="Compare outputs with the unfolded model too.")
 @click.option("--base", help="Base model, folder or hub name, instead of the one that the checkpoint names.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Text file with one prompt a line, for --check-error.")
+@click.option("--force", is_flag=True, help="Replace a folded adapter at the output, whole or not at all.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
 def fold(
-    checkpoint: Path, output: Path, dtype: str, check_error: bool, base: str | None, prompts: Path | None, as_json: bool
+    checkpoint: Path,
+    output: Path,
+    dtype: str,
+    check_error: bool,
+    base: str | None,
+    prompts: Path | None,
+    force: bool,
+    as_json: bool,
 ) -> int:
     """Contract CHECKPOINT's cores into a plain PEFT adapter and certify every matrix.
 
     CHECKPOINT is a LoRA-Over checkpoint or a Trainer's checkpoint-N. Exit code 1: the check failed, and no adapter
-    was left behind.
+    was left behind. Exit code 3: the adapter was written, but --check-error is inconclusive, since the adapter moves
+    no logit by twice the error that is allowed.
     """
     from loraover_export.run_fold import run_fold
 
-    return run_fold(checkpoint, output, dtype, check_error, base, prompts, as_json)
+    return run_fold(checkpoint, output, dtype, check_error, base, prompts, as_json, force)
 
 
 @cli.command()
@@ -90,7 +99,9 @@ def onnx(as_json: bool, **request: Any) -> int:
 
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA; swappable takes several. Decoder models
     become one onnxruntime-genai graph with a KV cache, T5 an encoder and a decoder, classifiers one graph. Exit code 1:
-    ONNX Runtime's outputs are too far from the unfolded PyTorch model's, and nothing was left behind.
+    ONNX Runtime's outputs are too far from the unfolded PyTorch model's, and nothing was left behind. Exit code 3: the
+    export was written, but its check is inconclusive, since an adapter moves no logit by twice the error that is
+    allowed.
     """
     from loraover_export.onnx.request import OnnxRequest
     from loraover_export.onnx.run import run_onnx

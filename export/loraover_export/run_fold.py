@@ -16,13 +16,22 @@ from loraover.adapter_dir import CONFIG_FILE
 from loraover.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint import Checkpoint, read_checkpoint
 from loraover.command import quiet_libraries
-from loraover.errors import ConfigError
+from loraover.errors import ConfigError, OutputError
 from loraover.licence import known_licence
 from loraover.model_card import model_card
 from loraover.models import ModelSource
 from loraover.output import check_free, publish_directory
 from loraover.run_result import environment, hardware
-from loraover_export.certificate import CERTIFICATE_FILE, FoldCertificate, matrix_facts
+from loraover_export.certificate import (
+    CERTIFICATE_FILE,
+    EXIT_CODES,
+    POWER,
+    FoldCertificate,
+    MatrixCertificate,
+    OutputCertificate,
+    Verdict,
+    matrix_facts,
+)
 from loraover_export.check_outputs import check_outputs
 from loraover_export.fold import write_config, write_folded
 
@@ -34,10 +43,20 @@ class _RejectedError(Exception):
 
 
 def run_fold(
-    source: Path, output: Path, dtype: str, check_error: bool, base: str | None, prompts: Path | None, as_json: bool
+    source: Path,
+    output: Path,
+    dtype: str,
+    check_error: bool,
+    base: str | None,
+    prompts: Path | None,
+    as_json: bool,
+    force: bool = False,
 ) -> int:
-    """Fold, certify and publish; returns the exit code, 0 or 1 where a check failed and nothing was published.
+    """Fold, certify and publish.
 
+    Returns:
+        The exit code: 0; 1 where a check failed and nothing was published; 3 where the adapter was published, and its
+        effect on the outputs is too small for their check.
     Raises:
         LoraOverError: anything about the request, the files or the base model that makes the fold impossible.
     """
@@ -45,7 +64,7 @@ def run_fold(
     console = Console(stderr=as_json)
     if (prompts is not None or base is not None) and not check_error:
         raise ConfigError("--base and --prompts belong to --check-error, which runs the model.")
-    check_free(output.absolute(), outside=source)
+    _check_output(output.absolute(), source, force)
     checkpoint = read_checkpoint(source)
     checkpoint.adapter.check_keeps_base()
     model = None
@@ -53,22 +72,30 @@ def run_fold(
         model = resolve_base([checkpoint.adapter], base, option="--base", say=lambda line: _say(console, line))
     command = _command(source, output, dtype, check_error, base, prompts)
     try:
-        with publish_directory(output, outside=source) as draft:
+        with publish_directory(output, outside=source, replace=force) as draft:
             certificate = _fold(checkpoint, draft, dtype, model, prompts, console)
             (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
             (draft / "README.md").write_text(_card(certificate, checkpoint, model, command), encoding="utf-8")
-            if not certificate.passed:
+            if certificate.verdict == "failed":
                 raise _RejectedError
     except _RejectedError:
         pass
     _show(certificate, console)
-    if certificate.passed:
-        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
-    else:
+    if certificate.verdict == "failed":
         console.print("nothing was written: an adapter that fails its check is not left behind")
+    else:
+        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
     if as_json:
         print(certificate.model_dump_json(indent=1))
-    return 0 if certificate.passed else 1
+    return EXIT_CODES[certificate.verdict]
+
+
+def _check_output(target: Path, source: Path, force: bool) -> None:
+    check_free(target, outside=source, replace=force)
+    if target.exists() and any(target.iterdir()) and not (target / CERTIFICATE_FILE).is_file():
+        raise OutputError(
+            f"{target} holds no folded adapter, and --force replaces folded adapters only; choose another output."
+        )
 
 
 def _command(source: Path, output: Path, dtype: str, check_error: bool, base: str | None, prompts: Path | None) -> str:
@@ -101,8 +128,8 @@ def _fold(
             write_config(naming(json.loads((draft / CONFIG_FILE).read_bytes()), model), draft)
             base_model = model.name
         outputs = check_outputs(checkpoint, draft, dtype, model, prompts, lambda line: _say(console, line))
-    certificate = FoldCertificate(
-        verdict="",
+    return FoldCertificate(
+        verdict=_verdict(matrices, outputs),
         base_model=base_model,
         dtype=dtype,
         decomposition=checkpoint.meta.config.decomposition,
@@ -114,7 +141,12 @@ def _fold(
         versions=environment(),
         hardware=hardware(),
     )
-    return certificate.model_copy(update={"verdict": "passed" if certificate.passed else "failed"})
+
+
+def _verdict(matrices: list[MatrixCertificate], outputs: OutputCertificate | None) -> Verdict:
+    if not all(matrix.passed for matrix in matrices):
+        return "failed"
+    return "passed" if outputs is None else outputs.verdict
 
 
 def _card(certificate: FoldCertificate, checkpoint: Checkpoint, model: ModelSource | None, command: str) -> str:
@@ -161,7 +193,15 @@ def _show(certificate: FoldCertificate, console: Console) -> None:
         )
     if certificate.outputs is not None:
         _show_outputs(certificate, console)
-    console.print(f"fold {certificate.verdict}", style="green" if certificate.passed else "red")
+    color = {"passed": "green", "failed": "red"}.get(certificate.verdict, "yellow")
+    console.print(f"fold {certificate.verdict}", style=color)
+    if certificate.verdict == "inconclusive":
+        console.print(
+            f"The matrices are within their bounds, but the adapter moves no logit by {POWER:g} times what is allowed, "
+            "so this check could not tell it from an adapter that does nothing. Try --prompts with texts that it was "
+            "trained for, or --dtype fp32.",
+            soft_wrap=True,
+        )
 
 
 def _show_outputs(certificate: FoldCertificate, console: Console) -> None:

@@ -86,7 +86,7 @@ class GradientScore(Score):
         for name, site in sites.items():
             shapes.setdefault((site.shape, site.parameter.device), []).append(name)
         self._groups = list(shapes.values())
-        self._sums: list[Tensor | None] = [None] * len(self._groups)
+        self._sums: list[Tensor | None] = [None] * len(self._groups)  # float64, on the CPU: not every GPU has it
         self._steps = 0
 
     @abstractmethod
@@ -118,9 +118,9 @@ class GradientScore(Score):
             return
         self._steps += 1
         for i, (names, stack) in enumerate(zip(self._groups, stacks, strict=True)):
-            found = self.of(i, partial(self._matrices, names), stack.div_(norm.to(stack.device)))
+            found = self.of(i, partial(self._matrices, names), stack.div_(norm.to(stack.device))).cpu().double()
             total = self._sums[i]
-            self._sums[i] = found.double() if total is None else total + found.double()
+            self._sums[i] = found if total is None else total + found
 
     def _matrices(self, names: Sequence[str]) -> Tensor:
         return full(torch.stack([self.sites[name].parameter.detach() for name in names])).float()
@@ -136,7 +136,7 @@ class GradientScore(Score):
         """What a resumed run needs to go on."""
         if not self._steps:
             return {}
-        sums = {f"sum.{i}": total.cpu() for i, total in enumerate(self._sums) if total is not None}
+        sums = {f"sum.{i}": total for i, total in enumerate(self._sums) if total is not None}
         return {"steps": torch.tensor(self._steps)} | sums
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -144,5 +144,4 @@ class GradientScore(Score):
         if not state:
             return
         self._steps = int(state["steps"])
-        for i, names in enumerate(self._groups):
-            self._sums[i] = state[f"sum.{i}"].to(self.sites[names[0]].parameter.device)
+        self._sums = [state[f"sum.{i}"] for i in range(len(self._groups))]

@@ -41,7 +41,7 @@ class Sensitivity(GradientScore):
         scores = dict.fromkeys(self.sites, 0.0)
         for names, smoothed, uncertain in zip(self._groups, self._smoothed, self._uncertain, strict=True):
             if smoothed is not None and uncertain is not None:
-                found = (smoothed.double() * uncertain.double()).mean((1, 2))
+                found = (smoothed.cpu().double() * uncertain.cpu().double()).mean((1, 2))
                 scores.update(zip(names, found.tolist(), strict=True))
         return scores
 

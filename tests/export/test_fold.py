@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,11 +31,13 @@ from loraover.command import run
 from loraover.decompositions import DECOMPOSITIONS, Mpo
 from loraover.models import resolve_model
 from loraover.tensor_file import save_tensors
+from loraover_export import check_outputs as check_outputs_module
+from loraover_export import deviation, run_fold
 from loraover_export import fold as fold_module
-from loraover_export import run_fold
-from loraover_export.certificate import FoldCertificate, MatrixCertificate
+from loraover_export.certificate import FoldCertificate, MatrixCertificate, judge
 from loraover_export.check_outputs import check_outputs
 from loraover_export.cli import cli
+from loraover_export.deviation import RunningDeviation
 from loraover_export.fold import write_folded
 
 from make_checkpoint import (
@@ -54,7 +58,7 @@ from make_checkpoint import (
     tree,
 )
 from oracles.contraction import Array
-from tiny_models import fill_b, token_ids
+from tiny_models import VOCABULARY, fill_b, token_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA: dict[str, dict[str, Any]] = {
@@ -532,6 +536,80 @@ def test_check_error_accepts_every_decomposition_and_training_dtype(
     assert fold(made.path, tmp_path / "out", "--check-error") == 0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_check_error_accepts_a_deep_chain(seed: int, tmp_path: Path) -> None:
+    """The reference applies eight cores, the folded adapter has two matrices; the difference is no error of the fold.
+
+    Between the cores, bonds are stretched in some directions and shrunk again, which changes no matrix, and multiplies
+    what a reference in float32 would round away.
+    """
+    config = LoraOverConfig(decomposition="chain", options={"depth": 8}, seed=seed)
+    made = make_checkpoint(tmp_path, config=config, target_modules=LINEAR, tokenizer=True)
+    rng = np.random.default_rng(seed)
+
+    def turn(found: dict[str, Tensor]) -> None:
+        for site in dict.fromkeys(key.rpartition(".core.")[0] for key in found if ".core." in key):
+            for k in range(7):
+                left, right = f"{site}.core.{k}", f"{site}.core.{k + 1}"
+                p, q = (np.linalg.qr(rng.standard_normal((found[left].shape[1],) * 2))[0] for _ in range(2))
+                gauge = torch.from_numpy(p * 2.0 ** rng.integers(-3, 4, len(p)) @ q)
+                found[left] = (found[left].double() @ gauge).float()
+                found[right] = torch.linalg.solve(gauge, found[right].double()).float()
+
+    edit_tensors(made.path / "loraover.safetensors", turn)
+    matrices = {key: torch.from_numpy(matrix).float() for key, matrix in oracle_matrices(made.path).items()}
+    edit_tensors(made.path / "adapter_model.safetensors", lambda found: found.update(matrices))
+    reseal(made.path)
+    assert fold(made.path, tmp_path / "out", "--check-error") == 0
+
+
+def weak_adapter(folder: Path) -> Made:
+    """It changes logits by less than float32 rounds, and by more than nothing."""
+    return make_checkpoint(folder, lora_alpha=1e-6, tokenizer=True)
+
+
+@pytest.mark.parametrize("fate", ["kept", "dropped"])
+def test_check_error_is_inconclusive_of_an_adapter_too_weak_for_it(
+    fate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that does nothing would pass, so neither does. What was certified by itself is left in place."""
+    made = weak_adapter(tmp_path / "made")
+
+    def write(checkpoint: Checkpoint, directory: Path, *rest: Any) -> list[MatrixCertificate]:
+        certificates = write_folded(checkpoint, directory, *rest)
+        edit_folded(Q_B, torch.zeros_like if fate == "dropped" else torch.clone)(directory)
+        return certificates
+
+    monkeypatch.setattr(run_fold, "write_folded", write)
+    assert fold(made.path, tmp_path / "out", "--check-error", "--dtype", "bf16") == 3
+    out = capsys.readouterr().out
+    assert "fold inconclusive" in out
+    assert f"wrote {tmp_path / 'out'}" in out
+    found = certificate(tmp_path / "out")
+    assert found.verdict == "inconclusive"
+    assert found.outputs is not None
+    assert 0 < found.outputs.adapter_effect < 2 * found.outputs.bound
+
+
+@pytest.mark.parametrize(
+    ("error", "effect", "verdict"),
+    [(1.0, 2.0, "passed"), (1.0, 1.99, "inconclusive"), (1.01, 9.0, "failed"), (1.01, 0.0, "failed")],
+)
+def test_a_verdict_is_conclusive_if_the_adapters_loss_would_be_noticed(
+    error: float, effect: float, verdict: str
+) -> None:
+    assert judge(error, 1.0, effect) == verdict
+
+
+def test_logits_that_are_no_numbers_fail() -> None:
+    assert judge(float("nan"), 1.0, 9.0) == "failed"
+    found = torch.ones(3, 5)
+    running = RunningDeviation()
+    for other in (found, found.index_fill(1, torch.tensor(2), float("nan")), found):
+        running.add(found, other)
+    assert math.isnan(running.result().max_logit)
+
+
 def test_check_error_needs_room_for_noise(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict is the measured noise's, not a constant: without room above it, the same fold fails."""
     monkeypatch.setattr("loraover_export.certificate.NOISE_FACTOR", 1e-3)
@@ -560,6 +638,127 @@ def test_prompts_are_read_one_a_line(made: Made, tmp_path: Path) -> None:
     assert outputs is not None
     assert (outputs.prompts, outputs.tokens) == (3, 5 + 5 + 1)
     assert outputs.prompt_source == "3 of the prompts of prompts.txt"
+
+
+@pytest.fixture
+def live_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of all logits that are held whenever a model has been run."""
+    seen: list[int] = []
+    held: dict[int, int] = {}
+    run_model = check_outputs_module._logits
+
+    def counted(*arguments: Any) -> Tensor:
+        found = run_model(*arguments)
+        held[id(found)] = found.numel()
+        weakref.finalize(found, held.pop, id(found))
+        seen.append(sum(held.values()))
+        return found
+
+    monkeypatch.setattr(check_outputs_module, "_logits", counted)
+    return seen
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_memory_does_not_grow_with_the_prompts(count: int, made: Made, tmp_path: Path, live_logits: list[int]) -> None:
+    """At most the three twins' logits of one prompt."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the train leaves at nine\n" * count)
+    assert fold(made.path, tmp_path / "out", "--check-error", "--prompts", str(prompts)) == 0
+    assert len(live_logits) == 6 * count
+    assert max(live_logits) == 3 * 5 * VOCABULARY
+
+
+def test_memory_does_not_grow_with_a_long_prompt(
+    made: Made, tmp_path: Path, live_logits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece by piece it gives the figures of the whole, but for the rounding of other sums."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the train leaves at nine and a farmer has 17 sheep red blue " * 3)
+    options = ("--check-error", "--prompts", str(prompts), "--dtype", "bf16")
+    assert fold(made.path, tmp_path / "whole", *options) == 0
+    assert max(live_logits) == 3 * 39 * VOCABULARY
+    live_logits.clear()
+    monkeypatch.setattr(check_outputs_module, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    monkeypatch.setattr(deviation, "ELEMENTS_AT_ONCE", 2 * VOCABULARY)
+    assert fold(made.path, tmp_path / "pieces", *options) == 0
+    assert max(live_logits) == 3 * 5 * VOCABULARY
+    assert len(live_logits) == 6 * 8
+    whole, pieces = (certificate(tmp_path / name).outputs for name in ("whole", "pieces"))
+    assert whole is not None
+    assert pieces is not None
+    assert (pieces.prompts, pieces.tokens) == (1, 39)
+    for one, other in ((whole.error, pieces.error), (whole.noise, pieces.noise)):
+        assert one.model_dump() == pytest.approx(other.model_dump(), rel=1e-2)
+    assert pieces.adapter_effect == pytest.approx(whole.adapter_effect, rel=1e-5)
+
+
+def test_the_base_model_is_left_as_it_was_by_an_adapter_with_biases(tmp_path: Path) -> None:
+    """PEFT loads them into the base model, on whose weights the unfolded model and the plain one run too."""
+    made = make_checkpoint(tmp_path, bias="all", base_options={"attention_bias": True}, tokenizer=True)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"
+    edit_tensors(made.path / "adapter_model.safetensors", lambda found: found.update({key: found[key] + 1.0}))
+    reseal(made.path)
+    assert fold(made.path, tmp_path / "out", "--check-error") == 0
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    model = PeftModel.from_pretrained(load_base(made), made.path).eval()
+    ids = torch.tensor([[4, 5, 6]])
+    with torch.no_grad():
+        effect = float((model(input_ids=ids).logits - load_base(made)(input_ids=ids).logits).abs().max())
+    assert outputs.adapter_effect > 0.1 * effect > 10 * outputs.bound
+
+
+# Output that exists
+
+
+def test_force_replaces_a_folded_adapter_whole(made: Made, tmp_path: Path) -> None:
+    assert fold(made.path, tmp_path / "out", "--dtype", "bf16") == 0
+    (tmp_path / "out" / "stray").write_text("of the older adapter")
+    assert fold(made.path, tmp_path / "out") == 2
+    assert certificate(tmp_path / "out").dtype == "bf16"
+    assert fold(made.path, tmp_path / "out", "--force") == 0
+    assert certificate(tmp_path / "out").dtype == "fp32"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fold_that_fails_leaves_the_older_adapter(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fold(made.path, tmp_path / "out") == 0
+    before = tree(tmp_path)
+    right = fold_module.round_tensor
+    monkeypatch.setattr(fold_module, "round_tensor", lambda *arguments: 2 * right(*arguments))
+    assert fold(made.path, tmp_path / "out", "--force") == 1
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "folder", "file", "link"])
+def test_force_replaces_folded_adapters_only(
+    kind: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    match kind:
+        case "checkpoint":
+            shutil.copytree(made.path, target)
+        case "folder":
+            target.mkdir()
+            (target / "mine").touch()
+        case "file":
+            target.write_text("mine")
+        case _:
+            target.symlink_to(made.path)
+    before = tree(tmp_path)
+    assert fold(made.path, target, "--force") == 2
+    assert str(target) in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_force_spares_the_input(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fold(made.path, tmp_path / "out") == 0
+    inner = shutil.copytree(made.path, tmp_path / "out" / "checkpoint")
+    assert fold(inner, tmp_path / "out", "--force") == 2
+    assert "holds the input" in capsys.readouterr().err
 
 
 def test_the_built_in_prompts_are_the_default(made: Made, tmp_path: Path) -> None:

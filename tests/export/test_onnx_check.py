@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from loraover_export.onnx.session import GraphSession
 from loraover_export.rounding import round_nearest
 
 from make_checkpoint import tree
-from onnx_export import OnnxMade, export
+from onnx_export import OnnxMade, export, read_report, tiny_lora
 
 MODES = ("merged", "swappable")
 DOWN = "model.layers.0.mlp.down_proj"
@@ -139,6 +140,58 @@ def test_an_adapter_that_is_not_applied_is_rejected(monkeypatch: pytest.MonkeyPa
 def test_a_merge_that_did_nothing_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
     monkeypatch.setattr(export_module, "merge", lambda model, source: [])
     rejected("merged")
+
+
+def merged_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificates are those of a merge, but the exported model is not the merged one."""
+    monkeypatch.setattr(export_module, "merge", lambda model, source: merge_module.merge(copy.deepcopy(model), source))
+
+
+DROPPED: dict[str, Mutant] = {
+    "merged": merged_elsewhere,
+    "swappable": changed(scaled(0.0)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_int4_graph_without_its_adapter_is_rejected(
+    mode: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected
+) -> None:
+    """The adapter moves logits by less than int4 may; only the change that it makes gives its loss away."""
+    DROPPED[mode](monkeypatch)
+    found = rejected(mode, "--precision", "int4", names=["second"])
+    logits, change = (check for check in found.checks if check.adapter == "second")
+    assert (logits.compared, logits.verdict) == ("logits", "inconclusive")
+    assert logits.error < logits.bound
+    assert (change.compared, change.verdict) == ("change", "failed")
+    assert change.error == pytest.approx(change.adapter_effect)
+
+
+@pytest.mark.parametrize("fate", ["kept", "dropped"])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_too_weak_for_the_check_is_inconclusive(
+    mode: str,
+    precision: str,
+    fate: str,
+    made: OnnxMade,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It would pass for one that does nothing, so an export that dropped it must not pass."""
+    tiny_lora(made.base, tmp_path / "weak", lora_alpha=1e-6, alpha_pattern={})
+    if fate == "dropped":
+        DROPPED[mode](monkeypatch)
+    capfd.readouterr()
+    code = export(tmp_path / "weak", tmp_path / "out", "--mode", mode, "--precision", precision)
+    output = capfd.readouterr().out
+    assert code == 3, output
+    assert "export inconclusive" in output
+    assert f"wrote {tmp_path / 'out'}" in output
+    report = read_report(tmp_path / "out")
+    assert report.verdict == "inconclusive"
+    assert {check.adapter for check in report.checks if check.passed} <= {None}
 
 
 def edited(change: Callable[[Any], object]) -> Mutant:

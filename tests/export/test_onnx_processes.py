@@ -189,6 +189,7 @@ def test_a_killed_export_leaves_nothing_or_all(made: OnnxMade, warm: float, tmp_
     assert killed > 0
     assert export(made.folder / "first", tmp_path / "out", *MERGED) == 0
     assert_whole(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "drafts of killed exports are removed"
 
 
 def ended_within(pid: int, seconds: float) -> bool:

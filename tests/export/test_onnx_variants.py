@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from loraover.exact import read_source
+from loraover.models import load_model, resolve_model
+from loraover_export.onnx.int4 import rounded_copy
+
 from compatibility import record
 from onnx_export import Exports, export, exported, make_exports, read_report, tiny_base, tiny_lora
 from onnx_graph import FEEDS, UNIT, Graph, genai_tokens, torch_logits, torch_tokens, worst_error
@@ -141,11 +145,24 @@ def test_int4_keeps_what_an_adapter_changes(int4: Exports) -> None:
     assert float((int4.merged.logits(feed) - base - change).norm() / change.norm()) < 0.3
 
 
+def test_int4_rounds_as_the_noise_has_it(int4: Exports) -> None:
+    """The bound of an int4 graph is made of what PyTorch's rounded copy does to the logits."""
+    feed = FEEDS["one row"]
+    model = load_model(resolve_model(str(int4.folder / "base")))
+    source = read_source(int4.folder / "first")
+    copy = rounded_copy(model, source)
+    expected, rounded = torch_logits(int4.models["first"], feed), torch_logits(copy, feed)
+    noise = float((rounded - expected).abs().max())
+    assert float((int4.merged.logits(feed) - rounded).abs().max()) < 0.2 * noise
+    with int4.model(None) as base:
+        assert float((torch_logits(model, feed) - torch_logits(base, feed)).abs().max()) < 1e-6  # left as it was
+
+
 def test_int4_spares_the_adapters_matrices(int4: Exports) -> None:
     found = read_report(int4.folder / "swappable")
     lora = int4.swappable(None).session.get_overridable_initializers()
     assert len(lora) == len(found.matrices) - 8  # the second adapter's targets are the first one's too
     assert {value.type for value in lora} == {"tensor(float)"}
-    assert {check.noise_of for check in found.checks} == {"int4 rounding of the base model"}
+    assert {check.noise_of for check in found.checks} == {"PyTorch with weights in 4 bits and activations in 8"}
     largest = (int4.folder / "swappable" / "model.onnx.data").stat().st_size
     assert largest < 0.6 * (int4.folder / "base" / "model.safetensors").stat().st_size

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from loraover import Budget, LoraOverCallback, LoraOverConfig
+from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe
 from loraover.callback import calibration_batches
 
-from tiny_models import tiny_llama, token_ids, with_lora
+from tiny_models import tiny_llama, tiny_net, token_ids, with_lora
 
 ROWS = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 
@@ -89,14 +91,18 @@ def test_a_static_run_of_the_trainer_sees_the_data_that_a_plain_one_sees(score: 
         batches: list[Any] = []
 
         def watch(module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
-            if module.training:
-                batches.append(kwargs["labels"].tolist())
+            batches.append(kwargs["labels"].tolist())
 
-        model.register_forward_pre_hook(watch, with_kwargs=True)
+        class Watch(TrainerCallback):
+            """From the first step on, when the schedule has chosen."""
+
+            def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+                model.register_forward_pre_hook(watch, with_kwargs=True)
+
         args = TrainingArguments(
             str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True
         )
-        Trainer(model, args, train_dataset=ROWS, callbacks=callbacks).train()
+        Trainer(model, args, train_dataset=ROWS, callbacks=[*callbacks, Watch()]).train()
         return batches
 
     callback = LoraOverCallback(LoraOverConfig(schedule="static", score=score, budget=Budget(fraction=0.25)))
@@ -105,3 +111,75 @@ def test_a_static_run_of_the_trainer_sees_the_data_that_a_plain_one_sees(score: 
     assert seen([callback]) == plain
     assert callback.over is not None
     assert len(callback.over.injected) == 7
+
+
+BATCHES = [{"input_ids": batch, "labels": batch} for batch in (token_ids(seed) for seed in range(3))]
+
+
+def chosen(model: Any, batches: Any = BATCHES, **config: Any) -> dict[str, float]:
+    """Scores of a static choice on a language model."""
+    config = {"schedule": "static", "score": "fisher", "budget": Budget(sites=4), "calibration_steps": 2} | config
+    over = OverParameterization(model, LoraOverConfig(**config), probe=Probe(model, batches))
+    return over.schedule.rounds[0].scores
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("draw_b", "backwards"), [(True, 3), (False, 5)], ids=["b", "zero-b"])
+def test_calibration_checkpoints_as_training_does(draw_b: bool, backwards: int, reentrant: bool, mode: str) -> None:
+    """With checkpointing, each backward runs every layer once more; 2 warm-up steps come first where B = 0."""
+    model = with_lora(tiny_llama(), task_type="CAUSAL_LM", draw_b=draw_b).train(mode == "train")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    forwards = []
+    layers = model.get_base_model().model.layers
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    chosen(model)
+    assert len(forwards) == 2 * backwards * len(layers)
+    assert {module.training for module in model.modules()} == {mode == "train"}
+
+
+def test_loss_impact_warms_up_with_checkpointing_and_compares_losses_without_dropout() -> None:
+    model = with_lora(tiny_llama(), task_type="CAUSAL_LM", draw_b=False, lora_dropout=0.5).train()
+    model.gradient_checkpointing_enable()
+    modes = []
+    model.register_forward_hook(lambda module, *_: modes.append((module.training, torch.is_grad_enabled())))
+    chosen(model, score="loss_impact")
+    assert modes[:2] == [(True, True)] * 2
+    assert set(modes[2:]) == {(False, False)}
+
+
+@pytest.mark.parametrize("score", ["fisher", "sensitivity", "loss_impact"])
+@pytest.mark.parametrize("draw_b", [True, False])
+def test_a_choice_with_dropout_depends_on_the_seed_alone(score: str, draw_b: bool) -> None:
+    def scores(state: int, seed: int) -> tuple[dict[str, float], Any]:
+        random.seed(state)
+        np.random.seed(state)
+        torch.manual_seed(state)
+        model = with_lora(tiny_llama(), task_type="CAUSAL_LM", draw_b=draw_b, lora_dropout=0.5).train()
+        found = chosen(model, score=score, seed=seed)
+        return found, (random.random(), np.random.rand(), torch.rand(3).tolist())
+
+    def draws(state: int) -> Any:
+        random.seed(state)
+        np.random.seed(state)
+        torch.manual_seed(state)
+        return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+    with torch.random.fork_rng(devices=[]):
+        first, left = scores(state=1, seed=5)
+        assert left == draws(1)
+        assert scores(state=2, seed=5)[0] == first
+        assert (scores(state=1, seed=6)[0] == first) == (score == "loss_impact" and draw_b)
+
+
+def test_running_statistics_do_not_move() -> None:
+    net = tiny_net()
+    base = net.get_base_model()
+    base.third = nn.Sequential(nn.BatchNorm1d(8), base.third)
+    kept = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    probe = Probe(net, [torch.randn(4, 6)], lambda model, x: model(x).square().mean())
+    OverParameterization(net.train(), LoraOverConfig(schedule="static", budget=Budget(sites=2)), probe=probe)
+    assert len(kept) == 3
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in net.named_buffers())

@@ -18,11 +18,13 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, SealCheckpoints, read_checkpoint
 from loraover.adapter_dir import site_key
+from loraover.command import run as run_command
 from loraover.errors import CheckpointError, ConfigError
 from loraover.progress import Reporter, TrainingProgress
 from loraover.schedule_map import placed
 from loraover.tensor_file import open_tensors
 from loraover.threads import one_thread
+from loraover_export.cli import cli as export_cli
 
 from tiny_models import (
     VOCABULARY,
@@ -127,6 +129,42 @@ def test_the_three_lines_of_a_users_script(tmp_path: Path) -> None:
             assert torch.equal(site.parameter, matrix)
 
 
+def test_fold_takes_what_training_leaves_and_says_what_a_plain_lora_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = trainer_of(tmp_path / "run", model := llama())
+    trainer.train()
+    model.save_pretrained(tmp_path / "adapter")
+    assert_holds(model, tmp_path / "run")
+    assert_contracted(tmp_path / "run", sites=28)
+    assert read_checkpoint(tmp_path / "run").meta.step == 4
+
+    assert run_command(export_cli, ["fold", str(tmp_path / "adapter"), "-o", str(tmp_path / "folded")]) == 2
+    said = capsys.readouterr().err
+    assert "holds a plain LoRA without the cores behind it, which can be served as it is" in said
+    assert "output_dir and its checkpoint-N folders hold cores" in said
+    trainer.save_model()  # into the same folder, which stays a checkpoint
+    assert run_command(export_cli, ["fold", str(tmp_path / "run"), "-o", str(tmp_path / "folded")]) == 0
+    folded = adapter_tensors(tmp_path / "folded")
+    for key, matrix in adapter_tensors(tmp_path / "run").items():
+        torch.testing.assert_close(folded[key], matrix)
+    assert (tmp_path / "folded" / "fold_certificate.json").is_file()
+
+
+def test_what_training_leaves_is_of_the_adapter_that_was_trained(tmp_path: Path) -> None:
+    model = llama(adapter="math")
+    model.add_adapter("frozen", LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer_of(tmp_path, model).train()
+    assert_contracted(tmp_path / "math", sites=28)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"math"}
+
+
+def test_a_model_that_peft_does_not_save_trains_without_leaving_anything(tmp_path: Path) -> None:
+    inner = llama().base_model.model
+    trainer_of(tmp_path, inner).train()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_saved_checkpoint_holds_the_cores(tmp_path: Path) -> None:
     model = llama()
     trainer_of(tmp_path, model, save_strategy="steps", save_steps=2, seed=11).train()
@@ -185,7 +223,7 @@ def test_an_interrupted_training_can_be_begun_again(tmp_path: Path) -> None:
         trainer.train()
     trainer.remove_callback(interrupt)
     trainer.train()
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4"}
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
     assert args.save_total_limit == 2
     assert_contracted(tmp_path / "checkpoint-4", sites=28)
 
@@ -380,6 +418,9 @@ def test_the_best_models_weights_are_kept_at_the_end_with_their_cores(schedule: 
         assert_contracted(tmp_path / f"checkpoint-{step}", sites=sites)
     with pytest.raises(AssertionError):
         assert_holds(model, tmp_path / "checkpoint-4")
+    assert_holds(model, tmp_path)
+    assert_contracted(tmp_path, sites=first)
+    assert read_checkpoint(tmp_path).meta.step == 1
     model.save_pretrained(tmp_path / "best")
     callback.save(tmp_path / "best", step=4)
     assert_contracted(tmp_path / "best", sites=first)

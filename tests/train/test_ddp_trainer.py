@@ -12,6 +12,7 @@ from loraover import read_checkpoint
 from loraover.adapter_dir import read_json
 from loraover.errors import CheckpointError
 from loraover.resume import SEAL_FILE, Seal, last_whole_checkpoint
+from loraover.tensor_file import open_tensors
 
 from parallel_run import equal
 from parallel_trainer import STEPS, run, trainer_of
@@ -53,6 +54,14 @@ def test_two_processes_log_what_one_does_at_their_global_batch(saw: list[dict[st
     alone = run(tmp_path, rows=4, dropout=0.0)
     assert saw[0]["apart"]["logged"] == pytest.approx(alone["logged"], rel=1e-5)
     assert [found["chosen"] for found in saw[0]["apart"]["rounds"]] == [found["chosen"] for found in alone["rounds"]]
+
+
+def test_training_leaves_a_checkpoint_of_both_processes(folder: Path, saw: list[dict[str, Any]]) -> None:
+    checkpoint = read_checkpoint(folder / "run")
+    assert (checkpoint.meta.step, checkpoint.meta.world_size, len(checkpoint.sites)) == (STEPS, 2, 8)
+    with open_tensors(checkpoint.adapter.tensors_path) as file:
+        stored = {key: file.read(key) for key in file.keys}
+    assert equal(stored, {key.replace(".default", ""): matrix for key, matrix in saw[0]["whole"]["matrices"].items()})
 
 
 def test_only_rank_0_writes_but_for_random_states(folder: Path) -> None:

@@ -17,7 +17,6 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.decompositions import DECOMPOSITIONS
 from loraover.error_bounds import gamma, unit_roundoff
 from loraover.errors import ConfigError
 from loraover.threads import one_thread
@@ -438,35 +437,6 @@ def test_bfloat16_adapters_have_float32_cores() -> None:
     assert sum(int((before[key] != later[key]).sum()) for key in before) > 4 * sum(moved)
     assert {matrix.dtype for matrix in later.values()} == {torch.bfloat16}
     assert_contracted(over)
-
-
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_a_lower_global_precision_is_not_used_for_contraction(
-    decomposition: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind, seen = DECOMPOSITIONS[decomposition], []
-    contract = kind.contract
-
-    def watched(self: Any, *args: Any) -> Tensor:
-        seen.append(torch.get_float32_matmul_precision())
-        return contract(self, *args)
-
-    def trained(precision: str) -> list[Tensor]:
-        model, over, optimizer = make(decomposition=decomposition)
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            for parameter in trainable(model):
-                parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
-            optimizer.step()
-            assert torch.get_float32_matmul_precision() == precision
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return cores(over) + list(lora_matrices(model).values())
-
-    monkeypatch.setattr(kind, "contract", watched)
-    assert same(trained("medium"), trained("highest"))
-    assert set(seen) == {"highest"}
 
 
 def test_autocast_around_a_step_is_not_used_for_contraction() -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from loraover.errors import OutputError
-from loraover.output import check_free, publish_directory, publish_file
+from loraover.output import check_free, check_writable, publish_directory, publish_file
 
 from make_checkpoint import tree
 
@@ -69,6 +75,21 @@ def test_a_folder_obeys_the_umask(tmp_path: Path, umask: int) -> None:
     with publish_directory(tmp_path / "out") as draft:
         assert stat.S_IMODE(draft.stat().st_mode) == 0o777 & ~umask
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+
+
+def test_the_umask_is_obeyed_without_being_changed(tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change would be seen by the process's other threads, whose files would be open to all."""
+
+    def change(mask: int) -> int:
+        pytest.fail("the umask was changed")
+
+    def keep_private(draft: Path) -> None:
+        (draft / "b").chmod(0o600)
+
+    monkeypatch.setattr(os, "umask", change)
+    publish(tmp_path / "out", keep_private)
+    assert stat.S_IMODE((tmp_path / "out" / "b").stat().st_mode) == 0o666 & ~umask
+    assert set(tree(tmp_path / "out")) == {"inner", "inner/a", "b"}
 
 
 @pytest.mark.parametrize("ending", ENDINGS, ids=kind)
@@ -346,3 +367,206 @@ def test_what_holds_the_input_is_not_replaced(tmp_path: Path) -> None:
 def fill_old(folder: Path) -> None:
     folder.mkdir()
     (folder / "stale").write_text("old")
+
+
+# What a kill leaves
+
+CHILD = """
+import os, signal, shutil, sys
+from pathlib import Path
+from loraover.output import publish_directory, publish_file
+
+def stop():
+    print("stopped", flush=True)
+    sys.stdin.readline()
+
+how, target = sys.argv[1], Path(sys.argv[2])
+rename, rmtree = Path.rename, shutil.rmtree
+
+def stopping_rename(self, to):
+    if how == "between the renames" and self.suffix == ".tmp":
+        stop()
+    return rename(self, to)
+
+def stopping_rmtree(path, *args, **kwargs):
+    if how == "after the renames" and Path(path).suffix == ".old":
+        stop()
+    return rmtree(path, *args, **kwargs)
+
+Path.rename, shutil.rmtree = stopping_rename, stopping_rmtree
+if how == "in a file":
+    publish_file(target, lambda draft: [draft.write_text("half"), stop()])
+else:
+    with publish_directory(target, replace=True) as draft:
+        (draft / "new").write_text("new")
+        if how == "in a folder":
+            stop()
+"""
+MOMENTS = ["in a folder", "in a file", "between the renames", "after the renames"]
+
+
+@contextmanager
+def stopped(how: str, target: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is about to publish, stopped in the midst of it; a line on its standard input lets it go on."""
+    command = [sys.executable, "-c", CHILD, how, str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "stopped\n"
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def hidden(folder: Path) -> list[str]:
+    """The endings of what lies hidden in a folder."""
+    return sorted(path.suffix for path in folder.iterdir() if path.name.startswith("."))
+
+
+def killed(how: str, target: Path) -> None:
+    with stopped(how, target):
+        pass
+
+
+@pytest.mark.parametrize("how", ["in a folder", "in a file"])
+def test_the_next_run_removes_a_killed_ones_draft(how: str, tmp_path: Path) -> None:
+    for name in ("out", "out.1", "other"):
+        killed(how, tmp_path / name)
+    assert hidden(tmp_path) == [".tmp"] * 3
+    with publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    assert len(hidden(tmp_path)) == 2
+    publish_file(tmp_path / "other", lambda draft: draft.write_text("new"))
+    check_writable(tmp_path / "out.1")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
+
+
+@pytest.mark.parametrize("how", ["in a folder", "in a file"])
+def test_the_draft_of_a_running_process_stays(how: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with stopped(how, target) as child:
+        check_writable(target)
+        publish_file(target, lambda draft: draft.write_text("first"))
+        target.unlink()
+        assert hidden(tmp_path) == [".tmp"]
+        child.communicate("\n")
+        assert child.returncode == 0
+    assert list(tmp_path.iterdir()) == [target]
+    assert (target.read_text() if how == "in a file" else tree(target).keys()) in ("half", {"new"})
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_kill_between_the_renames_costs_nothing(replace: bool, tmp_path: Path) -> None:
+    fill_old(target := tmp_path / "out")
+    killed("between the renames", target)
+    assert hidden(tmp_path) == [".old", ".tmp"]
+    assert not target.exists()
+    if replace:
+        with publish_directory(target, replace=True) as draft:
+            assert set(tree(target)) == {"stale"}
+            fill(draft)
+    else:
+        with pytest.raises(OutputError, match="exists already"), publish_directory(target):
+            pytest.fail("the block ran")
+        assert set(tree(target)) == {"stale"}
+        assert hidden(tmp_path) == [".tmp"]
+        with publish_directory(target, replace=True) as draft:
+            fill(draft)
+    assert list(tmp_path.iterdir()) == [target]
+    assert set(tree(target)) == {"inner", "inner/a", "b"}
+
+
+def test_a_kill_after_the_renames_leaves_the_new_folder(tmp_path: Path) -> None:
+    fill_old(target := tmp_path / "out")
+    killed("after the renames", target)
+    assert hidden(tmp_path) == [".old"]
+    assert set(tree(target)) == {"new"}
+    with pytest.raises(OutputError, match="exists already"):
+        check_writable(target)
+    assert list(tmp_path.iterdir()) == [target]
+    assert set(tree(target)) == {"new"}
+
+
+def test_of_several_old_folders_the_last_is_put_back(tmp_path: Path) -> None:
+    for name in ("0000000f", "00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        (tmp_path / name).rename(tmp_path / f".out.{name}.old")
+        time.sleep(0.05)  # a file system's clock ticks every few milliseconds
+    with pytest.raises(OutputError, match="exists already"):
+        check_writable(tmp_path / "out")
+    assert set(tree(tmp_path)) == {"out", "out/00000001"}
+
+
+@pytest.mark.parametrize("how", ["between the renames", "after the renames"])
+def test_the_old_folder_of_a_running_replacement_stays(how: str, tmp_path: Path) -> None:
+    fill_old(target := tmp_path / "out")
+    with stopped(how, target) as child:
+        before = hidden(tmp_path)
+        if how == "between the renames":
+            check_writable(target)
+        else:
+            with pytest.raises(OutputError, match="exists already"):
+                check_writable(target)
+        assert hidden(tmp_path) == before
+        assert ".old" in before
+        child.communicate("\n")
+        assert child.returncode == 0
+    assert list(tmp_path.iterdir()) == [target]
+    assert set(tree(target)) == {"new"}
+
+
+def test_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    one, other = (tmp_path / ("n" * 249 + end) for end in "ab")
+    fill_old(one)
+    killed("between the renames", one)
+    with publish_directory(other) as draft:
+        fill(draft)
+    assert hidden(tmp_path) == [".old", ".tmp"]
+    with pytest.raises(OutputError, match="exists already"):
+        check_writable(one)
+    assert set(tree(one)) == {"stale"}
+
+
+def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    killed("in a folder", tmp_path / "out")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    with publish_directory(tmp_path / "out", replace=True) as draft:
+        fill(draft)
+    assert hidden(tmp_path) == [".tmp"]
+    assert set(tree(tmp_path / "out")) == {"inner", "inner/a", "b"}
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_draft_that_is_swept_away_before_it_is_locked_is_made_again(
+    is_held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+    swept: list[Path] = []
+
+    def sweeping(descriptor: int, operation: int) -> None:
+        if not swept:
+            (draft,) = tmp_path.glob(".out.*.tmp")
+            shutil.rmtree(draft)
+            swept.append(draft)
+            if is_held:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweeping)
+    with publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    assert swept == [draft]
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_block_does_not_remove_the_draft_of_one_around_it(tmp_path: Path) -> None:
+    with publish_directory(tmp_path / "out") as outer:
+        fill(outer)
+        check_writable(tmp_path / "out")
+        assert (outer / "b").is_file()

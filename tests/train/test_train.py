@@ -139,6 +139,16 @@ def test_a_run_folder_holds_what_it_should(done: Trained) -> None:
     assert checkpoints == {"checkpoint-2", "checkpoint-4"}
 
 
+@pytest.mark.parametrize(("method", "name"), [("full", "model"), ("lora-over", "adapter")])
+def test_the_command_says_where_the_result_is(
+    method: str, name: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(recipe, out, "--method", method, "--steps", 1, "--set", "evaluation.before=false") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{name}: {out / name}"
+    assert (out / name / "README.md").is_file()
+
+
 def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
@@ -240,7 +250,7 @@ def test_the_adapter_is_a_checkpoint_that_folds(over: Trained, tmp_path: Path) -
 
 
 def test_a_plain_lora_is_no_checkpoint(trained: dict[tuple[str, str], Trained]) -> None:
-    with pytest.raises(CheckpointError, match="not trained by LoRA-Over"):
+    with pytest.raises(CheckpointError, match="holds a plain LoRA without the cores"):
         read_checkpoint(trained["llama", "lora"].adapter)
 
 

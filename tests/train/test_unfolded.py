@@ -10,14 +10,16 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, read_checkpoint
+from loraover.adapter_dir import site_key
 from loraover.decompositions import DECOMPOSITIONS, Decomposition
 from loraover.errors import CheckpointError
 from loraover.unfolded import unfolded
 
-from make_checkpoint import EMBEDDING, LINEAR, Made, edit_tensors, logits, make_checkpoint, reseal
+from make_checkpoint import EMBEDDING, LINEAR, Made, edit_tensors, logits, make_checkpoint, oracle_matrices, reseal
 from tiny_models import tiny_gpt2, tiny_llama
 
 # Both models compute in float64. A forward of two layers runs through fewer than 1000 rounded operations, on
@@ -97,6 +99,67 @@ def test_it_never_forms_a_or_b(decomposition: str, tmp_path: Path, request: pyte
     request.getfixturevalue("no_contraction")
     with unfolded(load_base(made), checkpoint) as model:
         assert largest_difference(logits(model), made.logits()) < TOLERANCE
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_its_delta_is_exact_beside_a_float32_model(decomposition: str, tmp_path: Path) -> None:
+    """Many cores in float32 would add an error of their own, which no folded adapter has.
+
+    The delta is that of the oracle's matrices in float64, and only the sum with W x is rounded to float32.
+    """
+    made = make_checkpoint(tmp_path, config=LoraOverConfig(decomposition=decomposition, seed=5))
+    base, matrices = load_base(made), oracle_matrices(made.path)
+    seen: list[tuple[Tensor, Tensor]] = []
+    module = "model.layers.1.self_attn.v_proj"
+    with unfolded(base, read_checkpoint(made.path)) as model:
+        layer: Any = model.get_submodule(module)
+        layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+        logits(model)
+    ((x, found),) = seen
+    a, b = (torch.from_numpy(matrices[site_key(f"{module}.lora_{matrix}")]) for matrix in "AB")
+    exact = torch.nn.functional.linear(x, layer.weight).double() + 2 * x.double() @ a.mT @ b.mT
+    assert found.dtype == torch.float32
+    # one rounding, and room for float64's own
+    assert bool(((found.double() - exact).abs() <= 2.0**-24 * 1.0001 * exact.abs() + 1e-13).all())
+
+
+class OnMps(Tensor):
+    """Says that it lies on an Apple GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("mps")
+
+
+class AppleGpu(TorchFunctionMode):
+    """Moves tensors to and from a GPU that refuses float64, as PyTorch's MPS backend does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.double and isinstance(args[0], OnMps):
+            raise TypeError("MPS has no float64")
+        if func is Tensor.to:
+            tensor, place = args
+            if place == torch.device("mps"):
+                assert tensor.dtype != torch.float64
+                return tensor.as_subclass(OnMps)
+            if place == torch.device("cpu"):
+                return tensor.as_subclass(Tensor)
+            if place == torch.float64 and isinstance(tensor, OnMps):
+                raise TypeError("MPS has no float64")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_cpu_computes_what_an_apple_gpu_cannot(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, lora_bias=True)
+    base = load_base(made)
+    layer = base.get_submodule("model.layers.0.self_attn.q_proj")
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), unfolded(base, read_checkpoint(made.path)):
+        expected = layer(x)
+        with AppleGpu():
+            found = layer(x.as_subclass(OnMps))
+    assert isinstance(found, OnMps)
+    assert torch.equal(found.as_subclass(Tensor), expected)
 
 
 def test_sites_without_cores_keep_their_matrices(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from loraover.adapter_dir import AdapterDir
 from loraover.checkpoint import Checkpoint
 from loraover.unfolded import unfolded
+from loraover_export.onnx.int4 import rounded_copy
 from loraover_export.onnx.kind import Case, Kind, Run
 from loraover_export.onnx.report import CaseError, GraphCheck, Greedy
 
@@ -26,47 +27,64 @@ class Reference:
 
     Args:
         logits: (positions, vocabulary) for each case.
-        noise: largest deviation of the same in another precision; None where PyTorch has no such precision.
+        noise: largest deviation of the same in another precision.
+        rounded: for int4, the same from a model that rounds as the graph does.
         greedy: tokens after `prompt` and the logits before each, and before the end of the text if it came.
     """
 
     logits: list[Tensor]
-    noise: float | None
+    noise: float
     noise_of: str
+    rounded: list[Tensor] | None
     prompt: Tensor
     greedy: tuple[Tensor, Tensor] | None
 
 
 @torch.no_grad()
 def make_reference(
-    kind: Kind, model: Any, source: Checkpoint | AdapterDir | None, cases: list[Case], precision: str
+    kind: Kind,
+    model: Any,
+    source: Checkpoint | AdapterDir | None,
+    cases: list[Case],
+    precision: str,
+    *,
+    merged: bool = False,
 ) -> Reference:
     """Run the unfolded model, or the base model where `source` is None.
 
     The noise is what rounding alone does: float32 against float64 (transformers keeps its norms in float32),
-    or float16 against float32.
+    float16 against float32, or weights and activations rounded as in an int4 graph.
+
+    Args:
+        merged: an int4 graph rounds weights with the adapter in them.
     """
 
-    def run(model: Any) -> list[Tensor]:
-        with nullcontext(model) if source is None else unfolded(model, source) as whole:
+    def run(
+        model: Any, source: Checkpoint | AdapterDir | None = source, delta_dtype: torch.dtype = torch.float64
+    ) -> list[Tensor]:
+        with nullcontext(model) if source is None else unfolded(model, source, delta_dtype=delta_dtype) as whole:
             return [kind.compared(case, kind.reference(whole, case)) for case in cases]
 
     logits = run(model)
     prompt = cases[0].ids[:1]
     with nullcontext(model) if source is None else unfolded(model, source) as whole:
         greedy = kind.generate_reference(whole, prompt, GENERATED)
-    noise, noise_of = None, "int4 rounding of the base model"
+    rounded = None
     if precision == "fp32":
-        noise, noise_of = largest(logits, run(model.double())), "PyTorch in float32 against float64"
+        in_float32 = run(model, delta_dtype=torch.float32)
+        noise, noise_of = largest(in_float32, run(model.double())), "PyTorch in float32 against float64"
         model.float()  # exact: its weights were float32
-    elif precision == "fp16":
+    elif precision == "int4":
+        rounded = run(rounded_copy(model, source), None) if merged and source else run(rounded_copy(model, None))
+        noise, noise_of = largest(logits, rounded), "PyTorch with weights in 4 bits and activations in 8"
+    else:
         noise, noise_of = largest(logits, run(copy.deepcopy(model).half())), "PyTorch in float16 against float32"
-    return Reference(logits, noise, noise_of, prompt, greedy)
+    return Reference(logits, noise, noise_of, rounded, prompt, greedy)
 
 
 def largest(one: list[Tensor], other: list[Tensor]) -> float:
     """The largest difference of two lists of logits."""
-    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(one, other, strict=True))
+    return max(float(difference.abs().max()) for difference in _differences(one, other))
 
 
 def run_cases(kind: Kind, run: Run, cases: list[Case]) -> list[Tensor]:
@@ -82,32 +100,55 @@ def check_graph(
     cases: list[Case],
     reference: Reference,
     base: Reference,
-    quantised: list[Tensor] | None,
-) -> GraphCheck:
+    found_base: list[Tensor] | None,
+) -> list[GraphCheck]:
     """Compare one adapter's outputs, or the base model's, at every shape.
+
+    In an int4 graph, the rounding of the base weights moves logits by as much as an adapter may, and would hide that
+    the adapter is missing. Most of it is the same without the adapter, so the change that the adapter makes is compared
+    as well.
 
     Args:
         adapter: its files without their endings; None for the graph as it is.
         reference: what it must give.
         base: what the base model gives.
-        quantised: for int4, the engine's logits of the base model, whose error is the noise.
+        found_base: the engine's logits of the base model, if changes are to be compared.
     """
     found = run_cases(kind, kind.runner(folder, device, adapter), cases)
-    errors = [(a.double() - b.double()).abs() for a, b in zip(reference.logits, found, strict=True)]
-    noise = reference.noise
-    if noise is None:
-        noise = largest(base.logits, found if quantised is None else quantised)
-    return GraphCheck(
+    effect = largest(base.logits, reference.logits)
+    logits = GraphCheck(
         adapter=None if adapter is None else adapter.name,
-        cases=[
-            CaseError(case=case.name, max_logit=float(error.max()), mean_logit=float(error.mean()))
-            for case, error in zip(cases, errors, strict=True)
-        ],
-        noise=noise,
+        cases=_errors(cases, reference.logits, found),
+        noise=reference.noise,
         noise_of=reference.noise_of,
-        adapter_effect=largest(base.logits, reference.logits),
+        adapter_effect=effect,
         greedy=_greedy(kind, folder, device, adapter, reference),
     )
+    if found_base is None or reference.rounded is None or base.rounded is None:
+        return [logits]
+    expected = _differences(reference.logits, base.logits)
+    change = GraphCheck(
+        adapter=logits.adapter,
+        compared="change",
+        cases=_errors(cases, expected, _differences(found, found_base)),
+        noise=largest(expected, _differences(reference.rounded, base.rounded)),
+        noise_of=reference.noise_of,
+        adapter_effect=effect,
+        greedy=None,
+    )
+    return [logits, change]
+
+
+def _errors(cases: list[Case], expected: list[Tensor], found: list[Tensor]) -> list[CaseError]:
+    errors = [error.abs() for error in _differences(expected, found)]
+    return [
+        CaseError(case=case.name, max_logit=float(error.max()), mean_logit=float(error.mean()))
+        for case, error in zip(cases, errors, strict=True)
+    ]
+
+
+def _differences(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
+    return [a.double() - b.double() for a, b in zip(one, other, strict=True)]
 
 
 def _greedy(kind: Kind, folder: Path, device: str, adapter: Path | None, reference: Reference) -> Greedy | None:

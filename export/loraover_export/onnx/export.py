@@ -25,7 +25,7 @@ from loraover_export.onnx.check import Reference, check_graph, make_reference, r
 from loraover_export.onnx.decoder import Decoder
 from loraover_export.onnx.graph_file import check_file
 from loraover_export.onnx.kind import Case, Kind, Plan
-from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport
+from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, judge_export
 from loraover_export.onnx.request import Inputs, OnnxRequest
 from loraover_export.onnx.seq2seq import Seq2Seq
 from loraover_export.onnx.session import has_provider
@@ -94,9 +94,16 @@ class Export:
             self.say("running the unfolded model in PyTorch")
             for name in (None, *self.inputs.adapters):
                 source = None if name is None else self.inputs.adapters[name]
-                references[name] = make_reference(self.kind, self.model, source, cases, self.request.precision)
-        matrices, quantised = self._write(cases)
-        checks = self._check(cases, references, quantised) if self.request.check else []
+                references[name] = make_reference(
+                    self.kind,
+                    self.model,
+                    source,
+                    cases,
+                    self.request.precision,
+                    merged=self.request.mode == "merged",
+                )
+        matrices, found_base = self._write(cases)
+        checks = self._check(cases, references, found_base) if self.request.check else []
         return self._report(matrices, checks)
 
     def _tokens(self) -> torch.Tensor:
@@ -109,7 +116,7 @@ class Export:
         return torch.tensor(ids[:STREAM])
 
     def _write(self, cases: list[Case]) -> tuple[list[MatrixCertificate], list[torch.Tensor] | None]:
-        """Put the graphs and adapters into the draft; also what an int4 graph makes of the base model."""
+        """Put the graphs and adapters into the draft; also a merged int4 graph's logits of the base model."""
         request = self.request
         if request.graph is not None:
             return self._write_adapters(read_layout(request.graph, self.kind.graphs)), None
@@ -121,13 +128,13 @@ class Export:
             dtype = "fp16" if request.precision == "fp16" else "fp32"
             layout = write_swappable(self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype)
             return self._write_adapters(layout), None
-        quantised = None
+        found_base = None
         if request.check and request.precision == "int4":
-            quantised = self._quantised_base(cases)
+            found_base = self._quantised_base(cases)
         (source,) = self.inputs.adapters.values()
         certificates = merge(self.model, source)
         self._export(Plan(request.precision, request.device), self.draft)
-        return certificates, quantised
+        return certificates, found_base
 
     def _export(self, plan: Plan, out: Path) -> None:
         self.say(f"building the {plan.precision} graph of {type(self.model).__name__}")
@@ -154,27 +161,28 @@ class Export:
         ]
 
     def _check(
-        self, cases: list[Case], references: dict[str | None, Reference], quantised: list[torch.Tensor] | None
+        self, cases: list[Case], references: dict[str | None, Reference], found_base: list[torch.Tensor] | None
     ) -> list[GraphCheck]:
         folder = self.request.graph or self.draft
-        if quantised is None and self.request.precision == "int4":
-            quantised = run_cases(self.kind, self.kind.runner(folder, self.request.device, None), cases)
+        if found_base is None and self.request.precision == "int4":
+            found_base = run_cases(self.kind, self.kind.runner(folder, self.request.device, None), cases)
         checks = []
         for name, reference in references.items():
             if self.request.mode == "merged" and name is None:
                 continue
             self.say(f"running the graph in ONNX Runtime, {'no adapter' if name is None else name}")
             adapter = None if name is None or self.request.mode == "merged" else self.draft / name
-            check = check_graph(
-                self.kind, folder, self.request.device, adapter, cases, reference, references[None], quantised
+            known = None if name is None else found_base
+            found = check_graph(
+                self.kind, folder, self.request.device, adapter, cases, reference, references[None], known
             )
-            checks.append(check.model_copy(update={"adapter": name}))
+            checks += [check.model_copy(update={"adapter": name}) for check in found]
         return checks
 
     def _report(self, matrices: list[MatrixCertificate], checks: list[GraphCheck]) -> OnnxReport:
         request = self.request
-        report = OnnxReport(
-            verdict="not checked",
+        return OnnxReport(
+            verdict=judge_export(checks, matrices),
             mode=request.mode,
             precision=request.precision,
             device=request.device,
@@ -187,9 +195,6 @@ class Export:
             versions=environment("onnx", "onnxruntime", "onnxruntime-genai"),
             hardware=hardware(),
         )
-        if not report.passed:
-            return report.model_copy(update={"verdict": "failed"})
-        return report.model_copy(update={"verdict": "passed"}) if request.check else report
 
 
 def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxRequest:

@@ -10,7 +10,7 @@ from loraover.errors import OutputError
 from loraover.licence import known_licence
 from loraover.model_card import model_card
 from loraover.output import check_free, publish_directory
-from loraover_export.certificate import matrix_facts
+from loraover_export.certificate import EXIT_CODES, matrix_facts
 from loraover_export.onnx.export import Export
 from loraover_export.onnx.report import REPORT_FILE, OnnxReport
 from loraover_export.onnx.request import Inputs, OnnxRequest, read_inputs
@@ -29,7 +29,8 @@ def run_onnx(request: OnnxRequest, as_json: bool) -> int:
     """Export, check and publish.
 
     Returns:
-        The exit code: 0, or 1 where a check failed and nothing was published.
+        The exit code: 0; 1 where a check failed and nothing was published; 3 where the export was published, and an
+        adapter's effect on the outputs is too small for their check.
     Raises:
         LoraOverError: anything about the request, the files or the base model that makes the export impossible.
     """
@@ -49,7 +50,7 @@ def run_onnx(request: OnnxRequest, as_json: bool) -> int:
     show_report(report, request.output, console)
     if as_json:
         print(report.model_dump_json(indent=1))
-    return 1 if report.verdict == "failed" else 0
+    return EXIT_CODES[report.verdict]
 
 
 def _check_output(request: OnnxRequest) -> None:
@@ -64,7 +65,9 @@ def _card(request: OnnxRequest, inputs: Inputs, report: OnnxReport) -> str:
     facts: dict[str, str] = {"mode": report.mode, "precision": report.precision, "verdict": report.verdict}
     facts |= {f"adapter {name}": source for name, source in report.adapters.items()}
     for check in report.checks:
-        facts[f"max logit error, {check.adapter or 'no adapter'}"] = f"{check.error:.2e}, allowed {check.bound:.2e}"
+        facts[f"max {check.quantity} error, {check.adapter or 'no adapter'}"] = (
+            f"{check.error:.2e}, allowed {check.bound:.2e}"
+        )
     facts |= matrix_facts(report.matrices) | inputs.base.facts()
     licence = known_licence(report.base_model, inputs.base.revision)
     kind = "ONNX graphs, with their LoRA adapters,"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loraover_export.certificate import POWER
 from loraover_export.onnx.report import GraphCheck, OnnxReport
 
 
@@ -20,7 +21,7 @@ def show_report(report: OnnxReport, output: Path, console: Console) -> None:
             table.add_column(column, justify="left" if column == "adapter" else "right")
         for check in report.checks:
             table.add_row(
-                escape(check.adapter or "none"),
+                escape(check.adapter or "none") + (", its change" if check.compared == "change" else ""),
                 f"{check.error:.2e}",
                 f"{check.noise:.2e}",
                 f"{check.bound:.2e}",
@@ -31,6 +32,12 @@ def show_report(report: OnnxReport, output: Path, console: Console) -> None:
         console.print(f"noise: {report.checks[0].noise_of}")
     color = {"passed": "green", "failed": "red"}.get(report.verdict, "yellow")
     console.print(f"export {report.verdict}", style=color)
+    if report.verdict == "inconclusive":
+        console.print(
+            f"An adapter moves no logit by {POWER:g} times what is allowed, so this check could not tell it from an "
+            "adapter that does nothing. A larger --precision allows less.",
+            soft_wrap=True,
+        )
     if report.verdict == "failed":
         console.print("nothing was written: an export that fails its check is not left behind")
     else:

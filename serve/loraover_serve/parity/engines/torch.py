@@ -71,7 +71,7 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
     switches: dict[str, Switch] = {"base": base} | {arm: adapted(arm) for arm in adapters}
     if checkpoint is not None:
         plain, source = load_base(), read_checkpoint(checkpoint)
-        switches["unfolded"] = lambda: unfolded(plain, source)
+        switches["unfolded"] = lambda: unfolded(plain, source, delta_dtype=torch.float32)  # as training computes
     return TorchEngine(switches)
 
 

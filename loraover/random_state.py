@@ -1,0 +1,39 @@
+"""Random numbers for a look at a model in the middle of a run, which must not notice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Draws that depend on the seed alone; Python's, NumPy's and torch's states are as before after the block.
+
+    Args:
+        seed: The start of every generator.
+        devices: Where the model lies; the CPU is always included.
+    """
+    used = set(devices)
+    gpus = sorted({device.index or 0 for device in used if device.type == "cuda"})
+    apple = torch.mps.get_rng_state() if any(device.type == "mps" for device in used) else None
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=gpus):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        for index in gpus:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        if apple is not None:
+            torch.mps.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            if apple is not None:
+                torch.mps.set_rng_state(apple)

@@ -1,0 +1,121 @@
+"""Cores are contracted in full float32 precision, however lower precision was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from transformers.utils.import_utils import enable_tf32
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.decompositions import DECOMPOSITIONS
+
+from tiny_models import fill_b, lora_matrices, trainable, with_lora
+
+ALL: Any = torch.backends
+BACKENDS: dict[str, Any] = {"all": ALL, "cuda": ALL.cuda.matmul, "mkldnn": ALL.mkldnn.matmul}
+
+
+def setter(backend: str, precision: str) -> Callable[[], None]:
+    return lambda: setattr(BACKENDS[backend], "fp32_precision", precision)
+
+
+def older(precision: str) -> Callable[[], None]:
+    return lambda: torch.set_float32_matmul_precision(precision)
+
+
+WAYS: dict[str, Callable[[], Any]] = {
+    "transformers": lambda: enable_tf32.__wrapped__(True),  # without its cache, which makes a second call do nothing
+    "cuda": setter("cuda", "tf32"),
+    "mkldnn-bf16": setter("mkldnn", "bf16"),
+    "mkldnn-tf32": setter("mkldnn", "tf32"),
+    "mkldnn-flags": lambda: ALL.mkldnn.set_flags(_fp32_precision="bf16"),
+    "older-high": older("high"),
+    "older-medium": older("medium"),
+    "older-allow-tf32": lambda: setattr(ALL.cuda.matmul, "allow_tf32", True),
+    "older-then-transformers": lambda: (older("high")(), enable_tf32.__wrapped__(True)),
+    "transformers-then-cuda": lambda: (enable_tf32.__wrapped__(True), setter("cuda", "ieee")()),
+}
+
+
+def reading(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except RuntimeError:
+        return "mixed"
+
+
+def settings() -> dict[str, Any]:
+    """Everything that torch says of float32 products; `mixed` where the older functions raise."""
+    found = {name: backend.fp32_precision for name, backend in BACKENDS.items()}
+    found["older"] = reading(torch.get_float32_matmul_precision)
+    found["allow_tf32"] = reading(lambda: ALL.cuda.matmul.allow_tf32)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _defaults() -> Iterator[None]:
+    before = settings()
+    yield
+    torch.set_float32_matmul_precision("highest")
+    ALL.mkldnn.set_flags(_fp32_precision="none")
+    for backend in BACKENDS.values():
+        backend.fp32_precision = "none"
+    assert settings() == before
+
+
+def step(decomposition: str) -> list[Tensor]:
+    """The matrices and cores after an optimizer step.
+
+    The matrices are large enough that a processor with bfloat16 products uses them once they are allowed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = with_lora(nn.Sequential(nn.Linear(512, 512)), target_modules=["0"], r=128)
+    fill_b(model)
+    optimizer = SGD(trainable(model), lr=1e-2)
+    over = OverParameterization(model, LoraOverConfig(decomposition=decomposition)).attach(optimizer)
+    for parameter in trainable(model):
+        parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
+    optimizer.step()
+    return [*(stack.clone() for group in over.groups for stack in group.stacks), *lora_matrices(model).values()]
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize("way", WAYS)
+def test_lower_precision_is_not_used_for_contraction_and_stays_set(
+    way: str, decomposition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, seen = DECOMPOSITIONS[decomposition], []
+    contract = kind.contract
+
+    def watched(self: Any, *args: Any) -> Tensor:
+        seen.append(settings())
+        return contract(self, *args)
+
+    expected = step(decomposition)
+    monkeypatch.setattr(kind, "contract", watched)
+    WAYS[way]()
+    before = settings()
+    found = step(decomposition)
+    assert settings() == before
+    assert len(seen) > 2
+    assert {(told["cuda"], told["mkldnn"], told["older"], told["allow_tf32"]) for told in seen} == {
+        ("ieee", "ieee", "highest", False)
+    }
+    assert all(map(torch.equal, found, expected))
+
+
+def test_what_followed_the_setting_of_all_backends_still_follows_it() -> None:
+    enable_tf32.__wrapped__(True)
+    step("mpo")
+    ALL.fp32_precision = "ieee"
+    assert settings()["cuda"] == settings()["mkldnn"] == "ieee"
+    ALL.cuda.matmul.fp32_precision = "tf32"
+    step("mpo")
+    ALL.fp32_precision = "none"
+    assert settings()["cuda"] == "tf32"
