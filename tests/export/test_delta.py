@@ -25,7 +25,7 @@ from loraover_export.delta import Delta, other_tensors, read_deltas
 
 from make_checkpoint import EMBEDDING, LINEAR, edit_tensors, make_checkpoint, oracle_matrices
 from plain_adapter import write_adapter
-from strategies import matrices, sizes
+from strategies import matrices, normal, sizes
 from tolerances import UNIT
 
 Long = npt.NDArray[np.longdouble]
@@ -171,6 +171,16 @@ def test_the_bound_rejects(mutant: str, tmp_path: Path) -> None:
         scaling = SCALING["patterns"](delta.module.rpartition(".")[2])
         wrong = Exact(MUTANTS[mutant](delta, scaling), product.bound, product.site)
         assert excess(wrong, truth) > 1e4, delta.module
+
+
+def test_the_bound_of_a_product_covers_the_errors_of_both_factors() -> None:
+    """Numbers above zero whose errors all point upwards come as close to the bound as rounding lets them."""
+    size = [normal(seed, *shape).abs() for seed, shape in enumerate([(4, 7), (4, 7), (5, 4), (5, 4)])]
+    a, b = Exact(size[0], 1e-3 * size[1], None), Exact(size[2], 1e-3 * size[3], None)
+    product = Delta(Q, False, a, b).product()
+    largest = (b.value + b.bound) @ (a.value + a.bound) - product.value
+    assert bool((product.bound >= (1 - 1e-9) * largest).all())
+    assert bool((product.bound <= (1 + 1e-9) * largest).all())
 
 
 def test_a_bias_of_a_lora_is_refused(tmp_path: Path) -> None:

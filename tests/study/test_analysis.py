@@ -49,6 +49,16 @@ def test_a_large_difference_is_found_with_its_sign() -> None:
     assert found.interval[1] < 0
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_an_interval_excludes_zero_where_p_is_below_a_twentieth(seeds: int) -> None:
+    """Both are of a t distribution with one degree of freedom less than there are seeds, whatever the examples."""
+    found = difference(*made_up(np.random.default_rng(4), 0.01, seeds))
+    low, high = found.interval
+    t = 2 * found.mean / (high - low) * stats.t.ppf(0.975, seeds - 1)
+    assert found.p == pytest.approx(2 * stats.t.sf(t, seeds - 1), rel=1e-9)
+    assert low + high == pytest.approx(2 * found.mean)
+
+
 def test_equal_methods_differ_by_nothing() -> None:
     _, baseline, tokens = made_up(np.random.default_rng(3), 0.0)
     found = difference(baseline, baseline, tokens)

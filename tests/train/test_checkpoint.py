@@ -31,6 +31,7 @@ from make_checkpoint import (
     LINEAR,
     MakeOptimizer,
     cores_of,
+    digest,
     edit_json,
     edit_tensors,
     logits,
@@ -351,4 +352,20 @@ def test_resealing_nothing_changes_nothing(tmp_path: Path) -> None:
     read_checkpoint(made.path)
     edit_json(made.path / META_FILE, lambda content: content.update(step=7))
     with pytest.raises(CheckpointError, match="digest"):
+        read_checkpoint(made.path)
+
+
+@pytest.mark.parametrize("lacking", ["digest", "checksum"])
+def test_a_checkpoint_that_lacks_a_seal_is_refused(lacking: str, tmp_path: Path) -> None:
+    """An empty seal is no seal: an edit that takes it away is found like one that leaves it."""
+    made = make_checkpoint(tmp_path, steps=0)
+
+    def take_away(meta: dict[str, Any]) -> None:
+        if lacking == "checksum":
+            del meta["sha256"][CORES_FILE]
+        meta["digest"] = "" if lacking == "digest" else digest(meta)
+
+    edit_json(made.path / META_FILE, take_away)
+    place = META_FILE if lacking == "digest" else CORES_FILE
+    with pytest.raises(CheckpointError, match=rf"{place}: its (digest|SHA-256)"):
         read_checkpoint(made.path)

@@ -244,6 +244,27 @@ def test_a_file_is_replaced_whole(old: str | None, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_files_content_is_on_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is named first can be empty after a power cut."""
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def recorded_replace(self: Path, target: Path) -> Path:
+        events.append(f"{self.name} -> {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "replace", recorded_replace)
+    publish_file(tmp_path / "file", lambda draft: draft.write_text("new"))
+    draft = events[0]
+    assert draft != "file"
+    assert events == [draft, f"{draft} -> file", tmp_path.name]
+
+
 @pytest.mark.parametrize("ending", ENDINGS, ids=kind)
 @pytest.mark.parametrize("old", [None, "old"])
 def test_a_file_that_cannot_be_filled_stays_as_it_was(old: str | None, ending: BaseException, tmp_path: Path) -> None:

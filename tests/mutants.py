@@ -1,0 +1,491 @@
+"""Forty faults of the product, planted one at a time, and whether the tests that should notice each of them do.
+
+    cd tests
+    python -m mutants --baseline                       # all of them; about ten minutes on two cores
+    python -m mutants mpo-rows-before-columns --jobs 2
+
+A mutant is *killed* where its tests fail, and *survives* where they pass. It is *broken*, and shows nothing, where its
+source does not occur exactly once, no test ran, or a module does not load. A survivor asks for a better test, not for
+another mutant. Nothing is written into this checkout: each mutant has a copy of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("loraover", "export", "serve")
+COPIED = (*PACKAGES, "tests", "docs", "pyproject.toml")
+LIMIT_S = 600.0
+UNLOADABLE = re.compile(r"^E +(ImportError|ModuleNotFoundError|NameError|SyntaxError)\b|ERROR collecting", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", re.MULTILINE)
+
+
+Outcome = Literal["killed", "survived", "broken"]
+
+
+class Selection(NamedTuple):
+    """Tests by the name of their file, wherever below `tests/` it lies, and pytest's `-k` expression."""
+
+    file: str
+    only: str = ""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Args:
+        name: what is wrong with it.
+        old: source that occurs exactly once in the product, so that no path has to be named.
+        new: what stands there instead.
+        tests: tests that should fail.
+    """
+
+    name: str
+    old: str
+    new: str
+    tests: Selection
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant.
+
+    Args:
+        seconds: duration of its tests.
+        note: the first test that failed, or why the mutant shows nothing.
+    """
+
+    name: str
+    outcome: Outcome
+    seconds: float
+    note: str
+
+
+MUTANTS = (
+    # The algebra of cores
+    Mutant(
+        "mpo-rows-before-columns",
+        "[1 + 2 * k for k in range(count)] + [2 + 2 * k for k in range(count)]",
+        "[2 + 2 * k for k in range(count)] + [1 + 2 * k for k in range(count)]",
+        Selection("test_decompositions.py", "contraction_equals_the_oracle"),
+    ),
+    Mutant(
+        "mpo-random-gauge-is-the-identity",
+        'self.gauge == "identity" and rows == columns',
+        "rows == columns",
+        Selection("test_decompositions.py", "gauge_decides"),
+    ),
+    Mutant(
+        "mpo-centre-takes-the-matrix-as-it-lies",
+        "tensors = _interleave(matrices, layout).reshape(",
+        "tensors = matrices.reshape(",
+        Selection("test_moments.py", "transposed_jacobian"),
+    ),
+    # The optimizer's hooks
+    Mutant(
+        "hooks-matrix-keeps-its-gradient",
+        "site.clear_gradient()",
+        "site.gradient()",
+        Selection("test_optimizers.py", "gradient"),
+    ),
+    Mutant(
+        "hooks-cores-keep-their-gradients",
+        "group.clear_gradients()",
+        "group.contract()",
+        Selection("test_optimizers.py", "left_on_the_cores or skipped_for_infinity"),
+    ),
+    Mutant(
+        "hooks-closure-sees-the-last-steps-matrices",
+        "group.write()\n            loss = closure()",
+        "group.contract()\n            loss = closure()",
+        Selection("test_optimizers.py", "every_evaluation"),
+    ),
+    Mutant(
+        "hooks-skipped-step-counts",
+        'return bool(getattr(optimizer, "found_inf", False))',
+        "return False",
+        Selection("test_schedules.py", "scaler_skips"),
+    ),
+    # Moments and shards
+    Mutant(
+        "moments-squares-are-carried-like-means",
+        "squared=key in SQUARED",
+        "squared=key in LINEAR",
+        Selection("test_moments.py", "carried_moments_are_those"),
+    ),
+    Mutant(
+        "shards-changed-everywhere-or-nowhere",
+        "dist.ReduceOp.MAX",
+        "dist.ReduceOp.MIN",
+        Selection("test_fsdp.py", "changed_in_one_process"),
+    ),
+    # Schedules, budgets and scores
+    Mutant(
+        "schedule-rounds-end-too-soon",
+        "* k / (config.rounds - 1) for k in",
+        "* k / config.rounds for k in",
+        Selection("test_budgets.py", "rounds_come_evenly"),
+    ),
+    Mutant(
+        "budget-group-is-not-charged",
+        "below[group] -= self._cost(name)",
+        "below[group] -= 0",
+        Selection("test_budgets.py", "within_one_site"),
+    ),
+    Mutant(
+        "score-smoothing-the-wrong-way",
+        "before.lerp(now, 1 - SMOOTHING)",
+        "before.lerp(now, SMOOTHING)",
+        Selection("test_importance.py", "what_its_source_defines"),
+    ),
+    # Checkpoints, read and resumed from
+    Mutant(
+        "checkpoint-without-a-digest-passes",
+        "if meta.digest != digest_of(",
+        "if meta.digest and meta.digest != digest_of(",
+        Selection("test_checkpoint.py", "lacks_a_seal"),
+    ),
+    Mutant(
+        "checkpoint-file-without-a-checksum-passes",
+        "!= meta.sha256.get(name):",
+        "!= meta.sha256.get(name, sha256_of(path / name)):",
+        Selection("test_checkpoint.py", "lacks_a_seal"),
+    ),
+    Mutant(
+        "checkpoint-contradiction-of-less-than-one-passes",
+        "if excess[worst] > 0:",
+        "if excess[worst] > 1:",
+        Selection("test_checkpoint.py", "contradict"),
+    ),
+    Mutant(
+        "resume-makes-new-cores-of-the-matrix",
+        "parameters[i].copy_(core[0])",
+        "parameters[i].copy_(parameters[i])",
+        Selection("test_checkpoint.py", "uninterrupted"),
+    ),
+    Mutant(
+        "resume-seal-is-not-compared",
+        "sha256_of(folder / name) == digest for name, digest",
+        "digest for name, digest",
+        Selection("test_resume.py", "seal_covers"),
+    ),
+    # Output and JSON
+    Mutant(
+        "output-name-before-content",
+        "sync(draft)\n        draft.replace(target)",
+        "draft.replace(target)\n        sync(target)",
+        Selection("test_output.py"),
+    ),
+    Mutant(
+        "json-infinite-numbers-pass",
+        "parse_constant=_finite, parse_float=_finite)",
+        "parse_constant=_finite)",
+        Selection("test_bad_input.py", "wrong_adapter_config and 1e999"),
+    ),
+    # Fold and delta
+    Mutant(
+        "fold-rounds-twice",
+        "torch.where(wide == x, bits, truncated | 1)",
+        "torch.where(wide == x, bits, truncated)",
+        Selection("test_rounding.py", "known_number or around_every_tie"),
+    ),
+    Mutant(
+        "fold-certificate-judges-the-mean",
+        "float((error / bound).max())",
+        "float((error / bound).mean())",
+        Selection("test_fold.py", "certificate"),
+    ),
+    Mutant(
+        "delta-scaling-of-rslora-is-loras",
+        "alpha / math.sqrt(r) if self.use_rslora else alpha / r",
+        "alpha / r",
+        Selection("test_delta.py", "stored_matrices"),
+    ),
+    Mutant(
+        "delta-bound-ignores-the-error-of-a",
+        "a.bound + gamma(self.rank, U64) * size])",
+        "gamma(self.rank, U64) * size])",
+        Selection("test_delta.py", "errors_of_both_factors"),
+    ),
+    Mutant(
+        "merge-transposes-no-conv1d",
+        "transposed = not isinstance(module, nn.Linear)",
+        "transposed = isinstance(module, nn.Embedding)",
+        Selection("test_merge.py", "oracles_sum"),
+    ),
+    # vLLM and ONNX
+    Mutant(
+        "uniform-pads-b-in-front",
+        "_padded(scaled, (0, r - exact.value.shape[1]))",
+        "_padded(scaled, (r - exact.value.shape[1], 0))",
+        Selection("test_vllm_uniform.py", "delta_is_the_sources"),
+    ),
+    Mutant(
+        "vllm-largest-vocabulary-is-refused",
+        "size > MAX_VOCABULARY",
+        "size >= MAX_VOCABULARY",
+        Selection("test_vllm_preflight.py", "vocabulary_beyond"),
+    ),
+    Mutant(
+        "onnx-padding-rolls-on",
+        'add("Sub", [order, count], "order-count")',
+        'add("Add", [order, count], "order-count")',
+        Selection("test_onnx_padding.py", "mended_graph"),
+    ),
+    Mutant(
+        "onnx-any-matrix-of-the-shape-is-taken",
+        "if not np.array_equal(held, drawn[name].mT.numpy().astype(held.dtype)):",
+        "if name in places:",
+        Selection("test_onnx_swappable.py", "oracles_matrices"),
+    ),
+    # Parity
+    Mutant(
+        "parity-one-side-shows-equivalence",
+        "max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))",
+        "min(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))",
+        Selection("test_equivalence.py", "sleep_data or p_value"),
+    ),
+    Mutant(
+        "parity-bootstrap-of-the-population",
+        "variance = (square - mean**2) / (n - 1)",
+        "variance = (square - mean**2) / n",
+        Selection("test_equivalence.py", "bootstrap_of_students"),
+    ),
+    Mutant(
+        "holm-adjusted-values-may-fall",
+        "largest = max(largest, (len(p_values) - position) * p_values[i])",
+        "largest = (len(p_values) - position) * p_values[i]",
+        Selection("test_equivalence.py", "holms_correction"),
+    ),
+    Mutant(
+        "design-forth-and-forth",
+        "orders.append(forth + forth[::-1])",
+        "orders.append(forth + forth)",
+        Selection("test_parity.py", "drift"),
+    ),
+    Mutant(
+        "outputs-noise-of-zero-hides-no-adapter",
+        "change > APPLIED * (noise or 0.0)",
+        "change >= APPLIED * (noise or 0.0)",
+        Selection("test_parity.py", "weak_adapter"),
+    ),
+    # Evaluation
+    Mutant(
+        "answer-behind-the-first-mark",
+        'text.rpartition("####")[2]',
+        'text.partition("####")[2]',
+        Selection("test_answers.py", "final_number"),
+    ),
+    Mutant(
+        "code-runs-without-consent",
+        "if not options.allow_code_execution:",
+        "if options.allow_code_execution is None:",
+        Selection("test_humaneval.py", "consent"),
+    ),
+    Mutant(
+        "judge-rates-zero",
+        "if found is None or not 1 <= float(found[1]) <= 10:",
+        "if found is None or not 0 <= float(found[1]) <= 10:",
+        Selection("test_mt_bench.py", "ratings_are_read"),
+    ),
+    # Data, recipes, plans and studies
+    Mutant(
+        "format-last-turn-alone",
+        "for i in turns:",
+        "for i in turns[-1:]:",
+        Selection("test_data.py", "assistant_turn"),
+    ),
+    Mutant(
+        "recipe-steps-across-epochs",
+        "math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))",
+        "math.ceil(self.num_train_epochs * batches / self.gradient_accumulation_steps)",
+        Selection("test_recipe.py", "steps_of_epochs"),
+    ),
+    Mutant(
+        "plan-one-moment",
+        "optimizer_states=2 * (trained + added * CORE_BYTES)",
+        "optimizer_states=2 * trained + added * CORE_BYTES",
+        Selection("test_plan.py", "counts_what_a_run_trains"),
+    ),
+    Mutant(
+        "study-interval-counts-examples-as-seeds",
+        "stats.t.ppf(0.975, seeds - 1)",
+        "stats.t.ppf(0.975, examples - 1)",
+        Selection("test_analysis.py", "excludes_zero"),
+    ),
+)
+
+
+def product_files(root: Path) -> list[Path]:
+    """Every module of the three packages."""
+    return [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
+
+
+def place_of(mutant: Mutant, texts: Mapping[Path, str]) -> Path:
+    """The one file that holds the mutant's source.
+
+    Raises:
+        ValueError: there is none, or the source occurs more than once.
+    """
+    found = [path for path, text in texts.items() for _ in range(text.count(mutant.old))]
+    if len(found) != 1:
+        raise ValueError(f"its source occurs {len(found)} times, expected once")
+    return found[0]
+
+
+def file_of(tests: Selection, root: Path) -> Path:
+    """The file that holds the tests.
+
+    Raises:
+        ValueError: no file of that name, or several.
+    """
+    found = list((root / "tests").rglob(tests.file))
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} files are named {tests.file}, expected one")
+    return found[0]
+
+
+@contextmanager
+def copied(root: Path) -> Iterator[Path]:
+    """A copy of the product and its tests, for the time of a block."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            if (root / name).is_dir():
+                shutil.copytree(root / name, copy / name, ignore=ignored)
+            else:
+                shutil.copy(root / name, copy)
+        yield copy
+
+
+def run_tests(copy: Path, tests: Selection) -> tuple[int, str]:
+    """pytest's exit code in a copy, and its output.
+
+    Raises:
+        ValueError: no such file of tests, or they have not ended after LIMIT_S seconds.
+    """
+    ours = os.pathsep.join(str(copy / name) for name in (".", "export", "serve"))
+    environment = {name: value for name, value in os.environ.items() if name != "LORAOVER_COMPATIBILITY"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    command += ["--hypothesis-seed=0", str(file_of(tests, copy))] + (["-k", tests.only] if tests.only else [])
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"its tests have not ended after {LIMIT_S:g} s") from None
+    return done.returncode, done.stdout + done.stderr
+
+
+def judge(code: int, output: str) -> tuple[Outcome, str]:
+    """Outcome and note of a run of pytest."""
+    if code not in (0, 1):
+        return "broken", "no test was selected" if code == 5 else f"pytest ended with exit code {code}"
+    if unloadable := UNLOADABLE.search(output):
+        return "broken", f"a module does not load: {unloadable[1] or 'see pytest'}"
+    if code == 1:
+        failed = FAILED.search(output)
+        return "killed", failed[1] if failed else "pytest names no test"
+    return ("survived", "") if re.search(r"\d passed", output) else ("broken", "every selected test was skipped")
+
+
+def attempt(tests: Selection, mutant: Mutant | None = None) -> Verdict:
+    """Run tests in a copy of the tree, with a mutant planted or as it is: then, to survive is to pass."""
+    started = time.perf_counter()
+    outcome: Outcome
+    try:
+        with copied(ROOT) as copy:
+            if mutant is not None:
+                texts = {path: path.read_text(encoding="utf-8") for path in product_files(copy)}
+                place = place_of(mutant, texts)
+                place.write_text(texts[place].replace(mutant.old, mutant.new), encoding="utf-8")
+            outcome, note = judge(*run_tests(copy, tests))
+    except ValueError as error:
+        outcome, note = "broken", str(error)
+    name = f"{tests.file} -k {tests.only!r}" if mutant is None else mutant.name
+    return Verdict(name, outcome, time.perf_counter() - started, note)
+
+
+def failing_without_mutant(selections: Iterable[Selection], jobs: int) -> dict[Selection, str]:
+    """Tests that do not pass on the tree as it is, with the reason; a mutant that they kill shows nothing."""
+    found = {}
+    chosen = list(dict.fromkeys(selections))
+    with ThreadPoolExecutor(jobs) as pool:
+        for tests, verdict in zip(chosen, pool.map(attempt, chosen), strict=True):
+            passed = verdict.outcome == "survived"
+            click.echo(f"{'passed' if passed else 'FAILED':9}{verdict.seconds:6.1f} s  {verdict.name}")
+            if not passed:
+                found[tests] = verdict.note
+    return found
+
+
+def try_mutants(mutants: Sequence[Mutant], jobs: int, failing: Mapping[Selection, str]) -> list[Verdict]:
+    """Try each mutant and show what became of it.
+
+    Args:
+        mutants: those to try.
+        jobs: number of them at a time.
+        failing: tests that fail without a mutant, with the reason.
+    """
+
+    def verdict_on(mutant: Mutant) -> Verdict:
+        if mutant.tests in failing:
+            return Verdict(mutant.name, "broken", 0.0, f"its tests fail without it: {failing[mutant.tests]}")
+        return attempt(mutant.tests, mutant)
+
+    verdicts = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for verdict in pool.map(verdict_on, mutants):
+            click.echo(f"{verdict.outcome:9}{verdict.seconds:6.1f} s  {verdict.name:45}  {verdict.note}")
+            verdicts.append(verdict)
+    return verdicts
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--list", "is_list", is_flag=True, help="Show the mutants and their tests, and run nothing.")
+@click.option("--baseline", is_flag=True, help="First run each selection of tests once without a mutant.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Number of mutants at a time.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="File for the verdicts.")
+def main(names: tuple[str, ...], is_list: bool, baseline: bool, jobs: int, file: Path | None) -> None:
+    """Plant the mutants of these NAMES, or all of them; exit with 0 if every one was killed."""
+    if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
+        raise click.UsageError(f"no such mutant: {', '.join(sorted(unknown))}; see --list.")
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    if is_list:
+        for mutant in chosen:
+            click.echo(f"{mutant.name:45}  {mutant.tests.file} {mutant.tests.only}")
+        return
+    failing = failing_without_mutant((mutant.tests for mutant in chosen), jobs) if baseline else {}
+    verdicts = try_mutants(chosen, jobs, failing)
+    if file is not None:
+        file.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n", encoding="utf-8")
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    seconds = sum(verdict.seconds for verdict in verdicts)
+    click.echo(
+        f"{counts['killed']} of {len(verdicts)} killed, {counts['survived']} survived, {counts['broken']} broken; "
+        f"{seconds:.0f} s of tests"
+    )
+    sys.exit(0 if counts["killed"] == len(verdicts) else 1)
+
+
+if __name__ == "__main__":
+    main()
