@@ -6,32 +6,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loraover.callback import LoraOverCallback
-    from loraover.checkpoint import Checkpoint, read_checkpoint, restore, write_checkpoint
-    from loraover.config import Budget, LoraOverConfig
-    from loraover.diagnostics import DiagnosticsCallback
-    from loraover.importance import Probe
-    from loraover.overparam import OverParameterization
-    from loraover.resume import SealCheckpoints, last_whole_checkpoint, seal
-    from loraover.sharding import trainable_state_dict
+    from loraover.callbacks.diagnostics import DiagnosticsCallback
+    from loraover.callbacks.loraover_callback import LoraOverCallback
+    from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, seal
+    from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint, restore, write_checkpoint
+    from loraover.overparam.config import Budget, LoraOverConfig
+    from loraover.overparam.importance import Probe
+    from loraover.overparam.parameterization import OverParameterization
+    from loraover.overparam.sharding import trainable_state_dict
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Budget": "config",
-    "Checkpoint": "checkpoint",
-    "DiagnosticsCallback": "diagnostics",
-    "LoraOverCallback": "callback",
-    "LoraOverConfig": "config",
-    "OverParameterization": "overparam",
-    "Probe": "importance",
-    "SealCheckpoints": "resume",
-    "last_whole_checkpoint": "resume",
-    "read_checkpoint": "checkpoint",
-    "restore": "checkpoint",
-    "seal": "resume",
-    "trainable_state_dict": "sharding",
-    "write_checkpoint": "checkpoint",
+    "Budget": "overparam.config",
+    "Checkpoint": "checkpoint.checkpoint",
+    "DiagnosticsCallback": "callbacks.diagnostics",
+    "LoraOverCallback": "callbacks.loraover_callback",
+    "LoraOverConfig": "overparam.config",
+    "OverParameterization": "overparam.parameterization",
+    "Probe": "overparam.importance",
+    "SealCheckpoints": "callbacks.seal_checkpoints",
+    "last_whole_checkpoint": "callbacks.seal_checkpoints",
+    "read_checkpoint": "checkpoint.checkpoint",
+    "restore": "checkpoint.checkpoint",
+    "seal": "callbacks.seal_checkpoints",
+    "trainable_state_dict": "overparam.sharding",
+    "write_checkpoint": "checkpoint.checkpoint",
 }
 
 __all__ = [

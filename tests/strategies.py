@@ -11,8 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraover.decompositions import Decomposition, make_decomposition
-from loraover.decompositions.mpo import GAUGES
+from loraover.overparam.decompositions import Decomposition, make_decomposition
+from loraover.overparam.decompositions.mpo import GAUGES
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 18, 24, 31)
 """Rank 1, primes, prime powers and sizes with many factors."""

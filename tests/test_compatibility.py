@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compatibility import VARIABLE, read_rows, record, table
+from support.compatibility import VARIABLE, read_rows, record, table
 
 
 def test_nothing_is_recorded_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from mutants import MUTANTS, ROOT, file_of, judge, place_of, product_files
 
 

@@ -55,7 +55,7 @@ def test_wheel_holds_code_types_and_recipes(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("loraover", "loraover_export", "loraover_serve"):
         assert {f"{package}/py.typed", f"{package}/cli.py"} <= names
-    assert "loraover/recipes/demo.yaml" in names
+    assert "loraover/training/recipes/demo.yaml" in names
     sources = {"loraover": ROOT, "loraover_export": ROOT / "export", "loraover_serve": ROOT / "serve"}
     modules = {str(path.relative_to(root)) for name, root in sources.items() for path in (root / name).rglob("*.py")}
     assert modules <= names
@@ -71,8 +71,8 @@ def test_commands_answer_in_a_new_environment(stranger: Path, command: str, tmp_
 def test_library_works_in_a_new_environment(stranger: Path, tmp_path: Path) -> None:
     program = (
         "import loraover, loraover_export, torch\n"
-        "from loraover.recipe import load_recipe\n"
-        "from loraover.decompositions import Mpo\n"
+        "from loraover.training.recipe import load_recipe\n"
+        "from loraover.overparam.decompositions import Mpo\n"
         "assert 'site-packages' in loraover.__file__, loraover.__file__\n"
         "cores = Mpo().init(torch.eye(4, 6).double()[None], [torch.Generator()])\n"
         "assert torch.allclose(Mpo().contract(cores, 4, 6)[0], torch.eye(4, 6).double())\n"

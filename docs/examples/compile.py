@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
-from loraover.word_problems import split_word_problems
+from loraover.data.word_problems import split_word_problems
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub name")

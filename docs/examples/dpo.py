@@ -14,7 +14,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from loraover import LoraOverCallback, LoraOverConfig
-from loraover.word_problems import split_word_problems
+from loraover.data.word_problems import split_word_problems
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub name")

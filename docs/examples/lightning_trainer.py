@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
-from loraover.word_problems import split_word_problems
+from loraover.data.word_problems import split_word_problems
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub name")

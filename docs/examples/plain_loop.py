@@ -24,7 +24,7 @@ from loraover import (
     seal,
     write_checkpoint,
 )
-from loraover.word_problems import split_word_problems
+from loraover.data.word_problems import split_word_problems
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub name")

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from loraover import LoraOverCallback, LoraOverConfig
-from loraover.word_problems import split_word_problems
+from loraover.data.word_problems import split_word_problems
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="google-t5/t5-small", help="folder or hub name")

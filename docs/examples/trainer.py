@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from loraover import LoraOverCallback, LoraOverConfig, SealCheckpoints, last_whole_checkpoint
-from loraover.word_problems import split_word_problems
+from loraover.data.word_problems import split_word_problems
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub name")

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraover.data import read_raw
-from loraover.errors import ConfigError, DataError
-from loraover.formats import check_encodes
+from loraover.common.errors import ConfigError, DataError
+from loraover.data.formats import check_encodes
+from loraover.data.sources import read_raw
 
 if TYPE_CHECKING:
     from loraover.evaluation.judge import Judge
     from loraover.evaluation.subjects import Subject
-    from loraover.progress import Reporter
+    from loraover.reporting.reporter import Reporter
 
 Row = dict[str, Any]
 

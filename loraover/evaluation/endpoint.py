@@ -12,7 +12,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
-from loraover.errors import ConfigError, EngineError
+from loraover.common.errors import ConfigError, EngineError
 
 REQUEST_TIMEOUT_S = 300.0
 UNFIT = {400, 413, 422}

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loraover.answers import final_number
-from loraover.errors import DataError
+from loraover.common.errors import DataError
 from loraover.evaluation.base import (
     Example,
     Keep,
@@ -26,10 +25,11 @@ from loraover.evaluation.base import (
     text_field,
     uses_chat,
 )
+from loraover.evaluation.final_number import final_number
 
 if TYPE_CHECKING:
     from loraover.evaluation.subjects import Subject
-    from loraover.progress import Reporter
+    from loraover.reporting.reporter import Reporter
 
 SPLIT = "questions"
 STOPS = ("Question:", "</s>", "<|im_end|>")

@@ -10,7 +10,7 @@ from aiohttp import ClientError
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from requests import RequestException
 
-from loraover.errors import EngineError
+from loraover.common.errors import EngineError
 from loraover.evaluation.endpoint import Endpoint
 
 FAULTS = (ClientError, RequestException, TimeoutError, LookupError, TypeError)  # the last two: no logprobs in there

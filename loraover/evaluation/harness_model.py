@@ -7,7 +7,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from loraover.errors import DataError
+from loraover.common.errors import DataError
 
 
 class HarnessModel(HFLM):

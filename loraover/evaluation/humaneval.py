@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loraover.errors import ConfigError
+from loraover.common.errors import ConfigError
 from loraover.evaluation.base import Example, Keep, Measured, Options, Questions, Row, Task, read_questions, text_field
 from loraover.evaluation.parallel import in_parallel
 from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
 if TYPE_CHECKING:
     from loraover.evaluation.subjects import Subject
-    from loraover.progress import Reporter
+    from loraover.reporting.reporter import Reporter
 
 STOPS = (
     "\nclass",

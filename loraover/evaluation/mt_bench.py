@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.errors import ConfigError, DataError, EngineError
+from loraover.common.errors import ConfigError, DataError, EngineError
+from loraover.data.formats import ALPACA, ALPACA_TURN
 from loraover.evaluation.base import (
     Example,
     Keep,
@@ -26,11 +27,10 @@ from loraover.evaluation.base import (
 )
 from loraover.evaluation.judge import Judge, Verdict
 from loraover.evaluation.parallel import in_parallel
-from loraover.formats import ALPACA, ALPACA_TURN
 
 if TYPE_CHECKING:
     from loraover.evaluation.subjects import Chat, Subject
-    from loraover.progress import Reporter
+    from loraover.reporting.reporter import Reporter
 
 QUESTIONS, PROMPTS = "question.jsonl", "judge_prompts.jsonl"
 REFERENCES = ("reference_answer/gpt-4.jsonl", "reference_answer_gpt-4.jsonl")

@@ -11,17 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraover.adapter_dir import read_json
-from loraover.errors import ConfigError, EngineError, LoraOverError
+from loraover.checkpoint.peft_adapter import read_json
+from loraover.common.atomic_output import check_file_writable, publish_text
+from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
 from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
-from loraover.models import ModelSource, load_tokenizer, resolve_model
-from loraover.output import check_file_writable, publish_text
-from loraover.progress import Reporter
-from loraover.run_result import environment, hardware
+from loraover.models.load import ModelSource, load_tokenizer, resolve_model
+from loraover.reporting.reporter import Reporter
+from loraover.training.run_result import environment, hardware
 
 BASE = "base"
 

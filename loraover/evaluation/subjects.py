@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_json
-from loraover.errors import CheckpointError, DataError
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_json
+from loraover.common.errors import CheckpointError, DataError
 from loraover.evaluation.parallel import in_parallel
-from loraover.models import ModelSource, is_encoder_decoder, load_model
+from loraover.models.load import ModelSource, is_encoder_decoder, load_model
 
 if TYPE_CHECKING:
     from loraover.evaluation.endpoint import Endpoint
-    from loraover.progress import Reporter
+    from loraover.reporting.reporter import Reporter
 
 Chat = list[dict[str, str]]
 
@@ -67,7 +67,7 @@ class InMemory(Subject):
         )
 
     def _answers(self, prompts: Sequence[Any], max_new_tokens: int, stop: Sequence[str], report: Reporter) -> list[str]:
-        from loraover.generation import greedy_answers
+        from loraover.evaluation.generation import greedy_answers
 
         self._check_room(prompts)
         with report.task("answers", len(prompts)) as advance:
@@ -83,7 +83,7 @@ class InMemory(Subject):
 
     def _check_room(self, prompts: Sequence[Any]) -> None:
         """Raise DataError of a prompt that leaves no room for an answer."""
-        from loraover.generation import prompt_text
+        from loraover.evaluation.generation import prompt_text
 
         context = getattr(self.model.config, "max_position_embeddings", None)  # T5 has none
         for number, prompt in enumerate(prompts, 1):

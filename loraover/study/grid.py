@@ -10,9 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from loraover.errors import ConfigError
-from loraover.models import load_skeleton, resolve_model
-from loraover.recipe import Recipe, load_recipe, parse_override
+from loraover.common.errors import ConfigError
+from loraover.models.load import load_skeleton, resolve_model
+from loraover.training.recipe import Recipe, load_recipe, parse_override
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -152,8 +152,8 @@ def matched_rank(recipe: Recipe) -> int:
     """
     from peft import LoraConfig, get_peft_model
 
-    from loraover.schedules import Schedule
-    from loraover.sites import find_sites
+    from loraover.overparam.schedule import Schedule
+    from loraover.overparam.sites import find_sites
 
     options = recipe.lora.model_dump() | {"init_lora_weights": False}
     source = resolve_model(recipe.model, recipe.model_revision)

@@ -19,15 +19,15 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loraover.adapter_dir import read_json
-from loraover.checkpoint import META_FILE, read_checkpoint
-from loraover.errors import ConfigError, LoraOverError, OutputError
-from loraover.exact import open_exact
-from loraover.output import publish_text
-from loraover.recipe import Recipe, load_recipe
-from loraover.run_result import RUN_FILE, read_run
-from loraover.tensor_file import HAD_DIVERGED
-from loraover.train import HELD_OUT_FILE
+from loraover.checkpoint.checkpoint import META_FILE, read_checkpoint
+from loraover.checkpoint.exact_tensors import open_exact
+from loraover.checkpoint.peft_adapter import read_json
+from loraover.checkpoint.tensor_file import HAD_DIVERGED
+from loraover.common.atomic_output import publish_text
+from loraover.common.errors import ConfigError, LoraOverError, OutputError
+from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.run import HELD_OUT_FILE
+from loraover.training.run_result import RUN_FILE, read_run
 
 OUTCOME_FILE = "outcome.json"
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"

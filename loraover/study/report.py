@@ -10,8 +10,8 @@ from statistics import fmean, median, stdev
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover.errors import LoraOverError
-from loraover.statistics import holm
+from loraover.common.errors import LoraOverError
+from loraover.common.multiple_testing import holm
 from loraover.study.analysis import Difference, Halves, Losses, Sensitivity, difference, mean_loss, sensitivity
 from loraover.study.grid import FEWEST_EXAMPLES, Run, is_plain
 from loraover.study.outcome import Outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from loraover.page import COLORS, INK, render_page, svg_axes
+from loraover.reporting.html_page import COLORS, INK, render_page, svg_axes
 from loraover.study.report import MethodResult, StudyReport, TaskResult
 
 TEMPLATE = "study.html.j2"

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
-from loraover.models import load_model, load_tokenizer, resolve_model
+from loraover.models.load import load_model, load_tokenizer, resolve_model
 
 from benchmarks.statistics import median_ratio
-from tiny_models import with_lora
+from support.tiny_models import with_lora
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT, TOKENS, RANK = 32, 32, 8
@@ -44,8 +44,8 @@ HEAVY = ("torch", "transformers", "peft", "onnx", "onnxruntime", "loraover_expor
 
 def write_model(folder: Path) -> None:
     """A LoRA-Over checkpoint on all linear layers, its B drawn at random, and the base model's own graph."""
-    from loraover_export.onnx.decoder import Decoder
-    from loraover_export.onnx.kind import Plan
+    from loraover_export.onnx.kinds.base import Plan
+    from loraover_export.onnx.kinds.decoder import Decoder
 
     source = resolve_model(MODEL)
     base = load_model(source)
@@ -61,7 +61,7 @@ def write_model(folder: Path) -> None:
 
 def export_here(arguments: list[str]) -> float:
     """Seconds of one export after imports."""
-    from loraover.command import quiet_libraries, run
+    from loraover.common.command_line import quiet_libraries, run
     from loraover_export.cli import cli
 
     quiet_libraries()

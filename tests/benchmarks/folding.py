@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from loraover import LoraOverConfig
-from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, site_key
-from loraover.checkpoint import CORES_FILE, META_FILE, Meta, SiteRecord
-from loraover.tensor_file import save_tensors, sha256_of
+from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Meta, SiteRecord
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
+from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 
 RANK, LAYERS = 16, 32
 LINEARS = {
@@ -78,7 +78,7 @@ def fold_here(checkpoint: Path, output: Path) -> tuple[float, int]:
     """Seconds after imports, and peak bytes beyond what the process held before."""
     import psutil
 
-    from loraover_export.run_fold import run_fold
+    from loraover_export.fold.run import run_fold
 
     torch.ones(8, 8, dtype=torch.float64) @ torch.ones(8, 8, dtype=torch.float64)
     before = psutil.Process().memory_info().rss

@@ -13,17 +13,17 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from loraover.command import quiet_libraries
-from loraover.models import load_tokenizer, resolve_model
-from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, overall, results
-from loraover_serve.parity.engines.vllm import VllmEngine
-from loraover_serve.parity.measure import Run, measure
-from loraover_serve.parity.workload import make_requests
-from loraover_serve.vllm_server import VllmServer, VllmServerConfig, serve_vllm
+from loraover.common.command_line import quiet_libraries
+from loraover.models.load import load_tokenizer, resolve_model
+from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA, overall, results
+from loraover_serve.parity.measure.blocks import Run, measure
+from loraover_serve.parity.measure.workload import make_requests
+from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
 
-from delaying_proxy import delaying
-from serving import MODEL, vanilla
-from vllm_command import vllm_command
+from support.delaying_proxy import delaying
+from support.serving import MODEL, vanilla
+from support.vllm_command import vllm_command
 
 ARMS = (VANILLA, CONTROL, FOLDED)
 MARGIN = 0.05

@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
-from loraover.checkpoint import read_checkpoint
-from loraover.command import quiet_libraries
-from loraover.config import SCORE_NAMES
-from loraover.importance.loss_impact import LossImpact
-from loraover.progress import Reporter
-from loraover.recipe import load_recipe
-from loraover.run_result import read_run
-from loraover.train import train
+from loraover.checkpoint.checkpoint import read_checkpoint
+from loraover.common.command_line import quiet_libraries
+from loraover.overparam.config import SCORE_NAMES
+from loraover.overparam.importance.loss_impact import LossImpact
+from loraover.reporting.reporter import Reporter
+from loraover.training.recipe import load_recipe
+from loraover.training.run import train
+from loraover.training.run_result import read_run
 
 from benchmarks.statistics import median_ratio
 from benchmarks.training import load
-from real_data import data_folder
+from support.real_data import data_folder
 
 FRACTION = 0.25
 MOST_RATIO, MOST_INJECTION_S = 1.02, 1.0

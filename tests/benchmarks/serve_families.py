@@ -13,15 +13,15 @@ from tempfile import TemporaryDirectory
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from loraover.command import run
+from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
+from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
-from agreement import agreement
-from plain_adapter import FAMILIES, make_adapter
-from tiny_hub import tiny_tokenizer
-from tiny_models import token_ids
-from vllm_command import vllm_command
+from support.agreement import agreement
+from support.plain_adapter import FAMILIES, make_adapter
+from support.tiny_hub import tiny_tokenizer
+from support.tiny_models import token_ids
+from support.vllm_command import vllm_command
 
 
 def serve(family: str, folder: Path, executable: str) -> None:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.command import quiet_libraries
-from loraover.cores import CoreGroup
-from loraover.models import load_model, resolve_model
-from loraover.sites import find_sites
+from loraover.common.command_line import quiet_libraries
+from loraover.models.load import load_model, resolve_model
+from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.sites import find_sites
 
 from benchmarks.statistics import median_ratio
 

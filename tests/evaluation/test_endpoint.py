@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from loraover.errors import ConfigError, EngineError
+from loraover.common.errors import ConfigError, EngineError
 from loraover.evaluation import endpoint as module
 from loraover.evaluation.endpoint import Endpoint, UnansweredError
 
-from openai_server import openai_server
+from support.openai_server import openai_server
 
 HELLO = [{"role": "user", "content": "hello"}]
 

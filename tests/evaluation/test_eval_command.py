@@ -16,13 +16,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from loraover.cli import cli
-from loraover.command import run
+from loraover.common.command_line import run
 from loraover.evaluation.base import Example
 from loraover.evaluation.results import Evaluation, ModelResult, result_rows, wilson_interval
 
-from openai_server import openai_server
-from tiny_hub import save_llama
-from tiny_models import tiny_llama, with_lora
+from support.openai_server import openai_server
+from support.tiny_hub import save_llama
+from support.tiny_models import tiny_llama, with_lora
 
 pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
 

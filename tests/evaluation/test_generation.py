@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from loraover.generation import greedy_answers
+from loraover.evaluation.generation import greedy_answers
 
 TOKENS = ["<pad>", "</s>", "\u2581", "\u2581def", ":", "\n", "return", "\u2581x"]
 ANSWER = ["\u2581", "\u2581", "\u2581", "\u2581", "return", "\u2581x", "</s>"]

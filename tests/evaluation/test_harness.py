@@ -16,16 +16,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from loraover.cli import cli
-from loraover.command import run
-from loraover.errors import DataError
+from loraover.common.command_line import run
+from loraover.common.errors import DataError
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Options
+from loraover.evaluation.generation import greedy_answers
 from loraover.evaluation.harness import HarnessTask, number_matches
-from loraover.generation import greedy_answers
 
-from openai_server import openai_server
-from tiny_hub import save_llama, save_t5
-from tiny_models import with_lora
+from support.openai_server import openai_server
+from support.tiny_hub import save_llama, save_t5
+from support.tiny_models import with_lora
 
 pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
 

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from loraover.cli import cli
-from loraover.command import run
-from loraover.errors import ConfigError, DataError
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError, DataError
 from loraover.evaluation import TASKS, humaneval
 from loraover.evaluation.base import Options
 from loraover.evaluation.humaneval import STOPS, cut, program
 from loraover.evaluation.sandbox import run_program
 
-from bubblewrap import needs_bubblewrap
-from openai_server import openai_server
-from real_data import real_data
-from tiny_hub import save_llama
+from support.bubblewrap import needs_bubblewrap
+from support.openai_server import openai_server
+from support.real_data import real_data
+from support.tiny_hub import save_llama
 
 DOUBLE = {
     "task_id": "T/0",

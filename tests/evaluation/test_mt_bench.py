@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 
 from loraover.cli import cli
-from loraover.command import run
-from loraover.errors import DataError
+from loraover.common.command_line import run
+from loraover.common.errors import DataError
 from loraover.evaluation import TASKS
 from loraover.evaluation import endpoint as endpoint_module
 from loraover.evaluation.base import Options
 from loraover.evaluation.judge import find_rating
 from loraover.evaluation.mt_bench import QUESTIONS, REFERENCES, MtBench
 
-from openai_server import Recorded, openai_server
-from real_data import data_folder, real_data
-from tiny_hub import save_llama
+from support.openai_server import Recorded, openai_server
+from support.real_data import data_folder, real_data
+from support.tiny_hub import save_llama
 
 PROMPTS = {
     "single-v1": "[Question]\n{question}\n[Answer]\n{answer}",

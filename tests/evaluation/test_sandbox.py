@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 
-from loraover.errors import ConfigError
+from loraover.common.errors import ConfigError
 from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
-from bubblewrap import needs_bubblewrap
+from support.bubblewrap import needs_bubblewrap
 
 # Numbers of system calls, <asm/unistd.h>.
 ADD_KEY, REQUEST_KEY, KEYCTL, CLONE = (248, 249, 250, 56) if platform.machine() == "x86_64" else (217, 218, 219, 220)

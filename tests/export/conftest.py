@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from make_checkpoint import tree
-from onnx_export import OTHER, OnnxMade, export, tiny_base, tiny_lora
+from support.make_checkpoint import tree
+from support.onnx_export import OTHER, OnnxMade, export, tiny_base, tiny_lora
 
 
 @pytest.fixture(scope="session")

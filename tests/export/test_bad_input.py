@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from loraover import LoraOverConfig
-from loraover.adapter_dir import MAX_JSON_BYTES
-from loraover.command import INTERRUPTED, run
+from loraover.checkpoint.peft_adapter import MAX_JSON_BYTES
+from loraover.common.command_line import INTERRUPTED, run
 from loraover_export.cli import cli
 
-from children import Child, become_nobody, limit_file_size
-from make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, reseal, tree
-from tiny_models import tiny_gpt2, tiny_llama
+from support.children import Child, become_nobody, limit_file_size
+from support.make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, reseal, tree
+from support.tiny_models import tiny_gpt2, tiny_llama
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 META, CORES = "loraover.json", "loraover.safetensors"

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins import RECORD, adapter_config, as_stand_in, with_other_logits
 
-from loraover.command import run
-from loraover.models import ModelSource
-from loraover.stand_in import STAND_INS
+from loraover.common.command_line import run
+from loraover.models.load import ModelSource
+from loraover.models.stand_in import STAND_INS
 from loraover_export.cli import cli
 from loraover_export.onnx.request import OnnxRequest, read_inputs
 from loraover_export.vllm.run import VllmRequest
 from loraover_serve.cli import cli as serve_cli
 from loraover_serve.parity.request import ParityRequest
 
-import onnx_export
-from make_checkpoint import SERVABLE, Made, edit_json, make_checkpoint, reseal, tree
+from support import onnx_export
+from support.make_checkpoint import SERVABLE, Made, edit_json, make_checkpoint, reseal, tree
+from support.stand_ins import RECORD, adapter_config, as_stand_in, with_other_logits
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_stand_in_that_is_gone_is_named(
     assert export(command, trained.path, tmp_path / "out") == 2
     message = capfd.readouterr().err
     assert gone in message
-    assert f"python -m loraover.stand_in {RECORD.stands_for}" in message
+    assert f"python -m loraover.models.stand_in {RECORD.stands_for}" in message
     assert not (tmp_path / "out").exists()
     if command == "fold":
         assert export(command, trained.path, tmp_path / "out", "--base", str(trained.base)) == 0  # the same elsewhere
@@ -114,7 +114,7 @@ def test_an_export_reads_the_revision_that_the_adapter_pins(
         asked.append((name, revision))
         return ModelSource(name, name, None, f"{name} at {revision}")
 
-    monkeypatch.setattr("loraover.base_model.resolve_model", resolve)
+    monkeypatch.setattr("loraover.checkpoint.base_model.resolve_model", resolve)
     if command == "onnx":
         read_inputs(OnnxRequest((made.path,), tmp_path / "out", "merged"))
     else:

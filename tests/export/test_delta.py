@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraover import LoraOverConfig, read_checkpoint
-from loraover.adapter_dir import read_adapter_dir
-from loraover.decompositions import DECOMPOSITIONS
-from loraover.errors import CheckpointError, ExportError
-from loraover.exact import Exact
-from loraover_export.delta import Delta, other_tensors, read_deltas
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.errors import CheckpointError, ExportError
+from loraover.overparam.decompositions import DECOMPOSITIONS
+from loraover_export.numerics.delta import Delta, other_tensors, read_deltas
 
-from make_checkpoint import EMBEDDING, LINEAR, edit_tensors, make_checkpoint, oracle_matrices
-from plain_adapter import write_adapter
 from strategies import matrices, normal, sizes
+from support.make_checkpoint import EMBEDDING, LINEAR, edit_tensors, make_checkpoint, oracle_matrices
+from support.plain_adapter import write_adapter
 from tolerances import UNIT
 
 Long = npt.NDArray[np.longdouble]

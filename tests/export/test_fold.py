@@ -24,23 +24,25 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.adapter_dir import site_key
-from loraover.callback import LoraOverCallback
-from loraover.checkpoint import Checkpoint
-from loraover.command import run
-from loraover.decompositions import DECOMPOSITIONS, Mpo
-from loraover.models import resolve_model
-from loraover.tensor_file import save_tensors
-from loraover_export import check_outputs as check_outputs_module
-from loraover_export import deviation, run_fold
-from loraover_export import fold as fold_module
-from loraover_export.certificate import FoldCertificate, MatrixCertificate, judge
-from loraover_export.check_outputs import check_outputs
+from loraover.callbacks.loraover_callback import LoraOverCallback
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.peft_adapter import site_key
+from loraover.checkpoint.tensor_file import save_tensors
+from loraover.common.command_line import run
+from loraover.models.load import resolve_model
+from loraover.overparam.decompositions import DECOMPOSITIONS, Mpo
 from loraover_export.cli import cli
-from loraover_export.deviation import RunningDeviation
-from loraover_export.fold import write_folded
+from loraover_export.fold import check_outputs as check_outputs_module
+from loraover_export.fold import deviation
+from loraover_export.fold import fold as fold_module
+from loraover_export.fold import run as run_fold
+from loraover_export.fold.certificate import FoldCertificate, MatrixCertificate, judge
+from loraover_export.fold.check_outputs import check_outputs
+from loraover_export.fold.deviation import RunningDeviation
+from loraover_export.fold.fold import write_folded
 
-from make_checkpoint import (
+from oracles.contraction import Array
+from support.make_checkpoint import (
     EMBEDDING,
     LINEAR,
     Made,
@@ -57,8 +59,7 @@ from make_checkpoint import (
     train,
     tree,
 )
-from oracles.contraction import Array
-from tiny_models import VOCABULARY, fill_b, token_ids
+from support.tiny_models import VOCABULARY, fill_b, token_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA: dict[str, dict[str, Any]] = {
@@ -612,7 +613,7 @@ def test_logits_that_are_no_numbers_fail() -> None:
 
 def test_check_error_needs_room_for_noise(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verdict is the measured noise's, not a constant: without room above it, the same fold fails."""
-    monkeypatch.setattr("loraover_export.certificate.NOISE_FACTOR", 1e-3)
+    monkeypatch.setattr("loraover_export.fold.certificate.NOISE_FACTOR", 1e-3)
     assert fold(made.path, tmp_path / "out", "--check-error") == 1
     assert not (tmp_path / "out").exists()
 

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover import OverParameterization, read_checkpoint
-from loraover.checkpoint import READABLE, SCHEMA_VERSION, restore
-from loraover.command import run
-from loraover.importance import GradientScore
-from loraover.tensor_file import open_tensors, save_tensors
+from loraover.checkpoint.checkpoint import READABLE, SCHEMA_VERSION, restore
+from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.common.command_line import run
+from loraover.overparam.importance import GradientScore
 from loraover_export.cli import cli
 
-from make_checkpoint import tree
-from tiny_models import tiny_llama
+from support.make_checkpoint import tree
+from support.tiny_models import tiny_llama
 
 CHECKPOINT = ["adapter_config.json", "adapter_model.safetensors", "loraover.json", "loraover.safetensors"]
 

@@ -21,18 +21,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from loraover import LoraOverConfig, read_checkpoint
-from loraover.adapter_dir import read_adapter_dir
-from loraover.errors import CheckpointError, FoldError
-from loraover.exact import Exact
-from loraover.unfolded import unfolded
-from loraover_export import merge as merge_module
-from loraover_export.delta import Delta
-from loraover_export.merge import merge
-from loraover_export.rounding import round_nearest
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.checkpoint.unfolded_model import unfolded
+from loraover.common.errors import CheckpointError, FoldError
+from loraover_export.numerics.delta import Delta
+from loraover_export.numerics.rounding import round_nearest
+from loraover_export.onnx import merge as merge_module
+from loraover_export.onnx.merge import merge
 
-from make_checkpoint import EMBEDDING, LINEAR, edit_tensors, logits, make_checkpoint, oracle_matrices
-from plain_adapter import write_adapter
-from tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from support.make_checkpoint import EMBEDDING, LINEAR, edit_tensors, logits, make_checkpoint, oracle_matrices
+from support.plain_adapter import write_adapter
+from support.tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_llama, token_ids
 from tolerances import UNIT
 
 Long = npt.NDArray[np.longdouble]

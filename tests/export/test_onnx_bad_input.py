@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from make_checkpoint import edit_json, edit_tensors, save_tokenizer
-from onnx_export import OnnxMade, export, tiny_base, tiny_lora
-from plain_adapter import write_adapter
-from tiny_models import tiny_bert, tiny_gpt2
+from support.make_checkpoint import edit_json, edit_tensors, save_tokenizer
+from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
+from support.plain_adapter import write_adapter
+from support.tiny_models import tiny_bert, tiny_gpt2
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MODULE = "model.layers.0.self_attn.q_proj"

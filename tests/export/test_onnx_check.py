@@ -13,19 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover.exact import Exact
-from loraover_export import merge as merge_module
-from loraover_export.delta import Delta
-from loraover_export.fold import round_tensor
-from loraover_export.onnx import decoder, swappable
+from loraover.checkpoint.exact_tensors import Exact
+from loraover_export.fold.fold import round_tensor
+from loraover_export.numerics.delta import Delta
+from loraover_export.numerics.rounding import round_nearest
 from loraover_export.onnx import export as export_module
-from loraover_export.onnx.decoder import Decoder
+from loraover_export.onnx import merge as merge_module
+from loraover_export.onnx import swappable
+from loraover_export.onnx.kinds import decoder
+from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.report import OnnxReport
 from loraover_export.onnx.session import GraphSession
-from loraover_export.rounding import round_nearest
 
-from make_checkpoint import tree
-from onnx_export import OnnxMade, export, read_report, tiny_lora
+from support.make_checkpoint import tree
+from support.onnx_export import OnnxMade, export, read_report, tiny_lora
 
 MODES = ("merged", "swappable")
 DOWN = "model.layers.0.mlp.down_proj"

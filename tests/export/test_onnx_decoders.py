@@ -6,9 +6,9 @@ import pytest
 
 from loraover_export.onnx.report import OnnxReport
 
-from onnx_export import LINEAR, Adapter, Exports, make_exports, read_report
-from onnx_graph import FEEDS, Graph, genai_tokens, torch_tokens, worst_error
-from plain_adapter import FAMILIES
+from support.onnx_export import LINEAR, Adapter, Exports, make_exports, read_report
+from support.onnx_graph import FEEDS, Graph, genai_tokens, torch_tokens, worst_error
+from support.plain_adapter import FAMILIES
 
 NAMES: tuple[Adapter, ...] = ("first", "second", None)
 PROMPT, TOKENS = FEEDS["one row"].ids[:, :7], 12

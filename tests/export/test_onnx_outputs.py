@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from loraover.adapter_dir import MAX_JSON_BYTES
+from loraover.checkpoint.peft_adapter import MAX_JSON_BYTES
 
-from make_checkpoint import edit_json
-from onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
-from plain_adapter import write_adapter
+from support.make_checkpoint import edit_json
+from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
+from support.plain_adapter import write_adapter
 
 MODULE = "model.layers.0.self_attn.q_proj"
 MERGED, SWAPPABLE = ("--mode", "merged"), ("--mode", "swappable")

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from loraover_export.onnx import decoder
+from loraover_export.onnx.kinds import decoder
 from loraover_export.onnx.padding import accept_left_padding
 
-from onnx_export import export, tiny_base, tiny_lora
-from onnx_graph import FEEDS, LENGTH, Feed, Graph, fp32_tolerance, torch_logits, worst_error
 from strategies import SEEDS
+from support.onnx_export import export, tiny_base, tiny_lora
+from support.onnx_graph import FEEDS, LENGTH, Feed, Graph, fp32_tolerance, torch_logits, worst_error
 
 LEFT = [name for name, feed in FEEDS.items() if feed.padding == "left"]
 OTHERS = [name for name in FEEDS if name not in LEFT]

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from children import Child, Ended, become_nobody, limit_file_size
-from make_checkpoint import tree
-from onnx_export import OnnxMade, export, read_report
+from support.children import Child, Ended, become_nobody, limit_file_size
+from support.make_checkpoint import tree
+from support.onnx_export import OnnxMade, export, read_report
 
 WHOLE = {
     "model.onnx",

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.models import ModelSource, load_model, load_tokenizer, resolve_model
-from loraover.unfolded import unfolded
+from loraover.checkpoint.unfolded_model import unfolded
+from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_export.onnx.report import OnnxReport
 
-from agreement import PROMPTS
-from make_checkpoint import save
-from onnx_export import LINEAR, exported_at_once
-from onnx_graph import LENGTH, Feed, Graph, torch_logits
-from tiny_models import fill_b
+from support.agreement import PROMPTS
+from support.make_checkpoint import save
+from support.onnx_export import LINEAR, exported_at_once
+from support.onnx_graph import LENGTH, Feed, Graph, torch_logits
+from support.tiny_models import fill_b
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HEAD_SIZE, MODES = 64, ("merged", "swappable")

@@ -13,10 +13,10 @@ import onnxruntime as ort
 import pytest
 from safetensors.torch import load_file
 
-from make_checkpoint import Made, nearest, numpy64, oracle_matrices, tree
-from onnx_export import LINEAR, OTHER, export, exported, llama_checkpoint, read_report, tiny_lora
-from onnx_graph import Graph, worst_error
 from oracles.contraction import Array
+from support.make_checkpoint import Made, nearest, numpy64, oracle_matrices, tree
+from support.onnx_export import LINEAR, OTHER, export, exported, llama_checkpoint, read_report, tiny_lora
+from support.onnx_graph import Graph, worst_error
 
 BLOCKS = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn"}
 SCALING = {"q_proj": 5 / 4, "k_proj": 12 / 1}

@@ -16,10 +16,10 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from make_checkpoint import edit_json, edit_tensors, save_tokenizer
-from onnx_export import Sources, export, exported, exported_at_once, read_report
-from onnx_graph import FEEDS, UNIT, Feed, Graph, fp32_tolerance
-from tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
+from support.make_checkpoint import edit_json, edit_tensors, save_tokenizer
+from support.onnx_export import Sources, export, exported, exported_at_once, read_report
+from support.onnx_graph import FEEDS, UNIT, Feed, Graph, fp32_tolerance
+from support.tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
 
 SHAPES = ("one row", "batch", "padded on the left", "one real token", "padded on the right")
 T5_TARGETS = ["q", "k", "v", "o", "wi", "wo"]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from loraover.exact import read_source
-from loraover.models import load_model, resolve_model
+from loraover.checkpoint.exact_tensors import read_source
+from loraover.models.load import load_model, resolve_model
 from loraover_export.onnx.int4 import rounded_copy
 
-from compatibility import record
-from onnx_export import Exports, export, exported, make_exports, read_report, tiny_base, tiny_lora
-from onnx_graph import FEEDS, UNIT, Graph, genai_tokens, torch_logits, torch_tokens, worst_error
+from support.compatibility import record
+from support.onnx_export import Exports, export, exported, make_exports, read_report, tiny_base, tiny_lora
+from support.onnx_graph import FEEDS, UNIT, Graph, genai_tokens, torch_logits, torch_tokens, worst_error
 
 PROMPT, TOKENS = FEEDS["one row"].ids[:, :7], 20
 WINDOW = 10

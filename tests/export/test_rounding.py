@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraover.errors import FoldError
-from loraover_export.rounding import STORAGE_DTYPES, Underflow, round_nearest, round_randomly, underflow
+from loraover.common.errors import FoldError
+from loraover_export.numerics.rounding import STORAGE_DTYPES, Underflow, round_nearest, round_randomly, underflow
 
 from oracles.contraction import Array
 from strategies import SEEDS

@@ -20,16 +20,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import loraover_export.fold as fold_module
-from loraover.command import run
-from loraover.licence import known_licence
+import loraover_export.fold.fold as fold_module
+from loraover.common.command_line import run
+from loraover.models.licence import known_licence
 from loraover_export.cli import cli
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.launch import lora_module
 from loraover_export.vllm.preflight import Preflight
 
-from make_checkpoint import make_checkpoint, tree
-from plain_adapter import make_adapter
+from support.make_checkpoint import make_checkpoint, tree
+from support.plain_adapter import make_adapter
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 FILES = ADAPTER | {"vllm_certificate.json", "preflight.json", "README.md"}
@@ -345,7 +345,7 @@ def test_no_base_model_at_all(source: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_help_needs_no_heavy_library() -> None:
     code = (
-        "import sys; from loraover.command import run; from loraover_export.cli import cli; "
+        "import sys; from loraover.common.command_line import run; from loraover_export.cli import cli; "
         "run(cli, ['vllm', '--help']); print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

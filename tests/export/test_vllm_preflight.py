@@ -13,9 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from loraover.adapter_dir import read_adapter_dir
-from loraover.command import run
-from loraover.models import resolve_model
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.command_line import run
+from loraover.models.load import resolve_model
 from loraover_export.cli import cli
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.candidate import Candidate
@@ -23,10 +23,10 @@ from loraover_export.vllm.preflight import Preflight, preflight
 from loraover_export.vllm.rules import RULES
 from loraover_export.vllm.served import read_served
 
-from make_checkpoint import edit_json, tree
-from plain_adapter import make_adapter, tiny_decoder
-from tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
-from vllm_damage import DAMAGES, Q0, added, config
+from support.make_checkpoint import edit_json, tree
+from support.plain_adapter import make_adapter, tiny_decoder
+from support.tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
+from support.vllm_damage import DAMAGES, Q0, added, config
 
 Check = Callable[..., tuple[int, Preflight, str]]
 

@@ -17,20 +17,20 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loraover.command import run
+from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
 
-from compatibility import ARCHITECTURES, record
-from make_checkpoint import logits, make_checkpoint, numpy64, oracle_matrices
 from oracles.contraction import Array
-from plain_adapter import FAMILIES, make_adapter
+from support.compatibility import ARCHITECTURES, record
+from support.make_checkpoint import logits, make_checkpoint, numpy64, oracle_matrices
+from support.plain_adapter import FAMILIES, make_adapter
+from support.vllm_command import vllm_command
+from support.vllm_damage import DAMAGES
 from tolerances import UNIT, gamma
-from vllm_command import vllm_command
-from vllm_damage import DAMAGES
 
-READER = Path(__file__).resolve().parents[1] / "vllm_reader.py"
+READER = Path(__file__).resolve().parents[1] / "support" / "vllm_reader.py"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 READ_BY = f"vLLM {known_architectures().version}, its loader"
 NAMES = {

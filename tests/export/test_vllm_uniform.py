@@ -18,18 +18,18 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraover.adapter_dir import read_adapter_dir
-from loraover.errors import ExportError
-from loraover.exact import Exact
-from loraover.models import ModelSource
-from loraover_export.delta import scale
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.errors import ExportError
+from loraover.models.load import ModelSource
+from loraover_export.numerics.delta import scale
 from loraover_export.vllm import uniform
 from loraover_export.vllm.uniform import name_modules, uniform_config, write_uniform
 
-from make_checkpoint import nearest, numpy64
 from oracles.contraction import Array
-from plain_adapter import write_adapter
 from strategies import SEEDS, normal
+from support.make_checkpoint import nearest, numpy64
+from support.plain_adapter import write_adapter
 from tolerances import UNIT, gamma
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,7 +162,7 @@ def test_a_mutant_changes_delta(mutant: str, tmp_path: Path, monkeypatch: pytest
 def test_the_certificate_rejects_what_was_not_rounded_right(
     mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loraover_export.fold as fold_module
+    import loraover_export.fold.fold as fold_module
 
     right = fold_module.round_tensor
 

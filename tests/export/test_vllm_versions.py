@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from loraover.adapter_dir import read_adapter_dir
-from loraover.command import run
-from loraover.models import resolve_model
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.command_line import run
+from loraover.models.load import resolve_model
 from loraover_export.cli import cli
 from loraover_export.vllm.architectures import architectures_of, known_architectures
 from loraover_export.vllm.candidate import Candidate
@@ -22,8 +22,8 @@ from loraover_export.vllm.preflight import Finding, preflight
 from loraover_export.vllm.served import read_served
 from loraover_export.vllm.versions import Versions
 
-from make_checkpoint import edit_json
-from plain_adapter import write_adapter
+from support.make_checkpoint import edit_json
+from support.plain_adapter import write_adapter
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = SIZES | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 32}
@@ -100,7 +100,7 @@ def test_a_no_op_holds_for_its_classes_and_releases_only(tmp_path: Path, monkeyp
     }
     for other in others.values():
         changed = table.model_copy(update={"no_ops": (other,)})
-        monkeypatch.setattr("loraover_export.vllm.model_rules.known_faults", lambda changed=changed: changed)
+        monkeypatch.setattr("loraover_export.vllm.rules.model.known_faults", lambda changed=changed: changed)
         assert not errors(judged)
 
 

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from loraover import Budget, LoraOverConfig
 
-from make_checkpoint import Made, MakeOptimizer, adamw, make_checkpoint, nearest, numpy64, oracle_matrices, save
+from support.make_checkpoint import Made, MakeOptimizer, adamw, make_checkpoint, nearest, numpy64, oracle_matrices, save
 
 SCHEMA = 2
 FOLDER = Path(__file__).parent / f"schema_{SCHEMA}"

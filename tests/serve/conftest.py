@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from loraover.command import run
+from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_serve.parity import bootstrap
+from loraover_serve.parity.judge import bootstrap
 
-from make_checkpoint import SERVABLE, Made, make_checkpoint
-from serving import Served, serving
+from support.make_checkpoint import SERVABLE, Made, make_checkpoint
+from support.serving import Served, serving
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 
-from loraover.command import run
+from loraover.common.command_line import run
 from loraover_serve.cli import cli
 
 
@@ -17,6 +17,6 @@ def test_engines_reports_the_installed_peft(capsys: pytest.CaptureFixture[str]) 
 def test_engines_tells_how_to_get_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraover_serve.engines.installed_version", lambda names: None)
+    monkeypatch.setattr("loraover_serve.engines.installed.installed_version", lambda names: None)
     assert run(cli, ["engines"]) == 0
     assert "pip install" in " ".join(capsys.readouterr().out.split())

@@ -13,11 +13,11 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from loraover.errors import ParityError
-from loraover.statistics import holm
-from loraover_serve.parity import bootstrap
-from loraover_serve.parity.bootstrap import quantile_intervals, quantile_of, studentised
-from loraover_serve.parity.equivalence import (
+from loraover.common.errors import ParityError
+from loraover.common.multiple_testing import holm
+from loraover_serve.parity.judge import bootstrap
+from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of, studentised
+from loraover_serve.parity.judge.equivalence import (
     MIN_BLOCKS,
     Comparison,
     blocks_needed,

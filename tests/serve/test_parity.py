@@ -22,11 +22,13 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from loraover import LoraOverConfig
-from loraover.adapter_dir import TENSORS_FILE, read_adapter_dir
-from loraover.command import run
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
+from loraover.common.command_line import run
 from loraover_serve.cli import cli
-from loraover_serve.parity import outputs
-from loraover_serve.parity.analysis import (
+from loraover_serve.engines.base import Engine
+from loraover_serve.engines.sample import Sample
+from loraover_serve.parity.judge import outputs
+from loraover_serve.parity.judge.analysis import (
     CONTROL,
     FOLDED,
     VANILLA,
@@ -36,19 +38,17 @@ from loraover_serve.parity.analysis import (
     results,
     throughputs,
 )
-from loraover_serve.parity.arms import make_vanilla
-from loraover_serve.parity.design import block_orders
-from loraover_serve.parity.engines.base import Engine
-from loraover_serve.parity.measure import Run, measure
-from loraover_serve.parity.memory import mean_interval, peak_of
-from loraover_serve.parity.outputs import Distance, agrees, is_applied
-from loraover_serve.parity.report import ParityReport
-from loraover_serve.parity.sample import Sample
-from loraover_serve.parity.workload import Request, make_requests
+from loraover_serve.parity.judge.outputs import Distance, agrees, is_applied
+from loraover_serve.parity.measure.arms import make_vanilla
+from loraover_serve.parity.measure.blocks import Run, measure
+from loraover_serve.parity.measure.design import block_orders
+from loraover_serve.parity.measure.memory import mean_interval, peak_of
+from loraover_serve.parity.measure.workload import Request, make_requests
+from loraover_serve.parity.report.parity_report import ParityReport
 
-from clockwork import ARMS, Clockwork
-from make_checkpoint import SERVABLE, Made, make_checkpoint
-from tiny_hub import tiny_tokenizer
+from support.clockwork import ARMS, Clockwork
+from support.make_checkpoint import SERVABLE, Made, make_checkpoint
+from support.tiny_hub import tiny_tokenizer
 
 REQUESTS = [Request((1, 2, 3), 4)]
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "parity"

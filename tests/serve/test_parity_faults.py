@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from loraover.command import run
-from loraover_serve import vllm_server
+from loraover.common.command_line import run
 from loraover_serve.cli import cli
-from loraover_serve.parity.report import ParityReport
+from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.vllm import server as vllm_server
 
-from children import Child, Ended
-from make_checkpoint import Made
-from vllm_stand_in import assert_stopped, stand_in
+from support.children import Child, Ended
+from support.make_checkpoint import Made
+from support.vllm_stand_in import assert_stopped, stand_in
 
 STARTED = 4  # completions that show that a server and its adapters are up: one for each arm
 BLOCK = 2 * 4

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from loraover_serve.parity.html import render
-from loraover_serve.parity.report import ParityReport
+from loraover_serve.parity.report.html import render
+from loraover_serve.parity.report.parity_report import ParityReport
 
-from clockwork import whole_report
+from support.clockwork import whole_report
 
 FLAGS = (
     "--headless",

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, overall, results
-from loraover_serve.parity.measure import Run
-from loraover_serve.parity.sample import Sample
+from loraover_serve.engines.sample import Sample
+from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA, overall, results
+from loraover_serve.parity.measure.blocks import Run
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 

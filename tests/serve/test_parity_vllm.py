@@ -17,22 +17,22 @@ import numpy as np
 import psutil
 import pytest
 
-from loraover.command import run
+from loraover.common.command_line import run
 from loraover_export.vllm.architectures import known_architectures
 from loraover_serve.cli import cli
-from loraover_serve.parity.analysis import CONTROL, FOLDED, VANILLA, overall, results
-from loraover_serve.parity.engines.vllm import VllmEngine
-from loraover_serve.parity.measure import Run, measure
-from loraover_serve.parity.memory import peak_of
-from loraover_serve.parity.outputs import BASE
-from loraover_serve.parity.report import ParityReport
-from loraover_serve.parity.workload import Request
-from loraover_serve.vllm_server import VllmServer
+from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA, overall, results
+from loraover_serve.parity.judge.outputs import BASE
+from loraover_serve.parity.measure.blocks import Run, measure
+from loraover_serve.parity.measure.memory import peak_of
+from loraover_serve.parity.measure.workload import Request
+from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.vllm.server import VllmServer
 
-from delaying_proxy import delaying
-from make_checkpoint import Made
-from serving import Served
-from vllm_command import vllm_command
+from support.delaying_proxy import delaying
+from support.make_checkpoint import Made
+from support.serving import Served
+from support.vllm_command import vllm_command
 
 NEW_TOKENS = 2
 COPIES = {VANILLA: "vanilla", CONTROL: "vanilla", FOLDED: "folded"}

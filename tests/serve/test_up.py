@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from loraover import base_model
-from loraover.command import run
-from loraover.errors import ConfigError
-from loraover.models import ModelSource
+from loraover.checkpoint import base_model
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
+from loraover.models.load import ModelSource
 from loraover_export.cli import cli as export_cli
-from loraover_serve import vllm_server
 from loraover_serve.cli import cli
-from loraover_serve.up import read_named, served_model, server_config
-from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
+from loraover_serve.vllm import server as vllm_server
+from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
+from loraover_serve.vllm.up import read_named, served_model, server_config
 
-from make_checkpoint import make_checkpoint
-from vllm_stand_in import assert_stopped, stand_in
+from support.make_checkpoint import make_checkpoint
+from support.vllm_stand_in import assert_stopped, stand_in
 
 
 @pytest.fixture(scope="module")

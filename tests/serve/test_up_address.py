@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from loraover.command import run
-from loraover.errors import ConfigError, EngineError
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError, EngineError
 from loraover_export.cli import cli as export_cli
-from loraover_serve import up
 from loraover_serve.cli import cli
-from loraover_serve.vllm_client import VllmClient
-from loraover_serve.vllm_server import VllmServerConfig, next_free_port, serve_vllm
+from loraover_serve.vllm import up
+from loraover_serve.vllm.client import VllmClient
+from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm
 
-from make_checkpoint import make_checkpoint
-from vllm_stand_in import stand_in
+from support.make_checkpoint import make_checkpoint
+from support.vllm_stand_in import stand_in
 
 KEY = "a-key-of-the-tests"
 

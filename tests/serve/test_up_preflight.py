@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from loraover.command import run
+from loraover.common.command_line import run
 from loraover_export.cli import cli as export_cli
-from loraover_serve import up
 from loraover_serve.cli import cli
-from loraover_serve.vllm_server import vllm_version
+from loraover_serve.vllm import up
+from loraover_serve.vllm.server import vllm_version
 
-from plain_adapter import make_adapter
-from vllm_damage import config, renamed
-from vllm_stand_in import VERSION, stand_in
+from support.plain_adapter import make_adapter
+from support.vllm_damage import config, renamed
+from support.vllm_stand_in import VERSION, stand_in
 
 Up = Callable[..., tuple[int, str]]
 

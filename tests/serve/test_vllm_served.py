@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from loraover.errors import EngineError
+from loraover.common.errors import EngineError
 from loraover_export.vllm.architectures import known_architectures
-from loraover_serve.vllm_client import Completion
+from loraover_serve.vllm.client import Completion
 
-from agreement import NEW_TOKENS, Agreement, agreement
-from compatibility import record
-from serving import ADAPTERS, Served
+from support.agreement import NEW_TOKENS, Agreement, agreement
+from support.compatibility import record
+from support.serving import ADAPTERS, Served
 
 SURE = 5  # standard errors
 FEW = 8  # prompts, where a difference is large

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from loraover.errors import EngineError
-from loraover_serve import vllm_server
-from loraover_serve.vllm_server import VllmServerConfig, serve_vllm
+from loraover.common.errors import EngineError
+from loraover_serve.vllm import server as vllm_server
+from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
-from vllm_stand_in import assert_stopped, stand_in
+from support.vllm_stand_in import assert_stopped, stand_in
 
 
 def config(folder: Path) -> VllmServerConfig:

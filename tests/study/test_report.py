@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loraover.errors import LoraOverError
-from loraover.statistics import holm
+from loraover.common.errors import LoraOverError
+from loraover.common.multiple_testing import holm
 from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid
 from loraover.study.outcome import DIVERGED, OUT_OF_MEMORY, Outcome
@@ -18,7 +18,7 @@ from loraover.study.report import StudyReport, TaskResult, task_results, words
 from loraover.study.runner import make_report
 from loraover.study.show import to_html, to_markdown
 
-from tiny_hub import write_recipe
+from support.tiny_hub import write_recipe
 
 RATES = (1e-4, 1e-3, 1e-2)
 SEEDS, EXAMPLES = 5, 40

@@ -18,22 +18,22 @@ import click
 import pytest
 from rich.console import Console
 
-from loraover.cli import _sweeps, cli
-from loraover.command import run
-from loraover.config import Budget
-from loraover.decompositions import Mpo
-from loraover.errors import ConfigError, LoraOverError
-from loraover.examples import load_examples
-from loraover.progress import Reporter
-from loraover.recipe import Recipe, load_recipe
-from loraover.run_result import read_run
+from loraover.cli.study import _sweeps, cli
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError, LoraOverError
+from loraover.overparam.config import Budget
+from loraover.overparam.decompositions import Mpo
+from loraover.reporting.reporter import Reporter
 from loraover.study import outcome as outcome_module
 from loraover.study.grid import DEFAULT_METHODS, make_grid, matched_rank, split_outside_brackets
 from loraover.study.outcome import OUTCOME_FILE, Outcome, digest, execute
 from loraover.study.report import StudyReport
 from loraover.study.runner import Where, run_grid
+from loraover.training.examples import load_examples
+from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.run_result import read_run
 
-from tiny_hub import save_llama, write_recipe
+from support.tiny_hub import save_llama, write_recipe
 
 RATES = "1e-3,1e-2"
 
@@ -231,7 +231,7 @@ def test_a_run_goes_on_while_its_study_is_killed_and_is_waited_for(recipe: Path,
     folder = tmp_path / "run"
     asked = one_run(recipe, **{"training.max_steps": 40, "training.save_steps": 5, "evaluation.before": False})
     code = (
-        "import sys\nfrom pathlib import Path\nfrom loraover.recipe import Recipe\n"
+        "import sys\nfrom pathlib import Path\nfrom loraover.training.recipe import Recipe\n"
         "from loraover.study.outcome import execute\n"
         "execute(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), threads=1)"
     )

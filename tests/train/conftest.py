@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from loraover.threads import one_thread
+from loraover.common.threads import one_thread
 
-from tiny_hub import save_llama, save_t5, write_recipe
+from support.tiny_hub import save_llama, save_t5, write_recipe
 
 
 @pytest.fixture(scope="module")

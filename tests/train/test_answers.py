@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraover.answers import final_number
-from loraover.evaluate import exact_match
+from loraover.evaluation.final_number import final_number
+from loraover.evaluation.held_out import exact_match
 
-from tiny_hub import BOS, tiny_tokenizer
+from support.tiny_hub import BOS, tiny_tokenizer
 
 
 @pytest.mark.parametrize(

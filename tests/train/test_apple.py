@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from apple import apple_gpu
 from torch import Tensor, distributed
 from torch.optim import AdamW
 
-from loraover import LoraOverConfig, OverParameterization, Probe, sharding
-from loraover.decompositions import DECOMPOSITIONS
-from loraover.diagnostics import core_numbers
-from loraover.importance import SCORES, GradientScore
-from loraover.update_norm import factors, step_norm
+from loraover import LoraOverConfig, OverParameterization, Probe
+from loraover.callbacks.diagnostics import core_numbers
+from loraover.callbacks.step_norm import factors, step_norm
+from loraover.overparam import sharding
+from loraover.overparam.decompositions import DECOMPOSITIONS
+from loraover.overparam.importance import SCORES, GradientScore
 
-from tiny_models import net_loss, tiny_net, trainable
+from support.apple import apple_gpu
+from support.tiny_models import net_loss, tiny_net, trainable
 
 
 @pytest.mark.parametrize("convert", [Tensor.double, lambda tensor: tensor.to(torch.float64)], ids=["double", "to"])

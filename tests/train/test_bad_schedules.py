@@ -14,12 +14,22 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from transformers import Trainer, TrainingArguments
 
-from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe, checkpoint
-from loraover.errors import CheckpointError, ConfigError
-from loraover.recipe import load_recipe
+from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe
+from loraover.checkpoint import checkpoint
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.training.recipe import load_recipe
 
-from make_checkpoint import Made, adamw, make_checkpoint, reopened
-from tiny_models import lora_matrices, net_batch, net_loss, tiny_llama, tiny_net, token_ids, trainable, with_lora
+from support.make_checkpoint import Made, adamw, make_checkpoint, reopened
+from support.tiny_models import (
+    lora_matrices,
+    net_batch,
+    net_loss,
+    tiny_llama,
+    tiny_net,
+    token_ids,
+    trainable,
+    with_lora,
+)
 
 BATCHES = [net_batch(seed) for seed in range(2)]
 

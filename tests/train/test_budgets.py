@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loraover import Budget, LoraOverConfig
-from loraover.errors import ConfigError
-from loraover.importance import Probe
-from loraover.importance.base import Score
-from loraover.schedules import Round, Schedule
-from loraover.sites import Site
+from loraover.common.errors import ConfigError
+from loraover.overparam.importance import Probe
+from loraover.overparam.importance.base import Score
+from loraover.overparam.schedule import Round, Schedule
+from loraover.overparam.sites import Site
 
 STEPS = 100
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe
-from loraover.callback import calibration_batches
+from loraover.callbacks.loraover_callback import calibration_batches
 
-from tiny_models import tiny_llama, tiny_net, token_ids, with_lora
+from support.tiny_models import tiny_llama, tiny_net, token_ids, with_lora
 
 ROWS = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, SealCheckpoints, read_checkpoint
-from loraover.adapter_dir import site_key
-from loraover.command import run as run_command
-from loraover.errors import CheckpointError, ConfigError
-from loraover.progress import Reporter, TrainingProgress
-from loraover.schedule_map import placed
-from loraover.tensor_file import open_tensors
-from loraover.threads import one_thread
+from loraover.checkpoint.peft_adapter import site_key
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.command_line import run as run_command
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.threads import one_thread
+from loraover.reporting.reporter import Reporter, TrainingProgress
+from loraover.reporting.schedule_map import placed
 from loraover_export.cli import cli as export_cli
 
-from tiny_models import (
+from support.tiny_models import (
     VOCABULARY,
     fill_b,
     lora_matrices,

@@ -17,16 +17,19 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, RMSprop
 from transformers import AutoModelForCausalLM
 
-from loraover import LoraOverConfig, OverParameterization, checkpoint, output, read_checkpoint, write_checkpoint
-from loraover.adapter_dir import KEY_PREFIX, site_key, site_name
-from loraover.checkpoint import CORES_FILE, META_FILE, Checkpoint, restore
-from loraover.decompositions import DECOMPOSITIONS
-from loraover.errors import CheckpointError, ConfigError, OutputError
-from loraover.output import publish_file
-from loraover.sites import lora_layers
-from loraover.tensor_file import open_tensors
+from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
+from loraover.checkpoint import checkpoint
+from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Checkpoint, restore
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, site_key, site_name
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common import atomic_output as output
+from loraover.common.atomic_output import publish_file
+from loraover.common.errors import CheckpointError, ConfigError, OutputError
+from loraover.overparam.decompositions import DECOMPOSITIONS
+from loraover.overparam.sites import lora_layers
 
-from make_checkpoint import (
+from strategies import SEEDS, expansions, sizes
+from support.make_checkpoint import (
     EMBEDDING,
     LINEAR,
     MakeOptimizer,
@@ -43,8 +46,7 @@ from make_checkpoint import (
     train,
     tree,
 )
-from strategies import SEEDS, expansions, sizes
-from tiny_models import fill_b
+from support.tiny_models import fill_b
 
 LORA: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": LINEAR},

@@ -13,14 +13,14 @@ import datasets
 import pytest
 from datasets import ReadInstruction
 
-import loraover.data
-from loraover.answers import final_number
-from loraover.data import MAX_LINE_BYTES, Rows, load_rows
-from loraover.errors import ConfigError, DataError, LoraOverError
-from loraover.hub import HubUnreachableError
-from loraover.recipe import Recipe
+import loraover.data.sources
+from loraover.common.errors import ConfigError, DataError, LoraOverError
+from loraover.data.sources import MAX_LINE_BYTES, Rows, load_rows
+from loraover.evaluation.final_number import final_number
+from loraover.models.hub import HubUnreachableError
+from loraover.training.recipe import Recipe
 
-from real_data import real_data
+from support.real_data import real_data
 
 PAIR = {"prompt": "1+1?", "completion": " 2"}
 GSM8K = {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
@@ -292,7 +292,7 @@ def test_text_and_messages_in_one_file_need_chat(write: Write) -> None:
 def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loraover.data, "pinned_commit", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: pytest.fail("asked the hub"))
     assert "no such file or folder" in fault(source)
 
 
@@ -303,7 +303,7 @@ class Hub:
         self.sets = {name.replace("__", "/"): rows for name, rows in sets.items()}
         self.asked: list[tuple[str, str | None]] = []
         self.loaded: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(loraover.data, "pinned_commit", self.pinned_commit)
+        monkeypatch.setattr(loraover.data.sources, "pinned_commit", self.pinned_commit)
         monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
 
     def commit(self, name: str) -> str:
@@ -335,7 +335,7 @@ def test_without_a_hub_a_local_file_is_proposed(monkeypatch: pytest.MonkeyPatch)
     def unreachable(*_: object) -> str:
         raise HubUnreachableError("the hub cannot be reached.")
 
-    monkeypatch.setattr(loraover.data, "pinned_commit", unreachable)
+    monkeypatch.setattr(loraover.data.sources, "pinned_commit", unreachable)
     message = fault("owner/data")
     assert "owner/data" in message
     assert "--data FILE" in message
@@ -365,7 +365,7 @@ def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
 
 
 def examples_of(made: Recipe, *, chat: bool = False) -> Any:
-    from loraover.examples import load_examples
+    from loraover.training.examples import load_examples
 
     return load_examples(made, chat=chat)
 

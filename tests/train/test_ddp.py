@@ -12,10 +12,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from loraover import OverParameterization
-from loraover.errors import ConfigError
-from loraover.sites import find_sites
+from loraover.common.errors import ConfigError
+from loraover.overparam.sites import find_sites
 
-from parallel_run import (
+from support.parallel_run import (
     CONFIGS,
     SCHEDULES,
     STEPS,
@@ -26,8 +26,8 @@ from parallel_run import (
     model,
     train,
 )
-from processes import ACCELERATE, in_two_processes, launched
-from tiny_models import tiny_net, trainable
+from support.processes import ACCELERATE, in_two_processes, launched
+from support.tiny_models import tiny_net, trainable
 
 
 def sent(messages: list[tuple[str, int]]) -> list[tuple[str, int]]:

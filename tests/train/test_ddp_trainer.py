@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from loraover import read_checkpoint
-from loraover.adapter_dir import read_json
-from loraover.errors import CheckpointError
-from loraover.resume import SEAL_FILE, Seal, last_whole_checkpoint
-from loraover.tensor_file import open_tensors
+from loraover.callbacks.seal_checkpoints import SEAL_FILE, Seal, last_whole_checkpoint
+from loraover.checkpoint.peft_adapter import read_json
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.errors import CheckpointError
 
-from parallel_run import equal
-from parallel_trainer import STEPS, run, trainer_of
-from processes import TESTS, TORCHRUN, launched
+from support.parallel_run import equal
+from support.parallel_trainer import STEPS, run, trainer_of
+from support.processes import TESTS, TORCHRUN, launched
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainer")
-    launched(TORCHRUN, TESTS / "parallel_trainer.py", folder)
+    launched(TORCHRUN, TESTS / "support" / "parallel_trainer.py", folder)
     return folder
 
 

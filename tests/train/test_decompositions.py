@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from loraover.decompositions import DECOMPOSITIONS, Mpo, make_decomposition
-from loraover.decompositions.base import random_coisometry
-from loraover.errors import ConfigError, ShapeError
+from loraover.common.errors import ConfigError, ShapeError
+from loraover.overparam.decompositions import DECOMPOSITIONS, Mpo, make_decomposition
+from loraover.overparam.decompositions.base import random_coisometry
 
 from oracles.contraction import Array, chain_matrix, mpo_left_part, mpo_matrix, mpo_right_part, svd_matrix
 from strategies import (

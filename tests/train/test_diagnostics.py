@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from loraover import DiagnosticsCallback, LoraOverCallback, LoraOverConfig, OverParameterization
-from loraover.diagnostics import PREFIX, core_numbers
-from loraover.threads import one_thread
-from loraover.update_norm import factors, step_norm
+from loraover.callbacks.diagnostics import PREFIX, core_numbers
+from loraover.callbacks.step_norm import factors, step_norm
+from loraover.common.threads import one_thread
 
-from tiny_models import tiny_llama, tiny_net, token_ids, with_lora
+from support.tiny_models import tiny_llama, tiny_net, token_ids, with_lora
 
 DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 STEPS = 5

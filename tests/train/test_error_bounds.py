@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraover.error_bounds import gamma, smallest_subnormal, unit_roundoff
+from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 
 import tolerances
 

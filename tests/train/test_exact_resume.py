@@ -22,17 +22,17 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-import loraover.checkpoint
-import loraover.resume
+import loraover.callbacks.seal_checkpoints
+import loraover.checkpoint.checkpoint
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, last_whole_checkpoint, read_checkpoint
-from loraover.importance.sensitivity import Sensitivity
-from loraover.schedules import Round
-from loraover.threads import one_thread
-from loraover.word_problems import split_word_problems
+from loraover.common.threads import one_thread
+from loraover.data.word_problems import split_word_problems
+from loraover.overparam.importance.sensitivity import Sensitivity
+from loraover.overparam.schedule import Round
 
-from children import Child
-from tiny_hub import save_llama
-from tiny_models import token_ids
+from support.children import Child
+from support.tiny_hub import save_llama
+from support.tiny_models import token_ids
 
 STEPS = 10
 SAVED = 2
@@ -204,7 +204,9 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "place", [(loraover.checkpoint, "save_tensors"), (loraover.resume, "seal")], ids=lambda p: p[1]
+    "place",
+    [(loraover.checkpoint.checkpoint, "save_tensors"), (loraover.callbacks.seal_checkpoints, "seal")],
+    ids=lambda p: p[1],
 )
 def test_a_checkpoint_that_was_being_written_is_not_resumed_from(
     place: tuple[Any, str], training: Training, whole: Outcome, base: Path, tmp_path: Path

@@ -15,11 +15,11 @@ from torch.func import functional_call
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.cores import CoreGroup
-from loraover.decompositions import DECOMPOSITIONS
-from loraover.threads import one_thread
+from loraover.common.threads import one_thread
+from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.decompositions import DECOMPOSITIONS
 
-from tiny_models import net_batch, net_loss, tiny_net, trainable
+from support.tiny_models import net_batch, net_loss, tiny_net, trainable
 
 STEPS, MICRO_BATCHES, WEIGHT_DECAY = 20, 4, 0.1
 MAX_NORM = 0.05  # below the gradients' norm at every step, so that clipping acts

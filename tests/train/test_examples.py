@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.adapter_dir import TENSORS_FILE
-from loraover.command import run
-from loraover.errors import ConfigError
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
 from loraover_export.cli import cli
 
-from tiny_hub import save_llama, save_t5
-from tiny_models import lora_matrices
+from support.tiny_hub import save_llama, save_t5
+from support.tiny_models import lora_matrices
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
-from loraover.decompositions import DECOMPOSITIONS
-from loraover.errors import ConfigError
-from loraover.threads import one_thread
+from loraover.common.errors import ConfigError
+from loraover.common.threads import one_thread
+from loraover.overparam.decompositions import DECOMPOSITIONS
 
-from tiny_models import lora_matrices, net_loss, tiny_net, trainable
+from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable
 
 WRITTEN = "second.lora_B"
 

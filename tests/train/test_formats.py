@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 import pytest
 
-from loraover.data import load_rows
-from loraover.errors import ConfigError, DataError
-from loraover.formats import FORMATS
-from loraover.recipe import Data, Recipe, load_recipe
+from loraover.common.errors import ConfigError, DataError
+from loraover.data.formats import FORMATS
+from loraover.data.sources import load_rows
+from loraover.training.recipe import Data, Recipe, load_recipe
 
-from real_data import real_data
+from support.real_data import real_data
 
 ASKED = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 MNLI = {"premise": "It rained.", "hypothesis": "It was dry.", "label": 2, "idx": 0}

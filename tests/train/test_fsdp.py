@@ -16,12 +16,12 @@ from torch import Tensor, distributed
 from torch.distributed.fsdp import fully_shard
 
 from loraover import OverParameterization, read_checkpoint, write_checkpoint
-from loraover.checkpoint import restore
-from loraover.errors import ConfigError
-from loraover.sharding import full, local, trainable_state_dict
-from loraover.sites import find_sites
+from loraover.checkpoint.checkpoint import restore
+from loraover.common.errors import ConfigError
+from loraover.overparam.sharding import full, local, trainable_state_dict
+from loraover.overparam.sites import find_sites
 
-from parallel_run import (
+from support.parallel_run import (
     CONFIGS,
     SCHEDULES,
     STEPS,
@@ -37,8 +37,8 @@ from parallel_run import (
     share,
     train,
 )
-from processes import in_two_processes
-from tiny_models import tiny_net, trainable
+from support.processes import in_two_processes
+from support.tiny_models import tiny_net, trainable
 
 
 def sharded(net: Any) -> Any:

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.optim import SGD
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
-from loraover.importance import SCORES, GradientScore, sensitivity
-from loraover.importance.loss_impact import LossImpact
-from loraover.sites import find_sites, lora_layers
+from loraover.overparam.importance import SCORES, GradientScore, sensitivity
+from loraover.overparam.importance.loss_impact import LossImpact
+from loraover.overparam.sites import find_sites, lora_layers
 
-from make_checkpoint import numpy64
 from oracles import scores as oracle
-from tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
+from support.make_checkpoint import numpy64
+from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNIT, binomial_deviation, gamma
 
 ORACLES: dict[str, Callable[[Sequence[oracle.Step], str], float]] = {

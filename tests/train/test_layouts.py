@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraover.decompositions import Chain, Decomposition, Mpo, Svd, make_decomposition
-from loraover.decompositions.mpo import balanced_factors
-from loraover.errors import ShapeError
+from loraover.common.errors import ShapeError
+from loraover.overparam.decompositions import Chain, Decomposition, Mpo, Svd, make_decomposition
+from loraover.overparam.decompositions.mpo import balanced_factors
 
 from strategies import (
     LORA_SHAPES,

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loraover.model_card import model_card, plain
+from loraover.reporting.model_card import model_card, plain
 
 FACTS = {"method": "lora", "base model": "folder /models/base"}
 HOSTILE = [

@@ -15,10 +15,10 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.decompositions import DECOMPOSITIONS
+from loraover.overparam.decompositions import DECOMPOSITIONS
 
 from strategies import SEEDS, Case, cases, generators, matrices, normal, random_cores
-from tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
+from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNDERFLOW, UNIT, chain_terms, gamma, isometry_error
 
 DECOMPOSED: dict[str, tuple[str, dict[str, Any]]] = {

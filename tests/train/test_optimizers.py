@@ -17,11 +17,11 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.error_bounds import gamma, unit_roundoff
-from loraover.errors import ConfigError
-from loraover.threads import one_thread
+from loraover.checkpoint.error_bounds import gamma, unit_roundoff
+from loraover.common.errors import ConfigError
+from loraover.common.threads import one_thread
 
-from tiny_models import (
+from support.tiny_models import (
     lora_matrices,
     net_batch,
     net_loss,

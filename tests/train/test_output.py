@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from loraover.errors import OutputError
-from loraover.output import check_free, check_writable, publish_directory, publish_file
+from loraover.common.atomic_output import check_free, check_writable, publish_directory, publish_file
+from loraover.common.errors import OutputError
 
-from make_checkpoint import tree
+from support.make_checkpoint import tree
 
 
 class Interrupted(BaseException):
@@ -395,7 +395,7 @@ def fill_old(folder: Path) -> None:
 CHILD = """
 import os, signal, shutil, sys
 from pathlib import Path
-from loraover.output import publish_directory, publish_file
+from loraover.common.atomic_output import publish_directory, publish_file
 
 def stop():
     print("stopped", flush=True)

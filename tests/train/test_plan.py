@@ -13,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import loraover.data
-import loraover.models
+import loraover.data.sources
+import loraover.models.load
 from loraover.cli import cli
-from loraover.command import run
-from loraover.errors import DataError
-from loraover.hub import HubUnreachableError
-from loraover.models import load_model, resolve_model
-from loraover.plan import Plan, kept_bytes, make_plan
-from loraover.recipe import load_recipe
-from loraover.run_result import read_run
-from loraover.threads import one_thread
+from loraover.common.command_line import run
+from loraover.common.errors import DataError
+from loraover.common.threads import one_thread
+from loraover.models.hub import HubUnreachableError
+from loraover.models.load import load_model, resolve_model
+from loraover.training.plan import Plan, kept_bytes, make_plan
+from loraover.training.recipe import load_recipe
+from loraover.training.run_result import read_run
 
-from tiny_hub import save_llama, save_t5, write_recipe
-from tiny_models import with_lora
+from support.tiny_hub import save_llama, save_t5, write_recipe
+from support.tiny_models import with_lora
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -170,7 +170,7 @@ def test_an_epoch_of_the_hub_takes_the_examples_that_are_asked_for(
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Sizes of splits, as the hub tells them."""
     splits: dict[str, Any] = {}
-    monkeypatch.setattr(loraover.data, "pinned_commit", lambda *_: "c" * 40)
+    monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: "c" * 40)
     info = SimpleNamespace(info=SimpleNamespace(splits=splits))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: info)
     return splits
@@ -196,7 +196,7 @@ def test_a_hub_that_cannot_be_reached_is_said(
     def unreachable(name: str, *_: object) -> str:
         raise HubUnreachableError(f"model {name!r}: the hub cannot be reached and its cache holds no copy.")
 
-    monkeypatch.setattr(loraover.models, "pinned_commit", unreachable)
+    monkeypatch.setattr(loraover.models.load, "pinned_commit", unreachable)
     assert run(cli, ["train", "metamath-gsm8k", "--plan"]) == 2
     assert "'meta-llama/Llama-2-7b-hf': the hub cannot be reached" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
 
-from tiny_models import trainable, with_lora
+from support.tiny_models import trainable, with_lora
 from tolerances import binomial_deviation
 
 MODULES, PLANTED, IN, OUT, ROWS = 8, 2, 6, 4, 96

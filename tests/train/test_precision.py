@@ -12,9 +12,9 @@ from torch.optim import SGD
 from transformers.utils.import_utils import enable_tf32
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.decompositions import DECOMPOSITIONS
+from loraover.overparam.decompositions import DECOMPOSITIONS
 
-from tiny_models import fill_b, lora_matrices, trainable, with_lora
+from support.tiny_models import fill_b, lora_matrices, trainable, with_lora
 
 ALL: Any = torch.backends
 BACKENDS: dict[str, Any] = {"all": ALL, "cuda": ALL.cuda.matmul, "mkldnn": ALL.mkldnn.matmul}

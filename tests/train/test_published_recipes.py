@@ -12,14 +12,14 @@ import transformers
 from safetensors.torch import load_file
 
 from loraover import read_checkpoint
+from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.cli import cli
-from loraover.command import run
-from loraover.recipe import load_recipe
-from loraover.resume import last_whole_checkpoint
-from loraover.run_result import read_run
-from loraover.threads import one_thread
+from loraover.common.command_line import run
+from loraover.common.threads import one_thread
+from loraover.training.recipe import load_recipe
+from loraover.training.run_result import read_run
 
-from tiny_hub import save_llama, save_t5
+from support.tiny_hub import save_llama, save_t5
 
 TEXT = "in spring a farmer sells 3 eggs"
 SLICES: dict[str, dict[str, Any]] = {
@@ -204,7 +204,7 @@ def test_an_epoch_is_resumed_where_it_stopped(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("loraover.progress.TrainingProgress.on_step_end", interrupt)
+        patch.setattr("loraover.reporting.reporter.TrainingProgress.on_step_end", interrupt)
         assert train("glue-qnli-t5-base", bases, tmp_path / "cut", *logged) == 130
     checkpoint = last_whole_checkpoint(tmp_path / "cut" / "run" / "trainer")
     assert checkpoint is not None
@@ -222,7 +222,7 @@ def test_a_run_that_was_stopped_after_its_last_step_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("loraover.train._publish", interrupt)
+        patch.setattr("loraover.training.run._publish", interrupt)
         assert train("glue-qnli-t5-base", bases, tmp_path) == 130
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("took another step"))

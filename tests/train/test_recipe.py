@@ -13,11 +13,11 @@ import yaml
 from transformers import Trainer, TrainingArguments
 
 from loraover.cli import cli
-from loraover.command import run
-from loraover.errors import ConfigError
-from loraover.recipe import MAX_YAML_BYTES, Recipe, load_recipe, parse_override, recipe_names
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
+from loraover.training.recipe import MAX_YAML_BYTES, Recipe, load_recipe, parse_override, recipe_names
 
-from tiny_models import tiny_net
+from support.tiny_models import tiny_net
 
 SMALL: dict[str, Any] = {"model": "owner/model", "data": {"train": "word-problems"}, "training": {"max_steps": 3}}
 

@@ -19,16 +19,16 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-import loraover.resume
-import loraover.train
+import loraover.callbacks.seal_checkpoints
+import loraover.training.run
+from loraover.callbacks.seal_checkpoints import SEAL_FILE, SealCheckpoints, last_whole_checkpoint, seal
 from loraover.cli import cli
-from loraover.command import INTERRUPTED, run
-from loraover.progress import TrainingProgress
-from loraover.resume import SEAL_FILE, SealCheckpoints, last_whole_checkpoint, seal
-from loraover.run_result import read_run
-from loraover.threads import one_thread
+from loraover.common.command_line import INTERRUPTED, run
+from loraover.common.threads import one_thread
+from loraover.reporting.reporter import TrainingProgress
+from loraover.training.run_result import read_run
 
-from tiny_hub import save_llama, save_t5, write_recipe
+from support.tiny_hub import save_llama, save_t5, write_recipe
 
 STEPS = 7
 STOP = 6
@@ -197,14 +197,14 @@ def test_a_run_interrupted_after_its_last_step_takes_no_more(
     recipe = recipes[kind]
     constant = ("--set", "training.lr_scheduler_type=constant")
     assert train(recipe, tmp_path / "whole", *constant) == 0
-    measure = loraover.train._measure
+    measure = loraover.training.run._measure
 
     def interrupt(*arguments: Any) -> Any:
         if arguments[-1] == "after training":
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(loraover.train, "_measure", interrupt)
+    monkeypatch.setattr(loraover.training.run, "_measure", interrupt)
     out = tmp_path / "out"
     assert train(recipe, out, *constant) == 130
     monkeypatch.undo()
@@ -247,7 +247,7 @@ def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, caps
 KILL = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from loraover.progress import TrainingProgress
+from loraover.reporting.reporter import TrainingProgress
 def kill(self, args, state, control, **kwargs):
     if state.global_step == STEP:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -339,7 +339,7 @@ def test_an_interruption_while_a_checkpoint_is_sealed_costs_that_checkpoint_only
             raise KeyboardInterrupt
         seal(folder)
 
-    monkeypatch.setattr(loraover.resume, "seal", interrupt)
+    monkeypatch.setattr(loraover.callbacks.seal_checkpoints, "seal", interrupt)
     out = tmp_path / "out"
     assert train(recipe, out) == 130
     monkeypatch.undo()

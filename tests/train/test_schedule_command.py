@@ -12,10 +12,10 @@ from torch.optim import AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
 from loraover.cli import cli
-from loraover.command import run
-from loraover.schedule_map import placed
+from loraover.common.command_line import run
+from loraover.reporting.schedule_map import placed
 
-from tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
+from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
 
 
 def trained(folder: Path, config: LoraOverConfig, *, is_t5: bool = False) -> Path:

@@ -19,14 +19,14 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe, read_checkpoint
-from loraover.errors import ConfigError
-from loraover.importance import SCORES, GradientScore
-from loraover.schedules import Round, Schedule
-from loraover.sites import find_sites
+from loraover.common.errors import ConfigError
+from loraover.overparam.importance import SCORES, GradientScore
+from loraover.overparam.schedule import Round, Schedule
+from loraover.overparam.sites import find_sites
 
-from make_checkpoint import adamw, cores_of, make_checkpoint, numpy64, reopened, save, train
 from oracles import scores as oracle
-from tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
+from support.make_checkpoint import adamw, cores_of, make_checkpoint, numpy64, reopened, save, train
+from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNIT, gamma
 
 BATCHES = [net_batch(seed) for seed in range(3)]

@@ -13,10 +13,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim import SGD
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.errors import ConfigError
-from loraover.sites import find_sites, match_sites
+from loraover.common.errors import ConfigError
+from loraover.overparam.sites import find_sites, match_sites
 
-from tiny_models import (
+from support.tiny_models import (
     fill_b,
     lora_matrices,
     tiny_bert,

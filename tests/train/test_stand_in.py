@@ -11,22 +11,22 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
-from stand_ins import NAME, RECORD, adapter_config, as_stand_in, largest_logit, with_other_logits, without_hub
 
-from loraover import stand_in
-from loraover.adapter_dir import read_adapter_dir
-from loraover.base_model import largest_logit_difference, resolve_base
-from loraover.checkpoint import read_checkpoint
-from loraover.errors import CheckpointError, ConfigError
-from loraover.licence import known_licence
-from loraover.models import resolve_model
-from loraover.stand_in import STAND_IN_FILE, StandIn, find_stand_in, make_stand_in
-from loraover.word_problems import HELD_OUT_SEED, word_problems
+from loraover.checkpoint.base_model import largest_logit_difference, resolve_base
+from loraover.checkpoint.checkpoint import read_checkpoint
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.data.word_problems import HELD_OUT_SEED, word_problems
+from loraover.models import stand_in
+from loraover.models.licence import known_licence
+from loraover.models.load import resolve_model
+from loraover.models.stand_in import STAND_IN_FILE, StandIn, find_stand_in, make_stand_in
 
-from plain_adapter import write_adapter
 from strategies import normal
-from tiny_hub import save_llama, write_recipe
-from train_command import METHODS, train
+from support.plain_adapter import write_adapter
+from support.stand_ins import NAME, RECORD, adapter_config, as_stand_in, largest_logit, with_other_logits, without_hub
+from support.tiny_hub import save_llama, write_recipe
+from support.train_command import METHODS, train
 
 pytestmark = pytest.mark.usefixtures("single_thread", "no_network")
 
@@ -91,7 +91,7 @@ def test_a_stand_in_is_made_once_with_its_record(tmp_path: Path, monkeypatch: py
 
 def test_a_stand_in_that_is_gone_is_told_with_the_way_to_make_it(copy: Path) -> None:
     shutil.rmtree(copy)
-    with pytest.raises(ConfigError, match=rf"{copy} is gone.*python -m loraover.stand_in {NAME}"):
+    with pytest.raises(ConfigError, match=rf"{copy} is gone.*python -m loraover.models.stand_in {NAME}"):
         resolve_model(str(copy))
     with pytest.raises(ConfigError, match="is gone"):  # another user's, who had the same copy
         resolve_model(f"/home/other/.cache/loraover/{copy.name}")
@@ -120,7 +120,7 @@ def adapter(folder: Path, base: str | None, revision: str | None = None) -> Any:
 @pytest.fixture
 def commits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that has every model; a revision's commit is the revision, and main's is "today"."""
-    monkeypatch.setattr("loraover.models.pinned_commit", lambda name, revision, kind: revision or "today")
+    monkeypatch.setattr("loraover.models.load.pinned_commit", lambda name, revision, kind: revision or "today")
 
 
 @pytest.mark.usefixtures("commits")

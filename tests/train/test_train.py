@@ -25,15 +25,15 @@ from torch import Tensor
 import loraover_export.cli
 from loraover import read_checkpoint
 from loraover.cli import cli
-from loraover.command import run
-from loraover.errors import CheckpointError
-from loraover.recipe import load_recipe
-from loraover.run_result import RunResult, hardware, peak_bytes, read_run
-from loraover.word_problems import split_word_problems
+from loraover.common.command_line import run
+from loraover.common.errors import CheckpointError
+from loraover.data.word_problems import split_word_problems
+from loraover.training.recipe import load_recipe
+from loraover.training.run_result import RunResult, hardware, peak_bytes, read_run
 
-from tiny_hub import EOS, tiny_tokenizer, write_recipe
-from tiny_models import lora_matrices, update_norm
-from train_command import METHODS, STEPS, TURNS, data_file, train
+from support.tiny_hub import EOS, tiny_tokenizer, write_recipe
+from support.tiny_models import lora_matrices, update_norm
+from support.train_command import METHODS, STEPS, TURNS, data_file, train
 
 pytestmark = pytest.mark.usefixtures("single_thread", "no_network")
 
@@ -159,7 +159,7 @@ def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak begins with its parent's")
 def test_the_memory_of_a_parent_is_not_its_childs() -> None:
-    child = "from loraover.run_result import peak_bytes; print(peak_bytes())"
+    child = "from loraover.training.run_result import peak_bytes; print(peak_bytes())"
     code = (
         f"import subprocess, sys; x = bytearray(2**30); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     )

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from loraover.recipe import load_recipe
-from loraover.run_result import RunResult, read_run
+from loraover.training.recipe import load_recipe
+from loraover.training.run_result import RunResult, read_run
 
-from tiny_hub import write_recipe
-from train_command import STEPS
+from support.tiny_hub import write_recipe
+from support.train_command import STEPS
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 WATCH_NETWORK = """

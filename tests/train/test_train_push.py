@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from loraover.run_result import read_run
+from loraover.training.run_result import read_run
 
-from train_command import STEPS, train
+from support.train_command import STEPS, train
 
 pytestmark = pytest.mark.usefixtures("single_thread", "no_network")
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-import loraover.data
-from loraover.hub import HubUnreachableError
+import loraover.data.sources
+from loraover.models.hub import HubUnreachableError
 
-from tiny_hub import save_llama, write_recipe
-from tiny_models import tiny_llama
-from train_command import METHODS, TURNS, data_file, train
+from support.tiny_hub import save_llama, write_recipe
+from support.tiny_models import tiny_llama
+from support.train_command import METHODS, TURNS, data_file, train
 
 pytestmark = pytest.mark.usefixtures("single_thread", "no_network")
 
@@ -187,7 +187,7 @@ def test_data_that_only_a_hub_has_is_refused_without_one(
     def unreachable(*_: object) -> str:
         raise HubUnreachableError("the hub cannot be reached and its cache holds no copy.")
 
-    monkeypatch.setattr(loraover.data, "pinned_commit", unreachable)
+    monkeypatch.setattr(loraover.data.sources, "pinned_commit", unreachable)
     assert train(recipe, tmp_path / "out", "--data", "owner/data") == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: owner/data")

@@ -12,11 +12,11 @@ from rich.console import Console
 from torch import Tensor
 from trl.trainer import utils
 
-from loraover.progress import Reporter
-from loraover.recipe import load_recipe
-from loraover.train import _prepare
+from loraover.reporting.reporter import Reporter
+from loraover.training.recipe import load_recipe
+from loraover.training.run import _prepare
 
-from tiny_hub import save_llama, write_recipe
+from support.tiny_hub import save_llama, write_recipe
 
 
 def test_only_labelled_positions_are_projected_and_no_gradient_changes(

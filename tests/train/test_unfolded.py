@@ -14,13 +14,22 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, read_checkpoint
-from loraover.adapter_dir import site_key
-from loraover.decompositions import DECOMPOSITIONS, Decomposition
-from loraover.errors import CheckpointError
-from loraover.unfolded import unfolded
+from loraover.checkpoint.peft_adapter import site_key
+from loraover.checkpoint.unfolded_model import unfolded
+from loraover.common.errors import CheckpointError
+from loraover.overparam.decompositions import DECOMPOSITIONS, Decomposition
 
-from make_checkpoint import EMBEDDING, LINEAR, Made, edit_tensors, logits, make_checkpoint, oracle_matrices, reseal
-from tiny_models import tiny_gpt2, tiny_llama
+from support.make_checkpoint import (
+    EMBEDDING,
+    LINEAR,
+    Made,
+    edit_tensors,
+    logits,
+    make_checkpoint,
+    oracle_matrices,
+    reseal,
+)
+from support.tiny_models import tiny_gpt2, tiny_llama
 
 # Both models compute in float64. A forward of two layers runs through fewer than 1000 rounded operations, on
 # numbers below 10: 1000 * 2^-53 * 10 = 1e-12. What is seen is 1e-15.

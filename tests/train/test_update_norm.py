@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loraover import OverParameterization
 
-from tiny_models import fill_b, tiny_gpt2, tiny_llama, tiny_net, tiny_t5, update_norm, with_lora
+from support.tiny_models import fill_b, tiny_gpt2, tiny_llama, tiny_net, tiny_t5, update_norm, with_lora
 
 UNIT = 2.0**-53
 

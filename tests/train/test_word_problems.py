@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraover.answers import final_number
-from loraover.word_problems import NAMES, STORIES, THINGS, split_word_problems, word_problems
+from loraover.data.word_problems import NAMES, STORIES, THINGS, split_word_problems, word_problems
+from loraover.evaluation.final_number import final_number
 
 GOLDEN = {
     0: [

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.adapter_dir import AdapterDir
-from loraover.checkpoint import Checkpoint
-from loraover.unfolded import unfolded
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.unfolded_model import unfolded
 from loraover_export.onnx.int4 import rounded_copy
-from loraover_export.onnx.kind import Case, Kind, Run
+from loraover_export.onnx.kinds.base import Case, Kind, Run
 from loraover_export.onnx.report import CaseError, GraphCheck, Greedy
 
 GENERATED = 16  # tokens

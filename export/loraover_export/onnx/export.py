@@ -11,25 +11,25 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from loraover.adapter_dir import read_json
-from loraover.errors import ConfigError, ExportError
-from loraover.exact import adapter_of
-from loraover.models import load_config, load_model, load_tokenizer
-from loraover.run_result import environment, hardware
-from loraover.unfolded import target_module
-from loraover_export.certificate import MatrixCertificate
-from loraover_export.check_outputs import BUILT_IN_PROMPTS
-from loraover_export.delta import read_deltas
-from loraover_export.merge import merge
+from loraover.checkpoint.exact_tensors import adapter_of
+from loraover.checkpoint.peft_adapter import read_json
+from loraover.checkpoint.unfolded_model import target_module
+from loraover.common.errors import ConfigError, ExportError
+from loraover.models.load import load_config, load_model, load_tokenizer
+from loraover.training.run_result import environment, hardware
+from loraover_export.fold.certificate import MatrixCertificate
+from loraover_export.fold.check_outputs import BUILT_IN_PROMPTS
+from loraover_export.numerics.delta import read_deltas
 from loraover_export.onnx.check import Reference, check_graph, make_reference, run_cases
-from loraover_export.onnx.decoder import Decoder
 from loraover_export.onnx.graph_file import check_file
-from loraover_export.onnx.kind import Case, Kind, Plan
+from loraover_export.onnx.kinds.base import Case, Kind, Plan
+from loraover_export.onnx.kinds.decoder import Decoder
+from loraover_export.onnx.kinds.seq2seq import Seq2Seq
+from loraover_export.onnx.kinds.stateless import Stateless
+from loraover_export.onnx.merge import merge
 from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, judge_export
 from loraover_export.onnx.request import Inputs, OnnxRequest
-from loraover_export.onnx.seq2seq import Seq2Seq
 from loraover_export.onnx.session import has_provider
-from loraover_export.onnx.stateless import Stateless
 from loraover_export.onnx.swappable import Layout, markers, read_layout, write_adapter, write_swappable
 
 KINDS: dict[str, type[Kind]] = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from loraover.errors import ExportError
+from loraover.common.errors import ExportError
 
 GRAPH_FILE, CONFIG_FILE = "model.onnx", "genai_config.json"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from loraover.errors import ExportError
+from loraover.common.errors import ExportError
 
 # ONNX Runtime registers these among the standard operators; the standard's own checker does not know them.
 RUNTIME_OPERATORS = ("SimplifiedLayerNormalization",)

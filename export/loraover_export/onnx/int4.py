@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.adapter_dir import AdapterDir
-from loraover.checkpoint import Checkpoint
-from loraover_export.merge import merge
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover_export.onnx.merge import merge
 
 BLOCK = 32  # neighbours in a row that share a scale
 WEIGHT_LEVELS, ACTIVATION_LEVELS = 8, 127  # largest magnitudes of 4 and 8 bits

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.certificate import MatrixCertificate, Verdict, judge
+from loraover_export.fold.certificate import MatrixCertificate, Verdict, judge
 
 REPORT_FILE = "onnx_report.json"
 ENGINE_FACTOR = 6.0

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraover.adapter_dir import AdapterDir
-from loraover.base_model import resolve_base
-from loraover.checkpoint import Checkpoint
-from loraover.errors import ConfigError, ExportError
-from loraover.exact import adapter_of, read_source
-from loraover.models import ModelSource
-from loraover_export.delta import other_tensors
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.errors import ConfigError, ExportError
+from loraover.models.load import ModelSource
+from loraover_export.numerics.delta import other_tensors
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

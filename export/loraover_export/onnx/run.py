@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from loraover.command import quiet_libraries
-from loraover.errors import OutputError
-from loraover.licence import known_licence
-from loraover.model_card import model_card
-from loraover.output import check_free, publish_directory
-from loraover_export.certificate import EXIT_CODES, matrix_facts
+from loraover.common.atomic_output import check_free, publish_directory
+from loraover.common.command_line import quiet_libraries
+from loraover.common.errors import OutputError
+from loraover.models.licence import known_licence
+from loraover.reporting.model_card import model_card
+from loraover_export.fold.certificate import EXIT_CODES, matrix_facts
 from loraover_export.onnx.export import Export
 from loraover_export.onnx.report import REPORT_FILE, OnnxReport
 from loraover_export.onnx.request import Inputs, OnnxRequest, read_inputs

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loraover_export.certificate import POWER
+from loraover_export.fold.certificate import POWER
 from loraover_export.onnx.report import GraphCheck, OnnxReport
 
 

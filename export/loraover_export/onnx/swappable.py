@@ -15,12 +15,12 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from loraover.adapter_dir import CONFIG_FILE, TENSORS_FILE, read_json, site_key
-from loraover.errors import CheckpointError, ExportError
-from loraover.tensor_file import save_tensors
-from loraover_export.certificate import MatrixCertificate
-from loraover_export.delta import Delta
-from loraover_export.fold import certify, round_tensor
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, read_json, site_key
+from loraover.checkpoint.tensor_file import save_tensors
+from loraover.common.errors import CheckpointError, ExportError
+from loraover_export.fold.certificate import MatrixCertificate
+from loraover_export.fold.fold import certify, round_tensor
+from loraover_export.numerics.delta import Delta
 
 LAYOUT_FILE = "swappable.json"
 ADAPTER_SUFFIX = ".onnx_adapter"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.errors import ExportError
+from loraover.common.errors import ExportError
 
 OPSET = 20
 

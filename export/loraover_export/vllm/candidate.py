@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from loraover.adapter_dir import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.vllm.architectures import Architecture, Architectures
 from loraover_export.vllm.known_faults import Platform
 from loraover_export.vllm.served import ServedModel, ServedModule

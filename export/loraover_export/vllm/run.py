@@ -10,18 +10,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from loraover.adapter_dir import CONFIG_FILE, AdapterDir
-from loraover.base_model import base_facts, resolve_base
-from loraover.checkpoint import Checkpoint
-from loraover.command import printable, quiet_libraries
-from loraover.errors import ConfigError, OutputError
-from loraover.exact import adapter_of, read_source
-from loraover.licence import known_licence
-from loraover.model_card import model_card
-from loraover.models import ModelSource
-from loraover.output import check_free, publish_directory
-from loraover.run_result import environment, hardware
-from loraover_export.certificate import matrix_facts
+from loraover.checkpoint.base_model import base_facts, resolve_base
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
+from loraover.common.atomic_output import check_free, publish_directory
+from loraover.common.command_line import printable, quiet_libraries
+from loraover.common.errors import ConfigError, OutputError
+from loraover.models.licence import known_licence
+from loraover.models.load import ModelSource
+from loraover.reporting.model_card import model_card
+from loraover.training.run_result import environment, hardware
+from loraover_export.fold.certificate import matrix_facts
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate

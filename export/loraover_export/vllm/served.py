@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from loraover.models import ModelSource, load_config, load_skeleton
+from loraover.models.load import ModelSource, load_config, load_skeleton
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraover.adapter_dir import AdapterDir, site_name
-from loraover.base_model import naming
-from loraover.checkpoint import Checkpoint
-from loraover.errors import ExportError
-from loraover.exact import Exact, adapter_of
-from loraover.models import ModelSource
-from loraover_export.certificate import MatrixCertificate
-from loraover_export.delta import scale
-from loraover_export.fold import write_config, write_rounded
+from loraover.checkpoint.base_model import naming
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import Exact, adapter_of
+from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.common.errors import ExportError
+from loraover.models.load import ModelSource
+from loraover_export.fold.certificate import MatrixCertificate
+from loraover_export.fold.fold import write_config, write_rounded
+from loraover_export.numerics.delta import scale
 
 
 def largest_rank(adapter: AdapterDir) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel, ConfigDict
 
-from loraover.errors import ConfigError
+from loraover.common.errors import ConfigError
 
 
 class Versions(BaseModel):

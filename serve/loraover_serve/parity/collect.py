@@ -9,21 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraover.errors import EngineError, LoraOverError
-from loraover.models import load_tokenizer
-from loraover_serve.parity.arms import Arms
-from loraover_serve.parity.cross_check import CrossCheck, cross_check
-from loraover_serve.parity.engines.base import Engine
-from loraover_serve.parity.equivalence import MIN_BLOCKS
-from loraover_serve.parity.measure import Run, measure
-from loraover_serve.parity.memory import PeakMemory, measure_memory
-from loraover_serve.parity.outputs import BASE, Outputs, compare_outputs
+from loraover.common.errors import EngineError, LoraOverError
+from loraover.models.load import load_tokenizer
+from loraover_serve.engines.base import Engine
+from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
+from loraover_serve.parity.judge.outputs import BASE, Outputs, compare_outputs
+from loraover_serve.parity.measure.arms import Arms
+from loraover_serve.parity.measure.blocks import Run, measure
+from loraover_serve.parity.measure.cross_check import CrossCheck, cross_check
+from loraover_serve.parity.measure.memory import PeakMemory, measure_memory
+from loraover_serve.parity.measure.start import MEMORY_LOG_FILE, Launch, references, started, started_vllm
+from loraover_serve.parity.measure.workload import Request
 from loraover_serve.parity.request import ParityRequest
-from loraover_serve.parity.start import MEMORY_LOG_FILE, Launch, references, started, started_vllm
-from loraover_serve.parity.workload import Request
 
 if TYPE_CHECKING:
-    from loraover_serve.parity.engines.vllm import VllmEngine
+    from loraover_serve.engines.vllm import VllmEngine
 
 COMPARED_PROMPTS = 8
 MEMORY_WAVES = 4
@@ -127,7 +127,7 @@ class Collector:
 
     def _ask_server(self, engine: Engine, run: Run, measured: Measured) -> None:
         """Its version and, where it is asked for, vLLM's own benchmark."""
-        from loraover_serve.parity.engines.vllm import VllmEngine
+        from loraover_serve.engines.vllm import VllmEngine
 
         assert isinstance(engine, VllmEngine)
         with measured.note("version of vLLM"):

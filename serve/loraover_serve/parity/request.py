@@ -6,11 +6,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraover.errors import ParityError
-from loraover.output import check_writable
-from loraover_serve.parity.equivalence import MIN_BLOCKS
-from loraover_serve.parity.workload import Kind
-from loraover_serve.up import SET_BY_UP, check_options
+from loraover.common.atomic_output import check_writable
+from loraover.common.errors import ParityError
+from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
+from loraover_serve.parity.measure.workload import Kind
+from loraover_serve.vllm.up import SET_BY_UP, check_options
 
 _CACHE_OFF = "the prefix cache is always off, or a later arm would reuse an earlier one's work"
 SET_BY_PARITY = (

@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from loraover.command import quiet_libraries
-from loraover.models import load_tokenizer
-from loraover.output import publish_directory, publish_text
-from loraover_serve.parity.analysis import (
+from loraover.common.atomic_output import publish_directory, publish_text
+from loraover.common.command_line import quiet_libraries
+from loraover.models.load import load_tokenizer
+from loraover_serve.parity.collect import Collector, Measured
+from loraover_serve.parity.judge.analysis import (
     CONTROL,
     FOLDED,
     VANILLA,
@@ -23,15 +24,14 @@ from loraover_serve.parity.analysis import (
     results,
     throughputs,
 )
-from loraover_serve.parity.arms import Arms, prepare_arms
-from loraover_serve.parity.collect import Collector, Measured
-from loraover_serve.parity.html import HTML_FILE, render
-from loraover_serve.parity.machine import machine, versions
-from loraover_serve.parity.report import REPORT_FILE, ParityReport, Verdict
+from loraover_serve.parity.measure.arms import Arms, prepare_arms
+from loraover_serve.parity.measure.start import LOG_FILE, Launch
+from loraover_serve.parity.measure.workload import Request, make_requests
+from loraover_serve.parity.report.html import HTML_FILE, render
+from loraover_serve.parity.report.machine import machine, versions
+from loraover_serve.parity.report.parity_report import REPORT_FILE, ParityReport, Verdict
+from loraover_serve.parity.report.show import show_report
 from loraover_serve.parity.request import ParityRequest
-from loraover_serve.parity.show import show_report
-from loraover_serve.parity.start import LOG_FILE, Launch
-from loraover_serve.parity.workload import Request, make_requests
 
 ALPHA = 0.05
 

@@ -1,0 +1,51 @@
+"""How far one model's logits are from another's, added up piece by piece, so that no logits are kept."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from loraover_export.fold.certificate import Deviation
+
+ELEMENTS_AT_ONCE = 2**20
+"""Logits that are compared at once: 8 MiB in float64, and a comparison holds about six such tensors."""
+
+
+@final
+class RunningDeviation:
+    """Maxima and sums over all pieces so far. NaN anywhere makes the maxima NaN, which no bound accepts."""
+
+    def __init__(self) -> None:
+        self._maxima = torch.zeros(2, dtype=torch.float64)
+        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._logits = self._positions = self._same = 0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        """Take in a piece.
+
+        Args:
+            reference: logits, (positions, vocabulary).
+            other: logits of the same positions.
+        """
+        rows = max(1, ELEMENTS_AT_ONCE // reference.shape[-1])
+        for p, q in zip(torch.split(reference, rows), torch.split(other, rows), strict=True):
+            self._same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            error = (p.double() - q.double()).abs()
+            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+            self._maxima = torch.maximum(self._maxima, torch.stack((error.max(), divergence.max())))
+            self._sums += torch.stack((error.sum(), divergence.sum()))
+            self._logits += error.numel()
+            self._positions += len(divergence)
+
+    def result(self) -> Deviation:
+        """The figures over everything that was taken in; at least one piece."""
+        return Deviation(
+            max_logit=float(self._maxima[0]),
+            mean_logit=float(self._sums[0]) / self._logits,
+            max_kl=float(self._maxima[1]),
+            mean_kl=float(self._sums[1]) / self._positions,
+            top1_agreement=self._same / self._positions,
+        )

@@ -1,0 +1,135 @@
+"""Contract the cores of a checkpoint into a plain LoRA adapter, and measure what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.error_bounds import smallest_subnormal, unit_roundoff
+from loraover.checkpoint.exact_tensors import Exact, open_exact
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
+from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.common.errors import FoldError
+from loraover.common.threads import one_thread
+from loraover_export.fold.certificate import MatrixCertificate
+from loraover_export.numerics.rounding import STORAGE_DTYPES, round_nearest, underflow
+
+FILES_REOPENED_EVERY = 32  # tensors; mapped pages of the inputs count as memory until the files are closed
+
+
+def write_folded(
+    checkpoint: Checkpoint, directory: Path, dtype: str, on_tensor: Callable[[], None] = lambda: None
+) -> list[MatrixCertificate]:
+    """Write the folded adapter, a PEFT directory in which nothing tells of LoRA-Over, and certify each matrix.
+
+    Each over-parameterised matrix is the float64 contraction of its cores, rounded once to `dtype`; every
+    other floating-point tensor is rounded from its stored value. The bound is derived element by element:
+    gamma_k(2^-53) |C_1| ... |C_K| for the contraction, plus u |M| for the rounding, or half a subnormal where
+    the type ends. The file is read back, and must hold what was certified bit for bit.
+
+    Args:
+        checkpoint: read site by site; only the folded tensors are held in memory.
+        directory: an empty folder.
+        dtype: fp32, bf16 or fp16.
+        on_tensor: called after each tensor.
+    Returns:
+        One certificate per A and B matrix, in file order.
+    Raises:
+        CheckpointError: cores with NaN, or a stored matrix that contradicts its cores.
+        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
+        OutputError: the folder cannot be written.
+    """
+    certificates = write_rounded(checkpoint, checkpoint.adapter.shapes, directory, dtype, on_tensor=on_tensor)
+    config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
+    write_config(config | {"inference_mode": True}, directory)
+    return certificates
+
+
+def write_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Write `adapter_config.json`."""
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_rounded(
+    source: Checkpoint | AdapterDir,
+    keys: Iterable[str],
+    directory: Path,
+    dtype: str,
+    *,
+    prepare: Callable[[str, Exact], Exact] = lambda key, exact: exact,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> list[MatrixCertificate]:
+    """Write tensors of an adapter, each rounded once from its exact value, and certify the A and B matrices.
+
+    Args:
+        keys: of the tensors, in the order of the certificates.
+        prepare: what to make of an exact tensor before the rounding, with the bound of its new error.
+
+    The other arguments, returns and errors are those of `write_folded`.
+    """
+    rounded: dict[str, Tensor] = {}
+    certificates = []
+    for chunk in _chunks(keys):
+        with one_thread(), open_exact(source) as opened:
+            for key in chunk:
+                exact = prepare(key, opened.tensor(key))
+                rounded[key] = round_tensor(key, exact.value, dtype)
+                name = site_name(key)
+                if name is not None:
+                    certificates.append(certify(name, rounded[key], exact))
+                on_tensor()
+    save_tensors(rounded, directory / TENSORS_FILE)
+    for chunk in _chunks(rounded):
+        with open_tensors(directory / TENSORS_FILE) as written:
+            for key in chunk:
+                if not torch.equal(written.read(key), rounded[key]):
+                    raise FoldError(
+                        f"{key}: what was read back is not what was written; the disk is not to be trusted."
+                    )
+    return certificates
+
+
+def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:
+    ordered = list(keys)
+    for start in range(0, len(ordered), FILES_REOPENED_EVERY):
+        yield ordered[start : start + FILES_REOPENED_EVERY]
+
+
+def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
+    """The nearest numbers of `dtype`; integers as they are.
+
+    Raises:
+        FoldError: an element beyond the range of `dtype`; names the key.
+    """
+    if not exact.is_floating_point():
+        return exact.clone()
+    try:
+        return round_nearest(exact, STORAGE_DTYPES[dtype]).contiguous()
+    except FoldError as error:
+        raise FoldError(f"{key}: {error}") from error
+
+
+def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
+    """Error of a written matrix, and the bound of it: the contraction's, and one rounding to the storage type."""
+    tiny = smallest_subnormal(written.dtype) / 2
+    bound = exact.bound + (unit_roundoff(written.dtype) * (exact.value.abs() + exact.bound)).clamp_min(tiny)
+    error = (written.double() - exact.value).abs()
+    norm = float(exact.value.norm()) or 1.0
+    lost = underflow(exact.value, written)
+    m, n = exact.value.shape
+    return MatrixCertificate(
+        name=name,
+        shape=(m, n),
+        over_parameterised=exact.site is not None,
+        relative_error=float(error.norm()) / norm,
+        relative_bound=float(bound.norm()) / norm,
+        worst_to_bound=float((error / bound).max()),
+        flushed_to_zero=lost.to_zero,
+        subnormal=lost.to_subnormal,
+    )

@@ -1,0 +1,73 @@
+"""Correct rounding of float64 to the types that adapters are stored in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraover.common.errors import FoldError
+
+STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Underflow:
+    """Non-zero elements at the small end of a type's range: flushed to zero, or stored as subnormals."""
+
+    to_zero: int = 0
+    to_subnormal: int = 0
+
+
+def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest number of `dtype` to each float64 element, ties to even.
+
+    PyTorch goes through float32 to reach bfloat16 and float16, and so rounds twice. Rounding to odd on the
+    way makes the second rounding right.
+    Source: Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819.
+
+    Raises:
+        FoldError: an element beyond the type's largest number.
+    """
+    if bool(torch.isnan(x).any()):
+        raise FoldError("NaN among the elements; the run that made them had diverged.")
+    rounded = (x if dtype == torch.float32 else _round_to_odd(x)).to(dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise FoldError(
+            f"an element of {x.abs().max():.4g} exceeds the largest {str(dtype).removeprefix('torch.')} number, "
+            f"{torch.finfo(dtype).max:.4g}; fold to a wider type."
+        )
+    return rounded
+
+
+def round_randomly(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """One of the two numbers of `dtype` around each float64 element, the nearer the likelier.
+
+    Its error has twice the variance of `round_nearest`'s on average, and no bias: what rounding to `dtype` may do.
+    """
+    nearest = round_nearest(x, dtype)
+    error = x - nearest.double()
+    towards = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
+    other = torch.nextafter(nearest, towards)
+    gap = (other.double() - nearest.double()).abs()
+    chance = torch.where(gap > 0, error.abs() / gap.clamp_min(5e-324), 0.0)
+    draw = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+    return torch.where(draw < chance, other, nearest)
+
+
+def underflow(x: Tensor, rounded: Tensor) -> Underflow:
+    """What rounding `x` to `rounded` met at the small end of the type's range."""
+    tiny = torch.finfo(rounded.dtype).smallest_normal
+    zero = (rounded == 0) & (x != 0)
+    subnormal = (rounded != 0) & (rounded.double().abs() < tiny)
+    return Underflow(int(zero.sum()), int(subnormal.sum()))
+
+
+def _round_to_odd(x: Tensor) -> Tensor:
+    """Float32 towards zero, with the last bit set where that was inexact."""
+    nearest = x.to(torch.float32)
+    wide = nearest.double()
+    bits = nearest.view(torch.int32)
+    truncated = torch.where(wide.abs() > x.abs(), bits - 1, bits)
+    return torch.where(wide == x, bits, truncated | 1).view(torch.float32)

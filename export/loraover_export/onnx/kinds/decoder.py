@@ -1,0 +1,161 @@
+"""Causal language models: one graph for prefill and decode, built for onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime_genai as og
+import torch
+from torch import Tensor, nn
+
+from loraover.common.errors import ExportError
+from loraover_export.onnx import genai
+from loraover_export.onnx.kinds.base import Case, Kind, Plan, Run, greedy
+from loraover_export.onnx.padding import accept_left_padding
+from loraover_export.onnx.session import GraphSession, has_provider
+from loraover_export.onnx.swappable import adapter_file, open_inputs, write_marker_adapter
+
+
+class Decoder(Kind):
+    """Llama, Mistral, Qwen, Gemma and whatever else onnxruntime-genai's builder knows."""
+
+    graphs = (genai.GRAPH_FILE,)
+
+    def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
+        _check_widths(model)
+        base = work / "model"
+        model.save_pretrained(base)
+        _say_which_layers_slide(base / "config.json")
+        tokenizer.save_pretrained(base)
+        marker = None
+        if plan.markers is not None:
+            marker = work / "marker"
+            write_marker_adapter(marker, plan.markers, plan.rank)
+        excluded: list[str] = []
+        if plan.markers is not None and plan.precision == "int4":
+            draft = work / "fp32"
+            genai.build_decoder(base, draft, precision="fp32", device=plan.device, adapter=marker)
+            excluded = _lora_nodes(draft / genai.GRAPH_FILE, plan.markers)
+        genai.build_decoder(
+            base,
+            out,
+            precision=plan.precision,
+            device=plan.device,
+            adapter=marker,
+            full_precision_nodes=excluded,
+        )
+        _finish(out, plan.device)
+
+    def cases(self, tokens: Tensor) -> list[Case]:
+        """A batch of several rows and tokens takes no past: GroupQueryAttention refuses it."""
+        rows = tokens[:36].reshape(3, 12)
+        return [
+            Case(rows[:1, :7]),
+            Case(rows),
+            Case(rows, padding="left"),
+            Case(rows, padding="right"),
+            Case(rows[:1], past=7),
+            Case(rows[:, :9], past=8),
+            Case(rows[:, :9], past=8, padding="left"),
+            Case(rows[:, :9], past=8, padding="right"),
+        ]
+
+    def reference(self, model: Any, case: Case) -> Tensor:
+        positions = (case.mask.cumsum(-1) - 1).clamp_min(0)
+        output = model(input_ids=case.ids, attention_mask=case.mask, position_ids=positions, use_cache=False)
+        logits: Tensor = output.logits[:, case.past :]
+        return logits
+
+    def runner(self, folder: Path, device: str, adapter: Path | None) -> Run:
+        config = json.loads((folder / genai.CONFIG_FILE).read_text())
+        session = GraphSession(folder / genai.GRAPH_FILE, device, adapter_file(adapter, self.graphs[0], self.graphs))
+        head_size = config["model"]["decoder"]["head_size"]
+
+        def run(case: Case) -> Tensor:
+            cache = session.empty_cache(case.batch, head_size)
+            outputs: dict[str, Tensor] = {}
+            for start, end in ((0, case.past), (case.past, case.ids.shape[1])):
+                if start == end:
+                    continue
+                mask = case.mask[:, :end]
+                positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:]
+                feed = {"input_ids": case.ids[:, start:end], "attention_mask": mask, "position_ids": positions}
+                outputs = session.run(feed | cache)
+                cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+            return outputs["logits"]
+
+        return run
+
+    def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor:
+        config = og.Config(str(folder))
+        if not has_provider(device):
+            config.clear_providers()
+        model = og.Model(config)
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=prompt.shape[1] + tokens, do_sample=False, repetition_penalty=1.0)
+        generator = og.Generator(model, parameters)
+        if adapter is not None:
+            adapters = og.Adapters(model)
+            adapters.load(str(adapter_file(adapter, self.graphs[0], self.graphs)), adapter.name)
+            generator.set_active_adapter(adapters, adapter.name)
+        generator.append_tokens(prompt.numpy())
+        while not generator.is_done():
+            generator.generate_next_token()
+        return torch.tensor(generator.get_sequence(0)[prompt.shape[1] :], dtype=torch.int64)
+
+    def generate_reference(self, model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
+        return greedy(model, prompt, tokens)
+
+
+def _check_widths(model: Any) -> None:
+    """The builder (onnxruntime-genai 0.18) takes every linear layer with as many rows as tokens for the head.
+
+    Raises:
+        ExportError: a layer other than the head has as many.
+    """
+    head = model.get_output_embeddings()
+    rows = model.config.vocab_size
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and module.out_features == rows:
+            raise ExportError(
+                f"{name} has as many rows as the vocabulary, {rows}, and onnxruntime-genai's builder would take it for "
+                "the head; --no-cache exports a graph without a KV cache."
+            )
+
+
+def _say_which_layers_slide(config_file: Path) -> None:
+    """Mistral's window holds in every layer and its configuration lists none.
+
+    The builder (onnxruntime-genai 0.18) then leaves the window out of the graph without a word, which shows only in
+    texts longer than the window.
+    """
+    config = json.loads(config_file.read_text())
+    if config.get("sliding_window") and config.get("layer_types") is None:
+        config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+        config_file.write_text(json.dumps(config))
+
+
+def _finish(out: Path, device: str) -> None:
+    """Left padding for the graph, and for the runtime a quiet session on the right device."""
+    graph = out / genai.GRAPH_FILE
+    model = onnx.load(graph, load_external_data=False)
+    if accept_left_padding(model):
+        graph.write_bytes(model.SerializeToString())
+    config_file = out / genai.CONFIG_FILE
+    config = json.loads(config_file.read_text())
+    session = config["model"]["decoder"]["session_options"]
+    session["log_severity_level"] = 3
+    if device == "cpu":
+        session["provider_options"] = []
+    config_file.write_text(json.dumps(config, indent=4) + "\n")
+
+
+def _lora_nodes(graph: Path, markers: Mapping[str, Tensor]) -> list[str]:
+    """Names of the nodes that multiply by a LoRA matrix."""
+    model = onnx.load(graph, load_external_data=False)
+    inputs = {place.input for place in open_inputs(model, graph, markers).values()}
+    return [node.name for node in model.graph.node if inputs & set(node.input)]

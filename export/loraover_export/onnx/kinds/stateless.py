@@ -1,0 +1,61 @@
+"""One graph from tokens to scores, without a cache: classifiers, and language models on request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraover_export.onnx.kinds.base import Case, Kind, Plan, Run
+from loraover_export.onnx.session import GraphSession
+from loraover_export.onnx.swappable import adapter_file
+from loraover_export.onnx.torch_graph import add_branches, export_torch, set_precision
+
+
+class Stateless(Kind):
+    """BERT and its like with a head over the sequence or each token, and language models that score whole texts."""
+
+    graphs = ("model.onnx",)
+
+    def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
+        set_precision(model, plan.precision)
+        model.config.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        if plan.markers is not None:
+            add_branches(model, plan.markers)
+        free = {0: "batch", 1: "sequence"}
+        ids = torch.ones((2, 5), dtype=torch.int64)
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])  # with all ones, it would be left out of the graph
+        inputs = [("input_ids", ids, free), ("attention_mask", mask, free)]
+        export_torch(_Scores(model), inputs, ["logits"], out / self.graphs[0])
+
+    def cases(self, tokens: Tensor) -> list[Case]:
+        rows = tokens[:36].reshape(3, 12)
+        return [
+            Case(rows[:1, :1]),
+            Case(rows[:1, :7]),
+            Case(rows),
+            Case(rows, padding="left"),
+            Case(rows, padding="right"),
+        ]
+
+    def reference(self, model: Any, case: Case) -> Tensor:
+        logits: Tensor = model(input_ids=case.ids, attention_mask=case.mask).logits
+        return logits
+
+    def runner(self, folder: Path, device: str, adapter: Path | None) -> Run:
+        (graph,) = self.graphs
+        session = GraphSession(folder / graph, device, adapter_file(adapter, graph, self.graphs))
+        return lambda case: session.run({"input_ids": case.ids, "attention_mask": case.mask})["logits"]
+
+
+class _Scores(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits

@@ -1,0 +1,227 @@
+"""A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from loraover.checkpoint.tensor_file import FLOATS, open_tensors
+from loraover.common.errors import CheckpointError
+
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_JSON_BYTES = 64 * 2**20
+KEY_PREFIX = "base_model.model."
+_SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)")
+
+KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Starts of A and B, as PEFT names them, that leave the base weights alone."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class AdapterConfig(BaseModel):
+    """The fields of PEFT's LoraConfig that decide what an adapter computes; others are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: int = Field(8, ge=1)
+    lora_alpha: float = 8
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether A and B belong to the base weights as they are, not to ones that their start has changed."""
+        start = (self.model_extra or {}).get("init_lora_weights")
+        return not isinstance(start, str) or start.lower() in KEPT_BASE
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _keys_are_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
+
+    def scaling(self, module: str) -> float:
+        """The factor in delta_W = scaling * B @ A of one module.
+
+        alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), with r and alpha
+        from the first pattern that matches the module's path, as PEFT does.
+        """
+        r = _first_match(self.rank_pattern, module, self.r)
+        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def rank(self, module: str) -> int:
+        """The rank that the configuration gives one module."""
+        return int(_first_match(self.rank_pattern, module, self.r))
+
+
+@dataclass(frozen=True)
+class AdapterDir:
+    """A LoRA adapter whose configuration and tensor names have been checked.
+
+    Args:
+        shapes: of every tensor in the file.
+        sites: tensor key of each A and B matrix, by site name such as "model.layers.0.q_proj.lora_A".
+    """
+
+    path: Path
+    config: AdapterConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    sites: Mapping[str, str]
+
+    @property
+    def tensors_path(self) -> Path:
+        return self.path / TENSORS_FILE
+
+    def check_keeps_base(self) -> None:
+        """Raise CheckpointError unless A and B, on the base weights as they are, are the whole adapter."""
+        if not self.config.keeps_base:
+            start = (self.config.model_extra or {})["init_lora_weights"]
+            raise CheckpointError(
+                f"{self.path / CONFIG_FILE}: init_lora_weights is {start!r}, which changes the base weights, so A and "
+                "B are right for the changed base model only. Save the adapter again with PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
+            )
+
+
+def site_key(name: str) -> str:
+    """Tensor key of a site in a PEFT adapter file; embeddings carry no `.weight`."""
+    return f"{KEY_PREFIX}{name}" + ("" if "lora_embedding_" in name.rpartition(".")[2] else ".weight")
+
+
+def site_name(key: str) -> str | None:
+    """The site that a tensor of a PEFT adapter file holds; None for biases and fully trained parameters."""
+    name = key.removeprefix(KEY_PREFIX).removesuffix(".weight")
+    return name if _SITE_KEY.fullmatch(name) and site_key(name) == key else None
+
+
+def read_adapter_dir(path: Path) -> AdapterDir:
+    """Read the configuration and the tensor layout of an adapter.
+
+    Raises:
+        CheckpointError: not an adapter, not a LoRA, a LoRA variant that is not a plain B A, no LoRA
+            matrices, or an A and a B whose shapes contradict each other or the configuration.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
+    config = read_json(path / CONFIG_FILE, AdapterConfig)
+    if config.peft_type != "LORA":
+        raise CheckpointError(f"{path / CONFIG_FILE}: peft_type is {config.peft_type!r}, expected 'LORA'.")
+    if config.use_dora:
+        raise CheckpointError(
+            f"{path / CONFIG_FILE}: use_dora is true. DoRA rescales the columns of W + B A, so it is no plain low-rank "
+            "product: it cannot be folded, and vLLM refuses it; train without use_dora."
+        )
+    with open_tensors(path / TENSORS_FILE) as file:
+        shapes = {key: file.shape(key) for key in file.keys}
+        dtypes = {key: file.dtype(key) for key in file.keys}
+    sites = {name: key for key in shapes if (name := site_name(key)) is not None}
+    adapter = AdapterDir(path, config, shapes, sites)
+    _check_pairs(adapter)
+    for key in sites.values():
+        if dtypes[key] not in FLOATS:
+            raise CheckpointError(
+                f"{adapter.tensors_path}: {key} is {dtypes[key]}, expected one of {', '.join(FLOATS)}."
+            )
+    return adapter
+
+
+def _check_pairs(adapter: AdapterDir) -> None:
+    where = adapter.tensors_path
+    if not adapter.sites:
+        raise CheckpointError(f"{where}: no lora_A or lora_B tensors; this adapter has no LoRA layers.")
+    for name, key in adapter.sites.items():
+        match = _SITE_KEY.fullmatch(name)
+        assert match is not None
+        module, kind = match["module"], match["kind"]
+        if len(adapter.shapes[key]) != 2 or 0 in adapter.shapes[key]:
+            raise CheckpointError(f"{where}: {key} has shape {adapter.shapes[key]}, expected a matrix.")
+        embedding = kind.replace("lora_", "lora_embedding_")
+        if f"{module}.{embedding}" in adapter.sites:
+            raise CheckpointError(f"{where}: {module} is listed twice, with {kind} and with {embedding}; remove one.")
+        is_a = kind.endswith("A")
+        twin = adapter.sites.get(f"{module}.{kind[:-1]}{'B' if is_a else 'A'}")
+        if twin is None:
+            raise CheckpointError(f"{where}: {key} has no {'B' if is_a else 'A'} beside it.")
+        rank = adapter.shapes[key][0 if is_a else 1]
+        if rank != adapter.config.rank(module):
+            raise CheckpointError(
+                f"{where}: {key} has rank {rank}, but {CONFIG_FILE} gives {module} rank {adapter.config.rank(module)}."
+            )
+
+
+def read_json(path: Path, model: type[Model]) -> Model:
+    """Read and validate a JSON file.
+
+    Raises:
+        CheckpointError: missing, too large, not JSON, or with fields that do not fit; all are named.
+    """
+    try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise CheckpointError(f"{path}: a device or a pipe, expected a file.")
+        if status.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {status.st_size} bytes of JSON, at most {MAX_JSON_BYTES} are read.")
+        content = path.read_bytes()
+        json.loads(content, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        return model.model_validate_json(content, strict=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; expected a folder that holds it.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {describe(error)}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def describe(error: ValidationError, limit: int = 8) -> str:
+    """Every fault of a validation, one after another, each with its place."""
+    faults = [
+        f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}"
+        + ("" if isinstance(fault["input"], dict | list) else f" (found {fault['input']!r:.80})")
+        for fault in error.errors(include_url=False)
+    ]
+    return "; ".join(faults[:limit]) + (f"; and {len(faults) - limit} more" if len(faults) > limit else "")
+
+
+def _first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return default

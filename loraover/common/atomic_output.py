@@ -1,0 +1,273 @@
+"""Output that is whole or absent: written beside its destination, synced, renamed.
+
+    .NAME.XXXXXXXX.tmp   a folder in which the output NAME is being made, its draft
+    .NAME.XXXXXXXX.old   what stood at NAME, while a new folder takes its place
+
+A process holds a lock on these for as long as it lives. What has no lock was left by a kill: the next run to the same
+output removes it, or puts an old folder back where no new one has taken its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from loraover.common.errors import LoraOverError, OutputError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def publish_directory(
+    destination: str | os.PathLike[str], *, outside: Path | None = None, replace: bool = False
+) -> Iterator[Path]:
+    """A new folder to fill, which becomes `destination` when the block ends without an exception.
+
+    Args:
+        destination: must not exist; missing parents are made.
+        outside: a folder that the destination may not lie in, such as the command's input.
+        replace: a folder that exists is moved aside at the end, and removed once the new one is in its place.
+            After a kill between the two renames, the next run to this destination puts it back.
+    Yields:
+        A temporary folder beside the destination, removed if the block raises.
+    Raises:
+        OutputError: the destination exists, lies in `outside`, or cannot be written (no permission,
+            no space); with `replace`: it is no folder, or `outside` lies in it.
+    """
+    target = Path(destination).absolute()
+    _settle_replaced(target)
+    check_free(target, outside=outside, replace=replace)
+    made = [parent for parent in target.parents if not parent.exists()]
+    published = False
+    draft = target.parent
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _drafted(target) as draft:
+            yield draft
+            mode = _file_mode(draft)
+            for path in sorted(draft.rglob("*")):
+                if path.is_file():
+                    path.chmod(mode)  # some libraries keep their files to themselves, servers run as others
+                sync(path)
+            sync(draft)
+            _put_in_place(draft, target, replace)
+        published = True
+        for folder in (target.parent, *(parent.parent for parent in made)):
+            sync(folder)
+    except Exception as error:
+        failure = _as_os_error(error)
+        if failure is None or not _is_about(failure, draft):
+            raise
+        raise _output_error(target, failure) from error
+    finally:
+        for parent in () if published else made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+class _AbandonedError(Exception):
+    """Leaves the block that would publish."""
+
+
+def check_writable(destination: str | os.PathLike[str], *, outside: Path | None = None) -> None:
+    """Raise OutputError unless `publish_directory` can begin there; nothing is left behind."""
+    with suppress(_AbandonedError), publish_directory(destination, outside=outside):
+        raise _AbandonedError
+
+
+def _put_in_place(draft: Path, target: Path, replace: bool) -> None:
+    check_free(target, replace=replace)
+    if not target.exists():
+        draft.rename(target)
+        return
+    aside = draft.with_suffix(".old")
+    with ExitStack() as lock:
+        with suppress(OSError):  # a file system without locks, or one that another replacement holds already
+            lock.enter_context(_locked(target))
+        try:
+            target.rename(aside)
+            draft.rename(target)
+        except BaseException:
+            if aside.exists() and not target.exists():
+                aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _drafted(target: Path) -> Iterator[Path]:
+    """A new hidden folder beside `target`, locked and in the end removed; those that a kill left there are too."""
+    for left in _left(target, "tmp"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    draft = target.with_name(f".{_stem(target)}.{secrets.token_hex(4)}.tmp")
+    try:
+        with ExitStack() as lock:
+            while True:
+                draft.mkdir(exist_ok=True)
+                try:
+                    lock.enter_context(_locked(draft))
+                except (BlockingIOError, FileNotFoundError):
+                    continue  # another run found it without a lock, and removes it
+                except OSError:
+                    pass  # a file system without locks, where nobody removes drafts
+                break
+            yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _settle_replaced(target: Path) -> None:
+    """Finish what a kill in the middle of a replacement left beside `target`: the last folder there was is put back."""
+    for aside in _left(target, "old"):
+        with suppress(OSError), _locked(aside):
+            if target.exists() or target.is_symlink():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(target)
+
+
+def _left(target: Path, ending: str) -> list[Path]:
+    """Hidden folders of that ending beside `target`, the last renamed first, in use or left by a kill."""
+    named = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{8}}\.{ending}")
+    try:
+        found = [path for path in target.parent.iterdir() if named.fullmatch(path.name)]
+        return sorted(found, key=lambda path: path.lstat().st_ctime_ns, reverse=True)
+    except OSError:
+        return []
+
+
+def _stem(target: Path) -> str:
+    """The output's name in those of its hidden folders; a digest where it is too long to be lengthened."""
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process at the latest, whatever ends it.
+
+    Raises:
+        BlockingIOError: another process, or another block of this one, holds it.
+        FileNotFoundError: the folder was removed meanwhile.
+        OSError: its file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:
+    """Replace one file, whole or not at all.
+
+    Args:
+        path: the file.
+        fill: writes the new content to the temporary path that it is given.
+    Raises:
+        OutputError: it cannot be written.
+    """
+    target = Path(path).absolute()
+    try:
+        with _drafted(target) as folder:
+            draft = folder / target.name
+            fill(draft)
+            sync(draft)
+            draft.replace(target)
+            sync(target.parent)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise _output_error(target, error) from error
+
+
+def publish_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace one file, in UTF-8; raises as `publish_file`."""
+    publish_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def check_file_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError unless `publish_file` can begin there; nothing is left behind."""
+
+    def begin(draft: Path) -> None:
+        draft.touch()
+        raise _AbandonedError
+
+    with suppress(_AbandonedError):
+        publish_file(path, begin)
+
+
+def check_free(target: Path, *, outside: Path | None = None, replace: bool = False) -> None:
+    """Raise OutputError unless `target` can become a new folder, or with `replace` take the place of one."""
+    try:
+        occupied = target.exists() or target.is_symlink()
+    except OSError as error:
+        raise _output_error(target, error) from error
+    replaceable = replace and target.is_dir() and not target.is_symlink()
+    if occupied and not replaceable:
+        kind = "a link" if target.is_symlink() else "a folder" if target.is_dir() else "a file"
+        raise OutputError(f"{target} exists already and is {kind}; choose another output or remove it first.")
+    if outside is not None and target.resolve().is_relative_to(outside.resolve()):
+        raise OutputError(f"{target} lies inside the input {outside}; choose an output outside of it.")
+    if outside is not None and occupied and outside.resolve().is_relative_to(target.resolve()):
+        raise OutputError(f"{target} holds the input {outside}; replacing it would remove the input.")
+
+
+def _as_os_error(error: Exception) -> OSError | None:
+    """What the system refused, if that is what an error is about and it is not one of ours.
+
+    Libraries in Rust (safetensors, tokenizers) put its number into the text of errors of their own.
+    """
+    if isinstance(error, LoraOverError):
+        return None
+    if isinstance(error, OSError):
+        return error
+    numbers = map(int, re.findall(r"\(os error (\d+)\)", str(error)))
+    number = next((n for n in numbers if n in UNWRITABLE), None)
+    return None if number is None else OSError(number, os.strerror(number))
+
+
+def _is_about(error: OSError, draft: Path) -> bool:
+    """Whether an error names the folder being filled, one above it, or no file at all, as a full disk does."""
+    if error.filename is None:
+        return True
+    named = Path(os.fsdecode(error.filename))
+    return named.is_relative_to(draft) or draft.is_relative_to(named)
+
+
+def _output_error(target: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(f"cannot write {target}: {reason}. Nothing was left there; free space or choose another output.")
+
+
+def _file_mode(folder: Path) -> int:
+    """Permissions of a new file there, read off one: to read the umask is to change it, for other threads too."""
+    probe = folder / f".{secrets.token_hex(4)}.mode"
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+
+
+def sync(path: Path) -> None:
+    """Put a file or folder on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""How every command of this project ends: 0 done, 1 checked and failed, 2 unusable request, 130 interrupted.
+
+Checks that can be inconclusive also have 3: `loraover-export fold --check-error` and `onnx`, `loraover-serve parity`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from loraover.common.errors import EngineError, LoraOverError
+
+# Which models a user trains is nobody else's business; read when huggingface_hub is imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+INTERRUPTED = "interrupted: an output is whole or absent"
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
+    "lm_eval": "eval",
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
+    **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "serve"),
+}
+
+
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a click command and turn its errors into one message and an exit code.
+
+    A command returns its own exit code, or None for 0.
+    """
+    with _noticing_interrupts() as interrupted:
+        try:
+            result = command.main(args=None if arguments is None else list(arguments), standalone_mode=False)
+        except BaseException as error:
+            if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
+                print(INTERRUPTED, file=sys.stderr)
+                return 130
+            return _explain(error)
+    return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _noticing_interrupts() -> Iterator[list[int]]:
+    """The signals of Ctrl-C that have come; compiled libraries may turn the exception into another."""
+    signals: list[int] = []
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    previous = signal.signal(signal.SIGINT, notice)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _explain(error: BaseException) -> int:
+    """Exit code of an error that a user can act on, after its message; others are raised again."""
+    if isinstance(error, click.ClickException):
+        error.show()
+    elif isinstance(error, LoraOverError):
+        text = printable(str(error)) if not isinstance(error, EngineError) else _printable_lines(str(error))
+        print(f"error: {text}", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        print(f"error: this needs {error.name}: pip install 'loraover[{EXTRAS[error.name]}]'", file=sys.stderr)
+    else:
+        raise error
+    return 2
+
+
+def printable(text: str) -> str:
+    """Text from files, without the power to move the cursor or colour the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _printable_lines(text: str) -> str:
+    """An engine's log, line by line."""
+    return "\n".join(map(printable, text.splitlines()))
+
+
+def entry_point(command: click.Command) -> Callable[[], Any]:
+    """The function that a console script calls."""
+
+    def main() -> None:
+        sys.exit(run(command))
+
+    return main
+
+
+def quiet_libraries() -> None:
+    """Keep the chatter of libraries off a command's output; their errors still show."""
+    import logging
+    import warnings
+
+    if not sys.stderr.isatty():  # both are read when the library is imported
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says on import that it found no GPU kernels
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b.*")
+    for message in (
+        "Unable to fetch remote file",  # PEFT looks for the base model's config on the hub at every save
+        "Could not find a config file",
+        "'pin_memory' argument is set as true",
+        "`past_key_values` is deprecated",  # a cache's old name, which older transformers know
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")

@@ -1,0 +1,85 @@
+"""Held-out measures of a language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from loraover.evaluation.final_number import final_number
+from loraover.evaluation.generation import greedy_answers
+
+
+def exact_match(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    answer: Literal["number", "text"] = "number",
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Share of examples whose greedily generated answer equals the reference.
+
+    Args:
+        rows: with `prompt` and `completion`, strings or chat messages.
+        max_new_tokens: per example.
+        batch_size: examples generated together, left-padded.
+        answer: what is compared: the final number, or the whole text but for white space around it.
+        on_batch: told how many examples are done.
+    Returns:
+        0 to 1. Where numbers are compared, an answer without one is wrong.
+    """
+    answers = greedy_answers(
+        model,
+        tokenizer,
+        [row["prompt"] for row in rows],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
+    read: Callable[[str], object] = final_number if answer == "number" else str.strip
+    found = [read(text) for text in answers]
+    wanted = [read(_content(row["completion"])) for row in rows]
+    return sum(one is not None and one == other for one, other in zip(found, wanted, strict=True)) / len(rows)
+
+
+class Scored(NamedTuple):
+    """One example's completion under a model: its negative log-likelihood in nats, and its tokens."""
+
+    nats: float
+    tokens: int
+
+
+@torch.no_grad()
+def example_losses(model: Any, batches: Iterable[dict[str, Any]]) -> list[Scored]:
+    """Every example's loss on its completion, in order.
+
+    Args:
+        batches: collated, with `labels` of -100 where a token does not count.
+    """
+    was_training = model.training
+    model.eval()
+    shift = 0 if model.config.is_encoder_decoder else 1  # the first label of a causal model is predicted by nothing
+    found = []
+    for batch in batches:
+        labels = batch["labels"][:, shift:]
+        logits = model(**batch).logits[:, : labels.shape[1]].float()
+        nats = cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").cpu().double().sum(1)
+        found += [Scored(*pair) for pair in zip(nats.tolist(), (labels != -100).sum(1).tolist(), strict=True)]
+    model.train(was_training)
+    return found
+
+
+def token_loss(scored: Sequence[Scored]) -> float:
+    """Mean loss over all completion tokens, in nats; NaN where no token counts."""
+    tokens = sum(example.tokens for example in scored)
+    return sum(example.nats for example in scored) / tokens if tokens else math.nan
+
+
+def _content(completion: Any) -> str:
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])

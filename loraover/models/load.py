@@ -1,0 +1,197 @@
+"""Base models and tokenizers: a local folder, the hub, or a stand-in where the hub cannot be reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loraover.common.errors import ConfigError
+from loraover.models.hub import HubUnreachableError, pinned_commit
+from loraover.models.stand_in import STAND_INS, StandIn, find_stand_in, make_stand_in
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Adapters that were trained on a stand-in and are to be used on another model.
+
+    Args:
+        trained: what they were trained on.
+        difference: largest difference between the logits of the two base models.
+    """
+
+    trained: StandIn
+    difference: float
+
+    def facts(self) -> dict[str, str]:
+        """Rows of a model card."""
+        return {
+            "trained on": str(self.trained),
+            "SHA-256 of that wheel": self.trained.sha256,
+            "largest logit difference of the two base models": f"{self.difference:.3g}",
+        }
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model is read from.
+
+    Args:
+        name: what adapters record as their base model: hub name or folder.
+        location: hub name or folder that transformers loads.
+        revision: commit on the hub; None for folders.
+        origin: one line for people.
+        stand_in: record of a folder whose weights are not those of the hub's model.
+        moved: what is known of adapters that were trained on a stand-in and are to be used on this model.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    origin: str
+    stand_in: StandIn | None = None
+    moved: Moved | None = None
+
+    def facts(self) -> dict[str, str]:
+        """Rows of a model card about weights that are not the hub's; none for any other model."""
+        return (self.stand_in.facts() if self.stand_in else {}) | (self.moved.facts() if self.moved else {})
+
+
+def resolve_model(name: str, revision: str | None = None) -> ModelSource:
+    """Find a base model: a folder as it is, a hub model at a pinned commit, or its stand-in.
+
+    A stand-in is used only where the hub cannot be reached and its cache holds nothing; it is then the model's name.
+
+    Raises:
+        ConfigError: no such folder, no such hub model, or no hub and no stand-in.
+        CheckpointError: a stand-in's record that cannot be read.
+    """
+    stand_in = find_stand_in(name)
+    if Path(name).is_dir():
+        origin = f"folder {name}" if stand_in is None else str(stand_in)
+        return ModelSource(name, str(Path(name)), None, origin, stand_in)
+    if stand_in is not None:
+        raise ConfigError(
+            f"model: {name} is gone. It held a {stand_in}. Make it again with "
+            f"`python -m loraover.models.stand_in {stand_in.stands_for}`, and name the folder that this prints as the "
+            "base model if it is another one."
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(f"model: {name!r} is neither a folder nor a hub name such as 'owner/model'.")
+    try:
+        commit = pinned_commit(name, revision, "model")
+    except HubUnreachableError:
+        if name not in STAND_INS:
+            raise
+        found = resolve_model(str(make_stand_in(STAND_INS[name])))
+        return replace(found, origin=f"{found.origin} (the hub cannot be reached)")
+    return ModelSource(name, name, commit, f"hub {name}@{commit[:12]}")
+
+
+def load_model(
+    source: ModelSource, *, dtype: str = "fp32", task_type: str | None = "CAUSAL_LM", num_labels: int | None = None
+) -> Any:
+    """The base model in eval mode, on the CPU.
+
+    Args:
+        dtype: fp32, bf16 or fp16.
+        task_type: PEFT's: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None means CAUSAL_LM.
+        num_labels: of a classifier; None means what the model's configuration says.
+    Raises:
+        ConfigError: the files are not such a model.
+    """
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    auto = {
+        "CAUSAL_LM": transformers.AutoModelForCausalLM,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    }
+    kind = task_type or "CAUSAL_LM"
+    if kind not in auto:
+        raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(auto)}.")
+    try:
+        model = auto[kind].from_pretrained(
+            source.location,
+            revision=source.revision,
+            dtype=getattr(torch, DTYPES[dtype]),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **({} if num_labels is None else {"num_labels": num_labels}),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
+    return model.eval()
+
+
+def load_skeleton(source: ModelSource) -> Any:
+    """The model that a `config.json` describes, on torch's meta device: real module names and shapes, no weights.
+
+    The class is the first of the configuration's `architectures`; nothing but that file is read.
+
+    Raises:
+        ConfigError: no configuration, no architecture in it, or one that transformers cannot build.
+    """
+    import torch
+    import transformers
+
+    config = load_config(source)
+    architecture = config.architectures[0]
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ConfigError(
+            f"model: {source.origin} is a {architecture}, which transformers {transformers.__version__} does not have."
+        )
+    try:
+        with torch.device("meta"):
+            return kind(config).eval()
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"model: {source.origin} cannot be built as {architecture}: {error}") from error
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: none, not one that transformers knows, or one that names no architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model: {source.origin} has no usable config.json: {error}") from error
+    if not config.architectures:
+        raise ConfigError(f"model: {source.origin}: config.json names no architectures; save the model again.")
+    return config
+
+
+def is_encoder_decoder(source: ModelSource) -> bool:
+    """Whether the model answers with a decoder of its own, as T5 does.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    return bool(load_config(source).is_encoder_decoder)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model: {source.origin} has no tokenizer: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

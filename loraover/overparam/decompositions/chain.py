@@ -1,0 +1,89 @@
+"""Product of plain matrices, wider inside: a deep linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import final
+
+import torch
+from torch import Tensor
+
+from loraover.common.errors import ConfigError
+from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, is_whole, random_coisometry
+
+
+@final
+@dataclass(frozen=True)
+class Chain(Decomposition):
+    """M = U_1 U_2 ... U_{depth-1} C for m <= n, and its mirror image for m > n.
+
+    The auxiliary U_k stand on the shorter side s = min(m, n): U_1 is s x w, the others w x w, and the
+    centre C is w x max(m, n), with width w = ceil(expansion * s). The U_k contract to P with
+    P P^T = I, and C = P^T M.
+
+    Args:
+        depth: number of matrices, at least 2.
+        expansion: ratio of the width to the shorter side, at least 1; the parameters grow by about
+            as much.
+    Source: Arora et al. 2018, arXiv:1802.06509; Guo et al. 2020 (ExpandNets), arXiv:1811.10495.
+    """
+
+    depth: int = 2
+    expansion: float = 2.0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not is_whole(self.depth) or not 2 <= self.depth <= MAX_CORES:
+            faults.append(f"depth is {self.depth}, expected a whole number from 2 to {MAX_CORES}")
+        if not 1 <= self.expansion <= 1000:
+            faults.append(f"expansion is {self.expansion}, expected a ratio from 1 to 1000")
+        if faults:
+            raise ConfigError("chain: " + "; ".join(faults) + ".")
+
+    def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
+        short, long = min(m, n), max(m, n)
+        width = ceil(self.expansion * short)
+        shapes = ((short, width), *((width, width),) * (self.depth - 2), (width, long))
+        return shapes if m <= n else tuple((q, p) for p, q in reversed(shapes))
+
+    def centre(self, m: int, n: int) -> int:
+        return self.depth - 1 if m <= n else 0
+
+    def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        m, n = matrix.shape
+        if m > n:
+            return tuple(core.mT for core in reversed(self.init_one(matrix.mT, generator)))
+        centre, cores = matrix, []
+        for rows, columns in self.core_shapes(m, n)[:-1]:
+            cores.append(random_coisometry(generator, rows, columns))
+            centre = cores[-1].mT @ centre
+        return (*cores, centre)
+
+    def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
+        self.check(cores, m, n)
+        product, *rest = cores if m <= n else reversed(cores)
+        for core in rest:
+            product = product @ core if m <= n else core @ product
+        return product
+
+    def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
+        self.check(cores, m, n)
+        for core in reversed(cores):
+            x = x @ core.mT
+        return x
+
+    def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
+        one = cores[0].new_ones(len(cores[0]), 1, 1)
+        product, *rest = cores[:-1] if m <= n else reversed(cores[1:])
+        for core in rest:
+            product = product @ core if m <= n else core @ product
+        return (product, one) if m <= n else (one, product)
+
+    def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
+        left, right = (frame.square() if squared else frame for frame in self.frames(cores, m, n))
+        return left.mT @ matrices if m <= n else matrices @ right.mT
+
+    def contraction_terms(self, m: int, n: int) -> int:
+        return (self.depth - 1) * ceil(self.expansion * min(m, n))

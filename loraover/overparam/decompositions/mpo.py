@@ -1,0 +1,278 @@
+"""Matrix product operator: the paper's decomposition and the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil, prod
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from loraover.common.errors import ConfigError, ShapeError
+from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, is_whole, random_coisometry
+
+GAUGES = ("identity", "random")
+
+
+class Layout(NamedTuple):
+    """Modes and bonds of one matrix shape: core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    bonds: tuple[int, ...]
+    centre: int
+
+    def core(self, k: int) -> tuple[int, int, int, int]:
+        return self.bonds[k], self.rows[k], self.columns[k], self.bonds[k + 1]
+
+    def num_parameters(self) -> int:
+        return sum(prod(self.core(k)) for k in range(len(self.rows)))
+
+
+@final
+@dataclass(frozen=True)
+class Mpo(Decomposition):
+    """M[i_1..i_K, j_1..j_K] = C_1[i_1, j_1] C_2[i_2, j_2] ... C_K[i_K, j_K].
+
+    m = prod m_k, n = prod n_k, core k of shape (R_k, m_k, n_k, R_{k+1}), R_1 = R_{K+1} = 1. The
+    auxiliary cores surround one centre core, which is the largest. Left of the centre the cores
+    contract to P with P P^T = I, right of it to Q with Q Q^T = I, and the centre is P^T M Q: the
+    mixed-canonical gauge, so that a change of the centre moves M by no more than itself.
+
+    Every bond is at least full (R_{k+1} = the product of the modes outside it), so that all matrices
+    can be represented; larger bonds add parameters.
+
+    Args:
+        num_cores: K.
+        modes: how to split a dimension of a given size, e.g. {8: (2, 2, 2), 576: (8, 9, 8)}; sizes
+            that are not named are split as evenly as their prime factors allow.
+        bonds: the K - 1 inner bond dimensions; chosen when absent.
+        expansion: least ratio of parameters to m * n; bonds are widened until it is met. Absent:
+            full bonds, which give 1.01 to 1.3 with three cores of usual LoRA shapes.
+        gauge: "identity" makes P and Q identities where bonds are full, so that the centre's elements are M's own and
+            an optimizer that scales each element by itself (Adam) sees the axes that it sees in plain LoRA; "random"
+            draws P and Q from the Haar measure, as wider bonds need in any case.
+    Source: Oseledets 2011, doi:10.1137/090752286; Gao et al. 2023 (OPF), section 3. They split M by
+    SVDs; our auxiliary cores do not depend on M, which costs nothing for a zero matrix and loses nothing.
+    """
+
+    num_cores: int = 3
+    modes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    bonds: Sequence[int] | None = None
+    expansion: float | None = None
+    gauge: str = "identity"
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not is_whole(self.num_cores) or not 1 <= self.num_cores <= MAX_CORES:
+            faults.append(f"num_cores is {self.num_cores!r}, expected a whole number from 1 to {MAX_CORES}")
+        if not isinstance(self.modes, Mapping):
+            raise ConfigError(f"mpo: modes is {self.modes!r}, expected a mapping such as {{8: (2, 2, 2)}}.")
+        modes = {}
+        for size, split in self.modes.items():
+            factors = tuple(split) if isinstance(split, Sequence) else (split,)
+            whole = str(size).isdecimal() and is_whole(*factors) and all(f >= 1 for f in factors)
+            if not whole or prod(factors) != int(size) or len(factors) != self.num_cores:
+                faults.append(f"modes[{size}] is {factors}, expected {self.num_cores} factors of {size}")
+            else:
+                modes[int(size)] = factors  # JSON writes the sizes as strings
+        object.__setattr__(self, "modes", modes)
+        if self.bonds is not None:
+            bonds = tuple(self.bonds) if isinstance(self.bonds, Sequence) else (self.bonds,)
+            object.__setattr__(self, "bonds", bonds)
+            if not is_whole(*self.bonds) or len(self.bonds) != self.num_cores - 1:
+                faults.append(f"bonds is {self.bonds}, expected num_cores - 1 = {self.num_cores - 1} whole numbers")
+            if self.expansion is not None:
+                faults.append("bonds and expansion exclude each other: expansion chooses the bonds")
+        if self.expansion is not None and not 1 <= self.expansion <= 1000:
+            faults.append(f"expansion is {self.expansion}, expected a ratio from 1 to 1000")
+        if self.expansion is not None and self.num_cores == 1:
+            faults.append("expansion needs num_cores of at least 2: one core has no bond to widen")
+        if self.gauge not in GAUGES:
+            faults.append(f"gauge is {self.gauge!r}, expected {' or '.join(GAUGES)}")
+        if faults:
+            raise ConfigError("mpo: " + "; ".join(faults) + ".")
+
+    def __hash__(self) -> int:
+        return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion, self.gauge))
+
+    def layout(self, m: int, n: int) -> Layout:
+        """Modes and bonds for an m x n matrix.
+
+        Raises:
+            ShapeError: a given bond is narrower than full, which could not represent every matrix.
+        """
+        return _layout(self, m, n)
+
+    def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
+        layout = self.layout(m, n)
+        return tuple(_unfolding(layout, k) for k in range(self.num_cores))
+
+    def centre(self, m: int, n: int) -> int:
+        return self.layout(m, n).centre
+
+    def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        layout = self.layout(*matrix.shape)
+        cores: list[Tensor] = [matrix] * self.num_cores
+
+        # P_k spans the modes of cores 1..k; core k = (P_{k-1}^T (x) I) P_k makes the chain telescope.
+        left = matrix.new_ones(1, 1)
+        for k in range(layout.centre):
+            _, rows, columns, next_bond = layout.core(k)
+            outer = self._coisometry(generator, left.shape[0] * rows * columns, next_bond)
+            cores[k] = left.mT @ outer.reshape(left.shape[0], -1)
+            left = outer
+        right = matrix.new_ones(1, 1)
+        for k in range(self.num_cores - 1, layout.centre, -1):
+            bond, rows, columns, _ = layout.core(k)
+            outer = self._coisometry(generator, rows * columns * right.shape[0], bond)
+            cores[k] = outer.mT.reshape(-1, right.shape[0]) @ right
+            right = outer
+
+        tensor = _interleave(matrix.unsqueeze(0), layout).reshape(left.shape[0], -1, right.shape[0])
+        cores[layout.centre] = torch.einsum("pb,pcq,qd->bcd", left, tensor, right)
+        return tuple(core.reshape(_unfolding(layout, k)) for k, core in enumerate(cores))
+
+    def _coisometry(self, generator: torch.Generator, rows: int, columns: int) -> Tensor:
+        if self.gauge == "identity" and rows == columns:
+            return torch.eye(rows, dtype=torch.float64)
+        return random_coisometry(generator, rows, columns)
+
+    def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
+        self.check(cores, m, n)
+        layout = self.layout(m, n)
+        group, k_centre, last = cores[0].shape[0], layout.centre, self.num_cores - 1
+
+        left = _fold_right(cores[:k_centre], layout, 0)
+        product = cores[k_centre].reshape(group, layout.bonds[k_centre], -1)
+        if left is not None:
+            product = left @ product
+        right = _fold_right(cores[k_centre + 1 :], layout, k_centre + 1)
+        if k_centre < last and right is not None:
+            bond = layout.bonds[k_centre + 1]
+            product = product.reshape(group, -1, bond) @ right.reshape(group, bond, -1)
+        return _deinterleave(product, layout)
+
+    def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
+        self.check(cores, m, n)
+        layout = self.layout(m, n)
+        group, tokens = x.shape[:2]
+        state, to_come, done = x, n, 1  # (group, tokens, bond * columns to come * rows done)
+        for k, core in enumerate(cores):
+            bond, rows, columns, next_bond = layout.core(k)
+            to_come //= columns
+            state = state.reshape(group, tokens, bond, columns, to_come, done)
+            tensor = core.reshape(group, bond, rows, columns, next_bond)
+            state = torch.einsum("gtbcnr,gbico->gtonri", state, tensor)
+            done *= rows
+        return state.reshape(group, tokens, m)
+
+    def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
+        layout = self.layout(m, n)
+        left = _fold_right(cores[: layout.centre], layout, 0)
+        right = _fold_right(cores[layout.centre + 1 :], layout, layout.centre + 1)
+        one = cores[0].new_ones(len(cores[0]), 1, 1)
+        if right is not None:
+            right = right.reshape(len(right), layout.bonds[layout.centre + 1], -1)
+        return one if left is None else left, one if right is None else right
+
+    def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
+        layout = self.layout(m, n)
+        left, right = (frame.square() if squared else frame for frame in self.frames(cores, m, n))
+        tensors = _interleave(matrices, layout).reshape(len(matrices), left.shape[1], -1, right.shape[2])
+        centre = torch.einsum("gpb,gpcq,gdq->gbcd", left, tensors, right)
+        return centre.reshape(len(matrices), *_unfolding(layout, layout.centre))
+
+    def contraction_terms(self, m: int, n: int) -> int:
+        return sum(self.layout(m, n).bonds[1:-1]) + self.num_cores
+
+
+def _fold_right(cores: Sequence[Tensor], layout: Layout, first: int) -> Tensor | None:
+    """Contraction of neighbouring cores, (G, R_first * modes, R_last + 1); None of no cores."""
+    product = None
+    for k, core in enumerate(cores, first):
+        bond = layout.bonds[k]
+        following = core.reshape(core.shape[0], bond, -1)
+        product = following if product is None else product.reshape(core.shape[0], -1, bond) @ following
+    return None if product is None else product.reshape(product.shape[0], -1, layout.bonds[first + len(cores)])
+
+
+def _unfolding(layout: Layout, k: int) -> tuple[int, int]:
+    """2-D shape of core k: rows towards the outside left, columns towards the outside right."""
+    bond, rows, columns, next_bond = layout.core(k)
+    if k < layout.centre:
+        return bond * rows * columns, next_bond
+    if k > layout.centre:
+        return bond, rows * columns * next_bond
+    return bond * rows, columns * next_bond
+
+
+def _interleave(matrices: Tensor, layout: Layout) -> Tensor:
+    """(G, m, n) to (G, m_1, n_1, m_2, n_2, ...)."""
+    count = len(layout.rows)
+    split = matrices.reshape(-1, *layout.rows, *layout.columns)
+    return split.permute(0, *(d for k in range(count) for d in (1 + k, 1 + count + k)))
+
+
+def _deinterleave(product: Tensor, layout: Layout) -> Tensor:
+    """(G, m_1 n_1 m_2 n_2 ...) to (G, m, n)."""
+    count = len(layout.rows)
+    split = product.reshape(-1, *(d for pair in zip(layout.rows, layout.columns, strict=True) for d in pair))
+    order = [1 + 2 * k for k in range(count)] + [2 + 2 * k for k in range(count)]
+    return split.permute(0, *order).reshape(-1, prod(layout.rows), prod(layout.columns))
+
+
+@lru_cache(maxsize=4096)
+def _layout(mpo: Mpo, m: int, n: int) -> Layout:
+    if m < 1 or n < 1:
+        raise ShapeError(f"mpo: a matrix has at least one row and one column, found {m} x {n}.")
+    rows = mpo.modes.get(m) or balanced_factors(m, mpo.num_cores)
+    columns = mpo.modes.get(n) or balanced_factors(n, mpo.num_cores)
+    rows, columns = tuple(rows), tuple(columns)
+    sizes = [a * b for a, b in zip(rows, columns, strict=True)]
+    cuts = range(1, mpo.num_cores)
+    full = (1, *(min(prod(sizes[:k]), prod(sizes[k:])) for k in cuts), 1)
+    minimal = Layout(rows, columns, full, 0)
+    centre = max(range(mpo.num_cores), key=lambda k: (prod(minimal.core(k)), -abs(2 * k + 1 - mpo.num_cores)))
+
+    if mpo.bonds is not None:
+        bonds = (1, *mpo.bonds, 1)
+        narrow = [f"bond {k} is {bonds[k]}, full is {full[k]}" for k in cuts if bonds[k] < full[k]]
+        if narrow:
+            raise ShapeError(
+                f"mpo: {'; '.join(narrow)} for a {m} x {n} matrix with row modes {rows} and column modes "
+                f"{columns}; narrower bonds would truncate the matrix. Widen them or leave them out."
+            )
+        return Layout(rows, columns, bonds, centre)
+    layout = Layout(rows, columns, full, centre)
+    step = 0
+    while mpo.expansion is not None and layout.num_parameters() < mpo.expansion * m * n:
+        step += 1
+        widened = (1, *(ceil(full[k] * (1 + step / 64)) for k in cuts), 1)
+        layout = Layout(rows, columns, widened, centre)
+    return layout
+
+
+def balanced_factors(size: int, count: int) -> tuple[int, ...]:
+    """`count` factors of `size`, as even as its primes allow, the largest in the middle."""
+    factors = [1] * count
+    for prime in _prime_factors(size):
+        factors[factors.index(min(factors))] *= prime
+    factors.sort(reverse=True)
+    middle_out = sorted(range(count), key=lambda k: abs(2 * k + 1 - count))
+    placed = dict(zip(middle_out, factors, strict=True))
+    return tuple(placed[k] for k in range(count))
+
+
+def _prime_factors(size: int) -> list[int]:
+    """Prime factors of `size`, largest first."""
+    primes, divisor = [], 2
+    while divisor * divisor <= size:
+        while size % divisor == 0:
+            primes.append(divisor)
+            size //= divisor
+        divisor += 1
+    return sorted(primes + ([size] if size > 1 else []), reverse=True)

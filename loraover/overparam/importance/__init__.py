@@ -1,0 +1,22 @@
+"""Scores by which a schedule ranks sites, by the name that a configuration uses."""
+
+from __future__ import annotations
+
+from loraover.overparam.importance.base import GradientScore, Probe, Score
+from loraover.overparam.importance.fisher import Fisher
+from loraover.overparam.importance.inverse import Inverse
+from loraover.overparam.importance.loss_impact import LossImpact
+from loraover.overparam.importance.random import Random
+from loraover.overparam.importance.sensitivity import Sensitivity
+from loraover.overparam.importance.taylor import Taylor
+
+SCORES: dict[str, type[Score]] = {
+    "fisher": Fisher,
+    "taylor": Taylor,
+    "sensitivity": Sensitivity,
+    "loss_impact": LossImpact,
+    "random": Random,
+    "inverse": Inverse,
+}
+
+__all__ = ["SCORES", "GradientScore", "Probe", "Score"]

@@ -1,0 +1,22 @@
+"""Diagonal of the empirical Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+from torch import Tensor
+
+from loraover.overparam.importance.base import GradientScore
+
+
+@final
+class Fisher(GradientScore):
+    """Mean over elements and steps of the squared gradient.
+
+    With accumulation it is the square of the mean over micro-batches. A's is zero in the first step, where B = 0.
+    Source: Gao et al. 2023 (OPF), section 3.3.
+    """
+
+    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor) -> Tensor:
+        return gradients.square().mean((1, 2))

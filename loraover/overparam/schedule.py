@@ -1,0 +1,323 @@
+"""Which sites are over-parameterised, and when."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from loraover.common.errors import ConfigError
+from loraover.overparam.config import Budget, LoraOverConfig
+from loraover.overparam.decompositions import Decomposition
+from loraover.overparam.importance import SCORES, GradientScore, Probe
+from loraover.overparam.importance.loss_impact import LossImpact
+from loraover.overparam.random_state import seeded
+from loraover.overparam.sharding import assign, full, gathered, of_rank_zero, reshard
+from loraover.overparam.sites import Site, match_sites
+
+logger = logging.getLogger("loraover")
+
+CALIBRATION_RATE = 1e-3  # of the warm-up steps that a static schedule takes and undoes
+
+
+class Round(BaseModel):
+    """One decision."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int = Field(ge=0, description="optimizer steps taken")
+    scores: dict[str, float] = Field(description="of every candidate that was plain until then; empty: all were taken")
+    chosen: list[str]
+    added: int = Field(description="numbers that their cores have beyond the matrices")
+    forwards: int = Field(description="batches run for the scores")
+
+    @property
+    def ranked(self) -> dict[str, float]:
+        """The chosen sites with their scores, the best first; empty where all were taken."""
+        return dict(sorted(((n, self.scores[n]) for n in self.chosen if n in self.scores), key=lambda item: -item[1]))
+
+
+class Schedule:
+    """Chooses sites as the configuration says.
+
+    Args:
+        config: of the run.
+        sites: all of the model's.
+        steps: optimizer steps of the whole run, for a dynamic schedule.
+        probe: batches for a score that runs the model, and for a static schedule's calibration.
+    Raises:
+        ConfigError: a pattern that matches nothing, a budget that no choice fits, or rounds outside of the run.
+    """
+
+    def __init__(
+        self, config: LoraOverConfig, sites: Mapping[str, Site], *, steps: int | None, probe: Probe | None
+    ) -> None:
+        self.config = config
+        self._sites = sites
+        self.candidates = {name: sites[name] for name in match_sites(list(sites), config.sites)}
+        self.rounds: list[Round] = []
+        self.round_steps: list[int] = []
+        self._probe = probe
+        self._waits = False
+        self._decomposition: Decomposition = config.make_decomposition()
+        self._added = {name: self._decomposition.num_parameters(*s.shape) for name, s in self.candidates.items()}
+        for name, site in self.candidates.items():
+            self._added[name] -= site.parameter.numel()
+        self.score = SCORES[config.score](self.candidates, config.seed or 0)
+        if config.budget is not None:
+            self._capacity = self._check_budget(config.budget)
+        if config.schedule == "dynamic" and steps is not None:
+            self.round_steps = _round_steps(config, steps)
+
+    @property
+    def most_parameters(self) -> tuple[int, int]:
+        """Numbers that the cores hold at most once all is decided, and those that they have beyond their matrices."""
+        added = sorted(self._added.values(), reverse=True)
+        cores = sorted((self._added[n] + s.parameter.numel() for n, s in self.candidates.items()), reverse=True)
+        if self.config.budget is None:
+            return sum(cores), sum(added)
+        if self._counts_sites:
+            return sum(cores[: int(self._capacity)]), sum(added[: int(self._capacity)])
+        return min(sum(cores), sum(cores) - sum(added) + int(self._capacity)), int(self._capacity)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to decide."""
+        return len(self.rounds) >= (self.config.rounds if self.config.schedule == "dynamic" else 1)
+
+    @property
+    def observed(self) -> GradientScore | None:
+        """The score that wants to see each step's gradients, while there is one."""
+        is_wanted = self.config.schedule == "dynamic" and not self.is_over
+        return self.score if is_wanted and isinstance(self.score, GradientScore) else None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a round of a dynamic schedule takes place after so many steps."""
+        return bool(self.round_steps) and not self.is_over and step >= self.round_steps[len(self.rounds)]
+
+    def choose(self, step: int) -> Round | None:
+        """Decide; None where the scores of every A or of every B are zero so far, and the round has to wait.
+
+        Args:
+            step: optimizer steps taken.
+        """
+        taken = {name for earlier in self.rounds for name in earlier.chosen}
+        plain = [name for name in self.candidates if name not in taken]
+        if self.config.schedule == "all":
+            return self._record(step, {}, plain, 0)
+        with _undisturbed(self._probe, self.config.seed or 0), self._calibrated():
+            found = self.score.values(self._probe)
+        forwards = self.score.forwards(self._probe) if isinstance(self.score, LossImpact) and self._probe else 0
+        device = next(iter(self.candidates.values())).parameter.device
+        values = of_rank_zero([score if math.isfinite(score) else 0.0 for score in found.values()], device)
+        if unknown := self._unknown(dict(zip(found, values, strict=True))):
+            if self.config.schedule == "static":
+                raise ConfigError(
+                    f"schedule static: {self.config.score} is zero for every {unknown}, even after "
+                    f"{self.config.calibration_steps} warm-up steps: on the calibration batches, none changes "
+                    "the loss. Check their labels, or raise calibration_batches."
+                )
+            if not self._waits:
+                self._waits = True
+                logger.warning(
+                    "step %d: %s is zero for every %s while B = 0; the round waits", step, self.config.score, unknown
+                )
+            return None
+        self._waits = False
+        scores = {name: score for name, score in zip(found, values, strict=True) if name not in taken}
+        done = (len(self.rounds) + 1) / (self.config.rounds if self.config.schedule == "dynamic" else 1)
+        return self._record(step, scores, self._best(scores, taken, done), forwards)
+
+    def replay(self, rounds: Iterable[Round]) -> None:
+        """Take over the decisions of a run that is resumed."""
+        self.rounds = list(rounds)
+
+    def _unknown(self, scores: Mapping[str, float]) -> str:
+        """Which of A and B score zero everywhere, so that their order says nothing yet; empty where neither does."""
+        known = {site.matrix for name, site in self.candidates.items() if scores[name]}
+        return " and ".join(sorted({site.matrix for site in self.candidates.values()} - known))
+
+    def _record(self, step: int, scores: dict[str, float], chosen: list[str], forwards: int) -> Round:
+        found = Round(
+            step=step, scores=scores, chosen=chosen, added=sum(self._added[name] for name in chosen), forwards=forwards
+        )
+        self.rounds.append(found)
+        if self.config.schedule != "all":
+            logger.info(
+                "step %d: %d of %d sites over-parameterised by %s, %d parameters added%s",
+                *(step, len(chosen), len(self.candidates), self.config.score, found.added),
+                f" ({forwards} extra forwards)" if forwards else "",
+            )
+            for name, score in found.ranked.items():
+                logger.info("  %.3e  %s", score, name)
+        return found
+
+    def _best(self, scores: Mapping[str, float], taken: set[str], done: float) -> list[str]:
+        """The best plain sites, each taken from the group of the quota that is furthest below its share so far."""
+        total = self._capacity * done
+        everything = sum(self._cost(name) for name in self.candidates)
+        ranked: dict[str, list[str]] = {}
+        below: dict[str, float] = {}
+        for name in sorted(self.candidates, key=lambda n: -scores.get(n, 0.0)):  # stable: ties by place
+            group = _group(self.candidates[name], self.config.quota)
+            spent = self._cost(name) if name in taken else 0
+            below[group] = below.get(group, 0.0) + total * self._cost(name) / everything - spent
+            if name not in taken:
+                ranked.setdefault(group, []).append(name)
+        left = (round(total) if self._counts_sites else total) - sum(self._cost(name) for name in taken)
+        chosen: set[str] = set()
+        while ranked:
+            group = max(ranked, key=lambda g: below[g])
+            if below[group] <= 0:
+                break
+            name = ranked[group].pop(0)
+            if self._cost(name) <= left:
+                left -= self._cost(name)
+                below[group] -= self._cost(name)
+                chosen.add(name)
+            if not ranked[group]:
+                del ranked[group]
+        return [name for name in self.candidates if name in chosen]
+
+    @property
+    def _counts_sites(self) -> bool:
+        return self.config.budget is not None and self.config.budget.parameters is None
+
+    def _cost(self, name: str) -> int:
+        return 1 if self._counts_sites else self._added[name]
+
+    def _check_budget(self, budget: Budget) -> float:
+        """The budget, in sites or in added parameters."""
+        count, added = len(self.candidates), sum(self._added.values())
+        if budget.fraction is not None:
+            return max(1, round(budget.fraction * count))
+        if budget.sites is not None:
+            if budget.sites > count:
+                raise ConfigError(f"budget.sites is {budget.sites}, but there are {count} candidate sites.")
+            return budget.sites
+        assert budget.parameters is not None
+        least = min(self._added.values())
+        if not least <= budget.parameters <= added:
+            raise ConfigError(
+                f"budget.parameters is {budget.parameters}; the cores of one site add {least} at least, those of all "
+                f"{count} candidates {added}."
+            )
+        return budget.parameters
+
+    def check_ready(self) -> None:
+        """Raise ConfigError unless everything that a decision needs is there."""
+        if self.config.schedule == "dynamic" and not self.round_steps:
+            raise ConfigError(
+                "a dynamic schedule places its rounds in the run: give the number of its steps with `steps`."
+            )
+        if runs_model(self.config) and not self.is_over and (self._probe is None or not self._probe.batches):
+            raise ConfigError(
+                f"schedule {self.config.schedule} with score {self.config.score} runs the model on calibration "
+                "batches; give them with `probe`, or use the Trainer's callback, which takes them from the training "
+                "data."
+            )
+
+    @contextmanager
+    def _calibrated(self) -> Iterator[None]:
+        """A static schedule's look at the probe's batches; what it does to the model is undone after the block.
+
+        Where B is zero, scores are zero by construction: then some steps are taken first. Backward passes run in
+        training mode, dropout included: only in that mode does a model checkpoint its activations.
+        """
+        if self.config.schedule != "static" or not runs_model(self.config):
+            yield
+            return
+        assert self._probe is not None
+        kept = {name: full(site.parameter.detach()).clone() for name, site in self._sites.items()}
+        try:
+            with _mode(self._probe.model, training=True):
+                if not all(matrix.any() for matrix in kept.values()):
+                    logger.warning(
+                        "%s says nothing while B = 0: %d warm-up steps on %d batches, which are undone",
+                        *(self.config.score, self.config.calibration_steps, len(self._probe.batches)),
+                    )
+                    self._warm_up(self._probe)
+                if isinstance(self.score, GradientScore):
+                    for batch in self._probe.batches:
+                        self.score.observe(self._gradients(self._probe, batch))
+            yield
+        finally:
+            for name, matrix in kept.items():
+                assign(self._sites[name].parameter, matrix)
+
+    def _warm_up(self, probe: Probe) -> None:
+        parameters = [parameter for site in self._sites.values() for parameter in site.holders()]
+        optimizer = torch.optim.Adam(parameters, lr=CALIBRATION_RATE)
+        for step in range(self.config.calibration_steps):
+            with torch.enable_grad():
+                torch.autograd.backward(probe.loss(probe.model, probe.batches[step % len(probe.batches)]))
+            optimizer.step()
+            probe.model.zero_grad()
+
+    def _gradients(self, probe: Probe, batch: object) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            torch.autograd.backward(probe.loss(probe.model, batch))
+        found = {name: site.gradient() for name, site in self.candidates.items()}
+        probe.model.zero_grad()
+        return gathered({name: gradient for name, gradient in found.items() if gradient is not None})
+
+
+def runs_model(config: LoraOverConfig) -> bool:
+    """Whether a decision takes batches to run the model on."""
+    score = SCORES[config.score]
+    is_static = config.schedule == "static"
+    return config.schedule != "all" and (score.needs_probe or (is_static and issubclass(score, GradientScore)))
+
+
+@contextmanager
+def _undisturbed(probe: Probe | None, seed: int) -> Iterator[None]:
+    """The model in eval mode, and random numbers by the seed; both are as before after the block."""
+    if probe is None:
+        yield
+        return
+    with seeded(seed, {p.device for p in probe.model.parameters()}), _mode(probe.model, training=False):
+        try:
+            yield
+        finally:
+            reshard(probe.model)
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or eval mode for the length of a block.
+
+    Batch norms stay in eval mode: in training mode, each forward changes their running statistics.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    for module in modes:
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, before in modes.items():
+            module.training = before
+
+
+def _group(site: Site, quota: str) -> str:
+    return {"global": "", "module": site.kind, "matrix": site.matrix, "layer": site.layer}[quota]
+
+
+def _round_steps(config: LoraOverConfig, steps: int) -> list[int]:
+    """After how many steps each round of a dynamic schedule takes place."""
+    fractions: Sequence[float] = [config.start]
+    if config.rounds > 1:
+        fractions = [config.start + (config.end - config.start) * k / (config.rounds - 1) for k in range(config.rounds)]
+    found = [max(1, round(steps * fraction)) for fraction in fractions]
+    if len(set(found)) < config.rounds or found[-1] >= steps:
+        raise ConfigError(
+            f"{config.rounds} rounds from {config.start:g} to {config.end:g} of {steps} steps come after steps "
+            f"{', '.join(map(str, found))}; they must differ and precede the last: take fewer rounds or more steps."
+        )
+    return found

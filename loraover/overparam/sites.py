@@ -1,0 +1,234 @@
+"""The LoRA matrices of a PEFT model that can be over-parameterised."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from loraover.common.errors import ConfigError, ShapeError
+from loraover.overparam.sharding import local
+
+# Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One A or B matrix of one module and adapter.
+
+    Args:
+        name: e.g. "model.layers.0.mlp.up_proj.lora_A". Where several adapters are trained, those other than
+            "default" have "adapter:" before it. Names do not depend on wrappers such as DDP or torch.compile.
+        module: path of the adapted module below the base model.
+        adapter: PEFT's adapter name.
+        matrix: "A" (r, in_features) or "B" (out_features, r).
+        parameter: the PEFT parameter, of shape (m, n).
+        aliases: parameters that are transposed views of the same memory, as PEFT's `ensure_weight_tying` makes
+            them for an output layer that is tied to the embedding.
+    """
+
+    name: str
+    module: str
+    adapter: str
+    matrix: Literal["A", "B"]
+    parameter: nn.Parameter
+    aliases: list[nn.Parameter] = field(default_factory=list)
+
+    def gradient(self) -> Tensor | None:
+        """Sum of the gradients of the parameter and its aliases, (m, n), dense; sharded where the parameter is."""
+        gradients = [(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None]
+        dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
+        return sum(dense[1:], dense[0]) if dense else None
+
+    def clear_gradient(self) -> None:
+        for parameter in self.holders():
+            parameter.grad = None
+
+    def holders(self) -> tuple[nn.Parameter, ...]:
+        """Every parameter on the matrix's memory."""
+        return (self.parameter, *self.aliases)
+
+    @property
+    def kind(self) -> str:
+        """Type of the module: the last part of its path, e.g. "q_proj"."""
+        return self.module.rpartition(".")[2]
+
+    @property
+    def layer(self) -> str:
+        return layer_of(self.module)
+
+    @property
+    def path(self) -> str:
+        """The name without its adapter, which is how a checkpoint of that adapter names it."""
+        return self.name.removeprefix(f"{self.adapter}:")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.parameter.shape
+        return m, n
+
+
+def layer_of(module: str) -> str:
+    """The first number in a module's path, behind "encoder" or "decoder" where that is in it; "-" outside of layers."""
+    parts = module.split(".")
+    number = next((part for part in parts if part.isdigit()), "-")
+    return " ".join([*(part for part in parts if part in ("encoder", "decoder")), number])
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Every trainable A and B matrix of `model`, by name, in module order.
+
+    A matrix that several modules share is listed once, under its first module.
+
+    Raises:
+        ConfigError: no LoRA layer, no trainable one, or a LoRA that is not a plain pair of matrices
+            (DoRA and other variants, convolutions, `target_parameters`, nn.MultiheadAttention).
+    """
+    sites: dict[str, Site] = {}
+    seen: set[int] = set()
+    by_memory: dict[int, Site] = {}
+    layers = lora_layers(model)
+    is_alone = len({adapter for layer in layers.values() for _, _, adapter, _ in _trained_matrices(layer)}) == 1
+    for module, layer in layers.items():
+        _refuse_unsupported(module, layer)
+        for kind, matrix, adapter, parameter in _trained_matrices(layer):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{module}.{kind}" if adapter == "default" or is_alone else f"{adapter}:{module}.{kind}"
+            if parameter.ndim != 2:
+                raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
+            pointer = local(parameter).data_ptr()
+            if pointer and pointer in by_memory:
+                _tie(by_memory[pointer], name, parameter)
+                continue
+            sites[name] = by_memory[pointer] = Site(name, module, adapter, matrix, parameter)
+    if not layers:
+        raise ConfigError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)).")
+    if not sites:
+        raise ConfigError("none of the model's LoRA matrices requires a gradient; activate an adapter for training.")
+    return sites
+
+
+def _trained_matrices(layer: Any) -> Iterator[tuple[str, Literal["A", "B"], str, nn.Parameter]]:
+    """PEFT's name, side, adapter and parameter of a layer's matrices that require a gradient."""
+    pairs: tuple[tuple[str, Any, Literal["A", "B"]], ...] = (
+        ("lora_A", layer.lora_A, "A"),
+        ("lora_B", layer.lora_B, "B"),
+        ("lora_embedding_A", layer.lora_embedding_A, "A"),
+        ("lora_embedding_B", layer.lora_embedding_B, "B"),
+    )
+    for kind, holders, matrix in pairs:
+        for adapter, holder in holders.items():
+            parameter = holder if isinstance(holder, nn.Parameter) else holder.weight
+            if parameter.requires_grad:
+                yield kind, matrix, adapter, parameter
+
+
+def only_adapter(sites: Iterable[Site]) -> str:
+    """PEFT's name of the adapter that all of these belong to.
+
+    Raises:
+        ConfigError: several adapters.
+    """
+    adapters = list(dict.fromkeys(site.adapter for site in sites))
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"{len(adapters)} adapters are trained at once ({', '.join(adapters)}), and a checkpoint restores one. "
+            "Activate one, or train without the callback, by OverParameterization."
+        )
+    return adapters[0]
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's LoRA layers by module path below the base model."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for path, module in _peft_model(model).named_modules():
+        if isinstance(module, LoraLayer):
+            for wrapper in WRAPPERS:
+                path = path.replace(wrapper, "")
+            found[path.removeprefix("base_model.model.")] = module
+    return found
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """Hub name or folder that transformers loaded the base model from; None for a model that is not from there."""
+    from peft import PeftModel
+
+    root = _peft_model(model)
+    base = root.get_base_model() if isinstance(root, PeftModel) else root
+    return getattr(base, "name_or_path", None) or None
+
+
+def _peft_model(model: nn.Module) -> nn.Module:
+    """Inside of wrappers; the model itself if PEFT's layers have no PeftModel around them."""
+    from peft import PeftModel
+
+    return next((m for m in model.modules() if isinstance(m, PeftModel)), model)
+
+
+def _refuse_unsupported(module: str, layer: Any) -> None:
+    from peft.tuners.lora import layer as peft_layer
+
+    if layer.lora_variant:
+        variants = sorted({type(v).__name__ for v in layer.lora_variant.values()})
+        raise ConfigError(
+            f"{module}: {', '.join(variants)} is not a plain product B A, so it cannot be folded into a plain LoRA. "
+            "Use a LoraConfig without DoRA or other variants."
+        )
+    reasons = {
+        peft_layer.ParamWrapper: "LoRA through target_parameters (mixture-of-experts weights) is not supported: "
+        "its delta is assembled from slices of A and B. Leave target_parameters out",
+        peft_layer._ConvNd: "LoRA of a convolution is not supported: A is a kernel, not a matrix. "
+        "Leave the layer out of target_modules",
+        peft_layer.MultiheadAttention: "LoRA of nn.MultiheadAttention is not supported: its delta is merged into the "
+        "weights during the forward. Leave the layer out of target_modules",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(layer, kind):
+            raise ConfigError(f"{module}: {reason}.")
+
+
+def _tie(site: Site, name: str, parameter: nn.Parameter) -> None:
+    if tuple(parameter.shape) != site.shape[::-1] or parameter.stride() != site.parameter.stride()[::-1]:
+        raise ConfigError(f"{name} shares memory with {site.name}, but is not its transpose; untie them.")
+    site.aliases.append(parameter)
+
+
+def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
+    """The names that match at least one shell-style pattern, in their own order.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, with the nearest names.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not hits:
+            near = _nearest(names, pattern)
+            hint = f" Nearest: {', '.join(near)}." if near else ""
+            raise ConfigError(f"sites: {pattern!r} matches none of {len(names)} sites.{hint}")
+        chosen.update(hits)
+    return [name for name in names if name in chosen]
+
+
+def _nearest(names: Sequence[str], pattern: str) -> list[str]:
+    """The pattern with its unknown parts replaced by the likest parts of names, if that matches; else similar names."""
+    parts = sorted({part for name in names for part in name.split(".")})
+    mended = ".".join(_mended(part, parts) for part in pattern.split("."))
+    if fnmatch.filter(names, mended):
+        return [mended]
+    return difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+
+
+def _mended(part: str, known: Sequence[str]) -> str:
+    literal = part.strip("*")
+    near = [] if fnmatch.filter(known, part) else difflib.get_close_matches(literal, known, n=1)
+    return part.replace(literal, near[0]) if near else part

@@ -1,0 +1,53 @@
+"""The examples that a recipe trains and measures on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraover.common.errors import DataError
+from loraover.data.formats import as_chat
+from loraover.data.sources import BUILT_IN, Rows, load_rows
+from loraover.data.word_problems import split_word_problems
+from loraover.training.recipe import Recipe
+
+WORD_PROBLEMS = 2000  # for training, where a recipe names no number
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and held-out rows with prompt and completion, and where they come from."""
+
+    train: Rows
+    test: Rows | None
+
+
+def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
+    """Training rows, and held-out rows where the recipe measures something.
+
+    Args:
+        chat: write text as chat messages.
+    Raises:
+        DataError: see `load_rows`; or nothing to measure on.
+    """
+    data = recipe.data
+    wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
+    common: dict[str, Any] = {"subset": data.subset, "format": data.format, "chat": chat, "keep": data.keep}
+    if data.train == BUILT_IN:
+        made, held_out = split_word_problems(data.train_examples or WORD_PROBLEMS, wanted, recipe.training.seed)
+        origin = f"built-in word problems, seed {recipe.training.seed}"
+        train_rows, test_rows = (Rows([as_chat(r) if chat else r for r in rows], origin) for rows in (made, held_out))
+        if data.test in (None, BUILT_IN):
+            return Examples(train_rows, test_rows if wanted else None)
+    else:
+        limit = data.train_examples
+        train_rows = load_rows(data.train, split=data.train_split, revision=data.revision, limit=limit, **common)
+    if not wanted:
+        return Examples(train_rows, None)
+    if data.test is None and Path(data.train).is_file():
+        raise DataError(f"{data.train} is one file: name held-out data in data.test, or set evaluation.examples to 0.")
+    same = data.test in (None, data.train)
+    revision = train_rows.revision if same else None
+    test_rows = load_rows(data.test or data.train, split=data.test_split, revision=revision, limit=wanted, **common)
+    return Examples(train_rows, test_rows)

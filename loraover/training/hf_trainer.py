@@ -1,0 +1,140 @@
+"""The Hugging Face trainers behind a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+
+from loraover.callbacks.diagnostics import DiagnosticsCallback
+from loraover.callbacks.loraover_callback import LoraOverCallback
+from loraover.callbacks.seal_checkpoints import SealCheckpoints
+from loraover.common.errors import ConfigError, DataError
+from loraover.reporting.reporter import Reporter, TrainingProgress
+from loraover.training.examples import Examples
+from loraover.training.recipe import Recipe
+
+PRECISION = {
+    "fp32": {"bf16": False, "fp16": False},
+    "bf16": {"bf16": True, "fp16": False},
+    "fp16": {"bf16": False, "fp16": True},
+}
+
+
+def make_trainer(
+    recipe: Recipe,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    examples: Examples,
+    output: Path,
+    is_seq2seq: bool,
+    report: Reporter,
+    over: LoraOverCallback | None,
+) -> Trainer:
+    """TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
+
+    Raises:
+        ConfigError: a value that the trainer refuses.
+    """
+    from datasets import Dataset
+
+    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio"}
+    options = recipe.training.model_dump(exclude=ours, exclude_none=True)
+    options |= PRECISION[recipe.training.precision]
+    if recipe.training.warmup_ratio:
+        options["warmup_steps"] = recipe.training.warmup_ratio  # transformers 5: below 1, a share of all steps
+    options |= {
+        "output_dir": str(output / "trainer"),
+        "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
+        "report_to": ["tensorboard"] if recipe.tensorboard else "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    train_set = Dataset.from_list(examples.train.rows)
+    eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
+    callbacks: list[TrainerCallback] = [] if over is None else [over]
+    callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics and recipe.trains_only_products else []
+    callbacks += [TrainingProgress(report, output / "metrics.jsonl"), SealCheckpoints()]
+    if is_seq2seq:
+        trainer = _seq2seq_trainer(recipe, model, tokenizer, options, train_set, eval_set, callbacks)
+    else:
+        from trl import SFTConfig, SFTTrainer
+
+        _project_labelled_positions_only()
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(max_length=recipe.training.max_length, completion_only_loss=True, **options),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=(_loraplus(recipe, model), None),
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _project_labelled_positions_only() -> None:
+    """Keep TRL's loss from projecting masked positions to the vocabulary on a CPU.
+
+    Where there is no Triton, TRL 1.16 projects all, for compilers that want fixed shapes. Nothing is compiled here, and
+    of a small model with short answers that took half of a step. A TRL without that switch is left as it is.
+    """
+    from trl.trainer import utils
+
+    if hasattr(utils, "_use_triton"):
+        utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
+
+
+def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
+    """AdamW with a higher rate for B (LoRA+, Hayou et al. 2024, arXiv:2402.12354); None: the Trainer makes its own."""
+    if recipe.training.loraplus_lr_ratio is None:
+        return None
+    if not isinstance(model, PeftModel) or not recipe.training.optim.startswith("adamw_torch"):
+        raise ConfigError("training.loraplus_lr_ratio takes a LoRA and optim adamw_torch or adamw_torch_fused.")
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=recipe.training.learning_rate,
+        loraplus_lr_ratio=recipe.training.loraplus_lr_ratio,
+        loraplus_weight_decay=recipe.training.weight_decay,
+        fused=recipe.training.optim == "adamw_torch_fused",
+    )
+
+
+def _seq2seq_trainer(
+    recipe: Recipe,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    options: dict[str, Any],
+    train_set: Any,
+    eval_set: Any,
+    callbacks: Any,
+) -> Trainer:
+    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(row["prompt"], str):
+            raise DataError(
+                f"{recipe.data.train}: chat messages cannot train the encoder-decoder {recipe.model}; use text."
+            )
+        limit: dict[str, Any] = {"truncation": True, "max_length": recipe.training.max_length}
+        encoded = dict(tokenizer(row["prompt"], **limit))
+        encoded["labels"] = tokenizer(text_target=row["completion"], **limit)["input_ids"]
+        return encoded
+
+    columns = ["prompt", "completion"]
+    return Seq2SeqTrainer(
+        model,
+        Seq2SeqTrainingArguments(**options),
+        train_dataset=train_set.map(encode, remove_columns=columns),
+        eval_dataset=None if eval_set is None else eval_set.map(encode, remove_columns=columns),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        optimizers=(_loraplus(recipe, model), None),
+    )

@@ -1,0 +1,209 @@
+"""What a recipe would take, before anything is loaded: from the model's config.json and the size of the data."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from loraover.data.sources import BUILT_IN, count_hub_rows, is_hub_name, load_rows
+from loraover.models.load import DTYPES, load_skeleton, resolve_model
+from loraover.overparam.schedule import Schedule
+from loraover.overparam.sites import find_sites
+from loraover.training.examples import WORD_PROBLEMS
+from loraover.training.recipe import Recipe
+from loraover.training.run import with_adapter
+
+CORE_BYTES = 4  # cores are float32
+
+
+class Plan(BaseModel):
+    """Numbers of one process; memory in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    method: str
+    weights: int = Field(description="of the base model")
+    adapter: int = Field(description="A and B")
+    cores: int = Field(description="at most: all that a schedule can inject")
+    gradients: int = Field(description="of all that is trained, A and B with their cores")
+    optimizer_states: int = Field(description="two moments, as AdamW's, in the type of what they belong to")
+    activations: int | None = Field(description="estimate, see `ASSUMPTION`; None: only a run with values shows them")
+    steps: int
+    examples: int = Field(description="that the run sees, over all epochs")
+    tokens: int = Field(description="at most: every example of full length")
+
+    def facts(self) -> dict[str, str]:
+        """Rows for people."""
+        held = self.weights + self.adapter + self.cores + self.gradients + self.optimizer_states
+        known = self.activations is not None
+        return {
+            "base model": self.model,
+            "method": self.method,
+            "weights": _size(self.weights),
+            "A and B": _size(self.adapter),
+            "cores": _size(self.cores),
+            "gradients": _size(self.gradients),
+            "optimizer states": _size(self.optimizer_states),
+            "activations": f"about {_size(self.activations or 0)}" if known else "unknown for this architecture",
+            "in all": f"about {_size(held + (self.activations or 0))}{'' if known else ', and activations'}",
+            "steps": f"{self.steps:,}",
+            "examples": f"{self.examples:,}",
+            "tokens": f"at most {self.tokens:,}",
+        }
+
+
+ASSUMPTION = (
+    "Activations are what autograd keeps of one micro-batch of full length: all logits (TRL computes them in parts), "
+    "but no attention scores, as with fused attention. Cores are all that the schedule can inject, optimizer states "
+    "AdamW's. Fragmentation and the buffers of libraries come on top."
+)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Memory, steps and tokens of a run.
+
+    Raises:
+        ConfigError: what `train` would refuse before it loads weights; or neither the hub nor its cache answers.
+        DataError: local data that cannot be read.
+    """
+    training = recipe.training
+    source = resolve_model(recipe.model, recipe.model_revision)
+    precision = "bf16" if training.precision == "bf16" else "fp32"
+    base = load_skeleton(source).to(getattr(torch, DTYPES[precision]))
+    weights = _bytes(base.parameters())
+    is_seq2seq = bool(base.config.is_encoder_decoder)
+    examples = None if training.max_steps is not None else _count_examples(recipe)
+    steps = training.steps(examples or 0)
+
+    model: nn.Module = base
+    if recipe.method != "full":
+        lora = recipe.lora.model_copy(update={"init_lora_weights": True})  # others decompose weights, which are absent
+        task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
+        with torch.device("meta"):
+            model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source)
+    trained = _bytes(p for p in model.parameters() if p.requires_grad)
+    cores = added = 0
+    if recipe.method == "lora-over":
+        cores, added = Schedule(recipe.over, find_sites(model), steps=steps, probe=None).most_parameters
+    batch = training.per_device_train_batch_size
+    seen = steps * batch * training.gradient_accumulation_steps
+    if training.num_train_epochs is not None and examples is not None:
+        seen = round(examples * training.num_train_epochs)
+    return Plan(
+        model=source.origin,
+        method=recipe.method,
+        weights=weights,
+        adapter=0 if recipe.method == "full" else trained,
+        cores=cores * CORE_BYTES,
+        gradients=trained + cores * CORE_BYTES,
+        optimizer_states=2 * (trained + added * CORE_BYTES),
+        activations=_activations(model, recipe),
+        steps=steps,
+        examples=seen,
+        tokens=seen * training.max_length * (2 if is_seq2seq else 1),
+    )
+
+
+def _count_examples(recipe: Recipe) -> int:
+    """Training examples of an epoch; of the hub's data, as many as are asked for, or else all rows."""
+    data = recipe.data
+    if data.train == BUILT_IN:
+        return data.train_examples or WORD_PROBLEMS
+    if is_hub_name(data.train):
+        return data.train_examples or count_hub_rows(data.train, data.train_split, data.subset, data.revision)
+    local: dict[str, Any] = {"subset": None, "revision": None, "limit": data.train_examples, "keep": data.keep}
+    return len(load_rows(data.train, split=data.train_split, format=data.format, chat=True, **local).rows)
+
+
+def _activations(model: Any, recipe: Recipe) -> int | None:
+    """Bytes that autograd keeps for the backward pass of one micro-batch; None where that depends on values.
+
+    With gradient checkpointing, those of the layers' inputs and of one layer.
+    """
+    shape = (recipe.training.per_device_train_batch_size, recipe.training.max_length)
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    precision = recipe.training.precision
+    mode = _Accelerated(None if precision == "fp32" else getattr(torch, DTYPES[precision]))
+    try:
+        whole = kept_bytes(model.train(), ids, mode)
+        if not recipe.training.gradient_checkpointing:
+            return whole
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+        layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+        kept = kept_bytes(model, ids, mode)
+    except (RuntimeError, AttributeError):  # such as a mixture of experts, whose router looks at values
+        return None
+    return kept + (whole - kept) // max(layers, 1)
+
+
+def kept_bytes(model: nn.Module, ids: Tensor, mode: AbstractContextManager[Any]) -> int:
+    """Bytes of the tensors, other than the model's own, that autograd keeps of a forward pass with a loss.
+
+    Args:
+        ids: (batch, tokens), input and labels.
+        mode: to run it in.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with mode, saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+
+
+class _Accelerated(TorchFunctionMode):
+    """What an accelerator does and the meta device does not: autocast, and attention that keeps no scores."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__:  # the meta device holds no values: of a mask that is asked for, nothing is masked
+            return True
+        if func in (linear, torch.matmul, scaled_dot_product_attention) and self.dtype is not None:
+            args = [arg.to(self.dtype) if isinstance(arg, Tensor) else arg for arg in args]
+        if func is scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3], (kwargs or {}).get("attn_mask"))  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps queries, keys, values, the output and a float32 for each row of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        rows = query.shape[:-1]
+        output = query.new_empty(*rows, value.shape[-1])
+        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(rows, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise AssertionError("a plan takes no gradients")
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,96 @@
+"""onnxruntime-genai in this process: a merged graph or a swappable adapter for each arm."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+
+from loraover_serve.engines.base import Engine, engine_errors
+from loraover_serve.engines.sample import Sample
+from loraover_serve.parity.measure.workload import Request
+
+
+@dataclass(frozen=True)
+class OnnxArm:
+    """A graph folder, and an `.onnx_adapter` file to run it with.
+
+    Args:
+        session: arms of one graph and one number share a session, and so the place of its weights in memory, on which
+            speed depends by some percent.
+    """
+
+    graph: Path
+    adapter: Path | None = None
+    session: int = 0
+
+
+class OnnxEngine(Engine):
+    """Arms on as many sessions as there are graphs.
+
+    Args:
+        name: "onnx merged" or "onnx swappable".
+        arms: by name.
+    Raises:
+        EngineError: a graph or an adapter that does not load.
+    """
+
+    def __init__(self, name: str, arms: Mapping[str, OnnxArm]) -> None:
+        self.name, self.arms = name, tuple(arms)
+        self._models: dict[str, Any] = {}
+        self._adapters: dict[str, Any] = {}
+        with engine_errors(name):
+            self._load(arms)
+
+    def _load(self, arms: Mapping[str, OnnxArm]) -> None:
+        models: dict[tuple[Path, int], Any] = {}
+        for arm, spec in arms.items():
+            key = (spec.graph, spec.session)
+            if key not in models:
+                models[key] = _endless(spec.graph)
+            self._models[arm] = models[key]
+            if spec.adapter is not None:
+                self._adapters[arm] = og.Adapters(self._models[arm])
+                self._adapters[arm].load(str(spec.adapter), arm)
+
+    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+        with engine_errors(self.name):
+            return [self._answer(arm, block, first + i, request) for i, request in enumerate(requests)]
+
+    def _answer(self, arm: str, block: int, index: int, request: Request) -> Sample:
+        length = len(request.prompt) + request.new_tokens
+        parameters = og.GeneratorParams(self._models[arm])
+        parameters.set_search_options(min_length=length, max_length=length, do_sample=False, repetition_penalty=1.0)
+        generator = og.Generator(self._models[arm], parameters)
+        if arm in self._adapters:
+            generator.set_active_adapter(self._adapters[arm], arm)
+        prompt = np.array(request.prompt, dtype=np.int64)
+        times: list[float] = []
+        start = time.perf_counter()
+        generator.append_tokens(prompt)
+        before = time.perf_counter()
+        logits = generator.get_logits()[0, -1].astype(np.float64)
+        start += time.perf_counter() - before  # not the answer's time
+        while not generator.is_done():
+            generator.generate_next_token()
+            times.append(time.perf_counter())
+        ids = tuple(int(token) for token in generator.get_sequence(0)[len(prompt) :])
+        logprob = float(logits[ids[0]] - np.logaddexp.reduce(logits))
+        return Sample(arm, block, index, start, tuple(times), ids, (logprob,))
+
+
+def _endless(graph: Path) -> Any:
+    """The model with the last token of its vocabulary for the end of the text.
+
+    `min_length` forbids the end of the text rather than to ignore it, and so changes what is said.
+    """
+    vocabulary = json.loads((graph / "genai_config.json").read_text())["model"]["vocab_size"]
+    config = og.Config(str(graph))
+    config.overlay(json.dumps({"model": {"eos_token_id": vocabulary - 1}}))
+    return og.Model(config)

@@ -1,0 +1,93 @@
+"""PyTorch in this process, one request after another: PEFT adapters, the base model and the unfolded model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraover.checkpoint.checkpoint import read_checkpoint
+from loraover.checkpoint.unfolded_model import unfolded
+from loraover_serve.engines.base import Engine, engine_errors
+from loraover_serve.engines.sample import Sample
+from loraover_serve.parity.measure.workload import Request
+
+Switch = Callable[[], AbstractContextManager[Any]]
+"""A context that gives the model to run."""
+
+
+class TorchEngine(Engine):
+    """Arms in one process, on one copy of the base model where they can share it."""
+
+    name = "torch"
+
+    def __init__(self, switches: Mapping[str, Switch]) -> None:
+        self.arms = tuple(switches)
+        self._switches = dict(switches)
+
+    @torch.inference_mode()
+    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+        with engine_errors(self.name), self._switches[arm]() as model:
+            return [_answer(model, arm, block, first + i, request) for i, request in enumerate(requests)]
+
+
+def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], checkpoint: Path | None) -> TorchEngine:
+    """The base model, every adapter as PEFT loads it, and the unfolded model where there is a checkpoint.
+
+    Args:
+        load_base: a plain transformers model in eval mode, anew at each call: PEFT wraps one, and the unfolded model
+            takes another.
+        adapters: folder of each arm.
+        checkpoint: a LoRA-Over checkpoint.
+    Raises:
+        EngineError: an adapter that PEFT refuses.
+    """
+    from peft import PeftModel
+
+    first, *others = adapters.items()
+    with engine_errors(TorchEngine.name):
+        model = PeftModel.from_pretrained(load_base(), str(first[1]), adapter_name=first[0])
+        for arm, path in others:
+            model.load_adapter(str(path), adapter_name=arm)
+        model.eval()
+
+    @contextmanager
+    def base() -> Iterator[Any]:
+        with model.disable_adapter():
+            yield model
+
+    def adapted(arm: str) -> Switch:
+        @contextmanager
+        def switch() -> Iterator[Any]:
+            model.set_adapter(arm)
+            yield model
+
+        return switch
+
+    switches: dict[str, Switch] = {"base": base} | {arm: adapted(arm) for arm in adapters}
+    if checkpoint is not None:
+        plain, source = load_base(), read_checkpoint(checkpoint)
+        switches["unfolded"] = lambda: unfolded(plain, source, delta_dtype=torch.float32)  # as training computes
+    return TorchEngine(switches)
+
+
+def _answer(model: Any, arm: str, block: int, index: int, request: Request) -> Sample:
+    ids = torch.tensor([request.prompt])
+    cache: dict[str, Any] = {}
+    chosen: list[int] = []
+    times: list[float] = []
+    logprobs: list[float] = []
+    start = time.perf_counter()
+    while len(chosen) < request.new_tokens:
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
+        cache = {"past_key_values": output.past_key_values}
+        scores = output.logits[0, -1].float()
+        chosen.append(int(scores.argmax()))
+        times.append(time.perf_counter())
+        logprobs.append(float(scores[chosen[-1]] - scores.logsumexp(-1)))
+        ids = torch.tensor([[chosen[-1]]])
+    return Sample(arm, block, index, start, tuple(times), tuple(chosen), tuple(logprobs))

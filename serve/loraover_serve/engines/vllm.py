@@ -1,0 +1,46 @@
+"""vLLM over its OpenAI-compatible streaming interface; one server holds all arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from loraover.common.errors import EngineError
+from loraover_serve.engines.base import Engine
+from loraover_serve.engines.sample import Sample
+from loraover_serve.parity.measure.workload import Request
+from loraover_serve.vllm.server import VllmServer
+
+
+class VllmEngine(Engine):
+    """A running server.
+
+    Args:
+        models: what each arm is called there.
+        timeout_s: longest silence of an answer.
+    """
+
+    name = "vllm"
+
+    def __init__(self, server: VllmServer, models: Mapping[str, str], timeout_s: float) -> None:
+        self.arms = tuple(models)
+        self.server, self.models = server, dict(models)
+        self._timeout_s = timeout_s
+
+    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+        def answer(index: int, request: Request) -> Sample:
+            done = self.server.stream(
+                self.models[arm], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
+            )
+            if len(done.piece_s) == 1:
+                raise EngineError(
+                    f"{arm}: an answer of {request.new_tokens} tokens came in one piece, which tells no time "
+                    "per token; ask for longer ones with --new-tokens."
+                )
+            return Sample(arm, block, index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
+
+        pool = ThreadPoolExecutor(len(requests))
+        try:
+            return list(pool.map(answer, range(first, first + len(requests)), requests))
+        finally:  # after a failure or Ctrl-C the rest may hang; it ends with the server
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,218 @@
+"""From samples to verdicts and descriptions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_serve.engines.sample import Sample
+from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of
+from loraover_serve.parity.judge.equivalence import Comparison, compare, decide
+from loraover_serve.parity.measure.blocks import Run
+
+VANILLA, CONTROL, FOLDED = "vanilla", "control", "folded"
+Measure = Callable[[Sample], float]
+PRIMARY: dict[str, Measure] = {
+    "time per output token": lambda sample: sample.per_token_s,
+    "end-to-end latency": lambda sample: sample.end_to_end_s,
+}
+DESCRIBED: dict[str, Callable[[Sample], Sequence[float]]] = {
+    "time to first token": lambda sample: [sample.first_token_s],
+    "time per output token": lambda sample: [sample.per_token_s],
+    "inter-token latency": lambda sample: sample.between_tokens_s,
+    "end-to-end latency": lambda sample: [sample.end_to_end_s],
+}
+QUANTILES = (0.5, 0.9, 0.99)
+QUANTILE_NAMES = tuple(f"p{100 * q:g}" for q in QUANTILES)
+
+
+class Result(BaseModel):
+    """One measure of one arm against the vanilla adapter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str
+    concurrency: int
+    arm: str
+    measure: str
+    ratio: float = Field(description="of geometric means, arm to vanilla")
+    interval: tuple[float, float] = Field(description="95 %, studentised bootstrap over blocks")
+    adjusted_interval: tuple[float, float] = Field(description="Holm-adjusted; beyond the margin: different")
+    blocks: int
+    equivalence_p: float
+    difference_p: float = Field(description="Holm-adjusted over every comparison of folded with vanilla")
+    needed_blocks: int | None
+    verdict: Literal["equivalent", "different", "inconclusive"]
+
+
+class Latency(BaseModel):
+    """Quantiles of one measure of one arm, in seconds, with 95 % intervals over blocks; they decide nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str
+    concurrency: int
+    arm: str
+    measure: str
+    quantiles: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
+class Throughput(BaseModel):
+    """Generated tokens per second of one arm: of each wave of concurrent requests, first sent to last token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str
+    concurrency: int
+    arm: str
+    tokens_per_second: float = Field(description="median over waves")
+    interval: tuple[float, float]
+
+
+def log_ratios(run: Run, arm: str, measure: Measure) -> list[float]:
+    """For each block, mean log of the arm's samples minus that of the vanilla adapter's."""
+    logs: dict[tuple[int, str], list[float]] = {}
+    for sample in run.samples:
+        logs.setdefault((sample.block, sample.arm), []).append(math.log(measure(sample)))
+    blocks = sorted({block for block, _ in logs})
+    return [fmean(logs[block, arm]) - fmean(logs[block, VANILLA]) for block in blocks]
+
+
+def results(runs: Sequence[Run], margin: float, alpha: float = 0.05) -> list[Result]:
+    """Every arm against the vanilla adapter; what counts, folded against vanilla, is corrected for its number."""
+    found: dict[tuple[str, int, str, str], Comparison] = {}
+    for run in runs:
+        for arm in sorted({sample.arm for sample in run.samples}):
+            if arm != VANILLA:
+                for name, measure in PRIMARY.items():
+                    differences = log_ratios(run, arm, measure)
+                    found[run.engine, run.concurrency, arm, name] = compare(differences, margin=margin, alpha=alpha)
+    counted = {" ".join(map(str, key)): key for key in found if key[2] == FOLDED}
+    decided = decide({name: found[key] for name, key in counted.items()}, alpha=alpha)
+    for name, key in counted.items():
+        found[key] = decided[name]
+    for key, comparison in found.items():
+        if key[2] != FOLDED:
+            found[key] = decide({"": comparison}, alpha=alpha)[""]
+    return [_result(key, comparison) for key, comparison in found.items()]
+
+
+def _result(key: tuple[str, int, str, str], comparison: Comparison) -> Result:
+    engine, concurrency, arm, measure = key
+    return Result(
+        engine=engine,
+        concurrency=concurrency,
+        arm=arm,
+        measure=measure,
+        ratio=comparison.ratio,
+        interval=comparison.interval(0.95),
+        adjusted_interval=comparison.interval(comparison.confidence),
+        blocks=comparison.blocks,
+        equivalence_p=comparison.equivalence_p,
+        difference_p=comparison.difference_p,
+        needed_blocks=comparison.needed_blocks,
+        verdict=comparison.verdict,
+    )
+
+
+def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different", "inconclusive"], str]:
+    """The verdict on folded against vanilla, and its reason in words.
+
+    Where identical adapters (the control) do not pass as equivalent, the machine is too noisy for any verdict.
+    """
+    folded = [result for result in found if result.arm == FOLDED]
+    noisy = [result for result in found if result.arm == CONTROL and result.verdict != "equivalent"]
+    different = [result for result in (noisy or folded) if result.verdict == "different"]
+    open_ = [result for result in folded if result.verdict == "inconclusive"]
+    if different:
+        worst = max(different, key=lambda result: abs(math.log(result.ratio)))
+        if noisy:
+            return "inconclusive", f"two copies of one adapter differ {_by(worst)}; no other difference means anything"
+        return "different", _by(worst)
+    if noisy or open_:
+        requests = max(2 * result.blocks * result.concurrency for result in found)
+        cause = "this machine is too noisy" if noisy else "an interval does not lie within the margin"
+        return "inconclusive", f"{cause} at {requests} requests; {_enough([*noisy, *open_], requests)}"
+    return "equivalent", "in every primary measure, and so are two copies of one adapter"
+
+
+def _by(result: Result) -> str:
+    low, high = result.interval
+    return (
+        f"by {result.ratio - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}] in {result.measure} "
+        f"({result.engine}, concurrency {result.concurrency})"
+    )
+
+
+def _enough(undecided: Sequence[Result], requests: int) -> str:
+    needed = [r.needed_blocks and 2 * r.needed_blocks * r.concurrency for r in undecided]
+    if None in needed:
+        return "no number would do"
+    most = max(filter(None, needed))
+    return f"{most} would do" if most > requests else "a ratio lies too near the margin to tell"
+
+
+def latencies(runs: Sequence[Run]) -> list[Latency]:
+    """Quantiles of every measure of every arm."""
+    described = []
+    for run in runs:
+        for arm, samples in _by_arm(run).items():
+            for name, values in DESCRIBED.items():
+                blocks = _by_block((sample.block, values(sample)) for sample in samples)
+                if any(blocks):
+                    described.append(_latency(run, arm, name, blocks))
+    return described
+
+
+def _latency(run: Run, arm: str, measure: str, blocks: Sequence[Sequence[float]]) -> Latency:
+    return Latency(
+        engine=run.engine,
+        concurrency=run.concurrency,
+        arm=arm,
+        measure=measure,
+        quantiles=dict(zip(QUANTILE_NAMES, quantile_of(blocks, QUANTILES), strict=True)),
+        intervals=dict(zip(QUANTILE_NAMES, quantile_intervals(blocks, QUANTILES), strict=True)),
+    )
+
+
+def throughputs(runs: Sequence[Run]) -> list[Throughput]:
+    """Tokens per second of every arm."""
+    found = []
+    for run in runs:
+        for arm, samples in _by_arm(run).items():
+            waves = [samples[i : i + run.concurrency] for i in range(0, len(samples), run.concurrency)]
+            blocks = _by_block((wave[0].block, [_rate(wave)]) for wave in waves)
+            found.append(
+                Throughput(
+                    engine=run.engine,
+                    concurrency=run.concurrency,
+                    arm=arm,
+                    tokens_per_second=quantile_of(blocks, [0.5])[0],
+                    interval=quantile_intervals(blocks, [0.5])[0],
+                )
+            )
+    return found
+
+
+def _rate(wave: Sequence[Sample]) -> float:
+    tokens = sum(len(sample.token_ids) for sample in wave)
+    return tokens / (max(sample.token_s[-1] for sample in wave) - min(sample.start_s for sample in wave))
+
+
+def _by_block(values: Iterable[tuple[int, Sequence[float]]]) -> list[list[float]]:
+    blocks: dict[int, list[float]] = {}
+    for block, found in values:
+        blocks.setdefault(block, []).extend(found)
+    return list(blocks.values())
+
+
+def _by_arm(run: Run) -> Mapping[str, list[Sample]]:
+    arms: dict[str, list[Sample]] = {arm: [] for arm in sorted({sample.arm for sample in run.samples})}
+    for sample in run.samples:
+        arms[sample.arm].append(sample)
+    return arms

@@ -1,0 +1,170 @@
+"""Is one arm as fast as another? Paired log-ratios, an equivalence test, and a test of difference.
+
+A measure x (a time) is compared through d = log x_B - log x_A, one number for each block in which both arms ran. Its
+mean is the log of a ratio of geometric means. With a margin m, the arms are
+
+- *equivalent* if both one-sided t tests reject |mean d| >= log(1 + m) at alpha (TOST: Schuirmann 1987,
+  doi:10.1007/BF01068419), which is the same as the 1 - 2 alpha interval lying inside the margin, and the studentised
+  bootstrap interval of that confidence lies inside it, too: it is the wider one where d is skewed;
+- *different* if the studentised bootstrap interval of mean d lies wholly beyond the margin, at the confidence that
+  Holm's correction over all comparisons asks for (Holm 1979): a difference that is real but smaller is no concern;
+- *inconclusive* otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from loraover.common.errors import ParityError
+from loraover.common.multiple_testing import holm
+from loraover_serve.parity.judge.bootstrap import RESAMPLES, studentised
+
+Verdict = Literal["equivalent", "different", "inconclusive"]
+MIN_BLOCKS = 5
+FEWEST_NEEDED = 8  # the bootstrap of fewer is wider than Student's interval, which the number of blocks rests on
+MAX_BLOCKS = 100_000
+LARGEST = 700.0  # a logarithm whose exponential is still a number
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure of two arms.
+
+    Args:
+        mean: of d, the log of the ratio of geometric means, second arm to first.
+        error: standard error of the mean.
+        draws: t of its bootstrap resamples, in ascending order.
+        blocks: pairs.
+        equivalence_p: the largest p value of the one-sided tests, Student's two and the bootstrap's two.
+        difference_p: of the hypothesis that the ratio lies within the margin; Holm-adjusted by `decide`.
+        needed_blocks: so many would show equivalence with a probability of 90 %, were there no difference; None where
+            no number would.
+        confidence: of the interval that decides about a difference; Holm-adjusted by `decide`.
+    """
+
+    mean: float
+    error: float
+    draws: NDArray[np.float64]
+    blocks: int
+    equivalence_p: float
+    difference_p: float
+    needed_blocks: int | None
+    confidence: float
+    verdict: Verdict = "inconclusive"
+
+    @property
+    def ratio(self) -> float:
+        """Of geometric means, second arm to first."""
+        return math.exp(self.mean)
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Studentised bootstrap interval of the ratio."""
+        last = len(self.draws) - 1
+        beyond = max(0, math.floor((1 - confidence) / 2 * (last + 2) + 1e-9) - 1)
+        low, high = (self.mean - self.draws[i] * self.error for i in (last - beyond, beyond))
+        return math.exp(max(low, -LARGEST)), math.exp(min(high, LARGEST))
+
+
+def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05) -> Comparison:
+    """Test paired log-ratios against a margin; the verdict is still to be given by `decide`.
+
+    Args:
+        differences: d, one for each block; independent.
+        margin: of the ratio, e.g. 0.05.
+    Raises:
+        ParityError: fewer than 5 blocks, or a value that is not a finite number.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    if len(d) < MIN_BLOCKS or not np.isfinite(d).all():
+        raise ParityError(f"a comparison takes at least {MIN_BLOCKS} finite differences, found {len(d)}.")
+    limit = math.log1p(margin)
+    mean, spread, freedom = float(d.mean()), float(d.std(ddof=1)), len(d) - 1
+    error = spread / math.sqrt(len(d))
+    smallest = float(np.spacing(max(1.0, abs(mean))))
+    draws = studentised(d) if error > smallest else np.zeros(RESAMPLES)
+    error = max(error, smallest)  # tests need some spread
+    upper, lower = (mean - limit) / error, (mean + limit) / error
+    return Comparison(
+        mean=mean,
+        error=error,
+        draws=draws,
+        blocks=len(d),
+        equivalence_p=_equivalence_p(draws, upper, lower, freedom),
+        difference_p=_difference_p(draws, upper, lower),
+        needed_blocks=blocks_needed(spread, margin=margin, alpha=alpha),
+        confidence=1 - alpha,
+    )
+
+
+def _equivalence_p(draws: NDArray[np.float64], upper: float, lower: float, freedom: int) -> float:
+    """At most alpha where Student's and the bootstrap's interval of confidence 1 - 2 alpha lie inside the margin.
+
+    Args:
+        upper, lower: t of the observed mean against the margin's two ends.
+        freedom: degrees of it.
+    """
+    student = max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))
+    beyond = max(np.count_nonzero(draws <= upper), np.count_nonzero(draws >= lower))
+    return float(max(student, (1 + beyond) / (1 + len(draws))))
+
+
+def _difference_p(draws: NDArray[np.float64], upper: float, lower: float) -> float:
+    """At most alpha where the interval of confidence 1 - alpha lies wholly beyond the margin.
+
+    Args:
+        upper, lower: t of the observed mean against the margin's two ends.
+    """
+    beyond = min(np.count_nonzero(draws >= upper), np.count_nonzero(draws <= lower))
+    return float(min(1.0, 2 * (1 + beyond) / (1 + len(draws))))
+
+
+def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: float = 0.9) -> int | None:
+    """The fewest blocks that show equivalence with the given probability if the true ratio is 1.
+
+    Args:
+        spread: standard deviation of d.
+    Returns:
+        None if 100 000 would not do.
+    Source: Phillips 1990, doi:10.1007/BF01063556, with the central t as approximation of the power.
+    """
+    coarse = np.geomspace(100, MAX_BLOCKS, 150).astype(np.int64)
+    n = np.unique(np.concatenate([np.arange(FEWEST_NEEDED, 100), coarse]))  # then in steps of 5 %
+    error = max(spread, 1e-12) / np.sqrt(n)
+    reach = math.log1p(margin) / error - stats.t.ppf(1 - alpha, n - 1)
+    enough = n[2 * stats.t.cdf(reach, n - 1) - 1 >= power]
+    return int(enough[0]) if len(enough) else None
+
+
+def decide(comparisons: Mapping[str, Comparison], *, alpha: float = 0.05) -> dict[str, Comparison]:
+    """Give every comparison its verdict, with Holm's correction of p value and confidence over all of them."""
+    p_values = [comparison.difference_p for comparison in comparisons.values()]
+    return {
+        name: replace(comparison, difference_p=p, confidence=1 - level, verdict=_verdict(comparison, p, alpha))
+        for (name, comparison), p, level in zip(
+            comparisons.items(), holm(p_values), holm_levels(p_values, alpha), strict=True
+        )
+    }
+
+
+def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
+    """The level at which Holm's method tests each p value: it rises from step to step until one is not rejected."""
+    levels, level = [0.0] * len(p_values), 0.0
+    is_open = True
+    for position, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        level = alpha / (len(p_values) - position) if is_open else level
+        levels[i] = level
+        is_open = is_open and p_values[i] <= level
+    return levels
+
+
+def _verdict(comparison: Comparison, difference_p: float, alpha: float) -> Verdict:
+    if difference_p <= alpha:
+        return "different"
+    return "equivalent" if comparison.equivalence_p <= alpha else "inconclusive"

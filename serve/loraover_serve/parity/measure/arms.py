@@ -1,0 +1,114 @@
+"""The adapters that are compared: the folded one, a vanilla LoRA like it, and the vanilla one again as control."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.checkpoint import read_checkpoint
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir
+from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.common.errors import ParityError
+from loraover.models.load import ModelSource
+from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Adapters of equal ranks and targets on one base model.
+
+    Args:
+        adapters: folder of each arm.
+        checkpoint: that the folded adapter was folded from, for the unfolded arm.
+    """
+
+    adapters: Mapping[str, Path]
+    base: ModelSource
+    checkpoint: Path | None
+
+
+def prepare_arms(
+    folded: Path,
+    vanilla: Path | None,
+    checkpoint: Path | None,
+    scratch: Path,
+    *,
+    model: str | None,
+    allow_unequal: bool,
+    seed: int,
+    say: Callable[[str], None],
+) -> Arms:
+    """Read the folded adapter, and read or make the vanilla one.
+
+    Args:
+        scratch: folder for what is made.
+        model: base model; None means the folded adapter's.
+        say: told a warning about the base model.
+    Raises:
+        ParityError: adapters of different ranks or targets, whose costs differ by nature, or a checkpoint of others.
+        ConfigError: no base model.
+        CheckpointError: files that cannot be trusted.
+    """
+    first = read_adapter_dir(folded)
+    if vanilla is None:
+        vanilla = make_vanilla(first, scratch / VANILLA, seed)
+    second = read_adapter_dir(vanilla)
+    if first.shapes != second.shapes and not allow_unequal:
+        raise ParityError(
+            f"{_difference(first, second)}, so their costs differ by nature; compare adapters of equal ranks and "
+            "targets, or add --allow-unequal."
+        )
+    if checkpoint is not None and read_checkpoint(checkpoint).adapter.sites.keys() != first.sites.keys():
+        raise ParityError(f"{checkpoint} adapts other modules than {folded}, which was not folded from it.")
+    control = scratch / CONTROL
+    shutil.copytree(vanilla, control)
+    adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: folded.resolve()}
+    return Arms(adapters, resolve_base([first], model, option="--model", say=say), checkpoint)
+
+
+def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
+    """A LoRA with the shapes, types and configuration of another, and random weights.
+
+    A is drawn as PEFT draws it (Kaiming uniform); B, which PEFT starts at zero, as wide as the other's. What else the
+    other holds (biases, modules that were trained whole) is copied.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    with open_tensors(like.tensors_path) as file:
+        for name, key in like.sites.items():
+            matrix = file.read(key)
+            if name.endswith("A"):
+                limit = 1 / math.sqrt(matrix.shape[1])
+                drawn = (2 * torch.rand(matrix.shape, generator=generator) - 1) * limit
+            else:
+                drawn = torch.randn(matrix.shape, generator=generator) * float(matrix.double().square().mean().sqrt())
+            tensors[key] = drawn.to(matrix.dtype)
+        tensors |= {key: file.read(key) for key in file.keys if key not in tensors}
+    return _write(tensors, like, folder)
+
+
+def make_idle(like: AdapterDir, folder: Path) -> Path:
+    """A LoRA with the ranks and targets of another that changes nothing: its A and B are zero."""
+    with open_tensors(like.tensors_path) as file:
+        tensors = {key: torch.zeros_like(file.read(key)) for key in like.sites.values()}
+    return _write(tensors, like, folder)
+
+
+def _write(tensors: dict[str, Tensor], like: AdapterDir, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    save_tensors(tensors, folder / TENSORS_FILE)
+    shutil.copyfile(like.path / CONFIG_FILE, folder / CONFIG_FILE)
+    return folder
+
+
+def _difference(folded: AdapterDir, vanilla: AdapterDir) -> str:
+    key = min(set(folded.shapes.items()) ^ set(vanilla.shapes.items()))[0]
+    found = [adapter.shapes.get(key, "not there") for adapter in (folded, vanilla)]
+    return f"{key} is {found[0]} in the folded adapter and {found[1]} in the vanilla one"

@@ -1,0 +1,112 @@
+"""vLLM's own benchmark, `vllm bench serve`, against the same server; its figures stand beside ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.common.errors import EngineError
+from loraover_serve.engines.sample import Sample
+from loraover_serve.parity.measure.blocks import Run
+from loraover_serve.parity.measure.workload import Request
+from loraover_serve.vllm.server import KEY_VARIABLE
+
+TIMEOUT_S = 3600
+FIGURES = {
+    "time to first token": ("median_ttft_ms", lambda sample: sample.first_token_s),
+    "time per output token": ("median_tpot_ms", lambda sample: sample.per_token_s),
+    "end-to-end latency": ("median_e2el_ms", lambda sample: sample.end_to_end_s),
+}
+
+
+class CrossCheck(BaseModel):
+    """Medians of one arm, in seconds, by both benchmarks; it decides nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    concurrency: int
+    arm: str
+    measure: str
+    ours: float
+    bench_serve: float = Field(description="by `vllm bench serve`, on the same prompts")
+
+
+def cross_check(
+    run: Run,
+    arm: str,
+    model: str,
+    requests: Sequence[Request],
+    tokenizer: Any,
+    *,
+    vllm: str,
+    url: str,
+    folder: Path,
+) -> list[CrossCheck]:
+    """Run vLLM's benchmark on the prompts of a run, as text, with the commonest length of an answer.
+
+    Args:
+        run: of ours, whole.
+        model: what the arm is called on the server.
+        vllm: the command `vllm`.
+        folder: for its files.
+    Raises:
+        EngineError: it cannot be run, fails, or loses requests.
+    """
+    prompts = folder / "prompts.jsonl"
+    texts = [tokenizer.decode(request.prompt) for request in requests]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    result = folder / f"bench-{arm}-{run.concurrency}.json"
+    lengths = [request.new_tokens for request in requests]
+    command = [
+        *(vllm, "bench", "serve", "--backend", "openai", "--base-url", url, "--endpoint", "/v1/completions"),
+        *("--model", model, "--tokenizer", tokenizer.name_or_path, "--served-model-name", model),
+        *("--dataset-name", "custom", "--dataset-path", str(prompts), "--skip-chat-template", "--disable-shuffle"),
+        *("--custom-output-len", str(max(set(lengths), key=lengths.count)), "--ignore-eos", "--temperature", "0"),
+        *("--num-prompts", str(len(requests)), "--max-concurrency", str(run.concurrency)),
+        *("--percentile-metrics", "ttft,tpot,itl,e2el", "--disable-tqdm"),
+        *("--save-result", "--result-dir", str(folder), "--result-filename", result.name),
+    ]
+    found = _run(command, result)
+    if found.get("completed") != len(requests):
+        raise EngineError(f"vllm bench serve: {found.get('completed')} of {len(requests)} requests were answered.")
+    lacking = [key for key, _ in FIGURES.values() if key not in found]
+    if lacking:
+        raise EngineError(f"vllm bench serve: no {', '.join(lacking)} in its result.")
+    samples = [sample for sample in run.samples if sample.arm == arm]
+    return [
+        CrossCheck(
+            concurrency=run.concurrency,
+            arm=arm,
+            measure=name,
+            ours=_median(samples, measure),
+            bench_serve=found[key] / 1000,
+        )
+        for name, (key, measure) in FIGURES.items()
+    ]
+
+
+def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
+    key = os.environ.get(KEY_VARIABLE)
+    environment = os.environ | ({"OPENAI_API_KEY": key} if key else {})  # the variable that `vllm bench serve` reads
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, env=environment, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineError(f"vllm bench serve: {error}") from error
+    if done.returncode != 0 or not result.is_file():
+        last = (done.stderr.strip() or "no message").splitlines()[-1]  # of a traceback: the cause
+        raise EngineError(f"vllm bench serve ended with code {done.returncode}: {last}")
+    content: dict[str, Any] = json.loads(result.read_text())
+    return content
+
+
+def _median(samples: Sequence[Sample], measure: Any) -> float:
+    return float(np.median([measure(sample) for sample in samples]))

@@ -1,0 +1,118 @@
+"""Peak memory of a server and all its processes, one server for each arm."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+from scipy import stats
+
+from loraover_serve.parity.measure.workload import Request
+
+if TYPE_CHECKING:
+    from loraover_serve.engines.vllm import VllmEngine
+
+POLL_S = 0.2
+MIN_SERVERS = 3
+
+Watch = Callable[[int], AbstractContextManager[Any]]
+"""A context for the life of a process, by its id."""
+
+
+class PeakMemory(BaseModel):
+    """Of servers that hold one arm each; it decides nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    concurrency: int
+    arm: str
+    bytes: list[int] = Field(description="one number for each server that was started")
+    interval: tuple[float, float] | None = Field(
+        description="95 % t interval of the mean; None of fewer than 3 servers"
+    )
+
+
+@dataclass
+class Peak:
+    """The most memory seen so far, in bytes."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_of(session: int) -> Iterator[Peak]:
+    """Watch all processes of a session during a block.
+
+    What processes share is divided among them (proportional set size), where the system tells it.
+    """
+    peak, done = Peak(), threading.Event()
+
+    def watch() -> None:
+        ended = False
+        while not ended:
+            ended = done.wait(POLL_S)  # and once more at the end
+            peak.bytes = max(peak.bytes, _memory(session))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _memory(session: int) -> int:
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(session)
+        for process in (leader, *leader.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                found = process.memory_full_info()
+                total += getattr(found, "pss", found.rss)
+    return total
+
+
+def measure_memory(
+    start: Callable[[Watch], AbstractContextManager[VllmEngine]],
+    arm: str,
+    requests: Sequence[Request],
+    *,
+    concurrency: int,
+    servers: int,
+) -> PeakMemory:
+    """Start so many servers, one after another, with one arm alone, and let each answer the requests.
+
+    Args:
+        start: a context of a server that has just been started, watched since it was a process.
+    Raises:
+        EngineError: a server that does not start or answer.
+    """
+    peaks: list[Peak] = []
+
+    @contextmanager
+    def watch(pid: int) -> Iterator[None]:
+        with peak_of(pid) as peak:
+            peaks.append(peak)
+            yield
+
+    for _ in range(servers):
+        with start(watch) as engine:
+            for first in range(0, len(requests), concurrency):
+                engine.run(arm, 0, first, requests[first : first + concurrency])
+    found = [peak.bytes for peak in peaks]
+    return PeakMemory(concurrency=concurrency, arm=arm, bytes=found, interval=mean_interval(found))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % t interval of the mean of a few values; None of fewer than 3, which tell too little of their spread."""
+    if len(values) < MIN_SERVERS:
+        return None
+    mean, half = fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return mean - half, mean + half

@@ -1,0 +1,171 @@
+"""Start the engines of a parity run with every arm loaded."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.errors import EngineError
+from loraover.models.load import load_model
+from loraover_serve.engines.base import Engine
+from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA
+from loraover_serve.parity.judge.outputs import BASE, Reference
+from loraover_serve.parity.measure.arms import Arms, make_idle
+from loraover_serve.parity.measure.memory import Watch
+from loraover_serve.parity.measure.workload import Request
+from loraover_serve.vllm.server import serve_vllm
+from loraover_serve.vllm.up import read_named, server_config
+
+if TYPE_CHECKING:
+    from loraover_serve.engines.vllm import VllmEngine
+
+
+LOG_FILE, MEMORY_LOG_FILE = "vllm.log", "vllm-memory.log"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How vLLM is started.
+
+    Args:
+        vllm: the command.
+        log: file for what the server prints.
+        timeout_s: longest silence in the middle of an answer.
+        start_timeout_s: seconds until the first answers.
+        options: further words of its command line.
+    """
+
+    vllm: str
+    log: Path
+    timeout_s: float
+    start_timeout_s: float
+    options: tuple[str, ...] = ()
+
+
+@contextmanager
+def started(
+    engine: str,
+    arms: Arms,
+    requests: Sequence[Request],
+    folder: Path,
+    launch: Launch,
+    say: Callable[[str], None],
+) -> Iterator[Sequence[Engine]]:
+    """The engines behind one name: ONNX Runtime is two, merged and swappable.
+
+    Args:
+        folder: for exports and copies of adapters.
+        launch: of vLLM.
+    Raises:
+        EngineError: a server that does not start.
+        ExportError: a model that has no graph.
+    """
+    if engine == "vllm":
+        say("starting vLLM")
+        with started_vllm(arms.adapters, arms, requests, folder, launch) as running:
+            yield [running]
+    elif engine == "onnx":
+        yield _onnx(arms, folder, say)
+    else:
+        from loraover_serve.engines.torch import torch_engine
+
+        say("loading PyTorch with PEFT")
+        yield [torch_engine(lambda: load_model(arms.base), arms.adapters, arms.checkpoint)]
+
+
+@contextmanager
+def started_vllm(
+    adapters: Mapping[str, Path],
+    arms: Arms,
+    requests: Sequence[Request],
+    folder: Path,
+    launch: Launch,
+    watch: Watch = nullcontext,
+) -> Iterator[VllmEngine]:
+    """One server for the base model and some adapters; every request fits, and no prompt is remembered.
+
+    Raises:
+        EngineError: a server that does not start, or refuses an adapter.
+    """
+    from loraover_serve.engines.vllm import VllmEngine
+
+    longest = max(len(request.prompt) + request.new_tokens for request in requests)
+    options = ("--no-enable-prefix-caching", "--max-model-len", str(longest + 8), *launch.options)
+    named = read_named([_named(path, folder / "adapters" / arm) for arm, path in adapters.items()])
+    config = server_config(named, arms.base, options)
+    with serve_vllm(
+        config, launch.log, executable=launch.vllm, startup_timeout_s=launch.start_timeout_s, watch=watch
+    ) as server:
+        yield VllmEngine(server, {BASE: config.model} | {arm: arm for arm in adapters}, launch.timeout_s)
+
+
+def _named(adapter: Path, copy: Path) -> Path:
+    """A copy of an adapter under the name of its arm."""
+    if not copy.exists():
+        shutil.copytree(adapter, copy)
+    return copy
+
+
+def _onnx(arms: Arms, folder: Path, say: Callable[[str], None]) -> list[Engine]:
+    from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
+
+    say("building ONNX graphs")
+    sources = {arm: arms.adapters[arm] for arm in (VANILLA, FOLDED)}
+    swappable = _exported(arms, sources, "swappable", folder)
+    sources[BASE] = make_idle(read_adapter_dir(arms.adapters[VANILLA]), folder / "idle")  # merges into the base model
+    merged = {arm: _exported(arms, {arm: path}, "merged", folder) for arm, path in sources.items()}
+    vanilla, folded = (swappable / f"{arm}.onnx_adapter" for arm in (VANILLA, FOLDED))
+    return [
+        OnnxEngine(
+            "onnx merged",
+            {
+                BASE: OnnxArm(merged[BASE]),
+                VANILLA: OnnxArm(merged[VANILLA]),
+                CONTROL: OnnxArm(merged[VANILLA], session=1),
+                FOLDED: OnnxArm(merged[FOLDED]),
+            },
+        ),
+        OnnxEngine(
+            "onnx swappable",
+            {
+                BASE: OnnxArm(swappable),
+                VANILLA: OnnxArm(swappable, vanilla),
+                CONTROL: OnnxArm(swappable, vanilla),
+                FOLDED: OnnxArm(swappable, folded),
+            },
+        ),
+    ]
+
+
+def _exported(arms: Arms, sources: Mapping[str, Path], mode: str, folder: Path) -> Path:
+    """A graph by `loraover-export onnx`; its check is that command's business, and its tables are not this one's."""
+    from loraover_export.onnx.request import OnnxRequest
+    from loraover_export.onnx.run import run_onnx
+
+    output = folder / "-".join((mode, *sources))
+    paths, names = tuple(sources.values()), tuple(sources)
+    request = OnnxRequest(paths, output, mode, base=arms.base.location, names=names, check=False)
+    with redirect_stdout(sys.stderr):
+        if run_onnx(request, as_json=False) != 0:
+            raise EngineError(f"{output}: the ONNX export failed.")
+    return output
+
+
+def references(arms: Arms) -> tuple[Reference, str, Reference]:
+    """PyTorch's model of the folded adapter, unfolded if there is a checkpoint, its name, and the vanilla one's."""
+    from loraover.checkpoint.checkpoint import read_checkpoint
+    from loraover.checkpoint.unfolded_model import unfolded
+
+    base = load_model(arms.base)
+    vanilla = read_adapter_dir(arms.adapters[VANILLA])
+    if arms.checkpoint is None:
+        folded, name = read_adapter_dir(arms.adapters[FOLDED]), "the folded adapter"
+        return (lambda: unfolded(base, folded)), name, lambda: unfolded(base, vanilla)
+    checkpoint = read_checkpoint(arms.checkpoint)
+    return (lambda: unfolded(base, checkpoint)), "the unfolded checkpoint", lambda: unfolded(base, vanilla)

@@ -1,0 +1,85 @@
+"""What is asked of every arm: prompts and the number of tokens to generate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loraover.common.errors import DataError, ParityError
+
+Kind = Literal["fixed", "mixed", "file"]
+TEXT = (
+    "The train leaves at nine and arrives at noon, so the journey takes three hours. A farmer has 17 sheep and buys 25 "
+    "more; two of them are lost on the way home. Water boils at a lower temperature on a mountain because the air "
+    "pressure is lower, and so an egg takes longer there. Please find the minutes of Tuesday's meeting below. "
+)
+SPREAD = 0.5  # of the logarithm of a mixed workload's lengths
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion.
+
+    Args:
+        prompt: token ids.
+        new_tokens: to generate, whatever the text.
+    """
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+
+
+def make_requests(
+    kind: Kind,
+    tokenizer: Any,
+    count: int,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    seed: int,
+    file: Path | None = None,
+) -> list[Request]:
+    """Requests that every arm gets alike.
+
+    Args:
+        kind: fixed: every prompt and answer of the given length; mixed: lengths log-normal around them, as traffic has
+            them; file: the prompts of a text file, one a line, over and over.
+    Raises:
+        DataError: a file that cannot be read or holds no prompt.
+        ParityError: a file with `kind` other than file, or none with it.
+    """
+    if (kind == "file") != (file is not None):
+        raise ParityError("a prompts file and the workload 'file' go together.")
+    if file is not None:
+        prompts = _read_prompts(file, tokenizer)
+        return [Request(prompts[i % len(prompts)], new_tokens) for i in range(count)]
+    stream = _stream(tokenizer, count + 8 * prompt_tokens)
+    draw = random.Random(seed)
+    requests = []
+    for i in range(count):
+        lengths = [prompt_tokens, new_tokens]
+        if kind == "mixed":
+            lengths = [max(2, round(length * draw.lognormvariate(0, SPREAD))) for length in lengths]
+            lengths[0] = min(lengths[0], 8 * prompt_tokens)
+        requests.append(Request(tuple(stream[i : i + lengths[0]]), lengths[1]))
+    return requests
+
+
+def _stream(tokenizer: Any, length: int) -> Sequence[int]:
+    ids: list[int] = list(tokenizer(TEXT, add_special_tokens=False).input_ids)
+    return ids * (length // len(ids) + 2)
+
+
+def _read_prompts(file: Path, tokenizer: Any) -> list[tuple[int, ...]]:
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from error
+    prompts = [tuple(tokenizer(line).input_ids) for line in lines]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise DataError(f"{file}: no prompt in it; expected one a line.")
+    return prompts

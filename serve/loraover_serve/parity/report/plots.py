@@ -1,0 +1,70 @@
+"""Plots of a parity report, as SVG that takes its ink from the page around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loraover.reporting.html_page import INK, svg_axes
+from loraover_serve.parity.judge.analysis import CONTROL, DESCRIBED, FOLDED, VANILLA, Result, Throughput
+from loraover_serve.parity.judge.outputs import BASE
+from loraover_serve.parity.measure.blocks import Run
+
+COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b", "unfolded": "#c2406b"}
+"""Of arms; told apart on light and dark pages, and by people who do not see red and green."""
+POINTS = 200  # of a curve: more than a screen shows
+MARKS = {"equivalent": "o", "different": "X", "inconclusive": "s"}
+
+
+def ratio_plot(results: Sequence[Result], margin: float) -> str:
+    """Every ratio with its interval, and the margin as a band."""
+    with svg_axes(8, 1.2 + 0.32 * len(results)) as (axes, drawn):
+        axes.axvspan(1 / (1 + margin), 1 + margin, color=COLORS[BASE], alpha=0.18, lw=0)
+        axes.axvline(1, color=INK, lw=0.8)
+        for y, r in enumerate(reversed(results)):
+            low, high = r.interval
+            color = COLORS.get(r.arm, INK)
+            axes.plot([low, high], [y, y], color=color, lw=2, solid_capstyle="butt")
+            axes.plot([r.ratio], [y], MARKS[r.verdict], color=color, ms=9)
+        names = [f"{r.engine} x{r.concurrency}, {r.arm}: {r.measure}" for r in reversed(results)]
+        axes.set_yticks(range(len(results)), names)
+        axes.set_xlabel(f"time, arm / vanilla LoRA (shaded: within {100 * margin:g} %)")
+    return drawn[0]
+
+
+def ecdf_plot(run: Run, name: str) -> str:
+    """Share of times that are at most so many seconds, for every arm, at up to POINTS shares.
+
+    Args:
+        name: one of DESCRIBED.
+    """
+    by_arm: dict[str, list[float]] = {arm: [] for arm in COLORS if any(s.arm == arm for s in run.samples)}
+    for sample in run.samples:
+        by_arm.setdefault(sample.arm, []).extend(DESCRIBED[name](sample))
+    with svg_axes(8, 3.4) as (axes, drawn):
+        for arm, values in by_arm.items():
+            shares = np.linspace(0, 1, min(len(values), POINTS) + 1)
+            x = np.quantile(values, shares, method="inverted_cdf")
+            axes.step(x, 100 * shares, where="post", color=COLORS.get(arm, INK), label=arm)
+        axes.set_xlabel(f"{name}, seconds")
+        axes.set_ylabel("times, %")
+        axes.legend(frameon=False, fontsize=9)
+    return drawn[0]
+
+
+def throughput_plot(throughputs: Sequence[Throughput]) -> str:
+    """Tokens per second against concurrency, one line for every arm of one engine."""
+    with svg_axes(8, 3.4) as (axes, drawn):
+        for arm in dict.fromkeys(t.arm for t in throughputs):
+            mine = sorted((t for t in throughputs if t.arm == arm), key=lambda t: t.concurrency)
+            x, y = [t.concurrency for t in mine], [t.tokens_per_second for t in mine]
+            low, high = zip(*(t.interval for t in mine), strict=True)
+            spread = np.maximum([np.subtract(y, low), np.subtract(high, y)], 0)
+            axes.errorbar(x, y, yerr=spread, marker="o", color=COLORS.get(arm, INK), label=arm, capsize=3)
+        axes.set_xlabel("requests at once")
+        axes.set_xticks(sorted({t.concurrency for t in throughputs}))
+        axes.set_ylabel("tokens per second")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+    return drawn[0]

@@ -1,0 +1,96 @@
+"""A parity report for people, on a terminal."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loraover_serve.parity.judge.analysis import QUANTILE_NAMES
+from loraover_serve.parity.report.parity_report import ParityReport
+
+SHORT = {"time to first token": "first token", "time per output token": "per token", "end-to-end latency": "end to end"}
+GIB = 2**30
+COLORS = {"equivalent": "green", "different": "red", "failed": "red", "inconclusive": "yellow"}
+
+
+def show_report(report: ParityReport, console: Console) -> None:
+    """Ratios with their intervals, latencies, throughput, outputs, notes, verdict."""
+    table = Table(
+        box=SIMPLE, padding=(0, 1, 0, 0), title=f"Times, arm / vanilla LoRA; equal within {100 * report.margin:g} %"
+    )
+    for column in ("engine", "x", "arm", "time", "ratio [95 %]", "verdict"):
+        table.add_column(column, no_wrap=True)
+    for r in report.results:
+        low, high = r.interval
+        ratio = f"{r.ratio:.3f} [{low:.3f}, {high:.3f}]"
+        table.add_row(r.engine, str(r.concurrency), r.arm, SHORT[r.measure], ratio, r.verdict)
+    console.print(table)
+    console.print(_latency_table(report))
+    rates = Table(box=SIMPLE, title="Throughput, tokens per second, median of waves")
+    for column in ("engine", "x", "arm", "tokens/s [95 %]"):
+        rates.add_column(column)
+    for t in report.throughputs:
+        low, high = t.interval
+        rates.add_row(t.engine, str(t.concurrency), t.arm, f"{t.tokens_per_second:.1f} [{low:.1f}, {high:.1f}]")
+    console.print(rates)
+    if report.memory:
+        console.print(_memory_table(report))
+    if report.cross_checks:
+        console.print(_cross_check_table(report))
+    if report.outputs:
+        console.print(_outputs_table(report))
+    for note in report.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    console.print(f"{report.verdict}: {escape(report.reason)}", style=COLORS[report.verdict], soft_wrap=True)
+
+
+def _latency_table(report: ParityReport) -> Table:
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="Latencies, milliseconds")
+    for column in ("engine", "x", "arm", "time", *QUANTILE_NAMES):
+        table.add_column(column, no_wrap=True)
+    for latency in report.latencies:
+        if latency.measure in SHORT:
+            times = (f"{1000 * latency.quantiles[name]:.1f}" for name in QUANTILE_NAMES)
+            table.add_row(latency.engine, str(latency.concurrency), latency.arm, SHORT[latency.measure], *times)
+    return table
+
+
+def _memory_table(report: ParityReport) -> Table:
+    table = Table(box=SIMPLE, title="Peak memory of servers with one arm, GiB, mean [95 %]")
+    for column in ("engine", "x", "arm", "servers", "peak"):
+        table.add_column(column)
+    for m in report.memory:
+        low, high = m.interval or (0.0, 0.0)
+        shown = "[no interval]" if m.interval is None else f"[{low / GIB:.2f}, {high / GIB:.2f}]"
+        mean = fmean(m.bytes) / GIB
+        table.add_row("vllm", str(m.concurrency), m.arm, str(len(m.bytes)), escape(f"{mean:.2f} {shown}"))
+    return table
+
+
+def _cross_check_table(report: ParityReport) -> Table:
+    table = Table(box=SIMPLE, title="Medians beside those of vllm bench serve, milliseconds")
+    for column in ("x", "arm", "time", "ours", "bench serve"):
+        table.add_column(column)
+    for c in report.cross_checks:
+        table.add_row(
+            str(c.concurrency), c.arm, SHORT[c.measure], f"{1000 * c.ours:.1f}", f"{1000 * c.bench_serve:.1f}"
+        )
+    return table
+
+
+def _outputs_table(report: ParityReport) -> Table:
+    table = Table(box=SIMPLE, title="Answers against PyTorch's: nats where texts part, and logprobs (rms)")
+    for column in ("engine", "x", "arm", "in PyTorch", "equal", "gap", "logprobs", "verdict"):
+        table.add_column(column)
+    for o in report.outputs:
+        for arm, d in (("folded", o.folded), ("vanilla", o.vanilla)):
+            rms = "-" if d.logprob_rms is None else f"{d.logprob_rms:.1e}"
+            verdict = ("agrees" if o.agree else "apart") if arm == "folded" else "the floor"
+            table.add_row(
+                o.engine, str(o.concurrency), arm, d.reference, f"{d.equal:.0%}", f"{d.largest_gap:.1e}", rms, verdict
+            )
+    return table

@@ -1,0 +1,312 @@
+"""A vLLM server as a child process, for the length of a block."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+from urllib.error import HTTPError
+
+from loraover.common.errors import ConfigError, EngineError, OutputError
+from loraover_export.vllm.launch import lora_module
+from loraover_serve.vllm.client import VllmClient
+
+POLL_S = 0.5
+STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
+STARTUP_S, HEALTH_TIMEOUT_S = 600.0, 10.0
+LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
+VERSION_S = 120.0  # for `vllm --version`, which imports torch
+LAST_PORT = 65535
+LOOPBACK = "127.0.0.1"
+KEY_VARIABLE = "VLLM_API_KEY"
+"""The environment variable that vLLM reads the server's key from; on a command line, every user would see it."""
+
+CPU_CACHE_GIB = 4  # for keys and values; vLLM's own default is most of the machine's memory
+_VERSION = re.compile(r"\d+\.\d+\S*")
+_ERROR = re.compile(r"\w(Error|Exception): \S")
+
+
+@dataclass(frozen=True)
+class VllmServerConfig:
+    """What `vllm serve` is asked for.
+
+    Args:
+        model: folder or hub name of the base model, which requests address by this name.
+        adapters: folder of each adapter, by the name that requests use.
+        max_lora_rank: one of vLLM's allowed values, no smaller than any adapter's rank.
+        max_loras: adapters that one batch may use.
+        dtype: of weights and activations, as vLLM spells it; adapters are cast to it.
+        revision: commit of the model on the hub.
+        host: address or name that the server listens on.
+        runtime_loading: adapters can be loaded and unloaded over HTTP, by anyone who reaches the server.
+        options: further words of the command line.
+        environment: variables for the server besides this process's own.
+    """
+
+    model: str
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    max_lora_rank: int = 16
+    max_loras: int = 1
+    dtype: str = "auto"
+    revision: str | None = None
+    host: str = LOOPBACK
+    runtime_loading: bool = False
+    options: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, executable: str, port: int) -> list[str]:
+        """The command line of a server that listens on `port`."""
+        lora = ["--enable-lora", "--max-loras", str(self.max_loras), "--max-lora-rank", str(self.max_lora_rank)]
+        modules = [lora_module(name, path) for name, path in self.adapters.items()]
+        return [
+            *(executable, "serve", self.model, "--host", self.host, "--port", str(port), "--dtype", self.dtype),
+            *(["--revision", self.revision] if self.revision is not None else []),
+            *(lora if self.adapters or self.runtime_loading else []),
+            *(["--lora-modules", *modules] if modules else []),
+            *self.options,
+        ]
+
+    def variables(self) -> dict[str, str]:
+        """The server's environment: no usage statistics leave the machine, and no hub is asked about a folder."""
+        given = {"VLLM_NO_USAGE_STATS": "1"}
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            given["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_CACHE_GIB)
+        if Path(self.model).is_dir():
+            given["HF_HUB_OFFLINE"] = "1"
+        if self.runtime_loading:
+            given["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        return {**os.environ, **given, **self.environment}
+
+    def api_key(self) -> str | None:
+        """The key that the server asks for, from its environment; None where it asks for none.
+
+        Raises:
+            ConfigError: a key that no HTTP header can carry.
+        """
+        key = self.variables().get(KEY_VARIABLE) or None
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ConfigError(f"{KEY_VARIABLE}: a key has printable ASCII characters without spaces; choose another.")
+        return key
+
+    def url(self, port: int) -> str:
+        """Where this machine reaches the server."""
+        host = self.host
+        with suppress(ValueError):
+            address = ipaddress.ip_address(host)
+            if address.is_unspecified:  # listens on every interface
+                host = LOOPBACK if address.version == 4 else "::1"
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class VllmServer(VllmClient):
+    """A client of a server on this machine.
+
+    Args:
+        pid: of the process that leads the session of all the server's processes.
+    """
+
+    def __init__(self, url: str, pid: int, api_key: str | None = None) -> None:
+        super().__init__(url, api_key)
+        self.pid = pid
+
+    def is_alive(self) -> bool:
+        """Whether the process, a child of this one, runs and reports no failure; it may be too busy to answer."""
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+        try:
+            self._opener.open(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S).close()
+        except HTTPError:
+            return False
+        except (OSError, HTTPException):
+            return True
+        return True
+
+
+@contextmanager
+def serve_vllm(
+    config: VllmServerConfig,
+    log: Path,
+    *,
+    executable: str = "vllm",
+    port: int | None = None,
+    startup_timeout_s: float = STARTUP_S,
+    watch: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[VllmServer]:
+    """Start vLLM, wait until the base model and every adapter have answered, and stop it after the block.
+
+    A healthy endpoint is not enough: some models fail at the first request. SIGTERM and SIGHUP end the block as Ctrl-C
+    does, with KeyboardInterrupt, so that no server is left behind.
+
+    Args:
+        log: file for everything that the server prints; kept.
+        executable: the command `vllm`, of any environment.
+        port: None means a free one.
+        startup_timeout_s: seconds until the first answers.
+        watch: a context for the time that the process, whose id it is given, runs.
+    Yields:
+        A client of the running server.
+    Raises:
+        ConfigError: a key that no request can carry.
+        EngineError: a port in use, no such command, or a server that ends, refuses an adapter or stays silent; the
+            message has the end of the log.
+        OutputError: the log cannot be written.
+    """
+    key = config.api_key()
+    port = _free_port(config.host, port or 0)
+    with _signals_as_interrupts(), _opened(log) as output:
+        try:
+            process = subprocess.Popen(
+                config.command(executable, port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=config.variables(),
+                start_new_session=True,  # one group to stop, workers included
+            )
+        except OSError as error:
+            raise _not_started(executable, error) from error
+        try:
+            client = VllmServer(config.url(port), process.pid, key)
+            deadline = time.monotonic() + startup_timeout_s
+            with watch(process.pid):
+                _await_answers(client, [config.model, *config.adapters], process, log, deadline)
+                yield client
+        finally:
+            _stop(process)
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Requests to end this process raise KeyboardInterrupt, where they are not ignored (as nohup does)."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _opened(log: Path) -> BinaryIO:
+    try:
+        return log.open("wb")
+    except OSError as error:
+        raise OutputError(f"{log}: the log cannot be written: {error.strerror}; name another with --log.") from error
+
+
+def _await_answers(
+    client: VllmClient, names: Sequence[str], process: subprocess.Popen[bytes], log: Path, deadline: float
+) -> None:
+    while not client.is_healthy():
+        if process.poll() is not None:
+            raise EngineError(f"vllm serve ended with code {process.returncode}; {_end_of(log)}")
+        if time.monotonic() > deadline:
+            raise EngineError(f"vllm serve did not come up in time; {_end_of(log)}")
+        time.sleep(POLL_S)
+    for name in names:
+        try:
+            client.complete(name, [1], max_tokens=1, timeout_s=max(deadline - time.monotonic(), POLL_S))
+        except EngineError as error:
+            raise EngineError(f"vllm serve is up, but {name!r} does not answer: {error} {_end_of(log)}") from error
+
+
+def _not_started(executable: str, error: OSError) -> EngineError:
+    return EngineError(f"{executable}: cannot be started: {error.strerror}; is vLLM installed there?")
+
+
+def vllm_version(executable: str) -> str | None:
+    """Version of a command `vllm`, such as "0.32.0+cpu"; None where it prints none.
+
+    Raises:
+        EngineError: no such command.
+    """
+    command = [executable, "--version"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=VERSION_S
+        )
+    except OSError as error:
+        raise _not_started(executable, error) from error
+    except subprocess.TimeoutExpired:
+        return None
+    words = done.stdout.split()
+    return words[-1] if words and _VERSION.fullmatch(words[-1]) else None
+
+
+def next_free_port(host: str, first: int) -> int:
+    """The first port from `first` on that a server can listen on at `host`.
+
+    Raises:
+        EngineError: none is free, or there is no such host on this machine.
+    """
+    for port in range(first, LAST_PORT + 1):
+        try:
+            return _bound(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise EngineError(f"{host} cannot be listened on: {error.strerror}; choose another --host.") from error
+    raise EngineError(f"no port from {first} to {LAST_PORT} is free on {host}.")
+
+
+def _free_port(host: str, wanted: int) -> int:
+    """The wanted port, or any where that is 0."""
+    try:
+        return _bound(host, wanted)
+    except OSError as error:
+        raise EngineError(f"port {wanted} cannot be used on {host}: {error.strerror}; choose another.") from error
+
+
+def _bound(host: str, port: int) -> int:
+    """The port that a server gets that asks for this one; the family is chosen as vLLM does."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        found: int = probe.getsockname()[1]
+        return found
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and whatever it started: asked first, killed when that takes too long or Ctrl-C comes again."""
+    try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(STOP_S)
+            deadline = time.monotonic() + CLEAN_UP_S
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)  # raises when nobody is left
+                time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _end_of(log: Path) -> str:
+    """The end of the log, after the first error in it: what vLLM prints last is seldom the cause."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    first = next((line for line in lines if _ERROR.search(line)), None)
+    end = [line for line in lines[-LOG_LINES:] if line.strip()]
+    shown = end if first is None or first in end else [first, "...", *end]
+    return "\n".join([f"the end of {log}:", *(line[-LINE_SHOWN:] for line in shown)])

@@ -1,0 +1,100 @@
+"""What has been exported, served and compared, as `docs/compatibility.md`: rows that tests record, and their table.
+
+`make compatibility` names a file in LORAOVER_COMPATIBILITY, runs the tests and renders the file. Without the variable,
+tests record nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from loraover.common.atomic_output import publish_text
+
+VARIABLE = "LORAOVER_COMPATIBILITY"
+PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-genai")
+
+INTRODUCTION = """# Compatibility
+
+Written by `make compatibility` from what the tests ran, on a CPU; nothing here was run on a GPU. Errors are the largest
+of any logit against the unfolded PyTorch model, unless the mode says otherwise. All families but SmolLM2 are tiny
+random models. A bound comes from noise measured in the same run ([how](how-it-works.md)). A failed combination is one
+that the command refuses or that its check rejects: nothing is written.
+"""
+
+ARCHITECTURES = {
+    "SmolLM2-135M-Instruct": "LlamaForCausalLM",
+    "GPT-2": "GPT2LMHeadModel",
+    "T5": "T5ForConditionalGeneration",
+    "BERT": "BertForSequenceClassification",
+}
+"""Model classes of families; others are `<family>ForCausalLM`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination that was tried.
+
+    Args:
+        engine: with its version where it lives in an environment of its own.
+        error: largest deviation from PyTorch, of a logit or logprob; None where nothing came to be compared.
+        bound: what it may be.
+    """
+
+    family: str
+    engine: str
+    mode: str
+    precision: str
+    verdict: str
+    error: float | None
+    bound: float | None
+
+    @property
+    def architecture(self) -> str:
+        return ARCHITECTURES.get(self.family, f"{self.family}ForCausalLM")
+
+
+def record(
+    family: str, engine: str, mode: str, precision: str, verdict: str, error: float | None, bound: float | None
+) -> None:
+    """Append a row to the file that LORAOVER_COMPATIBILITY names; the arguments are `Row`'s."""
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return
+    path = Path(name)
+    rows = [*(read_rows(path) if path.exists() else []), Row(family, engine, mode, precision, verdict, error, bound)]
+    publish_text(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in Markdown, a later one of the same combination in the place of an earlier one."""
+    last = {(row.family, row.engine, row.mode, row.precision): row for row in rows}
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    lines = [
+        INTRODUCTION,
+        f"Versions: {versions}.",
+        "",
+        "| family | architecture | engine | mode | precision | largest error | bound | verdict |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | --- |",
+    ]
+    for _, row in sorted(last.items()):
+        names = [row.family, f"`{row.architecture}`", row.engine, row.mode, row.precision]
+        lines.append(f"| {' | '.join([*names, _number(row.error), _number(row.bound), row.verdict])} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    print(table(read_rows(Path(sys.argv[1]))))

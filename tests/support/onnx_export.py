@@ -1,0 +1,220 @@
+"""`loraover-export onnx` on small models: bases with a tokenizer, adapters, and a builder that starts at once."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+
+from loraover.common.command_line import run
+from loraover_export.cli import cli
+from loraover_export.onnx import genai
+from loraover_export.onnx.report import OnnxReport
+
+from support.children import Child
+from support.compatibility import record
+from support.make_checkpoint import Made, lora_model, make_checkpoint, save_tokenizer
+from support.onnx_graph import Graph
+from support.plain_adapter import tiny_decoder
+
+VOCABULARY = 80
+"""Not the width of any layer: onnxruntime-genai's builder takes a layer with as many rows as tokens for the head."""
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+UNEVEN: dict[str, Any] = {
+    "target_modules": LINEAR,
+    "r": 4,
+    "lora_alpha": 12,
+    "rank_pattern": {"k_proj": 1, "layers.1.mlp.down_proj": 8},
+    "alpha_pattern": {"q_proj": 5},
+}
+"""LoRA on every linear layer, with three ranks and several scalings."""
+
+OTHER: dict[str, Any] = {
+    "target_modules": ["q_proj", "down_proj"],
+    "r": 9,
+    "lora_alpha": 6,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": True,
+}
+"""Other targets, rank and scaling."""
+
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+"""Of the builder's head sizes, multiples of 16, the one that vLLM serves too."""
+
+Sources = Path | Sequence[Path]
+
+
+def tiny_base(folder: Path, family: str, **changes: Any) -> Path:
+    """A decoder of the family with a tokenizer in `folder`; returns it."""
+    tiny_decoder(family, **{"vocab_size": VOCABULARY, **changes}).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def tiny_lora(base: Path, folder: Path, **lora: Any) -> Any:
+    """A plain PEFT adapter in `folder`, with B not zero; returns the PEFT model in eval mode."""
+    model = lora_model(base, **(UNEVEN | lora)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def llama_checkpoint(folder: Path, *, base_options: Mapping[str, Any] | None = None, **lora: Any) -> Made:
+    """A LoRA-Over checkpoint of a Llama that the builder takes."""
+    options = LLAMA | dict(base_options or {})
+    return make_checkpoint(folder, tokenizer=True, base_options=options, **(UNEVEN | lora))
+
+
+def export(sources: Sources, output: Path, *options: str, quick: bool = True) -> int:
+    """Exit code of the command.
+
+    Args:
+        quick: the builder runs in a fork, which spares it 6 s of imports; else as the product starts it.
+    """
+    paths = [sources] if isinstance(sources, Path) else sources
+    arguments = ["onnx", *map(str, paths), "-o", str(output), *options]
+    with pytest.MonkeyPatch.context() as patch:
+        if quick:
+            patch.setattr(genai, "subprocess", SimpleNamespace(run=forked_run))
+        return run(cli, arguments)
+
+
+def exported(family: str, sources: Sources, output: Path, *options: str, quick: bool = True) -> OnnxReport:
+    """The report of an export that must pass; the compatibility table gets its row either way."""
+    code = export(sources, output, *options, quick=quick)
+    return _recorded(family, output, options, code)
+
+
+def exported_at_once(
+    family: str, requests: Mapping[Path, tuple[Sources, Sequence[str]]], *, quick: bool = True
+) -> list[OnnxReport]:
+    """Several exports by output, each in a process of its own: torch's exporter uses one core."""
+    children = {
+        output: Child(partial(export, sources, output, *options, quick=quick))
+        for output, (sources, options) in requests.items()
+    }
+    ended = {output: child.end() for output, child in children.items()}
+    for end in ended.values():
+        print(end.output)
+    return [_recorded(family, output, requests[output][1], end.code) for output, end in ended.items()]
+
+
+def _recorded(family: str, output: Path, options: Sequence[str], code: int) -> OnnxReport:
+    mode = options[options.index("--mode") + 1]
+    precision = options[options.index("--precision") + 1] if "--precision" in options else "fp32"
+    if "--no-cache" in options:
+        mode += ", no cache"
+    if code != 0:
+        record(family, "ONNX Runtime", mode, precision, "failed", None, None)
+    assert code == 0
+    report = read_report(output)
+    assert report.verdict == "passed"
+    worst = max(report.checks, key=lambda check: check.error / check.bound)
+    record(family, "ONNX Runtime", mode, precision, report.verdict, worst.error, worst.bound)
+    return report
+
+
+Adapter = Literal["first", "second"] | None
+"""None: the base model."""
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Both modes of one model's adapter `first`, beside `second` in the swappable one, and PEFT's models of both."""
+
+    folder: Path
+    models: dict[str, Any]
+
+    @property
+    def merged(self) -> Graph:
+        return Graph(self.folder / "merged" / "model.onnx")
+
+    def swappable(self, name: Adapter) -> Graph:
+        return Graph(self.folder / "swappable" / "model.onnx", self.adapter(name))
+
+    def adapter(self, name: Adapter) -> Path | None:
+        return None if name is None else self.folder / "swappable" / f"{name}.onnx_adapter"
+
+    @contextmanager
+    def model(self, name: Adapter) -> Iterator[Any]:
+        """PEFT's model; without a name the base model."""
+        if name is not None:
+            yield self.models[name]
+            return
+        with self.models["first"].disable_adapter():
+            yield self.models["first"]
+
+
+def make_exports(family: str, folder: Path, *options: str, lora: Mapping[str, Any] = OTHER, **changes: Any) -> Exports:
+    """Export two adapters of a tiny decoder.
+
+    Args:
+        options: of the command.
+        lora: of the adapter `second`; `first` is UNEVEN.
+        changes: of the model's configuration.
+    """
+    base = tiny_base(folder / "base", family, **changes)
+    models = {"first": tiny_lora(base, folder / "first"), "second": tiny_lora(base, folder / "second", **lora)}
+    exported(family, folder / "first", folder / "merged", "--mode", "merged", *options)
+    exported(family, [folder / "first", folder / "second"], folder / "swappable", "--mode", "swappable", *options)
+    return Exports(folder, models)
+
+
+@dataclass(frozen=True)
+class OnnxMade:
+    """A base model, adapters `first` and `second` of it, and a graph of `second`, whose targets are fewer."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def graph(self) -> Path:
+        return self.folder / "graph"
+
+
+def read_report(output: Path) -> OnnxReport:
+    return OnnxReport.model_validate_json((output / "onnx_report.json").read_bytes())
+
+
+def forked_run(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of `python -m module ...`, in a fork."""
+    child = Child(lambda: _run_module(command), prepare=lambda: os.environ.update(env))
+    try:
+        ended = child.end()
+    except BaseException:
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        raise
+    return subprocess.CompletedProcess(command, ended.code, "", ended.output)
+
+
+def _run_module(command: Sequence[str]) -> int:
+    interpreter, option, module, *arguments = command
+    assert (interpreter, option) == (sys.executable, "-m")
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0

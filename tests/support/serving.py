@@ -1,0 +1,144 @@
+"""A vLLM server on a real model, with right and wrong adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover.common.command_line import run
+from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
+from loraover_export.cli import cli
+from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
+
+from support.agreement import PROMPTS
+from support.vllm_command import vllm_command
+
+ADAPTERS = ("vanilla", "folded")
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+B_SCALE = 0.05  # standard deviation of B: an effect on logprobs several times the noise of bfloat16, and still words
+
+
+@dataclass(frozen=True)
+class Served:
+    """The running server and what it serves.
+
+    Args:
+        adapters: folders that it started with, by name.
+        sources: what they were made from.
+        guests: folders of more adapters, for loading while the server runs.
+        prompts: token ids.
+    """
+
+    client: VllmServer
+    source: ModelSource
+    adapters: Mapping[str, Path]
+    sources: Mapping[str, Path]
+    guests: Mapping[str, Path]
+    prompts: list[list[int]]
+
+    def base(self) -> Any:
+        return load_model(self.source, dtype="bf16")
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Served]:
+    """Make the adapters in `folder` and serve them."""
+    command, source = vllm_command(), resolve_model(MODEL)
+    adapters = {"vanilla": vanilla(source, folder / "vanilla"), "folded": folded(source, folder / "folded")}
+    sources = adapters | {"folded": folder / "checkpoint"}
+    guests = {
+        "embeddings": embeddings(source, folder / "embeddings"),
+        "misplaced": changed(adapters["vanilla"], folder / "misplaced", rename=without_model_prefix),
+        "doubled": changed(adapters["vanilla"], folder / "doubled", lora_alpha=32),
+    }
+    tokenizer = load_tokenizer(source)
+    config = VllmServerConfig(
+        model=source.location,
+        adapters=adapters,
+        max_lora_rank=16,
+        max_loras=2,
+        dtype="bfloat16",
+        runtime_loading=True,
+        options=("--max-model-len", "512", "--enforce-eager"),
+        environment={"VLLM_CPU_KVCACHE_SPACE": "2"},
+    )
+    with serve_vllm(config, folder / "vllm.log", executable=str(command)) as client:
+        yield Served(client, source, adapters, sources, guests, [tokenizer(text).input_ids for text in PROMPTS])
+
+
+def vanilla(source: ModelSource, folder: Path) -> Path:
+    """A plain PEFT LoRA of rank 8 on every linear layer, in bfloat16."""
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(load_model(source, dtype="bf16"), config, autocast_adapter_dtype=False)
+    draw_b(model, seed=2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def folded(source: ModelSource, folder: Path) -> Path:
+    """A LoRA-Over checkpoint with ranks 8 and 4 and rsLoRA's scaling, written for vLLM in bfloat16."""
+    config = LoraConfig(
+        r=8,
+        lora_alpha=8,
+        use_rslora=True,
+        rank_pattern={"down_proj": 4},
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = get_peft_model(load_model(source, dtype="bf16"), config)
+    draw_b(model, seed=4)
+    checkpoint = folder.with_name("checkpoint")
+    model.save_pretrained(checkpoint)
+    write_checkpoint(checkpoint, OverParameterization(model, LoraOverConfig(seed=5)), step=0)
+    assert run(cli, ["vllm", str(checkpoint), "-o", str(folder)]) == 0
+    return folder
+
+
+def embeddings(source: ModelSource, folder: Path) -> Path:
+    """An adapter of the embedding and of the output head, whose weights the model ties, written for vLLM."""
+    config = LoraConfig(r=8, lora_alpha=32, target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(source, dtype="bf16"), config)
+    draw_b(model, seed=6)
+    plain = folder.with_name("plain embeddings")
+    model.save_pretrained(plain)
+    assert run(cli, ["vllm", str(plain), "-o", str(folder)]) == 0
+    return folder
+
+
+@torch.no_grad()
+def draw_b(model: Any, seed: int) -> None:
+    """Non-zero draws in B, and in both matrices of an embedding."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding" in name:
+            parameter.copy_(B_SCALE * torch.randn(parameter.shape, generator=generator))
+
+
+def changed(adapter: Path, folder: Path, *, rename: Any = lambda key: key, **config: Any) -> Path:
+    """A copy with other tensor keys or other values in its configuration."""
+    shutil.copytree(adapter, folder)
+    tensors: dict[str, Tensor] = load_file(adapter / "adapter_model.safetensors")
+    renamed = {rename(key): tensor for key, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    found = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(found | config))
+    return folder
+
+
+def without_model_prefix(key: str) -> str:
+    return key.replace("base_model.model.model.", "base_model.model.")
