@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loraover.common.version import __version__
+
 if TYPE_CHECKING:
     from loraover.callbacks.diagnostics import DiagnosticsCallback
     from loraover.callbacks.loraover_callback import LoraOverCallback
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from loraover.overparam.parameterization import OverParameterization
     from loraover.overparam.sharding import trainable_state_dict
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "overparam.config",
@@ -43,6 +44,7 @@ __all__ = [
     "OverParameterization",
     "Probe",
     "SealCheckpoints",
+    "__version__",
     "last_whole_checkpoint",
     "read_checkpoint",
     "restore",

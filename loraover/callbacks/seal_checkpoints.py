@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import BaseModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loraover.checkpoint.peft_adapter import read_json
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_text, sync
 from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.strict_json import read_json
 from loraover.overparam.parameterization import has_cores
 from loraover.overparam.sharding import wait_for_all
 

@@ -23,19 +23,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from loraover import __version__
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
-from loraover.checkpoint.peft_adapter import (
-    CONFIG_FILE,
-    TENSORS_FILE,
-    AdapterDir,
-    read_adapter_dir,
-    read_json,
-    site_key,
-)
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir, site_key
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, save_tensors, sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError, LoraOverError
+from loraover.common.strict_json import read_json
+from loraover.common.version import __version__
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.importance import GradientScore

@@ -9,8 +9,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
 from typing import Any
 
@@ -28,6 +30,34 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
     **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "serve"),
 }
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are asked for.
+
+    Args:
+        commands_at: "module:attribute" of each command, by its name.
+        plugins: group of entry points that bring further commands from packages that lie downstream.
+    """
+
+    def __init__(self, *args: Any, commands_at: Mapping[str, str], plugins: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._commands_at = dict(commands_at)
+        self._plugins = plugins
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._commands_at, *sorted(self._found())]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self._commands_at:
+            module, _, attribute = self._commands_at[cmd_name].partition(":")
+            found: click.Command = getattr(import_module(module), attribute)
+            return found
+        plugin = self._found().get(cmd_name)
+        return None if plugin is None else plugin.load()
+
+    def _found(self) -> dict[str, EntryPoint]:
+        return {} if self._plugins is None else {point.name: point for point in entry_points(group=self._plugins)}
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:

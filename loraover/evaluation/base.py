@@ -66,7 +66,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Measured:
+class TaskScores:
     """One model's measures by name, and the examples behind them."""
 
     measures: dict[str, float]
@@ -97,7 +97,7 @@ class Task(ABC):
     @abstractmethod
     def measure(
         self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
-    ) -> Measured:
+    ) -> TaskScores:
         """Put the questions to one model.
 
         Args:
@@ -106,7 +106,7 @@ class Task(ABC):
             LoraOverError: the model or its engine cannot answer them, or nobody scores them.
         """
 
-    def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> Measured:
+    def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> TaskScores:
         """Score answers that were kept, which only tasks that another service scores do.
 
         Raises:

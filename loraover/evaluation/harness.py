@@ -15,11 +15,11 @@ from loraover.common.errors import DataError
 from loraover.evaluation.base import (
     Example,
     Keep,
-    Measured,
     Options,
     Questions,
     Row,
     Task,
+    TaskScores,
     label_field,
     read_questions,
     text_field,
@@ -67,7 +67,7 @@ class HarnessTask(Task):
 
     def measure(
         self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
-    ) -> Measured:
+    ) -> TaskScores:
         from lm_eval import simple_evaluate
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.tasks import TaskManager
@@ -86,7 +86,7 @@ class HarnessTask(Task):
             for key, value in found["results"][self.name].items()
             if isinstance(value, float) and "stderr" not in key
         }
-        return Measured(measures, [self._example(sample) for sample in samples])
+        return TaskScores(measures, [self._example(sample) for sample in samples])
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
         return {"prompt": "chat template" if uses_chat(options, tokenizer) else "plain text", "shots": "0"}

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraover.common.errors import ConfigError
-from loraover.evaluation.base import Example, Keep, Measured, Options, Questions, Row, Task, read_questions, text_field
+from loraover.evaluation.base import (
+    Example,
+    Keep,
+    Options,
+    Questions,
+    Row,
+    Task,
+    TaskScores,
+    read_questions,
+    text_field,
+)
 from loraover.evaluation.parallel import in_parallel
 from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
@@ -52,7 +62,7 @@ class HumanEval(Task):
 
     def measure(
         self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
-    ) -> Measured:
+    ) -> TaskScores:
         problems = questions.rows
         completions = subject.complete(
             [problem["prompt"] for problem in problems],
@@ -69,7 +79,7 @@ class HumanEval(Task):
 
         pairs = list(zip(problems, completions, strict=True))
         examples = in_parallel(run, pairs, os.cpu_count() or 1, "programs", report)
-        return Measured({"pass@1": sum(example.score == 1 for example in examples) / len(examples)}, examples)
+        return TaskScores({"pass@1": sum(example.score == 1 for example in examples) / len(examples)}, examples)
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
         return {"prompt": "plain text", "seconds for each program": f"{self.limits.seconds:g}"}

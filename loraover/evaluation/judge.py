@@ -19,7 +19,7 @@ _LOOSE_RATING = re.compile(r"rating\W*\[(\d+(?:\.\d+)?)\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Rating:
     """A judge's rating from 1 to 10, and what it said; None where no rating could be had."""
 
     rating: float | None
@@ -33,7 +33,7 @@ class Judge:
     endpoint: Endpoint
     name: str
 
-    def rate(self, system_prompt: str, prompt: str) -> Verdict:
+    def rate(self, system_prompt: str, prompt: str) -> Rating:
         """Ask until there is a rating, `TRIES` times at most.
 
         Raises:
@@ -46,11 +46,11 @@ class Judge:
             try:
                 said = self.endpoint.chat(self.name, messages, max_tokens=MAX_TOKENS, temperature=temperature)
             except (UnansweredError, UnfitRequestError) as error:
-                return Verdict(None, str(error))  # the endpoint has tried again by itself where that may help
+                return Rating(None, str(error))  # the endpoint has tried again by itself where that may help
             rating = find_rating(said)
             if rating is not None:
-                return Verdict(rating, said)
-        return Verdict(None, said)
+                return Rating(rating, said)
+        return Rating(None, said)
 
 
 def find_rating(text: str) -> float | None:

@@ -16,16 +16,16 @@ from loraover.data.formats import ALPACA, ALPACA_TURN
 from loraover.evaluation.base import (
     Example,
     Keep,
-    Measured,
     Options,
     Questions,
     Row,
     Task,
+    TaskScores,
     read_questions,
     text_field,
     uses_chat,
 )
-from loraover.evaluation.judge import Judge, Verdict
+from loraover.evaluation.judge import Judge, Rating
 from loraover.evaluation.parallel import in_parallel
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class MtBench(Task):
 
     def measure(
         self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
-    ) -> Measured:
+    ) -> TaskScores:
         chats: list[Chat] = [[] for _ in questions.rows]
         for turn in (0, 1):
             for chat, row in zip(chats, questions.rows, strict=True):
@@ -93,7 +93,7 @@ class MtBench(Task):
         keep(answered)
         return self.rate(answered, questions, options, report)
 
-    def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> Measured:
+    def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> TaskScores:
         judge = options.judge
         assert judge is not None
         if [example.id for example in answered] != _names(questions):
@@ -112,7 +112,7 @@ class MtBench(Task):
             replace(example, score=verdict.rating, note=verdict.text)
             for example, verdict in zip(answered, verdicts, strict=True)
         ]
-        return Measured(_means(examples), examples)
+        return TaskScores(_means(examples), examples)
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
         assert options.judge is not None
@@ -142,7 +142,7 @@ def _answers(subject: Subject, chats: list[Chat], options: Options, max_new_toke
     return [answer.partition(stop)[0].strip() for answer in answers]
 
 
-def _rate(judge: Judge, row: Row, turn: int, answers: list[str]) -> Verdict:
+def _rate(judge: Judge, row: Row, turn: int, answers: list[str]) -> Rating:
     prompt, turns = row["prompts"][turn], row["turns"]
     values = {
         "question": turns[0],

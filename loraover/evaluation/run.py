@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraover.checkpoint.peft_adapter import read_json
 from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
+from loraover.common.provenance import environment, hardware
+from loraover.common.strict_json import read_json
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
 from loraover.evaluation.endpoint import Endpoint
@@ -21,13 +22,12 @@ from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation
 from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 from loraover.reporting.reporter import Reporter
-from loraover.training.run_result import environment, hardware
 
-BASE = "base"
+BASE_MODEL = "base"
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What to evaluate.
 
     Args:
@@ -69,7 +69,7 @@ class _Candidate:
         return self.name, self.sha256
 
 
-def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluation:
+def evaluate(request: EvaluationRequest, output: Path | None, report: Reporter) -> Evaluation:
     """Ask the base model, then every adapter; shows what is finished at the end, at Ctrl-C too.
 
     Args:
@@ -117,7 +117,7 @@ def evaluate(request: Request, output: Path | None, report: Reporter) -> Evaluat
     return found
 
 
-def _candidates(request: Request, source: ModelSource, tokenizer: Any) -> list[_Candidate]:
+def _candidates(request: EvaluationRequest, source: ModelSource, tokenizer: Any) -> list[_Candidate]:
     """Everything that can be checked of the models is checked here, before the first one is asked."""
     size = request.batch_size
     if request.endpoint is not None:
@@ -136,10 +136,12 @@ def _candidates(request: Request, source: ModelSource, tokenizer: Any) -> list[_
         return lambda: in_memory(source, tokenizer, adapter, dtype=request.dtype, batch_size=size)
 
     adapters = [_Candidate(str(adapter), adapter_digest(adapter), load(adapter)) for adapter in request.adapters]
-    return [_Candidate(BASE, None, load(None)), *adapters]
+    return [_Candidate(BASE_MODEL, None, load(None)), *adapters]
 
 
-def _empty(request: Request, task: Task, source: ModelSource, questions: Questions, tokenizer: Any) -> Evaluation:
+def _empty(
+    request: EvaluationRequest, task: Task, source: ModelSource, questions: Questions, tokenizer: Any
+) -> Evaluation:
     options = request.options
     engine = f"PyTorch, {request.dtype}" if request.endpoint is None else f"endpoint {request.endpoint.url}"
     settings = {

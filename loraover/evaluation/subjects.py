@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_json
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig
 from loraover.common.errors import CheckpointError, DataError
+from loraover.common.strict_json import read_json
 from loraover.evaluation.parallel import in_parallel
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model
 

@@ -21,9 +21,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover.checkpoint.peft_adapter import read_json
 from loraover.common.atomic_output import publish_directory
 from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.strict_json import read_json
 
 STAND_IN_FILE = "loraover_stand_in.json"
 

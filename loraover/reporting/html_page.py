@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
-BASE = "page.html.j2"
+BASE_TEMPLATE = "page.html.j2"
 INK = "#0a0b0c"  # replaced by the page's own colour of text
 COLORS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2406b", "#8a63d2", "#7a8a99")
 """Told apart on light and dark pages, and by people who do not see red and green."""
@@ -18,8 +18,8 @@ def render_page(template: str, **values: Any) -> str:
     """The page of a Jinja template that extends "page.html.j2"; every text is escaped."""
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    base = files("loraover.reporting").joinpath(BASE).read_text(encoding="utf-8")
-    environment = Environment(loader=DictLoader({BASE: base}), autoescape=True, undefined=StrictUndefined)
+    base = files("loraover.reporting").joinpath(BASE_TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(loader=DictLoader({BASE_TEMPLATE: base}), autoescape=True, undefined=StrictUndefined)
     return environment.from_string(template).render(**values)
 
 

@@ -25,7 +25,7 @@ PLOT_TYPES = (".svg", ".png")
 
 
 @dataclass(frozen=True)
-class Place:
+class MapCell:
     """Of a matrix in the map.
 
     Args:
@@ -37,7 +37,7 @@ class Place:
     matrix: str
 
 
-def placed(meta: Meta) -> dict[Place, int | None]:
+def placed(meta: Meta) -> dict[MapCell, int | None]:
     """Round (from 1) in which each matrix was injected; None: it is plain. Layers come in their order."""
     rounds = {name: number for number, found in enumerate(meta.rounds, 1) for name in found.chosen}
     names = dict.fromkeys([*(n for r in meta.rounds for n in r.scores), *(site.name for site in meta.sites)])
@@ -45,11 +45,11 @@ def placed(meta: Meta) -> dict[Place, int | None]:
     return dict(sorted(found.items(), key=lambda item: _order(item[0].layer)))
 
 
-def _place(name: str) -> Place:
+def _place(name: str) -> MapCell:
     module, _, matrix = name.rpartition(".lora_")
     parts = module.split(".")
     below = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
-    return Place(layer_of(module), ".".join(parts[below:]), matrix[-1])
+    return MapCell(layer_of(module), ".".join(parts[below:]), matrix[-1])
 
 
 def _order(layer: str) -> tuple[str, int]:
@@ -77,14 +77,14 @@ def show_schedule(meta: Meta, console: Console) -> None:
     console.print(_map(placed(meta)))
 
 
-def _map(rounds: Mapping[Place, int | None]) -> Table:
+def _map(rounds: Mapping[MapCell, int | None]) -> Table:
     kinds = list(dict.fromkeys(place.kind for place in rounds))
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("layer")
     for kind in kinds:
         table.add_column("\n".join([*escape(kind).split("."), "A B"]), justify="center", vertical="bottom")
     for layer in dict.fromkeys(place.layer for place in rounds):
-        pairs = ([_cell(rounds.get(Place(layer, kind, matrix), 0)) for matrix in "AB"] for kind in kinds)
+        pairs = ([_cell(rounds.get(MapCell(layer, kind, matrix), 0)) for matrix in "AB"] for kind in kinds)
         table.add_row(layer, *(" ".join(pair) for pair in pairs))
     return table
 
@@ -125,7 +125,7 @@ def plot_schedule(meta: Meta, path: Path) -> None:
     )
 
 
-def _draw_map(axes: Any, rounds: Mapping[Place, int | None]) -> None:
+def _draw_map(axes: Any, rounds: Mapping[MapCell, int | None]) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 

@@ -33,7 +33,7 @@ class Difference(BaseModel):
     p: float = Field(description="two-sided; Holm-adjusted over tasks")
 
 
-class Sensitivity(BaseModel):
+class RateSensitivity(BaseModel):
     """How much a method's loss depends on its learning rate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -100,7 +100,7 @@ def difference(method: Losses, baseline: Losses, tokens: Losses, seed: int = 0) 
     return Difference(mean=mean, interval=(mean - half, mean + half), p=p)
 
 
-def sensitivity(by_rate: Mapping[float, float]) -> Sensitivity:
+def sensitivity(by_rate: Mapping[float, float]) -> RateSensitivity:
     """From the mean validation loss at each rate; a loss that is not finite is worse than any other."""
     rates = sorted(by_rate)
     losses = [by_rate[rate] if math.isfinite(by_rate[rate]) else math.inf for rate in rates]
@@ -109,7 +109,7 @@ def sensitivity(by_rate: Mapping[float, float]) -> Sensitivity:
     low, cut_low = _edge(rates, losses, best, -1, limit)
     high, cut_high = _edge(rates, losses, best, 1, limit)
     diverged = losses.count(math.inf)
-    return Sensitivity(
+    return RateSensitivity(
         losses={f"{rate:g}": loss for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)},
         best_rate=rates[best],
         is_bracketed=0 < best < len(rates) - 1,

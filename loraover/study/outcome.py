@@ -21,10 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraover.checkpoint.checkpoint import META_FILE, read_checkpoint
 from loraover.checkpoint.exact_tensors import open_exact
-from loraover.checkpoint.peft_adapter import read_json
 from loraover.checkpoint.tensor_file import HAD_DIVERGED
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
+from loraover.common.strict_json import read_json
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run import HELD_OUT_FILE
 from loraover.training.run_result import RUN_FILE, read_run

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import LoraOverError
 from loraover.common.multiple_testing import holm
-from loraover.study.analysis import Difference, Halves, Losses, Sensitivity, difference, mean_loss, sensitivity
+from loraover.study.analysis import Difference, Halves, Losses, RateSensitivity, difference, mean_loss, sensitivity
 from loraover.study.grid import FEWEST_EXAMPLES, Run, is_plain
 from loraover.study.outcome import Outcome
 
@@ -29,7 +29,7 @@ class MethodResult(BaseModel):
     test_loss: float = Field(description="nats per token, mean over seeds")
     deviation: float | None = Field(description="standard deviation over seeds; None: there is one")
     difference: Difference | None = Field(description="to the baseline; None for itself")
-    sensitivity: Sensitivity
+    sensitivity: RateSensitivity
     trained_parameters: int
     served_parameters: int
     step_seconds: float | None
@@ -150,7 +150,7 @@ def _tokens(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
 
 def _method(
     method: str,
-    tuned: Sensitivity,
+    tuned: RateSensitivity,
     outcomes: Sequence[Outcome],
     half: slice,
     reference: Losses | None,

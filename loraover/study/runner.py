@@ -13,13 +13,13 @@ from typing import Any
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.provenance import environment
 from loraover.reporting.reporter import Reporter
 from loraover.study.grid import Run, make_grid
 from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
 from loraover.study.report import StudyReport, task_results, words
 from loraover.study.show import to_html, to_markdown
 from loraover.training.recipe import Recipe
-from loraover.training.run_result import environment
 
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
 

@@ -14,8 +14,9 @@ from loraover.callbacks.diagnostics import DiagnosticsCallback
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.common.errors import ConfigError, DataError
-from loraover.reporting.reporter import Reporter, TrainingProgress
+from loraover.reporting.reporter import Reporter
 from loraover.training.examples import Examples
+from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe
 
 PRECISION = {

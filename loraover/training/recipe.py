@@ -130,7 +130,7 @@ class Training(_Part):
         return math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))
 
 
-class Evaluation(_Part):
+class EvaluationSettings(_Part):
     """What is measured on held-out data, before and after."""
 
     examples: int = Field(100, ge=0, description="held-out examples; 0 measures nothing")
@@ -154,7 +154,7 @@ class Recipe(_Part):
     lora: Lora = Lora()
     over: LoraOverConfig = LoraOverConfig()
     training: Training
-    evaluation: Evaluation = Evaluation()
+    evaluation: EvaluationSettings = EvaluationSettings()
     tensorboard: bool = False
     diagnostics: bool = Field(False, description="log step norms, and norms and condition of the cores")
     push_to_hub: str | None = Field(None, description="repository to upload the adapter to")

@@ -30,6 +30,7 @@ from loraover.callbacks.step_norm import Factors, factors, step_norm
 from loraover.checkpoint.checkpoint import write_checkpoint
 from loraover.common.atomic_output import check_free, publish_directory, publish_text
 from loraover.common.errors import ConfigError, DataError, OutputError
+from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.evaluation.held_out import exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
@@ -42,7 +43,7 @@ from loraover.training.examples import Examples, load_examples
 from loraover.training.hf_trainer import make_trainer
 from loraover.training.push import moved_copy, push, pushed_base
 from loraover.training.recipe import Recipe
-from loraover.training.run_result import Measures, RunResult, environment, hardware, peak_bytes
+from loraover.training.run_result import Measures, RunResult
 
 HELD_OUT_FILE = "held_out.json"
 BEFORE, AFTER = "before training", "after training"

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover import __version__
-from loraover.checkpoint.peft_adapter import read_json
+from loraover.common.strict_json import read_json
 
 RUN_FILE = "run.json"
 
@@ -84,31 +79,3 @@ def read_run(folder: Path) -> RunResult:
         CheckpointError: no run there, or one that is not finished.
     """
     return read_json(folder / RUN_FILE, RunResult)
-
-
-def environment(*others: str) -> dict[str, str]:
-    """Versions that a measurement depends on, of other packages too."""
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors", *others)}
-    return {"loraover": __version__, "python": platform.python_version(), **packages}
-
-
-def hardware() -> str:
-    """The processor, and the accelerator where there is one, in one line."""
-    import torch
-
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads{gpu}"
-
-
-def peak_bytes() -> int:
-    """Most memory that this process has held so far: PyTorch's on the CUDA device, or without one its own."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts the parent's memory of before exec, too
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

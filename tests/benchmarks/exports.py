@@ -44,14 +44,14 @@ HEAVY = ("torch", "transformers", "peft", "onnx", "onnxruntime", "loraover_expor
 
 def write_model(folder: Path) -> None:
     """A LoRA-Over checkpoint on all linear layers, its B drawn at random, and the base model's own graph."""
-    from loraover_export.onnx.kinds.base import Plan
+    from loraover_export.onnx.kinds.base import GraphPlan
     from loraover_export.onnx.kinds.decoder import Decoder
 
     source = resolve_model(MODEL)
     base = load_model(source)
     for out in ("base", "base/.work"):
         (folder / out).mkdir()
-    Decoder().export(base, load_tokenizer(source), Plan("fp32", "cpu"), folder / "base/.work", folder / "base")
+    Decoder().export(base, load_tokenizer(source), GraphPlan("fp32", "cpu"), folder / "base/.work", folder / "base")
     model: Any = with_lora(base, r=RANK, lora_alpha=16, task_type="CAUSAL_LM")
     model.peft_config["default"].base_model_name_or_path = source.name
     over = OverParameterization(model, LoraOverConfig(seed=0))

@@ -16,9 +16,10 @@ import click
 from loraover.common.command_line import quiet_libraries
 from loraover.models.load import load_tokenizer, resolve_model
 from loraover_serve.engines.vllm import VllmEngine
-from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA, overall, results
-from loraover_serve.parity.measure.blocks import Run, measure
+from loraover_serve.parity.judge.analysis import overall, results
+from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.workload import make_requests
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
 
 from support.delaying_proxy import delaying
@@ -29,7 +30,7 @@ ARMS = (VANILLA, CONTROL, FOLDED)
 MARGIN = 0.05
 
 
-def run_delayed(share: float, blocks: int, folder: Path) -> Run:
+def run_delayed(share: float, blocks: int, folder: Path) -> Measurement:
     """One request at a time, of 16 tokens and with 12 to come."""
     source = resolve_model(MODEL)
     adapter = vanilla(source, folder / "adapter")

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from loraover import LoraOverConfig
-from loraover.checkpoint.peft_adapter import MAX_JSON_BYTES
 from loraover.common.command_line import INTERRUPTED, run
+from loraover.common.strict_json import MAX_JSON_BYTES
 from loraover_export.cli import cli
 
 from support.children import Child, become_nobody, limit_file_size

@@ -36,10 +36,12 @@ from loraover_export.fold import check_outputs as check_outputs_module
 from loraover_export.fold import deviation
 from loraover_export.fold import fold as fold_module
 from loraover_export.fold import run as run_fold
-from loraover_export.fold.certificate import FoldCertificate, MatrixCertificate, judge
+from loraover_export.fold.certificate import FoldCertificate, judge
 from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.deviation import RunningDeviation
 from loraover_export.fold.fold import write_folded
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_export.numerics.rounding import round_tensor
 
 from oracles.contraction import Array
 from support.make_checkpoint import (
@@ -396,7 +398,7 @@ def test_the_certificate_rejects_a_wrong_matrix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     guilty, change = (matrix_mutants | {"two units in the last place": (Q_B, two_ulps)})[mutant]
-    right = fold_module.round_tensor
+    right = round_tensor
 
     def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
         matrix = right(key, exact, dtype)
@@ -728,7 +730,7 @@ def test_a_fold_that_fails_leaves_the_older_adapter(
 ) -> None:
     assert fold(made.path, tmp_path / "out") == 0
     before = tree(tmp_path)
-    right = fold_module.round_tensor
+    right = round_tensor
     monkeypatch.setattr(fold_module, "round_tensor", lambda *arguments: 2 * right(*arguments))
     assert fold(made.path, tmp_path / "out", "--force") == 1
     assert tree(tmp_path) == before

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraover.checkpoint.peft_adapter import MAX_JSON_BYTES
+from loraover.common.strict_json import MAX_JSON_BYTES
 
 from support.make_checkpoint import edit_json
 from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora

@@ -24,6 +24,7 @@ import loraover_export.fold.fold as fold_module
 from loraover.common.command_line import run
 from loraover.models.licence import known_licence
 from loraover_export.cli import cli
+from loraover_export.numerics.rounding import round_tensor
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.launch import lora_module
 from loraover_export.vllm.preflight import Preflight
@@ -263,7 +264,7 @@ def test_dots_and_links_lead_where_they_should(
 def test_a_failed_certificate_is_exit_code_1(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = fold_module.round_tensor
+    right = round_tensor
 
     def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
         return right(key, exact, dtype) * (1.02 if "lora_B" in key else 1)

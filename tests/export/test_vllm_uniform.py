@@ -23,6 +23,7 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.numerics.delta import scale
+from loraover_export.numerics.rounding import round_tensor
 from loraover_export.vllm import uniform
 from loraover_export.vllm.uniform import name_modules, uniform_config, write_uniform
 
@@ -164,7 +165,7 @@ def test_the_certificate_rejects_what_was_not_rounded_right(
 ) -> None:
     import loraover_export.fold.fold as fold_module
 
-    right = fold_module.round_tensor
+    right = round_tensor
 
     def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
         matrix = right(key, exact, dtype)

@@ -26,25 +26,17 @@ from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.common.command_line import run
 from loraover_serve.cli import cli
 from loraover_serve.engines.base import Engine
-from loraover_serve.engines.sample import Sample
+from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.judge import outputs
-from loraover_serve.parity.judge.analysis import (
-    CONTROL,
-    FOLDED,
-    VANILLA,
-    latencies,
-    log_ratios,
-    overall,
-    results,
-    throughputs,
-)
+from loraover_serve.parity.judge.analysis import latencies, log_ratios, overall, results, throughputs
 from loraover_serve.parity.judge.outputs import Distance, agrees, is_applied
 from loraover_serve.parity.measure.arms import make_vanilla
-from loraover_serve.parity.measure.blocks import Run, measure
+from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.design import block_orders
 from loraover_serve.parity.measure.memory import mean_interval, peak_of
-from loraover_serve.parity.measure.workload import Request, make_requests
+from loraover_serve.parity.measure.workload import make_requests
 from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 from support.clockwork import ARMS, Clockwork
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
@@ -134,7 +126,7 @@ def test_every_latency_of_every_arm_of_a_thousand_requests_is_described() -> Non
 def test_throughput_counts_the_tokens_of_a_wave() -> None:
     sample = Sample(VANILLA, 1, 0, 1.0, (2.0, 3.0), (5, 6))
     late = Sample(VANILLA, 1, 1, 1.5, (4.0, 5.0), (5, 6))
-    (found,) = throughputs([Run("clockwork", 2, 1, (sample, late))])
+    (found,) = throughputs([Measurement("clockwork", 2, 1, (sample, late))])
     assert found.tokens_per_second == pytest.approx(4 / (5.0 - 1.0))
 
 

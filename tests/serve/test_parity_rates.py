@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA, overall, results
-from loraover_serve.parity.measure.blocks import Run
+from loraover_serve.parity.judge.analysis import overall, results
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
@@ -20,14 +20,14 @@ MOST = stats.binom.ppf(0.999, EXPERIMENTS, ALPHA) / EXPERIMENTS
 """The largest share of wrong verdicts at a rate of alpha, with a probability of 99.9 %."""
 
 
-def simulated(slower: dict[str, float], draw: np.random.Generator) -> Run:
+def simulated(slower: dict[str, float], draw: np.random.Generator) -> Measurement:
     """Blocks of two answers an arm; the time to first token and the times per token vary by 3 % and 4 % each."""
     samples = []
     for block in range(BLOCKS):
         for arm in (VANILLA, CONTROL, FOLDED) * 2:
             first, per_token = np.exp(slower.get(arm, 0.0) + draw.normal(0, [0.03, 0.04]))
             samples.append(Sample(arm, block, block, 0.0, (first, first + 3 * per_token), (1, 2, 3, 4)))
-    return Run("simulated", 1, BLOCKS, tuple(samples))
+    return Measurement("simulated", 1, BLOCKS, tuple(samples))
 
 
 def rates(slower: dict[str, float], seed: int) -> dict[str, float]:

@@ -20,13 +20,13 @@ import pytest
 from loraover.common.command_line import run
 from loraover_export.vllm.architectures import known_architectures
 from loraover_serve.cli import cli
+from loraover_serve.engines.sample import Request
 from loraover_serve.engines.vllm import VllmEngine
-from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA, overall, results
-from loraover_serve.parity.judge.outputs import BASE
-from loraover_serve.parity.measure.blocks import Run, measure
+from loraover_serve.parity.judge.analysis import overall, results
+from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.memory import peak_of
-from loraover_serve.parity.measure.workload import Request
 from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 from loraover_serve.vllm.server import VllmServer
 
 from support.delaying_proxy import delaying
@@ -90,7 +90,7 @@ def test_under_mixed_load_every_model_says_what_it_says_alone(model: str, load: 
 
 
 @pytest.fixture(scope="module")
-def delayed(served: Served) -> Run:
+def delayed(served: Served) -> Measurement:
     """The folded adapter takes twice its time."""
     with delaying(served.client.url, "folded", 1.0) as url:
         engine = VllmEngine(VllmServer(url, served.client.pid), COPIES, timeout_s=60)
@@ -101,7 +101,7 @@ def few_requests(served: Served) -> list[Request]:
     return [Request(tuple(prompt), NEW_TOKENS) for prompt in served.prompts[:8]]
 
 
-def test_a_planted_delay_is_found(delayed: Run) -> None:
+def test_a_planted_delay_is_found(delayed: Measurement) -> None:
     """The machine may be busy with other tests: then the copies fail the control, and the verdict must be that."""
     found = results([delayed], margin=0.25)
     folded, control = ([result for result in found if result.arm == arm] for arm in (FOLDED, CONTROL))

@@ -18,7 +18,8 @@ import click
 import pytest
 from rich.console import Console
 
-from loraover.cli.study import _sweeps, cli
+from loraover.cli import cli
+from loraover.cli.study import _sweeps
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.overparam.config import Budget

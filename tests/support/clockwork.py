@@ -8,23 +8,14 @@ from collections.abc import Sequence
 
 from loraover.common.errors import EngineError
 from loraover_serve.engines.base import Engine
-from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.judge.analysis import (
-    CONTROL,
-    FOLDED,
-    PRIMARY,
-    VANILLA,
-    latencies,
-    overall,
-    results,
-    throughputs,
-)
+from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.parity.judge.analysis import PRIMARY, latencies, overall, results, throughputs
 from loraover_serve.parity.judge.outputs import Answer, Distance, Outputs
 from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.cross_check import CrossCheck
 from loraover_serve.parity.measure.memory import PeakMemory, mean_interval
-from loraover_serve.parity.measure.workload import Request
 from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 
 ARMS = ("base", VANILLA, CONTROL, FOLDED)
 

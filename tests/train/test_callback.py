@@ -22,8 +22,9 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.command_line import run as run_command
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.threads import one_thread
-from loraover.reporting.reporter import Reporter, TrainingProgress
+from loraover.reporting.reporter import Reporter
 from loraover.reporting.schedule_map import placed
+from loraover.training.progress import TrainingProgress
 from loraover_export.cli import cli as export_cli
 
 from support.tiny_models import (

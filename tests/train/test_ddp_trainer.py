@@ -10,9 +10,9 @@ import torch
 
 from loraover import read_checkpoint
 from loraover.callbacks.seal_checkpoints import SEAL_FILE, Seal, last_whole_checkpoint
-from loraover.checkpoint.peft_adapter import read_json
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
+from loraover.common.strict_json import read_json
 
 from support.parallel_run import equal
 from support.parallel_trainer import STEPS, run, trainer_of

@@ -204,7 +204,7 @@ def test_an_epoch_is_resumed_where_it_stopped(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("loraover.reporting.reporter.TrainingProgress.on_step_end", interrupt)
+        patch.setattr("loraover.training.progress.TrainingProgress.on_step_end", interrupt)
         assert train("glue-qnli-t5-base", bases, tmp_path / "cut", *logged) == 130
     checkpoint = last_whole_checkpoint(tmp_path / "cut" / "run" / "trainer")
     assert checkpoint is not None

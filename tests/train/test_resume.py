@@ -25,7 +25,7 @@ from loraover.callbacks.seal_checkpoints import SEAL_FILE, SealCheckpoints, last
 from loraover.cli import cli
 from loraover.common.command_line import INTERRUPTED, run
 from loraover.common.threads import one_thread
-from loraover.reporting.reporter import TrainingProgress
+from loraover.training.progress import TrainingProgress
 from loraover.training.run_result import read_run
 
 from support.tiny_hub import save_llama, save_t5, write_recipe

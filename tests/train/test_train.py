@@ -27,9 +27,10 @@ from loraover import read_checkpoint
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
+from loraover.common.provenance import hardware, peak_bytes
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import load_recipe
-from loraover.training.run_result import RunResult, hardware, peak_bytes, read_run
+from loraover.training.run_result import RunResult, read_run
 
 from support.tiny_hub import EOS, tiny_tokenizer, write_recipe
 from support.tiny_models import lora_matrices, update_norm

@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "fold_certificate.json"
 NOISE_FACTOR = 3.0
 POWER = 2.0
 """How many bounds an adapter must move logits by, so that its loss could not pass for noise."""
 
-Verdict = Literal["passed", "failed", "inconclusive"]
+CheckVerdict = Literal["passed", "failed", "inconclusive"]
 EXIT_CODES: dict[str, int] = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
-
-
-class MatrixCertificate(BaseModel):
-    """Error of one written matrix against the float64 contraction of its cores (or its stored value)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    shape: tuple[int, int]
-    over_parameterised: bool
-    relative_error: float = Field(
-        description="Frobenius norm of the error over that of the matrix; 0 for a zero matrix"
-    )
-    relative_bound: float = Field(description="Frobenius norm of the elementwise bound over that of the matrix")
-    worst_to_bound: float = Field(description="largest elementwise ratio of error to bound; at most 1 passes")
-    flushed_to_zero: int = Field(description="non-zero elements that became zero in the storage type")
-    subnormal: int = Field(description="elements stored as subnormals, with fewer bits")
-
-    @property
-    def passed(self) -> bool:
-        return self.worst_to_bound <= 1
-
-
-def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
-    """The figures of many matrices, for people."""
-    return {
-        "matrices": f"{sum(matrix.passed for matrix in matrices)} of {len(matrices)} within their bounds",
-        "largest relative error": f"{max(matrix.relative_error for matrix in matrices):.2e}",
-        "worst error / bound": f"{max(matrix.worst_to_bound for matrix in matrices):.3f}",
-    }
 
 
 class Deviation(BaseModel):
@@ -84,7 +55,7 @@ class OutputCertificate(BaseModel):
         return NOISE_FACTOR * self.noise.max_logit
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> CheckVerdict:
         return judge(self.error.max_logit, self.bound, self.adapter_effect)
 
     @property
@@ -92,7 +63,7 @@ class OutputCertificate(BaseModel):
         return self.verdict == "passed"
 
 
-def judge(error: float, bound: float, adapter_effect: float) -> Verdict:
+def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
     """Verdict on a logit error.
 
     The verdict is inconclusive where the error is within its bound, and an adapter that does nothing could be too:
@@ -109,7 +80,7 @@ class FoldCertificate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    verdict: Verdict
+    verdict: CheckVerdict
     base_model: str | None
     dtype: str
     decomposition: str

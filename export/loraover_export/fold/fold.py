@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.error_bounds import smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import Exact, open_exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import FoldError
 from loraover.common.threads import one_thread
-from loraover_export.fold.certificate import MatrixCertificate
-from loraover_export.numerics.rounding import STORAGE_DTYPES, round_nearest, underflow
+from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
+from loraover_export.numerics.rounding import round_tensor
 
 FILES_REOPENED_EVERY = 32  # tensors; mapped pages of the inputs count as memory until the files are closed
 
@@ -99,37 +98,3 @@ def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:
     ordered = list(keys)
     for start in range(0, len(ordered), FILES_REOPENED_EVERY):
         yield ordered[start : start + FILES_REOPENED_EVERY]
-
-
-def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
-    """The nearest numbers of `dtype`; integers as they are.
-
-    Raises:
-        FoldError: an element beyond the range of `dtype`; names the key.
-    """
-    if not exact.is_floating_point():
-        return exact.clone()
-    try:
-        return round_nearest(exact, STORAGE_DTYPES[dtype]).contiguous()
-    except FoldError as error:
-        raise FoldError(f"{key}: {error}") from error
-
-
-def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
-    """Error of a written matrix, and the bound of it: the contraction's, and one rounding to the storage type."""
-    tiny = smallest_subnormal(written.dtype) / 2
-    bound = exact.bound + (unit_roundoff(written.dtype) * (exact.value.abs() + exact.bound)).clamp_min(tiny)
-    error = (written.double() - exact.value).abs()
-    norm = float(exact.value.norm()) or 1.0
-    lost = underflow(exact.value, written)
-    m, n = exact.value.shape
-    return MatrixCertificate(
-        name=name,
-        shape=(m, n),
-        over_parameterised=exact.site is not None,
-        relative_error=float(error.norm()) / norm,
-        relative_bound=float(bound.norm()) / norm,
-        worst_to_bound=float((error / bound).max()),
-        flushed_to_zero=lost.to_zero,
-        subnormal=lost.to_subnormal,
-    )

@@ -18,22 +18,21 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.atomic_output import check_free, publish_directory
 from loraover.common.command_line import quiet_libraries
 from loraover.common.errors import ConfigError, OutputError
+from loraover.common.provenance import environment, hardware
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
-from loraover.training.run_result import environment, hardware
 from loraover_export.fold.certificate import (
     CERTIFICATE_FILE,
     EXIT_CODES,
     POWER,
+    CheckVerdict,
     FoldCertificate,
-    MatrixCertificate,
     OutputCertificate,
-    Verdict,
-    matrix_facts,
 )
 from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_config, write_folded
+from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 
 WORST_SHOWN = 8
 
@@ -143,7 +142,7 @@ def _fold(
     )
 
 
-def _verdict(matrices: list[MatrixCertificate], outputs: OutputCertificate | None) -> Verdict:
+def _verdict(matrices: list[MatrixCertificate], outputs: OutputCertificate | None) -> CheckVerdict:
     if not all(matrix.passed for matrix in matrices):
         return "failed"
     return "passed" if outputs is None else outputs.verdict

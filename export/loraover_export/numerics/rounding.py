@@ -71,3 +71,17 @@ def _round_to_odd(x: Tensor) -> Tensor:
     bits = nearest.view(torch.int32)
     truncated = torch.where(wide.abs() > x.abs(), bits - 1, bits)
     return torch.where(wide == x, bits, truncated | 1).view(torch.float32)
+
+
+def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
+    """The nearest numbers of `dtype`; integers as they are.
+
+    Raises:
+        FoldError: an element beyond the range of `dtype`; names the key.
+    """
+    if not exact.is_floating_point():
+        return exact.clone()
+    try:
+        return round_nearest(exact, STORAGE_DTYPES[dtype]).contiguous()
+    except FoldError as error:
+        raise FoldError(f"{key}: {error}") from error

@@ -15,7 +15,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover_export.onnx.int4 import rounded_copy
-from loraover_export.onnx.kinds.base import Case, Kind, Run
+from loraover_export.onnx.kinds.base import Case, GraphKind, GraphRunner
 from loraover_export.onnx.report import CaseError, GraphCheck, Greedy
 
 GENERATED = 16  # tokens
@@ -42,7 +42,7 @@ class Reference:
 
 @torch.no_grad()
 def make_reference(
-    kind: Kind,
+    kind: GraphKind,
     model: Any,
     source: Checkpoint | AdapterDir | None,
     cases: list[Case],
@@ -87,13 +87,13 @@ def largest(one: list[Tensor], other: list[Tensor]) -> float:
     return max(float(difference.abs().max()) for difference in _differences(one, other))
 
 
-def run_cases(kind: Kind, run: Run, cases: list[Case]) -> list[Tensor]:
+def run_cases(kind: GraphKind, run: GraphRunner, cases: list[Case]) -> list[Tensor]:
     """The engine's logits, padding left out."""
     return [kind.compared(case, run(case)) for case in cases]
 
 
 def check_graph(
-    kind: Kind,
+    kind: GraphKind,
     folder: Path,
     device: str,
     adapter: Path | None,
@@ -151,7 +151,7 @@ def _differences(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
     return [a.double() - b.double() for a, b in zip(one, other, strict=True)]
 
 
-def _greedy(kind: Kind, folder: Path, device: str, adapter: Path | None, reference: Reference) -> Greedy | None:
+def _greedy(kind: GraphKind, folder: Path, device: str, adapter: Path | None, reference: Reference) -> Greedy | None:
     generated = kind.generate(folder, reference.prompt, GENERATED, device, adapter)
     if reference.greedy is None or generated is None:
         return None

@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from loraover.checkpoint.exact_tensors import adapter_of
-from loraover.checkpoint.peft_adapter import read_json
 from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.errors import ConfigError, ExportError
+from loraover.common.provenance import environment, hardware
+from loraover.common.strict_json import read_json
 from loraover.models.load import load_config, load_model, load_tokenizer
-from loraover.training.run_result import environment, hardware
-from loraover_export.fold.certificate import MatrixCertificate
 from loraover_export.fold.check_outputs import BUILT_IN_PROMPTS
 from loraover_export.numerics.delta import read_deltas
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.check import Reference, check_graph, make_reference, run_cases
 from loraover_export.onnx.graph_file import check_file
-from loraover_export.onnx.kinds.base import Case, Kind, Plan
+from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan
 from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.kinds.seq2seq import Seq2Seq
 from loraover_export.onnx.kinds.stateless import Stateless
@@ -30,9 +30,9 @@ from loraover_export.onnx.merge import merge
 from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, judge_export
 from loraover_export.onnx.request import Inputs, OnnxRequest
 from loraover_export.onnx.session import has_provider
-from loraover_export.onnx.swappable import Layout, markers, read_layout, write_adapter, write_swappable
+from loraover_export.onnx.swappable import SwappableLayout, markers, read_layout, write_adapter, write_swappable
 
-KINDS: dict[str, type[Kind]] = {
+KINDS: dict[str, type[GraphKind]] = {
     "CAUSAL_LM": Decoder,
     "SEQ_2_SEQ_LM": Seq2Seq,
     "SEQ_CLS": Stateless,
@@ -124,7 +124,7 @@ class Export:
             every = {delta.module: delta for deltas in self.deltas.values() for delta in deltas}
             rank = max(delta.rank for delta in every.values())
             drawn = markers(every.values(), rank)
-            self._export(Plan(request.precision, request.device, drawn, rank), self.draft)
+            self._export(GraphPlan(request.precision, request.device, drawn, rank), self.draft)
             dtype = "fp16" if request.precision == "fp16" else "fp32"
             layout = write_swappable(self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype)
             return self._write_adapters(layout), None
@@ -133,10 +133,10 @@ class Export:
             found_base = self._quantised_base(cases)
         (source,) = self.inputs.adapters.values()
         certificates = merge(self.model, source)
-        self._export(Plan(request.precision, request.device), self.draft)
+        self._export(GraphPlan(request.precision, request.device), self.draft)
         return certificates, found_base
 
-    def _export(self, plan: Plan, out: Path) -> None:
+    def _export(self, plan: GraphPlan, out: Path) -> None:
         self.say(f"building the {plan.precision} graph of {type(self.model).__name__}")
         work = out / ".work"
         work.mkdir()
@@ -148,12 +148,12 @@ class Export:
     def _quantised_base(self, cases: list[Case]) -> list[torch.Tensor]:
         folder = self.draft / ".base"
         folder.mkdir()
-        self._export(Plan("int4", self.request.device), folder)
+        self._export(GraphPlan("int4", self.request.device), folder)
         logits = run_cases(self.kind, self.kind.runner(folder, self.request.device, None), cases)
         shutil.rmtree(folder)
         return logits
 
-    def _write_adapters(self, layout: Layout) -> list[MatrixCertificate]:
+    def _write_adapters(self, layout: SwappableLayout) -> list[MatrixCertificate]:
         return [
             certificate
             for name, deltas in self.deltas.items()

@@ -12,9 +12,8 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import Exact, adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import load_others, target_module
-from loraover_export.fold.certificate import MatrixCertificate
-from loraover_export.fold.fold import certify
 from loraover_export.numerics.delta import U64, Delta, read_deltas
+from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover_export.numerics.rounding import round_nearest
 
 

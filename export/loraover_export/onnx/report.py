@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.fold.certificate import MatrixCertificate, Verdict, judge
+from loraover_export.fold.certificate import CheckVerdict, judge
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 REPORT_FILE = "onnx_report.json"
 ENGINE_FACTOR = 6.0
@@ -73,7 +74,7 @@ class GraphCheck(BaseModel):
         return (CHANGE_FACTOR if self.compared == "change" else ENGINE_FACTOR) * self.noise
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> CheckVerdict:
         """Passed, failed, or inconclusive: an adapter that does nothing would pass as well."""
         greedy = self.greedy
         if greedy is not None and greedy.gap is not None and not greedy.gap <= 2 * self.bound:

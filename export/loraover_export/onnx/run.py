@@ -10,7 +10,8 @@ from loraover.common.command_line import quiet_libraries
 from loraover.common.errors import OutputError
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
-from loraover_export.fold.certificate import EXIT_CODES, matrix_facts
+from loraover_export.fold.certificate import EXIT_CODES
+from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.onnx.export import Export
 from loraover_export.onnx.report import REPORT_FILE, OnnxReport
 from loraover_export.onnx.request import Inputs, OnnxRequest, read_inputs

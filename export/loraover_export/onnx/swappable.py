@@ -15,18 +15,19 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, read_json, site_key
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.errors import CheckpointError, ExportError
-from loraover_export.fold.certificate import MatrixCertificate
-from loraover_export.fold.fold import certify, round_tensor
+from loraover.common.strict_json import read_json
 from loraover_export.numerics.delta import Delta
+from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
+from loraover_export.numerics.rounding import round_tensor
 
 LAYOUT_FILE = "swappable.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
 
 
-class Place(BaseModel):
+class AdapterInput(BaseModel):
     """Where a graph takes one A, as (in_features, r), or B, as (r, out_features)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,7 +37,7 @@ class Place(BaseModel):
     features: int = Field(ge=1)
 
 
-class Layout(BaseModel):
+class SwappableLayout(BaseModel):
     """Contents of `swappable.json`: the graph's LoRA inputs by site, such as "model.layers.0.mlp.up_proj.lora_A"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,10 +45,10 @@ class Layout(BaseModel):
     schema_version: Literal[1] = 1
     base_model: str
     dtype: Literal["fp32", "fp16"] = Field(description="of the LoRA inputs")
-    places: dict[str, Place] = Field(min_length=1)
+    places: dict[str, AdapterInput] = Field(min_length=1)
 
 
-def read_layout(folder: Path, graphs: Sequence[str]) -> Layout:
+def read_layout(folder: Path, graphs: Sequence[str]) -> SwappableLayout:
     """The LoRA inputs of exported graphs.
 
     Args:
@@ -55,7 +56,7 @@ def read_layout(folder: Path, graphs: Sequence[str]) -> Layout:
     Raises:
         CheckpointError: no swappable graphs there, or inputs of others.
     """
-    layout = read_json(folder / LAYOUT_FILE, Layout)
+    layout = read_json(folder / LAYOUT_FILE, SwappableLayout)
     for site, place in layout.places.items():
         if place.graph not in graphs:
             raise CheckpointError(
@@ -87,7 +88,7 @@ def write_marker_adapter(folder: Path, drawn: Mapping[str, Tensor], rank: int) -
     (folder / CONFIG_FILE).write_text(json.dumps(config | {"target_modules": modules}))
 
 
-def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]) -> dict[str, Place]:
+def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]) -> dict[str, AdapterInput]:
     """Turn the initializers that hold markers into graph inputs, with zeros of rank 1 as default.
 
     Args:
@@ -119,7 +120,7 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
             model.graph.input.append(value)
             zeros = np.zeros((features, 1) if is_a else (1, features), held.dtype)
             initializer.CopyFrom(numpy_helper.from_array(zeros, initializer.name))
-            places[name] = Place(graph=graph.name, input=initializer.name, features=features)
+            places[name] = AdapterInput(graph=graph.name, input=initializer.name, features=features)
             break
     _forget_shapes(model, {place.input for place in places.values()})
     return places
@@ -135,7 +136,7 @@ def _forget_shapes(model: onnx.ModelProto, inputs: set[str]) -> None:
 
 def write_swappable(
     folder: Path, graphs: Sequence[str], drawn: Mapping[str, Tensor], base_model: str, dtype: str
-) -> Layout:
+) -> SwappableLayout:
     """Open the inputs of exported graphs, and write down which is which in `swappable.json`.
 
     Args:
@@ -144,7 +145,7 @@ def write_swappable(
     Raises:
         ExportError: a matrix that no graph has a place for.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, AdapterInput] = {}
     for name in graphs:
         graph = folder / name
         model = onnx.load(graph, load_external_data=False)
@@ -156,7 +157,7 @@ def write_swappable(
             f"the graph has no place for {len(missing)} of {len(drawn)} matrices, first {missing[0]}; "
             "use --mode merged, which changes the weights themselves."
         )
-    layout = Layout(base_model=base_model, dtype=dtype, places=places)
+    layout = SwappableLayout(base_model=base_model, dtype=dtype, places=places)
     (folder / LAYOUT_FILE).write_text(layout.model_dump_json(indent=1) + "\n")
     return layout
 
@@ -176,7 +177,7 @@ def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Pat
 
 
 def write_adapter(
-    adapter: Path, layout: Layout, graphs: Sequence[str], deltas: Iterable[Delta]
+    adapter: Path, layout: SwappableLayout, graphs: Sequence[str], deltas: Iterable[Delta]
 ) -> list[MatrixCertificate]:
     """Write an adapter's `.onnx_adapter` files: A transposed, and B transposed with the scaling in it.
 
@@ -206,7 +207,7 @@ def write_adapter(
     return certificates
 
 
-def _place(layout: Layout, name: str, features: int) -> Place:
+def _place(layout: SwappableLayout, name: str, features: int) -> AdapterInput:
     place = layout.places.get(name)
     if place is None:
         raise ExportError(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.fold.certificate import MatrixCertificate
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "vllm_certificate.json"
 

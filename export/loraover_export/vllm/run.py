@@ -17,11 +17,11 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
 from loraover.common.atomic_output import check_free, publish_directory
 from loraover.common.command_line import printable, quiet_libraries
 from loraover.common.errors import ConfigError, OutputError
+from loraover.common.provenance import environment, hardware
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
-from loraover.training.run_result import environment, hardware
-from loraover_export.fold.certificate import matrix_facts
+from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate

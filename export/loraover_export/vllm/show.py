@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from loraover.common.command_line import printable
-from loraover_export.fold.certificate import matrix_facts
+from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.preflight import Preflight
 

@@ -19,9 +19,9 @@ from loraover.checkpoint.exact_tensors import Exact, adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir, site_name
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
-from loraover_export.fold.certificate import MatrixCertificate
 from loraover_export.fold.fold import write_config, write_rounded
 from loraover_export.numerics.delta import scale
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 
 def largest_rank(adapter: AdapterDir) -> int:

@@ -17,7 +17,7 @@ from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, is_
 GAUGES = ("identity", "random")
 
 
-class Layout(NamedTuple):
+class MpoLayout(NamedTuple):
     """Modes and bonds of one matrix shape: core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
 
     rows: tuple[int, ...]
@@ -99,7 +99,7 @@ class Mpo(Decomposition):
     def __hash__(self) -> int:
         return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion, self.gauge))
 
-    def layout(self, m: int, n: int) -> Layout:
+    def layout(self, m: int, n: int) -> MpoLayout:
         """Modes and bonds for an m x n matrix.
 
         Raises:
@@ -190,7 +190,7 @@ class Mpo(Decomposition):
         return sum(self.layout(m, n).bonds[1:-1]) + self.num_cores
 
 
-def _fold_right(cores: Sequence[Tensor], layout: Layout, first: int) -> Tensor | None:
+def _fold_right(cores: Sequence[Tensor], layout: MpoLayout, first: int) -> Tensor | None:
     """Contraction of neighbouring cores, (G, R_first * modes, R_last + 1); None of no cores."""
     product = None
     for k, core in enumerate(cores, first):
@@ -200,7 +200,7 @@ def _fold_right(cores: Sequence[Tensor], layout: Layout, first: int) -> Tensor |
     return None if product is None else product.reshape(product.shape[0], -1, layout.bonds[first + len(cores)])
 
 
-def _unfolding(layout: Layout, k: int) -> tuple[int, int]:
+def _unfolding(layout: MpoLayout, k: int) -> tuple[int, int]:
     """2-D shape of core k: rows towards the outside left, columns towards the outside right."""
     bond, rows, columns, next_bond = layout.core(k)
     if k < layout.centre:
@@ -210,14 +210,14 @@ def _unfolding(layout: Layout, k: int) -> tuple[int, int]:
     return bond * rows, columns * next_bond
 
 
-def _interleave(matrices: Tensor, layout: Layout) -> Tensor:
+def _interleave(matrices: Tensor, layout: MpoLayout) -> Tensor:
     """(G, m, n) to (G, m_1, n_1, m_2, n_2, ...)."""
     count = len(layout.rows)
     split = matrices.reshape(-1, *layout.rows, *layout.columns)
     return split.permute(0, *(d for k in range(count) for d in (1 + k, 1 + count + k)))
 
 
-def _deinterleave(product: Tensor, layout: Layout) -> Tensor:
+def _deinterleave(product: Tensor, layout: MpoLayout) -> Tensor:
     """(G, m_1 n_1 m_2 n_2 ...) to (G, m, n)."""
     count = len(layout.rows)
     split = product.reshape(-1, *(d for pair in zip(layout.rows, layout.columns, strict=True) for d in pair))
@@ -226,7 +226,7 @@ def _deinterleave(product: Tensor, layout: Layout) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _layout(mpo: Mpo, m: int, n: int) -> Layout:
+def _layout(mpo: Mpo, m: int, n: int) -> MpoLayout:
     if m < 1 or n < 1:
         raise ShapeError(f"mpo: a matrix has at least one row and one column, found {m} x {n}.")
     rows = mpo.modes.get(m) or balanced_factors(m, mpo.num_cores)
@@ -235,7 +235,7 @@ def _layout(mpo: Mpo, m: int, n: int) -> Layout:
     sizes = [a * b for a, b in zip(rows, columns, strict=True)]
     cuts = range(1, mpo.num_cores)
     full = (1, *(min(prod(sizes[:k]), prod(sizes[k:])) for k in cuts), 1)
-    minimal = Layout(rows, columns, full, 0)
+    minimal = MpoLayout(rows, columns, full, 0)
     centre = max(range(mpo.num_cores), key=lambda k: (prod(minimal.core(k)), -abs(2 * k + 1 - mpo.num_cores)))
 
     if mpo.bonds is not None:
@@ -246,13 +246,13 @@ def _layout(mpo: Mpo, m: int, n: int) -> Layout:
                 f"mpo: {'; '.join(narrow)} for a {m} x {n} matrix with row modes {rows} and column modes "
                 f"{columns}; narrower bonds would truncate the matrix. Widen them or leave them out."
             )
-        return Layout(rows, columns, bonds, centre)
-    layout = Layout(rows, columns, full, centre)
+        return MpoLayout(rows, columns, bonds, centre)
+    layout = MpoLayout(rows, columns, full, centre)
     step = 0
     while mpo.expansion is not None and layout.num_parameters() < mpo.expansion * m * n:
         step += 1
         widened = (1, *(ceil(full[k] * (1 + step / 64)) for k in cuts), 1)
-        layout = Layout(rows, columns, widened, centre)
+        layout = MpoLayout(rows, columns, widened, centre)
     return layout
 
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from loraover.common.errors import EngineError, LoraOverError
-from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.measure.workload import Request
+from loraover_serve.engines.sample import Request, Sample
 
 
 class Engine(ABC):

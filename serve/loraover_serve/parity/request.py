@@ -9,7 +9,7 @@ from pathlib import Path
 from loraover.common.atomic_output import check_writable
 from loraover.common.errors import ParityError
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
-from loraover_serve.parity.measure.workload import Kind
+from loraover_serve.parity.measure.workload import WorkloadKind
 from loraover_serve.vllm.up import SET_BY_UP, check_options
 
 _CACHE_OFF = "the prefix cache is always off, or a later arm would reuse an earlier one's work"
@@ -45,7 +45,7 @@ class ParityRequest:
     out: Path | None
     model: str | None
     vllm: str
-    workload: Kind
+    workload: WorkloadKind
     prompts: Path | None
     prompt_tokens: int
     new_tokens: int

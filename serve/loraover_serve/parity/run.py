@@ -13,25 +13,18 @@ from rich.markup import escape
 from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.command_line import quiet_libraries
 from loraover.models.load import load_tokenizer
+from loraover_serve.engines.sample import Request
 from loraover_serve.parity.collect import Collector, Measured
-from loraover_serve.parity.judge.analysis import (
-    CONTROL,
-    FOLDED,
-    VANILLA,
-    Result,
-    latencies,
-    overall,
-    results,
-    throughputs,
-)
+from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
 from loraover_serve.parity.measure.start import LOG_FILE, Launch
-from loraover_serve.parity.measure.workload import Request, make_requests
+from loraover_serve.parity.measure.workload import make_requests
 from loraover_serve.parity.report.html import HTML_FILE, render
 from loraover_serve.parity.report.machine import machine, versions
-from loraover_serve.parity.report.parity_report import REPORT_FILE, ParityReport, Verdict
+from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
 from loraover_serve.parity.report.show import show_report
 from loraover_serve.parity.request import ParityRequest
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 
 ALPHA = 0.05
 
@@ -118,7 +111,7 @@ def _requests(request: ParityRequest, arms: Arms) -> list[Request]:
     )
 
 
-def _verdict(measured: Measured, found: list[Result]) -> tuple[Verdict, str]:
+def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, str]:
     if measured.failure is not None:
         return "failed", measured.failure
     for o in measured.outputs:

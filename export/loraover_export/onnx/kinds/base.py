@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Run = Callable[["Case"], Tensor]
+GraphRunner = Callable[["Case"], Tensor]
 """Logits of a case: (batch, tokens, vocabulary), or (batch, labels)."""
 
 
@@ -56,7 +56,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GraphPlan:
     """What to export.
 
     Args:
@@ -72,14 +72,14 @@ class Plan:
     rank: int = 1
 
 
-class Kind(ABC):
+class GraphKind(ABC):
     """A kind of model. `model` is always a transformers model in eval mode."""
 
     graphs: tuple[str, ...]
     """File names."""
 
     @abstractmethod
-    def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
+    def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
         """Write the graphs and what their runtime needs into `out`; `work` is an empty folder.
 
         Raises:
@@ -95,7 +95,7 @@ class Kind(ABC):
         """PyTorch's logits of the case's last `sequence` positions, without a cache."""
 
     @abstractmethod
-    def runner(self, folder: Path, device: str, adapter: Path | None) -> Run:
+    def runner(self, folder: Path, device: str, adapter: Path | None) -> GraphRunner:
         """ONNX Runtime's logits of the same positions, through the cache where there is one.
 
         Args:

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from loraover.common.errors import ExportError
 from loraover_export.onnx import genai
-from loraover_export.onnx.kinds.base import Case, Kind, Plan, Run, greedy
+from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan, GraphRunner, greedy
 from loraover_export.onnx.padding import accept_left_padding
 from loraover_export.onnx.session import GraphSession, has_provider
 from loraover_export.onnx.swappable import adapter_file, open_inputs, write_marker_adapter
 
 
-class Decoder(Kind):
+class Decoder(GraphKind):
     """Llama, Mistral, Qwen, Gemma and whatever else onnxruntime-genai's builder knows."""
 
     graphs = (genai.GRAPH_FILE,)
 
-    def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
+    def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
         _check_widths(model)
         base = work / "model"
         model.save_pretrained(base)
@@ -70,7 +70,7 @@ class Decoder(Kind):
         logits: Tensor = output.logits[:, case.past :]
         return logits
 
-    def runner(self, folder: Path, device: str, adapter: Path | None) -> Run:
+    def runner(self, folder: Path, device: str, adapter: Path | None) -> GraphRunner:
         config = json.loads((folder / genai.CONFIG_FILE).read_text())
         session = GraphSession(folder / genai.GRAPH_FILE, device, adapter_file(adapter, self.graphs[0], self.graphs))
         head_size = config["model"]["decoder"]["head_size"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover_export.onnx.kinds.base import Case, Kind, Plan, Run, greedy
+from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan, GraphRunner, greedy
 from loraover_export.onnx.session import GraphSession
 from loraover_export.onnx.swappable import adapter_file
 from loraover_export.onnx.torch_graph import add_branches, export_torch, set_precision
@@ -16,7 +16,7 @@ from loraover_export.onnx.torch_graph import add_branches, export_torch, set_pre
 KEY_VALUE = ("key", "value")
 
 
-class Seq2Seq(Kind):
+class Seq2Seq(GraphKind):
     """T5 and its like.
 
     The encoder graph: input_ids, attention_mask -> cross.N.key, cross.N.value.
@@ -26,7 +26,7 @@ class Seq2Seq(Kind):
 
     graphs = ("encoder.onnx", "decoder.onnx")
 
-    def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
+    def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
         set_precision(model, plan.precision)
         model.config.save_pretrained(out)
         model.generation_config.save_pretrained(out)
@@ -73,7 +73,7 @@ class Seq2Seq(Kind):
         logits: Tensor = output.logits[:, case.past :]
         return logits
 
-    def runner(self, folder: Path, device: str, adapter: Path | None) -> Run:
+    def runner(self, folder: Path, device: str, adapter: Path | None) -> GraphRunner:
         encoder, decoder = self._sessions(folder, device, adapter)
 
         def run(case: Case) -> Tensor:

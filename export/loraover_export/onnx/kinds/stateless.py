@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover_export.onnx.kinds.base import Case, Kind, Plan, Run
+from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan, GraphRunner
 from loraover_export.onnx.session import GraphSession
 from loraover_export.onnx.swappable import adapter_file
 from loraover_export.onnx.torch_graph import add_branches, export_torch, set_precision
 
 
-class Stateless(Kind):
+class Stateless(GraphKind):
     """BERT and its like with a head over the sequence or each token, and language models that score whole texts."""
 
     graphs = ("model.onnx",)
 
-    def export(self, model: Any, tokenizer: Any, plan: Plan, work: Path, out: Path) -> None:
+    def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
         set_precision(model, plan.precision)
         model.config.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -45,7 +45,7 @@ class Stateless(Kind):
         logits: Tensor = model(input_ids=case.ids, attention_mask=case.mask).logits
         return logits
 
-    def runner(self, folder: Path, device: str, adapter: Path | None) -> Run:
+    def runner(self, folder: Path, device: str, adapter: Path | None) -> GraphRunner:
         (graph,) = self.graphs
         session = GraphSession(folder / graph, device, adapter_file(adapter, graph, self.graphs))
         return lambda case: session.run({"input_ids": case.ids, "attention_mask": case.mask})["logits"]

@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover_serve.engines.sample import Sample
 from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of
 from loraover_serve.parity.judge.equivalence import Comparison, compare, decide
-from loraover_serve.parity.measure.blocks import Run
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
-VANILLA, CONTROL, FOLDED = "vanilla", "control", "folded"
 Measure = Callable[[Sample], float]
 PRIMARY: dict[str, Measure] = {
     "time per output token": lambda sample: sample.per_token_s,
@@ -74,7 +73,7 @@ class Throughput(BaseModel):
     interval: tuple[float, float]
 
 
-def log_ratios(run: Run, arm: str, measure: Measure) -> list[float]:
+def log_ratios(run: Measurement, arm: str, measure: Measure) -> list[float]:
     """For each block, mean log of the arm's samples minus that of the vanilla adapter's."""
     logs: dict[tuple[int, str], list[float]] = {}
     for sample in run.samples:
@@ -83,7 +82,7 @@ def log_ratios(run: Run, arm: str, measure: Measure) -> list[float]:
     return [fmean(logs[block, arm]) - fmean(logs[block, VANILLA]) for block in blocks]
 
 
-def results(runs: Sequence[Run], margin: float, alpha: float = 0.05) -> list[Result]:
+def results(runs: Sequence[Measurement], margin: float, alpha: float = 0.05) -> list[Result]:
     """Every arm against the vanilla adapter; what counts, folded against vanilla, is corrected for its number."""
     found: dict[tuple[str, int, str, str], Comparison] = {}
     for run in runs:
@@ -157,7 +156,7 @@ def _enough(undecided: Sequence[Result], requests: int) -> str:
     return f"{most} would do" if most > requests else "a ratio lies too near the margin to tell"
 
 
-def latencies(runs: Sequence[Run]) -> list[Latency]:
+def latencies(runs: Sequence[Measurement]) -> list[Latency]:
     """Quantiles of every measure of every arm."""
     described = []
     for run in runs:
@@ -169,7 +168,7 @@ def latencies(runs: Sequence[Run]) -> list[Latency]:
     return described
 
 
-def _latency(run: Run, arm: str, measure: str, blocks: Sequence[Sequence[float]]) -> Latency:
+def _latency(run: Measurement, arm: str, measure: str, blocks: Sequence[Sequence[float]]) -> Latency:
     return Latency(
         engine=run.engine,
         concurrency=run.concurrency,
@@ -180,7 +179,7 @@ def _latency(run: Run, arm: str, measure: str, blocks: Sequence[Sequence[float]]
     )
 
 
-def throughputs(runs: Sequence[Run]) -> list[Throughput]:
+def throughputs(runs: Sequence[Measurement]) -> list[Throughput]:
     """Tokens per second of every arm."""
     found = []
     for run in runs:
@@ -211,7 +210,7 @@ def _by_block(values: Iterable[tuple[int, Sequence[float]]]) -> list[list[float]
     return list(blocks.values())
 
 
-def _by_arm(run: Run) -> Mapping[str, list[Sample]]:
+def _by_arm(run: Measurement) -> Mapping[str, list[Sample]]:
     arms: dict[str, list[Sample]] = {arm: [] for arm in sorted({sample.arm for sample in run.samples})}
     for sample in run.samples:
         arms[sample.arm].append(sample)

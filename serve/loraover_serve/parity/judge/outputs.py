@@ -18,12 +18,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_serve.engines.base import engine_errors
-from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA
-from loraover_serve.parity.measure.blocks import Run
-from loraover_serve.parity.measure.workload import Request
+from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 
-BASE = "base"
 SURE = 5  # standard errors
 ROUNDING = 1e-3  # nats: float32's own rounding, where two engines otherwise compute alike
 APPLIED = 3  # times the noise of two copies, by which an adapter changes logprobs at least
@@ -77,7 +74,7 @@ class Outputs(BaseModel):
 
 
 def compare_outputs(
-    run: Run, requests: Sequence[Request], folded: Reference, folded_name: str, vanilla: Reference, prompts: int
+    run: Measurement, requests: Sequence[Request], folded: Reference, folded_name: str, vanilla: Reference, prompts: int
 ) -> Outputs:
     """Compare the answers to the first prompts of a run.
 
@@ -111,7 +108,7 @@ def compare_outputs(
     )
 
 
-def _answers(run: Run, arm: str, prompts: int) -> tuple[list[Sample], list[Sample]]:
+def _answers(run: Measurement, arm: str, prompts: int) -> tuple[list[Sample], list[Sample]]:
     """An arm's first and second answer to each of the first prompts."""
     by_request: dict[int, list[Sample]] = {}
     for sample in run.samples:

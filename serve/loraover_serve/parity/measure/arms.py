@@ -17,7 +17,7 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterD
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import ParityError
 from loraover.models.load import ModelSource
-from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from loraover.common.errors import EngineError
 from loraover_serve.engines.base import Engine
-from loraover_serve.engines.sample import Sample
+from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.measure.design import block_orders
-from loraover_serve.parity.measure.workload import Request
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one engine did at one concurrency.
-
-    Args:
-        samples: of whole blocks, warm-up left out.
-        failure: why it ended early; None for a whole run.
-    """
-
-    engine: str
-    concurrency: int
-    blocks: int
-    samples: tuple[Sample, ...]
-    failure: str | None = None
+from loraover_serve.parity.samples import Measurement
 
 
 def measure(
@@ -37,7 +20,7 @@ def measure(
     seed: int,
     warm_up: int = 1,
     on_block: Callable[[], None] = lambda: None,
-) -> Run:
+) -> Measurement:
     """Every arm twice in every block, each time on `concurrency` requests at once; both times the same ones.
 
     Args:
@@ -65,4 +48,4 @@ def measure(
             samples += answered
             done += 1
             on_block()
-    return Run(engine.name, concurrency, done, tuple(samples), failure)
+    return Measurement(engine.name, concurrency, done, tuple(samples), failure)

@@ -13,9 +13,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.measure.blocks import Run
-from loraover_serve.parity.measure.workload import Request
+from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.parity.samples import Measurement
 from loraover_serve.vllm.server import KEY_VARIABLE
 
 TIMEOUT_S = 3600
@@ -39,7 +38,7 @@ class CrossCheck(BaseModel):
 
 
 def cross_check(
-    run: Run,
+    run: Measurement,
     arm: str,
     model: str,
     requests: Sequence[Request],

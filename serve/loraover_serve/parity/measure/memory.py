@@ -13,7 +13,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
-from loraover_serve.parity.measure.workload import Request
+from loraover_serve.engines.sample import Request
 
 if TYPE_CHECKING:
     from loraover_serve.engines.vllm import VllmEngine

@@ -14,11 +14,11 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import EngineError
 from loraover.models.load import load_model
 from loraover_serve.engines.base import Engine
-from loraover_serve.parity.judge.analysis import CONTROL, FOLDED, VANILLA
-from loraover_serve.parity.judge.outputs import BASE, Reference
+from loraover_serve.engines.sample import Request
+from loraover_serve.parity.judge.outputs import Reference
 from loraover_serve.parity.measure.arms import Arms, make_idle
 from loraover_serve.parity.measure.memory import Watch
-from loraover_serve.parity.measure.workload import Request
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA
 from loraover_serve.vllm.server import serve_vllm
 from loraover_serve.vllm.up import read_named, server_config
 

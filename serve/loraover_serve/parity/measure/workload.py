@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from loraover.common.errors import DataError, ParityError
+from loraover_serve.engines.sample import Request
 
-Kind = Literal["fixed", "mixed", "file"]
+WorkloadKind = Literal["fixed", "mixed", "file"]
 TEXT = (
     "The train leaves at nine and arrives at noon, so the journey takes three hours. A farmer has 17 sheep and buys 25 "
     "more; two of them are lost on the way home. Water boils at a lower temperature on a mountain because the air "
@@ -19,21 +19,8 @@ TEXT = (
 SPREAD = 0.5  # of the logarithm of a mixed workload's lengths
 
 
-@dataclass(frozen=True)
-class Request:
-    """One completion.
-
-    Args:
-        prompt: token ids.
-        new_tokens: to generate, whatever the text.
-    """
-
-    prompt: tuple[int, ...]
-    new_tokens: int
-
-
 def make_requests(
-    kind: Kind,
+    kind: WorkloadKind,
     tokenizer: Any,
     count: int,
     *,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from loraover.training.run_result import environment, hardware
+from loraover.common.provenance import environment, hardware
 from loraover_serve.engines.installed import installed_version
 
 RUNTIMES = {

@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict
 
 from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
 from loraover_serve.parity.judge.outputs import Outputs
-from loraover_serve.parity.measure.blocks import Run
 from loraover_serve.parity.measure.cross_check import CrossCheck
 from loraover_serve.parity.measure.memory import PeakMemory
+from loraover_serve.parity.samples import Measurement
 
 REPORT_FILE = "parity.json"
-Verdict = Literal["equivalent", "different", "inconclusive", "failed"]
+EngineVerdict = Literal["equivalent", "different", "inconclusive", "failed"]
 EXIT_CODES = {"equivalent": 0, "different": 1, "inconclusive": 3, "failed": 2}
 
 
@@ -23,7 +23,7 @@ class ParityReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 3
-    verdict: Verdict
+    verdict: EngineVerdict
     reason: str
     margin: float
     alpha: float
@@ -34,7 +34,7 @@ class ParityReport(BaseModel):
     outputs: list[Outputs]
     cross_checks: list[CrossCheck]
     notes: list[str]
-    runs: list[Run]
+    runs: list[Measurement]
     base_model: str
     adapters: dict[str, str]
     workload: dict[str, str | int]

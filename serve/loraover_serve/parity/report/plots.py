@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from loraover.reporting.html_page import INK, svg_axes
-from loraover_serve.parity.judge.analysis import CONTROL, DESCRIBED, FOLDED, VANILLA, Result, Throughput
-from loraover_serve.parity.judge.outputs import BASE
-from loraover_serve.parity.measure.blocks import Run
+from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 
 COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b", "unfolded": "#c2406b"}
 """Of arms; told apart on light and dark pages, and by people who do not see red and green."""
@@ -33,7 +32,7 @@ def ratio_plot(results: Sequence[Result], margin: float) -> str:
     return drawn[0]
 
 
-def ecdf_plot(run: Run, name: str) -> str:
+def ecdf_plot(run: Measurement, name: str) -> str:
     """Share of times that are at most so many seconds, for every arm, at up to POINTS shares.
 
     Args:

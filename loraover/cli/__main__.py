@@ -1,0 +1,5 @@
+"""`python -m loraover.cli`."""
+
+from loraover.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""JSON files, read strictly: no endless file, no key twice, no NaN, and every fault named."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from loraover.common.errors import CheckpointError
+
+MAX_JSON_BYTES = 64 * 2**20
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_json(path: Path, model: type[Model]) -> Model:
+    """Read and validate a JSON file.
+
+    Raises:
+        CheckpointError: missing, too large, not JSON, or with fields that do not fit; all are named.
+    """
+    try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise CheckpointError(f"{path}: a device or a pipe, expected a file.")
+        if status.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {status.st_size} bytes of JSON, at most {MAX_JSON_BYTES} are read.")
+        content = path.read_bytes()
+        json.loads(content, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        return model.model_validate_json(content, strict=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; expected a folder that holds it.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {describe(error)}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def describe(error: ValidationError, limit: int = 8) -> str:
+    """Every fault of a validation, one after another, each with its place."""
+    faults = [
+        f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}"
+        + ("" if isinstance(fault["input"], dict | list) else f" (found {fault['input']!r:.80})")
+        for fault in error.errors(include_url=False)
+    ]
+    return "; ".join(faults[:limit]) + (f"; and {len(faults) - limit} more" if len(faults) > limit else "")
