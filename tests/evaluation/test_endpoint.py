@@ -94,7 +94,7 @@ def test_only_silence_is_timed() -> None:
                 connection.sendall(bytes([byte]))
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=dawdle, args=(server,))
+        thread = threading.Thread(target=dawdle, args=(server,), daemon=True)
         thread.start()
         before = time.monotonic()
         endpoint = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.6)

@@ -31,10 +31,10 @@ def answering(*pieces: tuple[float, bytes]) -> Iterator[str]:
                 connection.sendall(piece)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=answer, args=(server,))
+        thread = threading.Thread(target=answer, args=(server,), daemon=True)  # which a client that never asks leaves
         thread.start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
-        thread.join()
+        thread.join(10)
 
 
 def chunk(data: bytes) -> bytes:
