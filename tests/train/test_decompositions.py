@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +30,7 @@ from strategies import (
     normal,
     random_cores,
 )
+from support.speed import examples
 from tolerances import UNDERFLOW, UNIT, chain_terms, gamma, isometry_error, round_trip_error
 
 ORACLES: dict[str, Callable[[Sequence[Array]], Array]] = {
@@ -42,7 +43,7 @@ EDGE_SHAPES = [(1, 1), (1, 7), (13, 1), (7, 5), (31, 576), (97, 2)]
 DTYPES = [torch.float64, torch.float32]
 
 every_decomposition = pytest.mark.parametrize("name", DECOMPOSITIONS)
-cheap = settings(max_examples=40, deadline=None)
+cheap = examples(40)
 
 
 @pytest.fixture(autouse=True, scope="module")
