@@ -12,6 +12,8 @@ import pytest
 
 from support.compatibility import VARIABLE, read_rows, record, table
 
+pytestmark = pytest.mark.process
+
 
 def test_nothing_is_recorded_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)

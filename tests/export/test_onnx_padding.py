@@ -22,6 +22,8 @@ from support.onnx_export import export, tiny_base, tiny_lora
 from support.onnx_graph import FEEDS, LENGTH, Feed, Graph, fp32_tolerance, torch_logits, worst_error
 from support.speed import examples
 
+pytestmark = pytest.mark.engine
+
 LEFT = [name for name, feed in FEEDS.items() if feed.padding == "left"]
 OTHERS = [name for name in FEEDS if name not in LEFT]
 

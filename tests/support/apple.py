@@ -27,7 +27,7 @@ def apple_gpu(model: nn.Module) -> Iterator[None]:
     for tensor in (*model.parameters(), *model.buffers()):
         _put_there(tensor)
     generator = torch.Generator()
-    random = {
+    random: dict[str, Any] = {
         "get_rng_state": generator.get_state,
         "set_rng_state": generator.set_state,
         "manual_seed": generator.manual_seed,

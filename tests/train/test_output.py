@@ -21,6 +21,8 @@ from loraover.common.errors import OutputError
 
 from support.make_checkpoint import tree
 
+pytestmark = pytest.mark.process
+
 
 class Interrupted(BaseException):
     """Stands for whatever may end a block."""
