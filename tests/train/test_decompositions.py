@@ -429,19 +429,6 @@ def test_the_mpo_is_in_mixed_canonical_gauge(data: st.DataObject, seed: int) -> 
     assert difference <= round_trip_error(case.decomposition.core_shapes(case.m, case.n), k) * float(matrix.norm())
 
 
-def test_the_gauge_decides_whether_full_bonds_are_drawn() -> None:
-    """With the identity, the centre's elements are the matrix's own; random isometries mix them."""
-    matrix = normal(0, 1, 8, 576)
-    elements = matrix.flatten().sort().values
-    identity, mixed = (
-        mpo.init(matrix, generators(0, 1))[mpo.centre(8, 576)].flatten().sort().values
-        for mpo in (Mpo(gauge="identity"), Mpo(gauge="random"))
-    )
-    assert torch.equal(identity, elements)
-    assert float((mixed - elements).abs().max()) > 0.01
-    assert float(mixed.norm()) == pytest.approx(float(elements.norm()), rel=1e-12)
-
-
 @given(data=st.data(), seed=SEEDS)
 @cheap
 def test_the_chain_is_an_isometry_beside_the_centre(data: st.DataObject, seed: int) -> None:
