@@ -30,7 +30,7 @@ from support.bubblewrap import needs_bubblewrap
 ADD_KEY, REQUEST_KEY, KEYCTL, CLONE = (248, 249, 250, 56) if platform.machine() == "x86_64" else (217, 218, 219, 220)
 CLONE3, IO_URING_SETUP = 435, 425
 
-pytestmark = needs_bubblewrap
+pytestmark = [pytest.mark.process, needs_bubblewrap]
 
 
 def reason(program: str, **limits: float) -> str:

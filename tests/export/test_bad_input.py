@@ -32,6 +32,8 @@ from support.children import Child, become_nobody, limit_file_size
 from support.make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, reseal, tree
 from support.tiny_models import tiny_gpt2, tiny_llama
 
+pytestmark = pytest.mark.process
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 META, CORES = "loraover.json", "loraover.safetensors"
 FILES = [CONFIG, TENSORS, META, CORES]

@@ -18,6 +18,8 @@ from support.make_checkpoint import edit_json
 from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
 
+pytestmark = pytest.mark.engine
+
 MODULE = "model.layers.0.self_attn.q_proj"
 MERGED, SWAPPABLE = ("--mode", "merged"), ("--mode", "swappable")
 Refused = Callable[..., str]

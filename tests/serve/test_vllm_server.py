@@ -17,6 +17,8 @@ from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
 from support.vllm_stand_in import assert_stopped, stand_in
 
+pytestmark = pytest.mark.process
+
 
 def config(folder: Path) -> VllmServerConfig:
     return VllmServerConfig("base", adapters={"a": folder / "one two", "b": folder / "b"}, max_lora_rank=8, max_loras=2)

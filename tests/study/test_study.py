@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import click
 import pytest
@@ -35,9 +36,27 @@ from loraover.training.failure import FAILURE_FILE, Failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run_result import read_run
 
+from support.children import Child
+from support.forked_training import ForkedTraining
 from support.tiny_hub import save_llama, write_recipe
 
 RATES = "1e-3,1e-2"
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Iterator[None]:
+    """Trainings are forks, but for those of the tests that ask for `as_users_have_it`."""
+    forking = SimpleNamespace(Popen=ForkedTraining, DEVNULL=subprocess.DEVNULL)
+    with patch("loraover.study.outcome.subprocess", forking):
+        yield
+
+
+@pytest.fixture
+def as_users_have_it() -> Iterator[None]:
+    with patch("loraover.study.outcome.subprocess", subprocess):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +82,13 @@ def report_of(out: Path) -> StudyReport:
 def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that was killed after its third run, and then finished."""
     out = tmp_path_factory.mktemp("killed") / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "loraover.cli", *words(recipe, out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    child = Child(lambda: run(cli, words(recipe, out)), prepare=os.setsid)
+    deadline = time.monotonic() + 120
     while len(list(out.rglob(OUTCOME_FILE))) < 3:
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.end().code == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in out.rglob(OUTCOME_FILE)}
     assert run(cli, words(recipe, out)) == 0
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
@@ -228,6 +243,7 @@ def test_a_run_without_its_outcome_is_no_run_of_another_recipe(
     assert not (folder / OUTCOME_FILE).exists()
 
 
+@pytest.mark.usefixtures("as_users_have_it")
 def test_a_run_goes_on_while_its_study_is_killed_and_is_waited_for(recipe: Path, tmp_path: Path) -> None:
     """Two processes never write one run: the second study gets what the first one's process makes."""
     folder = tmp_path / "run"
@@ -295,12 +311,13 @@ def test_a_run_that_does_not_fit_is_a_failure_of_its_own(
     assert execute(asked, folder, threads=1) == found
 
 
-def ends_so(folder: Path, patch: pytest.MonkeyPatch, *lines: str) -> None:
+def ends_so(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     """Let lines of a shell script stand in for Python, and so for `loraover train ASKED -o FOLDER`, in FOLDER."""
     script = folder / "python"
     script.write_text("\n".join(["#!/bin/sh", 'mkdir -p "$6" && cd "$6"', *lines, ""]))
     script.chmod(0o755)
-    patch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(outcome_module, "subprocess", subprocess)
 
 
 def leaving(kind: str, message: str) -> str:

@@ -30,6 +30,8 @@ from loraover.training.run_result import read_run
 
 from support.tiny_hub import save_llama, save_t5, write_recipe
 
+pytestmark = pytest.mark.process
+
 STEPS = 7
 STOP = 6
 """Checkpoints are written at 2, 4, 6 and 7, and 5 steps make an epoch: a run that stops in step 6 resumes from 4."""
