@@ -229,7 +229,7 @@ def test_all_words_may_change(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     assert read_failure(out) == Failure(kind="diverged", message="xyz")
 
 
-def test_an_error_that_no_memory_has_caused_is_of_memory(
+def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a model is loaded, every error becomes one that names the model."""
