@@ -321,7 +321,7 @@ def ends_so(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def leaving(kind: str, message: str) -> str:
-    return f"echo '{Failure(kind=kind, message=message).model_dump_json()}' > {FAILURE_FILE}"  # type: ignore[arg-type]
+    return f"echo '{Failure(kind=kind, message=message).model_dump_json()}' > {FAILURE_FILE}"
 
 
 MISLEADING = (
