@@ -521,9 +521,9 @@ def test_a_huge_json_file_is_not_read(file: str, source: Path, refused: Callable
 def test_a_large_json_file_is_refused_soon(source: Path, refused: Callable[..., str]) -> None:
     """100 MB of valid JSON."""
     (source / META).write_text('{"a": "' + "x" * 100_000_000 + '"}')
-    before = time.monotonic()
+    before = time.process_time()
     refused(source, named=(str(source / META),))
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(source: Path, refused: Callable[..., str]) -> None:

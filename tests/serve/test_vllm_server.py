@@ -53,7 +53,7 @@ def test_a_stubborn_server_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     before = time.monotonic()
     with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "stubborn")):
         pass
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 25
     assert_stopped(tmp_path)
 
 
