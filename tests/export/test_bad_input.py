@@ -396,8 +396,9 @@ WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
 }
 
 WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
-    "schema 0": (meta(schema_version=0), ("schema_version is 0", "reads 1")),
-    "schema 3": (meta(schema_version=3), ("schema_version is 3", "reads 1 to 2")),
+    "schema 1": (meta(schema_version=1), ("schema_version is 1", "reads 2")),
+    "schema 3": (meta(schema_version=3), ("schema_version is 3", "reads 2")),
+    "no rounds": (lambda folder: edit_json(folder / META, lambda c: c.pop("rounds")), ("rounds: ",)),
     "schema large": (raw(META, '"schema_version": 2', f'"schema_version": {"9" * 40}'), ("schema_version",)),
     "schema huge": (raw(META, '"schema_version": 2', f'"schema_version": {HUGE}'), ()),
     "schema null": (meta(schema_version=None), ("schema_version: ",)),
