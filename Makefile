@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 RUN ?= runs/demo
 
 # The command `vllm` that tests start; where it is missing they are skipped.
@@ -12,7 +13,8 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm test browser sandbox vllm vllm-architectures compatibility lint bench schedules study study-smoke clean
+.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm vllm-architectures compatibility lint \
+	bench schedules study study-smoke clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
@@ -51,18 +53,30 @@ demo-vllm: vllm $(RUN)/folded/adapter_config.json
 $(RUN)/folded/adapter_config.json:
 	$(MAKE) demo
 
-test: lint vllm browser sandbox
-	$(BIN)/python -m pytest
+# Lint, types and unit tests: no processes, no engines, no simulations, and few examples of each property.
+check: lint
+	$(PYTEST) --hypothesis-profile quick -m "not process and not engine and not statistical and not matrix"
 
-# For the tests of the parity page, which are skipped without one.
-browser:
-	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
-		apt-get install -qq --no-install-recommends chromium; } || echo "no chromium: the parity page is not tested in a browser"
+# Every test. The environments are made side by side.
+test:
+	$(MAKE) --jobs 3 installed
+	$(MAKE) lint
+	$(PYTEST)
 
-# For the tests of HumanEval's sandbox, which are skipped without it.
-sandbox:
-	@command -v bwrap > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && \
-		apt-get install -qq --no-install-recommends bubblewrap libseccomp2; } || echo "no bubblewrap: the sandbox is not tested"
+installed: $(VENV)/.installed vllm debian-packages
+
+# Every engine that can run here, each in an environment of its own; ONNX Runtime and PyTorch are in $(VENV).
+engines: installed
+
+# Every engine on every model family: one vLLM server a family, most of a minute each.
+test-engines: engines
+	$(PYTEST) -m "engine or matrix"
+
+# Chromium for the tests of the parity page, bubblewrap for those of HumanEval's sandbox; they are skipped without.
+debian-packages:
+	@{ command -v chromium && command -v bwrap; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+		apt-get update -qq && apt-get install -qq --no-install-recommends chromium bubblewrap libseccomp2 > /dev/null; } || \
+		echo "no chromium or no bubblewrap: the parity page in a browser, or the sandbox, is not tested"
 
 # vLLM pins its libraries, torch included, so it lives apart and is reached by its command line and HTTP.
 ifeq ($(shell uname -s),Linux)
@@ -83,11 +97,13 @@ compatibility: $(VENV)/.installed vllm
 	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(BIN)/python -m pytest \
 		tests/export/test_onnx_decoders.py tests/export/test_onnx_variants.py tests/export/test_onnx_torch.py \
 		tests/export/test_onnx_smollm2.py tests/export/test_vllm_readers.py tests/serve/test_vllm_served.py
-	cd tests && ../$(BIN)/python -m compatibility ../runs/compatibility.json > ../docs/compatibility.md
+	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../docs/compatibility.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo > /dev/null || $(BIN)/lint-imports
+	$(BIN)/python docs/draw_rooms.py --check
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed

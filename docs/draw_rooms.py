@@ -3,8 +3,8 @@
     python docs/draw_rooms.py           # write the figure
     python docs/draw_rooms.py --check   # exit code 1 if the figure is not the one of today's imports
 
-A room is a folder of a package. An arrow from one room to another says that the first imports the second. An arrow that a
-longer way implies is left out. The figure has one row for each level: a room stands above all that it imports.
+A room is a folder of a package. An arrow from one room to another says that the first imports the second. An arrow that
+a longer way implies is left out. The figure has one row for each level: a room stands above all that it imports.
 """
 
 from __future__ import annotations
@@ -89,9 +89,11 @@ def draw(arrows: Arrows) -> str:
     boxes = place(level, drawn)
     height = 2 * HEIGHT + ROW * max(level.values())
     count = sum(map(len, arrows.values()))
-    title = f"{len(boxes)} rooms on {max(level.values()) + 1} levels, {count} arrows ({sum(map(len, drawn.values()))} drawn)"
+    shown = sum(map(len, drawn.values()))
+    title = f"{len(boxes)} rooms on {max(level.values()) + 1} levels, {count} arrows ({shown} drawn)"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="14">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
+        'font-size="14" text-anchor="middle">',
         f"<title>{title}</title>",
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#7a8a99"/></marker></defs>',
@@ -110,8 +112,8 @@ def draw(arrows: Arrows) -> str:
         left, up = box.x - BOX / 2, box.y - HEIGHT / 2
         parts += [
             f'<rect x="{left:.0f}" y="{up:.0f}" width="{BOX}" height="{HEIGHT}" rx="7" fill="{PACKAGES[package]}"/>',
-            f'<text x="{box.x:.0f}" y="{box.y - 3:.0f}" fill="#fff" text-anchor="middle" font-weight="bold">{escape(name)}</text>',
-            f'<text x="{box.x:.0f}" y="{box.y + 14:.0f}" fill="#fff" text-anchor="middle" font-size="11">{package}</text>',
+            f'<text x="{box.x:.0f}" y="{box.y - 3:.0f}" fill="#fff" font-weight="bold">{escape(name)}</text>',
+            f'<text x="{box.x:.0f}" y="{box.y + 14:.0f}" fill="#fff" font-size="11">{package}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
 

@@ -6,7 +6,8 @@
 
 A mutant is *killed* where its tests fail, and *survives* where they pass. It is *broken*, and shows nothing, where its
 source does not occur exactly once, no test ran, or a module does not load. A survivor asks for a better test, not for
-another mutant. Nothing is written into this checkout: each mutant has a copy of it.
+another mutant. Nothing is written into this checkout, which may change meanwhile: each mutant has a copy of it as it
+was at the beginning.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,7 +43,7 @@ Outcome = Literal["killed", "survived", "broken"]
 
 
 class Selection(NamedTuple):
-    """Tests by the name of their file, wherever below `tests/` it lies, and pytest's `-k` expression."""
+    """Tests, by the name of their file, wherever below `tests/` it lies, and pytest's `-k` expression."""
 
     file: str
     only: str = ""
@@ -91,7 +93,7 @@ MUTANTS = (
         "mpo-random-gauge-is-the-identity",
         'self.gauge == "identity" and rows == columns',
         "rows == columns",
-        Selection("test_decompositions.py", "gauge_decides"),
+        Selection("test_decompositions.py", "another_seed"),
     ),
     Mutant(
         "mpo-centre-takes-the-matrix-as-it-lies",
@@ -190,8 +192,8 @@ MUTANTS = (
     # Output and JSON
     Mutant(
         "output-name-before-content",
-        "sync(draft)\n        draft.replace(target)",
-        "draft.replace(target)\n        sync(target)",
+        "sync(draft)\n            draft.replace(target)",
+        "draft.replace(target)\n            sync(target)",
         Selection("test_output.py"),
     ),
     Mutant(
@@ -407,12 +409,12 @@ def judge(code: int, output: str) -> tuple[Outcome, str]:
     return ("survived", "") if re.search(r"\d passed", output) else ("broken", "every selected test was skipped")
 
 
-def attempt(tests: Selection, mutant: Mutant | None = None) -> Verdict:
+def attempt(root: Path, tests: Selection, mutant: Mutant | None = None) -> Verdict:
     """Run tests in a copy of the tree, with a mutant planted or as it is: then, to survive is to pass."""
     started = time.perf_counter()
     outcome: Outcome
     try:
-        with copied(ROOT) as copy:
+        with copied(root) as copy:
             if mutant is not None:
                 texts = {path: path.read_text(encoding="utf-8") for path in product_files(copy)}
                 place = place_of(mutant, texts)
@@ -424,12 +426,12 @@ def attempt(tests: Selection, mutant: Mutant | None = None) -> Verdict:
     return Verdict(name, outcome, time.perf_counter() - started, note)
 
 
-def failing_without_mutant(selections: Iterable[Selection], jobs: int) -> dict[Selection, str]:
+def failing_without_mutant(root: Path, selections: Iterable[Selection], jobs: int) -> dict[Selection, str]:
     """Tests that do not pass on the tree as it is, with the reason; a mutant that they kill shows nothing."""
     found = {}
     chosen = list(dict.fromkeys(selections))
     with ThreadPoolExecutor(jobs) as pool:
-        for tests, verdict in zip(chosen, pool.map(attempt, chosen), strict=True):
+        for tests, verdict in zip(chosen, pool.map(partial(attempt, root), chosen), strict=True):
             passed = verdict.outcome == "survived"
             click.echo(f"{'passed' if passed else 'FAILED':9}{verdict.seconds:6.1f} s  {verdict.name}")
             if not passed:
@@ -437,10 +439,11 @@ def failing_without_mutant(selections: Iterable[Selection], jobs: int) -> dict[S
     return found
 
 
-def try_mutants(mutants: Sequence[Mutant], jobs: int, failing: Mapping[Selection, str]) -> list[Verdict]:
+def try_mutants(root: Path, mutants: Sequence[Mutant], jobs: int, failing: Mapping[Selection, str]) -> list[Verdict]:
     """Try each mutant and show what became of it.
 
     Args:
+        root: the tree to plant them in copies of.
         mutants: those to try.
         jobs: number of them at a time.
         failing: tests that fail without a mutant, with the reason.
@@ -449,7 +452,7 @@ def try_mutants(mutants: Sequence[Mutant], jobs: int, failing: Mapping[Selection
     def verdict_on(mutant: Mutant) -> Verdict:
         if mutant.tests in failing:
             return Verdict(mutant.name, "broken", 0.0, f"its tests fail without it: {failing[mutant.tests]}")
-        return attempt(mutant.tests, mutant)
+        return attempt(root, mutant.tests, mutant)
 
     verdicts = []
     with ThreadPoolExecutor(jobs) as pool:
@@ -474,8 +477,9 @@ def main(names: tuple[str, ...], is_list: bool, baseline: bool, jobs: int, file:
         for mutant in chosen:
             click.echo(f"{mutant.name:45}  {mutant.tests.file} {mutant.tests.only}")
         return
-    failing = failing_without_mutant((mutant.tests for mutant in chosen), jobs) if baseline else {}
-    verdicts = try_mutants(chosen, jobs, failing)
+    with copied(ROOT) as root:
+        failing = failing_without_mutant(root, (mutant.tests for mutant in chosen), jobs) if baseline else {}
+        verdicts = try_mutants(root, chosen, jobs, failing)
     if file is not None:
         file.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n", encoding="utf-8")
     counts = Counter(verdict.outcome for verdict in verdicts)

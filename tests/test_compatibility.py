@@ -12,6 +12,8 @@ import pytest
 
 from support.compatibility import VARIABLE, read_rows, record, table
 
+pytestmark = pytest.mark.process
+
 
 def test_nothing_is_recorded_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -31,7 +33,7 @@ def test_rows_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(json.loads(rows.read_text())) == 3
     assert [row.verdict for row in read_rows(rows)] == ["failed", "passed", "passed"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-m", "compatibility", str(rows)]
+    command = [sys.executable, "-m", "support.compatibility", str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == table(read_rows(rows)) + "\n"
     assert "onnxruntime " in done.stdout

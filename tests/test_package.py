@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("loraover", "loraover-export", "loraover-serve")
 
@@ -54,7 +56,7 @@ def stranger(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_code_types_and_recipes(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("loraover", "loraover_export", "loraover_serve"):
-        assert {f"{package}/py.typed", f"{package}/cli.py"} <= names
+        assert {f"{package}/py.typed", f"{package}/cli/__init__.py"} <= names
     assert "loraover/training/recipes/demo.yaml" in names
     sources = {"loraover": ROOT, "loraover_export": ROOT / "export", "loraover_serve": ROOT / "serve"}
     modules = {str(path.relative_to(root)) for name, root in sources.items() for path in (root / name).rglob("*.py")}

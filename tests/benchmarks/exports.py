@@ -26,7 +26,7 @@ from rich.table import Table
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover.models.load import load_model, load_tokenizer, resolve_model
 
-from benchmarks.statistics import median_ratio
+from benchmarks.intervals import median_ratio
 from support.tiny_models import with_lora
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -33,7 +33,7 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run import train
 from loraover.training.run_result import read_run
 
-from benchmarks.statistics import median_ratio
+from benchmarks.intervals import median_ratio
 from benchmarks.training import load
 from support.real_data import data_folder
 

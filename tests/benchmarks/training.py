@@ -31,7 +31,7 @@ from loraover.models.load import load_model, resolve_model
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.sites import find_sites
 
-from benchmarks.statistics import median_ratio
+from benchmarks.intervals import median_ratio
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BATCH, LENGTH, RANK = 8, 64, 8

@@ -24,6 +24,8 @@ from support.openai_server import openai_server
 from support.tiny_hub import save_llama
 from support.tiny_models import tiny_llama, with_lora
 
+pytestmark = pytest.mark.process
+
 pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
 
 

@@ -25,6 +25,8 @@ from support.openai_server import openai_server
 from support.tiny_hub import save_llama, save_t5
 from support.tiny_models import with_lora
 
+pytestmark = pytest.mark.process
+
 pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
 
 SUMS = [

@@ -21,6 +21,8 @@ from support.openai_server import openai_server
 from support.real_data import real_data
 from support.tiny_hub import save_llama
 
+pytestmark = pytest.mark.process
+
 DOUBLE = {
     "task_id": "T/0",
     "prompt": 'def double(x):\n    """Twice x."""\n',

@@ -28,6 +28,8 @@ from support.openai_server import Recorded, openai_server
 from support.real_data import data_folder, real_data
 from support.tiny_hub import save_llama
 
+pytestmark = pytest.mark.process
+
 PROMPTS = {
     "single-v1": "[Question]\n{question}\n[Answer]\n{answer}",
     "single-math-v1": "[Question]\n{question}\n[Reference]\n{ref_answer_1}\n[Answer]\n{answer}",

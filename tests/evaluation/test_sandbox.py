@@ -30,7 +30,7 @@ from support.bubblewrap import needs_bubblewrap
 ADD_KEY, REQUEST_KEY, KEYCTL, CLONE = (248, 249, 250, 56) if platform.machine() == "x86_64" else (217, 218, 219, 220)
 CLONE3, IO_URING_SETUP = 435, 425
 
-pytestmark = needs_bubblewrap
+pytestmark = [pytest.mark.process, needs_bubblewrap]
 
 
 def reason(program: str, **limits: float) -> str:
@@ -190,7 +190,7 @@ def test_memory_outside_of_its_address_space_cannot_be_had(call: str) -> None:
 def test_time_is_limited(program: str) -> None:
     started = time.perf_counter()
     assert reason(program, seconds=1) == "timed out"
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 60
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def processes_of(mark: str) -> int:
 
 
 def are_gone(mark: str) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while processes_of(mark) and time.monotonic() < deadline:
         time.sleep(0.02)
     return processes_of(mark) == 0
@@ -275,7 +275,7 @@ def test_a_killed_parent_takes_its_sandbox_along(mark: str) -> None:
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while processes_of(mark) == 0 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes_of(mark) == 1

@@ -32,6 +32,8 @@ from support.children import Child, become_nobody, limit_file_size
 from support.make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, reseal, tree
 from support.tiny_models import tiny_gpt2, tiny_llama
 
+pytestmark = pytest.mark.process
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 META, CORES = "loraover.json", "loraover.safetensors"
 FILES = [CONFIG, TENSORS, META, CORES]
@@ -394,8 +396,9 @@ WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
 }
 
 WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
-    "schema 0": (meta(schema_version=0), ("schema_version is 0", "reads 1")),
-    "schema 3": (meta(schema_version=3), ("schema_version is 3", "reads 1 to 2")),
+    "schema 1": (meta(schema_version=1), ("schema_version is 1", "reads 2")),
+    "schema 3": (meta(schema_version=3), ("schema_version is 3", "reads 2")),
+    "no rounds": (lambda folder: edit_json(folder / META, lambda c: c.pop("rounds")), ("rounds: ",)),
     "schema large": (raw(META, '"schema_version": 2', f'"schema_version": {"9" * 40}'), ("schema_version",)),
     "schema huge": (raw(META, '"schema_version": 2', f'"schema_version": {HUGE}'), ()),
     "schema null": (meta(schema_version=None), ("schema_version: ",)),
@@ -520,9 +523,9 @@ def test_a_huge_json_file_is_not_read(file: str, source: Path, refused: Callable
 def test_a_large_json_file_is_refused_soon(source: Path, refused: Callable[..., str]) -> None:
     """100 MB of valid JSON."""
     (source / META).write_text('{"a": "' + "x" * 100_000_000 + '"}')
-    before = time.monotonic()
+    before = time.process_time()
     refused(source, named=(str(source / META),))
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(source: Path, refused: Callable[..., str]) -> None:

@@ -24,6 +24,8 @@ from support import onnx_export
 from support.make_checkpoint import SERVABLE, Made, edit_json, make_checkpoint, reseal, tree
 from support.stand_ins import RECORD, adapter_config, as_stand_in, with_other_logits
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Made:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from loraover_export.numerics.delta import Delta, other_tensors, read_deltas
 from strategies import matrices, normal, sizes
 from support.make_checkpoint import EMBEDDING, LINEAR, edit_tensors, make_checkpoint, oracle_matrices
 from support.plain_adapter import write_adapter
+from support.speed import examples
 from tolerances import UNIT
 
 Long = npt.NDArray[np.longdouble]
@@ -82,7 +83,7 @@ def excess(product: Exact, truth: Long) -> float:
     return float(ratio.max())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(case=cases())
 def test_stored_matrices(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -63,6 +63,8 @@ from support.make_checkpoint import (
 )
 from support.tiny_models import VOCABULARY, fill_b, token_ids
 
+pytestmark = pytest.mark.process
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": LINEAR},

@@ -15,6 +15,8 @@ from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
 from support.tiny_models import tiny_bert, tiny_gpt2
 
+pytestmark = pytest.mark.engine
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MODULE = "model.layers.0.self_attn.q_proj"
 Q_A, Q_B = (f"base_model.model.{MODULE}.lora_{matrix}.weight" for matrix in "AB")

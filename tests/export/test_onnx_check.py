@@ -27,6 +27,8 @@ from loraover_export.onnx.session import GraphSession
 from support.make_checkpoint import tree
 from support.onnx_export import OnnxMade, export, read_report, tiny_lora
 
+pytestmark = pytest.mark.engine
+
 MODES = ("merged", "swappable")
 DOWN = "model.layers.0.mlp.down_proj"
 

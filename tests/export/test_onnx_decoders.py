@@ -10,6 +10,8 @@ from support.onnx_export import LINEAR, Adapter, Exports, make_exports, read_rep
 from support.onnx_graph import FEEDS, Graph, genai_tokens, torch_tokens, worst_error
 from support.plain_adapter import FAMILIES
 
+pytestmark = pytest.mark.engine
+
 NAMES: tuple[Adapter, ...] = ("first", "second", None)
 PROMPT, TOKENS = FEEDS["one row"].ids[:, :7], 12
 BUILT = {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "tokenizer_config.json"}

@@ -18,6 +18,8 @@ from support.make_checkpoint import edit_json
 from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
 
+pytestmark = pytest.mark.engine
+
 MODULE = "model.layers.0.self_attn.q_proj"
 MERGED, SWAPPABLE = ("--mode", "merged"), ("--mode", "swappable")
 Refused = Callable[..., str]
@@ -122,7 +124,7 @@ def test_a_huge_report_is_not_read(made: OnnxMade, graph: Path, refused: Refused
     for file in ("onnx_report.json", "swappable.json"):
         with (graph / file).open("r+b") as grown:
             grown.truncate(MAX_JSON_BYTES + 1)
-    before = time.monotonic()
+    before = time.process_time()
     refused(
         made.folder / "second",
         *SWAPPABLE,
@@ -130,7 +132,7 @@ def test_a_huge_report_is_not_read(made: OnnxMade, graph: Path, refused: Refused
         str(graph),
         named=(str(graph), str(MAX_JSON_BYTES)),
     )
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
 
 
 def test_a_graph_that_is_cut_off_is_named(made: OnnxMade, graph: Path, refused: Refused) -> None:

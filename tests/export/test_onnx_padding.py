@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
@@ -20,6 +20,9 @@ from loraover_export.onnx.padding import accept_left_padding
 from strategies import SEEDS
 from support.onnx_export import export, tiny_base, tiny_lora
 from support.onnx_graph import FEEDS, LENGTH, Feed, Graph, fp32_tolerance, torch_logits, worst_error
+from support.speed import examples
+
+pytestmark = pytest.mark.engine
 
 LEFT = [name for name, feed in FEEDS.items() if feed.padding == "left"]
 OTHERS = [name for name in FEEDS if name not in LEFT]
@@ -94,7 +97,7 @@ def test_the_cache_of_padded_rows_begins_with_their_first_tokens(graphs: Graphs)
                 np.testing.assert_allclose(held, value, rtol=0, atol=1e-5, err_msg=output)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     pads=st.lists(st.integers(0, LENGTH - 1), min_size=1, max_size=5),
     prefill=st.integers(1, LENGTH),

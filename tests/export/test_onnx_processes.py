@@ -20,6 +20,8 @@ from support.children import Child, Ended, become_nobody, limit_file_size
 from support.make_checkpoint import tree
 from support.onnx_export import OnnxMade, export, read_report
 
+pytestmark = pytest.mark.engine
+
 WHOLE = {
     "model.onnx",
     "model.onnx.data",

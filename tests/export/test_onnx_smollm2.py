@@ -25,6 +25,8 @@ from support.onnx_export import LINEAR, exported_at_once
 from support.onnx_graph import LENGTH, Feed, Graph, torch_logits
 from support.tiny_models import fill_b
 
+pytestmark = pytest.mark.engine
+
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HEAD_SIZE, MODES = 64, ("merged", "swappable")
 ALLOWED = 2e-4

@@ -18,6 +18,8 @@ from support.make_checkpoint import Made, nearest, numpy64, oracle_matrices, tre
 from support.onnx_export import LINEAR, OTHER, export, exported, llama_checkpoint, read_report, tiny_lora
 from support.onnx_graph import Graph, worst_error
 
+pytestmark = pytest.mark.engine
+
 BLOCKS = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn"}
 SCALING = {"q_proj": 5 / 4, "k_proj": 12 / 1}
 """Of the checkpoint's modules, from its ranks and alphas; 12 / 4 elsewhere, but for one of rank 8."""

@@ -21,6 +21,8 @@ from support.onnx_export import Sources, export, exported, exported_at_once, rea
 from support.onnx_graph import FEEDS, UNIT, Feed, Graph, fp32_tolerance
 from support.tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
 
+pytestmark = pytest.mark.engine
+
 SHAPES = ("one row", "batch", "padded on the left", "one real token", "padded on the right")
 T5_TARGETS = ["q", "k", "v", "o", "wi", "wo"]
 TOKENS = 10

@@ -16,6 +16,8 @@ from support.compatibility import record
 from support.onnx_export import Exports, export, exported, make_exports, read_report, tiny_base, tiny_lora
 from support.onnx_graph import FEEDS, UNIT, Graph, genai_tokens, torch_logits, torch_tokens, worst_error
 
+pytestmark = pytest.mark.engine
+
 PROMPT, TOKENS = FEEDS["one row"].ids[:, :7], 20
 WINDOW = 10
 """Shorter than a batch of the product's check, and than what is generated here."""

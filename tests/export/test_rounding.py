@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from loraover_export.numerics.rounding import STORAGE_DTYPES, Underflow, round_n
 
 from oracles.contraction import Array
 from strategies import SEEDS
+from support.speed import examples
 from tolerances import binomial_deviation
 
 
@@ -47,7 +48,7 @@ NARROW = ["bf16", "fp16"]
 
 every_type = pytest.mark.parametrize("name", STORAGE_DTYPES)
 narrow_type = pytest.mark.parametrize("name", NARROW)
-cheap = settings(max_examples=60, deadline=None)
+cheap = examples(60)
 
 
 def spacing(x: float, form: Format) -> Fraction:

@@ -32,6 +32,8 @@ from loraover_export.vllm.preflight import Preflight
 from support.make_checkpoint import make_checkpoint, tree
 from support.plain_adapter import make_adapter
 
+pytestmark = pytest.mark.process
+
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 FILES = ADAPTER | {"vllm_certificate.json", "preflight.json", "README.md"}
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -31,6 +31,7 @@ from oracles.contraction import Array
 from strategies import SEEDS, normal
 from support.make_checkpoint import nearest, numpy64
 from support.plain_adapter import write_adapter
+from support.speed import examples
 from tolerances import UNIT, gamma
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +71,7 @@ RANKS = st.tuples(*[st.integers(1, 6)] * 3)
 ALPHAS = st.one_of(st.integers(1, 64), st.floats(0.01, 100), st.just(0))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     seed=SEEDS,
     ranks=RANKS,
@@ -192,7 +193,7 @@ def test_the_bound_of_a_scaled_matrix_covers_the_contractions_error() -> None:
 PATHS = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(".".join)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.sets(PATHS, min_size=1, max_size=8), st.sets(PATHS, max_size=8))
 def test_peft_resolves_the_names_to_exactly_the_adapted_modules(adapted: set[str], others: set[str]) -> None:
     others -= adapted

@@ -26,7 +26,7 @@ from loraover_serve.parity.judge.equivalence import (
     holm_levels,
 )
 
-pytestmark = pytest.mark.usefixtures("few_resamples")
+pytestmark = [pytest.mark.statistical, pytest.mark.usefixtures("few_resamples")]
 
 MARGIN, ALPHA = 0.05, 0.05
 LIMIT = math.log(1.05)

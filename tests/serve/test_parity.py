@@ -42,6 +42,8 @@ from support.clockwork import ARMS, Clockwork
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.tiny_hub import tiny_tokenizer
 
+pytestmark = pytest.mark.engine
+
 REQUESTS = [Request((1, 2, 3), 4)]
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "parity"
 MIB = 2**20

@@ -21,6 +21,8 @@ from support.children import Child, Ended
 from support.make_checkpoint import Made
 from support.vllm_stand_in import assert_stopped, stand_in
 
+pytestmark = pytest.mark.process
+
 STARTED = 4  # completions that show that a server and its adapters are up: one for each arm
 BLOCK = 2 * 4
 FAULTS = {

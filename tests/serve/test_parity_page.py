@@ -19,6 +19,8 @@ from loraover_serve.parity.report.parity_report import ParityReport
 
 from support.clockwork import whole_report
 
+pytestmark = pytest.mark.engine
+
 FLAGS = (
     "--headless",
     "--no-sandbox",

@@ -12,7 +12,7 @@ from loraover_serve.engines.sample import Sample
 from loraover_serve.parity.judge.analysis import overall, results
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
-pytestmark = pytest.mark.usefixtures("few_resamples")
+pytestmark = [pytest.mark.statistical, pytest.mark.usefixtures("few_resamples")]
 
 EXPERIMENTS, BLOCKS, MARGIN, ALPHA = 2000, 12, 0.05, 0.05
 BEYOND = math.log1p(MARGIN) * 1.001

@@ -28,6 +28,8 @@ from loraover_serve.vllm.up import read_named, served_model, server_config
 from support.make_checkpoint import make_checkpoint
 from support.vllm_stand_in import assert_stopped, stand_in
 
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("up")]
+
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record
 from support.serving import ADAPTERS, Served
 
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("vllm")]
+
 SURE = 5  # standard errors
 FEW = 8  # prompts, where a difference is large
 

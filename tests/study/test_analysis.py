@@ -12,6 +12,8 @@ from scipy import stats
 
 from loraover.study.analysis import Halves, Losses, difference, mean_loss, sensitivity
 
+pytestmark = pytest.mark.statistical
+
 
 def made_up(
     draw: np.random.Generator, true: float, seeds: int = 5, examples: int = 60, of_seeds: float = 0.01

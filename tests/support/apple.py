@@ -26,7 +26,13 @@ def apple_gpu(model: nn.Module) -> Iterator[None]:
     """The model, and all that is computed from it in the block, lie on a stand-in for an Apple GPU."""
     for tensor in (*model.parameters(), *model.buffers()):
         _put_there(tensor)
-    with patch.object(torch, "autocast", _no_autocast), _Apple():
+    generator = torch.Generator()
+    random: dict[str, Any] = {
+        "get_rng_state": generator.get_state,
+        "set_rng_state": generator.set_state,
+        "manual_seed": generator.manual_seed,
+    }
+    with patch.object(torch, "autocast", _no_autocast), patch.multiple(torch.mps, **random), _Apple():
         yield
 
 

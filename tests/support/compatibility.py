@@ -6,6 +6,7 @@ tests record nothing.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -66,9 +67,11 @@ def record(
     name = os.environ.get(VARIABLE)
     if not name:
         return
-    path = Path(name)
-    rows = [*(read_rows(path) if path.exists() else []), Row(family, engine, mode, precision, verdict, error, bound)]
-    publish_text(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    path, row = Path(name), Row(family, engine, mode, precision, verdict, error, bound)
+    with path.with_suffix(".lock").open("w") as lock:  # parallel workers record in one file
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [*(read_rows(path) if path.exists() else []), row]
+        publish_text(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def read_rows(path: Path) -> list[Row]:

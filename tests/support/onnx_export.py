@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
 import signal
@@ -75,6 +76,9 @@ def tiny_lora(base: Path, folder: Path, **lora: Any) -> Any:
     model = lora_model(base, **(UNEVEN | lora)).eval()
     model.save_pretrained(folder)
     return model
+
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def llama_checkpoint(folder: Path, *, base_options: Mapping[str, Any] | None = None, **lora: Any) -> Made:
@@ -199,7 +203,13 @@ def read_report(output: Path) -> OnnxReport:
 
 def forked_run(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
     """`subprocess.run` of `python -m module ...`, in a fork."""
-    child = Child(lambda: _run_module(command), prepare=lambda: os.environ.update(env))
+
+    def prepare() -> None:
+        os.environ.update(env)
+        # A fork holds its parent's locks, which a program that was started anew would not: it must not outlive it.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    child = Child(lambda: _run_module(command), prepare=prepare)
     try:
         ended = child.end()
     except BaseException:

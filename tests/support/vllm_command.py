@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DEFAULT = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "vllm"
+DEFAULT = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "vllm"
 
 
 def vllm_command() -> Path:

@@ -24,7 +24,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.interfaces import supports_lora
 from vllm.model_executor.models.registry import ModelRegistry
 
-SCRIPT = Path(__file__).resolve().parents[1] / "serve" / "vllm-cpu" / "list_architectures.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "serve" / "vllm-cpu" / "list_architectures.py"
 
 
 def read(adapter: dict[str, Any], out: Path) -> str | None:

@@ -32,7 +32,7 @@ def stand_in(folder: Path, mode: str, *, after: int = 0) -> str:
         after: completions that succeed before the fault of `mode`.
     """
     path = folder / "vllm"
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1])
     path.write_text(LAUNCHER.format(python=sys.executable, tests=tests, mode=mode, folder=str(folder), after=after))
     path.chmod(0o755)
     return str(path)

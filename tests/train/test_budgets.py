@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -19,6 +19,8 @@ from loraover.overparam.importance import Probe
 from loraover.overparam.importance.base import Score
 from loraover.overparam.schedule import Round, Schedule
 from loraover.overparam.sites import Site
+
+from support.speed import examples
 
 STEPS = 100
 
@@ -120,7 +122,7 @@ KINDS = pytest.mark.parametrize(
 
 
 @KINDS
-@settings(deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_a_budget_is_never_exceeded_and_spent_as_far_as_it_goes(schedule: str, unit: str, data: st.DataObject) -> None:
     case = data.draw(cases(schedule, unit))
@@ -141,7 +143,7 @@ def test_a_budget_is_never_exceeded_and_spent_as_far_as_it_goes(schedule: str, u
 
 
 @KINDS
-@settings(deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_each_group_gets_its_share_within_one_site(schedule: str, unit: str, data: st.DataObject) -> None:
     case = data.draw(cases(schedule, unit))
@@ -159,7 +161,7 @@ def test_each_group_gets_its_share_within_one_site(schedule: str, unit: str, dat
 
 
 @KINDS
-@settings(deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_within_a_group_the_best_are_taken_first(schedule: str, unit: str, data: st.DataObject) -> None:
     case = data.draw(cases(schedule, unit))
@@ -178,7 +180,7 @@ def test_within_a_group_the_best_are_taken_first(schedule: str, unit: str, data:
         taken |= set(found.chosen)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(data=st.data(), unit=st.sampled_from(["sites", "fraction"]))
 def test_rounds_come_evenly_and_take_even_parts(data: st.DataObject, unit: str) -> None:
     case = data.draw(cases("dynamic", unit))

@@ -39,6 +39,8 @@ from support.tiny_models import (
     with_lora,
 )
 
+pytestmark = pytest.mark.process
+
 DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from support.make_checkpoint import (
     train,
     tree,
 )
+from support.speed import examples
 from support.tiny_models import fill_b
 
 LORA: dict[str, dict[str, Any]] = {
@@ -66,7 +67,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "sgd": lambda p: SGD(p, lr=1e-2, momentum=0.9),
     "rmsprop": lambda p: RMSprop(p, lr=1e-3, centered=True),
 }
-FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = examples(20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def state_of(over: OverParameterization) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from support.parallel_run import (
 from support.processes import ACCELERATE, in_two_processes, launched
 from support.tiny_models import tiny_net, trainable
 
+pytestmark = pytest.mark.process
+
 
 def sent(messages: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """Without what DDP sends once, behind its first backward, to agree on the order of gradients."""

@@ -18,6 +18,8 @@ from support.parallel_run import equal
 from support.parallel_trainer import STEPS, run, trainer_of
 from support.processes import TESTS, TORCHRUN, launched
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

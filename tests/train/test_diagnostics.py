@@ -21,6 +21,8 @@ from loraover.common.threads import one_thread
 
 from support.tiny_models import tiny_llama, tiny_net, token_ids, with_lora
 
+pytestmark = pytest.mark.process
+
 DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 STEPS = 5
 

@@ -6,12 +6,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 
 import tolerances
+from support.speed import examples
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SMALLEST = {
@@ -41,7 +42,7 @@ def test_smallest_subnormal_is_the_first_number_above_zero(dtype: torch.dtype) -
 
 
 @given(terms=st.integers(0, 2**40), unit=st.sampled_from(sorted(tolerances.UNIT.values())))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_gamma_is_the_formula(terms: int, unit: float) -> None:
     product = terms * Fraction(unit)
     if product >= 1:
@@ -57,7 +58,7 @@ def test_gamma_is_the_formula(terms: int, unit: float) -> None:
     signs=st.lists(st.tuples(st.sampled_from([-1, 1]), st.sampled_from([-1, 1])), min_size=1, max_size=50),
     unit=st.sampled_from([2.0**-8, 2.0**-11, 2.0**-24]),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_gamma_bounds_every_product_of_roundings(signs: list[tuple[int, int]], unit: float) -> None:
     """Higham's lemma 3.1: prod (1 + d_i)^{+-1} = 1 + theta with |theta| <= gamma_k."""
     product = Fraction(1)

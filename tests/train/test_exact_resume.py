@@ -34,6 +34,8 @@ from support.children import Child
 from support.tiny_hub import save_llama
 from support.tiny_models import token_ids
 
+pytestmark = pytest.mark.process
+
 STEPS = 10
 SAVED = 2
 """A checkpoint after every second step; rounds after steps 3, 4 and 6."""

@@ -25,6 +25,8 @@ from loraover_export.cli import cli
 from support.tiny_hub import save_llama, save_t5
 from support.tiny_models import lora_matrices
 
+pytestmark = pytest.mark.process
+
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in a test of their own."""

@@ -40,6 +40,8 @@ from support.parallel_run import (
 from support.processes import in_two_processes
 from support.tiny_models import tiny_net, trainable
 
+pytestmark = pytest.mark.process
+
 
 def sharded(net: Any) -> Any:
     """Two layers are units of their own; what the third adds stays whole between a forward and its backward."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import SGD
@@ -22,6 +22,7 @@ from loraover.overparam.sites import find_sites, lora_layers
 
 from oracles import scores as oracle
 from support.make_checkpoint import numpy64
+from support.speed import examples
 from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNIT, binomial_deviation, gamma
 
@@ -94,7 +95,7 @@ def test_another_smoothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ORACLES)
 @given(exponents=st.lists(st.integers(-40, 40), min_size=6, max_size=6))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_a_loss_scale_changes_no_score(name: str, exponents: list[int]) -> None:
     def scale(step: int, gradients: dict[str, Tensor]) -> None:
         for gradient in gradients.values():

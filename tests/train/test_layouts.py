@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import ceil, prod
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraover.common.errors import ShapeError
@@ -19,8 +19,9 @@ from strategies import (
     full_bonds,
     sizes,
 )
+from support.speed import examples
 
-cheap = settings(max_examples=40, deadline=None)
+cheap = examples(40)
 
 
 @given(m=sizes(), n=sizes(), data=st.data())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, RMSprop
@@ -18,6 +18,7 @@ from loraover import LoraOverConfig, OverParameterization
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
 from strategies import SEEDS, Case, cases, generators, matrices, normal, random_cores
+from support.speed import examples
 from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNDERFLOW, UNIT, chain_terms, gamma, isometry_error
 
@@ -57,7 +58,7 @@ def jacobian(case: Case, cores: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("name", DECOMPOSITIONS)
 @given(data=st.data(), seed=SEEDS)
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_the_centres_gradient_is_the_transposed_jacobian(
     name: str, squared: bool, data: st.DataObject, seed: int
 ) -> None:
@@ -80,7 +81,7 @@ def test_the_centres_gradient_is_the_transposed_jacobian(
 
 @pytest.mark.parametrize("name", DECOMPOSITIONS)
 @given(data=st.data(), seed=SEEDS)
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_the_frames_are_isometries_at_injection(name: str, data: st.DataObject, seed: int) -> None:
     case = data.draw(cases(name))
     drawn = data.draw(matrices(case.m, case.n))

@@ -21,6 +21,8 @@ from loraover.common.errors import OutputError
 
 from support.make_checkpoint import tree
 
+pytestmark = pytest.mark.process
+
 
 class Interrupted(BaseException):
     """Stands for whatever may end a block."""
@@ -246,23 +248,24 @@ def test_a_file_is_replaced_whole(old: str | None, tmp_path: Path) -> None:
 
 def test_a_files_content_is_on_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is named first can be empty after a power cut."""
-    events: list[str] = []
+    target = tmp_path / "file"
+    events: list[tuple[str, Path]] = []
     fsync, replace = os.fsync, Path.replace
 
     def recorded_fsync(descriptor: int) -> None:
-        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        events.append(("on disk", Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
-    def recorded_replace(self: Path, target: Path) -> Path:
-        events.append(f"{self.name} -> {target.name}")
-        return replace(self, target)
+    def recorded_replace(self: Path, new: Path) -> Path:
+        events.append(("named", self))
+        return replace(self, new)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "replace", recorded_replace)
-    publish_file(tmp_path / "file", lambda draft: draft.write_text("new"))
-    draft = events[0]
-    assert draft != "file"
-    assert events == [draft, f"{draft} -> file", tmp_path.name]
+    publish_file(target, lambda draft: draft.write_text("new"))
+    draft = events[0][1]
+    assert draft != target
+    assert events == [("on disk", draft), ("named", draft), ("on disk", tmp_path)]
 
 
 @pytest.mark.parametrize("ending", ENDINGS, ids=kind)

@@ -16,6 +16,8 @@ from loraover import Budget, LoraOverConfig, OverParameterization, Probe
 from support.tiny_models import trainable, with_lora
 from tolerances import binomial_deviation
 
+pytestmark = pytest.mark.statistical
+
 MODULES, PLANTED, IN, OUT, ROWS = 8, 2, 6, 4, 96
 SEEDS, STEPS = range(20), 20
 CHANCE = PLANTED / MODULES

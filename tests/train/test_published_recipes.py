@@ -21,6 +21,8 @@ from loraover.training.run_result import read_run
 
 from support.tiny_hub import save_llama, save_t5
 
+pytestmark = pytest.mark.process
+
 TEXT = "in spring a farmer sells 3 eggs"
 SLICES: dict[str, dict[str, Any]] = {
     "glue-mnli-t5-base": {"premise": TEXT, "hypothesis": "no eggs", "label": 2},

@@ -17,6 +17,8 @@ from loraover.reporting.schedule_map import placed
 
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
 
+pytestmark = pytest.mark.process
+
 
 def trained(folder: Path, config: LoraOverConfig, *, is_t5: bool = False) -> Path:
     """A checkpoint after 6 steps of 10."""

@@ -36,7 +36,7 @@ from support.tiny_hub import EOS, tiny_tokenizer, write_recipe
 from support.tiny_models import lora_matrices, update_norm
 from support.train_command import METHODS, STEPS, TURNS, data_file, train
 
-pytestmark = pytest.mark.usefixtures("single_thread", "no_network")
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
 
 MODELS = {"llama": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM}
 
@@ -160,7 +160,7 @@ def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak begins with its parent's")
 def test_the_memory_of_a_parent_is_not_its_childs() -> None:
-    child = "from loraover.training.run_result import peak_bytes; print(peak_bytes())"
+    child = "from loraover.common.provenance import peak_bytes; print(peak_bytes())"
     code = (
         f"import subprocess, sys; x = bytearray(2**30); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     )

@@ -18,6 +18,8 @@ from loraover.training.run_result import RunResult, read_run
 from support.tiny_hub import write_recipe
 from support.train_command import STEPS
 
+pytestmark = pytest.mark.process
+
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 WATCH_NETWORK = """
 import atexit, pathlib, socket, threading, time

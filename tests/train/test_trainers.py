@@ -18,6 +18,8 @@ from loraover.training.run import _prepare
 
 from support.tiny_hub import save_llama, write_recipe
 
+pytestmark = pytest.mark.process
+
 
 def test_only_labelled_positions_are_projected_and_no_gradient_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,11 +7,13 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraover.data.word_problems import NAMES, STORIES, THINGS, split_word_problems, word_problems
 from loraover.evaluation.final_number import final_number
+
+from support.speed import examples
 
 GOLDEN = {
     0: [
@@ -55,7 +57,7 @@ def test_the_first_problems_never_change() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=20)
+@examples(20)
 def test_a_seed_gives_the_same_problems(seed: int) -> None:
     assert list(islice(word_problems(seed), 20)) == list(islice(word_problems(seed), 20))
 
@@ -66,7 +68,7 @@ def test_seeds_differ() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=50)
+@examples(50)
 def test_every_completion_is_right(seed: int) -> None:
     for row in islice(word_problems(seed), 50):
         found = COMPLETION.fullmatch(row["completion"])
@@ -91,7 +93,7 @@ def test_every_kind_of_problem_comes_up() -> None:
 
 
 @given(train=st.integers(0, 60), held_out=st.integers(0, 60), seed=SEEDS)
-@settings(max_examples=30)
+@examples(30)
 def test_a_split_has_no_problem_twice(train: int, held_out: int, seed: int) -> None:
     rows, held = split_word_problems(train, held_out, seed)
     assert (len(rows), len(held)) == (train, held_out)

@@ -1,0 +1,22 @@
+"""How many examples a property is tried on, at each speed of the suite (`pytest --hypothesis-profile NAME`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import settings
+
+PROFILES = {"quick": 0.2, "full": 1.0, "deep": 20.0}
+"""Profile and the factor by which it multiplies the number of examples: `make check`, `make test`, and by hand."""
+FEWEST = 5
+
+
+def examples(number: int, **options: Any) -> settings:
+    """Settings of a property that `make test` tries on that many examples; deadlines are off, as clocks are noisy.
+
+    Args:
+        number: Examples of the profile "full".
+        options: Other settings of Hypothesis.
+    """
+    factor = PROFILES[settings.get_current_profile_name()]
+    return settings(max_examples=max(min(FEWEST, number), round(number * factor)), deadline=None, **options)
