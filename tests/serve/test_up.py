@@ -28,7 +28,7 @@ from loraover_serve.vllm.up import read_named, served_model, server_config
 from support.make_checkpoint import make_checkpoint
 from support.vllm_stand_in import assert_stopped, stand_in
 
-pytestmark = [pytest.mark.process, pytest.mark.xdist_group("up")]
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
