@@ -160,6 +160,12 @@ def test_a_recorded_command_gives_the_same_again(
     assert tree(out) == before
 
 
+def command(group: click.Group, name: str) -> click.Command:
+    found = group.get_command(click.Context(group), name)
+    assert found is not None
+    return found
+
+
 def parsed(command: Any, words: list[str]) -> dict[str, Any]:
     """A command's parameters, and as "options" what stands after "--"."""
     context = command.make_context(command.name, words)
@@ -170,14 +176,14 @@ def parsed(command: Any, words: list[str]) -> dict[str, Any]:
 def test_requests_record_every_option() -> None:
     """Read back by the command line itself, so an option that is new and not recorded fails here."""
     vllm = ["source", "-o", "out", "--model", "m", "--dtype", "fp16", "--name", "x y", "--vllm-version", "0.33.0"]
-    values = parsed(cli.commands["vllm"], list(vllm))
+    values = parsed(command(cli, "vllm"), list(vllm))
     words = shlex.split(VllmRequest(**values, force=True).command())
-    assert parsed(cli.commands["vllm"], words[2:]) == values
+    assert parsed(command(cli, "vllm"), words[2:]) == values
     onnx = ["a", "b", "-o", "out", "--mode", "swappable", "--precision", "int4", "--device", "cuda", "--base", "m"]
     onnx += ["--no-cache", "--name", "x", "--name", "y", "--graph", "g", "--no-check"]
-    values = parsed(cli.commands["onnx"], list(onnx))
+    values = parsed(command(cli, "onnx"), list(onnx))
     words = shlex.split(OnnxRequest(**values, force=True).command())
-    assert parsed(cli.commands["onnx"], words[2:]) == values
+    assert parsed(command(cli, "onnx"), words[2:]) == values
 
 
 def test_a_parity_report_records_every_option() -> None:
@@ -186,8 +192,8 @@ def test_a_parity_report_records_every_option() -> None:
     words += ["--vllm", "bin/vllm", "--workload", "file", "--prompts", "p", "--prompt-tokens", "5", "--new-tokens", "6"]
     words += ["--memory", "3", "--cross-check", "--timeout", "7", "--start-timeout", "8", "--seed", "9"]
     words += ["--allow-unequal", "--", "--max-num-seqs", "4"]
-    values = parsed(serve_cli.commands["parity"], list(words))
-    defaults = {p.name: p.default for p in serve_cli.commands["parity"].params}
+    values = parsed(command(serve_cli, "parity"), list(words))
+    defaults = {p.name: p.default for p in command(serve_cli, "parity").params}
     assert all(value != defaults.get(name) for name, value in values.items())
     again = shlex.split(ParityRequest(**values).command())
-    assert parsed(serve_cli.commands["parity"], again[2:]) == values
+    assert parsed(command(serve_cli, "parity"), again[2:]) == values
