@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from loraover.common.command_line import run
