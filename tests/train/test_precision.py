@@ -31,6 +31,10 @@ def older(precision: str) -> Callable[[], None]:
     return lambda: torch.set_float32_matmul_precision(precision)
 
 
+def in_turn(*functions: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: [function() for function in functions]
+
+
 def transformers_tf32() -> None:
     import_utils.enable_tf32.__wrapped__(True)  # without its cache, which makes a second call do nothing
 
@@ -44,8 +48,8 @@ WAYS: dict[str, Callable[[], Any]] = {
     "older-high": older("high"),
     "older-medium": older("medium"),
     "older-allow-tf32": lambda: setattr(ALL.cuda.matmul, "allow_tf32", True),
-    "older-then-transformers": lambda: (older("high")(), transformers_tf32()),
-    "transformers-then-cuda": lambda: (transformers_tf32(), setter("cuda", "ieee")()),
+    "older-then-transformers": in_turn(older("high"), transformers_tf32),
+    "transformers-then-cuda": in_turn(transformers_tf32, setter("cuda", "ieee")),
 }
 OLDER_WAYS = {"older-high", "older-medium", "older-allow-tf32"}
 by_backend = pytest.mark.skipif(not MATMULS, reason="torch before 2.9 sets no precision of single backends")

@@ -163,7 +163,7 @@ class BegunError(Exception):
     """A training that has begun; its argument is the number of steps that the trainer counted."""
 
 
-class StopAtOnce(TrainerCallback):  # type: ignore[misc]
+class StopAtOnce(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         raise BegunError(state.max_steps)
 
