@@ -2,16 +2,18 @@
 
 One thread, since tensors are tiny and waiting threads slow one another down. Ctrl-C, which a script that runs the suite
 in its background would have it ignore, with every process that it starts. A Hypothesis profile for each speed. And a
-place for each test among parallel workers (pytest-xdist, `--dist loadgroup`).
+place for each test among parallel workers (pytest-xdist).
 """
 
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from support.speed import PROFILES
 
@@ -22,15 +24,33 @@ for name in PROFILES:
     hypothesis.settings.register_profile(name, deadline=None)
 hypothesis.settings.load_profile("full")
 
-SLOW_FIRST = ("engine", "statistical", "process")
+SLOW_FIRST = ("matrix", "engine", "statistical", "process")
 """Marks in the order in which their tests begin: what takes longest must not begin last."""
+
+TOGETHER = {
+    **dict.fromkeys(("test_parity_vllm.py", "test_vllm_served.py", "test_vllm_families.py"), "vLLM"),
+    **dict.fromkeys(("test_up.py", "test_up_address.py", "test_up_preflight.py"), "port 8000"),
+}
+"""Files that share a server or a port, and so a worker."""
+
+
+class FilesTogether(LoadScopeScheduling):
+    """Keeps the tests of a file on one worker, where its fixtures are made once.
+
+    The mark `xdist_group` would name groups in the tests, but pytest-xdist 3.8 reads it through an attribute that
+    pytest 9.2 has no longer.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return TOGETHER.get(file.rpartition("/")[2], file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
+    return FilesTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, where its fixtures are made once, unless they name a group themselves."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
     items.sort(key=_turn)
 
 

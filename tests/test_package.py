@@ -89,4 +89,4 @@ def test_help_imports_no_heavy_package(module: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "click" in imported
-    assert not imported & {"torch", "transformers", "peft", "numpy", "pydantic", "onnxruntime", "vllm"}
+    assert not imported & {"torch", "transformers", "peft", "numpy", "pydantic", "httpx2", "onnxruntime", "vllm"}

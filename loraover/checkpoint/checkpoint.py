@@ -39,7 +39,6 @@ from loraover.overparam.sharding import full, world_size
 from loraover.overparam.sites import only_adapter
 
 SCHEMA_VERSION = 2
-READABLE = (1, 2)
 META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
 SCORE_PREFIX = "score."
 
@@ -80,11 +79,11 @@ class Meta(BaseModel):
     config: LoraOverConfig
     core_dtype: Literal["float32", "float64"]
     sites: list[SiteRecord]
-    rounds: list[Round] = Field(default_factory=list, description="the schedule's decisions so far")
+    rounds: list[Round] = Field(description="the schedule's decisions so far")
     steps: int | None = Field(None, ge=0, description="optimizer steps of the whole run, where it was told")
-    optimizer_steps: int = Field(0, ge=0, description="of those `step` counts, the ones that an optimizer took")
-    optimizer: str | None = Field(None, description="class of the optimizer that the state belongs to")
-    world_size: int = Field(1, ge=1, description="processes that trained together")
+    optimizer_steps: int = Field(ge=0, description="of those `step` counts, the ones that an optimizer took")
+    optimizer: str | None = Field(description="class of the optimizer that the state belongs to")
+    world_size: int = Field(ge=1, description="processes that trained together")
     versions: dict[str, str]
     sha256: dict[str, str] = Field(description="of the files that belong to this checkpoint")
     digest: str = Field("", description="SHA-256 of this file's canonical JSON with an empty digest")
@@ -259,9 +258,9 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             "to resume."
         )
     found = read_json(path / META_FILE, _Version)
-    if found.schema_version not in READABLE:
+    if found.schema_version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{path / META_FILE}: schema_version is {found.schema_version}, this version reads 1 to {SCHEMA_VERSION}; "
+            f"{path / META_FILE}: schema_version is {found.schema_version}, this version reads {SCHEMA_VERSION}; "
             "use the version of loraover that wrote it, or a newer one."
         )
     meta = read_json(path / META_FILE, Meta)

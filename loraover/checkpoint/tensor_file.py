@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.common.errors import CheckpointError
+from loraover.common.errors import CheckpointError, DivergedError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
-HAD_DIVERGED = "the run that wrote it had diverged"
+
+
+class NonFiniteError(CheckpointError, DivergedError):
+    """A tensor with NaN or infinity in it; the run that wrote it had diverged."""
 
 
 class TensorFile:
@@ -40,13 +43,14 @@ class TensorFile:
         """One tensor, on the CPU.
 
         Raises:
-            CheckpointError: no such key, an unusual dtype, or NaN or infinity in it.
+            CheckpointError: no such key, or an unusual dtype.
+            NonFiniteError: NaN or infinity in it, which is a CheckpointError, too.
         """
         if self.dtype(key) not in (*FLOATS, *INTEGERS):
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
         tensor: Tensor = self._handle.get_tensor(key)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{self.path}: {key} holds NaN or infinity; {HAD_DIVERGED}.")
+            raise NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
         return tensor
 
     def _slice(self, key: str) -> Any:

@@ -6,6 +6,7 @@
     ├── CheckpointError  (ValueError)    a LoRA-Over checkpoint or adapter that cannot be trusted
     ├── FoldError        (ArithmeticError) a fold whose result would be wrong or lossy
     ├── ExportError      (ValueError)    an adapter, a base model or a graph that cannot be exported as asked
+    ├── DivergedError    (ArithmeticError) training whose weights or cores are no longer finite numbers
     ├── DataError        (ValueError)    training or evaluation data that cannot be read
     ├── EngineError      (RuntimeError)  an inference engine that does not start, or refuses a request
     ├── ParityError      (ValueError)    measurements that cannot answer what was asked
@@ -37,6 +38,10 @@ class FoldError(LoraOverError, ArithmeticError):
 
 class ExportError(LoraOverError, ValueError):
     """An adapter, a base model or a graph that cannot be exported as asked."""
+
+
+class DivergedError(LoraOverError, ArithmeticError):
+    """Training whose weights or cores are no longer finite numbers."""
 
 
 class DataError(LoraOverError, ValueError):

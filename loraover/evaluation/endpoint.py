@@ -6,13 +6,12 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+
+import httpx2
 
 from loraover.common.errors import ConfigError, EngineError
+from loraover.common.http import explanation, http_client
 
 REQUEST_TIMEOUT_S = 300.0
 UNFIT = {400, 413, 422}
@@ -28,50 +27,37 @@ class UnfitRequestError(EngineError):
     """A request that the server refuses for what it holds, such as a text beyond the model's context."""
 
 
-class _NoRedirects(HTTPRedirectHandler):
-    """A key is for one server; it is not handed on to another."""
-
-    def redirect_request(self, *arguments: Any, **named: Any) -> None:
-        return None
-
-
 class Endpoint:
     """One server."""
 
     def __init__(self, url: str, key_variable: str | None = None, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         """
         Args:
-            url: of the server, with or without the final `/v1`.
+            url: the server's address, with or without the final `/v1`.
             key_variable: environment variable with the key; it is sent to the server and shown to nobody.
-            timeout_s: longest silence.
+            timeout_s: longest silence, in seconds.
         Raises:
-            ConfigError: not an HTTP address, no such variable, or a key that no header can carry.
+            ConfigError: not an HTTP address, no such variable, a key that no header can carry, or a proxy that cannot
+                be used.
         """
-        try:
-            parts = urlsplit(url)
-        except ValueError as error:
-            raise ConfigError(f"what was given is no address of a server: {error}.") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            shown = "what was given" if "@" in url or parts.query else repr(url)  # there, it may hold a secret
-            raise ConfigError(
-                f"{shown} is no address of a server; expected e.g. http://localhost:8000/v1, without user or query."
-            )
+        host = _host(url)
         self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else url.rstrip("/") + "/v1"
         self.headers = {"Content-Type": "application/json"}
         self._key = "" if key_variable is None else os.environ.get(key_variable, "").strip()
         if key_variable is not None and not self._key:
             raise ConfigError(  # the name is not shown: it may be the key itself
-                f"the key of {parts.hostname}: no environment variable of the name that was given is set; give the "
+                f"the key of {host}: no environment variable of the name that was given is set; give the "
                 "variable's name, not the key."
             )
         if not self._key.isascii() or not self._key.isprintable():
-            raise ConfigError(f"the key of {parts.hostname}: holds characters that no header can carry.")
+            raise ConfigError(f"the key of {host}: holds characters that no header can carry.")
         if self._key:
             self.headers["Authorization"] = f"Bearer {self._key}"
-        self._timeout_s = timeout_s
-        is_near = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        # a proxy for the outside world cannot reach loopback
-        self._opener = build_opener(_NoRedirects, *([ProxyHandler({})] if is_near else []))
+        is_near = host in ("localhost", "::1") or host.startswith("127.")
+        try:
+            self._client = http_client(self.headers, timeout_s=timeout_s, is_near=is_near)
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            raise ConfigError(f"{host}: the environment's proxy cannot be used: {error}") from error
 
     def complete(self, model: str, prompt: str, *, max_tokens: int, stop: Sequence[str] = ()) -> str:
         """The greedy continuation of a text.
@@ -101,30 +87,43 @@ class Endpoint:
         return _text(self._request(path, body), *keys)
 
     def _request(self, path: str, body: dict[str, Any]) -> Any:
-        request = Request(self.url + path, json.dumps(body).encode(), self.headers)
         try:
-            with self._opener.open(request, timeout=self._timeout_s) as response:
+            with self._client.stream("POST", self.url + path, content=json.dumps(body)) as response:
+                if not response.is_success:
+                    raise self._refusal(path, response)
                 return json.loads(self.hidden(response.read().decode(errors="replace")))
-        except HTTPError as error:
-            fault = EngineError if error.code not in UNFIT else UnfitRequestError
-            kind = UnansweredError if error.code in TRANSIENT else fault
-            raise kind(self.hidden(f"{self.url}{path}: the server answered {error.code}: {_body(error)}")) from None
-        except (OSError, HTTPException) as error:
+        except httpx2.HTTPError as error:
             raise UnansweredError(self.hidden(f"{self.url}{path}: no answer: {error}")) from None
         except (ValueError, RecursionError) as error:
             raise UnansweredError(self.hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
+
+    def _refusal(self, path: str, response: httpx2.Response) -> EngineError:
+        status = response.status_code
+        kind = UnansweredError if status in TRANSIENT else UnfitRequestError if status in UNFIT else EngineError
+        return kind(self.hidden(f"{self.url}{path}: the server answered {status}: {explanation(response)}"))
 
     def hidden(self, text: str) -> str:
         """The text without the key, which a server may repeat; what it says is shown and kept."""
         return text.replace(self._key, "***") if self._key else text
 
 
-def _body(error: HTTPError) -> str:
-    """The beginning of what came with it."""
+def _host(url: str) -> str:
+    """The host of a server's address.
+
+    Raises:
+        ConfigError: no address of HTTP, or one with a user or a query.
+    """
     try:
-        return error.read(1000).decode(errors="replace")
-    except (OSError, HTTPException):
-        return "(cut off)"
+        parts = httpx2.URL(url)
+        is_address = parts.scheme in ("http", "https") and parts.host and not parts.userinfo and not parts.query
+    except httpx2.InvalidURL:
+        is_address = False
+    if is_address:
+        return parts.host
+    shown = "what was given" if "@" in url or "?" in url else repr(url)  # there, it may hold a secret
+    raise ConfigError(
+        f"{shown} is no address of a server; expected e.g. http://localhost:8000/v1, without user or query."
+    )
 
 
 def _text(answer: Any, *keys: str) -> str:

@@ -1,4 +1,4 @@
-"""Benchmarks that lm-evaluation-harness runs: its prompts and metrics, our reading of the data.
+"""Benchmarks of lm-evaluation-harness: its own tasks, with our reading of the data.
 
 Source: Gao et al. 2024, doi:10.5281/zenodo.12608602. Departures: no examples before the question, the chat template
 around it where the model has one, and GSM8K's answers are compared as numbers.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.common.errors import DataError
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from loraover.reporting.reporter import Reporter
 
 SPLIT = "questions"
-STOPS = ("Question:", "</s>", "<|im_end|>")
+DROPPED = ("training_split", "validation_split", "fewshot_split", "filter_list")  # keys of the harness's task
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,18 @@ class HarnessTask(Task):
     """A task as the harness defines it.
 
     Args:
-        name: in the harness.
+        name: the task's name in the harness.
+        folder: the folder below the harness's `lm_eval/tasks` that defines it.
         hub: name, subset and split of the questions.
-        fields: of the harness's rows, each with the names that it may have in a file.
-        text: the harness's template of a question.
-        choices: its answers, one for each label; none where an answer is a number.
-        labels: by which a file may call the choices, instead of by number.
-        metrics: the harness's.
+        fields: fields of the harness's rows, each with the names that it may have in a file.
+        labels: names by which a file may call the choices, instead of by number; none where an answer is a number.
     """
 
     name: str
+    folder: str
     hub: tuple[str, str, str]
     fields: Mapping[str, tuple[str, ...]] = field(hash=False)
-    text: str
-    choices: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("acc",)
     max_new_tokens: int = 400
     packages: tuple[str, ...] = ("lm-eval",)
 
@@ -69,14 +66,13 @@ class HarnessTask(Task):
         self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
     ) -> TaskScores:
         from lm_eval import simple_evaluate
-        from lm_eval.api.task import ConfigurableTask
-        from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.CRITICAL)  # its errors show a request with its key
         found = simple_evaluate(
             model=subject.harness_model(),
-            tasks=[ConfigurableTask(config=self._config(questions, options))],
-            task_manager=TaskManager(include_defaults=False),
+            tasks=[self.harness_task(questions)],
+            task_manager=self._tasks(),
+            gen_kwargs={"max_gen_toks": options.max_new_tokens or self.max_new_tokens},
             apply_chat_template=uses_chat(options, subject.tokenizer),
             bootstrap_iters=0,
         )
@@ -110,33 +106,26 @@ class HarnessTask(Task):
         expected = self.labels[sample["doc"]["label"]]
         return Example(number, float(answer == expected), answer, expected)
 
-    def _config(self, questions: Questions, options: Options) -> dict[str, Any]:
-        def rows(**_: Any) -> Any:
-            from datasets import Dataset, DatasetDict
+    def harness_task(self, questions: Questions) -> Any:
+        """The harness's task, a `ConfigurableTask`, with our rows in place of its data."""
+        from datasets import Dataset, DatasetDict
 
+        def rows(**_: Any) -> Any:
             return DatasetDict({SPLIT: Dataset.from_list(questions.rows)})
 
-        common = {
-            "task": self.name,
-            "custom_dataset": rows,
-            "test_split": SPLIT,
-            "num_fewshot": 0,
-            "doc_to_text": self.text,
-            "metric_list": [{"metric": metric} for metric in self.metrics],
-        }
-        if self.choices:
-            answers = {"doc_to_choice": list(self.choices), "doc_to_target": "label"}
-            return common | answers | {"output_type": "multiple_choice"}
-        return common | {
-            "output_type": "generate_until",
-            "doc_to_target": "{{answer}}",
-            "process_results": number_matches,
-            "generation_kwargs": {
-                "until": list(STOPS),
-                "do_sample": False,
-                "max_gen_toks": options.max_new_tokens or self.max_new_tokens,
-            },
-        }
+        ours = dict.fromkeys(DROPPED) | {"custom_dataset": rows, "test_split": SPLIT, "num_fewshot": 0}
+        if not self.labels:
+            ours["process_results"] = number_matches
+        # Only a group may change a task that the manager knows.
+        group = {"group": SPLIT, "task": [{"task": self.name, **ours}]}
+        return self._tasks().load(group)["tasks"][self.name]
+
+    def _tasks(self) -> Any:
+        """The harness's index of the one folder; that of all its tasks takes many seconds to build."""
+        import lm_eval.tasks
+
+        folder = Path(lm_eval.tasks.__file__).parent / self.folder
+        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folder)
 
 
 def number_matches(row: Mapping[str, Any], answers: list[str]) -> dict[str, float]:

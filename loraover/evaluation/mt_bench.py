@@ -25,10 +25,10 @@ from loraover.evaluation.base import (
     text_field,
     uses_chat,
 )
-from loraover.evaluation.judge import Judge, Rating
 from loraover.evaluation.parallel import in_parallel
 
 if TYPE_CHECKING:
+    from loraover.evaluation.judge import Judge, Rating
     from loraover.evaluation.subjects import Chat, Subject
     from loraover.reporting.reporter import Reporter
 

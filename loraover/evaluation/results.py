@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from scipy.stats import binomtest
 
 from loraover.evaluation.base import Example
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Z_95 = 1.959964
 CORRELATIONS = ("mcc",)  # measures that are no share
 
 
@@ -57,10 +56,8 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
     Source: Wilson 1927, Journal of the American Statistical Association 22.
     """
-    share, z2 = right / total, Z_95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    interval = binomtest(right, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def show_evaluation(found: Evaluation, console: Console) -> None:

@@ -21,22 +21,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraover.checkpoint.checkpoint import META_FILE, read_checkpoint
 from loraover.checkpoint.exact_tensors import open_exact
-from loraover.checkpoint.tensor_file import HAD_DIVERGED
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.strict_json import read_json
+from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run import HELD_OUT_FILE
 from loraover.training.run_result import RUN_FILE, read_run
 
 OUTCOME_FILE = "outcome.json"
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
-SIGNS_OF_DIVERGENCE = (DIVERGED, HAD_DIVERGED)  # at its end; in what a killed one is resumed from
-SIGNS_OF_NO_MEMORY = (
-    "OutOfMemoryError",
-    "MemoryError",
-    "can't allocate memory",
-)  # CUDA's, Python's, PyTorch's on a CPU
+FAILURES = {"diverged": DIVERGED, "out_of_memory": OUT_OF_MEMORY}
+"""What an outcome says of the kinds of failure that are the method's."""
 
 
 class Outcome(BaseModel):
@@ -85,8 +81,8 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         if found is not None:
             return found
         _check_begun(recipe, folder)
-        said = "" if (folder / RUN_FILE).is_file() else _train(recipe, folder, threads, lock)
-        outcome = _outcome(recipe, folder, said)
+        last = "" if _has_ended(folder) else _train(recipe, folder, threads, lock)
+        outcome = _outcome(recipe, folder, last)
         folder.mkdir(exist_ok=True)
         publish_text(folder / OUTCOME_FILE, outcome.model_dump_json() + "\n")
     return outcome
@@ -110,7 +106,8 @@ def _asked(folder: Path) -> Path:
 
 def _check_begun(recipe: Recipe, folder: Path) -> None:
     """Raise ConfigError of a run that was begun, or finished but for its outcome, with another recipe."""
-    if (folder / "recipe.yaml").is_file() and digest(load_recipe(str(_asked(folder)))) != digest(recipe):
+    begun = any((folder / name).is_file() for name in ("recipe.yaml", FAILURE_FILE))
+    if begun and digest(load_recipe(str(_asked(folder)))) != digest(recipe):
         raise _another_recipe(folder)
 
 
@@ -118,13 +115,24 @@ def _another_recipe(folder: Path) -> ConfigError:
     return ConfigError(f"{folder}: was run with another recipe than this study's; name a new folder.")
 
 
+def _has_ended(folder: Path) -> bool:
+    """Whether a run has a result, or failed for its rate or its size; other failures are tried again."""
+    failure = read_failure(folder)
+    return (folder / RUN_FILE).is_file() or (failure is not None and failure.is_of_method)
+
+
 def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
-    """What `loraover train` says; its exit code is told by what it leaves in the folder."""
+    """Run `loraover train`, which leaves its result or its failure in the folder.
+
+    Returns:
+        The last line that it printed, to be shown where it left neither.
+    """
     asked = _asked(folder)
     publish_text(asked, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
     if (folder / "recipe.yaml").is_file() and not any((folder / name).exists() for name in ("adapter", "model")):
         command.append("--resume")
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
     else:
         shutil.rmtree(
             folder, ignore_errors=True
@@ -144,10 +152,10 @@ def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
             process.wait()  # the terminal has told it as well
             raise
         log.seek(0)
-        said = log.read()
+        last = next((line for line in reversed(log.read().splitlines()) if line.strip()), "it printed nothing")
     if process.returncode == -signal.SIGKILL:
-        said += "\nsomething has killed it, as Linux does where memory is short; try fewer --jobs"
-    return said
+        return "something has killed it, as Linux does where memory is short; try fewer --jobs"
+    return last
 
 
 def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
@@ -175,9 +183,9 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _outcome(recipe: Recipe, folder: Path, said: str) -> Outcome:
+def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
     if not (folder / RUN_FILE).is_file():
-        return Outcome(recipe=digest(recipe), failure=_failure(folder, said))
+        return Outcome(recipe=digest(recipe), failure=_failure(folder, last))
     result = read_run(folder)
     scored = json.loads((folder / HELD_OUT_FILE).read_text())
     if not all(math.isfinite(nats) for nats, _ in scored):
@@ -199,18 +207,19 @@ def _outcome(recipe: Recipe, folder: Path, said: str) -> Outcome:
     )
 
 
-def _failure(folder: Path, said: str) -> str:
+def _failure(folder: Path, last: str) -> str:
     """Why a run has no result, where that lies in the run.
 
+    Args:
+        last: the last line that the process printed.
     Raises:
         LoraOverError: it does not.
     """
-    if any(sign in said for sign in SIGNS_OF_DIVERGENCE):
-        return DIVERGED
-    last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
-    if any(sign in last for sign in SIGNS_OF_NO_MEMORY):
-        return OUT_OF_MEMORY
-    raise LoraOverError(f"{folder}: loraover train ended without a result: {last}")
+    found = read_failure(folder)
+    if found is not None and found.is_of_method:
+        return FAILURES[found.kind]
+    reason = last if found is None else found.message
+    raise LoraOverError(f"{folder}: loraover train ended without a result: {reason}")
 
 
 def _fold_error(adapter: Path) -> float | None:

@@ -6,13 +6,13 @@ OUT/trainer/          sealed checkpoints to resume from
 OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method; OUT/model/ of full
 OUT/held_out.json     [nats, tokens] of each held-out completion after training
 OUT/run.json          measures before and after, sizes, origins, versions
+OUT/failure.json      why there is no run.json, if the run failed
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.callbacks.step_norm import Factors, factors, step_norm
 from loraover.checkpoint.checkpoint import write_checkpoint
 from loraover.common.atomic_output import check_free, publish_directory, publish_text
-from loraover.common.errors import ConfigError, DataError, OutputError
+from loraover.common.errors import ConfigError, DataError, DivergedError, OutputError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.evaluation.held_out import exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
@@ -40,6 +40,7 @@ from loraover.overparam.sites import find_sites
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import Reporter, log_shown
 from loraover.training.examples import Examples, load_examples
+from loraover.training.failure import FAILURE_FILE, holds_only_failure, record_failure
 from loraover.training.hf_trainer import make_trainer
 from loraover.training.push import moved_copy, push, pushed_base
 from loraover.training.recipe import Recipe
@@ -85,39 +86,38 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
 
     Args:
         recipe: what to do.
-        output: a new folder; with `resume`, the folder of the run to continue.
+        output: a new folder; with `resume`, the folder of the run to continue. A run that fails leaves `failure.json`
+            in it, see `record_failure`.
         resume: continue from the last whole checkpoint in `output`, or from the start without one.
         report: shows progress.
         command: what the user typed, for the model card.
     Raises:
-        ConfigError, DataError, CheckpointError, OutputError: with what was found and expected. A run that fails
+        ConfigError, DataError, CheckpointError, OutputError: with what was found and expected. A run that is refused
             before its first step leaves no folder.
+        DivergedError: weights are no longer finite at the end, or in the checkpoint to resume from.
     """
     _claim(output, resume)
+    run = None
     try:
         run = _prepare(recipe, output, report)
         before = _measure(run, recipe, output, report, BEFORE)
-    except BaseException:
-        if not resume:
-            shutil.rmtree(output, ignore_errors=True)
-        raise
-    checkpoint = last_whole_checkpoint(output / "trainer") if resume else None
-    _trim_metrics(output / "metrics.jsonl", checkpoint)
-    try:
+        checkpoint = last_whole_checkpoint(output / "trainer") if resume else None
+        (output / FAILURE_FILE).unlink(missing_ok=True)
+        _trim_metrics(output / "metrics.jsonl", checkpoint)
         with log_shown(report):
             timed = _take_steps(run, recipe, checkpoint)
-    except BaseException:
-        if not resume and run.trainer.state.global_step == 0:
-            shutil.rmtree(output, ignore_errors=True)
+        if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
+            raise DivergedError(
+                "training diverged: the loss is no longer a number at learning rate "
+                f"{recipe.training.learning_rate:g}; lower it. The log is {output / 'metrics.jsonl'}."
+            )
+        after = _measure(run, recipe, output, report, AFTER)
+        result = _result(run, recipe, timed, before, after)
+        _publish(run, recipe, output, result, command)
+    except BaseException as error:
+        has_stepped = run is not None and run.trainer.state.global_step > 0
+        record_failure(output, error, has_stepped=has_stepped, is_resumed=resume)
         raise
-    if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
-        raise ConfigError(
-            f"training diverged: the loss is no longer a number at learning rate {recipe.training.learning_rate:g}; "
-            f"lower it. The log is {output / 'metrics.jsonl'}."
-        )
-    after = _measure(run, recipe, output, report, AFTER)
-    result = _result(run, recipe, timed, before, after)
-    _publish(run, recipe, output, result, command)
     if recipe.push_to_hub is not None:
         _push(recipe.push_to_hub, run, recipe, output, result, command)
         report.line(f"uploaded to {recipe.push_to_hub}")
@@ -185,7 +185,8 @@ def product(recipe: Recipe, output: Path) -> Path:
 def _claim(output: Path, resume: bool) -> None:
     """Make the run folder, or check that there is a run to continue."""
     if not resume:
-        check_free(output.absolute())
+        if not holds_only_failure(output):
+            check_free(output.absolute())
         try:
             (output / "trainer").mkdir(parents=True)
         except OSError as error:

@@ -67,6 +67,10 @@ def write_synthetic_checkpoint(folder: Path) -> None:
         config=config,
         core_dtype="float32",
         sites=sites,
+        rounds=[],
+        optimizer_steps=0,
+        optimizer=None,
+        world_size=1,
         versions={},
         sha256={name: sha256_of(folder / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
     )

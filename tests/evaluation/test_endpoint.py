@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -79,6 +80,61 @@ def test_a_server_that_hangs_is_given_up() -> None:
         Endpoint(server.url, timeout_s=0.1).chat("m", HELLO, max_tokens=4)
 
 
+def test_only_silence_is_timed() -> None:
+    """The answer takes longer than `timeout_s`, but never pauses for so long."""
+    answer = b'{"choices": [{"text": "at last"}]}'
+
+    def dawdle(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer))
+            for byte in answer:
+                time.sleep(0.03)
+                connection.sendall(bytes([byte]))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=dawdle, args=(server,), daemon=True)
+        thread.start()
+        before = time.monotonic()
+        endpoint = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.6)
+        assert endpoint.complete("m", "one", max_tokens=3) == "at last"
+        assert time.monotonic() - before > 0.6
+        thread.join()
+
+
+def test_a_proxy_is_asked_for_the_outside_world_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with openai_server(lambda body: "through the proxy") as proxy, openai_server(lambda body: "straight") as server:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == "straight"
+        assert Endpoint("http://judge.test").chat("m", HELLO, max_tokens=4) == "through the proxy"
+        assert [body["path"] for body in proxy.bodies] == ["http://judge.test/v1/chat/completions"]
+
+
+def test_a_proxy_that_cannot_be_used_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks4://user:sesame@host:1")
+    with pytest.raises(ConfigError, match=r"judge\.test: the environment's proxy cannot be used: .*socks4") as caught:
+        Endpoint("http://judge.test")
+    assert "sesame" not in str(caught.value)
+    Endpoint("http://localhost")
+
+
+def test_more_requests_at_once_than_a_pool_has_places_for() -> None:
+    held = threading.Barrier(129)
+
+    def hold(body: object) -> str:
+        held.wait(10)
+        return "all at once"
+
+    with openai_server(hold) as server, ThreadPoolExecutor(129) as pool:
+        endpoint = Endpoint(server.url, timeout_s=20)
+        asked = [pool.submit(endpoint.chat, "m", HELLO, max_tokens=4) for _ in range(129)]
+        assert {each.result() for each in asked} == {"all at once"}
+
+
 def test_nobody_there_is_told() -> None:
     with openai_server(lambda body: "x") as server:
         pass
@@ -128,6 +184,8 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         "http://user:word@host",
         "http://:word@host",
         "http://host/v1?key=x",
+        "http://user:word@host:port",
+        "http://[::1",
     ):
         with pytest.raises(ConfigError, match="no address of a server") as caught:
             Endpoint(url)

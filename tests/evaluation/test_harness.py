@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from jinja2 import Template
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -19,7 +17,7 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover.evaluation import TASKS
-from loraover.evaluation.base import Options
+from loraover.evaluation.base import Options, Questions
 from loraover.evaluation.generation import greedy_answers
 from loraover.evaluation.harness import HarnessTask, number_matches
 
@@ -141,24 +139,74 @@ def test_a_key_that_is_refused_is_shown_nowhere(batch_size: str, models: tuple[P
     assert "sesame" not in done.stdout + done.stderr + out.read_text()
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "qnli", "sst2", "cola", "mrpc", "mnli"])
-def test_questions_are_those_of_the_harness(task: str) -> None:
-    import lm_eval.tasks
-    from lm_eval.tasks.glue.mnli.utils import doc_to_text
+QNLI = "Question: Does this response answer the question?\nAnswer:"
+PROMPTS: dict[str, tuple[dict[str, Any], str, list[str], list[str]]] = {
+    "gsm8k": (
+        {"question": "what is {{x}}? ", "answer": "#### 4"},
+        "Question: what is {{x}}? \nAnswer:",
+        [],
+        ["exact_match"],
+    ),
+    "qnli": (
+        {"question": "who?", "sentence": "ada.", "label": 0},
+        f"who?\nada.\n{QNLI}",
+        ["yes", "no"],
+        ["acc"],
+    ),
+    "mnli": (
+        {"premise": "it rains", "hypothesis": " it is wet ", "label": 0},
+        "it rains\nQuestion: it is wet. True, False or Neither?\nAnswer:",
+        ["True", "Neither", "False"],
+        ["acc"],
+    ),
+    "sst2": (
+        {"sentence": "good", "label": 1},
+        "good\nQuestion: Is this sentence positive or negative?\nAnswer:",
+        ["negative", "positive"],
+        ["acc"],
+    ),
+    "cola": (
+        {"sentence": "who is", "label": 0},
+        "who is\nQuestion: Does this sentence make sense?\nAnswer:",
+        ["no", "yes"],
+        ["mcc"],
+    ),
+    "mrpc": (
+        {"sentence1": "a", "sentence2": "b", "label": 0},
+        "Sentence 1: a\nSentence 2: b\nQuestion: Do both sentences mean the same thing?\nAnswer:",
+        ["no", "yes"],
+        ["acc", "f1"],
+    ),
+}
 
-    file = "gsm8k/gsm8k.yaml" if task == "gsm8k" else f"glue/{task}/default.yaml"
-    text = Path(lm_eval.tasks.__file__).with_name(file.split("/")[0]).joinpath(*file.split("/")[1:]).read_text()
-    theirs = yaml.safe_load(text.replace("!function", ""))
+
+@pytest.mark.parametrize("task", PROMPTS)
+def test_the_harness_puts_our_rows_into_its_own_prompts(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without examples before them, and without its data sets."""
+    import datasets
+
+    monkeypatch.delattr(datasets, "load_dataset")
+    row, prompt, choices, metrics = PROMPTS[task]
     ours = TASKS[task]
     assert isinstance(ours, HarnessTask)
-    assert list(ours.choices) == theirs.get("doc_to_choice", [])
-    assert list(ours.metrics) == [metric["metric"] for metric in theirs["metric_list"]]
-    if task != "mnli":
-        assert ours.text == theirs["doc_to_text"]
-        return
-    for hypothesis in ("it is wet", " it is wet. "):
-        row = {"premise": "it rains", "hypothesis": hypothesis}
-        assert Template(ours.text).render(**row) == doc_to_text(row)
+    theirs = ours.harness_task(Questions([row], "here"))
+    (question,) = theirs.eval_docs
+    assert question == row
+    assert theirs.fewshot_context(question, num_fewshot=theirs.config.num_fewshot) == prompt
+    assert (theirs.doc_to_choice(question) if choices else []) == choices
+    assert [metric["metric"] for metric in theirs.config.metric_list] == metrics
+    assert (theirs.config.process_results is number_matches) == (not choices)
+
+
+def test_the_stops_of_gsm8k_are_the_harness_own() -> None:
+    ours = TASKS["gsm8k"]
+    assert isinstance(ours, HarnessTask)
+    asked = ours.harness_task(Questions([PROMPTS["gsm8k"][0]], "here")).config.generation_kwargs
+    assert asked == {
+        "until": ["Question:", "</s>", "<|im_end|>"],
+        "do_sample": False,
+        "temperature": 0.0,
+    }
 
 
 def test_a_choice_is_the_likelier_answer(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -178,7 +226,7 @@ def test_a_choice_is_the_likelier_answer(models: tuple[Path, Path], tmp_path: Pa
         return float(sum(scores[i - 1, ids[0, i]] for i in range(start, ids.shape[1])))
 
     for row, example in zip(PAIRS, found["examples"], strict=True):
-        text = f"{row['sentence1']}\n{row['sentence2']}\nQuestion: Does this response answer the question?\nAnswer:"
+        text = f"{row['sentence1']}\n{row['sentence2']}\n{QNLI}"
         is_yes = likelihood(text, " yes") > likelihood(text, " no")
         assert example["answer"] == ("entailment" if is_yes else "not_entailment")
         assert example["score"] == float(example["answer"] == row["label"])
@@ -198,9 +246,8 @@ def test_a_question_beyond_the_models_context_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Up to the token; the last one of a choice is scored, not read."""
-    ours, tokenizer = TASKS[task], AutoTokenizer.from_pretrained(models[0])
-    assert isinstance(ours, HarnessTask)
-    rest = Template(ours.text).render(question="a", sentence=rows[1].get("sentence2")) + answer
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    rest = {"gsm8k": "Question: a\nAnswer:", "qnli": f"a\n{PAIRS[1]['sentence2']}\n{QNLI}"}[task] + answer
     fits = room - len(tokenizer(rest).input_ids) + 1
     for length, code in ((fits, 0), (fits + 1, 2)):
         data = written(tmp_path / "rows.jsonl", [rows[0], rows[1] | {next(iter(rows[1])): "a" * length}])

@@ -1,4 +1,4 @@
-"""Files of earlier versions stay readable, bit for bit, and the formats are what their bytes say."""
+"""Files that were kept stay readable, bit for bit, and the formats are what their bytes say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover import OverParameterization, read_checkpoint
-from loraover.checkpoint.checkpoint import READABLE, SCHEMA_VERSION, restore
+from loraover.checkpoint.checkpoint import SCHEMA_VERSION, restore
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.command_line import run
 from loraover.overparam.importance import GradientScore
@@ -79,9 +79,8 @@ def test_an_edited_golden_file_is_noticed(golden: Path, tmp_path: Path) -> None:
     assert fold(golden, tmp_path / "out") == 2
 
 
-def test_golden_files_of_every_schema_version_are_kept() -> None:
-    assert {path.parent.name for path in KEPT} == {f"schema_{version}" for version in READABLE}
-    assert f"schema_{SCHEMA_VERSION}" == FOLDER.name
+def test_golden_files_are_of_the_version_that_is_read() -> None:
+    assert {path.parent.name for path in KEPT} == {f"schema_{SCHEMA_VERSION}"} == {FOLDER.name}
 
 
 def test_todays_reader_understands_the_metadata(kept: Path, golden: Path) -> None:
@@ -94,7 +93,7 @@ def test_todays_reader_understands_the_metadata(kept: Path, golden: Path) -> Non
     scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0, "dynamic": 4.0}[golden.name]
     assert found.adapter.config.scaling("model.layers.0.self_attn.q_proj") == scaling
     rounds = {"dynamic": [(1, 1), (2, 1)]}.get(golden.name, [(0, len(found.sites))])
-    assert [(r.step, len(r.chosen)) for r in found.meta.rounds] == (rounds if found.meta.schema_version > 1 else [])
+    assert [(r.step, len(r.chosen)) for r in found.meta.rounds] == rounds
 
 
 def test_training_resumes_from_it(golden: Path) -> None:
@@ -138,7 +137,7 @@ NEWER = {".steps: int", ".steps: NoneType"}
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_todays_writer_writes_the_same_format(name: str, tmp_path: Path) -> None:
-    """A difference here is a new format: raise the schema version and add golden files, beside the old ones."""
+    """A difference here is a new format: raise the schema version and make its golden files."""
     golden = FOLDER / name
     fresh = make_golden(golden.name, tmp_path / "fresh").path
     assert layout(fresh / "loraover.safetensors") == layout(golden / "loraover.safetensors")
@@ -172,7 +171,7 @@ ADAPTER_BYTES = (
 CONFIG_BYTES = b'{"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 1, "lora_alpha": 3, "extra": [1]}'
 META_BYTES = b"""{
   "format": "loraover-checkpoint",
-  "schema_version": 1,
+  "schema_version": 2,
   "base_model": "some/base",
   "step": 9,
   "config": {
@@ -188,13 +187,17 @@ META_BYTES = b"""{
     {"name": "q.lora_A", "m": 1, "n": 2, "step": 0, "state": {}},
     {"name": "q.lora_B", "m": 2, "n": 1, "step": 4, "state": {"q.lora_B.core.0.step": 5}}
   ],
+  "rounds": [{"step": 4, "scores": {"q.lora_B": 0.5}, "chosen": ["q.lora_B"], "added": 1, "forwards": 2}],
+  "optimizer_steps": 8,
+  "optimizer": "SGD",
+  "world_size": 1,
   "versions": {"loraover": "0.1.0"},
   "sha256": {
     "adapter_config.json": "62e38e9116bc22f07f5d3b6a41b7f3bb3cb0b00148e61359f48636dd2caebb7f",
     "adapter_model.safetensors": "e328794630868399bf94ded98e2d00db4d9cec6d68b49b51bce067bdbcc370fd",
     "loraover.safetensors": "61024a4689c0e0d82241b58a319824689668ec711e3b3f3a8d84b3c10e5f78df"
   },
-  "digest": "649755ec9368ed79198f19de22041ae99a0319ba4a2c2edf7da7c453507c52b5"
+  "digest": "25b1bb3e2d613e72c8babb2757de08bcd529089f66b4f3208612923c294d2701"
 }
 """
 FOLDED_CONFIG = b"""{
@@ -232,6 +235,8 @@ def test_a_literal_checkpoint_is_read(literal: Path) -> None:
     assert found.meta.step == 9
     assert found.meta.config.aux_lr_scale == 0.5
     assert found.meta.config.seed is None
+    assert [(r.step, r.ranked, r.added, r.forwards) for r in found.meta.rounds] == [(4, {"q.lora_B": 0.5}, 1, 2)]
+    assert (found.meta.optimizer_steps, found.meta.optimizer, found.meta.world_size) == (8, "SGD", 1)
     assert found.sites["q.lora_B"].step == 4
     assert found.sites["q.lora_B"].state == {"q.lora_B.core.0.step": 5}
     assert found.adapter.config.scaling("q") == 3

@@ -1,4 +1,4 @@
-"""Writes `tests/golden/schema_2`: checkpoints that every later version must read, and their folds.
+"""Writes `tests/golden/schema_2`: checkpoints that later versions must read, and their folds.
 
     .venv/bin/python tests/golden/make.py
 
@@ -68,7 +68,7 @@ RECIPES: dict[str, Recipe] = {
     "chain": Recipe(LoraOverConfig(decomposition="chain", seed=7), sgd, {"target_modules": ["q_proj"]}),
     "dynamic": Recipe(DYNAMIC, adamw, QV, total=10),
 }
-"""Written with schema 1, but for "dynamic", which has had two of its three rounds."""
+"""The one of "dynamic" has had two of its three rounds."""
 
 
 def make_golden(name: str, scratch: Path) -> Made:

@@ -34,7 +34,7 @@ from support.make_checkpoint import Made
 from support.serving import Served
 from support.vllm_command import vllm_command
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.engine
 
 NEW_TOKENS = 2
 COPIES = {VANILLA: "vanilla", CONTROL: "vanilla", FOLDED: "folded"}

@@ -26,7 +26,7 @@ from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_v
 from support.make_checkpoint import make_checkpoint
 from support.vllm_stand_in import stand_in
 
-pytestmark = [pytest.mark.process, pytest.mark.xdist_group("up")]
+pytestmark = pytest.mark.process
 
 KEY = "a-key-of-the-tests"
 

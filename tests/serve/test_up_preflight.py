@@ -19,7 +19,7 @@ from support.plain_adapter import make_adapter
 from support.vllm_damage import config, renamed
 from support.vllm_stand_in import VERSION, stand_in
 
-pytestmark = [pytest.mark.process, pytest.mark.xdist_group("up")]
+pytestmark = pytest.mark.process
 
 Up = Callable[..., tuple[int, str]]
 

@@ -18,7 +18,7 @@ from support.tiny_hub import tiny_tokenizer
 from support.tiny_models import token_ids
 from support.vllm_command import vllm_command
 
-pytestmark = [pytest.mark.matrix, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.matrix
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,7 @@ from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record
 from support.serving import ADAPTERS, Served
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.engine
 
 SURE = 5  # standard errors
 FEW = 8  # prompts, where a difference is large

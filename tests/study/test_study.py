@@ -32,6 +32,7 @@ from loraover.study.outcome import OUTCOME_FILE, Outcome, digest, execute
 from loraover.study.report import StudyReport
 from loraover.study.runner import Where, run_grid
 from loraover.training.examples import load_examples
+from loraover.training.failure import FAILURE_FILE, Failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run_result import read_run
 
@@ -290,37 +291,82 @@ def test_a_run_that_was_killed_after_it_diverged_has_diverged(recipe: Path, tmp_
     folder = tmp_path / "run"
     assert execute(asked, folder, threads=1).failure == "training diverged"
     (folder / OUTCOME_FILE).unlink()
+    (folder / FAILURE_FILE).unlink()
     assert (folder / "trainer" / "checkpoint-2" / "complete.json").is_file()
     assert execute(asked, folder, threads=1).failure == "training diverged"
 
 
-@pytest.mark.parametrize(
-    "last",
-    [
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
-        "RuntimeError: [enforce fail at alloc_cpu.cpp:126] . DefaultCPUAllocator: can't allocate memory",
-        "MemoryError",
-    ],
-)
 def test_a_run_that_does_not_fit_is_a_failure_of_its_own(
-    last: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcome_module, "_train", lambda *_: f"Traceback\n{last}\n")
-    assert execute(one_run(recipe), tmp_path / "run", threads=1).failure == "out of memory"
-    monkeypatch.setattr(outcome_module, "_train", lambda *_: "error: no such model")
-    with pytest.raises(LoraOverError, match="no such model"):
-        execute(one_run(recipe), tmp_path / "other", threads=1)
-    assert not (tmp_path / "other").exists()
+    """It is told from its file, without another try; of this recipe, and no other."""
+    asked, folder = one_run(recipe, **{"lora.r": 2**52}), tmp_path / "run"
+    found = execute(asked, folder, threads=1)
+    assert found.failure == "out of memory"
+    assert sorted(path.name for path in folder.iterdir()) == [FAILURE_FILE, OUTCOME_FILE]
+    (folder / OUTCOME_FILE).unlink()
+    monkeypatch.setattr(outcome_module, "_train", lambda *_: pytest.fail("trained again"))
+    with pytest.raises(ConfigError, match="another recipe"):
+        execute(one_run(recipe), folder, threads=1)
+    assert execute(asked, folder, threads=1) == found
 
 
-@pytest.mark.usefixtures("as_users_have_it")
-def test_a_run_that_was_killed_says_so(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "python"
-    script.write_text("#!/bin/sh\necho loading\nkill -9 $$\n")
+def ends_so(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Let lines of a shell script stand in for Python, and so for `loraover train ASKED -o FOLDER`, in FOLDER."""
+    script = folder / "python"
+    script.write_text("\n".join(["#!/bin/sh", 'mkdir -p "$6" && cd "$6"', *lines, ""]))
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    with pytest.raises(LoraOverError, match="has killed it"):
+    monkeypatch.setattr(outcome_module, "subprocess", subprocess)
+
+
+def leaving(kind: str, message: str) -> str:
+    return f"echo '{Failure(kind=kind, message=message).model_dump_json()}' > {FAILURE_FILE}"
+
+
+MISLEADING = (
+    "training diverged: the run that wrote it had diverged; OutOfMemoryError, MemoryError: can not allocate memory"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "failure"),
+    [("diverged", "training diverged"), ("out_of_memory", "out of memory"), ("refused", None), ("failed", None)],
+)
+def test_the_kind_of_a_failure_decides_whatever_is_said(
+    kind: str, failure: str | None, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = "xyz" if failure else MISLEADING
+    ends_so(tmp_path, monkeypatch, leaving(kind, message), f"echo '{MISLEADING}'", "exit 1")
+    if failure is not None:
+        assert execute(one_run(recipe), tmp_path / "run", threads=1).failure == failure
+        return
+    with pytest.raises(LoraOverError, match=MISLEADING):
         execute(one_run(recipe), tmp_path / "run", threads=1)
+    assert not (tmp_path / "run" / OUTCOME_FILE).exists()
+
+
+def test_a_run_that_leaves_nothing_has_its_last_line_shown(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends_so(tmp_path, monkeypatch, 'rmdir "$6"', f"echo '{MISLEADING}'", "echo error: no such model", "echo", "exit 2")
+    with pytest.raises(LoraOverError, match=r"without a result: error: no such model$"):
+        execute(one_run(recipe), tmp_path / "run", threads=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_killed_says_so(
+    finished_run: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it had failed before, and was resumed."""
+    folder = copy_of(finished_run, tmp_path / "run", "run.json", "adapter")
+    (folder / FAILURE_FILE).write_text(Failure(kind="failed", message="a fault").model_dump_json())
+    ends_so(tmp_path, monkeypatch, f"echo '{MISLEADING}'", "kill -9 $$")
+    with pytest.raises(LoraOverError, match="has killed it"):
+        execute(one_run(recipe), folder, threads=1)
+    assert not (folder / OUTCOME_FILE).exists()
+    monkeypatch.undo()
+    assert execute(one_run(recipe), folder, threads=1).failure is None
 
 
 def test_another_default_of_a_decomposition_is_another_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -557,8 +557,37 @@ def test_an_unknown_decomposition_is_refused_with_the_choices() -> None:
 
 @every_decomposition
 def test_an_unknown_option_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}.*width"):
-        make_decomposition(name, {"width": 3})
+    for option in ("width", "name"):
+        with pytest.raises(ConfigError, match=rf"{name}: '{option}' is no option"):
+            make_decomposition(name, {option: name})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("mpo", {}, "Mpo(num_cores=3, modes={}, bonds=None, expansion=None, gauge='identity')"),
+        ("mpo", {"expansion": 2}, "Mpo(num_cores=3, modes={}, bonds=None, expansion=2, gauge='identity')"),
+        (
+            "mpo",
+            {"num_cores": 2, "modes": {"4": [2, 2], 3: (1, 3)}, "bonds": [5], "gauge": "random"},
+            "Mpo(num_cores=2, modes={4: (2, 2), 3: (1, 3)}, bonds=(5,), expansion=None, gauge='random')",
+        ),
+        ("svd", {}, "Svd()"),
+        ("chain", {}, "Chain(depth=2, expansion=2.0)"),
+        ("chain", {"depth": 3, "expansion": 2}, "Chain(depth=3, expansion=2)"),
+    ],
+    ids=str,
+)
+def test_the_text_by_which_studies_know_a_decomposition_stays(
+    name: str, options: dict[str, Any], expected: str
+) -> None:
+    assert repr(make_decomposition(name, options)) == expected
+
+
+def test_a_thousand_faults_are_one_short_message() -> None:
+    with pytest.raises(ConfigError, match="and 992 more") as error:
+        make_decomposition("mpo", {"bonds": ["x"] * 1000})
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -567,10 +596,11 @@ def test_an_unknown_option_is_refused_by_name(name: str) -> None:
         (
             "mpo",
             {"num_cores": 3, "modes": {8: (3, 3, 1), 6: (2, 3)}, "bonds": (2,), "expansion": 0.5},
-            ["modes[8] is (3, 3, 1)", "modes[6] is (2, 3)", "bonds is (2,)", "exclude each other", "expansion is 0.5"],
+            ["modes[8] is (3, 3, 1)", "modes[6] is (2, 3)", "bonds is (2,)", "expansion is 0.5"],
         ),
+        ("mpo", {"bonds": (16, 16), "expansion": 2}, ["bonds and expansion exclude each other"]),
         ("mpo", {"num_cores": 0, "expansion": float("nan")}, ["num_cores is 0", "expansion is nan"]),
-        ("mpo", {"gauge": "qr"}, ["gauge is 'qr', expected identity or random"]),
+        ("mpo", {"gauge": "qr"}, ["gauge is 'qr' and should be 'identity' or 'random'"]),
         ("mpo", {"num_cores": 1, "expansion": 2.0}, ["expansion needs num_cores of at least 2"]),
         ("mpo", {"expansion": float("inf")}, ["expansion is inf"]),
         ("mpo", {"modes": {8: (-2, -2, 2)}}, ["modes[8] is (-2, -2, 2)"]),
@@ -598,7 +628,9 @@ def test_every_fault_of_the_options_is_listed(name: str, options: dict[str, Any]
         ("mpo", {"modes": {8: (2.0, 2.0, 2.0)}}),
         ("mpo", {"bonds": ("a", "b")}),
         ("mpo", {"bonds": (16.5, 16)}),
+        ("mpo", {"bonds": "ab"}),
         ("mpo", {"expansion": "2"}),
+        ("mpo", {"expansion": True}),
         ("mpo", {"gauge": ["random"]}),
         ("chain", {"depth": 2.5}),
         ("chain", {"expansion": "2"}),

@@ -25,6 +25,7 @@ from loraover.callbacks.seal_checkpoints import SEAL_FILE, SealCheckpoints, last
 from loraover.cli import cli
 from loraover.common.command_line import INTERRUPTED, run
 from loraover.common.threads import one_thread
+from loraover.training.failure import read_failure
 from loraover.training.progress import TrainingProgress
 from loraover.training.run_result import read_run
 
@@ -249,7 +250,7 @@ def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, caps
 KILL = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from loraover.reporting.reporter import TrainingProgress
+from loraover.training.progress import TrainingProgress
 def kill(self, args, state, control, **kwargs):
     if state.global_step == STEP:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -264,6 +265,7 @@ def test_a_killed_process_is_resumed_by_another(recipe: Path, whole: dict[Any, P
     command = [sys.executable, "-c", KILL.replace("STEP", "5", 1), "train", str(recipe), "-o", str(out)]
     ended = subprocess.run(command, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert read_failure(out) is None
     with steps_taken() as taken:
         assert train(recipe, out, "--resume") == 0
     assert taken == [5, 6, 7]

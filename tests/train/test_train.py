@@ -160,7 +160,7 @@ def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak begins with its parent's")
 def test_the_memory_of_a_parent_is_not_its_childs() -> None:
-    child = "from loraover.training.run_result import peak_bytes; print(peak_bytes())"
+    child = "from loraover.common.provenance import peak_bytes; print(peak_bytes())"
     code = (
         f"import subprocess, sys; x = bytearray(2**30); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     )

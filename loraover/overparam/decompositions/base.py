@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, WrapValidator
 from torch import Tensor
 
 from loraover.common.errors import ShapeError
@@ -13,13 +15,24 @@ from loraover.common.errors import ShapeError
 MAX_CORES = 64
 
 
+def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    check(value)
+    return value
+
+
+Ratio = Annotated[float, Field(strict=True, ge=1, le=1000), WrapValidator(_as_given)]
+"""How much larger; a 2 does not become a 2.0, since a study knows a decomposition by its `repr`."""
+
+
 class Decomposition(ABC):
     """A differentiable map from cores to a matrix, batched over G matrices of one shape.
 
     Cores are kept as 2-D unfoldings with the group in front: core k has shape
-    (G, *core_shapes(m, n)[k]). Concrete classes are frozen dataclasses; their fields are the options
-    that a recipe or a checkpoint names.
+    (G, *core_shapes(m, n)[k]). Concrete classes are frozen dataclasses of pydantic. Their fields are the
+    options that a recipe or a checkpoint names, and `name`, by which it chooses the class.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @abstractmethod
     def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
@@ -126,8 +139,3 @@ def random_coisometry(generator: torch.Generator, rows: int, columns: int) -> Te
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
     coisometry: Tensor = (q * signs).mT
     return coisometry
-
-
-def is_whole(*numbers: object) -> bool:
-    """Whether all are integers; options come from files, where a 2.0 or a "2" may stand."""
-    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)

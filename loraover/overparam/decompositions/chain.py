@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import field
 from math import ceil
-from typing import final
+from typing import Annotated, Literal, final
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from loraover.common.errors import ConfigError
-from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, is_whole, random_coisometry
+from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, Ratio, random_coisometry
 
 
 @final
@@ -30,17 +31,9 @@ class Chain(Decomposition):
     Source: Arora et al. 2018, arXiv:1802.06509; Guo et al. 2020 (ExpandNets), arXiv:1811.10495.
     """
 
-    depth: int = 2
-    expansion: float = 2.0
-
-    def __post_init__(self) -> None:
-        faults = []
-        if not is_whole(self.depth) or not 2 <= self.depth <= MAX_CORES:
-            faults.append(f"depth is {self.depth}, expected a whole number from 2 to {MAX_CORES}")
-        if not 1 <= self.expansion <= 1000:
-            faults.append(f"expansion is {self.expansion}, expected a ratio from 1 to 1000")
-        if faults:
-            raise ConfigError("chain: " + "; ".join(faults) + ".")
+    depth: Annotated[int, Field(strict=True, ge=2, le=MAX_CORES)] = 2
+    expansion: Ratio = 2.0
+    name: Literal["chain"] = field(default="chain", repr=False, kw_only=True)
 
     def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
         short, long = min(m, n), max(m, n)

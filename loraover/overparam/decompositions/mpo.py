@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from math import ceil, prod
-from typing import NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
+from pydantic import Field, StrictInt, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from loraover.common.errors import ConfigError, ShapeError
-from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, is_whole, random_coisometry
+from loraover.common.errors import ShapeError
+from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, Ratio, random_coisometry
 
-GAUGES = ("identity", "random")
+Modes = Mapping[int, tuple[StrictInt, ...]]
 
 
 class MpoLayout(NamedTuple):
@@ -59,42 +61,42 @@ class Mpo(Decomposition):
     SVDs; our auxiliary cores do not depend on M, which costs nothing for a zero matrix and loses nothing.
     """
 
-    num_cores: int = 3
-    modes: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    bonds: Sequence[int] | None = None
-    expansion: float | None = None
-    gauge: str = "identity"
+    num_cores: Annotated[int, Field(strict=True, ge=1, le=MAX_CORES)] = 3
+    modes: Modes = field(default_factory=dict)
+    bonds: tuple[StrictInt, ...] | None = None
+    expansion: Ratio | None = None
+    gauge: Literal["identity", "random"] = "identity"
+    name: Literal["mpo"] = field(default="mpo", repr=False, kw_only=True)
 
-    def __post_init__(self) -> None:
-        faults = []
-        if not is_whole(self.num_cores) or not 1 <= self.num_cores <= MAX_CORES:
-            faults.append(f"num_cores is {self.num_cores!r}, expected a whole number from 1 to {MAX_CORES}")
-        if not isinstance(self.modes, Mapping):
-            raise ConfigError(f"mpo: modes is {self.modes!r}, expected a mapping such as {{8: (2, 2, 2)}}.")
-        modes = {}
-        for size, split in self.modes.items():
-            factors = tuple(split) if isinstance(split, Sequence) else (split,)
-            whole = str(size).isdecimal() and is_whole(*factors) and all(f >= 1 for f in factors)
-            if not whole or prod(factors) != int(size) or len(factors) != self.num_cores:
-                faults.append(f"modes[{size}] is {factors}, expected {self.num_cores} factors of {size}")
-            else:
-                modes[int(size)] = factors  # JSON writes the sizes as strings
-        object.__setattr__(self, "modes", modes)
-        if self.bonds is not None:
-            bonds = tuple(self.bonds) if isinstance(self.bonds, Sequence) else (self.bonds,)
-            object.__setattr__(self, "bonds", bonds)
-            if not is_whole(*self.bonds) or len(self.bonds) != self.num_cores - 1:
-                faults.append(f"bonds is {self.bonds}, expected num_cores - 1 = {self.num_cores - 1} whole numbers")
-            if self.expansion is not None:
-                faults.append("bonds and expansion exclude each other: expansion chooses the bonds")
-        if self.expansion is not None and not 1 <= self.expansion <= 1000:
-            faults.append(f"expansion is {self.expansion}, expected a ratio from 1 to 1000")
-        if self.expansion is not None and self.num_cores == 1:
-            faults.append("expansion needs num_cores of at least 2: one core has no bond to widen")
-        if self.gauge not in GAUGES:
-            faults.append(f"gauge is {self.gauge!r}, expected {' or '.join(GAUGES)}")
+    @field_validator("modes")
+    @classmethod
+    def _multiply_to_their_size(cls, modes: Modes, info: ValidationInfo) -> Modes:
+        cores = info.data.get("num_cores")  # absent, as all fields below, if it has a fault
+        faults = [
+            f"modes[{size}] is {split}, expected {cores} factors of {size}"
+            for size, split in modes.items()
+            if cores is not None and (len(split) != cores or min(split) < 1 or prod(split) != size)
+        ]
         if faults:
-            raise ConfigError("mpo: " + "; ".join(faults) + ".")
+            raise ValueError("; ".join(faults))
+        return modes
+
+    @field_validator("bonds")
+    @classmethod
+    def _lie_between_cores(cls, bonds: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        inner = info.data.get("num_cores", 0) - 1
+        if bonds is not None and inner >= 0 and len(bonds) != inner:
+            raise ValueError(f"bonds is {bonds}, expected num_cores - 1 = {inner} whole numbers")
+        return bonds
+
+    @field_validator("expansion")
+    @classmethod
+    def _has_bonds_to_widen(cls, expansion: float | None, info: ValidationInfo) -> float | None:
+        if expansion is not None and info.data.get("bonds") is not None:
+            raise ValueError("bonds and expansion exclude each other: expansion chooses the bonds")
+        if expansion is not None and info.data.get("num_cores") == 1:
+            raise ValueError("expansion needs num_cores of at least 2: one core has no bond to widen")
+        return expansion
 
     def __hash__(self) -> int:
         return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion, self.gauge))

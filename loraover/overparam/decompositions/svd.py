@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import final
+from dataclasses import field
+from typing import Literal, final
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from loraover.overparam.decompositions.base import Decomposition, random_coisometry
@@ -21,6 +22,8 @@ class Svd(Decomposition):
     rows: until s has grown, only the k directions u_i v_i move.
     Source: Golub and Van Loan 2013, Matrix Computations, 2.4.
     """
+
+    name: Literal["svd"] = field(default="svd", repr=False, kw_only=True)
 
     def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
         k = min(m, n)

@@ -7,15 +7,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
+
+import httpx2
 
 from loraover.common.errors import EngineError
+from loraover.common.http import explanation, http_client
 
 REQUEST_TIMEOUT_S = 600.0
+HEALTH_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,19 @@ class VllmClient:
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url
-        self._opener = build_opener(ProxyHandler({}))  # a proxy for the outside world cannot reach loopback
-        if api_key is not None:
-            self._opener.addheaders.append(("Authorization", f"Bearer {api_key}"))
+        key = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        headers = {"Content-Type": "application/json", **key}
+        self._client = http_client(headers, timeout_s=REQUEST_TIMEOUT_S, is_near=True)
 
     def is_healthy(self) -> bool:
         """Whether the server answers at all; a model may still fail at its first request."""
         try:
-            return bool(self._opener.open(f"{self.url}/health", timeout=10).status == 200)
-        except (OSError, HTTPException):
+            return self._health().is_success
+        except httpx2.HTTPError:
             return False
+
+    def _health(self) -> httpx2.Response:
+        return self._client.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S)
 
     def models(self) -> list[str]:
         """Names that requests can address: the base model and the adapters loaded now."""
@@ -121,10 +125,9 @@ class VllmClient:
         ids: list[int] = []
         logprobs: list[float] = []
         times: list[float] = []
-        request = Request(f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
         start = time.perf_counter()
-        with self._open(request, timeout_s) as response:
-            for line in response:
+        with self._open("/v1/completions", body, timeout_s) as response:
+            for line in _lines(response):
                 if not line.startswith(b"data: {"):
                     continue
                 now, piece = time.perf_counter(), _parsed(model, line[6:])
@@ -162,9 +165,7 @@ class VllmClient:
         self._request("/v1/unload_lora_adapter", {"lora_name": name})
 
     def _request(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
-        with self._open(request, timeout_s) as response:
+        with self._open(path, body, timeout_s) as response:
             content = response.read()
         try:
             return json.loads(content)
@@ -172,22 +173,32 @@ class VllmClient:
             return content.decode(errors="replace")
 
     @contextmanager
-    def _open(self, request: Request, timeout_s: float) -> Iterator[HTTPResponse]:
-        path = request.selector
+    def _open(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> Iterator[httpx2.Response]:
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
         try:
-            with self._opener.open(request, timeout=timeout_s) as response:
+            with self._client.stream(method, self.url + path, content=content, timeout=timeout_s) as response:
+                if not response.is_success:
+                    raise EngineError(f"{path}: the server answered {response.status_code}: {explanation(response)}")
                 yield response
-        except HTTPError as error:
-            raise EngineError(f"{path}: the server answered {error.code}: {_explanation(error)}") from error
-        except (OSError, HTTPException) as error:
+        except httpx2.HTTPError as error:
             raise EngineError(f"{path}: no answer from {self.url}: {error}") from error
 
 
-def _explanation(error: HTTPError) -> str:
+def _lines(response: httpx2.Response) -> Iterator[bytes]:
+    r"""The lines of an answer as they come, and at its end what there is of the last one.
+
+    `iter_lines` also divides at characters such as U+2028, which JSON may hold as they are.
+    """
+    rest = b""
     try:
-        return error.read().decode(errors="replace")[:1000]
-    except (OSError, HTTPException) as broken:
-        return f"its explanation broke off: {broken}"
+        for piece in response.iter_bytes():
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+    except httpx2.RemoteProtocolError:  # it hung up
+        if not rest:
+            raise
+    if rest:
+        yield rest
 
 
 def _parsed(model: str, text: bytes) -> dict[str, Any]:

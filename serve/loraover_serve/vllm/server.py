@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
-from urllib.error import HTTPError
+
+import httpx2
 
 from loraover.common.errors import ConfigError, EngineError, OutputError
 from loraover_export.vllm.launch import lora_module
@@ -26,7 +26,7 @@ from loraover_serve.vllm.client import VllmClient
 
 POLL_S = 0.5
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
-STARTUP_S, HEALTH_TIMEOUT_S = 600.0, 10.0
+STARTUP_S = 600.0
 LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
 VERSION_S = 120.0  # for `vllm --version`, which imports torch
 LAST_PORT = 65535
@@ -127,12 +127,9 @@ class VllmServer(VllmClient):
         if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return False
         try:
-            self._opener.open(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S).close()
-        except HTTPError:
-            return False
-        except (OSError, HTTPException):
+            return self._health().is_success
+        except httpx2.HTTPError:
             return True
-        return True
 
 
 @contextmanager

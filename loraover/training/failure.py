@@ -1,0 +1,115 @@
+"""Why a run ended without a result: `failure.json`."""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.common.atomic_output import publish_directory, publish_text
+from loraover.common.errors import DivergedError, LoraOverError, OutputError
+from loraover.common.strict_json import read_json
+
+FAILURE_FILE = "failure.json"
+
+
+class Failure(BaseModel):
+    """Contents of `failure.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    kind: Literal["diverged", "out_of_memory", "refused", "failed"] = Field(
+        description="diverged: weights are no longer finite; out_of_memory: the model, its training or its measures "
+        "do not fit; refused: an error whose message says what to change; failed: any other error"
+    )
+    message: str = Field(description="the error's message, for people")
+
+    @property
+    def is_of_method(self) -> bool:
+        """Whether the method failed at this rate and size, rather than the request, the machine or the code."""
+        return self.kind in ("diverged", "out_of_memory")
+
+
+def failure_of(error: Exception) -> Failure:
+    """What an exception that ends a run is, by its type."""
+    is_ours = isinstance(error, LoraOverError)
+    message = str(error) if is_ours else "".join(traceback.format_exception_only(error)).strip()
+    kind: Literal["diverged", "out_of_memory", "refused", "failed"]
+    if isinstance(error, DivergedError):
+        kind = "diverged"
+    elif any(map(_is_of_memory, _causes(error))):
+        kind = "out_of_memory"
+    else:
+        kind = "refused" if is_ours else "failed"
+    return Failure(kind=kind, message=message.encode(errors="backslashreplace").decode())  # a path may be no UTF-8
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # PyTorch's allocator for CPUs raises a bare RuntimeError, so nothing but its words distinguishes it from others.
+    # This is the only place where the words of an exception decide anything.
+    return type(error) is RuntimeError and "can't allocate memory" in str(error)
+
+
+def record_failure(output: Path, error: BaseException, *, has_stepped: bool, is_resumed: bool) -> None:
+    """Leave in a run's folder what belongs there after an exception.
+
+    A new run that has taken no step leaves no folder, or one with nothing but the failure of its method, so that the
+    same command can be given again. Otherwise the folder keeps what it holds, to be resumed. Ctrl-C is not recorded.
+
+    Args:
+        output: the run's folder.
+        error: what ended the run. It gets a note where the file cannot be written.
+        has_stepped: whether the run has taken a step.
+        is_resumed: whether the folder was there before.
+    """
+    failure = failure_of(error) if isinstance(error, Exception) else None
+    if failure is not None and not (has_stepped or failure.is_of_method):
+        failure = None
+    try:
+        if has_stepped or is_resumed:
+            if failure is not None:
+                publish_text(output / FAILURE_FILE, _json(failure))
+        elif failure is not None:
+            with publish_directory(output, replace=True) as draft:
+                publish_text(draft / FAILURE_FILE, _json(failure))
+        else:
+            shutil.rmtree(output, ignore_errors=True)
+    except OutputError as unwritten:
+        error.add_note(str(unwritten))
+
+
+def _json(failure: Failure) -> str:
+    return failure.model_dump_json(indent=1) + "\n"
+
+
+def holds_only_failure(folder: Path) -> bool:
+    """Whether a failure before the first step is all that is in a folder, so that a new run may take its place."""
+    try:
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        return is_folder and [path.name for path in folder.iterdir()] == [FAILURE_FILE]
+    except OSError:
+        return False
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """Why the last attempt at a run failed; None where it did not, or was interrupted.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    return read_json(folder / FAILURE_FILE, Failure) if (folder / FAILURE_FILE).is_file() else None

@@ -1,0 +1,93 @@
+"""What the client of a vLLM server makes of answers, by the bytes and the times at which they come."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from loraover.common.errors import EngineError
+from loraover_serve.vllm.client import VllmClient
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+END = b"0\r\n\r\n"
+
+
+@contextmanager
+def answering(*pieces: tuple[float, bytes]) -> Iterator[str]:
+    """The address of a server that answers one request with these bytes, each after a pause in seconds."""
+
+    def answer(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            for pause, piece in pieces:
+                time.sleep(pause)
+                connection.sendall(piece)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,), daemon=True)  # which a client that never asks leaves
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join(10)
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def event(text: str, tokens: Sequence[int]) -> bytes:
+    """As vLLM writes it: characters as they are, without escapes."""
+    choice = {"text": text, "token_ids": tokens, "logprobs": {"token_logprobs": [-0.5] * len(tokens)}}
+    piece = json.dumps({"model": "m", "choices": [choice]}, ensure_ascii=False)
+    return f"data: {piece}\n\n".encode()
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
+def test_a_line_ends_at_a_line_feed_alone(separator: str) -> None:
+    text = f"one{separator}two"
+    with answering((0, HEAD + chunk(event(text, [7])) + END)) as url:
+        assert VllmClient(url).stream("m", [1], max_tokens=1, timeout_s=5).text == text
+
+
+def test_a_line_may_come_in_pieces_and_a_piece_hold_lines() -> None:
+    first, second, third = (event(text, [i]) for i, text in enumerate(("é", "b", "c")))
+    cut = first.index("é".encode()) + 1  # within the character
+    pieces = [(0.0, HEAD + chunk(first[:cut])), (0.1, chunk(first[cut:] + second + third) + END)]
+    with answering(*pieces) as url:
+        done = VllmClient(url).stream("m", [1], max_tokens=3, timeout_s=5)
+    assert (done.text, done.token_ids) == ("ébc", (0, 1, 2))
+    assert all(at - done.start_s >= 0.1 for at in done.piece_s)
+
+
+def test_pieces_have_the_times_at_which_they_came() -> None:
+    """The whole takes longer than `timeout_s`, which limits silence alone."""
+    pieces = [(0.0, HEAD), *((0.2, chunk(event("x", [7]))) for _ in range(4)), (0.0, END)]
+    with answering(*pieces) as url:
+        done = VllmClient(url).stream("m", [1], max_tokens=4, timeout_s=0.6)
+    assert [round(5 * (at - done.start_s)) for at in done.piece_s] == [1, 2, 3, 4]
+
+
+def test_silence_within_an_answer_ends_it() -> None:
+    pieces = [(0.0, HEAD + chunk(event("x", [7]))), (1.0, b"")]
+    with answering(*pieces) as url, pytest.raises(EngineError, match=r"no answer from .* timed out"):
+        VllmClient(url).stream("m", [1], max_tokens=4, timeout_s=0.2)
+
+
+def test_a_redirect_is_a_refusal() -> None:
+    """The key is for one server."""
+    reply = b"HTTP/1.1 307 elsewhere\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    with answering((0, reply)) as url, pytest.raises(EngineError, match="the server answered 307"):
+        VllmClient(url, "sesame").models()
+
+
+def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with answering((0, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")) as url:
+        assert VllmClient(url).is_healthy()

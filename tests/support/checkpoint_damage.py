@@ -1,0 +1,279 @@
+"""Ways to damage a checkpoint, and what the message of the refusal must name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support.make_checkpoint import edit_json, edit_tensors
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+META, CORES = "loraover.json", "loraover.safetensors"
+FILES = [CONFIG, TENSORS, META, CORES]
+MODULE = "model.layers.0.self_attn.q_proj"
+Q_A, Q_B = (f"base_model.model.{MODULE}.lora_{kind}.weight" for kind in "AB")
+CORE = f"{MODULE}.lora_A.core.1"
+
+Damage = Callable[[Path], object]
+
+
+def changed(file: str, change: Callable[[dict[str, Tensor]], object]) -> Damage:
+    return lambda folder: edit_tensors(folder / file, change)
+
+
+def replaced(file: str, key: str, change: Callable[[Tensor], Tensor]) -> Damage:
+    return changed(file, lambda tensors: tensors.update({key: change(tensors[key])}))
+
+
+def element(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(value, dtype=tensor.dtype))
+
+
+def added(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Damage:
+    return changed(TENSORS, lambda tensors: tensors.update({key: torch.ones(shape).to(dtype)}))
+
+
+def retyped(file: str, key: str, dtype: torch.dtype) -> Damage:
+    return replaced(file, key, lambda tensor: tensor.to(dtype))
+
+
+Z_A, Z_B = "base_model.model.z.lora_A.weight", "base_model.model.z.lora_B.weight"
+
+
+def added_pair(in_features: int, dtype: torch.dtype = torch.float32) -> Damage:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[Z_A] = torch.ones(4, in_features).to(dtype)
+        tensors[Z_B] = torch.ones(3, 4).to(dtype)
+
+    return changed(TENSORS, change)
+
+
+ODD_DTYPES = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
+WRONG_TENSORS: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "core transposed": (replaced(CORES, CORE, lambda core: core.T), (CORES, CORE)),
+    "core widened": (replaced(CORES, CORE, lambda core: torch.cat([core, core])), (CORES, CORE)),
+    "core a vector": (replaced(CORES, CORE, lambda core: core[0]), (CORES, CORE)),
+    "core missing": (changed(CORES, lambda tensors: tensors.pop(CORE)), (CORES, CORE)),
+    "core nan": (replaced(CORES, CORE, element(float("nan"))), (CORES, CORE, "NaN")),
+    "core inf": (replaced(CORES, CORE, element(float("inf"))), (CORES, CORE, "infinity")),
+    "core -inf": (replaced(CORES, CORE, element(float("-inf"))), (CORES, CORE, "infinity")),
+    "core doubled": (replaced(CORES, CORE, lambda core: core * 2), (TENSORS, Q_A, "contradicts its cores")),
+    "core element": (replaced(CORES, CORE, lambda core: element(-float(core[1, 2]))(core)), (TENSORS, Q_A)),
+    "core zero": (replaced(CORES, CORE, torch.zeros_like), (TENSORS, Q_A, "contradicts")),
+    "A nan": (replaced(TENSORS, Q_A, element(float("nan"))), (TENSORS, Q_A, "NaN")),
+    "B inf": (replaced(TENSORS, Q_B, element(float("inf"))), (TENSORS, Q_B, "infinity")),
+    "A scaled": (replaced(TENSORS, Q_A, lambda a: a * 1.001), (TENSORS, Q_A, "contradicts its cores: element (")),
+    "B scaled": (replaced(TENSORS, Q_B, lambda b: b * 0.999), (TENSORS, Q_B, "contradicts its cores: element (")),
+    "A element": (replaced(TENSORS, Q_A, element(0.5)), (TENSORS, Q_A, "element (1, 2) is 0.5, the cores give")),
+    "B zero": (replaced(TENSORS, Q_B, torch.zeros_like), (TENSORS, Q_B, "contradicts")),
+    "A permuted": (replaced(TENSORS, Q_A, lambda a: a[[1, 0, 2, 3]]), (TENSORS, Q_A, "contradicts")),
+    "A missing": (changed(TENSORS, lambda tensors: tensors.pop(Q_A)), (TENSORS, Q_B, "no A beside it")),
+    "B missing": (changed(TENSORS, lambda tensors: tensors.pop(Q_B)), (TENSORS, Q_A, "no B beside it")),
+    "A transposed": (replaced(TENSORS, Q_A, lambda a: a.T), (TENSORS, Q_A)),
+    "A narrower": (replaced(TENSORS, Q_A, lambda a: a[:, :16]), (TENSORS, Q_A)),
+    "A three-dimensional": (replaced(TENSORS, Q_A, lambda a: a[None]), (TENSORS, Q_A, "expected a matrix")),
+    "B of another rank": (replaced(TENSORS, Q_B, lambda b: b[:, :3]), (TENSORS, Q_B, "rank 3")),
+    "no LoRA layers": (
+        changed(
+            TENSORS, lambda tensors: [tensors.pop(key) for key in list(tensors)] and tensors.update(a=torch.ones(2))
+        ),
+        (TENSORS, "no LoRA layers"),
+    ),
+    "no tensors": (changed(TENSORS, dict.clear), (TENSORS, "no LoRA layers")),
+    "saved module nan": (
+        changed(TENSORS, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2) / 0})),
+        (TENSORS, "lm_head", "infinity"),
+    ),
+    **{f"A {dtype}": (retyped(TENSORS, Q_A, dtype), (TENSORS, Q_A)) for dtype in ODD_DTYPES},
+    **{f"core {dtype}": (retyped(CORES, CORE, dtype), (CORES, CORE)) for dtype in ODD_DTYPES},
+    **{f"pair {dtype}": (added_pair(3, dtype), (TENSORS, "base_model.model.z.lora_")) for dtype in ODD_DTYPES},
+    "core of another float": (retyped(CORES, CORE, torch.float64), (CORES, CORE, "float64")),
+    "saved module float8": (
+        added("base_model.model.lm_head.weight", 2, 2, dtype=torch.float8_e4m3fn),
+        (TENSORS, "lm_head"),
+    ),
+    "empty pair": (added_pair(0), (TENSORS, Z_A)),
+}
+
+
+def raw(file: str, old: str, new: str) -> Damage:
+    """Replaces text, for JSON that Python's `json` would not write."""
+
+    def change(folder: Path) -> None:
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def config(**values: Any) -> Damage:
+    return lambda folder: edit_json(folder / CONFIG, lambda content: content.update(values))
+
+
+def meta(**values: Any) -> Damage:
+    return lambda folder: edit_json(folder / META, lambda content: content.update(values))
+
+
+def over(**values: Any) -> Damage:
+    return lambda folder: edit_json(folder / META, lambda content: content["config"].update(values))
+
+
+def mpo(**options: Any) -> Damage:
+    return over(options=options)
+
+
+def chain(**options: Any) -> Damage:
+    return over(decomposition="chain", options=options)
+
+
+def site(**values: Any) -> Damage:
+    return lambda folder: edit_json(folder / META, lambda content: content["sites"][0].update(values))
+
+
+def written(file: str, content: bytes) -> Damage:
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+DEEP = "[" * 10_000 + "]" * 10_000
+HUGE = "9" * 5001
+
+WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "DoRA": (config(use_dora=True), ("use_dora is true",)),
+    "PiSSA": (config(init_lora_weights="pissa"), ("init_lora_weights is 'pissa'", "path_initial_model")),
+    "IA3": (config(peft_type="IA3"), ("'IA3'", "'LORA'")),
+    "no peft_type": (
+        lambda folder: edit_json(folder / CONFIG, lambda content: content.pop("peft_type")),
+        ("peft_type",),
+    ),
+    "another rank": (config(r=3), ("rank 3", Q_A)),
+    "r negative": (config(r=-4), ("r: ",)),
+    "r zero": (config(r=0), ("r: ",)),
+    "r a list": (config(r=[4]), ("r: ",)),
+    "r null": (config(r=None), ("r: ",)),
+    "r a fraction": (config(r=4.5), ("r: ",)),
+    "r text": (config(r="4"), ("r: ",)),
+    "r true": (config(r=True), ("r",)),
+    "r large": (raw(CONFIG, '"r": 4', f'"r": {"9" * 40}'), ("rank",)),
+    "r huge": (raw(CONFIG, '"r": 4', f'"r": {HUGE}'), ()),
+    "alpha text": (config(lora_alpha="8"), ("lora_alpha: ",)),
+    "alpha true": (config(lora_alpha=True), ("lora_alpha: ",)),
+    "alpha null": (config(lora_alpha=None), ("lora_alpha: ",)),
+    "alpha NaN": (config(lora_alpha=NAN), ()),
+    "alpha Infinity": (config(lora_alpha=INFINITY), ()),
+    "alpha 1e999": (raw(CONFIG, '"lora_alpha": 8', '"lora_alpha": 1e999'), ()),
+    "use_rslora text": (config(use_rslora="off"), ("use_rslora: ",)),
+    "use_rslora number": (config(use_rslora=1), ("use_rslora: ",)),
+    "use_dora text": (config(use_dora="off"), ("use_dora: ",)),
+    "rank_pattern list": (config(rank_pattern=[4]), ("rank_pattern: ",)),
+    "rank_pattern text": (config(rank_pattern={"q_proj": "x"}), ("rank_pattern.q_proj: ",)),
+    "rank_pattern zero": (config(rank_pattern={"q_proj": 0}), ("rank",)),
+    "rank_pattern no pattern": (config(rank_pattern={"(": 4}), ("rank_pattern",)),
+    "alpha_pattern no pattern": (config(alpha_pattern={"[": 4.0}), ("alpha_pattern",)),
+    "alpha_pattern NaN": (config(alpha_pattern={"q_proj": NAN}), ()),
+    "base a number": (config(base_model_name_or_path=4), ("base_model_name_or_path: ",)),
+    "base edited": (config(base_model_name_or_path="x/y"), ("base_model_name_or_path is 'x/y'",)),
+    "base removed": (config(base_model_name_or_path=None), ("base_model_name_or_path is None",)),
+    "another field NaN": (config(loftq_config={"a": NAN}), ()),
+    "another field huge": (raw(CONFIG, '"bias"', f'"a": {HUGE}, "bias"'), ()),
+    "another field 1e999": (raw(CONFIG, '"bias"', '"a": 1e999, "bias"'), ()),
+    "another field deep": (raw(CONFIG, '"bias"', f'"a": {DEEP}, "bias"'), ()),
+    "another field a lone surrogate": (raw(CONFIG, '"bias"', '"a": "\\ud800", "bias"'), ()),
+    "duplicate key": (raw(CONFIG, '"r": 4', '"r": 8, "r": 4'), ("r",)),
+    "duplicate key elsewhere": (raw(CONFIG, '"bias"', '"a": {"b": 1, "b": 2}, "bias"'), ("b",)),
+}
+
+WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "schema 1": (meta(schema_version=1), ("schema_version is 1", "reads 2")),
+    "schema 3": (meta(schema_version=3), ("schema_version is 3", "reads 2")),
+    "no rounds": (lambda folder: edit_json(folder / META, lambda c: c.pop("rounds")), ("rounds: ",)),
+    "schema large": (raw(META, '"schema_version": 2', f'"schema_version": {"9" * 40}'), ("schema_version",)),
+    "schema huge": (raw(META, '"schema_version": 2', f'"schema_version": {HUGE}'), ()),
+    "schema null": (meta(schema_version=None), ("schema_version: ",)),
+    "schema text": (meta(schema_version="one"), ("schema_version: ",)),
+    "no schema": (lambda folder: edit_json(folder / META, lambda c: c.pop("schema_version")), ("schema_version: ",)),
+    "another format": (meta(format="other"), ("format: ",)),
+    "unknown key": (meta(surprise=1), ("surprise: ",)),
+    "unknown site key": (site(surprise=1), ("sites.0.surprise: ",)),
+    "unknown config key": (over(surprise=1), ("config.surprise: ",)),
+    "step a fraction": (meta(step=2.5), ("step: ",)),
+    "step negative": (meta(step=-1), ("step: ",)),
+    "step text": (meta(step="2"), ()),
+    "step true": (meta(step=True), ()),
+    "no sites": (meta(sites=[]), ("sites: ",)),
+    "sites null": (meta(sites=None), ("sites: ",)),
+    "site twice": (lambda f: edit_json(f / META, lambda c: c["sites"].append(c["sites"][0])), ("sites: ",)),
+    "site of no matrix": (site(name="model.layers.9.lora_A"), ("model.layers.9.lora_A",)),
+    "site outside": (site(name="../../etc/passwd"), ("../../etc/passwd",)),
+    "site empty": (site(name=""), ()),
+    "site null": (site(name=None), ("sites.0.name: ",)),
+    "site m": (site(m=5), (Q_A, "(5, 32)")),
+    "site m zero": (site(m=0), ("sites.0.m: ",)),
+    "site m large": (site(m=10**30), (Q_A,)),
+    "site step": (site(step=-1), ("sites.0.step: ",)),
+    "site state": (site(state={"a": [1]}), ("sites.0.state.a",)),
+    "site state NaN": (site(state={"a": NAN}), ("NaN is not a finite number",)),
+    "core_dtype": (meta(core_dtype="float16"), ("core_dtype: ",)),
+    "core_dtype of other cores": (meta(core_dtype="float64"), (CORES, "float32")),
+    "checksums missing": (meta(sha256={}), ()),
+    "decomposition unknown": (over(decomposition="tucker"), ("'tucker'", "mpo")),
+    "decomposition a list": (over(decomposition=["mpo"]), ("config.decomposition: ",)),
+    "another decomposition": (over(decomposition="svd"), (CORES, "core.0")),
+    "options null": (over(options=None), ("config.options: ",)),
+    "options unknown": (mpo(surprise=1), ("mpo: 'surprise' is no option",)),
+    "options name another decomposition": (mpo(name="svd"), ("mpo: 'name' is no option",)),
+    "aux_lr_scale NaN": (over(aux_lr_scale=NAN), ("NaN is not a finite number",)),
+    "seed negative": (over(seed=-1), ("config.seed: ",)),
+    "seed huge": (over(seed=2**63), ("config.seed: ",)),
+    "num_cores 2": (mpo(num_cores=2), ("core.",)),
+    "num_cores 0": (mpo(num_cores=0), ("num_cores is 0",)),
+    "num_cores a fraction": (mpo(num_cores=1.5), ("num_cores",)),
+    "num_cores a float": (mpo(num_cores=3.0), ("num_cores",)),
+    "num_cores text": (mpo(num_cores="3"), ("num_cores is '3'",)),
+    "num_cores true": (mpo(num_cores=True), ("num_cores is True",)),
+    "num_cores huge": (mpo(num_cores=10**12), ("num_cores",)),
+    "modes a number": (mpo(modes=5), ("modes is 5",)),
+    "modes null": (mpo(modes={"4": None}), ("modes[4] is None",)),
+    "modes text": (mpo(modes={"4": ["2", 2, 1]}), ("modes[4][0] is '2'",)),
+    "modes no size": (mpo(modes={"x": [1, 1, 1]}), ("modes[x]",)),
+    "modes floats": (mpo(modes={"4": [2.0, 2.0, 1.0]}), ("modes",)),
+    "modes negative": (mpo(modes={"4": [-2, -2, 1]}), ("modes[4]",)),
+    "other modes": (mpo(modes={"4": [4, 1, 1]}), ("core.",)),
+    "bonds text": (mpo(bonds=["a", "b"]), ("bonds[0] is 'a'",)),
+    "bonds narrow": (mpo(bonds=[1, 1]), ("bond 1 is 1",)),
+    "bonds floats": (mpo(bonds=[16.0, 16.0]), ("bonds[0] is 16.0",)),
+    "bonds huge": (mpo(bonds=[10**30, 10**30]), ("core.",)),
+    "expansion NaN": (mpo(expansion=NAN), ("NaN is not a finite number",)),
+    "expansion text": (mpo(expansion="2"), ("expansion is '2'",)),
+    "expansion true": (mpo(expansion=True), ("expansion is True",)),
+    "expansion 1000": (mpo(expansion=1000), ("core.",)),
+    "depth huge": (chain(depth=10**12), ("depth",)),
+    "depth a fraction": (chain(depth=2.5), ("depth",)),
+    "depth a float": (chain(depth=2.0), ("depth",)),
+    "chain expansion": (chain(expansion=INFINITY), ("Infinity is not a finite number",)),
+    "duplicate key": (raw(META, '"step": 2,', '"step": 7, "step": 2,'), ("step",)),
+    "not an object": (written(META, b"[]"), ()),
+}
+
+WRONG_BYTES: dict[str, bytes] = {
+    "nothing": b"",
+    "blank": b" \n",
+    "no JSON": b"step: 3",
+    "a number": b"4",
+    "null": b"null",
+    "NaN": b"NaN",
+    "half": b'{"format": "loraover-checkpoint", "schema_version": 1',
+    "two objects": b"{} {}",
+    "trailing comma": b'{"schema_version": 1,}',
+    "deep": b"[" * 100_000,
+    "deep objects": b'{"a":' * 100_000,
+    "UTF-8 garbage": b'{"peft_type": "\xff\xfe\xc3("}',
+    "UTF-16": '{"peft_type": "LORA"}'.encode("utf-16"),
+    "zeros": bytes(100),
+    "a huge number": HUGE.encode(),
+}

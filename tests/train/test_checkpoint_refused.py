@@ -1,0 +1,224 @@
+"""A checkpoint that cannot be trusted is refused by its readers, with one message that names what is wrong with it."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraover import LoraOverConfig, read_checkpoint
+from loraover.checkpoint.exact_tensors import open_exact
+from loraover.common.errors import LoraOverError
+from loraover.common.strict_json import MAX_JSON_BYTES
+
+from support.checkpoint_damage import (
+    CONFIG,
+    CORES,
+    FILES,
+    META,
+    Q_A,
+    TENSORS,
+    WRONG_BYTES,
+    WRONG_CONFIG,
+    WRONG_META,
+    WRONG_TENSORS,
+    replaced,
+)
+from support.make_checkpoint import Made, make_checkpoint, reseal, tree
+
+
+def read_whole(source: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by the readers of a fold."""
+    checkpoint = read_checkpoint(source)
+    checkpoint.adapter.check_keeps_base()
+    with open_exact(checkpoint) as exact:
+        return {key: exact.tensor(key).value for key in checkpoint.adapter.shapes}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Tests copy it before they damage it."""
+    return make_checkpoint(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def source(made: Made, tmp_path: Path) -> Path:
+    return shutil.copytree(made.path, tmp_path / "input")
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Reads a checkpoint, and checks all that a refusal promises; `named` must be in the message."""
+
+    def check(source: Path, *, named: tuple[str, ...] = ()) -> str:
+        before = tree(tmp_path)
+        with pytest.raises(LoraOverError) as caught:
+            read_whole(source)
+        assert tree(tmp_path) == before
+        message = str(caught.value)
+        assert len(message) < 2000
+        for text in named:
+            assert text in message
+        return message
+
+    return check
+
+
+# Files that are missing, cut off or not what they should be
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_named(file: str, source: Path, refused: Callable[..., str]) -> None:
+    (source / file).unlink()
+    refused(source, named=(str(source / file), "no such file"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_folder_in_a_files_place_is_named(file: str, source: Path, refused: Callable[..., str]) -> None:
+    (source / file).unlink()
+    (source / file).mkdir()
+    refused(source, named=(str(source / file),))
+
+
+def test_a_plain_adapter_is_no_checkpoint(source: Path, refused: Callable[..., str]) -> None:
+    (source / META).unlink()
+    (source / CORES).unlink()
+    refused(source, named=(str(source / META), "holds a plain LoRA without the cores", "output_dir"))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, 0.3, 0.9, -1])
+@pytest.mark.parametrize("file", FILES)
+def test_a_truncated_file_is_named(file: str, kept: float, source: Path, refused: Callable[..., str]) -> None:
+    content = (source / file).read_bytes()
+    (source / file).write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    refused(source, named=(str(source / file),))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_longer_file_is_named(file: str, source: Path, refused: Callable[..., str]) -> None:
+    with (source / file).open("ab") as appended:
+        appended.write(b"\0" * 3)
+    refused(source, named=(str(source / file),))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_flipped_bytes_are_refused_or_change_nothing(file: str, source: Path) -> None:
+    expected = read_whole(source)
+    content = (source / file).read_bytes()
+    draw = random.Random(file)
+    positions = [*range(12), *draw.sample(range(12, len(content)), 150)]
+    refusals = []
+    for position in positions:
+        flipped = bytearray(content)
+        flipped[position] ^= draw.randrange(1, 256)
+        (source / file).write_bytes(flipped)
+        try:
+            found = read_whole(source)
+        except LoraOverError as error:
+            refusals.append(str(error))
+        else:
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in found), position
+    assert all(str(source) in message for message in refusals)
+    assert len(refusals) > 0.95 * len(positions)
+
+
+class Bomb:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "weights.pth", "adapter_model.pkl"])
+@pytest.mark.parametrize("without", [[TENSORS], [TENSORS, META, CORES]], ids=len)
+def test_a_pickle_is_refused_and_never_unpickled(
+    without: list[str], name: str, source: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (source / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    for file in without:
+        (source / file).unlink()
+    refused(source, named=(str(source / TENSORS), name, "never read"))
+
+
+@pytest.mark.parametrize("file", [TENSORS, CORES])
+def test_a_pickle_under_a_safetensors_name_is_refused(
+    file: str, source: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    torch.save({"a": torch.ones(2), "b": Bomb(tmp_path / "exploded")}, source / file)
+    refused(source, named=(str(source / file), "safetensors"))
+
+
+# Tensors that are not the checkpoint's; every checksum is made right again, so that the check itself is met
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensors_are_named(case: str, source: Path, refused: Callable[..., str]) -> None:
+    damage, named = WRONG_TENSORS[case]
+    damage(source)
+    reseal(source)
+    refused(source, named=(str(source), *named))
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensors_are_damage_when_the_checksums_say_so(
+    case: str, source: Path, refused: Callable[..., str]
+) -> None:
+    damage, _ = WRONG_TENSORS[case]
+    damage(source)
+    refused(source, named=(str(source),))
+
+
+# JSON that is hostile or plainly wrong
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIG)
+def test_a_wrong_adapter_config_is_named(case: str, source: Path, refused: Callable[..., str]) -> None:
+    damage, named = WRONG_CONFIG[case]
+    damage(source)
+    reseal(source)
+    refused(source, named=(str(source), CONFIG, *named))
+
+
+@pytest.mark.parametrize("case", WRONG_META)
+def test_wrong_metadata_is_named(case: str, source: Path, refused: Callable[..., str]) -> None:
+    damage, named = WRONG_META[case]
+    damage(source)
+    if case not in ("schema large", "schema huge", "checksums missing", "duplicate key", "not an object"):
+        reseal(source)
+    message = refused(source, named=(str(source), *named))
+    assert any(file in message for file in FILES)
+
+
+@pytest.mark.parametrize("case", WRONG_BYTES)
+@pytest.mark.parametrize("file", [CONFIG, META])
+def test_bytes_that_are_no_such_json_are_named(file: str, case: str, source: Path, refused: Callable[..., str]) -> None:
+    (source / file).write_bytes(WRONG_BYTES[case])
+    if file == CONFIG:
+        reseal(source)
+    refused(source, named=(str(source / file),))
+
+
+@pytest.mark.parametrize("file", [CONFIG, META])
+def test_a_huge_json_file_is_not_read(file: str, source: Path, refused: Callable[..., str]) -> None:
+    with (source / file).open("r+b") as grown:
+        grown.truncate(MAX_JSON_BYTES + 1)
+    refused(source, named=(str(source / file), str(MAX_JSON_BYTES)))
+
+
+def test_cores_that_training_could_not_have_written_in_float64(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """An error of 1e-10 is far above what a float64 training rounds."""
+    made = make_checkpoint(tmp_path, dtype=torch.float64, config=LoraOverConfig(decomposition="chain", seed=5))
+    replaced(TENSORS, Q_A, lambda a: a * (1 + 1e-10))(made.path)
+    reseal(made.path)
+    refused(made.path, named=(Q_A, "contradicts its cores"))

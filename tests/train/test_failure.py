@@ -1,0 +1,285 @@
+"""A run that fails says why in `failure.json`, by kind; an unusable request and Ctrl-C leave no such file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
+from loraover.checkpoint.tensor_file import NonFiniteError
+from loraover.common.errors import CheckpointError, ConfigError, DivergedError, OutputError
+from loraover.training.failure import FAILURE_FILE, Failure, holds_only_failure, read_failure
+from loraover.training.run_result import RUN_FILE
+
+from support.make_checkpoint import tree
+from support.train_command import STEPS, train
+
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+
+NO_MEMORY: dict[str, Callable[[], object]] = {
+    "PyTorch": lambda: torch.empty(2**60, dtype=torch.uint8),
+    "Python": lambda: bytearray(2**62),
+}
+"""Allocations that no machine can serve."""
+
+
+def kind_in(folder: Path) -> str | None:
+    found = read_failure(folder)
+    return None if found is None else found.kind
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def on_step(patch: pytest.MonkeyPatch, step: int, do: Callable[[], object]) -> None:
+    """Let something happen within a step, which are counted from 1."""
+    training_step = Trainer.training_step
+
+    def changed(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step - 1:
+            do()
+        return training_step(self, *args, **kwargs)
+
+    patch.setattr(Trainer, "training_step", changed)
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def end_of(recipe: Path, out: Path) -> int | Exception:
+    """The exit code of a run, or the exception that Python shows with a traceback."""
+    try:
+        return train(recipe, out)
+    except Exception as error:
+        return error
+
+
+# Kinds from real runs
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-over", "full"])
+def test_a_rate_that_is_far_too_large_diverges(method: str, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert train(recipe, out, "--method", method, "--learning-rate", "1e30") == 2
+    found = read_failure(out)
+    assert found is not None
+    assert found.kind == "diverged"
+    assert "learning rate 1e+30" in found.message
+    assert not (out / RUN_FILE).exists()
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_cores_that_are_not_finite_cannot_be_resumed_from(steps: int, recipe: Path, tmp_path: Path) -> None:
+    """Whether steps are left to take or not."""
+    out, options = tmp_path / "out", ("--method", "lora-over", "--learning-rate", "1e30", "--set")
+    assert train(recipe, out, *options, "training.save_steps=1") == 2
+    for folder in (out / "trainer").glob("checkpoint-*"):
+        if folder.name > f"checkpoint-{steps}":
+            shutil.rmtree(folder)
+    (out / FAILURE_FILE).unlink()
+    assert train(recipe, out, *options, "training.save_steps=1", "--resume") == 2
+    found = read_failure(out)
+    assert found is not None
+    assert found.kind == "diverged"
+    assert "checkpoint-" in found.message
+
+
+def test_a_model_that_does_not_fit_leaves_nothing_but_its_failure(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError):
+        train(recipe, out, "--set", f"lora.r={2**52}")
+    assert names_in(out) == [FAILURE_FILE]
+    assert kind_in(out) == "out_of_memory"
+    assert not list(tmp_path.glob(".out*"))
+    assert train(recipe, out) == 0
+    assert kind_in(out) is None
+
+
+@pytest.mark.parametrize("allocator", NO_MEMORY)
+def test_a_first_step_that_does_not_fit_leaves_nothing_but_its_failure(
+    allocator: str, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 1, NO_MEMORY[allocator])
+        for _ in range(2):  # the folder is not in the way
+            with pytest.raises((RuntimeError, MemoryError)):
+                train(recipe, out)
+            assert (names_in(out), kind_in(out)) == ([FAILURE_FILE], "out_of_memory")
+    assert train(recipe, out) == 0
+    assert kind_in(out) is None
+
+
+ENDINGS: dict[str, tuple[Callable[[], object], str | None]] = {
+    "no memory": (NO_MEMORY["PyTorch"], "out_of_memory"),
+    "an error of ours": (raising(ConfigError("training diverged")), "refused"),
+    "any other error": (raising(RuntimeError("training diverged")), "failed"),
+    "Ctrl-C": (raising(KeyboardInterrupt()), None),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_later_failure_lies_beside_what_the_run_resumes_from(name: str, recipe: Path, tmp_path: Path) -> None:
+    """And is gone once the run has been resumed."""
+    out, (do, kind) = tmp_path / "out", ENDINGS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 4, do)
+        end = end_of(recipe, out)
+    assert end == {"refused": 2, None: 130}.get(kind, end)
+    assert kind_in(out) == kind
+    assert last_whole_checkpoint(out / "trainer") == out / "trainer" / "checkpoint-2"
+    before = tree(out)
+    assert train(recipe, out) == 2  # the folder is in the way
+    assert tree(out) == before
+    assert train(recipe, out, "--resume") == 0
+    assert kind_in(out) is None
+    assert (out / RUN_FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["an error of ours", "any other error", "Ctrl-C"])
+def test_what_ends_a_run_in_its_first_step_leaves_no_folder(name: str, recipe: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 1, ENDINGS[name][0])
+        end = end_of(recipe, tmp_path / "out")
+    assert end in (2, 130) or str(end) == "training diverged"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_that_is_interrupted_keeps_no_older_failure(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 4, NO_MEMORY["Python"])
+        with pytest.raises(MemoryError):
+            train(recipe, out)
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 4, raising(KeyboardInterrupt()))
+        assert train(recipe, out, "--resume") == 130
+    assert kind_in(out) is None
+
+
+def test_a_request_to_resume_that_is_refused_changes_no_failure(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 4, raising(RuntimeError("a fault")))
+        with pytest.raises(RuntimeError):
+            train(recipe, out)
+    before = tree(out)
+    assert train(recipe, out, "--learning-rate", "1e-3", "--resume") == 2
+    assert tree(out) == before
+
+
+def test_an_adapter_that_cannot_be_written_is_a_refusal(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, STEPS, lambda: (out / "adapter").write_text("in the way"))
+        assert train(recipe, out) == 2
+    assert kind_in(out) == "refused"
+
+
+# By type
+
+
+WORDLESS: dict[str, tuple[Exception, str]] = {
+    "diverged": (DivergedError("xyz"), "diverged"),
+    "read from a file": (NonFiniteError("xyz"), "diverged"),
+    "CUDA's": (torch.OutOfMemoryError("xyz"), "out_of_memory"),
+    "Python's": (MemoryError("xyz"), "out_of_memory"),
+    "Python's, without a word": (MemoryError(), "out_of_memory"),
+    "a checkpoint": (
+        CheckpointError("training diverged: NaN or infinity; the run that wrote it had diverged"),
+        "refused",
+    ),
+    "an output": (OutputError("CUDA out of memory: can't allocate memory, MemoryError"), "refused"),
+    "an arithmetic error": (ArithmeticError("training diverged"), "failed"),
+    "a value": (ValueError("torch.OutOfMemoryError: can't allocate memory"), "failed"),
+    "an error of CUDA": (RuntimeError("CUDA error: OutOfMemoryError, MemoryError"), "failed"),
+}
+
+
+@pytest.mark.parametrize("name", WORDLESS)
+def test_the_type_decides_whatever_the_words(name: str, recipe: Path, tmp_path: Path) -> None:
+    error, kind = WORDLESS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 2, raising(error))
+        assert end_of(recipe, tmp_path / "out") in (2, error)
+    assert kind_in(tmp_path / "out") == kind
+
+
+def test_all_words_may_change(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that really diverges, and of the checkpoint that it leaves."""
+    out, options = tmp_path / "out", ("--method", "lora-over", "--learning-rate", "1e30", "--set")
+    for error in (DivergedError, CheckpointError, ConfigError):
+        monkeypatch.setattr(error, "__str__", lambda self: "xyz", raising=False)
+    assert train(recipe, out, *options, "training.save_steps=1") == 2
+    assert read_failure(out) == Failure(kind="diverged", message="xyz")
+    (out / FAILURE_FILE).unlink()
+    assert train(recipe, out, *options, "training.save_steps=1", "--resume") == 2
+    assert read_failure(out) == Failure(kind="diverged", message="xyz")
+
+
+def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model is loaded, every error becomes one that names the model."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: NO_MEMORY["PyTorch"]())
+    assert train(recipe, tmp_path / "out") == 2
+    assert kind_in(tmp_path / "out") == "out_of_memory"
+
+
+# The file
+
+
+def test_the_file_is_literal_json(recipe: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 3, raising(ValueError("two\nlines \udcff")))
+        with pytest.raises(ValueError, match="two"):
+            train(recipe, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / FAILURE_FILE).read_text()) == {
+        "schema_version": 1,
+        "kind": "failed",
+        "message": "ValueError: two\nlines \\udcff",
+    }
+
+
+def test_a_failure_that_cannot_be_written_is_still_raised(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def remove() -> None:
+        shutil.rmtree(out)
+        out.write_text("no folder")
+        raise RuntimeError("a fault")
+
+    with pytest.MonkeyPatch.context() as patch:
+        on_step(patch, 3, remove)
+        with pytest.raises(RuntimeError, match="a fault") as raised:
+            train(recipe, out)
+    assert "cannot write" in raised.value.__notes__[0]
+    assert out.read_text() == "no folder"
+
+
+def test_only_a_folder_with_nothing_else_is_free(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert not holds_only_failure(out)
+    (out / FAILURE_FILE).write_text("{}")
+    assert holds_only_failure(out)
+    (tmp_path / "link").symlink_to(out)
+    assert not holds_only_failure(tmp_path / "link")
+    (out / "notes.txt").write_text("mine")
+    assert not holds_only_failure(out)
+    assert train(recipe, out) == 2
+    assert names_in(out) == [FAILURE_FILE, "notes.txt"]
