@@ -190,7 +190,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: transformers 4, where there are no files
         raise ConfigError(f"model: {source.origin} has no tokenizer: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from loraover.overparam.decompositions import Decomposition
@@ -104,7 +105,8 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 BACKENDS: Any = torch.backends  # its attributes for precision have no types
-MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul)
+MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul) if Version(torch.__version__) >= Version("2.9") else ()
+"""Backends whose precision is an attribute; before torch 2.9 the older functions speak for all backends."""
 
 
 @contextmanager
@@ -113,10 +115,11 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
     Torch has two ways of setting these: attributes named `fp32_precision`, and older functions, which raise once the
     attributes hold what they cannot express. Both are set, so that code which reads either finds full precision.
+    Torch before 2.9 has only the functions.
     """
     precisions = [matmul.fp32_precision for matmul in MATMULS]
     with torch.autocast(device.type, enabled=False):
-        if all(precision in ("none", "ieee") for precision in precisions):
+        if MATMULS and all(precision in ("none", "ieee") for precision in precisions):
             yield
             return
         older = _older_precision()

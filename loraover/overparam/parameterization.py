@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+from packaging.version import Version
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.config import LoraOverConfig
@@ -370,4 +372,9 @@ def _ordinary(optimizer: Any) -> Optimizer:
     for name in (base.__name__ for base in kind.__mro__):
         if name in REFUSED_OPTIMIZERS:
             raise ConfigError(f"attach: {kind.__name__} cannot be used: {REFUSED_OPTIMIZERS[name]}.")
+    if isinstance(optimizer, Adagrad) and Version(torch.__version__) < Version("2.12"):
+        raise ConfigError(
+            f"attach: Adagrad of torch {torch.__version__} makes its states when it is built, so the cores would have "
+            "none; upgrade to torch 2.12, or take another optimizer."
+        )
     return optimizer

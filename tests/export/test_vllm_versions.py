@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoConfig
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
@@ -24,6 +25,7 @@ from loraover_export.vllm.versions import Versions
 
 from support.make_checkpoint import edit_json
 from support.plain_adapter import write_adapter
+from support.versions import TRANSFORMERS
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = SIZES | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 32}
@@ -51,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
 """Configurations of tiny models; a pre-flight reads nothing else of the served model."""
 
 GEMMA = "Gemma3ForConditionalGeneration"
+GEMMA_VISION = "model.vision_tower" if Version("5") <= TRANSFORMERS else "model.vision_tower.vision_model"
 
 
 def candidate(folder: Path, architecture: str, *paths: str, shape: str | None = None, version: str = "") -> Candidate:
@@ -121,7 +124,7 @@ def test_a_text_adapter_of_a_multimodal_model_is_accepted(architecture: str, tmp
     [
         ("SmolVLMForConditionalGeneration", "model.vision_model.encoder.layers.0.self_attn.q_proj"),
         ("SmolVLMForConditionalGeneration", "model.connector.modality_projection.proj"),
-        (GEMMA, "model.vision_tower.encoder.layers.0.self_attn.q_proj"),
+        (GEMMA, f"{GEMMA_VISION}.encoder.layers.0.self_attn.q_proj"),
     ],
 )
 def test_an_adapter_of_the_vision_tower_is_refused(architecture: str, path: str, tmp_path: Path) -> None:

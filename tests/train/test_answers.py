@@ -144,6 +144,7 @@ class Parrot:
             self.asked.append(ids[mask.bool()].tolist())
         said, self.answers = self.answers[: len(input_ids)], self.answers[len(input_ids) :]
         new = self.tokenizer(said, return_tensors="pt", padding=True, add_special_tokens=False).input_ids
+        new = new.long()  # transformers 4 makes an empty text a tensor of floats
         return new if self.config.is_encoder_decoder else torch.cat([input_ids, new], dim=1)
 
 

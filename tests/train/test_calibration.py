@@ -142,7 +142,7 @@ def test_calibration_checkpoints_as_training_does(draw_b: bool, backwards: int, 
 
 def test_loss_impact_warms_up_with_checkpointing_and_compares_losses_without_dropout() -> None:
     model = with_lora(tiny_llama(), task_type="CAUSAL_LM", draw_b=False, lora_dropout=0.5).train()
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     modes = []
     model.register_forward_hook(lambda module, *_: modes.append((module.training, torch.is_grad_enabled())))
     chosen(model, score="loss_impact")

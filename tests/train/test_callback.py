@@ -27,6 +27,7 @@ from loraover.reporting.schedule_map import placed
 from loraover.training.progress import TrainingProgress
 from loraover_export.cli import cli as export_cli
 
+from support.optimizers import adagrad, adamw_8bit, muon
 from support.tiny_models import (
     VOCABULARY,
     fill_b,
@@ -271,15 +272,10 @@ def test_every_decision_is_in_the_log_once(tmp_path: Path, schedule: dict[str, A
 # Resuming
 
 
-def _adamw_8bit(model: nn.Module) -> Any:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    return bitsandbytes.optim.AdamW8bit(trainable(model), lr=1e-2, min_8bit_size=16)
-
-
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
-    "adagrad": lambda model: torch.optim.Adagrad(trainable(model), lr=1e-2),
-    "muon": lambda model: torch.optim.Muon(trainable(model), lr=1e-2),
-    "adamw-8bit": _adamw_8bit,
+    "adagrad": lambda model: adagrad(trainable(model), lr=1e-2),
+    "muon": lambda model: muon(trainable(model), lr=1e-2),
+    "adamw-8bit": lambda model: adamw_8bit(trainable(model)),
 }
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim import SGD, Adagrad, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.common.threads import one_thread
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
+from support.optimizers import adagrad
 from support.tiny_models import net_batch, net_loss, tiny_net, trainable
 
 STEPS, MICRO_BATCHES, WEIGHT_DECAY = 20, 4, 0.1
@@ -35,7 +36,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw-foreach": lambda p: AdamW(p, lr=LR, eps=EPS, foreach=True),
     "adamw-fused": lambda p: AdamW(p, lr=LR, eps=EPS, fused=True),
     "sgd": lambda p: SGD(p, lr=LR, momentum=0.9),
-    "adagrad": lambda p: Adagrad(p, lr=LR, eps=EPS),
+    "adagrad": lambda p: adagrad(p, lr=LR, eps=EPS),
 }
 
 

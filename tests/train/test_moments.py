@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, NAdam, RMSprop
+from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
 from strategies import SEEDS, Case, cases, generators, matrices, normal, random_cores
+from support.optimizers import adagrad, adamw_8bit, muon
 from support.speed import examples
 from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNDERFLOW, UNIT, chain_terms, gamma, isometry_error
@@ -195,25 +196,20 @@ def _adafactor(parameters: list[nn.Parameter]) -> Any:
     return Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=False, beta1=0.9)
 
 
-def _adamw_8bit(parameters: list[nn.Parameter]) -> Any:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=16)
-
-
 CARRIED: dict[str, tuple[Build, set[str]]] = {
     "adamw": (lambda p: AdamW(p, lr=1e-2), {"step", "exp_avg", "exp_avg_sq"}),
     "adamw-fused": (lambda p: AdamW(p, lr=1e-2, fused=True), {"step", "exp_avg", "exp_avg_sq"}),
     "nadam": (lambda p: NAdam(p, lr=1e-2), {"step", "mu_product", "exp_avg", "exp_avg_sq"}),
     "sgd": (lambda p: SGD(p, lr=1e-2, momentum=0.9), {"momentum_buffer"}),
     "sgd-plain": (lambda p: SGD(p, lr=1e-2), set()),
-    "muon": (lambda p: Muon(p, lr=1e-2), {"momentum_buffer"}),
-    "adagrad": (lambda p: Adagrad(p, lr=1e-2), {"step", "sum"}),
+    "muon": (lambda p: muon(p, lr=1e-2), {"momentum_buffer"}),
+    "adagrad": (lambda p: adagrad(p, lr=1e-2), {"step", "sum"}),
     "rmsprop": (lambda p: RMSprop(p, lr=1e-3, centered=True), {"step", "square_avg", "grad_avg"}),
     "torch-adafactor": (lambda p: torch.optim.Adafactor(p, lr=1e-2), set()),
     "adamax": (lambda p: torch.optim.Adamax(p, lr=1e-2), set()),
     "rprop": (lambda p: torch.optim.Rprop(p, lr=1e-3), set()),
     "adafactor": (_adafactor, set()),
-    "adamw-8bit": (_adamw_8bit, set()),
+    "adamw-8bit": (adamw_8bit, set()),
 }
 """What each optimizer's centre cores go on with; nothing where a moment has another shape or meaning."""
 

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, Adagrad, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, ReduceLROnPlateau
 
 from loraover import LoraOverConfig, OverParameterization
@@ -21,6 +21,7 @@ from loraover.checkpoint.error_bounds import gamma, unit_roundoff
 from loraover.common.errors import ConfigError
 from loraover.common.threads import one_thread
 
+from support.optimizers import adagrad, adamw_8bit, muon
 from support.tiny_models import (
     lora_matrices,
     net_batch,
@@ -94,18 +95,6 @@ def assert_contracted(over: OverParameterization) -> None:
 # Optimizers
 
 
-def _adamw_8bit(parameters: list[nn.Parameter]) -> Any:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    try:
-        bitsandbytes.functional.create_dynamic_map()
-        probe = nn.Parameter(torch.ones(16, 16))
-        probe.grad = torch.ones(16, 16)
-        bitsandbytes.optim.AdamW8bit([probe], min_8bit_size=16).step()
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        pytest.skip(f"bitsandbytes has no 8-bit AdamW on this CPU: {error}")
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=16)
-
-
 def _adafactor(**options: Any) -> Callable[[list[nn.Parameter]], Any]:
     def build(parameters: list[nn.Parameter]) -> Any:
         from transformers import Adafactor
@@ -121,14 +110,14 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "adamw-amsgrad": lambda p: AdamW(p, lr=1e-2, amsgrad=True),
     "adam-tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-2)),
     "sgd-nesterov": lambda p: SGD(p, lr=1e-1, momentum=0.9, nesterov=True),
-    "adagrad": lambda p: Adagrad(p, lr=1e-1),
+    "adagrad": lambda p: adagrad(p, lr=1e-1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
     "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2),
     "torch-adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
-    "muon": lambda p: torch.optim.Muon(p, lr=1e-2),
+    "muon": lambda p: muon(p, lr=1e-2),
     "adafactor": _adafactor(lr=1e-2, relative_step=False, scale_parameter=False),
     "adafactor-relative": _adafactor(),
-    "adamw-8bit": _adamw_8bit,
+    "adamw-8bit": adamw_8bit,
 }
 
 
@@ -148,7 +137,7 @@ def test_every_ordinary_optimizer_trains_the_cores(name: str) -> None:
 
 
 def test_eight_bit_states_belong_to_the_cores() -> None:
-    model, over, optimizer = make(_adamw_8bit, decomposition="chain")
+    model, over, optimizer = make(adamw_8bit, decomposition="chain")
     train(model, optimizer, range(2))
     states = core_states(over)
     assert states
@@ -463,7 +452,7 @@ def test_gradient_checkpointing_gives_the_same_run() -> None:
         OverParameterization(model).attach(optimizer)
         for step in range(2):
             tokens = token_ids(step)
-            model(input_ids=tokens, labels=tokens).loss.backward()
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         return lora_matrices(model)
@@ -492,6 +481,12 @@ def _deepspeed_wrapper(parameters: list[nn.Parameter]) -> Any:
     wrapper = DeepSpeedOptimizerWrapper.__new__(DeepSpeedOptimizerWrapper)
     wrapper.optimizer = AdamW(parameters)
     return wrapper
+
+
+def test_adagrad_of_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    with pytest.raises(ConfigError, match=r"Adagrad of torch 2\.11\.0 .* upgrade to torch 2\.12"):
+        make(lambda parameters: torch.optim.Adagrad(parameters))
 
 
 @pytest.mark.parametrize(

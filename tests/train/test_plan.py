@@ -27,6 +27,7 @@ from loraover.training.run_result import read_run
 
 from support.tiny_hub import save_llama, save_t5, write_recipe
 from support.tiny_models import with_lora
+from support.versions import needs_meta_models
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -92,6 +93,7 @@ def test_a_plan_without_cores_has_the_moments_of_what_is_trained(
     assert found.gradients == getattr(found, trained)
 
 
+@needs_meta_models
 def test_bf16_halves_the_weights_and_not_the_adapter(
     configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +107,7 @@ def test_bf16_halves_the_weights_and_not_the_adapter(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=needs_meta_models), "t5"])
 def test_activations_are_what_autograd_keeps(
     kind: str, precision: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +133,7 @@ def test_a_model_that_looks_at_values_is_planned_without_activations(
     assert "unknown for this architecture" in capsys.readouterr().out
 
 
+@needs_meta_models
 def test_checkpointing_keeps_less(configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, config in configs.items():
         recipe = write_recipe(tmp_path / f"{kind}.yaml", config)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loraover.cli import cli
 from loraover.common.command_line import run
@@ -159,6 +159,15 @@ def test_a_run_warms_up_for_steps_or_for_a_share_of_them(write: Write) -> None:
     assert "training.warmup_ratio" in fault(write(changed(training={"max_steps": 3, "warmup_ratio": 1})))
 
 
+class BegunError(Exception):
+    """A training that has begun; its argument is the number of steps that the trainer counted."""
+
+
+class StopAtOnce(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        raise BegunError(state.max_steps)
+
+
 @pytest.mark.parametrize(
     ("examples", "epochs", "batch", "accumulated", "steps"),
     [(64, 1, 32, 1, 2), (65, 1, 32, 1, 3), (65, 2, 8, 4, 6), (10, 0.5, 2, 1, 3), (1, 1, 32, 8, 1), (9, 0.1, 3, 1, 1)],
@@ -170,8 +179,10 @@ def test_steps_of_epochs_are_counted_as_the_trainer_does(
     recipe = load_recipe(write(changed(training={"num_train_epochs": epochs, **counts})))
     assert recipe.training.steps(examples) == steps
     args = TrainingArguments(str(tmp_path / "out"), num_train_epochs=epochs, use_cpu=True, report_to="none", **counts)
-    trainer = Trainer(tiny_net(), args, train_dataset=[{"x": 0}] * examples)
-    assert trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1] == steps
+    trainer = Trainer(tiny_net(), args, train_dataset=[{"x": 0}] * examples, callbacks=[StopAtOnce()])
+    with pytest.raises(BegunError) as begun:
+        trainer.train()
+    assert begun.value.args == (steps,)
 
 
 UNSAFE = "!!python/object/apply:os.system ['touch {mark}']"

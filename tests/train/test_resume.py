@@ -30,6 +30,7 @@ from loraover.training.progress import TrainingProgress
 from loraover.training.run_result import read_run
 
 from support.tiny_hub import save_llama, save_t5, write_recipe
+from support.versions import needs_order_of_batches
 
 pytestmark = pytest.mark.process
 
@@ -179,6 +180,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(
     assert_same_run(out, whole[kind])
 
 
+@needs_order_of_batches
 def test_a_run_can_be_interrupted_again_and_again(recipe: Path, whole: dict[Any, Path], tmp_path: Path) -> None:
     out = stopped(recipe, tmp_path / "out", step=4)
     for step in (5, 6, 7):

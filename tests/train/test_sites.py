@@ -28,6 +28,7 @@ from support.tiny_models import (
     trainable,
     with_lora,
 )
+from support.versions import needs_tied_lora
 
 
 def language_loss(model: Any) -> Any:
@@ -167,6 +168,7 @@ def test_a_parameter_shared_by_two_modules_is_one_site() -> None:
     assert net.third.lora_A["default"].weight is net.second.lora_A["default"].weight
 
 
+@needs_tied_lora
 def test_transposed_views_of_one_memory_are_one_site() -> None:
     model = with_lora(
         tiny_llama(tie_word_embeddings=True), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
@@ -180,6 +182,7 @@ def test_transposed_views_of_one_memory_are_one_site() -> None:
     ]
 
 
+@needs_tied_lora
 def test_gradients_of_tied_matrices_are_summed() -> None:
     model = with_lora(
         tiny_llama(tie_word_embeddings=True), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True

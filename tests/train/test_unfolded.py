@@ -30,6 +30,7 @@ from support.make_checkpoint import (
     reseal,
 )
 from support.tiny_models import tiny_gpt2, tiny_llama
+from support.versions import needs_meta_models
 
 # Both models compute in float64. A forward of two layers runs through fewer than 1000 rounded operations, on
 # numbers below 10: 1000 * 2^-53 * 10 = 1e-12. What is seen is 1e-15.
@@ -300,6 +301,7 @@ def test_padding_and_batch_order_do_not_matter(tmp_path: Path) -> None:
     assert largest_difference(whole[order], shuffled) < TOLERANCE
 
 
+@needs_meta_models
 def test_cores_follow_the_base_model_to_its_device(tmp_path: Path) -> None:
     """The meta device stands for a GPU: it refuses to mix with tensors of the CPU, and needs no hardware."""
     made = make_checkpoint(tmp_path, modules_to_save=["lm_head"], lora_bias=True)

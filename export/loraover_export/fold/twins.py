@@ -50,7 +50,7 @@ class FoldedAndTwins:
 
     def active(self, name: str) -> Any:
         """The model with one adapter switched on: FOLDED, or one of `twins`."""
-        self._model.set_adapter(name, inference_mode=True)
+        self._model.base_model.set_adapter(name, inference_mode=True)
         for module in self._saved:
             module.set_adapter(FOLDED, inference_mode=True)
         return self._model

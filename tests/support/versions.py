@@ -1,0 +1,19 @@
+"""Releases of libraries that tests run with, for features that older ones lack."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+TORCH, TRANSFORMERS, PEFT = (Version(library.__version__) for library in (torch, transformers, peft))
+
+needs_meta_models = pytest.mark.skipif(
+    Version("5") > TRANSFORMERS, reason="transformers before 5 runs no decoder on the meta device"
+)
+needs_order_of_batches = pytest.mark.skipif(
+    Version("5.17") > TRANSFORMERS, reason="transformers before 5.17 shuffles anew if it resumes in a later epoch"
+)
+needs_tied_lora = pytest.mark.skipif(Version("0.19") > PEFT, reason="PEFT before 0.19 ties no LoRA matrices")
