@@ -96,5 +96,5 @@ def assert_checks(found: OnnxReport) -> None:
         assert 0 < check.noise < 2e-6
         assert (check.adapter_effect == 0) if check.adapter is None else (check.adapter_effect > 1e3 * check.bound)
         assert check.greedy is not None
-        assert check.greedy.first_difference is None
+        assert check.greedy.first_difference is None or check.greedy.gap == 0  # two tokens are equally likely
     assert all(matrix.passed for matrix in found.matrices)
