@@ -9,12 +9,13 @@ from loraover_export.onnx.report import OnnxReport
 from support.onnx_export import LINEAR, Adapter, Exports, make_exports, read_report
 from support.onnx_graph import FEEDS, Graph, genai_tokens, torch_tokens, worst_error
 from support.plain_adapter import FAMILIES
+from support.versions import TOKENIZER_FILES
 
 pytestmark = pytest.mark.engine
 
 NAMES: tuple[Adapter, ...] = ("first", "second", None)
 PROMPT, TOKENS = FEEDS["one row"].ids[:, :7], 12
-BUILT = {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "tokenizer_config.json"}
+BUILT = {"model.onnx", "model.onnx.data", "genai_config.json", *TOKENIZER_FILES}
 WRITTEN = BUILT | {"onnx_report.json", "README.md"}
 
 
@@ -95,5 +96,5 @@ def assert_checks(found: OnnxReport) -> None:
         assert 0 < check.noise < 2e-6
         assert (check.adapter_effect == 0) if check.adapter is None else (check.adapter_effect > 1e3 * check.bound)
         assert check.greedy is not None
-        assert check.greedy.first_difference is None
+        assert check.greedy.first_difference is None or check.greedy.gap == 0  # two tokens are equally likely
     assert all(matrix.passed for matrix in found.matrices)

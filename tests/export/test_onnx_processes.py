@@ -19,6 +19,7 @@ import pytest
 from support.children import Child, Ended, become_nobody, limit_file_size
 from support.make_checkpoint import tree
 from support.onnx_export import OnnxMade, export, read_report
+from support.versions import TOKENIZER_FILES
 
 pytestmark = pytest.mark.engine
 
@@ -26,8 +27,7 @@ WHOLE = {
     "model.onnx",
     "model.onnx.data",
     "genai_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *TOKENIZER_FILES,
     "onnx_report.json",
     "README.md",
 }

@@ -17,3 +17,8 @@ needs_order_of_batches = pytest.mark.skipif(
     Version("5.17") > TRANSFORMERS, reason="transformers before 5.17 shuffles anew if it resumes in a later epoch"
 )
 needs_tied_lora = pytest.mark.skipif(Version("0.19") > PEFT, reason="PEFT before 0.19 ties no LoRA matrices")
+
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+"""What a saved tokenizer consists of."""
+if Version("5") > TRANSFORMERS:
+    TOKENIZER_FILES.add("special_tokens_map.json")
