@@ -24,14 +24,17 @@ class Child:
     def __init__(self, command: Callable[[], int], *, prepare: Callable[[], object] = lambda: None) -> None:
         self._read, write = os.pipe()
         sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child can say that it was interrupted
         self.pid = os.fork()
         if self.pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             os.close(write)
             return
         code = 99
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdout = sys.stderr = os.fdopen(write, "w", buffering=1)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             prepare()
             code = command()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
