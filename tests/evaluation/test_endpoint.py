@@ -126,11 +126,11 @@ def test_more_requests_at_once_than_a_pool_has_places_for() -> None:
     held = threading.Barrier(129)
 
     def hold(body: object) -> str:
-        held.wait(10)
+        held.wait(60)
         return "all at once"
 
     with openai_server(hold) as server, ThreadPoolExecutor(129) as pool:
-        endpoint = Endpoint(server.url, timeout_s=20)
+        endpoint = Endpoint(server.url, timeout_s=120)
         asked = [pool.submit(endpoint.chat, "m", HELLO, max_tokens=4) for _ in range(129)]
         assert {each.result() for each in asked} == {"all at once"}
 

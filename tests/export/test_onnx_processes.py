@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -189,9 +190,20 @@ def test_a_killed_export_leaves_nothing_or_all(made: OnnxMade, warm: float, tmp_
         assert tree(made.folder) == before
         assert all(path.name.startswith(".out.") and path.name.endswith(".tmp") for path in tmp_path.iterdir())
     assert killed > 0
+    assert all(map(released, tmp_path.iterdir()))
     assert export(made.folder / "first", tmp_path / "out", *MERGED) == 0
     assert_whole(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "drafts of killed exports are removed"
+
+
+def released(draft: Path) -> bool:
+    """Wait until no process holds a draft: a builder dies a moment after the export that started it."""
+    descriptor = os.open(draft, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def ended_within(pid: int, seconds: float) -> bool:

@@ -23,6 +23,12 @@ class Recorded:
     headers: list[dict[str, str]] = field(default_factory=list)
 
 
+class Server(ThreadingHTTPServer):
+    """Takes many connections at once, where the library's own resets all but five that wait."""
+
+    request_queue_size = 512
+
+
 @contextmanager
 def openai_server(reply: Reply) -> Iterator[Recorded]:
     """Answers `/v1/completions` and `/v1/chat/completions` on loopback during a block."""
@@ -53,7 +59,7 @@ def openai_server(reply: Reply) -> Iterator[Recorded]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     recorded = Recorded(f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
