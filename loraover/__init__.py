@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from loraover.overparam.importance import Probe
     from loraover.overparam.parameterization import OverParameterization
     from loraover.overparam.sharding import trainable_state_dict
+    from loraover.reporting.reporter import ConsoleReporter, Reporter
 
 
 _HOMES = {
     "Budget": "overparam.config",
     "Checkpoint": "checkpoint.checkpoint",
+    "ConsoleReporter": "reporting.reporter",
     "DiagnosticsCallback": "callbacks.diagnostics",
     "LoraOverCallback": "callbacks.loraover_callback",
     "LoraOverConfig": "overparam.config",
     "OverParameterization": "overparam.parameterization",
     "Probe": "overparam.importance",
+    "Reporter": "reporting.reporter",
     "SealCheckpoints": "callbacks.seal_checkpoints",
     "last_whole_checkpoint": "callbacks.seal_checkpoints",
     "read_checkpoint": "checkpoint.checkpoint",
@@ -38,11 +41,13 @@ _HOMES = {
 __all__ = [
     "Budget",
     "Checkpoint",
+    "ConsoleReporter",
     "DiagnosticsCallback",
     "LoraOverCallback",
     "LoraOverConfig",
     "OverParameterization",
     "Probe",
+    "Reporter",
     "SealCheckpoints",
     "__version__",
     "last_whole_checkpoint",

@@ -67,7 +67,7 @@ def evaluate_command(
     options = Options(data, examples, max_new_tokens, chat, allow_code_execution, judge)
     quiet_libraries()
     from loraover.evaluation.run import EvaluationRequest, evaluate
-    from loraover.reporting.reporter import Reporter
+    from loraover.reporting.reporter import ConsoleReporter
 
     request = EvaluationRequest(
         task=task,
@@ -80,7 +80,7 @@ def evaluate_command(
         batch_size=batch_size,
         command=shlex.join(["loraover", *sys.argv[1:]]),
     )
-    found = evaluate(request, output, Reporter(Console(stderr=as_json)))
+    found = evaluate(request, output, ConsoleReporter(Console(stderr=as_json)))
     if as_json:
         print(found.model_dump_json(indent=1))
     return int(any(result.failure for result in found.results))

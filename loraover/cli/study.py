@@ -56,7 +56,7 @@ def study(
     from loraover.common.command_line import quiet_libraries
 
     quiet_libraries()
-    from loraover.reporting.reporter import Reporter
+    from loraover.reporting.reporter import ConsoleReporter
     from loraover.study.grid import DEFAULT_METHODS, split_outside_brackets
     from loraover.study.runner import StudyRequest, Where, run_study
     from loraover.training.recipe import parse_override
@@ -72,7 +72,7 @@ def study(
         command=shlex.join(["loraover", *sys.argv[1:]]),
     )
     console = Console(stderr=as_json)
-    report = run_study(request, output, None if report_only else Where(jobs, ray), Reporter(console))
+    report = run_study(request, output, None if report_only else Where(jobs, ray), ConsoleReporter(console))
     if as_json:
         print(report.model_dump_json(indent=1))
 

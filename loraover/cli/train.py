@@ -76,14 +76,14 @@ def train(
         _show_plan(loaded, as_json)
         return
     assert output is not None
-    from loraover.reporting.reporter import Reporter
+    from loraover.reporting.reporter import ConsoleReporter
     from loraover.training.run import product
     from loraover.training.run import train as run
 
     console = Console(stderr=as_json)
     typed = shlex.join(["loraover", *(word for word in sys.argv[1:] if word != "--resume")])  # also runs from the start
     try:
-        result = run(loaded, output, resume=resume, report=Reporter(console), command=typed)
+        result = run(loaded, output, resume=resume, report=ConsoleReporter(console), command=typed)
     except KeyboardInterrupt:
         if output.exists():
             click.echo("to go on from the last whole checkpoint, run the same command with --resume", err=True)

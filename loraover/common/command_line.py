@@ -5,6 +5,7 @@ Checks that can be inconclusive also have 3: `loraover-export fold --check-error
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from loraover.common.errors import EngineError, LoraOverError
 # Which models a user trains is nobody else's business; read when huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-INTERRUPTED = "interrupted: an output is whole or absent"
+INTERRUPTED = "Interrupted. No partial output was left."
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
     "lm_eval": "eval",
@@ -32,18 +33,70 @@ EXTRAS = {
 }
 
 
+# PyTorch's names of data types, which every --dtype takes too.
+LONG_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class DtypeChoice(click.Choice[str]):
+    """A choice of data types, each under its short name and under PyTorch's name; the value is the short name."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(names)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(LONG_DTYPES.get(value, value), param, ctx)
+
+
+class Command(click.Command):
+    """A command with examples below its help, which refuses old spellings of its options by naming the new ones.
+
+    Args:
+        examples: complete command lines, shown under "Examples" in the help.
+        renamed: new spelling of each option that has been renamed, for instance `{"--base": "--model"}`.
+    """
+
+    def __init__(
+        self, *args: Any, examples: Sequence[str], renamed: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = tuple(examples)
+        self.renamed = dict(renamed or {})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in itertools.takewhile(lambda word: word != "--", args):
+            name = word.partition("=")[0]
+            if name in self.renamed:
+                raise click.UsageError(f"{name} is now called {self.renamed[name]}.", ctx)
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for line in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        super().format_epilog(ctx, formatter)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are asked for.
 
     Args:
         commands_at: "module:attribute" of each command, by its name.
         plugins: group of entry points that bring further commands from packages that lie downstream.
+        renamed: new name of each command that has been renamed.
     """
 
-    def __init__(self, *args: Any, commands_at: Mapping[str, str], plugins: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        commands_at: Mapping[str, str],
+        plugins: str | None = None,
+        renamed: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._commands_at = dict(commands_at)
         self._plugins = plugins
+        self._renamed = dict(renamed or {})
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self._commands_at, *sorted(self._found())]
@@ -55,6 +108,21 @@ class LazyGroup(click.Group):
             return found
         plugin = self._found().get(cmd_name)
         return None if plugin is None else plugin.load()
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] in self._renamed:
+            ctx.fail(f"{args[0]} is now called {self._renamed[args[0]]}.")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands with the whole first sentence of each one's help, over several lines where needed."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(limit=sys.maxsize)) for name, command in commands if command]
+            )
 
     def _found(self) -> dict[str, EntryPoint]:
         return {} if self._plugins is None else {point.name: point for point in entry_points(group=self._plugins)}

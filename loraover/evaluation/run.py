@@ -21,7 +21,7 @@ from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
-from loraover.reporting.reporter import Reporter
+from loraover.reporting.reporter import ConsoleReporter, Reporter
 
 BASE_MODEL = "base"
 
@@ -112,7 +112,7 @@ def evaluate(request: EvaluationRequest, output: Path | None, report: Reporter) 
                 kept = "" if output is None else f" Its answers are kept in {output}; the same command rates them."
                 raise EngineError(result.failure + kept)
     finally:
-        if found.results:
+        if found.results and isinstance(report, ConsoleReporter):
             show_evaluation(found, report.console)
     return found
 

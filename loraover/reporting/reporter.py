@@ -12,17 +12,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Reporter:
-    """Tells a person what is going on."""
+    """Receiver of progress; this one shows nothing, which is what a library should do unless it is asked."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def line(self, text: str) -> None:
+        """Take one line of text about what is being done."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Follow one piece of work; the block calls the function that it gets with the amount done so far."""
+        yield lambda done: None
+
+
+class ConsoleReporter(Reporter):
+    """Shows lines and progress bars on a console; where the console is not a terminal, plain lines only.
+
+    Args:
+        console: where to print; standard error if absent.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = Console(stderr=True) if console is None else console
 
     def line(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True, highlight=False)
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Progress of one piece of work; the block calls what it gets with the amount done so far."""
         if not self.console.is_terminal:
             self.line(f"{label}: {total}")
             yield lambda done: None
@@ -31,6 +46,9 @@ class Reporter:
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(escape(label), total=total)
             yield lambda done: progress.update(task, completed=done)
+
+
+SILENT = Reporter()
 
 
 class _ToReporter(logging.Handler):

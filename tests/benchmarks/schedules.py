@@ -28,7 +28,7 @@ from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.common.command_line import quiet_libraries
 from loraover.overparam.config import SCORE_NAMES
 from loraover.overparam.importance.loss_impact import LossImpact
-from loraover.reporting.reporter import Reporter
+from loraover.reporting.reporter import ConsoleReporter
 from loraover.training.recipe import load_recipe
 from loraover.training.run import train
 from loraover.training.run_result import read_run
@@ -108,7 +108,7 @@ def train_one(method: str, seed: int, out: Path) -> None:
     recipe = load_recipe("gsm8k-smollm2", {**SETTINGS, **files, "training.seed": seed, **METHODS[method]})
     started = (folder / "recipe.yaml").is_file()
     with folder.with_suffix(".log").open("a") as log, steps_timed() as seconds:
-        train(recipe, folder, resume=started, report=Reporter(Console(file=log)), command="")
+        train(recipe, folder, resume=started, report=ConsoleReporter(Console(file=log)), command="")
     (folder / STEPS_FILE).write_text(json.dumps(seconds))
 
 

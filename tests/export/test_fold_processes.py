@@ -183,7 +183,7 @@ def test_an_interrupted_fold_leaves_nothing(options: tuple[str, ...], times: int
             shutil.rmtree(target)
         else:
             assert ended.code == 130
-            assert "interrupted" in ended.output
+            assert "Interrupted" in ended.output
         assert_nothing_left(tmp_path, before)
     assert 130 in codes
 

@@ -26,7 +26,7 @@ from loraover.common.errors import ConfigError, LoraOverError
 from loraover.overparam import config as config_module
 from loraover.overparam.config import Budget
 from loraover.overparam.decompositions import Mpo
-from loraover.reporting.reporter import Reporter
+from loraover.reporting.reporter import ConsoleReporter
 from loraover.study import outcome as outcome_module
 from loraover.study.grid import DEFAULT_METHODS, make_grid, matched_rank, split_outside_brackets
 from loraover.study.outcome import OUTCOME_FILE, Outcome, digest, execute
@@ -532,7 +532,7 @@ def test_a_run_reserves_a_gpu_where_a_cluster_has_any(
     )
     monkeypatch.setitem(sys.modules, "ray", cluster)
     grid = make_grid([str(recipe)], {"lora": [1e-3, 1e-2]}, 1, {})
-    found = run_grid(grid, tmp_path, Where(ray="local"), Reporter(Console()))
+    found = run_grid(grid, tmp_path, Where(ray="local"), ConsoleReporter(Console()))
     assert len(found) == 2
     assert reserved == [{"num_cpus": 1, "num_gpus": gpus}]
 

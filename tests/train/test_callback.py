@@ -22,7 +22,7 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.command_line import run as run_command
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.threads import one_thread
-from loraover.reporting.reporter import Reporter
+from loraover.reporting.reporter import ConsoleReporter
 from loraover.reporting.schedule_map import placed
 from loraover.training.progress import TrainingProgress
 from loraover_export.cli import cli as export_cli
@@ -258,7 +258,7 @@ def test_several_adapters_at_once_are_refused(tmp_path: Path) -> None:
 def test_every_decision_is_in_the_log_once(tmp_path: Path, schedule: dict[str, Any], steps: list[int]) -> None:
     budget = {"budget": Budget(sites=4)} if schedule else {}
     trainer = trainer_of(tmp_path, callback=(callback := LoraOverCallback(LoraOverConfig(**schedule, **budget))))
-    trainer.add_callback(TrainingProgress(Reporter(Console(quiet=True)), tmp_path / "metrics.jsonl"))
+    trainer.add_callback(TrainingProgress(ConsoleReporter(Console(quiet=True)), tmp_path / "metrics.jsonl"))
     trainer.train()
     told = [row for row in trainer.state.log_history if "loraover_injected_sites" in row]
     assert [row["step"] for row in told] == steps
