@@ -44,6 +44,7 @@ def read_arrows() -> Arrows:
 
 
 def room_of(module: str, depth: int = 2) -> str:
+    """Name of the folder that a module stands in, down to some depth."""
     return ".".join(module.split(".")[:depth])
 
 
@@ -119,6 +120,7 @@ def draw(arrows: Arrows) -> str:
 
 
 def main() -> int:
+    """Write the figure, or compare it with the imports where `--check` is given."""
     figure = draw(read_arrows())
     if "--check" not in sys.argv[1:]:
         FIGURE.write_text(figure, encoding="utf-8")

@@ -156,6 +156,7 @@ class LoraOverCallback(TrainerCallback):
             seed: the run's own, for a configuration without one.
             steps: of the whole run, if it goes on.
             probe: batches, likewise.
+
         Raises:
             CheckpointError: see `loraover.checkpoint.checkpoint.restore`.
         """

@@ -1,0 +1,1 @@
+"""Files that pass between the stages, and the unfolded model that proofs compare with."""

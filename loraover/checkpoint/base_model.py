@@ -29,8 +29,10 @@ def resolve_base(
         given: folder or hub name; None means the one that the adapters name.
         option: the command's option for it, for messages.
         say: told the warning of `moved`.
+
     Returns:
         The model; with `moved` where the adapters were trained on a stand-in and `given` is another model.
+
     Raises:
         ConfigError: adapters that name none, or several, or no such model; a stand-in that is gone; or a stand-in that
             would take the place of the hub's model that the adapters were trained on.
@@ -68,6 +70,7 @@ def move(trained: Collection[str], source: ModelSource, say: Callable[[str], Non
         trained: names of the base models that the adapters were trained on.
         source: what the adapters are to be used on.
         say: told a warning, if any of `trained` is a stand-in with other weights.
+
     Raises:
         ConfigError: a stand-in that is gone, or a model that no adapter of it fits.
     """

@@ -181,6 +181,7 @@ def write_checkpoint(
         over: owns the cores.
         step: optimizer steps taken.
         adapter: whose cores.
+
     Raises:
         CheckpointError: no safetensors adapter there, or no site of `adapter` has cores and none is to have some.
         ConfigError: A or B were written by something else than training.
@@ -314,6 +315,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     Args:
         over: made with `inject=False` on a model that has loaded the checkpoint's adapter.
         checkpoint: of the one adapter that is trained.
+
     Raises:
         ConfigError: several adapters are trained.
         CheckpointError: other sites or another configuration than the checkpoint's, or a model whose

@@ -55,6 +55,7 @@ def unfolded(
         base: the plain base model, in eval mode and in the dtype to compute in.
         source: a checkpoint, or a plain adapter.
         delta_dtype: dtype that cores are applied in; float32 costs what training through the cores would.
+
     Raises:
         CheckpointError: the adapter was trained on another base model: a module is missing or has
             other dimensions, or its start had changed the weights.
@@ -150,6 +151,7 @@ def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict
 
     Returns:
         What they replace, by name.
+
     Raises:
         CheckpointError: one that fits no parameter of the model; nothing is replaced then.
     """

@@ -1,0 +1,1 @@
+"""What every room uses: errors, exit codes, whole-or-absent output, strict JSON, HTTP, versions."""

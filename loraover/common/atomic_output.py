@@ -37,8 +37,10 @@ def publish_directory(
         outside: a folder that the destination may not lie in, such as the command's input.
         replace: a folder that exists is moved aside at the end, and removed once the new one is in its place.
             After a kill between the two renames, the next run to this destination puts it back.
+
     Yields:
         A temporary folder beside the destination, removed if the block raises.
+
     Raises:
         OutputError: the destination exists, lies in `outside`, or cannot be written (no permission,
             no space); with `replace`: it is no folder, or `outside` lies in it.
@@ -177,6 +179,7 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
     Args:
         path: the file.
         fill: writes the new content to the temporary path that it is given.
+
     Raises:
         OutputError: it cannot be written.
     """

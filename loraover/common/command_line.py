@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from loraover.common.dtypes import DTYPES
 from loraover.common.errors import EngineError, LoraOverError
 
 # Which models a user trains is nobody else's business; read when huggingface_hub is imported.
@@ -33,8 +34,7 @@ EXTRAS = {
 }
 
 
-# PyTorch's names of data types, which every --dtype takes too.
-LONG_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_SHORT = {long: short for short, long in DTYPES.items()}
 
 
 class DtypeChoice(click.Choice[str]):
@@ -44,7 +44,7 @@ class DtypeChoice(click.Choice[str]):
         super().__init__(names)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(LONG_DTYPES.get(value, value), param, ctx)
+        return super().convert(_SHORT.get(value, value), param, ctx)
 
 
 class Command(click.Command):

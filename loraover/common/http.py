@@ -19,6 +19,7 @@ def http_client(headers: Mapping[str, str], *, timeout_s: float, is_near: bool) 
         headers: headers of every request.
         timeout_s: longest silence, in seconds: the limit of every read, not of the whole answer.
         is_near: whether the server is on this machine, which a proxy for the outside world cannot reach.
+
     Raises:
         ImportError, ValueError, httpx2.InvalidURL: the environment names a proxy that cannot be used.
     """

@@ -1,0 +1,1 @@
+"""Training rows, from files and hubs, in the formats that people have."""

@@ -41,6 +41,7 @@ def read_row(row: Any, format: str, chat: bool, where: str) -> Iterator[Row]:
         format: a key of `FORMATS`, or "auto" to recognise it by the fields.
         chat: write text as chat messages.
         where: the row's place, for messages.
+
     Raises:
         DataError: the row does not fit.
     """

@@ -57,6 +57,7 @@ def load_rows(
         format: a key of `loraover.data.formats.FORMATS`, or "auto" to recognise it by the fields.
         chat: write strings as chat messages, for a tokenizer with a chat template.
         keep: read only rows in whose columns these expressions are found.
+
     Raises:
         DataError: nothing there, not JSON, or a row that lacks a field; the row is numbered.
     """

@@ -102,6 +102,7 @@ class Task(ABC):
 
         Args:
             keep: takes answers that `rate` can go on with, where scores are another service's.
+
         Raises:
             LoraOverError: the model or its engine cannot answer them, or nobody scores them.
         """
@@ -144,6 +145,7 @@ def read_questions(
 
     Args:
         read: makes a question of a row; the string says which row it is.
+
     Raises:
         DataError: see `Task.read`.
     """

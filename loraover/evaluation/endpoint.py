@@ -28,18 +28,19 @@ class UnfitRequestError(EngineError):
 
 
 class Endpoint:
-    """One server."""
+    """One OpenAI-compatible server.
+
+    Args:
+        url: the server's address, with or without the final `/v1`.
+        key_variable: environment variable with the key; it is sent to the server and shown to nobody.
+        timeout_s: longest silence, in seconds.
+
+    Raises:
+        ConfigError: not an HTTP address, no such variable, a key that no header can carry, or a proxy that cannot
+            be used.
+    """
 
     def __init__(self, url: str, key_variable: str | None = None, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
-        """
-        Args:
-            url: the server's address, with or without the final `/v1`.
-            key_variable: environment variable with the key; it is sent to the server and shown to nobody.
-            timeout_s: longest silence, in seconds.
-        Raises:
-            ConfigError: not an HTTP address, no such variable, a key that no header can carry, or a proxy that cannot
-                be used.
-        """
         host = _host(url)
         self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else url.rstrip("/") + "/v1"
         self.headers = {"Content-Type": "application/json"}

@@ -31,6 +31,7 @@ def exact_match(
         batch_size: examples generated together, left-padded.
         answer: what is compared: the final number, or the whole text but for white space around it.
         on_batch: told how many examples are done.
+
     Returns:
         0 to 1. Where numbers are compared, an answer without one is wrong.
     """

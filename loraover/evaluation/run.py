@@ -76,6 +76,7 @@ def evaluate(request: EvaluationRequest, output: Path | None, report: Reporter) 
         output: JSON file, written after every model. One that holds the beginning of the same evaluation is gone
             on with: adapters whose files are the same, and models of the same name at the same endpoint, are not asked
             again; answers that nobody would rate are only rated.
+
     Raises:
         LoraOverError: the request cannot be used, or the first model fails; a later one's failure is its result.
     """
@@ -205,6 +206,7 @@ def _result(
     Args:
         answered: its answers, if it has been asked already.
         publish: takes a result that others may follow.
+
     Raises:
         LoraOverError: there is nothing to keep.
     """

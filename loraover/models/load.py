@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ConfigError
 from loraover.models.hub import HubUnreachableError, pinned_commit
 from loraover.models.stand_in import STAND_INS, StandIn, find_stand_in, make_stand_in
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,7 @@ def load_model(
         dtype: fp32, bf16 or fp16.
         task_type: PEFT's: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None means CAUSAL_LM.
         num_labels: of a classifier; None means what the model's configuration says.
+
     Raises:
         ConfigError: the files are not such a model.
     """

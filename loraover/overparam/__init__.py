@@ -1,0 +1,1 @@
+"""The method: sites, cores, decompositions, importance scores, schedules and optimizer hooks."""

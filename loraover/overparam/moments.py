@@ -28,6 +28,7 @@ def carried_moments(
         state: of the matrix, by the optimizer's own keys.
         cores: core k (1, p_k, q_k).
         shape: of the matrix.
+
     Returns:
         Empty where the state has a tensor of another kind (8-bit blocks, factors of rows and columns).
     """

@@ -51,6 +51,7 @@ class OverParameterization:
         steps: optimizer steps of the whole run, for a dynamic schedule.
         probe: batches for a schedule that runs the model; their model is this one.
         inject: False leaves every matrix plain until `inject` is called, or a checkpoint restored.
+
     Raises:
         ConfigError: no LoRA, a LoRA variant that is not B A, a pattern that matches no site, or a schedule that
             does not fit the model or the run.
@@ -97,6 +98,7 @@ class OverParameterization:
         Args:
             names: of sites that are plain so far.
             step: optimizer steps taken, for the record.
+
         Raises:
             ConfigError: an unknown site or one that already has cores.
         Mutates: the optimizer's moments of the sites' matrices are carried into their centre cores, or dropped
@@ -130,6 +132,7 @@ class OverParameterization:
 
         Args:
             optimizer: a torch optimizer that holds the chosen matrices, or Accelerate's wrapper of one.
+
         Raises:
             ConfigError: an optimizer whose step is not an ordinary torch step, or one that lacks a
                 chosen matrix.

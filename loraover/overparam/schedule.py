@@ -50,6 +50,7 @@ class Schedule:
         sites: all of the model's.
         steps: optimizer steps of the whole run, for a dynamic schedule.
         probe: batches for a score that runs the model, and for a static schedule's calibration.
+
     Raises:
         ConfigError: a pattern that matches nothing, a budget that no choice fits, or rounds outside of the run.
     """

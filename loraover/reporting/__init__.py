@@ -1,0 +1,1 @@
+"""Progress, HTML pages and model cards."""

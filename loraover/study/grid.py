@@ -80,6 +80,7 @@ def make_grid(
             others keys of `lora`.
         settings: recipe keys that all runs share.
         task_rates: learning rates of all methods on a task, by its name, in place of their own.
+
     Raises:
         ConfigError: an unknown method, a recipe that does not take a setting, or a grid that compares nothing.
     """

@@ -67,6 +67,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
     Args:
         folder: of the run; its outcome is written there, and is what a second call returns.
         threads: for the process.
+
     Raises:
         ConfigError: the run was begun with another recipe.
         OutputError: there is no place for the folder.
@@ -212,6 +213,7 @@ def _failure(folder: Path, last: str) -> str:
 
     Args:
         last: the last line that the process printed.
+
     Raises:
         LoraOverError: it does not.
     """

@@ -74,6 +74,7 @@ def task_results(runs: Sequence[Run], outcomes: Mapping[Run, Outcome], seeds: in
     Args:
         runs: the grid.
         outcomes: of all its runs with these seeds.
+
     Raises:
         LoraOverError: runs of one task that were not judged on the same examples.
     """

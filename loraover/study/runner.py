@@ -59,6 +59,7 @@ def run_study(request: StudyRequest, folder: Path, where: Where | None, report: 
     Args:
         folder: of the study, new or begun.
         where: None runs nothing.
+
     Raises:
         ConfigError: a request that is no study, or not the one that was begun in `folder`.
         LoraOverError: see `run_grid` and `make_report`.
@@ -83,6 +84,7 @@ def run_grid(grid: Sequence[Run], folder: Path, where: Where, report: Reporter) 
 
     Args:
         folder: of the study.
+
     Raises:
         LoraOverError: a run that failed for another reason than that its loss diverged or its memory was too small;
             finished runs are kept.

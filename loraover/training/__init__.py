@@ -1,0 +1,1 @@
+"""Recipes, and one training run from a recipe."""

@@ -28,6 +28,7 @@ def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
 
     Args:
         chat: write text as chat messages.
+
     Raises:
         DataError: see `load_rows`; or nothing to measure on.
     """

@@ -13,8 +13,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from loraover.common.dtypes import DTYPES
 from loraover.data.sources import BUILT_IN, count_hub_rows, is_hub_name, load_rows
-from loraover.models.load import DTYPES, load_skeleton, resolve_model
+from loraover.models.load import load_skeleton, resolve_model
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.examples import WORD_PROBLEMS

@@ -23,6 +23,7 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
     Args:
         trained: what the run trains on.
         say: told a warning with the largest logit difference between the two.
+
     Raises:
         ConfigError: an adapter of a stand-in would be pushed, and the recipe names no model for it that can be had; or
             the recipe names one for an adapter of another kind.
@@ -54,6 +55,7 @@ def push(repository: str, folder: Path, kept: Path) -> None:
 
     Args:
         kept: where the run keeps what was trained, for messages.
+
     Raises:
         OutputError: the hub refuses, or cannot be reached.
     """

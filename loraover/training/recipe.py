@@ -189,6 +189,7 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     Args:
         name: e.g. "demo", or a path.
         overrides: values by dotted key, e.g. {"training.seed": 1}.
+
     Raises:
         ConfigError: no such recipe, not YAML, or values that do not fit; every fault is named.
     """

@@ -91,6 +91,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, comma
         resume: continue from the last whole checkpoint in `output`, or from the start without one.
         report: shows progress.
         command: what the user typed, for the model card.
+
     Raises:
         ConfigError, DataError, CheckpointError, OutputError: with what was found and expected. A run that is refused
             before its first step leaves no folder.

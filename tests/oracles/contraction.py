@@ -15,6 +15,7 @@ def mpo_matrix(cores: Sequence[Array]) -> Array:
 
     Args:
         cores: core k has shape (R_k, m_k, n_k, R_{k+1}); R_1 = R_{K+1} = 1.
+
     Returns:
         Shape (prod m_k, prod n_k).
     Source: Oseledets 2011, doi:10.1137/090752286.

@@ -19,6 +19,7 @@ def delaying(url: str, model: str, share: float) -> Iterator[str]:
 
     Args:
         url: of the server.
+
     Yields:
         The proxy's own address.
     """

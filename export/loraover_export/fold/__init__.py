@@ -1,0 +1,1 @@
+"""Folding from disk: cores into a plain adapter, its certificate, and the check of its outputs."""

@@ -71,6 +71,7 @@ def check_outputs(
         source: the base model.
         prompts_file: one prompt a line; absent: a built-in set.
         report: told what is going on.
+
     Raises:
         CheckpointError: the base model is not the one that was trained.
         DataError: no usable prompt in the file.

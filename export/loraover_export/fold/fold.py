@@ -37,8 +37,10 @@ def write_folded(
         directory: an empty folder.
         dtype: fp32, bf16 or fp16.
         on_tensor: called after each tensor.
+
     Returns:
         One certificate per A and B matrix, in file order.
+
     Raises:
         CheckpointError: cores with NaN, or a stored matrix that contradicts its cores.
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.

@@ -56,6 +56,7 @@ def run_fold(
     Returns:
         The exit code: 0; 1 where a check failed and nothing was published; 3 where the adapter was published, and its
         effect on the outputs is too small for their check.
+
     Raises:
         LoraOverError: anything about the request, the files or the base model that makes the fold impossible.
     """

@@ -32,6 +32,7 @@ class FoldedAndTwins:
         folded: directory of the written adapter.
         dtype: what it is stored in.
         twins: how many.
+
     Raises:
         CheckpointError: PEFT has made a matrix that the checkpoint does not hold.
     """

@@ -47,6 +47,7 @@ class Export:
     Args:
         draft: an empty folder for the files.
         console: told what is going on.
+
     Raises:
         ConfigError: no such base model, or a task that no graph is made for.
         ExportError: a graph to add adapters to that is not of this base model.

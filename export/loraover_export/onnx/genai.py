@@ -32,6 +32,7 @@ def build_decoder(
         device: cpu or cuda; decides which fused operators the graph uses.
         adapter: PEFT adapter whose matrices become initializers of their own.
         full_precision_nodes: names of nodes that int4 leaves alone.
+
     Raises:
         ExportError: the builder does not know the architecture, or fails.
     """

@@ -27,9 +27,11 @@ def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate
     Args:
         model: the base model, a transformers PreTrainedModel.
         source: whose deltas, and other trained parameters.
+
     Returns:
         For each module the error of the written weight against float64, with its bound:
         the product's, u64 |W + delta_W| for the sum, and one rounding.
+
     Raises:
         CheckpointError: the adapter belongs to another base model.
         FoldError: a weight beyond the range of its dtype.

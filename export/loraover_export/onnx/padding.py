@@ -20,6 +20,7 @@ def accept_left_padding(model: ModelProto) -> bool:
 
     Args:
         model: a graph of onnxruntime-genai's builder.
+
     Returns:
         Whether the graph needed it.
     Mutates: `model`.

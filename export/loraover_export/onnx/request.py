@@ -73,6 +73,7 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
 
     Args:
         say: told a warning about the base model.
+
     Raises:
         ConfigError: options that contradict one another, or no base model, or several.
         ExportError: what the mode cannot hold, or sources of different tasks.

@@ -32,6 +32,7 @@ def run_onnx(request: OnnxRequest, as_json: bool) -> int:
     Returns:
         The exit code: 0; 1 where a check failed and nothing was published; 3 where the export was published, and an
         adapter's effect on the outputs is too small for their check.
+
     Raises:
         LoraOverError: anything about the request, the files or the base model that makes the export impossible.
     """

@@ -53,6 +53,7 @@ def read_layout(folder: Path, graphs: Sequence[str]) -> SwappableLayout:
 
     Args:
         graphs: file names.
+
     Raises:
         CheckpointError: no swappable graphs there, or inputs of others.
     """
@@ -95,6 +96,7 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
         model: without its external data.
         graph: its file.
         drawn: the markers to look for; others may be in another graph.
+
     Returns:
         Places by site.
     Mutates: `model`. Its ranks are free: an adapter of any rank fits.
@@ -142,6 +144,7 @@ def write_swappable(
     Args:
         drawn: the markers that the graphs were exported with.
         dtype: of the LoRA inputs.
+
     Raises:
         ExportError: a matrix that no graph has a place for.
     """
@@ -183,6 +186,7 @@ def write_adapter(
 
     Returns:
         For each matrix the error of what was written against float64, and its bound.
+
     Raises:
         ExportError: a module that the graph has no inputs for, or has in another size.
         FoldError: an element beyond the range of the inputs' dtype.

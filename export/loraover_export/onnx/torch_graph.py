@@ -76,6 +76,7 @@ def export_torch(
             dimensions must be 2 at least, and differ where they may.
         outputs: names.
         graph: file to write; weights go beside it.
+
     Raises:
         ExportError: torch cannot trace the model.
     """

@@ -75,6 +75,7 @@ def run_vllm(request: VllmRequest, as_json: bool) -> int:
     Returns:
         The exit code: 0, 1 where a matrix failed its certificate, or 2 where the pre-flight found an error; in both
         cases nothing was written.
+
     Raises:
         LoraOverError: anything about the request, the files or the served model that makes the export impossible.
     """

@@ -51,6 +51,7 @@ def write_uniform(
         directory: an empty folder.
         dtype: fp32, bf16 or fp16.
         config: of `uniform_config`.
+
     Raises:
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
@@ -118,6 +119,7 @@ def name_modules(adapted: Collection[str], others: Collection[str]) -> list[str]
     Args:
         adapted: module paths.
         others: paths of all other modules of the model.
+
     Raises:
         ExportError: no suffix tells some adapted module from another.
     """

@@ -56,6 +56,7 @@ class Decomposition(ABC):
             matrices: (G, m, n), float64.
             generators: one CPU generator per matrix; they alone decide the random draws, so that
                 every process and every grouping of the matrices makes the same cores.
+
         Returns:
             One (G, p_k, q_k) float64 tensor per core.
         """
@@ -82,6 +83,7 @@ class Decomposition(ABC):
         Args:
             cores: core k (G, p_k, q_k).
             x: (G, tokens, n), in the cores' dtype.
+
         Returns:
             (G, tokens, m).
         """
@@ -101,6 +103,7 @@ class Decomposition(ABC):
         Args:
             matrices: (G, m, n), in the cores' dtype.
             squared: use J's elements squared, which turn variances of independent gradients into the centre's.
+
         Returns:
             (G, p, q), of the centre core's shape.
         """

@@ -97,6 +97,7 @@ class GradientScore(Score):
             group: their index, for what is kept between steps.
             matrices: makes the (G, m, n) stack of M.
             gradients: (G, m, n), normalised.
+
         Returns:
             (G,)
         """

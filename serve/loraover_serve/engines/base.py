@@ -22,6 +22,7 @@ class Engine(ABC):
 
         Args:
             first: index of the first of them.
+
         Raises:
             EngineError: a request that failed, or hung.
         """

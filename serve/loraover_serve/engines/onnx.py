@@ -36,6 +36,7 @@ class OnnxEngine(Engine):
     Args:
         name: "onnx merged" or "onnx swappable".
         arms: by name.
+
     Raises:
         EngineError: a graph or an adapter that does not load.
     """

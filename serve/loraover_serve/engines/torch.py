@@ -42,6 +42,7 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
             takes another.
         adapters: folder of each arm.
         checkpoint: a LoRA-Over checkpoint.
+
     Raises:
         EngineError: an adapter that PEFT refuses.
     """

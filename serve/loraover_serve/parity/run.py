@@ -34,6 +34,7 @@ def run_parity(request: ParityRequest, as_json: bool) -> int:
 
     Returns:
         0 equivalent, 1 different, 3 inconclusive, 2 where an engine failed in the middle and the report is partial.
+
     Raises:
         LoraOverError: anything that keeps the run from starting.
     """

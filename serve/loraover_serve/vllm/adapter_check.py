@@ -30,6 +30,7 @@ def check_adapters(
         address: the name that requests for the base model will use.
         version: vLLM's version with its label, such as "0.32.0+cpu"; None where it is not known.
         say: shows a line.
+
     Raises:
         ConfigError: an adapter that vLLM refuses or would serve wrongly without a message.
     """

@@ -99,6 +99,7 @@ class VllmClient:
 
         Args:
             timeout_s: longest silence.
+
         Raises:
             EngineError: no such model, or the engine failed or stayed silent.
         """
@@ -116,6 +117,7 @@ class VllmClient:
 
         Args:
             timeout_s: longest silence.
+
         Raises:
             EngineError: no such model, an engine that failed or hung, or an answer of another length, model or
                 prompt, or without its logprobs.

@@ -153,8 +153,10 @@ def serve_vllm(
         port: None means a free one.
         startup_timeout_s: seconds until the first answers.
         watch: a context for the time that the process, whose id it is given, runs.
+
     Yields:
         A client of the running server.
+
     Raises:
         ConfigError: a key that no request can carry.
         EngineError: a port in use, no such command, or a server that ends, refuses an adapter or stays silent; the

@@ -1,0 +1,1 @@
+"""Kinds of models that ONNX graphs are written for."""

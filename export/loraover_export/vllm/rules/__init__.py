@@ -21,6 +21,7 @@ CAST_TO = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 
 
 def name(candidate: Candidate) -> Iterator[Problem]:
+    """An adapter's name that is also the served model's."""
     if candidate.name == candidate.address:
         yield Problem(
             f"the adapter is named {candidate.name!r} like the served model; requests would reach the base model",
@@ -29,6 +30,7 @@ def name(candidate: Candidate) -> Iterator[Problem]:
 
 
 def rank(candidate: Candidate) -> Iterator[Problem]:
+    """A rank that vLLM has no kernels for."""
     if max_lora_rank(candidate.rank) is None:
         yield Problem(
             f"rank {candidate.rank} is above the largest --max-lora-rank, {MAX_LORA_RANKS[-1]}",
@@ -37,6 +39,7 @@ def rank(candidate: Candidate) -> Iterator[Problem]:
 
 
 def storage_type(candidate: Candidate) -> Iterator[Problem]:
+    """A data type that vLLM would round once more."""
     if candidate.dtype is None:
         return
     dtype = candidate.served.dtype
@@ -50,6 +53,7 @@ def storage_type(candidate: Candidate) -> Iterator[Problem]:
 
 
 def replacement(candidate: Candidate) -> Iterator[Problem]:
+    """An adapter that replaces one which a server may hold already."""
     if candidate.replaces:
         yield Problem(
             "a server that has loaded the folder's old adapter goes on with it, and a reload in place would keep "

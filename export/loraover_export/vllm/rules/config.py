@@ -52,6 +52,7 @@ def variant(candidate: Candidate) -> Iterator[Problem]:
 
 
 def initialisation(candidate: Candidate) -> Iterator[Problem]:
+    """A start that changes the base weights, so that the adapter fits no ordinary base model."""
     if not candidate.adapter.config.keeps_base:
         start = candidate.config["init_lora_weights"]
         yield Problem(
@@ -63,6 +64,7 @@ def initialisation(candidate: Candidate) -> Iterator[Problem]:
 
 
 def bias(candidate: Candidate) -> Iterator[Problem]:
+    """Trained biases, which vLLM does not load."""
     value = candidate.config.get("bias", "none")
     if value != "none":
         yield Problem(

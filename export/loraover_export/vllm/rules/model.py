@@ -14,6 +14,7 @@ MAX_VOCABULARY = 258048
 
 
 def architecture(candidate: Candidate) -> Iterator[Problem]:
+    """A model class that vLLM does not know, or runs without adapters."""
     known, served = candidate.architectures, candidate.served.architecture
     if candidate.architecture is not None:
         return
@@ -45,6 +46,7 @@ def base_model(candidate: Candidate) -> Iterator[Problem]:
 
 
 def modules(candidate: Candidate) -> Iterator[Problem]:
+    """Adapted modules that the served model does not have."""
     if candidate.architecture is None:
         return
     missing = [path for path in candidate.modules if path not in candidate.present]
@@ -73,6 +75,7 @@ def _alike(path: str, candidate: Candidate) -> str | None:
 
 
 def shapes(candidate: Candidate) -> Iterator[Problem]:
+    """Matrices that do not fit the served model's modules."""
     wrong = [
         (path, candidate.modules[path], candidate.served_module(path).shape)
         for path in candidate.present
@@ -148,6 +151,7 @@ def no_ops(candidate: Candidate) -> Iterator[Problem]:
 
 
 def vocabulary(candidate: Candidate) -> Iterator[Problem]:
+    """A vocabulary that vLLM's LoRA of the output layer does not take."""
     allowed, size = candidate.architecture, candidate.served.vocabulary or 0
     if allowed is not None and "lm_head" in allowed.embeddings and size > MAX_VOCABULARY:
         yield Problem(

@@ -18,6 +18,7 @@ KINDS = {
 
 
 def tensors(candidate: Candidate) -> Iterator[Problem]:
+    """Tensors in the file that are no A or B of a module."""
     matrices = set(candidate.adapter.sites.values())
     others = [key for key in candidate.adapter.shapes if key not in matrices]
     copies = [key for key in others if _is_copy(candidate, key)]

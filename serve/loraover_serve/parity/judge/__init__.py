@@ -1,0 +1,1 @@
+"""Statistical tests of times and of answers."""

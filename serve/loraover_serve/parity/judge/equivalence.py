@@ -78,6 +78,7 @@ def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05)
     Args:
         differences: d, one for each block; independent.
         margin: of the ratio, e.g. 0.05.
+
     Raises:
         ParityError: fewer than 5 blocks, or a value that is not a finite number.
     """
@@ -130,6 +131,7 @@ def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: f
 
     Args:
         spread: standard deviation of d.
+
     Returns:
         None if 100 000 would not do.
     Source: Phillips 1990, doi:10.1007/BF01063556, with the central t as approximation of the power.

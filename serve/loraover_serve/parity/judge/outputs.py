@@ -83,6 +83,7 @@ def compare_outputs(
         folded_name: of it, in words.
         vanilla: the vanilla adapter.
         prompts: how many.
+
     Raises:
         EngineError: PyTorch cannot run the model on a prompt.
     """

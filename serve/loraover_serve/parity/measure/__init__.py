@@ -1,0 +1,1 @@
+"""Measurement: arms, blocks, memory, and the engines that answer."""

@@ -51,6 +51,7 @@ def prepare_arms(
         scratch: folder for what is made.
         model: base model; None means the folded adapter's.
         say: told a warning about the base model.
+
     Raises:
         ParityError: adapters of different ranks or targets, whose costs differ by nature, or a checkpoint of others.
         ConfigError: no base model.

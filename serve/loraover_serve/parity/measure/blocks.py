@@ -26,8 +26,10 @@ def measure(
     Args:
         requests: taken in order, from the start again when they run out.
         warm_up: blocks that are run and forgotten.
+
     Returns:
         The samples of the blocks that were run whole: an engine that fails in the middle, or Ctrl-C, keeps them.
+
     Raises:
         EngineError: the engine failed before one block was whole; KeyboardInterrupt likewise.
     """

@@ -55,6 +55,7 @@ def cross_check(
         model: what the arm is called on the server.
         vllm: the command `vllm`.
         folder: for its files.
+
     Raises:
         EngineError: it cannot be run, fails, or loses requests.
     """

@@ -91,6 +91,7 @@ def measure_memory(
 
     Args:
         start: a context of a server that has just been started, watched since it was a process.
+
     Raises:
         EngineError: a server that does not start or answer.
     """

@@ -62,6 +62,7 @@ def started(
     Args:
         folder: for exports and copies of adapters.
         launch: of vLLM.
+
     Raises:
         EngineError: a server that does not start.
         ExportError: a model that has no graph.

@@ -34,6 +34,7 @@ def make_requests(
     Args:
         kind: fixed: every prompt and answer of the given length; mixed: lengths log-normal around them, as traffic has
             them; file: the prompts of a text file, one a line, over and over.
+
     Raises:
         DataError: a file that cannot be read or holds no prompt.
         ParityError: a file with `kind` other than file, or none with it.

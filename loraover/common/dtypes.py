@@ -1,0 +1,23 @@
+"""Names of the data types that weights are stored and computed in."""
+
+from __future__ import annotations
+
+from loraover.common.errors import ConfigError
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def short_dtype(name: str) -> str:
+    """Short name of a data type, given that name or PyTorch's.
+
+    Args:
+        name: for instance "bf16" or "bfloat16".
+
+    Raises:
+        ConfigError: no such data type.
+    """
+    short = {long: short for short, long in DTYPES.items()}.get(name, name)
+    if short not in DTYPES:
+        known = ", ".join(f"{short} ({long})" for short, long in DTYPES.items())
+        raise ConfigError(f"dtype is {name!r}, expected one of {known}.")
+    return short
