@@ -180,7 +180,8 @@ class _Accelerated(TorchFunctionMode):
         if func in (linear, torch.matmul, scaled_dot_product_attention) and self.dtype is not None:
             args = [arg.to(self.dtype) if isinstance(arg, Tensor) else arg for arg in args]
         if func is scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3], (kwargs or {}).get("attn_mask"))  # type: ignore[no-untyped-call]
+            fused: Any = _FusedAttention  # before torch 2.15, `apply` has no types
+            return fused.apply(*args[:3], (kwargs or {}).get("attn_mask"))
         return func(*args, **(kwargs or {}))
 
 

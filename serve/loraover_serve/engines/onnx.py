@@ -81,7 +81,8 @@ class OnnxEngine(Engine):
             generator.generate_next_token()
             times.append(time.perf_counter())
         ids = tuple(int(token) for token in generator.get_sequence(0)[len(prompt) :])
-        logprob = float(logits[ids[0]] - np.logaddexp.reduce(logits))
+        logits -= np.max(logits)
+        logprob = float(logits[ids[0]] - np.log(np.sum(np.exp(logits))))
         return Sample(arm, block, index, start, tuple(times), ids, (logprob,))
 
 
