@@ -52,6 +52,7 @@ class SiteRecord(BaseModel):
     m: int = Field(ge=1)
     n: int = Field(ge=1)
     step: int = Field(ge=0, description="optimizer steps taken when it was injected")
+    joined: bool = Field(True, description="the optimizer steps it together with the other sites of its shape")
     state: dict[str, int | float | bool | str | None] = Field(
         default_factory=dict, description="optimizer state that is not a tensor, by tensor-style key"
     )
@@ -226,11 +227,11 @@ def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tenso
             dtypes.add(group.dtype)
             m, n = site.shape
             plain = {}
-            record = SiteRecord(name=site.path, m=m, n=n, step=group.step)
-            for k, parameters in enumerate(group.parameters):
+            record = SiteRecord(name=site.path, m=m, n=n, step=group.step, joined=group.is_joined)
+            for k, stack in enumerate(group.stacks):
                 key = record.core_key(k)
-                tensors[key] = parameters[i].detach().cpu()
-                for name, value in over.core_state(parameters[i]).items():
+                tensors[key] = stack[i].cpu()
+                for name, value in group.core_state(k, i).items() if k in group.trained else ():
                     if isinstance(value, Tensor):
                         tensors[f"{key}.{name}"] = value.detach().cpu().clone()  # 8-bit optimizers share some
                     else:
@@ -336,24 +337,26 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
             over.inject([site.name for site in sites], step=step)
         for name, (group, i) in over.injected.items():
             site = checkpoint.sites[name]
-            for k, (core, parameters) in enumerate(
-                zip(checkpoint.read_cores(file, site), group.parameters, strict=True)
-            ):
+            for k, (core, stack) in enumerate(zip(checkpoint.read_cores(file, site), group.stacks, strict=True)):
                 prefix = site.core_key(k) + "."
-                with torch.no_grad():
-                    parameters[i].copy_(core[0])
+                stack[i].copy_(core[0])
                 state: dict[str, Any] = {
                     key.removeprefix(prefix): value for key, value in site.state.items() if key.startswith(prefix)
                 }
                 for key in file.keys_below(prefix):
                     tensor = file.read(key)
-                    state[key.removeprefix(prefix)] = tensor if tensor.ndim == 0 else tensor.to(parameters[i].device)
-                over.load_core_state(parameters[i], state)
+                    state[key.removeprefix(prefix)] = tensor if tensor.ndim == 0 else tensor.to(stack.device)
+                if state:
+                    group.load_core_state(k, i, state)
         if isinstance(over.schedule.score, GradientScore):
             over.schedule.score.load(
                 {key.removeprefix(SCORE_PREFIX): file.read(key) for key in file.keys_below(SCORE_PREFIX)}
             )
     for group in over.groups:
+        if all(checkpoint.sites[site.name].joined for site in group.sites):
+            group.join()
+        else:
+            group.split()
         group.write()
     over.schedule.replay(checkpoint.meta.rounds)
     over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer

@@ -12,30 +12,117 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from loraover.overparam.decompositions import Decomposition
-from loraover.overparam.sharding import assign, full, in_any_process, local
+from loraover.overparam.fingerprint import fingerprints
+from loraover.overparam.sharding import assign, full, local
 from loraover.overparam.sites import Site
 
 
 class CoreGroup:
     """The cores of sites of one shape, injected together.
 
-    One (G, p_k, q_k) tensor per core, contiguous, and one nn.Parameter per site and core, a view into
-    it, for the optimizer.
+    One contiguous (G, p_k, q_k) tensor per core k; a core that c neighbouring sites share has (G / c, p_k, q_k). The
+    optimizer sees each trained stack as one nn.Parameter where its update is element by element and all sites have
+    the same history (`join`), and otherwise one nn.Parameter for each site and core, a view into the stack (`split`).
+
+    Args:
+        sites: their matrices have one shape, type and device.
+        decomposition: what the cores contract by.
+        stacks: the cores, of type float32 or float64.
+        step: optimizer steps taken at injection.
     """
 
-    def __init__(self, sites: Sequence[Site], decomposition: Decomposition, seed: int, step: int) -> None:
+    def __init__(
+        self, sites: Sequence[Site], decomposition: Decomposition, stacks: Sequence[Tensor], step: int
+    ) -> None:
         self.sites = list(sites)
         self.decomposition = decomposition
+        self.stacks = list(stacks)
         self.step = step
         self.shape = sites[0].shape
         self.centre = decomposition.centre(*self.shape)
+        self.dtype = self.stacks[0].dtype
+        self.trained = decomposition.trained(*self.shape)
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        self._whole = {k: nn.Parameter(self.stacks[k]) for k in self.trained}
+        self._each: dict[int, list[nn.Parameter]] = {}
+        self._written = fingerprints(self._held())
+
+    @classmethod
+    def initialised(cls, sites: Sequence[Site], decomposition: Decomposition, seed: int, step: int) -> CoreGroup:
+        """Cores that contract to the sites' present matrices, up to rounding."""
         matrices = full(torch.stack([site.parameter.detach() for site in sites]))
-        self.dtype = torch.promote_types(matrices.dtype, torch.float32)
+        dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [_generator(seed, site.name) for site in sites]
         cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
-        self.stacks = [core.to(self.dtype).to(matrices.device) for core in cores]
-        self.parameters = [[nn.Parameter(core) for core in stack] for stack in self.stacks]
-        self._written = self._held()
+        return cls(sites, decomposition, [core.to(dtype).to(matrices.device) for core in cores], step)
+
+    def divided(self, parts: Sequence[Sequence[int]]) -> list[CoreGroup]:
+        """The same cores and their state in several groups.
+
+        Args:
+            parts: indices of sites, each in one part; sites that share a core stay together.
+        """
+        groups = []
+        for part in parts:
+            owners = [sorted({self.owner(k, i) for i in part}) for k in range(len(self.stacks))]
+            stacks = [stack[owned] for stack, owned in zip(self.stacks, owners, strict=True)]
+            group = CoreGroup([self.sites[i] for i in part], self.decomposition, stacks, self.step)
+            for k in self.trained:
+                for at, i in enumerate(owners[k]):
+                    if state := self.core_state(k, i):
+                        group.load_core_state(k, at, state)
+            if self.is_joined:
+                group.join()
+            groups.append(group)
+        return groups
+
+    def owner(self, k: int, i: int) -> int:
+        """Place in the stack of core k of the core that site i has."""
+        return i * len(self.stacks[k]) // len(self.sites)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the optimizer sees whole stacks."""
+        return not self._each
+
+    def parameters(self, k: int) -> list[nn.Parameter]:
+        """Core k as the optimizer sees it at present."""
+        return self._each[k] if self._each else [self._whole[k]]
+
+    def split(self) -> None:
+        """Show each site's cores to the optimizer by themselves, each with its part of the state."""
+        if self._each:
+            return
+        self._each = {k: [nn.Parameter(core) for core in self.stacks[k]] for k in self.trained}
+        for k, whole in self._whole.items():
+            state = self.state.pop(whole, None)
+            if state is not None:
+                self.state.update((p, _part(state, whole, i)) for i, p in enumerate(self._each[k]))
+
+    def join(self) -> None:
+        """Show whole stacks to the optimizer, if all sites have the same state but for the values of its tensors."""
+        merged = {k: _merged([self.state.get(p, {}) for p in each], self.stacks[k]) for k, each in self._each.items()}
+        if any(state is None for state in merged.values()):
+            return
+        self._each = {}
+        self.state = {self._whole[k]: state for k, state in merged.items() if state}
+
+    def core_state(self, k: int, i: int) -> dict[str, Any]:
+        """The optimizer's state of core k of the i-th owner, by the optimizer's keys; empty before the first step."""
+        if self._each:
+            return self.state.get(self._each[k][i], {})
+        return _part(self.state.get(self._whole[k], {}), self._whole[k], i)
+
+    def load_core_state(self, k: int, i: int, state: Mapping[str, Any]) -> None:
+        """Restore what `core_state` gave; the sites are split until `join`."""
+        self.split()
+        self.state[self._each[k][i]] = dict(state)
+
+    def drop_core_state(self, i: int) -> None:
+        """Forget the optimizer's state of a site's cores; the sites are split from then on."""
+        self.split()
+        for k, each in self._each.items():
+            self.state.pop(each[self.owner(k, i)], None)
 
     def contract(self) -> Tensor:
         """(G, m, n) in the cores' dtype."""
@@ -44,33 +131,23 @@ class CoreGroup:
     @torch.no_grad()
     def write(self) -> None:
         """Write the contraction into the model's matrices, in their own dtype."""
-        with _full_precision(self.stacks[0].device):
+        with full_precision(self.stacks[0].device):
             matrices = self.contract()
-        for site, matrix in zip(self.sites, matrices, strict=True):
-            assign(site.parameter, matrix)
-        self._written = self._held()
+        assign([site.parameter for site in self.sites], matrices)
+        self._written = fingerprints(self._held())
 
-    def changed(self, *, anywhere: bool = False) -> list[Site]:
-        """Sites whose matrix is no longer what `write` wrote, bit for bit.
+    @torch.no_grad()
+    def differs(self) -> Tensor:
+        """Whether each site's matrix is no longer what `write` wrote: (G,), bool, where the matrices are."""
+        return fingerprints(self._held()) != self._written
 
-        Args:
-            anywhere: ask the other processes about their shards too; they must ask as well.
-        """
-        held = self._held()
-        differs = [False] * len(self.sites)
-        if not torch.equal(held, self._written):
-            same = (held == self._written) | (held.isnan() & self._written.isnan())
-            differs = (~same).flatten(1).any(1).tolist()
-        if anywhere:
-            differs = in_any_process(differs, self.sites[0].parameter)
-        return [site for site, different in zip(self.sites, differs, strict=True) if different]
-
+    @torch.no_grad()
     def _held(self) -> Tensor:
         """A copy of what this process holds of the matrices."""
-        return torch.stack([local(site.parameter.detach()) for site in self.sites])
+        return torch.stack([local(site.parameter) for site in self.sites])
 
     def pull_back(self, gradients: Mapping[str, Tensor]) -> None:
-        """Turn each site's dL/dM into its cores' gradients, and clear it.
+        """Turn each site's dL/dM into its trained cores' gradients, and clear it.
 
         A site without a gradient leaves its cores without one, so that the optimizer skips them.
 
@@ -82,20 +159,61 @@ class CoreGroup:
         present = [site.name in gradients for site in self.sites]
         if not any(present):
             return
-        zero = torch.zeros(self.shape, dtype=self.dtype, device=self.stacks[0].device)
-        dense = [gradients.get(site.name, zero).to(self.dtype) for site in self.sites]
-        with torch.enable_grad(), _full_precision(zero.device):
-            leaves = [stack.detach().requires_grad_() for stack in self.stacks]
-            matrices = self.decomposition.contract(leaves, *self.shape)
-            pulled = torch.autograd.grad(matrices, leaves, torch.stack(dense))
-        for parameters, stack in zip(self.parameters, pulled, strict=True):
-            for parameter, gradient, there in zip(parameters, stack, present, strict=True):
-                parameter.grad = gradient if there else None
+        if not all(present):
+            self.split()
+        dense = stacked(gradients, self.sites).to(self.dtype)
+        with torch.enable_grad(), full_precision(dense.device):
+            cores = [stack.detach() for stack in self.stacks]
+            leaves = [cores[k].requires_grad_() for k in self.trained]
+            matrices = self.decomposition.contract(cores, *self.shape)
+            pulled = torch.autograd.grad(matrices, leaves, dense)
+        for k, stack in zip(self.trained, pulled, strict=True):
+            if not self._each:
+                self._whole[k].grad = stack
+                continue
+            owners = {self.owner(k, i) for i, there in enumerate(present) if there}
+            for i, (parameter, gradient) in enumerate(zip(self._each[k], stack, strict=True)):
+                parameter.grad = gradient if i in owners else None
 
     def clear_gradients(self) -> None:
-        for parameters in self.parameters:
-            for parameter in parameters:
+        for k in self.trained:
+            for parameter in self.parameters(k):
                 parameter.grad = None
+
+
+def stacked(gradients: Mapping[str, Tensor], sites: Sequence[Site]) -> Tensor:
+    """The sites' gradients, (G, m, n); zero where there is none."""
+    found = [gradients.get(site.name) for site in sites]
+    some = next(gradient for gradient in found if gradient is not None)
+    return torch.stack([torch.zeros_like(some) if gradient is None else gradient for gradient in found])
+
+
+def _part(state: Mapping[str, Any], whole: Tensor, i: int) -> dict[str, Any]:
+    """What an optimizer's state of a stack says of the i-th core."""
+    part: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            part[key] = value[i] if value.shape == whole.shape else value.clone()
+        else:
+            part[key] = value
+    return part
+
+
+def _merged(states: Sequence[Mapping[str, Any]], stack: Tensor) -> dict[str, Any] | None:
+    """One state of a stack, from those of its cores; None where they differ in more than tensors of a core's shape."""
+    first = states[0]
+    merged: dict[str, Any] = {}
+    for key, value in first.items():
+        values: list[Any] = [state.get(key) for state in states]
+        if isinstance(value, Tensor) and value.shape == stack.shape[1:]:
+            if not all(isinstance(v, Tensor) and v.shape == value.shape and v.dtype == value.dtype for v in values):
+                return None
+            merged[key] = torch.stack(values)
+        elif any(type(v) is not type(value) or v != value for v in values):
+            return None
+        else:
+            merged[key] = value.clone() if isinstance(value, Tensor) else value
+    return merged if all(state.keys() == first.keys() for state in states) else None
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -110,7 +228,7 @@ MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul) if Version(torch.__vers
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32 or bfloat16 products while cores are contracted.
 
     Torch has two ways of setting these: attributes named `fp32_precision`, and older functions, which raise once the

@@ -8,21 +8,22 @@ see an ordinary LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adagrad, Optimizer
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.fingerprint import LateAnswer
 from loraover.overparam.importance import Probe
 from loraover.overparam.moments import carried_moments
 from loraover.overparam.schedule import Schedule
-from loraover.overparam.sharding import gathered
+from loraover.overparam.sharding import gathered, in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
 
 REFUSED_OPTIMIZERS = {
@@ -34,6 +35,21 @@ REFUSED_OPTIMIZERS = {
     "SGDScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
     "RAdamScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
 }
+
+ELEMENTWISE = (
+    torch.optim.Adadelta,
+    Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+"""Optimizers that step each number by its own history alone, so that a stack of cores can be one parameter."""
 
 
 class OverParameterization:
@@ -79,8 +95,8 @@ class OverParameterization:
         self._is_counted = True
         self.optimizer: Optimizer | None = None
         self.optimizer_class: str | None = None
-        self._state: dict[Tensor, dict[str, Any]] = {}
-        self._twins: list[tuple[int, bool, list[nn.Parameter]]] = []
+        self._hosts: list[int] = []  # each group's parameter group in the optimizer
+        self._late = LateAnswer()
         self._plain_groups: int | None = None
         self._handles: list[Any] = []
         if inject and self.config.schedule != "dynamic":
@@ -113,13 +129,14 @@ class OverParameterization:
             raise ConfigError(f"inject: already over-parameterised: {', '.join(twice[:3])}.")
         if self.optimizer is not None:
             self._check_hosts(self.optimizer, chosen)
+        self.check_unchanged()
         by_shape: dict[Any, list[Site]] = {}
         for name in chosen:
             site = self.sites[name]
             key = (site.shape, site.parameter.device, site.parameter.dtype)
             by_shape.setdefault(key, []).append(site)
         for sites in by_shape.values():
-            group = CoreGroup(sites, self.decomposition, self.config.seed or 0, step)
+            group = CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, step)
             group.write()
             self.groups.append(group)
             if self.optimizer is not None and self.config.carry_moments:
@@ -155,7 +172,17 @@ class OverParameterization:
 
     def check_unchanged(self) -> None:
         """Raise ConfigError if something else than training has written an over-parameterised A or B."""
-        changed = [site.name for group in self.groups for site in group.changed()]
+        self._refuse(self._late.settle())
+        self._refuse([group.differs().tolist() for group in self.groups])
+
+    def _refuse(self, differs: list[list[bool]] | None) -> None:
+        """Raise ConfigError if a site of a group differs."""
+        changed = [
+            site.name
+            for group, flags in zip(self.groups, differs or [], strict=False)  # groups that came since have no flags
+            for site, differs_here in zip(group.sites, flags, strict=True)
+            if differs_here
+        ]
         if changed:
             raise ConfigError(
                 f"{len(changed)} over-parameterised matrices, first {changed[0]}, were written by something else than "
@@ -168,20 +195,23 @@ class OverParameterization:
 
         Returns:
             Names of those sites.
+
         Mutates: the optimizer's state of their cores is dropped.
         """
+        self._late = LateAnswer()
         changed = []
         for group in self.groups:
-            sites = group.changed(anywhere=True)
-            if not sites:
+            flags = in_any_process(group.differs().tolist(), group.sites[0].parameter)
+            places = [i for i, differs in enumerate(flags) if differs]
+            if not places:
                 continue
+            sites = [group.sites[i] for i in places]
             changed += [site.name for site in sites]
-            fresh = CoreGroup(sites, self.decomposition, self.config.seed or 0, group.step)
-            for i, site in enumerate(sites):
-                at = group.sites.index(site)
-                for stack, parameters, made in zip(group.stacks, group.parameters, fresh.stacks, strict=True):
-                    stack[at].copy_(made[i])
-                    self._state.pop(parameters[at], None)
+            fresh = CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, group.step)
+            for stack, made in zip(group.stacks, fresh.stacks, strict=True):
+                stack[places] = made
+            for i in places:
+                group.drop_core_state(i)
             group.write()
         return changed
 
@@ -207,18 +237,10 @@ class OverParameterization:
         self._handles, self.optimizer = [], None
 
     def num_parameters(self) -> tuple[int, int]:
-        """Numbers in the cores, and in the matrices that they stand for."""
-        cores = sum(stack.numel() for group in self.groups for stack in group.stacks)
+        """Numbers that are trained in the cores, and numbers in the matrices that they stand for."""
+        cores = sum(group.stacks[k].numel() for group in self.groups for k in group.trained)
         matrices = sum(site.parameter.numel() for group in self.groups for site in group.sites)
         return cores, matrices
-
-    def core_state(self, parameter: Tensor) -> dict[str, Any]:
-        """The optimizer's state of one core, by the optimizer's own keys; empty before the first step."""
-        return self._state.get(parameter, {})
-
-    def load_core_state(self, parameter: Tensor, state: Mapping[str, Any]) -> None:
-        """Restore what `core_state` gave."""
-        self._state[parameter] = dict(state)
 
     def _check_hosts(self, optimizer: Optimizer, names: Iterable[str]) -> None:
         """Raise ConfigError unless the optimizer holds these sites, for us alone, in groups whose rate can scale."""
@@ -241,33 +263,40 @@ class OverParameterization:
                 )
 
     def _join(self, optimizer: Optimizer) -> None:
-        """Sort the cores by the parameter group of their matrix, centre and auxiliary apart."""
+        """Divide the groups by the parameter groups of their matrices, and choose how the optimizer sees each."""
         host = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        groups: list[CoreGroup] = []
+        hosts: list[int] = []
         for group in self.groups:
+            parts: dict[int, list[int]] = {}
             for i, site in enumerate(group.sites):
+                parts.setdefault(host[id(site.parameter)], []).append(i)
                 for parameter in site.holders():
                     optimizer.state.pop(parameter, None)
-                for k, parameters in enumerate(group.parameters):
-                    key = (host[id(site.parameter)], k == group.centre)
-                    twins.setdefault(key, []).append(parameters[i])
-        self._twins = [(index, centre, parameters) for (index, centre), parameters in twins.items()]
+            groups += [group] if len(parts) == 1 else group.divided(list(parts.values()))
+            hosts += parts
+        self.groups, self._hosts = groups, hosts
+        if type(optimizer) not in ELEMENTWISE:
+            for group in self.groups:
+                group.split()
 
     def _enter(self, optimizer: Optimizer) -> None:
-        """Show the cores to the optimizer, in twins of their matrices' groups."""
+        """Show the cores to the optimizer, in twins of their matrices' groups, centre and auxiliary apart."""
         self._leave(optimizer)
         self._plain_groups = len(optimizer.param_groups)
-        twins = []
-        for index, centre, parameters in self._twins:
+        twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for index, group in zip(self._hosts, self.groups, strict=True):
+            for k in group.trained:
+                twins.setdefault((index, k == group.centre), []).extend(group.parameters(k))
+            optimizer.state.update(group.state)
+        for (index, is_centre), parameters in twins.items():
             options = {k: v for k, v in optimizer.param_groups[index].items() if k not in ("params", "param_names")}
-            if not centre:
+            if not is_centre:
                 if self.config.aux_lr_scale != 1:
                     options["lr"] = options["lr"] * self.config.aux_lr_scale
                 if "weight_decay" in options and not self.config.decay_auxiliary:
                     options["weight_decay"] = 0.0
-            twins.append({"params": parameters, **options})
-        optimizer.param_groups.extend(twins)
-        optimizer.state.update(self._state)
+            optimizer.param_groups.append({"params": parameters, **options})
 
     def _leave(self, optimizer: Optimizer) -> None:
         """Take the cores and their state out of the optimizer again."""
@@ -275,10 +304,11 @@ class OverParameterization:
             return
         del optimizer.param_groups[self._plain_groups :]
         self._plain_groups = None
-        for _, _, parameters in self._twins:
-            for parameter in parameters:
-                if parameter in optimizer.state:
-                    self._state[parameter] = optimizer.state.pop(parameter)
+        for group in self.groups:
+            for k in group.trained:
+                for parameter in group.parameters(k):
+                    if parameter in optimizer.state:
+                        group.state[parameter] = optimizer.state.pop(parameter)
 
     def _carry_moments(self, optimizer: Optimizer, group: CoreGroup) -> None:
         for i, site in enumerate(group.sites):
@@ -289,7 +319,8 @@ class OverParameterization:
                 site.shape,
             )
             if carried:
-                self._state[group.parameters[group.centre][i]] = carried
+                group.load_core_state(group.centre, i, carried)
+        group.join()
 
     def _hold_round(self) -> None:
         """Let the schedule decide, and inject what it has chosen."""
@@ -298,13 +329,14 @@ class OverParameterization:
             self.inject(found.chosen, step=self.step)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.check_unchanged()
-        self._enter(optimizer)
+        self._refuse(self._late.ask([group.differs() for group in self.groups]))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._pull_back()
+            self._enter(optimizer)
             return None
-        wrapped = self._wrap(closure)
+        self._enter(optimizer)
+        wrapped = self._wrap(optimizer, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
@@ -322,14 +354,16 @@ class OverParameterization:
         if self.schedule.is_due(self.step):
             self._hold_round()
 
-    def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _wrap(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that evaluates at the cores' current values and leaves its gradients on the cores."""
 
         def evaluate() -> Any:
             for group in self.groups:
                 group.write()
             loss = closure()
+            self._leave(optimizer)  # where a gradient is missing, a group is shown in another way from here on
             self._pull_back()
+            self._enter(optimizer)
             return loss
 
         return evaluate

@@ -249,7 +249,7 @@ class Schedule:
             yield
         finally:
             for name, matrix in kept.items():
-                assign(self._sites[name].parameter, matrix)
+                assign([self._sites[name].parameter], matrix.unsqueeze(0))
 
     def _warm_up(self, probe: Probe) -> None:
         parameters = [parameter for site in self._sites.values() for parameter in site.holders()]

@@ -5,7 +5,7 @@ Every process must call those that gather or agree, or the others wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,16 +49,22 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def assign(parameter: Tensor, value: Tensor) -> None:
-    """Write a whole matrix, of which every process keeps its own shard."""
-    sharded: Any = parameter
-    if _is_sharded(parameter):
-        from torch.distributed.tensor import distribute_tensor
+def assign(parameters: Sequence[Tensor], values: Tensor) -> None:
+    """Write whole matrices of one type, of which every process keeps its own shards.
 
-        value = distribute_tensor(
-            value.to(parameter.dtype), sharded.device_mesh, sharded.placements, src_data_rank=None
-        )
-    parameter.copy_(value)
+    Args:
+        parameters: G of them, of shape (m, n).
+        values: (G, m, n).
+    """
+    values = values.to(parameters[0].dtype)
+    if not _is_sharded(parameters[0]):
+        torch._foreach_copy_(list(parameters), list(values.unbind()))
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    for parameter, value in zip(parameters, values, strict=True):
+        sharded: Any = parameter
+        parameter.copy_(distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None))
 
 
 def reshard(model: nn.Module) -> None:

@@ -62,7 +62,7 @@ def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
     if arm == "naive autograd":
         owners = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
         for site in find_sites(model).values():
-            group = CoreGroup([site], config.make_decomposition(), 0, 0)
+            group = CoreGroup.initialised([site], config.make_decomposition(), 0, 0)
             owner = owners[id(site.parameter)]
             site.parameter.requires_grad_(False)
             parametrize.register_parametrization(owner, "weight", Contraction(group), unsafe=True)

@@ -104,9 +104,9 @@ def test_training_resumes_from_it(golden: Path) -> None:
     over.attach(recipe.make_optimizer([p for p in model.parameters() if p.requires_grad]))
     tensors = load_file(golden / "loraover.safetensors")
     for site, (group, i) in over.injected.items():
-        for k, parameters in enumerate(group.parameters):
-            assert torch.equal(parameters[i], tensors.pop(f"{site}.core.{k}"))
-            for key, value in over.core_state(parameters[i]).items():
+        for k, stack in enumerate(group.stacks):
+            assert torch.equal(stack[i], tensors.pop(f"{site}.core.{k}"))
+            for key, value in group.core_state(k, i).items():
                 assert torch.equal(value, tensors.pop(f"{site}.core.{k}.{key}"))
     assert over.schedule.rounds == found.meta.rounds
     score = {key: tensors.pop(key) for key in list(tensors) if key.startswith("score.")}

@@ -181,9 +181,9 @@ def logits(model: Any, seed: int = 100) -> Tensor:
 
 def cores_of(over: OverParameterization) -> dict[str, Tensor]:
     return {
-        f"{name}.core.{k}": parameters[i].detach().clone()
+        f"{name}.core.{k}": stack[i].clone()
         for name, (group, i) in over.injected.items()
-        for k, parameters in enumerate(group.parameters)
+        for k, stack in enumerate(group.stacks)
     }
 
 

@@ -113,9 +113,9 @@ def cores(over: OverParameterization) -> dict[str, Tensor]:
     """Every core and its optimizer state."""
     found = {}
     for name, (group, i) in over.injected.items():
-        for k, parameters in enumerate(group.parameters):
-            found[f"{name}.{k}"] = parameters[i].detach()
-            found |= {f"{name}.{k}.{key}": value for key, value in over.core_state(parameters[i]).items()}
+        for k, stack in enumerate(group.stacks):
+            found[f"{name}.{k}"] = stack[i]
+            found |= {f"{name}.{k}.{key}": value for key, value in group.core_state(k, i).items()}
     return found
 
 

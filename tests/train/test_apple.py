@@ -65,13 +65,13 @@ def trained(on_apple: bool, score: str, decomposition: str, schedule: str) -> di
 def test_every_score_is_that_of_a_cpu(score: str, schedule: str) -> None:
     found, expected = (trained(on_apple, score, "mpo", schedule) for on_apple in (True, False))
     assert all(map(math.isfinite, expected.values()))
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert found == pytest.approx(expected, rel=1e-6)  # sums of some steps in float32, which is all that there is
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_every_decomposition_trains_as_on_a_cpu(decomposition: str) -> None:
     found, expected = (trained(on_apple, "fisher", decomposition, "dynamic") for on_apple in (True, False))
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert found == pytest.approx(expected, rel=1e-6)  # sums of some steps in float32, which is all that there is
 
 
 def test_rank_zeros_numbers_pass_through_an_apple_gpu_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
-from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, SealCheckpoints, read_checkpoint
+from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, read_checkpoint
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.command_line import run as run_command
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.threads import one_thread
+from loraover.overparam.core_group import CoreGroup
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.reporting.schedule_map import placed
 from loraover.training.progress import TrainingProgress
@@ -335,7 +336,7 @@ def test_an_adapter_of_another_name_is_resumed(tmp_path: Path) -> None:
 
 def test_a_resume_that_loses_the_moments_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses, _ = run(tmp_path)
-    monkeypatch.setattr(OverParameterization, "load_core_state", lambda self, parameter, state: None)
+    monkeypatch.setattr(CoreGroup, "load_core_state", lambda *_: None)
     resumed_losses, _ = run(tmp_path, resume=str(tmp_path / "checkpoint-3"))
     assert resumed_losses[:2] == losses[6:8]
     assert resumed_losses[2:] != losses[8:]

@@ -25,6 +25,7 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common import atomic_output as output
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ConfigError, OutputError
+from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover.overparam.sites import lora_layers
 
@@ -74,8 +75,8 @@ def state_of(over: OverParameterization) -> dict[str, Any]:
     """Optimizer state of every core, as bytes where it is a tensor."""
     state = {}
     for name, (group, i) in over.injected.items():
-        for k, parameters in enumerate(group.parameters):
-            for key, value in over.core_state(parameters[i]).items():
+        for k in group.trained:
+            for key, value in group.core_state(k, i).items():
                 plain = (value.dtype, value.tolist()) if isinstance(value, Tensor) else value
                 state[f"{name}.core.{k}.{key}"] = plain
     return state
@@ -183,7 +184,7 @@ def test_resumed_training_is_uninterrupted_training(decomposition: str, optimize
 
 def test_resuming_without_optimizer_state_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_checkpoint(tmp_path)
-    monkeypatch.setattr(OverParameterization, "load_core_state", lambda *_: None)
+    monkeypatch.setattr(CoreGroup, "load_core_state", lambda *_: None)
     resumed = reopened(made, OPTIMIZERS["adamw"])
     for each in (made, resumed):
         train(each.model, each.optimizer, range(2, 4))

@@ -152,5 +152,5 @@ def test_the_gauge_is_isometric_at_injection(decomposition: str) -> None:
 def test_cores_that_have_diverged_have_numbers_that_say_so(value: float) -> None:
     over = OverParameterization(tiny_net(), LoraOverConfig())
     with torch.no_grad():
-        over.groups[0].parameters[0][0].fill_(value)
+        over.groups[0].stacks[0][0].fill_(value)
     assert math.isnan(core_numbers(over)["gauge_condition"])

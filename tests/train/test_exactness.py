@@ -100,7 +100,7 @@ def through(case: Case) -> dict[str, Tensor]:
     centres: list[nn.Parameter] = []
     auxiliary: list[nn.Parameter] = []
     for name, (group, i) in over.injected.items():
-        cores[name] = [nn.Parameter(parameters[i].detach().clone()) for parameters in group.parameters]
+        cores[name] = [nn.Parameter(stack[i].clone()) for stack in group.stacks]
         for k, core in enumerate(cores[name]):
             (centres if k == group.centre else auxiliary).append(core)
     optimizer = OPTIMIZERS[case.optimizer](
@@ -156,7 +156,7 @@ def test_one_core_gradient_off_by_a_hundredth_is_noticed(
 
     def mutant(group: CoreGroup, gradients: Mapping[str, Tensor]) -> None:
         pull_back(group, gradients)
-        gradient = group.parameters[0][0].grad
+        gradient = group.parameters(0)[0].grad
         assert gradient is not None
         gradient.mul_(1.01)
 

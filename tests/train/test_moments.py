@@ -116,11 +116,17 @@ def later_sites(over: OverParameterization) -> list[str]:
     return [name for name in over.sites if name != "first.lora_A"]
 
 
-def centre_of(over: OverParameterization, name: str) -> tuple[nn.Parameter, Tensor]:
+def centre_of(over: OverParameterization, name: str) -> tuple[Tensor, Tensor]:
     """The centre core and the Jacobian of its matrix."""
     group, i = over.injected[name]
     case = Case(over.config.decomposition, over.config.options, *group.shape)
-    return group.parameters[group.centre][i], jacobian(case, [stack[i : i + 1] for stack in group.stacks])
+    return group.stacks[group.centre][i], jacobian(case, [stack[i : i + 1] for stack in group.stacks])
+
+
+def state_of(over: OverParameterization, name: str) -> dict[str, Any]:
+    """The optimizer's state of the centre core."""
+    group, i = over.injected[name]
+    return group.core_state(group.centre, i)
 
 
 def adam(parameters: list[nn.Parameter]) -> Adam:
@@ -135,7 +141,7 @@ def test_carried_moments_are_those_of_a_centre_that_was_trained_all_along(name: 
     over.inject(later_sites(over), step=STEPS)
     for site in later_sites(over):
         centre, j = centre_of(over, site)
-        state = over.core_state(centre)
+        state = state_of(over, site)
         assert state.keys() == before[site].keys() == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
         assert state["step"] == STEPS
 
@@ -150,7 +156,7 @@ def test_carried_moments_are_those_of_a_centre_that_was_trained_all_along(name: 
             expected = (j.square().mT @ before[site][key].flatten()).view(centre.shape)
             torch.testing.assert_close(state[key], expected, rtol=1e-12, atol=0)
         group, i = over.injected[site]
-        assert all(over.core_state(each[i]) == {} for each in group.parameters if each[i] is not centre)
+        assert all(group.core_state(k, i) == {} for k in group.trained if k != group.centre)
     assert not any(over.sites[site].parameter in optimizer.state for site in over.sites)
 
 
@@ -165,7 +171,7 @@ def test_the_step_after_injection_uses_them() -> None:
     expected = {}
     for site in later_sites(over):
         centre, j = centre_of(over, site)
-        state, gradient = over.core_state(centre), over.sites[site].gradient()
+        state, gradient = state_of(over, site), over.sites[site].gradient()
         assert gradient is not None
         pulled = (j.mT @ gradient.flatten()).view(centre.shape)
         mean, square = 0.8 * state["exp_avg"] + 0.2 * pulled, 0.9 * state["exp_avg_sq"] + 0.1 * pulled.square()
@@ -228,7 +234,7 @@ def test_every_optimizer_goes_on_or_starts_afresh(name: str, carry: bool) -> Non
             over.inject(later_sites(over), step=2)
             for site in later_sites(over):
                 group, i = over.injected[site]
-                states = [over.core_state(parameters[i]) for parameters in group.parameters]
+                states = [group.core_state(k, i) for k in group.trained]
                 assert {key for key, value in states.pop(group.centre).items() if value is not None} == (
                     keys if carry else set()
                 )
@@ -248,8 +254,7 @@ def test_moments_of_a_half_precision_adapter_take_the_cores_precision() -> None:
         optimizer.step()
     over.inject(later_sites(over), step=3)
     for site in later_sites(over):
-        centre = centre_of(over, site)[0]
-        assert {over.core_state(centre)[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+        assert {state_of(over, site)[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
     optimizer.zero_grad()
     net_loss(model, 3).backward()
     optimizer.step()

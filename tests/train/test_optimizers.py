@@ -70,8 +70,8 @@ def cores(over: OverParameterization) -> list[Tensor]:
 
 
 def core_states(over: OverParameterization) -> list[dict[str, Any]]:
-    parameters = [p for group in over.groups for k in group.parameters for p in k]
-    return [copy.deepcopy(over.core_state(p)) for p in parameters]
+    places = [(group, k, i) for group in over.groups for k in group.trained for i in range(len(group.sites))]
+    return [copy.deepcopy(group.core_state(k, i)) for group, k, i in places]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -248,7 +248,7 @@ def test_the_gradients_between_steps_are_plain_loras() -> None:
         # The injected matrices differ from the plain ones by some 30 roundings; three layers of width 8, with
         # weights below 1, let that grow by less than 8**3.
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=8**3 * gamma(30, 2**-53))
-    assert all(p.grad is None for group in over.groups for k in group.parameters for p in k)
+    assert all(p.grad is None for group in over.groups for k in group.trained for p in group.parameters(k))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-fused", "sgd-nesterov", "adagrad", "adafactor", "adamw-8bit"])
@@ -368,7 +368,7 @@ def test_a_site_without_a_gradient_stays() -> None:
     assert unchanged == {key for key in before if "third" in key}
     assert len(unchanged) == 2
     for name, (group, i) in over.injected.items():
-        states = [over.core_state(parameters[i]) for parameters in group.parameters]
+        states = [group.core_state(k, i) for k in group.trained]
         assert all(bool(state) is ("third" not in name) for state in states), name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Annotated, Any
 
 import torch
@@ -45,6 +46,10 @@ class Decomposition(ABC):
     @abstractmethod
     def centre(self, m: int, n: int) -> int:
         """Index of the centre core, the one that holds the matrix; the others are auxiliary."""
+
+    def trained(self, m: int, n: int) -> tuple[int, ...]:
+        """Indices of the cores that the optimizer steps; the others follow statistics of the gradients."""
+        return tuple(range(len(self.core_shapes(m, n))))
 
     def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
         """Cores whose contraction is `matrices`, up to rounding.
@@ -119,7 +124,8 @@ class Decomposition(ABC):
 
     def num_parameters(self, m: int, n: int) -> int:
         """Trained numbers behind one m x n matrix."""
-        return sum(p * q for p, q in self.core_shapes(m, n))
+        shapes = self.core_shapes(m, n)
+        return sum(prod(shapes[k]) for k in self.trained(m, n))
 
     def check(self, cores: Sequence[Tensor], m: int, n: int) -> None:
         """Raise ShapeError unless the cores fit an m x n matrix."""

@@ -86,17 +86,18 @@ class GradientScore(Score):
         for name, site in sites.items():
             shapes.setdefault((site.shape, site.parameter.device), []).append(name)
         self._groups = list(shapes.values())
-        self._sums: list[Tensor | None] = [None] * len(self._groups)  # float64, on the CPU: not every GPU has it
-        self._steps = 0
+        self._sums: list[Tensor | None] = [None] * len(self._groups)
+        self._steps: Tensor | None = None
 
     @abstractmethod
-    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor) -> Tensor:
+    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:
         """One step's number for each of G matrices of one shape.
 
         Args:
             group: their index, for what is kept between steps.
             matrices: makes the (G, m, n) stack of M.
             gradients: (G, m, n), normalised.
+            counts: bool on the gradients' device, whether the step counts; otherwise what is kept stays as it is.
 
         Returns:
             (G,)
@@ -114,35 +115,49 @@ class GradientScore(Score):
             site = self.sites[names[0]]
             zero = torch.zeros(site.shape, device=site.parameter.device)
             stacks.append(torch.stack([gradients.get(name, zero) for name in names]).float())
-        norm = torch.stack([stack.square().sum().cpu() for stack in stacks]).sum().sqrt()
-        if not norm.isfinite() or norm == 0:
-            return
-        self._steps += 1
+        norm = joint_norm(stacks)
+        counts = norm.isfinite() & (norm > 0)
+        self._steps = counts.long() if self._steps is None else self._steps + counts
         for i, (names, stack) in enumerate(zip(self._groups, stacks, strict=True)):
-            found = self.of(i, partial(self._matrices, names), stack.div_(norm.to(stack.device))).cpu().double()
+            there = counts.to(stack.device)
+            scaled = torch.where(there, stack.div_(norm.to(stack.device)), 0.0)
+            found = self.of(i, partial(self._matrices, names), scaled, there).to(_widest(stack.device))
             total = self._sums[i]
-            self._sums[i] = found if total is None else total + found
+            self._sums[i] = torch.where(there, found, 0.0) + (0.0 if total is None else total)
 
     def _matrices(self, names: Sequence[str]) -> Tensor:
         return full(torch.stack([self.sites[name].parameter.detach() for name in names])).float()
 
     def values(self, probe: Probe | None) -> dict[str, float]:
         scores = dict.fromkeys(self.sites, 0.0)
+        steps = 0 if self._steps is None else int(self._steps)
         for names, total in zip(self._groups, self._sums, strict=True):
-            if total is not None:
-                scores.update(zip(names, (total / self._steps).tolist(), strict=True))
+            if total is not None and steps:
+                scores.update(zip(names, (total.cpu().double() / steps).tolist(), strict=True))
         return scores
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on."""
-        if not self._steps:
+        if self._steps is None or not int(self._steps):
             return {}
-        sums = {f"sum.{i}": total for i, total in enumerate(self._sums) if total is not None}
-        return {"steps": torch.tensor(self._steps)} | sums
+        sums = {f"sum.{i}": total.cpu().double() for i, total in enumerate(self._sums) if total is not None}
+        return {"steps": self._steps.cpu()} | sums
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` gave."""
         if not state:
             return
-        self._steps = int(state["steps"])
-        self._sums = [state[f"sum.{i}"] for i in range(len(self._groups))]
+        self._steps = state["steps"]
+        devices = [self.sites[names[0]].parameter.device for names in self._groups]
+        self._sums = [state[f"sum.{i}"].to(_widest(device)).to(device) for i, device in enumerate(devices)]
+
+
+def joint_norm(stacks: Sequence[Tensor]) -> Tensor:
+    """Frobenius norm of all tensors together, a scalar on the first one's device, without waiting for any device."""
+    squares = [stack.square().sum() for stack in stacks]
+    return torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum().sqrt()
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device; an Apple GPU has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

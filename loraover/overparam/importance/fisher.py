@@ -18,5 +18,5 @@ class Fisher(GradientScore):
     Source: Gao et al. 2023 (OPF), section 3.3.
     """
 
-    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor) -> Tensor:
+    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:
         return gradients.square().mean((1, 2))

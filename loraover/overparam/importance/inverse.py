@@ -14,7 +14,7 @@ from loraover.overparam.importance.base import GradientScore, Probe
 class Inverse(GradientScore):
     """`fisher` with its order reversed; a score that is worth something must beat it."""
 
-    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor) -> Tensor:
+    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:
         return gradients.square().mean((1, 2))
 
     def values(self, probe: Probe | None) -> dict[str, float]:

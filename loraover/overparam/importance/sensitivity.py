@@ -27,14 +27,15 @@ class Sensitivity(GradientScore):
         self._smoothed: list[Tensor | None] = [None] * len(self._groups)
         self._uncertain: list[Tensor | None] = [None] * len(self._groups)
 
-    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor) -> Tensor:
+    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:
         now = (matrices() * gradients).abs()
         before, spread = self._smoothed[group], self._uncertain[group]
         if before is None or spread is None:
             before, spread = torch.zeros_like(now), torch.zeros_like(now)
         smoothed = before.lerp(now, 1 - SMOOTHING)
         uncertain = spread.lerp((now - smoothed).abs(), 1 - SMOOTHING)
-        self._smoothed[group], self._uncertain[group] = smoothed, uncertain
+        self._smoothed[group] = torch.where(counts, smoothed, before)
+        self._uncertain[group] = torch.where(counts, uncertain, spread)
         return torch.zeros(len(now), device=now.device)
 
     def values(self, probe: Probe | None) -> dict[str, float]:

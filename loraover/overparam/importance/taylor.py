@@ -18,5 +18,5 @@ class Taylor(GradientScore):
     Source: Molchanov et al. 2019, arXiv:1906.10771, equation 8.
     """
 
-    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor) -> Tensor:
+    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:
         return (matrices() * gradients).abs().mean((1, 2))
