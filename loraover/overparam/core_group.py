@@ -11,7 +11,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from loraover.overparam.decompositions import Decomposition
+from loraover.overparam.block_bases import Bases
+from loraover.overparam.decompositions import Decomposition, Eigen
 from loraover.overparam.fingerprint import fingerprints
 from loraover.overparam.sharding import assign, full, local
 from loraover.overparam.sites import Site
@@ -45,26 +46,53 @@ class CoreGroup:
         self.state: dict[Tensor, dict[str, Any]] = {}
         self._whole = {k: nn.Parameter(self.stacks[k]) for k in self.trained}
         self._each: dict[int, list[nn.Parameter]] = {}
+        self._present = [False] * len(self.sites)
         self._written = fingerprints(self._held())
 
     @classmethod
-    def initialised(cls, sites: Sequence[Site], decomposition: Decomposition, seed: int, step: int) -> CoreGroup:
-        """Cores that contract to the sites' present matrices, up to rounding."""
+    def initialised(
+        cls,
+        sites: Sequence[Site],
+        decomposition: Decomposition,
+        seed: int,
+        step: int,
+        bases: Mapping[str, Bases] | None = None,
+    ) -> CoreGroup:
+        """Cores that contract to the sites' present matrices, up to rounding.
+
+        Args:
+            sites: those whose columns share a measured basis are neighbours, as many for each basis.
+            decomposition: what the cores contract by.
+            seed: seed of random draws.
+            step: optimizer steps taken.
+            bases: measured bases by the sites' names, for a decomposition that calibrates.
+        """
         matrices = full(torch.stack([site.parameter.detach() for site in sites]))
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [_generator(seed, site.name) for site in sites]
         cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
+        if isinstance(decomposition, Eigen) and bases:
+            measured = [{side: basis.cpu().double() for side, basis in bases[site.name].items()} for site in sites]
+            cores = decomposition.started(cores, measured, *sites[0].shape)
         return cls(sites, decomposition, [core.to(dtype).to(matrices.device) for core in cores], step)
+
+    def sharing(self, share: int) -> CoreGroup:
+        """The same group with one basis of columns for every `share` neighbours; its values are the first one's."""
+        k = self.decomposition.basis_core("columns", *self.shape) if isinstance(self.decomposition, Eigen) else None
+        if share == 1 or k is None:
+            return self
+        stacks = [stack[::share] if at == k else stack for at, stack in enumerate(self.stacks)]
+        return CoreGroup(self.sites, self.decomposition, stacks, self.step)
 
     def divided(self, parts: Sequence[Sequence[int]]) -> list[CoreGroup]:
         """The same cores and their state in several groups.
 
         Args:
-            parts: indices of sites, each in one part; sites that share a core stay together.
+            parts: indices of sites, each in one part.
         """
         groups = []
         for part in parts:
-            owners = [sorted({self.owner(k, i) for i in part}) for k in range(len(self.stacks))]
+            owners = [self._owners(k, part) for k in range(len(self.stacks))]
             stacks = [stack[owned] for stack, owned in zip(self.stacks, owners, strict=True)]
             group = CoreGroup([self.sites[i] for i in part], self.decomposition, stacks, self.step)
             for k in self.trained:
@@ -75,6 +103,16 @@ class CoreGroup:
                 group.join()
             groups.append(group)
         return groups
+
+    def _owners(self, k: int, part: Sequence[int]) -> list[int]:
+        """Places in the stack of core k for a part; a core that only some of its sites are in is shared no more."""
+        each = [self.owner(k, i) for i in part]
+        share = len(self.sites) // len(self.stacks[k])
+        return each[::share] if each == [owner for owner in each[::share] for _ in range(share)] else each
+
+    def core(self, k: int, i: int) -> Tensor:
+        """Core k of site i, (p_k, q_k), a view."""
+        return self.stacks[k][self.owner(k, i)]
 
     def owner(self, k: int, i: int) -> int:
         """Place in the stack of core k of the core that site i has."""
@@ -146,22 +184,29 @@ class CoreGroup:
         """A copy of what this process holds of the matrices."""
         return torch.stack([local(site.parameter) for site in self.sites])
 
-    def pull_back(self, gradients: Mapping[str, Tensor]) -> None:
-        """Turn each site's dL/dM into its trained cores' gradients, and clear it.
-
-        A site without a gradient leaves its cores without one, so that the optimizer skips them.
+    def gather(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """Take each site's dL/dM, and clear it.
 
         Args:
             gradients: dL/dM of every site that has one, by name, (m, n), whole.
+
+        Returns:
+            (G, m, n) in the cores' dtype, zero where a site has none; None where no site has one.
         """
         for site in self.sites:
             site.clear_gradient()
-        present = [site.name in gradients for site in self.sites]
-        if not any(present):
-            return
-        if not all(present):
+        self._present = [site.name in gradients for site in self.sites]
+        if not any(self._present):
+            return None
+        if not all(self._present):
             self.split()
-        dense = stacked(gradients, self.sites).to(self.dtype)
+        return stacked(gradients, self.sites).to(self.dtype)
+
+    def pull_back(self, dense: Tensor) -> None:
+        """Turn what `gather` gave into the trained cores' gradients.
+
+        A site without a gradient leaves its cores without one, so that the optimizer skips them.
+        """
         with torch.enable_grad(), full_precision(dense.device):
             cores = [stack.detach() for stack in self.stacks]
             leaves = [cores[k].requires_grad_() for k in self.trained]
@@ -171,7 +216,7 @@ class CoreGroup:
             if not self._each:
                 self._whole[k].grad = stack
                 continue
-            owners = {self.owner(k, i) for i, there in enumerate(present) if there}
+            owners = {self.owner(k, i) for i, there in enumerate(self._present) if there}
             for i, (parameter, gradient) in enumerate(zip(self._each[k], stack, strict=True)):
                 parameter.grad = gradient if i in owners else None
 
@@ -179,6 +224,23 @@ class CoreGroup:
         for k in self.trained:
             for parameter in self.parameters(k):
                 parameter.grad = None
+
+
+def grouped(sites: Sequence[Site], owners: Mapping[str, str]) -> list[list[Site]]:
+    """Sites that can be in one group: of one shape, type and device, and as many for each shared basis, neighbours.
+
+    Args:
+        sites: the ones to sort.
+        owners: for each site that shares a basis, the first site that has it.
+    """
+    alike: dict[Any, list[Site]] = {}
+    for site in sites:
+        key = (site.shape, site.parameter.device, site.parameter.dtype, site.adapter, owners.get(site.name, site.name))
+        alike.setdefault(key, []).append(site)
+    groups: dict[Any, list[Site]] = {}
+    for key, sharing in alike.items():
+        groups.setdefault((key[:3], len(sharing)), []).extend(sharing)
+    return list(groups.values())
 
 
 def stacked(gradients: Mapping[str, Tensor], sites: Sequence[Site]) -> Tensor:

@@ -8,21 +8,25 @@ see an ordinary LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
 from loraover.common.errors import ConfigError
+from loraover.overparam.block_bases import Bases
 from loraover.overparam.config import LoraOverConfig
-from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.core_group import CoreGroup, grouped
+from loraover.overparam.covariances import measured_bases, shared_columns
+from loraover.overparam.decompositions import Eigen
+from loraover.overparam.eigenbases import BasisFollower
 from loraover.overparam.fingerprint import LateAnswer
-from loraover.overparam.importance import Probe
+from loraover.overparam.importance import Probe, joint_norm
 from loraover.overparam.moments import carried_moments
-from loraover.overparam.schedule import Schedule
+from loraover.overparam.schedule import Schedule, calibrating
 from loraover.overparam.sharding import gathered, in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
 
@@ -96,6 +100,7 @@ class OverParameterization:
         self.optimizer: Optimizer | None = None
         self.optimizer_class: str | None = None
         self._hosts: list[int] = []  # each group's parameter group in the optimizer
+        self.followers: dict[CoreGroup, BasisFollower] = {}
         self._late = LateAnswer()
         self._plain_groups: int | None = None
         self._handles: list[Any] = []
@@ -130,19 +135,41 @@ class OverParameterization:
         if self.optimizer is not None:
             self._check_hosts(self.optimizer, chosen)
         self.check_unchanged()
-        by_shape: dict[Any, list[Site]] = {}
-        for name in chosen:
-            site = self.sites[name]
-            key = (site.shape, site.parameter.device, site.parameter.dtype)
-            by_shape.setdefault(key, []).append(site)
-        for sites in by_shape.values():
-            group = CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, step)
-            group.write()
-            self.groups.append(group)
-            if self.optimizer is not None and self.config.carry_moments:
-                self._carry_moments(self.optimizer, group)
+        bases = self._measured_bases(chosen)
+        owners = shared_columns(bases)
+        for sites in grouped([self.sites[name] for name in chosen], owners):
+            self._add(CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, step, bases))
         if self.optimizer is not None:
             self._join(self.optimizer)
+
+    def inject_as(self, owners: Mapping[str, str], *, step: int) -> None:
+        """Over-parameterise sites as a checkpoint has them, whose cores are loaded afterwards.
+
+        Args:
+            owners: for each site the one that its basis of columns is kept with, itself where none is shared.
+            step: optimizer steps taken when they were injected.
+        """
+        for sites in grouped([self.sites[name] for name in owners], owners):
+            group = CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, step)
+            self._add(group.sharing(len(sites) // len({owners[site.name] for site in sites})))
+
+    def _add(self, group: CoreGroup) -> None:
+        group.write()
+        self.groups.append(group)
+        if isinstance(self.decomposition, Eigen):
+            self.followers[group] = BasisFollower(group)
+        if self.optimizer is not None and self.config.carry_moments:
+            self._carry_moments(self.optimizer, group)
+
+    def _measured_bases(self, names: Sequence[str]) -> dict[str, Bases]:
+        """Bases from calibration batches, where the decomposition asks for them."""
+        probe = self.schedule.probe
+        if not isinstance(self.decomposition, Eigen) or not self.decomposition.calibrates:
+            return {}
+        self.schedule.check_ready()
+        assert probe is not None
+        with calibrating(probe, self.config.seed or 0):
+            return measured_bases(probe, [self.sites[name] for name in names], self.sites, self.decomposition)
 
     def attach(self, optimizer: Any) -> OverParameterization:
         """Install the hooks that make `optimizer.step` train the cores; returns self.
@@ -273,7 +300,12 @@ class OverParameterization:
                 parts.setdefault(host[id(site.parameter)], []).append(i)
                 for parameter in site.holders():
                     optimizer.state.pop(parameter, None)
-            groups += [group] if len(parts) == 1 else group.divided(list(parts.values()))
+            divided = [group] if len(parts) == 1 else group.divided(list(parts.values()))
+            if group in self.followers and len(parts) > 1:
+                follower = self.followers.pop(group)
+                for part, indices in zip(divided, parts.values(), strict=True):
+                    self.followers[part] = follower.divided(part, indices)
+            groups += divided
             hosts += parts
         self.groups, self._hosts = groups, hosts
         if type(optimizer) not in ELEMENTWISE:
@@ -377,8 +409,23 @@ class OverParameterization:
         gradients = gathered({name: gradient for name, gradient in found.items() if gradient is not None})
         if score is not None:
             score.observe({name: gradients[name] for name in candidates if name in gradients})
-        for group in self.groups:
-            group.pull_back(gradients)
+        dense = {group: group.gather(gradients) for group in self.groups}
+        if is_seen and self.followers:
+            self._follow({group: stack for group, stack in dense.items() if stack is not None})
+        for group, stack in dense.items():
+            if stack is not None:
+                group.pull_back(stack)
+
+    @torch.no_grad()
+    def _follow(self, gradients: Mapping[CoreGroup, Tensor]) -> None:
+        """Show the gradients of a step to what follows them."""
+        if not gradients:
+            return
+        norm = joint_norm([stack.float() for stack in gradients.values()])
+        counts = norm.isfinite() & (norm > 0)
+        for group, stack in gradients.items():
+            if (follower := self.followers.get(group)) is not None:
+                follower.observe(stack / norm.to(stack.device), counts)
 
 
 def _is_skipped(optimizer: Any) -> bool:

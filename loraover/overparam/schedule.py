@@ -63,7 +63,7 @@ class Schedule:
         self.candidates = {name: sites[name] for name in match_sites(list(sites), config.sites)}
         self.rounds: list[Round] = []
         self.round_steps: list[int] = []
-        self._probe = probe
+        self.probe = probe
         self._waits = False
         self._decomposition: Decomposition = config.make_decomposition()
         self._added = {name: self._decomposition.num_parameters(*s.shape) for name, s in self.candidates.items()}
@@ -111,9 +111,9 @@ class Schedule:
         plain = [name for name in self.candidates if name not in taken]
         if self.config.schedule == "all":
             return self._record(step, {}, plain, 0)
-        with _undisturbed(self._probe, self.config.seed or 0), self._calibrated():
-            found = self.score.values(self._probe)
-        forwards = self.score.forwards(self._probe) if isinstance(self.score, LossImpact) and self._probe else 0
+        with _undisturbed(self.probe, self.config.seed or 0), self._calibrated():
+            found = self.score.values(self.probe)
+        forwards = self.score.forwards(self.probe) if isinstance(self.score, LossImpact) and self.probe else 0
         device = next(iter(self.candidates.values())).parameter.device
         values = of_rank_zero([score if math.isfinite(score) else 0.0 for score in found.values()], device)
         if unknown := self._unknown(dict(zip(found, values, strict=True))):
@@ -203,6 +203,11 @@ class Schedule:
             return budget.sites
         assert budget.parameters is not None
         least = min(self._added.values())
+        if added == 0:
+            raise ConfigError(
+                f"budget.parameters counts trained numbers, of which {self.config.decomposition} adds none; give "
+                "budget.sites or budget.fraction."
+            )
         if not least <= budget.parameters <= added:
             raise ConfigError(
                 f"budget.parameters is {budget.parameters}; the cores of one site add {least} at least, those of all "
@@ -216,11 +221,13 @@ class Schedule:
             raise ConfigError(
                 "a dynamic schedule places its rounds in the run: give the number of its steps with `steps`."
             )
-        if runs_model(self.config) and not self.is_over and (self._probe is None or not self._probe.batches):
+        if runs_model(self.config) and not self.is_over and (self.probe is None or not self.probe.batches):
+            asking = f"schedule {self.config.schedule} with score {self.config.score}"
+            if not _scores_run_model(self.config):
+                asking = f"decomposition {self.config.decomposition} with bases from calibration"
             raise ConfigError(
-                f"schedule {self.config.schedule} with score {self.config.score} runs the model on calibration "
-                "batches; give them with `probe`, or use the Trainer's callback, which takes them from the training "
-                "data."
+                f"{asking} runs the model on calibration batches; give them with `probe`, or use the Trainer's "
+                "callback, which takes them from the training data."
             )
 
     @contextmanager
@@ -230,22 +237,22 @@ class Schedule:
         Where B is zero, scores are zero by construction: then some steps are taken first. Backward passes run in
         training mode, dropout included: only in that mode does a model checkpoint its activations.
         """
-        if self.config.schedule != "static" or not runs_model(self.config):
+        if self.config.schedule != "static" or not _scores_run_model(self.config):
             yield
             return
-        assert self._probe is not None
+        assert self.probe is not None
         kept = {name: full(site.parameter.detach()).clone() for name, site in self._sites.items()}
         try:
-            with _mode(self._probe.model, training=True):
+            with _mode(self.probe.model, training=True):
                 if not all(matrix.any() for matrix in kept.values()):
                     logger.warning(
                         "%s says nothing while B = 0: %d warm-up steps on %d batches, which are undone",
-                        *(self.config.score, self.config.calibration_steps, len(self._probe.batches)),
+                        *(self.config.score, self.config.calibration_steps, len(self.probe.batches)),
                     )
-                    self._warm_up(self._probe)
+                    self._warm_up(self.probe)
                 if isinstance(self.score, GradientScore):
-                    for batch in self._probe.batches:
-                        self.score.observe(self._gradients(self._probe, batch))
+                    for batch in self.probe.batches:
+                        self.score.observe(self._gradients(self.probe, batch))
             yield
         finally:
             for name, matrix in kept.items():
@@ -269,10 +276,21 @@ class Schedule:
 
 
 def runs_model(config: LoraOverConfig) -> bool:
-    """Whether a decision takes batches to run the model on."""
+    """Whether a decision, or an injection, takes batches to run the model on."""
+    return _scores_run_model(config) or config.make_decomposition().calibrates
+
+
+def _scores_run_model(config: LoraOverConfig) -> bool:
     score = SCORES[config.score]
     is_static = config.schedule == "static"
     return config.schedule != "all" and (score.needs_probe or (is_static and issubclass(score, GradientScore)))
+
+
+@contextmanager
+def calibrating(probe: Probe, seed: int) -> Iterator[None]:
+    """A model in training mode, in which activations are checkpointed; it and the random state are kept as they are."""
+    with _undisturbed(probe, seed), _mode(probe.model, training=True):
+        yield
 
 
 @contextmanager

@@ -99,6 +99,14 @@ def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
     return found
 
 
+def of_first_process(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor, in every process."""
+    if world_size() > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def wait_for_all() -> None:
     """Until every process has come here."""
     if world_size() > 1:

@@ -11,10 +11,11 @@ from pydantic_core import ErrorDetails
 from loraover.common.errors import ConfigError
 from loraover.overparam.decompositions.base import Decomposition
 from loraover.overparam.decompositions.chain import Chain
+from loraover.overparam.decompositions.eigen import Eigen
 from loraover.overparam.decompositions.mpo import Mpo
 from loraover.overparam.decompositions.svd import Svd
 
-AnyDecomposition = Annotated[Mpo | Svd | Chain, Field(discriminator="name")]
+AnyDecomposition = Annotated[Mpo | Svd | Chain | Eigen, Field(discriminator="name")]
 DECOMPOSITIONS: dict[str, type[Decomposition]] = {kind.name: kind for kind in get_args(get_args(AnyDecomposition)[0])}
 MAX_FAULTS = 8  # that a message lists
 
@@ -51,4 +52,4 @@ def _fault(fault: ErrorDetails) -> str:
     return f"{place} is {fault['input']!r:.80} and {fault['msg'].removeprefix('Input ')}"
 
 
-__all__ = ["DECOMPOSITIONS", "AnyDecomposition", "Chain", "Decomposition", "Mpo", "Svd", "make_decomposition"]
+__all__ = ["DECOMPOSITIONS", "AnyDecomposition", "Chain", "Decomposition", "Eigen", "Mpo", "Svd", "make_decomposition"]

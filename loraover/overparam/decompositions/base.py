@@ -51,6 +51,15 @@ class Decomposition(ABC):
         """Indices of the cores that the optimizer steps; the others follow statistics of the gradients."""
         return tuple(range(len(self.core_shapes(m, n))))
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether auxiliary cores are measured on calibration batches at injection."""
+        return False
+
+    def gauge_numbers(self, m: int, n: int) -> int:
+        """Numbers kept for one m x n matrix that are not trained: cores that follow statistics, and these."""
+        return 0
+
     def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
         """Cores whose contraction is `matrices`, up to rounding.
 

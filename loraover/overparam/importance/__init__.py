@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraover.overparam.importance.base import GradientScore, Probe, Score
+from loraover.overparam.importance.base import GradientScore, Probe, Score, joint_norm
 from loraover.overparam.importance.fisher import Fisher
 from loraover.overparam.importance.inverse import Inverse
 from loraover.overparam.importance.loss_impact import LossImpact
@@ -19,4 +19,4 @@ SCORES: dict[str, type[Score]] = {
     "inverse": Inverse,
 }
 
-__all__ = ["SCORES", "GradientScore", "Probe", "Score"]
+__all__ = ["SCORES", "GradientScore", "Probe", "Score", "joint_norm"]

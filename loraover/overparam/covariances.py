@@ -1,0 +1,195 @@
+"""Bases from calibration batches: eigenvectors of the covariance of a layer's inputs, and of its output's gradients.
+
+K-FAC's eigenbases (George et al. 2018, arXiv:1806.03884) for the two factors of a LoRA. The columns of A live in the
+space of the layer's inputs x, the rows of B in that of its outputs y = W x + s B A x. With C_in = sum x x^T and
+C_out = sum d d^T over all tokens, where d = dL/dy, the sides of length r have the moments A C_in A^T (of B) and
+B^T C_out B (of A). While B = 0, its gradient stands for it there, since that is where B will move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraover.common.errors import ConfigError
+from loraover.overparam.block_bases import Bases, Blocks, Side, eigenvectors
+from loraover.overparam.decompositions import Eigen
+from loraover.overparam.importance import Probe
+from loraover.overparam.sharding import full, of_first_process
+from loraover.overparam.sites import Site, lora_layers
+
+
+class _Moments:
+    """C_in and C_out of one layer, block by block: (count, size, size)."""
+
+    def __init__(self, inputs: Blocks, outputs: Blocks) -> None:
+        self.blocks = {"A": inputs, "B": outputs}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, matrix: str, x: Tensor) -> None:
+        """Add the tokens x, (tokens, length): inputs for A, gradients of outputs for B."""
+        split = self.blocks[matrix].split(x).transpose(0, 1)
+        moment = split.mT @ split
+        self.sums[matrix] = self.sums[matrix] + moment if matrix in self.sums else moment
+
+    def along(self, matrix: str, directions: Tensor) -> Tensor | None:
+        """W C W^T for directions W, (r, length); None where nothing was seen."""
+        if matrix not in self.sums:
+            return None
+        split = self.blocks[matrix].split(directions.to(self.sums[matrix])).transpose(0, 1)  # (count, r, size)
+        return (split @ self.sums[matrix] @ split.mT).sum(0)
+
+
+class _Pass:
+    """The pass that is running: which of both, and which tokens of its batch are padding."""
+
+    def __init__(self) -> None:
+        self.is_forward = True
+        self.mask: Tensor | None = None
+
+    def begin(self, batch: Any) -> None:
+        """Start the forward pass of a batch."""
+        self.is_forward = True
+        mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+        self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(tokens, length), float32, without padding."""
+        kept = x.detach()
+        if self.mask is not None and kept.shape[:-1] == self.mask.shape:
+            kept = kept[self.mask.to(kept.device).bool()]
+        return kept.reshape(-1, kept.shape[-1]).float()
+
+
+def measured_bases(
+    probe: Probe, chosen: Sequence[Site], everything: Mapping[str, Site], eigen: Eigen
+) -> dict[str, Bases]:
+    """Bases of those sides of the chosen sites that come from calibration, by the sites' names.
+
+    Args:
+        probe: batches, and the model in the mode in which it is to be run. The gradients that it leaves are cleared.
+        chosen: the sites to measure.
+        everything: all sites of the model, among them the other matrix of each module.
+        eigen: sources and blocks.
+    """
+    pairs: dict[tuple[str, str], dict[str, Site]] = {}
+    for site in everything.values():
+        pairs.setdefault((site.module, site.adapter), {})[site.matrix] = site
+    moments = {}
+    for site in chosen:
+        pair = pairs[site.module, site.adapter]
+        moments[site.module] = _Moments(*(_feature_blocks(pair.get(matrix), eigen) for matrix in ("A", "B")))
+    layers = lora_layers(probe.model)
+    try:
+        _run(probe, {layers[module]: found for module, found in moments.items()})
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "calibration ran out of memory: it needs a forward and a backward pass of one batch, as a training step "
+            "does, and the moments of one layer at a time. Use smaller batches, gradient checkpointing, or long: "
+            "gradient, which measures during training."
+        ) from error
+    with torch.no_grad():
+        bases = _bases(chosen, pairs, moments, eigen)
+    probe.model.zero_grad()
+    return bases
+
+
+def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:
+    """For each site that has a measured basis of columns, the first site with the very same one."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(found["columns"]), name) for name, found in bases.items() if "columns" in found}
+
+
+def _run(probe: Probe, layers: Mapping[Any, _Moments]) -> None:
+    """Forward and backward passes of all batches, with their moments added up."""
+    with _observed(layers) as running:
+        for batch in probe.batches:
+            running.begin(batch)
+            with torch.enable_grad():
+                loss = probe.loss(probe.model, batch)
+                running.is_forward = False
+                torch.autograd.backward(loss)
+
+
+def _feature_blocks(site: Site | None, eigen: Eigen) -> Blocks:
+    """Blocks of the side of a matrix that is not the rank."""
+    if site is None:
+        return Blocks.of(1, 1)
+    side: Side = "columns" if site.matrix == "A" else "rows"
+    m, n = site.shape
+    return eigen.blocks(side, m, n) or Blocks.of(n if side == "columns" else m, eigen.block)
+
+
+@contextmanager
+def _observed(layers: Mapping[Any, _Moments]) -> Iterator[_Pass]:
+    """Hooks that add up moments; a forward that checkpointing repeats during the backward pass counts once."""
+    running, handles = _Pass(), []
+
+    def hook(found: _Moments) -> Callable[..., None]:
+        def note(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if running.is_forward and inputs[0].is_floating_point():
+                found.add("A", running.tokens(inputs[0]))
+            if output.requires_grad:
+                output.register_hook(lambda gradient: found.add("B", running.tokens(gradient)))
+
+        return note
+
+    try:
+        for layer, found in layers.items():
+            handles.append(layer.register_forward_hook(hook(found)))
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bases(
+    chosen: Sequence[Site],
+    pairs: Mapping[tuple[str, str], Mapping[str, Site]],
+    moments: Mapping[str, _Moments],
+    eigen: Eigen,
+) -> dict[str, Bases]:
+    known: dict[bytes, Tensor] = {}
+    found: dict[str, Bases] = {}
+    for site in chosen:
+        found[site.name] = {}
+        for side in ("rows", "columns"):
+            blocks = eigen.blocks(side, *site.shape)
+            if blocks is None or eigen.source(side, *site.shape) != "calibration":
+                continue
+            moment = _moment(site, side, blocks, pairs[site.module, site.adapter], moments[site.module])
+            if moment is None or not bool(moment.any()):
+                continue
+            if not bool(moment.isfinite().all()):
+                raise ConfigError(
+                    f"calibration: the inputs or gradients of {site.module} are not finite on the calibration batches, "
+                    "so no basis can be measured; check the data and the base model."
+                )
+            moment = of_first_process(moment).cpu().double()
+            key = hashlib.sha256(moment.numpy().tobytes()).digest() + repr(blocks).encode()
+            if key not in known:
+                known[key] = eigenvectors(moment, blocks)
+            found[site.name][side] = known[key]
+    return found
+
+
+def _moment(site: Site, side: Side, blocks: Blocks, pair: Mapping[str, Site], moments: _Moments) -> Tensor | None:
+    """The second moment of a side, block by block; None where nothing was seen."""
+    if side == ("columns" if site.matrix == "A" else "rows"):
+        return moments.sums.get(site.matrix)
+    other = pair.get("B" if site.matrix == "A" else "A")
+    if other is None:
+        return None
+    directions = full(other.parameter.detach())
+    if not bool(directions.any()):
+        gradient = other.gradient()
+        if gradient is None:
+            return None
+        directions = full(gradient)
+    whole = moments.along(other.matrix, directions.mT if other.matrix == "B" else directions)
+    return None if whole is None else blocks.diagonal(whole)

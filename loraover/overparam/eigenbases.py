@@ -1,0 +1,155 @@
+"""Bases that follow a run's gradients: the auxiliary cores of `eigen`, kept at the eigenvectors of second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraover.overparam.block_bases import Blocks, Side, eigenvectors, next_eigenvectors, turn
+from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.decompositions import Eigen
+from loraover.overparam.moments import LINEAR, SQUARED
+from loraover.overparam.sharding import of_first_process
+
+
+class BasisFollower:
+    """Running second moments of a group's gradients, and its bases, which are turned after them.
+
+    A basis starts as the identity or where calibration has put it. Once a site has had enough gradients to span a
+    block, its basis becomes the eigenvectors of the moment; later refreshes take one step of QR iteration from the
+    present basis, so that columns keep their order and sign. Each turn leaves M and the exact part of the optimizer's
+    state as they are.
+
+    Args:
+        group: its decomposition is `eigen`, its centre cores are float32 or float64.
+    """
+
+    def __init__(self, group: CoreGroup) -> None:
+        assert isinstance(group.decomposition, Eigen)
+        self.group = group
+        self.eigen = group.decomposition
+        m, n = group.shape
+        count, device = len(group.sites), group.stacks[0].device
+        self.blocks: dict[Side, Blocks] = {}
+        self.moments: dict[Side, Tensor] = {}
+        self.started: dict[Side, Tensor] = {}
+        for side in ("rows", "columns"):
+            blocks = self.eigen.blocks(side, m, n)
+            if blocks is None or self.eigen.source(side, m, n) != "gradient":
+                continue
+            self.blocks[side] = blocks
+            self.moments[side] = torch.zeros(
+                count, blocks.number, blocks.size, blocks.size, dtype=group.dtype, device=device
+            )
+            self.started[side] = torch.zeros(count, dtype=torch.bool, device=device)
+        self.seen = torch.zeros(count, dtype=torch.long, device=device)
+        self.steps = 0
+        self.due: int | None = self.eigen.refresh if self.blocks else None
+
+    @torch.no_grad()
+    def observe(self, gradients: Tensor, counts: Tensor) -> None:
+        """Take note of one optimizer step's gradients, before it is taken; refreshes the bases where that is due.
+
+        Args:
+            gradients: (G, m, n), divided by the joint norm of all gradients of the step.
+            counts: bool, whether all gradients are finite and one is not zero.
+        """
+        if self.due is None:
+            return
+        self.steps += 1
+        there = counts.to(gradients.device)
+        clean = torch.where(there, gradients, 0.0).to(self.group.dtype)
+        has_gradient = clean.flatten(1).any(1)
+        self.seen += has_gradient
+        for side, blocks in self.blocks.items():
+            split = blocks.split(clean if side == "columns" else clean.mT).transpose(1, 2)  # (G, count, other, size)
+            new = split.mT @ split
+            weight = (1 - self.eigen.decay) * has_gradient.to(new.dtype)
+            self.moments[side].lerp_(new, weight[:, None, None, None])
+        if self.steps >= self.due:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        turns: dict[Side, tuple[Tensor, Tensor]] = {}
+        squares: dict[Side, Tensor] = {}
+        for side, blocks in self.blocks.items():
+            other = self.group.shape[1 if side == "rows" else 0]
+            is_ready = self.seen >= ceil(blocks.size / other)
+            old = self._basis(side, blocks)
+            new, order = next_eigenvectors(self.moments[side], old, blocks)
+            has_started = self.started[side]
+            if not bool(has_started.all()):
+                new = torch.where(_wide(has_started), new, eigenvectors(self.moments[side], blocks))
+            new = of_first_process(torch.where(_wide(is_ready), new, old))
+            change = old.mT @ new
+            is_kept = has_started & is_ready & (self.eigen.second_moments == "kept")
+            turns[side] = new, change
+            squares[side] = torch.where(_wide(is_kept), order, change.square())
+            self.started[side] = has_started | is_ready
+        self._turn(turns, squares)
+        self.due = self._next_due()
+
+    def _next_due(self) -> int | None:
+        growth = self.eigen.growth
+        if growth is None:
+            return None if all(bool(started.all()) for started in self.started.values()) else 2 * self.steps
+        if growth == 1:
+            return self.steps + self.eigen.refresh
+        return max(self.steps + 1, ceil(self.steps * growth))
+
+    def _basis(self, side: Side, blocks: Blocks) -> Tensor:
+        k = self.eigen.basis_core(side, *self.group.shape)
+        assert k is not None
+        return self.group.stacks[k].reshape(-1, blocks.number, blocks.size, blocks.size)
+
+    def _turn(self, turns: Mapping[Side, tuple[Tensor, Tensor]], squares: Mapping[Side, Tensor]) -> None:
+        """Turn bases, centre cores and the optimizer's moments of these."""
+        group = self.group
+        centre = group.stacks[group.centre]
+        for stack, new in zip(group.stacks, self.eigen.turned(group.stacks, turns, *group.shape), strict=True):
+            stack.copy_(new)
+        changes = {side: change for side, (_, change) in turns.items()}
+        for at, parameter in enumerate(group.parameters(group.centre)):
+            part = slice(None) if group.is_joined else slice(at, at + 1)
+            state = group.state.get(parameter, {})
+            for key, value in state.items():
+                if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                    continue
+                used = changes if key in LINEAR else squares if key in SQUARED else None
+                if used is not None:
+                    moment = value.reshape(-1, *centre.shape[1:])
+                    for side, change in used.items():
+                        moment = turn(moment, change[part].to(moment.dtype), self.blocks[side], side)
+                    value.copy_(moment.reshape(value.shape))
+
+    def divided(self, group: CoreGroup, part: Sequence[int]) -> BasisFollower:
+        """The follower of a group that has a part of this one's sites."""
+        follower = BasisFollower(group)
+        for at, i in enumerate(part):
+            follower.load_site_state(at, self.site_state(i))
+        return follower
+
+    def site_state(self, i: int) -> dict[str, Tensor]:
+        """What a resumed run needs of a site."""
+        state = {f"moment.{side}": moment[i].cpu() for side, moment in self.moments.items()}
+        state |= {f"started.{side}": started[i].cpu() for side, started in self.started.items()}
+        counts = torch.tensor([int(self.seen[i]), self.steps, -1 if self.due is None else self.due])
+        return state | {"counts": counts}
+
+    def load_site_state(self, i: int, state: Mapping[str, Any]) -> None:
+        """Restore what `site_state` gave."""
+        for side in self.blocks:
+            self.moments[side][i] = state[f"moment.{side}"]
+            self.started[side][i] = state[f"started.{side}"]
+        seen, self.steps, due = state["counts"].tolist()
+        self.seen[i] = seen
+        self.due = None if due < 0 else due
+
+
+def _wide(flags: Tensor) -> Tensor:
+    """(G,) as a shape that goes with (G, count, size, size)."""
+    return flags[:, None, None, None]
