@@ -41,6 +41,6 @@ for step in range(options.steps):
     optimizer.zero_grad()
     print(f"step {step + 1}: loss {loss.item():.4f}")
 
-over.fold()
+over.finish()
 model.save_pretrained(options.output)  # a plain LoRA
 write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover-export fold`

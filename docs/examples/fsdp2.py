@@ -43,7 +43,7 @@ for step in range(options.steps):
     if rank == 0:
         print(f"step {step + 1}: loss {loss.item():.4f} on rank 0")
 
-over.fold()
+over.finish()
 adapter = trainable_state_dict(model)  # whole matrices; every process takes part
 if rank == 0:
     model.save_pretrained(options.output, state_dict=adapter)  # already a plain LoRA

@@ -39,7 +39,7 @@ class Tuned(LightningModule):
         return optimizer
 
     def on_train_end(self):
-        self.over.fold()
+        self.over.finish()
 
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -95,5 +95,5 @@ for step in range(len(losses), options.steps):
     if (step + 1) % options.save_every == 0:
         save(options.output / f"checkpoint-{step + 1}")
 
-over.fold()
+over.finish()
 model.save_pretrained(options.output / "adapter")  # a plain LoRA

@@ -39,6 +39,6 @@ for found in over.schedule.rounds:
     for name in sorted(found.chosen, key=found.scores.__getitem__, reverse=True)[:3]:
         print(f"    {found.scores[name]:.2e}  {name}")
 
-over.fold()
+over.finish()
 model.save_pretrained(options.output)  # a plain LoRA
 write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover schedule` to draw

@@ -119,7 +119,7 @@ class LoraOverCallback(TrainerCallback):
             self.restore(model, state.best_model_checkpoint, args.seed, steps=state.max_steps)
             step = state.best_global_step or step
         else:
-            self.over.fold()
+            self.over.finish()
         self._leave_checkpoint(args, model, step)
 
     def _leave_checkpoint(self, args: TrainingArguments, model: nn.Module, step: int) -> None:

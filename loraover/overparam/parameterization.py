@@ -42,7 +42,7 @@ class OverParameterization:
         over = OverParameterization(model, LoraOverConfig())
         over.attach(optimizer)
         ...                       # an ordinary training loop
-        over.fold()               # the model holds a plain LoRA, as it did at every step
+        over.finish()               # the model holds a plain LoRA, as it did at every step
 
     Args:
         model: holds PEFT LoRA layers, on the device where it will train. Wrappers (DDP, torch.compile)
@@ -185,7 +185,7 @@ class OverParameterization:
             group.write()
         return changed
 
-    def fold(self) -> None:
+    def finish(self) -> None:
         """End over-parameterization: the model keeps the plain LoRA that it holds, the optimizer loses the cores.
 
         The cores stay readable in `groups` for as long as this object lives.

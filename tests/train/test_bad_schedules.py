@@ -173,7 +173,7 @@ def test_two_on_one_optimizer_are_refused() -> None:
         second.attach(optimizer)
     net_loss(model).backward()
     optimizer.step()
-    first.fold()
+    first.finish()
     second.attach(optimizer)
 
 

@@ -597,7 +597,7 @@ def test_fold_leaves_a_plain_model_and_optimizer() -> None:
     parameters = [id(p) for p in model.parameters()]
     train(model, optimizer, range(3))
     before, trained = lora_matrices(model), cores(over)
-    over.fold()
+    over.finish()
     assert same(lora_matrices(model), before)
     assert [id(p) for p in model.parameters()] == parameters
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(p) for p in trainable(model)]
@@ -610,7 +610,7 @@ def test_fold_leaves_a_plain_model_and_optimizer() -> None:
     plain_optimizer = AdamW(trainable(plain), lr=1e-2)
     assert same(train(model, optimizer, range(3, 6)), train(plain, plain_optimizer, range(3, 6)))
     assert same(cores(over), trained)
-    over.fold()
+    over.finish()
 
 
 def test_a_step_that_raised_leaves_no_trace_in_the_next() -> None:
@@ -646,7 +646,7 @@ def test_folding_after_a_step_that_raised_leaves_a_plain_optimizer() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(broken)
-    over.fold()
+    over.finish()
     assert [len(group["params"]) for group in optimizer.param_groups] == [6]
 
 
