@@ -441,7 +441,7 @@ class WriteBetween(TrainerCallback):
 def test_a_write_during_training_stops_it_by_name(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=2)
     trainer.add_callback(WriteBetween())
-    with pytest.raises(ConfigError, match=r"first model\.layers\.0\.mlp\.up_proj\.lora_B, were written"):
+    with pytest.raises(ConfigError, match=r"first model\.layers\.0\.mlp\.up_proj\.lora_B, were changed"):
         trainer.train()
     assert not (tmp_path / "checkpoint-2" / "loraover.json").exists()
 

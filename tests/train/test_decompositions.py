@@ -558,7 +558,7 @@ def test_an_unknown_decomposition_is_refused_with_the_choices() -> None:
 @every_decomposition
 def test_an_unknown_option_is_refused_by_name(name: str) -> None:
     for option in ("width", "name"):
-        with pytest.raises(ConfigError, match=rf"{name}: '{option}' is no option"):
+        with pytest.raises(ConfigError, match=rf"{name}: '{option}' is not an option"):
             make_decomposition(name, {option: name})
 
 

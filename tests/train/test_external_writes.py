@@ -1,4 +1,4 @@
-"""A and B that something else than training has written: noticed by name, or adopted on request."""
+"""A and B that were changed outside the optimizer step: reported by name, or adopted on request."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ WRITES: dict[str, Callable[[Any, Tensor, Path], None]] = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_write_is_noticed_by_name_at_the_next_step_at_a_save_and_at_the_fold(write: str, tmp_path: Path) -> None:
+def test_a_write_is_noticed_by_name_at_the_next_step_at_a_save_and_at_the_finish(write: str, tmp_path: Path) -> None:
     model, over, optimizer = run()
     WRITES[write](model, over.sites[WRITTEN].parameter, tmp_path)
     before = lora_matrices(model)
-    named = r"1 over-parameterised matrices, first second\.lora_B, were written .* adopt_matrices\(\)"
+    named = r"1 over-parameterised matrices, first second\.lora_B, were changed .* adopt_matrices\(\)"
     with pytest.raises(ConfigError, match=named):
         step(model, optimizer, 2)
     model.save_pretrained(tmp_path / "saved")

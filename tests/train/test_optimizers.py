@@ -494,9 +494,9 @@ def test_adagrad_of_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -
     [
         (torch.optim.LBFGS, "LBFGS"),
         (PatientLBFGS, "LBFGS"),
-        (_deepspeed(object), "DeepSpeedZeroOptimizer of DeepSpeed"),
-        (_deepspeed(SGD), "DeepSpeedZeroOptimizer of DeepSpeed"),
-        (_deepspeed_wrapper, "DeepSpeed steps in an engine"),
+        (_deepspeed(object), "DeepSpeedZeroOptimizer steps in DeepSpeed"),
+        (_deepspeed(SGD), "DeepSpeedZeroOptimizer steps in DeepSpeed"),
+        (_deepspeed_wrapper, "DeepSpeed steps in its engine"),
         (AdamWScheduleFree, "AdamWScheduleFree"),
         (lambda parameters: parameters, r"builtins\.list"),
     ],
