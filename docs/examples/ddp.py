@@ -1,4 +1,4 @@
-"""DistributedDataParallel: a step sends plain LoRA's gradients, not the cores'; each process makes the same cores.
+"""DistributedDataParallel: a step sends gradients of A and B, not of the cores; each process makes the same cores.
 
 Usage: torchrun --nproc-per-node 2 docs/examples/ddp.py --output runs/ddp
 """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
-from loraover.checkpoint.checkpoint import restore
+from loraover.checkpoint.resume import restore
 
 from oracles.contraction import Array, chain_matrix, mpo_matrix, svd_matrix
 from strategies import full_bonds

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
 from loraover.checkpoint import checkpoint
-from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Checkpoint, restore
+from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Checkpoint
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, site_key, site_name
+from loraover.checkpoint.resume import restore
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common import atomic_output as output
 from loraover.common.atomic_output import publish_file
@@ -305,7 +306,7 @@ def test_a_save_that_is_cut_off_leaves_no_checkpoint(
     with pytest.raises(OutputError, match="No space left"):
         write_checkpoint(fresh, made.over, step=0)
     assert [path.name for path in calls] == [CORES_FILE, META_FILE][:stage]
-    with pytest.raises(CheckpointError, match="saving was cut off"):
+    with pytest.raises(CheckpointError, match="the saving of a checkpoint was interrupted"):
         read_checkpoint(fresh)
 
 

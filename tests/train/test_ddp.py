@@ -123,9 +123,7 @@ def test_deepspeeds_optimizer_is_refused_with_the_reason(base: type) -> None:
     kind = type("DeepSpeedZeroOptimizer", (base,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
     net = tiny_net()
     optimizer = kind() if base is object else kind(trainable(net))
-    with pytest.raises(
-        ConfigError, match="DeepSpeedZeroOptimizer steps in DeepSpeed's engine"
-    ):
+    with pytest.raises(ConfigError, match="DeepSpeedZeroOptimizer steps in DeepSpeed's engine"):
         OverParameterization(net).attach(optimizer)
 
 
