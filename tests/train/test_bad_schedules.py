@@ -1,4 +1,4 @@
-"""Schedules that cannot be held are refused before the first step, with what to change."""
+"""Schedules that do not fit the run are refused before the first step, with advice on what to change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every decomposition against NumPy oracles, and what each promises of its own."""
+"""Every decomposition against NumPy oracles, and the properties that each one promises."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ cheap = examples(40)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The matrices are tiny, and PyTorch's and NumPy's thread pools take turns in spinning: 80 s instead of 10."""
+    """Use one thread: with tiny matrices, PyTorch's and NumPy's thread pools take turns in spinning (80 s, not 10)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

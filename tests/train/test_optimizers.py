@@ -1,4 +1,4 @@
-"""What an optimizer, a scheduler and a training loop see of over-parameterization: a plain LoRA."""
+"""Optimizers, schedulers and training loops work as with a plain LoRA."""
 
 from __future__ import annotations
 

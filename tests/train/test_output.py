@@ -1,4 +1,4 @@
-"""Output is whole or absent."""
+"""Output is complete or absent."""
 
 from __future__ import annotations
 

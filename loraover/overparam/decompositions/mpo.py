@@ -90,7 +90,7 @@ class Mpo(Decomposition):
     def _lie_between_cores(cls, bonds: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
         inner = info.data.get("num_cores", 0) - 1
         if bonds is not None and inner >= 0 and len(bonds) != inner:
-            raise ValueError(f"bonds is {bonds}, expected num_cores - 1 = {inner} whole numbers")
+            raise ValueError(f"bonds is {bonds}, expected num_cores - 1 = {inner} integers")
         return bonds
 
     @field_validator("expansion")
