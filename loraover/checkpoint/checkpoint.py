@@ -309,10 +309,10 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         with open_tensors(path / TENSORS_FILE):
             pass
         raise CheckpointError(
-            f"{path / META_FILE}: no such file. This folder holds a plain LoRA without cores, which can be served as "
-            "it is, or the saving of a checkpoint was interrupted. After training with LoraOverCallback, the Trainer's "
-            "output_dir and its checkpoint-N folders hold cores: name one of those to fold with a certificate or to "
-            "resume."
+            f"{path / META_FILE}: no such file. This folder holds a plain LoRA without the cores of its training, "
+            "which can be served as it is, or the saving of a checkpoint was interrupted. After training with "
+            "LoraOverCallback, the Trainer's output_dir and its checkpoint-N folders hold cores: name one of those to "
+            "fold with a certificate or to resume."
         )
     found = read_json(path / META_FILE, _Version)
     if found.schema_version != SCHEMA_VERSION:

@@ -110,7 +110,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dynamic without the number of steps": (
         {"schedule": "dynamic", "budget": Budget(sites=2), "steps": None},
-        "give the number of its steps with `steps`",
+        "give the number of optimizer steps with `steps`",
     ),
     "static without batches": (
         {"schedule": "static", "budget": Budget(sites=2), "probe": False},

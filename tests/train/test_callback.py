@@ -145,7 +145,7 @@ def test_fold_takes_what_training_leaves_and_says_what_a_plain_lora_is(
 
     assert run_command(export_cli, ["fold", str(tmp_path / "adapter"), "-o", str(tmp_path / "folded")]) == 2
     said = capsys.readouterr().err
-    assert "holds a plain LoRA without cores, which can be served as it is" in said
+    assert "holds a plain LoRA without the cores of its training, which can be served as it is" in said
     assert "output_dir and its checkpoint-N folders hold cores" in said
     trainer.save_model()  # into the same folder, which stays a checkpoint
     assert run_command(export_cli, ["fold", str(tmp_path / "run"), "-o", str(tmp_path / "folded")]) == 0
