@@ -133,7 +133,7 @@ class Schedule:
             if self.config.schedule == "static":
                 raise ConfigError(
                     f"schedule static: {self.config.score} is zero for every {unknown}, even after "
-                    f"{self.config.calibration_steps} warm-up steps: none of them changes the loss of "
+                    f"{self.config.calibration_steps} warm-up steps: none of these matrices changes the loss of "
                     "the calibration batches. Check the batches' labels, or raise calibration_batches."
                 )
             if not self._waits:

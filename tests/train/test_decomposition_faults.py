@@ -94,7 +94,7 @@ def test_a_thousand_faults_are_one_short_message() -> None:
         ),
         ("mpo", {"bonds": (16, 16), "expansion": 2}, ["bonds and expansion exclude each other"]),
         ("mpo", {"num_cores": 0, "expansion": float("nan")}, ["num_cores is 0", "expansion is nan"]),
-        ("mpo", {"gauge": "qr"}, ["gauge is 'qr' and should be 'identity' or 'random'"]),
+        ("mpo", {"gauge": "qr"}, ["gauge is 'qr', but should be 'identity' or 'random'"]),
         ("mpo", {"num_cores": 1, "expansion": 2.0}, ["expansion needs num_cores of at least 2"]),
         ("mpo", {"expansion": float("inf")}, ["expansion is inf"]),
         ("mpo", {"modes": {8: (-2, -2, 2)}}, ["modes[8] is (-2, -2, 2)"]),

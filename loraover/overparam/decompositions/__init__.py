@@ -52,7 +52,7 @@ def _fault(fault: ErrorDetails) -> str:
         return str(fault["ctx"]["error"])  # the sentence of our own validator
     if fault["type"] == "unexpected_keyword_argument":
         return f"{place!r} is not an option"
-    return f"{place} is {fault['input']!r:.80} and {fault['msg'].removeprefix('Input ')}"
+    return f"{place} is {fault['input']!r:.80}, but {fault['msg'].removeprefix('Input ')}"
 
 
 __all__ = ["DECOMPOSITIONS", "AnyDecomposition", "Chain", "Decomposition", "Mpo", "Svd", "make_decomposition"]
