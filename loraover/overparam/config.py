@@ -72,8 +72,8 @@ class LoraOverConfig(BaseModel):
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the decomposition by name, e.g. {num_cores: 3, expansion: 1.5}; absent ones have their "
-        "defaults.",
+        description="Options of the decomposition by name, e.g. {num_cores: 3, expansion: 1.5}. mpo: num_cores, modes, "
+        "bonds, expansion, gauge; chain: depth, expansion; svd: none.",
     )
     sites: list[str] = Field(
         default=["*"],
