@@ -1,4 +1,4 @@
-"""The cores of some matrices, and what they contract to."""
+"""Cores of several matrices of one shape, and their contraction."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from loraover.overparam.sites import Site
 
 
 class CoreGroup:
-    """The cores of sites of one shape, injected together.
+    """The cores of G sites of one shape that got their cores together.
 
-    One (G, p_k, q_k) tensor per core, contiguous, and one nn.Parameter per site and core, a view into
-    it, for the optimizer.
+    For each core there is one contiguous tensor of shape (G, p_k, q_k). The optimizer gets one nn.Parameter for each
+    site and core, which is a view into it.
+
+    Args:
+        sites: Sites of one shape, device and dtype.
+        decomposition: Decomposition that makes the cores.
+        seed: Seed of the auxiliary cores' random values, which also depend on each site's name.
+        step: Number of optimizer steps taken so far.
     """
 
     def __init__(self, sites: Sequence[Site], decomposition: Decomposition, seed: int, step: int) -> None:
@@ -38,12 +44,12 @@ class CoreGroup:
         self._written = self._held()
 
     def contract(self) -> Tensor:
-        """(G, m, n) in the cores' dtype."""
+        """Contract the cores into the matrices (G, m, n), in the cores' dtype."""
         return self.decomposition.contract(self.stacks, *self.shape)
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write the contraction into the model's matrices, in their own dtype."""
+        """Write the contraction into the model's matrices, cast to their dtype."""
         with _full_precision(self.stacks[0].device):
             matrices = self.contract()
         for site, matrix in zip(self.sites, matrices, strict=True):
@@ -51,10 +57,10 @@ class CoreGroup:
         self._written = self._held()
 
     def changed(self, *, anywhere: bool = False) -> list[Site]:
-        """Sites whose matrix is no longer what `write` wrote, bit for bit.
+        """Return the sites whose matrix differs, in any bit, from what `write` wrote.
 
         Args:
-            anywhere: ask the other processes about their shards too; they must ask as well.
+            anywhere: Whether to compare the shards of the other processes too, which must make the same call.
         """
         held = self._held()
         differs = [False] * len(self.sites)
@@ -66,16 +72,16 @@ class CoreGroup:
         return [site for site, different in zip(self.sites, differs, strict=True) if different]
 
     def _held(self) -> Tensor:
-        """A copy of what this process holds of the matrices."""
+        """Copy this process's parts of the matrices."""
         return torch.stack([local(site.parameter.detach()) for site in self.sites])
 
     def pull_back(self, gradients: Mapping[str, Tensor]) -> None:
-        """Turn each site's dL/dM into its cores' gradients, and clear it.
+        """Convert each site's gradient dL/dM into its cores' gradients, and clear dL/dM.
 
-        A site without a gradient leaves its cores without one, so that the optimizer skips them.
+        The cores of a site without a gradient get none either, so that the optimizer skips them.
 
         Args:
-            gradients: dL/dM of every site that has one, by name, (m, n), whole.
+            gradients: Gradients dL/dM (m, n), not sharded, by site name; sites without one are absent.
         """
         for site in self.sites:
             site.clear_gradient()
@@ -93,25 +99,26 @@ class CoreGroup:
                 parameter.grad = gradient if there else None
 
     def clear_gradients(self) -> None:
+        """Set the gradients of all cores to None."""
         for parameters in self.parameters:
             for parameter in parameters:
                 parameter.grad = None
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """The same draws for a site in every process and grouping."""
+    """Return a generator that depends on the seed and the site alone, not on the process or the group."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 BACKENDS: Any = torch.backends  # its attributes for precision have no types
 MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul) if Version(torch.__version__) >= Version("2.9") else ()
-"""Backends whose precision is an attribute; before torch 2.9 the older functions speak for all backends."""
+"""Backends whose precision is an attribute; before torch 2.9 one older function sets all backends."""
 
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 or bfloat16 products while cores are contracted.
+    """Turn off autocast, and TF32 and bfloat16 products, while cores are contracted.
 
     Torch has two ways of setting these: attributes named `fp32_precision`, and older functions, which raise once the
     attributes hold what they cannot express. Both are set, so that code which reads either finds full precision.
@@ -133,13 +140,13 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             if older is not None:
                 torch.set_float32_matmul_precision(older)
             for matmul, precision in zip(MATMULS, precisions, strict=True):
-                matmul.fp32_precision = "none"  # takes the setting of all backends, which it may have had before
+                matmul.fp32_precision = "none"  # which means the setting of all backends, the former one perhaps
                 if matmul.fp32_precision != precision:
                     matmul.fp32_precision = precision
 
 
 def _older_precision() -> str | None:
-    """What the older functions say; None where they raise."""
+    """Return the precision that the older function reports; None where it raises."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -21,7 +21,7 @@ ARMS = ("base", VANILLA, CONTROL, FOLDED)
 
 
 class Clockwork(Engine):
-    """Answers on a made-up clock that drifts; each arm takes its own share longer."""
+    """Engine that answers on a simulated clock that drifts; each arm is slower by a given share."""
 
     arms = ARMS
 
