@@ -1,1 +1,1 @@
-"""The engines that arms are compared on."""
+"""Inference engines that adapters are compared on."""
