@@ -23,7 +23,7 @@ class TorchEngine(Engine):
     """PyTorch with PEFT; arms share one copy of the base model where they can.
 
     Args:
-        switches: for each arm, a function that selects its model.
+        switches: functions that select each arm's model, by the arm's name.
     """
 
     name = "torch"

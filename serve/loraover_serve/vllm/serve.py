@@ -152,7 +152,7 @@ def _serving(request: ServeRequest, report: Reporter) -> Iterator[VllmServer]:
 
 
 def option_faults(options: Sequence[str], refused: Mapping[str, str]) -> list[str]:
-    """Messages about words for `vllm serve` that contradict what it is given anyway.
+    """Messages about words for `vllm serve` that contradict its other arguments.
 
     Args:
         options: words for `vllm serve`, which reads underscores as hyphens.
