@@ -33,7 +33,7 @@ def ratio_plot(results: Sequence[Result], margin: float) -> str:
             axes.plot([r.ratio], [y], MARKS[r.verdict], color=color, ms=9)
         names = [f"{r.engine}, {r.concurrency} at once, {r.arm}: {r.measure}" for r in reversed(results)]
         axes.set_yticks(range(len(results)), names)
-        axes.set_xlabel(f"time of the arm / time of the vanilla LoRA (shaded: equal within {100 * margin:g} %)")
+        axes.set_xlabel(f"time, arm / vanilla LoRA (shaded: within {100 * margin:g} %)")
     return drawn[0]
 
 
