@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraover_serve.cli.options import MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
+from loraover_serve.engines import ENGINES
 
 if TYPE_CHECKING:
     from loraover_serve.parity.measure.workload import WorkloadKind
@@ -55,7 +56,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--engine",
     "engines",
     multiple=True,
-    type=click.Choice(["vllm", "onnx", "torch"]),
+    type=click.Choice(ENGINES),
     default=["onnx"],
     show_default=True,
     help="Engine to measure on; repeat the option for several.",

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import get_args
 
 from loraover.common.errors import ConfigError
+from loraover_serve.engines import ENGINES
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
 from loraover_serve.parity.measure.workload import WorkloadKind
 from loraover_serve.vllm.serve import SET_BY_SERVE, option_faults
 
-ENGINES = ("vllm", "onnx", "torch")
 _CACHE_OFF = "the prefix cache is always off, or a later arm would reuse an earlier one's work"
 SET_BY_PARITY = (
     dict.fromkeys(SET_BY_SERVE, "parity sets it, alike for every arm")
