@@ -26,7 +26,7 @@ from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 from loraover_serve.vllm.serve import example_request, serve_adapters
-from loraover_serve.vllm.server import VllmServer
+from loraover_serve.vllm.server import VllmServer, next_free_port
 
 from support.delaying_proxy import delaying
 from support.make_checkpoint import Made
@@ -168,7 +168,8 @@ def test_vllms_own_benchmark_runs_beside_ours(tiny_run: tuple[ParityReport, list
 
 def test_adapters_are_served_from_python_and_nothing_is_left_afterwards(made: Made, tmp_path: Path) -> None:
     folded, log = made.path.parent / "folded", tmp_path / "log"
-    with serve_adapters([folded], vllm=vllm_command(), log=log, options=["--enforce-eager"]) as server:
+    port = next_free_port("127.0.0.1", 18000)  # other tests take vLLM's default, and vLLM is slow to take it
+    with serve_adapters([folded], vllm=vllm_command(), port=port, log=log, options=["--enforce-eager"]) as server:
         assert server.names == ("folded",)
         assert server.ask("folded", "the train leaves", max_tokens=4) != ""
         curl = f"{example_request(server)} --silent"
