@@ -31,8 +31,8 @@ demo: $(VENV)/.installed
 	$(BIN)/loraover-export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
 	$(BIN)/loraover-export onnx $(RUN)/lora-over/adapter --name lora-over -o $(RUN)/merged --mode merged
 	@echo "== 6/6 does the folded adapter cost what the plain one costs? (a short run: exit 3 says that it was too short)"
-	$(BIN)/loraover-serve parity --folded $(RUN)/folded --vanilla $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
-		--engine onnx --engine torch --requests 16 --prompt-tokens 16 --new-tokens 8 --out $(RUN)/parity || test $$? -eq 3
+	$(BIN)/loraover-serve parity --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
+		--engine onnx --engine torch --num-prompts 16 --prompt-tokens 16 --new-tokens 8 -o $(RUN)/parity || test $$? -eq 3
 	@echo "== done"
 	@echo "plain LoRA          $(RUN)/lora/adapter"
 	@echo "LoRA-Over           $(RUN)/lora-over/adapter   (checkpoint with cores)"
@@ -47,8 +47,8 @@ demo-vllm: vllm $(RUN)/folded/adapter_config.json
 	rm -rf $(RUN)/parity-vllm
 	$(BIN)/loraover-export vllm $(RUN)/lora/adapter -o $(RUN)/vllm-vanilla --force
 	$(BIN)/loraover-export vllm $(RUN)/lora-over/adapter -o $(RUN)/vllm-folded --force
-	$(BIN)/loraover-serve parity --folded $(RUN)/vllm-folded --vanilla $(RUN)/vllm-vanilla \
-		--checkpoint $(RUN)/lora-over/adapter --engine vllm --requests 40 --out $(RUN)/parity-vllm || test $$? -eq 3
+	$(BIN)/loraover-serve parity --adapter $(RUN)/vllm-folded --baseline $(RUN)/vllm-vanilla \
+		--checkpoint $(RUN)/lora-over/adapter --engine vllm --num-prompts 40 -o $(RUN)/parity-vllm || test $$? -eq 3
 
 $(RUN)/folded/adapter_config.json:
 	$(MAKE) demo

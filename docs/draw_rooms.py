@@ -1,10 +1,10 @@
 """Draw the rooms of the three packages, and the imports between them, as docs/rooms.svg.
 
     python docs/draw_rooms.py           # write the figure
-    python docs/draw_rooms.py --check   # exit code 1 if the figure is not the one of today's imports
+    python docs/draw_rooms.py --check   # exit code 1 if the figure shows other imports
 
-A room is a folder of a package. An arrow from one room to another says that the first imports the second. An arrow that
-a longer way implies is left out. The figure has one row for each level: a room stands above all that it imports.
+A room is a folder of a package. An arrow from one room to another means that the first imports the second; it is left
+out if a longer path of arrows connects the two. Each room stands in a row above those of the rooms that it imports.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Box(NamedTuple):
 
 
 def read_arrows() -> Arrows:
-    """Rooms that each room imports, such as {"loraover.study": {"loraover.training", ...}}."""
+    """Find the rooms that each room imports, such as {"loraover.study": {"loraover.training", ...}}."""
     graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True)
     rooms = {child for package in PACKAGES for child in graph.find_children(package) if graph.find_children(child)}
     arrows: Arrows = {room: set() for room in rooms}
@@ -44,12 +44,12 @@ def read_arrows() -> Arrows:
 
 
 def room_of(module: str, depth: int = 2) -> str:
-    """Name of the folder that a module stands in, down to some depth."""
+    """Return the name of the package or folder of a module: the first `depth` parts of its name."""
     return ".".join(module.split(".")[:depth])
 
 
 def levels(arrows: Arrows) -> dict[str, int]:
-    """Level of each room: 0 for a room that imports none, else one above the highest that it imports."""
+    """Return each room's level: 0 if it imports no room, else one more than the highest level that it imports."""
     found: dict[str, int] = {}
 
     def level(room: str) -> int:
@@ -61,7 +61,7 @@ def levels(arrows: Arrows) -> dict[str, int]:
 
 
 def without_implied(arrows: Arrows) -> Arrows:
-    """The arrows that no longer way implies."""
+    """Return the arrows between rooms that no longer path of arrows connects."""
 
     def reached(room: str) -> set[str]:
         return arrows[room].union(*(reached(other) for other in arrows[room]))
@@ -70,7 +70,7 @@ def without_implied(arrows: Arrows) -> Arrows:
 
 
 def place(level: dict[str, int], drawn: Arrows) -> dict[str, Box]:
-    """A row for each level, a column for each package; in both, a room stands above the middle of what it imports."""
+    """Place the boxes: a row for each level, a column for each package, each room above the middle of its imports."""
     top = max(level.values())
     boxes: dict[str, Box] = {}
     for row in range(top + 1):
@@ -84,7 +84,7 @@ def place(level: dict[str, int], drawn: Arrows) -> dict[str, Box]:
 
 
 def draw(arrows: Arrows) -> str:
-    """The figure as SVG, which takes light and dark from the page."""
+    """Return the figure as SVG."""
     level = levels(arrows)
     drawn = without_implied(arrows)
     boxes = place(level, drawn)
@@ -120,14 +120,14 @@ def draw(arrows: Arrows) -> str:
 
 
 def main() -> int:
-    """Write the figure, or compare it with the imports where `--check` is given."""
+    """Write the figure, or compare it with the imports if `--check` is given."""
     figure = draw(read_arrows())
     if "--check" not in sys.argv[1:]:
         FIGURE.write_text(figure, encoding="utf-8")
         return 0
     if FIGURE.read_text(encoding="utf-8") == figure:
         return 0
-    print(f"{FIGURE} does not show today's imports; run: python {Path(__file__).name}", file=sys.stderr)
+    print(f"{FIGURE} does not show the present imports; run: python {Path(__file__).name}", file=sys.stderr)
     return 1
 
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from loraover.callbacks.diagnostics import DiagnosticsCallback
     from loraover.callbacks.loraover_callback import LoraOverCallback
     from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, seal
-    from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint, restore, write_checkpoint
+    from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+    from loraover.checkpoint.resume import restore
     from loraover.overparam.config import Budget, LoraOverConfig
     from loraover.overparam.importance import Probe
     from loraover.overparam.parameterization import OverParameterization
@@ -32,7 +33,7 @@ _HOMES = {
     "SealCheckpoints": "callbacks.seal_checkpoints",
     "last_whole_checkpoint": "callbacks.seal_checkpoints",
     "read_checkpoint": "checkpoint.checkpoint",
-    "restore": "checkpoint.checkpoint",
+    "restore": "checkpoint.resume",
     "seal": "callbacks.seal_checkpoints",
     "trainable_state_dict": "overparam.sharding",
     "write_checkpoint": "checkpoint.checkpoint",

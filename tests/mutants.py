@@ -93,7 +93,7 @@ MUTANTS = (
         "mpo-random-gauge-is-the-identity",
         'self.gauge == "identity" and rows == columns',
         "rows == columns",
-        Selection("test_decompositions.py", "another_seed"),
+        Selection("test_initial_cores.py", "another_seed"),
     ),
     Mutant(
         "mpo-centre-takes-the-matrix-as-it-lies",
@@ -106,13 +106,13 @@ MUTANTS = (
         "hooks-matrix-keeps-its-gradient",
         "site.clear_gradient()",
         "site.gradient()",
-        Selection("test_optimizers.py", "gradient"),
+        Selection("test_between_steps.py", "gradient"),
     ),
     Mutant(
         "hooks-cores-keep-their-gradients",
         "group.clear_gradients()",
         "group.contract()",
-        Selection("test_optimizers.py", "left_on_the_cores or skipped_for_infinity"),
+        Selection("test_between_steps.py", "left_on_the_cores or skipped_for_infinity"),
     ),
     Mutant(
         "hooks-closure-sees-the-last-steps-matrices",

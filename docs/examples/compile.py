@@ -16,7 +16,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub name")
 parser.add_argument("--output", default="runs/compile")
 parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--backend", default="inductor", help="of torch.compile")
+parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
 options = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -41,6 +41,6 @@ for step in range(options.steps):
     optimizer.zero_grad()
     print(f"step {step + 1}: loss {loss.item():.4f}")
 
-over.fold()
+over.finish()
 model.save_pretrained(options.output)  # a plain LoRA
 write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover-export fold`

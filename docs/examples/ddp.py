@@ -1,4 +1,4 @@
-"""DistributedDataParallel: a step sends plain LoRA's gradients, not the cores'; each process makes the same cores.
+"""DistributedDataParallel: a step sends gradients of A and B, not of the cores; each process makes the same cores.
 
 Usage: torchrun --nproc-per-node 2 docs/examples/ddp.py --output runs/ddp
 """
@@ -40,7 +40,7 @@ for step in range(options.steps):
     if rank == 0:
         print(f"step {step + 1}: loss {loss.item():.4f} on rank 0")
 
-over.fold()
+over.finish()
 if rank == 0:
     lora.save_pretrained(options.output)  # already a plain LoRA
     write_checkpoint(options.output, over, step=options.steps)  # and its cores, for loraover-export fold to prove it

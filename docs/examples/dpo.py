@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer: a quarter of the matrices, chosen in rounds by the gradients that training makes anyway.
+"""TRL's DPOTrainer: a quarter of the matrices get cores, chosen in rounds by gradients that training computes anyway.
 
 Usage: python docs/examples/dpo.py --output runs/dpo
 

@@ -1,4 +1,4 @@
-"""FSDP2: A and B are sharded with the model, their cores are whole in every process; a step gathers dL/dA and dL/dB.
+"""FSDP2: A and B are sharded with the model; every process holds all cores, so a step gathers dL/dA and dL/dB.
 
 Usage: torchrun --nproc-per-node 2 docs/examples/fsdp2.py --output runs/fsdp2
 """
@@ -43,8 +43,8 @@ for step in range(options.steps):
     if rank == 0:
         print(f"step {step + 1}: loss {loss.item():.4f} on rank 0")
 
-over.fold()
-adapter = trainable_state_dict(model)  # whole matrices; every process takes part
+over.finish()
+adapter = trainable_state_dict(model)  # unsharded matrices; every process takes part
 if rank == 0:
     model.save_pretrained(options.output, state_dict=adapter)  # already a plain LoRA
     write_checkpoint(options.output, over, step=options.steps)  # and its cores, for loraover-export fold to prove it

@@ -1,4 +1,4 @@
-"""Lightning's Trainer: attach in `configure_optimizers`. It steps with a closure, which is wrapped.
+"""Lightning's Trainer: attach the optimizer in `configure_optimizers`.
 
 Usage: python docs/examples/lightning_trainer.py --output runs/lightning
 """
@@ -39,7 +39,7 @@ class Tuned(LightningModule):
         return optimizer
 
     def on_train_end(self):
-        self.over.fold()
+        self.over.finish()
 
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)

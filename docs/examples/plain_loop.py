@@ -1,6 +1,6 @@
-"""A loop of one's own, and a checkpoint from which a killed run goes on as if nothing had happened, bit for bit.
+"""Your own training loop, with checkpoints from which a killed run continues with the same losses, bit for bit.
 
-Usage: python docs/examples/plain_loop.py --output runs/plain-loop    (the same again resumes it)
+Usage: python docs/examples/plain_loop.py --output runs/plain-loop    (the same command resumes it)
 
 Only safetensors and JSON are written, no pickle.
 """
@@ -42,11 +42,11 @@ def batch(tokenizer, rows):
 def save(folder):
     model.save_pretrained(folder)
     write_checkpoint(folder, over, step=len(losses))
-    state = optimizer.state_dict()  # of plain matrices only; the cores' is in LoRA-Over's own files
+    state = optimizer.state_dict()  # of plain matrices only: LoRA-Over's files hold that of the cores
     tensors = {f"{index}.{key}": value for index, entry in state["state"].items() for key, value in entry.items()}
     save_file(tensors | {"random": torch.get_rng_state()}, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps({"param_groups": state["param_groups"], "losses": losses}))
-    seal(folder)  # from here on it is whole
+    seal(folder)  # marks the checkpoint as complete
 
 
 def load(folder):
@@ -95,5 +95,5 @@ for step in range(len(losses), options.steps):
     if (step + 1) % options.save_every == 0:
         save(options.output / f"checkpoint-{step + 1}")
 
-over.fold()
+over.finish()
 model.save_pretrained(options.output / "adapter")  # a plain LoRA

@@ -1,4 +1,4 @@
-"""A dynamic schedule: half of the matrices become networks, in three rounds, and it says which, when and why.
+"""A dynamic schedule: half of the matrices get cores, in three rounds; the choices and their scores are printed.
 
 Usage: python docs/examples/schedule.py --output runs/schedule
 """
@@ -39,6 +39,6 @@ for found in over.schedule.rounds:
     for name in sorted(found.chosen, key=found.scores.__getitem__, reverse=True)[:3]:
         print(f"    {found.scores[name]:.2e}  {name}")
 
-over.fold()
+over.finish()
 model.save_pretrained(options.output)  # a plain LoRA
-write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover schedule` to draw
+write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover inspect` to show

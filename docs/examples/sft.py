@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: it wraps the model itself, and the callback finds the LoRA.
+"""TRL's SFTTrainer, which adds the LoRA to the model itself; the callback finds it.
 
 Usage: python docs/examples/sft.py --output runs/sft
 """

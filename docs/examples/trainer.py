@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: one callback trains LoRA-Over; a second one lets a killed run go on.
+"""The Hugging Face Trainer: one callback trains through cores, a second one lets a killed run resume.
 
 Usage: python docs/examples/trainer.py --output runs/trainer
 """
@@ -24,7 +24,7 @@ parser.add_argument("--output", default="runs/trainer")
 parser.add_argument("--steps", type=int, default=100)
 options = parser.parse_args()
 
-set_seed(0)  # before A is drawn: a run that was killed before its first checkpoint starts again alike
+set_seed(0)  # before A is drawn: a run that is killed before its first checkpoint restarts with the same A
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 rows, _ = split_word_problems(train=400, held_out=0, seed=0)
 data = [tokenizer(row["prompt"] + row["completion"]) for row in rows]

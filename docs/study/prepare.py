@@ -1,4 +1,4 @@
-"""Data of the study as prompt and completion: short rows of GSM8K, QNLI and SUBJ.
+"""Write the study's data as prompt and completion: short rows of GSM8K, QNLI and SUBJ.
 
     python docs/study/prepare.py DATA OUT
 

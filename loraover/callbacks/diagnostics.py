@@ -1,4 +1,4 @@
-"""What the adapter and its cores do while they train, as numbers beside the loss; off unless asked."""
+"""Optional measurements of the adapter and its cores during training, logged beside the loss."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PREFIX = "loraover/"
 
 @torch.no_grad()
 def core_numbers(over: OverParameterization) -> dict[str, float]:
-    """Norms of centre and auxiliary cores, the worst condition number of the gauge, and added parameters.
+    """Measure norms of centre and auxiliary cores, the worst condition number of the gauge, and added parameters.
 
-    The gauge is the auxiliary cores' contraction left and right of the centre; its condition is 1 at injection, and
-    NaN once a run has diverged.
+    The gauge is the contraction of the auxiliary cores left and right of the centre. Its condition number is 1 when the
+    cores are made, and NaN once a run has diverged.
     """
     centre = auxiliary = 0.0
     conditions = [1.0]
@@ -46,7 +46,7 @@ def core_numbers(over: OverParameterization) -> dict[str, float]:
 
 
 def _condition(frame: Tensor) -> float:
-    """The largest ratio of extreme singular values; NaN where a matrix is not finite, which PyTorch refuses."""
+    """Return the largest condition number in a stack of matrices; NaN if one is not finite, which PyTorch refuses."""
     if not bool(frame.isfinite().all()):
         return math.nan
     values = torch.linalg.svdvals(frame)
@@ -54,7 +54,7 @@ def _condition(frame: Tensor) -> float:
 
 
 def _log_folder(args: TrainingArguments) -> Path:
-    """Where the Trainer's own TensorBoard callback, which comes first, has begun to write."""
+    """Return the folder in which the Trainer's TensorBoard callback, which runs first, has begun to write."""
     if named := os.environ.get("TENSORBOARD_LOGGING_DIR"):
         return Path(named)
     runs = Path(args.output_dir) / "runs"
@@ -62,7 +62,7 @@ def _log_folder(args: TrainingArguments) -> Path:
 
 
 def _may_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
-    """Whether the Trainer logs after that step, as far as can be told before it."""
+    """Whether the Trainer may log after this step, as far as is known before the step."""
     if args.logging_strategy == "steps":
         is_first = step == 1 and args.logging_first_step
         return bool(is_first or step % max(1, int(state.logging_steps)) == 0)
@@ -70,14 +70,24 @@ def _may_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Adds numbers to what the Trainer logs: `trainer_state.json`, and TensorBoard where the Trainer reports to it.
+    """Callback that adds measurements to the Trainer's log: `trainer_state.json`, and TensorBoard if it is in use.
 
-    For plain LoRA, too: `loraover/step_norm` is the size of the logged step in the space of scaling * B A, so that a
-    better method can be told from a larger step. The rest is about the cores. `logging_strategy="epoch"` costs a copy
-    of A and B at every step: which one ends the epoch is not known before it.
+    `loraover/step_norm` is the Frobenius norm by which the logged step changes scaling * B A, over all modules. It
+    exists for plain LoRA too, and shows whether one method only takes larger steps than another. The other values are
+    norms of the cores, the condition number of the gauge (the contraction of the auxiliary cores), and the number of
+    sites and parameters added.
+
+    With `logging_strategy="epoch"`, A and B are copied at every step, since the last step of an epoch is not known
+    before it is taken.
 
     Args:
-        over: the callback that trains with cores; None for plain LoRA. Put this one behind it.
+        over: Callback that trains through cores, which must come before this one; None for plain LoRA.
+
+    Example:
+        ```python
+        over = LoraOverCallback()
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[over, DiagnosticsCallback(over)])
+        ```
     """
 
     def __init__(self, over: LoraOverCallback | None = None) -> None:
@@ -88,6 +98,7 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Open a TensorBoard writer if the Trainer reports to TensorBoard."""
         if "tensorboard" in args.report_to and state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -96,6 +107,7 @@ class DiagnosticsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        """Copy A and B before a step that may be logged."""
         self._before = factors(model) if _may_log(args, state, state.global_step + 1) else None
 
     def on_log(
@@ -107,6 +119,7 @@ class DiagnosticsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Add the measurements to what the Trainer logs."""
         if self._before is None or logs is None or "loss" not in logs:
             return
         numbers = {"step_norm": step_norm(self._before, factors(model))}
@@ -122,5 +135,6 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Close the TensorBoard writer."""
         if self._writer is not None:
             self._writer.close()

@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loraover.checkpoint.checkpoint import read_checkpoint, restore, write_checkpoint
+from loraover.checkpoint.checkpoint import read_checkpoint, write_checkpoint
+from loraover.checkpoint.resume import restore
 from loraover.common.errors import CheckpointError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.importance.base import Loss, Probe, model_loss
@@ -25,21 +26,30 @@ from loraover.overparam.sites import find_sites, only_adapter
 
 
 class LoraOverCallback(TrainerCallback):
-    """Trains a PEFT model's LoRA matrices through cores; nothing else in a script changes.
+    """Callback by which the Hugging Face Trainer, or a trainer derived from it, trains LoRA matrices through cores.
 
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[LoraOverCallback()])
-        trainer.train()
-        model.save_pretrained("adapter")      # a plain LoRA
-
-    Every checkpoint that the Trainer saves becomes a LoRA-Over checkpoint, and a resumed run continues
-    with its cores. At the end of training, `output_dir` is one too, whatever the Trainer saves.
+    It is the only change that a script needs. Every checkpoint that the Trainer saves also holds the cores, so that a
+    resumed run continues with them. At the end of training, the adapter and its cores are written to `output_dir`,
+    even if the Trainer saves no checkpoints.
 
     Args:
-        config: which matrices, when, and how; an absent seed is the Trainer's.
-        resume_from: the checkpoint folder of a resumed run, when it is not `args.resume_from_checkpoint`
-            or `<output_dir>/checkpoint-<step>`.
-        loss: of the model on one batch, for a schedule that runs the model on some training data; by default the one
-            that the model computes from a batch with labels.
+        config: Which matrices get cores, when, and of which decomposition; the defaults of `LoraOverConfig` if absent.
+            Without a seed in it, the Trainer's seed is used.
+        resume_from: Folder of the checkpoint to resume from, if it is neither `args.resume_from_checkpoint` nor
+            `<output_dir>/checkpoint-<step>`.
+        loss: Function of the model and a batch that returns the mean loss, for schedules that run the model on
+            training data; by default the model's own loss, from a batch with labels.
+
+    Attributes:
+        config: The configuration that was given.
+        over: The `OverParameterization` of the present or last run; None before the first.
+
+    Example:
+        ```python
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[LoraOverCallback()])
+        trainer.train()
+        model.save_pretrained("adapter")  # an ordinary LoRA adapter
+        ```
     """
 
     def __init__(
@@ -65,10 +75,11 @@ class LoraOverCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Give the model's matrices cores, or restore those of the checkpoint, and attach the optimizer."""
         assert model is not None
         only_adapter(find_sites(model).values())
         if self.over is not None:
-            self.over.detach()  # of a run that was interrupted, whose optimizer the Trainer has kept
+            self.over.detach()  # an interrupted run has left it attached, and the Trainer has kept the optimizer
         config = self._seeded(args.seed)
         probe = None
         if runs_model(config):
@@ -77,13 +88,14 @@ class LoraOverCallback(TrainerCallback):
         if state.global_step > 0:
             checkpoint = self._checkpoint(args, state)
             self.over = self.restore(model, checkpoint, args.seed, steps=state.max_steps, probe=probe)
-            self._logged_rounds = len(self.over.schedule.rounds)  # the checkpoint's own log tells them
+            self._logged_rounds = len(self.over.schedule.rounds)  # the checkpoint's log has them already
         else:
             self.over = OverParameterization(model, config, steps=state.max_steps, probe=probe)
             self._logged_rounds = 0
         self.over.attach(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add new decisions of the schedule to the Trainer's log history."""
         if self.over is None or self.config.schedule == "all":
             return
         for held in self.over.schedule.rounds[self._logged_rounds :]:
@@ -98,6 +110,7 @@ class LoraOverCallback(TrainerCallback):
         self._logged_rounds = len(self.over.schedule.rounds)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the cores to the checkpoint that the Trainer has saved."""
         if self.over is None or not args.should_save:
             return
         self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", step=state.global_step)
@@ -110,22 +123,23 @@ class LoraOverCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        """End the training of cores, and write the adapter and its cores to the output folder."""
         if self.over is None:
             return
         assert model is not None
         step = state.global_step
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.over.detach()  # the model holds the best checkpoint's matrices by now, of which that has the cores
+            self.over.detach()  # the model now holds the best checkpoint's matrices, whose cores are in that checkpoint
             self.restore(model, state.best_model_checkpoint, args.seed, steps=state.max_steps)
             step = state.best_global_step or step
         else:
-            self.over.fold()
+            self.over.finish()
         self._leave_checkpoint(args, model, step)
 
     def _leave_checkpoint(self, args: TrainingArguments, model: nn.Module, step: int) -> None:
-        """Write the adapter and its cores into the Trainer's own folder, for a fold with a certificate.
+        """Write the adapter and its cores into the Trainer's output folder, from which they can be folded.
 
-        Only of a PeftModel: others would write all of their weights, or cannot write themselves.
+        Any model but a PeftModel is left out: it would write all of its weights, or could not save itself.
         """
         if self.over is None or not isinstance(model, PeftModel):
             return
@@ -136,7 +150,17 @@ class LoraOverCallback(TrainerCallback):
             self.save(args.output_dir, step=step)
 
     def save(self, directory: str | os.PathLike[str], *, step: int) -> None:
-        """Add the cores to a folder that `model.save_pretrained` has written."""
+        """Add the cores to a folder that `model.save_pretrained` has written.
+
+        Args:
+            directory: Folder that `model.save_pretrained` has written.
+            step: Number of optimizer steps taken, which the checkpoint records.
+
+        Raises:
+            CheckpointError: The folder holds no adapter in safetensors.
+            ConfigError: A matrix was changed outside the optimizer step.
+            OutputError: The files cannot be written.
+        """
         assert self.over is not None, "nothing was trained"
         adapter = only_adapter(self.over.sites.values())
         write_checkpoint(_adapter_folder(directory, adapter), self.over, step=step, adapter=adapter)
@@ -150,15 +174,21 @@ class LoraOverCallback(TrainerCallback):
         steps: int | None = None,
         probe: Probe | None = None,
     ) -> OverParameterization:
-        """Take the cores of a checkpoint whose adapter `model` has loaded.
+        """Restore the cores of a checkpoint whose adapter the model has loaded.
 
         Args:
-            seed: the run's own, for a configuration without one.
-            steps: of the whole run, if it goes on.
-            probe: batches, likewise.
+            model: PEFT model that holds the checkpoint's adapter.
+            checkpoint: Folder of the checkpoint.
+            seed: Seed to use if the configuration has none.
+            steps: Number of optimizer steps of the run, if training continues.
+            probe: Batches on which a schedule runs the model, if training continues.
+
+        Returns:
+            The restored cores, also in the attribute `over`.
 
         Raises:
-            CheckpointError: see `loraover.checkpoint.checkpoint.restore`.
+            CheckpointError: The checkpoint cannot be trusted, or does not fit the model or the configuration.
+            ConfigError: Several adapters are trained.
         """
         self.over = OverParameterization(model, self._seeded(seed), steps=steps, probe=probe, inject=False)
         adapter = only_adapter(self.over.sites.values())
@@ -181,16 +211,18 @@ class LoraOverCallback(TrainerCallback):
 
 
 def _adapter_folder(directory: str | os.PathLike[str], adapter: str) -> Path:
-    """Where `model.save_pretrained(directory)` puts an adapter."""
+    """Return the folder in which `model.save_pretrained(directory)` puts an adapter."""
     return Path(directory) if adapter == "default" else Path(directory) / adapter
 
 
 def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:
-    """Batches of training data, drawn by the seed; neither the loader's state nor the random state changes.
+    """Draw batches of training data without changing the data loader's state or the random state.
 
     Args:
-        dataloader: of the Trainer, whose dataset and collator are used.
-        device: to put tensors on.
+        dataloader: The Trainer's data loader, whose data set and collator are used.
+        count: Number of batches; fewer if the data set is too small.
+        seed: Seed by which rows are drawn.
+        device: Device to put the batches on.
     """
     size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
     dataset = dataloader.dataset

@@ -1,7 +1,7 @@
-"""Whole checkpoints: sealed when they are complete, and only then resumed from.
+"""Seals: lists of checksums that mark a checkpoint as complete, so that no run resumes from an incomplete one.
 
-The Trainer writes a checkpoint file by file into its place, so a killed run leaves a folder that looks like one; and it
-deletes old checkpoints before the callbacks have finished the new one.
+The Trainer writes a checkpoint file by file into its final folder, so a killed run can leave an incomplete folder that
+looks like a checkpoint. It also deletes old checkpoints before the callbacks have finished the new one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.checkpoint.tensor_file import sha256_of
@@ -25,20 +25,24 @@ SEAL_FILE = "complete.json"
 
 
 class Seal(BaseModel):
-    """Contents of `complete.json`: SHA-256 of every other file of the checkpoint."""
+    """Contents of `complete.json`."""
 
-    files: dict[str, str]
+    files: dict[str, str] = Field(description="SHA-256 of every other file of the checkpoint, by its path.")
 
 
 class SealCheckpoints(TrainerCallback):
-    """Marks each checkpoint complete once all of its files are on disk; put it behind other callbacks that save.
+    """Callback that marks each checkpoint as complete once all of its files are on disk.
 
-    While it trains, it does the work of `save_total_limit`: once the new checkpoint is complete, older ones that it has
-    sealed go; never the best one.
+    Put it behind other callbacks that write into checkpoints. During training it also takes over the Trainer's
+    `save_total_limit`: older checkpoints that have a seal are deleted only after the new one is complete, and the best
+    one is never deleted.
 
+    Example:
+        ```python
         callbacks = [LoraOverCallback(config), SealCheckpoints()]
         trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir))
+        ```
     """
 
     def __init__(self) -> None:
@@ -53,7 +57,8 @@ class SealCheckpoints(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self._limit is None:  # it is still there after a run that was interrupted
+        """Take over the Trainer's `save_total_limit`."""
+        if self._limit is None:  # an interrupted run has left it set
             self._limit = args.save_total_limit
         args.save_total_limit = None
         self._saw_cores = has_cores(optimizer)
@@ -66,6 +71,11 @@ class SealCheckpoints(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Check that this callback comes after the one that trains through cores.
+
+        Raises:
+            ConfigError: It comes before.
+        """
         if has_cores(optimizer) and not self._saw_cores:
             raise ConfigError(
                 "SealCheckpoints comes before LoraOverCallback, so it would seal checkpoints that lack their cores; "
@@ -73,6 +83,7 @@ class SealCheckpoints(TrainerCallback):
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seal the new checkpoint, then delete those beyond the limit."""
         wait_for_all()  # each process writes its own random state
         if not args.should_save:
             return
@@ -87,11 +98,22 @@ class SealCheckpoints(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Give the Trainer its `save_total_limit` back."""
         args.save_total_limit, self._limit = self._limit, None
 
 
-def seal(folder: Path) -> None:
-    """Sync every file of a checkpoint, then write its seal."""
+def seal(folder: str | os.PathLike[str]) -> None:
+    """Mark a checkpoint as complete: write all of its files to disk, then the list of their checksums.
+
+    Call it when every file of the checkpoint has been written.
+
+    Args:
+        folder: Folder of the checkpoint. `complete.json` is written there.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL_FILE)
     for path in paths:
         sync(path)
@@ -100,21 +122,30 @@ def seal(folder: Path) -> None:
 
 
 def last_whole_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The latest `checkpoint-N` whose seal is there and true; None without one."""
+    """Find the newest complete checkpoint in a folder.
+
+    Complete means that the checkpoint has a seal, and that every file in it has the checksum that the seal names.
+
+    Args:
+        directory: Folder that holds the `checkpoint-N` folders, such as the Trainer's `output_dir`.
+
+    Returns:
+        The complete checkpoint with the highest number, or None.
+    """
     return next(filter(_is_whole, checkpoints(directory)), None)
 
 
 def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
-    """Folders `checkpoint-N`, whole or not, the latest first."""
+    """Return the folders `checkpoint-N`, complete or not, the newest first."""
     folders = [p for p in Path(directory).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(folders, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
 
 
 def _superfluous(newest: Path, limit: int) -> list[Path]:
-    """Sealed checkpoints before the newest that `limit` leaves no room for.
+    """Return the sealed checkpoints, older than the newest, that exceed the limit.
 
-    Those of later steps, which the run has come back from, and those without a seal, which may be whole and older than
-    this callback's use, are not counted and stay.
+    Two kinds are neither counted nor deleted: checkpoints of later steps, left by a run that was then resumed from an
+    earlier one, and checkpoints without a seal, which may have been saved before this callback was in use.
     """
     sealed = [folder for folder in checkpoints(newest.parent) if (folder / SEAL_FILE).is_file()]
     return sealed[sealed.index(newest) :][max(1, limit) :]

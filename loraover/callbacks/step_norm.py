@@ -1,4 +1,4 @@
-"""The size of what a LoRA adapter changes, and of what a step changes in it."""
+"""Size of a LoRA adapter's update of the base weights, and of a step's change of that update."""
 
 from __future__ import annotations
 
@@ -15,20 +15,34 @@ from loraover.overparam.sites import lora_layers
 
 @dataclass(frozen=True)
 class Factors:
-    """Float64 copies, on the CPU, of A (r, in_features) and B (out_features, r) of a module, and its scaling."""
+    """A and B of one module, copied in float64 to the CPU, and the module's scaling.
+
+    Args:
+        a: A, of shape (r, in_features).
+        b: B, of shape (out_features, r).
+        scaling: Factor of B A in the update of the base weight.
+    """
 
     a: Tensor
     b: Tensor
     scaling: float
 
     def square(self) -> float:
-        """||scaling * B A||^2 = scaling^2 trace((B^T B)(A A^T)), by r x r products."""
+        """Return ||scaling * B A||^2 = scaling^2 trace((B^T B)(A A^T)), from r x r products."""
         return self.scaling**2 * float(((self.b.mT @ self.b) * (self.a @ self.a.mT)).sum())
 
 
 @torch.no_grad()
 def factors(model: nn.Module, adapter: str | None = None) -> dict[str, Factors]:
-    """Of every module with that adapter, by its path; None: the first that is active."""
+    """Copy A and B of every module that has an adapter.
+
+    Args:
+        model: PEFT model, or a wrapper of it.
+        adapter: PEFT's name of the adapter; None means the first active one.
+
+    Returns:
+        The copies by the module's path.
+    """
     found = {}
     for module, layer in lora_layers(model).items():
         name = layer.active_adapters[0] if adapter is None else adapter
@@ -47,7 +61,7 @@ def _copy(parameter: Tensor) -> Tensor:
 
 
 def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> float:
-    """Frobenius norm of the change of scaling * B A over all modules: B' A' - B A = [B', -B] [A'; A]."""
+    """Return the Frobenius norm of the change of scaling * B A: B' A' - B A = [B', -B] [A'; A], over all modules."""
     total = 0.0
     for module, new in after.items():
         old = before[module]
@@ -56,5 +70,5 @@ def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> fl
 
 
 def _root(square: float) -> float:
-    """Rounding can leave a square just below zero; NaN stays."""
+    """Return the square root, or 0 for a square that rounding has made negative; NaN stays NaN."""
     return 0.0 if square < 0 else math.sqrt(square)

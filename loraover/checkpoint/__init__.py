@@ -1,1 +1,1 @@
-"""Files that pass between the stages, and the unfolded model that proofs compare with."""
+"""Files that pass between the stages, and the unfolded model with which exports are compared."""

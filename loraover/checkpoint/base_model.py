@@ -1,4 +1,4 @@
-"""The base model of adapters that are folded, exported or served: the one that they name, or another one by request."""
+"""Base model for adapters that are folded, exported or served: the one that they name, or one that the user names."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ PROMPTS, RANDOM_TOKENS = 8, 32
 def resolve_base(
     adapters: Sequence[AdapterDir], given: str | None, *, option: str, say: Callable[[str], None]
 ) -> ModelSource:
-    """Find the base model that adapters share, at the revision that they pin, or the one that was asked for.
+    """Find the base model that adapters name, at the revision that they name, or the model that the user names.
+
+    A stand-in is a local copy of a hub's model with slightly other weights, for use without the hub.
 
     Args:
-        adapters: one at least.
-        given: folder or hub name; None means the one that the adapters name.
-        option: the command's option for it, for messages.
-        say: told the warning of `moved`.
+        adapters: At least one adapter.
+        given: Folder or hub name; None means the model that the adapters name.
+        option: Option of the command by which a user names the model, for messages.
+        say: Function that shows a line to the user, such as the warning that the weights differ.
 
     Returns:
-        The model; with `moved` where the adapters were trained on a stand-in and `given` is another model.
+        The model. Its `moved` is set if the adapters were trained on a stand-in and `given` is another model.
 
     Raises:
-        ConfigError: adapters that name none, or several, or no such model; a stand-in that is gone; or a stand-in that
-            would take the place of the hub's model that the adapters were trained on.
+        ConfigError: The adapters name no model or several, the model or stand-in does not exist, or only a stand-in can
+            be found for the hub's model on which the adapters were trained.
     """
     trained = {(adapter.config.base_model_name_or_path, adapter.config.revision) for adapter in adapters}
     if given is None and (len(trained) > 1 or None in {name for name, _ in trained}):
@@ -44,35 +46,38 @@ def resolve_base(
     revisions = {revision for trained_on, revision in trained if trained_on == name}
     if len(revisions) > 1:
         raise ConfigError(
-            f"{_listed(adapters)}: {_described(trained)}. No one revision is right for all of them; use them one by "
-            f"one, or name a folder with the weights to use with {option}."
+            f"{_listed(adapters)}: {_described(trained)}. No revision fits all of them; use them one at a "
+            f"time, or name the folder of the weights to use with {option}."
         )
     source = resolve_model(name, *revisions)
     names = {str(trained_on) for trained_on, _ in trained}
     is_substituted = source.stand_in is not None and source.name != name
     if is_substituted and name in names:
         raise ConfigError(
-            f"{_listed(adapters)}: trained on {name} of the hub, which cannot be reached. The stand-in that is used "
-            f"for training then, {source.name}, has other weights; name it with {option} if you want it all the same."
+            f"{_listed(adapters)}: trained on {name} of the hub, which cannot be reached. The stand-in for "
+            f"this model, {source.name}, has other weights; name it with {option} if you want to use it nevertheless."
         )
     return move(names, source, say)
 
 
 def naming(config: Mapping[str, Any], base: ModelSource) -> dict[str, Any]:
-    """The contents of an `adapter_config.json` with another base model."""
+    """Return the contents of an `adapter_config.json`, with another base model named in it."""
     return {**config, "base_model_name_or_path": base.name, "revision": base.revision}
 
 
 def move(trained: Collection[str], source: ModelSource, say: Callable[[str], None]) -> ModelSource:
-    """The model, with what its weights differ by from the stand-ins that adapters were trained on.
+    """Compare a model with the stand-ins that adapters were trained on, and record the difference.
 
     Args:
-        trained: names of the base models that the adapters were trained on.
-        source: what the adapters are to be used on.
-        say: told a warning, if any of `trained` is a stand-in with other weights.
+        trained: Names of the base models on which the adapters were trained.
+        source: Model on which the adapters are to be used.
+        say: Function that shows a line to the user, such as the warning that a stand-in has other weights.
+
+    Returns:
+        The model. Its `moved` is set if a stand-in in `trained` has other weights.
 
     Raises:
-        ConfigError: a stand-in that is gone, or a model that no adapter of it fits.
+        ConfigError: A stand-in does not exist any more, or its adapters do not fit the model.
     """
     stand_ins = {name: stand_in for name in trained if (stand_in := find_stand_in(name)) is not None}
     moved = None
@@ -91,11 +96,11 @@ def move(trained: Collection[str], source: ModelSource, say: Callable[[str], Non
 
 
 def base_facts(name: str | None, source: ModelSource | None) -> dict[str, str]:
-    """Rows of an adapter's model card about a stand-in that it names, or that it was moved from; none without one.
+    """Return rows of an adapter's model card about the stand-in that it names or was trained on, if there is one.
 
     Args:
-        name: the base model that the adapter names.
-        source: what `resolve_base` found, if it was asked.
+        name: Base model that the adapter names.
+        source: Result of `resolve_base`, or None if it was not called.
     """
     if source is not None and source.moved is not None:
         return source.facts()
@@ -104,12 +109,12 @@ def base_facts(name: str | None, source: ModelSource | None) -> dict[str, str]:
 
 
 def largest_logit_difference(one: ModelSource, other: ModelSource) -> float:
-    """Largest absolute difference of two models' logits, in float32, over some short word problems.
+    """Return the largest absolute difference of two models' logits, in float32, over some short word problems.
 
-    Random tokens take the problems' place where the first model has no tokenizer.
+    Random tokens are used instead if the first model has no tokenizer.
 
     Raises:
-        ConfigError: a model that cannot be loaded, or that has another vocabulary.
+        ConfigError: A model cannot be loaded, or the two vocabularies differ in size.
     """
     import torch
 
@@ -117,8 +122,8 @@ def largest_logit_difference(one: ModelSource, other: ModelSource) -> float:
     (first, vocabulary), (second, others) = _logits(one, prompts), _logits(other, prompts)
     if vocabulary != others:
         raise ConfigError(
-            f"{other.origin} has a vocabulary of {others} tokens, {one.origin} one of {vocabulary}: an adapter of the "
-            "one does not fit the other."
+            f"{other.origin} has a vocabulary of {others} tokens, {one.origin} one of {vocabulary}: an adapter of "
+            "one model does not fit the other."
         )
     return max(float(torch.dist(p, q, torch.inf)) for p, q in zip(first, second, strict=True))
 
@@ -138,7 +143,7 @@ def _prompts(source: ModelSource) -> list[Tensor]:
 
 
 def _logits(source: ModelSource, prompts: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-    """Logits of each prompt, (1, tokens, vocabulary), and the size of the vocabulary."""
+    """Return the logits (1, tokens, vocabulary) of each prompt, and the size of the vocabulary."""
     import torch
 
     model = load_model(source)

@@ -1,10 +1,10 @@
-"""The LoRA-Over checkpoint: a PEFT adapter directory plus the cores behind its matrices.
+"""LoRA-Over checkpoints: a PEFT adapter and, beside it, the cores of its matrices.
 
     adapter_config.json, adapter_model.safetensors   as PEFT writes them
     loraover.json                                    sites, shapes, decomposition, versions, checksums
-    loraover.safetensors                             cores, and their optimizer state to resume from
+    loraover.safetensors                             cores, and the optimizer's state of them
 
-The cores are the truth. A checkpoint whose A and B are not their contraction is refused.
+A checkpoint whose A and B are not the contraction of its cores is refused.
 """
 
 from __future__ import annotations
@@ -35,30 +35,44 @@ from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.importance import GradientScore
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Round
-from loraover.overparam.sharding import full, world_size
-from loraover.overparam.sites import only_adapter
+from loraover.overparam.sharding import world_size
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
 SCORE_PREFIX = "score."
 
 
 class SiteRecord(BaseModel):
-    """One over-parameterised matrix of shape (m, n) in `loraover.json`."""
+    """Record of one over-parameterised matrix of shape (m, n) in `loraover.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    m: int = Field(ge=1)
-    n: int = Field(ge=1)
-    step: int = Field(ge=0, description="optimizer steps taken when it was injected")
-    joined: bool = Field(True, description="the optimizer steps it together with the other sites of its shape")
+    name: str = Field(description="Name of the matrix, e.g. 'model.layers.0.mlp.up_proj.lora_A'.")
+    m: int = Field(ge=1, description="Number of rows.")
+    n: int = Field(ge=1, description="Number of columns.")
+    step: int = Field(ge=0, description="Number of optimizer steps taken when the matrix got its cores.")
+    joined: bool = Field(description="Whether the optimizer stepped it together with other sites of its shape.")
+    shares: dict[int, str] = Field(
+        description="Site whose core is used, by the core's index, for cores that several sites share."
+    )
     state: dict[str, int | float | bool | str | None] = Field(
-        default_factory=dict, description="optimizer state that is not a tensor, by tensor-style key"
+        default_factory=dict,
+        description="Values of the optimizer's state that are not tensors, by keys like those of the tensors.",
     )
 
     def core_key(self, k: int) -> str:
-        return f"{self.name}.core.{k}"
+        """Return the tensor key of core k in `loraover.safetensors`."""
+        return f"{self.shares.get(k, self.name)}.core.{k}"
+
+    @property
+    def owner(self) -> str:
+        """The site that the shared core is stored with; its name if it shares none."""
+        return next(iter(self.shares.values()), self.name)
+
+    @property
+    def gauge_key(self) -> str:
+        """Prefix of the keys of the moments that its bases follow."""
+        return f"{self.name}.gauge."
 
 
 class _Version(BaseModel):
@@ -75,35 +89,45 @@ class Meta(BaseModel):
 
     format: Literal["loraover-checkpoint"] = "loraover-checkpoint"
     schema_version: int = SCHEMA_VERSION
-    base_model: str | None
-    step: int = Field(ge=0, description="optimizer steps taken")
-    config: LoraOverConfig
-    core_dtype: Literal["float32", "float64"]
-    sites: list[SiteRecord]
-    rounds: list[Round] = Field(description="the schedule's decisions so far")
-    steps: int | None = Field(None, ge=0, description="optimizer steps of the whole run, where it was told")
-    optimizer_steps: int = Field(ge=0, description="of those `step` counts, the ones that an optimizer took")
-    optimizer: str | None = Field(description="class of the optimizer that the state belongs to")
-    world_size: int = Field(ge=1, description="processes that trained together")
-    versions: dict[str, str]
-    sha256: dict[str, str] = Field(description="of the files that belong to this checkpoint")
-    digest: str = Field("", description="SHA-256 of this file's canonical JSON with an empty digest")
+    base_model: str | None = Field(description="Hub name or folder of the base model; null if it has none.")
+    step: int = Field(ge=0, description="Number of steps taken, as the training loop or trainer counts them.")
+    config: LoraOverConfig = Field(description="Configuration of the over-parameterization.")
+    core_dtype: Literal["float32", "float64"] = Field(description="Data type of the cores.")
+    sites: list[SiteRecord] = Field(description="Matrices that have cores.")
+    rounds: list[Round] = Field(description="Decisions that the schedule has made so far.")
+    steps: int | None = Field(
+        None, ge=0, description="Number of optimizer steps of the complete run; null if it is unknown."
+    )
+    optimizer_steps: int = Field(
+        ge=0,
+        description="Number of steps that the optimizer took; fewer than `step` where mixed precision skipped some.",
+    )
+    optimizer: str | None = Field(description="Class of the optimizer; null before one was attached.")
+    world_size: int = Field(ge=1, description="Number of processes that trained together.")
+    versions: dict[str, str] = Field(description="Versions of the packages that wrote the checkpoint, by name.")
+    sha256: dict[str, str] = Field(description="SHA-256 of each other file of the checkpoint, by its name.")
+    digest: str = Field("", description="SHA-256 of this file's canonical JSON with an empty digest.")
 
     def sealed(self) -> Meta:
-        """With its digest."""
+        """Return a copy with its digest filled in."""
         return self.model_copy(update={"digest": digest_of(self.model_dump(mode="json"))})
 
 
 def digest_of(content: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON, the digest itself left empty."""
+    """Return the SHA-256 of the canonical JSON of a content with an empty digest."""
     return hashlib.sha256(json.dumps({**content, "digest": ""}, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A LoRA-Over checkpoint whose checksums, metadata and layout have been checked.
+    """A LoRA-Over checkpoint on disk whose checksums, metadata and layout have been checked.
 
-    Tensors are read site by site, so that a large checkpoint needs little memory.
+    `read_checkpoint` makes it. Tensors are read only when they are asked for, one matrix at a time, so that a large
+    checkpoint needs little memory.
+
+    Args:
+        adapter: The PEFT adapter of the checkpoint.
+        meta: Contents of `loraover.json`.
     """
 
     adapter: AdapterDir
@@ -111,25 +135,36 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
+        """Folder of the checkpoint."""
         return self.adapter.path
 
     @property
     def cores_path(self) -> Path:
+        """File that holds the cores."""
         return self.path / CORES_FILE
 
     @cached_property
     def decomposition(self) -> Decomposition:
+        """Decomposition that the cores belong to."""
         return self.meta.config.make_decomposition()
 
     @cached_property
     def sites(self) -> dict[str, SiteRecord]:
+        """Records of the matrices that have cores, by name."""
         return {site.name: site for site in self.meta.sites}
 
     def read_cores(self, file: TensorFile, site: SiteRecord) -> tuple[Tensor, ...]:
-        """The cores of one site; core k has shape (1, p_k, q_k).
+        """Read the cores of one matrix.
+
+        Args:
+            file: The open file at `cores_path`.
+            site: Record of the matrix.
+
+        Returns:
+            The cores; core k has shape (1, p_k, q_k) and the checkpoint's `core_dtype`.
 
         Raises:
-            CheckpointError: a missing core, another shape or dtype, NaN or infinity.
+            CheckpointError: A core is missing, has another shape or dtype, or holds NaN or infinity.
         """
         dtype = getattr(torch, self.meta.core_dtype)
         cores = []
@@ -144,17 +179,34 @@ class Checkpoint:
         return tuple(cores)
 
     def contract(self, cores: Iterable[Tensor], site: SiteRecord) -> tuple[Tensor, Tensor]:
-        """Float64 contraction (m, n), and the contraction of the cores' absolute values."""
+        """Contract the cores of one matrix in float64.
+
+        Args:
+            cores: Cores of the matrix, as `read_cores` returns them.
+            site: Record of the matrix.
+
+        Returns:
+            The contraction (m, n), and the contraction of the cores' absolute values, which scales error bounds.
+        """
         wide = [core.double() for core in cores]
         matrix = self.decomposition.contract(wide, site.m, site.n)[0]
         magnitude = self.decomposition.contract([core.abs() for core in wide], site.m, site.n)[0]
         return matrix, magnitude
 
     def check_stored(self, stored: Tensor, matrix: Tensor, magnitude: Tensor, site: SiteRecord) -> None:
-        """Raise CheckpointError unless `stored` can be the contraction that training wrote.
+        """Check that a stored matrix can be the contraction that training wrote.
 
-        Training contracts in the cores' dtype, on any device and in any order, and then casts. Element by
-        element the two roundings are at most gamma_k(u_core) * |C_1| ... |C_K| and u_stored * |M|.
+        Training contracts in the cores' dtype, on any device and in any order, and then casts. The first of these two
+        steps changes an element by at most gamma_k(u_core) * |C_1| ... |C_K|, the second by at most u_stored * |M|.
+
+        Args:
+            stored: The matrix (m, n) as the adapter's file holds it.
+            matrix: Float64 contraction (m, n), as `contract` returns it.
+            magnitude: Contraction of the cores' absolute values, as `contract` returns it.
+            site: Record of the matrix.
+
+        Raises:
+            CheckpointError: An element of the stored matrix is further from the contraction than this.
         """
         terms = self.decomposition.contraction_terms(site.m, site.n)
         contraction = gamma(terms, unit_roundoff(getattr(torch, self.meta.core_dtype))) * magnitude
@@ -165,34 +217,41 @@ class Checkpoint:
             row, column = divmod(worst, site.n)
             raise CheckpointError(
                 f"{self.adapter.tensors_path}: {site_key(site.name)} contradicts its cores: element ({row}, {column}) "
-                f"is {stored[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was written by "
-                "something else than training; save the checkpoint again."
+                f"is {stored[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "
+                "changed outside the optimizer step; save the checkpoint again."
             )
 
 
 def write_checkpoint(
     directory: str | os.PathLike[str], over: OverParameterization, *, step: int, adapter: str = "default"
 ) -> None:
-    """Add the cores to the adapter directory that PEFT has just written.
+    """Make a LoRA-Over checkpoint of an adapter that PEFT has just saved, by adding the cores to its folder.
 
-    `loraover.json` comes last: a folder without it is a plain adapter, a folder with it is whole.
+    `loraover.json` is written last: a folder without it is an ordinary adapter, a folder with it is complete.
 
     Args:
-        directory: holds `adapter`, as `model.save_pretrained` writes it, as safetensors.
-        over: owns the cores.
-        step: optimizer steps taken.
-        adapter: whose cores.
+        directory: Folder into which `model.save_pretrained` has saved the adapter as safetensors.
+        over: The cores, on the model that was saved.
+        step: Number of steps taken, which the checkpoint records.
+        adapter: PEFT's name of the adapter that was saved.
 
     Raises:
-        CheckpointError: no safetensors adapter there, or no site of `adapter` has cores and none is to have some.
-        ConfigError: A or B were written by something else than training.
-        OutputError: the files cannot be written.
+        CheckpointError: The folder holds no adapter in safetensors; or no matrix of the adapter has cores, and no
+            dynamic schedule can give it some later; or A and B are trained in several dtypes.
+        ConfigError: A matrix was changed outside the optimizer step.
+        OutputError: The files cannot be written.
+
+    Example:
+        ```python
+        model.save_pretrained("checkpoint")
+        write_checkpoint("checkpoint", over, step=100)
+        ```
     """
     over.check_unchanged()
     stored = read_adapter_dir(Path(directory))
     tensors, records, dtypes = _recorded(over, adapter)
     if len(dtypes) > 1:
-        raise CheckpointError(f"{directory}: cores of several dtypes ({dtypes}); train A and B in one dtype.")
+        raise CheckpointError(f"{directory}: the cores have several dtypes ({dtypes}); train A and B in one dtype.")
     if not dtypes and over.config.schedule != "dynamic":
         raise CheckpointError(f"{directory}: adapter {adapter!r} has no over-parameterised site to save.")
     if isinstance(over.schedule.score, GradientScore) and over.schedule.observed is not None:
@@ -216,7 +275,7 @@ def write_checkpoint(
 
 
 def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:
-    """Cores and optimizer state as a file takes them, what `loraover.json` says of sites, and the cores' dtypes."""
+    """Collect the tensors of the cores and their optimizer state, the records of sites, and the cores' dtypes."""
     tensors: dict[str, Tensor] = {}
     records: list[SiteRecord] = []
     dtypes: set[torch.dtype] = set()
@@ -227,11 +286,16 @@ def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tenso
             dtypes.add(group.dtype)
             m, n = site.shape
             plain = {}
-            record = SiteRecord(name=site.path, m=m, n=n, step=group.step, joined=group.is_joined)
-            for k, stack in enumerate(group.stacks):
+            first = [group.sites[group.first_site(k, i)].path for k in range(len(group.stacks))]
+            shares = {k: name for k, name in enumerate(first) if len(group.stacks[k]) < len(group.sites)}
+            record = SiteRecord(name=site.path, m=m, n=n, step=group.step, joined=group.is_joined, shares=shares)
+            if (follower := over.followers.get(group)) is not None:
+                tensors |= {record.gauge_key + key: value for key, value in follower.site_state(i).items()}
+            for k in range(len(group.stacks)):
                 key = record.core_key(k)
-                tensors[key] = stack[i].cpu()
-                for name, value in group.core_state(k, i).items() if k in group.trained else ():
+                tensors[key] = group.core(k, i).cpu()
+                state = group.core_state(k, group.owner(k, i)) if k in group.trained else {}
+                for name, value in state.items():
                     if isinstance(value, Tensor):
                         tensors[f"{key}.{name}"] = value.detach().cpu().clone()  # 8-bit optimizers share some
                     else:
@@ -241,11 +305,21 @@ def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tenso
 
 
 def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
-    """Read a LoRA-Over checkpoint: its own, or a Trainer's `checkpoint-N` with the callback's files.
+    """Open a LoRA-Over checkpoint and check its files.
+
+    Checksums, metadata and the shapes of all tensors are checked now; tensors are read later. `Checkpoint.check_stored`
+    then compares a matrix with its cores.
+
+    Args:
+        directory: Folder of the checkpoint: the `adapter` folder of `loraover train`, or, after training with
+            `LoraOverCallback`, the Trainer's `output_dir` or one of its `checkpoint-N` folders.
+
+    Returns:
+        The checked checkpoint.
 
     Raises:
-        CheckpointError: a missing, truncated, damaged or unknown file, or files that contradict one
-            another. The matrices are compared with the cores where they are read (`check_stored`).
+        CheckpointError: A file is missing, truncated, damaged or of an unknown version, or files contradict one
+            another.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -254,10 +328,10 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         with open_tensors(path / TENSORS_FILE):
             pass
         raise CheckpointError(
-            f"{path / META_FILE}: no such file. This folder holds a plain LoRA without the cores behind it, which can "
-            "be served as it is, or its saving was cut off. After training with LoraOverCallback, the Trainer's "
-            "output_dir and its checkpoint-N folders hold cores: name one of those, for a fold with a certificate or "
-            "to resume."
+            f"{path / META_FILE}: no such file. This folder holds a plain LoRA without the cores of its training, "
+            "which can be served as it is, or the saving of a checkpoint was interrupted. After training with "
+            "LoraOverCallback, the Trainer's output_dir and its checkpoint-N folders hold cores: name one of those to "
+            "fold with a certificate or to resume."
         )
     found = read_json(path / META_FILE, _Version)
     if found.schema_version != SCHEMA_VERSION:
@@ -272,7 +346,7 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     if adapter.config.base_model_name_or_path != meta.base_model:
         raise CheckpointError(
             f"{path / CONFIG_FILE}: base_model_name_or_path is {adapter.config.base_model_name_or_path!r}, but the "
-            f"cores were trained on {meta.base_model!r}; undo the edit and use --base to name a copy of that model."
+            f"cores were trained on {meta.base_model!r}; undo the edit and use --model to name a copy of that model."
         )
     checkpoint = Checkpoint(adapter, meta)
     _check_layout(checkpoint)
@@ -286,11 +360,11 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _check_layout(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless every site has its matrix and all of its cores, in the right shapes."""
+    """Raise CheckpointError unless the files hold the matrix and all cores of every site, in the right shapes."""
     if len(checkpoint.sites) != len(checkpoint.meta.sites):
         raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: one is listed twice.")
     if not checkpoint.sites and checkpoint.meta.config.schedule != "dynamic":
-        raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: none, which only a dynamic schedule has.")
+        raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: none; only a dynamic schedule may have none.")
     with open_tensors(checkpoint.cores_path) as file:
         shapes = {key: file.shape(key) for key in file.keys}
     for site in checkpoint.meta.sites:
@@ -308,89 +382,3 @@ def _check_layout(checkpoint: Checkpoint) -> None:
             if shapes.get(site.core_key(k)) != shape:
                 found = shapes.get(site.core_key(k), "missing")
                 raise CheckpointError(f"{checkpoint.cores_path}: {site.core_key(k)} is {found}, expected {shape}.")
-
-
-def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
-    """Continue from a checkpoint: the same cores, in the same groups, with their optimizer state.
-
-    Args:
-        over: made with `inject=False` on a model that has loaded the checkpoint's adapter.
-        checkpoint: of the one adapter that is trained.
-
-    Raises:
-        ConfigError: several adapters are trained.
-        CheckpointError: other sites or another configuration than the checkpoint's, or a model whose
-            matrices contradict the cores.
-    Mutates: the model's matrices, which become the contraction of the cores.
-    """
-    _check_resumable(over, checkpoint)
-    with open_tensors(checkpoint.cores_path) as file:
-        by_step: dict[int, list[SiteRecord]] = {}
-        for site in checkpoint.meta.sites:
-            by_step.setdefault(site.step, []).append(site)
-        for step, sites in by_step.items():
-            for site in sites:
-                cores = checkpoint.read_cores(file, site)
-                parameter = over.sites[site.name].parameter
-                matrix, magnitude = checkpoint.contract(cores, site)
-                checkpoint.check_stored(full(parameter.detach()).cpu(), matrix, magnitude, site)
-            over.inject([site.name for site in sites], step=step)
-        for name, (group, i) in over.injected.items():
-            site = checkpoint.sites[name]
-            for k, (core, stack) in enumerate(zip(checkpoint.read_cores(file, site), group.stacks, strict=True)):
-                prefix = site.core_key(k) + "."
-                stack[i].copy_(core[0])
-                state: dict[str, Any] = {
-                    key.removeprefix(prefix): value for key, value in site.state.items() if key.startswith(prefix)
-                }
-                for key in file.keys_below(prefix):
-                    tensor = file.read(key)
-                    state[key.removeprefix(prefix)] = tensor if tensor.ndim == 0 else tensor.to(stack.device)
-                if state:
-                    group.load_core_state(k, i, state)
-        if isinstance(over.schedule.score, GradientScore):
-            over.schedule.score.load(
-                {key.removeprefix(SCORE_PREFIX): file.read(key) for key in file.keys_below(SCORE_PREFIX)}
-            )
-    for group in over.groups:
-        if all(checkpoint.sites[site.name].joined for site in group.sites):
-            group.join()
-        else:
-            group.split()
-        group.write()
-    over.schedule.replay(checkpoint.meta.rounds)
-    over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer
-
-
-def _check_resumable(over: OverParameterization, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the run and its model are those of the checkpoint."""
-    only_adapter(over.sites.values())
-    if over.config.model_dump(mode="json") != checkpoint.meta.config.model_dump(mode="json"):
-        raise CheckpointError(
-            f"{checkpoint.path}: was trained with {checkpoint.meta.config!r}, this run asks for {over.config!r}; "
-            "resume with the same configuration or start anew."
-        )
-    if over.config.schedule == "dynamic" and checkpoint.meta.steps not in (None, over.steps):
-        raise CheckpointError(
-            f"{checkpoint.path}: its schedule was laid out for {checkpoint.meta.steps} steps, this run has "
-            f"{over.steps}, so that its rounds would move. Resume with as many, or start anew."
-        )
-    if checkpoint.meta.base_model and over.base_model not in (None, checkpoint.meta.base_model):
-        raise CheckpointError(
-            f"{checkpoint.path}: was trained on {checkpoint.meta.base_model}, the model was loaded from "
-            f"{over.base_model}; load that one, or set its `name_or_path` if it is a copy."
-        )
-    if checkpoint.meta.world_size != world_size():
-        raise CheckpointError(
-            f"{checkpoint.path}: was trained by {checkpoint.meta.world_size} process(es), this run has {world_size()}; "
-            "the data would be divided differently. Resume with as many, or start anew."
-        )
-    missing = sorted(checkpoint.sites.keys() - over.sites.keys())
-    if missing:
-        raise CheckpointError(f"{checkpoint.path}: the model lacks {len(missing)} of its sites, first {missing[0]}.")
-    for record in checkpoint.meta.sites:
-        if over.sites[record.name].shape != (record.m, record.n):
-            raise CheckpointError(
-                f"{checkpoint.path}: {record.name} is {record.m} x {record.n}, in the model it is "
-                f"{' x '.join(map(str, over.sites[record.name].shape))}; resume with the adapter's own LoraConfig."
-            )

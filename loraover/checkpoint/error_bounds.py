@@ -1,4 +1,4 @@
-"""Rounding-error bounds that certificates and checks are derived from.
+"""Bounds of rounding errors, from which certificates and checks are derived.
 
 Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, sections 2.2, 3.1 and 3.5.
 """
@@ -9,20 +9,24 @@ import torch
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """u of a floating-point type: the largest relative error of one rounding to nearest."""
+    """Return u, the largest relative error of rounding once to nearest in a floating-point type."""
     return torch.finfo(dtype).eps / 2
 
 
 def smallest_subnormal(dtype: torch.dtype) -> float:
-    """Spacing of the type's numbers around zero; half of it bounds a rounding there."""
+    """Return the spacing of a type's numbers near zero; half of it bounds the error of rounding once there."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def gamma(terms: int, unit: float) -> float:
-    """gamma_k = k u / (1 - k u): relative growth of error over k roundings, in any order.
+    """Return gamma_k = k u / (1 - k u), a bound of the relative error after k roundings in any order.
+
+    Args:
+        terms: Number of roundings, k.
+        unit: Unit roundoff, u.
 
     Raises:
-        ValueError: k u is not below 1, so that there is no bound.
+        ValueError: k u is 1 or more, so that no bound exists.
     """
     if terms * unit >= 1:
         raise ValueError(f"no rounding bound for {terms} operations at unit roundoff {unit:.3g}")

@@ -1,4 +1,4 @@
-"""Every tensor of an adapter as exactly as its files hold it: cores where training left them, else stored values."""
+"""Tensors of an adapter as exactly as its files hold them: contracted from cores if there are any, else as stored."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from loraover.overparam.decompositions import Decomposition
 
 @dataclass(frozen=True)
 class Exact:
-    """One tensor in float64 (integers as they are).
+    """One tensor in float64; a tensor of integers keeps its type.
 
     Args:
-        value: the contraction of the cores, or the stored value.
-        bound: of the error of each element: gamma_k(2^-53) |C_1| ... |C_K|, or zero for a stored value.
-        site: its record, if it has cores.
+        value: Contraction of the cores, or the stored value.
+        bound: Bound of each element's error: gamma_k(2^-53) |C_1| ... |C_K|, or zero for a stored value.
+        site: Record of the matrix if it has cores, else None.
     """
 
     value: Tensor
@@ -35,7 +35,14 @@ class Exact:
 
 @dataclass(frozen=True)
 class Factor:
-    """One A or B of shape (m, n) as training held it: its cores, or itself where `decomposition` is None."""
+    """One A or B as training held it.
+
+    Args:
+        decomposition: Decomposition of its cores; None if it has none.
+        cores: Its cores, or the matrix itself if it has none.
+        m: Number of rows.
+        n: Number of columns.
+    """
 
     decomposition: Decomposition | None
     cores: tuple[Tensor, ...]
@@ -44,7 +51,14 @@ class Factor:
 
 
 class ExactAdapter:
-    """The open files of an adapter; tensors are read on demand."""
+    """The open files of an adapter, from which tensors are read one at a time.
+
+    Args:
+        adapter: Layout of the adapter.
+        checkpoint: The checkpoint that holds its cores; None for a plain adapter.
+        plain: The adapter's open file.
+        cores: The open file of the cores; None for a plain adapter.
+    """
 
     def __init__(self, adapter: AdapterDir, checkpoint: Checkpoint | None, plain: TensorFile, cores: TensorFile | None):
         self.adapter = adapter
@@ -53,10 +67,10 @@ class ExactAdapter:
         self._cores = cores
 
     def tensor(self, key: str) -> Exact:
-        """A tensor by its key in the adapter's file.
+        """Return a tensor by its key in the adapter's file.
 
         Raises:
-            CheckpointError: NaN, or a stored matrix that contradicts its cores.
+            CheckpointError: The tensor holds NaN or infinity, or contradicts its cores.
         """
         stored = self.plain.read(key)
         checkpoint, site = self._checkpoint, self._site(site_name(key))
@@ -70,7 +84,7 @@ class ExactAdapter:
         return Exact(value, gamma(terms, unit_roundoff(torch.float64)) * magnitude, site)
 
     def factor(self, name: str) -> Factor:
-        """A matrix by its site's name, without forming it."""
+        """Return a matrix by its site's name, without contracting its cores."""
         checkpoint, site = self._checkpoint, self._site(name)
         if checkpoint is None or self._cores is None or site is None:
             matrix = self.plain.read(site_key(name))
@@ -83,16 +97,16 @@ class ExactAdapter:
 
 
 def read_source(path: Path) -> Checkpoint | AdapterDir:
-    """A LoRA-Over checkpoint where `path` holds one, else a plain LoRA adapter.
+    """Read the LoRA-Over checkpoint in a folder, or the plain LoRA adapter if it holds no cores.
 
     Raises:
-        CheckpointError: neither, or files that cannot be trusted.
+        CheckpointError: The folder holds neither, or its files cannot be trusted.
     """
     return read_checkpoint(path) if (path / META_FILE).exists() else read_adapter_dir(path)
 
 
 def adapter_of(source: Checkpoint | AdapterDir) -> AdapterDir:
-    """The adapter directory of a source."""
+    """Return the adapter of a checkpoint, or the plain adapter itself."""
     return source.adapter if isinstance(source, Checkpoint) else source
 
 
@@ -101,7 +115,7 @@ def open_exact(source: Checkpoint | AdapterDir) -> Iterator[ExactAdapter]:
     """Open the files of a checkpoint or a plain adapter.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: A file is missing or damaged.
     """
     adapter = adapter_of(source)
     checkpoint = source if isinstance(source, Checkpoint) else None

@@ -20,11 +20,11 @@ KEY_PREFIX = "base_model.model."
 _SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)")
 
 KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
-"""Starts of A and B, as PEFT names them, that leave the base weights alone."""
+"""Initializations of A and B, as PEFT names them, that leave the base weights unchanged."""
 
 
 class AdapterConfig(BaseModel):
-    """The fields of PEFT's LoraConfig that decide what an adapter computes; others are kept as they are."""
+    """The fields of PEFT's LoraConfig that decide what an adapter computes; other fields are kept unread."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -40,7 +40,7 @@ class AdapterConfig(BaseModel):
 
     @property
     def keeps_base(self) -> bool:
-        """Whether A and B belong to the base weights as they are, not to ones that their start has changed."""
+        """Whether A and B fit the unchanged base weights; some initializations of A and B change these weights."""
         start = (self.model_extra or {}).get("init_lora_weights")
         return not isinstance(start, str) or start.lower() in KEPT_BASE
 
@@ -51,21 +51,21 @@ class AdapterConfig(BaseModel):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
 
     def scaling(self, module: str) -> float:
-        """The factor in delta_W = scaling * B @ A of one module.
+        """Return the factor in delta_W = scaling * B @ A of one module.
 
-        alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), with r and alpha
-        from the first pattern that matches the module's path, as PEFT does.
+        It is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). As in PEFT, r and alpha
+        come from the first pattern that matches the module's path.
         """
         r = _first_match(self.rank_pattern, module, self.r)
         alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def rank(self, module: str) -> int:
-        """The rank that the configuration gives one module."""
+        """Return the rank that the configuration gives one module."""
         return int(_first_match(self.rank_pattern, module, self.r))
 
 
@@ -74,8 +74,10 @@ class AdapterDir:
     """A LoRA adapter whose configuration and tensor names have been checked.
 
     Args:
-        shapes: of every tensor in the file.
-        sites: tensor key of each A and B matrix, by site name such as "model.layers.0.q_proj.lora_A".
+        path: Folder of the adapter.
+        config: Contents of `adapter_config.json`.
+        shapes: Shape of every tensor in the file, by key.
+        sites: Tensor key of each A and B matrix, by site name such as "model.layers.0.q_proj.lora_A".
     """
 
     path: Path
@@ -85,26 +87,27 @@ class AdapterDir:
 
     @property
     def tensors_path(self) -> Path:
+        """File that holds the tensors."""
         return self.path / TENSORS_FILE
 
     def check_keeps_base(self) -> None:
-        """Raise CheckpointError unless A and B, on the base weights as they are, are the whole adapter."""
+        """Raise CheckpointError unless A and B fit the unchanged base weights."""
         if not self.config.keeps_base:
             start = (self.config.model_extra or {})["init_lora_weights"]
             raise CheckpointError(
                 f"{self.path / CONFIG_FILE}: init_lora_weights is {start!r}, which changes the base weights, so A and "
-                "B are right for the changed base model only. Save the adapter again with PEFT's "
+                "B only fit the changed base model. Save the adapter again with PEFT's "
                 "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
             )
 
 
 def site_key(name: str) -> str:
-    """Tensor key of a site in a PEFT adapter file; embeddings carry no `.weight`."""
+    """Return a site's tensor key in a PEFT adapter file, which ends in `.weight` except for embeddings."""
     return f"{KEY_PREFIX}{name}" + ("" if "lora_embedding_" in name.rpartition(".")[2] else ".weight")
 
 
 def site_name(key: str) -> str | None:
-    """The site that a tensor of a PEFT adapter file holds; None for biases and fully trained parameters."""
+    """Return the site that a tensor key in a PEFT adapter file belongs to; None for any other tensor."""
     name = key.removeprefix(KEY_PREFIX).removesuffix(".weight")
     return name if _SITE_KEY.fullmatch(name) and site_key(name) == key else None
 
@@ -113,8 +116,8 @@ def read_adapter_dir(path: Path) -> AdapterDir:
     """Read the configuration and the tensor layout of an adapter.
 
     Raises:
-        CheckpointError: not an adapter, not a LoRA, a LoRA variant that is not a plain B A, no LoRA
-            matrices, or an A and a B whose shapes contradict each other or the configuration.
+        CheckpointError: The folder holds no adapter, or one that is not a LoRA of plain products B A; it has no LoRA
+            matrices; or the shapes of A and B contradict each other or the configuration.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
@@ -123,8 +126,8 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         raise CheckpointError(f"{path / CONFIG_FILE}: peft_type is {config.peft_type!r}, expected 'LORA'.")
     if config.use_dora:
         raise CheckpointError(
-            f"{path / CONFIG_FILE}: use_dora is true. DoRA rescales the columns of W + B A, so it is no plain low-rank "
-            "product: it cannot be folded, and vLLM refuses it; train without use_dora."
+            f"{path / CONFIG_FILE}: use_dora is true. DoRA rescales the columns of W + B A, so it is not a plain "
+            "low-rank product: it cannot be folded, and vLLM refuses it; train without use_dora."
         )
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}

@@ -1,4 +1,4 @@
-"""Safetensors files, read with errors that name the file, the key and what to do."""
+"""Safetensors files, read with errors that name the file and the key, and say what to do."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 class NonFiniteError(CheckpointError, DivergedError):
-    """A tensor with NaN or infinity in it; the run that wrote it had diverged."""
+    """A tensor that holds NaN or infinity, because the run that wrote it had diverged."""
 
 
 class TensorFile:
-    """An open safetensors file; tensors are read on demand, and only then."""
+    """An open safetensors file, whose tensors are read only when they are asked for.
+
+    Attributes:
+        path: The file.
+        keys: Keys of its tensors, in order.
+    """
 
     def __init__(self, path: Path, handle: Any) -> None:
         self.path = path
@@ -30,21 +35,23 @@ class TensorFile:
         self.keys: dict[str, None] = dict.fromkeys(handle.keys())
 
     def keys_below(self, prefix: str) -> list[str]:
+        """Return the keys that begin with a prefix."""
         return [key for key in self.keys if key.startswith(prefix)]
 
     def dtype(self, key: str) -> str:
-        """As the format spells it, e.g. "F32"."""
+        """Return a tensor's dtype as safetensors spells it, e.g. "F32"."""
         return str(self._slice(key).get_dtype())
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
         return tuple(self._slice(key).get_shape())
 
     def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU.
+        """Read one tensor, onto the CPU.
 
         Raises:
-            CheckpointError: no such key, or an unusual dtype.
-            NonFiniteError: NaN or infinity in it, which is a CheckpointError, too.
+            CheckpointError: The file has no such key, or the tensor has a dtype that adapters do not use.
+            NonFiniteError: The tensor holds NaN or infinity. It is also a CheckpointError.
         """
         if self.dtype(key) not in (*FLOATS, *INTEGERS):
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
@@ -55,7 +62,7 @@ class TensorFile:
 
     def _slice(self, key: str) -> Any:
         if key not in self.keys:
-            raise CheckpointError(f"{self.path}: no tensor {key!r}; the file is incomplete or belongs elsewhere.")
+            raise CheckpointError(f"{self.path}: no tensor {key!r}; the file is incomplete or of another checkpoint.")
         return self._handle.get_slice(key)
 
 
@@ -64,7 +71,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file.
 
     Raises:
-        CheckpointError: missing, present only as a pickle, truncated or damaged.
+        CheckpointError: The file is missing (perhaps there is a pickle instead), truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -82,22 +89,22 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         with safe_open(path, framework="pt") as handle:
             yield TensorFile(path, handle)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or save it again.") from error
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy or save it again.") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
 def sha256_of(path: Path) -> str:
-    """Checksum of a file, in hex."""
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file in one go; callers pair it with `atomic_output`, which names the destination.
+    """Write a safetensors file; callers use it through `atomic_output`, whose errors name the destination.
 
     Raises:
-        OSError: the disk is full or the file cannot be written.
+        OSError: The disk is full or the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

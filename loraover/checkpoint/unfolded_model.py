@@ -1,6 +1,6 @@
-"""The unfolded model: cores applied to activations, no A or B ever formed.
+"""The unfolded model: cores are applied to activations, and no A or B is formed.
 
-It knows nothing of PEFT, so that it can bear witness against a folded adapter that PEFT has loaded.
+It does not use PEFT, so that it can serve as an independent reference for a folded adapter that PEFT has loaded.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
 
-WITHOUT_FLOAT64 = ("mps",)  # devices whose share of the work in float64 the CPU does
+WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
 
 
 class _Apply:
-    """x -> x M^T for M given by cores, or by itself where it is not over-parameterised."""
+    """The map x -> x M^T, for a matrix M given by its cores, or as it is if it has none."""
 
     def __init__(self, factor: Factor) -> None:
         self._factor = factor
@@ -43,22 +43,25 @@ class _Apply:
 def unfolded(
     base: nn.Module, source: Checkpoint | AdapterDir, *, delta_dtype: torch.dtype = torch.float64
 ) -> Iterator[nn.Module]:
-    """The base model with the checkpoint's cores beside its weights, for the length of a block.
+    """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
 
-    Each adapted module returns W x + scaling * B(A(x)); A and B act through their cores, or as they are
-    stored where they have none. Evaluation only: LoRA dropout is not applied.
+    Each adapted module returns W x + scaling * B(A(x)), where A and B are applied core by core, or as stored if they
+    have no cores. It is for evaluation only: LoRA dropout is not applied.
 
-    W x is computed as the base model does. The rest is float64, so that the error of a reference does not grow with
-    the number of cores, of which a folded adapter has none.
+    W x is computed as the base model computes it, the rest in float64, so that the error of this reference does not
+    grow with the number of cores.
 
     Args:
-        base: the plain base model, in eval mode and in the dtype to compute in.
-        source: a checkpoint, or a plain adapter.
-        delta_dtype: dtype that cores are applied in; float32 costs what training through the cores would.
+        base: Plain base model, in eval mode and in the dtype to compute in.
+        source: Checkpoint or plain adapter.
+        delta_dtype: Data type in which cores are applied. With float32 the cost is that of training through the cores.
+
+    Yields:
+        The base model.
 
     Raises:
-        CheckpointError: the adapter was trained on another base model: a module is missing or has
-            other dimensions, or its start had changed the weights.
+        CheckpointError: The adapter was trained on another base model: a module is missing or has other dimensions, or
+            the initialization of A and B had changed the base weights.
     """
     handles = []
     saved: dict[str, nn.Parameter] = {}
@@ -109,10 +112,17 @@ def _add_delta(
 
 
 def target_module(base: nn.Module, module: str, n: int, m: int, adapter: AdapterDir) -> nn.Module:
-    """The module of the base model that maps n to m features.
+    """Return the module of the base model that an adapter changes.
+
+    Args:
+        base: The base model.
+        module: Path of the module.
+        n: Number of input features that the adapter expects.
+        m: Number of output features that the adapter expects.
+        adapter: The adapter, for messages.
 
     Raises:
-        CheckpointError: no such module, or other dimensions; the adapter was trained on another model.
+        CheckpointError: The base model has no such module, or one of other dimensions.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -121,7 +131,7 @@ def target_module(base: nn.Module, module: str, n: int, m: int, adapter: Adapter
     except AttributeError as error:
         raise CheckpointError(
             f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}; the adapter was "
-            f"trained on {adapter.config.base_model_name_or_path!r}. Name that model with --base."
+            f"trained on {adapter.config.base_model_name_or_path!r}. Name that model with --model."
         ) from error
     match target:
         case nn.Linear():
@@ -138,22 +148,22 @@ def target_module(base: nn.Module, module: str, n: int, m: int, adapter: Adapter
         raise CheckpointError(
             f"{adapter.path}: {module} maps {found[0]} to {found[1]} features in the base model, but {n} to "
             f"{m} in the adapter, which was trained on {adapter.config.base_model_name_or_path!r}. "
-            "Name that model with --base."
+            "Name that model with --model."
         )
     return target
 
 
 def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict[str, nn.Parameter]:
-    """Put other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
+    """Put an adapter's other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
 
-    A parameter that modules share, an embedding tied to the head, is replaced only where the adapter names it, as PEFT
-    does; it stays shared if both are named with equal values.
+    A parameter that modules share, such as an embedding tied to the head, is replaced only under the names that the
+    adapter has, as PEFT does. It stays shared if the adapter has both names with equal values.
 
     Returns:
-        What they replace, by name.
+        The parameters that were replaced, by name.
 
     Raises:
-        CheckpointError: one that fits no parameter of the model; nothing is replaced then.
+        CheckpointError: A parameter of the adapter fits none of the model; nothing has been replaced then.
     """
     parameters = dict(base.named_parameters(remove_duplicate=False))
     others: dict[str, nn.Parameter] = {}

@@ -1,1 +1,1 @@
-"""What every room uses: errors, exit codes, whole-or-absent output, strict JSON, HTTP, versions."""
+"""Code that every room uses: errors, exit codes, atomic output, strict JSON, HTTP, versions."""

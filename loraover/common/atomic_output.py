@@ -1,10 +1,10 @@
-"""Output that is whole or absent: written beside its destination, synced, renamed.
+"""Atomic output: complete or absent, since it is written beside its destination, synced and then renamed.
 
-    .NAME.XXXXXXXX.tmp   a folder in which the output NAME is being made, its draft
-    .NAME.XXXXXXXX.old   what stood at NAME, while a new folder takes its place
+    .NAME.XXXXXXXX.tmp   draft: the folder in which the output NAME is being made
+    .NAME.XXXXXXXX.old   the former output NAME, while a new folder takes its place
 
-A process holds a lock on these for as long as it lives. What has no lock was left by a kill: the next run to the same
-output removes it, or puts an old folder back where no new one has taken its place.
+A process holds a lock on these folders as long as it lives. A folder without a lock was left by a process that was
+killed. The next run with the same output removes it, or renames an old folder back if no new one has taken its place.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def publish_directory(
     destination: str | os.PathLike[str], *, outside: Path | None = None, replace: bool = False
 ) -> Iterator[Path]:
-    """A new folder to fill, which becomes `destination` when the block ends without an exception.
+    """Make a new folder to fill, and rename it to `destination` if the block ends without an exception.
 
     Args:
-        destination: must not exist; missing parents are made.
-        outside: a folder that the destination may not lie in, such as the command's input.
-        replace: a folder that exists is moved aside at the end, and removed once the new one is in its place.
-            After a kill between the two renames, the next run to this destination puts it back.
+        destination: Path of the new folder. It must not exist; missing parents are made.
+        outside: Folder in which the destination may not lie, such as the command's input.
+        replace: Whether to replace a folder that exists: it is renamed at the end, and removed once the new one is in
+            its place. If the process is killed between the two renames, the next run with this destination restores it.
 
     Yields:
-        A temporary folder beside the destination, removed if the block raises.
+        A temporary folder beside the destination, which is removed if the block raises.
 
     Raises:
-        OutputError: the destination exists, lies in `outside`, or cannot be written (no permission,
-            no space); with `replace`: it is no folder, or `outside` lies in it.
+        OutputError: The destination exists, lies in `outside`, or cannot be written (no permission, no space); or, with
+            `replace`, it is not a folder, or `outside` lies in it.
     """
     target = Path(destination).absolute()
     _settle_replaced(target)
@@ -77,11 +77,11 @@ def publish_directory(
 
 
 class _AbandonedError(Exception):
-    """Leaves the block that would publish."""
+    """Raised to leave a block before it publishes anything."""
 
 
 def check_writable(destination: str | os.PathLike[str], *, outside: Path | None = None) -> None:
-    """Raise OutputError unless `publish_directory` can begin there; nothing is left behind."""
+    """Raise OutputError unless `publish_directory` can write there; no file or folder is left behind."""
     with suppress(_AbandonedError), publish_directory(destination, outside=outside):
         raise _AbandonedError
 
@@ -107,7 +107,7 @@ def _put_in_place(draft: Path, target: Path, replace: bool) -> None:
 
 @contextmanager
 def _drafted(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside `target`, locked and in the end removed; those that a kill left there are too."""
+    """Make a locked hidden folder beside `target`, removed after the block; drafts of killed processes are removed."""
     for left in _left(target, "tmp"):
         with suppress(OSError), _locked(left):
             shutil.rmtree(left, ignore_errors=True)
@@ -119,7 +119,7 @@ def _drafted(target: Path) -> Iterator[Path]:
                 try:
                     lock.enter_context(_locked(draft))
                 except (BlockingIOError, FileNotFoundError):
-                    continue  # another run found it without a lock, and removes it
+                    continue  # another run found it without a lock and is removing it
                 except OSError:
                     pass  # a file system without locks, where nobody removes drafts
                 break
@@ -129,7 +129,7 @@ def _drafted(target: Path) -> Iterator[Path]:
 
 
 def _settle_replaced(target: Path) -> None:
-    """Finish what a kill in the middle of a replacement left beside `target`: the last folder there was is put back."""
+    """Complete or undo a replacement that was killed half-way: restore the last old folder if `target` is missing."""
     for aside in _left(target, "old"):
         with suppress(OSError), _locked(aside):
             if target.exists() or target.is_symlink():
@@ -139,7 +139,7 @@ def _settle_replaced(target: Path) -> None:
 
 
 def _left(target: Path, ending: str) -> list[Path]:
-    """Hidden folders of that ending beside `target`, the last renamed first, in use or left by a kill."""
+    """Return the hidden folders of `target` with an ending, in use or left by a killed process, the newest first."""
     named = re.compile(rf"\.{re.escape(_stem(target))}\.[0-9a-f]{{8}}\.{ending}")
     try:
         found = [path for path in target.parent.iterdir() if named.fullmatch(path.name)]
@@ -149,19 +149,19 @@ def _left(target: Path, ending: str) -> list[Path]:
 
 
 def _stem(target: Path) -> str:
-    """The output's name in those of its hidden folders; a digest where it is too long to be lengthened."""
+    """Return the output's name as its hidden folders contain it; a digest if the name is too long to be extended."""
     name = os.fsencode(target.name)
     return target.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which ends with the process at the latest, whatever ends it.
+    """Hold a folder's lock for a block; it is released when the process ends, even if it is killed.
 
     Raises:
-        BlockingIOError: another process, or another block of this one, holds it.
-        FileNotFoundError: the folder was removed meanwhile.
-        OSError: its file system has no locks.
+        BlockingIOError: Another process, or another block of this process, holds the lock.
+        FileNotFoundError: The folder was removed meanwhile.
+        OSError: The file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -174,14 +174,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:
-    """Replace one file, whole or not at all.
+    """Replace one file, completely or not at all.
 
     Args:
-        path: the file.
-        fill: writes the new content to the temporary path that it is given.
+        path: The file.
+        fill: Function that writes the new content to the temporary path that it is given.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: The file cannot be written.
     """
     target = Path(path).absolute()
     try:
@@ -198,12 +198,12 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
 
 
 def publish_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace one file, in UTF-8; raises as `publish_file`."""
+    """Replace one file by a text in UTF-8; raises as `publish_file` does."""
     publish_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def check_file_writable(path: str | os.PathLike[str]) -> None:
-    """Raise OutputError unless `publish_file` can begin there; nothing is left behind."""
+    """Raise OutputError unless `publish_file` can write there; no file is left behind."""
 
     def begin(draft: Path) -> None:
         draft.touch()
@@ -214,7 +214,7 @@ def check_file_writable(path: str | os.PathLike[str]) -> None:
 
 
 def check_free(target: Path, *, outside: Path | None = None, replace: bool = False) -> None:
-    """Raise OutputError unless `target` can become a new folder, or with `replace` take the place of one."""
+    """Raise OutputError unless a new folder can be made at `target`, or replace the one there if `replace` is true."""
     try:
         occupied = target.exists() or target.is_symlink()
     except OSError as error:
@@ -230,9 +230,9 @@ def check_free(target: Path, *, outside: Path | None = None, replace: bool = Fal
 
 
 def _as_os_error(error: Exception) -> OSError | None:
-    """What the system refused, if that is what an error is about and it is not one of ours.
+    """Return the operating system's error behind an exception, or None if there is none or the exception is ours.
 
-    Libraries in Rust (safetensors, tokenizers) put its number into the text of errors of their own.
+    Libraries in Rust (safetensors, tokenizers) only name the error's number, in the text of their exceptions.
     """
     if isinstance(error, LoraOverError):
         return None
@@ -244,7 +244,7 @@ def _as_os_error(error: Exception) -> OSError | None:
 
 
 def _is_about(error: OSError, draft: Path) -> bool:
-    """Whether an error names the folder being filled, one above it, or no file at all, as a full disk does."""
+    """Whether an error names the draft, a folder above it, or no file at all, as the error of a full disk does."""
     if error.filename is None:
         return True
     named = Path(os.fsdecode(error.filename))
@@ -257,7 +257,7 @@ def _output_error(target: Path, error: OSError) -> OutputError:
 
 
 def _file_mode(folder: Path) -> int:
-    """Permissions of a new file there, read off one: to read the umask is to change it, for other threads too."""
+    """Find the permissions of a new file by making one: reading the umask would change it, for other threads too."""
     probe = folder / f".{secrets.token_hex(4)}.mode"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
@@ -268,7 +268,7 @@ def _file_mode(folder: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Put a file or folder on disk before going on."""
+    """Wait until a file or folder has been written to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

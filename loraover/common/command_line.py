@@ -1,6 +1,7 @@
-"""How every command of this project ends: 0 done, 1 checked and failed, 2 unusable request, 130 interrupted.
+"""Behaviour that all commands share: help, lazy imports, error messages and exit codes.
 
-Checks that can be inconclusive also have 3: `loraover-export fold --check-error` and `onnx`, `loraover-serve parity`.
+The exit code is 0 if the work is done, 1 if a check failed, 2 if the request is unusable, and 130 after Ctrl-C. Checks
+that can be inconclusive also have 3: those of `loraover-export fold` and `onnx`, and of `loraover-serve parity`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import click
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import EngineError, LoraOverError
 
-# Which models a user trains is nobody else's business; read when huggingface_hub is imported.
+# Keeps it private which models a user trains; huggingface_hub reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 INTERRUPTED = "Interrupted. No partial output was left."
@@ -51,8 +52,8 @@ class Command(click.Command):
     """A command with examples below its help, which refuses old spellings of its options by naming the new ones.
 
     Args:
-        examples: complete command lines, shown under "Examples" in the help.
-        renamed: new spelling of each option that has been renamed, for instance `{"--base": "--model"}`.
+        examples: Complete command lines, shown under "Examples" in the help.
+        renamed: New spelling of each option that has been renamed, for instance `{"--base": "--model"}`.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class Command(click.Command):
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are asked for.
+    """A group of commands, each of which is imported only when it is needed.
 
     Args:
-        commands_at: "module:attribute" of each command, by its name.
-        plugins: group of entry points that bring further commands from packages that lie downstream.
-        renamed: new name of each command that has been renamed.
+        commands_at: Place of each command, as "module:attribute", by the command's name.
+        plugins: Group of entry points that add commands of packages that depend on this one.
+        renamed: New name of each command that has been renamed, by its old name.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands with the whole first sentence of each one's help, over several lines where needed."""
+        """List the commands with the full first sentence of each one's help, on several lines if needed."""
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(
@@ -129,9 +130,14 @@ class LazyGroup(click.Group):
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
-    """Run a click command and turn its errors into one message and an exit code.
+    """Run a click command, and show its errors as one message each.
 
-    A command returns its own exit code, or None for 0.
+    Args:
+        command: The command, whose function returns an exit code or None for 0.
+        arguments: Command line without the program's name; by default the process's own.
+
+    Returns:
+        The exit code.
     """
     with _noticing_interrupts() as interrupted:
         try:
@@ -146,7 +152,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _noticing_interrupts() -> Iterator[list[int]]:
-    """The signals of Ctrl-C that have come; compiled libraries may turn the exception into another."""
+    """Collect the signals of Ctrl-C: compiled libraries may turn KeyboardInterrupt into another exception."""
     signals: list[int] = []
 
     def notice(number: int, frame: FrameType | None) -> None:
@@ -164,7 +170,7 @@ def _noticing_interrupts() -> Iterator[list[int]]:
 
 
 def _explain(error: BaseException) -> int:
-    """Exit code of an error that a user can act on, after its message; others are raised again."""
+    """Show an error that a user can act on and return its exit code; raise any other error again."""
     if isinstance(error, click.ClickException):
         error.show()
     elif isinstance(error, LoraOverError):
@@ -178,17 +184,17 @@ def _explain(error: BaseException) -> int:
 
 
 def printable(text: str) -> str:
-    """Text from files, without the power to move the cursor or colour the terminal."""
+    """Escape characters by which a text could move the cursor or colour the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _printable_lines(text: str) -> str:
-    """An engine's log, line by line."""
+    """Escape a text of several lines, such as an engine's log, but keep its line breaks."""
     return "\n".join(map(printable, text.splitlines()))
 
 
 def entry_point(command: click.Command) -> Callable[[], Any]:
-    """The function that a console script calls."""
+    """Return the function that a console script calls."""
 
     def main() -> None:
         sys.exit(run(command))
@@ -197,14 +203,14 @@ def entry_point(command: click.Command) -> Callable[[], Any]:
 
 
 def quiet_libraries() -> None:
-    """Keep the chatter of libraries off a command's output; their errors still show."""
+    """Hide the warnings and progress bars of libraries in a command's output; their errors still show."""
     import logging
     import warnings
 
     if not sys.stderr.isatty():  # both are read when the library is imported
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # says on import that it found no GPU kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # warns on import that it found no GPU kernels
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -8,13 +8,13 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def short_dtype(name: str) -> str:
-    """Short name of a data type, given that name or PyTorch's.
+    """Return the short name of a data type, given that name or PyTorch's.
 
     Args:
-        name: for instance "bf16" or "bfloat16".
+        name: Name of the data type, e.g. "bf16" or "bfloat16".
 
     Raises:
-        ConfigError: no such data type.
+        ConfigError: The name is unknown.
     """
     short = {long: short for short, long in DTYPES.items()}.get(name, name)
     if short not in DTYPES:

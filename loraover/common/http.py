@@ -1,4 +1,4 @@
-"""Requests over HTTP, by httpx: what the clients of this project agree on."""
+"""HTTP settings that all clients of this project share."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ EXPLANATION_BYTES = 1000
 
 
 def http_client(headers: Mapping[str, str], *, timeout_s: float, is_near: bool) -> httpx2.Client:
-    """A client for any number of threads, which follows no redirect: a key is for one server.
+    """Make a client that any number of threads can share.
 
-    Every request has a connection of its own, so that none depends on what a server does with idle ones, and asks for
-    an answer without compression, which would come in other pieces.
+    It follows no redirects, since a key is meant for one server. Every request opens a new connection, so that none
+    depends on what a server does with idle ones. Answers are requested without compression, which would change the
+    pieces in which they arrive.
 
     Args:
-        headers: headers of every request.
-        timeout_s: longest silence, in seconds: the limit of every read, not of the whole answer.
-        is_near: whether the server is on this machine, which a proxy for the outside world cannot reach.
+        headers: Headers of every request.
+        timeout_s: Longest silence in seconds: the limit of every read, not of a complete answer.
+        is_near: Whether the server is on this machine, so that a proxy for other machines must not be used.
 
     Raises:
-        ImportError, ValueError, httpx2.InvalidURL: the environment names a proxy that cannot be used.
+        ImportError, ValueError, httpx2.InvalidURL: The environment names a proxy that cannot be used.
     """
     return httpx2.Client(
         headers={"Accept-Encoding": "identity", **headers},
@@ -32,7 +33,7 @@ def http_client(headers: Mapping[str, str], *, timeout_s: float, is_near: bool) 
 
 
 def explanation(refusal: httpx2.Response) -> str:
-    """The beginning of what came with a refusal whose body has not been read."""
+    """Return the beginning of the text of a refusal whose body has not been read."""
     found = b""
     try:
         for piece in refusal.iter_bytes():

@@ -1,4 +1,4 @@
-"""Corrections for several comparisons."""
+"""Corrections of p values for several comparisons."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values: the k-th smallest of n times n - k + 1, made monotone, at most 1.
+    """Adjust p values: the k-th smallest of n is multiplied by n - k + 1; then they are made monotone and at most 1.
 
-    Source: Holm 1979, Scandinavian Journal of Statistics 6.
+    Source:
+        Holm 1979, Scandinavian Journal of Statistics 6.
     """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0

@@ -1,4 +1,4 @@
-"""Where a measurement comes from: versions, hardware and the memory that it took."""
+"""Circumstances of a measurement: versions, hardware and memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loraover.common.version import __version__
 
 
 def environment(*others: str) -> dict[str, str]:
-    """Versions that a measurement depends on, of other packages too."""
+    """Return the versions of Python and of the packages that every measurement depends on, and of some others."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors", *others)}
     return {"loraover": __version__, "python": platform.python_version(), **packages}
 
 
 def hardware() -> str:
-    """The processor, and the accelerator where there is one, in one line."""
+    """Describe the processor, and the accelerator if there is one, in one line."""
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -26,13 +26,13 @@ def hardware() -> str:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held so far: PyTorch's on the CUDA device, or without one its own."""
+    """Return the largest memory so far, in bytes: PyTorch's on the CUDA device, or this process's if there is none."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts the parent's memory of before exec, too
+    if status.is_file():  # getrusage also counts the parent's memory before exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024

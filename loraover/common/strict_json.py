@@ -1,4 +1,4 @@
-"""JSON files, read strictly: no endless file, no key twice, no NaN, and every fault named."""
+"""JSON files, read strictly: large files, repeated keys and NaN are refused, and every fault is named."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_json(path: Path, model: type[Model]) -> Model:
-    """Read and validate a JSON file.
+    """Read a JSON file and validate its contents.
 
     Raises:
-        CheckpointError: missing, too large, not JSON, or with fields that do not fit; all are named.
+        CheckpointError: The file is missing, too large or not JSON, or has invalid fields, which are all named.
     """
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            raise CheckpointError(f"{path}: a device or a pipe, expected a file.")
+            raise CheckpointError(f"{path}: expected a file, found a device or a pipe.")
         if status.st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {status.st_size} bytes of JSON, at most {MAX_JSON_BYTES} are read.")
+            raise CheckpointError(f"{path}: {status.st_size} bytes of JSON, expected at most {MAX_JSON_BYTES}.")
         content = path.read_bytes()
         json.loads(content, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         return model.model_validate_json(content, strict=True)
@@ -47,7 +47,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return found
 
 
@@ -59,7 +59,7 @@ def _finite(text: str) -> float:
 
 
 def describe(error: ValidationError, limit: int = 8) -> str:
-    """Every fault of a validation, one after another, each with its place."""
+    """List the faults of a validation in one line, each with its place."""
     faults = [
         f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}"
         + ("" if isinstance(fault["input"], dict | list) else f" (found {fault['input']!r:.80})")

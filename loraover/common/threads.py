@@ -1,4 +1,4 @@
-"""How many threads torch computes with."""
+"""Number of threads that PyTorch uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For hundreds of small tensors: threads would spend more time waiting for one another than they save."""
+    """Run a block on one thread, which is faster for many small tensors: more threads mostly wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

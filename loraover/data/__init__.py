@@ -1,1 +1,1 @@
-"""Training rows, from files and hubs, in the formats that people have."""
+"""Training rows from files and the hub, in common formats."""

@@ -1,4 +1,4 @@
-"""Rows of data sets as prompt and completion."""
+"""Formats of data sets, and their conversion into prompt and completion."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assista
 
 
 class Format(NamedTuple):
-    """How a row is read.
+    """Format of rows.
 
     Args:
-        read: examples of a row; the string says which row it is.
-        fields: that tell the format from others; None: only where it is asked for by name.
-        template: around a prompt of text that is not written as a chat.
+        read: Function that yields the examples of a row; its second argument is the row's place, for messages.
+        fields: Fields by which the format is recognised; None means that it is used only by name.
+        template: Template around a prompt of text that is not written as chat messages.
     """
 
     read: Callable[[Mapping[str, Any], str], Iterator[Row]]
@@ -35,15 +35,16 @@ class Format(NamedTuple):
 
 
 def read_row(row: Any, format: str, chat: bool, where: str) -> Iterator[Row]:
-    """The examples of a row, each with `prompt` and `completion`.
+    """Yield the examples of a row, each with `prompt` and `completion`.
 
     Args:
-        format: a key of `FORMATS`, or "auto" to recognise it by the fields.
-        chat: write text as chat messages.
-        where: the row's place, for messages.
+        row: The row, as its source holds it.
+        format: Key of `FORMATS`, or "auto" to recognise the format by the fields.
+        chat: Whether to write text as chat messages.
+        where: Place of the row, for messages.
 
     Raises:
-        DataError: the row does not fit.
+        DataError: The row does not fit the format.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}.")
@@ -59,12 +60,12 @@ def read_row(row: Any, format: str, chat: bool, where: str) -> Iterator[Row]:
 
 
 def _texts(part: Any) -> list[str]:
-    """Of a prompt or completion."""
+    """Return the texts of a prompt or completion."""
     return [part] if isinstance(part, str) else [str(message["content"] or "") for message in part]
 
 
 def as_chat(example: Row) -> Row:
-    """Prompt and completion of text as one user and one assistant message."""
+    """Write a prompt and completion of text as one user message and one assistant message."""
     return {
         "prompt": [{"role": "user", "content": example["prompt"].strip()}],
         "completion": [{"role": "assistant", "content": example["completion"].strip()}],
@@ -88,7 +89,7 @@ def _prompt_completion(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 
 def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    """One example per assistant turn, with all that came before as its prompt."""
+    """Yield one example per assistant turn, with all messages before it as its prompt."""
     messages = _field(row, "messages", where)
     if isinstance(messages, str):
         raise DataError(f"{where}: messages is text, expected a list of objects with role and content.")
@@ -100,12 +101,12 @@ def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 
 def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    """One question and its answer are text; a longer conversation is chat messages."""
+    """Yield text for one question and its answer, and chat messages for a longer conversation."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in turns):
         raise DataError(f"{where}: field 'conversations' is not a list of objects with from and value.")
     if unknown := [turn["from"] for turn in turns if turn["from"] not in SPEAKERS]:
-        raise DataError(f"{where}: {reprlib.repr(unknown[0])} speaks, expected one of {', '.join(SPEAKERS)}.")
+        raise DataError(f"{where}: unknown speaker {reprlib.repr(unknown[0])}, expected one of {', '.join(SPEAKERS)}.")
     messages = [{"role": SPEAKERS[turn["from"]], "content": _field(turn, "value", where)} for turn in turns]
     if [message["role"] for message in messages] == ["user", "assistant"]:
         yield {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
@@ -126,13 +127,13 @@ def _gsm8k(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 
 def _metamath(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    """Questions as in `gsm8k`; an answer ends in "#### 42", not in "The answer is: 42" once more."""
+    """Yield a question as in `gsm8k`, and its answer without the repetition "The answer is: 42" at its end."""
     answer = _text(row, "response", where).partition("\nThe answer is:")[0]
     yield {"prompt": f"Question: {_text(row, 'query', where)}\nAnswer:", "completion": f" {answer}"}
 
 
 def _codefeedback(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    """The answer up to the end of its first block of code."""
+    """Yield the answer up to the end of its first block of code."""
     before, fence, rest = _text(row, "answer", where).partition("```")
     if not fence:
         raise DataError(f"{where}: field 'answer' holds no block of code; leave such rows out with data.keep.")
@@ -178,11 +179,11 @@ def _is_message(value: Any) -> bool:
 
 
 def check_encodes(text: str, name: str, where: str) -> None:
-    """Raise DataError for half a character, as an escape in JSON can hold: no library encodes it."""
+    """Raise DataError if a text holds half a character (a lone surrogate, from an escape in JSON)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
         raise DataError(
-            f"{where}: field {name!r} holds {half!a}, half a character; mend or leave out the row."
+            f"{where}: field {name!r} holds {half!a}, half a character; correct or leave out the row."
         ) from error

@@ -1,6 +1,6 @@
-"""GLUE as text to text: a prompt that ends in "result: " and a label in words.
+"""GLUE tasks as text to text: a prompt that ends in "result: ", and a label in words.
 
-The prompts are those of LoRA-GA (Wang et al. 2024, arXiv:2407.05000), by the code that its authors published.
+The prompts are those of LoRA-GA (Wang et al. 2024, arXiv:2407.05000), as in the code that its authors published.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from loraover.common.errors import DataError
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task.
+    """One task of GLUE.
 
     Args:
-        instruction: begins the prompt.
-        columns: of nyu-mll/glue that follow, a line each.
-        labels: words for the label 0, 1, ...
+        instruction: Beginning of the prompt.
+        columns: Columns of nyu-mll/glue that follow the instruction, one a line.
+        labels: Words for the labels 0, 1, ...
     """
 
     instruction: str
@@ -47,7 +47,7 @@ GLUE_TASKS = {
 
 
 def glue_reader(task: GlueTask) -> Callable[[Mapping[str, Any], str], Iterator[dict[str, Any]]]:
-    """Reader of the task's rows, as nyu-mll/glue has them."""
+    """Return a function that reads the task's rows, as nyu-mll/glue has them."""
 
     def read(row: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
         texts = [row.get(column) for column in task.columns]
@@ -57,7 +57,7 @@ def glue_reader(task: GlueTask) -> Callable[[Mapping[str, Any], str], Iterator[d
         label = row.get("label")
         if type(label) is not int or not 0 <= label < len(task.labels):
             words = ", ".join(f"{i} ({word})" for i, word in enumerate(task.labels))
-            hint = "; a test split of the hub has no labels" if label == -1 else ""
+            hint = "; the hub's test splits have no labels" if label == -1 else ""
             raise DataError(f"{where}: field 'label' is {label!r}, expected {words}{hint}.")
         yield {"prompt": task.instruction + "\n".join(map(str, texts)) + "\nresult: ", "completion": task.labels[label]}
 

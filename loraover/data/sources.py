@@ -1,4 +1,4 @@
-"""Training and evaluation rows: the hub, local files, or the built-in word problems."""
+"""Sources of training and evaluation rows: the hub and local files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ MAX_LINE_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples with `prompt` and `completion`, each a string or a list of chat messages.
+    """Examples of a data set.
 
     Args:
-        revision: commit of a hub data set; None for local data.
+        rows: Examples with `prompt` and `completion`, each a string or a list of chat messages.
+        origin: Description of the source in one line.
+        revision: Commit of a data set on the hub; None for local data.
     """
 
     rows: list[Row]
@@ -47,19 +49,21 @@ def load_rows(
     chat: bool,
     keep: Mapping[str, re.Pattern[str]] = MappingProxyType({}),
 ) -> Rows:
-    """Read examples and bring them into prompt and completion.
+    """Read examples and convert them into prompt and completion.
 
     Args:
-        source: a `.jsonl`, `.jsonl.gz` or `.json` file, a folder with `<split>.jsonl`, or a hub name.
-        split: of a folder or a hub data set, or a slice of one such as "train[:95%]"; a file is read whole.
-        subset: the hub's configuration name.
-        limit: number of examples to read; None reads all.
-        format: a key of `loraover.data.formats.FORMATS`, or "auto" to recognise it by the fields.
-        chat: write strings as chat messages, for a tokenizer with a chat template.
-        keep: read only rows in whose columns these expressions are found.
+        source: File (`.jsonl`, `.jsonl.gz` or `.json`), folder with `<split>.jsonl`, or hub name.
+        split: Split of a folder or of a data set on the hub, or a slice of one such as "train[:95%]". It is not used
+            for a file.
+        subset: Name of the data set's configuration on the hub.
+        revision: Branch, tag or commit on the hub.
+        limit: Number of examples to read; None reads all.
+        format: Key of `loraover.data.formats.FORMATS`, or "auto" to recognise the format by the fields.
+        chat: Whether to write text as chat messages, for a tokenizer with a chat template.
+        keep: Regular expressions by column; only rows in which all of them are found are read.
 
     Raises:
-        DataError: nothing there, not JSON, or a row that lacks a field; the row is numbered.
+        DataError: The source holds no examples or is not JSON, or a row lacks a field; the message has its number.
     """
     rows: list[Row] = []
     raw = read_raw(source, split=split, subset=subset, revision=revision)
@@ -80,7 +84,13 @@ def load_rows(
 
 @dataclass(frozen=True)
 class RawRows:
-    """Rows as they stand in their source, each with its number from 1, read on the way; see `Rows`."""
+    """Rows in the form that their source has.
+
+    Args:
+        rows: Rows with their numbers, from 1; each is read when it is needed.
+        origin: Description of the source in one line.
+        revision: Commit of a data set on the hub; None for local data.
+    """
 
     rows: Iterator[tuple[int, Any]]
     origin: str
@@ -88,10 +98,10 @@ class RawRows:
 
 
 def read_raw(source: str, *, split: str, subset: str | None = None, revision: str | None = None) -> RawRows:
-    """Open a data source; arguments as in `load_rows`.
+    """Open a data source; the arguments are those of `load_rows`.
 
     Raises:
-        DataError: nothing there; or, while rows are read, not JSON.
+        DataError: The source does not exist, or, while rows are read, is not JSON.
     """
     path = Path(source)
     if path.is_file():
@@ -129,14 +139,14 @@ def _read_folder(folder: Path, split: str) -> RawRows:
 
 
 def _sliced(file: Path, name: str, split: str) -> Iterator[tuple[int, Any]]:
-    """The rows that the hub's library would take of that split."""
+    """Yield the rows that the `datasets` library would take of a slice of a split."""
     from datasets import ReadInstruction
 
     count = sum(1 for _ in _read_file(file))
     try:
         (part,) = ReadInstruction.from_spec(split).to_absolute({name: count})
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{file}: {split!r} is no slice of its {count} rows; expected e.g. train[:95%].") from error
+        raise DataError(f"{file}: {split!r} is not a slice of its {count} rows; expected e.g. train[:95%].") from error
     yield from islice(_read_file(file), part.from_, part.to)
 
 
@@ -171,17 +181,17 @@ def _parse(line: bytes, path: Path, number: int) -> Any:
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a source is looked for on the hub: nothing local has that name, and a data set there could have it."""
+    """Whether a source is looked for on the hub: it has the form of a hub name, and no local file has this name."""
     path = Path(source)
     looks_local = source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".gz")
     return source.count("/") <= 1 and not looks_local and not path.exists()
 
 
 def count_hub_rows(name: str, split: str, subset: str | None, revision: str | None) -> int:
-    """Rows of a split, from what the hub says of the data set; none is read.
+    """Return the number of rows of a split, as the hub states it, without reading them.
 
     Raises:
-        DataError: the hub cannot be reached or does not say.
+        DataError: The hub cannot be reached, or does not state the number.
     """
     from datasets import load_dataset_builder
 
@@ -190,7 +200,8 @@ def count_hub_rows(name: str, split: str, subset: str | None, revision: str | No
         splits = load_dataset_builder(name, subset, revision=commit).info.splits
     if splits is None or split not in splits:
         raise DataError(
-            f"{name}: the hub does not say how many rows {split!r} has; set data.train_examples or training.max_steps."
+            f"{name}: the hub does not state how many rows {split!r} has; set data.train_examples or "
+            "training.max_steps."
         )
     return int(splits[split].num_examples)
 

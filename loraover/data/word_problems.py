@@ -1,4 +1,4 @@
-"""A seeded generator of arithmetic word problems whose answers can be checked."""
+"""Generated arithmetic word problems, whose answers can be checked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ STORIES = (
 
 
 def word_problems(seed: int) -> Iterator[dict[str, str]]:
-    """Endless rows with `prompt` and `completion`; the completion ends in `#### answer`, as GSM8K's do.
+    """Yield rows with `prompt` and `completion` without end; a completion ends in `#### answer`, as in GSM8K.
 
-    The same seed gives the same problems on every machine.
+    Args:
+        seed: Seed of the problems, which are the same on every machine.
     """
     draw = random.Random(seed)
     while True:
@@ -32,9 +33,17 @@ HELD_OUT_SEED = 0
 
 
 def split_word_problems(train: int, held_out: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training rows that the seed draws, and held-out rows, which are the same for every seed.
+    """Generate training rows, and held-out rows, which are the same for every seed.
 
-    No held-out problem occurs in training, and none occurs twice in either.
+    No problem occurs twice, and no held-out problem occurs in training.
+
+    Args:
+        train: Number of training rows.
+        held_out: Number of held-out rows.
+        seed: Seed of the training rows.
+
+    Returns:
+        The training rows and the held-out rows.
     """
     tests = _distinct(held_out, HELD_OUT_SEED, set())
     return _distinct(train, seed, {row["prompt"] for row in tests}), tests

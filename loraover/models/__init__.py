@@ -1,1 +1,1 @@
-"""Base models and tokenizers: by hub name, folder or packaged copy."""
+"""Base models and tokenizers, by hub name or folder."""

@@ -1,4 +1,4 @@
-"""What this project asks of the Hugging Face hub: the commit behind a name."""
+"""Look-up of commits on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from loraover.common.errors import ConfigError
 
 
 class HubUnreachableError(ConfigError):
-    """The hub does not answer and its cache holds nothing of that name."""
+    """The hub cannot be reached, and its cache holds nothing under the name."""
 
 
 def pinned_commit(name: str, revision: str | None, kind: Literal["model", "dataset"]) -> str:
-    """The commit that a repository's revision stands for now, or in the cache when the hub is out of reach.
+    """Return the present commit of a repository's revision, or the cached one if the hub cannot be reached.
+
+    Args:
+        name: Hub name of the repository.
+        revision: Branch, tag or commit; None means "main".
+        kind: Kind of repository.
 
     Raises:
-        ConfigError: no such repository or revision, or no access to it.
-        HubUnreachableError: neither the hub nor its cache answers.
+        ConfigError: The repository or revision does not exist, or access is refused.
+        HubUnreachableError: The hub cannot be reached, and its cache holds no copy.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError

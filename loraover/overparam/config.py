@@ -1,4 +1,4 @@
-"""What a user chooses about over-parameterization; the same names in Python and in recipes."""
+"""Configuration of over-parameterization, with the same names in Python and in recipes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,29 @@ SCORE_NAMES = ("fisher", "taylor", "sensitivity", "loss_impact", "random", "inve
 
 
 class Budget(BaseModel):
-    """How much a schedule may over-parameterise; one of three."""
+    """Largest number of sites or parameters that a static or dynamic schedule may over-parameterise.
+
+    Give exactly one of the three fields. A *candidate* is an A or B matrix that one of the patterns in
+    `LoraOverConfig.sites` matches.
+
+    Raises:
+        pydantic.ValidationError: No field or several fields are given, or a value is out of range.
+
+    Example:
+        ```python
+        LoraOverConfig(schedule="dynamic", budget=Budget(fraction=0.25))
+        ```
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sites: int | None = Field(None, ge=1, description="A and B matrices")
-    fraction: float | None = Field(None, gt=0, le=1, description="of all candidate sites")
-    parameters: int | None = Field(None, ge=1, description="numbers that cores add")
+    sites: int | None = Field(None, ge=1, description="Largest number of A and B matrices that get cores.")
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="Largest share of the candidate matrices that get cores, between 0 and 1."
+    )
+    parameters: int | None = Field(
+        None, ge=1, description="Largest number of parameters that the cores have beyond those of their matrices."
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
@@ -30,50 +46,102 @@ class Budget(BaseModel):
 
 
 class LoraOverConfig(BaseModel):
-    """Which matrices are over-parameterised, and how."""
+    """Which LoRA matrices are trained through cores, when, and how.
+
+    A *site* is one A or B matrix of one module. During training, a site may be the contraction of several smaller
+    tensors, its *cores*: one *centre core*, which holds the matrix, and *auxiliary cores* around it.
+
+    Raises:
+        pydantic.ValidationError: A value is out of range, a decomposition or one of its options is unknown, or the
+            schedule and the budget do not fit together.
+
+    Example:
+        ```python
+        LoraOverConfig()  # every A and B matrix, from the start
+        LoraOverConfig(decomposition="mpo", options={"num_cores": 3}, sites=["*.q_proj.*", "*.v_proj.*"])
+        LoraOverConfig(schedule="dynamic", score="fisher", budget=Budget(fraction=0.25))
+        ```
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    decomposition: str = Field("mpo", description="mpo, svd or chain")
+    decomposition: str = Field(
+        "mpo",
+        description="Form of the cores. mpo: matrix product operator, as in the paper; svd: singular value "
+        "decomposition; chain: product of plain matrices.",
+    )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="fields of the decomposition, e.g. {num_cores: 3, expansion: 1.5}"
+        default_factory=dict,
+        description="Options of the decomposition by name, e.g. {num_cores: 3, expansion: 1.5}. mpo: num_cores, modes, "
+        "bonds, expansion, gauge; chain: depth, expansion; svd: none.",
     )
     sites: list[str] = Field(
         default=["*"],
         min_length=1,
-        description="shell-style patterns over site names, e.g. '*.q_proj.lora_A'; one that matches is a candidate",
+        description="Shell-style patterns of matrix names, e.g. '*.q_proj.lora_A'. A matrix that matches at least one "
+        "is a candidate for cores.",
     )
     schedule: Literal["all", "static", "dynamic"] = Field(
         "all",
-        description="all: every candidate from the start; static: the best by a score before the first step; dynamic: "
-        "the best in rounds during the run",
+        description="When matrices get cores. all: every candidate, from the start; static: the candidates with the "
+        "best scores, before the first step; dynamic: the candidates with the best scores, in rounds during the run.",
     )
-    score: str = Field("fisher", description=f"{', '.join(SCORE_NAMES)}")
-    budget: Budget | None = Field(None, description="of static and dynamic, e.g. {fraction: 0.25}")
+    score: str = Field(
+        "fisher",
+        description="Score by which a static or dynamic schedule ranks candidates. fisher: squared gradient; taylor: "
+        "first-order change of the loss; sensitivity: AdaLoRA's smoothed taylor; loss_impact: measured change of the "
+        "loss without a module's update; random and inverse (worst first): controls.",
+    )
+    budget: Budget | None = Field(
+        None,
+        description="How much a static or dynamic schedule may over-parameterise, e.g. {fraction: 0.25}; the schedule "
+        "'all' takes none.",
+    )
     quota: Literal["global", "module", "matrix", "layer"] = Field(
         "matrix",
-        description="share the budget among module types (q_proj, ...), A and B, or layers, in proportion to their "
-        "numbers; within each the best are chosen",
+        description="How the budget is shared before the best scores are chosen. global: not at all; module: among "
+        "module types (q_proj, ...); matrix: between A and B; layer: among layers; each in proportion to its matrices.",
     )
-    rounds: int = Field(3, ge=1, description="of dynamic")
-    start: float = Field(0.1, gt=0, lt=1, description="first round, as a fraction of the run")
-    end: float = Field(0.5, gt=0, lt=1, description="last round, likewise")
-    calibration_batches: int = Field(4, ge=1, description="that static and loss_impact run the model on")
+    rounds: int = Field(3, ge=1, description="Number of rounds in which a dynamic schedule chooses matrices.")
+    start: float = Field(
+        0.1, gt=0, lt=1, description="Time of a dynamic schedule's first round, as a fraction of the run's steps."
+    )
+    end: float = Field(
+        0.5, gt=0, lt=1, description="Time of a dynamic schedule's last round, as a fraction of the run's steps."
+    )
+    calibration_batches: int = Field(
+        4,
+        ge=1,
+        description="Number of training batches on which a static schedule, or the score loss_impact, runs the model.",
+    )
     calibration_steps: int = Field(
-        8, ge=1, description="warm-up steps on those batches where B is zero and static scores would be; undone again"
+        8,
+        ge=1,
+        description="Number of warm-up steps that a static schedule takes on these batches if B is zero, where every "
+        "score would be zero; they are undone afterwards.",
     )
     carry_moments: bool = Field(
         True,
-        description="carry an optimizer's moments of a matrix into its centre core, where it is injected in mid-run",
+        description="Whether a matrix that gets cores during the run hands the optimizer's moments to its centre core; "
+        "false drops them.",
     )
     aux_lr_scale: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="learning rate of auxiliary cores, as a multiple of their matrix's"
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Learning rate of the auxiliary cores, as a multiple of their matrix's learning rate.",
     )
     decay_auxiliary: bool = Field(
-        False, description="apply weight decay to auxiliary cores too; K decayed cores shrink a matrix K times as fast"
+        False,
+        description="Whether weight decay also acts on the auxiliary cores; a matrix of K cores then shrinks about K "
+        "times as fast.",
     )
     seed: int | None = Field(
-        None, ge=0, lt=2**63, description="seed of the auxiliary cores' random draws; absent: the run's own, or 0"
+        None,
+        ge=0,
+        lt=2**63,
+        description="Seed of the auxiliary cores' random values and of the score 'random'. Absent: the seed of the "
+        "Trainer or recipe, or 0 without one.",
     )
 
     @model_validator(mode="after")
@@ -90,5 +158,9 @@ class LoraOverConfig(BaseModel):
         return self
 
     def make_decomposition(self) -> Decomposition:
-        """The decomposition that `decomposition` and `options` describe."""
+        """Return the decomposition that `decomposition` and `options` describe.
+
+        Raises:
+            ConfigError: The name or an option is unknown, or an option is out of range.
+        """
         return make_decomposition(self.decomposition, self.options)

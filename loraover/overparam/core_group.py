@@ -1,4 +1,4 @@
-"""The cores of some matrices, and what they contract to."""
+"""Cores of several matrices of one shape, and their contraction."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from loraover.overparam.sites import Site
 
 
 class CoreGroup:
-    """The cores of sites of one shape, injected together.
+    """The cores of G sites of one shape that got their cores together.
 
-    One contiguous (G, p_k, q_k) tensor per core k; a core that c neighbouring sites share has (G / c, p_k, q_k). The
-    optimizer sees each trained stack as one nn.Parameter where its update is element by element and all sites have
-    the same history (`join`), and otherwise one nn.Parameter for each site and core, a view into the stack (`split`).
+    For each core k there is one contiguous tensor of shape (G, p_k, q_k); a core that c neighbouring sites share has
+    (G / c, p_k, q_k). The optimizer sees each trained stack as one nn.Parameter if it updates every number by itself
+    and all sites have the same history (`join`). Otherwise it sees one nn.Parameter for each site and core, which is a
+    view into the stack (`split`).
 
     Args:
-        sites: their matrices have one shape, type and device.
-        decomposition: what the cores contract by.
-        stacks: the cores, of type float32 or float64.
-        step: optimizer steps taken at injection.
+        sites: Sites of one shape, device and dtype.
+        decomposition: Decomposition that contracts the cores.
+        stacks: The cores, float32 or float64.
+        step: Number of optimizer steps taken so far.
     """
 
     def __init__(
@@ -118,6 +119,10 @@ class CoreGroup:
         """Place in the stack of core k of the core that site i has."""
         return i * len(self.stacks[k]) // len(self.sites)
 
+    def first_site(self, k: int, i: int) -> int:
+        """Index of the first site that has the same core k as site i."""
+        return self.owner(k, i) * len(self.sites) // len(self.stacks[k])
+
     @property
     def is_joined(self) -> bool:
         """Whether the optimizer sees whole stacks."""
@@ -163,35 +168,35 @@ class CoreGroup:
             self.state.pop(each[self.owner(k, i)], None)
 
     def contract(self) -> Tensor:
-        """(G, m, n) in the cores' dtype."""
+        """Contract the cores into the matrices (G, m, n), in the cores' dtype."""
         return self.decomposition.contract(self.stacks, *self.shape)
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write the contraction into the model's matrices, in their own dtype."""
-        with full_precision(self.stacks[0].device):
+        """Write the contraction into the model's matrices, cast to their dtype."""
+        with _full_precision(self.stacks[0].device):
             matrices = self.contract()
         assign([site.parameter for site in self.sites], matrices)
         self._written = fingerprints(self._held())
 
     @torch.no_grad()
     def differs(self) -> Tensor:
-        """Whether each site's matrix is no longer what `write` wrote: (G,), bool, where the matrices are."""
+        """Tell which sites' matrices differ, in any bit, from what `write` wrote: (G,), bool, on their device."""
         return fingerprints(self._held()) != self._written
 
     @torch.no_grad()
     def _held(self) -> Tensor:
-        """A copy of what this process holds of the matrices."""
+        """Copy this process's parts of the matrices."""
         return torch.stack([local(site.parameter) for site in self.sites])
 
     def gather(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
-        """Take each site's dL/dM, and clear it.
+        """Take each site's gradient dL/dM, and clear it.
 
         Args:
-            gradients: dL/dM of every site that has one, by name, (m, n), whole.
+            gradients: Gradients dL/dM (m, n), not sharded, by site name; sites without one are absent.
 
         Returns:
-            (G, m, n) in the cores' dtype, zero where a site has none; None where no site has one.
+            The gradients (G, m, n) in the cores' dtype, zero where a site has none; None if no site has one.
         """
         for site in self.sites:
             site.clear_gradient()
@@ -207,7 +212,7 @@ class CoreGroup:
 
         A site without a gradient leaves its cores without one, so that the optimizer skips them.
         """
-        with torch.enable_grad(), full_precision(dense.device):
+        with torch.enable_grad(), _full_precision(dense.device):
             cores = [stack.detach() for stack in self.stacks]
             leaves = [cores[k].requires_grad_() for k in self.trained]
             matrices = self.decomposition.contract(cores, *self.shape)
@@ -221,6 +226,7 @@ class CoreGroup:
                 parameter.grad = gradient if i in owners else None
 
     def clear_gradients(self) -> None:
+        """Set the gradients of all cores to None."""
         for k in self.trained:
             for parameter in self.parameters(k):
                 parameter.grad = None
@@ -279,19 +285,19 @@ def _merged(states: Sequence[Mapping[str, Any]], stack: Tensor) -> dict[str, Any
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """The same draws for a site in every process and grouping."""
+    """Return a generator that depends on the seed and the site alone, not on the process or the group."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 BACKENDS: Any = torch.backends  # its attributes for precision have no types
 MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul) if Version(torch.__version__) >= Version("2.9") else ()
-"""Backends whose precision is an attribute; before torch 2.9 the older functions speak for all backends."""
+"""Backends whose precision is an attribute; before torch 2.9 one older function sets all backends."""
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 or bfloat16 products while cores are contracted.
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Turn off autocast, and TF32 and bfloat16 products, while cores are contracted.
 
     Torch has two ways of setting these: attributes named `fp32_precision`, and older functions, which raise once the
     attributes hold what they cannot express. Both are set, so that code which reads either finds full precision.
@@ -313,13 +319,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
             if older is not None:
                 torch.set_float32_matmul_precision(older)
             for matmul, precision in zip(MATMULS, precisions, strict=True):
-                matmul.fp32_precision = "none"  # takes the setting of all backends, which it may have had before
+                matmul.fp32_precision = "none"  # which means the setting of all backends, the former one perhaps
                 if matmul.fp32_precision != precision:
                     matmul.fp32_precision = precision
 
 
 def _older_precision() -> str | None:
-    """What the older functions say; None where they raise."""
+    """Return the precision that the older function reports; None where it raises."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

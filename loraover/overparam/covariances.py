@@ -173,7 +173,7 @@ def _bases(
             moment = of_first_process(moment).cpu().double()
             key = hashlib.sha256(moment.numpy().tobytes()).digest() + repr(blocks).encode()
             if key not in known:
-                known[key] = eigenvectors(moment, blocks)
+                known[key] = of_first_process(eigenvectors(moment, blocks), site.parameter.device)
             found[site.name][side] = known[key]
     return found
 

@@ -50,6 +50,11 @@ class BasisFollower:
         self.steps = 0
         self.due: int | None = self.eigen.refresh if self.blocks else None
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers the moments are."""
+        return sum(moment.numel() for moment in self.moments.values())
+
     @torch.no_grad()
     def observe(self, gradients: Tensor, counts: Tensor) -> None:
         """Take note of one optimizer step's gradients, before it is taken; refreshes the bases where that is due.

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of a matrix, carried into the matrix's centre core."""
+"""Conversion of an optimizer's state of a matrix into a state of the matrix's centre core."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 def carried_moments(
     state: Mapping[str, Any], decomposition: Decomposition, cores: Sequence[Tensor], shape: tuple[int, int]
 ) -> dict[str, Any]:
-    """The optimizer's state of a centre core, had the core been trained with these auxiliary cores from the start.
+    """Return the state that the centre core would have, had it been trained with these auxiliary cores from the start.
 
-    The core's gradient is linear in the matrix's, so a mean of gradients is carried exactly. A mean of squared
-    gradients is carried as if the matrix's elements had independent gradients.
+    The core's gradient is linear in the matrix's, so a mean of gradients is converted exactly. A mean of squared
+    gradients is converted as if the gradients of the matrix's elements were independent.
 
     Args:
-        state: of the matrix, by the optimizer's own keys.
-        cores: core k (1, p_k, q_k).
-        shape: of the matrix.
+        state: The optimizer's state of the matrix, by the optimizer's own keys.
+        decomposition: Decomposition that the cores belong to.
+        cores: Cores of the matrix; core k has shape (1, p_k, q_k).
+        shape: Shape (m, n) of the matrix.
 
     Returns:
-        Empty where the state has a tensor of another kind (8-bit blocks, factors of rows and columns).
+        The centre core's state by the same keys. It is empty if the matrix's state has a tensor that cannot be
+        converted (8-bit blocks, factors of rows and columns).
     """
     carried: dict[str, Any] = {}
     for key, value in state.items():

@@ -1,9 +1,9 @@
-"""Over-parameterization beside the optimizer.
+"""Over-parameterization by hooks on `optimizer.step`.
 
-The model keeps plain LoRA matrices M. Before the optimizer steps, dL/dM is pulled back to the cores,
-which are what the optimizer steps; afterwards their contraction is written into M. The cores are in the
-optimizer only while it steps: schedulers, gradient clipping, GradScaler, `zero_grad` and `state_dict`
-see an ordinary LoRA.
+The model and its `state_dict` only ever hold ordinary LoRA matrices M. The hook before a step turns dL/dM into the
+gradients of the cores and shows the cores to the optimizer, which steps them in M's place. The hook after the step
+contracts the cores, writes the result into M and removes the cores from the optimizer. Schedulers, gradient clipping,
+GradScaler and `zero_grad` therefore see an ordinary LoRA.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
-from torch.optim import Adagrad, Optimizer
+from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.block_bases import Bases
@@ -26,57 +25,51 @@ from loraover.overparam.eigenbases import BasisFollower
 from loraover.overparam.fingerprint import LateAnswer
 from loraover.overparam.importance import Probe, joint_norm
 from loraover.overparam.moments import carried_moments
+from loraover.overparam.optimizers import ELEMENTWISE, ordinary_optimizer, unwrapped
 from loraover.overparam.schedule import Schedule, calibrating
 from loraover.overparam.sharding import gathered, in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
 
-REFUSED_OPTIMIZERS = {
-    "LBFGS": "it keeps its own list of parameters, so it would never step the cores",
-    "LayerWiseDummyOptimizer": "it steps inside the backward pass, before gradients can be pulled back",
-    "Lomo": "it steps inside the backward pass, before gradients can be pulled back",
-    "AdaLomo": "it steps inside the backward pass, before gradients can be pulled back",
-    "AdamWScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
-    "SGDScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
-    "RAdamScheduleFree": "its train and eval modes swap parameters outside of a step, where the cores are not",
-}
-
-ELEMENTWISE = (
-    torch.optim.Adadelta,
-    Adagrad,
-    torch.optim.Adam,
-    torch.optim.Adamax,
-    torch.optim.AdamW,
-    torch.optim.ASGD,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
-"""Optimizers that step each number by its own history alone, so that a stack of cores can be one parameter."""
-
 
 class OverParameterization:
-    """Trains chosen LoRA matrices of a PEFT model through the cores of a decomposition.
+    """Training of a PEFT model's LoRA matrices through cores, in any training loop.
 
-        over = OverParameterization(model, LoraOverConfig())
-        over.attach(optimizer)
-        ...                       # an ordinary training loop
-        over.fold()               # the model holds a plain LoRA, as it did at every step
+    A *site* is one A or B matrix of one module. During training, a chosen site is the contraction of several smaller
+    tensors, its *cores*, which together have more parameters than the matrix. Your model only ever holds the matrix:
+    the cores are kept here, and hooks on `optimizer.step` train them.
 
     Args:
-        model: holds PEFT LoRA layers, on the device where it will train. Wrappers (DDP, torch.compile)
-            may be around it.
-        config: which matrices, when, and how.
-        steps: optimizer steps of the whole run, for a dynamic schedule.
-        probe: batches for a schedule that runs the model; their model is this one.
-        inject: False leaves every matrix plain until `inject` is called, or a checkpoint restored.
+        model: PEFT model with LoRA layers, on the device where it will train. It may be wrapped (DDP, torch.compile).
+        config: Which sites get cores, when, and of which decomposition; the defaults of `LoraOverConfig` if absent.
+        steps: Number of optimizer steps of the run. A dynamic schedule needs it.
+        probe: Batches on which a schedule runs the model. A static schedule, and the score loss_impact, need them.
+        inject: Whether to give the chosen sites cores now. False leaves every matrix plain until `inject` is called
+            or a checkpoint is restored.
+
+    Attributes:
+        config: The configuration that was given.
+        sites: Every trainable A and B matrix of the model, by name, with or without cores.
+        groups: The cores, in groups of sites of one shape.
+        schedule: The choice of sites, with the decisions made so far in `schedule.rounds`.
+        step: Number of optimizer steps taken.
+        steps: Number of optimizer steps of the run, or None.
+        optimizer: The optimizer that is attached, or None.
 
     Raises:
-        ConfigError: no LoRA, a LoRA variant that is not B A, a pattern that matches no site, or a schedule that
-            does not fit the model or the run.
-    Mutates: the chosen matrices are rewritten as the contraction of their cores, which equals them up
-        to rounding.
+        ConfigError: The model has no LoRA, or a LoRA variant that is not the product B A; a pattern matches no site;
+            or the schedule does not fit the model or the run.
+
+    Mutates:
+        The chosen matrices are rewritten as the contraction of their cores, which equals them up to rounding.
+
+    Example:
+        ```python
+        over = OverParameterization(model, LoraOverConfig())
+        over.attach(optimizer)
+        ...  # an ordinary training loop
+        over.finish()
+        model.save_pretrained("adapter")  # an ordinary LoRA adapter
+        ```
     """
 
     def __init__(
@@ -110,20 +103,24 @@ class OverParameterization:
 
     @property
     def injected(self) -> dict[str, tuple[CoreGroup, int]]:
-        """Each over-parameterised site's group and its index in the group."""
+        """The group of each site that has cores, and the site's index in that group, by the site's name."""
         return {site.name: (group, i) for group in self.groups for i, site in enumerate(group.sites)}
 
     def inject(self, names: Iterable[str], *, step: int = 0) -> None:
-        """Over-parameterise these sites from now on; the function of the model stays, up to rounding.
+        """Give these sites cores from now on, without changing what the model computes, up to rounding.
+
+        Schedules do this by themselves; call it only to choose sites by hand.
 
         Args:
-            names: of sites that are plain so far.
-            step: optimizer steps taken, for the record.
+            names: Names of sites that have no cores yet.
+            step: Number of optimizer steps taken, which checkpoints record.
 
         Raises:
-            ConfigError: an unknown site or one that already has cores.
-        Mutates: the optimizer's moments of the sites' matrices are carried into their centre cores, or dropped
-            (`carry_moments`); the auxiliary cores start afresh.
+            ConfigError: A site is unknown or has cores already.
+
+        Mutates:
+            The optimizer's moments of a matrix are carried into its centre core, or dropped if `carry_moments` is
+            false. The auxiliary cores start without moments.
         """
         chosen = list(names)
         unknown = [name for name in chosen if name not in self.sites]
@@ -172,18 +169,21 @@ class OverParameterization:
             return measured_bases(probe, [self.sites[name] for name in names], self.sites, self.decomposition)
 
     def attach(self, optimizer: Any) -> OverParameterization:
-        """Install the hooks that make `optimizer.step` train the cores; returns self.
+        """Install the hooks by which `optimizer.step` trains the cores.
 
         Args:
-            optimizer: a torch optimizer that holds the chosen matrices, or Accelerate's wrapper of one.
+            optimizer: PyTorch optimizer that holds the chosen matrices, or Accelerate's wrapper of one.
+
+        Returns:
+            This object.
 
         Raises:
-            ConfigError: an optimizer whose step is not an ordinary torch step, or one that lacks a
-                chosen matrix.
+            ConfigError: The optimizer's step is not an ordinary PyTorch step, the optimizer lacks a chosen matrix, or
+                an optimizer is attached already.
         """
         if self.optimizer is not None:
             raise ConfigError("attach: an optimizer is attached already; make a new OverParameterization.")
-        optimizer = _ordinary(optimizer)
+        optimizer = ordinary_optimizer(optimizer)
         kind = type(optimizer).__name__
         if self.optimizer_class not in (None, kind):
             raise ConfigError(f"attach: the run was trained with {self.optimizer_class}, this optimizer is {kind}.")
@@ -198,7 +198,11 @@ class OverParameterization:
         return self
 
     def check_unchanged(self) -> None:
-        """Raise ConfigError if something else than training has written an over-parameterised A or B."""
+        """Check that only the optimizer step has changed the matrices that have cores.
+
+        Raises:
+            ConfigError: A matrix differs from what the last step wrote into it.
+        """
         self._refuse(self._late.settle())
         self._refuse([group.differs().tolist() for group in self.groups])
 
@@ -206,24 +210,25 @@ class OverParameterization:
         """Raise ConfigError if a site of a group differs."""
         changed = [
             site.name
-            for group, flags in zip(self.groups, differs or [], strict=False)  # groups that came since have no flags
+            for group, flags in zip(self.groups, differs or [], strict=False)  # later groups have no flags yet
             for site, differs_here in zip(group.sites, flags, strict=True)
             if differs_here
         ]
         if changed:
             raise ConfigError(
-                f"{len(changed)} over-parameterised matrices, first {changed[0]}, were written by something else than "
-                "training since the last step, and their cores know nothing of it. Call adopt_matrices() to go on "
-                "from the new values, or write none while training."
+                f"{len(changed)} over-parameterised matrices, first {changed[0]}, were changed outside the optimizer "
+                "step, so their cores are out of date. Call adopt_matrices() to train on from the new values, or do "
+                "not change these matrices during training."
             )
 
     def adopt_matrices(self) -> list[str]:
-        """Go on from A and B as they are now: cores whose matrix something else has written are made anew from it.
+        """Make new cores for every matrix that was changed outside the optimizer step, from its present values.
 
         Returns:
-            Names of those sites.
+            Names of the sites whose matrix had changed.
 
-        Mutates: the optimizer's state of their cores is dropped.
+        Mutates:
+            The optimizer's state of the old cores is dropped.
         """
         self._late = LateAnswer()
         changed = []
@@ -242,13 +247,15 @@ class OverParameterization:
             group.write()
         return changed
 
-    def fold(self) -> None:
-        """End over-parameterization: the model keeps the plain LoRA that it holds, the optimizer loses the cores.
+    def finish(self) -> None:
+        """End the training of cores: check the matrices, then remove the hooks and the cores from the optimizer.
 
-        The cores stay readable in `groups` for as long as this object lives.
+        The model keeps the LoRA matrices that it holds, and the cores stay readable in `groups`. No file is written or
+        read. To contract the cores of a saved checkpoint in float64 and certify the result, use
+        `loraover_export.fold_checkpoint` instead.
 
         Raises:
-            ConfigError: A or B were written by something else; see `adopt_matrices`.
+            ConfigError: A matrix was changed outside the optimizer step; see `adopt_matrices`.
         """
         if self.optimizer is None:
             return
@@ -256,7 +263,7 @@ class OverParameterization:
         self.detach()
 
     def detach(self) -> None:
-        """Take the cores and the hooks out of the optimizer, whatever the matrices hold."""
+        """Remove the hooks and the cores from the optimizer without checking the matrices, as `finish` does."""
         if self.optimizer is not None:
             self._leave(self.optimizer)
         for handle in self._handles:
@@ -264,13 +271,26 @@ class OverParameterization:
         self._handles, self.optimizer = [], None
 
     def num_parameters(self) -> tuple[int, int]:
-        """Numbers that are trained in the cores, and numbers in the matrices that they stand for."""
+        """Count the trained parameters of the cores, and the parameters of the matrices that they stand for.
+
+        Returns:
+            The two counts, cores first. Auxiliary cores that follow statistics are not trained: `gauge_numbers`.
+        """
         cores = sum(group.stacks[k].numel() for group in self.groups for k in group.trained)
         matrices = sum(site.parameter.numel() for group in self.groups for site in group.sites)
         return cores, matrices
 
+    def gauge_numbers(self) -> int:
+        """Count the numbers that are kept beside the trained ones: bases, and the statistics that they follow.
+
+        Returns:
+            The count; 0 for a decomposition whose cores are all trained.
+        """
+        kept = sum(s.numel() for group in self.groups for k, s in enumerate(group.stacks) if k not in group.trained)
+        return kept + sum(follower.numbers for follower in self.followers.values())
+
     def _check_hosts(self, optimizer: Optimizer, names: Iterable[str]) -> None:
-        """Raise ConfigError unless the optimizer holds these sites, for us alone, in groups whose rate can scale."""
+        """Raise ConfigError unless this object can train these sites, and scale their rate, through the optimizer."""
         if self.optimizer is None and has_cores(optimizer):
             raise ConfigError(
                 "attach: another OverParameterization trains this optimizer's matrices already; one callback is enough."
@@ -313,7 +333,7 @@ class OverParameterization:
                 group.split()
 
     def _enter(self, optimizer: Optimizer) -> None:
-        """Show the cores to the optimizer, in twins of their matrices' groups, centre and auxiliary apart."""
+        """Add the cores to the optimizer, in copies (twins) of the parameter groups of their matrices."""
         self._leave(optimizer)
         self._plain_groups = len(optimizer.param_groups)
         twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -331,7 +351,7 @@ class OverParameterization:
             optimizer.param_groups.append({"params": parameters, **options})
 
     def _leave(self, optimizer: Optimizer) -> None:
-        """Take the cores and their state out of the optimizer again."""
+        """Remove the cores and their state from the optimizer again."""
         if self._plain_groups is None:
             return
         del optimizer.param_groups[self._plain_groups :]
@@ -355,7 +375,7 @@ class OverParameterization:
         group.join()
 
     def _hold_round(self) -> None:
-        """Let the schedule decide, and inject what it has chosen."""
+        """Let the schedule decide, and give the sites that it chooses cores."""
         found = self.schedule.choose(self.step)
         if found is not None:
             self.inject(found.chosen, step=self.step)
@@ -378,7 +398,7 @@ class OverParameterization:
         for group in self.groups:
             group.clear_gradients()
             group.write()
-        if self._is_counted:  # by the step of a parent class that this step called
+        if self._is_counted:  # a parent class's step, which this step called, has counted it
             return
         self._is_counted = True
         if not _is_skipped(optimizer):
@@ -387,7 +407,7 @@ class OverParameterization:
             self._hold_round()
 
     def _wrap(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """A closure that evaluates at the cores' current values and leaves its gradients on the cores."""
+        """Return a closure that evaluates the model at the cores' values and leaves its gradients on the cores."""
 
         def evaluate() -> Any:
             for group in self.groups:
@@ -429,36 +449,11 @@ class OverParameterization:
 
 
 def _is_skipped(optimizer: Any) -> bool:
-    """Whether a fused optimizer, which GradScaler lets step in any case, leaves this step out."""
+    """Whether a fused optimizer skips this step: GradScaler calls it even when it has found an infinite gradient."""
     return bool(getattr(optimizer, "found_inf", False))
 
 
 def has_cores(optimizer: Any) -> bool:
-    """Whether some OverParameterization trains through this optimizer, or Accelerate's wrapper of one."""
-    hooks = getattr(_unwrapped(optimizer), "_optimizer_step_pre_hooks", {}).values()
+    """Whether an OverParameterization is attached to this optimizer, or to the one in Accelerate's wrapper."""
+    hooks = getattr(unwrapped(optimizer), "_optimizer_step_pre_hooks", {}).values()
     return any(isinstance(getattr(hook, "__self__", None), OverParameterization) for hook in hooks)
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    return optimizer.optimizer if type(optimizer).__module__.startswith("accelerate.") else optimizer
-
-
-def _ordinary(optimizer: Any) -> Optimizer:
-    """The torch optimizer itself, out of Accelerate's wrapper."""
-    if type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
-        raise ConfigError("attach: DeepSpeed steps in an engine of its own, past torch's hooks; train without it.")
-    optimizer = _unwrapped(optimizer)
-    kind = type(optimizer)
-    if kind.__module__.startswith("deepspeed."):
-        raise ConfigError(f"attach: {kind.__name__} of DeepSpeed steps in an engine of its own, past torch's hooks.")
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigError(f"attach: expected a torch.optim.Optimizer, found {kind.__module__}.{kind.__name__}.")
-    for name in (base.__name__ for base in kind.__mro__):
-        if name in REFUSED_OPTIMIZERS:
-            raise ConfigError(f"attach: {kind.__name__} cannot be used: {REFUSED_OPTIMIZERS[name]}.")
-    if isinstance(optimizer, Adagrad) and Version(torch.__version__) < Version("2.12"):
-        raise ConfigError(
-            f"attach: Adagrad of torch {torch.__version__} makes its states when it is built, so the cores would have "
-            "none; upgrade to torch 2.12, or take another optimizer."
-        )
-    return optimizer

@@ -1,4 +1,4 @@
-"""Random numbers for a look at a model in the middle of a run, which must not notice."""
+"""Random numbers for code that runs a model in the middle of training without changing what training draws."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 @contextmanager
 def seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
-    """Draws that depend on the seed alone; Python's, NumPy's and torch's states are as before after the block.
+    """Seed all random generators for a block, and restore their states (Python's, NumPy's, PyTorch's) after it.
 
     Args:
-        seed: The start of every generator.
-        devices: Where the model lies; the CPU is always included.
+        seed: Seed of every generator.
+        devices: Devices of the model. The CPU's generator is always included.
     """
     used = set(devices)
     gpus = sorted({device.index or 0 for device in used if device.type == "cuda"})

@@ -1,4 +1,4 @@
-"""Which sites are over-parameterised, and when."""
+"""Schedules: which sites get cores, and when."""
 
 from __future__ import annotations
 
@@ -22,37 +22,44 @@ from loraover.overparam.sites import Site, match_sites
 
 logger = logging.getLogger("loraover")
 
-CALIBRATION_RATE = 1e-3  # of the warm-up steps that a static schedule takes and undoes
+CALIBRATION_RATE = 1e-3  # learning rate of the warm-up steps that a static schedule takes and undoes
 
 
 class Round(BaseModel):
-    """One decision."""
+    """One decision of a schedule, with the scores that it is based on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    step: int = Field(ge=0, description="optimizer steps taken")
-    scores: dict[str, float] = Field(description="of every candidate that was plain until then; empty: all were taken")
-    chosen: list[str]
-    added: int = Field(description="numbers that their cores have beyond the matrices")
-    forwards: int = Field(description="batches run for the scores")
+    step: int = Field(ge=0, description="Number of optimizer steps taken before the decision.")
+    scores: dict[str, float] = Field(
+        description="Score of every candidate that had no cores before the decision, by name; empty if the schedule "
+        "takes all candidates."
+    )
+    chosen: list[str] = Field(description="Names of the matrices that get cores.")
+    added: int = Field(description="Number of parameters that these cores have beyond those of their matrices.")
+    forwards: int = Field(description="Number of batches on which the model was run to compute the scores.")
 
     @property
     def ranked(self) -> dict[str, float]:
-        """The chosen sites with their scores, the best first; empty where all were taken."""
+        """Chosen sites with their scores, the best first; empty if the schedule takes all candidates."""
         return dict(sorted(((n, self.scores[n]) for n in self.chosen if n in self.scores), key=lambda item: -item[1]))
 
 
 class Schedule:
-    """Chooses sites as the configuration says.
+    """Choice of sites over a run, as its configuration asks for.
 
     Args:
-        config: of the run.
-        sites: all of the model's.
-        steps: optimizer steps of the whole run, for a dynamic schedule.
-        probe: batches for a score that runs the model, and for a static schedule's calibration.
+        config: Configuration of the run.
+        sites: All sites of the model, by name.
+        steps: Number of optimizer steps of the run. A dynamic schedule needs it.
+        probe: Batches for a score that runs the model, and for a static schedule's calibration.
+
+    Attributes:
+        candidates: Sites that the configuration's patterns match, by name.
+        rounds: Decisions made so far.
 
     Raises:
-        ConfigError: a pattern that matches nothing, a budget that no choice fits, or rounds outside of the run.
+        ConfigError: A pattern matches nothing, no choice fits the budget, or a round lies outside the run.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class Schedule:
 
     @property
     def most_parameters(self) -> tuple[int, int]:
-        """Numbers that the cores hold at most once all is decided, and those that they have beyond their matrices."""
+        """Largest possible number of parameters of all cores, and of those beyond their matrices' parameters."""
         added = sorted(self._added.values(), reverse=True)
         cores = sorted((self._added[n] + s.parameter.numel() for n, s in self.candidates.items()), reverse=True)
         if self.config.budget is None:
@@ -88,24 +95,30 @@ class Schedule:
 
     @property
     def is_over(self) -> bool:
-        """Nothing is left to decide."""
+        """Whether all decisions have been made."""
         return len(self.rounds) >= (self.config.rounds if self.config.schedule == "dynamic" else 1)
 
     @property
     def observed(self) -> GradientScore | None:
-        """The score that wants to see each step's gradients, while there is one."""
+        """Score that needs every step's gradients at present, or None."""
         is_wanted = self.config.schedule == "dynamic" and not self.is_over
         return self.score if is_wanted and isinstance(self.score, GradientScore) else None
 
     def is_due(self, step: int) -> bool:
-        """Whether a round of a dynamic schedule takes place after so many steps."""
+        """Whether a dynamic schedule has a round after this number of steps."""
         return bool(self.round_steps) and not self.is_over and step >= self.round_steps[len(self.rounds)]
 
     def choose(self, step: int) -> Round | None:
-        """Decide; None where the scores of every A or of every B are zero so far, and the round has to wait.
+        """Make the next decision.
 
         Args:
-            step: optimizer steps taken.
+            step: Number of optimizer steps taken.
+
+        Returns:
+            The decision; None if the scores of all A or of all B are still zero, so that the round has to wait.
+
+        Raises:
+            ConfigError: The scores of a static schedule stay zero after its warm-up steps.
         """
         taken = {name for earlier in self.rounds for name in earlier.chosen}
         plain = [name for name in self.candidates if name not in taken]
@@ -120,8 +133,8 @@ class Schedule:
             if self.config.schedule == "static":
                 raise ConfigError(
                     f"schedule static: {self.config.score} is zero for every {unknown}, even after "
-                    f"{self.config.calibration_steps} warm-up steps: on the calibration batches, none changes "
-                    "the loss. Check their labels, or raise calibration_batches."
+                    f"{self.config.calibration_steps} warm-up steps: none of these matrices changes the loss of "
+                    "the calibration batches. Check the batches' labels, or raise calibration_batches."
                 )
             if not self._waits:
                 self._waits = True
@@ -135,11 +148,11 @@ class Schedule:
         return self._record(step, scores, self._best(scores, taken, done), forwards)
 
     def replay(self, rounds: Iterable[Round]) -> None:
-        """Take over the decisions of a run that is resumed."""
+        """Take over the decisions that a resumed run has made before."""
         self.rounds = list(rounds)
 
     def _unknown(self, scores: Mapping[str, float]) -> str:
-        """Which of A and B score zero everywhere, so that their order says nothing yet; empty where neither does."""
+        """Name A or B (or both) if all their scores are zero and cannot be ranked; an empty string otherwise."""
         known = {site.matrix for name, site in self.candidates.items() if scores[name]}
         return " and ".join(sorted({site.matrix for site in self.candidates.values()} - known))
 
@@ -159,7 +172,7 @@ class Schedule:
         return found
 
     def _best(self, scores: Mapping[str, float], taken: set[str], done: float) -> list[str]:
-        """The best plain sites, each taken from the group of the quota that is furthest below its share so far."""
+        """Choose the best sites without cores, each from the quota group that is furthest below its share so far."""
         total = self._capacity * done
         everything = sum(self._cost(name) for name in self.candidates)
         ranked: dict[str, list[str]] = {}
@@ -193,7 +206,7 @@ class Schedule:
         return 1 if self._counts_sites else self._added[name]
 
     def _check_budget(self, budget: Budget) -> float:
-        """The budget, in sites or in added parameters."""
+        """Return the budget as a number of sites or of added parameters."""
         count, added = len(self.candidates), sum(self._added.values())
         if budget.fraction is not None:
             return max(1, round(budget.fraction * count))
@@ -210,16 +223,16 @@ class Schedule:
             )
         if not least <= budget.parameters <= added:
             raise ConfigError(
-                f"budget.parameters is {budget.parameters}; the cores of one site add {least} at least, those of all "
-                f"{count} candidates {added}."
+                f"budget.parameters is {budget.parameters}; the cores of one site add at least {least} parameters, "
+                f"those of all {count} candidates {added}."
             )
         return budget.parameters
 
     def check_ready(self) -> None:
-        """Raise ConfigError unless everything that a decision needs is there."""
+        """Raise ConfigError if a decision would lack the number of steps or the batches that it needs."""
         if self.config.schedule == "dynamic" and not self.round_steps:
             raise ConfigError(
-                "a dynamic schedule places its rounds in the run: give the number of its steps with `steps`."
+                "a dynamic schedule spreads its rounds over the run: give the number of optimizer steps with `steps`."
             )
         if runs_model(self.config) and not self.is_over and (self.probe is None or not self.probe.batches):
             asking = f"schedule {self.config.schedule} with score {self.config.score}"
@@ -232,10 +245,10 @@ class Schedule:
 
     @contextmanager
     def _calibrated(self) -> Iterator[None]:
-        """A static schedule's look at the probe's batches; what it does to the model is undone after the block.
+        """Show a static schedule's score gradients of the probe's batches, and restore the matrices after the block.
 
-        Where B is zero, scores are zero by construction: then some steps are taken first. Backward passes run in
-        training mode, dropout included: only in that mode does a model checkpoint its activations.
+        Where B is zero, every score is zero, so some warm-up steps are taken first. Backward passes run in training
+        mode, with dropout: only in that mode does a model checkpoint its activations.
         """
         if self.config.schedule != "static" or not _scores_run_model(self.config):
             yield
@@ -246,7 +259,7 @@ class Schedule:
             with _mode(self.probe.model, training=True):
                 if not all(matrix.any() for matrix in kept.values()):
                     logger.warning(
-                        "%s says nothing while B = 0: %d warm-up steps on %d batches, which are undone",
+                        "%s is zero while B = 0: %d warm-up steps on %d batches, undone afterwards",
                         *(self.config.score, self.config.calibration_steps, len(self.probe.batches)),
                     )
                     self._warm_up(self.probe)
@@ -276,7 +289,7 @@ class Schedule:
 
 
 def runs_model(config: LoraOverConfig) -> bool:
-    """Whether a decision, or an injection, takes batches to run the model on."""
+    """Whether a decision or an injection has to run the model on batches."""
     return _scores_run_model(config) or config.make_decomposition().calibrates
 
 
@@ -295,7 +308,7 @@ def calibrating(probe: Probe, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(probe: Probe | None, seed: int) -> Iterator[None]:
-    """The model in eval mode, and random numbers by the seed; both are as before after the block."""
+    """Run a block with the model in eval mode and seeded random numbers; restore both afterwards."""
     if probe is None:
         yield
         return
@@ -308,9 +321,9 @@ def _undisturbed(probe: Probe | None, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in training or eval mode for the length of a block.
+    """Run a block with the model in training or eval mode.
 
-    Batch norms stay in eval mode: in training mode, each forward changes their running statistics.
+    Batch norms stay in eval mode: in training mode, each forward would change their running statistics.
     """
     modes = {module: module.training for module in model.modules()}
     model.train(training)
@@ -329,7 +342,7 @@ def _group(site: Site, quota: str) -> str:
 
 
 def _round_steps(config: LoraOverConfig, steps: int) -> list[int]:
-    """After how many steps each round of a dynamic schedule takes place."""
+    """Return the number of steps after which each round of a dynamic schedule takes place."""
     fractions: Sequence[float] = [config.start]
     if config.rounds > 1:
         fractions = [config.start + (config.end - config.start) * k / (config.rounds - 1) for k in range(config.rounds)]
@@ -337,6 +350,6 @@ def _round_steps(config: LoraOverConfig, steps: int) -> list[int]:
     if len(set(found)) < config.rounds or found[-1] >= steps:
         raise ConfigError(
             f"{config.rounds} rounds from {config.start:g} to {config.end:g} of {steps} steps come after steps "
-            f"{', '.join(map(str, found))}; they must differ and precede the last: take fewer rounds or more steps."
+            f"{', '.join(map(str, found))}; they must differ and precede the last step: use fewer rounds or more steps."
         )
     return found

@@ -1,6 +1,6 @@
-"""Parameters that FSDP2 has spread over processes (DTensor), and ordinary ones, through the same functions.
+"""Functions that treat parameters sharded by FSDP2 (DTensors) and ordinary parameters alike.
 
-Every process must call those that gather or agree, or the others wait for it.
+Those that gather or exchange values must be called in every process; a process that is missing makes the others wait.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import distributed as dist
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole tensor; gathered from all processes where it is sharded."""
+    """Return the full tensor, gathered from all processes if it is sharded."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole of each tensor, in one message for all that are sharded alike."""
+    """Return the full tensors by name, with one message for all that have the same shape, dtype and sharding."""
     found = {name: tensor for name, tensor in tensors.items() if not _is_sharded(tensor)}
     alike: dict[Any, list[str]] = {}
     for name in tensors:
@@ -33,28 +33,39 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's trainable parameters, whole and on the CPU, for PEFT to save.
+    """Return a sharded model's trainable parameters, gathered and on the CPU, for PEFT's `save_pretrained`.
 
-    state = trainable_state_dict(model)  # in every process
-    if rank == 0:
-        model.save_pretrained(folder, state_dict=state)
+    Call it in every process: the parameters that FSDP2 has sharded are gathered from all of them.
+
+    Args:
+        model: PEFT model, sharded or not.
+
+    Returns:
+        Every parameter that requires a gradient, by its name in the model.
+
+    Example:
+        ```python
+        state = trainable_state_dict(model)  # in every process
+        if rank == 0:
+            model.save_pretrained(folder, state_dict=state)
+        ```
     """
     return {name: full(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
+    """Return this process's part of a tensor."""
     part = getattr(tensor, "to_local", None)
     return tensor if part is None else part()
 
 
 @torch.no_grad()
 def assign(parameters: Sequence[Tensor], values: Tensor) -> None:
-    """Write whole matrices of one type, of which every process keeps its own shards.
+    """Write full matrices into parameters of one type; of sharded ones, each process keeps its part.
 
     Args:
-        parameters: G of them, of shape (m, n).
-        values: (G, m, n).
+        parameters: G parameters of shape (m, n).
+        values: Their new values, (G, m, n).
     """
     values = values.to(parameters[0].dtype)
     if not _is_sharded(parameters[0]):
@@ -68,9 +79,9 @@ def assign(parameters: Sequence[Tensor], values: Tensor) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the whole parameters that FSDP2 keeps after a forward without a backward.
+    """Free the full parameters that FSDP2 keeps after a forward without a backward.
 
-    The next forward would use them, whatever has been written into the shards since.
+    Otherwise the next forward would use them and ignore what has been written into the shards since.
     """
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
@@ -81,7 +92,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def in_any_process(flags: list[bool], tensor: Tensor) -> list[bool]:
-    """Whether each holds in one of the processes among which `tensor` is divided."""
+    """Return for each flag whether it is true in any of the processes that share `tensor`."""
     if not _is_sharded(tensor):
         return flags
     shared = torch.tensor(flags, dtype=torch.uint8, device=tensor.device)
@@ -90,7 +101,7 @@ def in_any_process(flags: list[bool], tensor: Tensor) -> list[bool]:
 
 
 def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
-    """Rank 0's numbers, in every process."""
+    """Return rank 0's numbers in every process."""
     if world_size() == 1:
         return numbers
     shared = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).to(device)  # not every GPU has float64
@@ -99,22 +110,28 @@ def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
     return found
 
 
-def of_first_process(tensor: Tensor) -> Tensor:
-    """Rank 0's tensor, in every process."""
-    if world_size() > 1:
-        tensor = tensor.contiguous()
-        dist.broadcast(tensor, src=0)
-    return tensor
+def of_first_process(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return rank 0's tensor, in every process.
+
+    Args:
+        tensor: This process's tensor.
+        device: Device over which to send it, if that is another than the tensor's.
+    """
+    if world_size() == 1:
+        return tensor
+    sent = tensor.to(device or tensor.device).contiguous()
+    dist.broadcast(sent, src=0)
+    return sent.to(tensor.device)
 
 
 def wait_for_all() -> None:
-    """Until every process has come here."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         dist.barrier()
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Number of processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

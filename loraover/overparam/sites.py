@@ -1,4 +1,4 @@
-"""The LoRA matrices of a PEFT model that can be over-parameterised."""
+"""Sites: the LoRA matrices of a PEFT model that can be over-parameterised."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Site:
     """One A or B matrix of one module and adapter.
 
     Args:
-        name: e.g. "model.layers.0.mlp.up_proj.lora_A". Where several adapters are trained, those other than
-            "default" have "adapter:" before it. Names do not depend on wrappers such as DDP or torch.compile.
-        module: path of the adapted module below the base model.
+        name: Name such as "model.layers.0.mlp.up_proj.lora_A". Where several adapters are trained, adapters other
+            than "default" prefix it with "<adapter>:". It does not depend on wrappers such as DDP or torch.compile.
+        module: Path of the adapted module in the base model.
         adapter: PEFT's adapter name.
         matrix: "A" (r, in_features) or "B" (out_features, r).
-        parameter: the PEFT parameter, of shape (m, n).
-        aliases: parameters that are transposed views of the same memory, as PEFT's `ensure_weight_tying` makes
+        parameter: PEFT's parameter, of shape (m, n).
+        aliases: Parameters that are transposed views of the same memory, as PEFT's `ensure_weight_tying` makes
             them for an output layer that is tied to the embedding.
     """
 
@@ -40,17 +40,18 @@ class Site:
     aliases: list[nn.Parameter] = field(default_factory=list)
 
     def gradient(self) -> Tensor | None:
-        """Sum of the gradients of the parameter and its aliases, (m, n), dense; sharded where the parameter is."""
+        """Return the summed gradient of the parameter and its aliases, (m, n), dense; sharded if the parameter is."""
         gradients = [(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None]
         dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
         return sum(dense[1:], dense[0]) if dense else None
 
     def clear_gradient(self) -> None:
+        """Set the gradients of the parameter and its aliases to None."""
         for parameter in self.holders():
             parameter.grad = None
 
     def holders(self) -> tuple[nn.Parameter, ...]:
-        """Every parameter on the matrix's memory."""
+        """Return all parameters that share the matrix's memory: the parameter and its aliases."""
         return (self.parameter, *self.aliases)
 
     @property
@@ -60,34 +61,36 @@ class Site:
 
     @property
     def layer(self) -> str:
+        """Layer of the module; see `layer_of`."""
         return layer_of(self.module)
 
     @property
     def path(self) -> str:
-        """The name without its adapter, which is how a checkpoint of that adapter names it."""
+        """Name without the adapter's prefix, as a checkpoint of that adapter spells it."""
         return self.name.removeprefix(f"{self.adapter}:")
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Shape (m, n) of the matrix."""
         m, n = self.parameter.shape
         return m, n
 
 
 def layer_of(module: str) -> str:
-    """The first number in a module's path, behind "encoder" or "decoder" where that is in it; "-" outside of layers."""
+    """Return the first number in a module's path, with "encoder" or "decoder" in front if the path has it; else "-"."""
     parts = module.split(".")
     number = next((part for part in parts if part.isdigit()), "-")
     return " ".join([*(part for part in parts if part in ("encoder", "decoder")), number])
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Every trainable A and B matrix of `model`, by name, in module order.
+    """Find every trainable A and B matrix of a model, by name, in module order.
 
     A matrix that several modules share is listed once, under its first module.
 
     Raises:
-        ConfigError: no LoRA layer, no trainable one, or a LoRA that is not a plain pair of matrices
-            (DoRA and other variants, convolutions, `target_parameters`, nn.MultiheadAttention).
+        ConfigError: The model has no LoRA layer or no trainable one, or has a LoRA that is not a plain pair of
+            matrices (DoRA and other variants, convolutions, `target_parameters`, nn.MultiheadAttention).
     """
     sites: dict[str, Site] = {}
     seen: set[int] = set()
@@ -116,7 +119,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def _trained_matrices(layer: Any) -> Iterator[tuple[str, Literal["A", "B"], str, nn.Parameter]]:
-    """PEFT's name, side, adapter and parameter of a layer's matrices that require a gradient."""
+    """Yield PEFT's name, "A" or "B", adapter and parameter of each trainable matrix of a layer."""
     pairs: tuple[tuple[str, Any, Literal["A", "B"]], ...] = (
         ("lora_A", layer.lora_A, "A"),
         ("lora_B", layer.lora_B, "B"),
@@ -131,22 +134,22 @@ def _trained_matrices(layer: Any) -> Iterator[tuple[str, Literal["A", "B"], str,
 
 
 def only_adapter(sites: Iterable[Site]) -> str:
-    """PEFT's name of the adapter that all of these belong to.
+    """Return PEFT's name of the adapter that all these sites belong to.
 
     Raises:
-        ConfigError: several adapters.
+        ConfigError: The sites belong to several adapters.
     """
     adapters = list(dict.fromkeys(site.adapter for site in sites))
     if len(adapters) > 1:
         raise ConfigError(
             f"{len(adapters)} adapters are trained at once ({', '.join(adapters)}), and a checkpoint restores one. "
-            "Activate one, or train without the callback, by OverParameterization."
+            "Activate one, or train without the callback, with OverParameterization."
         )
     return adapters[0]
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's LoRA layers by module path below the base model."""
+    """Find PEFT's LoRA layers, by module path in the base model."""
     from peft.tuners.lora import LoraLayer
 
     found = {}
@@ -159,7 +162,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def base_model_name(model: nn.Module) -> str | None:
-    """Hub name or folder that transformers loaded the base model from; None for a model that is not from there."""
+    """Return the hub name or folder that transformers loaded the base model from; None for any other model."""
     from peft import PeftModel
 
     root = _peft_model(model)
@@ -168,7 +171,7 @@ def base_model_name(model: nn.Module) -> str | None:
 
 
 def _peft_model(model: nn.Module) -> nn.Module:
-    """Inside of wrappers; the model itself if PEFT's layers have no PeftModel around them."""
+    """Return the PeftModel inside wrappers, or the model itself if there is none."""
     from peft import PeftModel
 
     return next((m for m in model.modules() if isinstance(m, PeftModel)), model)
@@ -203,10 +206,10 @@ def _tie(site: Site, name: str, parameter: nn.Parameter) -> None:
 
 
 def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
-    """The names that match at least one shell-style pattern, in their own order.
+    """Return the names that match at least one shell-style pattern, in their given order.
 
     Raises:
-        ConfigError: a pattern that matches nothing, with the nearest names.
+        ConfigError: A pattern matches nothing; the message suggests similar names.
     """
     chosen: set[str] = set()
     for pattern in patterns:
@@ -220,7 +223,7 @@ def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
 
 
 def _nearest(names: Sequence[str], pattern: str) -> list[str]:
-    """The pattern with its unknown parts replaced by the likest parts of names, if that matches; else similar names."""
+    """Suggest the pattern with its unknown parts replaced by similar parts of names, or else similar names."""
     parts = sorted({part for name in names for part in name.split(".")})
     mended = ".".join(_mended(part, parts) for part in pattern.split("."))
     if fnmatch.filter(names, mended):

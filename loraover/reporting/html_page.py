@@ -1,4 +1,4 @@
-"""Reports as HTML pages that need no network, with plots that take their ink from the page around them."""
+"""HTML pages that need no network, with plots that take the colour of their text from the page."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from importlib.resources import files
 from typing import Any
 
 BASE_TEMPLATE = "page.html.j2"
-INK = "#0a0b0c"  # replaced by the page's own colour of text
+INK = "#0a0b0c"  # replaced by the page's text colour
 COLORS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2406b", "#8a63d2", "#7a8a99")
-"""Told apart on light and dark pages, and by people who do not see red and green."""
+"""Colours that can be told apart on light and dark pages, and by people who do not see red and green."""
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The page of a Jinja template that extends "page.html.j2"; every text is escaped."""
+    """Render a page.
+
+    Args:
+        template: Text of a Jinja template that extends "page.html.j2".
+        values: Values of the template's variables; every text is escaped.
+    """
     from jinja2 import DictLoader, Environment, StrictUndefined
 
     base = files("loraover.reporting").joinpath(BASE_TEMPLATE).read_text(encoding="utf-8")
@@ -25,10 +30,14 @@ def render_page(template: str, **values: Any) -> str:
 
 @contextmanager
 def svg_axes(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
-    """One pair of axes, and a list that holds the SVG after the block.
+    """Make axes to draw on, and an SVG of them after the block.
 
     Args:
-        width, height: inches.
+        width: Width in inches.
+        height: Height in inches.
+
+    Yields:
+        The axes, and a list that holds the SVG after the block.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

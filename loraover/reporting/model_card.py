@@ -1,4 +1,4 @@
-"""The README.md of an adapter folder."""
+"""Model cards: the README.md of an adapter's folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]#|~"})
 
 
 def plain(text: str) -> str:
-    """Text that came from elsewhere, safe inside one line of Markdown or a table cell."""
+    """Escape a text from outside, so that it is safe in a line of Markdown or a table cell."""
     return html.escape(" ".join(text.split()), quote=False).translate(_MARKDOWN)
 
 
 def _yaml_string(text: str) -> str:
-    """A double-quoted YAML scalar; YAML allows fewer bare characters than JSON, and escapes all of them."""
+    """Quote a text for YAML, which allows fewer unescaped characters than JSON does."""
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in quoted)
 
@@ -30,16 +30,16 @@ def model_card(
     kind: str = "A plain LoRA adapter",
     library: str = "peft",
 ) -> str:
-    """A model card: front matter for the hub, a table of facts, and the command that made the folder.
+    """Return a model card: front matter for the hub, a table of facts, and the command that made the folder.
 
     Args:
-        title: the heading.
-        base_model: hub name or folder; it and its licence bind the adapter too.
-        facts: rows of the table; values may come from anywhere.
-        command: shown as code.
-        licence: of the base model, as its own card states it.
-        kind: what the folder holds, of that base model.
-        library: that reads it.
+        title: Heading.
+        base_model: Hub name or folder of the base model.
+        facts: Rows of the table. The texts may come from outside; they are escaped.
+        command: Command line that made the folder.
+        licence: Licence of the base model, as its model card states it; it applies to the adapter too.
+        kind: Kind of thing in the folder; "of <base model>" follows it.
+        library: Library that reads the folder.
     """
     front = [f"library_name: {library}", "tags: [lora, loraover]" if library == "peft" else "tags: [loraover]"]
     if licence is not None:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Reporters: how functions of this library show their progress."""
 
 from __future__ import annotations
 
@@ -12,32 +12,74 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Reporter:
-    """Receiver of progress; this one shows nothing, which is what a library should do unless it is asked."""
+    """Receiver of progress, which shows nothing.
+
+    Functions of this library print nothing. They take a reporter, to which they report what they are doing. Derive a
+    class and override both methods to show the progress elsewhere.
+
+    Example:
+        ```python
+        class Log(Reporter):
+            def line(self, text):
+                logging.info(text)
+        ```
+    """
 
     def line(self, text: str) -> None:
-        """Take one line of text about what is being done."""
+        """Receive one line of text about the work.
+
+        Args:
+            text: The line.
+        """
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Follow one piece of work; the block calls the function that it gets with the amount done so far."""
+        """Follow one piece of work, done in the `with` block.
+
+        Args:
+            label: Name of the work.
+            total: Amount of work, in units such as steps or files.
+
+        Yields:
+            A function to call with the amount done so far.
+        """
         yield lambda done: None
 
 
 class ConsoleReporter(Reporter):
-    """Shows lines and progress bars on a console; where the console is not a terminal, plain lines only.
+    """Reporter that shows lines and progress bars on a console, or only lines if the console is not a terminal.
 
     Args:
-        console: where to print; standard error if absent.
+        console: Console to print to; standard error if absent.
+
+    Example:
+        ```python
+        loraover.train("recipe.yaml", output="runs/a", report=ConsoleReporter())
+        ```
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = Console(stderr=True) if console is None else console
 
     def line(self, text: str) -> None:
+        """Print one line.
+
+        Args:
+            text: The line; markup in it is not interpreted.
+        """
         self.console.print(escape(text), soft_wrap=True, highlight=False)
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a progress bar during the `with` block; on a console that is not a terminal, print the label once.
+
+        Args:
+            label: Name of the work.
+            total: Amount of work, in units such as steps or files.
+
+        Yields:
+            A function to call with the amount done so far.
+        """
         if not self.console.is_terminal:
             self.line(f"{label}: {total}")
             yield lambda done: None
@@ -62,7 +104,7 @@ class _ToReporter(logging.Handler):
 
 @contextmanager
 def log_shown(report: Reporter) -> Iterator[None]:
-    """Show what the library logs, such as a schedule's decisions, during a block."""
+    """Report what the library logs during a block, such as a schedule's decisions."""
     logger, handler = logging.getLogger("loraover"), _ToReporter(report)
     level = logger.level
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""A checkpoint's schedule for people: a map of layers and modules, and the scores over time."""
+"""Display of a checkpoint's schedule: a map of layers and modules, and the scores over time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ PLOT_TYPES = (".svg", ".png")
 
 @dataclass(frozen=True)
 class MapCell:
-    """Of a matrix in the map.
+    """Place of a matrix in the map.
 
     Args:
-        kind: the module's path below the number of its layer, e.g. "self_attn.q_proj"; all of it outside of layers.
+        layer: Number of the layer, or "-" outside of layers; see `layer_of`.
+        kind: Path of the module in its layer, e.g. "self_attn.q_proj", or its complete path outside of layers.
+        matrix: "A" or "B".
     """
 
     layer: str
@@ -38,7 +40,7 @@ class MapCell:
 
 
 def placed(meta: Meta) -> dict[MapCell, int | None]:
-    """Round (from 1) in which each matrix was injected; None: it is plain. Layers come in their order."""
+    """Return the round, from 1, in which each matrix got cores, or None; in the order of the layers."""
     rounds = {name: number for number, found in enumerate(meta.rounds, 1) for name in found.chosen}
     names = dict.fromkeys([*(n for r in meta.rounds for n in r.scores), *(site.name for site in meta.sites)])
     found = {_place(name): rounds.get(name, 1 if not meta.rounds else None) for name in names}
@@ -58,7 +60,14 @@ def _order(layer: str) -> tuple[str, int]:
 
 
 def show_schedule(meta: Meta, console: Console) -> None:
-    """Decisions, and the map: a number is the round in which a matrix was injected, a point a plain matrix."""
+    """Print a table of the schedule's decisions, and the map.
+
+    In the map, a number is the round in which a matrix got cores, and a point is a matrix without cores.
+
+    Args:
+        meta: Metadata of the checkpoint.
+        console: Console to print to.
+    """
     config = meta.config
     what = config.schedule if config.schedule == "all" else f"{config.schedule} by {config.score}"
     console.print(f"schedule {what}: {len(meta.sites)} over-parameterised matrices", highlight=False)
@@ -98,10 +107,14 @@ def _color(number: int) -> str:
 
 
 def plot_schedule(meta: Meta, path: Path) -> None:
-    """The map, coloured by round, beside the mean score of each module type at each round.
+    """Draw the map, coloured by round, and beside it the mean score of each module type at each round.
+
+    Args:
+        meta: Metadata of the checkpoint.
+        path: New file, whose name ends in .svg or .png.
 
     Raises:
-        ConfigError: a file that is there already, or of another type.
+        ConfigError: The file exists, or its name has another ending.
     """
     if path.suffix not in PLOT_TYPES:
         raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(PLOT_TYPES)}.")

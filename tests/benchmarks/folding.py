@@ -1,8 +1,8 @@
-"""Fold of a synthetic checkpoint with Llama-3.1-8B's shapes, and PEFT's conversion beside it.
+"""Fold of a synthetic checkpoint with Llama-3.1-8B's shapes, compared with PEFT's conversion.
 
-The fold runs in a process of its own, which reports its seconds after imports and its peak memory beyond what it
-held before. PEFT's `convert_to_lora` is measured on one of the model's smallest linear layers, k_proj of
-4096 x 1024; the figure for the model is that time by the number of its layers, and so a lower estimate.
+The fold runs in a separate process, which reports its seconds after imports and the peak memory that the fold adds.
+PEFT's `convert_to_lora` is measured on one of the model's smallest linear layers, k_proj of
+4096 x 1024; the figure for the model is that time multiplied by the number of its layers, which is an underestimate.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def write_synthetic_checkpoint(folder: Path) -> None:
     for layer in range(LAYERS):
         for linear, (out_features, in_features) in LINEARS.items():
             for kind, (m, n) in (("lora_A", (RANK, in_features)), ("lora_B", (out_features, RANK))):
-                site = SiteRecord(name=f"model.layers.{layer}.{linear}.{kind}", m=m, n=n, step=0)
+                site = SiteRecord(
+                    name=f"model.layers.{layer}.{linear}.{kind}", m=m, n=n, step=0, joined=True, shares={}
+                )
                 start = torch.randn(1, m, n, generator=draw, dtype=torch.float64) * 0.02
                 made = [core.float() for core in decomposition.init(start, [draw])]
                 cores |= {site.core_key(k): core[0] for k, core in enumerate(made)}

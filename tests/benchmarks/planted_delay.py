@@ -1,4 +1,4 @@
-"""Does the parity benchmark find a delay of known size? Three copies of one adapter, one of them behind a slow proxy.
+"""Does a parity run find a delay of known size? Three copies of one adapter, one of them behind a slow proxy.
 
 It takes a few minutes, and a machine that does nothing else:
 
@@ -31,7 +31,7 @@ MARGIN = 0.05
 
 
 def run_delayed(share: float, blocks: int, folder: Path) -> Measurement:
-    """One request at a time, of 16 tokens and with 12 to come."""
+    """Send one request at a time, with 16 tokens to read and 12 to generate."""
     source = resolve_model(MODEL)
     adapter = vanilla(source, folder / "adapter")
     requests = make_requests("fixed", load_tokenizer(source), blocks, prompt_tokens=16, new_tokens=12, seed=0)
@@ -50,10 +50,10 @@ def run_delayed(share: float, blocks: int, folder: Path) -> Measurement:
 
 
 @click.command()
-@click.option("--blocks", default=60, show_default=True)
-@click.option("--share", default=0.12, show_default=True, help="Of a request's time, to add.")
+@click.option("--blocks", default=60, show_default=True, help="Number of blocks to measure.")
+@click.option("--share", default=0.12, show_default=True, help="Delay to plant, as a share of a request's time.")
 def main(blocks: int, share: float) -> None:
-    """Plant a delay; exit code 1 unless it is found and its intervals cover its size."""
+    """Plant a delay and look for it; exit code 1 unless it is found and the intervals cover its size."""
     quiet_libraries()
     with TemporaryDirectory() as folder:
         found = results([run_delayed(share, blocks, Path(folder))], MARGIN)

@@ -1,4 +1,4 @@
-"""What a schedule costs, and what it brings: SmolLM2-135M on GSM8K, 25 % of the sites, every schedule and score."""
+"""Costs and benefits of every schedule and score: SmolLM2-135M on GSM8K, with cores for 25 % of the sites."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def main() -> None:
 @click.option("--only", help="Methods whose name holds this.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time, which share the processor's cores.")
 def study(seeds: int, out: Path, only: str | None, jobs: int) -> None:
-    """Train every schedule and score; finished runs are kept and not run again. Prints a table in Markdown."""
+    """Train with every schedule and score, and print a table in Markdown; finished runs are not repeated."""
     out.mkdir(parents=True, exist_ok=True)
     runs = [(seed, method) for seed in range(seeds) for method in METHODS if only is None or only in method]
     with ProcessPoolExecutor(jobs, get_context("spawn"), _share_cores, (jobs,)) as pool:
@@ -98,7 +98,7 @@ def _share_cores(jobs: int) -> None:
 
 
 def train_one(method: str, seed: int, out: Path) -> None:
-    """Train, or go on, unless it is done; what the run says goes to a log beside its folder."""
+    """Train or resume a run unless it is finished; its output goes to a log beside its folder."""
     folder = run_folder(out, method, seed)
     if (folder / "run.json").is_file():
         return
@@ -135,7 +135,7 @@ def steps_timed() -> Iterator[list[float]]:
 
 
 def table(out: Path, seeds: int) -> str:
-    """Of finished runs: mean held-out loss and each seed's, median time of a step, mean added parameters, forwards."""
+    """Summarise finished runs: held-out losses, median time of a step, mean added parameters, forwards."""
     lines = [
         "| schedule, score | held-out loss (each seed) | median step, s | added parameters | extra forwards |",
         "| --- | --- | ---: | ---: | ---: |",

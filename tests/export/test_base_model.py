@@ -188,8 +188,8 @@ def test_requests_record_every_option() -> None:
 
 
 def test_a_parity_report_records_every_option() -> None:
-    words = ["--folded", "f", "--vanilla", "v", "--checkpoint", "c", "--engine", "vllm", "--engine", "torch"]
-    words += ["--requests", "40", "--concurrency", "1,4", "--margin", "0.1", "-o", "out", "--model", "m"]
+    words = ["--adapter", "f", "--baseline", "v", "--checkpoint", "c", "--engine", "vllm", "--engine", "torch"]
+    words += ["--num-prompts", "40", "--max-concurrency", "1,4", "--margin", "0.1", "-o", "out", "--model", "m"]
     words += ["--vllm", "bin/vllm", "--workload", "file", "--prompts", "p", "--prompt-tokens", "5", "--new-tokens", "6"]
     words += ["--memory", "3", "--cross-check", "--timeout", "7", "--start-timeout", "8", "--seed", "9"]
     words += ["--allow-unequal", "--", "--max-num-seqs", "4"]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover import OverParameterization, read_checkpoint
-from loraover.checkpoint.checkpoint import SCHEMA_VERSION, restore
+from loraover.checkpoint.checkpoint import SCHEMA_VERSION
+from loraover.checkpoint.resume import restore
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.command_line import run
 from loraover.overparam.importance import GradientScore

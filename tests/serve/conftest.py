@@ -31,5 +31,5 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough for the rates of thousands of bootstraps, which do not depend on their number."""
+    """Fewer resamples, which are enough for rates over thousands of bootstraps."""
     monkeypatch.setattr(bootstrap, "RESAMPLES", 999)

@@ -193,7 +193,7 @@ def test_intervals_of_skewed_ratios_cover_better_than_students(blocks: int) -> N
 
 
 def test_skewed_ratios_beyond_the_margin_are_less_often_called_equivalent_than_by_student() -> None:
-    """At 12 blocks still more often than at alpha: no test knows of pauses that it has not seen."""
+    """With 12 blocks the rate still exceeds alpha, because a sample may lack the rare long pauses."""
     draw = np.random.default_rng(9)
     d = 0.02 * (np.exp(draw.normal(size=(1000, BLOCKS))) - math.exp(0.5)) + LIMIT * 1.001
     student = np.mean(stats.ttest_1samp(d, LIMIT, axis=1, alternative="less").pvalue <= ALPHA)
@@ -203,7 +203,7 @@ def test_skewed_ratios_beyond_the_margin_are_less_often_called_equivalent_than_b
 
 @pytest.mark.parametrize("share", [0.0, 0.7])
 def test_intervals_of_quantiles_cover_whatever_times_in_a_block_share(share: float) -> None:
-    """Two copies of a block's values say no more than one: pooled and resampled singly, intervals are too short."""
+    """Two copies of a value carry no more information than one; resampled singly, they make intervals too short."""
     quantiles, datasets = [0.5, 0.9], 60
     truth = stats.norm.ppf(quantiles)
     draw = np.random.default_rng(7)

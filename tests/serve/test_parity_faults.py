@@ -1,4 +1,4 @@
-"""A server that fails in a parity run: the cause is named, whole blocks are kept, and nothing is left running."""
+"""A server that fails in a parity run: the cause is named, complete blocks are kept, and nothing is left running."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ FAULTS = {
     "answers 500": "the server answered 500",
     "breaks off the error": "the server answered 500: its explanation broke off",
     "answers 404": "the server answered 404",
-    "answers as another": "the answer is of 'another'",
+    "answers as another": "another model or adapter answered, 'another'",
     "breaks off": "broke off at",
-    "stops early": "1 tokens of 4 came",
-    "leaves out": "not what vLLM's would be",
-    "hides logprobs": "3 logprobs came with 4 tokens",
+    "stops early": "1 of 4 tokens arrived",
+    "leaves out": "does not have the fields of vLLM's answers",
+    "hides logprobs": "3 logprobs arrived with 4 tokens",
     "errs within": "failed in the middle of an answer",
     "comes in one piece": "--new-tokens",
 }
@@ -50,13 +50,13 @@ def _haste(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def parity(made: Made, vllm: str, out: Path, *more: str) -> int:
     folded = made.path.parent / "folded"
-    words = ["parity", "--folded", str(folded), "--engine", "vllm", "--vllm", vllm, "--out", str(out)]
-    words += ["--requests", "24", "--memory", "0", "--timeout", "60", "--prompt-tokens", "5", "--new-tokens", "4"]
+    words = ["parity", "--adapter", str(folded), "--engine", "vllm", "--vllm", vllm, "--output", str(out)]
+    words += ["--num-prompts", "24", "--memory", "0", "--timeout", "60", "--prompt-tokens", "5", "--new-tokens", "4"]
     return run(cli, [*words, *more])
 
 
 def haste(fault: str) -> list[str]:
-    """Only a hang is waited for."""
+    """A short limit of silence for a hang; other faults do not wait for it."""
     return ["--timeout", "2"] if fault == "hangs" else []
 
 
@@ -93,7 +93,7 @@ def test_a_fault_before_any_block_leaves_no_report(
     shown = capsys.readouterr().err
     assert cause in shown
     assert not (tmp_path / "out").exists()
-    (kept,) = re.findall(r"vllm\.log kept in (\S+)", shown)
+    (kept,) = re.findall(r"kept in (\S+): vllm\.log", shown)
     assert "words:" in (Path(kept) / "vllm.log").read_text()
 
 
@@ -133,7 +133,7 @@ def test_options_for_vllm_reach_every_server_and_the_recorded_command(
 
 def test_a_fault_among_requests_at_once_keeps_the_whole_blocks(made: Made, tmp_path: Path) -> None:
     vllm = stand_in(tmp_path, "answers 500", after=STARTED + 4 * 6 * BLOCK + 5)
-    assert parity(made, vllm, tmp_path / "out", "--requests", "64", "--concurrency", "4") == 2
+    assert parity(made, vllm, tmp_path / "out", "--num-prompts", "64", "--max-concurrency", "4") == 2
     assert_stopped(tmp_path)
     (found,) = read(tmp_path / "out").runs
     assert (found.concurrency, found.blocks, len(found.samples)) == (4, 5, 5 * 4 * BLOCK)
@@ -141,7 +141,7 @@ def test_a_fault_among_requests_at_once_keeps_the_whole_blocks(made: Made, tmp_p
 
 
 def interrupted(made: Made, folder: Path, after: int) -> Ended:
-    """Ctrl-C while the server hangs, which it may do for a minute."""
+    """Press Ctrl-C while the server hangs, long before the limit of silence."""
     vllm = stand_in(folder, "hangs", after=after)
     child = Child(lambda: parity(made, vllm, folder / "out"))
     deadline = time.monotonic() + 60
@@ -171,10 +171,10 @@ def test_ctrl_c_before_any_block_leaves_no_report(made: Made, tmp_path: Path) ->
 
 def test_an_engine_that_ignores_adapters_fails_the_run(made: Made, tmp_path: Path) -> None:
     vllm = stand_in(tmp_path, "ignores adapters")
-    assert parity(made, vllm, tmp_path / "out", "--requests", "40", "--concurrency", "1,4") == 2
+    assert parity(made, vllm, tmp_path / "out", "--num-prompts", "40", "--max-concurrency", "1,4") == 2
     assert_stopped(tmp_path)
     report = read(tmp_path / "out")
-    reason = "vllm answers as the base model for vanilla, control, folded"
+    reason = "vllm does not apply vanilla, control, folded: it answers as the base model"
     assert (report.verdict, report.reason) == ("failed", reason)
     assert [(run.concurrency, run.blocks) for run in report.runs] == [(1, 20), (4, 5)]
     assert [outputs.concurrency for outputs in report.outputs] == [1, 4]

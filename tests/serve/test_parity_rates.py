@@ -1,4 +1,4 @@
-"""Rates of error of the whole judgement, from samples over Holm's correction and the control to the verdict."""
+"""Rates of wrong verdicts in simulations, with Holm's correction and the control."""
 
 from __future__ import annotations
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +25,8 @@ from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
-from loraover_serve.vllm.server import VllmServer
+from loraover_serve.vllm.serve import example_request, serve_adapters
+from loraover_serve.vllm.server import VllmServer, next_free_port
 
 from support.delaying_proxy import delaying
 from support.make_checkpoint import Made
@@ -50,14 +49,14 @@ class Load:
 
     Args:
         mixed: model, prompt and logprobs of each answer.
-        alone: logprobs for every prompt, by model.
+        alone: logprobs of the answers to every prompt, by model.
     """
 
     mixed: Sequence[tuple[str, int, Logprobs]]
     alone: Mapping[str, Sequence[Logprobs]]
 
     def distance(self, model: str, other: str) -> float:
-        """Root mean square, in nats, between a model's mixed answers and what another says alone."""
+        """RMS difference of logprobs, in nats, between a model's mixed answers and another's answers alone."""
         pairs = [(logprobs, self.alone[other][prompt]) for of, prompt, logprobs in self.mixed if of == model]
         return math.sqrt(float(np.mean([np.subtract(*pair) ** 2 for pair in pairs])))
 
@@ -93,7 +92,7 @@ def test_under_mixed_load_every_model_says_what_it_says_alone(model: str, load: 
 
 @pytest.fixture(scope="module")
 def delayed(served: Served) -> Measurement:
-    """The folded adapter takes twice its time."""
+    """A measurement in which the folded adapter takes twice its time."""
     with delaying(served.client.url, "folded", 1.0) as url:
         engine = VllmEngine(VllmServer(url, served.client.pid), COPIES, timeout_s=60)
         return measure(engine, few_requests(served), concurrency=1, blocks=8, seed=0)
@@ -119,9 +118,17 @@ def tiny_run(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pari
     """A run of the command on a tiny model, and the words of each call of vLLM."""
     folder = tmp_path_factory.mktemp("tiny run")
     vllm = recording(folder)
-    words = ["parity", "--folded", str(made.path.parent / "folded"), "--checkpoint", str(made.path), "--engine", "vllm"]
-    words += ["--vllm", str(vllm), "--requests", "10", "--prompt-tokens", "5", "--new-tokens", "8", "--memory", "0"]
-    assert run(cli, [*words, "--cross-check", "--out", str(folder / "out")]) in (0, 1, 3)
+    words = [
+        "parity",
+        "--adapter",
+        str(made.path.parent / "folded"),
+        "--checkpoint",
+        str(made.path),
+        "--engine",
+        "vllm",
+    ]
+    words += ["--vllm", str(vllm), "--num-prompts", "10", "--prompt-tokens", "5", "--new-tokens", "8", "--memory", "0"]
+    assert run(cli, [*words, "--cross-check", "--output", str(folder / "out")]) in (0, 1, 3)
     report = ParityReport.model_validate_json((folder / "out" / "parity.json").read_text())
     return report, [line.split("\t") for line in (folder / "words").read_text().splitlines()]
 
@@ -159,25 +166,22 @@ def test_vllms_own_benchmark_runs_beside_ours(tiny_run: tuple[ParityReport, list
         assert 0 < figures["time to first token"] <= figures["end-to-end latency"]
 
 
-def test_up_serves_what_it_prints_and_leaves_nothing_when_it_is_stopped(made: Made, tmp_path: Path) -> None:
-    words = ["up", str(made.path.parent / "folded"), "--vllm", str(vllm_command()), "--log", str(tmp_path / "log")]
-    command = [sys.executable, "-m", "loraover_serve.cli", *words, "--", "--enforce-eager"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as up:
-        assert up.stdout is not None
-        try:
-            curl = next(line for line in up.stdout if line.startswith("curl ")).strip()
-            answer = subprocess.run(["bash", "-c", f"{curl} --silent"], capture_output=True, text=True, check=True)
-            assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
-            started = psutil.Process(up.pid).children(recursive=True)
-        finally:
-            up.terminate()
-        assert up.wait(60) == 130
-    assert started
+def test_adapters_are_served_from_python_and_nothing_is_left_afterwards(made: Made, tmp_path: Path) -> None:
+    folded, log = made.path.parent / "folded", tmp_path / "log"
+    port = next_free_port("127.0.0.1", 18000)  # other tests take vLLM's default, and vLLM is slow to take it
+    with serve_adapters([folded], vllm=vllm_command(), port=port, log=log, options=["--enforce-eager"]) as server:
+        assert server.names == ("folded",)
+        assert server.ask("folded", "the train leaves", max_tokens=4) != ""
+        curl = f"{example_request(server)} --silent"
+        answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
+        assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
+        started = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    assert len(started) > 1
     assert not [process for process in started if runs(process)]
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether it has not ended, though nobody may have asked how."""
+    """Whether a process has not ended; one that waits for its parent to ask has."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 

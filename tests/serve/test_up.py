@@ -1,4 +1,4 @@
-"""`loraover-serve up`, with a stand-in for vLLM that takes no minute to start."""
+"""`loraover-serve up`, with a stand-in for vLLM that starts at once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from loraover.models.load import ModelSource
 from loraover_export.cli import cli as export_cli
 from loraover_serve.cli import cli
 from loraover_serve.vllm import client as vllm_client
+from loraover_serve.vllm.serve import read_named, served_model, server_config
 from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
-from loraover_serve.vllm.up import read_named, served_model, server_config
 
 from support.make_checkpoint import make_checkpoint
 from support.vllm_stand_in import assert_stopped, stand_in

@@ -19,7 +19,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, EngineError
 from loraover_export.cli import cli as export_cli
 from loraover_serve.cli import cli
-from loraover_serve.vllm import up
+from loraover_serve.vllm import serve as serving
 from loraover_serve.vllm.client import VllmClient
 from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm
 
@@ -116,12 +116,12 @@ def test_the_next_free_port_is_used_and_named(
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(up, "serve_vllm", serve)
+    monkeypatch.setattr(serving, "serve_vllm", serve)
     with taken() as port:
         first = port if is_taken else next_free_port("127.0.0.1", port + 1)
-        monkeypatch.setattr(up, "FIRST_PORT", first)
+        monkeypatch.setattr(serving, "FIRST_PORT", first)
         assert run(cli, ["up", str(adapter), "--vllm", stand_in(tmp_path, "answers")]) == 130
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     if is_taken:
         assert used[0] > first
         assert f"port {first} is taken; using {used[0]}" in shown
@@ -131,7 +131,7 @@ def test_the_next_free_port_is_used_and_named(
 
 
 def test_the_usual_port_is_vllms() -> None:
-    assert up.FIRST_PORT == 8000
+    assert serving.FIRST_PORT == 8000
 
 
 def test_a_port_taken_on_one_address_is_not_free_on_all() -> None:

@@ -1,4 +1,4 @@
-"""What the client of a vLLM server makes of answers, by the bytes and the times at which they come."""
+"""How the client of a vLLM server reads answers, by their bytes and their times of arrival."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def chunk(data: bytes) -> bytes:
 
 
 def event(text: str, tokens: Sequence[int]) -> bytes:
-    """As vLLM writes it: characters as they are, without escapes."""
+    """A piece of an answer as vLLM writes it, with characters that are not escaped."""
     choice = {"text": text, "token_ids": tokens, "logprobs": {"token_logprobs": [-0.5] * len(tokens)}}
     piece = json.dumps({"model": "m", "choices": [choice]}, ensure_ascii=False)
     return f"data: {piece}\n\n".encode()
@@ -66,7 +66,7 @@ def test_a_line_may_come_in_pieces_and_a_piece_hold_lines() -> None:
 
 
 def test_pieces_have_the_times_at_which_they_came() -> None:
-    """The whole takes longer than `timeout_s`, which limits silence alone."""
+    """The answer takes longer than `timeout_s`, which limits silence only."""
     pieces = [(0.0, HEAD), *((0.2, chunk(event("x", [7]))) for _ in range(4)), (0.0, END)]
     with answering(*pieces) as url:
         done = VllmClient(url).stream("m", [1], max_tokens=4, timeout_s=0.6)

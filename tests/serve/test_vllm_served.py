@@ -41,7 +41,7 @@ def generate(served: Served, model: str, prompts: int | None = None) -> list[Com
 
 
 def as_guest(served: Served, name: str) -> list[Completion]:
-    """Of an adapter that is loaded for a few prompts."""
+    """Answers of an adapter that is loaded for a few prompts."""
     served.client.load_adapter(name, served.guests[name])
     try:
         return generate(served, name, FEW)

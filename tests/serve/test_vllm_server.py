@@ -1,4 +1,4 @@
-"""Starting, watching and stopping a server, with a stand-in that takes no minute to start."""
+"""Starting, watching and stopping a server, with a stand-in for vLLM that starts at once."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_ctrl_c_while_a_stubborn_server_is_asked_to_stop_kills_it(
 
 
 def test_an_ignored_hangup_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As nohup asks for."""
+    """A signal that nohup makes a process ignore."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "answers")) as client:

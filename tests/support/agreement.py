@@ -43,9 +43,9 @@ class Agreement:
 
     Args:
         differences: (tokens,) logprob of each generated token, served minus PyTorch's, in nats.
-        gaps: of each continuation that PyTorch would not have chosen: how much more its best token's logit is than
-            that of the served one, where the two first part.
-        continuations: compared.
+        gaps: logit of PyTorch's best token minus that of the served one, where the two texts first differ, one number
+            for each continuation that PyTorch would not have chosen.
+        continuations: number of continuations.
     """
 
     differences: Tensor
@@ -61,9 +61,10 @@ class Agreement:
         return float(self.differences.abs().max())
 
     def standard_error(self, tokens: int) -> float:
-        """Of `rms`, were it taken from so many tokens.
+        """Standard error of an `rms` that is estimated from so many tokens.
 
-        That of the mean square is the squares' standard deviation / sqrt(tokens); the root divides it by 2 rms.
+        The standard error of the mean square is the squares' standard deviation / sqrt(tokens); the root divides it by
+        2 rms.
         """
         return float(self.differences.square().std()) / sqrt(tokens) / (2 * self.rms)
 
@@ -77,7 +78,7 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(model: Any, prompts: Sequence[Sequence[int]], served: Sequence[Completion]) -> Agreement:
-    """Run the model over each prompt with its served continuation, and compare at every generated token.
+    """Run the model on each prompt with its served continuation, and compare at every generated token.
 
     By induction the model's own greedy text equals the served one where its best token is the served one at every
     position.

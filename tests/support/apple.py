@@ -23,7 +23,7 @@ REFUSAL = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doe
 
 @contextmanager
 def apple_gpu(model: nn.Module) -> Iterator[None]:
-    """The model, and all that is computed from it in the block, lie on a stand-in for an Apple GPU."""
+    """Put the model, and all that the block computes from it, on a stand-in for an Apple GPU."""
     for tensor in (*model.parameters(), *model.buffers()):
         _put_there(tensor)
     generator = torch.Generator()

@@ -9,7 +9,7 @@ import pytest
 
 
 def _why_not() -> str:
-    """Why not; empty if it can."""
+    """Return why bubblewrap cannot hold a program here; an empty string if it can."""
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed (make sandbox)"
     words = "bwrap --unshare-ipc --unshare-pid --unshare-net --ro-bind / / true"

@@ -1,4 +1,4 @@
-"""A process of its own for permissions, full disks and signals: a fork, which has everything imported already."""
+"""Forked processes for tests of permissions, full disks and signals; a fork has everything imported already."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Child:
 
 
 def become_nobody() -> None:
-    """An unprivileged user, where this one is root, whom no permission stops."""
+    """Become an unprivileged user if this one is root, whom no permission stops."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(65534)
@@ -62,6 +62,6 @@ def become_nobody() -> None:
 
 
 def limit_file_size(size: int) -> None:
-    """Files may have so many bytes at most."""
+    """Limit the size of files."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -1,4 +1,4 @@
-"""A proxy before a vLLM server that makes one of its models slower by a share of the time that it takes."""
+"""A proxy in front of a vLLM server that delays the answers of one model by a share of their time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 @contextmanager
 def delaying(url: str, model: str, share: float) -> Iterator[str]:
-    """Forward completions; what comes t seconds after a request for `model` is handed on after (1 + share) t.
+    """Forward completions; a piece that arrives t seconds after a request for `model` is sent on after (1 + share) t.
 
     Args:
-        url: of the server.
+        url: address of the server.
+        model: name of the model to delay.
+        share: delay as a share of the time that the server takes.
 
     Yields:
-        The proxy's own address.
+        The address of the proxy.
     """
     proxy = Proxy(url, model, share)
     thread = threading.Thread(target=proxy.serve_forever)
@@ -66,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def collect(answer: HTTPResponse, lines: SimpleQueue[tuple[float, bytes] | None]) -> None:
-    """Lines with the times at which they came, and None at the end; in a thread of its own, whoever sleeps."""
+    """Put lines with their times of arrival into a queue, and None at the end."""
     for line in answer:
         lines.put((time.perf_counter(), line))
     lines.put(None)

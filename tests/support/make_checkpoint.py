@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
-from loraover.checkpoint.checkpoint import restore
+from loraover.checkpoint.resume import restore
 
 from oracles.contraction import Array, chain_matrix, mpo_matrix, svd_matrix
 from strategies import full_bonds
@@ -88,11 +88,11 @@ def make_checkpoint(
     B starts from non-zero draws, and training moves A and B through their cores.
 
     Args:
-        dtype: of the base model and of the adapter.
+        dtype: data type of the base model and the adapter.
         steps: optimizer steps.
-        total: of the run that these begin, for a dynamic schedule.
+        total: steps of the run that these steps begin, for a dynamic schedule.
         tokenizer: save a word-level tokenizer beside the base model.
-        base_options: of LlamaConfig.
+        base_options: fields of LlamaConfig.
         lora: options of LoraConfig; rank 4 on q_proj and v_proj otherwise.
     """
     base = folder / "base"
@@ -125,7 +125,7 @@ def lora_model(base: Path, dtype: torch.dtype = torch.float32, **lora: Any) -> A
 def reopened(
     made: Made, make_optimizer: MakeOptimizer, config: LoraOverConfig | None = None, *, total: int | None = None
 ) -> Made:
-    """A new process would start like this: base model, adapter, optimizer, cores."""
+    """Resume a checkpoint as a new process would: base model, adapter, optimizer, cores."""
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(made.base, dtype=made.model.dtype)
@@ -138,7 +138,7 @@ def reopened(
 
 
 def train(model: Any, optimizer: Optimizer, steps: Iterable[int]) -> None:
-    """Steps of next-token prediction on random tokens, a batch of its own for each step."""
+    """Take steps of next-token prediction on random tokens, with another batch in each step."""
     model.train()
     for step in steps:
         ids = token_ids(seed=step)
@@ -252,7 +252,7 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def reseal(checkpoint: Path) -> None:
-    """Make every checksum of an edited checkpoint right again, by the format's rules and none of our code."""
+    """Correct every checksum of an edited checkpoint, by the format's rules and without our code."""
 
     def seal(meta: dict[str, Any]) -> None:
         meta["sha256"] = {

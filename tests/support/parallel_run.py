@@ -1,4 +1,4 @@
-"""A plain training loop for one process, and for several that share each batch; and what both must leave."""
+"""A plain training loop for one process, or for several that share each batch, and a comparison of the two."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ def cores(over: OverParameterization) -> dict[str, Tensor]:
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether two runs are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def deviation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Largest difference of an element."""
+    """Largest difference between the runs of any element."""
     assert one.keys() == other.keys()
     return max([0.0, *(float((one[name] - other[name]).abs().max()) for name in one)])
 

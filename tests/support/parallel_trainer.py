@@ -1,4 +1,4 @@
-"""A Trainer's run in each process that torchrun starts: whole, again from its middle, with folders apart, and static.
+"""Runs of a Trainer in each process of torchrun: complete, resumed, with a folder per process, and static.
 
     torchrun --nproc-per-node 2 tests/support/parallel_trainer.py FOLDER
 
@@ -42,7 +42,7 @@ def trainer_of(folder: Path, *, rows: int, dropout: float = 0.1, config: LoraOve
     """Two micro-batches a step.
 
     Args:
-        rows: of a process's micro-batch.
+        rows: number of rows in a process's micro-batch.
     """
     args = TrainingArguments(
         output_dir=str(folder),
@@ -63,7 +63,7 @@ def trainer_of(folder: Path, *, rows: int, dropout: float = 0.1, config: LoraOve
 
 
 def run(folder: Path, resume: Path | None = None, **options: Any) -> dict[str, Any]:
-    """What this process sees of a run."""
+    """Train in this process, and return what it saw of the run."""
     trainer, losses = trainer_of(folder, **options), []
     trainer.model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

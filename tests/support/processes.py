@@ -1,4 +1,4 @@
-"""Code in two processes that talk through gloo, and what they say to one another."""
+"""Code in two processes that exchange messages through gloo, and a count of these messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def in_two_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
 
     Args:
         work: returns tensors, plain data and containers of them.
-        folder: for the results; empty.
+        folder: empty folder for the results.
     """
     folder.mkdir(exist_ok=True)
     start_processes(_take_part, (work, folder), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
@@ -81,7 +81,7 @@ def launched(launcher: tuple[str, ...], script: Path, *arguments: object) -> Non
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every collective in its block, by name, with the bytes of the whole tensor that is reduced, gathered or sent."""
+    """Record every collective of a block, by name, with the bytes of the tensor that it reduces, gathers or sends."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -31,13 +31,15 @@ B_SCALE = 0.05  # standard deviation of B: an effect on logprobs several times t
 
 @dataclass(frozen=True)
 class Served:
-    """The running server and what it serves.
+    """A running server and its adapters.
 
     Args:
-        adapters: folders that it started with, by name.
-        sources: what they were made from.
-        guests: folders of more adapters, for loading while the server runs.
-        prompts: token ids.
+        client: client of the server.
+        source: the base model.
+        adapters: folders of the adapters that it was started with, by name.
+        sources: folders that these adapters were made from.
+        guests: folders of more adapters, to load while the server runs.
+        prompts: token ids of the prompts.
     """
 
     client: VllmServer
@@ -122,7 +124,7 @@ def embeddings(source: ModelSource, folder: Path) -> Path:
 
 @torch.no_grad()
 def draw_b(model: Any, seed: int) -> None:
-    """Non-zero draws in B, and in both matrices of an embedding."""
+    """Fill B, and both matrices of an embedding, with non-zero draws."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding" in name:

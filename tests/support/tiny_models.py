@@ -118,7 +118,7 @@ def with_lora(
     Args:
         draw_b: fill B, and A of an embedding, with non-zero draws, so that the adapter changes the model's function.
         adapter: PEFT's name of it.
-        options: of LoraConfig.
+        options: other fields of LoraConfig.
     """
     chosen = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +153,7 @@ def update_norm(model: nn.Module, adapter: str | None = None) -> float:
 
 
 def token_ids(seed: int = 0, batch: int = 4, length: int = 8) -> Tensor:
-    """Tokens without the special ones."""
+    """Random tokens, none of them special."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 

@@ -11,7 +11,7 @@ DEFAULT = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "vllm"
 
 
 def vllm_command() -> Path:
-    """Skips the test where there is none."""
+    """Path of the command; skips the test if there is none."""
     path = Path(os.environ.get("LORAOVER_VLLM") or DEFAULT)
     if not path.is_file():
         pytest.skip(f"{path}: no such command; `make vllm` installs it, or name one in LORAOVER_VLLM")

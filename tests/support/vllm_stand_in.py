@@ -27,9 +27,9 @@ def stand_in(folder: Path, mode: str, *, after: int = 0) -> str:
     """The path of a command that can be started in place of `vllm`.
 
     Args:
-        folder: for the command, and what it writes: `pids`, and `failing` once it fails.
-        mode: "answers", or how it fails.
-        after: completions that succeed before the fault of `mode`.
+        folder: folder for the command and its files: `pids`, and `failing` once it fails.
+        mode: "answers", or the name of a fault.
+        after: number of completions that succeed before the fault.
     """
     path = folder / "vllm"
     tests = str(Path(__file__).parents[1])
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        """Models, version and health, which is the first time all right."""
+        """Answer for models, version and health; the first answer for health is always good."""
         if not self.may_pass():
             return
         mode, seen = self.server.mode, self.server.seen
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200 if well else 503, {"data": [{"id": "base"}], "version": "0.0 of a stand-in"})
 
     def may_pass(self) -> bool:
-        """Whether a request below /v1 brings the key that vLLM would ask for; otherwise it has been answered."""
+        """Whether a request below /v1 has the key that vLLM would ask for; if not, refuse it."""
         key = os.environ.get("VLLM_API_KEY")
         if not key or not self.path.startswith("/v1") or self.headers["Authorization"] == f"Bearer {key}":
             return True
@@ -184,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
     def reply(self, code: int, content: dict[str, Any], promised: int = 0) -> None:
-        """Answer with JSON, and hang up where more bytes are promised than that."""
+        """Answer with JSON, and hang up if more bytes are promised."""
         data = json.dumps(content).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(max(promised, len(data))))
@@ -201,7 +201,7 @@ def speaker(body: dict[str, Any], mode: str) -> str:
 
 
 def logprob(body: dict[str, Any], mode: str) -> float:
-    """Of every token; two copies of an adapter are sure of the same."""
+    """Logprob of every token; two copies of an adapter have the same."""
     by_model = {} if mode == "ignores adapters" else {"vanilla": -0.6, "control": -0.6, "folded": -0.7}
     return by_model.get(body["model"], -0.5)
 

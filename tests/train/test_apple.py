@@ -54,7 +54,7 @@ def trained(on_apple: bool, score: str, decomposition: str, schedule: str) -> di
             optimizer.step()
             if isinstance(over.schedule.score, GradientScore):
                 over.schedule.score.load(over.schedule.score.state())
-        over.fold()
+        over.finish()
         assert len(over.injected) == 2
         numbers = core_numbers(over) | {"step_norm": step_norm(before, factors(model))}
         return numbers | over.schedule.rounds[0].scores

@@ -1,4 +1,4 @@
-"""Schedules that cannot be held are refused before the first step, with what to change."""
+"""Schedules that do not fit the run are refused before the first step, with advice on what to change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW
 from transformers import Trainer, TrainingArguments
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe
-from loraover.checkpoint import checkpoint
+from loraover.checkpoint import checkpoint, resume
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.training.recipe import load_recipe
 
@@ -90,7 +90,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fewer parameters than the cheapest": (
         {"schedule": "static", "budget": Budget(parameters=1)},
-        r"budget\.parameters is 1; the cores of one site add \d+ at least, those of all 6 candidates \d+",
+        r"budget\.parameters is 1; the cores of one site add at least \d+ parameters, those of all 6 candidates \d+",
     ),
     "more parameters than all": (
         {"schedule": "static", "budget": Budget(parameters=10**6)},
@@ -110,7 +110,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dynamic without the number of steps": (
         {"schedule": "dynamic", "budget": Budget(sites=2), "steps": None},
-        "give the number of its steps with `steps`",
+        "give the number of optimizer steps with `steps`",
     ),
     "static without batches": (
         {"schedule": "static", "budget": Budget(sites=2), "probe": False},
@@ -173,7 +173,7 @@ def test_two_on_one_optimizer_are_refused() -> None:
         second.attach(optimizer)
     net_loss(model).backward()
     optimizer.step()
-    first.fold()
+    first.finish()
     second.attach(optimizer)
 
 
@@ -248,7 +248,7 @@ def test_resuming_with_another_base_model_is_refused(made: Made, tmp_path: Path)
 
 
 def test_resuming_in_more_processes_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "world_size", lambda: 2)
+    monkeypatch.setattr(resume, "world_size", lambda: 2)
     with pytest.raises(CheckpointError, match=r"was trained by 1 process\(es\), this run has 2"):
         reopened(made, adamw, total=10)
 
@@ -278,4 +278,4 @@ def test_resuming_another_model_is_refused(case: str, made: Made) -> None:
     model, said = MODELS[case]
     over = OverParameterization(model(), CONFIG, steps=10, inject=False)
     with pytest.raises(CheckpointError, match=said):
-        checkpoint.restore(over, checkpoint.read_checkpoint(made.path))
+        resume.restore(over, checkpoint.read_checkpoint(made.path))

@@ -1,4 +1,4 @@
-"""The training data that a schedule may look at before the run, which must not notice."""
+"""The training data on which a schedule runs the model before training, without an effect on the training."""
 
 from __future__ import annotations
 

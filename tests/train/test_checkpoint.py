@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
 from loraover.checkpoint import checkpoint
-from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Checkpoint, restore
+from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Checkpoint
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, site_key, site_name
+from loraover.checkpoint.resume import restore
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common import atomic_output as output
 from loraover.common.atomic_output import publish_file
@@ -306,7 +307,7 @@ def test_a_save_that_is_cut_off_leaves_no_checkpoint(
     with pytest.raises(OutputError, match="No space left"):
         write_checkpoint(fresh, made.over, step=0)
     assert [path.name for path in calls] == [CORES_FILE, META_FILE][:stage]
-    with pytest.raises(CheckpointError, match="saving was cut off"):
+    with pytest.raises(CheckpointError, match="the saving of a checkpoint was interrupted"):
         read_checkpoint(fresh)
 
 
@@ -361,7 +362,7 @@ def test_resealing_nothing_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lacking", ["digest", "checksum"])
 def test_a_checkpoint_that_lacks_a_seal_is_refused(lacking: str, tmp_path: Path) -> None:
-    """An empty seal is no seal: an edit that takes it away is found like one that leaves it."""
+    """An edit is found whether it empties the digest or leaves it."""
     made = make_checkpoint(tmp_path, steps=0)
 
     def take_away(meta: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ def test_a_slice_is_the_hubs(write: Write) -> None:
         assert found.origin == f"file train.jsonl, {split}"
     assert [row["prompt"] for row in load(folder, split="train[95%:]").rows] == ["11"]
     for split in ("train[", "train[:200%]", "train[:x]", "train[:2]+train[4:]"):
-        assert "is no slice of its 12 rows" in fault(folder, split=split), split
+        assert "is not a slice of its 12 rows" in fault(folder, split=split), split
 
 
 def test_rows_are_counted_as_lines(write: Write) -> None:

@@ -115,7 +115,7 @@ def test_cores_made_before_ddp_are_noticed_where_it_writes_rank_zeros_matrices(t
 
     first, second = in_two_processes(work, tmp_path)
     assert first == "unchanged"
-    assert second.startswith("6 over-parameterised matrices, first first.lora_A, were written by something else")
+    assert second.startswith("6 over-parameterised matrices, first first.lora_A, were changed outside the optimizer")
 
 
 @pytest.mark.parametrize("base", [object, torch.optim.AdamW])
@@ -123,9 +123,7 @@ def test_deepspeeds_optimizer_is_refused_with_the_reason(base: type) -> None:
     kind = type("DeepSpeedZeroOptimizer", (base,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
     net = tiny_net()
     optimizer = kind() if base is object else kind(trainable(net))
-    with pytest.raises(
-        ConfigError, match="DeepSpeedZeroOptimizer of DeepSpeed steps in an engine of its own, past torch"
-    ):
+    with pytest.raises(ConfigError, match="DeepSpeedZeroOptimizer steps in DeepSpeed's engine"):
         OverParameterization(net).attach(optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Numbers about steps and cores in what a Trainer logs."""
+"""Measurements of steps and cores in a Trainer's log."""
 
 from __future__ import annotations
 

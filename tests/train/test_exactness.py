@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -154,8 +154,8 @@ def test_one_core_gradient_off_by_a_hundredth_is_noticed(
     case = Case(optimizer, decomposition)
     pull_back = CoreGroup.pull_back
 
-    def mutant(group: CoreGroup, gradients: Mapping[str, Tensor]) -> None:
-        pull_back(group, gradients)
+    def mutant(group: CoreGroup, dense: Tensor) -> None:
+        pull_back(group, dense)
         gradient = group.parameters(0)[0].grad
         assert gradient is not None
         gradient.mul_(1.01)

@@ -1,4 +1,4 @@
-"""A and B that something else than training has written: noticed by name, or adopted on request."""
+"""A and B that were changed outside the optimizer step: reported by name, or adopted on request."""
 
 from __future__ import annotations
 
@@ -102,11 +102,11 @@ WRITES: dict[str, Callable[[Any, Tensor, Path], None]] = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_write_is_noticed_by_name_at_the_next_step_at_a_save_and_at_the_fold(write: str, tmp_path: Path) -> None:
+def test_a_write_is_noticed_by_name_at_the_next_step_at_a_save_and_at_the_finish(write: str, tmp_path: Path) -> None:
     model, over, optimizer = run()
     WRITES[write](model, over.sites[WRITTEN].parameter, tmp_path)
     before = lora_matrices(model)
-    named = r"1 over-parameterised matrices, first second\.lora_B, were written .* adopt_matrices\(\)"
+    named = r"1 over-parameterised matrices, first second\.lora_B, were changed .* adopt_matrices\(\)"
     with pytest.raises(ConfigError, match=named):
         step(model, optimizer, 2)
     model.save_pretrained(tmp_path / "saved")
@@ -114,7 +114,7 @@ def test_a_write_is_noticed_by_name_at_the_next_step_at_a_save_and_at_the_fold(w
         write_checkpoint(tmp_path / "saved", over, step=2)
     assert not list((tmp_path / "saved").glob("loraover*"))
     with pytest.raises(ConfigError, match=named):
-        over.fold()
+        over.finish()
     assert [len(group["params"]) for group in optimizer.param_groups] == [6]
     for key, matrix in lora_matrices(model).items():
         torch.testing.assert_close(matrix, before[key], rtol=0, atol=0, equal_nan=True)
@@ -139,7 +139,7 @@ def test_a_plain_matrix_may_be_written() -> None:
     model, over, optimizer = run(sites=["first.*"])
     over.sites[WRITTEN].parameter.data.mul_(2)
     step(model, optimizer, 2)
-    over.fold()
+    over.finish()
 
 
 def test_weights_that_are_swapped_out_and_back_are_no_alarm() -> None:
@@ -154,7 +154,7 @@ def test_weights_that_are_swapped_out_and_back_are_no_alarm() -> None:
         step(each, chosen, 2)
     expected = lora_matrices(reference)
     assert all(torch.equal(matrix, expected[key]) for key, matrix in lora_matrices(model).items())
-    over.fold()
+    over.finish()
 
 
 def test_nan_in_both_is_no_alarm() -> None:
@@ -164,7 +164,7 @@ def test_nan_in_both_is_no_alarm() -> None:
     optimizer.step()
     assert all(site.parameter.isnan().all() for site in over.sites.values())
     step(model, optimizer, 2)
-    over.fold()
+    over.finish()
 
 
 # Adoption
@@ -193,7 +193,7 @@ def test_adopted_matrices_get_new_cores_and_the_others_keep_theirs(decomposition
     matrices = lora_matrices(model)
     step(model, optimizer, 2)
     assert not any(torch.equal(matrix, matrices[key]) for key, matrix in lora_matrices(model).items())
-    over.fold()
+    over.finish()
 
 
 def test_adopting_nothing_changes_nothing() -> None:

@@ -161,7 +161,7 @@ def test_a_longer_conversation_is_chat_messages(file: Path) -> None:
 
 
 def test_an_unknown_speaker_is_named(file: Path) -> None:
-    with pytest.raises(DataError, match="'robot' speaks, expected one of system, human"):
+    with pytest.raises(DataError, match="unknown speaker 'robot', expected one of system, human"):
         load(file, {"conversations": [{"from": "robot", "value": "x"}]}, format="conversations")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from torch.distributed.fsdp import fully_shard
 
 from loraover import OverParameterization, read_checkpoint, write_checkpoint
-from loraover.checkpoint.checkpoint import restore
+from loraover.checkpoint.resume import restore
 from loraover.common.errors import ConfigError
 from loraover.overparam.sharding import full, local, trainable_state_dict
 from loraover.overparam.sites import find_sites

@@ -1,4 +1,4 @@
-"""Model cards: whatever a model, a data set or a command is called, it stays text."""
+"""Model cards: names of models, data sets and commands are escaped, whatever characters they hold."""
 
 from __future__ import annotations
 

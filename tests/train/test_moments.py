@@ -1,4 +1,4 @@
-"""What an optimizer remembers of a matrix goes on in the centre core of its decomposition."""
+"""The optimizer's moments of a matrix are carried into its centre core."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def jacobian(case: Case, cores: Sequence[Tensor]) -> Tensor:
     """d vec(M) / d vec(centre) of one matrix, (m n, p q), by autograd through the contraction.
 
     Args:
-        cores: core k (1, p_k, q_k).
+        cores: cores of the matrix; core k has shape (1, p_k, q_k).
     """
     decomposition, k = case.decomposition, case.decomposition.centre(case.m, case.n)
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 from transformers.utils import import_utils
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.overparam.core_group import MATMULS
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
-from support.tiny_models import fill_b, lora_matrices, trainable, with_lora
+from support.hooked_run import assert_contracted, cores, make, ordinary_step, same, train
+from support.tiny_models import fill_b, lora_matrices, net_loss, tiny_net, trainable, with_lora
 from support.versions import TRANSFORMERS
 
 ALL: Any = torch.backends
@@ -139,3 +140,36 @@ def test_what_followed_the_setting_of_all_backends_still_follows_it() -> None:
     step("mpo")
     ALL.fp32_precision = "none"
     assert settings()["cuda"] == "tf32"
+
+
+def test_bfloat16_adapters_have_float32_cores() -> None:
+    model = tiny_net(dtype=torch.bfloat16)
+    optimizer = AdamW(trainable(model), lr=1e-5)
+    over = OverParameterization(model).attach(optimizer)
+    assert {stack.dtype for stack in cores(over)} == {torch.float32}
+    before, first_cores = lora_matrices(model), cores(over)
+
+    def step(model: Any, optimizer: Optimizer, _: int) -> None:
+        ordinary_step(model, optimizer, 0)
+
+    once, once_cores = train(model, optimizer, range(1), step), cores(over)
+    assert not any(map(torch.equal, first_cores, once_cores))
+    moved = [int((before[key] != once[key]).sum()) for key in before]
+    later = train(model, optimizer, range(200), step)
+    assert sum(int((before[key] != later[key]).sum()) for key in before) > 4 * sum(moved)
+    assert {matrix.dtype for matrix in later.values()} == {torch.bfloat16}
+    assert_contracted(over)
+
+
+def test_autocast_around_a_step_is_not_used_for_contraction() -> None:
+    def trained(inside: bool) -> dict[str, Tensor]:
+        def step(model: Any, optimizer: Optimizer, number: int) -> None:
+            optimizer.zero_grad()
+            net_loss(model, number).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step()
+
+        model, _, optimizer = make()
+        return train(model, optimizer, range(3), step)
+
+    assert same(trained(inside=True), trained(inside=False))

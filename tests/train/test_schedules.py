@@ -338,7 +338,7 @@ def test_every_decision_survives_a_checkpoint(score: str, saved_at: int, tmp_pat
 def test_a_folded_run_saves_its_decisions(tmp_path: Path) -> None:
     config = LoraOverConfig(schedule="dynamic", budget=Budget(sites=5), rounds=2, start=0.2, seed=5)
     made = make_checkpoint(tmp_path, config=config, steps=8, total=10)
-    made.over.fold()
+    made.over.finish()
     save(tmp_path / "folded", made.model, made.over, step=8)
     meta = read_checkpoint(tmp_path / "folded").meta
     assert meta.rounds == made.over.schedule.rounds

@@ -95,7 +95,7 @@ def test_cores_leave_the_norm_as_it_is() -> None:
     before = update_norm(model)
     over = OverParameterization(model)
     assert update_norm(model) == close(before, terms=10_000)
-    over.fold()
+    over.finish()
 
 
 def test_norm_takes_no_part_in_training() -> None:

@@ -1,4 +1,4 @@
-"""The decompositions that can stand behind a LoRA matrix; a new one is one file and one line here."""
+"""Decompositions of a LoRA matrix into cores; a new one takes one file, and one line here."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from loraover.overparam.decompositions.svd import Svd
 
 AnyDecomposition = Annotated[Mpo | Svd | Chain | Eigen, Field(discriminator="name")]
 DECOMPOSITIONS: dict[str, type[Decomposition]] = {kind.name: kind for kind in get_args(get_args(AnyDecomposition)[0])}
-MAX_FAULTS = 8  # that a message lists
+MAX_FAULTS = 8  # a message lists no more
 
 _READER: TypeAdapter[Decomposition] = TypeAdapter(AnyDecomposition)
 
 
 def make_decomposition(name: str, options: Mapping[str, Any] | None = None) -> Decomposition:
-    """The decomposition of that name with these options.
+    """Return the decomposition of a name, with some options.
+
+    Args:
+        name: Key of `DECOMPOSITIONS`.
+        options: Options by name; absent ones have their defaults.
 
     Raises:
-        ConfigError: an unknown name, an unknown option or an option out of range; all faults are listed.
+        ConfigError: The name or an option is unknown, or an option is out of range; all faults are listed.
     """
     if name not in DECOMPOSITIONS:
         raise ConfigError(f"decomposition is {name!r}, expected one of {', '.join(DECOMPOSITIONS)}.")
     given = dict(options or {})
     if "name" in given:
-        raise ConfigError(f"{name}: 'name' is no option.")
+        raise ConfigError(f"{name}: 'name' is not an option.")
     try:
         return _READER.validate_python({"name": name, **given})
     except ValidationError as error:
@@ -42,14 +46,14 @@ def make_decomposition(name: str, options: Mapping[str, Any] | None = None) -> D
 
 
 def _fault(fault: ErrorDetails) -> str:
-    """Which option it is, what was found and what was expected."""
+    """Describe a fault: the option, what was found and what was expected."""
     option, *within = fault["loc"][1:]  # behind the decomposition's name
     place = str(option) + "".join(f"[{key}]" for key in within if key != "[key]")
     if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])  # a sentence of ours
+        return str(fault["ctx"]["error"])  # the sentence of our own validator
     if fault["type"] == "unexpected_keyword_argument":
-        return f"{place!r} is no option"
-    return f"{place} is {fault['input']!r:.80} and {fault['msg'].removeprefix('Input ')}"
+        return f"{place!r} is not an option"
+    return f"{place} is {fault['input']!r:.80}, but {fault['msg'].removeprefix('Input ')}"
 
 
 __all__ = ["DECOMPOSITIONS", "AnyDecomposition", "Chain", "Decomposition", "Eigen", "Mpo", "Svd", "make_decomposition"]

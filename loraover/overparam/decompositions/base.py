@@ -1,4 +1,4 @@
-"""What every decomposition supplies."""
+"""Interface of all decompositions."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
 
 
 Ratio = Annotated[float, Field(strict=True, ge=1, le=1000), WrapValidator(_as_given)]
-"""How much larger; a 2 does not become a 2.0, since a study knows a decomposition by its `repr`."""
+"""Ratio of sizes. A 2 does not become 2.0, since studies identify a decomposition by its `repr`."""
 
 
 class Decomposition(ABC):
-    """A differentiable map from cores to a matrix, batched over G matrices of one shape.
+    """Differentiable map from cores to a matrix, batched over G matrices of one shape.
 
-    Cores are kept as 2-D unfoldings with the group in front: core k has shape
-    (G, *core_shapes(m, n)[k]). Concrete classes are frozen dataclasses of pydantic. Their fields are the
-    options that a recipe or a checkpoint names, and `name`, by which it chooses the class.
+    Each core is kept as a 2-D unfolding, with the batch dimension in front: core k has shape
+    (G, *core_shapes(m, n)[k]). Concrete classes are pydantic's frozen dataclasses. Their fields are the options that a
+    recipe or a checkpoint gives, and `name`, by which it chooses the class.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     @abstractmethod
     def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
-        """2-D shape of each core of an m x n matrix.
+        """Return the 2-D shape of each core of an m x n matrix.
 
         Raises:
-            ShapeError: the options do not fit an m x n matrix.
+            ShapeError: The options do not fit an m x n matrix.
         """
 
     @abstractmethod
     def centre(self, m: int, n: int) -> int:
-        """Index of the centre core, the one that holds the matrix; the others are auxiliary."""
+        """Return the index of the centre core, which holds the matrix; the others are auxiliary cores."""
 
     def trained(self, m: int, n: int) -> tuple[int, ...]:
         """Indices of the cores that the optimizer steps; the others follow statistics of the gradients."""
@@ -61,78 +61,86 @@ class Decomposition(ABC):
         return 0
 
     def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
-        """Cores whose contraction is `matrices`, up to rounding.
+        """Make cores whose contraction is `matrices`, up to rounding.
 
-        A zero matrix gets a zero centre core among isometric auxiliary cores: its product is zero
-        and the centre's gradient is not.
+        A zero matrix gets a zero centre core and isometric auxiliary cores, so that the product is zero but the
+        centre's gradient is not.
 
         Args:
-            matrices: (G, m, n), float64.
-            generators: one CPU generator per matrix; they alone decide the random draws, so that
-                every process and every grouping of the matrices makes the same cores.
+            matrices: Matrices (G, m, n), float64.
+            generators: One CPU generator per matrix. No other source of random numbers is used, so that every process
+                and every grouping of the matrices makes the same cores.
 
         Returns:
-            One (G, p_k, q_k) float64 tensor per core.
+            One float64 tensor (G, p_k, q_k) per core.
         """
-        # One by one: batched factorisations round differently with the place of a matrix in memory.
+        # One by one: a batched factorisation rounds differently, depending on where a matrix lies in memory.
         each = [self.init_one(matrix.clone(), g) for matrix, g in zip(matrices, generators, strict=True)]
         return tuple(torch.stack(cores) for cores in zip(*each, strict=True))
 
     @abstractmethod
     def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """`init` of one (m, n) matrix; core k has shape (p_k, q_k)."""
+        """Make the cores of one matrix (m, n), as `init` does; core k has shape (p_k, q_k)."""
 
     @abstractmethod
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
-        """The matrices (G, m, n) that the cores represent, in the cores' dtype.
+        """Return the matrices (G, m, n) that the cores represent, in the cores' dtype.
 
         Raises:
-            ShapeError: a core's shape differs from `core_shapes(m, n)`.
+            ShapeError: A core's shape differs from `core_shapes(m, n)`.
         """
 
     @abstractmethod
     def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
-        """`x @ matrices.mT` core by core, never forming the matrices.
+        """Return `x @ matrices.mT`, computed core by core without forming the matrices.
 
         Args:
-            cores: core k (G, p_k, q_k).
-            x: (G, tokens, n), in the cores' dtype.
+            cores: Cores; core k has shape (G, p_k, q_k).
+            x: Inputs (G, tokens, n), in the cores' dtype.
+            m: Rows of the matrices.
+            n: Columns of the matrices.
 
         Returns:
-            (G, tokens, m).
+            Outputs (G, tokens, m).
         """
 
     @abstractmethod
     def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
-        """What the auxiliary cores left and right of the centre contract to.
+        """Contract the auxiliary cores left of the centre core, and those right of it.
 
         Returns:
-            (G, p, b) and (G, d, q); isometries at injection, so that all their singular values are 1.
+            Two tensors, (G, p, b) and (G, d, q). They are isometries when the cores are made: all singular values
+            are 1.
         """
 
     @abstractmethod
     def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
-        """The centre core's gradient where dL/dM is `matrices`: J^T vec(M), with J = d vec(M) / d vec(centre).
+        """Convert gradients of the matrices into gradients of the centre core.
+
+        The result is J^T vec(dL/dM), with J = d vec(M) / d vec(centre).
 
         Args:
-            matrices: (G, m, n), in the cores' dtype.
-            squared: use J's elements squared, which turn variances of independent gradients into the centre's.
+            cores: Cores; core k has shape (G, p_k, q_k).
+            matrices: Gradients dL/dM (G, m, n), in the cores' dtype.
+            m: Rows of the matrices.
+            n: Columns of the matrices.
+            squared: Whether to square J's elements, which converts variances of independent gradients.
 
         Returns:
-            (G, p, q), of the centre core's shape.
+            Gradients (G, p, q), of the centre core's shape.
         """
 
     @abstractmethod
     def contraction_terms(self, m: int, n: int) -> int:
-        """Longest chain of rounded operations behind one element of the contraction.
+        """Return the longest chain of rounded operations that leads to one element of the contraction.
 
-        The k of the error bound gamma_k = k u / (1 - k u), which multiplies the contraction of the
-        cores' absolute values (Higham 2002, Accuracy and Stability of Numerical Algorithms, 3.1 and
-        3.5); it holds for every order of summation.
+        It is the k of the error bound gamma_k = k u / (1 - k u), which multiplies the contraction of the cores'
+        absolute values and holds for every order of summation (Higham 2002, Accuracy and Stability of Numerical
+        Algorithms, 3.1 and 3.5).
         """
 
     def num_parameters(self, m: int, n: int) -> int:
-        """Trained numbers behind one m x n matrix."""
+        """Number of trained parameters behind one m x n matrix."""
         shapes = self.core_shapes(m, n)
         return sum(prod(shapes[k]) for k in self.trained(m, n))
 
@@ -148,10 +156,15 @@ class Decomposition(ABC):
 
 
 def random_coisometry(generator: torch.Generator, rows: int, columns: int) -> Tensor:
-    """Random P with P P^T = I.
+    """Draw a random matrix P with P P^T = I.
+
+    Args:
+        generator: CPU generator of the random numbers.
+        rows: Number of rows.
+        columns: Number of columns, at least `rows`.
 
     Returns:
-        (rows, columns), float64, Haar-distributed; needs columns >= rows.
+        P (rows, columns), float64, Haar-distributed.
     """
     q, r = torch.linalg.qr(torch.randn(columns, rows, generator=generator, dtype=torch.float64))
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)

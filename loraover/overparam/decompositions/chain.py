@@ -1,4 +1,4 @@
-"""Product of plain matrices, wider inside: a deep linear layer."""
+"""Product of plain matrices, wider inside than outside: a deep linear layer."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ class Chain(Decomposition):
     P P^T = I, and C = P^T M.
 
     Args:
-        depth: number of matrices, at least 2.
-        expansion: ratio of the width to the shorter side, at least 1; the parameters grow by about
-            as much.
-    Source: Arora et al. 2018, arXiv:1802.06509; Guo et al. 2020 (ExpandNets), arXiv:1811.10495.
+        depth: Number of matrices, at least 2.
+        expansion: Ratio of the inner width to the shorter side, at least 1. The number of parameters grows by about
+            this factor.
+
+    Source:
+        Arora et al. 2018, arXiv:1802.06509; Guo et al. 2020 (ExpandNets), arXiv:1811.10495.
     """
 
     depth: Annotated[int, Field(strict=True, ge=2, le=MAX_CORES)] = 2

@@ -20,7 +20,7 @@ Modes = Mapping[int, tuple[StrictInt, ...]]
 
 
 class MpoLayout(NamedTuple):
-    """Modes and bonds of one matrix shape: core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
+    """Modes and bonds for one shape of matrix: core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -28,9 +28,11 @@ class MpoLayout(NamedTuple):
     centre: int
 
     def core(self, k: int) -> tuple[int, int, int, int]:
+        """Return the 4-D shape of core k."""
         return self.bonds[k], self.rows[k], self.columns[k], self.bonds[k + 1]
 
     def num_parameters(self) -> int:
+        """Number of parameters of all cores."""
         return sum(prod(self.core(k)) for k in range(len(self.rows)))
 
 
@@ -39,26 +41,28 @@ class MpoLayout(NamedTuple):
 class Mpo(Decomposition):
     """M[i_1..i_K, j_1..j_K] = C_1[i_1, j_1] C_2[i_2, j_2] ... C_K[i_K, j_K].
 
-    m = prod m_k, n = prod n_k, core k of shape (R_k, m_k, n_k, R_{k+1}), R_1 = R_{K+1} = 1. The
-    auxiliary cores surround one centre core, which is the largest. Left of the centre the cores
-    contract to P with P P^T = I, right of it to Q with Q Q^T = I, and the centre is P^T M Q: the
-    mixed-canonical gauge, so that a change of the centre moves M by no more than itself.
+    m = prod m_k and n = prod n_k; core k has shape (R_k, m_k, n_k, R_{k+1}), with R_1 = R_{K+1} = 1. The m_k and n_k
+    are the *modes*, the R_k the *bonds*. The auxiliary cores surround one centre core, which is the largest. Left of
+    the centre the cores contract to P with P P^T = I, right of it to Q with Q Q^T = I, and the centre is P^T M Q. In
+    this mixed-canonical gauge, a change of the centre moves M by no more than itself.
 
-    Every bond is at least full (R_{k+1} = the product of the modes outside it), so that all matrices
-    can be represented; larger bonds add parameters.
+    Every bond is at least full (the product of the modes on its smaller side), so that the cores can represent every
+    matrix; wider bonds add parameters.
 
     Args:
-        num_cores: K.
-        modes: how to split a dimension of a given size, e.g. {8: (2, 2, 2), 576: (8, 9, 8)}; sizes
-            that are not named are split as evenly as their prime factors allow.
-        bonds: the K - 1 inner bond dimensions; chosen when absent.
-        expansion: least ratio of parameters to m * n; bonds are widened until it is met. Absent:
-            full bonds, which give 1.01 to 1.3 with three cores of usual LoRA shapes.
-        gauge: "identity" makes P and Q identities where bonds are full, so that the centre's elements are M's own and
-            an optimizer that scales each element by itself (Adam) sees the axes that it sees in plain LoRA; "random"
-            draws P and Q from the Haar measure, as wider bonds need in any case.
-    Source: Oseledets 2011, doi:10.1137/090752286; Gao et al. 2023 (OPF), section 3. They split M by
-    SVDs; our auxiliary cores do not depend on M, which costs nothing for a zero matrix and loses nothing.
+        num_cores: Number of cores, K.
+        modes: Factors of dimensions by their size, e.g. {8: (2, 2, 2), 576: (8, 9, 8)}; other sizes are split as
+            evenly as their prime factors allow.
+        bonds: The K - 1 inner bond dimensions; absent: full bonds, or what `expansion` asks for.
+        expansion: Smallest ratio of parameters to m * n; bonds are widened until it is met. Absent: full bonds, which
+            give 1.01 to 1.3 with three cores and usual LoRA shapes.
+        gauge: Start of P and Q. "identity" makes them identities where bonds are full, so that the centre's elements
+            are M's elements, and an optimizer that scales each element separately (Adam) works along the same axes as
+            in plain LoRA. "random" draws them from the Haar measure, as wider bonds need in any case.
+
+    Source:
+        Oseledets 2011, doi:10.1137/090752286; Gao et al. 2023 (OPF), section 3. They split M by SVDs. Our auxiliary
+        cores do not depend on M, so that a zero matrix needs no special treatment, and every M is still represented.
     """
 
     num_cores: Annotated[int, Field(strict=True, ge=1, le=MAX_CORES)] = 3
@@ -71,7 +75,7 @@ class Mpo(Decomposition):
     @field_validator("modes")
     @classmethod
     def _multiply_to_their_size(cls, modes: Modes, info: ValidationInfo) -> Modes:
-        cores = info.data.get("num_cores")  # absent, as all fields below, if it has a fault
+        cores = info.data.get("num_cores")  # absent if it is faulty; so are the other fields
         faults = [
             f"modes[{size}] is {split}, expected {cores} factors of {size}"
             for size, split in modes.items()
@@ -86,7 +90,7 @@ class Mpo(Decomposition):
     def _lie_between_cores(cls, bonds: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
         inner = info.data.get("num_cores", 0) - 1
         if bonds is not None and inner >= 0 and len(bonds) != inner:
-            raise ValueError(f"bonds is {bonds}, expected num_cores - 1 = {inner} whole numbers")
+            raise ValueError(f"bonds is {bonds}, expected num_cores - 1 = {inner} integers")
         return bonds
 
     @field_validator("expansion")
@@ -102,10 +106,10 @@ class Mpo(Decomposition):
         return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion, self.gauge))
 
     def layout(self, m: int, n: int) -> MpoLayout:
-        """Modes and bonds for an m x n matrix.
+        """Return the modes and bonds for an m x n matrix.
 
         Raises:
-            ShapeError: a given bond is narrower than full, which could not represent every matrix.
+            ShapeError: A given bond is narrower than a full one, so that the cores could not represent every matrix.
         """
         return _layout(self, m, n)
 
@@ -193,7 +197,7 @@ class Mpo(Decomposition):
 
 
 def _fold_right(cores: Sequence[Tensor], layout: MpoLayout, first: int) -> Tensor | None:
-    """Contraction of neighbouring cores, (G, R_first * modes, R_last + 1); None of no cores."""
+    """Contract neighbouring cores to (G, R_first * modes, R_{last + 1}); None if there are none."""
     product = None
     for k, core in enumerate(cores, first):
         bond = layout.bonds[k]
@@ -203,7 +207,7 @@ def _fold_right(cores: Sequence[Tensor], layout: MpoLayout, first: int) -> Tenso
 
 
 def _unfolding(layout: MpoLayout, k: int) -> tuple[int, int]:
-    """2-D shape of core k: rows towards the outside left, columns towards the outside right."""
+    """Return the 2-D shape of core k, unfolded towards the centre core."""
     bond, rows, columns, next_bond = layout.core(k)
     if k < layout.centre:
         return bond * rows * columns, next_bond
@@ -213,14 +217,14 @@ def _unfolding(layout: MpoLayout, k: int) -> tuple[int, int]:
 
 
 def _interleave(matrices: Tensor, layout: MpoLayout) -> Tensor:
-    """(G, m, n) to (G, m_1, n_1, m_2, n_2, ...)."""
+    """Reorder (G, m, n) to (G, m_1, n_1, m_2, n_2, ...)."""
     count = len(layout.rows)
     split = matrices.reshape(-1, *layout.rows, *layout.columns)
     return split.permute(0, *(d for k in range(count) for d in (1 + k, 1 + count + k)))
 
 
 def _deinterleave(product: Tensor, layout: MpoLayout) -> Tensor:
-    """(G, m_1 n_1 m_2 n_2 ...) to (G, m, n)."""
+    """Reorder (G, m_1 n_1 m_2 n_2 ...) to (G, m, n)."""
     count = len(layout.rows)
     split = product.reshape(-1, *(d for pair in zip(layout.rows, layout.columns, strict=True) for d in pair))
     order = [1 + 2 * k for k in range(count)] + [2 + 2 * k for k in range(count)]
@@ -230,7 +234,7 @@ def _deinterleave(product: Tensor, layout: MpoLayout) -> Tensor:
 @lru_cache(maxsize=4096)
 def _layout(mpo: Mpo, m: int, n: int) -> MpoLayout:
     if m < 1 or n < 1:
-        raise ShapeError(f"mpo: a matrix has at least one row and one column, found {m} x {n}.")
+        raise ShapeError(f"mpo: expected a matrix with at least one row and one column, found {m} x {n}.")
     rows = mpo.modes.get(m) or balanced_factors(m, mpo.num_cores)
     columns = mpo.modes.get(n) or balanced_factors(n, mpo.num_cores)
     rows, columns = tuple(rows), tuple(columns)
@@ -259,7 +263,7 @@ def _layout(mpo: Mpo, m: int, n: int) -> MpoLayout:
 
 
 def balanced_factors(size: int, count: int) -> tuple[int, ...]:
-    """`count` factors of `size`, as even as its primes allow, the largest in the middle."""
+    """Split `size` into `count` factors, as even as its prime factors allow, the largest in the middle."""
     factors = [1] * count
     for prime in _prime_factors(size):
         factors[factors.index(min(factors))] *= prime
@@ -270,7 +274,7 @@ def balanced_factors(size: int, count: int) -> tuple[int, ...]:
 
 
 def _prime_factors(size: int) -> list[int]:
-    """Prime factors of `size`, largest first."""
+    """Return the prime factors of `size`, largest first."""
     primes, divisor = [], 2
     while divisor * divisor <= size:
         while size % divisor == 0:

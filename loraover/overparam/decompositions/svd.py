@@ -1,4 +1,4 @@
-"""Singular value decomposition with all three factors trained."""
+"""Singular value decomposition whose three factors are all trained."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from loraover.overparam.decompositions.base import Decomposition, random_coisome
 class Svd(Decomposition):
     """M = U diag(s) V, with k = min(m, n), U (m, k), s (1, k), V (k, n).
 
-    The centre core is s. A zero matrix gets s = 0 between random U and V with orthonormal columns and
-    rows: until s has grown, only the k directions u_i v_i move.
-    Source: Golub and Van Loan 2013, Matrix Computations, 2.4.
+    The centre core is s. A zero matrix gets s = 0 between a random U with orthonormal columns and a random V with
+    orthonormal rows: until s has grown, only the k directions u_i v_i move.
+
+    Source:
+        Golub and Van Loan 2013, Matrix Computations, 2.4.
     """
 
     name: Literal["svd"] = field(default="svd", repr=False, kw_only=True)

@@ -1,4 +1,4 @@
-"""Scores by which a schedule ranks sites, by the name that a configuration uses."""
+"""Scores by which a schedule ranks sites, under the names that a configuration uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every score supplies."""
+"""Interface of all scores."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from loraover.overparam.sharding import full
 from loraover.overparam.sites import Site
 
 Loss = Callable[[Any, Any], Tensor]
-"""Mean loss of a model on one batch, a scalar with a graph."""
+"""Function of a model and a batch that returns the mean loss, a scalar with a graph."""
 
 
 def model_loss(model: Any, batch: Any) -> Tensor:
-    """The loss that a Hugging Face model computes by itself from a batch with labels.
+    """Return the loss that a Hugging Face model computes from a batch with labels.
+
+    Args:
+        model: Model whose output has a `loss`.
+        batch: Keyword arguments of the model's forward.
 
     Raises:
-        ConfigError: it computes none from this one.
+        ConfigError: The model computes no loss from this batch.
     """
     loss: Tensor | None = model(**batch).loss
     if loss is None:
         raise ConfigError(
-            f"the model computes no loss from a batch of {', '.join(batch)}; give the trainer's as `loss`, "
+            f"the model computes no loss from a batch of {', '.join(batch)}; give the trainer's loss as `loss`, "
             "a function of the model and a batch."
         )
     return loss
@@ -36,12 +40,22 @@ def model_loss(model: Any, batch: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed batches on which a score can run the model; the same in every process.
+    """Fixed batches on which a schedule runs the model to compute scores.
+
+    Every process must have the same batches.
 
     Args:
-        model: the PEFT model, or a wrapper of it.
-        batches: collated.
-        loss: of the model on one of them.
+        model: PEFT model that is trained, or a wrapper of it.
+        batches: Collated batches, on the model's device.
+        loss: Function of the model and a batch that returns the mean loss; by default the model's own, from a batch
+            with labels.
+
+    Example:
+        ```python
+        probe = Probe(model, [next(loader) for _ in range(4)])
+        config = LoraOverConfig(schedule="static", budget=Budget(fraction=0.25))
+        over = OverParameterization(model, config, probe=probe)
+        ```
     """
 
     model: nn.Module
@@ -50,11 +64,11 @@ class Probe:
 
 
 class Score(ABC):
-    """Ranks sites by how much they might profit from cores; more is better.
+    """Estimate of how much each site profits from cores; the highest scores are chosen.
 
     Args:
-        sites: all candidates, by name.
-        seed: for random draws.
+        sites: All candidates, by name.
+        seed: Seed of random scores.
     """
 
     needs_probe: ClassVar[bool] = False
@@ -65,19 +79,18 @@ class Score(ABC):
 
     @abstractmethod
     def values(self, probe: Probe | None) -> dict[str, float]:
-        """The score of every site.
+        """Return the score of every site, by name.
 
         Args:
-            probe: where `needs_probe` is true.
+            probe: Batches to run the model on, which only a score with `needs_probe` uses.
         """
 
 
 class GradientScore(Score):
-    """A mean over steps of a number that M and dL/dM give.
+    """Score that is a mean over optimizer steps of a function of M and dL/dM.
 
-    Each step's gradients enter divided by their joint norm over all sites, so that neither clipping nor a loss scale
-    counts, nor does a step with a large loss count more than another. A step with a gradient that is not finite is
-    left out.
+    The gradients of a step are divided by their joint norm over all sites, so that clipping and loss scaling have no
+    effect and every step has equal weight. A step whose gradients are not finite, or all zero, is left out.
     """
 
     def __init__(self, sites: Mapping[str, Site], seed: int) -> None:
@@ -91,24 +104,25 @@ class GradientScore(Score):
 
     @abstractmethod
     def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:
-        """One step's number for each of G matrices of one shape.
+        """Compute one step's value for each of G matrices of one shape.
 
         Args:
-            group: their index, for what is kept between steps.
-            matrices: makes the (G, m, n) stack of M.
-            gradients: (G, m, n), normalised.
-            counts: bool on the gradients' device, whether the step counts; otherwise what is kept stays as it is.
+            group: Index of this group of matrices, under which a score may keep tensors between steps.
+            matrices: Function that makes the stack of M (G, m, n).
+            gradients: Normalised gradients (G, m, n).
+            counts: Bool on the gradients' device. Where it is false, the step does not count, and what is kept between
+                steps must not change.
 
         Returns:
-            (G,)
+            Values (G,).
         """
 
     @torch.no_grad()
     def observe(self, gradients: Mapping[str, Tensor]) -> None:
-        """Take note of one optimizer step's gradients, before it is taken.
+        """Add the gradients of one optimizer step; call it before the step changes the matrices.
 
         Args:
-            gradients: dL/dM of every site that has one, (m, n).
+            gradients: Gradients dL/dM (m, n) by site name; sites without one are absent.
         """
         stacks = []
         for names in self._groups:
@@ -137,14 +151,14 @@ class GradientScore(Score):
         return scores
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs to go on."""
+        """Return the tensors from which `load` continues the score in a resumed run."""
         if self._steps is None or not int(self._steps):
             return {}
         sums = {f"sum.{i}": total.cpu().double() for i, total in enumerate(self._sums) if total is not None}
         return {"steps": self._steps.cpu()} | sums
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave."""
+        """Continue from the tensors that `state` returned."""
         if not state:
             return
         self._steps = state["steps"]

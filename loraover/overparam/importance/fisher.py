@@ -14,8 +14,11 @@ from loraover.overparam.importance.base import GradientScore
 class Fisher(GradientScore):
     """Mean over elements and steps of the squared gradient.
 
-    With accumulation it is the square of the mean over micro-batches. A's is zero in the first step, where B = 0.
-    Source: Gao et al. 2023 (OPF), section 3.3.
+    With gradient accumulation it is the square of the mean over micro-batches. The score of A is zero in the first
+    step, where B = 0.
+
+    Source:
+        Gao et al. 2023 (OPF), section 3.3.
     """
 
     def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:

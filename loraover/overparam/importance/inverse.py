@@ -12,7 +12,7 @@ from loraover.overparam.importance.base import GradientScore, Probe
 
 @final
 class Inverse(GradientScore):
-    """`fisher` with its order reversed; a score that is worth something must beat it."""
+    """The score `fisher` with its order reversed: a useful score must do better than this one."""
 
     def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:
         return gradients.square().mean((1, 2))

@@ -15,11 +15,13 @@ from loraover.overparam.sites import Site, lora_layers
 
 @final
 class LossImpact(Score):
-    """Mean loss over the probe's batches without a module's update, minus the loss with it; for both its matrices.
+    """Mean loss over the probe's batches without a module's update, minus the loss with it.
 
-    It takes a forward for every batch and module, and one more for every batch. It is zero while B = 0. A module that
-    the loss would be lower without scores below zero.
-    Source: as the public reviews of LoRA-Over on OpenReview describe the paper's pre-computation.
+    Both matrices of the module get this score. It takes one forward for each pair of batch and module, and one more for
+    each batch. It is zero while B = 0, and negative where the update makes the loss worse.
+
+    Source:
+        The paper's pre-computation, as the public reviews of LoRA-Over on OpenReview describe it.
     """
 
     needs_probe = True
@@ -39,7 +41,7 @@ class LossImpact(Score):
         return {name: impact[site.module, site.adapter] for name, site in self.sites.items()}
 
     def forwards(self, probe: Probe) -> int:
-        """Batches that `values` runs."""
+        """Number of forwards that `values` takes."""
         modules = {(site.module, site.adapter) for site in self.sites.values()}
         return len(probe.batches) * (1 + len(modules))
 

@@ -1,4 +1,4 @@
-"""Control: chance."""
+"""Control: random scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraover.overparam.importance.base import Probe, Score
 
 @final
 class Random(Score):
-    """A number between 0 and 1 that the seed and the site's name decide."""
+    """Random number between 0 and 1, drawn from the seed and the site's name."""
 
     def values(self, probe: Probe | None) -> dict[str, float]:
         return {name: self._draw(name) for name in self.sites}

@@ -11,15 +11,18 @@ from torch import Tensor
 from loraover.overparam.importance.base import GradientScore, Probe
 from loraover.overparam.sites import Site
 
-SMOOTHING = 0.85  # beta_1 and beta_2 of AdaLoRA's experiments
+SMOOTHING = 0.85  # beta_1 and beta_2 in AdaLoRA's experiments
 
 
 @final
 class Sensitivity(GradientScore):
     """AdaLoRA's importance: the mean over elements of I * U.
 
-    I is the moving average of |M * dL/dM|, U that of how far |M * dL/dM| is from I. It reads the last steps, not all.
-    Source: Zhang et al. 2023 (AdaLoRA), arXiv:2303.10512, equations 8 to 11.
+    I is the moving average of |M * dL/dM|, and U the moving average of the distance of |M * dL/dM| from I. Late steps
+    count more than early ones.
+
+    Source:
+        Zhang et al. 2023 (AdaLoRA), arXiv:2303.10512, equations 8 to 11.
     """
 
     def __init__(self, sites: Mapping[str, Site], seed: int) -> None:

@@ -12,10 +12,12 @@ from loraover.overparam.importance.base import GradientScore
 
 @final
 class Taylor(GradientScore):
-    """Mean over elements and steps of |M * dL/dM|: to first order, what setting an element to zero does to the loss.
+    """Mean over elements and steps of |M * dL/dM|: to first order, the change of the loss if an element is set to zero.
 
     It is zero for both matrices of a module while B = 0.
-    Source: Molchanov et al. 2019, arXiv:1906.10771, equation 8.
+
+    Source:
+        Molchanov et al. 2019, arXiv:1906.10771, equation 8.
     """
 
     def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:

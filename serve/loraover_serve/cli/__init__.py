@@ -7,16 +7,15 @@ import click
 from loraover.common.command_line import LazyGroup, entry_point
 
 COMMANDS = {
-    "engines": "loraover_serve.cli.engines:engines",
     "up": "loraover_serve.cli.up:up",
     "parity": "loraover_serve.cli.parity:parity",
 }
 
 
-@click.group(cls=LazyGroup, commands_at=COMMANDS)
+@click.group(cls=LazyGroup, commands_at=COMMANDS, renamed={"engines": "loraover doctor"})
 @click.version_option(package_name="loraover")
 def cli() -> None:
-    """Serve folded adapters and measure their parity with plain LoRA."""
+    """Serve adapters with vLLM, and measure whether a folded adapter is as fast as a plain LoRA."""
 
 
 main = entry_point(cli)

@@ -6,21 +6,31 @@ from pathlib import Path
 
 import click
 
+from loraover.common.command_line import Command
+
 PATH = click.Path(path_type=Path)
 
-
+MODEL = click.option("--model", show_default="the one that the adapters name", help="Base model, folder or hub name.")
+VLLM = click.option(
+    "--vllm",
+    envvar="LORAOVER_VLLM",
+    show_envvar=True,
+    default="vllm",
+    show_default=True,
+    help="Command that starts vLLM, in any environment.",
+)
 START_TIMEOUT = click.option(
     "--start-timeout",
     "start_timeout_s",
     type=click.FloatRange(1),
     default=600,
     show_default=True,
-    help="Of a server until its first answers, s.",
+    help="Seconds that a vLLM server may take until its first answers.",
 )
 
 
-class SplitAtDashes(click.Command):
-    """Keeps what stands after "--" for another program, in the context's `obj`."""
+class SplitAtDashes(Command):
+    """A command that keeps the words after "--" for another program, in the context's `obj`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from loraover_serve.cli.options import PATH, START_TIMEOUT, SplitAtDashes
+from loraover_serve.cli.options import MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
+from loraover_serve.engines import ENGINES
+
+if TYPE_CHECKING:
+    from loraover_serve.parity.measure.workload import WorkloadKind
+    from loraover_serve.parity.report.parity_report import ParityReport
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -15,58 +21,184 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise click.BadParameter(f"{value!r} is no list of positive numbers such as 1,4,16.")
+        raise click.BadParameter(f"{value!r}, expected positive numbers such as 1,4,16.")
     return numbers
 
 
-@click.command(cls=SplitAtDashes, options_metavar="[OPTIONS] [-- VLLM OPTIONS]")
-@click.option("--folded", type=PATH, required=True, help="The folded adapter.")
-@click.option("--vanilla", type=PATH, help="A plain LoRA of the same ranks and targets; random weights otherwise.")
-@click.option("--checkpoint", type=PATH, help="The LoRA-Over checkpoint, for the unfolded arm of torch.")
+@click.command(
+    cls=SplitAtDashes,
+    options_metavar="[OPTIONS] [-- VLLM OPTIONS]",
+    examples=[
+        "loraover-serve parity --adapter folded --checkpoint runs/a/adapter -o parity",
+        "loraover-serve parity --adapter for-vllm --engine vllm --max-concurrency 1,4 --num-prompts 200 -o parity",
+    ],
+    renamed={
+        "--folded": "--adapter",
+        "--vanilla": "--baseline",
+        "--requests": "--num-prompts",
+        "--concurrency": "--max-concurrency",
+        "--out": "-o/--output",
+    },
+)
+@click.option("--adapter", type=PATH, required=True, help="Folder of the folded adapter.")
+@click.option(
+    "--baseline",
+    type=PATH,
+    show_default="random weights of the adapter's shapes",
+    help="Folder of a plain LoRA with the same ranks and targets, to compare with.",
+)
+@click.option(
+    "--checkpoint",
+    type=PATH,
+    help="Folder of the LoRA-Over checkpoint that was folded; answers are then compared with its unfolded model.",
+)
 @click.option(
     "--engine",
     "engines",
     multiple=True,
-    type=click.Choice(["vllm", "onnx", "torch"]),
+    type=click.Choice(ENGINES),
     default=["onnx"],
     show_default=True,
-    help="To measure on; several may be given.",
+    help="Engine to measure on; repeat the option for several.",
 )
-@click.option("--requests", type=click.IntRange(1), default=100, show_default=True, help="For every arm.")
-@click.option("--concurrency", default="1", show_default=True, callback=_numbers, help="Requests at once, on vLLM.")
 @click.option(
-    "--margin", type=click.FloatRange(0, 1, min_open=True), default=0.05, show_default=True, help="That is equal."
+    "--num-prompts",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Number of requests that each adapter answers, at every concurrency.",
 )
-@click.option("-o", "--out", type=PATH, help="New folder for parity.json and parity.html.")
-@click.option("--model", help="Base model, folder or hub name, instead of the one that the adapter names.")
-@click.option("--vllm", envvar="LORAOVER_VLLM", default="vllm", show_default=True, help="The command vllm.")
+@click.option(
+    "--max-concurrency",
+    default="1",
+    show_default=True,
+    callback=_numbers,
+    help="Number of simultaneous requests to vLLM; with commas, one measurement for each number.",
+)
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="Largest difference of times that still counts as equal (0.05 is 5 %).",
+)
+@click.option("-o", "--output", type=PATH, help="New folder for parity.json, parity.html and vLLM's logs.")
+@MODEL
+@VLLM
 @click.option(
     "--workload",
     type=click.Choice(["fixed", "mixed", "file"]),
     default="fixed",
     show_default=True,
-    help="One length, log-normal lengths, or the prompts of a file.",
+    help="Prompts of one length (fixed), of log-normal lengths (mixed), or from --prompts (file).",
 )
-@click.option("--prompts", type=PATH, help="Text file with one prompt a line.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=32, show_default=True, help="Of a prompt.")
-@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="To generate.")
-@click.option("--memory", type=click.IntRange(0), default=1, show_default=True, help="vLLM servers an arm, for memory.")
-@click.option("--cross-check", is_flag=True, help="Run `vllm bench serve` against the same server, too.")
+@click.option("--prompts", type=PATH, help="UTF-8 text file with one prompt in each line.")
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(1), default=120, show_default=True, help="Of a silent server, s."
+    "--prompt-tokens", type=click.IntRange(1), default=32, show_default=True, help="Length of a prompt, in tokens."
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Length of an answer, in tokens."
+)
+@click.option(
+    "--memory",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Number of vLLM servers to start for each adapter to measure peak memory; 3 or more give an interval.",
+)
+@click.option("--cross-check", is_flag=True, help="Also run `vllm bench serve` against the same server.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(1),
+    default=120,
+    show_default=True,
+    help="Seconds without output before giving up on the server.",
 )
 @START_TIMEOUT
-@click.option("--seed", default=0, show_default=True, help="Of weights, lengths and order.")
+@click.option("--seed", default=0, show_default=True, help="Seed of random weights, lengths and order.")
 @click.option("--allow-unequal", is_flag=True, help="Compare adapters of different ranks or targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, without the samples.")
 @click.pass_obj
-def parity(options: tuple[str, ...], /, as_json: bool, **request: Any) -> int:
-    """Measure whether a folded adapter costs what a vanilla LoRA costs, and says what it should.
+def parity(
+    options: tuple[str, ...],
+    /,
+    adapter: Path,
+    baseline: Path | None,
+    checkpoint: Path | None,
+    engines: tuple[str, ...],
+    num_prompts: int,
+    max_concurrency: tuple[int, ...],
+    margin: float,
+    output: Path | None,
+    model: str | None,
+    vllm: str,
+    workload: WorkloadKind,
+    prompts: Path | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    memory: int,
+    cross_check: bool,
+    timeout_s: float,
+    start_timeout_s: float,
+    seed: int,
+    allow_unequal: bool,
+    as_json: bool,
+) -> int:
+    """Measure whether a folded adapter is as fast as a plain LoRA, and gives the answers it should.
 
-    What stands after -- goes to vllm serve; what parity sets itself, such as the prefix cache, is refused there.
+    An equivalence test compares their times with a margin; a second copy of the plain LoRA shows the machine's noise.
+    Answers are compared with PyTorch's.
+
+    Words after -- are passed to `vllm serve`, except options that this command sets itself, such as the prefix cache.
+
     Exit code 0: equivalent; 1: different; 3: inconclusive; 2: unusable request, or an engine that failed.
     """
-    from loraover_serve.parity.request import ParityRequest
-    from loraover_serve.parity.run import run_parity
+    from loraover.common.command_line import quiet_libraries
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_serve.parity.report.parity_report import UnwrittenReportError
+    from loraover_serve.parity.run import measure_parity
 
-    return run_parity(ParityRequest(options=options, **request), as_json)
+    quiet_libraries()
+    try:
+        report = measure_parity(
+            adapter,
+            baseline=baseline,
+            checkpoint=checkpoint,
+            engines=engines,
+            num_prompts=num_prompts,
+            max_concurrency=max_concurrency,
+            margin=margin,
+            output=output,
+            model=model,
+            vllm=vllm,
+            workload=workload,
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            memory=memory,
+            cross_check=cross_check,
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
+            seed=seed,
+            allow_unequal=allow_unequal,
+            options=options,
+            report=ConsoleReporter(),
+        )
+    except UnwrittenReportError as error:
+        _show(error.report, as_json)
+        raise
+    _show(report, as_json)
+    if output is not None:
+        click.echo(f"wrote {output}", err=as_json)
+    return report.exit_code
+
+
+def _show(report: ParityReport, as_json: bool) -> None:
+    from rich.console import Console
+
+    from loraover_serve.parity.report.show import show_report
+
+    show_report(report, Console(stderr=as_json))
+    if as_json:
+        print(report.model_dump_json(exclude={"runs"}, indent=1))

@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from loraover_serve.cli.options import PATH, START_TIMEOUT, SplitAtDashes
+from loraover_serve.cli.options import MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
 
 
-@click.command(cls=SplitAtDashes, options_metavar="[OPTIONS]")
+@click.command(
+    cls=SplitAtDashes,
+    options_metavar="[OPTIONS]",
+    examples=["loraover-serve up for-vllm", "loraover-serve up shop support --port 8080 -- --max-model-len 2048"],
+)
 @click.argument("adapters", metavar="ADAPTER... [-- VLLM OPTIONS]", nargs=-1, required=True, type=PATH)
-@click.option("--model", help="Base model, folder or hub name, instead of the one that the adapters name.")
-@click.option("--vllm", envvar="LORAOVER_VLLM", default="vllm", show_default=True, help="The command vllm.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address or name to listen on.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on; 8000 or the next free one otherwise.")
-@click.option("--log", type=PATH, default=Path("vllm.log"), show_default=True, help="The server's output.")
+@MODEL
+@VLLM
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address or host name that the server listens on.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    show_default="8000 or the next free one",
+    help="Port that the server listens on.",
+)
+@click.option("--log", type=PATH, default=Path("vllm.log"), show_default=True, help="File for the server's output.")
 @START_TIMEOUT
 @click.pass_obj
-def up(options: tuple[str, ...], /, **request: Any) -> None:
-    """Start vLLM with ADAPTERs, as `loraover-export vllm` writes them, and print a request that works.
+def up(
+    options: tuple[str, ...],
+    /,
+    adapters: tuple[Path, ...],
+    model: str | None,
+    vllm: str,
+    host: str,
+    port: int | None,
+    log: Path,
+    start_timeout_s: float,
+) -> None:
+    """Start vLLM with adapters, and print a request that works.
 
-    Adapters that vLLM refuses, or would serve wrongly without a message, are refused before it starts. The server is
-    ready when the base model and each adapter have answered. What stands after -- goes to vllm serve unchanged; what up
-    sets itself, such as --port, is refused there. The server asks for the key in VLLM_API_KEY, if that is set.
-    Ctrl-C, SIGTERM and SIGHUP stop the server.
+    Each ADAPTER is a folder that `loraover-export vllm` has written; requests address the adapter by the folder's name.
+    Adapters that vLLM would refuse, or would serve wrongly without a message, are refused before it starts.
+
+    The server is ready when the base model and each adapter have answered. Ctrl-C, SIGTERM and SIGHUP stop it. If the
+    environment variable VLLM_API_KEY is set, the server asks for that key.
+
+    Words after -- are passed to `vllm serve`, except options that this command sets itself, such as --port.
     """
-    from loraover_serve.vllm.up import UpRequest, serve_until_stopped
+    from loraover.common.errors import EngineError
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_serve.vllm.serve import example_request, serve_adapters
 
-    serve_until_stopped(UpRequest(options=options, **request))
+    with serve_adapters(
+        adapters,
+        model=model,
+        vllm=vllm,
+        host=host,
+        port=port,
+        log=log,
+        start_timeout_s=start_timeout_s,
+        options=options,
+        report=ConsoleReporter(),
+    ) as server:
+        click.echo(f"ready: {server.url}\n\n{example_request(server)}\n\nCtrl-C stops it")
+        server.wait()
+    raise EngineError(f"vLLM ended by itself; see {log}.")

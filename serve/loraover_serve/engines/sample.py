@@ -1,4 +1,4 @@
-"""A request, and the times and tokens of its answer."""
+"""A request, and the tokens of its answer with the times at which they arrived."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion's clock.
+    """Tokens and times of one answer.
 
     Args:
-        arm: who answered.
-        block: of the design.
-        request: its index.
-        start_s: seconds on a clock that only moves forward.
-        token_s: when each piece of the answer arrived.
-        token_ids: generated.
-        logprobs: nats, of as many of the first tokens as the engine tells: ONNX Runtime of one.
+        arm: name of the arm that answered.
+        block: number of the block that the request belongs to.
+        request: index of the request.
+        start_s: time when the request was sent, in seconds on a monotonic clock.
+        token_s: time when each piece of the answer arrived, in seconds on the same clock.
+        token_ids: the generated tokens.
+        logprobs: log-probabilities of the first tokens, in nats, for as many tokens as the engine returns them (ONNX
+            Runtime for one).
     """
 
     arm: str
@@ -29,32 +30,32 @@ class Sample:
 
     @property
     def first_token_s(self) -> float:
-        """Time to first token (TTFT)."""
+        """Time to first token (TTFT), in seconds."""
         return self.token_s[0] - self.start_s
 
     @property
     def end_to_end_s(self) -> float:
-        """Time to the last token (E2EL)."""
+        """Time to the last token (end-to-end latency, E2EL), in seconds."""
         return self.token_s[-1] - self.start_s
 
     @property
     def per_token_s(self) -> float:
-        """Time per output token after the first (TPOT)."""
+        """Time per output token after the first (TPOT), in seconds."""
         return (self.token_s[-1] - self.token_s[0]) / (len(self.token_ids) - 1)
 
     @property
     def between_tokens_s(self) -> list[float]:
-        """Inter-token latencies (ITL), which a server may deliver several at a time."""
+        """Seconds between pieces of the answer (inter-token latency, ITL); a piece may hold several tokens."""
         return [later - earlier for earlier, later in zip(self.token_s, self.token_s[1:], strict=False)]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion.
+    """One prompt to continue.
 
     Args:
         prompt: token ids.
-        new_tokens: to generate, whatever the text.
+        new_tokens: number of tokens to generate, even beyond an end of text.
     """
 
     prompt: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""PyTorch in this process, one request after another: PEFT adapters, the base model and the unfolded model."""
+"""PyTorch in this process, one request after another: the base model, PEFT adapters, and the unfolded model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from loraover_serve.engines.base import Engine, engine_errors
 from loraover_serve.engines.sample import Request, Sample
 
 Switch = Callable[[], AbstractContextManager[Any]]
-"""A context that gives the model to run."""
+"""Returns a context manager that yields the model to run."""
 
 
 class TorchEngine(Engine):
-    """Arms in one process, on one copy of the base model where they can share it."""
+    """PyTorch with PEFT; arms share one copy of the base model where they can.
+
+    Args:
+        switches: functions that select each arm's model, by the arm's name.
+    """
 
     name = "torch"
 
@@ -35,13 +39,13 @@ class TorchEngine(Engine):
 
 
 def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], checkpoint: Path | None) -> TorchEngine:
-    """The base model, every adapter as PEFT loads it, and the unfolded model where there is a checkpoint.
+    """Load the base model, every adapter with PEFT, and the unfolded model of a checkpoint.
 
     Args:
-        load_base: a plain transformers model in eval mode, anew at each call: PEFT wraps one, and the unfolded model
-            takes another.
-        adapters: folder of each arm.
-        checkpoint: a LoRA-Over checkpoint.
+        load_base: function that loads a plain transformers model in eval mode. It is called twice if there is a
+            checkpoint, because PEFT changes the model that it gets.
+        adapters: folder of each arm's adapter.
+        checkpoint: folder of a LoRA-Over checkpoint; None for no unfolded model.
 
     Raises:
         EngineError: an adapter that PEFT refuses.
@@ -71,7 +75,7 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
     switches: dict[str, Switch] = {"base": base} | {arm: adapted(arm) for arm in adapters}
     if checkpoint is not None:
         plain, source = load_base(), read_checkpoint(checkpoint)
-        switches["unfolded"] = lambda: unfolded(plain, source, delta_dtype=torch.float32)  # as training computes
+        switches["unfolded"] = lambda: unfolded(plain, source, delta_dtype=torch.float32)  # as in training
     return TorchEngine(switches)
 
 

@@ -1,4 +1,4 @@
-"""vLLM over its OpenAI-compatible streaming interface; one server holds all arms."""
+"""vLLM over its OpenAI-compatible streaming interface; one server has all arms loaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from loraover_serve.vllm.server import VllmServer
 
 
 class VllmEngine(Engine):
-    """A running server.
+    """A running vLLM server.
 
     Args:
-        models: what each arm is called there.
-        timeout_s: longest silence of an answer.
+        server: client of the server.
+        models: name of each arm's model on the server.
+        timeout_s: longest silence in the middle of an answer, in seconds.
     """
 
     name = "vllm"
@@ -33,13 +34,13 @@ class VllmEngine(Engine):
             )
             if len(done.piece_s) == 1:
                 raise EngineError(
-                    f"{arm}: an answer of {request.new_tokens} tokens came in one piece, which tells no time "
-                    "per token; ask for longer ones with --new-tokens."
+                    f"{arm}: an answer of {request.new_tokens} tokens arrived in one piece, so the time per token is "
+                    "unknown; ask for longer answers with --new-tokens."
                 )
             return Sample(arm, block, index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
 
         pool = ThreadPoolExecutor(len(requests))
         try:
             return list(pool.map(answer, range(first, first + len(requests)), requests))
-        finally:  # after a failure or Ctrl-C the rest may hang; it ends with the server
+        finally:  # after a failure or Ctrl-C the other requests may hang until the server ends
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,1 +1,1 @@
-"""Is a folded adapter served at the cost of a vanilla one? A paired benchmark with an equivalence test."""
+"""A paired benchmark with an equivalence test: is a folded adapter as fast as a plain LoRA?"""

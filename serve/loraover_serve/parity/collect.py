@@ -1,4 +1,4 @@
-"""Everything that a parity run measures, kept as far as it came."""
+"""The measurements of a parity run; those before a failure are kept."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ MEMORY_WAVES = 4
 
 @dataclass
 class Measured:
-    """What there is so far, and why there is no more.
+    """The measurements so far, and why there are no more.
 
     Args:
-        notes: what went wrong with measurements that decide nothing.
-        versions: that servers tell.
+        runs: samples of every engine at every concurrency.
+        memory: peak memory of vLLM servers.
+        cross_checks: medians of `vllm bench serve` beside ours.
+        outputs: comparisons of answers with PyTorch's.
+        notes: failures of measurements that the verdict does not depend on.
+        versions: versions that servers report.
+        failure: reason why the run ended early; None if it did not.
     """
 
     runs: list[Measurement] = field(default_factory=list)
@@ -48,13 +53,13 @@ class Measured:
     failure: str | None = None
 
     @property
-    def whole(self) -> list[Measurement]:
-        """Runs with enough blocks for the tests."""
+    def testable(self) -> list[Measurement]:
+        """Runs with enough blocks for the statistical tests."""
         return [run for run in self.runs if run.blocks >= MIN_BLOCKS]
 
     @contextmanager
     def keep(self) -> Iterator[None]:
-        """Keep what was measured before a failure or Ctrl-C; the first failure of a run with nothing yet is raised."""
+        """Record a failure or Ctrl-C if something was measured before it; otherwise raise it."""
         try:
             yield
         except (LoraOverError, KeyboardInterrupt) as error:
@@ -63,8 +68,8 @@ class Measured:
             self.failure = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
 
     @contextmanager
-    def note(self, what: str) -> Iterator[None]:
-        """Go on without a measurement that decides nothing."""
+    def optional(self, what: str) -> Iterator[None]:
+        """Record a failure as a note, and continue: the verdict does not depend on this measurement."""
         try:
             yield
         except EngineError as error:
@@ -76,8 +81,12 @@ class Collector:
     """One parity run.
 
     Args:
-        folder: for exports and copies of adapters.
-        say: shows a line.
+        request: the arguments of the run.
+        arms: the adapters to compare.
+        requests: the requests that every arm answers.
+        folder: folder for exports and copies of adapters.
+        launch: command line and limits of vLLM servers.
+        say: receiver of lines of progress.
     """
 
     request: ParityRequest
@@ -88,10 +97,11 @@ class Collector:
     say: Callable[[str], None]
 
     def collect(self) -> Measured:
-        """Every engine at every concurrency, then its answers against PyTorch's.
+        """Measure every engine at every concurrency, then compare its answers with PyTorch's.
 
         Raises:
-            LoraOverError: an engine failed before one block was whole; KeyboardInterrupt likewise.
+            LoraOverError: an engine that failed before one block was complete.
+            KeyboardInterrupt: Ctrl-C before one block was complete.
         """
         measured = Measured()
         with measured.keep():
@@ -101,7 +111,7 @@ class Collector:
                     return measured
             self.say("comparing outputs with PyTorch")
             folded, folded_name, vanilla = references(self.arms)
-            for run in measured.whole:
+            for run in measured.testable:
                 found = compare_outputs(run, self.requests, folded, folded_name, vanilla, COMPARED_PROMPTS)
                 measured.outputs.append(found)
         return measured
@@ -118,7 +128,7 @@ class Collector:
                     if name == "vllm":
                         self._ask_server(engine, run, measured)
         if name == "vllm" and self.request.memory:
-            with measured.note("memory"):
+            with measured.optional("memory"):
                 self._measure_memory(measured)
 
     def _run(self, engine: Engine, concurrency: int) -> Measurement:
@@ -127,15 +137,15 @@ class Collector:
         return measure(engine, self.requests, concurrency=concurrency, blocks=blocks, seed=self.request.seed)
 
     def _ask_server(self, engine: Engine, run: Measurement, measured: Measured) -> None:
-        """Its version and, where it is asked for, vLLM's own benchmark."""
+        """Ask the server for its version and, if requested, run vLLM's benchmark."""
         from loraover_serve.engines.vllm import VllmEngine
 
         assert isinstance(engine, VllmEngine)
-        with measured.note("version of vLLM"):
+        with measured.optional("version of vLLM"):
             measured.versions["vllm"] = engine.server.version()
         if self.request.cross_check:
             self.say("vllm bench serve, on each arm")
-            with measured.note("cross-check"):
+            with measured.optional("cross-check"):
                 self._cross_check(engine, run, measured)
 
     def _cross_check(self, engine: VllmEngine, run: Measurement, measured: Measured) -> None:
@@ -153,13 +163,13 @@ class Collector:
             )
 
     def _measure_memory(self, measured: Measured) -> None:
-        """A few waves of requests for each arm in a server of its own."""
+        """Start a server for each arm alone, and send it a few waves of requests."""
         launch = replace(self.launch, log=self.launch.log.with_name(MEMORY_LOG_FILE))
         servers = self.request.memory
         for arm in (BASE, *self.arms.adapters):
             alone = {arm: self.arms.adapters[arm]} if arm != BASE else {}
             start = partial(started_vllm, alone, self.arms, self.requests, self.folder, launch)
-            for concurrency in self.request.concurrency:
-                self.say(f"peak memory of {arm}, concurrency {concurrency}: {servers} server(s) of its own")
+            for concurrency in self.request.max_concurrency:
+                self.say(f"peak memory of {arm}, concurrency {concurrency}: starting {servers} server(s)")
                 few = self.requests[: MEMORY_WAVES * concurrency]
                 measured.memory.append(measure_memory(start, arm, few, concurrency=concurrency, servers=servers))

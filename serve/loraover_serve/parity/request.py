@@ -1,48 +1,44 @@
-"""What a parity run is asked for, checked before anything starts."""
+"""The arguments of a parity run, checked before anything starts."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from loraover.common.atomic_output import check_writable
-from loraover.common.errors import ParityError
+from loraover.common.errors import ConfigError
+from loraover_serve.engines import ENGINES
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
 from loraover_serve.parity.measure.workload import WorkloadKind
-from loraover_serve.vllm.up import SET_BY_UP, check_options
+from loraover_serve.vllm.serve import SET_BY_SERVE, option_faults
 
 _CACHE_OFF = "the prefix cache is always off, or a later arm would reuse an earlier one's work"
 SET_BY_PARITY = (
-    dict.fromkeys(SET_BY_UP, "parity sets it, alike for every arm")
-    | {"--model": SET_BY_UP["--model"]}
+    dict.fromkeys(SET_BY_SERVE, "parity sets it, alike for every arm")
+    | {"--model": SET_BY_SERVE["--model"]}
     | {"--enable-prefix-caching": _CACHE_OFF, "--no-enable-prefix-caching": _CACHE_OFF}
 )
-"""Words for `vllm serve` that `parity` sets or relies on, and why they cannot be given."""
+"""Options of `vllm serve` that a parity run sets or relies on, and why they cannot be given."""
 
 
 @dataclass(frozen=True)
 class ParityRequest:
-    """What the command was asked for.
+    """The arguments of `measure_parity`, which documents them.
 
-    Args:
-        requests: answered by every arm at every concurrency, both times counted.
-        margin: of a ratio, that counts as equal.
-        memory: servers to start for each arm and concurrency to measure peak memory, on vLLM.
-        timeout_s: longest silence of a server in the middle of an answer.
-        start_timeout_s: seconds until a server must have answered.
-        out: folder for `parity.json` and `parity.html`; None writes none.
-        options: further words for `vllm serve`, for every arm.
+    Raises:
+        ConfigError: arguments that cannot be used; the message names all of them.
     """
 
-    folded: Path
-    vanilla: Path | None
+    adapter: Path
+    baseline: Path | None
     checkpoint: Path | None
     engines: tuple[str, ...]
-    requests: int
-    concurrency: tuple[int, ...]
+    num_prompts: int
+    max_concurrency: tuple[int, ...]
     margin: float
-    out: Path | None
+    output: Path | None
     model: str | None
     vllm: str
     workload: WorkloadKind
@@ -57,50 +53,67 @@ class ParityRequest:
     start_timeout_s: float
     options: tuple[str, ...] = ()
 
-    def blocks(self, concurrency: int) -> int:
-        """Blocks that the requests make at a concurrency."""
-        return self.requests // (2 * concurrency)
+    def __post_init__(self) -> None:
+        faults = [*self._range_faults(), *self._engine_faults(), *option_faults(self.options, SET_BY_PARITY)]
+        if faults:
+            raise ConfigError(" ".join(faults))
 
-    def concurrencies(self, engine: str) -> tuple[int, ...]:
-        """At which an engine is measured: only a server answers several requests at once."""
-        return self.concurrency if engine == "vllm" else (1,)
+    def _range_faults(self) -> Iterator[str]:
+        for option, number, least in (
+            ("prompt-tokens", self.prompt_tokens, 1),
+            ("memory", self.memory, 0),
+            ("timeout", self.timeout_s, 1),
+            ("start-timeout", self.start_timeout_s, 1),
+        ):
+            if not number >= least:
+                yield f"--{option} is {number}, expected {least} at least."
+        if not 0 < self.margin <= 1:
+            yield f"--margin is {self.margin}, expected more than 0 and at most 1."
+        if self.new_tokens < 2:
+            yield f"--new-tokens is {self.new_tokens}; the time per output token takes two tokens at least."
+        if self.workload not in get_args(WorkloadKind):
+            yield f"--workload is {self.workload!r}, expected one of {', '.join(get_args(WorkloadKind))}."
+        if (self.workload == "file") != (self.prompts is not None):
+            yield "--workload file and --prompts go together; give both or neither."
 
-    def check(self) -> None:
-        """Refuse what cannot be measured, before anything starts.
-
-        Raises:
-            ConfigError: an option for vLLM that parity sets itself.
-            ParityError: too few requests or tokens, several at once or vLLM's options without a server, or something
-                named twice.
-            OutputError: an output that is there already, or cannot be written.
-        """
-        if self.out is not None:
-            check_writable(self.out, outside=self.folded)
-        for option, given in (("--engine", self.engines), ("--concurrency", self.concurrency)):
+    def _engine_faults(self) -> Iterator[str]:
+        unknown = [engine for engine in self.engines if engine not in ENGINES]
+        if unknown or not self.engines:
+            yield f"--engine is {', '.join(unknown) or 'missing'}, expected some of {', '.join(ENGINES)}."
+        for option, given in (("--engine", self.engines), ("--max-concurrency", self.max_concurrency)):
             if len(set(given)) < len(given):
-                raise ParityError(f"{option} names one twice: {', '.join(map(str, given))}; name each once.")
-        check_options(self.options, SET_BY_PARITY)
+                yield f"{option} names one twice: {', '.join(map(str, given))}; name each once."
         if self.options and "vllm" not in self.engines:
-            raise ParityError("what stands after -- is for vLLM, which is not measured; add --engine vllm.")
-        if self.concurrency != (1,) and "vllm" not in self.engines:
-            raise ParityError("--concurrency is vLLM's; onnx and torch answer one request at a time.")
-        for concurrency in self.concurrency:
+            yield "the words after -- are for vLLM, which is not measured; add --engine vllm."
+        if self.max_concurrency != (1,) and "vllm" not in self.engines:
+            yield "--max-concurrency is for vLLM; onnx and torch answer one request at a time."
+        if not self.max_concurrency or min(self.max_concurrency) < 1:
+            yield f"--max-concurrency is {self.max_concurrency}, expected positive numbers."
+            return
+        for concurrency in self.max_concurrency:
             if self.blocks(concurrency) < MIN_BLOCKS:
-                raise ParityError(
-                    f"{self.requests} requests make {self.blocks(concurrency)} blocks of 2 x {concurrency} at "
-                    f"concurrency {concurrency}; the tests take {MIN_BLOCKS} at least: --requests "
+                yield (
+                    f"{self.num_prompts} prompts make {self.blocks(concurrency)} blocks of 2 x {concurrency} at "
+                    f"concurrency {concurrency}, and the tests take {MIN_BLOCKS} at least; give --num-prompts "
                     f"{2 * MIN_BLOCKS * concurrency} or more."
                 )
-        if self.new_tokens < 2:
-            raise ParityError("--new-tokens is 1; a time per output token takes two tokens at least.")
+
+    def blocks(self, concurrency: int) -> int:
+        """Number of blocks that the prompts make at a concurrency."""
+        return self.num_prompts // (2 * concurrency)
+
+    def concurrencies(self, engine: str) -> tuple[int, ...]:
+        """The concurrencies to measure an engine at; only a server answers several requests at once."""
+        return self.max_concurrency if engine == "vllm" else (1,)
 
     def command(self) -> str:
         """The command line, for the report."""
-        words = ["loraover-serve", "parity", "--folded", str(self.folded)]
-        words += [] if self.vanilla is None else ["--vanilla", str(self.vanilla)]
+        words = ["loraover-serve", "parity", "--adapter", str(self.adapter)]
+        words += [] if self.baseline is None else ["--baseline", str(self.baseline)]
         words += [] if self.checkpoint is None else ["--checkpoint", str(self.checkpoint)]
         words += [word for engine in self.engines for word in ("--engine", engine)]
-        words += ["--requests", str(self.requests), "--concurrency", ",".join(map(str, self.concurrency))]
+        words += ["--num-prompts", str(self.num_prompts)]
+        words += ["--max-concurrency", ",".join(map(str, self.max_concurrency))]
         words += ["--margin", str(self.margin), "--workload", self.workload, "--seed", str(self.seed)]
         words += ["--prompt-tokens", str(self.prompt_tokens), "--new-tokens", str(self.new_tokens)]
         words += [] if self.prompts is None else ["--prompts", str(self.prompts)]
@@ -110,6 +123,6 @@ class ParityRequest:
         words += ["--timeout", str(self.timeout_s)]
         words += ["--cross-check"] if self.cross_check else []
         words += ["--allow-unequal"] if self.allow_unequal else []
-        words += [] if self.out is None else ["--out", str(self.out)]
+        words += [] if self.output is None else ["--output", str(self.output)]
         words += ["--", *self.options] if self.options else []
         return shlex.join(words)

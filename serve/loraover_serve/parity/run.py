@@ -1,75 +1,170 @@
-"""One parity run from command line to verdict."""
+"""One parity run, from its arguments to the report."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-
-from loraover.common.atomic_output import publish_directory, publish_text
-from loraover.common.command_line import quiet_libraries
+from loraover.common.atomic_output import check_writable, publish_directory, publish_text
+from loraover.common.errors import OutputError
 from loraover.models.load import load_tokenizer
+from loraover.reporting.reporter import SILENT, Reporter
 from loraover_serve.engines.sample import Request
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
 from loraover_serve.parity.measure.start import LOG_FILE, Launch
-from loraover_serve.parity.measure.workload import make_requests
+from loraover_serve.parity.measure.workload import WorkloadKind, make_requests
 from loraover_serve.parity.report.html import HTML_FILE, render
 from loraover_serve.parity.report.machine import machine, versions
-from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
-from loraover_serve.parity.report.show import show_report
+from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport, UnwrittenReportError
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
+from loraover_serve.vllm.command import vllm_command
 
 ALPHA = 0.05
 
 
-def run_parity(request: ParityRequest, as_json: bool) -> int:
-    """Measure, judge, show and write.
+def measure_parity(
+    adapter: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    engines: Sequence[str] = ("onnx",),
+    num_prompts: int = 100,
+    max_concurrency: Sequence[int] = (1,),
+    margin: float = 0.05,
+    output: str | Path | None = None,
+    model: str | None = None,
+    vllm: str | Path | None = None,
+    workload: WorkloadKind = "fixed",
+    prompts: str | Path | None = None,
+    prompt_tokens: int = 32,
+    new_tokens: int = 32,
+    memory: int = 1,
+    cross_check: bool = False,
+    timeout_s: float = 120,
+    start_timeout_s: float = 600,
+    seed: int = 0,
+    allow_unequal: bool = False,
+    options: Sequence[str] = (),
+    report: Reporter = SILENT,
+) -> ParityReport:
+    """Measure whether a folded adapter is as fast as a plain LoRA, and gives the answers it should.
 
-    Returns:
-        0 equivalent, 1 different, 3 inconclusive, 2 where an engine failed in the middle and the report is partial.
+    Every engine answers the same prompts with four arms: the base model, the baseline (a plain LoRA), a second copy of
+    the baseline as control, and the folded adapter. An equivalence test compares the times of the folded adapter with
+    the baseline's. The report's `verdict` is "equivalent", "different", "inconclusive", or "failed" if an engine failed
+    after it had answered a part; the report then has that part.
+
+    Args:
+        adapter: folder of the folded adapter.
+        baseline: folder of a plain LoRA with the same ranks and targets; None draws random weights.
+        checkpoint: folder of the LoRA-Over checkpoint that was folded. Answers are then compared with its unfolded
+            model, which also becomes an arm of the engine torch.
+        engines: engines to measure on: "vllm", "onnx" (ONNX Runtime) or "torch" (PyTorch with PEFT).
+        num_prompts: number of requests that each arm answers, at every concurrency.
+        max_concurrency: numbers of simultaneous requests; each is measured. Other engines than vLLM take one at a time.
+        margin: largest difference of times that still counts as equal (0.05 is 5 %).
+        output: new folder for `parity.json`, `parity.html` and vLLM's logs; None writes nothing.
+        model: base model, folder or hub name; None means the one that the adapter names.
+        vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
+        workload: "fixed" for prompts of one length, "mixed" for log-normal lengths, "file" for the lines of `prompts`.
+        prompts: UTF-8 text file with one prompt in each line.
+        prompt_tokens: length of a prompt, in tokens; the median if `workload` is "mixed".
+        new_tokens: length of an answer, in tokens; the median if `workload` is "mixed".
+        memory: number of vLLM servers to start for each arm to measure peak memory; 3 or more give an interval.
+        cross_check: whether to run `vllm bench serve` against the same server, too.
+        timeout_s: seconds without output before giving up on a server.
+        start_timeout_s: seconds that a vLLM server may take until its first answers.
+        seed: seed of random weights, of lengths and of the order of arms.
+        allow_unequal: whether adapters may have different ranks or targets.
+        options: further words for `vllm serve`, alike for every arm.
+        report: receiver of progress.
 
     Raises:
-        LoraOverError: anything that keeps the run from starting.
+        ConfigError: arguments that cannot be used, or an adapter that names no base model.
+        CheckpointError: files that cannot be read as an adapter or a checkpoint.
+        DataError: a file of prompts that cannot be read.
+        EngineError: an engine that failed before one block of requests was complete.
+        ExportError: a model that cannot be written as an ONNX graph.
+        OutputError: an output that exists or cannot be written.
+        ParityError: adapters of different ranks or targets.
+        UnwrittenReportError: an output that could not be written after the measurement; `error.report` has the report.
     """
-    quiet_libraries()
-    console = Console(stderr=as_json)
-    request.check()
-    kept, is_done_with = Path(tempfile.mkdtemp(prefix="loraover-parity-kept-")), False
+    request = ParityRequest(
+        adapter=Path(adapter),
+        baseline=_path(baseline),
+        checkpoint=_path(checkpoint),
+        engines=tuple(engines),
+        num_prompts=num_prompts,
+        max_concurrency=tuple(max_concurrency),
+        margin=margin,
+        output=_path(output),
+        model=model,
+        vllm=vllm_command(vllm),
+        workload=workload,
+        prompts=_path(prompts),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        seed=seed,
+        allow_unequal=allow_unequal,
+        memory=memory,
+        cross_check=cross_check,
+        timeout_s=timeout_s,
+        start_timeout_s=start_timeout_s,
+        options=tuple(options),
+    )
+    return _run(request, report)
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _run(request: ParityRequest, reporter: Reporter) -> ParityReport:
+    """Measure, judge and write; after a failure, keep the logs and the samples, and report their place."""
+    if request.output is not None:
+        check_writable(request.output, outside=request.adapter)
+    kept = Path(tempfile.mkdtemp(prefix="loraover-parity-kept-"))
     try:
-        report = _measured_report(request, kept, console)
-        show_report(report, console)
-        if as_json:
-            print(report.model_dump_json(exclude={"runs"}, indent=1))
-        if request.out is not None:
-            _write(report, request.out, request.folded, kept)
-            console.print(f"wrote {escape(str(request.out))}", soft_wrap=True)
-        is_done_with = request.out is not None or not (report.notes or report.verdict == "failed")
-    finally:
-        _end(kept, is_done_with)
-    return report.exit_code
+        report = _measured_report(request, kept, reporter)
+        if request.output is not None:
+            _write(report, request.output, request.adapter, kept)
+    except BaseException as error:
+        if place := _kept_in(kept, reporter):
+            error.add_note(place)
+        raise
+    if request.output is None and (report.notes or report.verdict == "failed") and _kept_in(kept, reporter):
+        return report.model_copy(update={"kept": kept})
+    shutil.rmtree(kept)
+    return report
 
 
-def _measured_report(request: ParityRequest, logs: Path, console: Console) -> ParityReport:
-    def say(line: str) -> None:
-        console.print(escape(line), soft_wrap=True)
+def _kept_in(folder: Path, reporter: Reporter) -> str:
+    """Report which files are kept in a folder; where there are none, remove it and return an empty string."""
+    names = sorted(file.name for file in folder.iterdir())
+    if not names:
+        folder.rmdir()
+        return ""
+    place = f"kept in {folder}: {', '.join(names)}"
+    reporter.line(place)
+    return place
 
+
+def _measured_report(request: ParityRequest, logs: Path, reporter: Reporter) -> ParityReport:
     with tempfile.TemporaryDirectory(prefix="loraover-parity-") as scratch:
         arms = prepare_arms(
-            request.folded,
-            request.vanilla,
+            request.adapter,
+            request.baseline,
             request.checkpoint,
             Path(scratch),
             model=request.model,
             allow_unequal=request.allow_unequal,
             seed=request.seed,
-            say=say,
+            say=reporter.line,
         )
         collector = Collector(
             request,
@@ -77,34 +172,28 @@ def _measured_report(request: ParityRequest, logs: Path, console: Console) -> Pa
             _requests(request, arms),
             Path(scratch),
             Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s, request.options),
-            say,
+            reporter.line,
         )
         return _report(request, arms, collector.collect())
 
 
-def _write(report: ParityReport, out: Path, folded: Path, kept: Path) -> None:
-    """Publish report, page and logs; `kept` has the samples already should that fail."""
+def _write(report: ParityReport, output: Path, adapter: Path, kept: Path) -> None:
+    """Publish report, page and logs; `kept` already has the samples if that fails."""
     publish_text(kept / REPORT_FILE, report.model_dump_json() + "\n")
-    with publish_directory(out, outside=folded) as draft:
-        (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
-        for file in kept.iterdir():
-            shutil.copyfile(file, draft / file.name)
-
-
-def _end(kept: Path, is_done_with: bool) -> None:
-    """Remove the servers' logs and the samples, or say where they are kept."""
-    names = sorted(file.name for file in kept.iterdir())
-    if is_done_with or not names:
-        shutil.rmtree(kept)
-    else:
-        print(f"{', '.join(names)} kept in {kept}", file=sys.stderr)
+    try:
+        with publish_directory(output, outside=adapter) as draft:
+            (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
+            for file in kept.iterdir():
+                shutil.copyfile(file, draft / file.name)
+    except OutputError as error:
+        raise UnwrittenReportError(str(error), report.model_copy(update={"kept": kept})) from error
 
 
 def _requests(request: ParityRequest, arms: Arms) -> list[Request]:
     return make_requests(
         request.workload,
         load_tokenizer(arms.base),
-        request.requests,
+        request.num_prompts,
         prompt_tokens=request.prompt_tokens,
         new_tokens=request.new_tokens,
         seed=request.seed,
@@ -117,15 +206,18 @@ def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, st
         return "failed", measured.failure
     for o in measured.outputs:
         if o.unapplied:
-            return "failed", f"{o.engine} answers as the base model for {', '.join(o.unapplied)}"
+            return "failed", f"{o.engine} does not apply {', '.join(o.unapplied)}: it answers as the base model"
     apart = [o.engine for o in measured.outputs if not o.agree]
     if apart:
-        return "different", f"{apart[0]}'s answers are further from PyTorch than the vanilla adapter's are"
+        return (
+            "different",
+            f"the folded adapter's answers on {apart[0]} are further from PyTorch's than the vanilla adapter's are",
+        )
     return overall(found)
 
 
 def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityReport:
-    found = results(measured.whole, request.margin, ALPHA) if measured.whole else []
+    found = results(measured.testable, request.margin, ALPHA) if measured.testable else []
     verdict, reason = _verdict(measured, found)
     return ParityReport(
         verdict=verdict,
@@ -133,8 +225,8 @@ def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityRep
         margin=request.margin,
         alpha=ALPHA,
         results=found,
-        latencies=latencies(measured.whole),
-        throughputs=throughputs(measured.whole),
+        latencies=latencies(measured.testable),
+        throughputs=throughputs(measured.testable),
         memory=measured.memory,
         outputs=measured.outputs,
         cross_checks=measured.cross_checks,
@@ -142,13 +234,13 @@ def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityRep
         runs=measured.runs,
         base_model=arms.base.name,
         adapters={
-            FOLDED: str(request.folded),
-            VANILLA: "random weights" if request.vanilla is None else str(request.vanilla),
+            FOLDED: str(request.adapter),
+            VANILLA: "random weights" if request.baseline is None else str(request.baseline),
             CONTROL: "a copy of the vanilla adapter",
         },
         workload={
             "kind": request.workload,
-            "requests": request.requests,
+            "requests": request.num_prompts,
             "prompt_tokens": request.prompt_tokens,
             "new_tokens": request.new_tokens,
         },

@@ -1,4 +1,4 @@
-"""The arms that a parity run compares, and what one engine answered for them."""
+"""The arms that a parity run compares, and the answers of one engine."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from loraover_serve.engines.sample import Sample
 
 BASE, VANILLA, CONTROL, FOLDED = "base", "vanilla", "control", "folded"
-"""The base model, a plain LoRA, that LoRA again, and the folded adapter."""
+"""Names of the arms: the base model, a plain LoRA (the baseline), a copy of that LoRA, and the folded adapter."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one engine did at one concurrency.
+    """Answers of one engine at one concurrency.
 
     Args:
-        samples: of whole blocks, warm-up left out.
-        failure: why it ended early; None for a whole run.
+        engine: name of the engine.
+        concurrency: number of simultaneous requests.
+        blocks: number of complete blocks.
+        samples: answers of the complete blocks, without warm-up.
+        failure: reason why the measurement ended early; None if it did not.
     """
 
     engine: str

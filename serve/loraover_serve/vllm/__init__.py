@@ -1,1 +1,1 @@
-"""A vLLM server: its start, its client, and serving until someone stops it."""
+"""A vLLM server: its start, its client, and the adapters that it serves."""

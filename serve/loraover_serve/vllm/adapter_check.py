@@ -1,13 +1,14 @@
-"""The pre-flight of `loraover-export vllm`, on adapters that are served as they are."""
+"""The pre-flight of `loraover-export vllm`, on adapters that are served without an export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.command_line import printable
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
+from loraover.reporting.reporter import Reporter
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.known_faults import Platform
@@ -16,43 +17,43 @@ from loraover_export.vllm.served import read_served
 
 
 def check_adapters(
-    adapters: Mapping[str, AdapterDir],
-    source: ModelSource,
-    address: str,
-    version: str | None,
-    say: Callable[[str], None],
+    adapters: Mapping[str, AdapterDir], source: ModelSource, address: str, version: str | None, report: Reporter
 ) -> None:
-    """Apply vLLM's rules to every adapter, and show what they find.
+    """Apply vLLM's rules to every adapter, and report its warnings.
 
     Args:
-        adapters: adapters by the names that requests will use.
+        adapters: adapters by the names that requests use.
         source: the model to be served.
-        address: the name that requests for the base model will use.
-        version: vLLM's version with its label, such as "0.32.0+cpu"; None where it is not known.
-        say: shows a line.
+        address: name that requests for the base model use.
+        version: vLLM's version with its label, such as "0.32.0+cpu"; None if it is not known.
+        report: receiver of the warnings.
 
     Raises:
         ConfigError: an adapter that vLLM refuses or would serve wrongly without a message.
     """
     known = architectures_of(version)
     if version is None:
-        say(f"the command vllm prints no version; the rules of {known.version} are applied")
+        report.line(f"the command vllm prints no version; the rules of {known.version} are applied")
     served, platform = read_served(source, known.lora), _platform(version)
     found: dict[Finding, list[str]] = {}
     for name, adapter in adapters.items():
-        report = preflight(Candidate(adapter, served, known, name, address, None, platform=platform))
-        for finding in report.findings:
+        checked = preflight(Candidate(adapter, served, known, name, address, None, platform=platform))
+        for finding in checked.findings:
             found.setdefault(finding, []).append(name)
     for finding, names in found.items():
-        say(printable(f"{finding.level}: {', '.join(names)}: {finding.rule}: {finding.found}"))
-        say(printable(f"  remedy: {finding.remedy}"))
-    refused = [name for name in adapters if any(f.level == "error" and name in names for f, names in found.items())]
-    if refused:
-        raise ConfigError(f"{', '.join(refused)}: not served, for the errors above; nothing was started.")
+        if finding.level == "warning":
+            report.line(printable(f"warning: {_described(finding, names)}"))
+    errors = [_described(finding, names) for finding, names in found.items() if finding.level == "error"]
+    if errors:
+        raise ConfigError(f"vLLM was not started: {'; '.join(errors)}")
+
+
+def _described(finding: Finding, names: list[str]) -> str:
+    return f"{', '.join(names)}: {finding.rule}: {finding.found}; remedy: {finding.remedy}"
 
 
 def _platform(version: str | None) -> Platform | None:
-    """What a build of vLLM computes on, by the label of its version; PyPI's own build has none and is for CUDA."""
+    """The kind of device that a build of vLLM is for, by the label of its version; PyPI's build, for CUDA, has none."""
     label = None if version is None else version.partition("+")[2]
     if label is None or not (label == "" or label.startswith(("cpu", "cu"))):
         return None

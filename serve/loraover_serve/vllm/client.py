@@ -24,8 +24,9 @@ class Completion:
     """Greedy continuation of one prompt.
 
     Args:
-        token_ids: generated.
-        logprobs: nats, of each generated token given all before it.
+        text: the generated text.
+        token_ids: the generated tokens.
+        logprobs: log-probability of each generated token given all tokens before it, in nats.
     """
 
     text: str
@@ -35,11 +36,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Streamed(Completion):
-    """A continuation that came piece by piece.
+    """A continuation that arrived piece by piece.
 
     Args:
-        start_s: when the request was sent, on `time.perf_counter`'s clock.
-        piece_s: when each piece of the answer had arrived.
+        start_s: time when the request was sent, in seconds on `time.perf_counter`'s clock.
+        piece_s: time when each piece of the answer had arrived, in seconds on the same clock.
     """
 
     start_s: float
@@ -47,9 +48,10 @@ class Streamed(Completion):
 
 
 class VllmClient:
-    """One server, by its address.
+    """Requests to one server.
 
     Args:
+        url: address of the server, such as "http://127.0.0.1:8000".
         api_key: the server's key, sent with every request; None sends none.
     """
 
@@ -60,7 +62,7 @@ class VllmClient:
         self._client = http_client(headers, timeout_s=REQUEST_TIMEOUT_S, is_near=True)
 
     def is_healthy(self) -> bool:
-        """Whether the server answers at all; a model may still fail at its first request."""
+        """Whether the server reports that it is up; a model may still fail at its first request."""
         try:
             return self._health().is_success
         except httpx2.HTTPError:
@@ -76,15 +78,33 @@ class VllmClient:
             return [model["id"] for model in answer["data"]]
 
     def version(self) -> str:
-        """Of the server."""
+        """Version of vLLM that the server runs."""
         answer = self._request("/version")
         with _readable("/version", answer):
             return str(answer["version"])
 
+    def ask(self, model: str, prompt: str, *, max_tokens: int = 64, timeout_s: float = REQUEST_TIMEOUT_S) -> str:
+        """Greedy continuation of a text, up to its end or `max_tokens` tokens.
+
+        Args:
+            model: name of an adapter, or of the base model.
+            prompt: the text to continue.
+            max_tokens: largest number of tokens to generate.
+            timeout_s: longest silence, in seconds.
+
+        Raises:
+            EngineError: a model that does not exist, or a server that failed or stayed silent.
+        """
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        answer = self._request("/v1/completions", body, timeout_s)
+        with _readable(model, answer):
+            _check_addressee(model, answer)
+            return str(answer["choices"][0]["text"])
+
     def complete(
         self, model: str, prompt: Sequence[int], *, max_tokens: int, timeout_s: float = REQUEST_TIMEOUT_S
     ) -> Completion:
-        """`complete_batch` of one prompt."""
+        """Greedy continuation of one token sequence; see `complete_batch`."""
         return self.complete_batch(model, [prompt], max_tokens=max_tokens, timeout_s=timeout_s)[0]
 
     def complete_batch(
@@ -95,13 +115,16 @@ class VllmClient:
         max_tokens: int,
         timeout_s: float = REQUEST_TIMEOUT_S,
     ) -> list[Completion]:
-        """Greedy continuations of token sequences, of exactly `max_tokens` tokens each, end of text or not.
+        """Greedy continuations of token sequences, of exactly `max_tokens` tokens each, even beyond an end of text.
 
         Args:
-            timeout_s: longest silence.
+            model: name of an adapter, or of the base model.
+            prompts: token ids of each prompt.
+            max_tokens: number of tokens to generate.
+            timeout_s: longest silence, in seconds.
 
         Raises:
-            EngineError: no such model, or the engine failed or stayed silent.
+            EngineError: a model that does not exist, or a server that failed or stayed silent.
         """
         body = _greedy_body(model, [list(prompt) for prompt in prompts], max_tokens)
         answer = self._request("/v1/completions", body, timeout_s)
@@ -113,14 +136,17 @@ class VllmClient:
             ]
 
     def stream(self, model: str, prompt: Sequence[int], *, max_tokens: int, timeout_s: float) -> Streamed:
-        """The greedy continuation of one prompt, with the times at which its pieces came.
+        """Greedy continuation of one prompt, with the times at which its pieces arrived.
 
         Args:
-            timeout_s: longest silence.
+            model: name of an adapter, or of the base model.
+            prompt: token ids.
+            max_tokens: number of tokens to generate, even beyond an end of text.
+            timeout_s: longest silence, in seconds.
 
         Raises:
-            EngineError: no such model, an engine that failed or hung, or an answer of another length, model or
-                prompt, or without its logprobs.
+            EngineError: a model that does not exist, a server that failed or stayed silent, or an answer of another
+                length, model or prompt, or without its logprobs.
         """
         body = _greedy_body(model, list(prompt), max_tokens) | {"stream": True}
         text = ""
@@ -139,30 +165,38 @@ class VllmClient:
                 with _readable(model, piece):
                     for choice in piece["choices"]:
                         if choice.get("prompt_token_ids") not in (None, list(prompt)):
-                            raise EngineError(f"{model}: the answer is to another prompt.")
+                            raise EngineError(f"{model}: the server answered another prompt.")
                         text += choice["text"]
                         ids += choice["token_ids"] or []
                         logprobs += (choice["logprobs"] or {}).get("token_logprobs", [])
                         times.append(now)
         if len(ids) != max_tokens:
-            raise EngineError(f"{model}: {len(ids)} tokens of {max_tokens} came; the answer was cut off.")
+            raise EngineError(f"{model}: {len(ids)} of {max_tokens} tokens arrived; the answer was cut off.")
         if len(logprobs) != len(ids):
-            raise EngineError(f"{model}: {len(logprobs)} logprobs came with {len(ids)} tokens.")
+            raise EngineError(f"{model}: {len(logprobs)} logprobs arrived with {len(ids)} tokens.")
         return Streamed(text, tuple(ids), tuple(logprobs), start, tuple(times))
 
     def load_adapter(self, name: str, path: Path) -> None:
-        """Make a folder on the server's machine known under a name.
+        """Load an adapter into the running server.
+
+        Args:
+            name: name that requests will use.
+            path: folder of the adapter, on the server's machine.
 
         Raises:
-            EngineError: the name is taken, the folder missing or refused, or loading not allowed.
+            EngineError: a name in use, a folder that is missing or refused, or a server that was started without
+                permission to load adapters.
         """
         self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path.absolute())})
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter.
+        """Unload an adapter from the running server.
+
+        Args:
+            name: name that requests use.
 
         Raises:
-            EngineError: no such adapter.
+            EngineError: an adapter that is not loaded.
         """
         self._request("/v1/unload_lora_adapter", {"lora_name": name})
 
@@ -187,7 +221,7 @@ class VllmClient:
 
 
 def _lines(response: httpx2.Response) -> Iterator[bytes]:
-    r"""The lines of an answer as they come, and at its end what there is of the last one.
+    r"""The lines of an answer as they arrive; the last one may be incomplete.
 
     `iter_lines` also divides at characters such as U+2028, which JSON may hold as they are.
     """
@@ -213,16 +247,16 @@ def _parsed(model: str, text: bytes) -> dict[str, Any]:
 
 @contextmanager
 def _readable(asked: str, answer: Any) -> Iterator[None]:
-    """Take what the block needs from an answer, which may lack it."""
+    """Raise an EngineError if the answer lacks something that the block reads."""
     try:
         yield
     except (KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"{asked}: the answer is not what vLLM's would be: {answer!r:.500}") from error
+        raise EngineError(f"{asked}: the answer does not have the fields of vLLM's answers: {answer!r:.500}") from error
 
 
 def _check_addressee(model: str, answer: dict[str, Any]) -> None:
     if answer.get("model") != model:
-        raise EngineError(f"{model}: the answer is of {answer.get('model')!r}, another model or adapter.")
+        raise EngineError(f"{model}: another model or adapter answered, {answer.get('model')!r}.")
 
 
 def _greedy_body(model: str, prompt: list[int] | list[list[int]], max_tokens: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from loraover.common.errors import ConfigError, EngineError, OutputError
 from loraover_export.vllm.launch import lora_module
 from loraover_serve.vllm.client import VllmClient
 
-POLL_S = 0.5
+POLL_S, HEALTH_S = 0.5, 2.0  # between two questions to a server that starts, and to one that runs
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
 STARTUP_S = 600.0
 LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
@@ -41,19 +41,19 @@ _ERROR = re.compile(r"\w(Error|Exception): \S")
 
 @dataclass(frozen=True)
 class VllmServerConfig:
-    """What `vllm serve` is asked for.
+    """Arguments and environment of `vllm serve`.
 
     Args:
         model: folder or hub name of the base model, which requests address by this name.
         adapters: folder of each adapter, by the name that requests use.
-        max_lora_rank: one of vLLM's allowed values, no smaller than any adapter's rank.
-        max_loras: adapters that one batch may use.
-        dtype: of weights and activations, as vLLM spells it; adapters are cast to it.
+        max_lora_rank: one of vLLM's allowed values, at least as large as every adapter's rank.
+        max_loras: number of adapters that one batch may use.
+        dtype: type of weights and activations, as vLLM spells it; adapters are cast to it.
         revision: commit of the model on the hub.
         host: address or name that the server listens on.
-        runtime_loading: adapters can be loaded and unloaded over HTTP, by anyone who reaches the server.
+        runtime_loading: whether anyone who reaches the server may load and unload adapters over HTTP.
         options: further words of the command line.
-        environment: variables for the server besides this process's own.
+        environment: variables for the server, added to this process's environment.
     """
 
     model: str
@@ -91,10 +91,10 @@ class VllmServerConfig:
         return {**os.environ, **given, **self.environment}
 
     def api_key(self) -> str | None:
-        """The key that the server asks for, from its environment; None where it asks for none.
+        """The key that the server asks for, from its environment; None if it asks for none.
 
         Raises:
-            ConfigError: a key that no HTTP header can carry.
+            ConfigError: a key that cannot be sent in an HTTP header.
         """
         key = self.variables().get(KEY_VARIABLE) or None
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
@@ -102,7 +102,7 @@ class VllmServerConfig:
         return key
 
     def url(self, port: int) -> str:
-        """Where this machine reaches the server."""
+        """Address at which this machine reaches the server."""
         host = self.host
         with suppress(ValueError):
             address = ipaddress.ip_address(host)
@@ -112,24 +112,34 @@ class VllmServerConfig:
 
 
 class VllmServer(VllmClient):
-    """A client of a server on this machine.
+    """A client of a server that this process started.
 
     Args:
-        pid: of the process that leads the session of all the server's processes.
+        url: address of the server.
+        pid: id of the server's process; the processes that it starts belong to its session.
+        api_key: the server's key, sent with every request; None sends none.
+        names: names of the adapters that the server was started with, which requests address them by.
     """
 
-    def __init__(self, url: str, pid: int, api_key: str | None = None) -> None:
+    def __init__(self, url: str, pid: int, api_key: str | None = None, *, names: Sequence[str] = ()) -> None:
         super().__init__(url, api_key)
         self.pid = pid
+        self.names = tuple(names)
+        self.asks_for_key = api_key is not None
 
     def is_alive(self) -> bool:
-        """Whether the process, a child of this one, runs and reports no failure; it may be too busy to answer."""
+        """Whether the process, a child of this one, runs without reporting a failure; a busy server need not answer."""
         if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return False
         try:
             return self._health().is_success
         except httpx2.HTTPError:
             return True
+
+    def wait(self) -> None:
+        """Return when the server has ended or reports a failure."""
+        while self.is_alive():
+            time.sleep(HEALTH_S)
 
 
 @contextmanager
@@ -148,20 +158,21 @@ def serve_vllm(
     does, with KeyboardInterrupt, so that no server is left behind.
 
     Args:
-        log: file for everything that the server prints; kept.
-        executable: the command `vllm`, of any environment.
-        port: None means a free one.
-        startup_timeout_s: seconds until the first answers.
-        watch: a context for the time that the process, whose id it is given, runs.
+        config: the server's arguments and environment.
+        log: file for everything that the server prints; it is kept.
+        executable: command that starts vLLM, in any environment.
+        port: port that the server listens on; None means any free one.
+        startup_timeout_s: seconds that the server may take until its first answers.
+        watch: context manager that runs as long as the server; it is called with the id of the server's process.
 
     Yields:
         A client of the running server.
 
     Raises:
-        ConfigError: a key that no request can carry.
-        EngineError: a port in use, no such command, or a server that ends, refuses an adapter or stays silent; the
-            message has the end of the log.
-        OutputError: the log cannot be written.
+        ConfigError: a key that cannot be sent in an HTTP header.
+        EngineError: a port in use, a command that does not exist, or a server that ends, refuses an adapter or stays
+            silent; the message has the end of the log.
+        OutputError: a log that cannot be written.
     """
     key = config.api_key()
     port = _free_port(config.host, port or 0)
@@ -178,7 +189,7 @@ def serve_vllm(
         except OSError as error:
             raise _not_started(executable, error) from error
         try:
-            client = VllmServer(config.url(port), process.pid, key)
+            client = VllmServer(config.url(port), process.pid, key, names=list(config.adapters))
             deadline = time.monotonic() + startup_timeout_s
             with watch(process.pid):
                 _await_answers(client, [config.model, *config.adapters], process, log, deadline)
@@ -189,7 +200,7 @@ def serve_vllm(
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """Requests to end this process raise KeyboardInterrupt, where they are not ignored (as nohup does)."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt; a signal that is ignored, as nohup does, stays ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -236,10 +247,10 @@ def _not_started(executable: str, error: OSError) -> EngineError:
 
 
 def vllm_version(executable: str) -> str | None:
-    """Version of a command `vllm`, such as "0.32.0+cpu"; None where it prints none.
+    """Version that a command `vllm` prints, such as "0.32.0+cpu"; None if it prints none.
 
     Raises:
-        EngineError: no such command.
+        EngineError: a command that does not exist.
     """
     command = [executable, "--version"]
     try:
@@ -255,10 +266,14 @@ def vllm_version(executable: str) -> str | None:
 
 
 def next_free_port(host: str, first: int) -> int:
-    """The first port from `first` on that a server can listen on at `host`.
+    """The first port, from `first` on, that is free on a host.
+
+    Args:
+        host: address or name that a server is to listen on.
+        first: the smallest port to try.
 
     Raises:
-        EngineError: none is free, or there is no such host on this machine.
+        EngineError: no free port, or a host that is not this machine.
     """
     for port in range(first, LAST_PORT + 1):
         try:
@@ -270,7 +285,7 @@ def next_free_port(host: str, first: int) -> int:
 
 
 def _free_port(host: str, wanted: int) -> int:
-    """The wanted port, or any where that is 0."""
+    """The wanted port, or any free one if that is 0."""
     try:
         return _bound(host, wanted)
     except OSError as error:
@@ -278,7 +293,7 @@ def _free_port(host: str, wanted: int) -> int:
 
 
 def _bound(host: str, port: int) -> int:
-    """The port that a server gets that asks for this one; the family is chosen as vLLM does."""
+    """The port that a server gets when it asks for this one; the address family is chosen as vLLM does."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
@@ -287,7 +302,7 @@ def _bound(host: str, port: int) -> int:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and whatever it started: asked first, killed when that takes too long or Ctrl-C comes again."""
+    """End the server and its children: ask first, and kill them after STOP_S or at another Ctrl-C."""
     try:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
@@ -303,7 +318,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_of(log: Path) -> str:
-    """The end of the log, after the first error in it: what vLLM prints last is seldom the cause."""
+    """The last lines of the log, after its first error: the lines that vLLM prints last seldom name the cause."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     first = next((line for line in lines if _ERROR.search(line)), None)
     end = [line for line in lines[-LOG_LINES:] if line.strip()]

@@ -1,4 +1,4 @@
-"""From samples to verdicts and descriptions."""
+"""Statistics of samples: ratios of times with verdicts, and quantiles and throughput without."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUANTILE_NAMES = tuple(f"p{100 * q:g}" for q in QUANTILES)
 
 
 class Result(BaseModel):
-    """One measure of one arm against the vanilla adapter."""
+    """One measure of one arm, compared with the vanilla adapter (the baseline)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,18 +38,29 @@ class Result(BaseModel):
     concurrency: int
     arm: str
     measure: str
-    ratio: float = Field(description="of geometric means, arm to vanilla")
-    interval: tuple[float, float] = Field(description="95 %, studentised bootstrap over blocks")
-    adjusted_interval: tuple[float, float] = Field(description="Holm-adjusted; beyond the margin: different")
-    blocks: int
-    equivalence_p: float
-    difference_p: float = Field(description="Holm-adjusted over every comparison of folded with vanilla")
-    needed_blocks: int | None
+    ratio: float = Field(description="ratio of geometric means, arm to vanilla")
+    interval: tuple[float, float] = Field(
+        description="95 % interval of the ratio, by a studentised bootstrap over blocks"
+    )
+    adjusted_interval: tuple[float, float] = Field(
+        description="interval of the ratio at the Holm-adjusted confidence; the verdict is different if it lies beyond "
+        "the margin"
+    )
+    blocks: int = Field(description="number of blocks")
+    equivalence_p: float = Field(description="p value of the hypothesis that the times differ by more than the margin")
+    difference_p: float = Field(
+        description="p value of the hypothesis that the times differ by less than the margin, Holm-adjusted over every "
+        "comparison of folded with vanilla"
+    )
+    needed_blocks: int | None = Field(
+        description="number of blocks that would show equivalence of equal arms with a probability of 90 %; None if no "
+        "number would"
+    )
     verdict: Literal["equivalent", "different", "inconclusive"]
 
 
 class Latency(BaseModel):
-    """Quantiles of one measure of one arm, in seconds, with 95 % intervals over blocks; they decide nothing."""
+    """Quantiles of one measure of one arm, in seconds; the verdict does not depend on them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,24 +68,35 @@ class Latency(BaseModel):
     concurrency: int
     arm: str
     measure: str
-    quantiles: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    quantiles: dict[str, float] = Field(description="quantiles p50, p90 and p99, in seconds")
+    intervals: dict[str, tuple[float, float]] = Field(
+        description="95 % interval of each quantile, by a bootstrap over blocks, in seconds"
+    )
 
 
 class Throughput(BaseModel):
-    """Generated tokens per second of one arm: of each wave of concurrent requests, first sent to last token."""
+    """Generated tokens per second of one arm.
+
+    A wave is a group of simultaneous requests; its time runs from the first request sent to the last token.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
     concurrency: int
     arm: str
-    tokens_per_second: float = Field(description="median over waves")
-    interval: tuple[float, float]
+    tokens_per_second: float = Field(description="median over waves of tokens per second")
+    interval: tuple[float, float] = Field(description="95 % interval of the median, by a bootstrap over blocks")
 
 
 def log_ratios(run: Measurement, arm: str, measure: Measure) -> list[float]:
-    """For each block, mean log of the arm's samples minus that of the vanilla adapter's."""
+    """Mean log time of an arm minus that of the vanilla adapter, one number for each block.
+
+    Args:
+        run: the samples.
+        arm: name of the arm.
+        measure: time of a sample, in seconds.
+    """
     logs: dict[tuple[int, str], list[float]] = {}
     for sample in run.samples:
         logs.setdefault((sample.block, sample.arm), []).append(math.log(measure(sample)))
@@ -83,7 +105,15 @@ def log_ratios(run: Measurement, arm: str, measure: Measure) -> list[float]:
 
 
 def results(runs: Sequence[Measurement], margin: float, alpha: float = 0.05) -> list[Result]:
-    """Every arm against the vanilla adapter; what counts, folded against vanilla, is corrected for its number."""
+    """Compare every arm with the vanilla adapter.
+
+    Comparisons of the folded arm, which the verdict depends on, are corrected for their number (Holm).
+
+    Args:
+        runs: samples of every engine at every concurrency.
+        margin: largest difference of times that still counts as equal (0.05 is 5 %).
+        alpha: level of significance.
+    """
     found: dict[tuple[str, int, str, str], Comparison] = {}
     for run in runs:
         for arm in sorted({sample.arm for sample in run.samples}):
@@ -120,9 +150,12 @@ def _result(key: tuple[str, int, str, str], comparison: Comparison) -> Result:
 
 
 def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different", "inconclusive"], str]:
-    """The verdict on folded against vanilla, and its reason in words.
+    """The verdict on the folded adapter against the vanilla one, and its reason in words.
 
-    Where identical adapters (the control) do not pass as equivalent, the machine is too noisy for any verdict.
+    If identical adapters (the control) do not pass as equivalent, the machine is too noisy for any verdict.
+
+    Args:
+        found: the comparisons that `results` returns.
     """
     folded = [result for result in found if result.arm == FOLDED]
     noisy = [result for result in found if result.arm == CONTROL and result.verdict != "equivalent"]
@@ -131,11 +164,14 @@ def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different",
     if different:
         worst = max(different, key=lambda result: abs(math.log(result.ratio)))
         if noisy:
-            return "inconclusive", f"two copies of one adapter differ {_by(worst)}; no other difference means anything"
+            return (
+                "inconclusive",
+                f"two copies of one adapter differ {_by(worst)}, so this machine is too noisy to compare",
+            )
         return "different", _by(worst)
     if noisy or open_:
         requests = max(2 * result.blocks * result.concurrency for result in found)
-        cause = "this machine is too noisy" if noisy else "an interval does not lie within the margin"
+        cause = "this machine is too noisy" if noisy else "an interval reaches beyond the margin"
         return "inconclusive", f"{cause} at {requests} requests; {_enough([*noisy, *open_], requests)}"
     return "equivalent", "in every primary measure, and so are two copies of one adapter"
 
@@ -151,13 +187,17 @@ def _by(result: Result) -> str:
 def _enough(undecided: Sequence[Result], requests: int) -> str:
     needed = [r.needed_blocks and 2 * r.needed_blocks * r.concurrency for r in undecided]
     if None in needed:
-        return "no number would do"
+        return "no number of requests would be enough"
     most = max(filter(None, needed))
-    return f"{most} would do" if most > requests else "a ratio lies too near the margin to tell"
+    return f"about {most} would be enough" if most > requests else "a ratio lies too near the margin to decide"
 
 
 def latencies(runs: Sequence[Measurement]) -> list[Latency]:
-    """Quantiles of every measure of every arm."""
+    """Quantiles of every measure of every arm.
+
+    Args:
+        runs: samples of every engine at every concurrency.
+    """
     described = []
     for run in runs:
         for arm, samples in _by_arm(run).items():
@@ -180,7 +220,11 @@ def _latency(run: Measurement, arm: str, measure: str, blocks: Sequence[Sequence
 
 
 def throughputs(runs: Sequence[Measurement]) -> list[Throughput]:
-    """Tokens per second of every arm."""
+    """Tokens per second of every arm.
+
+    Args:
+        runs: samples of every engine at every concurrency.
+    """
     found = []
     for run in runs:
         for arm, samples in _by_arm(run).items():

@@ -1,4 +1,4 @@
-"""Seeded bootstrap over blocks, which are independent of one another, while the times within one are not."""
+"""Seeded bootstrap over blocks: blocks are independent of one another, but the times within a block are not."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 4999
-CHUNK = 2**20  # numbers drawn at a time
+CHUNK = 2**20  # numbers that are drawn at once
 
 
 def studentised(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
-    """t = (resampled mean - mean) / resampled standard error, of RESAMPLES resamples, in ascending order.
+    """Studentised means of RESAMPLES resamples, in ascending order.
 
-    A resample without spread has an infinite t, with the sign of its numerator.
+    Each is t = (resampled mean - mean) / resampled standard error. A resample without spread has an infinite t, with
+    the sign of its numerator.
 
     Args:
-        values: one for each block; not all equal.
+        values: one value for each block; not all equal.
+        seed: seed of the resamples.
     Source: Efron 1981, doi:10.2307/3314608; Davison and Hinkley 1997, Bootstrap Methods and their Application, 5.2.
     """
     draw, n = np.random.default_rng(seed), len(values)
@@ -26,14 +28,14 @@ def studentised(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float6
     for rows in _chunks(n):
         drawn = centred[draw.integers(n, size=(rows, n))]
         mean, square = drawn.mean(axis=1), np.square(drawn).mean(axis=1)
-        variance = (square - mean**2) / (n - 1)  # of the mean
+        variance = (square - mean**2) / (n - 1)  # variance of the mean
         infinite = np.copysign(np.inf, mean)
         found.append(np.divide(mean, np.sqrt(np.abs(variance)), where=variance > 1e-12 * square, out=infinite))
     return np.sort(np.concatenate(found))
 
 
 def _chunks(n: int) -> list[int]:
-    """Numbers of resamples of n values each, small enough to be in memory together."""
+    """Numbers of resamples of n values each that are drawn at once, which limits memory."""
     rows = max(1, CHUNK // n)
     return [min(rows, RESAMPLES - first) for first in range(0, RESAMPLES, rows)]
 
@@ -41,12 +43,14 @@ def _chunks(n: int) -> list[int]:
 def quantile_intervals(
     blocks: Sequence[Sequence[float]], quantiles: Sequence[float], seed: int = 0
 ) -> list[tuple[float, float]]:
-    """95 % percentile intervals of quantiles of all blocks' values; for what is reported and decides nothing.
+    """95 % percentile intervals of quantiles of the blocks' values.
 
-    Whole blocks are resampled; memory grows with the number of values, whatever RESAMPLES is.
+    Blocks are resampled as units. Memory grows with the number of values, but not with RESAMPLES.
 
     Args:
-        blocks: the values of each; not all empty.
+        blocks: values of each block; not all empty.
+        quantiles: quantiles to estimate, from 0 to 1.
+        seed: seed of the resamples.
     """
     n, draw = len(blocks), np.random.default_rng(seed)
     order = np.argsort(pooled := np.concatenate(blocks), kind="stable")
@@ -60,5 +64,12 @@ def quantile_intervals(
 
 
 def quantile_of(blocks: Sequence[Sequence[float]], quantiles: Sequence[float]) -> list[float]:
-    """Quantiles of all blocks' values: the smallest value that has so large a share of them at or below it."""
+    """Quantiles of the blocks' values.
+
+    A quantile q is the smallest value with at least a share q of all values at or below it.
+
+    Args:
+        blocks: values of each block; not all empty.
+        quantiles: quantiles to compute, from 0 to 1.
+    """
     return [float(q) for q in np.quantile(np.concatenate(blocks), quantiles, method="inverted_cdf")]

@@ -1,13 +1,13 @@
-"""Is one arm as fast as another? Paired log-ratios, an equivalence test, and a test of difference.
+"""Tests of equivalence and of difference on paired log-ratios: is one arm as fast as another?
 
-A measure x (a time) is compared through d = log x_B - log x_A, one number for each block in which both arms ran. Its
-mean is the log of a ratio of geometric means. With a margin m, the arms are
+A measure x (a time) is compared by d = log x_B - log x_A, one number for each block in which both arms ran. The mean
+of d is the log of a ratio of geometric means. With a margin m, the arms are
 
 - *equivalent* if both one-sided t tests reject |mean d| >= log(1 + m) at alpha (TOST: Schuirmann 1987,
-  doi:10.1007/BF01068419), which is the same as the 1 - 2 alpha interval lying inside the margin, and the studentised
-  bootstrap interval of that confidence lies inside it, too: it is the wider one where d is skewed;
-- *different* if the studentised bootstrap interval of mean d lies wholly beyond the margin, at the confidence that
-  Holm's correction over all comparisons asks for (Holm 1979): a difference that is real but smaller is no concern;
+  doi:10.1007/BF01068419), so that Student's interval of confidence 1 - 2 alpha lies inside the margin, and if the
+  studentised bootstrap interval of that confidence lies inside it, too, which is the wider one where d is skewed;
+- *different* if the studentised bootstrap interval of mean d lies entirely beyond the margin, at the confidence that
+  Holm's correction over all comparisons requires (Holm 1979); a real difference within the margin does not count;
 - *inconclusive* otherwise.
 """
 
@@ -28,9 +28,9 @@ from loraover_serve.parity.judge.bootstrap import RESAMPLES, studentised
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
 MIN_BLOCKS = 5
-FEWEST_NEEDED = 8  # the bootstrap of fewer is wider than Student's interval, which the number of blocks rests on
+FEWEST_NEEDED = 8  # with fewer blocks the bootstrap interval is wider than Student's, which `blocks_needed` uses
 MAX_BLOCKS = 100_000
-LARGEST = 700.0  # a logarithm whose exponential is still a number
+LARGEST = 700.0  # a logarithm whose exponential is still finite
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,16 @@ class Comparison:
     """One measure of two arms.
 
     Args:
-        mean: of d, the log of the ratio of geometric means, second arm to first.
+        mean: mean of d, the log of the ratio of geometric means, second arm to first.
         error: standard error of the mean.
-        draws: t of its bootstrap resamples, in ascending order.
-        blocks: pairs.
-        equivalence_p: the largest p value of the one-sided tests, Student's two and the bootstrap's two.
-        difference_p: of the hypothesis that the ratio lies within the margin; Holm-adjusted by `decide`.
-        needed_blocks: so many would show equivalence with a probability of 90 %, were there no difference; None where
+        draws: studentised means of the bootstrap resamples, in ascending order.
+        blocks: number of blocks, each with one value of d.
+        equivalence_p: largest p value of four one-sided tests, two of Student and two of the bootstrap.
+        difference_p: p value of the hypothesis that the ratio lies within the margin; `decide` adjusts it (Holm).
+        needed_blocks: number of blocks that would show equivalence of equal arms with a probability of 90 %; None if
             no number would.
-        confidence: of the interval that decides about a difference; Holm-adjusted by `decide`.
+        confidence: confidence of the interval that the verdict "different" depends on; `decide` adjusts it (Holm).
+        verdict: "equivalent", "different" or "inconclusive", as `decide` found.
     """
 
     mean: float
@@ -61,11 +62,15 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Of geometric means, second arm to first."""
+        """Ratio of geometric means, second arm to first."""
         return math.exp(self.mean)
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """Studentised bootstrap interval of the ratio."""
+        """Studentised bootstrap interval of the ratio.
+
+        Args:
+            confidence: probability that such intervals cover the true ratio, such as 0.95.
+        """
         last = len(self.draws) - 1
         beyond = max(0, math.floor((1 - confidence) / 2 * (last + 2) + 1e-9) - 1)
         low, high = (self.mean - self.draws[i] * self.error for i in (last - beyond, beyond))
@@ -73,11 +78,12 @@ class Comparison:
 
 
 def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05) -> Comparison:
-    """Test paired log-ratios against a margin; the verdict is still to be given by `decide`.
+    """Test paired log-ratios against a margin; `decide` then gives the verdict.
 
     Args:
-        differences: d, one for each block; independent.
-        margin: of the ratio, e.g. 0.05.
+        differences: values of d, one for each block; independent.
+        margin: largest difference of times that still counts as equal (0.05 is 5 %).
+        alpha: level of significance.
 
     Raises:
         ParityError: fewer than 5 blocks, or a value that is not a finite number.
@@ -90,7 +96,7 @@ def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05)
     error = spread / math.sqrt(len(d))
     smallest = float(np.spacing(max(1.0, abs(mean))))
     draws = studentised(d) if error > smallest else np.zeros(RESAMPLES)
-    error = max(error, smallest)  # tests need some spread
+    error = max(error, smallest)  # the tests divide by it
     upper, lower = (mean - limit) / error, (mean + limit) / error
     return Comparison(
         mean=mean,
@@ -105,11 +111,12 @@ def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05)
 
 
 def _equivalence_p(draws: NDArray[np.float64], upper: float, lower: float, freedom: int) -> float:
-    """At most alpha where Student's and the bootstrap's interval of confidence 1 - 2 alpha lie inside the margin.
+    """p value of inequivalence: at most alpha where both intervals of confidence 1 - 2 alpha lie inside the margin.
 
     Args:
-        upper, lower: t of the observed mean against the margin's two ends.
-        freedom: degrees of it.
+        draws: studentised means of the resamples.
+        upper, lower: t of the observed mean against the upper and the lower end of the margin.
+        freedom: degrees of freedom of t.
     """
     student = max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))
     beyond = max(np.count_nonzero(draws <= upper), np.count_nonzero(draws >= lower))
@@ -117,23 +124,27 @@ def _equivalence_p(draws: NDArray[np.float64], upper: float, lower: float, freed
 
 
 def _difference_p(draws: NDArray[np.float64], upper: float, lower: float) -> float:
-    """At most alpha where the interval of confidence 1 - alpha lies wholly beyond the margin.
+    """p value of no difference: at most alpha where the interval of confidence 1 - alpha lies beyond the margin.
 
     Args:
-        upper, lower: t of the observed mean against the margin's two ends.
+        draws: studentised means of the resamples.
+        upper, lower: t of the observed mean against the upper and the lower end of the margin.
     """
     beyond = min(np.count_nonzero(draws >= upper), np.count_nonzero(draws <= lower))
     return float(min(1.0, 2 * (1 + beyond) / (1 + len(draws))))
 
 
 def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: float = 0.9) -> int | None:
-    """The fewest blocks that show equivalence with the given probability if the true ratio is 1.
+    """Smallest number of blocks that shows equivalence with a given probability if the true ratio is 1.
 
     Args:
         spread: standard deviation of d.
+        margin: largest difference of times that still counts as equal (0.05 is 5 %).
+        alpha: level of significance.
+        power: probability of showing equivalence.
 
     Returns:
-        None if 100 000 would not do.
+        The number; None if 100 000 blocks would not be enough.
     Source: Phillips 1990, doi:10.1007/BF01063556, with the central t as approximation of the power.
     """
     coarse = np.geomspace(100, MAX_BLOCKS, 150).astype(np.int64)
@@ -145,7 +156,12 @@ def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: f
 
 
 def decide(comparisons: Mapping[str, Comparison], *, alpha: float = 0.05) -> dict[str, Comparison]:
-    """Give every comparison its verdict, with Holm's correction of p value and confidence over all of them."""
+    """Give every comparison its verdict, with Holm's correction of p value and confidence.
+
+    Args:
+        comparisons: comparisons by name; the correction counts all of them.
+        alpha: level of significance.
+    """
     p_values = [comparison.difference_p for comparison in comparisons.values()]
     return {
         name: replace(comparison, difference_p=p, confidence=1 - level, verdict=_verdict(comparison, p, alpha))
@@ -156,7 +172,12 @@ def decide(comparisons: Mapping[str, Comparison], *, alpha: float = 0.05) -> dic
 
 
 def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
-    """The level at which Holm's method tests each p value: it rises from step to step until one is not rejected."""
+    """Level at which Holm's method tests each p value; it rises from step to step until one is not rejected.
+
+    Args:
+        p_values: p values, in any order.
+        alpha: level of significance of all tests together.
+    """
     levels, level = [0.0] * len(p_values), 0.0
     is_open = True
     for position, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):

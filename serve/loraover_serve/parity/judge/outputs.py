@@ -1,8 +1,8 @@
-"""Do the arms say the right things? Greedy tokens and their logprobs against PyTorch.
+"""Comparison of an engine's answers with PyTorch's: greedy tokens and their logprobs.
 
 The folded adapter is compared with PyTorch's *unfolded* model, the vanilla adapter with PyTorch's vanilla adapter. The
-second shows how far engine and PyTorch are apart for reasons that have nothing to do with folding; the folded adapter's
-answers *agree* if they are no further from PyTorch than that, up to what an estimate from so many tokens may be off by.
+second comparison shows how far the engine is from PyTorch without any folding: the noise floor. The folded adapter's
+answers *agree* if they are as near to PyTorch's as that, within the error of an estimate from so many tokens.
 """
 
 from __future__ import annotations
@@ -21,71 +21,84 @@ from loraover_serve.engines.base import engine_errors
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 
-SURE = 5  # standard errors
-ROUNDING = 1e-3  # nats: float32's own rounding, where two engines otherwise compute alike
-APPLIED = 3  # times the noise of two copies, by which an adapter changes logprobs at least
+SURE = 5  # standard errors by which an estimate may be off
+ROUNDING = 1e-3  # nats by which float32's rounding sets apart two engines that otherwise compute alike
+APPLIED = 3  # an applied adapter changes logprobs by more than this multiple of two copies' noise
 
 Reference = Callable[[], AbstractContextManager[Any]]
-"""A context that gives PyTorch's model."""
+"""Returns a context manager that yields a model in PyTorch."""
 
 
 class Answer(BaseModel):
-    """One prompt's answer against PyTorch's model."""
+    """Distance of the answer to one prompt from PyTorch's model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    request: int
-    gap: float | None = Field(description="nats by which PyTorch first preferred another token; None: nowhere")
-    logprob_rms: float | None = Field(description="nats, over the tokens that the engine tells them of; None: of none")
+    request: int = Field(description="index of the request")
+    gap: float | None = Field(
+        description="difference of logits, in nats, where PyTorch first preferred another token; None if nowhere"
+    )
+    logprob_rms: float | None = Field(
+        description="RMS difference of logprobs in nats; None if the engine returns no logprobs"
+    )
 
 
 class Distance(BaseModel):
-    """One arm's answers against PyTorch's model."""
+    """Distance of one arm's answers from PyTorch's model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    reference: str = Field(description="the model in PyTorch")
-    equal: float = Field(description="share of prompts whose tokens are all PyTorch's own choices")
-    largest_gap: float = Field(description="nats by which PyTorch preferred another token, where answers first part")
-    logprob_rms: float | None = Field(description="nats, of all logprobs that the engine tells; None: it tells none")
-    logprob_error: float | None = Field(description="nats, standard error of logprob_rms")
-    logprob_largest: float | None = Field(description="nats")
-    answers: list[Answer]
+    reference: str = Field(description="the model in PyTorch, in words")
+    equal: float = Field(description="share of prompts whose tokens PyTorch would all have chosen, too")
+    largest_gap: float = Field(
+        description="largest difference of logits, in nats, where PyTorch first preferred another token in an answer"
+    )
+    logprob_rms: float | None = Field(
+        description="RMS difference of logprobs in nats; None if the engine returns no logprobs"
+    )
+    logprob_error: float | None = Field(description="standard error of logprob_rms, in nats")
+    logprob_largest: float | None = Field(description="largest difference of logprobs, in nats")
+    answers: list[Answer] = Field(description="distance of the answer to each prompt")
 
 
 class Outputs(BaseModel):
-    """What one engine answered at one concurrency, over the first prompts of a run."""
+    """Comparison of one engine's answers with PyTorch's, for the first prompts of a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
     concurrency: int
-    prompts: int
-    controls_equal: float = Field(description="share of prompts with equal tokens from two copies of one adapter")
+    prompts: int = Field(description="number of prompts")
+    controls_equal: float = Field(description="share of prompts that two copies of one adapter answer alike")
     repeats_equal: float = Field(description="share of prompts that the folded adapter answers alike both times")
     vanilla_equal: float = Field(description="share of prompts that folded and vanilla adapter answer alike")
-    noise_rms: float | None = Field(description="nats, of the logprobs of two copies of one adapter on the engine")
-    unapplied: list[str] = Field(
-        description="arms that answer as the base model: with its tokens and, but for noise, logprobs"
+    noise_rms: float | None = Field(
+        description="RMS difference, in nats, between the logprobs of two copies of one adapter; None if the engine "
+        "returns no logprobs"
     )
-    folded: Distance
-    vanilla: Distance = Field(description="the noise floor")
-    agree: bool = Field(description="the folded adapter's distance is within the noise floor")
+    unapplied: list[str] = Field(
+        description="arms whose adapter is not applied: tokens and, up to noise, logprobs are the base model's"
+    )
+    folded: Distance = Field(description="distance of the folded adapter's answers from PyTorch's")
+    vanilla: Distance = Field(description="distance of the vanilla adapter's answers from PyTorch's: the noise floor")
+    agree: bool = Field(description="whether the folded adapter's distance is within the noise floor")
 
 
 def compare_outputs(
     run: Measurement, requests: Sequence[Request], folded: Reference, folded_name: str, vanilla: Reference, prompts: int
 ) -> Outputs:
-    """Compare the answers to the first prompts of a run.
+    """Compare the answers to the first prompts of a run with PyTorch's.
 
     Args:
-        folded: the model that the folded adapter should behave as.
-        folded_name: of it, in words.
-        vanilla: the vanilla adapter.
-        prompts: how many.
+        run: the samples.
+        requests: the requests of the run.
+        folded: model that the folded adapter should answer like.
+        folded_name: name of that model, in words.
+        vanilla: model of the vanilla adapter.
+        prompts: number of prompts to compare.
 
     Raises:
-        EngineError: PyTorch cannot run the model on a prompt.
+        EngineError: a prompt that PyTorch cannot run the model on.
     """
     answers = {arm: _answers(run, arm, prompts) for arm in {sample.arm for sample in run.samples}}
     firsts = {arm: first for arm, (first, _) in answers.items()}
@@ -124,19 +137,32 @@ def _equal(one: Sequence[Sample], other: Sequence[Sample]) -> float:
 
 
 def logprob_rms(one: Sequence[Sample], other: Sequence[Sample]) -> float | None:
-    """Of the differences in nats, over the tokens that two arms' answers begin with alike; None: there are none."""
+    """RMS difference of two arms' logprobs, in nats, over the tokens before their answers first differ.
+
+    Args:
+        one, other: samples of the two arms, for the same requests.
+
+    Returns:
+        The difference; None if there are no logprobs to compare.
+    """
     pairs = [(a, b, _alike(a, b)) for a, b in zip(one, other, strict=True)]
     return _rms([p - q for a, b, n in pairs for p, q in zip(a.logprobs[:n], b.logprobs[:n], strict=True)])
 
 
 def _alike(one: Sample, other: Sample) -> int:
-    """How many tokens two answers begin with alike."""
+    """Number of tokens before two answers first differ."""
     pairs = zip(one.token_ids, other.token_ids, strict=True)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(one.token_ids))
 
 
 def is_applied(base: Sequence[Sample], arm: Sequence[Sample], noise: float | None) -> bool:
-    """Whether an adapter changes what the base model says: a token, or logprobs by more than two copies' noise."""
+    """Whether an adapter changes the base model's answers: a token, or the logprobs beyond noise.
+
+    Args:
+        base: samples of the base model.
+        arm: samples of the adapter, for the same requests.
+        noise: RMS difference between the logprobs of two copies of one adapter, in nats; None if there are none.
+    """
     if _equal(base, arm) < 1:
         return True
     change = logprob_rms(base, arm)
@@ -145,7 +171,7 @@ def is_applied(base: Sequence[Sample], arm: Sequence[Sample], noise: float | Non
 
 @torch.inference_mode()
 def _judge(model: Any, requests: Sequence[Request], sample: Sample) -> tuple[Answer, list[float]]:
-    """How far one answer is from PyTorch's model, and the differences of the logprobs of its tokens."""
+    """Distance of one answer from PyTorch's model, and the differences of its tokens' logprobs."""
     prompt = requests[sample.request % len(requests)].prompt
     logits = model(input_ids=torch.tensor([[*prompt, *sample.token_ids]])).logits[0, len(prompt) - 1 : -1].double()
     chosen = logits.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
@@ -165,7 +191,7 @@ def _distance(reference: str, model: Any, requests: Sequence[Request], samples: 
     answers, apart = zip(*(_judge(model, requests, sample) for sample in samples), strict=True)
     differences = np.concatenate(apart)
     rms = _rms(differences)
-    # of the mean square: the squares' deviation / sqrt(tokens); the root divides it by 2 rms
+    # standard error of the mean square: deviation of the squares / sqrt(tokens); the root divides it by 2 rms
     error = float(np.std(differences**2) / math.sqrt(len(differences)) / (2 * rms)) if rms else None
     return Distance(
         reference=reference,
@@ -179,7 +205,15 @@ def _distance(reference: str, model: Any, requests: Sequence[Request], samples: 
 
 
 def agrees(found: Distance, floor: Distance) -> bool:
-    """The floor's rms, and where texts part, its gap or that of two logits that are each off by as much as any."""
+    """Whether a distance is within the noise floor.
+
+    The RMS difference of logprobs may exceed the floor's by the error of the two estimates. Where texts first differ,
+    the gap may be the floor's largest, or that of two logits that are each off by the floor's largest difference.
+
+    Args:
+        found: distance of the folded adapter.
+        floor: distance of the vanilla adapter.
+    """
     gap = max(floor.largest_gap, 2 * (floor.logprob_largest or 0.0))
     if found.largest_gap > gap + ROUNDING:
         return False

@@ -1,4 +1,4 @@
-"""The adapters that are compared: the folded one, a vanilla LoRA like it, and the vanilla one again as control."""
+"""The adapters that are compared: the folded one, a plain ("vanilla") LoRA of its shapes, and a copy as control."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Arms:
     """Adapters of equal ranks and targets on one base model.
 
     Args:
-        adapters: folder of each arm.
-        checkpoint: that the folded adapter was folded from, for the unfolded arm.
+        adapters: folder of each arm's adapter, by the arm's name.
+        base: the base model.
+        checkpoint: folder of the checkpoint that was folded, for the unfolded model; None if there is none.
     """
 
     adapters: Mapping[str, Path]
@@ -48,14 +49,19 @@ def prepare_arms(
     """Read the folded adapter, and read or make the vanilla one.
 
     Args:
-        scratch: folder for what is made.
-        model: base model; None means the folded adapter's.
-        say: told a warning about the base model.
+        folded: folder of the folded adapter.
+        vanilla: folder of a plain LoRA; None draws random weights.
+        checkpoint: folder of the checkpoint that was folded; None if there is none.
+        scratch: folder for the adapters that are made.
+        model: base model, folder or hub name; None means the folded adapter's.
+        allow_unequal: whether adapters may have different ranks or targets.
+        seed: seed of random weights.
+        say: receiver of a warning about the base model.
 
     Raises:
-        ParityError: adapters of different ranks or targets, whose costs differ by nature, or a checkpoint of others.
-        ConfigError: no base model.
-        CheckpointError: files that cannot be trusted.
+        ParityError: adapters of different ranks or targets, or a checkpoint of other modules.
+        ConfigError: an adapter that names no base model.
+        CheckpointError: files that cannot be read as an adapter or a checkpoint.
     """
     first = read_adapter_dir(folded)
     if vanilla is None:
@@ -63,11 +69,11 @@ def prepare_arms(
     second = read_adapter_dir(vanilla)
     if first.shapes != second.shapes and not allow_unequal:
         raise ParityError(
-            f"{_difference(first, second)}, so their costs differ by nature; compare adapters of equal ranks and "
-            "targets, or add --allow-unequal."
+            f"{_difference(first, second)}, so a difference of speed would say nothing about folding; compare "
+            "adapters of equal ranks and targets, or add --allow-unequal."
         )
     if checkpoint is not None and read_checkpoint(checkpoint).adapter.sites.keys() != first.sites.keys():
-        raise ParityError(f"{checkpoint} adapts other modules than {folded}, which was not folded from it.")
+        raise ParityError(f"{checkpoint} adapts other modules than {folded}; name the checkpoint that was folded.")
     control = scratch / CONTROL
     shutil.copytree(vanilla, control)
     adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: folded.resolve()}
@@ -75,10 +81,15 @@ def prepare_arms(
 
 
 def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
-    """A LoRA with the shapes, types and configuration of another, and random weights.
+    """Write a LoRA with the shapes, types and configuration of another, and random weights.
 
-    A is drawn as PEFT draws it (Kaiming uniform); B, which PEFT starts at zero, as wide as the other's. What else the
-    other holds (biases, modules that were trained whole) is copied.
+    A is drawn as PEFT draws it (Kaiming uniform). B, which PEFT starts at zero, is drawn from a normal distribution
+    with the other's root mean square. Biases and fully trained modules are copied.
+
+    Args:
+        like: the other adapter.
+        folder: folder to write to.
+        seed: seed of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -96,7 +107,7 @@ def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
 
 
 def make_idle(like: AdapterDir, folder: Path) -> Path:
-    """A LoRA with the ranks and targets of another that changes nothing: its A and B are zero."""
+    """Write a LoRA with the ranks and targets of another whose A and B are zero, so that it changes nothing."""
     with open_tensors(like.tensors_path) as file:
         tensors = {key: torch.zeros_like(file.read(key)) for key in like.sites.values()}
     return _write(tensors, like, folder)
@@ -111,5 +122,5 @@ def _write(tensors: dict[str, Tensor], like: AdapterDir, folder: Path) -> Path:
 
 def _difference(folded: AdapterDir, vanilla: AdapterDir) -> str:
     key = min(set(folded.shapes.items()) ^ set(vanilla.shapes.items()))[0]
-    found = [adapter.shapes.get(key, "not there") for adapter in (folded, vanilla)]
+    found = [adapter.shapes.get(key, "missing") for adapter in (folded, vanilla)]
     return f"{key} is {found[0]} in the folded adapter and {found[1]} in the vanilla one"

@@ -1,4 +1,4 @@
-"""Run the design: warm up, then block after block."""
+"""The measurement of one engine: a warm-up, then one block after another."""
 
 from __future__ import annotations
 
@@ -21,17 +21,23 @@ def measure(
     warm_up: int = 1,
     on_block: Callable[[], None] = lambda: None,
 ) -> Measurement:
-    """Every arm twice in every block, each time on `concurrency` requests at once; both times the same ones.
+    """Run every arm twice in every block, both times on the same `concurrency` requests at once.
 
     Args:
-        requests: taken in order, from the start again when they run out.
-        warm_up: blocks that are run and forgotten.
+        engine: the engine, with all arms loaded.
+        requests: requests in the order in which they are sent, and from the start again when they run out.
+        concurrency: number of simultaneous requests.
+        blocks: number of blocks to measure.
+        seed: seed of the order of arms.
+        warm_up: number of blocks that are run first, and not measured.
+        on_block: called after each measured block.
 
     Returns:
-        The samples of the blocks that were run whole: an engine that fails in the middle, or Ctrl-C, keeps them.
+        The samples of complete blocks, also after a failure or Ctrl-C.
 
     Raises:
-        EngineError: the engine failed before one block was whole; KeyboardInterrupt likewise.
+        EngineError: an engine that failed before one block was complete.
+        KeyboardInterrupt: Ctrl-C before one block was complete.
     """
     samples: list[Sample] = []
     failure = None

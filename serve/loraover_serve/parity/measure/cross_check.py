@@ -1,4 +1,4 @@
-"""vLLM's own benchmark, `vllm bench serve`, against the same server; its figures stand beside ours."""
+"""The benchmark of vLLM, `vllm bench serve`, on the same server, to compare its figures with ours."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ FIGURES = {
 
 
 class CrossCheck(BaseModel):
-    """Medians of one arm, in seconds, by both benchmarks; it decides nothing."""
+    """Medians of one arm by both benchmarks, in seconds; the verdict does not depend on them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     concurrency: int
     arm: str
     measure: str
-    ours: float
-    bench_serve: float = Field(description="by `vllm bench serve`, on the same prompts")
+    ours: float = Field(description="median of our measurement, in seconds")
+    bench_serve: float = Field(description="median of `vllm bench serve` on the same prompts, in seconds")
 
 
 def cross_check(
@@ -48,16 +48,20 @@ def cross_check(
     url: str,
     folder: Path,
 ) -> list[CrossCheck]:
-    """Run vLLM's benchmark on the prompts of a run, as text, with the commonest length of an answer.
+    """Run vLLM's benchmark on the prompts of a run, with the most frequent length of an answer.
 
     Args:
-        run: of ours, whole.
-        model: what the arm is called on the server.
-        vllm: the command `vllm`.
-        folder: for its files.
+        run: our measurement.
+        arm: name of the arm.
+        model: name of the arm's model on the server.
+        requests: requests of the run; their prompts are sent as text.
+        tokenizer: tokenizer of the base model.
+        vllm: command that starts vLLM.
+        url: address of the server.
+        folder: folder for the benchmark's files.
 
     Raises:
-        EngineError: it cannot be run, fails, or loses requests.
+        EngineError: a benchmark that cannot be started, fails, or loses requests.
     """
     prompts = folder / "prompts.jsonl"
     texts = [tokenizer.decode(request.prompt) for request in requests]
@@ -78,7 +82,7 @@ def cross_check(
         raise EngineError(f"vllm bench serve: {found.get('completed')} of {len(requests)} requests were answered.")
     lacking = [key for key, _ in FIGURES.values() if key not in found]
     if lacking:
-        raise EngineError(f"vllm bench serve: no {', '.join(lacking)} in its result.")
+        raise EngineError(f"vllm bench serve: its result lacks {', '.join(lacking)}.")
     samples = [sample for sample in run.samples if sample.arm == arm]
     return [
         CrossCheck(
@@ -102,7 +106,7 @@ def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"vllm bench serve: {error}") from error
     if done.returncode != 0 or not result.is_file():
-        last = (done.stderr.strip() or "no message").splitlines()[-1]  # of a traceback: the cause
+        last = (done.stderr.strip() or "no message").splitlines()[-1]  # the last line of a traceback is the cause
         raise EngineError(f"vllm bench serve ended with code {done.returncode}: {last}")
     content: dict[str, Any] = json.loads(result.read_text())
     return content

@@ -1,4 +1,4 @@
-"""In which order the arms run: blocks in which every arm runs twice, forth and back."""
+"""The order of the arms: blocks in which every arm runs twice, in a random order and then in the reverse of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Sequence
 
 
 def block_orders(arms: Sequence[str], blocks: int, seed: int) -> list[list[str]]:
-    """For each block the arms in a random order, followed by the same order reversed (ABBA).
+    """Order of the arms in each block: a random order, followed by the same order reversed (ABBA).
 
-    A drift that is linear within a block adds the same to every arm's mean, and so nothing to their ratios.
+    A drift that is linear within a block changes every arm's mean alike, so their ratios stay the same.
+
+    Args:
+        arms: names of the arms.
+        blocks: number of blocks.
+        seed: seed of the random orders.
 
     Returns:
         `blocks` lists of 2 x len(arms) names.

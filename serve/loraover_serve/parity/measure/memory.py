@@ -1,4 +1,4 @@
-"""Peak memory of a server and all its processes, one server for each arm."""
+"""Peak memory of vLLM servers, each started with one arm alone."""
 
 from __future__ import annotations
 
@@ -22,41 +22,44 @@ POLL_S = 0.2
 MIN_SERVERS = 3
 
 Watch = Callable[[int], AbstractContextManager[Any]]
-"""A context for the life of a process, by its id."""
+"""Returns a context manager that runs as long as the process with the given id."""
 
 
 class PeakMemory(BaseModel):
-    """Of servers that hold one arm each; it decides nothing."""
+    """Peak memory of servers with one arm alone; the verdict does not depend on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     concurrency: int
     arm: str
-    bytes: list[int] = Field(description="one number for each server that was started")
+    bytes: list[int] = Field(description="peak memory of each server that was started, in bytes")
     interval: tuple[float, float] | None = Field(
-        description="95 % t interval of the mean; None of fewer than 3 servers"
+        description="95 % t interval of the mean, in bytes; None for fewer than 3 servers"
     )
 
 
 @dataclass
 class Peak:
-    """The most memory seen so far, in bytes."""
+    """Largest memory so far, in bytes."""
 
     bytes: int = 0
 
 
 @contextmanager
 def peak_of(session: int) -> Iterator[Peak]:
-    """Watch all processes of a session during a block.
+    """Measure the peak memory of a process and its descendants during a block.
 
-    What processes share is divided among them (proportional set size), where the system tells it.
+    Memory that processes share is divided among them (proportional set size) if the system reports that.
+
+    Args:
+        session: id of the process.
     """
     peak, done = Peak(), threading.Event()
 
     def watch() -> None:
         ended = False
         while not ended:
-            ended = done.wait(POLL_S)  # and once more at the end
+            ended = done.wait(POLL_S)  # measure once more at the end
             peak.bytes = max(peak.bytes, _memory(session))
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -87,10 +90,14 @@ def measure_memory(
     concurrency: int,
     servers: int,
 ) -> PeakMemory:
-    """Start so many servers, one after another, with one arm alone, and let each answer the requests.
+    """Start servers with one arm alone, one after another, and send the requests to each.
 
     Args:
-        start: a context of a server that has just been started, watched since it was a process.
+        start: starts a server for the length of a block, with a watch on its process.
+        arm: name of the arm.
+        requests: the requests to send.
+        concurrency: number of simultaneous requests.
+        servers: number of servers to start.
 
     Raises:
         EngineError: a server that does not start or answer.
@@ -112,7 +119,7 @@ def measure_memory(
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % t interval of the mean of a few values; None of fewer than 3, which tell too little of their spread."""
+    """95 % t interval of the mean of a few values; None for fewer than 3, whose spread is too uncertain."""
     if len(values) < MIN_SERVERS:
         return None
     mean, half = fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))

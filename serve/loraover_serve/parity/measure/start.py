@@ -1,4 +1,4 @@
-"""Start the engines of a parity run with every arm loaded."""
+"""Start of the engines of a parity run, with every arm loaded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from loraover_serve.parity.judge.outputs import Reference
 from loraover_serve.parity.measure.arms import Arms, make_idle
 from loraover_serve.parity.measure.memory import Watch
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA
+from loraover_serve.vllm.serve import read_named, server_config
 from loraover_serve.vllm.server import serve_vllm
-from loraover_serve.vllm.up import read_named, server_config
 
 if TYPE_CHECKING:
     from loraover_serve.engines.vllm import VllmEngine
@@ -31,13 +31,13 @@ LOG_FILE, MEMORY_LOG_FILE = "vllm.log", "vllm-memory.log"
 
 @dataclass(frozen=True)
 class Launch:
-    """How vLLM is started.
+    """Command line and limits of a vLLM server.
 
     Args:
-        vllm: the command.
-        log: file for what the server prints.
-        timeout_s: longest silence in the middle of an answer.
-        start_timeout_s: seconds until the first answers.
+        vllm: command that starts vLLM.
+        log: file for the server's output.
+        timeout_s: longest silence in the middle of an answer, in seconds.
+        start_timeout_s: seconds that the server may take until its first answers.
         options: further words of its command line.
     """
 
@@ -57,15 +57,19 @@ def started(
     launch: Launch,
     say: Callable[[str], None],
 ) -> Iterator[Sequence[Engine]]:
-    """The engines behind one name: ONNX Runtime is two, merged and swappable.
+    """Start the engines of one name; "onnx" starts two, with merged and with swappable adapters.
 
     Args:
-        folder: for exports and copies of adapters.
-        launch: of vLLM.
+        engine: "vllm", "onnx" or "torch".
+        arms: the adapters to load.
+        requests: the requests that will be sent.
+        folder: folder for exports and copies of adapters.
+        launch: command line and limits of a vLLM server.
+        say: receiver of lines of progress.
 
     Raises:
         EngineError: a server that does not start.
-        ExportError: a model that has no graph.
+        ExportError: a model that cannot be written as an ONNX graph.
     """
     if engine == "vllm":
         say("starting vLLM")
@@ -89,10 +93,18 @@ def started_vllm(
     launch: Launch,
     watch: Watch = nullcontext,
 ) -> Iterator[VllmEngine]:
-    """One server for the base model and some adapters; every request fits, and no prompt is remembered.
+    """Start one server for the base model and some adapters, without a prefix cache.
+
+    Args:
+        adapters: folders of the adapters to load, by the names of their arms.
+        arms: all arms, with the base model.
+        requests: the requests that will be sent; the server's largest length is made for them.
+        folder: folder for copies of the adapters.
+        launch: command line and limits of the server.
+        watch: context manager that runs as long as the server; it is called with the id of the server's process.
 
     Raises:
-        EngineError: a server that does not start, or refuses an adapter.
+        EngineError: a server that does not start, or that refuses an adapter.
     """
     from loraover_serve.engines.vllm import VllmEngine
 
@@ -107,7 +119,7 @@ def started_vllm(
 
 
 def _named(adapter: Path, copy: Path) -> Path:
-    """A copy of an adapter under the name of its arm."""
+    """Copy an adapter to a folder with the name of its arm."""
     if not copy.exists():
         shutil.copytree(adapter, copy)
     return copy
@@ -159,7 +171,12 @@ def _exported(arms: Arms, sources: Mapping[str, Path], mode: str, folder: Path) 
 
 
 def references(arms: Arms) -> tuple[Reference, str, Reference]:
-    """PyTorch's model of the folded adapter, unfolded if there is a checkpoint, its name, and the vanilla one's."""
+    """Models in PyTorch to compare answers with.
+
+    Returns:
+        The model of the folded adapter (of the unfolded checkpoint, if there is one), its name, and the model of the
+        vanilla adapter.
+    """
     from loraover.checkpoint.checkpoint import read_checkpoint
     from loraover.checkpoint.unfolded_model import unfolded
 

@@ -1,4 +1,4 @@
-"""What is asked of every arm: prompts and the number of tokens to generate."""
+"""The requests that every arm answers: prompts, and the number of tokens to generate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from loraover.common.errors import DataError, ParityError
+from loraover.common.errors import DataError
 from loraover_serve.engines.sample import Request
 
 WorkloadKind = Literal["fixed", "mixed", "file"]
@@ -16,7 +16,7 @@ TEXT = (
     "more; two of them are lost on the way home. Water boils at a lower temperature on a mountain because the air "
     "pressure is lower, and so an egg takes longer there. Please find the minutes of Tuesday's meeting below. "
 )
-SPREAD = 0.5  # of the logarithm of a mixed workload's lengths
+SPREAD = 0.5  # standard deviation of the logarithms of a mixed workload's lengths
 
 
 def make_requests(
@@ -29,18 +29,21 @@ def make_requests(
     seed: int,
     file: Path | None = None,
 ) -> list[Request]:
-    """Requests that every arm gets alike.
+    """Requests, which every arm answers alike.
 
     Args:
-        kind: fixed: every prompt and answer of the given length; mixed: lengths log-normal around them, as traffic has
-            them; file: the prompts of a text file, one a line, over and over.
+        kind: "fixed" for one length of prompts and answers, "mixed" for log-normal lengths, as real traffic has them,
+            or "file" for the prompts of a file, in order and from the start again.
+        tokenizer: tokenizer of the base model.
+        count: number of requests.
+        prompt_tokens: length of a prompt, in tokens; the median if `kind` is "mixed".
+        new_tokens: length of an answer, in tokens; the median if `kind` is "mixed".
+        seed: seed of the lengths.
+        file: UTF-8 text file with one prompt in each line, if `kind` is "file".
 
     Raises:
         DataError: a file that cannot be read or holds no prompt.
-        ParityError: a file with `kind` other than file, or none with it.
     """
-    if (kind == "file") != (file is not None):
-        raise ParityError("a prompts file and the workload 'file' go together.")
     if file is not None:
         prompts = _read_prompts(file, tokenizer)
         return [Request(prompts[i % len(prompts)], new_tokens) for i in range(count)]
@@ -69,5 +72,5 @@ def _read_prompts(file: Path, tokenizer: Any) -> list[tuple[int, ...]]:
     prompts = [tuple(tokenizer(line).input_ids) for line in lines]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise DataError(f"{file}: no prompt in it; expected one a line.")
+        raise DataError(f"{file}: the file has no prompt; expected one in each line.")
     return prompts

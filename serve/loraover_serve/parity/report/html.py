@@ -14,16 +14,21 @@ TEMPLATE = "parity.html.j2"
 
 
 def render(report: ParityReport) -> str:
-    """The page; every text of the report is escaped."""
+    """The report as an HTML page; every text is escaped.
+
+    Args:
+        report: the report.
+    """
     template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     ratios = ratio_plot(report.results, report.margin) if report.results else ""
-    return render_page(template, report=report, ratios=ratios, curves=_curves(report))
+    arms = {sample.arm for run in report.runs for sample in run.samples}
+    return render_page(template, report=report, arms=arms, ratios=ratios, curves=_curves(report))
 
 
 def _curves(report: ParityReport) -> list[tuple[str, str]]:
-    """Titles and plots: distributions of each run, and throughput where an engine ran at several concurrencies."""
+    """Titles and plots: times of each run, and throughput of engines that ran at several concurrencies."""
     curves = [
-        (f"{name.capitalize()}: {run.engine}, {run.concurrency} at once", ecdf_plot(run, name))
+        (f"{name.capitalize()}: {run.engine}, {_at_once(run.concurrency)}", ecdf_plot(run, name))
         for run in report.runs
         if run.samples
         for name in DESCRIBED
@@ -33,3 +38,7 @@ def _curves(report: ParityReport) -> list[tuple[str, str]]:
         if len({t.concurrency for t in mine}) > 1:
             curves.append((f"Throughput: {engine}", throughput_plot(mine)))
     return curves
+
+
+def _at_once(concurrency: int) -> str:
+    return "one request at a time" if concurrency == 1 else f"{concurrency} requests at once"

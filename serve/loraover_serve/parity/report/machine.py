@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the adapters: versions and the machine."""
+"""Conditions of a measurement besides the adapters: versions and the machine."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 import psutil
 
 from loraover.common.provenance import environment, hardware
-from loraover_serve.engines.installed import installed_version
+from loraover_serve.engines.installed import ONNX, ONNX_GENAI, installed_version
 
-RUNTIMES = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime-genai-cuda"),
-}
-"""Distributions of what `onnx` runs on."""
+RUNTIMES = {"onnxruntime": ONNX, "onnxruntime-genai": ONNX_GENAI}
+"""Distributions of the packages that the engine onnx runs on."""
 
 
 def versions(engines: Sequence[str]) -> dict[str, str]:
-    """Of this environment's packages; a vLLM server is of another and tells its own."""
+    """Versions of the packages in this environment; a vLLM server reports its version itself.
+
+    Args:
+        engines: names of the engines that were measured.
+    """
     runtimes = {name: installed_version(names) for name, names in RUNTIMES.items() if "onnx" in engines}
     return environment("numpy", "scipy") | {name: version for name, version in runtimes.items() if version}
 
@@ -31,7 +32,7 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    """The processor's name, which only Linux keeps in a file."""
+    """Name of the processor, as Linux records it in a file; elsewhere as Python reports it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

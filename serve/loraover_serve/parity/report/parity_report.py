@@ -1,11 +1,13 @@
-"""What a parity run found: `parity.json`."""
+"""The report of a parity run: `parity.json`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from loraover.common.errors import OutputError
 from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
 from loraover_serve.parity.judge.outputs import Outputs
 from loraover_serve.parity.measure.cross_check import CrossCheck
@@ -18,31 +20,48 @@ EXIT_CODES = {"equivalent": 0, "different": 1, "inconclusive": 3, "failed": 2}
 
 
 class ParityReport(BaseModel):
-    """Contents of `parity.json`; a failed run's has what was measured before the failure."""
+    """Contents of `parity.json`; after a failure, everything that was measured before it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 3
-    verdict: EngineVerdict
-    reason: str
-    margin: float
-    alpha: float
+    verdict: EngineVerdict = Field(description="verdict on the folded adapter against the vanilla one")
+    reason: str = Field(description="reason for the verdict, in words")
+    margin: float = Field(description="largest difference of times that still counts as equal, as a share")
+    alpha: float = Field(description="level of significance of the tests")
     results: list[Result]
     latencies: list[Latency]
     throughputs: list[Throughput]
     memory: list[PeakMemory]
     outputs: list[Outputs]
     cross_checks: list[CrossCheck]
-    notes: list[str]
-    runs: list[Measurement]
-    base_model: str
-    adapters: dict[str, str]
-    workload: dict[str, str | int]
+    notes: list[str] = Field(description="failures of measurements that the verdict does not depend on")
+    runs: list[Measurement] = Field(description="samples of every engine at every concurrency")
+    base_model: str = Field(description="name or folder of the base model")
+    adapters: dict[str, str] = Field(description="folder or origin of each arm's adapter")
+    workload: dict[str, str | int] = Field(description="kind, number and lengths of the requests")
     seed: int
-    command: str
-    versions: dict[str, str]
-    hardware: str
+    command: str = Field(description="command line that makes the same measurement")
+    versions: dict[str, str] = Field(description="versions of packages and engines")
+    hardware: str = Field(description="processor, memory and system")
+    kept: Path | None = Field(
+        default=None, exclude=True, description="folder of vLLM's logs, after a failure without an output; not in files"
+    )
 
     @property
     def exit_code(self) -> int:
+        """0 equivalent, 1 different, 3 inconclusive, 2 failed."""
         return EXIT_CODES[self.verdict]
+
+
+class UnwrittenReportError(OutputError):
+    """A finished measurement whose output could not be written.
+
+    Args:
+        message: reason why the output could not be written.
+        report: the measurement; the folder `report.kept` holds it as `parity.json`, with vLLM's logs.
+    """
+
+    def __init__(self, message: str, report: ParityReport) -> None:
+        super().__init__(message)
+        self.report = report

@@ -1,4 +1,4 @@
-"""Plots of a parity report, as SVG that takes its ink from the page around it."""
+"""Plots of a parity report, as SVG in the text colour of the page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 
 COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b", "unfolded": "#c2406b"}
-"""Of arms; told apart on light and dark pages, and by people who do not see red and green."""
-POINTS = 200  # of a curve: more than a screen shows
+"""Colours of the arms, distinct on light and dark pages, and for people who do not see red and green."""
+POINTS = 200  # points of a curve, more than a screen shows
 MARKS = {"equivalent": "o", "different": "X", "inconclusive": "s"}
 
 
 def ratio_plot(results: Sequence[Result], margin: float) -> str:
-    """Every ratio with its interval, and the margin as a band."""
+    """Plot of every ratio with its interval, and of the margin as a band.
+
+    Args:
+        results: the ratios.
+        margin: largest difference of times that still counts as equal (0.05 is 5 %).
+    """
     with svg_axes(8, 1.2 + 0.32 * len(results)) as (axes, drawn):
         axes.axvspan(1 / (1 + margin), 1 + margin, color=COLORS[BASE], alpha=0.18, lw=0)
         axes.axvline(1, color=INK, lw=0.8)
@@ -26,17 +31,18 @@ def ratio_plot(results: Sequence[Result], margin: float) -> str:
             color = COLORS.get(r.arm, INK)
             axes.plot([low, high], [y, y], color=color, lw=2, solid_capstyle="butt")
             axes.plot([r.ratio], [y], MARKS[r.verdict], color=color, ms=9)
-        names = [f"{r.engine} x{r.concurrency}, {r.arm}: {r.measure}" for r in reversed(results)]
+        names = [f"{r.engine}, {r.concurrency} at once, {r.arm}: {r.measure}" for r in reversed(results)]
         axes.set_yticks(range(len(results)), names)
         axes.set_xlabel(f"time, arm / vanilla LoRA (shaded: within {100 * margin:g} %)")
     return drawn[0]
 
 
 def ecdf_plot(run: Measurement, name: str) -> str:
-    """Share of times that are at most so many seconds, for every arm, at up to POINTS shares.
+    """Plot of each arm's cumulative distribution of one time.
 
     Args:
-        name: one of DESCRIBED.
+        run: the samples.
+        name: name of the time, a key of DESCRIBED.
     """
     by_arm: dict[str, list[float]] = {arm: [] for arm in COLORS if any(s.arm == arm for s in run.samples)}
     for sample in run.samples:
@@ -47,13 +53,17 @@ def ecdf_plot(run: Measurement, name: str) -> str:
             x = np.quantile(values, shares, method="inverted_cdf")
             axes.step(x, 100 * shares, where="post", color=COLORS.get(arm, INK), label=arm)
         axes.set_xlabel(f"{name}, seconds")
-        axes.set_ylabel("times, %")
+        axes.set_ylabel("share of answers, %")
         axes.legend(frameon=False, fontsize=9)
     return drawn[0]
 
 
 def throughput_plot(throughputs: Sequence[Throughput]) -> str:
-    """Tokens per second against concurrency, one line for every arm of one engine."""
+    """Plot of tokens per second against concurrency, with one line for each arm.
+
+    Args:
+        throughputs: throughputs of one engine.
+    """
     with svg_axes(8, 3.4) as (axes, drawn):
         for arm in dict.fromkeys(t.arm for t in throughputs):
             mine = sorted((t for t in throughputs if t.arm == arm), key=lambda t: t.concurrency)

@@ -18,11 +18,18 @@ COLORS = {"equivalent": "green", "different": "red", "failed": "red", "inconclus
 
 
 def show_report(report: ParityReport, console: Console) -> None:
-    """Ratios with their intervals, latencies, throughput, outputs, notes, verdict."""
+    """Print a report's tables, notes and verdict.
+
+    Args:
+        report: the report.
+        console: where to print.
+    """
     table = Table(
-        box=SIMPLE, padding=(0, 1, 0, 0), title=f"Times, arm / vanilla LoRA; equal within {100 * report.margin:g} %"
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"Time of each arm / time of the vanilla LoRA; equal within {100 * report.margin:g} %",
     )
-    for column in ("engine", "x", "arm", "time", "ratio [95 %]", "verdict"):
+    for column in ("engine", "at once", "arm", "time", "ratio [95 %]", "verdict"):
         table.add_column(column, no_wrap=True)
     for r in report.results:
         low, high = r.interval
@@ -30,8 +37,8 @@ def show_report(report: ParityReport, console: Console) -> None:
         table.add_row(r.engine, str(r.concurrency), r.arm, SHORT[r.measure], ratio, r.verdict)
     console.print(table)
     console.print(_latency_table(report))
-    rates = Table(box=SIMPLE, title="Throughput, tokens per second, median of waves")
-    for column in ("engine", "x", "arm", "tokens/s [95 %]"):
+    rates = Table(box=SIMPLE, title="Throughput, tokens per second")
+    for column in ("engine", "at once", "arm", "tokens/s [95 %]"):
         rates.add_column(column)
     for t in report.throughputs:
         low, high = t.interval
@@ -50,7 +57,7 @@ def show_report(report: ParityReport, console: Console) -> None:
 
 def _latency_table(report: ParityReport) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="Latencies, milliseconds")
-    for column in ("engine", "x", "arm", "time", *QUANTILE_NAMES):
+    for column in ("engine", "at once", "arm", "time", *QUANTILE_NAMES):
         table.add_column(column, no_wrap=True)
     for latency in report.latencies:
         if latency.measure in SHORT:
@@ -60,8 +67,8 @@ def _latency_table(report: ParityReport) -> Table:
 
 
 def _memory_table(report: ParityReport) -> Table:
-    table = Table(box=SIMPLE, title="Peak memory of servers with one arm, GiB, mean [95 %]")
-    for column in ("engine", "x", "arm", "servers", "peak"):
+    table = Table(box=SIMPLE, title="Peak memory of a server with one arm alone, GiB")
+    for column in ("engine", "at once", "arm", "servers", "mean [95 %]"):
         table.add_column(column)
     for m in report.memory:
         low, high = m.interval or (0.0, 0.0)
@@ -72,8 +79,8 @@ def _memory_table(report: ParityReport) -> Table:
 
 
 def _cross_check_table(report: ParityReport) -> Table:
-    table = Table(box=SIMPLE, title="Medians beside those of vllm bench serve, milliseconds")
-    for column in ("x", "arm", "time", "ours", "bench serve"):
+    table = Table(box=SIMPLE, title="Medians of vllm bench serve beside ours, milliseconds")
+    for column in ("at once", "arm", "time", "ours", "bench serve"):
         table.add_column(column)
     for c in report.cross_checks:
         table.add_row(
@@ -83,14 +90,12 @@ def _cross_check_table(report: ParityReport) -> Table:
 
 
 def _outputs_table(report: ParityReport) -> Table:
-    table = Table(box=SIMPLE, title="Answers against PyTorch's: nats where texts part, and logprobs (rms)")
-    for column in ("engine", "x", "arm", "in PyTorch", "equal", "gap", "logprobs", "verdict"):
-        table.add_column(column)
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="Distance of answers from PyTorch's, nats")
+    for column in ("engine", "at once", "arm", "equal texts", "largest gap", "logprobs (RMS)", "verdict"):
+        table.add_column(column, no_wrap=True)
     for o in report.outputs:
         for arm, d in (("folded", o.folded), ("vanilla", o.vanilla)):
             rms = "-" if d.logprob_rms is None else f"{d.logprob_rms:.1e}"
-            verdict = ("agrees" if o.agree else "apart") if arm == "folded" else "the floor"
-            table.add_row(
-                o.engine, str(o.concurrency), arm, d.reference, f"{d.equal:.0%}", f"{d.largest_gap:.1e}", rms, verdict
-            )
+            verdict = ("agrees" if o.agree else "too far") if arm == "folded" else "noise floor"
+            table.add_row(o.engine, str(o.concurrency), arm, f"{d.equal:.0%}", f"{d.largest_gap:.1e}", rms, verdict)
     return table

@@ -1,0 +1,119 @@
+"""Continuation of training from a LoRA-Over checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loraover.checkpoint.checkpoint import SCORE_PREFIX, Checkpoint, SiteRecord
+from loraover.checkpoint.tensor_file import TensorFile, open_tensors
+from loraover.common.errors import CheckpointError
+from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.importance import GradientScore
+from loraover.overparam.parameterization import OverParameterization
+from loraover.overparam.sharding import full, world_size
+from loraover.overparam.sites import only_adapter
+
+
+def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
+    """Continue training from a checkpoint: put its cores, their optimizer state and its schedule into `over`.
+
+    Args:
+        over: Over-parameterization without cores (`inject=False`) of a model that holds the checkpoint's adapter.
+        checkpoint: The checkpoint to continue from.
+
+    Raises:
+        ConfigError: Several adapters are trained.
+        CheckpointError: The model's sites, the configuration, the number of steps or the number of processes differ
+            from the checkpoint's, or the model's matrices contradict the cores.
+
+    Mutates:
+        The model's matrices become the contraction of the cores.
+
+    Example:
+        ```python
+        model = PeftModel.from_pretrained(base, "checkpoint", is_trainable=True)
+        over = OverParameterization(model, config, inject=False)
+        restore(over, read_checkpoint("checkpoint"))
+        over.attach(optimizer)
+        ```
+    """
+    _check_resumable(over, checkpoint)
+    with open_tensors(checkpoint.cores_path) as file:
+        by_step: dict[int, list[SiteRecord]] = {}
+        for site in checkpoint.meta.sites:
+            by_step.setdefault(site.step, []).append(site)
+        for step, sites in by_step.items():
+            for site in sites:
+                cores = checkpoint.read_cores(file, site)
+                parameter = over.sites[site.name].parameter
+                matrix, magnitude = checkpoint.contract(cores, site)
+                checkpoint.check_stored(full(parameter.detach()).cpu(), matrix, magnitude, site)
+            over.inject_as({site.name: site.owner for site in sites}, step=step)
+        for name, (group, i) in over.injected.items():
+            _load_site(checkpoint, file, checkpoint.sites[name], over, group, i)
+        if isinstance(over.schedule.score, GradientScore):
+            over.schedule.score.load(
+                {key.removeprefix(SCORE_PREFIX): file.read(key) for key in file.keys_below(SCORE_PREFIX)}
+            )
+    for group in over.groups:
+        if all(checkpoint.sites[site.name].joined for site in group.sites):
+            group.join()
+        else:
+            group.split()
+        group.write()
+    over.schedule.replay(checkpoint.meta.rounds)
+    over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer
+
+
+def _load_site(
+    checkpoint: Checkpoint, file: TensorFile, record: SiteRecord, over: OverParameterization, group: CoreGroup, i: int
+) -> None:
+    """Put the cores of a site, their optimizer state and the moments that its bases follow into a group."""
+    for k, core in enumerate(checkpoint.read_cores(file, record)):
+        group.core(k, i).copy_(core[0])
+        prefix = record.core_key(k) + "."
+        state: dict[str, Any] = {
+            key.removeprefix(prefix): value for key, value in record.state.items() if key.startswith(prefix)
+        }
+        for key in file.keys_below(prefix):
+            tensor = file.read(key)
+            state[key.removeprefix(prefix)] = tensor if tensor.ndim == 0 else tensor.to(group.core(k, i).device)
+        if state:
+            group.load_core_state(k, group.owner(k, i), state)
+    if (follower := over.followers.get(group)) is not None:
+        prefix = record.gauge_key
+        follower.load_site_state(i, {key.removeprefix(prefix): file.read(key) for key in file.keys_below(prefix)})
+
+
+def _check_resumable(over: OverParameterization, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the run or its model differs from the checkpoint's."""
+    only_adapter(over.sites.values())
+    if over.config.model_dump(mode="json") != checkpoint.meta.config.model_dump(mode="json"):
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained with {checkpoint.meta.config!r}, this run asks for {over.config!r}; "
+            "resume with the same configuration or start anew."
+        )
+    if over.config.schedule == "dynamic" and checkpoint.meta.steps not in (None, over.steps):
+        raise CheckpointError(
+            f"{checkpoint.path}: its schedule was laid out for {checkpoint.meta.steps} steps, this run has "
+            f"{over.steps}, so its rounds would move. Resume with the same number, or start anew."
+        )
+    if checkpoint.meta.base_model and over.base_model not in (None, checkpoint.meta.base_model):
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained on {checkpoint.meta.base_model}, the model was loaded from "
+            f"{over.base_model}; load that one, or set its `name_or_path` if it is a copy."
+        )
+    if checkpoint.meta.world_size != world_size():
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained by {checkpoint.meta.world_size} process(es), this run has {world_size()}; "
+            "the data would be divided differently. Resume with the same number, or start anew."
+        )
+    missing = sorted(checkpoint.sites.keys() - over.sites.keys())
+    if missing:
+        raise CheckpointError(f"{checkpoint.path}: the model lacks {len(missing)} of its sites, first {missing[0]}.")
+    for record in checkpoint.meta.sites:
+        if over.sites[record.name].shape != (record.m, record.n):
+            raise CheckpointError(
+                f"{checkpoint.path}: {record.name} is {record.m} x {record.n}, in the model it is "
+                f"{' x '.join(map(str, over.sites[record.name].shape))}; resume with the adapter's own LoraConfig."
+            )

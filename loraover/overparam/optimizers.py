@@ -1,0 +1,71 @@
+"""Optimizers through which cores can be trained: those whose `step` is an ordinary PyTorch step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch.optim import Adagrad, Optimizer
+
+from loraover.common.errors import ConfigError
+
+REFUSED_OPTIMIZERS = {
+    "LBFGS": "it keeps its own list of parameters, so it would never step the cores",
+    "LayerWiseDummyOptimizer": "it steps inside the backward pass, before gradients can be pulled back",
+    "Lomo": "it steps inside the backward pass, before gradients can be pulled back",
+    "AdaLomo": "it steps inside the backward pass, before gradients can be pulled back",
+    "AdamWScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
+    "SGDScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
+    "RAdamScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
+}
+
+ELEMENTWISE = (
+    torch.optim.Adadelta,
+    Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+"""Optimizers that update each number from its own history alone, so that a stack of cores can be one parameter."""
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer itself where Accelerate's wrapper is around it."""
+    return optimizer.optimizer if type(optimizer).__module__.startswith("accelerate.") else optimizer
+
+
+def ordinary_optimizer(optimizer: Any) -> Optimizer:
+    """Return the PyTorch optimizer, without Accelerate's wrapper, if cores can be trained through it.
+
+    Raises:
+        ConfigError: Its step is not an ordinary PyTorch step.
+    """
+    if type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
+        raise ConfigError(
+            "attach: DeepSpeed steps in its engine, which does not call PyTorch's hooks; train without it."
+        )
+    optimizer = unwrapped(optimizer)
+    kind = type(optimizer)
+    if kind.__module__.startswith("deepspeed."):
+        raise ConfigError(
+            f"attach: {kind.__name__} steps in DeepSpeed's engine, which does not call PyTorch's hooks; train "
+            "without it."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"attach: expected a torch.optim.Optimizer, found {kind.__module__}.{kind.__name__}.")
+    for name in (base.__name__ for base in kind.__mro__):
+        if name in REFUSED_OPTIMIZERS:
+            raise ConfigError(f"attach: {kind.__name__} cannot be used: {REFUSED_OPTIMIZERS[name]}.")
+    if isinstance(optimizer, Adagrad) and Version(torch.__version__) < Version("2.12"):
+        raise ConfigError(
+            f"attach: Adagrad of torch {torch.__version__} makes its state when it is built, so the cores would have "
+            "none; upgrade to torch 2.12, or use another optimizer."
+        )
+    return optimizer

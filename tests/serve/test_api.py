@@ -1,0 +1,186 @@
+"""Serving and parity from Python: what the functions return, raise and report; and the commands that call them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import loraover_serve
+from loraover.common.command_line import Command, run
+from loraover.common.errors import ConfigError, EngineError
+from loraover.reporting.reporter import Reporter
+from loraover_serve import UnwrittenReportError, measure_parity, serve_adapters
+from loraover_serve.cli import COMMANDS, cli
+
+from support.make_checkpoint import Made
+from support.vllm_stand_in import assert_stopped, stand_in
+
+pytestmark = pytest.mark.process
+
+SMALL: dict[str, Any] = {"num_prompts": 10, "prompt_tokens": 5, "new_tokens": 4}
+
+
+class Lines(Reporter):
+    """Keeps the lines that it receives."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def folded(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folded adapter; temporary folders are made in `tmp_path`."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return made.path.parent / "folded"
+
+
+def command(name: str) -> Command:
+    found = cli.get_command(click.Context(cli), name)
+    assert isinstance(found, Command)
+    return found
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(loraover_serve, name) is not None for name in loraover_serve.__all__)
+
+
+def test_adapters_are_served_during_a_block(folded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--max-model-len", "64"]
+    log, vllm = tmp_path / "log", stand_in(tmp_path, "answers")
+    with serve_adapters([folded], vllm=vllm, log=log, options=options) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.names == ("folded",)
+        assert server.ask("folded", "The train leaves at", max_tokens=3) == "xxx"
+        with pytest.raises(EngineError):
+            server.unload_adapter("unknown")
+    assert_stopped(tmp_path)
+    assert '"--max-model-len", "64"' in log.read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_serving_reports_its_progress(folded: Path, tmp_path: Path) -> None:
+    report, log = Lines(), tmp_path / "log"
+    with serve_adapters(folded, vllm=stand_in(tmp_path, "answers"), log=log, report=report):
+        pass
+    assert report.lines[-1] == f"starting vLLM with folded; its log is {log}"
+
+
+def test_the_environment_names_the_command_vllm(folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAOVER_VLLM", stand_in(tmp_path, "answers"))
+    with serve_adapters(folded, log=tmp_path / "log") as server:
+        assert server.models() == ["base"]
+
+
+def test_arguments_of_serving_are_checked_before_the_block() -> None:
+    with pytest.raises(ConfigError, match=r"--port cannot be given.*no adapter was given.*port is 0.*start_timeout_s"):
+        serve_adapters([], port=0, start_timeout_s=0, options=["--port=1"])
+
+
+def test_parity_is_measured_without_output(folded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    report = measure_parity(folded, engines=["torch"], **SMALL)
+    assert report.verdict in ("equivalent", "different", "inconclusive")
+    assert (report.runs[0].engine, report.runs[0].blocks, report.kept) == ("torch", 5, None)
+    assert capfd.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_parity_reports_its_progress_and_writes_its_output(folded: Path, tmp_path: Path) -> None:
+    report = Lines()
+    found = measure_parity(str(folded), engines=["torch"], output=tmp_path / "out", report=report, **SMALL)
+    assert report.lines[0] == "loading PyTorch with PEFT"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    again = shlex.split(found.command)[2:]
+    assert command("parity").make_context("parity", again).params["output"] == tmp_path / "out"
+
+
+def test_a_server_that_fails_leaves_its_log(folded: Path, tmp_path: Path) -> None:
+    report, vllm = Lines(), stand_in(tmp_path, "dies", after=4 + 4 * 8)
+    found = measure_parity(folded, engines=["vllm"], vllm=vllm, memory=0, report=report, **SMALL)
+    assert found.verdict == "failed"
+    assert found.kept is not None
+    assert "words:" in (found.kept / "vllm.log").read_text()
+    assert report.lines[-1] == f"kept in {found.kept}: vllm.log"
+    assert "kept" not in found.model_dump()
+
+
+def test_an_error_names_the_log_that_is_kept(folded: Path, tmp_path: Path) -> None:
+    report, vllm = Lines(), stand_in(tmp_path, "ends")
+    with pytest.raises(EngineError) as caught:
+        measure_parity(folded, engines=["vllm"], vllm=vllm, report=report, **SMALL)
+    assert caught.value.__notes__ == report.lines[-1:]
+    assert report.lines[-1].startswith("kept in ")
+
+
+def test_a_measurement_that_cannot_be_written_is_in_the_error(
+    folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(report: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("loraover_serve.parity.run.render", fill_the_disk)
+    with pytest.raises(UnwrittenReportError, match="No space left") as caught:
+        measure_parity(folded, engines=["torch"], output=tmp_path / "out", **SMALL)
+    assert caught.value.report.runs[0].blocks == 5
+    assert caught.value.report.kept is not None
+    assert (caught.value.report.kept / "parity.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engines": []}, "--engine is missing"),
+        ({"engines": ["onnx", "tgi"]}, "--engine is tgi, expected some of vllm, onnx, torch"),
+        ({"workload": "poisson"}, "--workload is 'poisson'"),
+        ({"workload": "file"}, "go together"),
+        ({"prompts": "p"}, "go together"),
+        ({"max_concurrency": []}, "expected positive numbers"),
+        ({"max_concurrency": [0]}, "expected positive numbers"),
+        ({"margin": 0}, "--margin is 0"),
+        ({"margin": float("nan")}, "--margin is nan"),
+        ({"prompt_tokens": 0}, "--prompt-tokens is 0"),
+        ({"new_tokens": 1}, "--new-tokens is 1"),
+        ({"memory": -1}, "--memory is -1"),
+        ({"timeout_s": 0}, "--timeout is 0"),
+        ({"margin": 2, "num_prompts": 9}, r"--margin is 2.*--num-prompts 10 or more"),
+    ],
+)
+def test_arguments_of_parity_are_checked_first(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        measure_parity("no such folder", **arguments)
+
+
+@pytest.mark.parametrize("old", ["--folded", "--vanilla", "--requests", "--concurrency", "--out"])
+def test_an_old_option_is_refused_with_its_new_name(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["parity", old, "1"]) == 2
+    assert f"{old} is now called {command('parity').renamed[old]}." in capsys.readouterr().err
+
+
+def test_the_command_engines_is_refused_with_its_new_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["engines"]) == 2
+    assert "engines is now called loraover doctor." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_commands_that_can_be_parsed(name: str) -> None:
+    found = command(name)
+    assert found.examples
+    for line in found.examples:
+        program, subcommand, *words = shlex.split(line)
+        assert (program, subcommand) == ("loraover-serve", name)
+        assert found.make_context(name, words).params
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help_text_of_its_own(name: str) -> None:
+    options = [parameter for parameter in command(name).params if isinstance(parameter, click.Option)]
+    assert all(option.help and option.help[0].isupper() and option.help.endswith((".", ")")) for option in options)

@@ -1,0 +1,91 @@
+"""Cases of every decomposition, with their matrices by the NumPy oracles, and bounds of the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from loraover.overparam.decompositions import DECOMPOSITIONS, Mpo
+
+from oracles.contraction import Array, chain_matrix, mpo_matrix, svd_matrix
+from strategies import (
+    Case,
+    generators,
+)
+from support.speed import examples
+from tolerances import UNDERFLOW, UNIT, chain_terms, gamma
+
+ORACLES: dict[str, Callable[[Sequence[Array]], Array]] = {
+    "mpo": mpo_matrix,
+    "svd": svd_matrix,
+    "chain": chain_matrix,
+}
+
+
+ISOMETRIC = ("mpo", "chain")  # decompositions whose auxiliary cores contract to isometries
+
+
+DTYPES = [torch.float64, torch.float32]
+
+
+every_decomposition = pytest.mark.parametrize("name", DECOMPOSITIONS)
+
+
+cheap = examples(40)
+
+
+def natural_cores(case: Case, cores: Sequence[Tensor]) -> list[list[Array]]:
+    """Each matrix's cores as float64 arrays in the shapes that the oracles want."""
+    decomposition = case.decomposition
+    shapes: list[tuple[int, ...]] = list(decomposition.core_shapes(case.m, case.n))
+    if isinstance(decomposition, Mpo):
+        layout = decomposition.layout(case.m, case.n)
+        shapes = [layout.core(k) for k in range(len(shapes))]
+    grouped = [core.detach().double().numpy() for core in cores]
+    return [[core[g].reshape(shape) for core, shape in zip(grouped, shapes, strict=True)] for g in range(len(cores[0]))]
+
+
+def oracle(case: Case, cores: Sequence[Tensor]) -> Tensor:
+    """The oracle's matrices, (G, m, n) float64."""
+    return torch.from_numpy(np.stack([ORACLES[case.name](each) for each in natural_cores(case, cores)]))
+
+
+def magnitude(case: Case, cores: Sequence[Tensor]) -> Tensor:
+    """Contraction of the cores' absolute values, which rounding errors are relative to."""
+    return oracle(case, [core.abs() for core in cores])
+
+
+def contraction_bound(case: Case, cores: Sequence[Tensor]) -> Tensor:
+    """How far a contraction in the cores' dtype and the oracle's in float64 may be apart, element by element."""
+    terms, dtype = chain_terms(case.decomposition.core_shapes(case.m, case.n)), cores[0].dtype
+    relative = gamma(terms, UNIT[dtype]) + gamma(terms, UNIT[torch.float64])
+    return 1.01 * relative * magnitude(case, cores) + UNDERFLOW[dtype]
+
+
+def within(found: Tensor, expected: Tensor, bound: Tensor | float) -> bool:
+    """Whether two tensors of one shape agree in every element."""
+    return found.shape == expected.shape and bool(((found.double() - expected.double()).abs() <= bound).all())
+
+
+def contract(case: Case, cores: Sequence[Tensor]) -> Tensor:
+    return case.decomposition.contract(cores, case.m, case.n)
+
+
+def apply(case: Case, cores: Sequence[Tensor], x: Tensor) -> Tensor:
+    return case.decomposition.apply(cores, x, case.m, case.n)
+
+
+def init(case: Case, group: Tensor, seed: int) -> tuple[Tensor, ...]:
+    return case.decomposition.init(group, generators(seed, len(group)))
+
+
+def centre(case: Case) -> int:
+    return case.decomposition.centre(case.m, case.n)
+
+
+def replaced(cores: Sequence[Tensor], k: int, core: Tensor) -> list[Tensor]:
+    return [*cores[:k], core, *cores[k + 1 :]]

@@ -1,0 +1,256 @@
+"""Between steps, optimizer and gradients look like plain LoRA's; some steps must change nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import SGD, AdamW, Optimizer
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.checkpoint.error_bounds import gamma, unit_roundoff
+
+from support.hooked_run import (
+    OPTIMIZERS,
+    Step,
+    core_states,
+    cores,
+    make,
+    ordinary_step,
+    same,
+    train,
+)
+from support.tiny_models import (
+    lora_matrices,
+    net_batch,
+    net_loss,
+    tiny_llama,
+    tiny_net,
+    token_ids,
+    trainable,
+    with_lora,
+)
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+# What is visible between steps
+
+
+def visible(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_between_steps_the_optimizer_looks_plain(named: bool) -> None:
+    def build(model: Any) -> AdamW:
+        chosen = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return AdamW(chosen if named else [p for _, p in chosen], lr=1e-2, weight_decay=0.1)
+
+    plain_model, model = tiny_net(), tiny_net()
+    plain, optimizer = build(plain_model), build(model)
+    OverParameterization(model, LoraOverConfig(sites=["*lora_A"])).attach(optimizer)
+    for step in range(3):
+        assert visible(optimizer) == visible(plain)
+        assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(p) for p in trainable(model)]
+        assert optimizer.state_dict()["param_groups"] == plain.state_dict()["param_groups"]
+        states = optimizer.state_dict()["state"], plain.state_dict()["state"]
+        expected = {i: set(s) for i, s in states[1].items() if i % 2 == 1}  # every second one is a B
+        assert {i: set(state) for i, state in states[0].items()} == expected
+        for pair in ((plain_model, plain), (model, optimizer)):
+            ordinary_step(*pair, step)
+
+
+def test_the_gradients_between_steps_are_plain_loras() -> None:
+    plain, model = tiny_net(dtype=torch.float64), tiny_net(dtype=torch.float64)
+    over = OverParameterization(model).attach(SGD(trainable(model), lr=0.1))
+    for target in (plain, model):
+        for batch in range(3):
+            net_loss(target, batch).backward()
+    for one, other in zip(trainable(model), trainable(plain), strict=True):
+        assert one.grad is not None
+        # The injected matrices differ from the plain ones by some 30 roundings; three layers of width 8, with
+        # weights below 1, let that grow by less than 8**3.
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=8**3 * gamma(30, 2**-53))
+    assert all(p.grad is None for group in over.groups for k in group.trained for p in group.parameters(k))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused", "sgd-nesterov", "adagrad", "adafactor", "adamw-8bit"])
+def test_a_state_dict_round_trip_changes_nothing(name: str) -> None:
+    def trained(round_trip: bool) -> dict[str, Tensor]:
+        model, _, optimizer = make(OPTIMIZERS[name], sites=["*lora_B", "third.*"])
+        train(model, optimizer, range(3))
+        if round_trip:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return train(model, optimizer, range(3, 6))
+
+    assert same(trained(round_trip=True), trained(round_trip=False))
+
+
+@pytest.mark.parametrize("steps_between", [1, 3])
+def test_either_zero_grad_gives_the_same_run(steps_between: int) -> None:
+    def trained(set_to_none: bool) -> dict[str, Tensor]:
+        def step(model: Any, optimizer: Optimizer, number: int) -> None:
+            for batch in range(steps_between):
+                net_loss(model, number * steps_between + batch).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+        model, _, optimizer = make()
+        return train(model, optimizer, range(4), step)
+
+    assert same(trained(True), trained(False))
+
+
+def test_gradients_left_on_the_cores_are_not_used_twice() -> None:
+    model, over, optimizer = make(lambda p: SGD(p, lr=0.1))
+    net_loss(model, 0).backward()
+    optimizer.step()
+    before = cores(over)
+    optimizer.step()
+    assert same(cores(over), before)
+
+
+def test_accumulated_gradients_equal_one_large_batch() -> None:
+    def trained(step: Step) -> dict[str, Tensor]:
+        model = tiny_net(dtype=torch.float64)
+        optimizer = SGD(trainable(model), lr=1e-1, momentum=0.9)
+        OverParameterization(model).attach(optimizer)
+        return train(model, optimizer, range(5), step)
+
+    def accumulated(model: Any, optimizer: Optimizer, number: int) -> None:
+        optimizer.zero_grad()
+        x, y = net_batch(number, 8, torch.float64)
+        for part in (slice(0, 4), slice(4, 8)):
+            torch.autograd.backward((model(x[part]) - y[part]).square().mean() / 2)
+        optimizer.step()
+
+    def at_once(model: Any, optimizer: Optimizer, number: int) -> None:
+        optimizer.zero_grad()
+        net_loss(model, number, 8).backward()
+        optimizer.step()
+
+    one, other = trained(accumulated), trained(at_once)
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=0, atol=5 * gamma(1000, unit_roundoff(torch.float64)))
+
+
+# Steps that must change nothing
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_step_skipped_for_infinity_changes_nothing(fused: bool, unscale: bool, bad: int) -> None:
+    scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+
+    def step(model: Any, optimizer: Optimizer, number: int, *, overflow: bool = False) -> None:
+        optimizer.zero_grad()
+        scaler.scale(net_loss(model, number)).backward()
+        if overflow:
+            gradient = trainable(model)[-1].grad
+            assert gradient is not None
+            gradient[0, 0] = math.inf
+        if unscale:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trainable(model), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+
+    def build(p: list[nn.Parameter]) -> AdamW:
+        return AdamW(p, lr=1e-2, fused=fused, foreach=False if not fused else None)
+
+    model, over, optimizer = make(build)
+    train(model, optimizer, range(bad), step)
+    before = lora_matrices(model), cores(over), core_states(over)
+    step(model, optimizer, bad, overflow=True)
+    assert scaler.get_scale() == 2.0**9
+    assert same(lora_matrices(model), before[0])
+    assert same(cores(over), before[1])
+    moments = [{key: value for key, value in state.items() if torch.any(value != 0)} for state in core_states(over)]
+    assert same(moments, [dict(state) for state in before[2]])
+
+    # A power of two scales exactly, so the run goes on as if there had been no bad step.
+    resumed = train(model, optimizer, range(bad, 4), step)
+    good_model, _, good_optimizer = make(build)
+    assert same(resumed, train(good_model, good_optimizer, range(4), step))
+    assert not same(resumed, before[0])
+
+
+def test_a_site_without_a_gradient_stays() -> None:
+    model, over, optimizer = make(lambda p: AdamW(p, lr=1e-2, weight_decay=0.1))
+    net = model.get_base_model()
+
+    def step(model: Any, optimizer: Optimizer, number: int) -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(net.second(torch.tanh(net.first(net_batch(number)[0]))).square().mean())
+        optimizer.step()
+
+    before = lora_matrices(model)
+    after = train(model, optimizer, range(3), step)
+    unchanged = {key for key in before if torch.equal(before[key], after[key])}
+    assert unchanged == {key for key in before if "third" in key}
+    assert len(unchanged) == 2
+    for name, (group, i) in over.injected.items():
+        states = [group.core_state(k, i) for k in group.trained]
+        assert all(bool(state) is ("third" not in name) for state in states), name
+
+
+def test_a_site_frozen_during_the_run_stays() -> None:
+    model, over, optimizer = make()
+    train(model, optimizer, range(2))
+    frozen = over.sites["second.lora_A"].parameter
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    train(model, optimizer, range(2, 4))
+    assert torch.equal(frozen, before)
+
+
+def test_a_zero_rate_for_auxiliaries_freezes_them() -> None:
+    model, over, optimizer = make(lambda p: AdamW(p, lr=1e-2, weight_decay=0.1), aux_lr_scale=0)
+    before = cores(over)
+    train(model, optimizer, range(3))
+    k = 0
+    for group in over.groups:
+        for index, stack in enumerate(group.stacks):
+            assert torch.equal(stack, before[k]) is (index != group.centre)
+            k += 1
+
+
+@pytest.mark.parametrize("decay_auxiliary", [False, True])
+def test_weight_decay_shrinks_the_centre_alone_unless_asked(decay_auxiliary: bool) -> None:
+    model, over, optimizer = make(lambda p: AdamW(p, lr=0.1, weight_decay=0.5), decay_auxiliary=decay_auxiliary)
+    before = {name: site.parameter.detach().clone() for name, site in over.sites.items()}
+    for parameter in trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, (group, _) in over.injected.items():
+        shrunk = 0.95 ** (len(group.stacks) if decay_auxiliary else 1)
+        bound = 2 * gamma(over.decomposition.contraction_terms(*group.shape), 2**-24)
+        torch.testing.assert_close(over.sites[name].parameter, before[name] * shrunk, rtol=0, atol=bound)
+
+
+# Precision
+
+
+def test_gradient_checkpointing_gives_the_same_run() -> None:
+    def trained(checkpointing: bool) -> dict[str, Tensor]:
+        model = with_lora(tiny_llama()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        optimizer = AdamW(trainable(model), lr=1e-2)
+        OverParameterization(model).attach(optimizer)
+        for step in range(2):
+            tokens = token_ids(step)
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return lora_matrices(model)
+
+    assert same(trained(True), trained(False))

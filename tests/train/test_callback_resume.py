@@ -1,0 +1,186 @@
+"""A Trainer resumes with the cores of its checkpoint, and ends with those of its best model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+from loraover import Budget, LoraOverCallback, LoraOverConfig, read_checkpoint
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.overparam.core_group import CoreGroup
+from loraover.reporting.schedule_map import placed
+
+from support.hf_trainer import DATA, arguments, assert_contracted, assert_holds, llama, trainer_of
+from support.optimizers import adagrad, adamw_8bit, muon
+from support.tiny_models import (
+    lora_matrices,
+    trainable,
+)
+
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread")]
+
+
+# Resuming
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "adagrad": lambda model: adagrad(trainable(model), lr=1e-2),
+    "muon": lambda model: muon(trainable(model), lr=1e-2),
+    "adamw-8bit": lambda model: adamw_8bit(trainable(model)),
+}
+
+
+def run(
+    folder: Path,
+    *,
+    resume: str | bool | None = None,
+    optim: str = "adamw_torch",
+    adapter: str = "default",
+    **callback: Any,
+) -> Any:
+    """Losses of every micro-batch, and the matrices at the end, of a run of 6 steps."""
+    model, losses = llama(lora_dropout=0.1, adapter=adapter), []
+    model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
+    optimizer = OPTIMIZERS[optim](model) if optim in OPTIMIZERS else None
+    changes = {} if optimizer is not None else {"optim": optim}
+    trainer = trainer_of(
+        folder,
+        model,
+        LoraOverCallback(**callback),
+        optimizer,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=3,
+        max_grad_norm=0.5,
+        **changes,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return losses, lora_matrices(model)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", *OPTIMIZERS])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, optim: str) -> None:
+    config = LoraOverConfig(sites=["*.lora_B", "*_proj.lora_A"] if optim == "sgd" else ["*.layers.0.*"])
+    losses, matrices = run(tmp_path, optim=optim, config=config)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed_losses, resumed = run(tmp_path, resume=True, optim=optim, config=config)
+    assert len(losses) == 12
+    assert resumed_losses == losses[6:]
+    assert [key for key in matrices if not torch.equal(matrices[key], resumed[key])] == []
+    assert_contracted(tmp_path / "checkpoint-6", sites=28 if optim == "sgd" else 14)
+
+
+def test_an_adapter_of_another_name_is_resumed(tmp_path: Path) -> None:
+    config = LoraOverConfig(schedule="dynamic", budget=Budget(sites=8), rounds=2, start=0.2, end=0.7)
+    losses, matrices = run(tmp_path, adapter="math", config=config)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed_losses, resumed = run(tmp_path, resume=True, adapter="math", config=config)
+    assert resumed_losses == losses[6:]
+    assert [key for key in matrices if not torch.equal(matrices[key], resumed[key])] == []
+    meta = read_checkpoint(tmp_path / "checkpoint-6" / "math").meta
+    assert [len(found.chosen) for found in meta.rounds] == [4, 4]
+    assert list(placed(meta).values()).count(None) == 20
+
+
+def test_a_resume_that_loses_the_moments_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, _ = run(tmp_path)
+    monkeypatch.setattr(CoreGroup, "load_core_state", lambda *_: None)
+    resumed_losses, _ = run(tmp_path, resume=str(tmp_path / "checkpoint-3"))
+    assert resumed_losses[:2] == losses[6:8]
+    assert resumed_losses[2:] != losses[8:]
+
+
+def test_a_resume_without_its_cores_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    folder = tmp_path / "checkpoint-3"
+    with pytest.raises(CheckpointError, match="was trained with"):
+        run(tmp_path, resume=str(folder), config=LoraOverConfig(decomposition="svd"))
+    for name in ("loraover.json", "loraover.safetensors"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=r"loraover\.json: no such file"):
+        run(tmp_path, resume=str(folder))
+
+
+def test_a_resume_with_another_optimizer_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ConfigError, match="the run was trained with AdamW, this optimizer is SGD"):
+        run(tmp_path, resume=str(tmp_path / "checkpoint-3"), optim="sgd")
+
+
+def test_a_checkpoint_that_was_moved_is_named(tmp_path: Path) -> None:
+    losses, matrices = run(tmp_path / "first")
+    moved = tmp_path / "kept" / "best"
+    moved.parent.mkdir()
+    shutil.move(tmp_path / "first" / "checkpoint-3", moved)
+    with pytest.raises(CheckpointError, match="LoraOverCallback"):
+        run(tmp_path / "second", resume=str(moved))
+    resumed_losses, resumed = run(tmp_path / "third", resume=str(moved), resume_from=moved)
+    assert resumed_losses == losses[6:]
+    assert all(torch.equal(matrices[key], resumed[key]) for key in matrices)
+
+
+def test_cores_of_another_run_are_refused(tmp_path: Path) -> None:
+    first, second = (tmp_path / name / "checkpoint-3" for name in ("first", "second"))
+    run(first.parent)
+    run(second.parent, optim="sgd")
+    with pytest.raises(CheckpointError, match=r"q_proj\.lora_A.* (contradicts|differ)"):
+        run(tmp_path / "third", resume=str(first), resume_from=second)
+
+
+# The best model
+
+
+SCHEDULES = {
+    "all": (LoraOverConfig(), 28, 28),
+    "dynamic": (LoraOverConfig(schedule="dynamic", budget=Budget(sites=8), rounds=2, start=0.25, end=0.75), 4, 8),
+}
+"""A configuration, and how many sites have cores in the best checkpoint, the first, and in the last."""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_best_models_weights_are_kept_at_the_end_with_their_cores(schedule: str, tmp_path: Path) -> None:
+    config, first, last = SCHEDULES[schedule]
+    worse = count()
+    model, callback = llama(), LoraOverCallback(config)
+    trainer = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=True,
+        ),
+        train_dataset=DATA,
+        eval_dataset=DATA[:4],
+        compute_metrics=lambda _: {"score": -next(worse)},
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert_holds(model, tmp_path / "checkpoint-1")
+    for step, sites in ((1, first), (4, last)):
+        assert_contracted(tmp_path / f"checkpoint-{step}", sites=sites)
+    with pytest.raises(AssertionError):
+        assert_holds(model, tmp_path / "checkpoint-4")
+    assert_holds(model, tmp_path)
+    assert_contracted(tmp_path, sites=first)
+    assert read_checkpoint(tmp_path).meta.step == 1
+    model.save_pretrained(tmp_path / "best")
+    callback.save(tmp_path / "best", step=4)
+    assert_contracted(tmp_path / "best", sites=first)
+    assert_holds(model, tmp_path / "best")
+    assert read_checkpoint(tmp_path / "best").meta.rounds == read_checkpoint(tmp_path / "checkpoint-1").meta.rounds

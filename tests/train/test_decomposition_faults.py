@@ -1,0 +1,136 @@
+"""Wrong cores and wrong options of a decomposition are refused, and every fault is listed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from loraover.common.errors import ConfigError, ShapeError
+from loraover.overparam.decompositions import make_decomposition
+
+from strategies import (
+    Case,
+    normal,
+    random_cores,
+)
+from support.decomposition_cases import (
+    apply,
+    contract,
+    every_decomposition,
+    replaced,
+)
+
+
+@every_decomposition
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (1, 5)], ids=str)
+def test_cores_of_a_wrong_shape_are_refused(name: str, shape: tuple[int, int]) -> None:
+    case = Case(name, {}, *shape)
+    cores = random_cores(case, 2, seed=0)
+    x = normal(0, 2, 3, case.n)
+    expected = str(list(case.decomposition.core_shapes(*shape)))
+    wrong = [cores[:-1], [*cores, cores[-1]], [core[0] for core in cores]]
+    for k, core in enumerate(cores):
+        wrong.append(replaced(cores, k, torch.cat([core, core[:, :, :1]], dim=2)))
+        wrong.append(replaced(cores, k, torch.cat([core, core[:, :1]], dim=1)))
+        if core.shape[1] != core.shape[2]:
+            wrong.append(replaced(cores, k, core.mT))
+    for each in wrong:
+        with pytest.raises(ShapeError, match=f"cores of a {case.m} x {case.n} matrix") as error:
+            contract(case, each)
+        assert expected in str(error.value)
+        with pytest.raises(ShapeError, match=f"cores of a {case.m} x {case.n} matrix"):
+            apply(case, each, x)
+
+
+def test_an_unknown_decomposition_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"'tucker'.*mpo, svd, chain"):
+        make_decomposition("tucker")
+
+
+@every_decomposition
+def test_an_unknown_option_is_refused_by_name(name: str) -> None:
+    for option in ("width", "name"):
+        with pytest.raises(ConfigError, match=rf"{name}: '{option}' is not an option"):
+            make_decomposition(name, {option: name})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("mpo", {}, "Mpo(num_cores=3, modes={}, bonds=None, expansion=None, gauge='identity')"),
+        ("mpo", {"expansion": 2}, "Mpo(num_cores=3, modes={}, bonds=None, expansion=2, gauge='identity')"),
+        (
+            "mpo",
+            {"num_cores": 2, "modes": {"4": [2, 2], 3: (1, 3)}, "bonds": [5], "gauge": "random"},
+            "Mpo(num_cores=2, modes={4: (2, 2), 3: (1, 3)}, bonds=(5,), expansion=None, gauge='random')",
+        ),
+        ("svd", {}, "Svd()"),
+        ("chain", {}, "Chain(depth=2, expansion=2.0)"),
+        ("chain", {"depth": 3, "expansion": 2}, "Chain(depth=3, expansion=2)"),
+    ],
+    ids=str,
+)
+def test_the_text_by_which_studies_know_a_decomposition_stays(
+    name: str, options: dict[str, Any], expected: str
+) -> None:
+    assert repr(make_decomposition(name, options)) == expected
+
+
+def test_a_thousand_faults_are_one_short_message() -> None:
+    with pytest.raises(ConfigError, match="and 992 more") as error:
+        make_decomposition("mpo", {"bonds": ["x"] * 1000})
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "faults"),
+    [
+        (
+            "mpo",
+            {"num_cores": 3, "modes": {8: (3, 3, 1), 6: (2, 3)}, "bonds": (2,), "expansion": 0.5},
+            ["modes[8] is (3, 3, 1)", "modes[6] is (2, 3)", "bonds is (2,)", "expansion is 0.5"],
+        ),
+        ("mpo", {"bonds": (16, 16), "expansion": 2}, ["bonds and expansion exclude each other"]),
+        ("mpo", {"num_cores": 0, "expansion": float("nan")}, ["num_cores is 0", "expansion is nan"]),
+        ("mpo", {"gauge": "qr"}, ["gauge is 'qr', but should be 'identity' or 'random'"]),
+        ("mpo", {"num_cores": 1, "expansion": 2.0}, ["expansion needs num_cores of at least 2"]),
+        ("mpo", {"expansion": float("inf")}, ["expansion is inf"]),
+        ("mpo", {"modes": {8: (-2, -2, 2)}}, ["modes[8] is (-2, -2, 2)"]),
+        ("mpo", {"modes": {8: ()}}, ["modes[8] is ()"]),
+        ("chain", {"depth": 1, "expansion": 0.5}, ["depth is 1", "expansion is 0.5"]),
+        ("chain", {"depth": 0, "expansion": 2000}, ["depth is 0", "expansion is 2000"]),
+        ("chain", {"expansion": float("nan")}, ["expansion is nan"]),
+    ],
+)
+def test_every_fault_of_the_options_is_listed(name: str, options: dict[str, Any], faults: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_decomposition(name, options)
+    message = str(error.value)
+    assert message.startswith(f"{name}: ")
+    assert [fault for fault in faults if fault not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mpo", {"num_cores": 2.5}),
+        ("mpo", {"num_cores": "3"}),
+        ("mpo", {"num_cores": 0, "modes": {1: ()}}),
+        ("mpo", {"modes": {"eight": (2, 2, 2)}}),
+        ("mpo", {"modes": {8: (2.0, 2.0, 2.0)}}),
+        ("mpo", {"bonds": ("a", "b")}),
+        ("mpo", {"bonds": (16.5, 16)}),
+        ("mpo", {"bonds": "ab"}),
+        ("mpo", {"expansion": "2"}),
+        ("mpo", {"expansion": True}),
+        ("mpo", {"gauge": ["random"]}),
+        ("chain", {"depth": 2.5}),
+        ("chain", {"expansion": "2"}),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_wrong_type_is_refused_when_it_is_given(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        make_decomposition(name, options)

@@ -1,0 +1,298 @@
+"""Output that replaces a folder, and what a killed process leaves: the old folder or the new one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from loraover.common.atomic_output import check_writable, publish_directory, publish_file
+from loraover.common.errors import OutputError
+
+from support.make_checkpoint import tree
+from support.output_drafts import ENDINGS, fill, fill_old, kind, publish, raiser
+
+pytestmark = pytest.mark.process
+
+
+@pytest.mark.parametrize("old", [None, "empty", "full"])
+def test_a_folder_is_replaced_whole(old: str | None, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    if old is not None:
+        target.mkdir()
+    if old == "full":
+        (target / "inner").mkdir()
+        (target / "inner" / "stale").write_text("old")
+    with publish_directory(target, replace=True) as draft:
+        fill(draft)
+        assert not (target / "b").exists()
+    assert list(tmp_path.iterdir()) == [target]
+    assert "inner/stale" not in tree(target)
+    assert (target / "b").is_file()
+
+
+@pytest.mark.parametrize("ending", ENDINGS, ids=kind)
+def test_a_replacement_that_fails_leaves_the_old_folder(ending: BaseException, tmp_path: Path) -> None:
+    fill_old(tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(type(ending)):
+        publish(tmp_path / "out", raiser(ending), replace=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_old(tmp_path / "out")
+    before, rename = tree(tmp_path), Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        publish_directory(tmp_path / "out", replace=True) as draft,
+    ):
+        fill(draft)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dangling link"])
+def test_only_a_folder_is_replaced(what: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    if what == "file":
+        target.write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / ("elsewhere" if what == "link" else "nowhere"))
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=f"{target} exists already"), publish_directory(target, replace=True):
+        pytest.fail("the block ran")
+    assert tree(tmp_path) == before
+
+
+def test_what_holds_the_input_is_not_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "out" / "deep" / "input"
+    source.mkdir(parents=True)
+    with (
+        pytest.raises(OutputError, match="holds the input"),
+        publish_directory(tmp_path / "out", outside=source, replace=True),
+    ):
+        pytest.fail("the block ran")
+    assert source.is_dir()
+
+
+# What a kill leaves
+
+
+CHILD = """
+import os, signal, shutil, sys
+from pathlib import Path
+from loraover.common.atomic_output import publish_directory, publish_file
+
+def stop():
+    print("stopped", flush=True)
+    sys.stdin.readline()
+
+how, target = sys.argv[1], Path(sys.argv[2])
+rename, rmtree = Path.rename, shutil.rmtree
+
+def stopping_rename(self, to):
+    if how == "between the renames" and self.suffix == ".tmp":
+        stop()
+    return rename(self, to)
+
+def stopping_rmtree(path, *args, **kwargs):
+    if how == "after the renames" and Path(path).suffix == ".old":
+        stop()
+    return rmtree(path, *args, **kwargs)
+
+Path.rename, shutil.rmtree = stopping_rename, stopping_rmtree
+if how == "in a file":
+    publish_file(target, lambda draft: [draft.write_text("half"), stop()])
+else:
+    with publish_directory(target, replace=True) as draft:
+        (draft / "new").write_text("new")
+        if how == "in a folder":
+            stop()
+"""
+
+
+MOMENTS = ["in a folder", "in a file", "between the renames", "after the renames"]
+
+
+@contextmanager
+def stopped(how: str, target: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is about to publish, stopped in the midst of it; a line on its standard input lets it go on."""
+    command = [sys.executable, "-c", CHILD, how, str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "stopped\n"
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def hidden(folder: Path) -> list[str]:
+    """The endings of what lies hidden in a folder."""
+    return sorted(path.suffix for path in folder.iterdir() if path.name.startswith("."))
+
+
+def killed(how: str, target: Path) -> None:
+    with stopped(how, target):
+        pass
+
+
+@pytest.mark.parametrize("how", ["in a folder", "in a file"])
+def test_the_next_run_removes_a_killed_ones_draft(how: str, tmp_path: Path) -> None:
+    for name in ("out", "out.1", "other"):
+        killed(how, tmp_path / name)
+    assert hidden(tmp_path) == [".tmp"] * 3
+    with publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    assert len(hidden(tmp_path)) == 2
+    publish_file(tmp_path / "other", lambda draft: draft.write_text("new"))
+    check_writable(tmp_path / "out.1")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
+
+
+@pytest.mark.parametrize("how", ["in a folder", "in a file"])
+def test_the_draft_of_a_running_process_stays(how: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with stopped(how, target) as child:
+        check_writable(target)
+        publish_file(target, lambda draft: draft.write_text("first"))
+        target.unlink()
+        assert hidden(tmp_path) == [".tmp"]
+        child.communicate("\n")
+        assert child.returncode == 0
+    assert list(tmp_path.iterdir()) == [target]
+    assert (target.read_text() if how == "in a file" else tree(target).keys()) in ("half", {"new"})
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_kill_between_the_renames_costs_nothing(replace: bool, tmp_path: Path) -> None:
+    fill_old(target := tmp_path / "out")
+    killed("between the renames", target)
+    assert hidden(tmp_path) == [".old", ".tmp"]
+    assert not target.exists()
+    if replace:
+        with publish_directory(target, replace=True) as draft:
+            assert set(tree(target)) == {"stale"}
+            fill(draft)
+    else:
+        with pytest.raises(OutputError, match="exists already"), publish_directory(target):
+            pytest.fail("the block ran")
+        assert set(tree(target)) == {"stale"}
+        assert hidden(tmp_path) == [".tmp"]
+        with publish_directory(target, replace=True) as draft:
+            fill(draft)
+    assert list(tmp_path.iterdir()) == [target]
+    assert set(tree(target)) == {"inner", "inner/a", "b"}
+
+
+def test_a_kill_after_the_renames_leaves_the_new_folder(tmp_path: Path) -> None:
+    fill_old(target := tmp_path / "out")
+    killed("after the renames", target)
+    assert hidden(tmp_path) == [".old"]
+    assert set(tree(target)) == {"new"}
+    with pytest.raises(OutputError, match="exists already"):
+        check_writable(target)
+    assert list(tmp_path.iterdir()) == [target]
+    assert set(tree(target)) == {"new"}
+
+
+def test_of_several_old_folders_the_last_is_put_back(tmp_path: Path) -> None:
+    for name in ("0000000f", "00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        (tmp_path / name).rename(tmp_path / f".out.{name}.old")
+        time.sleep(0.05)  # a file system's clock ticks every few milliseconds
+    with pytest.raises(OutputError, match="exists already"):
+        check_writable(tmp_path / "out")
+    assert set(tree(tmp_path)) == {"out", "out/00000001"}
+
+
+@pytest.mark.parametrize("how", ["between the renames", "after the renames"])
+def test_the_old_folder_of_a_running_replacement_stays(how: str, tmp_path: Path) -> None:
+    fill_old(target := tmp_path / "out")
+    with stopped(how, target) as child:
+        before = hidden(tmp_path)
+        if how == "between the renames":
+            check_writable(target)
+        else:
+            with pytest.raises(OutputError, match="exists already"):
+                check_writable(target)
+        assert hidden(tmp_path) == before
+        assert ".old" in before
+        child.communicate("\n")
+        assert child.returncode == 0
+    assert list(tmp_path.iterdir()) == [target]
+    assert set(tree(target)) == {"new"}
+
+
+def test_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    one, other = (tmp_path / ("n" * 249 + end) for end in "ab")
+    fill_old(one)
+    killed("between the renames", one)
+    with publish_directory(other) as draft:
+        fill(draft)
+    assert hidden(tmp_path) == [".old", ".tmp"]
+    with pytest.raises(OutputError, match="exists already"):
+        check_writable(one)
+    assert set(tree(one)) == {"stale"}
+
+
+def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    killed("in a folder", tmp_path / "out")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    with publish_directory(tmp_path / "out", replace=True) as draft:
+        fill(draft)
+    assert hidden(tmp_path) == [".tmp"]
+    assert set(tree(tmp_path / "out")) == {"inner", "inner/a", "b"}
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_draft_that_is_swept_away_before_it_is_locked_is_made_again(
+    is_held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+    swept: list[Path] = []
+
+    def sweeping(descriptor: int, operation: int) -> None:
+        if not swept:
+            (draft,) = tmp_path.glob(".out.*.tmp")
+            shutil.rmtree(draft)
+            swept.append(draft)
+            if is_held:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweeping)
+    with publish_directory(tmp_path / "out") as draft:
+        fill(draft)
+    assert swept == [draft]
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_block_does_not_remove_the_draft_of_one_around_it(tmp_path: Path) -> None:
+    with publish_directory(tmp_path / "out") as outer:
+        fill(outer)
+        check_writable(tmp_path / "out")
+        assert (outer / "b").is_file()
