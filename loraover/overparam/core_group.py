@@ -161,11 +161,24 @@ class CoreGroup:
         self.split()
         self.state[self._each[k][i]] = dict(state)
 
-    def drop_core_state(self, i: int) -> None:
-        """Forget the optimizer's state of a site's cores; the sites are split from then on."""
+    @torch.no_grad()
+    def renew(self, places: Sequence[int], seed: int) -> None:
+        """Make the cores of some sites anew from the matrices that the model holds, and drop their optimizer state.
+
+        Cores that are not trained stay as they are: the centre takes up the matrix in their bases.
+        """
+        if self.decomposition.trains_all:
+            fresh = CoreGroup.initialised([self.sites[i] for i in places], self.decomposition, seed, self.step)
+            for stack, made in zip(self.stacks, fresh.stacks, strict=True):
+                stack[places] = made
+        else:
+            held = full(torch.stack([site.parameter.detach() for site in self.sites])).to(self.dtype)
+            self.stacks[self.centre][places] = self.decomposition.to_centre(self.stacks, held, *self.shape)[places]
         self.split()
         for k, each in self._each.items():
-            self.state.pop(each[self.owner(k, i)], None)
+            for i in places:
+                self.state.pop(each[self.owner(k, i)], None)
+        self.write()
 
     def contract(self) -> Tensor:
         """Contract the cores into the matrices (G, m, n), in the cores' dtype."""

@@ -57,7 +57,7 @@ class BasisFollower:
 
     @torch.no_grad()
     def observe(self, gradients: Tensor, counts: Tensor) -> None:
-        """Take note of one optimizer step's gradients, before it is taken; refreshes the bases where that is due.
+        """Take note of one optimizer step's gradients, before it is taken.
 
         Args:
             gradients: (G, m, n), divided by the joint norm of all gradients of the step.
@@ -75,10 +75,12 @@ class BasisFollower:
             new = split.mT @ split
             weight = (1 - self.eigen.decay) * has_gradient.to(new.dtype)
             self.moments[side].lerp_(new, weight[:, None, None, None])
-        if self.steps >= self.due:
-            self._refresh()
 
-    def _refresh(self) -> None:
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Turn the bases after a step, where a refresh is due."""
+        if self.due is None or self.steps < self.due:
+            return
         turns: dict[Side, tuple[Tensor, Tensor]] = {}
         squares: dict[Side, Tensor] = {}
         for side, blocks in self.blocks.items():
@@ -130,6 +132,10 @@ class BasisFollower:
                     for side, change in used.items():
                         moment = turn(moment, change[part].to(moment.dtype), self.blocks[side], side)
                     value.copy_(moment.reshape(value.shape))
+
+    def stop(self) -> None:
+        """Leave the bases as they are from now on."""
+        self.due = None
 
     def divided(self, group: CoreGroup, part: Sequence[int]) -> BasisFollower:
         """The follower of a group that has a part of this one's sites."""

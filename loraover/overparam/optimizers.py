@@ -35,6 +35,12 @@ ELEMENTWISE = (
 )
 """Optimizers that update each number from its own history alone, so that a stack of cores can be one parameter."""
 
+ROTATED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, Adagrad)
+"""Optimizers whose state can be turned together with a basis: means of gradients, and of their squares."""
+
+BLIND = ("SGD", "Muon")
+"""Optimizers whose step turns with the basis, so that no basis changes what they learn."""
+
 
 def unwrapped(optimizer: Any) -> Any:
     """Return the optimizer itself where Accelerate's wrapper is around it."""

@@ -8,6 +8,7 @@ GradScaler and `zero_grad` therefore see an ordinary LoRA.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,12 @@ from loraover.overparam.eigenbases import BasisFollower
 from loraover.overparam.fingerprint import LateAnswer
 from loraover.overparam.importance import Probe, joint_norm
 from loraover.overparam.moments import carried_moments
-from loraover.overparam.optimizers import ELEMENTWISE, ordinary_optimizer, unwrapped
+from loraover.overparam.optimizers import BLIND, ELEMENTWISE, ROTATED, ordinary_optimizer, unwrapped
 from loraover.overparam.schedule import Schedule, calibrating
 from loraover.overparam.sharding import gathered, in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
+
+logger = logging.getLogger("loraover")
 
 
 class OverParameterization:
@@ -133,7 +136,7 @@ class OverParameterization:
             self._check_hosts(self.optimizer, chosen)
         self.check_unchanged()
         bases = self._measured_bases(chosen)
-        owners = shared_columns(bases)
+        owners = {} if self.decomposition.trains_all else shared_columns(bases)
         for sites in grouped([self.sites[name] for name in chosen], owners):
             self._add(CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, step, bases))
         if self.optimizer is not None:
@@ -190,6 +193,7 @@ class OverParameterization:
         self.schedule.check_ready()
         self._check_hosts(optimizer, dict.fromkeys([*self.injected, *self.schedule.candidates]))
         self._join(optimizer)
+        self._check_rotations(optimizer)
         self.optimizer, self.optimizer_class = optimizer, kind
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -237,14 +241,8 @@ class OverParameterization:
             places = [i for i, differs in enumerate(flags) if differs]
             if not places:
                 continue
-            sites = [group.sites[i] for i in places]
-            changed += [site.name for site in sites]
-            fresh = CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, group.step)
-            for stack, made in zip(group.stacks, fresh.stacks, strict=True):
-                stack[places] = made
-            for i in places:
-                group.drop_core_state(i)
-            group.write()
+            changed += [group.sites[i].name for i in places]
+            group.renew(places, self.config.seed or 0)
         return changed
 
     def finish(self) -> None:
@@ -308,6 +306,24 @@ class OverParameterization:
                     f"attach: {type(optimizer).__name__} chooses its own learning rate, which aux_lr_scale = "
                     f"{self.config.aux_lr_scale} cannot scale; leave it at 1."
                 )
+
+    def _check_rotations(self, optimizer: Optimizer) -> None:
+        """Warn of an optimizer that bases do nothing for; stop following gradients where its state cannot be turned."""
+        kind = type(optimizer).__name__
+        if not isinstance(self.decomposition, Eigen):
+            return
+        if kind in BLIND:
+            logger.warning(
+                "%s takes the same step in every basis, so decomposition eigen changes nothing with it", kind
+            )
+        elif type(optimizer) not in ROTATED and any(follower.blocks for follower in self.followers.values()):
+            logger.warning(
+                "%s keeps state that cannot be turned into another basis, so bases do not follow its gradients; "
+                "give eigen the options {short: calibration, long: calibration}, which need no turning",
+                kind,
+            )
+            for follower in self.followers.values():
+                follower.stop()
 
     def _join(self, optimizer: Optimizer) -> None:
         """Divide the groups by the parameter groups of their matrices, and choose how the optimizer sees each."""
@@ -397,6 +413,8 @@ class OverParameterization:
         self._leave(optimizer)
         for group in self.groups:
             group.clear_gradients()
+            if group in self.followers:
+                self.followers[group].refresh()
             group.write()
         if self._is_counted:  # a parent class's step, which this step called, has counted it
             return

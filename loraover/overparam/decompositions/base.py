@@ -52,6 +52,11 @@ class Decomposition(ABC):
         return tuple(range(len(self.core_shapes(m, n))))
 
     @property
+    def trains_all(self) -> bool:
+        """Whether the optimizer steps every core."""
+        return True
+
+    @property
     def calibrates(self) -> bool:
         """Whether auxiliary cores are measured on calibration batches at injection."""
         return False

@@ -47,7 +47,7 @@ class Eigen(Decomposition):
     """
 
     short: Source = "gradient"
-    long: Source = "calibration"
+    long: Source = "gradient"
     block: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
     refresh: Annotated[int, Field(strict=True, ge=1)] = 1
     growth: Annotated[float, Field(ge=1, le=1000)] | None = 1.5
@@ -61,6 +61,10 @@ class Eigen(Decomposition):
         if self.train_auxiliary and "gradient" in (self.short, self.long):
             raise ValueError("train_auxiliary needs bases that do not follow gradients: short and long 'calibration'")
         return self
+
+    @property
+    def trains_all(self) -> bool:
+        return self.train_auxiliary
 
     @property
     def calibrates(self) -> bool:
