@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""Integers as which a matrix is read; of 8 bytes, two: a bit above the 31st would leave too few to the weights."""
 
 
 def fingerprints(matrices: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def fingerprints(matrices: Tensor) -> Tensor:
     Returns:
         (G,), int64.
     """
-    bits = matrices.reshape(len(matrices), -1).view(_INTEGER[matrices.element_size()])
+    bits = matrices.flatten(1).contiguous().view(_INTEGER[matrices.element_size()])
     return (bits * _weights(bits.shape[1], matrices.device)).sum(1)
 
 
