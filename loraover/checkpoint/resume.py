@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from loraover.checkpoint.checkpoint import SCORE_PREFIX, Checkpoint, SiteRecord
+from loraover.checkpoint.error_bounds import orthogonality_error
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.decompositions import Eigen
 from loraover.overparam.importance import GradientScore
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.sharding import full, world_size
@@ -39,12 +45,13 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     """
     _check_resumable(over, checkpoint)
     with open_tensors(checkpoint.cores_path) as file:
-        by_step: dict[int, list[SiteRecord]] = {}
+        alike: dict[tuple[int, ...], list[SiteRecord]] = {}
         for site in checkpoint.meta.sites:
-            by_step.setdefault(site.step, []).append(site)
-        for step, sites in by_step.items():
+            alike.setdefault((site.step, site.joined, *_refreshes(file, site)), []).append(site)
+        for (step, *_), sites in alike.items():
             for site in sites:
                 cores = checkpoint.read_cores(file, site)
+                _check_orthogonal(checkpoint, cores, site)
                 parameter = over.sites[site.name].parameter
                 matrix, magnitude = checkpoint.contract(cores, site)
                 checkpoint.check_stored(full(parameter.detach()).cpu(), matrix, magnitude, site)
@@ -65,6 +72,29 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer
 
 
+def _refreshes(file: TensorFile, record: SiteRecord) -> list[int]:
+    """Steps that a site's bases have followed, and that of their next refresh, as all sites of a group have them."""
+    key = f"{record.gauge_key}counts"
+    return file.read(key).flatten().tolist()[1:] if key in file.keys else []
+
+
+def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Tensor], record: SiteRecord) -> None:
+    """Raise CheckpointError if bases that the optimizer does not step have lost their orthogonality."""
+    decomposition = checkpoint.decomposition
+    if not isinstance(decomposition, Eigen) or decomposition.train_auxiliary:
+        return
+    sides = [decomposition.blocks(side, record.m, record.n) for side in ("rows", "columns")]
+    size = max([blocks.size for blocks in sides if blocks is not None], default=1)
+    bound = orthogonality_error(size, getattr(torch, checkpoint.meta.core_dtype))
+    found = decomposition.departure([core.double() for core in cores], record.m, record.n)
+    if found > bound:
+        raise CheckpointError(
+            f"{checkpoint.cores_path}: the bases of {record.name} are not orthogonal: V^T V is {found:.3g} away from "
+            f"the identity, rounding explains {bound:.3g}. The file was changed or the run had gone wrong; start anew "
+            "from the adapter."
+        )
+
+
 def _load_site(
     checkpoint: Checkpoint, file: TensorFile, record: SiteRecord, over: OverParameterization, group: CoreGroup, i: int
 ) -> None:
@@ -78,11 +108,24 @@ def _load_site(
         for key in file.keys_below(prefix):
             tensor = file.read(key)
             state[key.removeprefix(prefix)] = tensor if tensor.ndim == 0 else tensor.to(group.core(k, i).device)
+        if state and k not in group.trained:
+            raise CheckpointError(
+                f"{checkpoint.path}: {record.core_key(k)} has optimizer state ({next(iter(state))}), but is not "
+                "trained; the file is damaged or belongs to another checkpoint."
+            )
         if state:
             group.load_core_state(k, group.owner(k, i), state)
     if (follower := over.followers.get(group)) is not None:
         prefix = record.gauge_key
-        follower.load_site_state(i, {key.removeprefix(prefix): file.read(key) for key in file.keys_below(prefix)})
+        state = {}
+        for key, expected in follower.site_state(i).items():
+            state[key] = file.read(prefix + key)
+            if (state[key].shape, state[key].dtype) != (expected.shape, expected.dtype):
+                raise CheckpointError(
+                    f"{checkpoint.cores_path}: {prefix}{key} is {state[key].dtype} {tuple(state[key].shape)}, expected "
+                    f"{expected.dtype} {tuple(expected.shape)}; the file is damaged or belongs to another checkpoint."
+                )
+        follower.load_site_state(i, state)
 
 
 def _check_resumable(over: OverParameterization, checkpoint: Checkpoint) -> None:

@@ -79,10 +79,10 @@ class CoreGroup:
 
     def sharing(self, share: int) -> CoreGroup:
         """The same group with one basis of columns for every `share` neighbours; its values are the first one's."""
-        k = self.decomposition.basis_core("columns", *self.shape) if isinstance(self.decomposition, Eigen) else None
-        if share == 1 or k is None:
+        shared = self.decomposition.shareable(*self.shape)
+        if share == 1 or not shared:
             return self
-        stacks = [stack[::share] if at == k else stack for at, stack in enumerate(self.stacks)]
+        stacks = [stack[::share] if k in shared else stack for k, stack in enumerate(self.stacks)]
         return CoreGroup(self.sites, self.decomposition, stacks, self.step)
 
     def divided(self, parts: Sequence[Sequence[int]]) -> list[CoreGroup]:
@@ -144,6 +144,8 @@ class CoreGroup:
 
     def join(self) -> None:
         """Show whole stacks to the optimizer, if all sites have the same state but for the values of its tensors."""
+        if not self._each:
+            return
         merged = {k: _merged([self.state.get(p, {}) for p in each], self.stacks[k]) for k, each in self._each.items()}
         if any(state is None for state in merged.values()):
             return
@@ -173,7 +175,9 @@ class CoreGroup:
                 stack[places] = made
         else:
             held = full(torch.stack([site.parameter.detach() for site in self.sites])).to(self.dtype)
-            self.stacks[self.centre][places] = self.decomposition.to_centre(self.stacks, held, *self.shape)[places]
+            with full_precision(held.device):
+                centres = self.decomposition.to_centre(self.stacks, held, *self.shape)
+            self.stacks[self.centre][places] = centres[places]
         self.split()
         for k, each in self._each.items():
             for i in places:
@@ -187,7 +191,7 @@ class CoreGroup:
     @torch.no_grad()
     def write(self) -> None:
         """Write the contraction into the model's matrices, cast to their dtype."""
-        with _full_precision(self.stacks[0].device):
+        with full_precision(self.stacks[0].device):
             matrices = self.contract()
         assign([site.parameter for site in self.sites], matrices)
         self._written = fingerprints(self._held())
@@ -225,7 +229,7 @@ class CoreGroup:
 
         A site without a gradient leaves its cores without one, so that the optimizer skips them.
         """
-        with torch.enable_grad(), _full_precision(dense.device):
+        with torch.enable_grad(), full_precision(dense.device):
             cores = [stack.detach() for stack in self.stacks]
             leaves = [cores[k].requires_grad_() for k in self.trained]
             matrices = self.decomposition.contract(cores, *self.shape)
@@ -309,7 +313,7 @@ MATMULS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul) if Version(torch.__vers
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Turn off autocast, and TF32 and bfloat16 products, while cores are contracted.
 
     Torch has two ways of setting these: attributes named `fp32_precision`, and older functions, which raise once the

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraover.overparam.block_bases import Blocks, Side, eigenvectors, next_eigenvectors, turn
-from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.core_group import CoreGroup, full_precision
 from loraover.overparam.decompositions import Eigen
 from loraover.overparam.moments import LINEAR, SQUARED
 from loraover.overparam.sharding import of_first_process
@@ -72,7 +72,8 @@ class BasisFollower:
         self.seen += has_gradient
         for side, blocks in self.blocks.items():
             split = blocks.split(clean if side == "columns" else clean.mT).transpose(1, 2)  # (G, count, other, size)
-            new = split.mT @ split
+            with full_precision(split.device):
+                new = split.mT @ split
             weight = (1 - self.eigen.decay) * has_gradient.to(new.dtype)
             self.moments[side].lerp_(new, weight[:, None, None, None])
 
@@ -81,24 +82,31 @@ class BasisFollower:
         """Turn the bases after a step, where a refresh is due."""
         if self.due is None or self.steps < self.due:
             return
+        with full_precision(self.group.stacks[0].device):
+            self._refresh()
+        self.due = self._next_due()
+
+    def _refresh(self) -> None:
         turns: dict[Side, tuple[Tensor, Tensor]] = {}
         squares: dict[Side, Tensor] = {}
         for side, blocks in self.blocks.items():
             other = self.group.shape[1 if side == "rows" else 0]
+            has_started = self.started[side]
             is_ready = self.seen >= ceil(blocks.size / other)
+            if self.eigen.growth is None:
+                is_ready &= ~has_started
             old = self._basis(side, blocks)
             new, order = next_eigenvectors(self.moments[side], old, blocks)
-            has_started = self.started[side]
             if not bool(has_started.all()):
                 new = torch.where(_wide(has_started), new, eigenvectors(self.moments[side], blocks))
             new = of_first_process(torch.where(_wide(is_ready), new, old))
-            change = old.mT @ new
+            identity = torch.eye(blocks.size, dtype=new.dtype, device=new.device)
+            change = torch.where(_wide(is_ready), old.mT @ new, identity)
             is_kept = has_started & is_ready & (self.eigen.second_moments == "kept")
             turns[side] = new, change
-            squares[side] = torch.where(_wide(is_kept), order, change.square())
+            squares[side] = torch.where(_wide(is_kept), of_first_process(order), change.square())
             self.started[side] = has_started | is_ready
         self._turn(turns, squares)
-        self.due = self._next_due()
 
     def _next_due(self) -> int | None:
         growth = self.eigen.growth

@@ -141,6 +141,7 @@ class OverParameterization:
             self._add(CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, step, bases))
         if self.optimizer is not None:
             self._join(self.optimizer)
+            self._stop_unturned(self.optimizer)
 
     def inject_as(self, owners: Mapping[str, str], *, step: int) -> None:
         """Over-parameterise sites as a checkpoint has them, whose cores are loaded afterwards.
@@ -166,8 +167,11 @@ class OverParameterization:
         probe = self.schedule.probe
         if not isinstance(self.decomposition, Eigen) or not self.decomposition.calibrates:
             return {}
-        self.schedule.check_ready()
-        assert probe is not None
+        if probe is None or not probe.batches:
+            raise ConfigError(
+                "bases from calibration are measured on batches; give them with `probe`, or use the Trainer's "
+                "callback, which takes them from the training data."
+            )
         with calibrating(probe, self.config.seed or 0):
             return measured_bases(probe, [self.sites[name] for name in names], self.sites, self.decomposition)
 
@@ -308,7 +312,7 @@ class OverParameterization:
                 )
 
     def _check_rotations(self, optimizer: Optimizer) -> None:
-        """Warn of an optimizer that bases do nothing for; stop following gradients where its state cannot be turned."""
+        """Warn of an optimizer for which bases do nothing, or whose state cannot be turned into another basis."""
         kind = type(optimizer).__name__
         if not isinstance(self.decomposition, Eigen):
             return
@@ -316,13 +320,19 @@ class OverParameterization:
             logger.warning(
                 "%s takes the same step in every basis, so decomposition eigen changes nothing with it", kind
             )
-        elif type(optimizer) not in ROTATED and any(follower.blocks for follower in self.followers.values()):
+        self._stop_unturned(optimizer)
+
+    def _stop_unturned(self, optimizer: Optimizer) -> None:
+        """Stop following gradients, with a warning, where the optimizer's state cannot be turned."""
+        following = [follower for follower in self.followers.values() if follower.due is not None]
+        kind = type(optimizer)
+        if following and kind.__name__ not in BLIND and kind not in ROTATED:
             logger.warning(
                 "%s keeps state that cannot be turned into another basis, so bases do not follow its gradients; "
                 "give eigen the options {short: calibration, long: calibration}, which need no turning",
-                kind,
+                kind.__name__,
             )
-            for follower in self.followers.values():
+            for follower in following:
                 follower.stop()
 
     def _join(self, optimizer: Optimizer) -> None:
@@ -383,7 +393,7 @@ class OverParameterization:
             carried = carried_moments(
                 optimizer.state.get(site.parameter, {}),
                 group.decomposition,
-                [stack[i : i + 1] for stack in group.stacks],
+                [group.core(k, i).unsqueeze(0) for k in range(len(group.stacks))],
                 site.shape,
             )
             if carried:
@@ -459,7 +469,7 @@ class OverParameterization:
         """Show the gradients of a step to what follows them."""
         if not gradients:
             return
-        norm = joint_norm([stack.float() for stack in gradients.values()])
+        norm = joint_norm(list(gradients.values()))
         counts = norm.isfinite() & (norm > 0)
         for group, stack in gradients.items():
             if (follower := self.followers.get(group)) is not None:

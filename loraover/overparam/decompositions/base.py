@@ -51,6 +51,10 @@ class Decomposition(ABC):
         """Indices of the cores that the optimizer steps; the others follow statistics of the gradients."""
         return tuple(range(len(self.core_shapes(m, n))))
 
+    def shareable(self, m: int, n: int) -> tuple[int, ...]:
+        """Indices of the cores that several matrices of one shape may have in common."""
+        return ()
+
     @property
     def trains_all(self) -> bool:
         """Whether the optimizer steps every core."""

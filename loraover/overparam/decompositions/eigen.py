@@ -50,8 +50,8 @@ class Eigen(Decomposition):
     long: Source = "gradient"
     block: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
     refresh: Annotated[int, Field(strict=True, ge=1)] = 1
-    growth: Annotated[float, Field(ge=1, le=1000)] | None = 1.5
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    growth: Annotated[float, Field(strict=True, ge=1, le=1000)] | None = 1.5
+    decay: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.95
     second_moments: Literal["kept", "carried"] = "kept"
     train_auxiliary: bool = False
     name: Literal["eigen"] = field(default="eigen", repr=False, kw_only=True)
@@ -109,6 +109,11 @@ class Eigen(Decomposition):
     def trained(self, m: int, n: int) -> tuple[int, ...]:
         return super().trained(m, n) if self.train_auxiliary else (self.centre(m, n),)
 
+    def shareable(self, m: int, n: int) -> tuple[int, ...]:
+        k = self.basis_core("columns", m, n)
+        is_measured = self.source("columns", m, n) == "calibration" and not self.train_auxiliary
+        return (k,) if is_measured and k is not None else ()
+
     def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         m, n = matrix.shape
         cores = [torch.eye(q, dtype=torch.float64).repeat(p // q, 1) for p, q in self.core_shapes(m, n)]
@@ -152,7 +157,7 @@ class Eigen(Decomposition):
             each = [bases.get(side, identity) for bases in measured]
             first = [i for i, basis in enumerate(each) if i == 0 or not torch.equal(basis, each[i - 1])]
             share = len(each) // len(first)
-            is_even = side == "columns" and first == list(range(0, len(each), share))
+            is_even = self.basis_core(side, m, n) in self.shareable(m, n) and first == list(range(0, len(each), share))
             basis = torch.stack([each[i] for i in first] if is_even else each)
             turns[side] = basis, basis
         return self.turned(cores, turns, m, n)
@@ -176,6 +181,25 @@ class Eigen(Decomposition):
             centre = turn(centre, change, blocks, side)
         result[self.centre(m, n)] = centre
         return tuple(result)
+
+    def departure(self, cores: Sequence[Tensor], m: int, n: int) -> float:
+        """Largest element of V^T V - I of the bases V, and of what lies in their padding beside the identity.
+
+        Args:
+            cores: of G matrices, float64.
+            m: rows of the matrices.
+            n: columns of the matrices.
+        """
+        found = [0.0]
+        for side in ("rows", "columns"):
+            bases = self._bases(cores, side, m, n)
+            if bases is None:
+                continue
+            basis, blocks = bases
+            identity = torch.eye(blocks.size, dtype=basis.dtype, device=basis.device)
+            clean = torch.where(blocks.padding(basis.device), identity, basis)
+            found += [float((basis - clean).abs().max()), float((clean.mT @ clean - identity).abs().max())]
+        return max(found)
 
     def contraction_terms(self, m: int, n: int) -> int:
         sides = [self.blocks("rows", m, n), self.blocks("columns", m, n)]
