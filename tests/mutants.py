@@ -179,8 +179,8 @@ MUTANTS = (
     ),
     Mutant(
         "resume-makes-new-cores-of-the-matrix",
-        "parameters[i].copy_(core[0])",
-        "parameters[i].copy_(parameters[i])",
+        "group.core(k, i).copy_(core[0])",
+        "group.core(k, i).copy_(group.core(k, i))",
         Selection("test_checkpoint.py", "uninterrupted"),
     ),
     Mutant(

@@ -31,6 +31,11 @@ class _Moments:
         self.blocks = {"A": inputs, "B": outputs}
         self.sums: dict[str, Tensor] = {}
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers both moments are."""
+        return sum(blocks.number * blocks.size**2 for blocks in self.blocks.values())
+
     def add(self, matrix: str, x: Tensor) -> None:
         """Add the tokens x, (tokens, length): inputs for A, gradients of outputs for B."""
         split = self.blocks[matrix].split(x).transpose(0, 1)
@@ -87,16 +92,17 @@ def measured_bases(
     layers = lora_layers(probe.model)
     try:
         _run(probe, {layers[module]: found for module, found in moments.items()})
+        with torch.no_grad():
+            return _bases(chosen, pairs, moments, eigen)
     except torch.OutOfMemoryError as error:
+        kept = sum(found.numbers for found in moments.values()) * 4 / 2**20
         raise ConfigError(
             "calibration ran out of memory: it needs a forward and a backward pass of one batch, as a training step "
-            "does, and the moments of one layer at a time. Use smaller batches, gradient checkpointing, or long: "
-            "gradient, which measures during training."
+            f"does, and {kept:.1f} MiB for the moments of {len(moments)} layers. Use smaller batches, gradient "
+            "checkpointing, a smaller block, or long: gradient, which measures during training."
         ) from error
-    with torch.no_grad():
-        bases = _bases(chosen, pairs, moments, eigen)
-    probe.model.zero_grad()
-    return bases
+    finally:
+        probe.model.zero_grad()
 
 
 def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:
