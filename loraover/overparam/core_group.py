@@ -75,7 +75,8 @@ class CoreGroup:
         if isinstance(decomposition, Eigen) and bases:
             measured = [{side: basis.cpu().double() for side, basis in bases[site.name].items()} for site in sites]
             cores = decomposition.started(cores, measured, *sites[0].shape)
-        return cls(sites, decomposition, [core.to(dtype).to(matrices.device) for core in cores], step)
+        stacks = [core.to(dtype).to(matrices.device).contiguous() for core in cores]
+        return cls(sites, decomposition, stacks, step)
 
     def sharing(self, share: int) -> CoreGroup:
         """The same group with one basis of columns for every `share` neighbours; its values are the first one's."""
