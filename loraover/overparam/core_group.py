@@ -231,7 +231,8 @@ class CoreGroup:
             leaves = [cores[k].requires_grad_() for k in self.trained]
             matrices = self.decomposition.contract(cores, *self.shape)
             pulled = torch.autograd.grad(matrices, leaves, dense)
-        for k, stack in zip(self.trained, pulled, strict=True):
+        # Fused optimizers walk through memory: a gradient must lie as its parameter does, as autograd's own do.
+        for k, stack in zip(self.trained, (gradient.contiguous() for gradient in pulled), strict=True):
             if not self._each:
                 self._whole[k].grad = stack
                 continue
