@@ -271,7 +271,7 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     if adapter.config.base_model_name_or_path != meta.base_model:
         raise CheckpointError(
             f"{path / CONFIG_FILE}: base_model_name_or_path is {adapter.config.base_model_name_or_path!r}, but the "
-            f"cores were trained on {meta.base_model!r}; undo the edit and use --base to name a copy of that model."
+            f"cores were trained on {meta.base_model!r}; undo the edit and use --model to name a copy of that model."
         )
     checkpoint = Checkpoint(adapter, meta)
     _check_layout(checkpoint)

@@ -121,7 +121,7 @@ def target_module(base: nn.Module, module: str, n: int, m: int, adapter: Adapter
     except AttributeError as error:
         raise CheckpointError(
             f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}; the adapter was "
-            f"trained on {adapter.config.base_model_name_or_path!r}. Name that model with --base."
+            f"trained on {adapter.config.base_model_name_or_path!r}. Name that model with --model."
         ) from error
     match target:
         case nn.Linear():
@@ -138,7 +138,7 @@ def target_module(base: nn.Module, module: str, n: int, m: int, adapter: Adapter
         raise CheckpointError(
             f"{adapter.path}: {module} maps {found[0]} to {found[1]} features in the base model, but {n} to "
             f"{m} in the adapter, which was trained on {adapter.config.base_model_name_or_path!r}. "
-            "Name that model with --base."
+            "Name that model with --model."
         )
     return target
 

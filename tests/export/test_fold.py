@@ -511,7 +511,7 @@ def test_check_error_alone_rejects_a_wrong_adapter(
 def test_the_outputs_accept_the_fold(made: Made, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(made.path)
     write_folded(checkpoint, tmp_path, "fp32")
-    found = check_outputs(checkpoint, tmp_path, "fp32", resolve_model(str(made.base)), None, lambda _: None)
+    found = check_outputs(checkpoint, tmp_path, "fp32", resolve_model(str(made.base)), None)
     assert found.passed
     assert found.adapter_effect > 1e-2
     assert 0 < found.noise.max_logit < 1e-5
@@ -628,7 +628,7 @@ def test_a_copy_of_the_base_model_can_be_named(tmp_path: Path, capsys: pytest.Ca
     assert fold(made.path, tmp_path / "out", "--check-error") == 2
     assert str(made.base) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert fold(made.path, tmp_path / "out", "--check-error", "--base", str(moved)) == 0
+    assert fold(made.path, tmp_path / "out", "--check-error", "--model", str(moved)) == 0
     outputs = certificate(tmp_path / "out").outputs
     assert outputs is not None
     assert outputs.base == f"folder {moved}"

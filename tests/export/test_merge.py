@@ -271,7 +271,7 @@ WRONG_BASES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("case", WRONG_BASES)
 def test_another_base_model_is_named(case: str, tmp_path: Path) -> None:
     saved = save("linear", tmp_path)
-    with pytest.raises(CheckpointError, match=r"layers\.\d.*--base"):
+    with pytest.raises(CheckpointError, match=r"layers\.\d.*--model"):
         merge(WRONG_BASES[case](), read_adapter_dir(saved.adapter))
 
 

@@ -40,7 +40,7 @@ def test_a_graph_of_another_base_model_is_named(made: OnnxMade, graph: Path, tmp
         *SWAPPABLE,
         "--graph",
         str(graph),
-        named=(str(graph), str(made.base), str(base), "--base"),
+        named=(str(graph), str(made.base), str(base), "--model"),
     )
 
 

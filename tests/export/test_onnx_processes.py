@@ -84,7 +84,7 @@ def public(made: OnnxMade) -> Iterator[Path]:
 def test_a_folder_without_permission_is_named(mode: int, public: Path) -> None:
     (public / "closed").mkdir()
     (public / "closed").chmod(mode)
-    options = ("--base", str(public / "base"))
+    options = ("--model", str(public / "base"))
     message = only_error(in_child(public / "first", public / "closed" / "out", *options, prepare=become_nobody).end())
     assert str(public / "closed" / "out") in message
     assert "Permission denied" in message
@@ -98,7 +98,7 @@ def test_inputs_may_be_read_only(public: Path) -> None:
     (public / "writable").chmod(0o777)
     (public / "first").chmod(0o555)
     (public / "base").chmod(0o555)
-    options = ("--base", str(public / "base"))
+    options = ("--model", str(public / "base"))
     ended = in_child(public / "first", public / "writable" / "out", *options, prepare=become_nobody).end()
     assert ended.code == 0, ended.output
     assert_whole(public / "writable" / "out")
