@@ -245,11 +245,6 @@ def test_prompts_need_a_tokenizer(made: Made, source: Path, tmp_path: Path, caps
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--model", "--prompts"])
-def test_options_of_the_check_need_the_check(option: str, source: Path, refused: Callable[..., str]) -> None:
-    refused(source, option, "x", named=("--check-error",))
-
-
 @pytest.mark.parametrize("arguments", [[], ["--dtype", "int8"], ["--surprise"], ["extra"]], ids=str)
 def test_unusable_arguments_exit_with_2(
     arguments: list[str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

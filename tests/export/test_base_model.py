@@ -16,6 +16,7 @@ from loraover.common.command_line import run
 from loraover.models.load import ModelSource
 from loraover.models.stand_in import STAND_INS
 from loraover_export.cli import cli
+from loraover_export.fold.request import FoldRequest
 from loraover_export.onnx.request import OnnxRequest, read_inputs
 from loraover_export.vllm.request import VllmRequest
 from loraover_serve.cli import cli as serve_cli
@@ -176,6 +177,10 @@ def parsed(command: Any, words: list[str]) -> dict[str, Any]:
 
 def test_requests_record_every_option() -> None:
     """Read back by the command line itself, so an option that is new and not recorded fails here."""
+    fold = ["checkpoint", "-o", "out", "--dtype", "fp16", "--check-error", "--model", "m", "--prompts", "p"]
+    values = parsed(command(cli, "fold"), list(fold))
+    words = shlex.split(FoldRequest(**values, force=True).command())
+    assert parsed(command(cli, "fold"), words[2:]) == values
     vllm = ["source", "-o", "out", "--model", "m", "--dtype", "fp16", "--name", "x y", "--vllm-version", "0.33.0"]
     values = parsed(command(cli, "vllm"), list(vllm))
     words = shlex.split(VllmRequest(**values, force=True).command())

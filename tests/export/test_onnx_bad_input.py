@@ -99,21 +99,8 @@ def test_merged_takes_one_source(made: OnnxMade, source: Path, refused: Refused)
     refused([source, made.folder / "second"], *MERGED, named=("--mode merged takes one SOURCE, found 2",))
 
 
-def test_a_graph_goes_with_swappable(source: Path, graph: Path, refused: Refused) -> None:
-    refused(source, *MERGED, "--graph", str(graph), named=("--graph", "--mode swappable"))
-
-
-def test_names_are_as_many_as_sources(source: Path, refused: Refused) -> None:
-    refused(source, *SWAPPABLE, "--name", "a", "--name", "b", named=("--name is given 2 times for 1 sources",))
-
-
 def test_two_sources_of_one_name_ask_for_names(made: OnnxMade, source: Path, refused: Refused) -> None:
     refused([source, made.folder / "first"], *SWAPPABLE, named=("'first'", "--name"))
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "../up", "/etc/name", "a b", "-a", "ä", "a" * 101, "a\n", "a\x1b[31m"])
-def test_a_name_that_is_no_file_name_is_refused(name: str, source: Path, refused: Refused) -> None:
-    refused(source, *SWAPPABLE, "--name", name, named=("--name", "cannot be the name of an adapter's file"))
 
 
 def test_a_folder_with_spaces_needs_a_name(source: Path, tmp_path: Path, refused: Refused) -> None:

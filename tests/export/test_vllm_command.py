@@ -155,15 +155,6 @@ def test_the_name_and_the_served_model_are_options(
     assert words[-1] == f"shop={tmp_path / 'out'}"
 
 
-@pytest.mark.parametrize("name", ["", " ", "a\nb", "\x1b[31m"])
-def test_a_name_that_no_request_could_carry(
-    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export(source, tmp_path / "out", "--name", name) == 2
-    assert "--name" in one_error(capsys)
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_card_names_base_licence_command_and_figures(source: Path, tmp_path: Path) -> None:
     base = tmp_path / "base [x](y)"
     shutil.copytree(source.parent / "base", base)

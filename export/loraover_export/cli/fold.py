@@ -25,7 +25,11 @@ EXAMPLES = [
     show_default=True,
     help="Data type to store the adapter in; PyTorch's names, such as bfloat16, are accepted too.",
 )
-@click.option("--check-error", is_flag=True, help="Run the folded adapter beside the unfolded model; compare logits.")
+@click.option(
+    "--check-error",
+    is_flag=True,
+    help="Also compare the adapter's logits with those of the model that still computes with cores.",
+)
 @click.option(
     "--model",
     show_default="the one that the checkpoint names",

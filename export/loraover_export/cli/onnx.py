@@ -85,8 +85,8 @@ def onnx(
     become one onnxruntime-genai graph with a KV cache, T5 an encoder and a decoder, classifiers one graph.
 
     Exit code 1: ONNX Runtime's outputs are too far from the unfolded PyTorch model's, and nothing was left at the
-    output. Exit code 3: the export was written, but an adapter changes logits too little for the check to distinguish it
-    from one that does nothing.
+    output. Exit code 3: the export was written, but an adapter changes logits too little for the check to distinguish
+    it from one that does nothing.
     """
     from rich.console import Console
 

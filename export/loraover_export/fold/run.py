@@ -53,8 +53,8 @@ def fold_checkpoint(
 
     Returns:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written. If it is
-        "inconclusive", the adapter was written, but it changes logits too little for `check_error` to distinguish it from an
-        adapter that does nothing.
+        "inconclusive", the adapter was written, but it changes logits too little for `check_error` to distinguish it
+        from an adapter that does nothing.
 
     Raises:
         ConfigError: arguments that cannot be used, or a base model that cannot be loaded.

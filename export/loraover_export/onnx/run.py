@@ -58,8 +58,8 @@ def export_onnx(
 
     Returns:
         The report, which the output holds too. If its verdict is "failed", nothing was written. If it is
-        "inconclusive", the export was written, but an adapter changes logits too little for the check to distinguish it from
-        one that does nothing.
+        "inconclusive", the export was written, but an adapter changes logits too little for the check to distinguish
+        it from one that does nothing.
 
     Raises:
         ConfigError: arguments that cannot be used, or a base model that cannot be loaded.

@@ -148,9 +148,9 @@ def greedy(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
             eos_token_id=settings.eos_token_id,
             pad_token_id=0,
             decoder_start_token_id=settings.decoder_start_token_id,
+            return_dict_in_generate=True,
+            output_logits=True,
         ),
-        return_dict_in_generate=True,
-        output_logits=True,
     )
     logits = torch.cat(output.logits)
     chosen = output.sequences[0, -len(logits) :]

@@ -68,8 +68,7 @@ def engine(candidate: Candidate) -> Iterator[Problem]:
     version = candidate.architectures.version
     if version not in READ:
         yield Problem(
-            f"the rules were read from the releases of vLLM from {READ.since} and before {READ.before}; {version} may "
-            "differ",
+            f"the rules were read from vLLM {READ.since} up to, but not including, {READ.before}; {version} may differ",
             "compare the answers with PyTorch's: loraover-serve parity --engine vllm",
             is_warning=True,
         )
