@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from loraover.common.command_line import printable
+
 
 class Reporter:
     """Receiver of progress; this one shows nothing, which is what a library should do unless it is asked."""
@@ -34,6 +36,7 @@ class ConsoleReporter(Reporter):
         self.console = Console(stderr=True) if console is None else console
 
     def line(self, text: str) -> None:
+        text = "\n".join(map(printable, text.split("\n")))  # it may quote a file
         self.console.print(escape(text), soft_wrap=True, highlight=False)
 
     @contextmanager

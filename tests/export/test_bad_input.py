@@ -1,6 +1,6 @@
 """A fold that cannot be done ends in one message and exit code 2, with the input untouched and no output.
 
-What the readers refuse is tested in `tests/train/test_checkpoint_refused.py`; here, that the command tells of it.
+What the readers refuse is tested in `tests/train/test_checkpoint_refused.py`; here, that the command reports it.
 """
 
 from __future__ import annotations

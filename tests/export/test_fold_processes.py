@@ -1,4 +1,4 @@
-"""Folds in processes of their own: permissions, full disks and signals leave a whole output or none."""
+"""Folds in separate processes: permissions, full disks and signals leave a complete output or none."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_an_interrupted_fold_leaves_nothing(options: tuple[str, ...], times: int
 def test_a_killed_fold_leaves_nothing_or_all(
     options: tuple[str, ...], times: int, source: Path, tmp_path: Path
 ) -> None:
-    """What lies beside the destination after a kill is hidden, and in nobody's way."""
+    """Files that a kill leaves beside the destination are hidden, and do not hinder the next fold."""
     expected, target = tmp_path / "expected", tmp_path / "out"
     longest = duration_s(source, expected, *options)
     before = tree(source)

@@ -244,7 +244,7 @@ def test_the_certificates_reject_a_wrong_weight(mutant: str, tmp_path: Path, mon
 
 
 def test_the_oracle_rejects_a_delta_added_twice_or_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Certificates speak of the rounding; what is rounded, the outputs decide."""
+    """Certificates cover the rounding; that the right values are rounded, only the outputs show."""
     saved = save("linear", tmp_path)
     expected = outputs(saved.peft)
     product = Delta.product

@@ -86,7 +86,7 @@ def test_an_adapter_that_names_no_base_model_asks_for_one(source: Path, refused:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_width_like_the_vocabularys_is_refused(mode: str, tmp_path: Path, refused: Refused) -> None:
-    """onnxruntime-genai's builder would take such a layer for the head, without a word."""
+    """onnxruntime-genai's builder would mistake such a layer for the head, without a message."""
     base = tiny_base(tmp_path / "base", "Llama", vocab_size=96)
     tiny_lora(base, tmp_path / "adapter")
     refused(tmp_path / "adapter", "--mode", mode, "--no-check", named=("mlp.gate_proj", "96", "--no-cache"))

@@ -1,4 +1,4 @@
-"""ONNX exports without permission, on full disks, interrupted or killed: an output is whole or absent."""
+"""ONNX exports without permission, on full disks, interrupted or killed: an output is complete or absent."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_an_interrupted_export_leaves_nothing(made: OnnxMade, warm: float, tmp_p
 
 
 def test_a_killed_export_leaves_nothing_or_all(made: OnnxMade, warm: float, tmp_path: Path) -> None:
-    """What lies beside the destination after a kill is hidden, and in nobody's way."""
+    """Files that a kill leaves beside the destination are hidden, and do not hinder the next export."""
     draw, before, killed = random.Random(2), tree(made.folder), 0
     for _ in range(6):
         child = in_child(made.folder / "first", tmp_path / "out")
@@ -220,7 +220,7 @@ def ended_within(pid: int, seconds: float) -> bool:
 
 
 def test_ctrl_c_stops_the_builder_too(made: OnnxMade, tmp_path: Path) -> None:
-    """The installed command and its builder in a process group of their own, as in a terminal."""
+    """The installed command and its builder in a new process group, as in a terminal."""
     command = [str(Path(sys.executable).with_name("loraover-export")), "onnx", str(made.folder / "first")]
     arguments = ["-o", str(tmp_path / "out"), *MERGED]
     with subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loraover.common.command_line import quiet_libraries, run
-from loraover.reporting.reporter import Reporter
+from loraover.reporting.reporter import ConsoleReporter, Reporter
 from loraover_export import (
     FoldCertificate,
     OnnxReport,
@@ -142,6 +144,12 @@ def test_a_reporter_hears_what_is_done(made: Made, tmp_path: Path) -> None:
     heard.lines.clear()
     export_onnx(made.path, tmp_path / "onnx", mode="swappable", check=False, report=heard)
     assert any(line.startswith("building the fp32 graph of LlamaForCausalLM") for line in heard.lines)
+
+
+def test_names_in_files_cannot_control_the_terminal() -> None:
+    shown = io.StringIO()
+    ConsoleReporter(Console(file=shown)).line("loading [red]a\x1b[31m\rb\nnext")
+    assert shown.getvalue() == "loading [red]a\\x1b[31m\\rb\nnext\n"
 
 
 def test_functions_are_silent_in_a_process_of_their_own(made: Made, tmp_path: Path) -> None:

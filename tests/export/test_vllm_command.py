@@ -1,4 +1,4 @@
-"""`loraover-export vllm` as people use it: its folder, its launch lines, and every way in which it can be told no."""
+"""`loraover-export vllm` as users run it: its folder, its launch commands, and every refusal."""
 
 from __future__ import annotations
 
