@@ -169,7 +169,7 @@ def test_an_interrupted_export_leaves_nothing(made: OnnxMade, warm: float, tmp_p
             assert_whole(tmp_path / "out")
             shutil.rmtree(tmp_path / "out")
         else:
-            assert "interrupted" in ended.output
+            assert "Interrupted" in ended.output
         assert list(tmp_path.iterdir()) == []
     assert 130 in codes
 
@@ -233,7 +233,7 @@ def test_ctrl_c_stops_the_builder_too(made: OnnxMade, tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 130, err
-    assert err.splitlines()[-1].startswith("interrupted")
+    assert err.splitlines()[-1].startswith("Interrupted")
     assert "Traceback" not in out + err
     assert ended_within(int(builder), seconds=5)
     assert list(tmp_path.iterdir()) == []
