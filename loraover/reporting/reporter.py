@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from loraover.common.command_line import printable
+
 
 class Reporter:
     """Receiver of progress, which shows nothing.
@@ -67,6 +69,7 @@ class ConsoleReporter(Reporter):
         Args:
             text: The line; markup in it is not interpreted.
         """
+        text = "\n".join(map(printable, text.split("\n")))  # it may quote a file
         self.console.print(escape(text), soft_wrap=True, highlight=False)
 
     @contextmanager
