@@ -21,6 +21,7 @@ import click
 
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.quiet import ignore_idle_warnings
 
 # Which models a user trains is nobody else's business; read when huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -199,7 +200,6 @@ def entry_point(command: click.Command) -> Callable[[], Any]:
 def quiet_libraries() -> None:
     """Keep the chatter of libraries off a command's output; their errors still show."""
     import logging
-    import warnings
 
     if not sys.stderr.isatty():  # both are read when the library is imported
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -209,11 +209,4 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b.*")
-    for message in (
-        "Unable to fetch remote file",  # PEFT looks for the base model's config on the hub at every save
-        "Could not find a config file",
-        "'pin_memory' argument is set as true",
-        "`past_key_values` is deprecated",  # a cache's old name, which older transformers know
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}")
+    ignore_idle_warnings()

@@ -14,6 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Reporter:
     """Receiver of progress; this one shows nothing, which is what a library should do unless it is asked."""
 
+    @property
+    def shows_bars(self) -> bool:
+        """Whether progress bars of other libraries may be shown too."""
+        return False
+
     def line(self, text: str) -> None:
         """Take one line of text about what is being done."""
 
@@ -32,6 +37,10 @@ class ConsoleReporter(Reporter):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = Console(stderr=True) if console is None else console
+
+    @property
+    def shows_bars(self) -> bool:
+        return self.console.is_terminal
 
     def line(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True, highlight=False)

@@ -87,11 +87,11 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
     for more, message in (
         (["--adapter", str(tmp_path / "none")], "none"),
         (["--adapter", str(folder / "base")], "adapter_config.json"),
-        (["--endpoint-model", "m", "--endpoint", "ftp://x"], "no address of a server"),
+        (["--endpoint-model", "m", "--endpoint", "ftp://x"], "not the address of a server"),
         (["--endpoint", "http://localhost:1"], "--endpoint-model"),
-        (["--endpoint-model", "m"], "of an --endpoint"),
-        (["--endpoint-model", "m", "--endpoint", "http://[::1"], "no address of a server"),
-        (["--chat"], "no chat template"),
+        (["--endpoint-model", "m"], "names models of an --endpoint"),
+        (["--endpoint-model", "m", "--endpoint", "http://[::1"], "not the address of a server"),
+        (["--apply-chat-template"], "no chat template"),
         (["--judge-url", "http://localhost:1"], "go together"),
         (["--task", "humaneval"], "--allow-code-execution"),
         (["--task", "mtbench"], "needs --data FOLDER"),
@@ -171,7 +171,7 @@ def test_only_what_is_the_same_is_kept(folder: Path, tmp_path: Path, capsys: pyt
     assert before[0] == after[0]
     assert before[1]["sha256"] != after[1]["sha256"]
     capsys.readouterr()
-    assert run(cli, words(folder, out, "--examples", "2")) == 2
+    assert run(cli, words(folder, out, "--limit", "2")) == 2
     assert "holds another evaluation (data_sha256, questions differ)" in capsys.readouterr().err
     assert json.loads(out.read_text())["results"] == after
 

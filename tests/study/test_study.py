@@ -9,18 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import click
 import pytest
 from rich.console import Console
 
 from loraover.cli import cli
-from loraover.cli.study import _sweeps
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.overparam import config as config_module
@@ -31,6 +29,7 @@ from loraover.study import outcome as outcome_module
 from loraover.study.grid import DEFAULT_METHODS, make_grid, matched_rank, split_outside_brackets
 from loraover.study.outcome import OUTCOME_FILE, Outcome, digest, execute
 from loraover.study.report import StudyReport
+from loraover.study.request import StudyRequest
 from loraover.study.runner import Where, run_grid
 from loraover.training.examples import load_examples
 from loraover.training.failure import FAILURE_FILE, Failure
@@ -157,6 +156,8 @@ def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pyte
         (["--lr-sweep", "1e-3,1e-3"], "different positive numbers"),
         (["--lr-sweep", "fast"], "different positive numbers"),
         (["--lr-sweep", "dora=1e-3"], "'dora', which is none of --methods"),
+        (["--lr-sweep", "1e-3,-1e-3"], "different positive numbers"),
+        (["--lr-sweep", "lora=1e-3"], "no rates for 'lora-over'"),
         (["--lr-sweep", "1e-3", "--lr-sweep", "1e-2"], "two sweeps to one name, or two without a name"),
         (["--report-only"], "nothing to compare"),
     ],
@@ -438,17 +439,23 @@ def test_seeds_come_one_after_the_other(recipe: Path) -> None:
     assert seeds == sorted(seeds)
 
 
+def asked(methods: Sequence[str], recipes: Sequence[str], **lr_sweep: tuple[float, ...]) -> StudyRequest:
+    sweep = {"" if name == "others" else name: rates for name, rates in lr_sweep.items()}
+    return StudyRequest(tuple(recipes), tuple(methods), sweep)
+
+
 def test_a_method_may_have_a_sweep_of_its_own() -> None:
     svd = "lora-over:decomposition=svd"
-    found = _sweeps(["lora", svd], ["gsm8k"], ("1e-3,1e-2", f"{svd}=1e-4,3e-4"))
-    assert found == ({"lora": (1e-3, 1e-2), svd: (1e-4, 3e-4)}, {})
-    with pytest.raises(click.UsageError, match="no rates of 'lora'"):
-        _sweeps(["lora", svd], ["gsm8k"], (f"{svd}=1e-4",))
+    found = asked(["lora", svd], ["gsm8k"], others=(1e-3, 1e-2), **{svd: (1e-4, 3e-4)})
+    assert found.rates == {"lora": (1e-3, 1e-2), svd: (1e-4, 3e-4)}
+    assert found.task_rates == {}
+    with pytest.raises(ConfigError, match="no rates for 'lora'"):
+        asked(["lora", svd], ["gsm8k"], **{svd: (1e-4,)})
 
 
 def test_a_name_of_a_method_and_a_recipe_is_ambiguous() -> None:
-    with pytest.raises(click.UsageError, match="a method and a recipe"):
-        _sweeps(["lora", "lora-over"], ["lora"], ("1e-3", "lora=1e-4"))
+    with pytest.raises(ConfigError, match="a method and a recipe"):
+        asked(["lora", "lora-over"], ["lora"], others=(1e-3,), lora=(1e-4,))
 
 
 @pytest.mark.parametrize("place", ["{recipe}", "{recipe}/below"])
@@ -476,15 +483,15 @@ def test_a_recipe_that_leads_out_of_the_study_is_refused(recipe: Path, tmp_path:
 
 
 def test_a_task_may_have_a_sweep_of_its_own(recipe: Path) -> None:
-    rates, task_rates = _sweeps(["lora", "lora-over"], [recipe.stem], (f"{recipe.stem}=1e-4,3e-4",))
-    runs = make_grid([str(recipe)], rates, 1, {}, task_rates)
+    found = asked(["lora", "lora-over"], [str(recipe)], **{recipe.stem: (1e-4, 3e-4)})
+    runs = make_grid([str(recipe)], found.rates, 1, {}, found.task_rates)
     assert [(run.method, run.rate) for run in runs] == [
         (method, rate) for method in ("lora", "lora-over") for rate in (1e-4, 3e-4)
     ]
-    with pytest.raises(click.UsageError, match="no rates of 'lora'"):
-        _sweeps(["lora", "lora-over"], [recipe.stem, "other"], (f"{recipe.stem}=1e-4",))
-    common, own = _sweeps(["lora"], [recipe.stem, "other"], (f"{recipe.stem}=1e-4", "lora=1e-3"))
-    assert (common, own) == ({"lora": (1e-3,)}, {recipe.stem: (1e-4,)})
+    with pytest.raises(ConfigError, match="no rates for 'lora'"):
+        asked(["lora", "lora-over"], [str(recipe), "other"], **{recipe.stem: (1e-4,)})
+    found = asked(["lora"], [str(recipe), "other"], lora=(1e-3,), **{recipe.stem: (1e-4,)})
+    assert (found.rates, found.task_rates) == ({"lora": (1e-3,)}, {recipe.stem: (1e-4,)})
 
 
 @pytest.mark.parametrize("method", ["dora", "pissa", "lora+", "full"])
