@@ -78,18 +78,23 @@ def report_of(out: Path) -> StudyReport:
     return StudyReport.model_validate_json((out / "study.json").read_text())
 
 
+def outcomes_in(out: Path) -> list[Path]:
+    """Finished outcomes; one that is being written lies in a hidden folder."""
+    return [path for path in out.rglob(OUTCOME_FILE) if not path.parent.name.startswith(".")]
+
+
 @pytest.fixture(scope="module")
 def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that was killed after its third run, and then finished."""
     out = tmp_path_factory.mktemp("killed") / "out"
     child = Child(lambda: run(cli, words(recipe, out)), prepare=os.setsid)
     deadline = time.monotonic() + 120
-    while len(list(out.rglob(OUTCOME_FILE))) < 3:
+    while len(outcomes_in(out)) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(child.pid, signal.SIGKILL)
     assert child.end().code == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in out.rglob(OUTCOME_FILE)}
+    before = {path: path.stat().st_mtime_ns for path in outcomes_in(out)}
     assert run(cli, words(recipe, out)) == 0
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     return out
