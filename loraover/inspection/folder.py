@@ -103,6 +103,7 @@ def read_schedule(path: str | Path) -> Meta:
 
 
 def _adapter(folder: Path, kind: Kind) -> FolderReport:
+    cores = _core_facts(read_checkpoint(folder).meta) if kind == "checkpoint" else None
     verdicts = {
         name: read_json(folder / name, _Verdict).verdict
         for name in (FOLD_FILE, VLLM_FILE, PREFLIGHT_FILE)
@@ -113,7 +114,7 @@ def _adapter(folder: Path, kind: Kind) -> FolderReport:
         path=str(folder),
         kind=kind,
         adapter=_adapter_facts(folder),
-        cores=_core_facts(read_checkpoint(folder).meta) if kind == "checkpoint" else None,
+        cores=cores,
         vllm=read_json(folder / PREFLIGHT_FILE, VllmFacts) if has_preflight else None,
         verdicts=verdicts,
     )

@@ -172,5 +172,5 @@ def _logged_step(line: str) -> int:
     """Step of a line of the log; -1 for a line that was cut off."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return -1

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from loraover.training.run_result import RunResult
 
@@ -38,11 +40,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def show_recipes(recipes: Iterable[tuple[str, Recipe]], console: Console) -> None:
     """Print name, base model, training data and description of each recipe."""
-    table = Table(box=SIMPLE)
-    for column in ("recipe", "base model", "data"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("description", ratio=1)
     for name, recipe in recipes:
-        table.add_row(*map(escape, (name, recipe.model, recipe.data.train, recipe.description)))
-        table.add_row()
-    console.print(table)
+        console.print(name, style="bold", markup=False, highlight=False)
+        for text in (f"base model: {recipe.model}", f"data: {recipe.data.train}", recipe.description):
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
