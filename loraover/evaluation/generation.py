@@ -51,11 +51,11 @@ def greedy_answers(
             pad_token_id=tokenizer.pad_token_id,
             **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
         )
-        whole = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
         if not model.config.is_encoder_decoder:  # decoded alone, a continuation may lose its first space (LLaMA 2)
             asked = tokenizer.batch_decode(encoded.input_ids, skip_special_tokens=True)
-            whole = [text[len(prompt) :] for text, prompt in zip(whole, asked, strict=True)]
-        answers += whole
+            texts = [text[len(prompt) :] for text, prompt in zip(texts, asked, strict=True)]
+        answers += texts
         on_batch(len(answers))
     model.train(was_training)
     return answers

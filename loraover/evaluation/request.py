@@ -92,7 +92,7 @@ class EvaluationRequest:
         if self.apply_chat_template is not None:
             words.append(f"--{'' if self.apply_chat_template else 'no-'}apply-chat-template")
         words += ["--allow-code-execution"] * self.allow_code_execution
-        return shlex.join([*words, *_given("output", output)])
+        return shlex.join([*words, *(() if output is None else ("-o", str(output)))])
 
 
 def _option(name: str) -> str:

@@ -237,8 +237,8 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
 def _publish(output: Path | None, before: Evaluation, after: list[ModelResult], result: ModelResult) -> None:
     """Write a result between those that are finished and known ones that come later."""
     if output is not None:
-        whole = before.model_copy(update={"results": [*before.results, result, *after]})
-        publish_text(output, whole.model_dump_json(indent=1) + "\n")
+        content = before.model_copy(update={"results": [*before.results, result, *after]})
+        publish_text(output, content.model_dump_json(indent=1) + "\n")
 
 
 def _result(

@@ -141,16 +141,16 @@ def _activations(model: Any, recipe: Recipe) -> int | None:
     precision = recipe.training.precision
     mode = _Accelerated(None if precision == "fp32" else getattr(torch, DTYPES[precision]))
     try:
-        whole = kept_bytes(model.train(), ids, mode)
+        all_kept = kept_bytes(model.train(), ids, mode)
         if not recipe.training.gradient_checkpointing:
-            return whole
+            return all_kept
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
         layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
         kept = kept_bytes(model, ids, mode)
     except (RuntimeError, AttributeError):  # such as a mixture of experts, whose router looks at values
         return None
-    return kept + (whole - kept) // max(layers, 1)
+    return kept + (all_kept - kept) // max(layers, 1)
 
 
 def kept_bytes(model: nn.Module, ids: Tensor, mode: AbstractContextManager[Any]) -> int:

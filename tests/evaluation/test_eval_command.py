@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+import loraover
 from loraover.cli import cli
 from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
+from loraover.evaluation import subjects
 from loraover.evaluation.base import Example
+from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, result_rows, wilson_interval
 
 from support.openai_server import openai_server
@@ -269,3 +274,67 @@ def evaluation() -> dict[str, Any]:
         "hardware": "",
         "command": "",
     }
+
+
+def test_the_function_prints_nothing_and_returns_what_is_written(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    seen: list[int] = []
+    capfd.readouterr()
+    found = loraover.evaluate(
+        folder / "base",
+        "gsm8k",
+        adapters=[folder / "a", folder / "other"],
+        data=folder / "questions.jsonl",
+        max_new_tokens=4,
+        dtype="float32",
+        output=out,
+        on_result=lambda evaluation: seen.append(len(evaluation.results)),
+    )
+    assert capfd.readouterr() == ("", "")
+    assert found == Evaluation.model_validate_json(out.read_text())
+    assert seen == [1, 2, 3]
+    assert found.results[2].failure is not None
+    questions = ["--data", str(folder / "questions.jsonl"), "--batch-size", "8", "--dtype", "fp32"]
+    adapters = ["--adapter", str(folder / "a"), "--adapter", str(folder / "other")]
+    words = ["loraover", "eval", str(folder / "base"), "--task", "gsm8k", *adapters, *questions]
+    assert found.command == shlex.join([*words, "--max-new-tokens", "4", "-o", str(out)])
+
+
+def test_a_caller_has_what_was_finished_before_an_interruption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Evaluation] = []
+    load = subjects.in_memory
+
+    def interrupted(source: Any, tokenizer: Any, adapter: Path | None, **options: Any) -> Any:
+        if adapter is not None:
+            raise KeyboardInterrupt
+        return load(source, tokenizer, adapter, **options)
+
+    monkeypatch.setattr("loraover.evaluation.run.in_memory", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loraover.evaluate(
+            folder / "base",
+            "gsm8k",
+            adapters=[folder / "a"],
+            data=folder / "questions.jsonl",
+            max_new_tokens=4,
+            on_result=seen.append,
+        )
+    assert [result.name for result in seen[-1].results] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "gsm9k"}, "expected one of gsm8k"),
+        ({"limit": 0}, "--limit is 0, expected 1 or more"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"judge_model": "m"}, "go together"),
+        ({"endpoint": "http://localhost:1"}, "--endpoint-model"),
+    ],
+)
+def test_a_request_is_checked_where_it_is_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluationRequest(**{"model": "m", "task": "gsm8k", **options})

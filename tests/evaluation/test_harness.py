@@ -263,7 +263,7 @@ def test_a_question_beyond_the_models_context_is_named(
             "12",
         ]
         assert run(cli, words) == code
-    assert "question 2: with room for its answer it has 257 tokens, the model's context 256" in capsys.readouterr().err
+    assert "question 2: it needs 257 tokens with its answer, but the model's context has 256" in capsys.readouterr().err
 
 
 def test_a_long_question_reaches_an_endpoint_whole(models: tuple[Path, Path], tmp_path: Path) -> None:

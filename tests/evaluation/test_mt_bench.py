@@ -189,7 +189,7 @@ def test_answers_to_other_questions_are_not_rated(
     (tmp_path / "out.json").write_text(json.dumps(unrated))
     capsys.readouterr()
     assert evaluated(model, tmp_path, lambda body: "[[6]]")[2] == 2
-    assert "not those to these questions" in capsys.readouterr().err
+    assert "belong to other questions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 500])

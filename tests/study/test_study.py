@@ -18,6 +18,7 @@ from unittest.mock import patch
 import pytest
 from rich.console import Console
 
+import loraover
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, LoraOverError
@@ -141,6 +142,21 @@ def test_the_report_can_be_made_again_and_is_the_same(killed: Path, recipe: Path
     page = (killed / "study.html").read_text()
     assert "<svg" in page
     assert "<script" not in page
+
+
+def test_the_function_prints_nothing_and_returns_the_report(
+    killed: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    found = loraover.run_study([recipe], killed, methods=["lora", "lora-over"], lr_sweep=(1e-3, 1e-2), seeds=2)
+    assert capfd.readouterr() == ("", "")
+    assert found == report_of(killed)
+    sweep = "--methods lora,lora-over --lr-sweep 0.001,0.01 --seeds 2"
+    assert found.command == f"loraover study {recipe} {sweep} -o {killed}"
+    with pytest.raises(ConfigError, match="expected 1 or more"):
+        loraover.run_study([recipe], killed, seeds=0)
+    with pytest.raises(ConfigError, match="--jobs is 0"):
+        loraover.run_study([recipe], killed, jobs=0)
 
 
 def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +385,7 @@ def test_a_run_that_was_killed_says_so(
     folder = copy_of(finished_run, tmp_path / "run", "run.json", "adapter")
     (folder / FAILURE_FILE).write_text(Failure(kind="failed", message="a fault").model_dump_json())
     ends_so(tmp_path, monkeypatch, f"echo '{MISLEADING}'", "kill -9 $$")
-    with pytest.raises(LoraOverError, match="has killed it"):
+    with pytest.raises(LoraOverError, match="the process was killed"):
         execute(one_run(recipe), folder, threads=1)
     assert not (folder / OUTCOME_FILE).exists()
     monkeypatch.undo()

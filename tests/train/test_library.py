@@ -20,9 +20,8 @@ pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_
 
 
 def test_every_public_name_can_be_had() -> None:
-    assert {"train", "evaluate", "run_study", "inspect_folder", "Recipe", "RunResult", "Evaluation"} <= {
-        *loraover.__all__
-    }
+    expected = {"train", "evaluate", "run_study", "inspect_folder", "Recipe", "RunResult", "Evaluation"}
+    assert expected <= {*loraover.__all__}
     for name in loraover.__all__:
         assert getattr(loraover, name) is not None
     with pytest.raises(AttributeError, match="fine_tune"):
@@ -34,7 +33,8 @@ def test_training_prints_nothing_and_returns_the_result(
     kind: str, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = {name: logging.getLogger(name).level for name in LOGGERS}
-    given = {"name": str(recipe), "path": recipe, "recipe": loraover.load_recipe(recipe)}[kind]
+    forms: dict[str, loraover.Recipe | str | Path] = {"name": str(recipe), "path": recipe}
+    given = forms.get(kind, loraover.load_recipe(recipe))
     out = tmp_path / "out"
     capfd.readouterr()
     result = loraover.train(given, out, overrides={"training.seed": 1, "training.max_steps": 2})
