@@ -41,4 +41,4 @@ for found in over.schedule.rounds:
 
 over.fold()
 model.save_pretrained(options.output)  # a plain LoRA
-write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover inspect` to draw
+write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover inspect` to show
