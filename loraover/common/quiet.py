@@ -33,7 +33,7 @@ def quiet_libraries_within(*, bars: bool) -> Iterator[None]:
     Settings are put back afterwards. They belong to the process, so other threads are silenced as well.
 
     Args:
-        bars: whether the libraries' progress bars may show.
+        bars: Whether the libraries' progress bars may show.
     """
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     for name in LOGGERS:

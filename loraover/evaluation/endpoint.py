@@ -31,9 +31,9 @@ class Endpoint:
     """One OpenAI-compatible server.
 
     Args:
-        url: the server's address, with or without the final `/v1`.
-        key_variable: environment variable with the key; it is sent to the server and shown to nobody.
-        timeout_s: longest silence, in seconds.
+        url: The server's address, with or without the final `/v1`.
+        key_variable: Environment variable with the key; it is sent to the server and shown to nobody.
+        timeout_s: Longest silence, in seconds.
 
     Raises:
         ConfigError: not an HTTP address, no such variable, a key that no header can carry, or a proxy that cannot

@@ -27,8 +27,8 @@ def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
     """Load training rows, and held-out rows if the recipe measures something.
 
     Args:
-        recipe: the recipe.
-        chat: whether to write text as chat messages.
+        recipe: The recipe.
+        chat: Whether to write text as chat messages.
 
     Raises:
         DataError: see `load_rows`; or held-out data are missing.

@@ -72,10 +72,10 @@ def record_failure(output: Path, error: BaseException, *, has_stepped: bool, is_
     same command can be given again. Otherwise the folder keeps what it holds, to be resumed. Ctrl-C is not recorded.
 
     Args:
-        output: the run's folder.
-        error: what ended the run. It gets a note where the file cannot be written.
-        has_stepped: whether the run has taken a step.
-        is_resumed: whether the folder was there before.
+        output: The run's folder.
+        error: What ended the run. It gets a note where the file cannot be written.
+        has_stepped: Whether the run has taken a step.
+        is_resumed: Whether the folder was there before.
     """
     failure = failure_of(error) if isinstance(error, Exception) else None
     if failure is not None and not (has_stepped or failure.is_of_method):
@@ -110,7 +110,7 @@ def read_failure(folder: Path) -> Failure | None:
     """Read why the last attempt at a run failed; None if it did not, or was interrupted.
 
     Args:
-        folder: the run's folder.
+        folder: The run's folder.
 
     Raises:
         CheckpointError: the file cannot be read.

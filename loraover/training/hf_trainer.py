@@ -39,14 +39,14 @@ def make_trainer(
     """Make TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
 
     Args:
-        recipe: the recipe.
-        model: the model to train, with its adapter unless all weights are trained.
-        tokenizer: the model's tokenizer.
-        examples: training and held-out rows.
-        output: the run's folder.
-        is_seq2seq: whether the model is an encoder-decoder.
-        report: receiver of progress.
-        over: owner of the cores; None for other methods.
+        recipe: The recipe.
+        model: The model to train, with its adapter unless all weights are trained.
+        tokenizer: The model's tokenizer.
+        examples: Training and held-out rows.
+        output: The run's folder.
+        is_seq2seq: Whether the model is an encoder-decoder.
+        report: Receiver of progress.
+        over: Owner of the cores; None for other methods.
 
     Raises:
         ConfigError: a value that the trainer refuses.

@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """Estimate memory, steps and tokens of a run without reading weights.
 
     Args:
-        recipe: the recipe.
+        recipe: The recipe.
 
     Raises:
         ConfigError: a recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
@@ -157,9 +157,9 @@ def kept_bytes(model: nn.Module, ids: Tensor, mode: AbstractContextManager[Any])
     """Bytes of the tensors, other than the model's own, that autograd keeps after a forward pass with a loss.
 
     Args:
-        model: a model on the meta device.
-        ids: shape (batch, tokens), input and labels.
-        mode: context of the forward pass.
+        model: A model on the meta device.
+        ids: Shape (batch, tokens), input and labels.
+        mode: Context of the forward pass.
     """
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}

@@ -16,8 +16,8 @@ class TrainingProgress(TrainerCallback):
     """Shows the Trainer's steps and writes its log, with the schedule's decisions, to a JSONL file.
 
     Args:
-        report: receiver of steps and losses.
-        metrics: the JSONL file; lines are appended.
+        report: Receiver of steps and losses.
+        metrics: The JSONL file; lines are appended.
     """
 
     def __init__(self, report: Reporter, metrics: Path) -> None:

@@ -42,8 +42,8 @@ def new_run_folder(recipe: str, root: Path = RUNS) -> Path:
     """Make the first free folder `ROOT/RECIPE-N`; two runs that begin at the same time get two folders.
 
     Args:
-        recipe: name or path of the recipe.
-        root: folder of all runs.
+        recipe: Name or path of the recipe.
+        root: Folder of all runs.
 
     Raises:
         OutputError: the folder cannot be made.
@@ -67,8 +67,8 @@ def newest_unfinished(recipe: str, root: Path = RUNS) -> Path:
     """Find the run of a recipe with the highest number that has begun and has not finished.
 
     Args:
-        recipe: name or path of the recipe.
-        root: folder of all runs.
+        recipe: Name or path of the recipe.
+        root: Folder of all runs.
 
     Raises:
         ConfigError: there is none.
@@ -91,8 +91,8 @@ def claim(output: Path, *, resume: bool) -> None:
     A folder that is empty, or holds nothing but a failure before the first step, counts as free.
 
     Args:
-        output: the run's folder.
-        resume: whether a run in it is to be continued.
+        output: The run's folder.
+        resume: Whether a run in it is to be continued.
 
     Raises:
         ConfigError: with `resume`: no run there, or one that is finished.
@@ -115,8 +115,8 @@ def write_recipe(output: Path, recipe: Recipe) -> None:
     """Keep a run's recipe in its folder.
 
     Args:
-        output: the run's folder.
-        recipe: the recipe with pinned revisions.
+        output: The run's folder.
+        recipe: The recipe with pinned revisions.
 
     Raises:
         ConfigError: the folder holds a run with another recipe.

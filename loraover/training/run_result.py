@@ -78,7 +78,7 @@ def read_run(folder: Path) -> RunResult:
     """Read the result of a finished run.
 
     Args:
-        folder: the run's folder.
+        folder: The run's folder.
 
     Raises:
         CheckpointError: no run there, or one that is not finished.
