@@ -36,6 +36,7 @@ def test_training_prints_nothing_and_returns_the_result(
     forms: dict[str, loraover.Recipe | str | Path] = {"name": str(recipe), "path": recipe}
     given = forms.get(kind, loraover.load_recipe(recipe))
     out = tmp_path / "out"
+    out.mkdir()  # an empty folder is free
     capfd.readouterr()
     result = loraover.train(given, out, overrides={"training.seed": 1, "training.max_steps": 2})
     assert capfd.readouterr() == ("", "")
