@@ -15,11 +15,12 @@ Rows = Iterator[tuple[str, str]]
 
 def show_folder(report: FolderReport, console: Console) -> None:
     """Print what a folder is and what was trained."""
+    adapter = [] if report.adapter is None else list(_adapter_rows(report.adapter))
     rows = [
         ("folder", report.path),
         ("kind", report.kind),
         *([] if report.run is None else _run_rows(report.run)),
-        *([] if report.adapter is None else _adapter_rows(report.adapter)),
+        *(adapter if report.run is None else adapter[1:]),  # a run has named its base model
         *([] if report.cores is None else _core_rows(report.cores)),
         *([] if report.vllm is None else _vllm_rows(report.vllm)),
         *([] if report.onnx is None else _onnx_rows(report.onnx)),
