@@ -27,6 +27,11 @@ class Reporter:
         ```
     """
 
+    @property
+    def shows_bars(self) -> bool:
+        """Whether progress bars of other libraries may be shown too."""
+        return False
+
     def line(self, text: str) -> None:
         """Receive one line of text about the work.
 
@@ -62,6 +67,10 @@ class ConsoleReporter(Reporter):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = Console(stderr=True) if console is None else console
+
+    @property
+    def shows_bars(self) -> bool:
+        return self.console.is_terminal
 
     def line(self, text: str) -> None:
         """Print one line.
