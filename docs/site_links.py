@@ -51,7 +51,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         inside = ABOVE.get(target, target.removeprefix("docs/") if target.startswith("docs/") else None)
         if inside is not None:
             for candidate in (inside, f"{inside}/README.md"):
-                if files.get_file_from_path(candidate) is not None and candidate != "README.md":
+                file = files.get_file_from_path(candidate)
+                if file is not None and file.inclusion.is_included():
                     return posixpath.relpath(candidate, posixpath.dirname(place) or ".") + anchor
         if not (ROOT / target).exists():
             return link[0]  # mkdocs warns of it
