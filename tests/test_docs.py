@@ -1,0 +1,57 @@
+"""The documentation: a site that builds without a warning, an API entry for every public name, links that lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+API_PAGES = {"loraover": "loraover", "loraover_export": "export", "loraover_serve": "serve"}
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("package", API_PAGES)
+def test_every_public_name_has_an_entry(package: str, site: Path) -> None:
+    page = (site / "api" / API_PAGES[package] / "index.html").read_text()
+    entries = set(re.findall(rf'<h\d id="{package}\.(\w+)"', page))
+    assert entries == set(import_module(package).__all__) - {"__version__"}
+
+
+@pytest.mark.process
+def test_fields_and_arguments_are_described(site: Path) -> None:
+    page = (site / "api" / "loraover" / "index.html").read_text()
+    assert "learning rate of auxiliary cores, as a multiple of their matrix" in page, "a field of LoraOverConfig"
+    assert "optimizer steps of the whole run, for a dynamic schedule" in page, "an argument of OverParameterization"
+
+
+@pytest.mark.process
+def test_the_home_page_is_the_readme(site: Path) -> None:
+    page = (site / "index.html").read_text()
+    assert 'href="how-it-works/"' in page, "a page of the site"
+    assert re.search(r'href="https://github.com/[^"]*/tree/main/docs/examples"', page), "a folder that the site lacks"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_files(page: Path) -> None:
+    relative_links = runpy.run_path(str(ROOT / "docs" / "site_links.py"))["relative_links"]
+    links = [link for link in relative_links(page.read_text()) if "://" not in link and not link.startswith("mailto:")]
+    assert not [link for link in links if not (page.parent / link).exists()]
