@@ -1,8 +1,7 @@
-"""Links of the documentation site, which mkdocs calls as a hook.
+"""Hook of mkdocs that makes links work in the documentation site as they work on a code host.
 
-The pages are written for a code host: README.md and its neighbours lie above `docs/`, and pages link to source files and
-folders. In the site, README.md becomes the home page, its neighbours become pages, and a link to a file that the site
-does not hold leads to the code host.
+README.md and its neighbours lie above `docs/`, and pages link to source files and folders. In the site, README.md is
+the home page, its neighbours are pages, and a link to a file that the site does not contain leads to the code host.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-ABOVE = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "SECURITY.md": "SECURITY.md"} | {
-    "CHANGELOG.md": "CHANGELOG.md"
-}
-"""Pages that lie above `docs/`, by the place that each has in the site."""
+ABOVE = {"README.md": "index.md"} | {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
+"""Pages that lie above `docs/`, and their places in the site."""
 
 CODE = re.compile(r"(^```.*?^```|^(?: {4}|\t).*?$|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?(?=\))")

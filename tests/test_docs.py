@@ -1,4 +1,4 @@
-"""The documentation: a site that builds without a warning, an API entry for every public name, links that lead somewhere."""
+"""The documentation: its site builds without a warning, its API pages have every public name, and its links work."""
 
 from __future__ import annotations
 

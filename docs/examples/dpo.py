@@ -1,8 +1,8 @@
-"""TRL's DPOTrainer: a quarter of the matrices, chosen in rounds by the gradients that training makes anyway.
+"""Train with TRL's DPOTrainer, and over-parameterise a quarter of the matrices, chosen in rounds by their gradients.
 
 Usage: python docs/examples/dpo.py --output runs/dpo
 
-`schedule="static"` and `score="loss_impact"` run the model on training batches. A batch of preferences holds no labels,
+`schedule="static"` and `score="loss_impact"` run the model on training batches. A batch of preferences has no labels,
 so they need the trainer's loss: LoraOverCallback(config, loss=lambda model, batch: trainer.compute_loss(model, batch)).
 """
 

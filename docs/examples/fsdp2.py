@@ -1,4 +1,4 @@
-"""FSDP2: A and B are sharded with the model, their cores are whole in every process; a step gathers dL/dA and dL/dB.
+"""Train with FSDP2: A and B are sharded, every process has complete cores, and a step gathers the gradients of A and B.
 
 Usage: torchrun --nproc-per-node 2 docs/examples/fsdp2.py --output runs/fsdp2
 """

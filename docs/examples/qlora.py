@@ -1,4 +1,4 @@
-"""A base model in 4 bits (bitsandbytes' nf4): only A and B are trained, and they are in float32 anyway.
+"""Train on a base model in 4 bits (bitsandbytes' nf4); A and B are in float32, as always.
 
 Usage: python docs/examples/qlora.py --output runs/qlora
 """

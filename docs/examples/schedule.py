@@ -1,4 +1,4 @@
-"""A dynamic schedule: half of the matrices become networks, in three rounds, and it says which, when and why.
+"""Train with a dynamic schedule: half of the matrices become networks in three rounds, and each decision is logged.
 
 Usage: python docs/examples/schedule.py --output runs/schedule
 """

@@ -1,4 +1,4 @@
-"""Seq2SeqTrainer with a T5: the same callback.
+"""Train a T5 with Seq2SeqTrainer and the same callback.
 
 Usage: python docs/examples/seq2seq.py --output runs/seq2seq
 """

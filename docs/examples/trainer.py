@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: one callback trains LoRA-Over; a second one lets a killed run go on.
+"""Train with the Hugging Face Trainer: one callback adds LoRA-Over, and a second one makes a killed run resumable.
 
 Usage: python docs/examples/trainer.py --output runs/trainer
 """

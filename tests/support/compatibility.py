@@ -22,12 +22,12 @@ PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime
 
 INTRODUCTION = """# Compatibility
 
-Which models were exported and run in which engine. `make compatibility` writes this page from what the tests ran, on a CPU; nothing
-here was run on a GPU. All families but SmolLM2 are tiny random models.
+Which models were exported and run in which engine. `make compatibility` writes this page from what the tests ran, on a
+CPU; nothing here was run on a GPU. All families but SmolLM2 are tiny random models.
 
-The largest error is that of any logit against the unfolded PyTorch model, unless the mode says otherwise. The bound comes from
-noise that was measured in the same run ([error bounds](error-bounds.md)). *Failed* means that the command refused the combination,
-or that its check rejected the result; nothing was written.
+The largest error is that of any logit against the unfolded PyTorch model, unless the mode says otherwise. The bound
+comes from noise that was measured in the same run ([error bounds](error-bounds.md)). *Failed* means that the command
+refused the combination, or that its check rejected the result; nothing was written.
 """
 
 ARCHITECTURES = {

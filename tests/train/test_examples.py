@@ -1,4 +1,4 @@
-"""Scripts in docs/examples: those that train leave a plain LoRA and a checkpoint that folds; the others use the library."""
+"""Scripts in docs/examples: some train, and leave a plain LoRA and a checkpoint that folds; some use the library."""
 
 from __future__ import annotations
 
