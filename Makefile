@@ -99,10 +99,9 @@ compatibility: $(VENV)/.installed vllm
 		tests/export/test_onnx_smollm2.py tests/export/test_vllm_readers.py tests/serve/test_vllm_served.py
 	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../docs/compatibility.md
 
-# The documentation as a site, with an API page for each package; a warning is an error.
+# The documentation as a site in build/site, with an API page for each package. A warning is an error, which --quiet would hide.
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ trainer = DPOTrainer(
         max_steps=options.steps,
         per_device_train_batch_size=4,
         learning_rate=5e-5,
-        save_steps=0.5,  # of the run
+        save_steps=0.5,  # as a fraction of the run
         bf16=torch.accelerator.is_available(),  # which is TRL's default on a CPU too, where it fails
         report_to="none",
     ),

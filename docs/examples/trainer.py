@@ -38,7 +38,7 @@ trainer = Trainer(
         max_steps=options.steps,
         per_device_train_batch_size=8,
         learning_rate=5e-4,
-        save_steps=0.2,  # of the run
+        save_steps=0.2,  # as a fraction of the run
         report_to="none",
     ),
     train_dataset=data,
