@@ -1,4 +1,4 @@
-"""Train with torch.compile and gradient checkpointing; both see an ordinary LoRA.
+"""torch.compile and gradient checkpointing: both see an ordinary LoRA.
 
 Usage: python docs/examples/compile.py --output runs/compile
 """
@@ -16,7 +16,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or hub name")
 parser.add_argument("--output", default="runs/compile")
 parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
+parser.add_argument("--backend", default="inductor", help="of torch.compile")
 options = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)

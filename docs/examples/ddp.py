@@ -1,4 +1,4 @@
-"""Train with DistributedDataParallel: every process makes the same cores, and only gradients of A and B are sent.
+"""DistributedDataParallel: a step sends plain LoRA's gradients, not the cores'; each process makes the same cores.
 
 Usage: torchrun --nproc-per-node 2 docs/examples/ddp.py --output runs/ddp
 """

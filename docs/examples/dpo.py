@@ -1,8 +1,8 @@
-"""Train with TRL's DPOTrainer, and over-parameterise a quarter of the matrices, chosen in rounds by their gradients.
+"""TRL's DPOTrainer: a quarter of the matrices, chosen in rounds by the gradients that training makes anyway.
 
 Usage: python docs/examples/dpo.py --output runs/dpo
 
-`schedule="static"` and `score="loss_impact"` run the model on training batches. A batch of preferences has no labels,
+`schedule="static"` and `score="loss_impact"` run the model on training batches. A batch of preferences holds no labels,
 so they need the trainer's loss: LoraOverCallback(config, loss=lambda model, batch: trainer.compute_loss(model, batch)).
 """
 
@@ -35,7 +35,7 @@ trainer = DPOTrainer(
         max_steps=options.steps,
         per_device_train_batch_size=4,
         learning_rate=5e-5,
-        save_steps=0.5,  # as a fraction of the run
+        save_steps=0.5,  # of the run
         bf16=torch.accelerator.is_available(),  # which is TRL's default on a CPU too, where it fails
         report_to="none",
     ),

@@ -1,4 +1,4 @@
-"""Train with FSDP2: A and B are sharded, every process has complete cores, and a step gathers the gradients of A and B.
+"""FSDP2: A and B are sharded with the model, their cores are whole in every process; a step gathers dL/dA and dL/dB.
 
 Usage: torchrun --nproc-per-node 2 docs/examples/fsdp2.py --output runs/fsdp2
 """
@@ -44,7 +44,7 @@ for step in range(options.steps):
         print(f"step {step + 1}: loss {loss.item():.4f} on rank 0")
 
 over.fold()
-adapter = trainable_state_dict(model)  # complete matrices; every process takes part
+adapter = trainable_state_dict(model)  # whole matrices; every process takes part
 if rank == 0:
     model.save_pretrained(options.output, state_dict=adapter)  # already a plain LoRA
     write_checkpoint(options.output, over, step=options.steps)  # and its cores, for loraover-export fold to prove it

@@ -1,4 +1,4 @@
-"""Train with Lightning's Trainer: attach LoRA-Over in `configure_optimizers`.
+"""Lightning's Trainer: attach in `configure_optimizers`. It steps with a closure, which is wrapped.
 
 Usage: python docs/examples/lightning_trainer.py --output runs/lightning
 """

@@ -1,6 +1,6 @@
-"""Train in a plain loop, with checkpoints from which a killed run repeats the same steps, bit for bit.
+"""A loop of one's own, and a checkpoint from which a killed run goes on as if nothing had happened, bit for bit.
 
-Usage: python docs/examples/plain_loop.py --output runs/plain-loop    (run it again to resume)
+Usage: python docs/examples/plain_loop.py --output runs/plain-loop    (the same again resumes it)
 
 Only safetensors and JSON are written, no pickle.
 """
@@ -42,11 +42,11 @@ def batch(tokenizer, rows):
 def save(folder):
     model.save_pretrained(folder)
     write_checkpoint(folder, over, step=len(losses))
-    state = optimizer.state_dict()  # plain matrices only; LoRA-Over's files hold the state of the cores
+    state = optimizer.state_dict()  # of plain matrices only; the cores' is in LoRA-Over's own files
     tensors = {f"{index}.{key}": value for index, entry in state["state"].items() for key, value in entry.items()}
     save_file(tensors | {"random": torch.get_rng_state()}, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps({"param_groups": state["param_groups"], "losses": losses}))
-    seal(folder)  # marks the checkpoint as complete
+    seal(folder)  # from here on it is whole
 
 
 def load(folder):

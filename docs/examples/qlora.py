@@ -1,4 +1,4 @@
-"""Train on a base model in 4 bits (bitsandbytes' nf4); A and B are in float32, as always.
+"""A base model in 4 bits (bitsandbytes' nf4): only A and B are trained, and they are in float32 anyway.
 
 Usage: python docs/examples/qlora.py --output runs/qlora
 """
@@ -40,7 +40,7 @@ trainer = Trainer(
         max_steps=options.steps,
         per_device_train_batch_size=8,
         learning_rate=5e-4,
-        save_steps=0.5,  # as a fraction of the run
+        save_steps=0.5,  # of the run
         report_to="none",
     ),
     train_dataset=data,

@@ -1,4 +1,4 @@
-"""Train with a dynamic schedule: half of the matrices become networks in three rounds, and each decision is logged.
+"""A dynamic schedule: half of the matrices become networks, in three rounds, and it says which, when and why.
 
 Usage: python docs/examples/schedule.py --output runs/schedule
 """

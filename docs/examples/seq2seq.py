@@ -1,4 +1,4 @@
-"""Train a T5 with Seq2SeqTrainer and the same callback.
+"""Seq2SeqTrainer with a T5: the same callback.
 
 Usage: python docs/examples/seq2seq.py --output runs/seq2seq
 """
@@ -36,7 +36,7 @@ trainer = Seq2SeqTrainer(
         max_steps=options.steps,
         per_device_train_batch_size=8,
         learning_rate=1e-3,
-        save_steps=0.5,  # as a fraction of the run
+        save_steps=0.5,  # of the run
         report_to="none",
     ),
     train_dataset=data,

@@ -1,4 +1,4 @@
-"""Train with TRL's SFTTrainer, which adds the LoRA to the model; the callback finds it there.
+"""TRL's SFTTrainer: it wraps the model itself, and the callback finds the LoRA.
 
 Usage: python docs/examples/sft.py --output runs/sft
 """
@@ -27,7 +27,7 @@ trainer = SFTTrainer(
         max_steps=options.steps,
         per_device_train_batch_size=8,
         learning_rate=5e-4,
-        save_steps=0.5,  # as a fraction of the run
+        save_steps=0.5,  # of the run
         bf16=torch.accelerator.is_available(),  # which is TRL's default on a CPU too, where it fails
         report_to="none",
     ),

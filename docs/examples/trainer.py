@@ -1,4 +1,4 @@
-"""Train with the Hugging Face Trainer: one callback adds LoRA-Over, and a second one makes a killed run resumable.
+"""The Hugging Face Trainer: one callback trains LoRA-Over; a second one lets a killed run go on.
 
 Usage: python docs/examples/trainer.py --output runs/trainer
 """
@@ -38,7 +38,7 @@ trainer = Trainer(
         max_steps=options.steps,
         per_device_train_batch_size=8,
         learning_rate=5e-4,
-        save_steps=0.2,  # as a fraction of the run
+        save_steps=0.2,  # of the run
         report_to="none",
     ),
     train_dataset=data,

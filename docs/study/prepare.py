@@ -1,10 +1,10 @@
-"""Write the data of the study as prompts and completions: short rows of GSM8K, QNLI and SUBJ.
+"""Data of the study as prompt and completion: short rows of GSM8K, QNLI and SUBJ.
 
     python docs/study/prepare.py DATA OUT
 
 DATA holds gsm8k/train.jsonl.gz and test.jsonl (question, answer), glue/qnli_train.jsonl and qnli_dev.jsonl
-(sentence1, sentence2, label), glue_like/subj_train.jsonl and subj_dev.jsonl (sentence, label). Calculator
-marks are removed from GSM8K's answers, and long rows are left out, so that a step takes a second or two on one core.
+(sentence1, sentence2, label), glue_like/subj_train.jsonl and subj_dev.jsonl (sentence, label). GSM8K's answers lose
+their calculator marks, and rows longer than a limit are left out, so that a step takes a second or two on one core.
 """
 
 from __future__ import annotations
