@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,9 @@ def test_serving_from_python(
 ) -> None:
     monkeypatch.setenv("LORAOVER_VLLM", str(vllm_command()))
     monkeypatch.chdir(tmp_path)  # for the log
+    with socket.socket() as probe:  # other tests start servers on port 8000 at the same time
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", probe.getsockname()[1])
     run_script("export_vllm", folded, tmp_path / "mine")
     capsys.readouterr()
     run_script("serve", tmp_path / "mine")
