@@ -55,7 +55,7 @@ def test_every_argument_of_a_public_function_is_described(package: str) -> None:
     for name in import_module(package).__all__:
         function = getattr(import_module(package), name)
         if inspect.isfunction(function):
-            sections = griffe.Docstring(inspect.getdoc(function)).parse("google", warnings=False)
+            sections = griffe.Docstring(inspect.getdoc(function)).parse("google")
             described = {
                 entry.name for section in sections if section.kind.value == "parameters" for entry in section.value
             }
