@@ -53,11 +53,16 @@ def make_trainer(
     """
     from datasets import Dataset
 
-    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio"}
+    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio", "min_lr_rate"}
     options = recipe.training.model_dump(exclude=ours, exclude_none=True)
     options |= PRECISION[recipe.training.precision]
     if recipe.training.warmup_ratio:
         options["warmup_steps"] = recipe.training.warmup_ratio  # transformers 5: below 1, a share of all steps
+    if recipe.training.min_lr_rate:
+        options |= {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": recipe.training.min_lr_rate},
+        }
     options |= {
         "output_dir": str(output / "trainer"),
         "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,

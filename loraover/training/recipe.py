@@ -113,6 +113,9 @@ class Training(_Part):
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = Field("cosine", description="Course of the learning rate.")
+    min_lr_rate: float = Field(
+        0.0, ge=0, lt=1, description="Learning rate at the end of a cosine, as a share of its peak."
+    )
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps in which the learning rate rises.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of all steps, in place of warmup_steps.")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
@@ -137,6 +140,8 @@ class Training(_Part):
             raise ValueError("give one of max_steps and num_train_epochs, the other null or not at all")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give one of warmup_steps and warmup_ratio")
+        if self.min_lr_rate and self.lr_scheduler_type != "cosine":
+            raise ValueError(f"min_lr_rate belongs to lr_scheduler_type cosine, not to {self.lr_scheduler_type}")
         return self
 
     def steps(self, examples: int) -> int:

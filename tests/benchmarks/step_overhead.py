@@ -49,7 +49,10 @@ ARMS: dict[str, dict[str, Any] | None] = {
 }
 
 
-class _Counting(TorchDispatchMode):
+_Mode: Any = TorchDispatchMode  # whose methods have no types
+
+
+class _Counting(_Mode):
     """Counts operations by name."""
 
     def __init__(self) -> None:
@@ -105,7 +108,8 @@ def make_step(config: dict[str, Any] | None) -> tuple[Callable[[], float], Calla
 
     def counted() -> _Counting:
         give()
-        with _Counting() as counting:
+        counting = _Counting()
+        with counting:
             take()
         return counting
 
