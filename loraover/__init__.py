@@ -13,11 +13,21 @@ if TYPE_CHECKING:
     from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, seal
     from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
     from loraover.checkpoint.resume import restore
+    from loraover.evaluation.results import Evaluation
+    from loraover.evaluation.run import evaluate
+    from loraover.inspection.folder import inspect_folder
+    from loraover.inspection.installation import Installation, check_installation
+    from loraover.inspection.report import FolderReport
     from loraover.overparam.config import Budget, LoraOverConfig
     from loraover.overparam.importance import Probe
     from loraover.overparam.parameterization import OverParameterization
     from loraover.overparam.sharding import trainable_state_dict
     from loraover.reporting.reporter import ConsoleReporter, Reporter
+    from loraover.study.report import StudyReport
+    from loraover.study.runner import run_study
+    from loraover.training.recipe import Recipe, load_recipe
+    from loraover.training.run import train
+    from loraover.training.run_result import RunResult, read_run
 
 
 _HOMES = {
@@ -25,16 +35,29 @@ _HOMES = {
     "Checkpoint": "checkpoint.checkpoint",
     "ConsoleReporter": "reporting.reporter",
     "DiagnosticsCallback": "callbacks.diagnostics",
+    "Evaluation": "evaluation.results",
+    "FolderReport": "inspection.report",
+    "Installation": "inspection.installation",
     "LoraOverCallback": "callbacks.loraover_callback",
     "LoraOverConfig": "overparam.config",
     "OverParameterization": "overparam.parameterization",
     "Probe": "overparam.importance",
+    "Recipe": "training.recipe",
     "Reporter": "reporting.reporter",
+    "RunResult": "training.run_result",
     "SealCheckpoints": "callbacks.seal_checkpoints",
+    "StudyReport": "study.report",
+    "check_installation": "inspection.installation",
+    "evaluate": "evaluation.run",
+    "inspect_folder": "inspection.folder",
     "last_whole_checkpoint": "callbacks.seal_checkpoints",
+    "load_recipe": "training.recipe",
     "read_checkpoint": "checkpoint.checkpoint",
+    "read_run": "training.run_result",
     "restore": "checkpoint.resume",
+    "run_study": "study.runner",
     "seal": "callbacks.seal_checkpoints",
+    "train": "training.run",
     "trainable_state_dict": "overparam.sharding",
     "write_checkpoint": "checkpoint.checkpoint",
 }
@@ -44,17 +67,30 @@ __all__ = [
     "Checkpoint",
     "ConsoleReporter",
     "DiagnosticsCallback",
+    "Evaluation",
+    "FolderReport",
+    "Installation",
     "LoraOverCallback",
     "LoraOverConfig",
     "OverParameterization",
     "Probe",
+    "Recipe",
     "Reporter",
+    "RunResult",
     "SealCheckpoints",
+    "StudyReport",
     "__version__",
+    "check_installation",
+    "evaluate",
+    "inspect_folder",
     "last_whole_checkpoint",
+    "load_recipe",
     "read_checkpoint",
+    "read_run",
     "restore",
+    "run_study",
     "seal",
+    "train",
     "trainable_state_dict",
     "write_checkpoint",
 ]

@@ -1,1 +1,46 @@
-"""Fold LoRA-Over checkpoints into plain LoRA adapters and certify the result."""
+"""Fold LoRA-Over checkpoints into plain LoRA adapters, certify them, and export them for vLLM and ONNX Runtime."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraover_export.fold.certificate import FoldCertificate
+    from loraover_export.fold.run import fold_checkpoint
+    from loraover_export.onnx.report import OnnxReport
+    from loraover_export.onnx.run import export_onnx
+    from loraover_export.vllm.certificate import VllmCertificate
+    from loraover_export.vllm.preflight import Preflight
+    from loraover_export.vllm.report import VllmReport
+    from loraover_export.vllm.run import export_vllm
+
+
+_HOMES = {
+    "FoldCertificate": "fold.certificate",
+    "OnnxReport": "onnx.report",
+    "Preflight": "vllm.preflight",
+    "VllmCertificate": "vllm.certificate",
+    "VllmReport": "vllm.report",
+    "export_onnx": "onnx.run",
+    "export_vllm": "vllm.run",
+    "fold_checkpoint": "fold.run",
+}
+
+__all__ = [
+    "FoldCertificate",
+    "OnnxReport",
+    "Preflight",
+    "VllmCertificate",
+    "VllmReport",
+    "export_onnx",
+    "export_vllm",
+    "fold_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that commands start fast."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loraover_export' has no attribute {name!r}")
+    return getattr(import_module(f"loraover_export.{_HOMES[name]}"), name)

@@ -8,17 +8,19 @@ from loraover.common.command_line import LazyGroup, entry_point
 
 COMMANDS = {
     "train": "loraover.cli.train:train",
-    "compare": "loraover.cli.compare:compare",
-    "schedule": "loraover.cli.schedule:schedule",
     "study": "loraover.cli.study:study",
+    "compare": "loraover.cli.compare:compare",
     "eval": "loraover.cli.evaluate:evaluate_command",
+    "inspect": "loraover.cli.inspect:inspect",
+    "recipes": "loraover.cli.recipes:recipes",
+    "doctor": "loraover.cli.doctor:doctor",
 }
 
 
-@click.group(cls=LazyGroup, commands_at=COMMANDS, plugins="loraover.commands")
+@click.group(cls=LazyGroup, commands_at=COMMANDS, plugins="loraover.commands", renamed={"schedule": "inspect"})
 @click.version_option(package_name="loraover")
 def cli() -> None:
-    """Train LoRA adapters with more capacity, ship plain LoRA."""
+    """Train LoRA adapters with extra capacity during training, and ship plain LoRA."""
 
 
 main = entry_point(cli)

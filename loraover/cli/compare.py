@@ -6,12 +6,14 @@ from pathlib import Path
 
 import click
 
+from loraover.common.command_line import Command
 
-@click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+
+@click.command(cls=Command, examples=["loraover compare runs/demo-1 runs/demo-2"])
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def compare(runs: tuple[Path, ...], as_json: bool) -> None:
-    """Show finished RUNS side by side."""
+    """Show finished runs side by side: method, data, parameters, losses. Each RUN is a folder of `loraover train`."""
     import json
 
     from loraover.training.run_result import read_run
@@ -20,15 +22,8 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
         print(json.dumps({run: result.model_dump(mode="json") for run, result in results.items()}, indent=1))
         return
-    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(box=SIMPLE)
-    table.add_column("")
-    for run in results:
-        table.add_column(escape(run), overflow="fold")
-    for name in dict.fromkeys(name for result in results.values() for name in result.facts()):
-        table.add_row(name, *(escape(result.facts().get(name, "")) for result in results.values()))
-    Console().print(table)
+    from loraover.training.show import show_runs
+
+    show_runs(results, Console())

@@ -5,33 +5,53 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from loraover.training.recipe import Recipe
+from loraover.common.command_line import Command
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "loraover train demo",
+        "loraover train gsm8k-smollm2 --method lora --learning-rate 1e-3 -o runs/plain",
+        "loraover train demo --set over.decomposition=svd --plan",
+        "loraover train demo --resume",
+    ],
+    renamed={"--base": "--push-model"},
+)
 @click.argument("recipe")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder for the run.")
 @click.option(
-    "--method", type=click.Choice(["lora", "lora-over", "full"]), help="Plain LoRA, LoRA-Over, or all weights."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="New folder for the run. Default: runs/RECIPE-N with the first free number N; with --resume, the newest "
+    "unfinished run of the recipe there.",
+)
+@click.option(
+    "--method", type=click.Choice(["lora", "lora-over", "full"]), help="Train plain LoRA, LoRA-Over, or all weights."
 )
 @click.option("--model", help="Base model: folder or hub name.")
-@click.option("--data", help="Training data: JSONL file, folder, hub name or 'word-problems'.")
-@click.option("--test-data", help="Held-out data, likewise.")
-@click.option("--steps", type=int, help="Optimizer steps, in place of epochs.")
-@click.option("--learning-rate", type=float)
-@click.option("--seed", type=int)
+@click.option("--data", help="Training data: JSONL file, folder, hub name, or 'word-problems' (built in).")
+@click.option("--test-data", help="Held-out data: JSONL file, folder or hub name.")
+@click.option("--steps", type=int, help="Number of optimizer steps, in place of epochs.")
+@click.option("--learning-rate", type=float, help="Peak learning rate.")
+@click.option("--seed", type=int, help="Seed of weights, data order and built-in data.")
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key, e.g. over.decomposition=svd."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Value of any other key of the recipe, such as over.decomposition=svd. Can be repeated.",
 )
-@click.option("--base", help="Base model that a pushed adapter names in place of the stand-in that it was trained on.")
-@click.option("--resume", is_flag=True, help="Continue the run in OUTPUT from its last whole checkpoint.")
-@click.option("--plan", is_flag=True, help="Say what the run would take, and do nothing: no weights are read.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--push-model", help="Base model that a pushed adapter names in place of the stand-in that it was trained on."
+)
+@click.option("--resume", is_flag=True, help="Continue the run in the output folder from its last complete checkpoint.")
+@click.option("--plan", is_flag=True, help="Print memory, steps and tokens that the run would need, and train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result, or the plan, as JSON.")
 def train(
     recipe: str,
     output: Path | None,
@@ -43,14 +63,12 @@ def train(
     learning_rate: float | None,
     seed: int | None,
     settings: tuple[str, ...],
-    base: str | None,
+    push_model: str | None,
     resume: bool,
     plan: bool,
     as_json: bool,
 ) -> None:
-    """Train an adapter as RECIPE says: the name of a recipe that ships, or a YAML file."""
-    if output is None and not plan:
-        raise click.UsageError("give the folder for the run with -o, or --plan.")
+    """Train an adapter as RECIPE says: the name of a recipe that ships (see `loraover recipes`), or a YAML file."""
     from rich.console import Console
 
     from loraover.common.command_line import quiet_libraries
@@ -64,7 +82,7 @@ def train(
         "training.max_steps": steps,
         "training.learning_rate": learning_rate,
         "training.seed": seed,
-        "push_base": base,
+        "push_model": push_model,
     }
     overrides: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     if steps is not None:
@@ -72,35 +90,35 @@ def train(
     overrides |= dict(parse_override(setting) for setting in settings)
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
-    if plan:
-        _show_plan(loaded, as_json)
-        return
-    assert output is not None
-    from loraover.reporting.reporter import ConsoleReporter
-    from loraover.training.run import product
-    from loraover.training.run import train as run
-
     console = Console(stderr=as_json)
-    typed = shlex.join(["loraover", *(word for word in sys.argv[1:] if word != "--resume")])  # also runs from the start
+    if plan:
+        from loraover.training.plan import make_plan
+        from loraover.training.show import show_plan
+
+        found = make_plan(loaded)
+        if as_json:
+            print(found.model_dump_json(indent=1))
+        else:
+            show_plan(found, console)
+        return
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover.training.run import train as run
+    from loraover.training.run_folder import new_run_folder, newest_unfinished, product
+
+    words = [word for word in sys.argv[1:] if word != "--resume"]  # the card's command runs from the start
+    typed = shlex.join(["loraover", *words])
+    report = ConsoleReporter(console)
+    folder = output or (newest_unfinished(recipe) if resume else new_run_folder(recipe))
+    if output is None:
+        report.line(f"run: {folder}")
     try:
-        result = run(loaded, output, resume=resume, report=ConsoleReporter(console), command=typed)
+        result = run(loaded, folder, resume=resume, report=report, command=typed)
     except KeyboardInterrupt:
-        if output.exists():
-            click.echo("to go on from the last whole checkpoint, run the same command with --resume", err=True)
+        if folder.exists():
+            again = [*words, "--resume", *(() if output is not None else ("-o", str(folder)))]
+            click.echo(f"To continue from the last complete checkpoint: {shlex.join(['loraover', *again])}", err=True)
         raise
-    made = product(loaded, output)
-    console.print(f"{made.name}: {made}", soft_wrap=True, markup=False)
+    made = product(loaded, folder)
+    report.line(f"{made.name}: {made}")
     if as_json:
         print(result.model_dump_json(indent=1))
-
-
-def _show_plan(recipe: Recipe, as_json: bool) -> None:
-    from loraover.training.plan import ASSUMPTION, make_plan
-
-    found = make_plan(recipe)
-    if as_json:
-        print(found.model_dump_json(indent=1))
-        return
-    for name, value in found.facts().items():
-        click.echo(f"{name:<18}{value}")
-    click.echo(ASSUMPTION)

@@ -22,6 +22,7 @@ import click
 
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.quiet import ignore_idle_warnings
 
 # Keeps it private which models a user trains; huggingface_hub reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -205,7 +206,6 @@ def entry_point(command: click.Command) -> Callable[[], Any]:
 def quiet_libraries() -> None:
     """Hide the warnings and progress bars of libraries in a command's output; their errors still show."""
     import logging
-    import warnings
 
     if not sys.stderr.isatty():  # both are read when the library is imported
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -215,11 +215,4 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl|accelerate)\b.*")
-    for message in (
-        "Unable to fetch remote file",  # PEFT looks for the base model's config on the hub at every save
-        "Could not find a config file",
-        "'pin_memory' argument is set as true",
-        "`past_key_values` is deprecated",  # a cache's old name, which older transformers know
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}")
+    ignore_idle_warnings()

@@ -1,4 +1,4 @@
-"""The benchmarks of `loraover eval`; a new one is one line here."""
+"""Benchmarks of `loraover eval`. A new one is a line in `TASKS`."""
 
 from __future__ import annotations
 

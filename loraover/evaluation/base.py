@@ -1,4 +1,4 @@
-"""What a benchmark supplies."""
+"""Base class of benchmarks, and readers of their questions."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ class Options:
     """What the user asked for, whatever the task.
 
     Args:
-        data: file, folder or hub name of the questions; None: where the task has them from.
-        examples: number of questions, the first ones; None: all.
-        max_new_tokens: of an answer; None: the task's own.
-        chat: use the chat template where a task leaves that open; None: if the tokenizer has one.
-        judge: of open answers.
+        data: File, folder or hub name with the questions; None: the task's data set on the hub.
+        limit: Number of questions, from the first; None: all.
+        max_new_tokens: Largest number of tokens in an answer; None: the task's number.
+        apply_chat_template: Whether to put questions into the tokenizer's chat template, where the task leaves that
+            open; None: if there is one.
+        allow_code_execution: Whether code that a model writes may run, in a sandbox.
+        judge: Model that rates open answers.
     """
 
     data: str | None = None
-    examples: int | None = None
+    limit: int | None = None
     max_new_tokens: int | None = None
-    chat: bool | None = None
+    apply_chat_template: bool | None = None
     allow_code_execution: bool = False
     judge: Judge | None = None
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Checked rows, and where they come from."""
+    """Checked rows, and their origin for people."""
 
     rows: list[Row]
     origin: str
@@ -50,12 +52,14 @@ class Questions:
 
 @dataclass(frozen=True)
 class Example:
-    """One question's outcome.
+    """One question and its answer.
 
     Args:
-        score: 1 right, 0 wrong, or on the task's scale; None: no score could be had.
-        expected: the right answer, where there is one.
-        note: why, where the score does not say it.
+        id: Name of the question.
+        score: 1 for right, 0 for wrong, or a value on the task's scale; None: there is no score.
+        answer: What the model answered.
+        expected: The right answer, where there is one.
+        note: Reason of the score, where the answer does not show it.
     """
 
     id: str
@@ -67,7 +71,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """One model's measures by name, and the examples behind them."""
+    """Measures of one model by name, and the examples behind them."""
 
     measures: dict[str, float]
     examples: list[Example]
@@ -77,21 +81,30 @@ Keep = Callable[[list[Example]], None]
 
 
 class Task(ABC):
-    """A benchmark."""
+    """A benchmark.
+
+    Attributes:
+        is_right_or_wrong: Whether a score is 1 or 0.
+        max_new_tokens: Largest number of tokens in an answer, unless the user asks for another.
+        packages: Packages whose versions change the figures.
+    """
 
     is_right_or_wrong: bool = True
     max_new_tokens: int
-    packages: tuple[str, ...] = ()  # whose versions the figures depend on
+    packages: tuple[str, ...] = ()
 
     def check(self, options: Options) -> None:  # noqa: B027, most tasks need nothing
-        """Raise ConfigError if the options are not enough; nothing has been loaded yet."""
+        """Raise ConfigError if an option is missing; nothing has been loaded yet."""
 
     @abstractmethod
     def read(self, options: Options) -> Questions:
-        """The questions.
+        """Read the questions.
+
+        Args:
+            options: What the user asked for.
 
         Raises:
-            DataError: no such data, or a row that lacks a field; the row is numbered.
+            DataError: no such data, or a row that lacks a field; the message has the row's number.
         """
 
     @abstractmethod
@@ -101,36 +114,51 @@ class Task(ABC):
         """Put the questions to one model.
 
         Args:
-            keep: takes answers that `rate` can go on with, where scores are another service's.
+            subject: The model.
+            questions: What `read` returned.
+            options: What the user asked for.
+            report: Receiver of progress.
+            keep: Called with the answers before another service scores them, so that `rate` can do it later.
 
         Raises:
-            LoraOverError: the model or its engine cannot answer them, or nobody scores them.
+            LoraOverError: the model or its engine cannot answer, or the answers cannot be scored.
         """
 
     def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> TaskScores:
-        """Score answers that were kept, which only tasks that another service scores do.
+        """Score answers that were kept; only tasks that another service scores do this.
+
+        Args:
+            answered: The answers, in the order of the questions.
+            questions: What `read` returned.
+            options: What the user asked for.
+            report: Receiver of progress.
 
         Raises:
-            DataError: they are not answers to these questions, or of no such task.
-            EngineError: nobody scores them.
+            DataError: the answers belong to other questions, or to another task.
+            EngineError: the service scores none of them.
         """
-        raise DataError("the file holds answers without scores, which this task never leaves; name a new file.")
+        raise DataError("the file holds answers without scores, which this task never writes; name a new file.")
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
-        """What else a reader needs to know to repeat the figures."""
+        """Settings of the task that a reader needs to repeat the figures."""
         return {}
 
 
 def uses_chat(options: Options, tokenizer: Any) -> bool:
-    """Whether questions go into the chat template.
+    """Whether questions are put into the chat template.
+
+    Args:
+        options: What the user asked for.
+        tokenizer: The model's tokenizer.
 
     Raises:
-        ConfigError: there should be one, and is none.
+        ConfigError: the user asked for a template that the tokenizer does not have.
     """
     has_template = tokenizer.chat_template is not None
-    if options.chat and not has_template:
-        raise ConfigError("--chat: the model's tokenizer has no chat template.")
-    return has_template if options.chat is None else options.chat
+    wanted = options.apply_chat_template
+    if wanted and not has_template:
+        raise ConfigError("--apply-chat-template: the model's tokenizer has no chat template.")
+    return has_template if wanted is None else wanted
 
 
 def read_questions(
@@ -141,10 +169,14 @@ def read_questions(
     subset: str | None = None,
     limit: int | None,
 ) -> Questions:
-    """The first rows of a data source, each checked.
+    """Read and check the first rows of a data source.
 
     Args:
-        read: makes a question of a row; the string says which row it is.
+        source: File, folder or hub name.
+        read: Function from a row, and a text that names the row, to a question.
+        split: Split to read, where the source has several.
+        subset: Configuration on the hub.
+        limit: Number of rows; None: all.
 
     Raises:
         DataError: see `Task.read`.
@@ -164,10 +196,16 @@ def read_questions(
 
 
 def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, *, may_be_empty: bool = False) -> str:
-    """The text under the first of these names.
+    """Read the text under the first of these names that the row has.
+
+    Args:
+        row: The row.
+        names: Names that the field may have.
+        where: Name of the row, for messages.
+        may_be_empty: Whether an empty text is valid.
 
     Raises:
-        DataError: none of them, or no text there.
+        DataError: the row has none of the names, or no text there.
     """
     name = next((name for name in names if name in row), None)
     if name is None:
@@ -181,10 +219,15 @@ def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, *, ma
 
 
 def label_field(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> int:
-    """The number of the label, which may be written as number or name.
+    """Read the number of the label, which may be written as a number or a name.
+
+    Args:
+        row: The row.
+        names: Name of each label, by number.
+        where: Name of the row, for messages.
 
     Raises:
-        DataError: neither.
+        DataError: the field holds neither.
     """
     label = row.get("label")
     if isinstance(label, str) and label in names:

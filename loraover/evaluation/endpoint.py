@@ -20,20 +20,20 @@ PAUSES_S = (1.0, 4.0)
 
 
 class UnansweredError(EngineError):
-    """A request that came to nothing, though the same one might succeed later."""
+    """A request that failed, though the same one might succeed later."""
 
 
 class UnfitRequestError(EngineError):
-    """A request that the server refuses for what it holds, such as a text beyond the model's context."""
+    """A request that the server refuses for its content, such as a text that exceeds the model's context."""
 
 
 class Endpoint:
     """One OpenAI-compatible server.
 
     Args:
-        url: the server's address, with or without the final `/v1`.
-        key_variable: environment variable with the key; it is sent to the server and shown to nobody.
-        timeout_s: longest silence, in seconds.
+        url: The server's address, with or without the final `/v1`.
+        key_variable: Environment variable with the key; it is sent to the server and shown to nobody.
+        timeout_s: Longest silence, in seconds.
 
     Raises:
         ConfigError: not an HTTP address, no such variable, a key that no header can carry, or a proxy that cannot
@@ -61,16 +61,28 @@ class Endpoint:
             raise ConfigError(f"{host}: the environment's proxy cannot be used: {error}") from error
 
     def complete(self, model: str, prompt: str, *, max_tokens: int, stop: Sequence[str] = ()) -> str:
-        """The greedy continuation of a text.
+        """Ask for the greedy continuation of a text.
+
+        Args:
+            model: Name of the model on the server.
+            prompt: The text.
+            max_tokens: Largest number of tokens in the continuation.
+            stop: Texts before which it ends.
 
         Raises:
-            EngineError: the server refused, or did not answer although it was asked again.
+            EngineError: the server refused, or did not answer repeated requests.
         """
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0} | ({"stop": list(stop)} if stop else {})
         return self._insist("/completions", {"model": model, **body}, "text")
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
-        """The answer to a conversation.
+        """Ask for the answer to a conversation.
+
+        Args:
+            model: Name of the model on the server.
+            messages: The conversation, each message with `role` and `content`.
+            max_tokens: Largest number of tokens in the answer.
+            temperature: Temperature of sampling; 0 is greedy.
 
         Raises:
             EngineError: see `complete`.
@@ -79,7 +91,7 @@ class Endpoint:
         return self._insist("/chat/completions", {"model": model, **body}, "message", "content")
 
     def _insist(self, path: str, body: dict[str, Any], *keys: str) -> str:
-        """The text under these keys of the first choice; asks again after a pause where that may help."""
+        """Text under these keys of the first choice; the request is repeated after a pause where that may help."""
         for pause in PAUSES_S:
             try:
                 return _text(self._request(path, body), *keys)
@@ -104,15 +116,15 @@ class Endpoint:
         return kind(self.hidden(f"{self.url}{path}: the server answered {status}: {explanation(response)}"))
 
     def hidden(self, text: str) -> str:
-        """The text without the key, which a server may repeat; what it says is shown and kept."""
+        """The text with the key replaced: servers may repeat it, and their words are shown and kept."""
         return text.replace(self._key, "***") if self._key else text
 
 
 def _host(url: str) -> str:
-    """The host of a server's address.
+    """Host of a server's address.
 
     Raises:
-        ConfigError: no address of HTTP, or one with a user or a query.
+        ConfigError: not an HTTP address, or one with a user or a query.
     """
     try:
         parts = httpx2.URL(url)
@@ -121,18 +133,18 @@ def _host(url: str) -> str:
         is_address = False
     if is_address:
         return parts.host
-    shown = "what was given" if "@" in url or "?" in url else repr(url)  # there, it may hold a secret
+    shown = "the address" if "@" in url or "?" in url else repr(url)  # there, it may hold a secret
     raise ConfigError(
-        f"{shown} is no address of a server; expected e.g. http://localhost:8000/v1, without user or query."
+        f"{shown} is not the address of a server; expected e.g. http://localhost:8000/v1, without user or query."
     )
 
 
 def _text(answer: Any, *keys: str) -> str:
-    """What a model said; half a character, which JSON can hold and no file can, becomes a question mark."""
+    """Text of an answer; half a character, which JSON can hold but a file cannot, becomes a question mark."""
     try:
         found = answer["choices"][0]
         for key in keys:
             found = found[key]
     except (LookupError, TypeError) as error:
         raise UnansweredError(f"the server's answer holds no text: {answer!r:.300}") from error
-    return found.encode(errors="replace").decode() if isinstance(found, str) else ""  # null: it says nothing
+    return found.encode(errors="replace").decode() if isinstance(found, str) else ""  # null: an empty answer

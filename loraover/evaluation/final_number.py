@@ -1,4 +1,4 @@
-"""Final answers in generated text."""
+"""Final numbers in generated text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _NUMBER = re.compile(r"[-+−]?\s?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, or else the last number; None without one.
+    """Read the number after the last `####`, or else the last number; None if there is none.
 
     Thousands separators, currency signs and units around the number are ignored: "#### $1,234.50 each" is 1234.50.
     A sign counts where it stands before a number as in "is -3"; "9-5", "9 - 5", "(9)-5" and "9%-5%" end in 5, and so

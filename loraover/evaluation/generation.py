@@ -1,4 +1,4 @@
-"""Greedy answers of a model in memory."""
+"""Greedy answers from a model in memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ def greedy_answers(
     stop: Sequence[str] = (),
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """The most likely continuation of every prompt, token by token, without special tokens.
+    """Continue every prompt with the most likely token at each position; special tokens are left out.
 
     Args:
-        prompts: all text, or all chats, which the tokenizer's template writes out.
-        max_new_tokens: per prompt.
-        batch_size: prompts continued together, left-padded.
-        stop: texts after which an answer need not go on; it may hold more.
-        on_batch: told how many prompts are done.
+        model: A causal model or an encoder-decoder.
+        tokenizer: Its tokenizer.
+        prompts: Only texts, or only chats, to which the tokenizer's template is applied.
+        max_new_tokens: Largest number of tokens in an answer.
+        batch_size: Number of prompts continued together, left-padded.
+        stop: Texts after which an answer may end; it may also be longer.
+        on_batch: Called with the number of prompts that are done.
     """
     was_training = model.training
     model.eval()
@@ -49,18 +51,18 @@ def greedy_answers(
             pad_token_id=tokenizer.pad_token_id,
             **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
         )
-        whole = tokenizer.batch_decode(generated, skip_special_tokens=True)
-        if not model.config.is_encoder_decoder:  # decoded alone, a continuation may lose its first space, as of LLaMA 2
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        if not model.config.is_encoder_decoder:  # decoded alone, a continuation may lose its first space (LLaMA 2)
             asked = tokenizer.batch_decode(encoded.input_ids, skip_special_tokens=True)
-            whole = [text[len(prompt) :] for text, prompt in zip(whole, asked, strict=True)]
-        answers += whole
+            texts = [text[len(prompt) :] for text, prompt in zip(texts, asked, strict=True)]
+        answers += texts
         on_batch(len(answers))
     model.train(was_training)
     return answers
 
 
 def prompt_text(prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:
-    """What a model reads: the text, or the chat as the tokenizer's template writes it out."""
+    """Text that a model reads: the prompt, or the chat in the tokenizer's template."""
     if isinstance(prompt, str):
         return prompt
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))

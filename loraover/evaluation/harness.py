@@ -1,7 +1,7 @@
-"""Benchmarks of lm-evaluation-harness: its own tasks, with our reading of the data.
+"""Benchmarks of lm-evaluation-harness: tasks from its files, on rows that we read.
 
-Source: Gao et al. 2024, doi:10.5281/zenodo.12608602. Departures: no examples before the question, the chat template
-around it where the model has one, and GSM8K's answers are compared as numbers.
+Source: Gao et al. 2024, doi:10.5281/zenodo.12608602. Departures: no examples precede the question, it is put into the
+chat template if the model has one, and GSM8K's answers are compared as numbers.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class HarnessTask(Task):
     """A task as the harness defines it.
 
     Args:
-        name: the task's name in the harness.
-        folder: the folder below the harness's `lm_eval/tasks` that defines it.
-        hub: name, subset and split of the questions.
-        fields: fields of the harness's rows, each with the names that it may have in a file.
-        labels: names by which a file may call the choices, instead of by number; none where an answer is a number.
+        name: The task's name in the harness.
+        folder: Folder, below the harness's `lm_eval/tasks`, that defines it.
+        hub: Name, configuration and split of the questions on the hub.
+        fields: Fields of the harness's rows, each with the names that it may have in a file.
+        labels: Names of the choices, which a file may use in place of numbers; empty where an answer is a number.
     """
 
     name: str
@@ -59,15 +59,15 @@ class HarnessTask(Task):
     def read(self, options: Options) -> Questions:
         name, subset, split = self.hub
         if options.data is not None:
-            return read_questions(options.data, self._question, split=split, limit=options.examples)
-        return read_questions(name, self._question, split=split, subset=subset, limit=options.examples)
+            return read_questions(options.data, self._question, split=split, limit=options.limit)
+        return read_questions(name, self._question, split=split, subset=subset, limit=options.limit)
 
     def measure(
         self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
     ) -> TaskScores:
         from lm_eval import simple_evaluate
 
-        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)  # its errors show a request with its key
+        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)  # again, since its import sets the level
         found = simple_evaluate(
             model=subject.harness_model(),
             tasks=[self.harness_task(questions)],
@@ -88,7 +88,7 @@ class HarnessTask(Task):
         return {"prompt": "chat template" if uses_chat(options, tokenizer) else "plain text", "shots": "0"}
 
     def _question(self, row: Mapping[str, Any], where: str) -> Row:
-        is_glue = bool(self.labels)  # where an empty sentence is data
+        is_glue = bool(self.labels)  # GLUE has empty sentences
         found: Row = {name: text_field(row, n, where, may_be_empty=is_glue) for name, n in self.fields.items()}
         if self.labels:
             found["label"] = label_field(row, self.labels, where)
@@ -121,7 +121,7 @@ class HarnessTask(Task):
         return self._tasks().load(group)["tasks"][self.name]
 
     def _tasks(self) -> Any:
-        """The harness's index of the one folder; that of all its tasks takes many seconds to build."""
+        """The harness's index of one folder; an index of all its tasks takes many seconds."""
         import lm_eval.tasks
 
         folder = Path(lm_eval.tasks.__file__).parent / self.folder
@@ -129,6 +129,6 @@ class HarnessTask(Task):
 
 
 def number_matches(row: Mapping[str, Any], answers: list[str]) -> dict[str, float]:
-    """Whether the answer's final number is the reference's, however it is written."""
+    """Score 1 if the answer's final number equals the reference's, whatever its format."""
     found = final_number(answers[0])
     return {"exact_match": float(found is not None and found == final_number(row["answer"]))}

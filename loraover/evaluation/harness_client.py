@@ -1,4 +1,4 @@
-"""The harness's client of an endpoint, with errors that carry no key."""
+"""The harness's client for an endpoint, with errors that do not show the key."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from requests import RequestException
 from loraover.common.errors import EngineError
 from loraover.evaluation.endpoint import Endpoint
 
-FAULTS = (ClientError, RequestException, TimeoutError, LookupError, TypeError)  # the last two: no logprobs in there
+FAULTS = (
+    ClientError,
+    RequestException,
+    TimeoutError,
+    LookupError,
+    TypeError,
+)  # the last two: an answer without logprobs
 
 
 class HarnessClient(LocalCompletionsAPI):
-    """Asks one server.
+    """Client for one server.
 
-    aiohttp's errors show the headers that were sent, and asyncio logs the errors of requests that nobody waits for any
-    more; so they are replaced in the request itself.
+    aiohttp's errors show the headers that were sent, and asyncio logs errors of requests that were given up, so each
+    error is replaced inside the request.
 
     Args:
-        options: of `LocalCompletionsAPI`.
+        endpoint: The server.
+        options: Options of `LocalCompletionsAPI`.
     """
 
     def __init__(self, endpoint: Endpoint, **options: Any) -> None:
@@ -48,5 +55,5 @@ class HarnessClient(LocalCompletionsAPI):
         try:
             yield
         except FAULTS as error:
-            said = self._endpoint.hidden(f"{type(error).__name__}: {error}")
-            raise EngineError(f"{self.base_url}: the endpoint gave no usable answer: {said}") from None
+            fault = self._endpoint.hidden(f"{type(error).__name__}: {error}")
+            raise EngineError(f"{self.base_url}: the endpoint gave no usable answer: {fault}") from None

@@ -1,4 +1,4 @@
-"""The harness's model in memory, which refuses what the harness would cut without a word."""
+"""The harness's model in memory, which refuses questions that the harness would cut silently."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from loraover.common.errors import DataError
 
 
 class HarnessModel(HFLM):
-    """Answers whole questions only.
+    """Model that answers complete questions only.
 
     Raises:
-        DataError: a question that, with its answer, is beyond the model's context; nothing has been asked yet.
+        DataError: a question and its answer exceed the model's context; nothing has been asked yet.
     """
 
     def generate_until(self, requests: Sequence[Any], **named: Any) -> Any:
-        is_apart = self.backend == "seq2seq"  # what its decoder writes takes no room in its encoder
+        is_apart = self.backend == "seq2seq"  # the decoder's answer takes no room in the encoder
         for request in requests:
             prompt, options = request.args
             self._check_room(request, len(self.tok_encode(prompt)) + (0 if is_apart else options["max_gen_toks"]))
@@ -32,7 +32,7 @@ class HarnessModel(HFLM):
     def _check_room(self, request: Any, tokens: int) -> None:
         if tokens > self.max_length:
             raise DataError(
-                f"question {request.doc_id + 1}: with room for its answer it has {tokens} tokens, the model's context "
+                f"question {request.doc_id + 1}: it needs {tokens} tokens with its answer, but the model's context has "
                 f"{self.max_length}; leave it out of --data, lower --max-new-tokens, or take a model with a longer "
                 "context."
             )

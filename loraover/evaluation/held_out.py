@@ -1,4 +1,4 @@
-"""Held-out measures of a language model."""
+"""Measures of a language model on held-out examples."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def exact_match(
     """Share of examples whose greedily generated answer equals the reference.
 
     Args:
-        rows: with `prompt` and `completion`, strings or chat messages.
-        max_new_tokens: per example.
-        batch_size: examples generated together, left-padded.
-        answer: what is compared: the final number, or the whole text but for white space around it.
-        on_batch: told how many examples are done.
+        model: A causal model or an encoder-decoder.
+        tokenizer: Its tokenizer.
+        rows: Examples with `prompt` and `completion`, each a text or chat messages.
+        max_new_tokens: Largest number of tokens in an answer.
+        batch_size: Number of examples generated together, left-padded.
+        answer: What is compared: the final number, or the text without white space around it.
+        on_batch: Called with the number of examples that are done.
 
     Returns:
-        0 to 1. Where numbers are compared, an answer without one is wrong.
+        A share from 0 to 1. Where numbers are compared, an answer without one is wrong.
     """
     answers = greedy_answers(
         model,
@@ -50,7 +52,7 @@ def exact_match(
 
 
 class Scored(NamedTuple):
-    """One example's completion under a model: its negative log-likelihood in nats, and its tokens."""
+    """Negative log-likelihood of one completion, in nats, and its number of tokens."""
 
     nats: float
     tokens: int
@@ -58,14 +60,15 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def example_losses(model: Any, batches: Iterable[dict[str, Any]]) -> list[Scored]:
-    """Every example's loss on its completion, in order.
+    """Loss of each example on its completion, in order.
 
     Args:
-        batches: collated, with `labels` of -100 where a token does not count.
+        model: A causal model or an encoder-decoder.
+        batches: Collated batches, whose `labels` are -100 where a token does not count.
     """
     was_training = model.training
     model.eval()
-    shift = 0 if model.config.is_encoder_decoder else 1  # the first label of a causal model is predicted by nothing
+    shift = 0 if model.config.is_encoder_decoder else 1  # a causal model does not predict its first label
     found = []
     for batch in batches:
         labels = batch["labels"][:, shift:]

@@ -1,7 +1,7 @@
-"""HumanEval: functions completed from their docstring, and their unit tests run.
+"""HumanEval: functions that a model completes from their docstring, judged by unit tests.
 
-Source: Chen et al. 2021, arXiv:2107.03374. Departures: one greedy sample for each problem, so pass@1 has no estimator,
-and the end of a Markdown block ends the function too, as an instructed model writes it.
+Source: Chen et al. 2021, arXiv:2107.03374. Departures: pass@1 is the share of problems whose one greedy answer passes,
+and the end of a Markdown block also ends a function, since instructed models write one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STOPS = (
     "\nif",
     "\nprint",
     "\n```",
-)  # but for the last, section 2.1 of the paper; what follows is no part of the function
+)  # the first five are from section 2.1 of the paper; a function ends before each of them
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 
 
@@ -52,13 +52,12 @@ class HumanEval(Task):
     def check(self, options: Options) -> None:
         if not options.allow_code_execution:
             raise ConfigError(
-                "humaneval runs the code that a model writes. It is held in a sandbox; to agree, add "
-                "--allow-code-execution."
+                "humaneval runs code that a model writes, in a sandbox. To agree, add --allow-code-execution."
             )
         check_sandbox()
 
     def read(self, options: Options) -> Questions:
-        return read_questions(options.data or self.hub, _problem, split="test", limit=options.examples)
+        return read_questions(options.data or self.hub, _problem, split="test", limit=options.limit)
 
     def measure(
         self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
@@ -86,7 +85,7 @@ class HumanEval(Task):
 
 
 def program(problem: Mapping[str, Any], body: str) -> str:
-    """What is run: the function, its tests, and the call that starts them."""
+    """Program to run: the function, its tests, and the call that starts them."""
     return f"{problem['prompt']}{body}\n{problem['test']}\ncheck({problem['entry_point']})\n"
 
 

@@ -1,7 +1,7 @@
 """MT-Bench: eighty conversations of two turns, rated by a judge.
 
-Source: Zheng et al. 2023, arXiv:2306.05685. Departure: answers are greedy; FastChat samples in some categories.
-Without a chat template, questions are asked in Alpaca's prompt (Taori et al. 2023), as recipes train instructions.
+Source: Zheng et al. 2023, arXiv:2306.05685. Departure: answers are greedy, where FastChat samples in some categories.
+Without a chat template, questions are put into Alpaca's prompt (Taori et al. 2023), with which the recipes train.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ REQUESTS_AT_A_TIME = 4
 
 @dataclass(frozen=True)
 class MtBench(Task):
-    """Mean rating, from 1 to 10."""
+    """Mean rating, 1 to 10, by another model: the judge."""
 
     is_right_or_wrong: bool = False
     max_new_tokens: int = 1024
@@ -68,7 +68,7 @@ class MtBench(Task):
             raise DataError(f"{folder / PROMPTS}: has no prompt named {lacking[0]!r}.")
         file = next((folder / name for name in REFERENCES if (folder / name).is_file()), folder / REFERENCES[0])
         references = {row["question_id"]: row["turns"] for row in _rows(file, _reference)}
-        found = read_questions(str(folder / QUESTIONS), _question, split="test", limit=options.examples)
+        found = read_questions(str(folder / QUESTIONS), _question, split="test", limit=options.limit)
         for row in found.rows:
             row["references"] = None
             if row["category"] in WITH_REFERENCE:
@@ -97,7 +97,7 @@ class MtBench(Task):
         judge = options.judge
         assert judge is not None
         if [example.id for example in answered] != _names(questions):
-            raise DataError("the answers that were kept are not those to these questions; name a new file.")
+            raise DataError("the answers in the file belong to other questions; name a new file.")
         texts = [example.answer for example in answered]
         asked = [
             (row, turn, [first, second])
@@ -106,8 +106,8 @@ class MtBench(Task):
         ]
         verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
         if all(verdict.rating is None for verdict in verdicts):
-            said = f"of the first one it said: {verdicts[0].text:.500}"
-            raise EngineError(f"judge {judge.name} at {judge.endpoint.url}: has rated none of the answers; {said}")
+            first = f"its reply to the first one: {verdicts[0].text:.500}"
+            raise EngineError(f"judge {judge.name} at {judge.endpoint.url}: rated none of the answers; {first}")
         examples = [
             replace(example, score=verdict.rating, note=verdict.text)
             for example, verdict in zip(answered, verdicts, strict=True)
@@ -124,12 +124,12 @@ class MtBench(Task):
 
 
 def _names(questions: Questions) -> list[str]:
-    """Of all answers, in order."""
+    """Name of each answer, in order."""
     return [f"{row['question_id']}, turn {turn}" for row in questions.rows for turn in (1, 2)]
 
 
 def _answers(subject: Subject, chats: list[Chat], options: Options, max_new_tokens: int, report: Reporter) -> list[str]:
-    """To the last question of each conversation."""
+    """Answer the last question of each conversation."""
     if uses_chat(options, subject.tokenizer):
         return [text.strip() for text in subject.chat(chats, max_new_tokens=max_new_tokens, report=report)]
     prompts = []
@@ -155,12 +155,12 @@ def _rate(judge: Judge, row: Row, turn: int, answers: list[str]) -> Rating:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with its {names} replaced; braces in the values, as in code, stay as they are."""
+    """Replace the {names} in a template; braces in the values, as in code, stay as they are."""
     return template.format_map(values)
 
 
 def _means(examples: list[Example]) -> dict[str, float]:
-    """Over the answers that were rated; a measure without any is left out."""
+    """Mean rating of all answers and of each turn, over those that were rated."""
     parts = {"rating": examples, "turn 1": examples[::2], "turn 2": examples[1::2]}
     rated = {name: [e.score for e in part if e.score is not None] for name, part in parts.items()}
     return {name: sum(scores) / len(scores) for name, scores in rated.items() if scores}
@@ -190,7 +190,7 @@ def _prompt(row: Mapping[str, Any], where: str) -> Row:
         try:
             fill(found["prompt_template"], dict.fromkeys(known, ""))
         except (LookupError, ValueError, AttributeError) as error:
-            raise DataError(f"{where}: prompt_template asks for what no answer has: {error!r}.") from error
+            raise DataError(f"{where}: prompt_template names an unknown field: {error!r}.") from error
     return found
 
 

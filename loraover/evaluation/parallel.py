@@ -1,4 +1,4 @@
-"""Work that waits for other processes or machines, several pieces at a time."""
+"""Run work that waits for other processes or machines, several items at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ Result = TypeVar("Result")
 def in_parallel(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int, label: str, report: Reporter
 ) -> list[Result]:
-    """`work` of every item, in order; the first error ends it, and Ctrl-C waits for no piece that is on its way."""
+    """Apply a function to every item in threads; the first error ends it, and Ctrl-C does not wait for other items.
+
+    Args:
+        work: The function.
+        items: Its arguments.
+        workers: Number of items at the same time.
+        label: Name of the work, for progress.
+        report: Receiver of progress.
+
+    Returns:
+        The results in the order of the items.
+    """
     found: list[Result] = []
     with report.task(label, len(items)) as advance, ThreadPool(workers) as pool:
         for result in pool.imap(work, items):

@@ -1,4 +1,4 @@
-"""What an evaluation found: its JSON file, and a table for people."""
+"""Results of an evaluation: the JSON file, and a table for people."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from loraover.evaluation.base import Example
 if TYPE_CHECKING:
     from rich.console import Console
 
-CORRELATIONS = ("mcc",)  # measures that are no share
+CORRELATIONS = ("mcc",)  # measures from -1 to 1, where others are shares from 0 to 1
 
 
 class ModelResult(BaseModel):
-    """One model's outcome."""
+    """Result of one model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(description="base, or the adapter as it was named")
-    sha256: str | None = Field(None, description="of the adapter's configuration and tensors")
-    measures: dict[str, float] = Field(default_factory=dict)
-    interval: tuple[float, float] | None = Field(None, description="95 %, of the share of right answers")
-    missing: int = Field(0, description="examples without a score")
-    examples: list[Example] = Field(default_factory=list, description="of a failure: answers that nobody would rate")
-    seconds: float = 0.0
-    failure: str | None = Field(None, description="why there are no measures")
+    name: str = Field(description="'base', or the adapter as the user named it.")
+    sha256: str | None = Field(None, description="SHA-256 of the adapter's configuration and tensors.")
+    measures: dict[str, float] = Field(default_factory=dict, description="Value of each measure.")
+    interval: tuple[float, float] | None = Field(None, description="95 % interval of the share of right answers.")
+    missing: int = Field(0, description="Number of examples without a score.")
+    examples: list[Example] = Field(default_factory=list, description="Answers; with a failure, those without ratings.")
+    seconds: float = Field(0.0, description="Seconds that the answers and their scores took.")
+    failure: str | None = Field(None, description="Why there are no measures; None: there are.")
 
 
 class Evaluation(BaseModel):
@@ -37,22 +37,28 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    task: str
-    model: str
-    model_origin: str
-    data_origin: str
-    data_sha256: str = Field(description="of the questions as they were put")
-    questions: int
-    is_right_or_wrong: bool = Field(description="whether a score is 1 or 0")
-    settings: dict[str, str]
-    versions: dict[str, str]
-    hardware: str
-    command: str
-    results: list[ModelResult] = Field(default_factory=list, description="the base model's first")
+    task: str = Field(description="Name of the benchmark.")
+    model: str = Field(description="Base model, as the user named it.")
+    model_origin: str = Field(description="Base model with its commit or folder, for people.")
+    data_origin: str = Field(description="Questions with their commit or file, for people.")
+    data_sha256: str = Field(description="SHA-256 of the questions as they were asked.")
+    questions: int = Field(description="Number of questions.")
+    is_right_or_wrong: bool = Field(description="Whether a score is 1 or 0.")
+    settings: dict[str, str] = Field(description="Prompt, engine, judge and other settings behind the figures.")
+    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
+    hardware: str = Field(description="Processor and accelerator.")
+    command: str = Field(description="Command line of the evaluation.")
+    results: list[ModelResult] = Field(
+        default_factory=list, description="Result of each model, the base model's first."
+    )
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """95 % interval of a share.
+
+    Args:
+        right: Number of right answers.
+        total: Number of answers.
 
     Source: Wilson 1927, Journal of the American Statistical Association 22.
     """
@@ -61,7 +67,7 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def show_evaluation(found: Evaluation, console: Console) -> None:
-    """Print one row for each model, and what its figures depend on."""
+    """Print one row for each model, then the settings and the failures."""
     from rich.box import SIMPLE
     from rich.markup import escape
     from rich.table import Table
@@ -73,15 +79,15 @@ def show_evaluation(found: Evaluation, console: Console) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    said = "; ".join(f"{name}: {value}" for name, value in found.settings.items())
-    console.print(f"{found.model_origin}; {said}", soft_wrap=True, markup=False, highlight=False)
+    settings = "; ".join(f"{name}: {value}" for name, value in found.settings.items())
+    console.print(f"{found.model_origin}; {settings}", soft_wrap=True, markup=False, highlight=False)
     for result in found.results:
         if result.failure is not None:
             console.print(f"{result.name} failed: {result.failure}", soft_wrap=True, markup=False, highlight=False)
 
 
 def result_rows(found: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Column names, and one row for each model."""
+    """Return the column names, and one row for each model."""
     names = list(dict.fromkeys(name for result in found.results for name in result.measures))
     columns = ["model", *names]
     columns += ["right, 95 %", "gained", "lost"] if found.is_right_or_wrong else ["missing"]
@@ -99,7 +105,7 @@ def _row(result: ModelResult, names: Sequence[str], base: Sequence[Example], is_
 
 
 def _changes(examples: Sequence[Example], base: Sequence[Example]) -> tuple[str, str]:
-    """How many answers became right, and wrong, against the base model's."""
+    """Number of answers that are right where the base model's is wrong, and the other way round."""
     if not base or not examples or examples is base:
         return "-", "-"
     pairs = [(before.score or 0, after.score or 0) for before, after in zip(base, examples, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,49 +14,28 @@ from typing import Any
 from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.common.provenance import environment, hardware
+from loraover.common.quiet import quiet_libraries_within
 from loraover.common.strict_json import read_json
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
 from loraover.evaluation.endpoint import Endpoint
-from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation, wilson_interval
+from loraover.evaluation.request import EvaluationRequest
+from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
-from loraover.reporting.reporter import ConsoleReporter, Reporter
+from loraover.reporting.reporter import SILENT, Reporter
 
 BASE_MODEL = "base"
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
-    """What to evaluate.
-
-    Args:
-        model: base model, folder or hub name.
-        adapters: folders, evaluated after the base model.
-        endpoint: instead of models in memory.
-        served: names at the endpoint, the base model's first.
-        dtype: fp32, bf16 or fp16, of models in memory.
-        batch_size: questions at a time.
-        command: what the user typed.
-    """
-
-    task: str
-    model: str
-    options: Options
-    adapters: tuple[Path, ...] = ()
-    endpoint: Endpoint | None = None
-    served: tuple[str, ...] = ()
-    dtype: str = "fp32"
-    batch_size: int = 8
-    command: str = ""
-
-
-@dataclass(frozen=True)
 class _Candidate:
-    """A model to come.
+    """A model that has not been asked yet.
 
     Args:
-        sha256: of its adapter; None of a model that cannot be recognised by its files.
+        name: Its name in the results.
+        sha256: SHA-256 of its adapter; None for a model that cannot be recognised by its files.
+        load: Function that loads it.
     """
 
     name: str
@@ -65,22 +44,98 @@ class _Candidate:
 
     @property
     def key(self) -> tuple[str, str | None]:
-        """By which a result in a file is recognised."""
+        """What a result in a file is recognised by."""
         return self.name, self.sha256
 
 
-def evaluate(request: EvaluationRequest, output: Path | None, report: Reporter) -> Evaluation:
-    """Ask the base model, then every adapter; shows what is finished at the end, at Ctrl-C too.
+def evaluate(
+    model: str | Path,
+    task: str,
+    *,
+    adapters: Sequence[str | Path] = (),
+    data: str | Path | None = None,
+    limit: int | None = None,
+    endpoint: str | None = None,
+    endpoint_models: Sequence[str] = (),
+    endpoint_key_variable: str | None = None,
+    batch_size: int = 8,
+    dtype: str = "fp32",
+    max_new_tokens: int | None = None,
+    apply_chat_template: bool | None = None,
+    allow_code_execution: bool = False,
+    judge_url: str | None = None,
+    judge_model: str | None = None,
+    judge_key_variable: str | None = None,
+    output: str | Path | None = None,
+    on_result: Callable[[Evaluation], None] = lambda evaluation: None,
+    report: Reporter = SILENT,
+    command: str | None = None,
+) -> Evaluation:
+    """Put a benchmark's questions to a base model, then to each adapter.
 
     Args:
-        output: JSON file, written after every model. One that holds the beginning of the same evaluation is gone
-            on with: adapters whose files are the same, and models of the same name at the same endpoint, are not asked
-            again; answers that nobody would rate are only rated.
+        model: Base model: folder or hub name.
+        task: Name of the benchmark, a key of `loraover.evaluation.TASKS`.
+        adapters: Folders of adapters of that model.
+        data: File, folder or hub name with the questions; None: the task's data set on the hub.
+        limit: Number of questions, from the first; None: all.
+        endpoint: Address of an OpenAI-compatible server that answers in place of PyTorch; `model` names the tokenizer.
+        endpoint_models: Names at the endpoint, the base model's first.
+        endpoint_key_variable: Environment variable that holds the endpoint's key.
+        batch_size: Questions at the same time.
+        dtype: Data type of the weights in memory: fp32, bf16 or fp16, or PyTorch's name.
+        max_new_tokens: Largest number of tokens in an answer; None: the task's number.
+        apply_chat_template: Whether to put questions into the chat template; None: if the tokenizer has one.
+        allow_code_execution: Whether code that a model writes may run, in a sandbox.
+        judge_url: Address of an OpenAI-compatible server with the model that rates open answers.
+        judge_model: Name of that model on its server.
+        judge_key_variable: Environment variable that holds the judge's key.
+        output: JSON file, written after each model. An unfinished file of the same evaluation is resumed: adapters
+            whose files are the same, and models of the same name at the same endpoint, are not asked again, and answers
+            without ratings are only rated.
+        on_result: Called after each model with the evaluation so far, which the caller then has if a later model is
+            interrupted or this function raises.
+        report: Receiver of progress.
+        command: Command line for the output; None: the one of `loraover eval` with these arguments.
+
+    Returns:
+        The contents of the output file. A failure of a model after the first one is that model's result.
 
     Raises:
-        LoraOverError: the request cannot be used, or the first model fails; a later one's failure is its result.
+        LoraOverError: the request cannot be used, or the first model fails.
     """
-    task, options = TASKS[request.task], request.options
+    request = EvaluationRequest(
+        model=str(model),
+        task=task,
+        adapters=tuple(map(Path, adapters)),
+        data=None if data is None else str(data),
+        limit=limit,
+        endpoint=endpoint,
+        endpoint_models=tuple(endpoint_models),
+        endpoint_key_variable=endpoint_key_variable,
+        batch_size=batch_size,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        apply_chat_template=apply_chat_template,
+        allow_code_execution=allow_code_execution,
+        judge_url=judge_url,
+        judge_model=judge_model,
+        judge_key_variable=judge_key_variable,
+    )
+    path = None if output is None else Path(output)
+    typed = request.command(path) if command is None else command
+    with quiet_libraries_within(bars=report.shows_bars):
+        return _evaluate(request, path, on_result, report, typed)
+
+
+def _evaluate(
+    request: EvaluationRequest,
+    output: Path | None,
+    on_result: Callable[[Evaluation], None],
+    report: Reporter,
+    command: str,
+) -> Evaluation:
+    task, options, server = TASKS[request.task], request.options(), request.server()
     task.check(options)
     if output is not None:
         check_file_writable(output)
@@ -89,49 +144,45 @@ def evaluate(request: EvaluationRequest, output: Path | None, report: Reporter) 
     questions = task.read(options)
     report.line(f"questions: {questions.origin}, {len(questions.rows)} of them")
     tokenizer = load_tokenizer(source)
-    candidates = _candidates(request, source, tokenizer)
-    found = _empty(request, task, source, questions, tokenizer)
+    candidates = _candidates(request, source, tokenizer, server)
+    engine = f"PyTorch, {request.dtype}" if server is None else f"endpoint {server.url}"
+    settings = {"engine": engine, "answers": "greedy"} | _settings(task, options, tokenizer, request.batch_size)
+    found = _empty(request, source, questions, settings, command)
     names, keys = {c.name for c in candidates}, {c.key for c in candidates}
     known = {key: result for key, result in _known(found, output).items() if key in keys or key[0] not in names}
-    try:
-        for candidate in candidates:
-            result = known.pop(candidate.key, None)
-            if result is not None and result.failure is None:
-                report.line(f"{candidate.name}: finished already")
-            else:
-                answered = [] if result is None else result.examples
-                publish = partial(_publish, output, found, list(known.values()))
-                try:
-                    result = _result(candidate, answered, task, questions, options, report, publish)
-                except LoraOverError as error:
-                    if not found.results:
-                        raise
-                    result = _failure(candidate, str(error), answered)
-                publish(result)
-            found = found.model_copy(update={"results": [*found.results, result]})
-            if result.failure is not None and len(found.results) == 1:
-                kept = "" if output is None else f" Its answers are kept in {output}; the same command rates them."
-                raise EngineError(result.failure + kept)
-    finally:
-        if found.results and isinstance(report, ConsoleReporter):
-            show_evaluation(found, report.console)
+    for candidate in candidates:
+        result = known.pop(candidate.key, None)
+        if result is not None and result.failure is None:
+            report.line(f"{candidate.name}: finished already")
+        else:
+            answered = [] if result is None else result.examples
+            publish = partial(_publish, output, found, list(known.values()))
+            try:
+                result = _result(candidate, answered, task, questions, options, report, publish)
+            except LoraOverError as error:
+                if not found.results:
+                    raise
+                result = _failure(candidate, str(error), answered)
+            publish(result)
+        found = found.model_copy(update={"results": [*found.results, result]})
+        on_result(found)
+        if result.failure is not None and len(found.results) == 1:
+            kept = "" if output is None else f" Its answers are kept in {output}; the same command rates them."
+            raise EngineError(result.failure + kept)
     return found
 
 
-def _candidates(request: EvaluationRequest, source: ModelSource, tokenizer: Any) -> list[_Candidate]:
-    """Everything that can be checked of the models is checked here, before the first one is asked."""
+def _candidates(
+    request: EvaluationRequest, source: ModelSource, tokenizer: Any, server: Endpoint | None
+) -> list[_Candidate]:
+    """List the models, after all checks of them that need no answer."""
     size = request.batch_size
-    if request.endpoint is not None:
-        endpoint = request.endpoint
-        if not request.served or request.adapters:
-            raise ConfigError("--endpoint needs --endpoint-model for each model it serves, and takes no --adapter.")
+    if server is not None:
 
         def ask(name: str) -> Callable[[], Subject]:
-            return lambda: Served(endpoint, name, tokenizer, source.location, size)
+            return lambda: Served(server, name, tokenizer, source.location, size)
 
-        return [_Candidate(name, None, ask(name)) for name in request.served]
-    if request.served:
-        raise ConfigError("--endpoint-model names models of an --endpoint; which one?")
+        return [_Candidate(name, None, ask(name)) for name in request.endpoint_models]
 
     def load(adapter: Path | None) -> Callable[[], Subject]:
         return lambda: in_memory(source, tokenizer, adapter, dtype=request.dtype, batch_size=size)
@@ -140,17 +191,15 @@ def _candidates(request: EvaluationRequest, source: ModelSource, tokenizer: Any)
     return [_Candidate(BASE_MODEL, None, load(None)), *adapters]
 
 
+def _settings(task: Task, options: Options, tokenizer: Any, batch_size: int) -> dict[str, str]:
+    new_tokens = options.max_new_tokens or task.max_new_tokens
+    return {"new tokens": str(new_tokens), "batch size": str(batch_size)} | task.settings(options, tokenizer)
+
+
 def _empty(
-    request: EvaluationRequest, task: Task, source: ModelSource, questions: Questions, tokenizer: Any
+    request: EvaluationRequest, source: ModelSource, questions: Questions, settings: dict[str, str], command: str
 ) -> Evaluation:
-    options = request.options
-    engine = f"PyTorch, {request.dtype}" if request.endpoint is None else f"endpoint {request.endpoint.url}"
-    settings = {
-        "engine": engine,
-        "answers": "greedy",
-        "new tokens": str(options.max_new_tokens or task.max_new_tokens),
-        "batch size": str(request.batch_size),
-    }
+    task = TASKS[request.task]
     return Evaluation(
         task=request.task,
         model=request.model,
@@ -159,15 +208,15 @@ def _empty(
         data_sha256=hashlib.sha256(json.dumps(questions.rows, sort_keys=True).encode()).hexdigest(),
         questions=len(questions.rows),
         is_right_or_wrong=task.is_right_or_wrong,
-        settings=settings | task.settings(options, tokenizer),
+        settings=settings,
         versions=environment(*task.packages),
         hardware=hardware(),
-        command=request.command,
+        command=command,
     )
 
 
 def _known(wanted: Evaluation, output: Path | None) -> dict[tuple[str, str | None], ModelResult]:
-    """Results of the same evaluation, by name and digest: those that are finished, or have answers at least."""
+    """Read results of the same evaluation, by name and digest, that are finished or have answers at least."""
     if output is None or not output.exists():
         return {}
     begun = read_json(output, Evaluation)
@@ -186,10 +235,10 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _publish(output: Path | None, before: Evaluation, after: list[ModelResult], result: ModelResult) -> None:
-    """Write what there is: a result between those that are finished and those that are known and to come."""
+    """Write a result between those that are finished and known ones that come later."""
     if output is not None:
-        whole = before.model_copy(update={"results": [*before.results, result, *after]})
-        publish_text(output, whole.model_dump_json(indent=1) + "\n")
+        content = before.model_copy(update={"results": [*before.results, result, *after]})
+        publish_text(output, content.model_dump_json(indent=1) + "\n")
 
 
 def _result(
@@ -201,14 +250,19 @@ def _result(
     report: Reporter,
     publish: Callable[[ModelResult], None],
 ) -> ModelResult:
-    """What one model makes of the questions.
+    """Put the questions to one model, or only rate its answers.
 
     Args:
-        answered: its answers, if it has been asked already.
-        publish: takes a result that others may follow.
+        candidate: The model.
+        answered: Its answers, if it has been asked already.
+        task: The benchmark.
+        questions: The questions.
+        options: What the user asked for.
+        report: Receiver of progress.
+        publish: Called with a result that is not final.
 
     Raises:
-        LoraOverError: there is nothing to keep.
+        LoraOverError: the model failed and left no answers.
     """
     started = time.perf_counter()
 

@@ -112,12 +112,12 @@ class Outcome:
 def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     """Run a Python program in a sandbox.
 
-    It sees the interpreter, its standard library and the system's folders, read-only, and an empty /tmp that ends
-    with it. It passes if it reaches its end: leaving early, whatever the exit code, is no success.
+    It sees the interpreter, its standard library and the system's folders, read-only, and an empty /tmp that is removed
+    afterwards. It passes if it reaches its end; if it exits earlier, it fails, whatever its exit code.
 
-    The verdict holds for code that is wrong, not for code that was written to cheat. As in HumanEval's own harness,
-    the code shares an interpreter with its tests, so it can change them, or write the answer itself. The sandbox
-    holds such code too.
+    The verdict is right for code with errors, but not for code that was written to cheat. As in HumanEval's own
+    harness, the code shares an interpreter with its tests, so it can change them, or write the answer itself. The
+    sandbox holds such code too.
 
     Raises:
         ConfigError: this system cannot hold the program.

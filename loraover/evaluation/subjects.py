@@ -1,4 +1,4 @@
-"""The models that questions are put to: in memory, or behind an endpoint."""
+"""Models that answer questions: in memory, or behind an endpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +32,28 @@ class Subject(ABC):
     def complete(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], report: Reporter
     ) -> list[str]:
-        """Greedy continuations, which may go on behind a text of `stop`."""
+        """Continue each prompt greedily.
+
+        Args:
+            prompts: Texts.
+            max_new_tokens: Largest number of tokens in a continuation.
+            stop: Texts after which a continuation may end; it may also be longer.
+            report: Receiver of progress.
+        """
 
     @abstractmethod
     def chat(self, chats: Sequence[Chat], *, max_new_tokens: int, report: Reporter) -> list[str]:
-        """Greedy answers in the model's chat format."""
+        """Answer each conversation greedily, in the model's chat format.
+
+        Args:
+            chats: Conversations.
+            max_new_tokens: Largest number of tokens in an answer.
+            report: Receiver of progress.
+        """
 
     @abstractmethod
     def harness_model(self) -> Any:
-        """The same model for lm-evaluation-harness; raises EngineError there when an engine fails."""
+        """Return the model as lm-evaluation-harness takes it; it raises EngineError when its engine fails."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +75,7 @@ class InMemory(Subject):
     def harness_model(self) -> Any:
         from loraover.evaluation.harness_model import HarnessModel
 
-        return _bars_on_terminals(
-            HarnessModel(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
-        )
+        return HarnessModel(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
 
     def _answers(self, prompts: Sequence[Any], max_new_tokens: int, stop: Sequence[str], report: Reporter) -> list[str]:
         from loraover.evaluation.generation import greedy_answers
@@ -83,7 +93,7 @@ class InMemory(Subject):
             )
 
     def _check_room(self, prompts: Sequence[Any]) -> None:
-        """Raise DataError of a prompt that leaves no room for an answer."""
+        """Raise DataError if a prompt leaves no room for an answer."""
         from loraover.evaluation.generation import prompt_text
 
         context = getattr(self.model.config, "max_position_embeddings", None)  # T5 has none
@@ -101,8 +111,11 @@ class Served(Subject):
     """A model or adapter behind an OpenAI-compatible endpoint.
 
     Args:
-        tokenizer_location: of the base model, for the harness.
-        batch_size: requests at the same time.
+        endpoint: The server.
+        name: The model's name there.
+        tokenizer: Tokenizer of the base model.
+        tokenizer_location: Folder or hub name of the base model, for the harness.
+        batch_size: Requests at the same time.
     """
 
     endpoint: Endpoint
@@ -128,32 +141,29 @@ class Served(Subject):
     def harness_model(self) -> Any:
         from loraover.evaluation.harness_client import HarnessClient
 
-        return _bars_on_terminals(
-            HarnessClient(
-                self.endpoint,
-                model=self.name,
-                tokenizer_backend="huggingface",
-                tokenizer=self.tokenizer_location,
-                num_concurrent=self.batch_size,
-                max_length=sys.maxsize,  # else the harness cuts questions to 2048 tokens; the server knows its context
-            )
+        return HarnessClient(
+            self.endpoint,
+            model=self.name,
+            tokenizer_backend="huggingface",
+            tokenizer=self.tokenizer_location,
+            num_concurrent=self.batch_size,
+            max_length=sys.maxsize,  # else the harness cuts questions to 2048 tokens; the server knows its context
         )
 
 
-def _bars_on_terminals(model: Any) -> Any:
-    """The harness's model with its progress bars on a terminal only; the harness has no setting for that."""
-    if not sys.stderr.isatty():
-        for name in ("generate_until", "loglikelihood"):
-            setattr(model, name, partial(getattr(model, name), disable_tqdm=True))
-    return model
-
-
 def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtype: str, batch_size: int) -> InMemory:
-    """The base model as a subject, with an adapter as PEFT loads it.
+    """Load the base model, with an adapter if there is one.
+
+    Args:
+        source: The base model.
+        tokenizer: Its tokenizer.
+        adapter: Folder of a PEFT adapter; None: the base model alone.
+        dtype: Data type of the weights: fp32, bf16 or fp16.
+        batch_size: Questions at the same time.
 
     Raises:
         ConfigError: no such model.
-        CheckpointError: the adapter is none, or is for another model.
+        CheckpointError: the folder holds no adapter, or one for another model.
     """
     import torch
 
@@ -172,7 +182,9 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
-        loaded = wrapped.load_adapter(str(adapter), "default")  # again, since only this says what did not fit
+        loaded = wrapped.load_adapter(
+            str(adapter), "default"
+        )  # again, since only this returns which tensors did not fit
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{adapter}: PEFT cannot put it on this model: {error}") from error
     for keys, fault in ((loaded.missing_keys, "lacks"), (loaded.unexpected_keys, "holds, without a place for it,")):
@@ -182,7 +194,10 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
 
 def adapter_digest(adapter: Path) -> str:
-    """SHA-256 of the adapter's configuration and tensors.
+    """SHA-256 of an adapter's configuration and tensors.
+
+    Args:
+        adapter: The adapter's folder.
 
     Raises:
         CheckpointError: not an adapter directory with safetensors.

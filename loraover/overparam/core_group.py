@@ -75,7 +75,8 @@ class CoreGroup:
         if isinstance(decomposition, Eigen) and bases:
             measured = [{side: basis.cpu().double() for side, basis in bases[site.name].items()} for site in sites]
             cores = decomposition.started(cores, measured, *sites[0].shape)
-        return cls(sites, decomposition, [core.to(dtype).to(matrices.device) for core in cores], step)
+        stacks = [core.to(dtype).to(matrices.device).contiguous() for core in cores]
+        return cls(sites, decomposition, stacks, step)
 
     def sharing(self, share: int) -> CoreGroup:
         """The same group with one basis of columns for every `share` neighbours; its values are the first one's."""
@@ -234,7 +235,8 @@ class CoreGroup:
             leaves = [cores[k].requires_grad_() for k in self.trained]
             matrices = self.decomposition.contract(cores, *self.shape)
             pulled = torch.autograd.grad(matrices, leaves, dense)
-        for k, stack in zip(self.trained, pulled, strict=True):
+        # Fused optimizers walk through memory: a gradient must lie as its parameter does, as autograd's own do.
+        for k, stack in zip(self.trained, (gradient.contiguous() for gradient in pulled), strict=True):
             if not self._each:
                 self._whole[k].grad = stack
                 continue

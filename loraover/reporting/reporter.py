@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from loraover.common.command_line import printable
+
 
 class Reporter:
     """Receiver of progress, which shows nothing.
@@ -24,6 +26,11 @@ class Reporter:
                 logging.info(text)
         ```
     """
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether progress bars of other libraries may be shown too."""
+        return False
 
     def line(self, text: str) -> None:
         """Receive one line of text about the work.
@@ -61,12 +68,17 @@ class ConsoleReporter(Reporter):
     def __init__(self, console: Console | None = None) -> None:
         self.console = Console(stderr=True) if console is None else console
 
+    @property
+    def shows_bars(self) -> bool:
+        return self.console.is_terminal
+
     def line(self, text: str) -> None:
         """Print one line.
 
         Args:
             text: The line; markup in it is not interpreted.
         """
+        text = "\n".join(map(printable, text.split("\n")))  # it may quote a file
         self.console.print(escape(text), soft_wrap=True, highlight=False)
 
     @contextmanager

@@ -1,1 +1,1 @@
-"""A grid of methods, learning rates and seeds, and what it says."""
+"""Comparison of methods over learning rates and seeds."""

@@ -1,8 +1,8 @@
 """From the losses of finished runs to differences with intervals.
 
-Every method is tuned by itself: its learning rate is the one with the lowest mean loss on the validation half of the
-held-out examples. All differences are of the other half, the test half, whose examples no choice has seen; the trained
-models are the same in both.
+Each method is tuned separately: its learning rate is the one with the lowest mean loss on one half of the held-out
+examples, the validation half. Differences are measured on the other half, the test half, which no choice has seen. The
+trained models are the same in both.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
 Losses = NDArray[np.float64]
-"""(seeds, examples): nats of each completion."""
+"""Shape (seeds, examples): nats of each completion."""
 
 DRAWS = 4000
-BASIN = 0.01  # of the lowest loss
+BASIN = 0.01
+"""Share of the lowest loss by which losses may be higher and still belong to the basin: the rates that do well."""
 
 
 class Difference(BaseModel):
@@ -28,9 +29,9 @@ class Difference(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mean: float
-    interval: tuple[float, float] = Field(description="95 %, over seeds and examples together")
-    p: float = Field(description="two-sided; Holm-adjusted over tasks")
+    mean: float = Field(description="Mean difference; below 0: better than the baseline.")
+    interval: tuple[float, float] = Field(description="95 % interval, over seeds and examples together.")
+    p: float = Field(description="Two-sided p value, Holm-adjusted over tasks.")
 
 
 class RateSensitivity(BaseModel):
@@ -38,20 +39,26 @@ class RateSensitivity(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    losses: dict[str, float] = Field(description="mean validation loss by rate; a rate that diverged is left out")
-    best_rate: float
-    is_bracketed: bool = Field(description="the best rate is not at an end of the sweep")
-    basin_decades: float = Field(description="log10 width of the rates within 1 % of the lowest loss, interpolated")
-    is_basin_cut: bool = Field(description="the basin goes on beyond the sweep")
-    regret: float | None = Field(
-        description="mean over the sweep of loss / lowest loss - 1; None: infinite, a rate diverged or the lowest is 0"
+    losses: dict[str, float] = Field(description="Mean validation loss by rate; rates that diverged are left out.")
+    best_rate: float = Field(description="Rate with the lowest mean validation loss.")
+    is_bracketed: bool = Field(description="Whether the sweep has rates below and above the best one.")
+    basin_decades: float = Field(
+        description="Width, in decades of the learning rate, of the range whose loss is within 1 % of the lowest."
     )
-    diverged: int = Field(description="rates at which a run diverged, or failed otherwise")
+    is_basin_cut: bool = Field(description="Whether that range reaches an end of the sweep.")
+    regret: float | None = Field(
+        description="Mean over the sweep of loss / lowest loss - 1; None: infinite, a rate diverged or the lowest is 0."
+    )
+    diverged: int = Field(description="Number of rates at which a run diverged, or failed otherwise.")
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Which held-out examples choose, and which judge: the even and the odd ones."""
+    """Halves of the held-out examples: the even ones choose the rates, the odd ones judge.
+
+    Args:
+        count: Number of held-out examples.
+    """
 
     count: int
 
@@ -68,23 +75,25 @@ def mean_loss(losses: Losses, tokens: Losses) -> float:
     """Nats per token over all seeds and examples.
 
     Args:
-        losses: (seeds, examples).
-        tokens: (examples,).
+        losses: Nats of each completion, shape (seeds, examples).
+        tokens: Tokens of each completion, shape (examples,).
     """
     return float(losses.sum() / (len(losses) * tokens.sum()))
 
 
 def difference(method: Losses, baseline: Losses, tokens: Losses, seed: int = 0) -> Difference:
-    """Paired by seed and example.
+    """Compare a method with the baseline, paired by seed and example.
 
     The standard error comes from the pigeonhole bootstrap: seeds and examples are drawn again independently of each
-    other, since every seed answers the same examples (Owen 2007, doi:10.1214/07-AOAS122). Of n, n - 1 are drawn, so
-    that the variances of seeds and of examples are without bias; the noise of single answers counts more than once,
-    which errs on the wide side. The interval is a t interval with one degree of freedom less than there are seeds.
+    other, since every seed answers the same examples (Owen 2007, doi:10.1214/07-AOAS122). From n, n - 1 are drawn, so
+    that the variances of seeds and examples are unbiased; the noise of single answers counts more than once, which
+    makes the interval too wide rather than too narrow. It is a t interval with one degree of freedom less than seeds.
 
     Args:
-        method, baseline: (seeds, examples); at least 2 of each.
-        tokens: (examples,).
+        method: Nats of the method, shape (seeds, examples); at least 2 of each.
+        baseline: Nats of the baseline, of the same shape.
+        tokens: Tokens of each completion, shape (examples,).
+        seed: Seed of the bootstrap.
     """
     gaps = method - baseline
     seeds, examples = gaps.shape
@@ -101,7 +110,11 @@ def difference(method: Losses, baseline: Losses, tokens: Losses, seed: int = 0) 
 
 
 def sensitivity(by_rate: Mapping[float, float]) -> RateSensitivity:
-    """From the mean validation loss at each rate; a loss that is not finite is worse than any other."""
+    """Describe how a method's loss depends on its rate.
+
+    Args:
+        by_rate: Mean validation loss at each rate; one that is not finite is worse than any other.
+    """
     rates = sorted(by_rate)
     losses = [by_rate[rate] if math.isfinite(by_rate[rate]) else math.inf for rate in rates]
     best = int(np.argmin(losses))
@@ -123,7 +136,7 @@ def sensitivity(by_rate: Mapping[float, float]) -> RateSensitivity:
 def _edge(
     rates: Sequence[float], losses: Sequence[float], best: int, direction: int, limit: float
 ) -> tuple[float, bool]:
-    """log10 of the rate at which the loss crosses the limit, and whether the sweep ended before it did."""
+    """Log10 of the rate at which the loss crosses the limit, and whether the sweep ends before that."""
     at = best
     while 0 <= at + direction < len(rates):
         following = at + direction

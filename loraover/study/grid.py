@@ -1,4 +1,4 @@
-"""Which runs a study consists of."""
+"""The runs of a study."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora-over": {"method": "lora-over"},
 }
-"""What each method sets in a recipe; `lora-matched` also takes the rank that has as many numbers as the cores."""
+"""What each method sets in a recipe; `lora-matched` also takes the rank at which A and B are as many as the cores."""
 
 PLAIN = ("lora", "lora-matched")
-"""Methods that train plain A and B: the best of them, of whatever rank, is what the others are compared with."""
+"""Methods that train plain A and B; the others are compared with the best of these, whatever its rank."""
 
 VARIANTS = {key.removeprefix("lora.") for settings in METHODS.values() for key in settings if key.startswith("lora.")}
-"""Settings that make another method of plain LoRA."""
+"""Settings with which plain LoRA counts as another method."""
 
 QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
 DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
-"""What a sceptic asks for: a tuned LoRA, one with as many trained numbers, and a choice of matrices by chance."""
+"""What a sceptic asks for: a tuned LoRA, one with as many trained numbers, and matrices chosen by chance."""
 
 FEWEST_EXAMPLES = 4
-"""Held-out examples, half of which choose the rates; an interval over examples takes two."""
+"""Smallest number of held-out examples: half of them choose the rates, and an interval needs two."""
 
-
-LONGEST_NAME = 150  # of a folder, in characters; file systems take 255
+LONGEST_NAME = 150  # characters of a folder's name; file systems take 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +47,11 @@ class Run:
     """One training run.
 
     Args:
-        task: name of its recipe.
-        method: as the user named it, settings included.
-        recipe: with all that the run needs.
+        task: Name of its recipe.
+        method: Method as the user named it, settings included.
+        rate: Learning rate.
+        seed: Seed.
+        recipe: Recipe with all settings of the run.
     """
 
     task: str
@@ -61,7 +62,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Below the study's own."""
+        """Path below the study's folder."""
         return Path("runs") / self.task / _slug(self.method) / f"lr-{self.rate:g}" / f"seed-{self.seed}"
 
 
@@ -72,14 +73,16 @@ def make_grid(
     settings: dict[str, Any],
     task_rates: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Run]:
-    """Every combination; all of one seed come before the next, so that a study that is stopped has whole seeds.
+    """List every combination, seed by seed, so that a study that is stopped has complete seeds.
 
     Args:
-        rates: learning rates of each method. Methods are names of `METHODS`, with settings as in
-            "lora-over:schedule=dynamic:budget={fraction: 0.25}"; those of lora-over are keys of `over`, those of the
-            others keys of `lora`.
-        settings: recipe keys that all runs share.
-        task_rates: learning rates of all methods on a task, by its name, in place of their own.
+        recipes: Names of recipes that ship, or YAML files.
+        rates: Learning rates of each method. A method is a name of `METHODS`, with settings where wanted, as in
+            "lora-over:schedule=dynamic:budget={fraction: 0.25}". The settings of lora-over are keys of `over`, those of
+            other methods keys of `lora`.
+        seeds: Number of seeds, from 0.
+        settings: Values of recipe keys that all runs share, by dotted key.
+        task_rates: Learning rates of all methods on a task, by its name, in place of the methods' rates.
 
     Raises:
         ConfigError: an unknown method, a recipe that does not take a setting, or a grid that compares nothing.
@@ -129,13 +132,13 @@ def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any
     given = {f"{part}.{key}": value for key, value in map(parse_override, own)}
     if name == "lora-matched":
         if "lora.r" in given:
-            raise ConfigError("--methods: lora-matched has a rank of its own; for another one say lora:r=N.")
+            raise ConfigError("--methods: lora-matched chooses its rank; write lora:r=N for another one.")
         given["lora.r"] = matched_rank(load_recipe(recipe, shared))
     return METHODS[name] | given
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """As `str.split`, but not within [...] and {...}: there, a separator is part of a YAML value."""
+    """Split a text, but not within [...] and {...}, where a separator is part of a YAML value."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
@@ -147,9 +150,9 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
 
 
 def matched_rank(recipe: Recipe) -> int:
-    """The smallest rank at which a plain LoRA has as many numbers as LoRA-Over trains at most with the recipe's `over`.
+    """Smallest rank at which a plain LoRA has as many numbers as LoRA-Over with the recipe's `over` can train.
 
-    Those are all matrices, and what the cores that the schedule can inject have beyond theirs.
+    LoRA-Over trains all matrices, and the numbers that the cores of the schedule have beyond those of their matrices.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -166,6 +169,6 @@ def matched_rank(recipe: Recipe) -> int:
 
 
 def _slug(method: str) -> str:
-    """Of a method, as a file system takes it."""
+    """Folder name of a method."""
     name = re.sub(r"[^A-Za-z0-9.+=-]+", "_", method)
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(method.encode()).hexdigest()[:8]}"

@@ -26,51 +26,56 @@ from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.strict_json import read_json
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
-from loraover.training.run import HELD_OUT_FILE
+from loraover.training.run_folder import HELD_OUT_FILE, METRICS_FILE, PRODUCTS, RECIPE_FILE
 from loraover.training.run_result import RUN_FILE, read_run
 
 OUTCOME_FILE = "outcome.json"
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
 FAILURES = {"diverged": DIVERGED, "out_of_memory": OUT_OF_MEMORY}
-"""What an outcome says of the kinds of failure that are the method's."""
+"""Words for the kinds of failure that are due to the method."""
 
 
 class Outcome(BaseModel):
-    """What a study needs of a run."""
+    """Results of a run that a study needs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    recipe: str = Field(description="SHA-256 of the recipe")
-    failure: str | None = Field(None, description="why there is no loss")
-    nats: list[float] = Field(default_factory=list, description="of each held-out completion")
-    tokens: list[int] = Field(default_factory=list)
-    step_seconds: float | None = Field(None, description="None: the process that ended the run took no step")
-    peak_bytes: int | None = Field(None, description="of PyTorch on a CUDA device, or without one of the process")
-    worker: str | None = Field(None, description="of a Ray cluster, that trained")
-    hardware: str | None = Field(None, description="on which it was trained")
-    trained_parameters: int = Field(0, description="numbers in the cores, and in the matrices without cores")
-    served_parameters: int = Field(0, description="numbers in A and B")
-    update_norm: float | None = None
-    step_norm: float | None = Field(None, description="mean over the logged steps")
-    fold_error: float | None = Field(None, description="largest relative Frobenius error of a stored A or B")
+    recipe: str = Field(description="SHA-256 of the recipe.")
+    failure: str | None = Field(None, description="Why there is no loss; None: there is one.")
+    nats: list[float] = Field(default_factory=list, description="Negative log-likelihood of each held-out completion.")
+    tokens: list[int] = Field(default_factory=list, description="Tokens of each held-out completion.")
+    step_seconds: float | None = Field(
+        None, description="Seconds of an optimizer step; None: the process that ended the run took no step."
+    )
+    peak_bytes: int | None = Field(
+        None, description="Largest memory in bytes: PyTorch's on a CUDA device, else the process's."
+    )
+    worker: str | None = Field(None, description="Worker of the Ray cluster that trained; None: no Ray.")
+    hardware: str | None = Field(None, description="Machine that trained.")
+    trained_parameters: int = Field(0, description="Numbers in the cores, and in the matrices without cores.")
+    served_parameters: int = Field(0, description="Numbers in A and B.")
+    update_norm: float | None = Field(None, description="Frobenius norm of the change of scaling * B A.")
+    step_norm: float | None = Field(None, description="Norm of the change of B A in one step, mean over logged steps.")
+    fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
 
     @model_validator(mode="after")
     def _are_pairs(self) -> Outcome:
         if len(self.nats) != len(self.tokens):
-            raise ValueError(f"{len(self.nats)} nats and {len(self.tokens)} tokens, expected as many")
+            raise ValueError(f"{len(self.nats)} nats and {len(self.tokens)} tokens, expected equal numbers")
         return self
 
 
 def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
-    """Train in a process of its own, or go on with a run that was cut off.
+    """Train in a new process, or continue a run that was stopped.
 
     Args:
-        folder: of the run; its outcome is written there, and is what a second call returns.
-        threads: for the process.
+        recipe: The recipe of the run.
+        folder: The run's folder; the outcome is written there, and a second call returns it.
+        threads: Number of threads of the process.
 
     Raises:
         ConfigError: the run was begun with another recipe.
-        OutputError: there is no place for the folder.
+        OutputError: the folder cannot be made.
         LoraOverError: the run failed for another reason than its rate or its size.
     """
     try:
@@ -91,9 +96,9 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
-    """Hold the run's lock, once nobody else does. Yields its descriptor: a process that inherits that holds it too.
+    """Wait for the run's lock and hold it. Yields its descriptor: a process that inherits it holds the lock too.
 
-    So a training process whose study was killed is waited for, and two studies of one folder take turns.
+    A study therefore waits for a training process whose study was killed, and two studies of one folder take turns.
     """
     with folder.with_suffix(folder.suffix + ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -101,23 +106,23 @@ def _alone(folder: Path) -> Iterator[int]:
 
 
 def _asked(folder: Path) -> Path:
-    """The recipe as the study gave it to the run, without the revisions that the run pins in its own."""
+    """Path of the recipe that the study gave to the run; the run's copy names commits as well."""
     return folder.with_suffix(folder.suffix + ".yaml")
 
 
 def _check_begun(recipe: Recipe, folder: Path) -> None:
-    """Raise ConfigError of a run that was begun, or finished but for its outcome, with another recipe."""
-    begun = any((folder / name).is_file() for name in ("recipe.yaml", FAILURE_FILE))
+    """Raise ConfigError if the run was begun with another recipe, or has finished with one and lacks its outcome."""
+    begun = any((folder / name).is_file() for name in (RECIPE_FILE, FAILURE_FILE))
     if begun and digest(load_recipe(str(_asked(folder)))) != digest(recipe):
         raise _another_recipe(folder)
 
 
 def _another_recipe(folder: Path) -> ConfigError:
-    return ConfigError(f"{folder}: was run with another recipe than this study's; name a new folder.")
+    return ConfigError(f"{folder}: holds a run with another recipe than this study's; name a new folder.")
 
 
 def _has_ended(folder: Path) -> bool:
-    """Whether a run has a result, or failed for its rate or its size; other failures are tried again."""
+    """Whether a run has a result, or failed because of its rate or size; after other failures it is tried again."""
     failure = read_failure(folder)
     return (folder / RUN_FILE).is_file() or (failure is not None and failure.is_of_method)
 
@@ -126,18 +131,18 @@ def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
     """Run `loraover train`, which leaves its result or its failure in the folder.
 
     Returns:
-        The last line that it printed, to be shown where it left neither.
+        The last line that it printed, for a message if it left neither.
     """
     asked = _asked(folder)
     publish_text(asked, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
-    if (folder / "recipe.yaml").is_file() and not any((folder / name).exists() for name in ("adapter", "model")):
+    if (folder / RECIPE_FILE).is_file() and not any((folder / name).exists() for name in PRODUCTS):
         command.append("--resume")
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     else:
         shutil.rmtree(
             folder, ignore_errors=True
-        )  # killed before there was anything to resume, or within its last words
+        )  # killed before there was anything to resume, or while it wrote its result
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command,
@@ -150,20 +155,24 @@ def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
         try:
             process.wait()
         except KeyboardInterrupt:
-            process.wait()  # the terminal has told it as well
+            process.wait()  # the terminal has sent it Ctrl-C too
             raise
         log.seek(0)
         last = next((line for line in reversed(log.read().splitlines()) if line.strip()), "it printed nothing")
     if process.returncode == -signal.SIGKILL:
-        return "something has killed it, as Linux does where memory is short; try fewer --jobs"
+        return "the process was killed, as Linux does when memory is short; try fewer --jobs"
     return last
 
 
 def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
-    """Of a run that is finished already.
+    """Read the outcome of a run; None if it has not finished.
+
+    Args:
+        recipe: The recipe that the run should have.
+        folder: The run's folder.
 
     Raises:
-        ConfigError: that run had another recipe.
+        ConfigError: the run had another recipe.
     """
     if not (folder / OUTCOME_FILE).is_file():
         return None
@@ -174,9 +183,9 @@ def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
 
 
 def digest(recipe: Recipe) -> str:
-    """Of the keys that are not at their defaults, so that a new key leaves finished runs valid.
+    """SHA-256 of the keys that are not at their defaults, so that a new key leaves finished runs valid.
 
-    Defaults of the decomposition are in it: another one there is another method.
+    Defaults of the decomposition count as well, since another default there would be another method.
     """
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     if recipe.method == "lora-over":
@@ -191,7 +200,7 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
     scored = json.loads((folder / HELD_OUT_FILE).read_text())
     if not all(math.isfinite(nats) for nats, _ in scored):
         return Outcome(recipe=digest(recipe), failure=DIVERGED)
-    logged = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    logged = (json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines())
     norms = [row["loraover/step_norm"] for row in logged if "loraover/step_norm" in row]
     return Outcome(
         recipe=digest(recipe),
@@ -209,13 +218,14 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
 
 
 def _failure(folder: Path, last: str) -> str:
-    """Why a run has no result, where that lies in the run.
+    """Say why a run has no result, if its rate or size is the reason.
 
     Args:
-        last: the last line that the process printed.
+        folder: The run's folder.
+        last: The last line that the process printed.
 
     Raises:
-        LoraOverError: it does not.
+        LoraOverError: the reason is another one.
     """
     found = read_failure(folder)
     if found is not None and found.is_of_method:
@@ -225,7 +235,7 @@ def _failure(folder: Path, last: str) -> str:
 
 
 def _fold_error(adapter: Path) -> float | None:
-    """Of the stored matrices against the float64 contraction of their cores."""
+    """Largest relative error of the stored matrices against the float64 contraction of their cores."""
     if not (adapter / META_FILE).is_file():
         return None
     source = read_checkpoint(adapter)

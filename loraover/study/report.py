@@ -1,4 +1,4 @@
-"""What a study found: `study.json`."""
+"""Results of a study: `study.json`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ ALPHA = 0.05
 
 
 class MethodResult(BaseModel):
-    """One method on one task, at its own tuned rate."""
+    """One method on one task, at the rate tuned for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str
-    rate: float
-    test_loss: float = Field(description="nats per token, mean over seeds")
-    deviation: float | None = Field(description="standard deviation over seeds; None: there is one")
-    difference: Difference | None = Field(description="to the baseline; None for itself")
-    sensitivity: RateSensitivity
-    trained_parameters: int
-    served_parameters: int
-    step_seconds: float | None
-    peak_bytes: int | None
-    update_norm: float | None
-    step_norm: float | None
-    fold_error: float | None
+    method: str = Field(description="Method as the user named it.")
+    rate: float = Field(description="Learning rate tuned for it.")
+    test_loss: float = Field(description="Nats per token on the test half, mean over seeds.")
+    deviation: float | None = Field(description="Standard deviation of that loss over seeds; None with one seed.")
+    difference: Difference | None = Field(description="Difference to the baseline; None for the baseline.")
+    sensitivity: RateSensitivity = Field(description="How the loss depends on the learning rate.")
+    trained_parameters: int = Field(description="Numbers trained: cores, and matrices without cores.")
+    served_parameters: int = Field(description="Numbers in A and B.")
+    step_seconds: float | None = Field(description="Median seconds of an optimizer step; None: no step was timed.")
+    peak_bytes: int | None = Field(description="Largest memory of a run, in bytes; None: not measured.")
+    update_norm: float | None = Field(description="Frobenius norm of the change of B A, mean over seeds.")
+    step_norm: float | None = Field(description="Norm of the change of B A in one step, mean over logged steps.")
+    fold_error: float | None = Field(description="Largest relative Frobenius error of a stored A or B.")
 
 
 class TaskResult(BaseModel):
@@ -44,12 +44,12 @@ class TaskResult(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    task: str
-    examples: int = Field(description="in the test half")
-    baseline: str | None = Field(description="the plain LoRA with the lowest validation loss; None: none has one")
-    methods: list[MethodResult]
-    failed: list[str] = Field(description="methods that have no rate at which every run ended well")
-    failures: list[str]
+    task: str = Field(description="Name of the recipe.")
+    examples: int = Field(description="Number of examples in the test half.")
+    baseline: str | None = Field(description="Plain LoRA with the lowest validation loss; None: every one failed.")
+    methods: list[MethodResult] = Field(description="Results of the methods that have one.")
+    failed: list[str] = Field(description="Methods without a rate at which every run ended well.")
+    failures: list[str] = Field(description="Each failed run's folder and reason.")
 
 
 class StudyReport(BaseModel):
@@ -58,25 +58,26 @@ class StudyReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    is_whole: bool = Field(description="every run of the grid is finished")
-    seeds: int = Field(description="that all runs are finished of")
-    runs: int
-    tasks: list[TaskResult]
-    words: list[str] = Field(description="what the figures say")
-    command: str
-    versions: dict[str, str]
-    hardware: str
+    is_whole: bool = Field(description="Whether every run of the study has finished.")
+    seeds: int = Field(description="Number of seeds whose runs have all finished; the figures are theirs.")
+    runs: int = Field(description="Number of finished runs.")
+    tasks: list[TaskResult] = Field(description="Results on each task.")
+    words: list[str] = Field(description="Verdicts in sentences.")
+    command: str = Field(description="Command line of the study.")
+    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
+    hardware: str = Field(description="Machines that trained.")
 
 
 def task_results(runs: Sequence[Run], outcomes: Mapping[Run, Outcome], seeds: int) -> list[TaskResult]:
-    """Judge the runs of the first so many seeds.
+    """Judge the runs of the first seeds.
 
     Args:
-        runs: the grid.
-        outcomes: of all its runs with these seeds.
+        runs: All runs of the study.
+        outcomes: Outcomes of all runs with these seeds.
+        seeds: Number of seeds to judge.
 
     Raises:
-        LoraOverError: runs of one task that were not judged on the same examples.
+        LoraOverError: runs of one task were not judged on the same examples.
     """
     found = []
     for task in dict.fromkeys(run.task for run in runs):
@@ -118,7 +119,7 @@ def _task(task: str, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Ta
 
 
 def _means(by_rate: Mapping[float, Sequence[Outcome]], tokens: Losses, half: slice) -> dict[float, float]:
-    """Mean loss at each rate; infinite where a seed has failed."""
+    """Mean loss at each rate; infinite where the run of a seed failed."""
     return {
         rate: math.inf
         if any(outcome.failure is not None for outcome in same)
@@ -128,12 +129,12 @@ def _means(by_rate: Mapping[float, Sequence[Outcome]], tokens: Losses, half: sli
 
 
 def _losses(outcomes: Sequence[Outcome], half: slice) -> Losses:
-    """(seeds, examples of that half)."""
+    """Nats of each completion, shape (seeds, examples of that half)."""
     return np.array([outcome.nats[half] for outcome in outcomes])
 
 
 def _tokens(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
-    """(examples,): of every run of a task; empty where all have failed."""
+    """Tokens of each completion, shape (examples,); empty where all runs of the task failed."""
     scored = [run for run in runs if outcomes[run].failure is None]
     if not scored:
         return np.zeros(0)
@@ -144,7 +145,7 @@ def _tokens(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
         if outcomes[run].tokens != tokens:
             raise LoraOverError(
                 f"{run.folder} and {scored[0].folder} were judged on different held-out examples, so they cannot be "
-                "compared; were the data changed? Start the study anew."
+                "compared; were the data changed? Start a new study."
             )
     return np.array(tokens, dtype=np.float64)
 
@@ -185,7 +186,7 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 
 def _adjusted(tasks: Sequence[TaskResult]) -> list[TaskResult]:
-    """Holm's correction over tasks, for each method by itself; a task on which it failed counts among them."""
+    """Apply Holm's correction over tasks to each method's p values; a task on which the method failed counts too."""
     compared = [(t.task, r.method, r.difference.p) for t in tasks for r in t.methods if r.difference is not None]
     p_values: dict[tuple[str, str], float] = {}
     for method in {method for _, method, _ in compared}:
@@ -208,19 +209,17 @@ def _with_p(result: MethodResult, p: float | None) -> MethodResult:
 
 
 def words(tasks: Sequence[TaskResult]) -> list[str]:
-    """Whether LoRA-Over beats tuned plain LoRA, then a sentence for each task and method that has been compared."""
+    """Say whether LoRA-Over beats tuned plain LoRA, then compare each method on each task in a sentence."""
     lines = [_overall(tasks)]
     for task in tasks:
         if task.baseline is None:
-            lines.append(
-                f"{task.task}: no plain LoRA has a rate at which every run ended well, so nothing is compared."
-            )
+            lines.append(f"{task.task}: every plain LoRA failed at every rate, so nothing is compared.")
         lines += [_sentence(task, result) for result in task.methods if result.difference is not None]
     return lines
 
 
 def _overall(tasks: Sequence[TaskResult]) -> str:
-    """A task on which a setting of LoRA-Over failed at every rate, and plain LoRA did not, counts as worse."""
+    """First sentence; a task on which LoRA-Over failed at every rate, and plain LoRA did not, counts as worse."""
     settings: dict[str, list[Difference]] = {}
     failed: Counter[str] = Counter()
     for task in tasks:
@@ -232,7 +231,7 @@ def _overall(tasks: Sequence[TaskResult]) -> str:
     for method in failed:
         settings.setdefault(method, [])
     if not settings:
-        return "Whether LoRA-Over beats a tuned plain LoRA cannot be said yet: it takes both, and two seeds."
+        return "Whether LoRA-Over beats a tuned plain LoRA is unknown yet: a comparison needs both, and two seeds."
     better = {method: sum(map(_is_better, found)) for method, found in settings.items()}
     worse = {method: sum(map(_is_worse, found)) + failed[method] for method, found in settings.items()}
     counts = "; ".join(

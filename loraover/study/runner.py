@@ -14,30 +14,16 @@ from typing import Any
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment
-from loraover.reporting.reporter import Reporter
-from loraover.study.grid import Run, make_grid
+from loraover.reporting.reporter import SILENT, Reporter
+from loraover.study.grid import DEFAULT_METHODS, Run, make_grid
 from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
 from loraover.study.report import StudyReport, task_results, words
-from loraover.study.show import to_html, to_markdown
+from loraover.study.request import DEFAULT_SWEEP, StudyRequest
+from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_html, to_markdown
 from loraover.training.recipe import Recipe
-
-REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
-
 
 DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagnostics": True}
 """What a study sets unless it is asked otherwise: losses after training judge, and steps are measured."""
-
-
-@dataclass(frozen=True)
-class StudyRequest:
-    """What the command was asked for; see `make_grid`."""
-
-    recipes: tuple[str, ...]
-    rates: dict[str, tuple[float, ...]]
-    task_rates: dict[str, tuple[float, ...]]
-    seeds: int
-    settings: dict[str, Any]
-    command: str
 
 
 @dataclass(frozen=True)
@@ -45,49 +31,92 @@ class Where:
     """Which machine the runs are for.
 
     Args:
-        jobs: runs at the same time on this one.
-        ray: address of a Ray cluster, or "local" for one on this machine; None: no Ray.
+        jobs: Number of runs at the same time on this machine.
+        ray: Address of a Ray cluster, or "local" for one on this machine; None: no Ray.
     """
 
     jobs: int = 1
     ray: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ConfigError(f"--jobs is {self.jobs}, expected 1 or more.")
 
-def run_study(request: StudyRequest, folder: Path, where: Where | None, report: Reporter) -> StudyReport:
-    """Run what is not finished, judge, and write `study.json`, `study.md` and `study.html`.
+
+def run_study(
+    recipes: Sequence[str | Path],
+    output: str | Path,
+    *,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    lr_sweep: Sequence[float] | Mapping[str, Sequence[float]] = DEFAULT_SWEEP,
+    seeds: int = 3,
+    settings: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    ray: str | None = None,
+    report_only: bool = False,
+    report: Reporter = SILENT,
+    command: str | None = None,
+) -> StudyReport:
+    """Compare training methods, each at its best learning rate.
+
+    Every combination of recipe, method, rate and seed is trained in a process. Runs that are finished are kept, so the
+    same call continues a study that was stopped. `study.json`, `study.md` and `study.html` are written to `output`.
 
     Args:
-        folder: of the study, new or begun.
-        where: None runs nothing.
+        recipes: Names of recipes that ship, or YAML files; each is a task.
+        output: Folder of the study: new, or one to continue.
+        methods: Names of `loraover.study.grid.METHODS`, with settings where wanted, such as
+            "lora-over:schedule=dynamic:budget={fraction: 0.25}".
+        lr_sweep: Learning rates of every method; or rates by the name of a method or of a task, and under the empty
+            name those of all other methods.
+        seeds: Number of seeds, from 0.
+        settings: Values of recipe keys for all runs, by dotted key.
+        jobs: Number of runs at the same time on this machine.
+        ray: Address of a Ray cluster for the runs, or "local" for one on this machine; None: no Ray.
+        report_only: Judge the runs that are finished, and train nothing.
+        report: Receiver of progress.
+        command: Command line for the report; None: the one of `loraover study` with these arguments.
+
+    Returns:
+        The contents of `study.json`.
 
     Raises:
-        ConfigError: a request that is no study, or not the one that was begun in `folder`.
-        LoraOverError: see `run_grid` and `make_report`.
+        ConfigError: the request is not a study, or not the one that was begun in `output`.
+        LoraOverError: a run failed for another reason than its rate or its size, or no seed is finished yet.
     """
-    grid = make_grid(request.recipes, request.rates, request.seeds, DEFAULTS | request.settings, request.task_rates)
-    outcomes = finished(grid, folder) if where is None else run_grid(grid, folder, where, report)
-    found = make_report(grid, outcomes, request.command)
+    folder, where = Path(output), Where(jobs, ray)
+    by_name = lr_sweep if isinstance(lr_sweep, Mapping) else {"": lr_sweep}
+    request = StudyRequest(
+        recipes=tuple(map(str, recipes)),
+        methods=tuple(methods),
+        lr_sweep={name: tuple(rates) for name, rates in by_name.items()},
+        seeds=seeds,
+        settings=dict(settings or {}),
+    )
+    grid = make_grid(request.recipes, request.rates, seeds, DEFAULTS | dict(request.settings), request.task_rates)
+    outcomes = finished(grid, folder) if report_only else run_grid(grid, folder, where, report)
+    found = make_report(grid, outcomes, request.command(folder) if command is None else command)
     for name, content in (
         (REPORT_FILE, found.model_dump_json(indent=1) + "\n"),
         (TABLE_FILE, to_markdown(found)),
         (HTML_FILE, to_html(found)),
     ):
         publish_text(folder / name, content)
-    for line in found.words:
-        report.line(line)
-    report.line(f"wrote {folder / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}")
     return found
 
 
 def run_grid(grid: Sequence[Run], folder: Path, where: Where, report: Reporter) -> dict[Run, Outcome]:
-    """Every run of the grid; those that are finished are read.
+    """Train every run of the grid that is not finished, and read the others.
 
     Args:
-        folder: of the study.
+        grid: All runs.
+        folder: The study's folder.
+        where: The machine to train on.
+        report: Receiver of progress.
 
     Raises:
-        LoraOverError: a run that failed for another reason than that its loss diverged or its memory was too small;
-            finished runs are kept.
+        LoraOverError: a run failed for another reason than that its loss diverged or its memory was too small; finished
+            runs are kept.
     """
     outcomes = finished(grid, folder)
     left = [run for run in grid if run not in outcomes]
@@ -98,15 +127,15 @@ def run_grid(grid: Sequence[Run], folder: Path, where: Where, report: Reporter) 
         for run, outcome in _executed(left, folder, where):
             outcomes[run] = outcome
             advance(len(outcomes))
-            said = outcome.failure or f"loss {sum(outcome.nats) / sum(outcome.tokens):.4f}"
+            ending = outcome.failure or f"loss {sum(outcome.nats) / sum(outcome.tokens):.4f}"
             report.line(
-                f"{len(outcomes)}/{len(grid)} {run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {said}"
+                f"{len(outcomes)}/{len(grid)} {run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {ending}"
             )
     return outcomes
 
 
 def finished(grid: Sequence[Run], folder: Path) -> dict[Run, Outcome]:
-    """Outcomes that are there."""
+    """Read the outcomes of all runs that are finished."""
     found = {run: read_outcome(run.recipe, folder / run.folder) for run in grid}
     return {run: outcome for run, outcome in found.items() if outcome is not None}
 
@@ -129,7 +158,7 @@ def _executed(runs: Sequence[Run], folder: Path, where: Where) -> Iterator[tuple
 
 
 def _on_ray(runs: Sequence[Run], folder: Path, address: str) -> Iterator[tuple[Run, Outcome]]:
-    """One task a run; a worker trains in a folder of its own and sends back the outcome."""
+    """One task for each run; a worker trains in a temporary folder and sends back the outcome."""
     try:
         import ray as imported
     except ImportError as error:
@@ -167,17 +196,22 @@ def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
 
 
 def make_report(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], command: str) -> StudyReport:
-    """Judge the seeds of which every run is finished.
+    """Judge the seeds whose runs have all finished.
+
+    Args:
+        grid: All runs of the study.
+        outcomes: Outcomes of those that are finished.
+        command: Command line for the report.
 
     Raises:
-        LoraOverError: no seed is whole yet, or see `task_results`.
+        LoraOverError: no seed is finished yet, or see `task_results`.
     """
     seeds = 0
     while any(run.seed == seeds for run in grid) and all(run in outcomes for run in grid if run.seed == seeds):
         seeds += 1
     if not seeds:
         raise LoraOverError(
-            "no seed has all of its runs finished yet, so there is nothing to compare; go on with the study."
+            "no seed has all of its runs finished yet, so there is nothing to compare; continue the study first."
         )
     tasks = task_results(grid, outcomes, seeds)
     return StudyReport(

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
 
 from loraover.reporting.html_page import COLORS, INK, render_page, svg_axes
 from loraover.study.report import MethodResult, StudyReport, TaskResult
 
+REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
 TEMPLATE = "study.html.j2"
 COLUMNS = (
     *("method", "rate", "test loss (sd)", "difference [95 %], p", "trained", "s / step", "GiB", "step norm"),
     *("update norm", "fold error", "basin", "regret"),
 )
-HIGHEST = 1.5
+HIGHEST = 1.5  # times the lowest loss
 END_NOTE = " (end): the best rate is at an end of the sweep."
 
 
+def show_study(report: StudyReport, folder: Path, console: Console) -> None:
+    """Print what the figures say, and which files hold them."""
+    for line in (*report.words, f"wrote {folder / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def to_markdown(report: StudyReport) -> str:
-    """What the figures say, and a table for each task."""
+    """Markdown with the verdict in sentences, and a table for each task."""
     lines = [f"- {line}" for line in report.words]
     if not report.is_whole:
         lines.append(f"- {unfinished(report)}")
@@ -60,12 +70,12 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def gibibytes(r: MethodResult) -> float | None:
-    """Peak memory."""
+    """Peak memory in GiB; None: not measured."""
     return None if r.peak_bytes is None else r.peak_bytes / 2**30
 
 
 def regret_text(r: MethodResult) -> str:
-    """The regret, infinite where a rate diverged."""
+    """Regret in percent, or "infinite" where a rate diverged."""
     found = r.sensitivity
     if found.regret is not None:
         return f"{found.regret:.2%}"
@@ -73,12 +83,12 @@ def regret_text(r: MethodResult) -> str:
 
 
 def unfinished(report: StudyReport) -> str:
-    """That the report is not of the whole grid."""
-    return f"The study is not finished: {report.runs} runs are, and the first {report.seeds} seeds count here."
+    """Sentence for a report of a study that is still running."""
+    return f"The study is not finished: {report.runs} runs are done, and only the first {report.seeds} seeds count."
 
 
 def to_html(report: StudyReport) -> str:
-    """The page; every text of the report is escaped."""
+    """HTML page; every text of the report is escaped."""
     template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     tasks = [(task, difference_plot(task), rate_plot(task)) for task in report.tasks]
     shown = {
@@ -92,7 +102,7 @@ def to_html(report: StudyReport) -> str:
 
 
 def difference_plot(task: TaskResult) -> str:
-    """Every method's difference to the baseline with its interval; empty where nothing is compared."""
+    """Plot of each method's difference to the baseline with its interval; empty where nothing is compared."""
     compared = [(r.method, r.difference) for r in task.methods if r.difference is not None]
     if not compared:
         return ""
@@ -112,9 +122,9 @@ def _color(task: TaskResult, method: str) -> str:
 
 
 def rate_plot(task: TaskResult) -> str:
-    """Validation loss against learning rate, one line for each method; empty where every method failed.
+    """Plot of validation loss against learning rate, one line for each method; empty where every method failed.
 
-    Lines leave the plot where a loss is more than `HIGHEST` times the lowest, so that the basins can be seen.
+    Losses above `HIGHEST` times the lowest are outside the plot, so that the lowest parts of the curves can be seen.
     """
     if not task.methods:
         return ""

@@ -12,25 +12,26 @@ from loraover.data.sources import BUILT_IN, Rows, load_rows
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
 
-WORD_PROBLEMS = 2000  # for training, where a recipe names no number
+WORD_PROBLEMS = 2000  # training examples where a recipe gives no number
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Training and held-out rows with prompt and completion, and where they come from."""
+    """Training and held-out rows with prompt and completion, and their origin."""
 
     train: Rows
     test: Rows | None
 
 
 def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
-    """Training rows, and held-out rows where the recipe measures something.
+    """Load training rows, and held-out rows if the recipe measures something.
 
     Args:
-        chat: write text as chat messages.
+        recipe: The recipe.
+        chat: Whether to write text as chat messages.
 
     Raises:
-        DataError: see `load_rows`; or nothing to measure on.
+        DataError: see `load_rows`; or held-out data are missing.
     """
     data = recipe.data
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
@@ -47,7 +48,7 @@ def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
     if not wanted:
         return Examples(train_rows, None)
     if data.test is None and Path(data.train).is_file():
-        raise DataError(f"{data.train} is one file: name held-out data in data.test, or set evaluation.examples to 0.")
+        raise DataError(f"{data.train} is one file; name held-out data in data.test, or set evaluation.examples to 0.")
     same = data.test in (None, data.train)
     revision = train_rows.revision if same else None
     test_rows = load_rows(data.test or data.train, split=data.test_split, revision=revision, limit=wanted, **common)

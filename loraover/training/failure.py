@@ -25,10 +25,10 @@ class Failure(BaseModel):
 
     schema_version: Literal[1] = 1
     kind: Literal["diverged", "out_of_memory", "refused", "failed"] = Field(
-        description="diverged: weights are no longer finite; out_of_memory: the model, its training or its measures "
-        "do not fit; refused: an error whose message says what to change; failed: any other error"
+        description="Kind of failure. diverged: weights are no longer finite; out_of_memory: the memory is too small; "
+        "refused: an error whose message says what to change; failed: any other error."
     )
-    message: str = Field(description="the error's message, for people")
+    message: str = Field(description="The error's message, for people.")
 
     @property
     def is_of_method(self) -> bool:
@@ -37,7 +37,7 @@ class Failure(BaseModel):
 
 
 def failure_of(error: Exception) -> Failure:
-    """What an exception that ends a run is, by its type."""
+    """Classify an exception that ends a run, by its type."""
     is_ours = isinstance(error, LoraOverError)
     message = str(error) if is_ours else "".join(traceback.format_exception_only(error)).strip()
     kind: Literal["diverged", "out_of_memory", "refused", "failed"]
@@ -51,7 +51,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those that it was raised from."""
+    """Yield an exception and those that it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -66,16 +66,16 @@ def _is_of_memory(error: BaseException) -> bool:
 
 
 def record_failure(output: Path, error: BaseException, *, has_stepped: bool, is_resumed: bool) -> None:
-    """Leave in a run's folder what belongs there after an exception.
+    """Write or remove what a run's folder holds after an exception.
 
     A new run that has taken no step leaves no folder, or one with nothing but the failure of its method, so that the
     same command can be given again. Otherwise the folder keeps what it holds, to be resumed. Ctrl-C is not recorded.
 
     Args:
-        output: the run's folder.
-        error: what ended the run. It gets a note where the file cannot be written.
-        has_stepped: whether the run has taken a step.
-        is_resumed: whether the folder was there before.
+        output: The run's folder.
+        error: What ended the run. It gets a note where the file cannot be written.
+        has_stepped: Whether the run has taken a step.
+        is_resumed: Whether the folder was there before.
     """
     failure = failure_of(error) if isinstance(error, Exception) else None
     if failure is not None and not (has_stepped or failure.is_of_method):
@@ -97,17 +97,20 @@ def _json(failure: Failure) -> str:
     return failure.model_dump_json(indent=1) + "\n"
 
 
-def holds_only_failure(folder: Path) -> bool:
-    """Whether a failure before the first step is all that is in a folder, so that a new run may take its place."""
+def has_no_work(folder: Path) -> bool:
+    """Whether a folder is empty or holds only a failure before the first step, so that a new run may have it."""
     try:
         is_folder = folder.is_dir() and not folder.is_symlink()
-        return is_folder and [path.name for path in folder.iterdir()] == [FAILURE_FILE]
+        return is_folder and {path.name for path in folder.iterdir()} <= {FAILURE_FILE}
     except OSError:
         return False
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Why the last attempt at a run failed; None where it did not, or was interrupted.
+    """Read why the last attempt at a run failed; None if it did not, or was interrupted.
+
+    Args:
+        folder: The run's folder.
 
     Raises:
         CheckpointError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""The Hugging Face trainers behind a recipe."""
+"""The Hugging Face trainer that a recipe asks for."""
 
 from __future__ import annotations
 
@@ -36,18 +36,33 @@ def make_trainer(
     report: Reporter,
     over: LoraOverCallback | None,
 ) -> Trainer:
-    """TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
+    """Make TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
+
+    Args:
+        recipe: The recipe.
+        model: The model to train, with its adapter unless all weights are trained.
+        tokenizer: The model's tokenizer.
+        examples: Training and held-out rows.
+        output: The run's folder.
+        is_seq2seq: Whether the model is an encoder-decoder.
+        report: Receiver of progress.
+        over: Owner of the cores; None for other methods.
 
     Raises:
         ConfigError: a value that the trainer refuses.
     """
     from datasets import Dataset
 
-    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio"}
+    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio", "min_lr_rate"}
     options = recipe.training.model_dump(exclude=ours, exclude_none=True)
     options |= PRECISION[recipe.training.precision]
     if recipe.training.warmup_ratio:
         options["warmup_steps"] = recipe.training.warmup_ratio  # transformers 5: below 1, a share of all steps
+    if recipe.training.min_lr_rate:
+        options |= {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": recipe.training.min_lr_rate},
+        }
     options |= {
         "output_dir": str(output / "trainer"),
         "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
@@ -82,8 +97,8 @@ def make_trainer(
 def _project_labelled_positions_only() -> None:
     """Keep TRL's loss from projecting masked positions to the vocabulary on a CPU.
 
-    Where there is no Triton, TRL 1.16 projects all, for compilers that want fixed shapes. Nothing is compiled here, and
-    of a small model with short answers that took half of a step. A TRL without that switch is left as it is.
+    Without Triton, TRL 1.16 projects all positions, for compilers that want fixed shapes. Nothing is compiled here, and
+    the projection took half of a step of a small model with short answers. A TRL without that switch stays unchanged.
     """
     from trl.trainer import utils
 
@@ -96,7 +111,7 @@ def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
     if recipe.training.loraplus_lr_ratio is None:
         return None
     if not isinstance(model, PeftModel) or not recipe.training.optim.startswith("adamw_torch"):
-        raise ConfigError("training.loraplus_lr_ratio takes a LoRA and optim adamw_torch or adamw_torch_fused.")
+        raise ConfigError("training.loraplus_lr_ratio needs a LoRA and optim adamw_torch or adamw_torch_fused.")
     return create_loraplus_optimizer(
         model,
         torch.optim.AdamW,

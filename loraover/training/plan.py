@@ -1,4 +1,4 @@
-"""What a recipe would take, before anything is loaded: from the model's config.json and the size of the data."""
+"""Memory, steps and tokens that a recipe would need, from the model's config.json and the size of the data."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from loraover.training.examples import WORD_PROBLEMS
 from loraover.training.recipe import Recipe
 from loraover.training.run import with_adapter
 
-CORE_BYTES = 4  # cores are float32
+CORE_BYTES = 4  # float32
 
 
 class Plan(BaseModel):
-    """Numbers of one process; memory in bytes."""
+    """Needs of one process; memory in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
-    method: str
-    weights: int = Field(description="of the base model")
-    adapter: int = Field(description="A and B")
-    cores: int = Field(description="at most: all that a schedule can inject")
-    gradients: int = Field(description="of all that is trained, A and B with their cores")
-    optimizer_states: int = Field(description="two moments, as AdamW's, in the type of what they belong to")
-    activations: int | None = Field(description="estimate, see `ASSUMPTION`; None: only a run with values shows them")
-    steps: int
-    examples: int = Field(description="that the run sees, over all epochs")
-    tokens: int = Field(description="at most: every example of full length")
+    model: str = Field(description="Base model with its commit or folder.")
+    method: str = Field(description="Method of the recipe: lora, lora-over or full.")
+    weights: int = Field(description="Bytes of the base model.")
+    adapter: int = Field(description="Bytes of A and B.")
+    cores: int = Field(description="Largest number of bytes of the cores: all that the schedule can inject.")
+    gradients: int = Field(description="Bytes of the gradients of everything trained: A and B with their cores.")
+    optimizer_states: int = Field(description="Bytes of AdamW's two moments, in the type of their parameters.")
+    activations: int | None = Field(
+        description="Estimated bytes of activations, see `ASSUMPTION`; None: they depend on the values."
+    )
+    steps: int = Field(description="Optimizer steps.")
+    examples: int = Field(description="Examples that the run sees, over all epochs.")
+    tokens: int = Field(description="Largest number of tokens: every example at full length.")
 
     def facts(self) -> dict[str, str]:
-        """Rows for people."""
+        """Name and value of each row of a table."""
         held = self.weights + self.adapter + self.cores + self.gradients + self.optimizer_states
         known = self.activations is not None
         return {
@@ -70,10 +72,14 @@ ASSUMPTION = (
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Memory, steps and tokens of a run.
+    """Estimate memory, steps and tokens of a run without reading weights.
+
+    Args:
+        recipe: The recipe.
 
     Raises:
-        ConfigError: what `train` would refuse before it loads weights; or neither the hub nor its cache answers.
+        ConfigError: a recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
+            answers.
         DataError: local data that cannot be read.
     """
     training = recipe.training
@@ -115,7 +121,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _count_examples(recipe: Recipe) -> int:
-    """Training examples of an epoch; of the hub's data, as many as are asked for, or else all rows."""
+    """Training examples of an epoch; for the hub's data, the recipe's number, or else the number of rows."""
     data = recipe.data
     if data.train == BUILT_IN:
         return data.train_examples or WORD_PROBLEMS
@@ -128,31 +134,32 @@ def _count_examples(recipe: Recipe) -> int:
 def _activations(model: Any, recipe: Recipe) -> int | None:
     """Bytes that autograd keeps for the backward pass of one micro-batch; None where that depends on values.
 
-    With gradient checkpointing, those of the layers' inputs and of one layer.
+    With gradient checkpointing, autograd keeps the layers' inputs and the activations of one layer.
     """
     shape = (recipe.training.per_device_train_batch_size, recipe.training.max_length)
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     precision = recipe.training.precision
     mode = _Accelerated(None if precision == "fp32" else getattr(torch, DTYPES[precision]))
     try:
-        whole = kept_bytes(model.train(), ids, mode)
+        all_kept = kept_bytes(model.train(), ids, mode)
         if not recipe.training.gradient_checkpointing:
-            return whole
+            return all_kept
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
         layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
         kept = kept_bytes(model, ids, mode)
     except (RuntimeError, AttributeError):  # such as a mixture of experts, whose router looks at values
         return None
-    return kept + (whole - kept) // max(layers, 1)
+    return kept + (all_kept - kept) // max(layers, 1)
 
 
 def kept_bytes(model: nn.Module, ids: Tensor, mode: AbstractContextManager[Any]) -> int:
-    """Bytes of the tensors, other than the model's own, that autograd keeps of a forward pass with a loss.
+    """Bytes of the tensors, other than the model's own, that autograd keeps after a forward pass with a loss.
 
     Args:
-        ids: (batch, tokens), input and labels.
-        mode: to run it in.
+        model: A model on the meta device.
+        ids: Shape (batch, tokens), input and labels.
+        mode: Context of the forward pass.
     """
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
@@ -168,14 +175,14 @@ def kept_bytes(model: nn.Module, ids: Tensor, mode: AbstractContextManager[Any])
 
 
 class _Accelerated(TorchFunctionMode):
-    """What an accelerator does and the meta device does not: autocast, and attention that keeps no scores."""
+    """Autocast, and attention that keeps no scores, on the meta device, which has neither."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__bool__:  # the meta device holds no values: of a mask that is asked for, nothing is masked
+        if func is Tensor.__bool__:  # the meta device holds no values; where a mask is tested, nothing counts as masked
             return True
         if func in (linear, torch.matmul, scaled_dot_product_attention) and self.dtype is not None:
             args = [arg.to(self.dtype) if isinstance(arg, Tensor) else arg for arg in args]
@@ -186,7 +193,7 @@ class _Accelerated(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps queries, keys, values, the output and a float32 for each row of scores."""
+    """Attention that keeps queries, keys, values, the output and one float32 for each row of scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

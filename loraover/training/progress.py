@@ -1,4 +1,4 @@
-"""The Trainer's steps as a person sees them, and their log as a file."""
+"""Progress of the Trainer's steps, and their log as a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from loraover.reporting.reporter import Reporter
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows the Trainer's steps and writes the history of its log, a schedule's decisions too, to a JSONL file."""
+    """Shows the Trainer's steps and writes its log, with the schedule's decisions, to a JSONL file.
+
+    Args:
+        report: Receiver of steps and losses.
+        metrics: The JSONL file; lines are appended.
+    """
 
     def __init__(self, report: Reporter, metrics: Path) -> None:
         self.report = report

@@ -18,34 +18,41 @@ from loraover.training.recipe import Recipe
 
 
 def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]) -> ModelSource | None:
-    """The model that a pushed adapter is to name in place of the stand-in that it is trained on, if it is.
+    """Resolve the model that a pushed adapter names in place of the stand-in that it was trained on.
+
+    A stand-in is a copy of a model that was made where the hub cannot be reached, see docs/recipes.md.
 
     Args:
-        trained: what the run trains on.
-        say: told a warning with the largest logit difference between the two.
+        recipe: The recipe of the run.
+        trained: The model that the run trains on.
+        say: Receiver of a warning with the largest logit difference between the two models.
+
+    Returns:
+        None where the adapter names the model that it was trained on.
 
     Raises:
-        ConfigError: an adapter of a stand-in would be pushed, and the recipe names no model for it that can be had; or
-            the recipe names one for an adapter of another kind.
+        ConfigError: an adapter of a stand-in would be pushed and the recipe names no model for it that can be read;
+            or the recipe names one although no adapter of a stand-in is pushed.
     """
     needs_base = recipe.push_to_hub is not None and recipe.method != "full" and trained.stand_in is not None
-    if recipe.push_base is None:
+    if recipe.push_model is None:
         if not needs_base:
             return None
         raise ConfigError(
             f"push_to_hub: the base model here is a {trained.stand_in}, and a folder of this machine means nothing to "
-            "others. Name the model that the pushed adapter is to name with --base, or train where the hub is in reach."
+            "others. Name the base model of the pushed adapter with --push-model, or train where the hub can be "
+            "reached."
         )
     if not needs_base:
         raise ConfigError(
-            f"push_base is {recipe.push_base!r}, which only an adapter that is pushed and trained on a stand-in takes; "
-            f"this run trains on {trained.origin}. Leave it out."
+            f"push_model is {recipe.push_model!r}, but only an adapter that is trained on a stand-in and pushed takes "
+            f"it; this run trains on {trained.origin}. Leave it out."
         )
-    moved = move([trained.name], resolve_model(recipe.push_base), say)
+    moved = move([trained.name], resolve_model(recipe.push_model), say)
     if moved.moved is None:
         raise ConfigError(
-            f"push_base: {recipe.push_base} cannot be read here, only the stand-in for it that is trained on. Train "
-            "where the hub is in reach, or push the adapter later."
+            f"push_model: {recipe.push_model} cannot be read here, only the stand-in that the run trains on. Train "
+            "where the hub can be reached, or push the adapter later."
         )
     return moved
 
@@ -54,7 +61,9 @@ def push(repository: str, folder: Path, kept: Path) -> None:
     """Upload a folder.
 
     Args:
-        kept: where the run keeps what was trained, for messages.
+        repository: Name on the hub; it is made if it is missing.
+        folder: What to upload.
+        kept: Folder where the run keeps what was trained, for messages.
 
     Raises:
         OutputError: the hub refuses, or cannot be reached.
@@ -71,10 +80,14 @@ def push(repository: str, folder: Path, kept: Path) -> None:
 
 @contextmanager
 def moved_copy(adapter: Path, base: ModelSource, card: str) -> Iterator[Path]:
-    """A copy of an adapter that names another base model: a plain LoRA, since its cores were not trained on that model.
+    """Copy an adapter, without its cores, so that it names another base model; the copy lasts for the block.
+
+    The cores are left out since they were not trained on that model.
 
     Args:
-        card: the copy's README.md.
+        adapter: The adapter's folder.
+        base: The model to name.
+        card: Text of the copy's README.md.
     """
     with tempfile.TemporaryDirectory() as scratch:
         copy = shutil.copytree(

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 import reprlib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,9 @@ from loraover.overparam.config import LoraOverConfig
 
 MAX_YAML_BYTES = 2**20
 
+RENAMED = {"push_base": "push_model"}
+"""New name of each key that has been renamed."""
+
 _short = reprlib.Repr()
 _short.maxlevel = 2  # YAML aliases can unfold a few bytes into a giant
 
@@ -29,12 +33,17 @@ class _Part(BaseModel):
 class Data(_Part):
     """Where examples come from."""
 
-    train: str = Field(description="'word-problems', a JSONL file, a folder, or a hub name")
-    test: str | None = Field(None, description="held-out data, likewise; absent: the hub's or folder's test_split")
-    subset: str | None = Field(None, description="the hub's configuration name")
-    train_split: str = "train"
-    test_split: str = "test"
-    revision: str | None = Field(None, description="commit or tag on the hub; the commit is pinned in the output")
+    train: str = Field(description="Training data: 'word-problems' (built in), a JSONL file, a folder or a hub name.")
+    test: str | None = Field(
+        None,
+        description="Held-out data, named as in `train`; None: the split `test_split` of the training data.",
+    )
+    subset: str | None = Field(None, description="Name of a configuration on the hub, such as 'main'.")
+    train_split: str = Field("train", description="Split to train on.")
+    test_split: str = Field("test", description="Split to measure on.")
+    revision: str | None = Field(
+        None, description="Commit or tag on the hub; the run's copy of the recipe names the commit."
+    )
     format: Literal[
         "auto",
         "prompt-completion",
@@ -49,27 +58,36 @@ class Data(_Part):
         "glue-cola",
         "glue-qnli",
         "glue-mrpc",
-    ] = "auto"
+    ] = Field("auto", description="Form of the rows, see docs/recipes.md; auto: found from their columns.")
     keep: dict[str, re.Pattern[str]] = Field(
-        default_factory=dict, description="read only rows in whose columns these regular expressions are found"
+        default_factory=dict,
+        description="Regular expression by column; only rows in which every expression is found are read.",
     )
-    chat: bool | None = Field(None, description="use the tokenizer's chat template; absent: if it has one")
-    train_examples: int | None = Field(None, ge=1)
-    test_examples: int | None = Field(None, ge=1)
+    chat: bool | None = Field(
+        None, description="Whether to write examples in the tokenizer's chat template; None: if it has one."
+    )
+    train_examples: int | None = Field(None, ge=1, description="Number of training examples; None: all.")
+    test_examples: int | None = Field(None, ge=1, description="Largest number of held-out examples; None: no limit.")
 
 
 class Lora(_Part):
     """The adapter, in PEFT's terms."""
 
-    r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = Field(False, description="of plain LoRA; it is no product B A and cannot be over-parameterised")
-    init_lora_weights: bool | str = Field(True, description="as PEFT spells it, e.g. pissa")
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    r: int = Field(8, ge=1, description="Rank.")
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="Scaling times rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="Adapted modules: 'all-linear', a list of endings of names, or a regular expression."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) in place of alpha / r.")
+    use_dora: bool = Field(
+        False, description="Train DoRA; its update is more than a product B A, so it cannot be over-parameterised."
+    )
+    init_lora_weights: bool | str = Field(True, description="Start of A and B, as PEFT spells it, such as 'pissa'.")
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="Other ranks, by pattern of module names.")
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="Other alphas, by pattern of module names."
+    )
 
     @field_validator("target_modules", "rank_pattern", "alpha_pattern")
     @classmethod
@@ -78,36 +96,43 @@ class Lora(_Part):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression, as PEFT takes it: {error}") from error
+                raise ValueError(f"{pattern!r} is not a regular expression, which PEFT expects: {error}") from error
         return value
 
 
 class Training(_Part):
     """The run, in the terms of transformers' TrainingArguments."""
 
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; or else num_train_epochs")
-    num_train_epochs: float | None = Field(None, gt=0, allow_inf_nan=False, description="passes over the training data")
-    per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps, in place of num_train_epochs.")
+    num_train_epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Passes over the training data, in place of max_steps."
+    )
+    per_device_train_batch_size: int = Field(8, ge=1, description="Examples in a micro-batch.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="of all steps, in place of warmup_steps")
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
-    optim: str = "adamw_torch_fused"
-    loraplus_lr_ratio: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="LoRA+: learning rate of B as a multiple of A's, with AdamW"
+    ] = Field("cosine", description="Course of the learning rate.")
+    min_lr_rate: float = Field(
+        0.0, ge=0, lt=1, description="Learning rate at the end of a cosine, as a share of its peak."
     )
-    max_length: int = Field(512, ge=8, description="tokens; longer examples are cut")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    gradient_checkpointing: bool = False
-    seed: int = Field(0, ge=0, lt=2**32)
-    logging_steps: int = Field(10, ge=1)
-    save_steps: int = Field(50, ge=1)
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; an old one goes once the new one is whole")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps in which the learning rate rises.")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of all steps, in place of warmup_steps.")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Largest gradient norm; 0: no clipping.")
+    optim: str = Field("adamw_torch_fused", description="Optimizer, as transformers spells it.")
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="LoRA+: learning rate of B as a multiple of A's, with AdamW."
+    )
+    max_length: int = Field(512, ge=8, description="Tokens of an example; longer ones are cut.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Data type of the computation.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in place of keeping them.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order and built-in examples.")
+    logging_steps: int = Field(10, ge=1, description="Optimizer steps between two lines of the log.")
+    save_steps: int = Field(50, ge=1, description="Optimizer steps between two checkpoints.")
+    save_total_limit: int = Field(
+        2, ge=1, description="Number of checkpoints kept; an old one is removed when the new one is complete."
+    )
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Training:
@@ -115,13 +140,15 @@ class Training(_Part):
             raise ValueError("give one of max_steps and num_train_epochs, the other null or not at all")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give one of warmup_steps and warmup_ratio")
+        if self.min_lr_rate and self.lr_scheduler_type != "cosine":
+            raise ValueError(f"min_lr_rate belongs to lr_scheduler_type cosine, not to {self.lr_scheduler_type}")
         return self
 
     def steps(self, examples: int) -> int:
-        """Optimizer steps of the run on one process, as the Trainer counts them: an epoch's last step may be smaller.
+        """Count the run's optimizer steps on one process, as the Trainer does: an epoch's last step may be smaller.
 
         Args:
-            examples: for training.
+            examples: Number of training examples.
         """
         if self.max_steps is not None:
             return self.max_steps
@@ -131,35 +158,39 @@ class Training(_Part):
 
 
 class EvaluationSettings(_Part):
-    """What is measured on held-out data, before and after."""
+    """What is measured on held-out data, before and after training."""
 
-    examples: int = Field(100, ge=0, description="held-out examples; 0 measures nothing")
-    before: bool = Field(True, description="measure the untrained model too")
-    exact_match: bool = Field(True, description="generate answers and compare them with the references")
-    answer: Literal["number", "text"] = Field("number", description="compare final numbers, or the whole text")
-    max_new_tokens: int = Field(256, ge=1)
-    batch_size: int = Field(16, ge=1)
+    examples: int = Field(100, ge=0, description="Number of held-out examples; 0 measures nothing.")
+    before: bool = Field(True, description="Measure the untrained model too.")
+    exact_match: bool = Field(True, description="Generate answers and compare them with the references.")
+    answer: Literal["number", "text"] = Field(
+        "number", description="What is compared: the final number of an answer, or all of its text."
+    )
+    max_new_tokens: int = Field(256, ge=1, description="Largest number of tokens in a generated answer.")
+    batch_size: int = Field(16, ge=1, description="Answers generated at the same time.")
 
 
 class Recipe(_Part):
     """One training run."""
 
-    description: str = ""
-    model: str = Field(description="base model: folder or hub name")
-    model_revision: str | None = Field(None, description="commit or tag on the hub; the commit is pinned in the output")
-    method: Literal["lora", "lora-over", "full"] = Field(
-        "lora-over", description="plain LoRA, LoRA-Over, or full: all weights of the model, for comparison"
+    description: str = Field("", description="What the recipe does, for people.")
+    model: str = Field(description="Base model: folder or hub name.")
+    model_revision: str | None = Field(
+        None, description="Commit or tag on the hub; the run's copy of the recipe names the commit."
     )
-    data: Data
-    lora: Lora = Lora()
-    over: LoraOverConfig = LoraOverConfig()
-    training: Training
-    evaluation: EvaluationSettings = EvaluationSettings()
-    tensorboard: bool = False
-    diagnostics: bool = Field(False, description="log step norms, and norms and condition of the cores")
-    push_to_hub: str | None = Field(None, description="repository to upload the adapter to")
-    push_base: str | None = Field(
-        None, description="base model that a pushed adapter names in place of the stand-in that it was trained on"
+    method: Literal["lora", "lora-over", "full"] = Field(
+        "lora-over", description="Plain LoRA, LoRA-Over, or full: all weights of the model, for comparison."
+    )
+    data: Data = Field(description="Where examples come from.")
+    lora: Lora = Field(Lora(), description="The adapter, in PEFT's terms.")
+    over: LoraOverConfig = Field(LoraOverConfig(), description="Decomposition, schedule and budget of the cores.")
+    training: Training = Field(description="The run, in the terms of transformers' TrainingArguments.")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
+    tensorboard: bool = Field(False, description="Log to TensorBoard too.")
+    diagnostics: bool = Field(False, description="Log step norms, and the norms and condition numbers of the cores.")
+    push_to_hub: str | None = Field(None, description="Repository to upload the adapter to.")
+    push_model: str | None = Field(
+        None, description="Base model that a pushed adapter names in place of the stand-in that it was trained on."
     )
 
     @model_validator(mode="after")
@@ -174,41 +205,41 @@ class Recipe(_Part):
 
     @property
     def trains_only_products(self) -> bool:
-        """All that is trained is in delta_W = scaling * B A, so the norm of its change is the size of a step."""
+        """Whether only delta_W = scaling * B A is trained, so that the norm of its change is the size of a step."""
         return self.method != "full" and not self.lora.use_dora
 
 
 def recipe_names() -> list[str]:
-    """The recipes that ship."""
+    """Names of the recipes that ship with this package."""
     return sorted(p.name.removesuffix(".yaml") for p in files("loraover.training").joinpath("recipes").iterdir())
 
 
-def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe that ships, or a YAML file.
+def recipe_text(name: str) -> str:
+    """YAML of a recipe that ships, with its comments.
+
+    Raises:
+        ConfigError: no such recipe.
+    """
+    if name not in recipe_names():
+        raise ConfigError(f"recipe {name!r}: not one that ships{_near(name)}")
+    return files("loraover.training").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe that ships or a YAML file, or take a recipe with other values.
 
     Args:
-        name: e.g. "demo", or a path.
-        overrides: values by dotted key, e.g. {"training.seed": 1}.
+        recipe: A recipe, the name of one that ships such as "demo", or the path of a YAML file.
+        overrides: Values by dotted key, e.g. `{"training.seed": 1}`.
 
     Raises:
         ConfigError: no such recipe, not YAML, or values that do not fit; every fault is named.
     """
-    import yaml
-
-    if name in recipe_names():
-        content = files("loraover.training").joinpath("recipes", f"{name}.yaml").read_bytes()
-    elif Path(name).is_file() and Path(name).stat().st_size <= MAX_YAML_BYTES:
-        content = Path(name).read_bytes()
+    if isinstance(recipe, Recipe):
+        name, values = "in memory", recipe.model_dump(mode="json", exclude_unset=True)
     else:
-        near = difflib.get_close_matches(name, recipe_names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(recipe_names())}."
-        raise ConfigError(f"recipe {name!r}: no such YAML file (of at most {MAX_YAML_BYTES} bytes){hint}")
-    try:
-        values = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"recipe {name!r}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {name!r}: expected keys such as model, data and training.")
+        name = str(recipe)
+        values = _read(name)
     for key, value in (overrides or {}).items():
         _override(values, key, value)
     try:
@@ -217,8 +248,36 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         raise ConfigError(f"recipe {name!r}: " + "; ".join(_faults(error))) from error
 
 
+def _read(name: str) -> dict[str, Any]:
+    import yaml
+
+    if name in recipe_names():
+        content = recipe_text(name).encode()
+    elif Path(name).is_file() and Path(name).stat().st_size <= MAX_YAML_BYTES:
+        content = Path(name).read_bytes()
+    else:
+        raise ConfigError(f"recipe {name!r}: no such YAML file (of at most {MAX_YAML_BYTES} bytes){_near(name)}")
+    try:
+        values = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"recipe {name!r}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {name!r}: expected keys such as model, data and training.")
+    return values
+
+
+def _near(name: str) -> str:
+    """The end of a message about an unknown recipe: the one that was meant, or all."""
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(recipe_names())}."
+
+
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split "training.seed=1" into its key and its YAML value."""
+    """Split "training.seed=1" into its key and its YAML value.
+
+    Raises:
+        ConfigError: no key, or a value that is not YAML.
+    """
     import yaml
 
     key, sign, value = text.partition("=")
@@ -226,7 +285,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text!r}: expected key=value, e.g. training.seed=1.")
     try:
         return key.strip(), yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
         raise ConfigError(f"--set {text!r}: the value is not YAML.") from error
 
 
@@ -240,11 +299,13 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _faults(error: ValidationError) -> list[str]:
-    """One line per fault; unknown keys come with the nearest known one."""
+    """One line for each fault; an unknown key comes with its new name, or else the nearest known one."""
     faults = []
     for fault in error.errors(include_url=False):
         place = ".".join(map(str, fault["loc"]))
-        if fault["type"] == "extra_forbidden":
+        if fault["type"] == "extra_forbidden" and place in RENAMED:
+            faults.append(f"{place}: is now called {RENAMED[place]}")
+        elif fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(fault["loc"][:-1]), n=1)
             faults.append(f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
         elif fault["type"] == "missing":

@@ -1,19 +1,12 @@
-"""Run a recipe: load, train, measure, and leave a run folder.
-
-OUT/recipe.yaml       the recipe, with hub revisions pinned, and the folder of a stand-in for the hub's model
-OUT/metrics.jsonl     one object per logging step and measure
-OUT/trainer/          sealed checkpoints to resume from
-OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method; OUT/model/ of full
-OUT/held_out.json     [nats, tokens] of each held-out completion after training
-OUT/run.json          measures before and after, sizes, origins, versions
-OUT/failure.json      why there is no run.json, if the run failed
-"""
+"""Run a recipe: load, train, measure, and leave a run folder (see `run_folder`)."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +21,10 @@ from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.callbacks.step_norm import Factors, factors, step_norm
 from loraover.checkpoint.checkpoint import write_checkpoint
-from loraover.common.atomic_output import check_free, publish_directory, publish_text
-from loraover.common.errors import ConfigError, DataError, DivergedError, OutputError
+from loraover.common.atomic_output import publish_directory, publish_text
+from loraover.common.errors import ConfigError, DataError, DivergedError
 from loraover.common.provenance import environment, hardware, peak_bytes
+from loraover.common.quiet import quiet_libraries_within
 from loraover.evaluation.held_out import exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
@@ -38,15 +32,26 @@ from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.reporting.model_card import model_card
-from loraover.reporting.reporter import Reporter, log_shown
+from loraover.reporting.reporter import SILENT, Reporter, log_shown
 from loraover.training.examples import Examples, load_examples
-from loraover.training.failure import FAILURE_FILE, holds_only_failure, record_failure
+from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.hf_trainer import make_trainer
 from loraover.training.push import moved_copy, push, pushed_base
-from loraover.training.recipe import Recipe
-from loraover.training.run_result import Measures, RunResult
+from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.run_folder import (
+    HELD_OUT_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    TRAINER_FOLDER,
+    claim,
+    log_measures,
+    product,
+    step_of,
+    trim_metrics,
+    write_recipe,
+)
+from loraover.training.run_result import RUN_FILE, Measures, RunResult
 
-HELD_OUT_FILE = "held_out.json"
 BEFORE, AFTER = "before training", "after training"
 
 
@@ -55,8 +60,14 @@ class Prepared:
     """Everything that a run needs before its first step.
 
     Args:
-        untrained: A and B of every module as they are made; None where more than their product is trained.
-        pushed_base: model that a pushed adapter names in place of the stand-in that it was trained on.
+        source: The base model.
+        tokenizer: Its tokenizer.
+        examples: Training and held-out rows.
+        model: What the trainer trains.
+        untrained: A and B of every module before training; None where more than their product is trained.
+        trainer: Trainer of transformers or TRL.
+        callback: Owner of the cores while training; None unless the method is LoRA-Over.
+        pushed_base: Model that a pushed adapter names in place of the stand-in that it was trained on.
     """
 
     source: ModelSource
@@ -75,42 +86,71 @@ class Prepared:
 
 
 class Timed(NamedTuple):
-    """Steps that this process has taken, which are not all of a run that was resumed, and their seconds."""
+    """Steps that this process has taken, and their seconds; a resumed run has more steps than these."""
 
     steps: int
     seconds: float
 
 
-def train(recipe: Recipe, output: Path, *, resume: bool, report: Reporter, command: str) -> RunResult:
-    """Train an adapter as the recipe says.
+def train(
+    recipe: Recipe | str | Path,
+    output: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    report: Reporter = SILENT,
+    command: str | None = None,
+) -> RunResult:
+    """Train an adapter as a recipe says.
 
     Args:
-        recipe: what to do.
-        output: a new folder; with `resume`, the folder of the run to continue. A run that fails leaves `failure.json`
+        recipe: A recipe, the name of one that ships, or a YAML file.
+        output: A new folder; with `resume`, the folder of the run to continue. A run that fails leaves `failure.json`
             in it, see `record_failure`.
-        resume: continue from the last whole checkpoint in `output`, or from the start without one.
-        report: shows progress.
-        command: what the user typed, for the model card.
+        overrides: Values in place of the recipe's, by dotted key, e.g. `{"training.seed": 1}`.
+        resume: Continue from the last complete checkpoint in `output`, or from the start if there is none.
+        report: Receiver of progress.
+        command: Command line for the model card; None: the one of `loraover train` with these arguments.
+
+    Returns:
+        The contents of `run.json`. What was trained is in `output/adapter`, or `output/model` for method full.
 
     Raises:
-        ConfigError, DataError, CheckpointError, OutputError: with what was found and expected. A run that is refused
-            before its first step leaves no folder.
-        DivergedError: weights are no longer finite at the end, or in the checkpoint to resume from.
+        ConfigError, DataError, CheckpointError, OutputError: The request cannot be used; the message says what was
+            found and what was expected. A run that is refused before its first step leaves no folder.
+        DivergedError: Weights are no longer finite at the end, or in the checkpoint to resume from.
     """
-    _claim(output, resume)
+    output = Path(output)
+    loaded = load_recipe(recipe, overrides)
+    if command is None:
+        command = _command(recipe, output, overrides)
+    with quiet_libraries_within(bars=report.shows_bars):
+        return _train(loaded, output, resume, report, command)
+
+
+def _command(recipe: Recipe | str | Path, output: Path, overrides: Mapping[str, Any] | None) -> str:
+    """Command line that does the same; a recipe in memory is named by the copy that the run keeps."""
+    if isinstance(recipe, Recipe):
+        return shlex.join(["loraover", "train", str(output / RECIPE_FILE)])
+    settings = [word for key, value in (overrides or {}).items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    return shlex.join(["loraover", "train", str(recipe), "-o", str(output), *settings])
+
+
+def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:
+    claim(output, resume=resume)
     run = None
     try:
         run = _prepare(recipe, output, report)
         before = _measure(run, recipe, output, report, BEFORE)
-        checkpoint = last_whole_checkpoint(output / "trainer") if resume else None
+        checkpoint = last_whole_checkpoint(output / TRAINER_FOLDER) if resume else None
         (output / FAILURE_FILE).unlink(missing_ok=True)
-        _trim_metrics(output / "metrics.jsonl", checkpoint)
+        trim_metrics(output, checkpoint)
         with log_shown(report):
             timed = _take_steps(run, recipe, checkpoint)
         if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
             raise DivergedError(
                 "training diverged: the loss is no longer a number at learning rate "
-                f"{recipe.training.learning_rate:g}; lower it. The log is {output / 'metrics.jsonl'}."
+                f"{recipe.training.learning_rate:g}; lower it. The log is {output / METRICS_FILE}."
             )
         after = _measure(run, recipe, output, report, AFTER)
         result = _result(run, recipe, timed, before, after)
@@ -149,7 +189,7 @@ def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None
 
 
 def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
-    """The adapter folder, and the run's result once that is whole."""
+    """Write the adapter folder, then the run's result."""
     card = _card(recipe, result, run.source, command)
     with publish_directory(product(recipe, output)) as draft:
         run.model.save_pretrained(draft)
@@ -157,7 +197,7 @@ def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, com
         if run.over is not None:
             write_checkpoint(draft, run.over, step=result.steps)
         (draft / "README.md").write_text(card, encoding="utf-8")
-    publish_text(output / "run.json", result.model_dump_json(indent=1) + "\n")
+    publish_text(output / RUN_FILE, result.model_dump_json(indent=1) + "\n")
 
 
 def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) -> str:
@@ -178,26 +218,6 @@ def _push(repository: str, run: Prepared, recipe: Recipe, output: Path, result: 
         push(repository, copy, folder)
 
 
-def product(recipe: Recipe, output: Path) -> Path:
-    """The folder in a run's output that holds what was trained."""
-    return output / ("model" if recipe.method == "full" else "adapter")
-
-
-def _claim(output: Path, resume: bool) -> None:
-    """Make the run folder, or check that there is a run to continue."""
-    if not resume:
-        if not holds_only_failure(output):
-            check_free(output.absolute())
-        try:
-            (output / "trainer").mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {output}: {error.strerror}.") from error
-    elif any((output / name).exists() for name in ("adapter", "model")):
-        raise ConfigError(f"{output}: the run is finished already; what it trained is in there.")
-    elif not (output / "recipe.yaml").is_file():
-        raise ConfigError(f"{output}: holds no run to resume.")
-
-
 def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     _check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
@@ -211,7 +231,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
             f"{recipe.data.train}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
         )
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
-    _write_recipe(output, recipe, source, examples)
+    write_recipe(output, _pinned(recipe, source, examples))
 
     set_seed(recipe.training.seed)
     task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
@@ -227,7 +247,13 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
 
 
 def with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource) -> PeftModel:
-    """The base model with the recipe's LoRA, untrained.
+    """Wrap the base model with the recipe's LoRA, untrained.
+
+    Args:
+        base: The base model; it is changed.
+        recipe: The recipe, whose `lora` decides.
+        task: PEFT's task type.
+        source: Where the base model comes from.
 
     Raises:
         ConfigError: PEFT refuses the recipe's `lora`.
@@ -240,7 +266,11 @@ def with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: Model
 
 
 def _check_names(recipe: Recipe) -> None:
-    """What can be checked before anything is loaded, beyond the recipe's own types."""
+    """Check before anything is loaded what the recipe's types do not.
+
+    Raises:
+        ConfigError: an unknown optimizer, or a precision that this machine does not have.
+    """
     known = [str(name.value) for name in OptimizerNames]
     if recipe.training.optim not in known:
         near = difflib.get_close_matches(recipe.training.optim, known, n=1)
@@ -251,7 +281,7 @@ def _check_names(recipe: Recipe) -> None:
 
 
 def _check_trainer(trainer: Trainer, recipe: Recipe, rows: int, report: Reporter) -> None:
-    """What can be checked of a trainer before its first step.
+    """Check a trainer before its first step.
 
     Raises:
         ConfigError: an optimizer or a schedule that cannot be made.
@@ -277,7 +307,7 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, rows: int, report: Reporter
 
 
 def _steps(recipe: Recipe, trainer: Trainer) -> int:
-    """Steps of the whole run; a trainer may leave out examples that have no room for a completion."""
+    """Optimizer steps of the run; a trainer may leave out examples that have no room for a completion."""
     return recipe.training.steps(len(trainer.train_dataset))
 
 
@@ -286,7 +316,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> Timed
     if run.callback is not None:
         run.callback.resume_from = checkpoint
     steps = _steps(recipe, run.trainer)
-    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    step = step_of(checkpoint)
     if checkpoint is None or step < steps:
         started = time.perf_counter()
         run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -301,34 +331,10 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> Timed
     return Timed(0, 0.0)
 
 
-def _write_recipe(output: Path, recipe: Recipe, source: ModelSource, examples: Examples) -> None:
-    import yaml
-
-    pinned = recipe.model_copy(
-        update={
-            "model": source.name,
-            "model_revision": source.revision,
-            "data": recipe.data.model_copy(update={"revision": examples.train.revision}),
-        }
-    )
-    values = pinned.model_dump(mode="json")
-    path = output / "recipe.yaml"
-    if path.is_file() and (previous := _read_yaml(path)) != values:
-        changed = sorted(key for key in values if previous.get(key) != values[key])
-        raise ConfigError(f"{path}: the run was started with another recipe ({', '.join(changed)} differ); start anew.")
-    publish_text(path, yaml.safe_dump(values, sort_keys=False))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not YAML; the run cannot be resumed. Start anew.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds no recipe; the run cannot be resumed. Start anew.")
-    return values
+def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
+    """The recipe with the commits of model and data that the run uses."""
+    data = recipe.data.model_copy(update={"revision": examples.train.revision})
+    return recipe.model_copy(update={"model": source.name, "model_revision": source.revision, "data": data})
 
 
 def _use_chat(recipe: Recipe, tokenizer: Any, is_seq2seq: bool) -> bool:
@@ -339,7 +345,7 @@ def _use_chat(recipe: Recipe, tokenizer: Any, is_seq2seq: bool) -> bool:
 
 
 def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str) -> Measures | None:
-    """Loss and exact match on the held-out rows, which are logged too."""
+    """Measure loss and exact match on the held-out rows, and log them."""
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
         return None
     rows = run.examples.test.rows
@@ -367,30 +373,10 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
     if fitting < len(rows):
         report.line(
             f"{len(rows) - fitting} of {len(rows)} held-out examples have no room for their completion within "
-            f"training.max_length = {recipe.training.max_length}: the loss is that of the others"
+            f"training.max_length = {recipe.training.max_length}: the loss leaves them out"
         )
     if when == AFTER:
         publish_text(output / HELD_OUT_FILE, json.dumps(scored) + "\n")
     report.line(f"{when}: {measures}")
-    metrics, step = output / "metrics.jsonl", run.trainer.state.global_step
-    if step or not metrics.is_file():
-        with metrics.open("a") as file:
-            file.write(json.dumps({"step": step, "eval_loss": loss, "exact_match": accuracy}) + "\n")
+    log_measures(output, run.trainer.state.global_step, eval_loss=loss, exact_match=accuracy)
     return measures
-
-
-def _trim_metrics(path: Path, checkpoint: Path | None) -> None:
-    """Forget what was logged after the checkpoint that the run resumes from, and lines that were cut off."""
-    if not path.is_file():
-        return
-    step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-    kept = [line for line in path.read_text().splitlines() if 0 <= _step_of(line) <= step]
-    publish_text(path, "".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> int:
-    """Step of a line of the log; -1 of a line that was cut off."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: `run.json`."""
+"""Result of a finished run: `run.json`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ class Measures(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    examples: int = Field(description="that the loss is of")
-    loss: float = Field(description="nats per completion token")
-    exact_match: float | None = Field(None, description="share of all held-out examples answered exactly")
+    examples: int = Field(description="Number of held-out examples behind the loss.")
+    loss: float = Field(description="Nats per completion token.")
+    exact_match: float | None = Field(
+        None, description="Share of the held-out examples answered exactly; None: not measured."
+    )
 
     def __str__(self) -> str:
         accuracy = "" if self.exact_match is None else f", exact match {self.exact_match:.1%}"
@@ -32,31 +34,31 @@ class RunResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    method: str
-    model: str
-    model_origin: str
-    data_origin: str
-    learning_rate: float
-    seed: int
-    steps: int
-    train_seconds: float = Field(description="of this process; a resumed run counts from its resumption")
-    timed_steps: int | None = Field(None, description="steps that train_seconds are of")
+    method: str = Field(description="Method of the recipe: lora, lora-over or full.")
+    model: str = Field(description="Base model, as the recipe names it.")
+    model_origin: str = Field(description="Base model with its commit or folder, for people.")
+    data_origin: str = Field(description="Training data with its commit or file, for people.")
+    learning_rate: float = Field(description="Peak learning rate.")
+    seed: int = Field(description="Seed of the recipe.")
+    steps: int = Field(description="Optimizer steps of the run.")
+    train_seconds: float = Field(description="Seconds of training in this process; a resumed run trained longer.")
+    timed_steps: int | None = Field(None, description="Optimizer steps within train_seconds.")
     peak_bytes: int | None = Field(
-        None, description="most memory held: by PyTorch on a CUDA device, or without one by the process"
+        None, description="Largest memory in bytes: PyTorch's on a CUDA device, else the process's."
     )
-    lora_parameters: int = Field(description="numbers in A and B, which are what is served; of full fine-tuning, all")
-    added_parameters: int = Field(description="numbers in the cores beyond the matrices that they stand for")
+    lora_parameters: int = Field(description="Numbers in A and B, which are served; for method full, all weights.")
+    added_parameters: int = Field(description="Numbers in the cores beyond those of the matrices that they represent.")
     update_norm: float | None = Field(
-        description="Frobenius norm of what the run has added to B A over all modules, scaling included; None where "
-        "more than B A is trained: full fine-tuning, DoRA"
+        description="Frobenius norm, over all modules, of the change of scaling * B A during the run; None where more "
+        "than B A is trained (full fine-tuning, DoRA)."
     )
-    before: Measures | None
-    after: Measures | None
-    versions: dict[str, str]
-    hardware: str | None = None
+    before: Measures | None = Field(description="Held-out measures before training; None: not measured.")
+    after: Measures | None = Field(description="Held-out measures after training; None: not measured.")
+    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
+    hardware: str | None = Field(None, description="Processor and accelerator.")
 
     def facts(self) -> dict[str, str]:
-        """Rows for people."""
+        """Name and value of each row of a table."""
         rows = {
             "method": self.method,
             "base model": self.model_origin,
@@ -73,7 +75,10 @@ class RunResult(BaseModel):
 
 
 def read_run(folder: Path) -> RunResult:
-    """The result of a finished run.
+    """Read the result of a finished run.
+
+    Args:
+        folder: The run's folder.
 
     Raises:
         CheckpointError: no run there, or one that is not finished.

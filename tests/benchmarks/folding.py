@@ -84,12 +84,12 @@ def fold_here(checkpoint: Path, output: Path) -> tuple[float, int]:
     """Seconds after imports, and peak bytes beyond what the process held before."""
     import psutil
 
-    from loraover_export.fold.run import run_fold
+    from loraover_export import fold_checkpoint
 
     torch.ones(8, 8, dtype=torch.float64) @ torch.ones(8, 8, dtype=torch.float64)
     before = psutil.Process().memory_info().rss
     started = time.perf_counter()
-    run_fold(checkpoint, output, "fp32", False, None, None, False)
+    fold_checkpoint(checkpoint, output)
     seconds = time.perf_counter() - started
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 

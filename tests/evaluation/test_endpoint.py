@@ -187,7 +187,7 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         "http://user:word@host:port",
         "http://[::1",
     ):
-        with pytest.raises(ConfigError, match="no address of a server") as caught:
+        with pytest.raises(ConfigError, match="not the address of a server") as caught:
             Endpoint(url)
         assert "word" not in str(caught.value)
         assert "key=x" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+import loraover
 from loraover.cli import cli
 from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
+from loraover.evaluation import subjects
 from loraover.evaluation.base import Example
+from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, result_rows, wilson_interval
 
 from support.openai_server import openai_server
@@ -87,11 +92,11 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
     for more, message in (
         (["--adapter", str(tmp_path / "none")], "none"),
         (["--adapter", str(folder / "base")], "adapter_config.json"),
-        (["--endpoint-model", "m", "--endpoint", "ftp://x"], "no address of a server"),
+        (["--endpoint-model", "m", "--endpoint", "ftp://x"], "not the address of a server"),
         (["--endpoint", "http://localhost:1"], "--endpoint-model"),
-        (["--endpoint-model", "m"], "of an --endpoint"),
-        (["--endpoint-model", "m", "--endpoint", "http://[::1"], "no address of a server"),
-        (["--chat"], "no chat template"),
+        (["--endpoint-model", "m"], "names models of an --endpoint"),
+        (["--endpoint-model", "m", "--endpoint", "http://[::1"], "not the address of a server"),
+        (["--apply-chat-template"], "no chat template"),
         (["--judge-url", "http://localhost:1"], "go together"),
         (["--task", "humaneval"], "--allow-code-execution"),
         (["--task", "mtbench"], "needs --data FOLDER"),
@@ -171,7 +176,7 @@ def test_only_what_is_the_same_is_kept(folder: Path, tmp_path: Path, capsys: pyt
     assert before[0] == after[0]
     assert before[1]["sha256"] != after[1]["sha256"]
     capsys.readouterr()
-    assert run(cli, words(folder, out, "--examples", "2")) == 2
+    assert run(cli, words(folder, out, "--limit", "2")) == 2
     assert "holds another evaluation (data_sha256, questions differ)" in capsys.readouterr().err
     assert json.loads(out.read_text())["results"] == after
 
@@ -269,3 +274,67 @@ def evaluation() -> dict[str, Any]:
         "hardware": "",
         "command": "",
     }
+
+
+def test_the_function_prints_nothing_and_returns_what_is_written(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    seen: list[int] = []
+    capfd.readouterr()
+    found = loraover.evaluate(
+        folder / "base",
+        "gsm8k",
+        adapters=[folder / "a", folder / "other"],
+        data=folder / "questions.jsonl",
+        max_new_tokens=4,
+        dtype="float32",
+        output=out,
+        on_result=lambda evaluation: seen.append(len(evaluation.results)),
+    )
+    assert capfd.readouterr() == ("", "")
+    assert found == Evaluation.model_validate_json(out.read_text())
+    assert seen == [1, 2, 3]
+    assert found.results[2].failure is not None
+    questions = ["--data", str(folder / "questions.jsonl"), "--batch-size", "8", "--dtype", "fp32"]
+    adapters = ["--adapter", str(folder / "a"), "--adapter", str(folder / "other")]
+    words = ["loraover", "eval", str(folder / "base"), "--task", "gsm8k", *adapters, *questions]
+    assert found.command == shlex.join([*words, "--max-new-tokens", "4", "-o", str(out)])
+
+
+def test_a_caller_has_what_was_finished_before_an_interruption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Evaluation] = []
+    load = subjects.in_memory
+
+    def interrupted(source: Any, tokenizer: Any, adapter: Path | None, **options: Any) -> Any:
+        if adapter is not None:
+            raise KeyboardInterrupt
+        return load(source, tokenizer, adapter, **options)
+
+    monkeypatch.setattr("loraover.evaluation.run.in_memory", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loraover.evaluate(
+            folder / "base",
+            "gsm8k",
+            adapters=[folder / "a"],
+            data=folder / "questions.jsonl",
+            max_new_tokens=4,
+            on_result=seen.append,
+        )
+    assert [result.name for result in seen[-1].results] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "gsm9k"}, "expected one of gsm8k"),
+        ({"limit": 0}, "--limit is 0, expected 1 or more"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"judge_model": "m"}, "go together"),
+        ({"endpoint": "http://localhost:1"}, "--endpoint-model"),
+    ],
+)
+def test_a_request_is_checked_where_it_is_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluationRequest(**{"model": "m", "task": "gsm8k", **options})

@@ -66,7 +66,7 @@ def test_gsm8k_is_what_the_model_generates(models: tuple[Path, Path], is_chat: b
     base, adapter = models
     data = written(tmp_path / "sums.jsonl", SUMS)
     words = [str(base), "--adapter", str(adapter), "--task", "gsm8k", "--data", data, "--max-new-tokens", "12"]
-    found = results([*words, "--chat" if is_chat else "--no-chat"], tmp_path / "out.json")
+    found = results([*words, "--apply-chat-template" if is_chat else "--no-apply-chat-template"], tmp_path / "out.json")
     texts = [f"Question: {row['question']}\nAnswer:" for row in SUMS]
     prompts: Any = [[{"role": "user", "content": text}] for text in texts] if is_chat else texts
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -215,7 +215,7 @@ def test_a_choice_is_the_likelier_answer(models: tuple[Path, Path], tmp_path: Pa
 
     base, _ = models
     data = written(tmp_path / "pairs.jsonl", PAIRS)
-    (found,) = results([str(base), "--task", "qnli", "--data", data, "--no-chat"], tmp_path / "out.json")
+    (found,) = results([str(base), "--task", "qnli", "--data", data, "--no-apply-chat-template"], tmp_path / "out.json")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
 
     def likelihood(text: str, answer: str) -> float:
@@ -251,9 +251,19 @@ def test_a_question_beyond_the_models_context_is_named(
     fits = room - len(tokenizer(rest).input_ids) + 1
     for length, code in ((fits, 0), (fits + 1, 2)):
         data = written(tmp_path / "rows.jsonl", [rows[0], rows[1] | {next(iter(rows[1])): "a" * length}])
-        words = ["eval", str(models[0]), "--task", task, "--data", data, "--no-chat", "--max-new-tokens", "12"]
+        words = [
+            "eval",
+            str(models[0]),
+            "--task",
+            task,
+            "--data",
+            data,
+            "--no-apply-chat-template",
+            "--max-new-tokens",
+            "12",
+        ]
         assert run(cli, words) == code
-    assert "question 2: with room for its answer it has 257 tokens, the model's context 256" in capsys.readouterr().err
+    assert "question 2: it needs 257 tokens with its answer, but the model's context has 256" in capsys.readouterr().err
 
 
 def test_a_long_question_reaches_an_endpoint_whole(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -309,7 +319,7 @@ def test_rows_that_do_not_fit_are_named(task: str, row: Any, message: str, tmp_p
     data = written(tmp_path / "rows.jsonl", [SUMS[0] if task == "gsm8k" else PAIRS[0], row])
     with pytest.raises(DataError, match=message):
         TASKS[task].read(Options(data=data))
-    assert len(TASKS[task].read(Options(data=data, examples=1)).rows) == 1
+    assert len(TASKS[task].read(Options(data=data, limit=1)).rows) == 1
 
 
 def test_no_file_and_no_rows_are_named(tmp_path: Path) -> None:

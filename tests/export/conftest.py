@@ -1,4 +1,4 @@
-"""Fixtures of the tests of refused and failing ONNX exports; other modules have their own of these names."""
+"""Fixtures for tests of refused and failing ONNX exports; other modules define fixtures of the same names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A fold that cannot be done ends in one message and exit code 2, with the input untouched and no output.
 
-What the readers refuse is tested in `tests/train/test_checkpoint_refused.py`; here, that the command tells of it.
+What the readers refuse is tested in `tests/train/test_checkpoint_refused.py`; here, that the command reports it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def test_a_base_model_that_is_a_pickle_is_refused(
     base = shutil.copytree(made.base, tmp_path / "base")
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    refused(source, "--check-error", "--base", str(base), named=(str(base),))
+    refused(source, "--check-error", "--model", str(base), named=(str(base),))
 
 
 def test_a_large_json_file_is_refused_soon(source: Path, refused: Callable[..., str]) -> None:
@@ -162,8 +162,8 @@ def test_another_base_model_is_named(
     case: str, made: Made, source: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     BASES[case]().save_pretrained(tmp_path / "base")
-    options = ("--check-error", "--base", str(tmp_path / "base"))
-    refused(source, *options, named=(str(source), "self_attn", str(made.base), "--base"))
+    options = ("--check-error", "--model", str(tmp_path / "base"))
+    refused(source, *options, named=(str(source), "self_attn", str(made.base), "--model"))
 
 
 def unloadable(folder: Path, case: str) -> None:
@@ -203,21 +203,21 @@ def test_a_base_model_that_does_not_load_is_named(
     base = shutil.copytree(made.base, tmp_path / "base")
     unloadable(base, case)
     before = tree(tmp_path)
-    assert fold(source, tmp_path / "out", "--check-error", "--base", str(base)) == 2
+    assert fold(source, tmp_path / "out", "--check-error", "--model", str(base)) == 2
     assert str(base) in only_error(capsys.readouterr().err)
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["/absent/model", "./absent", "absent", "a/b/c", "~/absent"])
 def test_a_base_model_that_is_nowhere_is_named(name: str, source: Path, refused: Callable[..., str]) -> None:
-    refused(source, "--check-error", "--base", name, named=(repr(name),))
+    refused(source, "--check-error", "--model", name, named=(repr(name),))
 
 
 def test_a_checkpoint_without_a_base_model_asks_for_one(source: Path, refused: Callable[..., str]) -> None:
     config(base_model_name_or_path=None)(source)
     meta(base_model=None)(source)
     reseal(source)
-    refused(source, "--check-error", named=(str(source), "--base"))
+    refused(source, "--check-error", named=(str(source), "--model"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe\x00"], ids=str)
@@ -237,17 +237,12 @@ def test_a_folder_of_prompts_is_refused(source: Path, tmp_path: Path, refused: C
 def test_prompts_need_a_tokenizer(made: Made, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = shutil.copytree(made.base, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
     (tmp_path / "prompts.txt").write_text("the train\n")
-    options = ("--check-error", "--base", str(base), "--prompts", str(tmp_path / "prompts.txt"))
+    options = ("--check-error", "--model", str(base), "--prompts", str(tmp_path / "prompts.txt"))
     assert fold(source, tmp_path / "out", *options) == 2
     message = only_error(capsys.readouterr().err)
     assert "no tokenizer" in message
     assert str(base) in message
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("option", ["--base", "--prompts"])
-def test_options_of_the_check_need_the_check(option: str, source: Path, refused: Callable[..., str]) -> None:
-    refused(source, option, "x", named=("--check-error",))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dtype", "int8"], ["--surprise"], ["extra"]], ids=str)

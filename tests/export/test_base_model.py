@@ -16,8 +16,9 @@ from loraover.common.command_line import run
 from loraover.models.load import ModelSource
 from loraover.models.stand_in import STAND_INS
 from loraover_export.cli import cli
+from loraover_export.fold.request import FoldRequest
 from loraover_export.onnx.request import OnnxRequest, read_inputs
-from loraover_export.vllm.run import VllmRequest
+from loraover_export.vllm.request import VllmRequest
 from loraover_serve.cli import cli as serve_cli
 from loraover_serve.parity.request import ParityRequest
 
@@ -37,9 +38,9 @@ def trained(tmp_path: Path) -> Made:
 
 
 COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "fold": (("--check-error",), "--base"),
+    "fold": (("--check-error",), "--model"),
     "vllm": ((), "--model"),
-    "onnx": (("--mode", "merged", "--no-check"), "--base"),
+    "onnx": (("--mode", "merged", "--no-check"), "--model"),
 }
 
 
@@ -101,7 +102,7 @@ def test_a_stand_in_that_is_gone_is_named(
     assert f"python -m loraover.models.stand_in {RECORD.stands_for}" in message
     assert not (tmp_path / "out").exists()
     if command == "fold":
-        assert export(command, trained.path, tmp_path / "out", "--base", str(trained.base)) == 0  # the same elsewhere
+        assert export(command, trained.path, tmp_path / "out", "--model", str(trained.base)) == 0  # the same elsewhere
         assert run(cli, [command, str(trained.path), "-o", str(tmp_path / "folded")]) == 0  # needs no base model
         assert RECORD.sha256 in card(tmp_path / "folded")
 
@@ -138,9 +139,9 @@ def recorded(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("fold", ("--dtype", "bf16", "--base", "{copy}", "--prompts", "{prompts}")),
+        ("fold", ("--dtype", "bf16", "--model", "{copy}", "--prompts", "{prompts}")),
         ("vllm", ("--dtype", "fp32", "--model", "{copy}", "--name", "other name")),
-        ("onnx", ("--base", "{copy}", "--name", "it", "--no-cache")),
+        ("onnx", ("--model", "{copy}", "--name", "it", "--no-cache")),
     ],
 )
 def test_a_recorded_command_gives_the_same_again(
@@ -176,11 +177,15 @@ def parsed(command: Any, words: list[str]) -> dict[str, Any]:
 
 def test_requests_record_every_option() -> None:
     """Read back by the command line itself, so an option that is new and not recorded fails here."""
+    fold = ["checkpoint", "-o", "out", "--dtype", "fp16", "--check-error", "--model", "m", "--prompts", "p"]
+    values = parsed(command(cli, "fold"), list(fold))
+    words = shlex.split(FoldRequest(**values, force=True).command())
+    assert parsed(command(cli, "fold"), words[2:]) == values
     vllm = ["source", "-o", "out", "--model", "m", "--dtype", "fp16", "--name", "x y", "--vllm-version", "0.33.0"]
     values = parsed(command(cli, "vllm"), list(vllm))
     words = shlex.split(VllmRequest(**values, force=True).command())
     assert parsed(command(cli, "vllm"), words[2:]) == values
-    onnx = ["a", "b", "-o", "out", "--mode", "swappable", "--precision", "int4", "--device", "cuda", "--base", "m"]
+    onnx = ["a", "b", "-o", "out", "--mode", "swappable", "--precision", "int4", "--device", "cuda", "--model", "m"]
     onnx += ["--no-cache", "--name", "x", "--name", "y", "--graph", "g", "--no-check"]
     values = parsed(command(cli, "onnx"), list(onnx))
     words = shlex.split(OnnxRequest(**values, force=True).command())

@@ -511,7 +511,7 @@ def test_check_error_alone_rejects_a_wrong_adapter(
 def test_the_outputs_accept_the_fold(made: Made, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(made.path)
     write_folded(checkpoint, tmp_path, "fp32")
-    found = check_outputs(checkpoint, tmp_path, "fp32", resolve_model(str(made.base)), None, lambda _: None)
+    found = check_outputs(checkpoint, tmp_path, "fp32", resolve_model(str(made.base)), None)
     assert found.passed
     assert found.adapter_effect > 1e-2
     assert 0 < found.noise.max_logit < 1e-5
@@ -543,7 +543,7 @@ def test_check_error_accepts_every_decomposition_and_training_dtype(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_check_error_accepts_a_deep_chain(seed: int, tmp_path: Path) -> None:
-    """The reference applies eight cores, the folded adapter has two matrices; the difference is no error of the fold.
+    """The reference applies eight cores, the folded adapter two matrices; their difference is not an error of the fold.
 
     Between the cores, bonds are stretched in some directions and shrunk again, which changes no matrix, and multiplies
     what a reference in float32 would round away.
@@ -628,7 +628,7 @@ def test_a_copy_of_the_base_model_can_be_named(tmp_path: Path, capsys: pytest.Ca
     assert fold(made.path, tmp_path / "out", "--check-error") == 2
     assert str(made.base) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert fold(made.path, tmp_path / "out", "--check-error", "--base", str(moved)) == 0
+    assert fold(made.path, tmp_path / "out", "--check-error", "--model", str(moved)) == 0
     outputs = certificate(tmp_path / "out").outputs
     assert outputs is not None
     assert outputs.base == f"folder {moved}"
@@ -676,7 +676,7 @@ def test_memory_does_not_grow_with_the_prompts(count: int, made: Made, tmp_path:
 def test_memory_does_not_grow_with_a_long_prompt(
     made: Made, tmp_path: Path, live_logits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Piece by piece it gives the figures of the whole, but for the rounding of other sums."""
+    """Pieces give the same figures as one pass, but for the rounding of other sums."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the train leaves at nine and a farmer has 17 sheep red blue " * 3)
     options = ("--check-error", "--prompts", str(prompts), "--dtype", "bf16")
@@ -791,7 +791,7 @@ def test_the_verdict_is_shown(made: Made, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_installed_command(made: Made, tmp_path: Path) -> None:
-    """A process of its own, where nothing has been imported or silenced yet."""
+    """It runs in a new process, where nothing has been imported or silenced yet."""
     command = Path(sys.executable).with_name("loraover-export")
     arguments = [str(command), "fold", str(made.path), "-o", str(tmp_path / "out"), "--json", "--check-error"]
     done = subprocess.run(arguments, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Folds in processes of their own: permissions, full disks and signals leave a whole output or none."""
+"""Folds in separate processes: permissions, full disks and signals leave a complete output or none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loraover.common.command_line import INTERRUPTED
 from support.checkpoint_damage import CONFIG, FILES, TENSORS
 from support.children import Child, become_nobody, limit_file_size
 from support.make_checkpoint import Made, make_checkpoint, tree
-from support.refusals import fold, one_message
+from support.refusals import fold, one_message, only_error
 
 pytestmark = pytest.mark.process
 
@@ -105,7 +105,7 @@ def test_a_file_size_limit_leaves_nothing(source: Path, tmp_path: Path) -> None:
             assert {path.name for path in (tmp_path / "out").iterdir()} == WHOLE
             shutil.rmtree(tmp_path / "out")
         else:
-            message = one_message(ended.output)
+            message = only_error(ended.output)
             assert "File too large" in message
             assert str(tmp_path / "out") in message
         assert_nothing_left(tmp_path, before)
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, small_disk: Pa
             assert {path.name for path in (small_disk / "out").iterdir()} == WHOLE
             shutil.rmtree(small_disk / "out")
         else:
-            message = one_message(ended.output)
+            message = only_error(ended.output)
             assert "No space left" in message
             assert str(small_disk / "out") in message
         assert list(small_disk.iterdir()) == []
@@ -192,7 +192,7 @@ def test_an_interrupted_fold_leaves_nothing(options: tuple[str, ...], times: int
 def test_a_killed_fold_leaves_nothing_or_all(
     options: tuple[str, ...], times: int, source: Path, tmp_path: Path
 ) -> None:
-    """What lies beside the destination after a kill is hidden, and in nobody's way."""
+    """Files that a kill leaves beside the destination are hidden, and do not hinder the next fold."""
     expected, target = tmp_path / "expected", tmp_path / "out"
     longest = duration_s(source, expected, *options)
     before = tree(source)

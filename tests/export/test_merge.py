@@ -244,7 +244,7 @@ def test_the_certificates_reject_a_wrong_weight(mutant: str, tmp_path: Path, mon
 
 
 def test_the_oracle_rejects_a_delta_added_twice_or_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Certificates speak of the rounding; what is rounded, the outputs decide."""
+    """Certificates cover the rounding; that the right values are rounded, only the outputs show."""
     saved = save("linear", tmp_path)
     expected = outputs(saved.peft)
     product = Delta.product
@@ -271,7 +271,7 @@ WRONG_BASES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("case", WRONG_BASES)
 def test_another_base_model_is_named(case: str, tmp_path: Path) -> None:
     saved = save("linear", tmp_path)
-    with pytest.raises(CheckpointError, match=r"layers\.\d.*--base"):
+    with pytest.raises(CheckpointError, match=r"layers\.\d.*--model"):
         merge(WRONG_BASES[case](), read_adapter_dir(saved.adapter))
 
 

@@ -98,7 +98,7 @@ DELTAS: dict[str, Callable[[Delta], Delta]] = {
 @pytest.mark.parametrize("mutant", DELTAS)
 @pytest.mark.parametrize("mode", MODES)
 def test_another_delta_is_rejected(mode: str, mutant: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    """The certificates are in order: they speak of the rounding alone."""
+    """The certificates pass, since they cover the rounding alone."""
     changed(DELTAS[mutant])(monkeypatch)
     found = rejected(mode)
     assert all(matrix.passed for matrix in found.matrices)
@@ -159,7 +159,7 @@ DROPPED: dict[str, Mutant] = {
 def test_an_int4_graph_without_its_adapter_is_rejected(
     mode: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected
 ) -> None:
-    """The adapter moves logits by less than int4 may; only the change that it makes gives its loss away."""
+    """The adapter moves logits by less than int4 may; only the check of its change shows that it is lost."""
     DROPPED[mode](monkeypatch)
     found = rejected(mode, "--precision", "int4", names=["second"])
     logits, change = (check for check in found.checks if check.adapter == "second")
@@ -254,7 +254,7 @@ def test_a_graph_that_takes_no_left_padding_is_rejected(
 
 
 def test_decoding_with_the_wrong_adapter_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    """The logits are right: only onnxruntime-genai's own loop goes astray."""
+    """The logits are right: only onnxruntime-genai's loop goes wrong."""
     right: Callable[..., Tensor] = Decoder.generate
     monkeypatch.setattr(Decoder, "generate", lambda self, *rest: right(self, *rest[:-1], None))
     check = rejected("swappable").checks[-1]

@@ -40,7 +40,7 @@ def test_a_graph_of_another_base_model_is_named(made: OnnxMade, graph: Path, tmp
         *SWAPPABLE,
         "--graph",
         str(graph),
-        named=(str(graph), str(made.base), str(base), "--base"),
+        named=(str(graph), str(made.base), str(base), "--model"),
     )
 
 
@@ -113,7 +113,7 @@ def test_wrong_values_of_a_graph_are_named(
 def test_an_export_without_a_graph_is_named(
     check: str, made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused
 ) -> None:
-    """As one is that only added adapters to a graph elsewhere."""
+    """Such a folder is left by an export that only added adapters to an earlier graph."""
     first = (*SWAPPABLE, "--graph", str(graph), "--no-check", "--name", "again")
     assert export(made.folder / "second", tmp_path / "later", *first) == 0
     options = (*SWAPPABLE, "--graph", str(tmp_path / "later"), check)

@@ -1,4 +1,4 @@
-"""ONNX exports without permission, on full disks, interrupted or killed: an output is whole or absent."""
+"""ONNX exports without permission, on full disks, interrupted or killed: an output is complete or absent."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def public(made: OnnxMade) -> Iterator[Path]:
 def test_a_folder_without_permission_is_named(mode: int, public: Path) -> None:
     (public / "closed").mkdir()
     (public / "closed").chmod(mode)
-    options = ("--base", str(public / "base"))
+    options = ("--model", str(public / "base"))
     message = only_error(in_child(public / "first", public / "closed" / "out", *options, prepare=become_nobody).end())
     assert str(public / "closed" / "out") in message
     assert "Permission denied" in message
@@ -98,7 +98,7 @@ def test_inputs_may_be_read_only(public: Path) -> None:
     (public / "writable").chmod(0o777)
     (public / "first").chmod(0o555)
     (public / "base").chmod(0o555)
-    options = ("--base", str(public / "base"))
+    options = ("--model", str(public / "base"))
     ended = in_child(public / "first", public / "writable" / "out", *options, prepare=become_nobody).end()
     assert ended.code == 0, ended.output
     assert_whole(public / "writable" / "out")
@@ -169,13 +169,13 @@ def test_an_interrupted_export_leaves_nothing(made: OnnxMade, warm: float, tmp_p
             assert_whole(tmp_path / "out")
             shutil.rmtree(tmp_path / "out")
         else:
-            assert "interrupted" in ended.output
+            assert "Interrupted" in ended.output
         assert list(tmp_path.iterdir()) == []
     assert 130 in codes
 
 
 def test_a_killed_export_leaves_nothing_or_all(made: OnnxMade, warm: float, tmp_path: Path) -> None:
-    """What lies beside the destination after a kill is hidden, and in nobody's way."""
+    """Files that a kill leaves beside the destination are hidden, and do not hinder the next export."""
     draw, before, killed = random.Random(2), tree(made.folder), 0
     for _ in range(6):
         child = in_child(made.folder / "first", tmp_path / "out")
@@ -220,7 +220,7 @@ def ended_within(pid: int, seconds: float) -> bool:
 
 
 def test_ctrl_c_stops_the_builder_too(made: OnnxMade, tmp_path: Path) -> None:
-    """The installed command and its builder in a process group of their own, as in a terminal."""
+    """The installed command and its builder in a new process group, as in a terminal."""
     command = [str(Path(sys.executable).with_name("loraover-export")), "onnx", str(made.folder / "first")]
     arguments = ["-o", str(tmp_path / "out"), *MERGED]
     with subprocess.Popen(
@@ -233,7 +233,7 @@ def test_ctrl_c_stops_the_builder_too(made: OnnxMade, tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 130, err
-    assert err.splitlines()[-1].startswith("interrupted")
+    assert err.splitlines()[-1].startswith("Interrupted")
     assert "Traceback" not in out + err
     assert ended_within(int(builder), seconds=5)
     assert list(tmp_path.iterdir()) == []

@@ -64,7 +64,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmolLM2]:
     path = tmp_path_factory.mktemp("smollm2") / "checkpoint"
     source = resolve_model(MODEL)
     write_checkpoint(source, path)
-    requests = {path.with_name(mode): (path, ("--mode", mode, "--base", MODEL)) for mode in MODES}
+    requests = {path.with_name(mode): (path, ("--mode", mode, "--model", MODEL)) for mode in MODES}
     reports = exported_at_once("SmolLM2-135M-Instruct", requests, quick=False)
     tokens = torch.tensor(load_tokenizer(source)("\n".join(PROMPTS)).input_ids)
     text = Text(3, steps=(8, 1, 1, 1, 1), padding="left", tokens=tokens)

@@ -77,7 +77,7 @@ def test_fused_projections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("family", ["Olmo", "Phi"])
 def test_a_graph_that_the_builder_gets_wrong_is_not_left_behind(family: str, tmp_path: Path) -> None:
-    """onnxruntime-genai 0.18 builds both without a word, with other logits; a later version may get them right."""
+    """onnxruntime-genai 0.18 builds both without a message, with wrong logits; a later version may get them right."""
     model = tiny_lora(tiny_base(tmp_path / "base", family), tmp_path / "adapter", rank_pattern={})
     code = export(tmp_path / "adapter", tmp_path / "out", "--mode", "merged")
     assert code in (0, 1)

@@ -82,7 +82,7 @@ def float64(*values: float) -> Tensor:
 
 
 def same_bits(found: Tensor, expected: list[float]) -> bool:
-    """Equality that tells -0 from 0."""
+    """Equality by which -0 differs from 0."""
     wide = found.double()
     return torch.equal(wide.view(torch.int64), float64(*expected).view(torch.int64))
 

@@ -9,18 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import click
 import pytest
 from rich.console import Console
 
+import loraover
 from loraover.cli import cli
-from loraover.cli.study import _sweeps
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.overparam import config as config_module
@@ -31,6 +30,7 @@ from loraover.study import outcome as outcome_module
 from loraover.study.grid import DEFAULT_METHODS, make_grid, matched_rank, split_outside_brackets
 from loraover.study.outcome import OUTCOME_FILE, Outcome, digest, execute
 from loraover.study.report import StudyReport
+from loraover.study.request import StudyRequest
 from loraover.study.runner import Where, run_grid
 from loraover.training.examples import load_examples
 from loraover.training.failure import FAILURE_FILE, Failure
@@ -79,18 +79,23 @@ def report_of(out: Path) -> StudyReport:
     return StudyReport.model_validate_json((out / "study.json").read_text())
 
 
+def outcomes_in(out: Path) -> list[Path]:
+    """Finished outcomes; one that is being written lies in a hidden folder."""
+    return [path for path in out.rglob(OUTCOME_FILE) if not path.parent.name.startswith(".")]
+
+
 @pytest.fixture(scope="module")
 def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that was killed after its third run, and then finished."""
     out = tmp_path_factory.mktemp("killed") / "out"
     child = Child(lambda: run(cli, words(recipe, out)), prepare=os.setsid)
     deadline = time.monotonic() + 120
-    while len(list(out.rglob(OUTCOME_FILE))) < 3:
+    while len(outcomes_in(out)) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(child.pid, signal.SIGKILL)
     assert child.end().code == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in out.rglob(OUTCOME_FILE)}
+    before = {path: path.stat().st_mtime_ns for path in outcomes_in(out)}
     assert run(cli, words(recipe, out)) == 0
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     return out
@@ -139,6 +144,21 @@ def test_the_report_can_be_made_again_and_is_the_same(killed: Path, recipe: Path
     assert "<script" not in page
 
 
+def test_the_function_prints_nothing_and_returns_the_report(
+    killed: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    found = loraover.run_study([recipe], killed, methods=["lora", "lora-over"], lr_sweep=(1e-3, 1e-2), seeds=2)
+    assert capfd.readouterr() == ("", "")
+    assert found == report_of(killed)
+    sweep = "--methods lora,lora-over --lr-sweep 0.001,0.01 --seeds 2"
+    assert found.command == f"loraover study {recipe} {sweep} -o {killed}"
+    with pytest.raises(ConfigError, match="expected 1 or more"):
+        loraover.run_study([recipe], killed, seeds=0)
+    with pytest.raises(ConfigError, match="--jobs is 0"):
+        loraover.run_study([recipe], killed, jobs=0)
+
+
 def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cli, words(recipe, killed, "--set", "lora.r=2")) == 2
     assert "another recipe" in capsys.readouterr().err
@@ -157,6 +177,8 @@ def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pyte
         (["--lr-sweep", "1e-3,1e-3"], "different positive numbers"),
         (["--lr-sweep", "fast"], "different positive numbers"),
         (["--lr-sweep", "dora=1e-3"], "'dora', which is none of --methods"),
+        (["--lr-sweep", "1e-3,-1e-3"], "different positive numbers"),
+        (["--lr-sweep", "lora=1e-3"], "no rates for 'lora-over'"),
         (["--lr-sweep", "1e-3", "--lr-sweep", "1e-2"], "two sweeps to one name, or two without a name"),
         (["--report-only"], "nothing to compare"),
     ],
@@ -363,7 +385,7 @@ def test_a_run_that_was_killed_says_so(
     folder = copy_of(finished_run, tmp_path / "run", "run.json", "adapter")
     (folder / FAILURE_FILE).write_text(Failure(kind="failed", message="a fault").model_dump_json())
     ends_so(tmp_path, monkeypatch, f"echo '{MISLEADING}'", "kill -9 $$")
-    with pytest.raises(LoraOverError, match="has killed it"):
+    with pytest.raises(LoraOverError, match="the process was killed"):
         execute(one_run(recipe), folder, threads=1)
     assert not (folder / OUTCOME_FILE).exists()
     monkeypatch.undo()
@@ -438,17 +460,23 @@ def test_seeds_come_one_after_the_other(recipe: Path) -> None:
     assert seeds == sorted(seeds)
 
 
+def asked(methods: Sequence[str], recipes: Sequence[str], **lr_sweep: tuple[float, ...]) -> StudyRequest:
+    sweep = {"" if name == "others" else name: rates for name, rates in lr_sweep.items()}
+    return StudyRequest(tuple(recipes), tuple(methods), sweep)
+
+
 def test_a_method_may_have_a_sweep_of_its_own() -> None:
     svd = "lora-over:decomposition=svd"
-    found = _sweeps(["lora", svd], ["gsm8k"], ("1e-3,1e-2", f"{svd}=1e-4,3e-4"))
-    assert found == ({"lora": (1e-3, 1e-2), svd: (1e-4, 3e-4)}, {})
-    with pytest.raises(click.UsageError, match="no rates of 'lora'"):
-        _sweeps(["lora", svd], ["gsm8k"], (f"{svd}=1e-4",))
+    found = asked(["lora", svd], ["gsm8k"], others=(1e-3, 1e-2), **{svd: (1e-4, 3e-4)})
+    assert found.rates == {"lora": (1e-3, 1e-2), svd: (1e-4, 3e-4)}
+    assert found.task_rates == {}
+    with pytest.raises(ConfigError, match="no rates for 'lora'"):
+        asked(["lora", svd], ["gsm8k"], **{svd: (1e-4,)})
 
 
 def test_a_name_of_a_method_and_a_recipe_is_ambiguous() -> None:
-    with pytest.raises(click.UsageError, match="a method and a recipe"):
-        _sweeps(["lora", "lora-over"], ["lora"], ("1e-3", "lora=1e-4"))
+    with pytest.raises(ConfigError, match="a method and a recipe"):
+        asked(["lora", "lora-over"], ["lora"], others=(1e-3,), lora=(1e-4,))
 
 
 @pytest.mark.parametrize("place", ["{recipe}", "{recipe}/below"])
@@ -476,15 +504,15 @@ def test_a_recipe_that_leads_out_of_the_study_is_refused(recipe: Path, tmp_path:
 
 
 def test_a_task_may_have_a_sweep_of_its_own(recipe: Path) -> None:
-    rates, task_rates = _sweeps(["lora", "lora-over"], [recipe.stem], (f"{recipe.stem}=1e-4,3e-4",))
-    runs = make_grid([str(recipe)], rates, 1, {}, task_rates)
+    found = asked(["lora", "lora-over"], [str(recipe)], **{recipe.stem: (1e-4, 3e-4)})
+    runs = make_grid([str(recipe)], found.rates, 1, {}, found.task_rates)
     assert [(run.method, run.rate) for run in runs] == [
         (method, rate) for method in ("lora", "lora-over") for rate in (1e-4, 3e-4)
     ]
-    with pytest.raises(click.UsageError, match="no rates of 'lora'"):
-        _sweeps(["lora", "lora-over"], [recipe.stem, "other"], (f"{recipe.stem}=1e-4",))
-    common, own = _sweeps(["lora"], [recipe.stem, "other"], (f"{recipe.stem}=1e-4", "lora=1e-3"))
-    assert (common, own) == ({"lora": (1e-3,)}, {recipe.stem: (1e-4,)})
+    with pytest.raises(ConfigError, match="no rates for 'lora'"):
+        asked(["lora", "lora-over"], [str(recipe), "other"], **{recipe.stem: (1e-4,)})
+    found = asked(["lora"], [str(recipe), "other"], lora=(1e-3,), **{recipe.stem: (1e-4,)})
+    assert (found.rates, found.task_rates) == ({"lora": (1e-3,)}, {recipe.stem: (1e-4,)})
 
 
 @pytest.mark.parametrize("method", ["dora", "pissa", "lora+", "full"])

@@ -39,7 +39,7 @@ class Child:
             code = command()
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         except KeyboardInterrupt:  # in the few lines around the command
-            print("interrupted")
+            print("Interrupted.")
             code = 130
         except BaseException as error:
             print(f"Traceback, in short:\n{type(error).__name__}: {error}")

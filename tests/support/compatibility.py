@@ -1,4 +1,4 @@
-"""What has been exported, served and compared, as `docs/compatibility.md`: rows that tests record, and their table.
+"""Rows that tests record about what was exported, served and compared, and their table, `docs/compatibility.md`.
 
 `make compatibility` names a file in LORAOVER_COMPATIBILITY, runs the tests and renders the file. Without the variable,
 tests record nothing.
@@ -22,10 +22,12 @@ PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime
 
 INTRODUCTION = """# Compatibility
 
-Written by `make compatibility` from what the tests ran, on a CPU; nothing here was run on a GPU. Errors are the largest
-of any logit against the unfolded PyTorch model, unless the mode says otherwise. All families but SmolLM2 are tiny
-random models. A bound comes from noise measured in the same run ([how](how-it-works.md)). A failed combination is one
-that the command refuses or that its check rejects: nothing is written.
+Which models were exported and run in which engine. `make compatibility` writes this page from what the tests ran, on a
+CPU; nothing here was run on a GPU. All families but SmolLM2 are tiny random models.
+
+The largest error is that of any logit against the unfolded PyTorch model, unless the mode says otherwise. The bound
+comes from noise that was measured in the same run ([error bounds](error-bounds.md)). *Failed* means that the command
+refused the combination, or that its check rejected the result; nothing was written.
 """
 
 ARCHITECTURES = {
@@ -42,9 +44,13 @@ class Row:
     """One combination that was tried.
 
     Args:
-        engine: with its version where it lives in an environment of its own.
-        error: largest deviation from PyTorch, of a logit or logprob; None where nothing came to be compared.
-        bound: what it may be.
+        family: name of the model family.
+        engine: name of the engine, with its version if it has a separate environment.
+        mode: how the adapter was given to the engine.
+        precision: data type of the weights.
+        verdict: result of the check.
+        error: largest deviation of a logit or logprob from PyTorch; None if there was nothing to compare.
+        bound: largest deviation that the check allows.
     """
 
     family: str
@@ -79,7 +85,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown, a later one of the same combination in the place of an earlier one."""
+    """Return the page in Markdown; a later row replaces an earlier one of the same combination."""
     last = {(row.family, row.engine, row.mode, row.precision): row for row in rows}
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     lines = [

@@ -59,7 +59,7 @@ LLAMA = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-"""Of the builder's head sizes, multiples of 16, the one that vLLM serves too."""
+"""A model with a head size, 32, that both the builder and vLLM take."""
 
 Sources = Path | Sequence[Path]
 
@@ -88,7 +88,7 @@ def llama_checkpoint(folder: Path, *, base_options: Mapping[str, Any] | None = N
 
 
 def export(sources: Sources, output: Path, *options: str, quick: bool = True) -> int:
-    """Exit code of the command.
+    """Run the command and return its exit code.
 
     Args:
         quick: the builder runs in a fork, which spares it 6 s of imports; else as the product starts it.
@@ -102,7 +102,7 @@ def export(sources: Sources, output: Path, *options: str, quick: bool = True) ->
 
 
 def exported(family: str, sources: Sources, output: Path, *options: str, quick: bool = True) -> OnnxReport:
-    """The report of an export that must pass; the compatibility table gets its row either way."""
+    """Run an export that must pass, return its report, and add a row to the compatibility table either way."""
     code = export(sources, output, *options, quick=quick)
     return _recorded(family, output, options, code)
 
@@ -110,7 +110,7 @@ def exported(family: str, sources: Sources, output: Path, *options: str, quick: 
 def exported_at_once(
     family: str, requests: Mapping[Path, tuple[Sources, Sequence[str]]], *, quick: bool = True
 ) -> list[OnnxReport]:
-    """Several exports by output, each in a process of its own: torch's exporter uses one core."""
+    """Run several exports at once, each in its own process: torch's exporter uses one core."""
     children = {
         output: Child(partial(export, sources, output, *options, quick=quick))
         for output, (sources, options) in requests.items()
@@ -171,9 +171,9 @@ def make_exports(family: str, folder: Path, *options: str, lora: Mapping[str, An
     """Export two adapters of a tiny decoder.
 
     Args:
-        options: of the command.
-        lora: of the adapter `second`; `first` is UNEVEN.
-        changes: of the model's configuration.
+        options: options of the command.
+        lora: options of the adapter `second`; those of `first` are UNEVEN.
+        changes: fields of the model's configuration.
     """
     base = tiny_base(folder / "base", family, **changes)
     models = {"first": tiny_lora(base, folder / "first"), "second": tiny_lora(base, folder / "second", **lora)}

@@ -21,9 +21,9 @@ class Damage:
     """One mistake in an adapter of a tiny Llama.
 
     Args:
-        rule: of the pre-flight, that finds it.
-        named: words of the message.
-        vllm_refuses: whether loading it fails there; otherwise vLLM serves something else without a word.
+        rule: rule of the pre-flight that finds it.
+        named: words that the message must hold.
+        vllm_refuses: whether vLLM's loader fails; otherwise vLLM serves something else without a message.
     """
 
     change: Callable[[Path], object]

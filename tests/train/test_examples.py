@@ -1,9 +1,10 @@
-"""Every script in docs/examples trains through cores and leaves a plain LoRA, and a checkpoint that folds."""
+"""Scripts in docs/examples: some train, and leave a plain LoRA and a checkpoint that folds; some use the library."""
 
 from __future__ import annotations
 
 import math
 import runpy
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,18 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover_export.cli import cli
 
+from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.tiny_hub import save_llama, save_t5
 from support.tiny_models import lora_matrices
+from support.vllm_command import vllm_command
 
 pytestmark = pytest.mark.process
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
-"""Run with several processes, in a test of their own."""
+"""Run with several processes, in another file of tests."""
+LIBRARY = {"fold", "export_vllm", "export_onnx", "serve", "parity"}
+"""Call one function of the library, on paths that they take as arguments."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,33 @@ def ran(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path_factory
         backward(loss, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["example.py", *arguments, *example.options])
         patch.setattr(Tensor, "backward", noted)
-        runpy.run_path(str(EXAMPLES / f"{request.param}.py"), run_name="__main__")
+        run_script(request.param, *arguments, *example.options)
     return Ran(example, losses, bases[example.base], output)
 
 
+def run_script(name: str, *arguments: str | Path) -> dict[str, Any]:
+    """Run an example in this process, and return its variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A checkpoint of a tiny Llama that every engine takes."""
+    return make_checkpoint(tmp_path_factory.mktemp("library"), tokenizer=True, base_options=SERVABLE)
+
+
+@pytest.fixture(scope="module")
+def folded(made: Made) -> Path:
+    folder = made.path.parent / "folded"
+    assert run_script("fold", made.path, folder)["certificate"].verdict == "passed"
+    return folder
+
+
 def test_every_script_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} - DISTRIBUTED == SCRIPTS.keys()
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == DISTRIBUTED | LIBRARY | SCRIPTS.keys()
 
 
 def test_an_example_takes_its_steps(ran: Ran) -> None:
@@ -166,3 +190,44 @@ def test_a_static_schedule_takes_the_loss_of_dpo(score: str, bases: dict[str, Pa
 def test_a_static_schedule_without_it_says_what_is_missing(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no loss from a batch of input_ids"):
         train_on_preferences(bases["llama"], tmp_path, "fisher", with_loss=False)
+
+
+def test_folding_from_python(made: Made, folded: Path) -> None:
+    assert (folded / "fold_certificate.json").is_file()
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.base), str(folded))
+
+
+def test_an_export_for_vllm_from_python(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("export_vllm", folded, tmp_path / "mine")["report"].passed
+    assert "--lora-modules" in capsys.readouterr().out
+    assert (tmp_path / "mine" / "preflight.json").is_file()
+
+
+@pytest.mark.engine
+def test_an_export_for_onnx_from_python(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("export_onnx", made.path, tmp_path / "onnx")["report"].verdict == "passed"
+    assert capsys.readouterr().out == "passed: checkpoint\n"
+    assert (tmp_path / "onnx" / "checkpoint.onnx_adapter").is_file()
+
+
+@pytest.mark.engine
+def test_serving_from_python(
+    folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORAOVER_VLLM", str(vllm_command()))
+    monkeypatch.chdir(tmp_path)  # for the log
+    with socket.socket() as probe:  # other tests start servers on port 8000 at the same time
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", probe.getsockname()[1])
+    run_script("export_vllm", folded, tmp_path / "mine")
+    capsys.readouterr()
+    run_script("serve", tmp_path / "mine")
+    assert capsys.readouterr().out.strip(), "an answer"
+
+
+@pytest.mark.engine
+def test_parity_from_python(made: Made, folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run_script("parity", folded, made.path, tmp_path / "parity")["report"]
+    assert report.verdict in ("equivalent", "different", "inconclusive"), "times vary on a shared machine"
+    assert capsys.readouterr().out == f"{report.verdict}: {report.reason}\n", "nothing but the script's own line"
+    assert (tmp_path / "parity" / "parity.html").is_file()

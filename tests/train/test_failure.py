@@ -15,7 +15,7 @@ from transformers import Trainer
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.tensor_file import NonFiniteError
 from loraover.common.errors import CheckpointError, ConfigError, DivergedError, OutputError
-from loraover.training.failure import FAILURE_FILE, Failure, holds_only_failure, read_failure
+from loraover.training.failure import FAILURE_FILE, Failure, has_no_work, read_failure
 from loraover.training.run_result import RUN_FILE
 
 from support.make_checkpoint import tree
@@ -274,12 +274,12 @@ def test_a_failure_that_cannot_be_written_is_still_raised(recipe: Path, tmp_path
 def test_only_a_folder_with_nothing_else_is_free(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    assert not holds_only_failure(out)
+    assert has_no_work(out)
     (out / FAILURE_FILE).write_text("{}")
-    assert holds_only_failure(out)
+    assert has_no_work(out)
     (tmp_path / "link").symlink_to(out)
-    assert not holds_only_failure(tmp_path / "link")
+    assert not has_no_work(tmp_path / "link")
     (out / "notes.txt").write_text("mine")
-    assert not holds_only_failure(out)
+    assert not has_no_work(out)
     assert train(recipe, out) == 2
     assert names_in(out) == [FAILURE_FILE, "notes.txt"]

@@ -224,8 +224,3 @@ def test_a_plan_is_shown_with_its_assumption_and_leaves_nothing(
     for word in ("weights", "A and B", "cores", "optimizer states", "activations", "steps", "tokens", "micro-batch"):
         assert word in shown
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_run_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["train", "demo"]) == 2
-    assert "-o" in capsys.readouterr().err

@@ -214,8 +214,8 @@ def test_a_push_of_a_stand_ins_adapter_asks_for_a_base(
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", NAME, push_to_hub="me/adapter")
     assert train(recipe, tmp_path / "out") == 2
-    assert "--base" in capsys.readouterr().err
-    assert train(recipe, tmp_path / "out", "--base", NAME) == 2  # which is the stand-in again
+    assert "--push-model" in capsys.readouterr().err
+    assert train(recipe, tmp_path / "out", "--push-model", NAME) == 2  # which is the stand-in again
     assert "only the stand-in" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not uploads.exists()
@@ -230,7 +230,7 @@ def test_a_push_with_a_base_names_it_with_a_warning(
         write_recipe(tmp_path / "recipe.yaml", NAME, method=method, push_to_hub="me/adapter"),
         tmp_path / "out",
     )
-    assert train(recipe, out, "--base", other) == 0
+    assert train(recipe, out, "--push-model", other) == 0
     difference = re.search(r"warning: .* differ from that model's by up to (\S+)", capsys.readouterr().out)
     assert difference is not None
     assert adapter_config(uploads)["base_model_name_or_path"] == str(other)
@@ -247,5 +247,5 @@ def test_a_push_with_a_base_names_it_with_a_warning(
 def test_a_base_for_a_push_is_refused_where_it_means_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(recipe, tmp_path / "out", "--base", "owner/other", "--set", "push_to_hub=me/adapter") == 2
-    assert "push_base" in capsys.readouterr().err
+    assert train(recipe, tmp_path / "out", "--push-model", "owner/other", "--set", "push_to_hub=me/adapter") == 2
+    assert "push_model" in capsys.readouterr().err

@@ -498,7 +498,7 @@ def test_compare_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest.
     assert "run.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "empty", "link"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "link to an empty folder"])
 def test_an_output_that_exists_is_left_alone(
     kind: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -509,10 +509,11 @@ def test_an_output_that_exists_is_left_alone(
         case "folder":
             out.mkdir()
             (out / "mine").write_text("mine")
-        case "empty":
-            out.mkdir()
         case "link":
             out.symlink_to(tmp_path / "nowhere")
+        case _:
+            (tmp_path / "elsewhere").mkdir()
+            out.symlink_to(tmp_path / "elsewhere")
     before = tree(tmp_path)
     assert train(recipe, out) == 2
     assert "exists already" in capsys.readouterr().err

@@ -129,8 +129,8 @@ REFUSED: dict[str, tuple[Refused, str]] = {
         lambda t, b: {"training": {"max_length": 8}, "evaluation": {"examples": 0}},
         "no example fits training.max_length = 8",
     ),
-    "a shell's pattern for PEFT": (lambda t, b: {"lora": {"target_modules": "*.q_proj"}}, "no regular expression"),
-    "a wrong pattern of ranks": (lambda t, b: {"lora": {"rank_pattern": {"(": 4}}}, "no regular expression"),
+    "a shell's pattern for PEFT": (lambda t, b: {"lora": {"target_modules": "*.q_proj"}}, "not a regular expression"),
+    "a wrong pattern of ranks": (lambda t, b: {"lora": {"rank_pattern": {"(": 4}}}, "not a regular expression"),
     "a start that changes the base": (lambda t, b: {"lora": {"init_lora_weights": "pissa"}}, "no fold would be"),
     "content in parts": (
         lambda t, b: with_rows(t, {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "text", "text": "2"}]}]}),

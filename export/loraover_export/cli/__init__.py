@@ -11,12 +11,14 @@ COMMANDS = {
     "vllm": "loraover_export.cli.vllm:vllm",
     "onnx": "loraover_export.cli.onnx:onnx",
 }
+EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
+"""Exit code of each verdict of a fold or an ONNX export."""
 
 
 @click.group(cls=LazyGroup, commands_at=COMMANDS)
 @click.version_option(package_name="loraover")
 def cli() -> None:
-    """Fold LoRA-Over checkpoints into plain LoRA adapters, prove the fold, and export for vLLM and ONNX Runtime."""
+    """Fold LoRA-Over checkpoints into plain LoRA adapters, and export adapters for vLLM and ONNX Runtime."""
 
 
 main = entry_point(cli)

@@ -6,34 +6,80 @@ from pathlib import Path
 
 import click
 
+from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover_export.cli import EXIT_CODES
 
-@click.command()
+EXAMPLES = [
+    "loraover-export fold runs/demo/lora-over/adapter -o folded",
+    "loraover-export fold output/checkpoint-500 -o folded --dtype bf16 --check-error",
+]
+
+
+@click.command(cls=Command, examples=EXAMPLES, renamed={"--base": "--model"})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the adapter.")
 @click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Storage type."
+    "--dtype",
+    type=DtypeChoice("fp32", "bf16", "fp16"),
+    default="fp32",
+    show_default=True,
+    help="Data type to store the adapter in; PyTorch's names, such as bfloat16, are accepted too.",
 )
-@click.option("--check-error", is_flag=True, help="Compare outputs with the unfolded model too.")
-@click.option("--base", help="Base model, folder or hub name, instead of the one that the checkpoint names.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="Text file with one prompt a line, for --check-error.")
-@click.option("--force", is_flag=True, help="Replace a folded adapter at the output, whole or not at all.")
+@click.option(
+    "--check-error",
+    is_flag=True,
+    help="Also compare the adapter's logits with those of the model that still computes with cores.",
+)
+@click.option(
+    "--model",
+    show_default="the one that the checkpoint names",
+    help="Base model to run for --check-error, folder or hub name.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    show_default="a built-in set",
+    help="Text file with one prompt a line for --check-error.",
+)
+@click.option("--force", is_flag=True, help="Replace the folded adapter that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
 def fold(
     checkpoint: Path,
     output: Path,
     dtype: str,
     check_error: bool,
-    base: str | None,
+    model: str | None,
     prompts: Path | None,
     force: bool,
     as_json: bool,
 ) -> int:
     """Contract CHECKPOINT's cores into a plain PEFT adapter and certify every matrix.
 
-    CHECKPOINT is a LoRA-Over checkpoint or a Trainer's checkpoint-N. Exit code 1: the check failed, and no adapter
-    was left behind. Exit code 3: the adapter was written, but --check-error is inconclusive, since the adapter moves
-    no logit by twice the error that is allowed.
-    """
-    from loraover_export.fold.run import run_fold
+    CHECKPOINT is the adapter folder of a LoRA-Over run, or a checkpoint-N of a Hugging Face Trainer. Its cores are the
+    small tensors that training kept in place of each LoRA matrix; multiplied out, they give the matrix again.
 
-    return run_fold(checkpoint, output, dtype, check_error, base, prompts, as_json, force)
+    Exit code 1: a check failed, and nothing was written. Exit code 3: the adapter was written, but it changes logits
+    too little for --check-error to distinguish it from an adapter that does nothing.
+    """
+    from rich.console import Console
+
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_export.fold.run import fold_checkpoint
+    from loraover_export.fold.show import show_certificate
+
+    quiet_libraries()
+    console = Console(stderr=as_json)
+    certificate = fold_checkpoint(
+        checkpoint,
+        output,
+        dtype=dtype,
+        check_error=check_error,
+        model=model,
+        prompts=prompts,
+        force=force,
+        report=ConsoleReporter(console),
+    )
+    show_certificate(certificate, output, console)
+    if as_json:
+        print(certificate.model_dump_json(indent=1))
+    return EXIT_CODES[certificate.verdict]

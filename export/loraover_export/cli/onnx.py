@@ -3,36 +3,114 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
+from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover_export.cli import EXIT_CODES
 
-@click.command()
+EXAMPLES = [
+    "loraover-export onnx folded -o onnx-merged --mode merged --precision int4",
+    "loraover-export onnx adapter-a adapter-b -o onnx-swappable --mode swappable --name support --name sales",
+]
+
+
+@click.command(cls=Command, examples=EXAMPLES, renamed={"--base": "--model"})
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the export.")
-@click.option("--mode", required=True, type=click.Choice(["merged", "swappable"]), help="How adapters meet the graph.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "int4"]), default="fp32", show_default=True, help="Of the graph."
+    "--mode",
+    required=True,
+    type=click.Choice(["merged", "swappable"]),
+    help="How the adapter meets the graph: merged into its weights, or as a file to load and swap at run time.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="To build for.")
-@click.option("--base", help="Base model, folder or hub name, instead of the one that the adapters name.")
-@click.option("--cache/--no-cache", default=True, show_default=True, help="KV cache in a language model's graph.")
-@click.option("--name", "names", multiple=True, help="Of an adapter, in the order of SOURCE; its folder's otherwise.")
-@click.option("--graph", type=click.Path(path_type=Path), help="Earlier swappable export to add adapters to.")
-@click.option("--check/--no-check", default=True, show_default=True, help="Run ONNX Runtime against PyTorch.")
-@click.option("--force", is_flag=True, help="Replace an export at the output, whole or not at all.")
+@click.option(
+    "--precision",
+    type=DtypeChoice("fp32", "fp16", "int4"),
+    default="fp32",
+    show_default=True,
+    help="Number format of the graph's weights.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Device to build the graph for.",
+)
+@click.option("--model", show_default="the one that the adapters name", help="Base model, folder or hub name.")
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    show_default=True,
+    help="Give a language model's graph a KV cache, or leave it out.",
+)
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    show_default="the names of the sources' folders",
+    help="Name of an adapter's file; repeat it in the order of SOURCE.",
+)
+@click.option(
+    "--graph",
+    type=click.Path(path_type=Path),
+    help="Folder of an earlier swappable export whose graph the new adapters are for; only their files are written.",
+)
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Compare ONNX Runtime's outputs with PyTorch's before anything is left at the output.",
+)
+@click.option("--force", is_flag=True, help="Replace the ONNX export that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def onnx(as_json: bool, **request: Any) -> int:
+def onnx(
+    sources: tuple[Path, ...],
+    output: Path,
+    mode: str,
+    precision: str,
+    device: str,
+    model: str | None,
+    cache: bool,
+    names: tuple[str, ...],
+    graph: Path | None,
+    check: bool,
+    force: bool,
+    as_json: bool,
+) -> int:
     """Write ONNX graphs with SOURCE merged into the weights, or with adapters to swap at run time.
 
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA; swappable takes several. Decoder models
-    become one onnxruntime-genai graph with a KV cache, T5 an encoder and a decoder, classifiers one graph. Exit code 1:
-    ONNX Runtime's outputs are too far from the unfolded PyTorch model's, and nothing was left behind. Exit code 3: the
-    export was written, but its check is inconclusive, since an adapter moves no logit by twice the error that is
-    allowed.
-    """
-    from loraover_export.onnx.request import OnnxRequest
-    from loraover_export.onnx.run import run_onnx
+    become one onnxruntime-genai graph with a KV cache, T5 an encoder and a decoder, classifiers one graph.
 
-    return run_onnx(OnnxRequest(**request), as_json)
+    Exit code 1: ONNX Runtime's outputs are too far from the unfolded PyTorch model's, and nothing was left at the
+    output. Exit code 3: the export was written, but an adapter changes logits too little for the check to distinguish
+    it from one that does nothing.
+    """
+    from rich.console import Console
+
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_export.onnx.run import export_onnx
+    from loraover_export.onnx.show import show_report
+
+    quiet_libraries()
+    console = Console(stderr=as_json)
+    result = export_onnx(
+        sources,
+        output,
+        mode=mode,
+        precision=precision,
+        device=device,
+        model=model,
+        cache=cache,
+        names=names,
+        graph=graph,
+        check=check,
+        force=force,
+        report=ConsoleReporter(console),
+    )
+    show_report(result, output, console)
+    if as_json:
+        print(result.model_dump_json(indent=1))
+    return EXIT_CODES[result.verdict]

@@ -1,4 +1,4 @@
-"""What a fold proves: `fold_certificate.json`."""
+"""What a fold proves: the contents of `fold_certificate.json`."""
 
 from __future__ import annotations
 
@@ -11,42 +11,45 @@ from loraover_export.numerics.matrix_certificate import MatrixCertificate
 CERTIFICATE_FILE = "fold_certificate.json"
 NOISE_FACTOR = 3.0
 POWER = 2.0
-"""How many bounds an adapter must move logits by, so that its loss could not pass for noise."""
+"""Multiple of the allowed error by which an adapter must change some logit, so that its loss would be noticed."""
 
 CheckVerdict = Literal["passed", "failed", "inconclusive"]
-EXIT_CODES: dict[str, int] = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
 
 
 class Deviation(BaseModel):
-    """How far one model's outputs are from another's, over all positions of all prompts."""
+    """Distance of one model's outputs from another's, over all positions of all prompts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_logit: float
-    mean_logit: float
-    max_kl: float = Field(description="nats, KL(unfolded || other)")
-    mean_kl: float
+    max_logit: float = Field(description="largest absolute difference of two logits")
+    mean_logit: float = Field(description="mean absolute difference of logits")
+    max_kl: float = Field(description="largest KL(unfolded || other) of a position, in nats")
+    mean_kl: float = Field(description="mean KL(unfolded || other) of the positions, in nats")
     top1_agreement: float = Field(description="share of positions with the same most likely token")
 
 
 class OutputCertificate(BaseModel):
-    """The folded adapter, as PEFT loads it, against the unfolded model, beside the noise of an equal rounding."""
+    """Outputs of the folded adapter, as PEFT loads it, against the unfolded model's.
+
+    The yardstick is the noise of rounding: the distance between *twins*, adapters whose elements were rounded at
+    random to one of the two neighbouring numbers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str
-    compute_dtype: str
-    prompts: int
-    tokens: int
-    prompt_source: str
-    error: Deviation
-    noise: Deviation = Field(description="the largest between any two twins")
-    twins: int = Field(description="adapters whose elements were rounded at random to a neighbour, ranks permuted")
-    adapter_effect: float = Field(description="largest logit change that the adapter makes to the base model")
+    base: str = Field(description="base model that was run, in words")
+    compute_dtype: str = Field(description="data type of the computation")
+    prompts: int = Field(description="number of prompts")
+    tokens: int = Field(description="number of tokens in all prompts")
+    prompt_source: str = Field(description="where the prompts come from, in words")
+    error: Deviation = Field(description="distance of the folded adapter from the unfolded model")
+    noise: Deviation = Field(description="largest distance between any two twins")
+    twins: int = Field(description="number of twins; each also has its ranks in another order")
+    adapter_effect: float = Field(description="largest change of a logit that the adapter makes to the base model")
 
     @property
     def bound(self) -> float:
-        """NOISE_FACTOR times the noise, largest logit error.
+        """Largest allowed logit error: NOISE_FACTOR times the noise.
 
         Two twins differ by two random roundings, each of twice the variance of one rounding to nearest, so about half
         of their noise is expected; the factor leaves room for the spread of maxima and for the other arithmetic of
@@ -56,18 +59,25 @@ class OutputCertificate(BaseModel):
 
     @property
     def verdict(self) -> CheckVerdict:
+        """Verdict on the largest logit error."""
         return judge(self.error.max_logit, self.bound, self.adapter_effect)
 
     @property
     def passed(self) -> bool:
+        """Whether the verdict is "passed"."""
         return self.verdict == "passed"
 
 
 def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
-    """Verdict on a logit error.
+    """Return the verdict on a logit error.
 
-    The verdict is inconclusive where the error is within its bound, and an adapter that does nothing could be too:
-    where the adapter itself moves no logit by POWER bounds.
+    It is inconclusive where the error is within its bound, but an adapter that does nothing could be within it as
+    well: where the adapter changes no logit by POWER times the bound.
+
+    Args:
+        error: largest logit error; NaN fails.
+        bound: largest allowed error.
+        adapter_effect: largest change of a logit that the adapter makes to the base model.
     """
     if not error <= bound:
         return "failed"
@@ -75,23 +85,24 @@ def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
 
 
 class FoldCertificate(BaseModel):
-    """Contents of `fold_certificate.json`."""
+    """Result of a fold, and the contents of `fold_certificate.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
     verdict: CheckVerdict
-    base_model: str | None
-    dtype: str
-    decomposition: str
-    step: int
-    seed: int | None
-    matrices: list[MatrixCertificate]
-    outputs: OutputCertificate | None
-    output_bound: float | None
-    versions: dict[str, str]
-    hardware: str
+    base_model: str | None = Field(description="base model that the adapter names; None if it names none")
+    dtype: str = Field(description="data type that the adapter is stored in: fp32, bf16 or fp16")
+    decomposition: str = Field(description="tensor network that the matrices were trained as")
+    step: int = Field(description="optimizer steps that the checkpoint was trained for")
+    seed: int | None = Field(description="seed of the random draws in training's cores; None: the run's, or 0")
+    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and B")
+    outputs: OutputCertificate | None = Field(description="check of the outputs; None if it was not asked for")
+    output_bound: float | None = Field(description="largest allowed logit error; None without a check of the outputs")
+    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
+    hardware: str = Field(description="processor and accelerator of the machine, in words")
 
     @property
     def passed(self) -> bool:
+        """Whether the verdict is "passed"."""
         return self.verdict == "passed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
@@ -17,6 +17,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import ConfigError, DataError
 from loraover.models.load import ModelSource, load_model, load_tokenizer
+from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.certificate import Deviation, OutputCertificate
 from loraover_export.fold.deviation import RunningDeviation
 from loraover_export.fold.twins import FOLDED, FoldedAndTwins
@@ -25,7 +26,7 @@ from loraover_export.numerics.delta import other_tensors
 TWINS = 3
 MAX_TOKENS = 256
 LOGITS_AT_ONCE = 2**24
-"""Elements of a piece: 64 MiB in float32, and no more than three pieces are held."""
+"""Logits of a piece of a prompt: 64 MiB in float32, and at most three such pieces are held."""
 
 BUILT_IN_PROMPTS = (
     "The train leaves at nine and arrives at noon, so the journey takes three hours.",
@@ -41,7 +42,7 @@ BUILT_IN_PROMPTS = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids to compare outputs on, each (1, tokens), and where they come from."""
+    """Token ids to compare outputs on, each of shape (1, tokens), and where they come from, in words."""
 
     batches: tuple[Tensor, ...]
     source: str
@@ -53,37 +54,38 @@ def check_outputs(
     dtype: str,
     source: ModelSource,
     prompts_file: Path | None,
-    report: Callable[[str], None],
+    report: Reporter = SILENT,
 ) -> OutputCertificate:
-    """Run both models in float32 on the same prompts and compare every logit.
+    """Run the unfolded model and the folded adapter in float32 on the same prompts, and compare every logit.
 
     The unfolded model applies cores to activations and never forms A or B. The noise floor is the largest deviation
-    between twins of the folded adapter, measured in the same run: each element of the exact matrices rounded at
-    random to one of its two neighbours in `dtype`, and the rank dimension permuted, so that sums run in another
-    order. Twins are compared with one another only, so that what is wrong with the fold is no part of the noise.
+    between *twins* of the folded adapter, measured in the same run. A twin has each element of the exact matrices
+    rounded at random to one of its two neighbours in `dtype`, and its rank dimension permuted, so that sums run in
+    another order. Twins are compared with one another only, so that an error of the fold does not count as noise.
 
     All models share the base weights and are run on one piece of one prompt after another, so the memory depends
     neither on the number of prompts nor, where a model can leave logits out, on their length.
 
     Args:
-        folded: directory of the written adapter.
-        dtype: what it is stored in.
+        checkpoint: the checkpoint that was folded.
+        folded: folder of the written adapter.
+        dtype: data type that it is stored in.
         source: the base model.
-        prompts_file: one prompt a line; absent: a built-in set.
-        report: told what is going on.
+        prompts_file: text file with one prompt a line; None means a built-in set.
+        report: receiver of progress.
 
     Raises:
         CheckpointError: the base model is not the one that was trained.
         DataError: no usable prompt in the file.
     """
-    report(f"loading the base model from {source.origin}")
+    report.line(f"loading the base model from {source.origin}")
     base = load_model(source, dtype="fp32", task_type=_task_type(checkpoint))
     with unfolded(_sharing_weights(base), checkpoint) as reference:
         prompts = _prompts(source, base, prompts_file)
-        report(f"loading the folded adapter with PEFT, and {TWINS} twins of it for the noise floor")
+        report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
         adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS)
-        report(f"running the base model, the unfolded model, the folded adapter and its twins on {prompts.source}")
+        report.line(f"running the unfolded model, the folded adapter and the roundings on {prompts.source}")
         compared = _Compared()
         for ids in prompts.batches:
             for positions in _pieces(base, ids):
@@ -102,14 +104,14 @@ def check_outputs(
 
 
 class _Compared:
-    """The deviations that the certificate states, over all pieces so far."""
+    """Deviations for the certificate, over all pieces so far."""
 
     def __init__(self) -> None:
         self.effect, self.error = RunningDeviation(), RunningDeviation()
         self.noises = [RunningDeviation() for _ in combinations(range(TWINS), 2)]
 
     def add(self, base: Any, unfolded: Any, adapters: FoldedAndTwins, ids: Tensor, positions: Tensor | None) -> None:
-        """Run every model on one piece; no more logits are held than those of the twins."""
+        """Run every model on one piece; the twins' logits are the most that is held at once."""
         reference = _logits(unfolded, ids, positions)
         self.effect.add(reference, _logits(base, ids, positions))
         self.error.add(reference, _logits(adapters.active(FOLDED), ids, positions))
@@ -127,7 +129,7 @@ def _largest(noises: list[Deviation]) -> Deviation:
 
 
 def _sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:
-    """A second model on the same tensors, apart from copies of those whose names are given; it may lack some."""
+    """Return a second model on the same tensors, but with copies of the named ones, of which it may lack some."""
     tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
     copied = {id(tensors[name]) for name in but if name in tensors}
     return copy.deepcopy(model, {id(t): t for t in tensors.values() if id(t) not in copied})
@@ -157,16 +159,16 @@ def _prompts(source: ModelSource, base: Any, file: Path | None) -> Prompts:
     if batches:
         return Prompts(batches, f"{len(batches)} of {name}")
     if file is not None:
-        raise DataError(f"{file}: no prompt in it; expected one a line.")
+        raise DataError(f"{file}: holds no prompt; expected one a line.")
     ids = torch.randint(base.config.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0))
     source_name = "8 random token sequences (the base model has no tokenizer)"
     return Prompts(tuple(ids[i : i + 1] for i in range(len(ids))), source_name)
 
 
 def _pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
-    """Positions of a prompt whose logits are looked at together, at most LOGITS_AT_ONCE elements; None means all.
+    """Positions of a prompt whose logits are compared together, at most LOGITS_AT_ONCE elements; None means all.
 
-    Each piece costs a forward pass over the whole prompt. Models that cannot leave logits out take all at once.
+    Each piece costs a forward pass over the entire prompt. Models that cannot leave logits out take all at once.
     """
     at_once = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     if ids.shape[1] <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
@@ -177,7 +179,7 @@ def _pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor, positions: Tensor | None) -> Tensor:
-    """(positions, vocabulary) of one prompt; one at a time, so that nothing is padded."""
+    """Logits of one prompt, (positions, vocabulary); prompts run one at a time, so that nothing is padded."""
     extra: dict[str, Tensor] = {}
     if model.config.is_encoder_decoder:
         extra["decoder_input_ids"] = ids

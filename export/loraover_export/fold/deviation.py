@@ -1,4 +1,4 @@
-"""How far one model's logits are from another's, added up piece by piece, so that no logits are kept."""
+"""Distance of one model's logits from another's, summed piece by piece, so that no logits are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ELEMENTS_AT_ONCE = 2**20
 
 @final
 class RunningDeviation:
-    """Maxima and sums over all pieces so far. NaN anywhere makes the maxima NaN, which no bound accepts."""
+    """Maxima and sums over all pieces so far; NaN anywhere makes the maxima NaN, which no bound accepts."""
 
     def __init__(self) -> None:
         self._maxima = torch.zeros(2, dtype=torch.float64)
@@ -23,11 +23,11 @@ class RunningDeviation:
         self._logits = self._positions = self._same = 0
 
     def add(self, reference: Tensor, other: Tensor) -> None:
-        """Take in a piece.
+        """Add a piece.
 
         Args:
-            reference: logits, (positions, vocabulary).
-            other: logits of the same positions.
+            reference: logits of shape (positions, vocabulary).
+            other: the other model's logits of the same positions.
         """
         rows = max(1, ELEMENTS_AT_ONCE // reference.shape[-1])
         for p, q in zip(torch.split(reference, rows), torch.split(other, rows), strict=True):
@@ -41,7 +41,7 @@ class RunningDeviation:
             self._positions += len(divergence)
 
     def result(self) -> Deviation:
-        """The figures over everything that was taken in; at least one piece."""
+        """Return the figures over all pieces, of which there must be one at least."""
         return Deviation(
             max_logit=float(self._maxima[0]),
             mean_logit=float(self._sums[0]) / self._logits,

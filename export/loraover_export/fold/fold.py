@@ -23,20 +23,20 @@ FILES_REOPENED_EVERY = 32  # tensors; mapped pages of the inputs count as memory
 
 
 def write_folded(
-    checkpoint: Checkpoint, directory: Path, dtype: str, on_tensor: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint, directory: Path, dtype: str, on_tensor: Callable[[int], None] = lambda done: None
 ) -> list[MatrixCertificate]:
-    """Write the folded adapter, a PEFT directory in which nothing tells of LoRA-Over, and certify each matrix.
+    """Write the folded adapter, an ordinary PEFT folder, and certify each matrix.
 
     Each over-parameterised matrix is the float64 contraction of its cores, rounded once to `dtype`; every
     other floating-point tensor is rounded from its stored value. The bound is derived element by element:
-    gamma_k(2^-53) |C_1| ... |C_K| for the contraction, plus u |M| for the rounding, or half a subnormal where
-    the type ends. The file is read back, and must hold what was certified bit for bit.
+    gamma_k(2^-53) |C_1| ... |C_K| for the contraction, plus u |M| for the rounding, or half a subnormal below
+    the type's normal numbers. The file is read back, and must equal the certified tensors bit for bit.
 
     Args:
-        checkpoint: read site by site; only the folded tensors are held in memory.
+        checkpoint: the checkpoint, read site by site; only the folded tensors are held in memory.
         directory: an empty folder.
         dtype: fp32, bf16 or fp16.
-        on_tensor: called after each tensor.
+        on_tensor: called after each tensor with the number of tensors so far.
 
     Returns:
         One certificate per A and B matrix, in file order.
@@ -53,7 +53,7 @@ def write_folded(
 
 
 def write_config(config: Mapping[str, Any], directory: Path) -> None:
-    """Write `adapter_config.json`."""
+    """Write `adapter_config.json` into a folder."""
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -64,15 +64,19 @@ def write_rounded(
     dtype: str,
     *,
     prepare: Callable[[str, Exact], Exact] = lambda key, exact: exact,
-    on_tensor: Callable[[], None] = lambda: None,
+    on_tensor: Callable[[int], None] = lambda done: None,
 ) -> list[MatrixCertificate]:
     """Write tensors of an adapter, each rounded once from its exact value, and certify the A and B matrices.
 
     Args:
-        keys: of the tensors, in the order of the certificates.
-        prepare: what to make of an exact tensor before the rounding, with the bound of its new error.
+        source: the checkpoint or adapter that holds the exact values.
+        keys: keys of the tensors, in the order of the certificates.
+        directory: an empty folder.
+        dtype: fp32, bf16 or fp16.
+        prepare: change of an exact tensor before the rounding; returns it with the bound of its new error.
+        on_tensor: called after each tensor with the number of tensors so far.
 
-    The other arguments, returns and errors are those of `write_folded`.
+    Returns and raises as `write_folded` does.
     """
     rounded: dict[str, Tensor] = {}
     certificates = []
@@ -84,14 +88,14 @@ def write_rounded(
                 name = site_name(key)
                 if name is not None:
                     certificates.append(certify(name, rounded[key], exact))
-                on_tensor()
+                on_tensor(len(rounded))
     save_tensors(rounded, directory / TENSORS_FILE)
     for chunk in _chunks(rounded):
         with open_tensors(directory / TENSORS_FILE) as written:
             for key in chunk:
                 if not torch.equal(written.read(key), rounded[key]):
                     raise FoldError(
-                        f"{key}: what was read back is not what was written; the disk is not to be trusted."
+                        f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
                     )
     return certificates
 

@@ -21,17 +21,17 @@ FOLDED = "default"
 
 
 class FoldedAndTwins:
-    """One base model with the folded adapter and its twins beside one another; one of them is active at a time.
+    """One base model with the folded adapter and its twins, of which one is active at a time.
 
     A twin has each element of the exact matrices rounded at random to one of its two neighbours in the storage type,
-    and its rank dimension permuted, so that sums run in another order. All else it shares with the folded adapter.
+    and its rank dimension permuted, so that sums run in another order. It shares all else with the folded adapter.
 
     Args:
         base: the plain base model, which becomes part of the PEFT model.
-        checkpoint: holds the exact matrices.
-        folded: directory of the written adapter.
-        dtype: what it is stored in.
-        twins: how many.
+        checkpoint: the checkpoint, which holds the exact matrices.
+        folded: folder of the written adapter.
+        dtype: data type that it is stored in.
+        twins: number of twins.
 
     Raises:
         CheckpointError: PEFT has made a matrix that the checkpoint does not hold.
@@ -50,7 +50,7 @@ class FoldedAndTwins:
         self._model.eval()
 
     def active(self, name: str) -> Any:
-        """The model with one adapter switched on: FOLDED, or one of `twins`."""
+        """Return the model with one adapter switched on: FOLDED, or one of `twins`."""
         self._model.base_model.set_adapter(name, inference_mode=True)
         for module in self._saved:
             module.set_adapter(FOLDED, inference_mode=True)
@@ -58,7 +58,7 @@ class FoldedAndTwins:
 
 
 def _twin_config(folded: Any) -> Any:
-    """The folded adapter's configuration without biases and saved modules: PEFT gives both to one adapter only."""
+    """Return the folded adapter's configuration without biases and saved modules, which PEFT gives to one adapter."""
     config = copy.deepcopy(folded)
     config.bias = "none"
     config.modules_to_save = None
@@ -74,7 +74,9 @@ def _fill_twin(model: nn.Module, name: str, checkpoint: Checkpoint, dtype: str, 
         for site in _matrices(model, name):
             key = checkpoint.adapter.sites.get(site.path)
             if key is None:
-                raise CheckpointError(f"{checkpoint.adapter.tensors_path}: holds no {site.path}, which PEFT has made.")
+                raise CheckpointError(
+                    f"{checkpoint.adapter.tensors_path}: lacks {site.path}, which PEFT made from adapter_config.json."
+                )
             rounded = round_randomly(source.tensor(key).value, STORAGE_DTYPES[dtype], generator)
             rank_dim = 0 if site.matrix == "A" else 1
             order = orders.setdefault(site.module, torch.randperm(rounded.shape[rank_dim], generator=generator))

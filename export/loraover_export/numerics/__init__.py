@@ -1,1 +1,1 @@
-"""Arithmetic that every export shares: rounding to nearest, the delta of a module, the certificate of a matrix."""
+"""Arithmetic that all exports share: rounding to nearest, the delta of a module, the certificate of a matrix."""

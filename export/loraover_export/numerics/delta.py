@@ -1,4 +1,4 @@
-"""What an adapter adds to each module, in float64 and with the bound of its error."""
+"""The delta_W that an adapter adds to each module, in float64 and with a bound of its error."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Delta:
     """delta_W = B @ A of one module, with the scaling in B.
 
     Args:
-        module: its path in the base model.
-        embedding: whether it is an embedding, whose A has one column for each token.
-        a: (r, in_features).
-        b: (out_features, r).
+        module: path of the module in the base model.
+        embedding: whether the module is an embedding, whose A has one column for each token.
+        a: A with its error bound, (r, in_features).
+        b: scaling * B with its error bound, (out_features, r).
     """
 
     module: str
@@ -34,10 +34,11 @@ class Delta:
 
     @property
     def rank(self) -> int:
+        """Number of rows of A."""
         return self.a.value.shape[0]
 
     def product(self) -> Exact:
-        """delta_W (out_features, in_features), with |dB| (|A| + |dA|) + |B| (|dA| + gamma_r |A|) as its bound."""
+        """Return delta_W (out_features, in_features), with the bound |dB| (|A| + |dA|) + |B| (|dA| + gamma_r |A|)."""
         a, b = self.a, self.b
         size = a.value.abs()
         left = torch.cat([b.bound, b.value.abs()], dim=1)
@@ -46,17 +47,17 @@ class Delta:
 
 
 def read_deltas(source: Checkpoint | AdapterDir) -> Iterator[Delta]:
-    """Every adapted module of a source, one at a time.
+    """Yield the delta of every adapted module of a source, one at a time.
 
     Raises:
-        ExportError: a LoRA with a bias, which is no part of B @ A.
+        ExportError: a LoRA with a bias, which B @ A cannot express.
         CheckpointError: files that cannot be trusted.
     """
     adapter = adapter_of(source)
     biases = [key for key in adapter.shapes if key.endswith(".lora_B.bias")]
     if biases:
         raise ExportError(
-            f"{adapter.tensors_path}: {biases[0]} is a bias of a LoRA, which no exported format holds; "
+            f"{adapter.tensors_path}: {biases[0]} is a bias of a LoRA, which no exported format can hold; "
             "train with lora_bias=False."
         )
     with open_exact(source) as exact:
@@ -73,13 +74,16 @@ def read_deltas(source: Checkpoint | AdapterDir) -> Iterator[Delta]:
 
 
 def other_tensors(adapter: AdapterDir) -> list[str]:
-    """Names of parameters that the adapter replaces as a whole (`modules_to_save`, biases), in the base model."""
+    """Return the base model's names of parameters that the adapter replaces (`modules_to_save`, biases)."""
     keys = [key for key in adapter.shapes if site_name(key) is None]
     return [key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys]
 
 
 def scale(exact: Exact, scaling: float) -> Exact:
-    """scaling * M in float64; |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow."""
+    """Multiply by the scaling in float64.
+
+    |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow.
+    """
     value = exact.value * scaling
     rounding = gamma(1, U64) * value.abs()
     tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2

@@ -13,28 +13,29 @@ from loraover_export.numerics.rounding import underflow
 
 
 class MatrixCertificate(BaseModel):
-    """Error of one written matrix against the float64 contraction of its cores (or its stored value)."""
+    """Error of one written matrix against its exact value: the contraction of its cores, or the stored value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    shape: tuple[int, int]
-    over_parameterised: bool
+    name: str = Field(description="name of the matrix, such as model.layers.0.mlp.up_proj.lora_A")
+    shape: tuple[int, int] = Field(description="rows and columns")
+    over_parameterised: bool = Field(description="whether the matrix was trained as cores")
     relative_error: float = Field(
         description="Frobenius norm of the error over that of the matrix; 0 for a zero matrix"
     )
     relative_bound: float = Field(description="Frobenius norm of the elementwise bound over that of the matrix")
-    worst_to_bound: float = Field(description="largest elementwise ratio of error to bound; at most 1 passes")
-    flushed_to_zero: int = Field(description="non-zero elements that became zero in the storage type")
-    subnormal: int = Field(description="elements stored as subnormals, with fewer bits")
+    worst_to_bound: float = Field(description="largest ratio of an element's error to its bound; at most 1 passes")
+    flushed_to_zero: int = Field(description="number of non-zero elements that became zero in the storage type")
+    subnormal: int = Field(description="number of elements stored as subnormals, which have fewer bits")
 
     @property
     def passed(self) -> bool:
+        """Whether the error of every element is within its bound."""
         return self.worst_to_bound <= 1
 
 
 def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
-    """The figures of many matrices, for people."""
+    """Return rows of a model card that sum up many matrices."""
     return {
         "matrices": f"{sum(matrix.passed for matrix in matrices)} of {len(matrices)} within their bounds",
         "largest relative error": f"{max(matrix.relative_error for matrix in matrices):.2e}",
@@ -43,7 +44,7 @@ def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
 
 
 def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
-    """Error of a written matrix, and the bound of it: the contraction's, and one rounding to the storage type."""
+    """Measure the error of a written matrix, and its bound: the contraction's, and one rounding to the storage type."""
     tiny = smallest_subnormal(written.dtype) / 2
     bound = exact.bound + (unit_roundoff(written.dtype) * (exact.value.abs() + exact.bound)).clamp_min(tiny)
     error = (written.double() - exact.value).abs()

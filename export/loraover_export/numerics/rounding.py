@@ -1,4 +1,4 @@
-"""Correct rounding of float64 to the types that adapters are stored in."""
+"""Correct rounding of float64 to the data types that adapters are stored in."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 @dataclass(frozen=True)
 class Underflow:
-    """Non-zero elements at the small end of a type's range: flushed to zero, or stored as subnormals."""
+    """Numbers of non-zero elements that became zero, or subnormals, because they are small for their type."""
 
     to_zero: int = 0
     to_subnormal: int = 0
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest number of `dtype` to each float64 element, ties to even.
+    """Round each float64 element to the nearest number of `dtype`, ties to even.
 
-    PyTorch goes through float32 to reach bfloat16 and float16, and so rounds twice. Rounding to odd on the
-    way makes the second rounding right.
+    PyTorch converts to bfloat16 and float16 through float32, and so rounds twice. Rounding to odd at the first step
+    makes the result of the second correct.
+
     Source: Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819.
 
     Raises:
         FoldError: an element beyond the type's largest number.
     """
     if bool(torch.isnan(x).any()):
-        raise FoldError("NaN among the elements; the run that made them had diverged.")
+        raise FoldError("NaN among the elements; the training that made them had diverged.")
     rounded = (x if dtype == torch.float32 else _round_to_odd(x)).to(dtype)
     if not bool(torch.isfinite(rounded).all()):
         raise FoldError(
@@ -42,9 +43,9 @@ def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_randomly(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """One of the two numbers of `dtype` around each float64 element, the nearer the likelier.
+    """Round each float64 element at random to one of the two numbers of `dtype` around it, the nearer more often.
 
-    Its error has twice the variance of `round_nearest`'s on average, and no bias: what rounding to `dtype` may do.
+    The error has no bias, and on average twice the variance of `round_nearest`'s.
     """
     nearest = round_nearest(x, dtype)
     error = x - nearest.double()
@@ -57,7 +58,7 @@ def round_randomly(x: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
 
 
 def underflow(x: Tensor, rounded: Tensor) -> Underflow:
-    """What rounding `x` to `rounded` met at the small end of the type's range."""
+    """Count the elements of `x` that became zero or subnormal in `rounded`."""
     tiny = torch.finfo(rounded.dtype).smallest_normal
     zero = (rounded == 0) & (x != 0)
     subnormal = (rounded != 0) & (rounded.double().abs() < tiny)
@@ -65,7 +66,7 @@ def underflow(x: Tensor, rounded: Tensor) -> Underflow:
 
 
 def _round_to_odd(x: Tensor) -> Tensor:
-    """Float32 towards zero, with the last bit set where that was inexact."""
+    """Round to float32 towards zero, and set the last bit where that was inexact."""
     nearest = x.to(torch.float32)
     wide = nearest.double()
     bits = nearest.view(torch.int32)
@@ -74,10 +75,15 @@ def _round_to_odd(x: Tensor) -> Tensor:
 
 
 def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
-    """The nearest numbers of `dtype`; integers as they are.
+    """Round a tensor to the nearest numbers of `dtype`; integers stay unchanged.
+
+    Args:
+        key: name of the tensor, for the message.
+        exact: the tensor, in float64 unless it holds integers.
+        dtype: fp32, bf16 or fp16.
 
     Raises:
-        FoldError: an element beyond the range of `dtype`; names the key.
+        FoldError: an element beyond the range of `dtype`.
     """
     if not exact.is_floating_point():
         return exact.clone()

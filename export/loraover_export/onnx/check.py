@@ -1,4 +1,4 @@
-"""ONNX Runtime on the written graphs against PyTorch's unfolded model."""
+"""Comparison of the written graphs in ONNX Runtime with the unfolded model in PyTorch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ GENERATED = 16  # tokens
 
 @dataclass(frozen=True)
 class Reference:
-    """PyTorch's answers, in float32 and without ever forming A or B.
+    """PyTorch's outputs, in float32 and without ever forming A or B.
 
     Args:
-        logits: (positions, vocabulary) for each case.
-        noise: largest deviation of the same in another precision.
-        rounded: for int4, the same from a model that rounds as the graph does.
-        greedy: tokens after `prompt` and the logits before each, and before the end of the text if it came.
+        logits: logits of each case, (positions, vocabulary).
+        noise: largest difference of these logits from those in another precision.
+        noise_of: comparison that the noise was measured by, in words.
+        rounded: logits of a model that rounds as an int4 graph does; None for other precisions.
+        prompt: token ids that greedy decoding starts from, (1, tokens).
+        greedy: tokens after `prompt`, and the logits before each of them and before the end of the text if it came.
     """
 
     logits: list[Tensor]
@@ -50,25 +52,30 @@ def make_reference(
     *,
     merged: bool = False,
 ) -> Reference:
-    """Run the unfolded model, or the base model where `source` is None.
+    """Run the unfolded model in PyTorch, or the base model if `source` is None.
 
-    The noise is what rounding alone does: float32 against float64 (transformers keeps its norms in float32),
+    The noise is the effect of rounding alone: float32 against float64 (transformers keeps its norms in float32),
     float16 against float32, or weights and activations rounded as in an int4 graph.
 
     Args:
-        merged: an int4 graph rounds weights with the adapter in them.
+        kind: the kind of model.
+        model: the base model in float32.
+        source: the adapter or checkpoint.
+        cases: tokens to run.
+        precision: fp32, fp16 or int4.
+        merged: whether the graph's weights, which int4 rounds, include the adapter.
     """
 
     def run(
         model: Any, source: Checkpoint | AdapterDir | None = source, delta_dtype: torch.dtype = torch.float64
     ) -> list[Tensor]:
-        with nullcontext(model) if source is None else unfolded(model, source, delta_dtype=delta_dtype) as whole:
-            return [kind.compared(case, kind.reference(whole, case)) for case in cases]
+        with nullcontext(model) if source is None else unfolded(model, source, delta_dtype=delta_dtype) as adapted:
+            return [kind.compared(case, kind.reference(adapted, case)) for case in cases]
 
     logits = run(model)
     prompt = cases[0].ids[:1]
-    with nullcontext(model) if source is None else unfolded(model, source) as whole:
-        greedy = kind.generate_reference(whole, prompt, GENERATED)
+    with nullcontext(model) if source is None else unfolded(model, source) as adapted:
+        greedy = kind.generate_reference(adapted, prompt, GENERATED)
     rounded = None
     if precision == "fp32":
         in_float32 = run(model, delta_dtype=torch.float32)
@@ -83,12 +90,12 @@ def make_reference(
 
 
 def largest(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest difference of two lists of logits."""
+    """Return the largest absolute difference of two lists of logits."""
     return max(float(difference.abs().max()) for difference in _differences(one, other))
 
 
 def run_cases(kind: GraphKind, run: GraphRunner, cases: list[Case]) -> list[Tensor]:
-    """The engine's logits, padding left out."""
+    """Return the engine's logits of each case, without padding."""
     return [kind.compared(case, run(case)) for case in cases]
 
 
@@ -102,17 +109,21 @@ def check_graph(
     base: Reference,
     found_base: list[Tensor] | None,
 ) -> list[GraphCheck]:
-    """Compare one adapter's outputs, or the base model's, at every shape.
+    """Compare a graph's outputs with PyTorch's at every shape.
 
     In an int4 graph, the rounding of the base weights moves logits by as much as an adapter may, and would hide that
-    the adapter is missing. Most of it is the same without the adapter, so the change that the adapter makes is compared
-    as well.
+    the adapter is missing. Most of that error is the same without the adapter, so the change that the adapter makes is
+    compared as well.
 
     Args:
-        adapter: its files without their endings; None for the graph as it is.
-        reference: what it must give.
-        base: what the base model gives.
-        found_base: the engine's logits of the base model, if changes are to be compared.
+        kind: the kind of model.
+        folder: folder of the graphs.
+        device: cpu or cuda.
+        adapter: path of the adapter's files without their endings; None runs the graph without an adapter.
+        cases: tokens to run.
+        reference: PyTorch's outputs with the adapter.
+        base: PyTorch's outputs without an adapter.
+        found_base: the engine's logits without an adapter; None compares no change.
     """
     found = run_cases(kind, kind.runner(folder, device, adapter), cases)
     effect = largest(base.logits, reference.logits)
@@ -159,6 +170,6 @@ def _greedy(kind: GraphKind, folder: Path, device: str, adapter: Path | None, re
     expected, found = tokens.tolist(), generated.tolist()
     for i, row in enumerate(logits):
         if expected[i : i + 1] != found[i : i + 1]:
-            other = row[found[i]] if i < len(found) else row.min()  # it ended the text, PyTorch did not
+            other = row[found[i]] if i < len(found) else row.min()  # the engine ended the text, PyTorch did not
             return Greedy(tokens=len(logits), first_difference=i, gap=float(row.max() - other))
     return Greedy(tokens=len(logits), first_difference=None, gap=None)

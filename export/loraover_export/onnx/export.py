@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 
 from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.unfolded_model import target_module
@@ -17,6 +15,7 @@ from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import read_json
 from loraover.models.load import load_config, load_model, load_tokenizer
+from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.check_outputs import BUILT_IN_PROMPTS
 from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
@@ -38,23 +37,25 @@ KINDS: dict[str, type[GraphKind]] = {
     "SEQ_CLS": Stateless,
     "TOKEN_CLS": Stateless,
 }
-STREAM = 64  # tokens that the checks cut their cases from
+STREAM = 64  # tokens, from which the checks cut their cases
 
 
 class Export:
-    """One export and what its steps hand to one another.
+    """One ONNX export, step by step.
 
     Args:
+        request: the arguments of the export.
+        inputs: the sources and their base model.
         draft: an empty folder for the files.
-        console: told what is going on.
+        report: receiver of progress.
 
     Raises:
         ConfigError: no such base model, or a task that no graph is made for.
-        ExportError: a graph to add adapters to that is not of this base model.
+        ExportError: an earlier graph that has another base model.
     """
 
-    def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path, console: Console) -> None:
-        self.inputs, self.draft, self.console = inputs, draft, console
+    def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path, report: Reporter = SILENT) -> None:
+        self.inputs, self.draft, self.report = inputs, draft, report
         self.request = request if request.graph is None else _as_exported(request, inputs, request.graph)
         config = load_config(inputs.base)
         self.task = inputs.task_type or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
@@ -64,12 +65,12 @@ class Export:
         self.deltas = {name: list(read_deltas(source)) for name, source in inputs.adapters.items()}
 
     def load(self) -> None:
-        """The base model with its tokenizer, and whether every adapter fits it.
+        """Load the base model and its tokenizer, and check that every adapter fits.
 
         Raises:
             CheckpointError: an adapter of another model.
         """
-        self.say(f"loading the base model from {self.inputs.base.origin}")
+        self.report.line(f"loading the base model from {self.inputs.base.origin}")
         self.tokenizer = load_tokenizer(self.inputs.base)
         labels = next(filter(None, map(_labels, self.inputs.adapters.values())), None)
         self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
@@ -78,21 +79,18 @@ class Export:
                 n, m = delta.a.value.shape[1], delta.b.value.shape[0]
                 target_module(self.model, delta.module, n, m, adapter_of(source))
 
-    def say(self, line: str) -> None:
-        self.console.print(escape(line), soft_wrap=True)
-
     def run(self) -> OnnxReport:
-        """Write everything but the report.
+        """Write graphs and adapters, check them, and return the report.
 
         Raises:
-            LoraOverError: whatever makes the export impossible. A check that fails is in the report.
+            LoraOverError: a model or an adapter that cannot be exported; a check that fails is in the report.
         """
         if self.request.check or self.request.graph is None:
             self.load()
         cases = self.kind.cases(self._tokens()) if self.request.check else []
         references: dict[str | None, Reference] = {}
         if self.request.check:
-            self.say("running the unfolded model in PyTorch")
+            self.report.line("running the unfolded model in PyTorch")
             for name in (None, *self.inputs.adapters):
                 source = None if name is None else self.inputs.adapters[name]
                 references[name] = make_reference(
@@ -105,10 +103,10 @@ class Export:
                 )
         matrices, found_base = self._write(cases)
         checks = self._check(cases, references, found_base) if self.request.check else []
-        return self._report(matrices, checks)
+        return self._result(matrices, checks)
 
     def _tokens(self) -> torch.Tensor:
-        """A stream of real text, made long enough by repetition."""
+        """Token ids of real text, repeated until there are enough."""
         ids: list[int] = []
         for prompt in BUILT_IN_PROMPTS:
             ids += self.tokenizer(prompt, add_special_tokens=False).input_ids
@@ -117,7 +115,7 @@ class Export:
         return torch.tensor(ids[:STREAM])
 
     def _write(self, cases: list[Case]) -> tuple[list[MatrixCertificate], list[torch.Tensor] | None]:
-        """Put the graphs and adapters into the draft; also a merged int4 graph's logits of the base model."""
+        """Write graphs and adapters into the draft; also return a merged int4 graph's logits without the adapter."""
         request = self.request
         if request.graph is not None:
             return self._write_adapters(read_layout(request.graph, self.kind.graphs)), None
@@ -138,7 +136,7 @@ class Export:
         return certificates, found_base
 
     def _export(self, plan: GraphPlan, out: Path) -> None:
-        self.say(f"building the {plan.precision} graph of {type(self.model).__name__}")
+        self.report.line(f"building the {plan.precision} graph of {type(self.model).__name__}")
         work = out / ".work"
         work.mkdir()
         self.kind.export(self.model, self.tokenizer, plan, work, out)
@@ -171,7 +169,7 @@ class Export:
         for name, reference in references.items():
             if self.request.mode == "merged" and name is None:
                 continue
-            self.say(f"running the graph in ONNX Runtime, {'no adapter' if name is None else name}")
+            self.report.line(f"running the graph in ONNX Runtime, {'no adapter' if name is None else name}")
             adapter = None if name is None or self.request.mode == "merged" else self.draft / name
             known = None if name is None else found_base
             found = check_graph(
@@ -180,7 +178,7 @@ class Export:
             checks += [check.model_copy(update={"adapter": name}) for check in found]
         return checks
 
-    def _report(self, matrices: list[MatrixCertificate], checks: list[GraphCheck]) -> OnnxReport:
+    def _result(self, matrices: list[MatrixCertificate], checks: list[GraphCheck]) -> OnnxReport:
         request = self.request
         return OnnxReport(
             verdict=judge_export(checks, matrices),
@@ -199,24 +197,24 @@ class Export:
 
 
 def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxRequest:
-    """The request with the settings of the graph that adapters are added to.
+    """Return the request with the settings of the earlier graph that adapters are added to.
 
     Raises:
         ExportError: a graph of another base model.
     """
     exported = read_json(graph / REPORT_FILE, OnnxReport)
     if exported.mode != "swappable":
-        raise ExportError(f"{graph} is a {exported.mode} export; adapters join a swappable one.")
+        raise ExportError(f"{graph} is a {exported.mode} export; adapters can be added to a swappable one only.")
     if exported.base_model != inputs.base.name:
         raise ExportError(
             f"{graph} is a graph of {exported.base_model}, but the adapters belong to {inputs.base.name}; export a "
-            "graph of that model, or name a copy of it with --base."
+            "graph of that model, or name a copy of it with --model."
         )
     return replace(request, precision=exported.precision, device=exported.device, cache=exported.cache)
 
 
 def _labels(source: Any) -> int | None:
-    """Rows of a saved classification head."""
+    """Number of rows of a saved classification head; None if there is none."""
     shapes = adapter_of(source).shapes
     heads = [key for key in shapes if key.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]
     return next((shapes[key][0] for key in heads if "lora" not in key), None)

@@ -1,4 +1,4 @@
-"""Decoder graphs by onnxruntime-genai's model builder, run as its documented command."""
+"""Decoder graphs from onnxruntime-genai's model builder, which is run as its documented command."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def build_decoder(
     adapter: Path | None = None,
     full_precision_nodes: Sequence[str] = (),
 ) -> None:
-    """One graph for prefill and decode with a KV cache, its genai_config.json and tokenizer files.
+    """Write one graph for prefill and decode with a KV cache, its genai_config.json and tokenizer files.
 
     Args:
         model: folder of a transformers model with its tokenizer.
         out: an empty folder.
         precision: fp32, fp16 or int4.
         device: cpu or cuda; decides which fused operators the graph uses.
-        adapter: PEFT adapter whose matrices become initializers of their own.
-        full_precision_nodes: names of nodes that int4 leaves alone.
+        adapter: PEFT adapter whose matrices become separate initializers.
+        full_precision_nodes: names of nodes that int4 does not round.
 
     Raises:
         ExportError: the builder does not know the architecture, or fails.
@@ -65,7 +65,7 @@ def build_decoder(
 
 
 def architecture(model: Path) -> str:
-    """The model class that a folder's config.json names."""
+    """Return the model class that a folder's config.json names."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""The onnx checker on a written graph."""
+"""Check of a written graph by the onnx package's checker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_file(graph: Path) -> None:
     for node in model.graph.node:
         if node.op_type in RUNTIME_OPERATORS and node.domain == "":
             node.domain = "com.microsoft"
-    copy = graph.with_name(f".{graph.name}.check")  # beside it, where its external data is
+    copy = graph.with_name(f".{graph.name}.check")  # in the graph's folder, where its external data is
     try:
         onnx.save(model, copy)
         onnx.checker.check_model(copy)

@@ -1,4 +1,4 @@
-"""What an int4 graph rounds, done to a PyTorch model: how much that moves logits is the noise of such a graph."""
+"""Rounding of an int4 graph, repeated in PyTorch: its effect on logits is the noise of such a graph."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.onnx.merge import merge
 
-BLOCK = 32  # neighbours in a row that share a scale
+BLOCK = 32  # neighbouring elements of a row that share a scale
 WEIGHT_LEVELS, ACTIVATION_LEVELS = 8, 127  # largest magnitudes of 4 and 8 bits
 
 
 @torch.no_grad()
 def rounded_copy(model: Any, merged: Checkpoint | AdapterDir | None) -> Any:
-    """A copy of the model that rounds as onnxruntime-genai's int4 graphs for a CPU do.
+    """Return a copy of the model that rounds as onnxruntime-genai's int4 graphs for a CPU do.
 
     In every linear layer, blocks of 32 weights are rounded to 4 bits and blocks of 32 activations to 8 bits, with a
     scale for each block. On a 2-layer Llama with either kind of graph, ONNX Runtime's logits differ from PyTorch's by
     as much as those of this copy, within 10 %.
 
     Args:
-        model: a transformers model in float32; it is left as it was.
-        merged: an adapter to merge before the rounding, as in a merged graph.
+        model: a transformers model in float32; it is not changed.
+        merged: adapter to merge before the rounding, as in a merged graph; None merges nothing.
+
     Source: ONNX Runtime 1.32, contrib operator MatMulNBits with symmetric blocks and accuracy level 4.
     """
     rounded = copy.deepcopy(model)
@@ -40,7 +41,7 @@ def rounded_copy(model: Any, merged: Checkpoint | AdapterDir | None) -> Any:
 
 
 def round_weights(weights: Tensor) -> Tensor:
-    """(out, in), each block rounded to -8 ... 7 times a scale that its element of largest magnitude is -8 of."""
+    """Round each block of weights (out, in) to -8 ... 7 times a scale; its largest element becomes -8 times that."""
     blocks = _blocks(weights)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = _without_zero(-largest / WEIGHT_LEVELS)
@@ -49,14 +50,14 @@ def round_weights(weights: Tensor) -> Tensor:
 
 
 def round_activations(x: Tensor) -> Tensor:
-    """(..., in), each block rounded to -127 ... 127 times a scale."""
+    """Round each block of activations (..., in) to -127 ... 127 times a scale."""
     blocks = _blocks(x)
     scale = _without_zero(blocks.abs().amax(-1, keepdim=True) / ACTIVATION_LEVELS)
     return ((blocks / scale).round() * scale).flatten(-2)[..., : x.shape[-1]]
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """(..., in) as (..., blocks, BLOCK), padded with zeros."""
+    """Reshape (..., in) to (..., blocks, BLOCK), padded with zeros."""
     return nn.functional.pad(x, (0, -x.shape[-1] % BLOCK)).reshape(*x.shape[:-1], -1, BLOCK)
 
 

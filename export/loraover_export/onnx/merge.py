@@ -1,4 +1,4 @@
-"""Add every delta_W to the base model's weights."""
+"""The merge of an adapter: every delta_W added to the base model's weights."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from loraover_export.numerics.rounding import round_nearest
 
 @torch.no_grad()
 def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate]:
-    """W + delta_W in float64, rounded once to the weights' dtype, in place.
+    """Replace each adapted weight by W + delta_W, computed in float64 and rounded once to the weights' dtype.
 
     A weight that other modules share (an embedding tied to the head) is copied first, and the model's
-    configuration then says that they are no longer tied.
+    configuration then states that they are no longer tied.
 
     Args:
-        model: the base model, a transformers PreTrainedModel.
-        source: whose deltas, and other trained parameters.
+        model: the base model, a transformers PreTrainedModel; it is changed.
+        source: adapter or checkpoint with the deltas and other trained parameters.
 
     Returns:
-        For each module the error of the written weight against float64, with its bound:
-        the product's, u64 |W + delta_W| for the sum, and one rounding.
+        One certificate for each module: the error of the written weight against float64, and its bound, which is the
+        product's bound, u64 |W + delta_W| for the sum, and one rounding.
 
     Raises:
         CheckpointError: the adapter belongs to another base model.
@@ -55,7 +55,7 @@ def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate
 
 
 def _merged(weight: nn.Parameter, module: nn.Module, delta: Delta) -> Exact:
-    """W + delta_W in the orientation of the stored weight: Linear holds (out, in), Conv1D and embeddings (in, out)."""
+    """Return W + delta_W as the weight is stored: (out, in) in Linear, (in, out) in Conv1D and embeddings."""
     product = delta.product()
     transposed = not isinstance(module, nn.Linear)
     change, bound = (t.mT if transposed else t for t in (product.value, product.bound))
@@ -71,6 +71,6 @@ def _own_weight(module: Any, *, shared: bool) -> nn.Parameter:
 
 
 def _is_tied(model: Any) -> bool:
-    """Whether the head's weight is the embedding's."""
+    """Whether head and embedding share their weight."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight

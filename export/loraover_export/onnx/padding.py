@@ -1,4 +1,4 @@
-"""Let a decoder graph take batches padded on the left as well as on the right."""
+"""Left padding for decoder graphs, which by themselves take batches padded on the right only."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ PREFIX = "loraover/padding"
 
 
 def accept_left_padding(model: ModelProto) -> bool:
-    """Roll each row's tokens to the left on the way in, and its outputs back to the right on the way out.
+    """Make a graph roll each row's tokens to the left at its inputs, and back to the right at its outputs.
 
-    GroupQueryAttention counts the ones of the attention mask and takes them for the first tokens of a row, so a row
-    padded on the left gets wrong logits without a word. The tokens' order within a row is kept, positions count real
-    tokens, and the KV cache holds them without gaps; a single new token is rolled by nothing.
+    GroupQueryAttention counts the ones of the attention mask and assumes that they stand for the first tokens of a
+    row, so a row padded on the left gets wrong logits without a message. The tokens' order within a row is kept,
+    positions count real tokens, and the KV cache holds them without gaps; a single new token is not rolled.
 
     Args:
-        model: a graph of onnxruntime-genai's builder.
+        model: a graph of onnxruntime-genai's builder; it is changed.
 
     Returns:
-        Whether the graph needed it.
-    Mutates: `model`.
+        Whether the graph needed the change.
+
     Source: ONNX Runtime 1.32, contrib operator GroupQueryAttention, input seqlens_k.
     """
     graph = model.graph
@@ -45,7 +45,7 @@ def accept_left_padding(model: ModelProto) -> bool:
 
 
 def _rolling(hidden: str) -> tuple[list[NodeProto], list[NodeProto]]:
-    """Nodes at the start, which roll `input_ids` (batch, tokens), and before the head, which roll back."""
+    """Return the nodes at the start, which roll `input_ids` (batch, tokens), and those before the head."""
     made: list[NodeProto] = []
 
     def add(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:

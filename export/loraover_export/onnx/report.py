@@ -1,4 +1,4 @@
-"""What an ONNX export proves: `onnx_report.json`."""
+"""What an ONNX export proves: the contents of `onnx_report.json`."""
 
 from __future__ import annotations
 
@@ -17,56 +17,58 @@ CHANGE_FACTOR = 2.0
 
 
 class CaseError(BaseModel):
-    """Logits of ONNX Runtime against PyTorch at one shape."""
+    """Errors of ONNX Runtime's logits against PyTorch's at one shape."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    case: str
-    max_logit: float
-    mean_logit: float
+    case: str = Field(description="batch, sequence, cached tokens and padding, in words")
+    max_logit: float = Field(description="largest absolute error of a logit")
+    mean_logit: float = Field(description="mean absolute error of the logits")
 
 
 class Greedy(BaseModel):
-    """Greedy decoding through the cache, against PyTorch's."""
+    """Tokens of greedy decoding in ONNX Runtime, through its cache, against PyTorch's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: int
-    first_difference: int | None = Field(description="position of the first other token")
-    gap: float | None = Field(description="there, how far apart PyTorch's logits of the two tokens are")
+    tokens: int = Field(description="number of tokens compared")
+    first_difference: int | None = Field(description="position of the first token that differs; None if all are equal")
+    gap: float | None = Field(description="difference of PyTorch's logits of the two tokens there")
 
 
 class GraphCheck(BaseModel):
-    """One adapter in the graph, or none, against the unfolded PyTorch model."""
+    """Outputs of a graph with one adapter, or with none, against the unfolded PyTorch model's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    adapter: str | None = Field(description="None: the base model")
+    adapter: str | None = Field(description="name of the adapter; None for the base model")
     compared: Literal["logits", "change"] = Field(
-        default="logits", description="change: what the adapter adds to the base model's logits, in each engine"
+        default="logits",
+        description='quantity compared; "change" is the difference that the adapter makes to the base model\'s logits',
     )
-    cases: list[CaseError]
-    noise: float = Field(description="largest logit error that this precision makes without an export; see `noise_of`")
-    noise_of: str
+    cases: list[CaseError] = Field(description="errors at each shape")
+    noise: float = Field(description="largest logit error that the precision alone causes in PyTorch")
+    noise_of: str = Field(description="comparison that the noise was measured by, in words")
     adapter_effect: float = Field(description="largest change that the adapter makes to a logit")
     greedy: Greedy | None
 
     @property
     def quantity(self) -> str:
-        """What is compared, for people."""
+        """Quantity compared, in words."""
         return "logit" if self.compared == "logits" else "logit change"
 
     @property
     def error(self) -> float:
+        """Largest error over all shapes."""
         return max(case.max_logit for case in self.cases)
 
     @property
     def bound(self) -> float:
-        """ENGINE_FACTOR times the noise; of a change, CHANGE_FACTOR times.
+        """Largest allowed error: ENGINE_FACTOR times the noise, or CHANGE_FACTOR times for a change.
 
-        ONNX Runtime and PyTorch each round in an order of their own, so twice the noise is expected; the factor leaves
-        room for the spread of maxima over some dozens of positions. Of 150 random models with two layers, the largest
-        error was the noise itself in the median and 3.4 times the noise at worst.
+        ONNX Runtime and PyTorch round in different orders, so twice the noise is expected; the factor leaves room for
+        the spread of maxima over some dozens of positions. Of 150 random models with two layers, the largest error
+        was the noise itself in the median and 3.4 times the noise at worst.
 
         A change is compared in int4 graphs, whose rounding PyTorch repeats: over 48 changes by adapters of 12 random
         models, the error was 0.90 to 1.17 times the noise.
@@ -75,7 +77,7 @@ class GraphCheck(BaseModel):
 
     @property
     def verdict(self) -> CheckVerdict:
-        """Passed, failed, or inconclusive: an adapter that does nothing would pass as well."""
+        """Verdict on the largest error; inconclusive where an adapter that does nothing would pass as well."""
         greedy = self.greedy
         if greedy is not None and greedy.gap is not None and not greedy.gap <= 2 * self.bound:
             return "failed"
@@ -83,33 +85,39 @@ class GraphCheck(BaseModel):
 
     @property
     def passed(self) -> bool:
+        """Whether the verdict is "passed"."""
         return self.verdict == "passed"
 
 
 class OnnxReport(BaseModel):
-    """Contents of `onnx_report.json`."""
+    """Result of an ONNX export, and the contents of `onnx_report.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     verdict: Literal["passed", "failed", "inconclusive", "not checked"]
-    mode: Literal["merged", "swappable"]
-    precision: Literal["fp32", "fp16", "int4"]
-    device: Literal["cpu", "cuda"]
-    cache: bool
-    checked_on: str = Field(description="cpu or cuda: where ONNX Runtime ran the checks")
-    base_model: str
-    adapters: dict[str, str] = Field(description="sources by name")
-    checks: list[GraphCheck]
-    matrices: list[MatrixCertificate] = Field(description="weights with their delta, or LoRA matrices, as written")
-    versions: dict[str, str]
-    hardware: str
+    mode: Literal["merged", "swappable"] = Field(description="whether A and B are in the weights, or inputs")
+    precision: Literal["fp32", "fp16", "int4"] = Field(description="number format of the graph's weights")
+    device: Literal["cpu", "cuda"] = Field(description="device that the graph was built for")
+    cache: bool = Field(description="whether a language model's graph has a KV cache")
+    checked_on: str = Field(description="device that ONNX Runtime ran the checks on, cpu or cuda")
+    base_model: str = Field(description="folder or hub name of the base model")
+    adapters: dict[str, str] = Field(description="folder of each adapter, by its name")
+    checks: list[GraphCheck] = Field(description="outputs against PyTorch's; empty without a check")
+    matrices: list[MatrixCertificate] = Field(description="one certificate for each merged weight, or each A and B")
+    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
+    hardware: str = Field(description="processor and accelerator of the machine, in words")
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is "passed": checked, and within every bound."""
+        return self.verdict == "passed"
 
 
 def judge_export(
     checks: Sequence[GraphCheck], matrices: Sequence[MatrixCertificate]
 ) -> Literal["passed", "failed", "inconclusive", "not checked"]:
-    """Failed if anything failed; inconclusive if an adapter has no check that would have noticed its loss."""
+    """Return "failed" if anything failed, and "inconclusive" if no check would have noticed an adapter's loss."""
     if not all(matrix.passed for matrix in matrices) or any(check.verdict == "failed" for check in checks):
         return "failed"
     if not checks:

@@ -1,4 +1,4 @@
-"""What an ONNX export is asked for, checked before anything large is read."""
+"""Arguments of an ONNX export, checked before any file is read, and the sources that they name."""
 
 from __future__ import annotations
 
@@ -16,24 +16,16 @@ from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource
 from loraover_export.numerics.delta import other_tensors
 
+CHOICES = {"mode": ("merged", "swappable"), "precision": ("fp32", "fp16", "int4"), "device": ("cpu", "cuda")}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
 class OnnxRequest:
-    """What the command was asked for.
+    """Arguments of `export_onnx`, where each is described.
 
-    Args:
-        sources: LoRA-Over checkpoints, folded adapters or PEFT LoRAs; one for a merged graph.
-        mode: merged or swappable.
-        precision: fp32, fp16 or int4.
-        device: cpu or cuda.
-        base: base model, folder or hub name; None means the adapters'.
-        cache: give a language model's graph a KV cache.
-        names: of the adapters, in the order of the sources; empty means their folders'.
-        graph: folder of a swappable export that only new adapters are wanted for.
-        check: run ONNX Runtime against PyTorch.
-        force: replace an export that lies at the output.
+    Raises:
+        ConfigError: arguments that contradict one another, or names that cannot be names of files.
     """
 
     sources: tuple[Path, ...]
@@ -41,27 +33,66 @@ class OnnxRequest:
     mode: str
     precision: str = "fp32"
     device: str = "cpu"
-    base: str | None = None
+    model: str | None = None
     cache: bool = True
     names: tuple[str, ...] = ()
     graph: Path | None = None
     check: bool = True
     force: bool = False
 
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"--{name}: found {getattr(self, name)!r}, expected one of {', '.join(known)}.")
+        if not self.sources:
+            raise ConfigError("SOURCE: expected one adapter at least, found none.")
+        if self.mode == "merged" and len(self.sources) != 1:
+            raise ConfigError(
+                f"--mode merged takes one SOURCE, found {len(self.sources)}; export each alone, or use swappable."
+            )
+        if self.graph is not None and self.mode != "swappable":
+            raise ConfigError("--graph adds adapters to a swappable graph; use it with --mode swappable.")
+        if self.names and len(self.names) != len(self.sources):
+            raise ConfigError(f"--name is given {len(self.names)} times for {len(self.sources)} sources.")
+        _check_names(self.adapter_names)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Names of the adapters' files, in the order of the sources."""
+        return self.names or tuple(source.resolve().name for source in self.sources)
+
     def command(self) -> str:
-        """The command line, for the model card; without --force, which is about what lay at the output."""
+        """Return the command line for the model card, without --force, which depends on what was at the output."""
         words = ["loraover-export", "onnx", *map(str, self.sources), "-o", str(self.output), "--mode", self.mode]
         words += ["--precision", self.precision, "--device", self.device]
-        words += [] if self.base is None else ["--base", self.base]
+        words += [] if self.model is None else ["--model", self.model]
         words += [word for name in self.names for word in ("--name", name)]
         words += [] if self.graph is None else ["--graph", str(self.graph)]
         words += [] if self.cache else ["--no-cache"]
         return shlex.join(words if self.check else [*words, "--no-check"])
 
 
+def _check_names(names: tuple[str, ...]) -> None:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{name!r} cannot be the name of an adapter's file; choose one of letters, digits, '.', '_' and '-' "
+                "with --name."
+            )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two sources are named {twice[0]!r}; give each another --name, in their order.")
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """The sources by name, and their base model."""
+    """The sources by name, and their base model.
+
+    Args:
+        adapters: checkpoints and adapters, by the names of their files.
+        base: the base model.
+        task_type: PEFT's name of the task; None if the adapters name none.
+    """
 
     adapters: dict[str, Checkpoint | AdapterDir]
     base: ModelSource
@@ -72,15 +103,15 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
     """Read every source and find the base model that they share.
 
     Args:
-        say: told a warning about the base model.
+        request: the arguments of the export.
+        say: receiver of warnings about the base model.
 
     Raises:
-        ConfigError: options that contradict one another, or no base model, or several.
-        ExportError: what the mode cannot hold, or sources of different tasks.
+        ConfigError: no base model, or several.
+        ExportError: tensors that a graph of this mode cannot hold, or sources of different tasks.
         CheckpointError: files that cannot be trusted.
     """
-    _check_options(request)
-    adapters = dict(zip(_names(request), map(read_source, request.sources), strict=True))
+    adapters = dict(zip(request.adapter_names, map(read_source, request.sources), strict=True))
     dirs = [adapter_of(source) for source in adapters.values()]
     for adapter in dirs:
         adapter.check_keeps_base()
@@ -90,33 +121,8 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
     if len(tasks) > 1:
         raise ExportError(f"the sources were trained for different tasks ({', '.join(sorted(map(str, tasks)))}).")
     task = tasks.pop()
-    base = resolve_base(dirs, request.base, option="--base", say=say)
+    base = resolve_base(dirs, request.model, option="--model", say=say)
     return Inputs(adapters, base, task if isinstance(task, str) else None)
-
-
-def _check_options(request: OnnxRequest) -> None:
-    if request.mode == "merged" and len(request.sources) != 1:
-        raise ConfigError(
-            f"--mode merged takes one SOURCE, found {len(request.sources)}; export each by itself, or use swappable."
-        )
-    if request.graph is not None and request.mode != "swappable":
-        raise ConfigError("--graph adds adapters to a swappable graph; it goes with --mode swappable.")
-    if request.names and len(request.names) != len(request.sources):
-        raise ConfigError(f"--name is given {len(request.names)} times for {len(request.sources)} sources.")
-
-
-def _names(request: OnnxRequest) -> list[str]:
-    names = list(request.names) or [source.resolve().name for source in request.sources]
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"{name!r} is no name for an adapter's file; choose one of letters, digits, '.', '_' and '-' "
-                "with --name."
-            )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"two sources are named {twice[0]!r}; give each its own --name, in their order.")
-    return names
 
 
 def _check_swappable(adapter: AdapterDir) -> None:

@@ -1,58 +1,99 @@
-"""One ONNX export from command line to verdict: read, export, check, publish, show."""
+"""The ONNX export of adapters: read, export, check, publish."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from loraover.common.atomic_output import check_free, publish_directory
-from loraover.common.command_line import quiet_libraries
+from loraover.common.dtypes import DTYPES
 from loraover.common.errors import OutputError
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
-from loraover_export.fold.certificate import EXIT_CODES
+from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.onnx.export import Export
 from loraover_export.onnx.report import REPORT_FILE, OnnxReport
 from loraover_export.onnx.request import Inputs, OnnxRequest, read_inputs
-from loraover_export.onnx.show import show_report
+
+SHORT = {DTYPES[short]: short for short in ("fp32", "fp16")}
 
 
 class _FailedError(Exception):
     """Leaves the block that would publish."""
 
-    def __init__(self, report: OnnxReport) -> None:
-        super().__init__()
-        self.report = report
 
+def export_onnx(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    mode: str,
+    precision: str = "fp32",
+    device: str = "cpu",
+    model: str | Path | None = None,
+    cache: bool = True,
+    names: Sequence[str] = (),
+    graph: str | Path | None = None,
+    check: bool = True,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> OnnxReport:
+    """Write ONNX graphs with an adapter merged into the weights, or with adapters to swap at run time.
 
-def run_onnx(request: OnnxRequest, as_json: bool) -> int:
-    """Export, check and publish.
+    Args:
+        sources: folders of LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs; exactly one for a merged graph.
+        output: new folder for the graphs, the adapters' files, the report and a model card.
+        mode: "merged" adds the adapter to the graph's weights; "swappable" writes a graph that takes A and B as
+            inputs, and a file with them for each adapter.
+        precision: number format of the graph's weights: "fp32", "fp16" or "int4"; or PyTorch's names of the first two.
+        device: device to build the graph for: "cpu" or "cuda".
+        model: base model, folder or hub name; None means the one that the adapters name.
+        cache: give a language model's graph a KV cache.
+        names: names of the adapters' files, in the order of `sources`; empty means the names of their folders.
+        graph: folder of an earlier swappable export whose graph the new adapters are for; only their files are written.
+        check: compare ONNX Runtime's outputs with those of the unfolded PyTorch model.
+        force: replace an ONNX export that is already at `output`.
+        report: receiver of progress.
 
     Returns:
-        The exit code: 0; 1 where a check failed and nothing was published; 3 where the export was published, and an
-        adapter's effect on the outputs is too small for their check.
+        The report, which the output holds too. If its verdict is "failed", nothing was written. If it is
+        "inconclusive", the export was written, but an adapter changes logits too little for the check to distinguish
+        it from one that does nothing.
 
     Raises:
-        LoraOverError: anything about the request, the files or the base model that makes the export impossible.
+        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
+        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: a model or an adapter that no graph can be written for.
+        FoldError: an element beyond the range of the graph's data type.
+        OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    quiet_libraries()
-    console = Console(stderr=as_json)
+    folders = [sources] if isinstance(sources, str | Path) else sources
+    request = OnnxRequest(
+        tuple(map(Path, folders)),
+        Path(output),
+        mode,
+        SHORT.get(precision, precision),
+        device,
+        None if model is None else str(model),
+        cache,
+        (names,) if isinstance(names, str) else tuple(names),
+        None if graph is None else Path(graph),
+        check,
+        force,
+    )
     _check_output(request)
-    inputs = read_inputs(request, lambda line: console.print(escape(line), soft_wrap=True))
-    try:
-        with publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft:
-            report = Export(request, inputs, draft, console).run()
-            if report.verdict == "failed":
-                raise _FailedError(report)
-            (draft / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n")
-            (draft / "README.md").write_text(_card(request, inputs, report), encoding="utf-8")
-    except _FailedError as failed:
-        report = failed.report
-    show_report(report, request.output, console)
-    if as_json:
-        print(report.model_dump_json(indent=1))
-    return EXIT_CODES[report.verdict]
+    inputs = read_inputs(request, report.line)
+    with (
+        suppress(_FailedError),
+        publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft,
+    ):
+        result = Export(request, inputs, draft, report).run()
+        if result.verdict == "failed":
+            raise _FailedError
+        (draft / REPORT_FILE).write_text(result.model_dump_json(indent=1) + "\n")
+        (draft / "README.md").write_text(_card(request, inputs, result), encoding="utf-8")
+    return result
 
 
 def _check_output(request: OnnxRequest) -> None:
@@ -60,19 +101,21 @@ def _check_output(request: OnnxRequest) -> None:
     for source in (*request.sources, *(() if request.graph is None else (request.graph,))):
         check_free(target, outside=source, replace=request.force)
     if target.exists() and any(target.iterdir()) and not (target / REPORT_FILE).is_file():
-        raise OutputError(f"{target} holds no ONNX export, and --force replaces such only; choose another output.")
+        raise OutputError(
+            f"{target} holds no ONNX export, and --force replaces ONNX exports only; choose another output."
+        )
 
 
-def _card(request: OnnxRequest, inputs: Inputs, report: OnnxReport) -> str:
-    facts: dict[str, str] = {"mode": report.mode, "precision": report.precision, "verdict": report.verdict}
-    facts |= {f"adapter {name}": source for name, source in report.adapters.items()}
-    for check in report.checks:
+def _card(request: OnnxRequest, inputs: Inputs, result: OnnxReport) -> str:
+    facts: dict[str, str] = {"mode": result.mode, "precision": result.precision, "verdict": result.verdict}
+    facts |= {f"adapter {name}": source for name, source in result.adapters.items()}
+    for check in result.checks:
         facts[f"max {check.quantity} error, {check.adapter or 'no adapter'}"] = (
             f"{check.error:.2e}, allowed {check.bound:.2e}"
         )
-    facts |= matrix_facts(report.matrices) | inputs.base.facts()
-    licence = known_licence(report.base_model, inputs.base.revision)
+    facts |= matrix_facts(result.matrices) | inputs.base.facts()
+    licence = known_licence(result.base_model, inputs.base.revision)
     kind = "ONNX graphs, with their LoRA adapters,"
     return model_card(
-        "ONNX export", report.base_model, facts, request.command(), licence=licence, kind=kind, library="onnx"
+        "ONNX export", result.base_model, facts, request.command(), licence=licence, kind=kind, library="onnx"
     )

@@ -18,7 +18,7 @@ FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def has_provider(device: str) -> bool:
-    """Whether ONNX Runtime can run on the device here."""
+    """Whether this machine's ONNX Runtime can run on the device."""
     return PROVIDERS[device] in ort.get_available_providers()
 
 
@@ -26,25 +26,28 @@ class GraphSession:
     """One graph in ONNX Runtime.
 
     Args:
-        graph: the file.
-        device: cpu or cuda; a graph for CUDA runs on the CPU where ONNX Runtime has no CUDA provider.
-        adapter: an `.onnx_adapter` file to run with.
+        graph: path of the graph.
+        device: cpu or cuda; a graph for CUDA runs on the CPU if ONNX Runtime has no CUDA provider.
+        adapter: an `.onnx_adapter` file to run with; None runs without.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the graph or the adapter.
     """
 
     def __init__(self, graph: Path, device: str, adapter: Path | None = None) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # below it, one warning for each input that has a default
+        options.log_severity_level = 3  # a lower level shows a warning for each input that has a default
         providers = list(dict.fromkeys(PROVIDERS[d] for d in (device, "cpu") if has_provider(d)))
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=providers)
             self._adapter = None if adapter is None else _loaded(adapter)
-        except Exception as error:  # ONNX Runtime's errors share no base of their own
+        except Exception as error:  # ONNX Runtime's errors have no common base class
             raise ExportError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
         self.inputs: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name; inputs that the graph does not have are left out.
+        """Run the graph and return its outputs by name; inputs that the graph lacks are left out.
 
         Raises:
             ExportError: ONNX Runtime refuses the inputs.
@@ -60,7 +63,7 @@ class GraphSession:
         return {name: torch.from_numpy(value) for name, value in zip(self._outputs, outputs, strict=True)}
 
     def empty_cache(self, batch: int, head_size: int = 0) -> dict[str, Tensor]:
-        """Past keys and values of no tokens; `head_size` is used where the graph leaves it free."""
+        """Return an empty KV cache; `head_size` is used where the graph leaves it free."""
         empty = {}
         for name, value in self.inputs.items():
             if name.startswith("past_key_values."):

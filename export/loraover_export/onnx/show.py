@@ -1,4 +1,4 @@
-"""An ONNX report for people."""
+"""An ONNX report as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraover_export.onnx.report import GraphCheck, OnnxReport
 
 
 def show_report(report: OnnxReport, output: Path, console: Console) -> None:
-    """Errors and bounds of each adapter, and where the files are."""
+    """Print errors and bounds of each adapter, the verdict, and where the files are."""
     if report.checks:
         table = Table(box=SIMPLE, title="ONNX Runtime against the unfolded PyTorch model, fp32")
         for column in ("adapter", "max logit error", "noise", "allowed", "adapter's effect", "greedy tokens"):
@@ -34,8 +34,8 @@ def show_report(report: OnnxReport, output: Path, console: Console) -> None:
     console.print(f"export {report.verdict}", style=color)
     if report.verdict == "inconclusive":
         console.print(
-            f"An adapter moves no logit by {POWER:g} times what is allowed, so this check could not tell it from an "
-            "adapter that does nothing. A larger --precision allows less.",
+            f"An adapter moves no logit by {POWER:g} times the allowed error, so this check cannot distinguish it from "
+            "an adapter that does nothing. A higher --precision allows a smaller error.",
             soft_wrap=True,
         )
     if report.verdict == "failed":

@@ -28,34 +28,37 @@ ADAPTER_SUFFIX = ".onnx_adapter"
 
 
 class AdapterInput(BaseModel):
-    """Where a graph takes one A, as (in_features, r), or B, as (r, out_features)."""
+    """Input of a graph that takes one A, as (in_features, r), or B, as (r, out_features)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    graph: str = Field(description="file name")
-    input: str
-    features: int = Field(ge=1)
+    graph: str = Field(description="file name of the graph")
+    input: str = Field(description="name of the input")
+    features: int = Field(ge=1, description="in_features of A, or out_features of B")
 
 
 class SwappableLayout(BaseModel):
-    """Contents of `swappable.json`: the graph's LoRA inputs by site, such as "model.layers.0.mlp.up_proj.lora_A"."""
+    """Contents of `swappable.json`: the LoRA inputs of exported graphs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    base_model: str
-    dtype: Literal["fp32", "fp16"] = Field(description="of the LoRA inputs")
-    places: dict[str, AdapterInput] = Field(min_length=1)
+    base_model: str = Field(description="folder or hub name of the base model")
+    dtype: Literal["fp32", "fp16"] = Field(description="data type of the LoRA inputs")
+    places: dict[str, AdapterInput] = Field(
+        min_length=1, description='input of each A and B, by its name, such as "model.layers.0.mlp.up_proj.lora_A"'
+    )
 
 
 def read_layout(folder: Path, graphs: Sequence[str]) -> SwappableLayout:
-    """The LoRA inputs of exported graphs.
+    """Read the LoRA inputs of exported graphs.
 
     Args:
-        graphs: file names.
+        folder: folder of the export.
+        graphs: file names of its graphs.
 
     Raises:
-        CheckpointError: no swappable graphs there, or inputs of others.
+        CheckpointError: no swappable graphs in the folder, or inputs of other graphs.
     """
     layout = read_json(folder / LAYOUT_FILE, SwappableLayout)
     for site, place in layout.places.items():
@@ -67,9 +70,16 @@ def read_layout(folder: Path, graphs: Sequence[str]) -> SwappableLayout:
 
 
 def markers(deltas: Iterable[Delta], rank: int) -> dict[str, Tensor]:
-    """A random matrix for every site, by which it is found again in a graph whatever the graph calls it.
+    """Draw a random matrix for every A and B, by whose values its place is found in a graph, whatever its name there.
 
-    Every matrix has a draw of its own from [1, 2), which float16 tells apart too.
+    The elements are drawn from [1, 2), where matrices still differ in float16.
+
+    Args:
+        deltas: the modules to adapt.
+        rank: rank of the matrices.
+
+    Returns:
+        A, (rank, in_features), and B, (out_features, rank), by name.
     """
     generator = torch.Generator().manual_seed(0)
     drawn = {}
@@ -81,7 +91,7 @@ def markers(deltas: Iterable[Delta], rank: int) -> dict[str, Tensor]:
 
 
 def write_marker_adapter(folder: Path, drawn: Mapping[str, Tensor], rank: int) -> None:
-    """The markers as a PEFT adapter with scaling 1."""
+    """Write the markers as a PEFT adapter with scaling 1."""
     folder.mkdir()
     save_tensors({site_key(name): marker for name, marker in drawn.items()}, folder / TENSORS_FILE)
     modules = sorted({name.rpartition(".")[0] for name in drawn})
@@ -92,14 +102,15 @@ def write_marker_adapter(folder: Path, drawn: Mapping[str, Tensor], rank: int) -
 def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]) -> dict[str, AdapterInput]:
     """Turn the initializers that hold markers into graph inputs, with zeros of rank 1 as default.
 
+    The rank of each input is a free dimension, so that an adapter of any rank fits.
+
     Args:
-        model: without its external data.
-        graph: its file.
-        drawn: the markers to look for; others may be in another graph.
+        model: the graph without its external data; it is changed.
+        graph: the graph's file.
+        drawn: markers to look for; some may be in another graph.
 
     Returns:
-        Places by site.
-    Mutates: `model`. Its ranks are free: an adapter of any rank fits.
+        The inputs, by the names of the markers.
     """
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name, marker in drawn.items():
@@ -116,7 +127,7 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
                 continue
             is_a = name.endswith("lora_A")
             features = initializer.dims[0 if is_a else 1]
-            rank = f"{name.rpartition('.')[0]}.rank"  # one name for two ranks, and buffers are shared that must not be
+            rank = f"{name.rpartition('.')[0]}.rank"  # ONNX Runtime would share buffers between ranks of one name
             dims = (features, rank) if is_a else (rank, features)
             value = helper.make_tensor_value_info(initializer.name, initializer.data_type, dims)
             model.graph.input.append(value)
@@ -129,7 +140,7 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
 
 
 def _forget_shapes(model: onnx.ModelProto, inputs: set[str]) -> None:
-    """Drop inferred shapes of what is computed from the inputs alone: they name a fixed rank."""
+    """Drop the inferred shapes of these inputs' direct results, which name a fixed rank."""
     outputs = {output for node in model.graph.node if inputs & set(node.input) for output in node.output}
     kept = [value for value in model.graph.value_info if value.name not in outputs]
     del model.graph.value_info[:]
@@ -139,14 +150,17 @@ def _forget_shapes(model: onnx.ModelProto, inputs: set[str]) -> None:
 def write_swappable(
     folder: Path, graphs: Sequence[str], drawn: Mapping[str, Tensor], base_model: str, dtype: str
 ) -> SwappableLayout:
-    """Open the inputs of exported graphs, and write down which is which in `swappable.json`.
+    """Give exported graphs their LoRA inputs, and list these in `swappable.json`.
 
     Args:
-        drawn: the markers that the graphs were exported with.
-        dtype: of the LoRA inputs.
+        folder: folder of the export.
+        graphs: file names of its graphs.
+        drawn: markers that the graphs were exported with.
+        base_model: folder or hub name of the base model.
+        dtype: data type of the LoRA inputs.
 
     Raises:
-        ExportError: a matrix that no graph has a place for.
+        ExportError: a marker that no graph holds.
     """
     places: dict[str, AdapterInput] = {}
     for name in graphs:
@@ -166,10 +180,15 @@ def write_swappable(
 
 
 def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Path | None:
-    """The file that holds an adapter's matrices for one graph.
+    """Return the file that holds an adapter's matrices for one graph; None if it has none for that graph.
 
-    `name.onnx_adapter` beside a single graph, `name.encoder.onnx_adapter` and `name.decoder.onnx_adapter` beside two;
-    None where the adapter has nothing for that graph.
+    The file is `name.onnx_adapter` if there is one graph, and `name.encoder.onnx_adapter` or
+    `name.decoder.onnx_adapter` if there are two.
+
+    Args:
+        adapter: path of the adapter's files without their endings; None for no adapter.
+        graph: file name of the graph.
+        graphs: file names of all graphs of the export.
     """
     if adapter is None:
         return None
@@ -182,13 +201,19 @@ def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Pat
 def write_adapter(
     adapter: Path, layout: SwappableLayout, graphs: Sequence[str], deltas: Iterable[Delta]
 ) -> list[MatrixCertificate]:
-    """Write an adapter's `.onnx_adapter` files: A transposed, and B transposed with the scaling in it.
+    """Write an adapter's `.onnx_adapter` files: A transposed, and scaling * B transposed.
+
+    Args:
+        adapter: path of the files without their endings.
+        layout: inputs of the graphs.
+        graphs: file names of the graphs.
+        deltas: the adapter's modules.
 
     Returns:
-        For each matrix the error of what was written against float64, and its bound.
+        One certificate for each matrix: the error of the written one against float64, and its bound.
 
     Raises:
-        ExportError: a module that the graph has no inputs for, or has in another size.
+        ExportError: a module that the graph has no inputs for, or inputs of another size.
         FoldError: an element beyond the range of the inputs' dtype.
     """
     parameters: dict[str, dict[str, Any]] = {}
@@ -215,8 +240,8 @@ def _place(layout: SwappableLayout, name: str, features: int) -> AdapterInput:
     place = layout.places.get(name)
     if place is None:
         raise ExportError(
-            f"the graph has no input for {name}; it was exported for other target modules. Export a graph from all "
-            "of your adapters at once: loraover-export onnx A B ... --mode swappable."
+            f"the graph has no input for {name}; it was exported for other target modules. Export one graph for all "
+            "your adapters: loraover-export onnx A B ... --mode swappable."
         )
     if place.features != features:
         raise ExportError(

@@ -1,4 +1,4 @@
-"""Graphs by torch's own exporter, with LoRA branches that can become inputs."""
+"""Graphs from torch.onnx, with LoRA branches that can become inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPSET = 20
 
 
 class LoraBranch(nn.Module):
-    """W x + B(A(x)) with A (in_features, r) and B (r, out_features), laid out as the graph multiplies by them."""
+    """A layer W x + B(A(x)) whose A (in_features, r) and B (r, out_features) are stored as the graph multiplies."""
 
     def __init__(self, base_layer: nn.Module, a: Tensor, b: Tensor) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class LoraBranch(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the base layer: T5 reads the dtype of a weight."""
+        """The base layer's weight, whose dtype T5 reads."""
         return self.base_layer.get_parameter("weight")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,18 +41,20 @@ def set_precision(model: nn.Module, precision: str) -> None:
     """Cast a model to the precision of its graph.
 
     Raises:
-        ExportError: int4, which onnxruntime-genai's builder makes of decoders only.
+        ExportError: int4, which onnxruntime-genai's builder supports for decoders only.
     """
     if precision == "int4":
-        raise ExportError(f"int4 is made for decoder graphs only; {type(model).__name__} takes fp32 or fp16.")
+        raise ExportError(f"int4 exists for decoder graphs only; {type(model).__name__} takes fp32 or fp16.")
     if precision == "fp16":
         model.half()
 
 
 def add_branches(model: nn.Module, markers: Mapping[str, Tensor]) -> None:
-    """Put a branch with the markers beside every adapted layer.
+    """Replace every adapted layer of `model` by one with a LoRA branch that holds the markers.
 
-    Mutates: `model`.
+    Args:
+        model: the base model; it is changed.
+        markers: random matrices by site; see `swappable.markers`.
     """
     for name, a in markers.items():
         module, _, matrix = name.rpartition(".")
@@ -72,10 +74,11 @@ def export_torch(
     """Export a module whose arguments and results are plain tensors.
 
     Args:
-        inputs: name, example and names of the free dimensions of each argument; an example's free
-            dimensions must be 2 at least, and differ where they may.
-        outputs: names.
-        graph: file to write; weights go beside it.
+        module: the module to export.
+        inputs: name, example and names of the free dimensions of each argument; an example's free dimensions must be
+            at least 2, and dimensions that may differ must differ.
+        outputs: names of the results.
+        graph: file to write; the weights are written beside it.
 
     Raises:
         ExportError: torch cannot trace the model.
@@ -108,5 +111,5 @@ def export_torch(
 
 
 def _variadic(module: nn.Module) -> bool:
-    """Whether forward takes its tensors as *arguments, which torch.export sees as one tuple."""
+    """Whether forward takes its tensors as *arguments, which torch.export treats as one tuple."""
     return bool(module.forward.__code__.co_flags & 0x04)

@@ -1,4 +1,4 @@
-"""Model classes of vLLM that take LoRA adapters: `architectures.json`, made by `make vllm-architectures`."""
+"""vLLM's model classes and their LoRA support: `architectures.json`, made by `make vllm-architectures`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LORA_A = ".lora_A.weight"
 
 
 class Architecture(BaseModel):
-    """What decides which modules of a class can be adapted.
+    """Facts about a model class that decide which of its modules can be adapted.
 
     Args:
         embeddings: names of embeddings and heads that take LoRA.
         packed: modules that vLLM fuses, with the names that adapters use for their parts.
-        language_model: start of the names of the modules that are adapted, in vLLM's names, for a multimodal class;
-            the server can be told to adapt more. None for a class of text alone.
+        language_model: prefix, in vLLM's names, of the modules that a multimodal class adapts by default; None for a
+            text-only class.
         renames: rules (kind, old, new) that turn a tensor's name in a file into vLLM's, in the order vLLM applies them.
     """
 
@@ -33,9 +33,9 @@ class Architecture(BaseModel):
     renames: tuple[tuple[Literal["regex", "substr", "prefix", "suffix"], str, str], ...]
 
     def rename(self, path: str) -> str:
-        """The module of vLLM's model that the matrices of the module `path` are for.
+        """Return vLLM's name of the module `path`.
 
-        The rules see tensor names, as in vLLM: WeightsMapper._map_name in vllm/model_executor/models/utils.py.
+        The rules apply to tensor names, as in vLLM: WeightsMapper._map_name in vllm/model_executor/models/utils.py.
         """
         key = path + LORA_A
         for kind, old, new in self.renames:
@@ -52,9 +52,11 @@ class Architectures(BaseModel):
     """Contents of `architectures.json`.
 
     Args:
-        version: of vLLM.
+        source: where the table comes from, in words.
+        version: release of vLLM.
         without_lora: classes that vLLM serves without adapters only.
-        unknown: classes that could not be looked at.
+        unknown: classes that could not be inspected.
+        lora: classes that take adapters, by vLLM's names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,11 +74,11 @@ LATER = {
         Architecture(embeddings=(), packed={"qkv_proj": ("query", "key", "value")}, language_model=None, renames=()),
     )
 }
-"""Classes that take adapters since a later release than the one of `architectures.json`, read from its sources."""
+"""Classes that take adapters since a release after the one of `architectures.json`, read from vLLM's sources."""
 
 
 def architectures_of(version: str | None) -> Architectures:
-    """The classes of a release of vLLM; None means the release of `architectures.json`.
+    """Return the classes of a release of vLLM; None means the release of `architectures.json`.
 
     Raises:
         ConfigError: not a version.
@@ -91,5 +93,5 @@ def architectures_of(version: str | None) -> Architectures:
 
 @cache
 def known_architectures() -> Architectures:
-    """The table that comes with this package."""
+    """Read the table that comes with this package."""
     return Architectures.model_validate_json(files("loraover_export.vllm").joinpath("architectures.json").read_bytes())

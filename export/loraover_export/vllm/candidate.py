@@ -1,4 +1,4 @@
-"""An adapter with all that decides whether vLLM serves it rightly."""
+"""An adapter together with the facts that decide whether vLLM serves it correctly."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from loraover_export.vllm.uniform import largest_rank, module_of
 from loraover_export.vllm.versions import Versions
 
 TEXT_NAMES = Versions(since="0.33.0")
-"""Releases that put an adapter of a text model on the language model of a multimodal class."""
+"""Releases that apply a text model's adapter to the language model of a multimodal class."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rule found, and what to do about it; only errors keep the adapter from being written."""
+    """What a rule found, and what to do about it; a warning does not keep the adapter from being written."""
 
     found: str
     remedy: str
@@ -28,15 +28,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a pre-flight judges.
+    """An adapter, the model that it is to be served on, and how: the subject of a pre-flight.
 
     Args:
+        adapter: the adapter.
+        served: the model to be served.
         architectures: the classes of the release of vLLM whose rules apply.
-        name: what requests will call the adapter.
-        address: what vLLM is started with, which is the name that requests for the base model use.
-        dtype: storage type to write, fp32, bf16 or fp16; None where the adapter's folder is served as it is.
-        replaces: whether an adapter lies at the destination already.
-        platform: what the server computes on; None where that is not known.
+        name: name by which requests choose the adapter.
+        address: model that vLLM is started with, which is also the base model's name in requests.
+        dtype: storage type to write, fp32, bf16 or fp16; None if the adapter's folder is served unchanged.
+        replaces: whether an adapter is already at the destination.
+        platform: kind of device that the server computes on; None if it is not known.
     """
 
     adapter: AdapterDir
@@ -50,16 +52,17 @@ class Candidate:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Fields of `adapter_config.json` that do not decide the scaling."""
+        """Fields of `adapter_config.json` apart from those that give rank and scaling."""
         return self.adapter.config.model_extra or {}
 
     @property
     def architecture(self) -> Architecture | None:
-        """vLLM's class, if it takes adapters."""
+        """vLLM's class of the served model; None if that takes no adapters."""
         return self.architectures.lora.get(self.served.architecture)
 
     @property
     def rank(self) -> int:
+        """Largest rank of a module."""
         return largest_rank(self.adapter)
 
     @cached_property
@@ -74,12 +77,12 @@ class Candidate:
 
     @cached_property
     def embeddings(self) -> set[str]:
-        """Adapted modules with the matrices of an embedding."""
+        """Modules that are adapted as embeddings."""
         return {module_of(site) for site in self.adapter.sites if site.endswith("lora_embedding_A")}
 
     @cached_property
     def present(self) -> dict[str, str]:
-        """The served model's module that each adapted module is applied to; those applied nowhere are left out."""
+        """Adapted modules that the served model has, each with the served model's name for it."""
         allowed = self.architecture
         if allowed is None:
             return {path: path for path in self.modules if path in self.served.modules}
@@ -92,12 +95,12 @@ class Candidate:
         return {path: served for path, served in found.items() if served is not None}
 
     def served_module(self, path: str) -> ServedModule:
-        """The served module that an adapted module of `present` is applied to."""
+        """Return the served module for an adapted module of `present`."""
         return self.served.modules[self.present[path]]
 
 
 def _text_names(name: str, allowed: Architecture) -> list[str]:
-    """Names that an adapter of a text model has for a module of the language model.
+    """Return the names that a text model's adapter may have for a module of a multimodal class's language model.
 
     Source: _get_text_lora_names in vllm/lora/model_manager.py of vLLM 0.33.
     """
@@ -109,6 +112,6 @@ def _text_names(name: str, allowed: Architecture) -> list[str]:
 
 
 def listed(names: list[str], limit: int = 3) -> str:
-    """The first of some names, and how many more there are."""
+    """Join the first names, and count the others: "a, b, c and 4 more"."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

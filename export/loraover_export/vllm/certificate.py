@@ -1,4 +1,4 @@
-"""What writing an adapter for vLLM proves: `vllm_certificate.json`."""
+"""What writing an adapter for vLLM proves: the contents of `vllm_certificate.json`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ CERTIFICATE_FILE = "vllm_certificate.json"
 
 
 class VllmCertificate(BaseModel):
-    """Contents of `vllm_certificate.json`."""
+    """Errors of the matrices of a written adapter, and the contents of `vllm_certificate.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
     verdict: Literal["passed", "failed"]
-    base_model: str | None
-    dtype: str
-    rank: int = Field(description="of every module; smaller ones are padded with zeros")
-    scaling: dict[str, float] = Field(description="by module: what its B was multiplied by")
-    matrices: list[MatrixCertificate] = Field(description="of A and scaling * B as written")
-    versions: dict[str, str]
-    hardware: str
+    base_model: str | None = Field(description="base model that the written adapter names")
+    dtype: str = Field(description="data type that the adapter is stored in: fp32, bf16 or fp16")
+    rank: int = Field(description="rank of every module; smaller ranks are padded with zeros")
+    scaling: dict[str, float] = Field(description="factor that B was multiplied by, by module")
+    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and each scaling * B")
+    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
+    hardware: str = Field(description="processor and accelerator of the machine, in words")
 
     @property
     def passed(self) -> bool:
+        """Whether every matrix is within its bound."""
         return all(matrix.passed for matrix in self.matrices)

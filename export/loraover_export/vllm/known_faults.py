@@ -1,4 +1,4 @@
-"""What vLLM is known to do wrongly without a message, by version: `known_faults.json`, kept by hand."""
+"""Faults of vLLM that show no message, by release: `known_faults.json`, kept by hand."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class NoOp(BaseModel):
     Args:
         module: last part of the module's path.
         classes: model classes, by vLLM's names.
-        versions: releases that do so.
-        reason: why, for people.
-        thread: where it is discussed.
+        versions: releases that have this fault.
+        reason: cause, in words.
+        thread: link to the issue or pull request that discusses it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,11 +34,13 @@ class NoOp(BaseModel):
 
 
 class EngineFault(BaseModel):
-    """A fault that any adapter can meet.
+    """A fault that can affect any adapter.
 
     Args:
-        platform: what the server computes on.
-        versions: releases that have it.
+        platform: kind of device that has the fault.
+        versions: releases that have the fault.
+        found: the fault, in words.
+        remedy: next step for the user.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,5 +63,5 @@ class KnownFaults(BaseModel):
 
 @cache
 def known_faults() -> KnownFaults:
-    """The table that comes with this package."""
+    """Read the table that comes with this package."""
     return KnownFaults.model_validate_json(files("loraover_export.vllm").joinpath("known_faults.json").read_bytes())

@@ -14,15 +14,15 @@ MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def max_lora_rank(r: int) -> int | None:
-    """The smallest allowed --max-lora-rank for adapters of rank r; None where there is none.
+    """Return the smallest allowed --max-lora-rank for adapters of rank r; None if r is above all of them.
 
-    Larger than needed costs time and memory: vLLM pads every adapter to it.
+    A larger value costs time and memory: vLLM pads every adapter to it.
     """
     return next((allowed for allowed in MAX_LORA_RANKS if allowed >= r), None)
 
 
 def lora_module(name: str, path: Path) -> str:
-    """One value of --lora-modules: name=path, or JSON where a sign in them would be misread."""
+    """Return a value of --lora-modules: name=path, or JSON where a character in them would be misread."""
     text = f"{name}={path}"
     if "," in text or "=" in name or name.startswith(("-", "{")):
         return json.dumps({"name": name, "path": str(path)})
@@ -30,12 +30,13 @@ def lora_module(name: str, path: Path) -> str:
 
 
 def launch_commands(candidate: Candidate, path: Path) -> dict[str, str]:
-    """`serve` starts vLLM with the adapter, `load` adds it to a running server; quoted for a POSIX shell.
+    """Return two commands, quoted for a POSIX shell: `serve` starts vLLM, `load` adds to a running server.
 
     The server that `load` asks must have been started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
 
     Args:
-        path: of the adapter, absolute, so that the lines work anywhere on the machine.
+        candidate: the adapter and the served model.
+        path: absolute path of the written adapter, so that the commands work in any folder.
     """
     revision, rank = candidate.served.source.revision, max_lora_rank(candidate.rank)
     pinned = [] if revision is None else ["--revision", revision]

@@ -1,4 +1,4 @@
-"""The pre-flight report: everything that vLLM refuses in an adapter, and what it would serve wrongly in silence."""
+"""The pre-flight report: what vLLM would refuse in an adapter, and what it would serve wrongly without a message."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rule: str
-    level: Literal["error", "warning"]
-    found: str
-    remedy: str
+    rule: str = Field(description="name of the rule")
+    level: Literal["error", "warning"] = Field(description="an error keeps the adapter from being written")
+    found: str = Field(description="the violation, in words")
+    remedy: str = Field(description="next step for the user")
 
 
 class Preflight(BaseModel):
-    """Contents of `preflight.json`."""
+    """Result of checking an adapter against vLLM's rules, and the contents of `preflight.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
     verdict: Literal["passed", "failed"]
-    vllm_version: str = Field(description="whose rules were applied")
-    served_model: str
-    architecture: str
-    modules: int = Field(description="adapted")
-    rank: int
-    max_lora_rank: int | None
-    rules: dict[str, Literal["passed", "warning", "error"]]
-    findings: list[Finding]
+    vllm_version: str = Field(description="release of vLLM whose rules were applied")
+    served_model: str = Field(description="folder or hub name of the model to be served")
+    architecture: str = Field(description="model class that the served model's configuration names")
+    modules: int = Field(description="number of adapted modules")
+    rank: int = Field(description="largest rank of a module")
+    max_lora_rank: int | None = Field(description="value for vLLM's --max-lora-rank; None if the rank is too large")
+    rules: dict[str, Literal["passed", "warning", "error"]] = Field(description="outcome of each rule, by its name")
+    findings: list[Finding] = Field(description="violated rules")
 
     @property
     def passed(self) -> bool:
+        """Whether no rule found an error; warnings are allowed."""
         return self.verdict == "passed"
 
 
 def preflight(candidate: Candidate) -> Preflight:
-    """Apply every rule of `RULES`."""
+    """Apply every rule of `RULES` to an adapter."""
     findings = [_finding(rule, problem) for rule, check in RULES.items() for problem in check(candidate)]
     failed = any(finding.level == "error" for finding in findings)
     return Preflight(

@@ -1,111 +1,97 @@
-"""One export for vLLM from command line to launch line: read, pre-flight, write, certify, publish, show."""
+"""The export of an adapter for vLLM: read, pre-flight, write, certify, publish."""
 
 from __future__ import annotations
 
-import json
-import shlex
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import Progress
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
 from loraover.common.atomic_output import check_free, publish_directory
-from loraover.common.command_line import printable, quiet_libraries
-from loraover.common.errors import ConfigError, OutputError
+from loraover.common.dtypes import short_dtype
+from loraover.common.errors import OutputError
 from loraover.common.provenance import environment, hardware
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
+from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate
 from loraover_export.vllm.launch import launch_commands
 from loraover_export.vllm.preflight import PREFLIGHT_FILE, Preflight, preflight
+from loraover_export.vllm.report import VllmReport
+from loraover_export.vllm.request import VllmRequest
 from loraover_export.vllm.served import read_served
-from loraover_export.vllm.show import show_certificate, show_launch, show_preflight
 from loraover_export.vllm.uniform import name_modules, uniform_config, write_uniform
-
-
-@dataclass(frozen=True)
-class VllmRequest:
-    """What the command was asked for.
-
-    Args:
-        source: LoRA-Over checkpoint, folded adapter or any PEFT LoRA.
-        model: to be served, folder or hub name; None means the adapter's base model.
-        dtype: to store the adapter in: fp32, bf16 or fp16.
-        name: that requests will use; None means the output folder's.
-        force: replace an adapter that lies at the output.
-        vllm_version: release of vLLM whose rules apply; None means the one that `architectures.json` lists.
-    """
-
-    source: Path
-    output: Path
-    model: str | None
-    dtype: str
-    name: str | None
-    force: bool
-    vllm_version: str | None = None
-
-    def command(self) -> str:
-        """The command line, for the model card; without --force, which is about what lay at the output."""
-        words = ["loraover-export", "vllm", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
-        words += [] if self.model is None else ["--model", self.model]
-        words += [] if self.vllm_version is None else ["--vllm-version", self.vllm_version]
-        return shlex.join([*words, *([] if self.name is None else ["--name", self.name])])
 
 
 class _RejectedError(Exception):
     """Leaves the block that would publish."""
 
-    def __init__(self, certificate: VllmCertificate) -> None:
-        super().__init__()
-        self.certificate = certificate
 
+def export_vllm(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    dtype: str = "bf16",
+    name: str | None = None,
+    vllm_version: str | None = None,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> VllmReport:
+    """Check an adapter against vLLM's rules, and write it in a form that vLLM, SGLang and PEFT read identically.
 
-def run_vllm(request: VllmRequest, as_json: bool) -> int:
-    """Check the adapter against vLLM's rules, write it, and print how to serve it.
+    Args:
+        source: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
+        output: new folder for the adapter, its reports and a model card.
+        model: model to be served, folder or hub name; None means the adapter's base model.
+        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
+        name: name by which requests choose the adapter; None means the output folder's name.
+        vllm_version: release of vLLM whose rules apply, such as "0.33.0"; None means the release of
+            `architectures.json`, 0.32.0.
+        force: replace an adapter that is already at `output`.
+        report: receiver of progress.
 
     Returns:
-        The exit code: 0, 1 where a matrix failed its certificate, or 2 where the pre-flight found an error; in both
-        cases nothing was written.
+        The pre-flight, the certificate of what was written, and the commands that serve it. Where `passed` is false,
+        nothing was written: the pre-flight found an error, and there is no certificate, or a matrix failed its check.
 
     Raises:
-        LoraOverError: anything about the request, the files or the served model that makes the export impossible.
+        ConfigError: arguments that cannot be used, or a served model that cannot be read.
+        CheckpointError: an adapter that cannot be trusted.
+        ExportError: adapted modules that no list of target modules can name.
+        FoldError: an element beyond the range of `dtype`.
+        OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    quiet_libraries()
-    console = Console(stderr=as_json)
+    request = VllmRequest(
+        Path(source),
+        Path(output),
+        None if model is None else str(model),
+        short_dtype(dtype),
+        name,
+        vllm_version,
+        force,
+    )
     replaces = _check_output(request)
-    source = read_source(request.source)
-    candidate = _candidate(request, adapter_of(source), replaces, console)
-    report = preflight(candidate)
-    show_preflight(report, console)
-    result: dict[str, object] = {"preflight": report.model_dump()}
-    code = 2
-    if report.passed:
-        certificate = _publish(request, source, candidate, report, console)
-        show_certificate(certificate, console)
-        result["certificate"] = certificate.model_dump()
-        code = 0 if certificate.passed else 1
-    if code == 0:
-        commands = launch_commands(candidate, request.output.resolve())
-        show_launch(request.output, commands, console)
-        result |= commands
-    else:
-        console.print("nothing was written")
-    if as_json:
-        print(json.dumps(result, indent=1))
-    return code
+    adapter = read_source(request.source)
+    candidate = _candidate(request, adapter_of(adapter), replaces, report)
+    found = preflight(candidate)
+    if not found.passed:
+        return VllmReport(preflight=found)
+    certificate = _publish(request, adapter, candidate, found, report)
+    if not certificate.passed:
+        return VllmReport(preflight=found, certificate=certificate)
+    commands = launch_commands(candidate, request.output.resolve())
+    return VllmReport(preflight=found, certificate=certificate, serve=commands["serve"], load=commands["load"])
 
 
 def _check_output(request: VllmRequest) -> bool:
-    """Whether an adapter is to be replaced."""
+    """Return whether an adapter is to be replaced."""
     target = request.output.absolute()
     check_free(target, outside=request.source, replace=request.force)
     if target.exists() and any(target.iterdir()) and not (target / CONFIG_FILE).is_file():
@@ -113,51 +99,43 @@ def _check_output(request: VllmRequest) -> bool:
     return target.exists()
 
 
-def _candidate(request: VllmRequest, adapter: AdapterDir, replaces: bool, console: Console) -> Candidate:
-    name = request.output.absolute().name if request.name is None else request.name
-    if not name.strip() or not name.isprintable():
-        raise ConfigError(f"--name: {name!r} is no name that a request could carry.")
-
-    def say(line: str) -> None:
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
-
-    source = resolve_base([adapter], request.model, option="--model", say=say)
+def _candidate(request: VllmRequest, adapter: AdapterDir, replaces: bool, report: Reporter) -> Candidate:
+    source = resolve_base([adapter], request.model, option="--model", say=report.line)
     known = architectures_of(request.vllm_version)
     served = read_served(source, known.lora)
-    return Candidate(adapter, served, known, name, _address(source), request.dtype, replaces)
+    return Candidate(adapter, served, known, request.adapter_name, _address(source), request.dtype, replaces)
 
 
 def _address(source: ModelSource) -> str:
-    """What vLLM is to be started with: a folder by its full path, else the hub name."""
+    """Return the model's name for `vllm serve`: the full path of a folder, else the hub name."""
     return str(Path(source.location).resolve()) if Path(source.location).is_dir() else source.name
 
 
 def _publish(
-    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, report: Preflight, console: Console
+    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, found: Preflight, report: Reporter
 ) -> VllmCertificate:
-    """Write the adapter with its report, certificate and card; a failed certificate publishes nothing."""
-    try:
-        with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
-            certificate = _write(request, source, candidate, draft, console)
-            if not certificate.passed:
-                raise _RejectedError(certificate)
-            (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
-            (draft / PREFLIGHT_FILE).write_text(report.model_dump_json(indent=1) + "\n")
-            (draft / "README.md").write_text(_card(request, candidate, certificate, report), encoding="utf-8")
-    except _RejectedError as rejected:
-        return rejected.certificate
+    """Write the adapter with its report, certificate and card; where the certificate fails, publish nothing."""
+    with (
+        suppress(_RejectedError),
+        publish_directory(request.output, outside=request.source, replace=request.force) as draft,
+    ):
+        certificate = _write(request, source, candidate, draft, report)
+        if not certificate.passed:
+            raise _RejectedError
+        (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
+        (draft / PREFLIGHT_FILE).write_text(found.model_dump_json(indent=1) + "\n")
+        (draft / "README.md").write_text(_card(request, candidate, certificate, found), encoding="utf-8")
     return certificate
 
 
 def _write(
-    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path, console: Console
+    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path, report: Reporter
 ) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
     others = served.modules.keys() - candidate.modules.keys()
     config = uniform_config(adapter, served.source, name_modules(candidate.modules, others))
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("writing", total=len(adapter.sites))
-        matrices = write_uniform(source, draft, request.dtype, config, lambda: progress.advance(task))
+    with report.task("writing matrices", len(adapter.sites)) as done:
+        matrices = write_uniform(source, draft, request.dtype, config, done)
     return VllmCertificate(
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",
         base_model=config["base_model_name_or_path"],
@@ -170,13 +148,13 @@ def _write(
     )
 
 
-def _card(request: VllmRequest, candidate: Candidate, certificate: VllmCertificate, report: Preflight) -> str:
-    warnings = [finding.rule for finding in report.findings]
+def _card(request: VllmRequest, candidate: Candidate, certificate: VllmCertificate, found: Preflight) -> str:
+    warnings = [finding.rule for finding in found.findings]
     facts = {
         "rank": str(certificate.rank),
         "stored as": certificate.dtype,
         **matrix_facts(certificate.matrices),
-        "pre-flight": f"passed vLLM {report.vllm_version}'s rules on {report.served_model}",
+        "pre-flight": f"passed vLLM {found.vllm_version}'s rules on {found.served_model}",
         **({"warnings": ", ".join(warnings)} if warnings else {}),
     }
     base, source = certificate.base_model, candidate.served.source

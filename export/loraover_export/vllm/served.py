@@ -1,4 +1,4 @@
-"""What a pre-flight needs to know of the served model: its modules' names and shapes, from `config.json` alone."""
+"""Names and shapes of the served model's modules, from `config.json` alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from loraover.models.load import ModelSource, load_config, load_skeleton
 
 @dataclass(frozen=True)
 class ServedModule:
-    """One module.
+    """One module of the served model.
 
     Args:
-        kind: what PEFT and vLLM would adapt it as.
-        type_name: its class.
-        shape: (in_features, out_features), or (vocabulary, embedding dimension); None for others.
+        kind: kind of layer that PEFT and vLLM would adapt it as.
+        type_name: name of its class.
+        shape: (in_features, out_features), or (vocabulary, embedding dimension); None for other kinds.
     """
 
     kind: Literal["linear", "embedding", "other"]
@@ -29,10 +29,11 @@ class ServedModel:
     """The model that adapters are to be served on.
 
     Args:
-        architecture: the class that vLLM looks up.
-        dtype: of its weights, e.g. "bfloat16", as the configuration gives it.
-        vocabulary: tokens.
-        modules: by path; empty where the architecture is not to be served.
+        source: where the model is read from.
+        architecture: name of the model class that vLLM looks up.
+        dtype: data type that the configuration gives, such as "bfloat16"; None if it gives none.
+        vocabulary: number of tokens; None if the configuration gives none.
+        modules: modules by path; empty if vLLM serves no adapters on this architecture.
     """
 
     source: ModelSource
@@ -43,7 +44,11 @@ class ServedModel:
 
 
 def read_served(source: ModelSource, supported: Mapping[str, Any]) -> ServedModel:
-    """Read the configuration, and build the modules without weights if the architecture is a supported one.
+    """Read a model's configuration, and build its modules without weights if the architecture is supported.
+
+    Args:
+        source: where the model is read from.
+        supported: classes that take adapters, by name.
 
     Raises:
         ConfigError: no usable configuration, or a class that transformers cannot build.

@@ -1,8 +1,7 @@
-"""What the export for vLLM prints."""
+"""An export for vLLM as text for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -11,12 +10,26 @@ from loraover.common.command_line import printable
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.preflight import Preflight
+from loraover_export.vllm.report import VllmReport
 
 STYLES = {"error": "red", "warning": "yellow", "passed": "green"}
 
 
-def show_preflight(report: Preflight, console: Console) -> None:
-    """The verdict, and each finding with its remedy."""
+def show_report(report: VllmReport, output: Path, console: Console) -> None:
+    """Print the pre-flight, the certificate, and how to serve the adapter if it was written."""
+    _show_preflight(report.preflight, console)
+    if report.certificate is not None:
+        _show_certificate(report.certificate, console)
+    if not report.passed:
+        console.print("nothing was written")
+        return
+    _line(console, f"wrote {output}")
+    _line(console, f"\nserve it:\n{report.serve}")
+    _line(console, "\nor load it into a running server, started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1:")
+    _line(console, str(report.load))
+
+
+def _show_preflight(report: Preflight, console: Console) -> None:
     counts = [sum(f.level == level for f in report.findings) for level in ("error", "warning")]
     _line(
         console, f"pre-flight: {report.modules} modules of {report.architecture}, rules of vLLM {report.vllm_version}"
@@ -28,22 +41,13 @@ def show_preflight(report: Preflight, console: Console) -> None:
     _line(console, summary, STYLES["passed" if report.passed else "error"])
 
 
-def show_certificate(certificate: VllmCertificate, console: Console) -> None:
-    """The verdict on what was written, in one line."""
+def _show_certificate(certificate: VllmCertificate, console: Console) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(certificate.matrices).items())
     _line(
         console,
         f"certificate {certificate.verdict}: rank {certificate.rank}, {certificate.dtype}, {facts}",
         STYLES["passed" if certificate.passed else "error"],
     )
-
-
-def show_launch(output: Path, commands: Mapping[str, str], console: Console) -> None:
-    """Where the adapter is, and the two ways to serve it."""
-    _line(console, f"wrote {output}")
-    _line(console, f"\nserve it:\n{commands['serve']}")
-    _line(console, "\nor load it into a running server, started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1:")
-    _line(console, commands["load"])
 
 
 def _line(console: Console, text: str, style: str | None = None) -> None:

@@ -1,7 +1,7 @@
-"""An adapter that every engine reads the same way: one rank, scaling 1, nothing but A and B.
+"""The uniform adapter, which every engine reads the same way: one rank, scaling 1, nothing but A and B.
 
 delta_W = scaling * B @ A = 1 * [scaling * B, 0] @ [A; 0], with the rank padded by zeros.
-Engines differ in what they make of rank_pattern, alpha_pattern and use_rslora, and some round B before they scale it.
+Engines differ in how they read rank_pattern, alpha_pattern and use_rslora, and some round B before they scale it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 
 def largest_rank(adapter: AdapterDir) -> int:
-    """The largest rank of any module: what the others are padded to."""
+    """Return the largest rank of any module, to which the others are padded."""
     return max(adapter.config.rank(module_of(name)) for name in adapter.sites)
 
 
 def module_of(site: str) -> str:
-    """The module that a site belongs to."""
+    """Return the path of the module that a site, one A or B matrix, belongs to."""
     return site.rpartition(".")[0]
 
 
@@ -39,18 +39,19 @@ def write_uniform(
     directory: Path,
     dtype: str,
     config: dict[str, Any],
-    on_tensor: Callable[[], None] = lambda: None,
+    on_tensor: Callable[[int], None] = lambda done: None,
 ) -> list[MatrixCertificate]:
-    """Write the adapter and certify each matrix against what it stands for.
+    """Write the uniform adapter, and certify each matrix against its exact value.
 
     A is padded; B is multiplied by its module's scaling in float64, padded, and rounded once. The product adds one
     rounding of float64 to the bound of B; the padding is exact. Tensors other than A and B are not written.
 
     Args:
-        source: whose cores or stored values are the truth.
+        source: checkpoint or adapter whose cores or stored values are the exact ones.
         directory: an empty folder.
         dtype: fp32, bf16 or fp16.
-        config: of `uniform_config`.
+        config: contents of `adapter_config.json`, from `uniform_config`.
+        on_tensor: called after each tensor with the number of tensors so far.
 
     Raises:
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
@@ -80,11 +81,12 @@ def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
 
 
 def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: list[str]) -> dict[str, Any]:
-    """Contents of `adapter_config.json`, with what decides the adapter's function spelled out.
+    """Return the contents of `adapter_config.json`, with every field that changes the adapter's function.
 
     Args:
-        served: base model to name where the adapter names none, or was trained on a stand-in of it.
-        target_modules: suffixes that stand for exactly the adapted modules; see `name_modules`.
+        adapter: the adapter to be written.
+        served: base model to name if the adapter names none, or was trained on a stand-in of it.
+        target_modules: suffixes that match exactly the adapted modules; see `name_modules`.
     """
     r = largest_rank(adapter)
     task_type = (adapter.config.model_extra or {}).get("task_type")
@@ -112,16 +114,16 @@ def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: lis
 
 
 def name_modules(adapted: Collection[str], others: Collection[str]) -> list[str]:
-    """The shortest suffixes that match every adapted module and no other.
+    """Return the shortest suffixes that match every adapted module and no other.
 
     PEFT adapts a module whose path equals an entry, or ends with "." and an entry.
 
     Args:
-        adapted: module paths.
+        adapted: paths of the adapted modules.
         others: paths of all other modules of the model.
 
     Raises:
-        ExportError: no suffix tells some adapted module from another.
+        ExportError: an adapted module whose every suffix matches another module too.
     """
     forbidden = {suffix for path in others for suffix in _suffixes(path)}
     chosen = set()
@@ -129,13 +131,14 @@ def name_modules(adapted: Collection[str], others: Collection[str]) -> list[str]
         suffix = next((suffix for suffix in _suffixes(path) if suffix not in forbidden), None)
         if suffix is None:
             raise ExportError(
-                f"{path}: no list of target_modules tells it from another module whose path ends alike; adapt both."
+                f"{path}: no list of target_modules can name it alone, since another module's path ends the same way; "
+                "adapt both."
             )
         chosen.add(suffix)
     return sorted(chosen)
 
 
 def _suffixes(path: str) -> list[str]:
-    """q_proj, self_attn.q_proj, 0.self_attn.q_proj, ..."""
+    """Suffixes of a path, shortest first: q_proj, self_attn.q_proj, 0.self_attn.q_proj, ..."""
     parts = path.split(".")
     return [".".join(parts[k:]) for k in reversed(range(len(parts)))]

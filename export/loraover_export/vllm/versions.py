@@ -1,4 +1,4 @@
-"""Releases of vLLM that something holds for."""
+"""Ranges of vLLM's releases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Versions(BaseModel):
     """A range of releases.
 
     Args:
-        since: the first release; None leaves the range open.
-        before: the first release that is not in it any more; None leaves the range open.
+        since: first release of the range; None leaves the range open.
+        before: first release after the range; None leaves the range open.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,7 +33,7 @@ READ = Versions(since="0.32.0", before="0.34.0")
 
 
 def release(version: str) -> Version:
-    """The release that a version such as "0.33.0rc1+cpu" belongs to, here 0.33.0.
+    """Return the release that a version belongs to: 0.33.0 for "0.33.0rc1+cpu".
 
     Raises:
         ConfigError: not a version.
@@ -41,4 +41,4 @@ def release(version: str) -> Version:
     try:
         return Version(Version(version).base_version)
     except InvalidVersion as error:
-        raise ConfigError(f"vLLM's version {version!r} is not a version such as 0.32.0.") from error
+        raise ConfigError(f"{version!r} is not a version of vLLM; expected one such as 0.32.0.") from error

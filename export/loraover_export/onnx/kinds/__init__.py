@@ -1,1 +1,1 @@
-"""Kinds of models that ONNX graphs are written for."""
+"""Kinds of models, one file each: how their ONNX graphs are written and run."""

@@ -1,4 +1,4 @@
-"""What the exporter asks of a kind of model: graphs, and how to run them and the PyTorch model on the same tokens."""
+"""The interface of a kind of model: write its graphs, and run them and the PyTorch model on the same tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 GraphRunner = Callable[["Case"], Tensor]
-"""Logits of a case: (batch, tokens, vocabulary), or (batch, labels)."""
+"""Function from a case to its logits: (batch, tokens, vocabulary), or (batch, labels)."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Case:
     """Tokens to compare outputs on.
 
     Args:
-        ids: (batch, past + sequence) int64.
-        past: how many of them go through the cache first.
-        padding: of the tokens before the cache boundary, by `row` tokens in row `row`.
+        ids: token ids, (batch, past + sequence), int64.
+        past: number of tokens that go through the cache first.
+        padding: side on which row i is padded by i tokens, within the tokens that go through the cache first.
     """
 
     ids: Tensor
@@ -31,15 +31,17 @@ class Case:
 
     @property
     def batch(self) -> int:
+        """Number of rows."""
         return self.ids.shape[0]
 
     @property
     def sequence(self) -> int:
+        """Number of tokens in a row after those that go through the cache first."""
         return self.ids.shape[1] - self.past
 
     @property
     def mask(self) -> Tensor:
-        """Ones for real tokens, (batch, past + sequence) int64."""
+        """Ones for real tokens and zeros for padding, (batch, past + sequence), int64."""
         mask = torch.ones_like(self.ids)
         end = self.past or self.ids.shape[1]
         for row in range(self.batch):
@@ -51,19 +53,20 @@ class Case:
 
     @property
     def name(self) -> str:
+        """Shape and padding, in words."""
         padded = "" if self.padding == "none" else f", padded on the {self.padding}"
         return f"batch {self.batch}, sequence {self.sequence}, past {self.past}{padded}"
 
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """What to export.
+    """Settings of a graph.
 
     Args:
         precision: fp32, fp16 or int4.
         device: cpu or cuda.
-        markers: of a swappable graph, by site; None for a plain one.
-        rank: of the markers.
+        markers: random matrices that stand for A and B in a swappable graph, by name; None for a merged graph.
+        rank: rank of the markers.
     """
 
     precision: str
@@ -73,44 +76,52 @@ class GraphPlan:
 
 
 class GraphKind(ABC):
-    """A kind of model. `model` is always a transformers model in eval mode."""
+    """A kind of model; arguments called `model` are transformers models in eval mode."""
 
     graphs: tuple[str, ...]
-    """File names."""
+    """File names of the graphs."""
 
     @abstractmethod
     def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
-        """Write the graphs and what their runtime needs into `out`; `work` is an empty folder.
+        """Write the graphs, with configuration and tokenizer.
+
+        Args:
+            model: the model to export.
+            tokenizer: the model's tokenizer.
+            plan: settings of the graphs.
+            work: an empty folder for temporary files.
+            out: folder for the graphs.
 
         Raises:
-            ExportError: the exporter cannot take this model.
+            ExportError: the exporter does not support this model.
         """
 
     @abstractmethod
     def cases(self, tokens: Tensor) -> list[Case]:
-        """Shapes to check, cut from a stream of tokens."""
+        """Return the cases to check, cut from a long row of tokens."""
 
     @abstractmethod
     def reference(self, model: Any, case: Case) -> Tensor:
-        """PyTorch's logits of the case's last `sequence` positions, without a cache."""
+        """Return PyTorch's logits of the case's last `sequence` positions, without a cache."""
 
     @abstractmethod
     def runner(self, folder: Path, device: str, adapter: Path | None) -> GraphRunner:
-        """ONNX Runtime's logits of the same positions, through the cache where there is one.
+        """Return a function that gives ONNX Runtime's logits of the same positions, through a cache if there is one.
 
         Args:
-            folder: holds the graphs.
-            adapter: its files, without their endings; see `swappable.adapter_file`.
+            folder: folder of the graphs.
+            device: cpu or cuda.
+            adapter: path of the adapter's files without their endings; see `swappable.adapter_file`.
         """
 
     def compared(self, case: Case, logits: Tensor) -> Tensor:
-        """The rows that mean something, (positions, vocabulary): padding left out."""
+        """Return the logits to compare, (positions, vocabulary), without those of padding."""
         if logits.ndim == 2:
             return logits
         return logits[case.mask[:, case.past :].bool()]
 
     def generate_reference(self, model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
-        """PyTorch's greedy tokens after a prompt (1, length), up to the end of the text; None where there are none.
+        """Decode greedily in PyTorch after a prompt (1, length), up to the end of the text; None if this kind cannot.
 
         Returns:
             Tokens (t,) without the one that ends the text, and the logits before each token and before that one:
@@ -119,12 +130,12 @@ class GraphKind(ABC):
         return None
 
     def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor | None:
-        """The engine's tokens (t,), through its cache, without the one that ends the text, if any."""
+        """Decode greedily in ONNX Runtime, through its cache, without the token that ends the text: tokens (t,)."""
         return None
 
 
 def greedy(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Greedy decoding by transformers, free of what else a model's generation settings ask for."""
+    """Decode greedily with transformers, without the other settings of the model's generation configuration."""
     from transformers import GenerationConfig
 
     settings = model.generation_config
@@ -137,9 +148,9 @@ def greedy(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
             eos_token_id=settings.eos_token_id,
             pad_token_id=0,
             decoder_start_token_id=settings.decoder_start_token_id,
+            return_dict_in_generate=True,
+            output_logits=True,
         ),
-        return_dict_in_generate=True,
-        output_logits=True,
     )
     logits = torch.cat(output.logits)
     chosen = output.sequences[0, -len(logits) :]

@@ -21,7 +21,7 @@ from loraover_export.onnx.swappable import adapter_file, open_inputs, write_mark
 
 
 class Decoder(GraphKind):
-    """Llama, Mistral, Qwen, Gemma and whatever else onnxruntime-genai's builder knows."""
+    """Llama, Mistral, Qwen, Gemma and the other decoders that onnxruntime-genai's builder supports."""
 
     graphs = (genai.GRAPH_FILE,)
 
@@ -29,7 +29,7 @@ class Decoder(GraphKind):
         _check_widths(model)
         base = work / "model"
         model.save_pretrained(base)
-        _say_which_layers_slide(base / "config.json")
+        _list_sliding_layers(base / "config.json")
         tokenizer.save_pretrained(base)
         marker = None
         if plan.markers is not None:
@@ -51,7 +51,7 @@ class Decoder(GraphKind):
         _finish(out, plan.device)
 
     def cases(self, tokens: Tensor) -> list[Case]:
-        """A batch of several rows and tokens takes no past: GroupQueryAttention refuses it."""
+        """Batches of several rows and new tokens have no past, which GroupQueryAttention refuses there."""
         rows = tokens[:36].reshape(3, 12)
         return [
             Case(rows[:1, :7]),
@@ -112,26 +112,28 @@ class Decoder(GraphKind):
 
 
 def _check_widths(model: Any) -> None:
-    """The builder (onnxruntime-genai 0.18) takes every linear layer with as many rows as tokens for the head.
+    """Refuse models that the builder (onnxruntime-genai 0.18) would export wrongly, because of a layer's width.
+
+    It treats every linear layer with as many rows as the vocabulary as the head.
 
     Raises:
-        ExportError: a layer other than the head has as many.
+        ExportError: a layer other than the head has that many rows.
     """
     head = model.get_output_embeddings()
     rows = model.config.vocab_size
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and module.out_features == rows:
             raise ExportError(
-                f"{name} has as many rows as the vocabulary, {rows}, and onnxruntime-genai's builder would take it for "
-                "the head; --no-cache exports a graph without a KV cache."
+                f"{name} has as many rows as the vocabulary, {rows}, so onnxruntime-genai's builder would mistake it "
+                "for the head; --no-cache exports a graph without a KV cache."
             )
 
 
-def _say_which_layers_slide(config_file: Path) -> None:
-    """Mistral's window holds in every layer and its configuration lists none.
+def _list_sliding_layers(config_file: Path) -> None:
+    """List the layers with a sliding window in a configuration that lists none.
 
-    The builder (onnxruntime-genai 0.18) then leaves the window out of the graph without a word, which shows only in
-    texts longer than the window.
+    Mistral's window holds in every layer, and its configuration lists none. The builder (onnxruntime-genai 0.18) then
+    leaves the window out of the graph without a message, which shows only in texts longer than the window.
     """
     config = json.loads(config_file.read_text())
     if config.get("sliding_window") and config.get("layer_types") is None:
@@ -140,7 +142,7 @@ def _say_which_layers_slide(config_file: Path) -> None:
 
 
 def _finish(out: Path, device: str) -> None:
-    """Left padding for the graph, and for the runtime a quiet session on the right device."""
+    """Let the graph take left padding, and set the runtime's log level and device."""
     graph = out / genai.GRAPH_FILE
     model = onnx.load(graph, load_external_data=False)
     if accept_left_padding(model):
@@ -155,7 +157,7 @@ def _finish(out: Path, device: str) -> None:
 
 
 def _lora_nodes(graph: Path, markers: Mapping[str, Tensor]) -> list[str]:
-    """Names of the nodes that multiply by a LoRA matrix."""
+    """Return the names of the nodes that multiply by a LoRA matrix."""
     model = onnx.load(graph, load_external_data=False)
     inputs = {place.input for place in open_inputs(model, graph, markers).values()}
     return [node.name for node in model.graph.node if inputs & set(node.input)]

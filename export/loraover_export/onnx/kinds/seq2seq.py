@@ -1,4 +1,4 @@
-"""Encoder-decoder models: a graph for the encoder and the cross-attention's cache, and one for each decoding step."""
+"""Encoder-decoder models: one graph for the encoder and the cross-attention's cache, one for a decoding step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KEY_VALUE = ("key", "value")
 
 
 class Seq2Seq(GraphKind):
-    """T5 and its like.
+    """T5 and similar models.
 
-    The encoder graph: input_ids, attention_mask -> cross.N.key, cross.N.value.
-    The decoder graph: decoder_input_ids, attention_mask (the encoder's), cross.N.*, past_key_values.N.* -> logits,
+    Encoder graph: input_ids, attention_mask -> cross.N.key, cross.N.value.
+    Decoder graph: decoder_input_ids, attention_mask (the encoder's), cross.N.*, past_key_values.N.* -> logits,
     present.N.*.
     """
 
@@ -54,7 +54,7 @@ class Seq2Seq(GraphKind):
         export_torch(_Decoder(model, layers), inputs, outputs, out / self.graphs[1])
 
     def cases(self, tokens: Tensor) -> list[Case]:
-        """The mask is the encoder's; the decoder reads the same tokens, of which `past` go through its cache first."""
+        """Encoder and decoder get the same tokens; the mask is for the encoder, and `past` for the decoder."""
         rows = tokens[:36].reshape(3, 12)
         return [
             Case(rows[:1, :7]),
@@ -124,7 +124,7 @@ def _names(kind: str, layers: int) -> list[str]:
 
 
 class _Encoder(nn.Module):
-    """Tokens to the keys and values that every decoder layer attends to, (batch, heads, sequence, head)."""
+    """Module from tokens to the keys and values that each decoder layer attends to, (batch, heads, sequence, head)."""
 
     def __init__(self, model: Any, layers: int) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """New tokens and both caches to logits and the grown cache."""
+    """Module from new tokens and both caches to logits and the longer cache."""
 
     def __init__(self, model: Any, layers: int) -> None:
         super().__init__()

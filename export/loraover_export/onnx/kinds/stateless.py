@@ -1,4 +1,4 @@
-"""One graph from tokens to scores, without a cache: classifiers, and language models on request."""
+"""Models with one graph from tokens to scores and no cache: classifiers, and language models with --no-cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraover_export.onnx.torch_graph import add_branches, export_torch, set_pre
 
 
 class Stateless(GraphKind):
-    """BERT and its like with a head over the sequence or each token, and language models that score whole texts."""
+    """BERT and similar models with a head over the sequence or each token, and language models that score texts."""
 
     graphs = ("model.onnx",)
 

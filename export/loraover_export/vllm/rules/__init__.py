@@ -1,7 +1,7 @@
 """The rules of the pre-flight, by name.
 
 Source: vllm/lora/{peft_helper,lora_model,model_manager}.py and vllm/lora/layers of vLLM 0.32 and 0.33, and PEFT 0.21.
-Where the two releases differ, a rule asks `Versions`; where vLLM is wrong, `known_faults.json` lists the releases.
+Where the two releases differ, a rule compares `Versions`. Faults of vLLM are listed in `known_faults.json`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from loraover_export.vllm.rules.tensors import tensors
 from loraover_export.vllm.versions import READ
 
 CAST_TO = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
-"""What vLLM computes a model of some type in, and so casts adapters to; float32 only where --dtype asks for it."""
+"""Type that vLLM computes in, and casts adapters to, by the model's type; float32 only if --dtype asks for it."""
 
 
 def name(candidate: Candidate) -> Iterator[Problem]:
-    """An adapter's name that is also the served model's."""
+    """An adapter name that equals the served model's."""
     if candidate.name == candidate.address:
         yield Problem(
             f"the adapter is named {candidate.name!r} like the served model; requests would reach the base model",
@@ -39,7 +39,7 @@ def rank(candidate: Candidate) -> Iterator[Problem]:
 
 
 def storage_type(candidate: Candidate) -> Iterator[Problem]:
-    """A data type that vLLM would round once more."""
+    """A storage type that vLLM would round again."""
     if candidate.dtype is None:
         return
     dtype = candidate.served.dtype
@@ -47,28 +47,28 @@ def storage_type(candidate: Candidate) -> Iterator[Problem]:
     if cast != candidate.dtype:
         yield Problem(
             f"stored as {candidate.dtype}, but a model of type {dtype} is served in {cast}: A and B are rounded twice",
-            f"use --dtype {cast}, or start the server with a --dtype of its own",
+            f"use --dtype {cast}, or give the server another --dtype",
             is_warning=True,
         )
 
 
 def replacement(candidate: Candidate) -> Iterator[Problem]:
-    """An adapter that replaces one which a server may hold already."""
+    """An adapter that replaces one that a server may have loaded."""
     if candidate.replaces:
         yield Problem(
-            "a server that has loaded the folder's old adapter goes on with it, and a reload in place would keep "
-            "cached blocks of its outputs",
+            "a server that has loaded the folder's old adapter keeps using it, and a reload in place would keep "
+            "cached blocks of the old adapter's outputs",
             "write to a new folder, or restart such a server",
             is_warning=True,
         )
 
 
 def engine(candidate: Candidate) -> Iterator[Problem]:
-    """Faults of the release itself, and releases that the rules were not read from."""
+    """Known faults of the release, and releases whose sources the rules were not read from."""
     version = candidate.architectures.version
     if version not in READ:
         yield Problem(
-            f"the rules were read from vLLM {READ.since} up to, and without, {READ.before}; {version} may differ",
+            f"the rules were read from vLLM {READ.since} up to, but not including, {READ.before}; {version} may differ",
             "compare the answers with PyTorch's: loraover-serve parity --engine vllm",
             is_warning=True,
         )

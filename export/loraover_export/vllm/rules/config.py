@@ -1,4 +1,4 @@
-"""Rules about `adapter_config.json`: whatever makes an adapter more than scaling * B @ A beside unchanged weights."""
+"""Rules about `adapter_config.json`: fields that make an adapter more than W + scaling * B @ A with W unchanged."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ TRAINING_ONLY = {
     *("layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
     *("peft_version", "qalora_group_size", "runtime_config", "target_modules", "task_type", "velora_config"),
 }
-"""Fields that change nothing once A and B are trained; the modules are known from the tensors."""
+"""Fields that have no effect once A and B are trained; the tensors show which modules are adapted."""
 
 JUDGED = {"bias", "init_lora_weights", "modules_to_save", "trainable_token_indices"}
-"""Fields that have rules of their own."""
+"""Fields that other rules check."""
 
 HEADS = {"classifier", "score"}
 TOKEN_HEADS = Versions(since="0.33.0")
-"""Releases that load the head of a token classifier, too, and not only that of a sequence classifier."""
+"""Releases that load the head of a token classifier as well as that of a sequence classifier."""
 
 
 def variant(candidate: Candidate) -> Iterator[Problem]:
-    """Fields of PEFT's LoRA variants, and fields that nobody here knows; vLLM ignores those in silence."""
+    """Fields of PEFT's LoRA variants, and unknown fields; vLLM ignores the latter without a message."""
     for field, value in candidate.config.items():
         if not value or field in TRAINING_ONLY | JUDGED:
             continue
@@ -52,7 +52,7 @@ def variant(candidate: Candidate) -> Iterator[Problem]:
 
 
 def initialisation(candidate: Candidate) -> Iterator[Problem]:
-    """A start that changes the base weights, so that the adapter fits no ordinary base model."""
+    """An initialisation that changes the base weights, so that the adapter does not fit the original base model."""
     if not candidate.adapter.config.keeps_base:
         start = candidate.config["init_lora_weights"]
         yield Problem(
@@ -74,14 +74,14 @@ def bias(candidate: Candidate) -> Iterator[Problem]:
 
 
 def other_parameters(candidate: Candidate) -> Iterator[Problem]:
-    """Modules or tokens that were trained in full; vLLM takes some classifier heads, other engines none."""
+    """Modules or tokens that were trained in full; vLLM loads some classifier heads, other engines none."""
     for field in ("modules_to_save", "trainable_token_indices"):
         value = candidate.config.get(field)
         if value:
             names = [str(item) for item in value] if isinstance(value, list | dict) else [str(value)]
             loads = HEADS.issuperset(names) and field == "modules_to_save"
             yield Problem(
-                f"{field} is set ({listed(names)}): parameters that were trained in full are no part of a LoRA"
+                f"{field} is set ({listed(names)}): parameters that were trained in full do not fit into A and B"
                 + (f"; {_heads(candidate.architectures.version)}" if loads else ""),
                 f"train without {field}, or merge the adapter into the base model with PEFT and serve that",
             )
@@ -93,7 +93,7 @@ def _heads(version: str) -> str:
 
 
 def patterns(candidate: Candidate) -> Iterator[Problem]:
-    """Modules with a rank or a scaling of their own, in a folder that is served as it is."""
+    """Modules whose rank or scaling differs from the others', in a folder that is served unchanged."""
     config = candidate.adapter.config
     usual = config.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
     own = [
@@ -104,13 +104,13 @@ def patterns(candidate: Candidate) -> Iterator[Problem]:
     if candidate.dtype is None and own:
         fields = " and ".join(field for field in ("rank_pattern", "alpha_pattern") if getattr(config, field))
         yield Problem(
-            f"{fields} gives {len(own)} of {len(candidate.modules)} modules a rank or a scaling of their own "
-            f"({listed(own)}), which engines and releases read differently, some without a message",
+            f"{fields} gives {len(own)} of {len(candidate.modules)} modules another rank or scaling ({listed(own)}); "
+            "engines and releases read that differently, some wrongly without a message",
             f"write it for vLLM and serve that: {export_command(candidate.adapter.path)}",
         )
 
 
 def export_command(folder: Path) -> str:
-    """The command that writes an adapter in the form that every engine reads alike."""
+    """Return the command that writes an adapter in the form that every engine reads the same way."""
     path = folder.resolve()
     return shlex.join(["loraover-export", "vllm", str(path), "-o", f"{path}-vllm"])

@@ -1,4 +1,4 @@
-"""Rules about the adapter and the served model: the same modules, of the same shapes, that vLLM can adapt."""
+"""Rules about the adapter and the served model: the same modules, the same shapes, and support by vLLM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_VOCABULARY = 258048
 
 
 def architecture(candidate: Candidate) -> Iterator[Problem]:
-    """A model class that vLLM does not know, or runs without adapters."""
+    """A model class that vLLM does not have, or serves without adapters only."""
     known, served = candidate.architectures, candidate.served.architecture
     if candidate.architecture is not None:
         return
@@ -23,21 +23,21 @@ def architecture(candidate: Candidate) -> Iterator[Problem]:
     elif served in known.unknown:
         found = f"whether vLLM {known.version} serves {served} with LoRA adapters is not known"
     else:
-        found = f"vLLM {known.version} has no class {served} of its own"
+        found = f"vLLM {known.version} has no class {served}"
     yield Problem(found, "merge the adapter into the base model with PEFT and serve that, or adapt another base model")
 
 
 def base_model(candidate: Candidate) -> Iterator[Problem]:
-    """vLLM never asks what an adapter was trained on."""
+    """A served model other than the one that the adapter was trained on, which vLLM never checks."""
     trained, served = candidate.adapter.config.base_model_name_or_path, candidate.served.source.name
     moved = candidate.served.source.moved
     if moved is not None:
         found = (
-            f"trained on a {moved.trained}, to be served on {served}, whose logits differ from its by up to "
+            f"trained on a {moved.trained}, to be served on {served}; the logits of these two models differ by up to "
             f"{moved.difference:.3g}"
         )
     elif trained is None:
-        found = f"the adapter names no base model; whether it was trained on {served} cannot be told"
+        found = f"the adapter names no base model, so it may not have been trained on {served}"
     elif trained == served or (Path(trained).exists() and Path(trained).resolve() == Path(served).resolve()):
         return
     else:
@@ -58,12 +58,12 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
         "vLLM ignores matrices below an unknown prefix and answers as the base model",
         f"the served model has {alike}: rename the tensors"
         if alike is not None
-        else f"name the model that was trained on with --model; {candidate.served.source.name} is another one",
+        else f"name the model that the adapter was trained on with --model, in place of {candidate.served.source.name}",
     )
 
 
 def _alike(path: str, candidate: Candidate) -> str | None:
-    """A module of the served model that differs from the given path by what stands before it."""
+    """Return a module of the served model whose path differs from the given one by a prefix, if there is one."""
     return next(
         (
             served
@@ -86,14 +86,14 @@ def shapes(candidate: Candidate) -> Iterator[Problem]:
         assert expected is not None
         yield Problem(
             f"{len(wrong)} of {len(candidate.modules)} adapted modules have other shapes in the served model; {path} "
-            f"maps {n} to {m} features in the adapter, {expected[0]} to {expected[1]} in the model. vLLM would fill a "
-            "part of what is larger, and fail where it is smaller",
-            "serve the model that was trained on, with the vocabulary that was trained on; name it with --model",
+            f"maps {n} to {m} features in the adapter, {expected[0]} to {expected[1]} in the model. vLLM would fill "
+            "only a part of a larger module, and fail on a smaller one",
+            "serve the model that the adapter was trained on, with the same vocabulary; name it with --model",
         )
 
 
 def targets(candidate: Candidate) -> Iterator[Problem]:
-    """Modules that vLLM's class cannot adapt, by what they are."""
+    """Modules that vLLM's class cannot adapt, by kind of layer."""
     allowed = candidate.architecture
     if allowed is None:
         return
@@ -110,7 +110,7 @@ def targets(candidate: Candidate) -> Iterator[Problem]:
     heads = [path for path in candidate.present if path.rpartition(".")[2] == "lm_head"]
     if heads and not any(path in paths for paths in refused.values() for path in heads):
         yield Problem(
-            "the output head is adapted; vLLM's prompt_logprobs leave its delta out",
+            "the output head is adapted; vLLM's prompt_logprobs are computed without it",
             "read the logprobs of generated tokens instead",
             is_warning=True,
         )
@@ -124,7 +124,7 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
     if (served.kind == "embedding") != (path in candidate.embeddings):
         return f"a {served.type_name} in the served model, but adapted as another kind of layer"
     if allowed.language_model is not None and not mapped.startswith(allowed.language_model):
-        return f"outside of {allowed.language_model}, the language model, which is all that vLLM adapts by default"
+        return f"outside of {allowed.language_model}, the language model; vLLM adapts only that by default"
     if served.kind == "embedding" or name == "lm_head":
         return None if name in allowed.embeddings else f"{candidate.served.architecture} takes no LoRA there in vLLM"
     if name in allowed.packed and name not in allowed.packed[name]:
@@ -133,7 +133,7 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
 
 
 def no_ops(candidate: Candidate) -> Iterator[Problem]:
-    """Modules whose matrices vLLM loads and applies nowhere."""
+    """Modules whose matrices vLLM loads but applies nowhere."""
     allowed, version = candidate.architecture, candidate.architectures.version
     if allowed is None:
         return
@@ -143,7 +143,7 @@ def no_ops(candidate: Candidate) -> Iterator[Problem]:
         paths = [path for path in candidate.modules if allowed.rename(path).rpartition(".")[2] == known.module]
         if paths:
             yield Problem(
-                f"{listed(paths)}: vLLM {version} loads these matrices and applies them nowhere, without a message: "
+                f"{listed(paths)}: vLLM {version} loads these matrices but applies them nowhere, without a message: "
                 f"{known.reason} ({known.thread})",
                 f"train without {known.module} as a target module, or merge the adapter into the base model with PEFT "
                 "and serve that",
@@ -151,7 +151,7 @@ def no_ops(candidate: Candidate) -> Iterator[Problem]:
 
 
 def vocabulary(candidate: Candidate) -> Iterator[Problem]:
-    """A vocabulary that vLLM's LoRA of the output layer does not take."""
+    """A vocabulary that is too large for vLLM's LoRA on the output layer."""
     allowed, size = candidate.architecture, candidate.served.vocabulary or 0
     if allowed is not None and "lm_head" in allowed.embeddings and size > MAX_VOCABULARY:
         yield Problem(

@@ -1,4 +1,4 @@
-"""Rules about the tensors of an adapter's file: A and B of each module, and nothing else that matters."""
+"""Rules about the tensors of an adapter's file: A and B of each module, and nothing else that changes outputs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ KINDS = {
 
 
 def tensors(candidate: Candidate) -> Iterator[Problem]:
-    """Tensors in the file that are no A or B of a module."""
+    """Tensors in the file that are not the A or B of a module."""
     matrices = set(candidate.adapter.sites.values())
     others = [key for key in candidate.adapter.shapes if key not in matrices]
     copies = [key for key in others if _is_copy(candidate, key)]
     if copies:
         yield Problem(
-            f"{listed(copies)}: taken for an unchanged copy of the base model's weights; not written, as vLLM skips it",
+            f"{listed(copies)}: assumed to be an unchanged copy of the base model's weights; not written, since vLLM "
+            "skips such tensors",
             "save with PEFT's save_embedding_layers=False; if the base model was changed, serve the changed one",
             is_warning=True,
         )
     for kind in dict.fromkeys(_kind(key) for key in others if key not in copies):
         keys = [key for key in others if key not in copies and _kind(key) == kind]
         yield Problem(
-            f"{listed(keys)}: {kind}, which no A or B can hold",
+            f"{listed(keys)}: {kind}; A and B cannot hold this",
             "train without it, or merge the adapter into the base model with PEFT and serve that",
         )
 
@@ -41,7 +42,7 @@ def _kind(key: str) -> str:
 
 
 def _is_copy(candidate: Candidate, key: str) -> bool:
-    """Whether PEFT saved the frozen weights of an adapted embedding or head, of the served model's own size."""
+    """Whether PEFT saved the frozen weights of an adapted embedding or head, in the served model's shape."""
     module = key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
     if not key.endswith(BASE_WEIGHT) or module not in candidate.present:
         return False

@@ -1,0 +1,85 @@
+"""A fold's certificate as tables for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loraover_export.fold.certificate import POWER, FoldCertificate, OutputCertificate
+
+WORST_SHOWN = 8
+
+
+def show_certificate(certificate: FoldCertificate, output: Path, console: Console) -> None:
+    """Print the worst matrices, the check of the outputs, the verdict, and where the adapter is."""
+    _show_matrices(certificate, console)
+    if certificate.outputs is not None:
+        _show_outputs(certificate.outputs, console)
+    color = {"passed": "green", "failed": "red"}.get(certificate.verdict, "yellow")
+    console.print(f"fold {certificate.verdict}", style=color)
+    if certificate.verdict == "inconclusive":
+        console.print(
+            f"The matrices are within their bounds, but the adapter moves no logit by {POWER:g} times the allowed "
+            "error, so this check cannot distinguish it from an adapter that does nothing. Try --prompts with texts "
+            "that it was trained for, or --dtype fp32.",
+            soft_wrap=True,
+        )
+    if certificate.verdict == "failed":
+        console.print("nothing was written: an adapter that fails its check is not left behind")
+    else:
+        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
+
+
+def _show_matrices(certificate: FoldCertificate, console: Console) -> None:
+    worst = sorted(certificate.matrices, key=lambda m: -m.worst_to_bound)[:WORST_SHOWN]
+    table = Table(
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"Worst {len(worst)} of {len(certificate.matrices)} matrices, stored as {certificate.dtype}",
+        caption="worst: largest element error / its bound",
+    )
+    table.add_column("matrix", no_wrap=True, overflow="ellipsis")
+    for column in ("shape", "rel. error", "bound", "worst"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    for m in worst:
+        table.add_row(
+            escape(m.name),
+            f"{m.shape[0]} x {m.shape[1]}",
+            f"{m.relative_error:.2e}",
+            f"{m.relative_bound:.2e}",
+            f"{m.worst_to_bound:.3f}",
+        )
+    console.print(table)
+    flushed = sum(m.flushed_to_zero for m in certificate.matrices)
+    subnormal = sum(m.subnormal for m in certificate.matrices)
+    if flushed or subnormal:
+        console.print(
+            f"{certificate.dtype} range: {flushed} elements became zero, {subnormal} are subnormal with fewer bits"
+        )
+
+
+def _show_outputs(outputs: OutputCertificate, console: Console) -> None:
+    table = Table(
+        box=SIMPLE, title=f"Folded against unfolded: {escape(outputs.prompt_source)}, {outputs.tokens} tokens"
+    )
+    for column in ("", "max logit", "mean logit", "max KL", "mean KL", "top-1 agreement"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, d in (("error", outputs.error), ("noise floor", outputs.noise)):
+        table.add_row(
+            label,
+            f"{d.max_logit:.2e}",
+            f"{d.mean_logit:.2e}",
+            f"{d.max_kl:.2e}",
+            f"{d.mean_kl:.2e}",
+            f"{d.top1_agreement:.2%}",
+        )
+    console.print(table)
+    console.print(
+        f"max logit error {outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}; "
+        f"the adapter itself moves logits by up to {outputs.adapter_effect:.3g}",
+        soft_wrap=True,
+    )

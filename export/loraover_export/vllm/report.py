@@ -1,0 +1,30 @@
+"""Result of an export for vLLM."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_export.vllm.certificate import VllmCertificate
+from loraover_export.vllm.preflight import Preflight
+
+
+class VllmReport(BaseModel):
+    """Pre-flight, certificate and launch commands of one export for vLLM."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preflight: Preflight = Field(description="check of the adapter against vLLM's rules")
+    certificate: VllmCertificate | None = Field(
+        default=None, description="errors of the written matrices; None if the pre-flight failed"
+    )
+    serve: str | None = Field(
+        default=None, description="command that starts vLLM with the adapter; None if nothing was written"
+    )
+    load: str | None = Field(
+        default=None, description="command that adds the adapter to a running server; None if nothing was written"
+    )
+
+    @property
+    def passed(self) -> bool:
+        """Whether pre-flight and certificate passed, so that the adapter was written."""
+        return self.certificate is not None and self.certificate.passed

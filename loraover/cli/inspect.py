@@ -1,0 +1,45 @@
+"""The command `loraover inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loraover.common.command_line import Command
+
+
+@click.command(
+    cls=Command,
+    examples=["loraover inspect runs/demo-1", "loraover inspect runs/demo-1/adapter --plot map.svg"],
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="New .svg or .png file for a map of the matrices with cores, and for their scores over time.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the description, with every score, as JSON.")
+def inspect(path: Path, plot: Path | None, as_json: bool) -> None:
+    """Describe PATH: what it is, what was trained, and what may be done with it.
+
+    PATH is the folder of a run, a LoRA-Over checkpoint, a plain or folded adapter, an export for vLLM or to ONNX.
+    For a checkpoint, a map shows which matrices got cores, the extra parameters during training, and when.
+    """
+    from rich.console import Console
+
+    from loraover.inspection.folder import inspect_folder, read_schedule
+    from loraover.inspection.show import show_folder, show_next_steps
+    from loraover.reporting.schedule_map import plot_schedule, show_schedule
+
+    report = inspect_folder(path)
+    if plot is not None:
+        plot_schedule(read_schedule(path), plot)
+    if as_json:
+        print(report.model_dump_json(indent=1))
+        return
+    console = Console()
+    show_folder(report, console)
+    if report.cores is not None:
+        show_schedule(read_schedule(path), console)
+    show_next_steps(report, console)

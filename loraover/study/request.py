@@ -1,0 +1,84 @@
+"""What a study is asked for, checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraover.common.errors import ConfigError
+
+DEFAULT_SWEEP = (3e-4, 1e-3, 3e-3)
+EXAMPLE = "expected different positive numbers such as 3e-4,1e-3,3e-3."
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """Tasks, methods, learning rates and seeds to compare.
+
+    Args:
+        recipes: Names of recipes that ship, or YAML files; each is a task.
+        methods: Names of `METHODS`, each with settings where wanted, see `make_grid`.
+        lr_sweep: Learning rates by name: of a method, of a task (a recipe's name, for all methods on that task), or
+            under the empty name of all other methods.
+        seeds: Number of seeds, from 0.
+        settings: Values of recipe keys that all runs share, by dotted key.
+
+    Raises:
+        ConfigError: no seed, rates that are not different positive numbers, an unknown name in `lr_sweep`, or a method
+            without rates.
+    """
+
+    recipes: tuple[str, ...]
+    methods: tuple[str, ...]
+    lr_sweep: Mapping[str, tuple[float, ...]]
+    seeds: int = 3
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ConfigError(f"--seeds is {self.seeds}, expected 1 or more.")
+        for name, rates in self.lr_sweep.items():
+            is_usable = rates and all(0 < rate < float("inf") for rate in rates) and len(set(rates)) == len(rates)
+            if not is_usable:
+                found = ",".join(map(str, rates))
+                raise ConfigError(f"--lr-sweep {f'{name}=' if name else ''}{found}: {EXAMPLE}")
+        named = {name for name in self.lr_sweep if name}
+        if both := sorted({*self.methods} & {*self.tasks} & named):
+            raise ConfigError(
+                f"--lr-sweep names {both[0]!r}, which is a method and a recipe; give the recipe another name."
+            )
+        if unknown := sorted(named - {*self.methods, *self.tasks}):
+            raise ConfigError(f"--lr-sweep names {unknown[0]!r}, which is none of --methods and not a recipe's name.")
+        if set(self.task_rates) < set(self.tasks):
+            for method, rates in self.rates.items():
+                if not rates:
+                    raise ConfigError(f"--lr-sweep gives no rates for {method!r}.")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Name of each recipe."""
+        return tuple(Path(recipe).stem for recipe in self.recipes)
+
+    @property
+    def rates(self) -> dict[str, tuple[float, ...]]:
+        """Learning rates of each method, where its task has none."""
+        common = self.lr_sweep.get("", ())
+        return {method: self.lr_sweep.get(method, common) for method in self.methods}
+
+    @property
+    def task_rates(self) -> dict[str, tuple[float, ...]]:
+        """Learning rates of all methods on a task, by its name."""
+        return {task: self.lr_sweep[task] for task in self.tasks if task in self.lr_sweep}
+
+    def command(self, output: Path) -> str:
+        """Command line of this study."""
+        words = ["loraover", "study", *self.recipes, "--methods", ",".join(self.methods)]
+        for name, rates in self.lr_sweep.items():
+            words += ["--lr-sweep", f"{name}{'=' if name else ''}{','.join(map(str, rates))}"]
+        words += ["--seeds", str(self.seeds)]
+        words += [word for key, value in self.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        return shlex.join([*words, "-o", str(output)])

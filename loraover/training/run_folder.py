@@ -1,0 +1,176 @@
+"""The folder of a run: which files it has, who may begin one, and which one can be continued.
+
+OUT/recipe.yaml       the recipe, with hub revisions pinned, and the folder of a stand-in for the hub's model
+OUT/metrics.jsonl     one object per logging step and measure
+OUT/trainer/          sealed checkpoints to resume from
+OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method; OUT/model/ for `full`
+OUT/held_out.json     [nats, tokens] of each held-out completion after training
+OUT/run.json          measures before and after, sizes, origins, versions
+OUT/failure.json      why there is no run.json, if the run failed
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from loraover.common.atomic_output import check_free, publish_text
+from loraover.common.errors import ConfigError, OutputError
+from loraover.training.failure import has_no_work
+from loraover.training.recipe import Recipe
+from loraover.training.run_result import RUN_FILE
+
+RUNS = Path("runs")
+RECIPE_FILE, METRICS_FILE, HELD_OUT_FILE = "recipe.yaml", "metrics.jsonl", "held_out.json"
+TRAINER_FOLDER = "trainer"
+PRODUCTS = ("adapter", "model")
+
+
+def product(recipe: Recipe, output: Path) -> Path:
+    """Path of the folder, inside a run's folder, that holds what was trained."""
+    return output / ("model" if recipe.method == "full" else "adapter")
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a run has ended with something trained."""
+    return any((output / name).exists() for name in (*PRODUCTS, RUN_FILE))
+
+
+def new_run_folder(recipe: str, root: Path = RUNS) -> Path:
+    """Make the first free folder `ROOT/RECIPE-N`; two runs that begin at the same time get two folders.
+
+    Args:
+        recipe: Name or path of the recipe.
+        root: Folder of all runs.
+
+    Raises:
+        OutputError: the folder cannot be made.
+    """
+    for number in count(1):
+        folder = root / f"{Path(recipe).stem}-{number}"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError as error:
+            if not root.is_dir():
+                raise OutputError(f"cannot write {root}: it is a file. Name another folder with -o.") from error
+        except OSError as error:
+            raise OutputError(f"cannot write {folder}: {error.strerror}. Name another folder with -o.") from error
+        else:
+            return folder
+    raise AssertionError("the numbers have ended")
+
+
+def newest_unfinished(recipe: str, root: Path = RUNS) -> Path:
+    """Find the run of a recipe with the highest number that has begun and has not finished.
+
+    Args:
+        recipe: Name or path of the recipe.
+        root: Folder of all runs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    stem = f"{Path(recipe).stem}-"
+    numbered = [
+        (int(number), folder)
+        for folder in (root.iterdir() if root.is_dir() else ())
+        if folder.name.startswith(stem) and (number := folder.name.removeprefix(stem)).isdecimal()
+    ]
+    begun = [pair for pair in numbered if (pair[1] / RECIPE_FILE).is_file() and not is_finished(pair[1])]
+    if not begun:
+        raise ConfigError(f"--resume: {root}/ holds no unfinished run of {stem[:-1]}; name the run's folder with -o.")
+    return max(begun)[1]
+
+
+def claim(output: Path, *, resume: bool) -> None:
+    """Make the folder of a new run, or check that there is a run to continue.
+
+    A folder that is empty, or holds nothing but a failure before the first step, counts as free.
+
+    Args:
+        output: The run's folder.
+        resume: Whether a run in it is to be continued.
+
+    Raises:
+        ConfigError: with `resume`: no run there, or one that is finished.
+        OutputError: the folder is in use, or cannot be written.
+    """
+    if not resume:
+        if not has_no_work(output):
+            check_free(output.absolute())
+        try:
+            (output / TRAINER_FOLDER).mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {output}: {error.strerror}.") from error
+    elif any((output / name).exists() for name in PRODUCTS):
+        raise ConfigError(f"{output}: the run is finished already; it holds what was trained.")
+    elif not (output / RECIPE_FILE).is_file():
+        raise ConfigError(f"{output}: holds no run to resume.")
+
+
+def write_recipe(output: Path, recipe: Recipe) -> None:
+    """Keep a run's recipe in its folder.
+
+    Args:
+        output: The run's folder.
+        recipe: The recipe with pinned revisions.
+
+    Raises:
+        ConfigError: the folder holds a run with another recipe.
+    """
+    import yaml
+
+    values = recipe.model_dump(mode="json")
+    path = output / RECIPE_FILE
+    if path.is_file() and (previous := _read_yaml(path)) != values:
+        changed = sorted(key for key in values if previous.get(key) != values[key])
+        raise ConfigError(
+            f"{path}: the run was started with another recipe ({', '.join(changed)} differ); start a new run."
+        )
+    publish_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not YAML, so the run cannot be resumed. Start a new run.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no recipe, so the run cannot be resumed. Start a new run.")
+    return values
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps taken at one of the trainer's checkpoints; 0 without a checkpoint."""
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def log_measures(output: Path, step: int, **measures: float | None) -> None:
+    """Append a line to the log; a resumed run has its line of step 0 already."""
+    path = output / METRICS_FILE
+    if step or not path.is_file():
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, **measures}) + "\n")
+
+
+def trim_metrics(output: Path, checkpoint: Path | None) -> None:
+    """Remove from the log what came after the checkpoint that a run resumes from, and lines that were cut off."""
+    path = output / METRICS_FILE
+    if not path.is_file():
+        return
+    step = step_of(checkpoint)
+    kept = [line for line in path.read_text().splitlines() if 0 <= _logged_step(line) <= step]
+    publish_text(path, "".join(line + "\n" for line in kept))
+
+
+def _logged_step(line: str) -> int:
+    """Step of a line of the log; -1 for a line that was cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return -1

@@ -1,0 +1,46 @@
+"""Tables of runs, plans and recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from loraover.training.run_result import RunResult
+
+if TYPE_CHECKING:
+    from loraover.training.plan import Plan
+    from loraover.training.recipe import Recipe
+
+
+def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
+    """Print one column for each run, by the run's name."""
+    table = Table(box=SIMPLE)
+    table.add_column("")
+    for run in results:
+        table.add_column(escape(run), overflow="fold")
+    for name in dict.fromkeys(name for result in results.values() for name in result.facts()):
+        table.add_row(name, *(escape(result.facts().get(name, "")) for result in results.values()))
+    console.print(table)
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print what a run would need, and what the estimate assumes."""
+    from loraover.training.plan import ASSUMPTION
+
+    for line in (*(f"{name:<18}{value}" for name, value in plan.facts().items()), ASSUMPTION):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def show_recipes(recipes: Iterable[tuple[str, Recipe]], console: Console) -> None:
+    """Print name, base model, training data and description of each recipe."""
+    for name, recipe in recipes:
+        console.print(name, style="bold", markup=False, highlight=False)
+        for text in (f"base model: {recipe.model}", f"data: {recipe.data.train}", recipe.description):
+            console.print(Padding(Text(text), (0, 0, 0, 2)))

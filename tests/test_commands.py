@@ -1,0 +1,123 @@
+"""Every command of `loraover`, those of export and serve included: its help, and examples that its parser takes."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import click
+import pytest
+
+from loraover.cli import cli
+from loraover.common.command_line import Command, LazyGroup, run
+
+FRAGMENTS = ("Of ", "That ", "For ", "Likewise")
+"""Beginnings of a help text that says nothing alone."""
+
+
+def commands(group: click.Group, *words: str) -> Iterator[tuple[str, click.Command]]:
+    for name in group.list_commands(click.Context(group)):
+        found = group.get_command(click.Context(group), name)
+        assert found is not None
+        yield " ".join((*words, name)), found
+        if isinstance(found, click.Group):
+            yield from commands(found, *words, name)
+
+
+ALL = dict(commands(cli, "loraover"))
+LEAVES = {name: found for name, found in ALL.items() if not isinstance(found, click.Group)}
+
+
+def parse(line: str) -> None:
+    """Parse a command line with its command's parser, and run nothing."""
+    program, *words = shlex.split(line)
+    found, context = ALL.get(program, cli), click.Context(cli, info_name=program)
+    if program != "loraover":  # loraover-export and loraover-serve are groups of loraover as well
+        found = ALL[program.replace("-", " ")]
+    while isinstance(found, click.Group):
+        name, inner, words = found.resolve_command(context, words)
+        assert inner is not None
+        found, context = inner, click.Context(inner, parent=context, info_name=name)
+    found.parse_args(context, words)
+
+
+def test_every_stage_has_its_commands() -> None:
+    assert set(LEAVES) >= {
+        *(f"loraover {name}" for name in ("train", "study", "compare", "eval", "inspect", "recipes", "doctor")),
+        *(f"loraover export {name}" for name in ("fold", "vllm", "onnx")),
+        *(f"loraover serve {name}" for name in ("up", "parity")),
+    }
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_help_is_not_cut_off(name: str) -> None:
+    found = ALL[name]
+    shown = " ".join(found.get_help(click.Context(found, info_name=name)).split())
+    assert found.help
+    assert " ".join(found.help.partition("\f")[0].split()) in shown
+    if isinstance(found, LazyGroup):
+        for inner in (ALL[f"{name} {word}"] for word in found.list_commands(click.Context(found))):
+            assert " ".join(inner.get_short_help_str(limit=sys.maxsize).split()) in shown
+
+
+@pytest.mark.parametrize("name", list(LEAVES))
+def test_each_option_has_a_help_text_that_reads_alone(name: str) -> None:
+    options = [option for option in LEAVES[name].params if isinstance(option, click.Option)]
+    for option in options:
+        said = option.help or ""
+        assert said[:1].isupper() or said.startswith("`"), f"{name} {option.opts[0]}: {said!r}"
+        assert not said.startswith(FRAGMENTS), f"{name} {option.opts[0]}: {said!r}"
+        assert said.endswith((".", ")")), f"{name} {option.opts[0]}: {said!r}"
+
+
+@pytest.mark.parametrize("name", list(LEAVES))
+def test_each_command_has_examples_that_it_parses(name: str) -> None:
+    found = LEAVES[name]
+    assert isinstance(found, Command)
+    assert found.examples
+    for line in found.examples:
+        own = line.replace("loraover-", "loraover ", 1)
+        assert own.startswith(f"{name} ") or own == name, line
+        parse(own.partition(" > ")[0])
+
+
+@pytest.mark.parametrize("name", list(LEAVES))
+def test_old_spellings_are_refused_with_the_new_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = LEAVES[name]
+    assert isinstance(found, Command)
+    known = {word for option in found.params for word in (*option.opts, *option.secondary_opts)}
+    for old, new in found.renamed.items():
+        assert new.rpartition("/")[2] in known
+        assert old not in known
+        for spelling in (old, f"{old}=value"):
+            assert run(cli, [*name.split()[1:], spelling]) == 2
+            assert f"{old} is now called {new}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("loraover eval", "--examples", "--limit"),
+        ("loraover eval", "--chat", "--apply-chat-template"),
+        ("loraover eval", "--no-chat", "--no-apply-chat-template"),
+        ("loraover train", "--base", "--push-model"),
+    ],
+)
+def test_these_have_been_renamed(name: str, old: str, new: str) -> None:
+    found = LEAVES[name]
+    assert isinstance(found, Command)
+    assert found.renamed[old] == new
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\nfrom loraover.cli import cli\nfrom loraover.common.command_line import run\n"
+        "for words in ([], ['train'], ['study'], ['compare'], ['eval'], ['inspect'], ['recipes'], ['doctor']):\n"
+        "    assert run(cli, [*words, '--help']) == 0\n"
+        "slow = {'torch', 'transformers', 'peft', 'scipy', 'numpy', 'pydantic'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {slow}' if slow else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,97 @@
+"""`loraover train` without -o: where the run goes, and which one --resume takes."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError, OutputError
+from loraover.training.run_folder import new_run_folder, newest_unfinished
+
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def begun(folder: Path, *files: str) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("recipe.yaml", *files):
+        (folder / name).touch()
+    return folder
+
+
+def test_folders_are_numbered_from_the_first_free_one() -> None:
+    assert new_run_folder("demo") == Path("runs/demo-1")
+    assert new_run_folder("recipes/demo.yaml") == Path("runs/demo-2")
+    assert new_run_folder("other") == Path("runs/other-1")
+    Path("runs/demo-1").rmdir()
+    assert new_run_folder("demo") == Path("runs/demo-1")
+
+
+def test_runs_that_begin_at_once_do_not_share_a_folder() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(new_run_folder, ["demo"] * 40))
+    assert sorted(map(str, made)) == sorted(f"runs/demo-{number}" for number in range(1, 41))
+
+
+def test_a_file_in_the_place_of_all_runs_is_refused(here: Path) -> None:
+    (here / "runs").touch()
+    with pytest.raises(OutputError, match="it is a file"):
+        new_run_folder("demo")
+
+
+def test_the_newest_unfinished_run_has_the_highest_number() -> None:
+    begun(Path("runs/demo-2"))
+    newest = begun(Path("runs/demo-10"))
+    begun(Path("runs/demo-11"), "run.json")
+    begun(Path("runs/demo-12"), "adapter")
+    begun(Path("runs/demo-extra-13"))
+    Path("runs/demo-14").mkdir()
+    assert newest_unfinished("demo.yaml") == newest
+    with pytest.raises(ConfigError, match="no unfinished run of other"):
+        newest_unfinished("other")
+
+
+def test_a_run_is_told_its_folder_and_continued_without_it(
+    recipe: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["train", str(recipe), "--resume"]) == 2
+    assert "no unfinished run of recipe" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("loraover.training.run._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(cli, ["train", str(recipe)]) == 130
+    shown = capsys.readouterr()
+    assert "run: runs/recipe-1" in shown.out.splitlines()
+    assert re.search(r"To continue from the last complete checkpoint: loraover .*--resume -o runs/recipe-1", shown.err)
+    assert run(cli, ["train", str(recipe), "--resume"]) == 0
+    assert (here / "runs" / "recipe-1" / "run.json").is_file()
+    assert run(cli, ["train", str(recipe), "--resume"]) == 2  # it is finished now
+    assert run(cli, ["train", str(recipe)]) == 0
+    assert (here / "runs" / "recipe-2" / "adapter").is_dir()
+
+
+def test_a_run_that_is_refused_leaves_no_folder(recipe: Path, here: Path) -> None:
+    assert run(cli, ["train", str(recipe), "--model", "no-such-folder/at-all/here"]) == 2
+    assert list((here / "runs").iterdir()) == []
+
+
+def test_the_recipes_that_ship_are_listed_and_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert "demo\n  base model: HuggingFaceTB/SmolLM2-135M-Instruct" in listed
+    assert "data: openai/gsm8k" in listed
+    assert run(cli, ["recipes", "demo"]) == 0
+    (here / "mine.yaml").write_text(capsys.readouterr().out)
+    assert run(cli, ["train", "mine.yaml", "--set", "training.max_step=1"]) == 2
+    assert "did you mean 'max_steps'" in capsys.readouterr().err
+    assert run(cli, ["recipes", "dem"]) == 2
+    assert "did you mean 'demo'" in capsys.readouterr().err

@@ -1,0 +1,302 @@
+"""`loraover inspect`: what a folder is, and the decisions, map and picture of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from torch.optim import AdamW
+
+from loraover import Budget, LoraOverConfig, OverParameterization, inspect_folder, read_checkpoint, write_checkpoint
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover.common.errors import CheckpointError, LoraOverError
+from loraover.inspection.folder import SIGNS, read_schedule
+from loraover.reporting.schedule_map import placed
+from loraover_export.onnx.report import OnnxReport
+
+from support.tiny_hub import save_llama, write_recipe
+from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
+
+pytestmark = pytest.mark.process
+
+
+def trained(folder: Path, config: LoraOverConfig, *, is_t5: bool = False) -> Path:
+    """A checkpoint after 6 steps of 10."""
+    model = with_lora(tiny_t5() if is_t5 else tiny_llama(), task_type="SEQ_2_SEQ_LM" if is_t5 else "CAUSAL_LM")
+    over = OverParameterization(model, config, steps=10)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    over.attach(optimizer)
+    ids = token_ids()
+    for _ in range(6):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    write_checkpoint(folder, over, step=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = LoraOverConfig(schedule="dynamic", budget=Budget(fraction=0.5), rounds=2, start=0.2, end=0.5)
+    return trained(tmp_path_factory.mktemp("dynamic") / "checkpoint", config)
+
+
+def test_every_decision_is_shown(dynamic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["inspect", str(dynamic)]) == 0
+    shown = capsys.readouterr().out
+    assert "dynamic by fisher: 14 over-parameterised matrices" in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert [line[:3] for line in lines if line[:1] in (["1"], ["2"]) and len(line) == 7] == [
+        ["1", "2", "7"],
+        ["2", "5", "7"],
+    ]
+
+
+def test_json_has_all_scores(dynamic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["inspect", str(dynamic), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["cores"]["rounds"]
+    assert (len(first["scores"]), len(second["scores"])) == (28, 21)
+    assert set(first["chosen"]).isdisjoint(second["chosen"])
+    for matrix in "AB":
+        scores = {name: score for name, score in first["scores"].items() if name.endswith(matrix)}
+        chosen = [name for name in first["chosen"] if name.endswith(matrix)]
+        assert set(chosen) == set(sorted(scores, key=lambda name: -scores[name])[: len(chosen)])
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_a_picture_is_written_once(
+    dynamic: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / f"map.{kind}"
+    assert run(cli, ["inspect", str(dynamic), "--plot", str(picture)]) == 0
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    assert run(cli, ["inspect", str(dynamic), "--plot", str(picture)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert picture.read_bytes() == content
+
+
+def test_a_picture_of_another_type_is_refused(
+    dynamic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["inspect", str(dynamic), "--plot", str(tmp_path / "map.docx")]) == 2
+    assert ".svg or .png" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_schedule_is_all_of_round_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained(tmp_path / "all", LoraOverConfig(sites=["*q_proj*"]))
+    assert run(cli, ["inspect", str(folder), "--plot", str(tmp_path / "map.svg")]) == 0
+    assert "schedule all: 4 over-parameterised" in capsys.readouterr().out
+    assert set(placed(read_checkpoint(folder).meta).values()) == {1}
+
+
+def test_encoder_and_decoder_have_rows_of_their_own(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "t5", LoraOverConfig(), is_t5=True)
+    layers = list(dict.fromkeys(place.layer for place in placed(read_checkpoint(folder).meta)))
+    assert layers == ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_t5, tiny_gpt2])
+def test_every_matrix_has_a_place_of_its_own(base: Callable[[], Any], tmp_path: Path) -> None:
+    over = OverParameterization(model := with_lora(base()))
+    model.save_pretrained(tmp_path)
+    write_checkpoint(tmp_path, over, step=0)
+    assert len(placed(read_checkpoint(tmp_path).meta)) == len(over.sites)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["inspect", str(tmp_path / "nothing")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_scores_below_zero_can_be_drawn(tmp_path: Path) -> None:
+    config = LoraOverConfig(schedule="dynamic", score="inverse", budget=Budget(sites=2), rounds=1, start=0.2, end=0.2)
+    folder = trained(tmp_path / "inverse", config)
+    assert run(cli, ["inspect", str(folder), "--plot", str(tmp_path / "map.svg")]) == 0
+
+
+ONNX_REPORT = OnnxReport(
+    verdict="not checked",
+    mode="merged",
+    precision="fp32",
+    device="cpu",
+    cache=True,
+    checked_on="cpu",
+    base_model="owner/model",
+    adapters={"mine": "runs/a/adapter"},
+    checks=[],
+    matrices=[],
+    versions={},
+    hardware="",
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder of each kind, all from one run; their names say nothing."""
+    made = tmp_path_factory.mktemp("kinds")
+    recipe = write_recipe(made / "recipe.yaml", save_llama(made / "base"))
+    found = {"run": made / "a", "folded adapter": made / "b", "vLLM export": made / "c", "ONNX export": made / "d"}
+    found["checkpoint"] = found["run"] / "adapter"
+    source = str(found["checkpoint"])
+    for words in (
+        ["train", str(recipe), "-o", str(found["run"])],
+        ["train", str(recipe), "--method", "lora", "-o", str(made / "plain")],
+        ["export", "fold", source, "-o", str(found["folded adapter"])],
+        ["export", "vllm", source, "-o", str(found["vLLM export"])],
+    ):
+        assert run(cli, words) == 0
+    found["ONNX export"].mkdir()
+    (found["ONNX export"] / "onnx_report.json").write_text(ONNX_REPORT.model_dump_json())
+    return found | {"adapter": made / "plain" / "adapter"}
+
+
+def parse(command: str) -> None:
+    """Parse a command line with the parser of its command, and run nothing."""
+    program, *words = shlex.split(command)
+    assert program == "loraover"
+    group: click.Command = cli
+    context = click.Context(cli)
+    while isinstance(group, click.Group):
+        name, found, words = group.resolve_command(context, words)
+        assert found is not None
+        assert name is not None
+        group, context = found, click.Context(found, parent=context, info_name=name)
+    group.parse_args(context, words)
+
+
+@pytest.mark.parametrize("kind", list(SIGNS))
+def test_each_kind_of_folder_is_recognised_and_has_commands_that_parse(kind: str, folders: dict[str, Path]) -> None:
+    found = inspect_folder(folders[kind])
+    assert found.kind == kind
+    assert bool(found.next_steps) == (kind != "ONNX export")
+    for step in found.next_steps:
+        parse(step.command)
+
+
+def test_what_was_trained_is_described(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspect_folder(folders["run"])
+    assert found.adapter is not None
+    assert found.cores is not None
+    assert found.run is not None
+    assert (found.adapter.kind, found.adapter.ranks, found.adapter.modules) == ("LORA", [4], 14)
+    assert found.adapter.base_model == str(folders["run"].parent / "base")
+    assert (found.cores.decomposition, found.cores.sites, found.cores.schedule) == ("mpo", 28, "all")
+    assert found.run.state == "finished"
+    assert found.run.last_loss is not None
+    assert found.run.result is not None
+    assert found.run.result.after is not None
+    assert found.next_steps[1].command == (
+        f"loraover export fold {folders['checkpoint']} -o {folders['checkpoint']}-folded --check-error"
+    )
+    assert run(cli, ["inspect", str(folders["run"])]) == 0
+    shown = capsys.readouterr().out
+    assert found.next_steps[1].command in shown
+    assert "LORA, rank 4, alpha 8" in shown
+    assert "schedule all: 28 over-parameterised matrices" in shown
+    assert read_schedule(folders["run"]).step == found.cores.step
+
+
+def test_an_export_shows_its_verdicts(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_folder(folders["folded adapter"]).verdicts == {"fold_certificate.json": "passed"}
+    vllm = inspect_folder(folders["vLLM export"])
+    assert vllm.verdicts == {"vllm_certificate.json": "passed", "preflight.json": "passed"}
+    onnx = inspect_folder(folders["ONNX export"]).onnx
+    assert onnx is not None
+    assert (onnx.mode, onnx.verdict) == ("merged", "not checked")
+    for kind in ("vLLM export", "ONNX export", "adapter"):
+        assert run(cli, ["inspect", str(folders[kind])]) == 0
+        assert kind in capsys.readouterr().out
+
+
+def test_json_is_what_the_function_returns(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["inspect", str(folders["run"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == inspect_folder(folders["run"]).model_dump(mode="json")
+
+
+def test_a_plot_needs_cores(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["inspect", str(folders["adapter"]), "--plot", str(tmp_path / "map.svg")]) == 2
+    assert "without the cores" in capsys.readouterr().err
+    assert not (tmp_path / "map.svg").exists()
+
+
+@pytest.mark.parametrize("name", [names[0] for names in SIGNS.values()])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"null",
+        b'{"verdict": NaN}',
+        b"[" * 100_000,
+        b'{"a": 1, "a": 2}',
+        b"\xff\xfe",
+        b'{"model": []}',
+    ],
+)
+def test_hostile_files_are_refused(
+    name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LoraOverError, match=name.replace(".", r"\.")):
+        inspect_folder(tmp_path)
+    assert run(cli, ["inspect", str(tmp_path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_folder_without_a_known_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("adapter_config.json")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json \(adapter\)"):
+        inspect_folder(tmp_path)
+
+
+def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"mode": "merged", "precision": "fp32", "base_model": "\x1b[2Jbase", "adapters": {}, "verdict": "[bold]"}
+    (tmp_path / "onnx_report.json").write_text(json.dumps(facts))
+    assert run(cli, ["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\\x1b[2Jbase" in shown
+    assert "[bold]" in shown
+
+
+def test_an_unfinished_run_says_how_to_continue(folders: dict[str, Path], tmp_path: Path) -> None:
+    recipe = (folders["run"] / "recipe.yaml").read_text()
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "metrics.jsonl").write_text('{"loss": 2.5}\n{"loss": NaN}\n[1]\n' + "[" * 100_000 + '\n{"lo')
+    found = inspect_folder(folder)
+    assert found.run is not None
+    assert (found.run.state, found.run.last_loss) == ("unfinished", 2.5)
+    assert [step.command for step in found.next_steps] == [
+        f"loraover train '{folder}/recipe.yaml' -o '{folder}' --resume"
+    ]
+    assert run(cli, shlex.split(found.next_steps[0].command)[1:]) == 0
+    after = inspect_folder(folder).run
+    assert after is not None
+    assert after.state == "finished"
+
+
+def test_a_failed_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failure = {"schema_version": 1, "kind": "out_of_memory", "message": "no room"}
+    (tmp_path / "failure.json").write_text(json.dumps(failure))
+    assert run(cli, ["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "failed" in shown
+    assert "no room" in shown
+
+
+def test_the_old_name_is_refused_with_the_new_one(dynamic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["schedule", str(dynamic)]) == 2
+    assert "schedule is now called inspect" in capsys.readouterr().err
