@@ -84,7 +84,7 @@ def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
 
 
 def basis_seconds(base: nn.Module, ids: Tensor) -> dict[str, float]:
-    """Seconds of the first bases and of a later refresh of all sites, and of four calibration batches with their bases."""
+    """Seconds of the first bases of all sites, of a later refresh, and of a calibration on four batches."""
     torch.manual_seed(0)
     lora = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, lora)
