@@ -68,12 +68,13 @@ class LoraOverConfig(BaseModel):
     decomposition: str = Field(
         "mpo",
         description="Form of the cores. mpo: matrix product operator, as in the paper; svd: singular value "
-        "decomposition; chain: product of plain matrices.",
+        "decomposition; chain: product of plain matrices; eigen: matrix in the eigenbases of second moments.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of the decomposition by name, e.g. {num_cores: 3, expansion: 1.5}. mpo: num_cores, modes, "
-        "bonds, expansion, gauge; chain: depth, expansion; svd: none.",
+        "bonds, expansion, gauge; chain: depth, expansion; svd: none; eigen: short, long, block, refresh, growth, decay, "
+        "second_moments, train_auxiliary.",
     )
     sites: list[str] = Field(
         default=["*"],

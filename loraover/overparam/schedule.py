@@ -94,6 +94,12 @@ class Schedule:
         return min(sum(cores), sum(cores) - sum(added) + int(self._capacity)), int(self._capacity)
 
     @property
+    def most_gauge_numbers(self) -> int:
+        """Largest possible number of values that are kept beside the trained ones: bases and their moments."""
+        kept = sorted((self._decomposition.gauge_numbers(*s.shape) for s in self.candidates.values()), reverse=True)
+        return sum(kept[: int(self._capacity)] if self.config.budget is not None and self._counts_sites else kept)
+
+    @property
     def is_over(self) -> bool:
         """Whether all decisions have been made."""
         return len(self.rounds) >= (self.config.rounds if self.config.schedule == "dynamic" else 1)

@@ -35,6 +35,7 @@ class Plan(BaseModel):
     weights: int = Field(description="Bytes of the base model.")
     adapter: int = Field(description="Bytes of A and B.")
     cores: int = Field(description="Largest number of bytes of the cores: all that the schedule can inject.")
+    gauge: int = Field(description="Largest number of bytes of bases that are not trained, and of their moments.")
     gradients: int = Field(description="Bytes of the gradients of everything trained: A and B with their cores.")
     optimizer_states: int = Field(description="Bytes of AdamW's two moments, in the type of their parameters.")
     activations: int | None = Field(
@@ -46,7 +47,7 @@ class Plan(BaseModel):
 
     def facts(self) -> dict[str, str]:
         """Name and value of each row of a table."""
-        held = self.weights + self.adapter + self.cores + self.gradients + self.optimizer_states
+        held = self.weights + self.adapter + self.cores + self.gauge + self.gradients + self.optimizer_states
         known = self.activations is not None
         return {
             "base model": self.model,
@@ -54,6 +55,7 @@ class Plan(BaseModel):
             "weights": _size(self.weights),
             "A and B": _size(self.adapter),
             "cores": _size(self.cores),
+            **({"bases and moments": _size(self.gauge)} if self.gauge else {}),
             "gradients": _size(self.gradients),
             "optimizer states": _size(self.optimizer_states),
             "activations": f"about {_size(self.activations or 0)}" if known else "unknown for this architecture",
@@ -98,9 +100,11 @@ def make_plan(recipe: Recipe) -> Plan:
         with torch.device("meta"):
             model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source)
     trained = _bytes(p for p in model.parameters() if p.requires_grad)
-    cores = added = 0
+    cores = added = gauge = 0
     if recipe.method == "lora-over":
-        cores, added = Schedule(recipe.over, find_sites(model), steps=steps, probe=None).most_parameters
+        schedule = Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
+        cores, added = schedule.most_parameters
+        gauge = schedule.most_gauge_numbers
     batch = training.per_device_train_batch_size
     seen = steps * batch * training.gradient_accumulation_steps
     if training.num_train_epochs is not None and examples is not None:
@@ -111,6 +115,7 @@ def make_plan(recipe: Recipe) -> Plan:
         weights=weights,
         adapter=0 if recipe.method == "full" else trained,
         cores=cores * CORE_BYTES,
+        gauge=gauge * CORE_BYTES,
         gradients=trained + cores * CORE_BYTES,
         optimizer_states=2 * (trained + added * CORE_BYTES),
         activations=_activations(model, recipe),

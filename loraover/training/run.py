@@ -180,6 +180,7 @@ def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None
         peak_bytes=peak_bytes(),
         lora_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         added_parameters=cores - matrices,
+        gauge_numbers=0 if run.over is None else run.over.gauge_numbers(),
         update_norm=None if run.untrained is None else step_norm(run.untrained, factors(run.model)),
         before=before,
         after=after,

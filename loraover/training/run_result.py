@@ -48,6 +48,7 @@ class RunResult(BaseModel):
     )
     lora_parameters: int = Field(description="Numbers in A and B, which are served; for method full, all weights.")
     added_parameters: int = Field(description="Numbers in the cores beyond those of the matrices that they represent.")
+    gauge_numbers: int = Field(0, description="Numbers in bases that are not trained, and in their moments.")
     update_norm: float | None = Field(
         description="Frobenius norm, over all modules, of the change of scaling * B A during the run; None where more "
         "than B A is trained (full fine-tuning, DoRA)."
@@ -67,6 +68,8 @@ class RunResult(BaseModel):
             "parameters served": f"{self.lora_parameters:,}",
             "parameters added while training": f"{self.added_parameters:,}",
         }
+        if self.gauge_numbers:
+            rows["numbers in bases and moments"] = f"{self.gauge_numbers:,}"
         if self.update_norm is not None:
             rows["norm of delta(B A)"] = f"{self.update_norm:.4g}"
         if self.before is not None and self.after is not None:

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from loraover import LoraOverConfig, OverParameterization
+from loraover import LoraOverConfig, OverParameterization, Probe
 from loraover.common.command_line import quiet_libraries
 from loraover.models.load import load_model, resolve_model
 from loraover.overparam.core_group import CoreGroup
@@ -35,7 +35,10 @@ from benchmarks.intervals import median_ratio
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BATCH, LENGTH, RANK = 8, 64, 8
-ARMS = ("LoRA", "LoRA-Over", "naive autograd")
+ARMS = ("LoRA", "mpo", "eigen", "naive autograd")
+CONFIGS = {"mpo": LoraOverConfig(), "eigen": LoraOverConfig(decomposition="eigen", options={"refresh": 10**6})}
+"""LoRA-Over with each gauge; the bases of eigen are followed and not refreshed, which is timed by itself."""
+
 Step = Callable[[], float]
 
 
@@ -67,8 +70,8 @@ def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
             site.parameter.requires_grad_(False)
             parametrize.register_parametrization(owner, "weight", Contraction(group), unsafe=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    if arm == "LoRA-Over":
-        OverParameterization(model, config).attach(optimizer)
+    if arm in CONFIGS:
+        OverParameterization(model, CONFIGS[arm]).attach(optimizer)
 
     def step() -> float:
         started = time.perf_counter()
@@ -78,6 +81,33 @@ def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
         return time.perf_counter() - started
 
     return step
+
+
+def basis_seconds(base: nn.Module, ids: Tensor) -> dict[str, float]:
+    """Seconds of the first bases of all sites, of a later refresh, and of a calibration on four batches."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, lora)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    over = OverParameterization(model, CONFIGS["eigen"]).attach(optimizer)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {}
+    for name in ("first bases", "a refresh"):
+        for follower in over.followers.values():
+            follower.seen.fill_(10**6)  # as if the gradients had spanned every block
+            follower.due = follower.steps
+        started = time.perf_counter()
+        for follower in over.followers.values():
+            follower.refresh()
+        found[name] = time.perf_counter() - started
+    over.detach()
+    config = LoraOverConfig(decomposition="eigen", options={"long": "calibration"})
+    started = time.perf_counter()
+    OverParameterization(model, config, probe=Probe(model, [{"input_ids": ids, "labels": ids}] * 4))
+    return found | {"calibration": time.perf_counter() - started}
 
 
 def load() -> tuple[nn.Module, Tensor]:
@@ -120,8 +150,9 @@ def main(rounds: int, memory_of: str | None, as_json: bool) -> None:
             if number >= 2:
                 times[arm].append(seconds)
     ratios = {arm: median_ratio(times[arm], times["LoRA"]) for arm in ARMS}
+    bases = basis_seconds(deepcopy(base), ids)
     if as_json:
-        print(json.dumps({"times_s": times, "peak_bytes": memory, "time_ratio": ratios}))
+        print(json.dumps({"times_s": times, "peak_bytes": memory, "time_ratio": ratios, "basis_s": bases}))
         return
     title = f"{MODEL}, {BATCH} x {LENGTH} tokens, r = {RANK}, all linear layers, {rounds} paired steps"
     table = Table(box=SIMPLE, title=title)
@@ -136,7 +167,11 @@ def main(rounds: int, memory_of: str | None, as_json: bool) -> None:
             f"{memory[arm] / 2**20:.0f} MiB",
             f"{memory[arm] / memory['LoRA']:.3f}",
         )
-    Console(width=110).print(table)
+    console = Console(width=110)
+    console.print(table)
+    plain = sorted(times["LoRA"])[len(times["LoRA"]) // 2]
+    for name, seconds in bases.items():
+        console.print(f"eigen, {name}: {seconds:.1f} s, {seconds / (300 * plain):.2%} of 300 steps of plain LoRA")
 
 
 if __name__ == "__main__":
