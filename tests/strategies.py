@@ -83,6 +83,12 @@ def chain_options(draw: st.DrawFn, m: int, n: int) -> dict[str, Any]:
     return {"depth": draw(st.integers(2, 4)), "expansion": draw(expansions())}
 
 
+def eigen_options(m: int, n: int) -> st.SearchStrategy[dict[str, Any]]:
+    """Sides with a basis and without, in blocks that divide them and that do not."""
+    sources = st.sampled_from(["gradient", "calibration", "none"])
+    return st.fixed_dictionaries({"short": sources, "long": sources, "block": st.sampled_from([1, 2, 3, 4, 7, 64])})
+
+
 def expansions() -> st.SearchStrategy[float]:
     return st.sampled_from([1.0, 1.25, 2.0, 2.5, 3.0])
 
@@ -91,6 +97,7 @@ OPTIONS: dict[str, Callable[[int, int], st.SearchStrategy[dict[str, Any]]]] = {
     "mpo": mpo_options,
     "svd": svd_options,
     "chain": chain_options,
+    "eigen": eigen_options,
 }
 
 

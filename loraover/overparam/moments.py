@@ -41,7 +41,8 @@ def carried_moments(
             carried[key] = whole.clone() if isinstance(whole, Tensor) else whole
         elif key in LINEAR | SQUARED and tuple(whole.shape) == shape and whole.is_floating_point():
             moment = whole.to(cores[0].dtype).unsqueeze(0)
-            carried[key] = decomposition.to_centre(cores, moment, *shape, squared=key in SQUARED)[0]
+            centre = decomposition.to_centre(cores, moment, *shape, squared=key in SQUARED)[0]
+            carried[key] = centre.contiguous()  # as a fused optimizer makes it, which walks through memory
         else:
             return {}
     return carried

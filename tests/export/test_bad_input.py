@@ -93,7 +93,7 @@ CASES = [
     (WRONG_TENSORS, "B scaled"),
     (WRONG_CONFIG, "DoRA"),
     (WRONG_CONFIG, "duplicate key"),
-    (WRONG_META, "schema 3"),
+    (WRONG_META, "schema 2"),
     (WRONG_META, "site twice"),
 ]
 

@@ -172,7 +172,7 @@ ADAPTER_BYTES = (
 CONFIG_BYTES = b'{"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 1, "lora_alpha": 3, "extra": [1]}'
 META_BYTES = b"""{
   "format": "loraover-checkpoint",
-  "schema_version": 2,
+  "schema_version": 3,
   "base_model": "some/base",
   "step": 9,
   "config": {
@@ -185,8 +185,11 @@ META_BYTES = b"""{
   },
   "core_dtype": "float32",
   "sites": [
-    {"name": "q.lora_A", "m": 1, "n": 2, "step": 0, "state": {}},
-    {"name": "q.lora_B", "m": 2, "n": 1, "step": 4, "state": {"q.lora_B.core.0.step": 5}}
+    {"name": "q.lora_A", "m": 1, "n": 2, "step": 0, "joined": true, "shares": {}, "state": {}},
+    {
+      "name": "q.lora_B", "m": 2, "n": 1, "step": 4, "joined": false, "shares": {},
+      "state": {"q.lora_B.core.0.step": 5}
+    }
   ],
   "rounds": [{"step": 4, "scores": {"q.lora_B": 0.5}, "chosen": ["q.lora_B"], "added": 1, "forwards": 2}],
   "optimizer_steps": 8,
@@ -198,7 +201,7 @@ META_BYTES = b"""{
     "adapter_model.safetensors": "e328794630868399bf94ded98e2d00db4d9cec6d68b49b51bce067bdbcc370fd",
     "loraover.safetensors": "61024a4689c0e0d82241b58a319824689668ec711e3b3f3a8d84b3c10e5f78df"
   },
-  "digest": "25b1bb3e2d613e72c8babb2757de08bcd529089f66b4f3208612923c294d2701"
+  "digest": "9ce4831d2a4b98dcc3cdce32527c98607a11244d0706ad4da3d3e28497979ad2"
 }
 """
 FOLDED_CONFIG = b"""{

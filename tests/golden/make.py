@@ -1,4 +1,4 @@
-"""Writes `tests/golden/schema_2`: checkpoints that later versions must read, and their folds.
+"""Writes `tests/golden/schema_3`: checkpoints that later versions must read, and their folds.
 
     .venv/bin/python tests/golden/make.py
 
@@ -32,7 +32,7 @@ from loraover import Budget, LoraOverConfig
 
 from support.make_checkpoint import Made, MakeOptimizer, adamw, make_checkpoint, nearest, numpy64, oracle_matrices, save
 
-SCHEMA = 2
+SCHEMA = 3
 FOLDER = Path(__file__).parent / f"schema_{SCHEMA}"
 BASE_NAME = "loraover/golden-base"
 BASE_OPTIONS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
@@ -59,6 +59,7 @@ class Recipe:
 
 
 QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 3}}
+EIGEN = LoraOverConfig(decomposition="eigen", options={"long": "calibration", "block": 8, "growth": 1}, seed=7)
 DYNAMIC = LoraOverConfig(
     schedule="dynamic", score="sensitivity", budget=Budget(sites=3), rounds=3, start=0.1, end=0.3, seed=7
 )
@@ -66,9 +67,10 @@ RECIPES: dict[str, Recipe] = {
     "mpo": Recipe(LoraOverConfig(decomposition="mpo", seed=7), adamw, QV),
     "svd": Recipe(LoraOverConfig(decomposition="svd", seed=7), sgd, {"target_modules": ["q_proj"], "use_rslora": True}),
     "chain": Recipe(LoraOverConfig(decomposition="chain", seed=7), sgd, {"target_modules": ["q_proj"]}),
+    "eigen": Recipe(EIGEN, adamw, {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
     "dynamic": Recipe(DYNAMIC, adamw, QV, total=10),
 }
-"""The one of "dynamic" has had two of its three rounds."""
+"""The one of "dynamic" has had two of its three rounds; A of q, k and v share a basis in the one of "eigen"."""
 
 
 def make_golden(name: str, scratch: Path) -> Made:

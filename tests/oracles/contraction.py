@@ -58,3 +58,28 @@ def chain_matrix(cores: Sequence[Array]) -> Array:
     for core in reversed(rest):
         state = np.einsum("ab,bc->ac", core, state, optimize=True)
     return state
+
+
+def eigen_matrix(cores: Sequence[Array]) -> Array:
+    """M = U Z V^T, from the blocks of U, Z (m, n) and the blocks of V."""
+    rows, centre, columns = cores
+    u, v = block_diagonal(rows, centre.shape[0]), block_diagonal(columns, centre.shape[1])
+    matrix: Array = np.einsum("ai,ij,bj->ab", u, centre, v, optimize=["einsum_path", (1, 2), (0, 1)])
+    return matrix
+
+
+def block_diagonal(blocks: Array, length: int) -> Array:
+    """A dense matrix from its diagonal blocks (count, size, size), of which the last ones may lack a row and column.
+
+    Args:
+        blocks: as they are kept, each with `size` rows.
+        length: rows of the dense matrix; what is missing to count * size is missing at the end of the last blocks.
+    """
+    count, size, _ = blocks.shape
+    dense, at = np.zeros((length, length), blocks.dtype), 0
+    for k, block in enumerate(blocks):
+        here = size if k < length - count * (size - 1) else size - 1
+        dense[at : at + here, at : at + here] = block[:here, :here]
+        at += here
+    assert at == length
+    return dense

@@ -189,11 +189,11 @@ WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
 }
 
 WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
-    "schema 1": (meta(schema_version=1), ("schema_version is 1", "reads 2")),
-    "schema 3": (meta(schema_version=3), ("schema_version is 3", "reads 2")),
+    "schema 2": (meta(schema_version=2), ("schema_version is 2", "reads 3")),
+    "schema 4": (meta(schema_version=4), ("schema_version is 4", "reads 3")),
     "no rounds": (lambda folder: edit_json(folder / META, lambda c: c.pop("rounds")), ("rounds: ",)),
-    "schema large": (raw(META, '"schema_version": 2', f'"schema_version": {"9" * 40}'), ("schema_version",)),
-    "schema huge": (raw(META, '"schema_version": 2', f'"schema_version": {HUGE}'), ()),
+    "schema large": (raw(META, '"schema_version": 3', f'"schema_version": {"9" * 40}'), ("schema_version",)),
+    "schema huge": (raw(META, '"schema_version": 3', f'"schema_version": {HUGE}'), ()),
     "schema null": (meta(schema_version=None), ("schema_version: ",)),
     "schema text": (meta(schema_version="one"), ("schema_version: ",)),
     "no schema": (lambda folder: edit_json(folder / META, lambda c: c.pop("schema_version")), ("schema_version: ",)),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover.overparam.decompositions import DECOMPOSITIONS, Mpo
+from loraover.overparam.decompositions import DECOMPOSITIONS, Eigen, Mpo
 
-from oracles.contraction import Array, chain_matrix, mpo_matrix, svd_matrix
+from oracles.contraction import Array, chain_matrix, eigen_matrix, mpo_matrix, svd_matrix
 from strategies import (
     Case,
     generators,
@@ -23,6 +23,7 @@ ORACLES: dict[str, Callable[[Sequence[Array]], Array]] = {
     "mpo": mpo_matrix,
     "svd": svd_matrix,
     "chain": chain_matrix,
+    "eigen": eigen_matrix,
 }
 
 
@@ -45,8 +46,30 @@ def natural_cores(case: Case, cores: Sequence[Tensor]) -> list[list[Array]]:
     if isinstance(decomposition, Mpo):
         layout = decomposition.layout(case.m, case.n)
         shapes = [layout.core(k) for k in range(len(shapes))]
+    if isinstance(decomposition, Eigen):
+        cores, shapes = _with_identities(case, decomposition, cores)
     grouped = [core.detach().double().numpy() for core in cores]
     return [[core[g].reshape(shape) for core, shape in zip(grouped, shapes, strict=True)] for g in range(len(cores[0]))]
+
+
+def _with_identities(case: Case, eigen: Eigen, cores: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    """Blocks of U, the centre and blocks of V, with an identity for a side that has no basis."""
+    found, shapes = list(cores), [tuple(core.shape[1:]) for core in cores]
+    for side, length, end in (("rows", case.m, 0), ("columns", case.n, len(cores))):
+        if eigen.basis_core(side, case.m, case.n) is None:
+            at = min(end, len(found))
+            found.insert(at, torch.eye(length).expand(len(cores[0]), length, length))
+            shapes.insert(at, (1, length, length))
+    for at in (0, 2):
+        if len(shapes[at]) == 2:
+            p, q = shapes[at]
+            shapes[at] = (p // q, q, q)
+    return found, shapes
+
+
+def entries(case: Case) -> int:
+    """Numbers in all cores: more than any sum of an application has terms, core by core."""
+    return sum(p * q for p, q in case.decomposition.core_shapes(case.m, case.n))
 
 
 def oracle(case: Case, cores: Sequence[Tensor]) -> Tensor:

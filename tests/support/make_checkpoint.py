@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
+from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint, write_checkpoint
 from loraover.checkpoint.resume import restore
 
-from oracles.contraction import Array, chain_matrix, mpo_matrix, svd_matrix
+from oracles.contraction import Array, chain_matrix, eigen_matrix, mpo_matrix, svd_matrix
 from strategies import full_bonds
 from support.tiny_models import VOCABULARY, fill_b, tiny_llama, token_ids
 
@@ -100,13 +101,21 @@ def make_checkpoint(
     if tokenizer:
         save_tokenizer(base)
     model = lora_model(base, dtype, **lora)
-    over = OverParameterization(model, config or LoraOverConfig(seed=5), steps=total)
+    config = config or LoraOverConfig(seed=5)
+    probe = calibration(model) if config.make_decomposition().calibrates else None
+    over = OverParameterization(model, config, steps=total, probe=probe)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     over.attach(optimizer)
     train(model, optimizer, range(steps))
     path = folder / "checkpoint"
     save(path, model, over, step=steps)
     return Made(base, path, model, over, optimizer)
+
+
+def calibration(model: Any, batches: int = 2) -> Probe:
+    """Batches of next-token prediction that training does not see."""
+    ids = [token_ids(seed=200 + batch) for batch in range(batches)]
+    return Probe(model, [{"input_ids": each, "labels": each} for each in ids])
 
 
 def lora_model(base: Path, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
@@ -181,9 +190,9 @@ def logits(model: Any, seed: int = 100) -> Tensor:
 
 def cores_of(over: OverParameterization) -> dict[str, Tensor]:
     return {
-        f"{name}.core.{k}": stack[i].clone()
+        f"{name}.core.{k}": group.core(k, i).clone()
         for name, (group, i) in over.injected.items()
-        for k, stack in enumerate(group.stacks)
+        for k in range(len(group.stacks))
     }
 
 
@@ -199,9 +208,9 @@ def oracle_matrices(path: Path, dtype: npt.DTypeLike = np.float64) -> dict[str, 
     matrices = {}
     for site in meta["sites"]:
         name, m, n = site["name"], site["m"], site["n"]
-        prefix = f"{name}.core."
-        count = sum(key.startswith(prefix) and key.removeprefix(prefix).isdigit() for key in tensors)
-        cores = [tensors[f"{prefix}{k}"].double().numpy().astype(dtype) for k in range(count)]
+        owners = {int(k): owner for k, owner in site["shares"].items()}
+        keys = (f"{owners.get(k, name)}.core.{k}" for k in range(len(tensors)))
+        cores = [tensors[key].double().numpy().astype(dtype) for key in takewhile(tensors.__contains__, keys)]
         match meta["config"]["decomposition"]:
             case "mpo":
                 matrix = mpo_matrix(_as_tensors(cores, modes[m], modes[n]))
@@ -209,6 +218,8 @@ def oracle_matrices(path: Path, dtype: npt.DTypeLike = np.float64) -> dict[str, 
                 matrix = svd_matrix(cores)
             case "chain":
                 matrix = chain_matrix(cores)
+            case "eigen":
+                matrix = eigen_matrix(_as_blocks(cores, m, n, meta["config"]["options"]))
         matrices[f"base_model.model.{name}" + ("" if "lora_embedding_" in name else ".weight")] = matrix
     return matrices
 
@@ -217,6 +228,17 @@ def _as_tensors(cores: list[Array], rows: tuple[int, ...], columns: tuple[int, .
     """The cores' 2-D unfoldings as (R_k, m_k, n_k, R_{k+1})."""
     bonds = (1, *full_bonds(rows, columns), 1)
     return [core.reshape(bonds[k], rows[k], columns[k], bonds[k + 1]) for k, core in enumerate(cores)]
+
+
+def _as_blocks(cores: list[Array], m: int, n: int, options: Mapping[str, Any]) -> list[Array]:
+    """The blocks of U, the centre and the blocks of V, with an identity for a side that has no basis."""
+    found = list(cores)
+    for at, is_short, length in ((0, m <= n, m), (2, m > n, n)):
+        if options.get("short" if is_short else "long", "gradient") == "none":
+            found.insert(at, np.eye(length, dtype=cores[0].dtype)[None])
+        else:
+            found[at] = found[at].reshape(-1, found[at].shape[-1], found[at].shape[-1])
+    return found
 
 
 def nearest(x: Array, dtype: str) -> Array:

@@ -113,9 +113,12 @@ def cores(over: OverParameterization) -> dict[str, Tensor]:
     """Every core and its optimizer state."""
     found = {}
     for name, (group, i) in over.injected.items():
-        for k, stack in enumerate(group.stacks):
-            found[f"{name}.{k}"] = stack[i]
-            found |= {f"{name}.{k}.{key}": value for key, value in group.core_state(k, i).items()}
+        for k in range(len(group.stacks)):
+            found[f"{name}.{k}"] = group.core(k, i)
+            state = group.core_state(k, group.owner(k, i)) if k in group.trained else {}
+            found |= {f"{name}.{k}.{key}": value for key, value in state.items()}
+        if group in over.followers:
+            found |= {f"{name}.{key}": value for key, value in over.followers[group].site_state(i).items()}
     return found
 
 

@@ -140,6 +140,13 @@ OPTIONS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "mpo": st.fixed_dictionaries({"num_cores": st.integers(2, 4)}, optional={"expansion": expansions()}),
     "svd": st.just({}),
     "chain": st.fixed_dictionaries({"depth": st.integers(2, 4), "expansion": expansions()}),
+    "eigen": st.fixed_dictionaries(
+        {
+            "short": st.sampled_from(["gradient", "none"]),
+            "long": st.sampled_from(["gradient", "none"]),
+            "block": st.sampled_from([1, 3, 4, 64]),
+        }
+    ),
 }
 
 

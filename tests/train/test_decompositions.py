@@ -32,6 +32,7 @@ from support.decomposition_cases import (
     cheap,
     contract,
     contraction_bound,
+    entries,
     every_decomposition,
     magnitude,
     natural_cores,
@@ -92,7 +93,7 @@ def test_application_equals_the_product_with_the_oracle(
     x = x.mT.contiguous().mT if strided else x
     found = apply(case, cores, x)
     # Applied core by core, a sum runs over a bond and a mode at once: no longer than the core has entries.
-    terms = case.decomposition.num_parameters(case.m, case.n) + case.n
+    terms = entries(case) + case.n
     relative = gamma(terms, UNIT[dtype]) + gamma(terms, UNIT[torch.float64])
     bound = 1.01 * relative * (x.double().abs() @ magnitude(case, cores).mT) + UNDERFLOW[dtype]
     assert found.dtype == dtype
@@ -131,7 +132,7 @@ def test_gradients_agree_between_application_and_contraction(name: str, data: st
         y = inputs @ contract(case, leaves).mT if form else apply(case, leaves, inputs)
         return torch.autograd.grad((y * outputs).sum(), leaves)
 
-    terms = case.decomposition.num_parameters(case.m, case.n) + 3 + case.m + case.n
+    terms = entries(case) + 3 + case.m + case.n
     relative = 2 * gamma(terms, UNIT[torch.float64])
     triples = zip(gradients(False, False), gradients(True, False), gradients(True, True), strict=True)
     for applied, formed, bound in triples:
@@ -147,7 +148,7 @@ def test_a_group_contracts_and_applies_like_each_alone(name: str, data: st.DataO
     x = normal(seed + 50, 3, 2, case.n)
     together, applied = contract(case, cores), apply(case, cores, x)
     bound = contraction_bound(case, cores)
-    terms = case.decomposition.num_parameters(case.m, case.n) + case.n
+    terms = entries(case) + case.n
     apply_bound = 2.02 * gamma(terms, UNIT[torch.float64]) * (x.abs() @ magnitude(case, cores).mT)
     for g in range(3):
         alone = [core[g : g + 1] for core in cores]
@@ -242,7 +243,7 @@ def mutants(case: Case, cores: list[Array]) -> dict[str, Array]:
     wrong = {}
     matrix = ORACLES[case.name]
     for k, core in enumerate(cores):
-        transposed = core.swapaxes(1, 2) if core.ndim == 4 else core.T
+        transposed = core.T if core.ndim == 2 else core.swapaxes(1, 2)
         if transposed.shape == core.shape and not np.array_equal(transposed, core):
             wrong[f"core {k} transposed"] = matrix([*cores[:k], transposed, *cores[k + 1 :]])
         wrong[f"core {k} scaled"] = matrix([*cores[:k], core * (1 + 2.0**-20), *cores[k + 1 :]])

@@ -92,8 +92,9 @@ def test_cores_are_the_unfoldings_that_are_declared(name: str, data: st.DataObje
     assert [core.shape for core in cores] == [(len(group), *shape) for shape in shapes]
     assert all(core.dtype == torch.float64 and core.is_contiguous() for core in cores)
     assert 0 <= centre(case) < len(cores)
-    sizes_of_cores = sum(core[0].numel() for core in cores)
-    assert case.decomposition.num_parameters(case.m, case.n) == sizes_of_cores
+    trained = case.decomposition.trained(case.m, case.n)
+    sizes_of_cores = [core[0].numel() for core in cores]
+    assert case.decomposition.num_parameters(case.m, case.n) == sum(sizes_of_cores[k] for k in trained)
 
 
 @every_decomposition
@@ -243,12 +244,13 @@ def test_cores_are_bitwise_the_same_in_every_grouping(name: str, shape: tuple[in
 
 @every_decomposition
 def test_another_seed_gives_other_cores_and_the_same_seed_the_same(name: str) -> None:
+    """But for eigen, which begins with identities."""
     case = Case(name, {"gauge": "random"} if name == "mpo" else {}, 6, 8)
     zero = torch.zeros(1, 6, 8, dtype=torch.float64)
     first, again, other = init(case, zero, 1), init(case, zero, 1), init(case, zero, 2)
     for k in range(len(first)):
         assert torch.equal(first[k], again[k])
-        assert k == centre(case) or not within(first[k], other[k], 0.01)
+        assert k == centre(case) or name == "eigen" or not within(first[k], other[k], 0.01)
 
 
 @every_decomposition

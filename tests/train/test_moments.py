@@ -31,6 +31,8 @@ DECOMPOSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mpo-wide": ("mpo", {"expansion": 2.5}),
     "svd": ("svd", {}),
     "chain": ("chain", {}),
+    "eigen": ("eigen", {"block": 3}),
+    "eigen-long": ("eigen", {"short": "none"}),
     "chain-3": ("chain", {"depth": 3, "expansion": 1.5}),
 }
 STEPS = 5

@@ -1,0 +1,236 @@
+"""Training in the eigenbases of second moments, one matrix at a time and in the matrix's own axes.
+
+No centre core exists here: what the product keeps in rotated axes (the matrix, the first moment) is kept as it is, and
+each step is turned into the bases and back. Signs of eigenvectors are left as LAPACK gives them, since Adam's step does
+not depend on them.
+
+Source: Vyas et al. 2024 (SOAP), arXiv:2409.11321, algorithms 3 and 4; Loshchilov and Hutter 2019 (AdamW),
+arXiv:1711.05101, algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+
+import numpy as np
+
+from oracles.contraction import Array
+
+RIDGE = 1e-7
+"""Share of a moment's mean eigenvalue that is added to it."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How bases follow gradients, and AdamW's constants.
+
+    Args:
+        short: whether the shorter side (the rows of a square matrix) has a basis, of one block.
+        long: whether the longer side has one.
+        block: largest block of the longer side.
+        refresh: steps until the first refresh.
+        growth: factor from one refresh to the next; 1: every `refresh` steps; None: each basis once.
+        decay: share of the running moments that stays.
+        carried: whether later refreshes carry second moments by squares, rather than keep them with their directions.
+    """
+
+    short: bool = True
+    long: bool = True
+    block: int = 64
+    refresh: int = 1
+    growth: float | None = 1.5
+    decay: float = 0.95
+    carried: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Basis:
+    """One side's blocks: their running moments and eigenvectors; started once the latter have been computed."""
+
+    blocks: list[Array]
+    vectors: list[Array]
+    started: bool = False
+
+    @classmethod
+    def identity(cls, length: int, largest: int) -> Basis:
+        sizes = [len(part) for part in np.array_split(np.arange(length), ceil(length / largest))]
+        return cls([np.zeros((size, size)) for size in sizes], [np.eye(size) for size in sizes])
+
+    def dense(self) -> Array:
+        return _diagonal(self.vectors)
+
+
+@dataclass
+class Matrix:
+    """One matrix, its moments in Adam and its bases; a side without a basis has none."""
+
+    value: Array
+    rows: Basis | None
+    columns: Basis | None
+    first: Array
+    second: Array
+    seen: int = 0
+
+    def dense(self) -> tuple[Array, Array]:
+        m, n = self.value.shape
+        u = np.eye(m) if self.rows is None else self.rows.dense()
+        return u, np.eye(n) if self.columns is None else self.columns.dense()
+
+
+@dataclass
+class EigenAdamW:
+    """The whole update of several matrices, which share one norm of their gradients.
+
+    Attributes:
+        smallest_gap: least distance of two neighbouring eigenvalues that ordered or separated directions, relative to
+            the largest: what rounding errors of a moment are multiplied by the inverse of.
+    """
+
+    rule: Rule
+    matrices: dict[str, Matrix]
+    steps: int = 0
+    due: int = 0
+    smallest_gap: float = 1.0
+    refreshes: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, Array], rule: Rule) -> EigenAdamW:
+        made = {}
+        for name, value in matrices.items():
+            m, n = value.shape
+            has_rows, has_columns = (rule.short, rule.long) if m <= n else (rule.long, rule.short)
+            rows = Basis.identity(m, m if m <= n else rule.block) if has_rows else None
+            columns = Basis.identity(n, rule.block if m <= n else n) if has_columns else None
+            made[name] = Matrix(value.copy(), rows, columns, np.zeros_like(value), np.zeros_like(value))
+        return cls(rule, made, due=rule.refresh)
+
+    def step(self, gradients: Mapping[str, Array], rate: float) -> None:
+        """One optimizer step, and what follows it."""
+        self.steps += 1
+        norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients.values()))
+        for name, matrix in self.matrices.items():
+            if np.isfinite(norm) and norm > 0:
+                self._observe(matrix, gradients[name] / norm)
+            self._adamw(matrix, gradients[name], rate)
+        if self.steps >= self.due:
+            self.refreshes.append(self.steps)
+            for matrix in self.matrices.values():
+                self._refresh(matrix)
+            if self.rule.growth is None:
+                self.due = 2 * self.steps
+            elif self.rule.growth == 1:
+                self.due = self.steps + self.rule.refresh
+            else:
+                self.due = max(self.steps + 1, ceil(self.rule.growth * self.steps))
+
+    def _observe(self, matrix: Matrix, gradient: Array) -> None:
+        if not gradient.any():
+            return
+        matrix.seen += 1
+        for basis, along in ((matrix.rows, gradient), (matrix.columns, gradient.T)):
+            if basis is not None:
+                parts = np.split(along, np.cumsum([len(block) for block in basis.blocks])[:-1])
+                for block, part in zip(basis.blocks, parts, strict=True):
+                    block[:] = self.rule.decay * block + (1 - self.rule.decay) * part @ part.T
+
+    def _adamw(self, matrix: Matrix, gradient: Array, rate: float) -> None:
+        """Algorithm 3, lines 3 to 11, with Adam's bias corrections and decoupled weight decay."""
+        (beta1, beta2), t = self.rule.betas, self.steps
+        u, v = matrix.dense()
+        matrix.first = beta1 * matrix.first + (1 - beta1) * gradient
+        matrix.second = beta2 * matrix.second + (1 - beta2) * (u.T @ gradient @ v) ** 2
+        scale = np.sqrt(matrix.second / (1 - beta2**t)) + self.rule.eps
+        step = u @ ((u.T @ matrix.first @ v) / (1 - beta1**t) / scale) @ v.T
+        matrix.value = (1 - rate * self.rule.weight_decay) * matrix.value - rate * step
+
+    def _refresh(self, matrix: Matrix) -> None:
+        m, n = matrix.value.shape
+        if matrix.rows is not None:
+            matrix.second = (matrix.second.T @ self._turned(matrix, matrix.rows, n)).T
+        if matrix.columns is not None:
+            matrix.second = matrix.second @ self._turned(matrix, matrix.columns, m)
+
+    def _turned(self, matrix: Matrix, basis: Basis, other: int) -> Array:
+        """Renew a basis, and return what the squared gradients are multiplied by."""
+        largest = max(len(block) for block in basis.blocks)
+        if matrix.seen < ceil(largest / other) or (basis.started and self.rule.growth is None):
+            return np.eye(sum(len(block) for block in basis.blocks))
+        carriers = []
+        for k, (moment, old) in enumerate(zip(basis.blocks, basis.vectors, strict=True)):
+            # A shorter block is kept with a row and column of padding, which counts in its mean.
+            settled = moment + RIDGE * np.trace(moment) / largest * np.eye(len(moment))
+            if basis.started:
+                new, order, estimates = qr_iteration(settled, old)
+                kept = np.eye(len(old))[:, order]
+                carriers.append((old.T @ new) ** 2 if self.rule.carried else kept)
+            else:
+                estimates, ascending = np.linalg.eigh(settled)
+                new, estimates = ascending[:, ::-1], estimates[::-1]
+                carriers.append((old.T @ new) ** 2)
+            if len(estimates) > 1:
+                self.smallest_gap = min(self.smallest_gap, float(np.min(-np.diff(estimates)) / estimates[0]))
+            basis.vectors[k] = new
+        basis.started = True
+        return _diagonal(carriers)
+
+
+def qr_iteration(moment: Array, vectors: Array, *, ordered: bool = True) -> tuple[Array, Array, Array]:
+    """Algorithm 4: next eigenvectors, the order that the present ones were put in first, and their eigenvalues.
+
+    The paper's listing does not order them; its authors' implementation does (`get_orthogonal_matrix_QR`).
+    """
+    estimates = np.diag(vectors.T @ moment @ vectors)
+    order = np.argsort(-estimates, kind="stable") if ordered else np.arange(len(estimates))
+    return np.linalg.qr(moment @ vectors[:, order])[0], order, estimates[order]
+
+
+def soap(
+    weight: Array,
+    gradients: Sequence[Array],
+    *,
+    rate: float,
+    betas: tuple[float, float],
+    frequency: int,
+    ordered: bool,
+) -> Iterable[Array]:
+    """Algorithm 3 line by line: W after each step.
+
+    What the paper leaves open ("for simplicity we ignore the initialization and other boundary effects"): Q_L and Q_R
+    begin as identities, become eigenvectors after the first step, with V's squares turned along, and bias corrections
+    are Adam's. epsilon is 0.
+    """
+    (beta1, beta2), (m, n) = betas, weight.shape
+    left, right, q_left, q_right = np.zeros((m, m)), np.zeros((n, n)), np.eye(m), np.eye(n)
+    mean, square = np.zeros((m, n)), np.zeros((m, n))
+    for t, g in enumerate(gradients, 1):
+        g_turned = q_left.T @ g @ q_right
+        mean = beta1 * mean + (1 - beta1) * g
+        mean_turned = q_left.T @ mean @ q_right
+        square = beta2 * square + (1 - beta2) * g_turned * g_turned
+        step_turned = mean_turned / (1 - beta1**t) / np.sqrt(square / (1 - beta2**t))
+        weight = weight - rate * q_left @ step_turned @ q_right.T
+        left = beta2 * left + (1 - beta2) * g @ g.T
+        right = beta2 * right + (1 - beta2) * g.T @ g
+        if t == 1:
+            q_left, q_right = (np.linalg.eigh(moment)[1][:, ::-1] for moment in (left, right))
+            square = (q_left**2).T @ square @ q_right**2
+        elif t % frequency == 0:
+            q_left, rows, _ = qr_iteration(left, q_left, ordered=ordered)
+            q_right, columns, _ = qr_iteration(right, q_right, ordered=ordered)
+            square = square[rows][:, columns]
+        yield weight
+
+
+def _diagonal(blocks: Sequence[Array]) -> Array:
+    """A block-diagonal matrix."""
+    length, at = sum(len(block) for block in blocks), 0
+    dense = np.zeros((length, length))
+    for block in blocks:
+        dense[at : at + len(block), at : at + len(block)] = block
+        at += len(block)
+    return dense
