@@ -273,9 +273,7 @@ def one_matrix(gradients: list[Array], frequency: int, betas: tuple[float, float
     """An 8 x 8 matrix that is given these gradients, before the first and after each step."""
     model = tiny_net(dtype=torch.float64, r=8)
     options = {"refresh": 1, "growth": 1, "decay": betas[1], "block": 64}
-    over = OverParameterization(
-        model, LoraOverConfig(decomposition="eigen", options=options, sites=["second.lora_B"])
-    )
+    over = OverParameterization(model, LoraOverConfig(decomposition="eigen", options=options, sites=["second.lora_B"]))
     matrix = over.sites["second.lora_B"].parameter
     optimizer = AdamW([matrix], lr=LR, betas=betas, eps=0.0, weight_decay=0.0)
     over.attach(optimizer)

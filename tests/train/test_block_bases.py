@@ -1,0 +1,285 @@
+"""Bases of a side in blocks: how a side is divided, turned and kept, and what eigenvectors of its moments promise."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.callbacks.diagnostics import core_numbers
+from loraover.overparam.block_bases import RIDGE, Blocks, Side, eigenvectors, next_eigenvectors, turn
+from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.decompositions import Eigen
+from loraover.overparam.eigenbases import BasisFollower
+from loraover.overparam.sites import Site
+
+from oracles.contraction import block_diagonal
+from strategies import SEEDS, normal, sizes
+from support.speed import examples
+from support.tiny_models import tiny_net
+from tolerances import UNDERFLOW, UNIT, gamma, isometry_error
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+LENGTHS, LARGEST = st.integers(1, 150), st.sampled_from([1, 2, 3, 5, 7, 16, 64])
+SIDES: list[Side] = ["rows", "columns"]
+DTYPES = [torch.float64, torch.float32]
+some = examples(40)
+
+
+# Division
+
+
+@given(length=LENGTHS, largest=LARGEST)
+@some
+def test_blocks_are_as_few_and_as_equal_as_can_be(length: int, largest: int) -> None:
+    blocks = Blocks.of(length, largest)
+    parts = [len(part) for part in np.array_split(np.arange(length), ceil(length / largest))]
+    assert [blocks.size] * blocks.full + [blocks.size - 1] * (blocks.number - blocks.full) == parts
+    assert blocks.length == length
+    assert blocks.size <= largest
+
+
+@given(length=LENGTHS, largest=LARGEST, seed=SEEDS)
+@some
+def test_join_undoes_split_and_a_shorter_block_ends_with_zero(length: int, largest: int, seed: int) -> None:
+    blocks, x = Blocks.of(length, largest), normal(seed, 2, 3, length)
+    split = blocks.split(x)
+    assert split.shape == (2, 3, blocks.number, blocks.size)
+    assert torch.equal(blocks.join(split), x)
+    assert not split[..., blocks.full :, -1].any()
+    parts = torch.tensor_split(x, blocks.number, -1)
+    assert all(torch.equal(split[..., k, : part.shape[-1]], part) for k, part in enumerate(parts))
+
+
+@given(length=LENGTHS, largest=LARGEST, seed=SEEDS)
+@some
+def test_the_diagonal_is_that_of_the_matrix(length: int, largest: int, seed: int) -> None:
+    blocks, matrix = Blocks.of(length, largest), normal(seed, length, length)
+    found = blocks.diagonal(matrix)
+    assert found.shape == (blocks.number, blocks.size, blocks.size)
+    assert not found[blocks.padding(found.device)].any()
+    inside = torch.from_numpy(block_diagonal(np.ones_like(found.numpy()), length)) > 0
+    assert np.array_equal(block_diagonal(found.numpy(), length), torch.where(inside, matrix, 0.0).numpy())
+
+
+# Turning
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("side", SIDES)
+@given(length=LENGTHS, largest=LARGEST, other=sizes(), sharing=st.integers(1, 3), seed=SEEDS)
+@some
+def test_a_turn_is_the_product_with_the_dense_basis(
+    side: Side, inverse: bool, length: int, largest: int, other: int, sharing: int, seed: int
+) -> None:
+    """Whatever lies in the padding, and with neighbours that share a basis."""
+    blocks, owners = Blocks.of(length, largest), 2
+    basis = normal(seed, owners, blocks.number, blocks.size, blocks.size)
+    x = normal(seed + 1, owners * sharing, *((length, other) if side == "rows" else (other, length)))
+    found = turn(x, basis, blocks, side, inverse=inverse)
+    for i, matrix in enumerate(x):
+        v = torch.from_numpy(block_diagonal(basis[i // sharing].numpy(), length))
+        v = v.mT if inverse else v
+        product = [v.mT @ matrix, v.mT.abs() @ matrix.abs()] if side == "rows" else [matrix @ v, matrix.abs() @ v.abs()]
+        bound = 2 * gamma(length, UNIT[torch.float64]) * product[1] + UNDERFLOW[torch.float64]
+        assert ((found[i] - product[0]).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 4096), (4096, 8)], ids=str)
+def test_nothing_dense_is_made_of_a_long_side(shape: tuple[int, int]) -> None:
+    eigen, largest = Eigen(), 0
+    cores = [torch.zeros(1, *core) for core in eigen.core_shapes(*shape)]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            largest = max([largest, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+            return result
+
+    with Watch():  # type: ignore[no-untyped-call]
+        left, right = eigen.frames(cores, *shape)
+        eigen.contract(cores, *shape)
+        eigen.to_centre(cores, torch.zeros(1, *shape), *shape, squared=True)
+        eigen.apply(cores, torch.zeros(1, 2, shape[1]), *shape)
+    assert {tuple(left.shape), tuple(right.shape)} == {(1, 8, 8), (64, 64, 64)}
+    assert largest <= 4096 * 64
+
+
+# Cores that neighbours share
+
+
+@given(m=sizes(), n=sizes(), block=st.sampled_from([1, 2, 3, 7, 64]), seed=SEEDS)
+@some
+def test_shared_bases_do_what_copies_of_them_do(m: int, n: int, block: int, seed: int) -> None:
+    eigen = Eigen(short="calibration", long="calibration", block=block)
+    shapes = eigen.core_shapes(m, n)
+    cores = [normal(seed + k, 2 if k in eigen.shareable(m, n) else 6, *shape) for k, shape in enumerate(shapes)]
+    copies = [core.repeat_interleave(6 // len(core), 0) for core in cores]
+    x, gradients = normal(seed + 8, 6, 2, n), normal(seed + 9, 6, m, n)
+    sizes_of = [core.abs() for core in copies]
+    bound = 2 * gamma(m + n + 4, UNIT[torch.float64])
+
+    def close(found: Tensor, expected: Tensor, size: Tensor) -> bool:
+        return bool(((found - expected).abs() <= bound * size + UNDERFLOW[torch.float64]).all())
+
+    assert close(eigen.contract(cores, m, n), eigen.contract(copies, m, n), eigen.contract(sizes_of, m, n))
+    assert close(eigen.apply(cores, x, m, n), eigen.apply(copies, x, m, n), eigen.apply(sizes_of, x.abs(), m, n))
+    for squared in (False, True):
+        found, expected, size = (
+            eigen.to_centre(used, given, m, n, squared=squared)
+            for used, given in ((cores, gradients), (copies, gradients), (sizes_of, gradients.abs()))
+        )
+        assert close(found, expected, size)
+
+
+# Eigenvectors
+
+
+def moments(blocks: Blocks, kind: str, seed: int, dtype: torch.dtype) -> Tensor:
+    """Positive semi-definite blocks, (2, count, size, size), zero in the padding."""
+    factor = normal(seed, 2, blocks.number, blocks.size, 1 if kind == "rank one" else 2 * blocks.size)
+    factor[:, blocks.full :, -1] = 0
+    if kind == "steep":
+        factor *= 4.0 ** -torch.arange(blocks.size)[:, None]
+    if kind == "one is zero":
+        factor[:, 0] = 0
+    return (factor @ factor.mT * (1e-6 if kind == "tiny" else 1)).to(dtype)
+
+
+KINDS = st.sampled_from(["full", "rank one", "steep", "one is zero", "tiny"])
+
+
+def assert_orthogonal(basis: Tensor, blocks: Blocks) -> None:
+    """Columns are orthonormal, and padding is a direction of its own, the last one."""
+    identity = torch.eye(blocks.size, dtype=basis.dtype)
+    error = isometry_error(blocks.size, blocks.size) * UNIT[basis.dtype] / UNIT[torch.float64]
+    assert (basis.mT @ basis - identity).abs().max() <= error
+    padding = blocks.padding(basis.device).expand_as(basis)
+    assert (basis - identity)[padding].abs().sum() <= error
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(length=LENGTHS, largest=LARGEST, kind=KINDS, seed=SEEDS)
+@some
+def test_eigenvectors_are_orthogonal_sorted_and_signed(
+    dtype: torch.dtype, length: int, largest: int, kind: str, seed: int
+) -> None:
+    blocks = Blocks.of(length, largest)
+    moment = moments(blocks, kind, seed, dtype)
+    basis = eigenvectors(moment, blocks)
+    assert basis.dtype == dtype
+    assert_orthogonal(basis, blocks)
+    turned = (basis.mT @ moment @ basis).double()
+    size = moment.double().norm(dim=(-2, -1))
+    # The ridge moves no eigenvector; LAPACK's error is a small multiple of size * u, Higham (19.13) and its like.
+    allowed = 100 * blocks.size * UNIT[dtype] * size + RIDGE * size * (kind == "tiny") + 1e-300
+    assert ((turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))).norm(dim=(-2, -1)) <= allowed).all()
+    values = turned.diagonal(dim1=-2, dim2=-1)
+    assert (values.diff(dim=-1).clamp(min=0).sum(-1) <= allowed).all()
+    assert (basis.gather(-2, basis.abs().argmax(-2, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(length=LENGTHS, largest=LARGEST, kinds=st.tuples(KINDS, KINDS), seed=SEEDS)
+@some
+def test_the_next_eigenvectors_are_orthogonal_and_leave_padding_alone(
+    dtype: torch.dtype, length: int, largest: int, kinds: tuple[str, str], seed: int
+) -> None:
+    blocks = Blocks.of(length, largest)
+    basis = eigenvectors(moments(blocks, kinds[0], seed, dtype), blocks)
+    for step in range(3):
+        basis, order = next_eigenvectors(moments(blocks, kinds[1], seed + step, dtype), basis, blocks)
+        assert_orthogonal(basis, blocks)
+        assert torch.equal(order.sum(-1), torch.ones_like(order[..., 0]))
+        assert torch.equal(order.mT @ order, torch.eye(blocks.size, dtype=dtype).expand_as(order))
+        assert (order[:, blocks.full :, -1, -1] == 1).all()
+
+
+@given(length=LENGTHS, largest=LARGEST, seed=SEEDS)
+@some
+def test_eigenvectors_stay_where_they_are(length: int, largest: int, seed: int) -> None:
+    """With their order and sign: QR iteration has them as its fixed point."""
+    blocks = Blocks.of(length, largest)
+    vectors = eigenvectors(moments(blocks, "full", seed, torch.float64), blocks)
+    values = 1.0 + torch.arange(blocks.size, 0.0, -1, dtype=torch.float64)
+    moment = (vectors * values) @ vectors.mT
+    moment[blocks.padding(moment.device).expand_as(moment)] = 0
+    found, order = next_eigenvectors(moment, vectors, blocks)
+    assert torch.equal(order, torch.eye(blocks.size, dtype=order.dtype).expand_as(order))
+    assert (found - vectors).abs().max() < 1e-10 * blocks.size
+
+
+def test_iteration_converges_to_the_eigenvectors() -> None:
+    blocks = Blocks.of(11, 6)
+    moment = moments(blocks, "full", 3, torch.float64)
+    basis = torch.eye(6, dtype=torch.float64).expand_as(moment)
+    for _ in range(3000):
+        basis, _ = next_eigenvectors(moment, basis, blocks)
+    expected = eigenvectors(moment, blocks)
+    assert (expected.mT @ basis).abs().diagonal(dim1=-2, dim2=-1).min() > 1 - 1e-9
+
+
+# Groups
+
+
+def group_of(eigen: Eigen, m: int, n: int, count: int, seed: int, dtype: torch.dtype) -> CoreGroup:
+    matrices = normal(seed, count, m, n).to(dtype)
+    sites = [Site(f"{i}", f"{i}", "default", "A", nn.Parameter(matrix)) for i, matrix in enumerate(matrices)]
+    return CoreGroup.initialised(sites, eigen, seed, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    m=sizes(), n=sizes(), block=st.sampled_from([1, 3, 4, 64]), count=st.integers(1, 3), split=st.booleans(), seed=SEEDS
+)
+@some
+def test_a_refresh_keeps_every_matrix(
+    dtype: torch.dtype, m: int, n: int, block: int, count: int, split: bool, seed: int
+) -> None:
+    eigen = Eigen(block=block, growth=1, decay=0.5)
+    group = group_of(eigen, m, n, count, seed, dtype)
+    follower = BasisFollower(group)
+    if split:
+        group.split()
+    before = group.contract()
+    for step in range(6):
+        gradients = normal(seed + 10 + step, count, m, n).to(dtype)
+        follower.observe(gradients / gradients.norm(), torch.tensor(True))
+        follower.refresh()
+    assert all(bool(started.all()) or ceil(block / min(m, n)) > 6 for started in follower.started.values())
+    for side, blocks in follower.blocks.items():
+        assert_orthogonal(follower._basis(side, blocks), blocks)
+    # Each of six refreshes and two sides: a product, and a basis that is orthogonal to within its error.
+    error = 12 * 2 * isometry_error(max(m, n), max(m, n)) * UNIT[dtype] / UNIT[torch.float64]
+    assert (group.contract() - before).norm() <= error * before.norm()
+    back = eigen.to_centre(group.stacks, group.contract(), m, n)
+    assert (back - group.stacks[group.centre]).norm() <= error * before.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"block": 3}, {"short": "none"}, {"short": "none", "long": "none"}], ids=str)
+def test_trained_numbers_and_those_of_the_gauge_are_counted_apart(options: dict[str, Any]) -> None:
+    over = OverParameterization(tiny_net(), LoraOverConfig(decomposition="eigen", options=options))
+    matrices = sum(site.parameter.numel() for site in over.sites.values())
+    assert over.num_parameters() == (matrices, matrices)
+    expected = sum(over.decomposition.gauge_numbers(*site.shape) for site in over.sites.values())
+    assert over.gauge_numbers() == expected
+    held = [tensor for follower in over.followers.values() for tensor in follower.moments.values()]
+    held += [stack for group in over.groups for k, stack in enumerate(group.stacks) if k not in group.trained]
+    assert sum(tensor.numel() for tensor in held) == expected
+    assert core_numbers(over)["gauge_condition"] == pytest.approx(1)
+    assert core_numbers(over)["added_parameters"] == 0
+
+
+def test_other_decompositions_have_no_numbers_beside_the_trained_ones() -> None:
+    assert OverParameterization(tiny_net()).gauge_numbers() == 0

@@ -1,0 +1,420 @@
+"""Stacks of cores as the optimizer sees them: together, or each site by itself; and what notices changed matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.optim import AdamW
+
+from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover.common.errors import ConfigError
+from loraover.common.threads import one_thread
+from loraover.overparam import fingerprint
+from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.fingerprint import LateAnswer, fingerprints
+from loraover.overparam.optimizers import ELEMENTWISE
+
+from strategies import SEEDS, normal
+from support.hooked_run import core_states, make, same, train
+from support.make_checkpoint import cores_of, make_checkpoint, reopened, save
+from support.make_checkpoint import train as train_llama
+from support.optimizers import adagrad, adamw_8bit, muon
+from support.speed import examples
+from support.tiny_models import lora_matrices, net_loss, tiny_net
+
+STEPS = 6
+
+ALL: dict[str, Callable[[Any], Any]] = {
+    "Adadelta": torch.optim.Adadelta,
+    "Adagrad": lambda p: adagrad(p, lr=1e-2),
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "Adamax": torch.optim.Adamax,
+    "AdamW": lambda p: AdamW(p, lr=1e-2),
+    "AdamW-foreach": lambda p: AdamW(p, lr=1e-2, foreach=True),
+    "AdamW-fused": lambda p: AdamW(p, lr=1e-2, fused=True),
+    "ASGD": torch.optim.ASGD,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, centered=True, momentum=0.5),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, nesterov=True, weight_decay=0.1),
+}
+DECOMPOSED: dict[str, dict[str, Any]] = {
+    "mpo": {"decomposition": "mpo"},
+    "eigen": {"decomposition": "eigen", "options": {"block": 3}},
+}
+by_decomposition = pytest.mark.parametrize("decomposition", DECOMPOSED)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+# Whole stacks, and each site by itself
+
+
+def test_every_elementwise_optimizer_is_tried() -> None:
+    assert {kind.__name__ for kind in ELEMENTWISE} == {name.partition("-")[0] for name in ALL}
+
+
+@by_decomposition
+@pytest.mark.parametrize("name", ALL)
+def test_whole_stacks_train_as_each_site_by_itself(
+    name: str, decomposition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, over, optimizer = make(ALL[name], **DECOMPOSED[decomposition])
+    together = train(model, optimizer, range(STEPS))
+    assert all(group.is_joined for group in over.groups)
+    assert max(len(group.sites) for group in over.groups) == 2
+
+    monkeypatch.setattr("loraover.overparam.parameterization.ELEMENTWISE", ())
+    other, apart, optimizer = make(ALL[name], **DECOMPOSED[decomposition])
+    alone = train(other, optimizer, range(STEPS))
+    assert not any(group.is_joined for group in apart.groups)
+    # A fused optimizer fuses a multiplication and an addition where a vector of numbers is full, and rounds twice in
+    # the rest: some three roundings of 2^-24 in each of six steps, of numbers below one.
+    tolerance = 3 * STEPS * 2**-24 if name == "AdamW-fused" else 0.0
+    assert all((matrix - alone[key]).abs().max() <= tolerance for key, matrix in together.items())
+    assert tolerance or same(core_states(over), core_states(apart))
+
+
+@by_decomposition
+@pytest.mark.parametrize("build", [muon, adamw_8bit], ids=["muon", "adamw-8bit"])
+def test_an_optimizer_of_whole_matrices_sees_each_site(build: Callable[[Any], Any], decomposition: str) -> None:
+    _, over, _ = make(build, **DECOMPOSED[decomposition])
+    assert not any(group.is_joined for group in over.groups)
+
+
+def test_a_subclass_of_an_elementwise_optimizer_may_do_anything_and_sees_each_site() -> None:
+    _, over, _ = make(type("Mine", (AdamW,), {}))
+    assert not any(group.is_joined for group in over.groups)
+
+
+def step_without(model: Any, optimizer: Any, number: int, names: set[str]) -> None:
+    """A step in which some sites have no gradient."""
+    optimizer.zero_grad()
+    net_loss(model, number).backward()
+    for key, parameter in model.named_parameters():
+        if any(name in key for name in names):
+            parameter.grad = None
+    optimizer.step()
+
+
+@by_decomposition
+def test_a_site_without_a_gradient_is_skipped_and_splits_its_group(decomposition: str) -> None:
+    model, over, optimizer = make(lambda p: AdamW(p, lr=1e-2, weight_decay=0.5), **DECOMPOSED[decomposition])
+    train(model, optimizer, range(2))
+    before, states = lora_matrices(model), {name: over.injected[name] for name in ("second.lora_A", "third.lora_A")}
+    step_without(model, optimizer, 2, {"second.lora_A"})
+    after = lora_matrices(model)
+    # A refresh rewrites also what has no gradient, up to rounding; decay alone would move it by 0.5 %.
+    unmoved = [key for key, matrix in after.items() if (matrix - before[key]).abs().max() < 1e-6]
+    assert len(unmoved) == 1
+    assert "second.lora_A" in unmoved[0]
+    group, i = states["second.lora_A"]
+    other, j = states["third.lora_A"]
+    assert group is other
+    assert not group.is_joined
+    assert [float(group.core_state(group.centre, k)["step"]) for k in (i, j)] == [2.0, 3.0]
+    assert sum(group.is_joined for group in over.groups) == len(over.groups) - 1
+    train(model, optimizer, range(3, 5))
+    assert not any(torch.equal(matrix, after[key]) for key, matrix in lora_matrices(model).items())
+    over.finish()
+
+
+def test_a_group_whose_every_site_lacks_a_gradient_stays_together_and_at_rest() -> None:
+    model, over, optimizer = make()
+    train(model, optimizer, range(2))
+    before = lora_matrices(model)
+    step_without(model, optimizer, 2, {"lora_A"})
+    unmoved = {key for key, matrix in lora_matrices(model).items() if torch.equal(matrix, before[key])}
+    assert unmoved == {key for key in before if "lora_A" in key}
+    assert all(group.is_joined for group in over.groups)
+
+
+@by_decomposition
+def test_a_split_group_trains_as_if_it_had_never_been_whole(
+    decomposition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained() -> dict[str, Tensor]:
+        model, _, optimizer = make(**DECOMPOSED[decomposition])
+        train(model, optimizer, range(2))
+        step_without(model, optimizer, 2, {"second.lora_A", "first.lora_B"})
+        return train(model, optimizer, range(3, 6))
+
+    whole = trained()
+    monkeypatch.setattr("loraover.overparam.parameterization.ELEMENTWISE", ())
+    assert same(whole, trained())
+
+
+@by_decomposition
+def test_two_rates_divide_a_group_and_each_is_used(decomposition: str) -> None:
+    """LoRA+ steps B faster; here the matrices of two layers, which share a shape, differ."""
+
+    def run(rates: Mapping[str, float]) -> tuple[dict[str, Tensor], OverParameterization]:
+        model = tiny_net()
+        over = OverParameterization(model, LoraOverConfig(**DECOMPOSED[decomposition]))
+        named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+        groups = [{"params": [p for key, p in named if layer in key], "lr": rate} for layer, rate in rates.items()]
+        over.attach(optimizer := AdamW(groups))
+        return train(model, optimizer, range(3)), over
+
+    slow, _ = run({"first": 1e-3, "second": 1e-3, "third": 1e-3})
+    mixed, over = run({"first": 1e-3, "second": 1e-2, "third": 1e-3})
+    alone, _ = run({"first": 1e-3, "second": 1e-2, "third": 1e-2})
+    assert [[site.name for site in group.sites] for group in over.groups if len(group.sites) > 1] == []
+    assert all(group.is_joined for group in over.groups)
+    assert set(over.injected) == set(over.sites)
+    if decomposition == "eigen":
+        assert set(over.followers) == set(over.groups)
+    steps = {}
+    for key, matrix in mixed.items():
+        start = lora_matrices(tiny_net())[key]
+        steps[key] = float((matrix - start).norm() / (slow[key] - start).norm())
+    assert all(5 < ratio < 15 if "second" in key else 0.5 < ratio < 2 for key, ratio in steps.items())
+    assert not same(mixed, alone)
+
+
+def test_moments_and_their_steps_follow_a_group_that_is_divided() -> None:
+    """A second optimizer of the same class may group the matrices in another way."""
+    model, over, optimizer = make(decomposition="eigen")
+    train(model, optimizer, range(4))
+    states = {name: core_state(over, name) for name in over.sites}
+    follower = {name: over.followers[group].site_state(i) for name, (group, i) in over.injected.items()}
+    over.detach()
+    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    over.attach(AdamW([{"params": [p for key, p in named if ("second" in key) is second]} for second in (True, False)]))
+    assert max(len(group.sites) for group in over.groups) == 1
+    assert same({name: core_state(over, name) for name in over.sites}, states)
+    assert same({n: over.followers[group].site_state(i) for n, (group, i) in over.injected.items()}, follower)
+
+
+def core_state(over: OverParameterization, name: str) -> dict[str, Any]:
+    group, i = over.injected[name]
+    return {key: torch.as_tensor(value).clone() for key, value in group.core_state(group.centre, i).items()}
+
+
+def test_joining_what_is_joined_keeps_its_state() -> None:
+    model, over, optimizer = make()
+    train(model, optimizer, range(2))
+    before = core_states(over)
+    for group in over.groups:
+        group.join()
+    assert same(core_states(over), before)
+    assert any(before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"decomposition": "mpo"}, {"decomposition": "eigen", "options": {"block": 8}}], ids=str
+)
+def test_a_split_group_is_split_again_when_it_is_resumed(options: dict[str, Any], tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, config=LoraOverConfig(**options, seed=5), steps=0)
+    (left_out,) = (p for key, p in made.model.named_parameters() if "layers.0.self_attn.q_proj.lora_A" in key)
+
+    train_llama(made.model, made.optimizer, range(2))
+    left_out.requires_grad_(False)
+    train_llama(made.model, made.optimizer, range(2, 4))
+    left_out.requires_grad_(True)
+    assert sum(group.is_joined for group in made.over.groups) == len(made.over.groups) - 1
+    save(made.path, made.model, made.over, step=4)
+    again = reopened(made, lambda p: AdamW(p, lr=1e-2))
+    assert joined(again.over) == joined(made.over)
+    for each in (made, again):
+        train_llama(each.model, each.optimizer, range(4, 8))
+    assert same(cores_of(again.over), cores_of(made.over))
+    assert same(lora_matrices(again.model), lora_matrices(made.model))
+
+
+def joined(over: OverParameterization) -> dict[str, bool]:
+    return {name: group.is_joined for name, (group, _) in over.injected.items()}
+
+
+# Fingerprints
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def drawn(data: st.DataObject, dtype: torch.dtype) -> Tensor:
+    """Three matrices of 2 to 40 numbers, of which few differ, so that bits and values repeat."""
+    count = data.draw(st.integers(2, 40))
+    kind = data.draw(st.sampled_from(["normal", "signs", "powers"]))
+    values = normal(data.draw(SEEDS), 3, count, 1)
+    if kind == "signs":
+        values = values.sign()
+    if kind == "powers":
+        values = 2.0 ** (4 * values).round()
+    return values.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@given(data=st.data())
+@examples(100)
+def test_any_flipped_bit_is_noticed(dtype: torch.dtype, data: st.DataObject) -> None:
+    matrices = drawn(data, dtype)
+    bits = 8 * dtype.itemsize
+    at, bit = data.draw(st.integers(0, matrices[0].numel() - 1)), data.draw(st.integers(0, bits - 1))
+    changed = matrices.clone()
+    integers = changed.view(INTEGERS[dtype.itemsize])
+    integers[1].view(-1)[at] ^= -(2 ** (bits - 1)) if bit == bits - 1 else 2**bit
+    assert (fingerprints(changed) != fingerprints(matrices)).tolist() == [False, True, False]
+
+
+def changes(matrices: Tensor, i: int, j: int) -> dict[str, Tensor]:
+    """What a sum of bits alone would overlook."""
+    swapped, signs = matrices.clone(), matrices.clone()
+    swapped[1, [i, j]] = matrices[1, [j, i]]
+    signs[1, [i, j]] *= -1
+    return {"swapped": swapped, "signs": signs}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@given(data=st.data())
+@examples(100)
+def test_two_swapped_elements_and_two_flipped_signs_are_noticed(dtype: torch.dtype, data: st.DataObject) -> None:
+    matrices = drawn(data, dtype)
+    i, j = data.draw(st.lists(st.integers(0, matrices[0].numel() - 1), min_size=2, max_size=2, unique=True))
+    for changed in changes(matrices, i, j).values():
+        is_changed = not torch.equal(changed, matrices)
+        assert (fingerprints(changed) != fingerprints(matrices)).tolist() == [False, is_changed, False]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_weights_of_one_overlook_swapped_elements(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "_weights", lambda count, device: torch.ones(count, dtype=torch.int64))
+    matrices = normal(0, 3, 5).to(dtype)
+    assert torch.equal(fingerprints(changes(matrices, 1, 3)["swapped"]), fingerprints(matrices))
+
+
+def test_float64_numbers_read_as_one_integer_overlook_two_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bits are worth 2^63 each, times two odd weights: a multiple of 2^64."""
+    monkeypatch.setitem(fingerprint._INTEGER, 8, torch.int64)
+    matrices = normal(0, 3, 5)
+    assert torch.equal(fingerprints(changes(matrices, 1, 3)["signs"]), fingerprints(matrices))
+
+
+def test_fingerprints_depend_on_bits_alone() -> None:
+    zeros = torch.zeros(2, 3, 4)
+    zeros[1] *= -1
+    assert len(set(fingerprints(zeros).tolist())) == 2
+    nan = torch.full((1, 3, 4), torch.nan)
+    assert torch.equal(fingerprints(nan), fingerprints(nan.clone()))
+    strided = normal(0, 2, 4, 3).mT
+    assert torch.equal(fingerprints(strided), fingerprints(strided.contiguous()))
+    assert fingerprints(torch.zeros(2, 0, 4)).tolist() == [0, 0]  # a process's share of a small matrix
+
+
+# An accelerator's late answer
+
+
+class Accelerator(LateAnswer):
+    """As on an accelerator: what is asked now is answered when the next question comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_its_way: list[list[bool]] | None = None
+
+    def ask(self, differs: Any) -> list[list[bool]] | None:
+        before, self.on_its_way = self.on_its_way, [flags.tolist() for flags in differs]
+        return before if before is not None and any(map(any, before)) else None
+
+    def settle(self) -> list[list[bool]] | None:
+        before, self.on_its_way = self.on_its_way, None
+        return before if before is not None and any(map(any, before)) else None
+
+
+def late(**config: Any) -> tuple[Any, OverParameterization, Any]:
+    model, over, optimizer = make(**config)
+    over._late = Accelerator()
+    train(model, optimizer, range(2))
+    return model, over, optimizer
+
+
+def test_a_changed_matrix_is_named_one_step_late() -> None:
+    model, over, optimizer = late()
+    over.sites["second.lora_B"].parameter.data.mul_(2)
+    train(model, optimizer, range(2, 3))
+    with pytest.raises(ConfigError, match=r"first second\.lora_B, were changed outside"):
+        train(model, optimizer, range(3, 4))
+
+
+ASKING: dict[str, Callable[[OverParameterization, Any, Path], Any]] = {
+    "save": lambda over, model, folder: (model.save_pretrained(folder), write_checkpoint(folder, over, step=2)),
+    "finish": lambda over, model, folder: over.finish(),
+    "inject": lambda over, model, folder: over.inject(["first.lora_A"]),
+    "check": lambda over, model, folder: over.check_unchanged(),
+}
+
+
+@pytest.mark.parametrize("when", ["before the step", "after the step"])
+@pytest.mark.parametrize("asking", ASKING)
+def test_saving_finishing_and_injecting_ask_at_once(asking: str, when: str, tmp_path: Path) -> None:
+    """A matrix changed since the last step, and one that the last step has overwritten meanwhile."""
+    model, over, optimizer = late(sites=["second.*", "third.*", "first.lora_B"])
+    over.sites["second.lora_B"].parameter.data.mul_(2)
+    if when == "before the step":
+        train(model, optimizer, range(2, 3))
+    with pytest.raises(ConfigError, match=r"first second\.lora_B, were changed outside"):
+        ASKING[asking](over, model, tmp_path)
+
+
+def test_adopting_matrices_forgets_the_question() -> None:
+    model, over, optimizer = late()
+    over.sites["second.lora_B"].parameter.data.mul_(2)
+    assert over.adopt_matrices() == ["second.lora_B"]
+    train(model, optimizer, range(2, 5))
+    over.finish()
+
+
+def test_the_answer_of_an_unchanged_run_is_no() -> None:
+    model, over, optimizer = late()
+    train(model, optimizer, range(2, 6))
+    over.finish()
+
+
+def test_a_processor_answers_at_once() -> None:
+    answer = LateAnswer()
+    assert answer.ask([torch.tensor([False, False])]) is None
+    assert answer.ask([torch.tensor([False]), torch.tensor([False, True])]) == [[False], [False, True]]
+    assert answer.ask([]) is None
+    assert answer.settle() is None
+
+
+def test_a_device_that_answers_late_is_read_at_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags' own path, by tensors that claim to be elsewhere."""
+    asked = fingerprint._ask([torch.tensor([False, True]), torch.tensor([False])])
+    assert fingerprint._read(asked) == [[False, True], [False]]
+    assert fingerprint._read(fingerprint._ask([torch.tensor([False])])) is None
+
+
+# Cores that are renewed
+
+
+def test_renewed_cores_keep_their_bases_and_take_up_the_matrix() -> None:
+    model, over, optimizer = make(decomposition="eigen", options={"block": 3})
+    train(model, optimizer, range(6))
+    group, i = over.injected["second.lora_B"]
+    bases = [stack.clone() for k, stack in enumerate(group.stacks) if k != group.centre]
+    target = normal(3, *group.shape).float()
+    over.sites["second.lora_B"].parameter.data.copy_(target)
+    over.adopt_matrices()
+    assert same([stack for k, stack in enumerate(group.stacks) if k != group.centre], bases)
+    assert (group.contract()[i] - target).abs().max() < 1e-5
+    assert group.core_state(group.centre, i) == {}
+    train(model, optimizer, range(6, 9))
+    over.finish()
+
+
+def test_a_group_is_a_key_of_its_own() -> None:
+    over = OverParameterization(tiny_net())
+    assert len(dict.fromkeys(over.groups)) == len(over.groups)
+    assert all(isinstance(group, CoreGroup) for group in over.groups)
