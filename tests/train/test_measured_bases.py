@@ -22,7 +22,7 @@ from loraover.overparam.sites import lora_layers
 
 from oracles.contraction import Array
 from support.hooked_run import same
-from support.tiny_models import lora_matrices, net_loss, tiny_llama, tiny_net, token_ids, trainable, with_lora
+from support.tiny_models import lora_matrices, tiny_llama, tiny_net, token_ids, trainable, with_lora
 
 MEASURED = {"short": "calibration", "long": "calibration", "block": 16}
 BATCHES = [{"input_ids": batch, "labels": batch} for batch in (token_ids(seed) for seed in range(3))]
@@ -45,7 +45,7 @@ def measured(model: Any, batches: Any = BATCHES, **options: Any) -> OverParamete
 
 
 class Recorded:
-    """Inputs and gradients of outputs of each LoRA layer, (tokens, features) float64, as PyTorch's own hooks see them."""
+    """Inputs and output gradients of each LoRA layer, (tokens, features) float64, as PyTorch's own hooks see them."""
 
     def __init__(self, model: Any, batches: Any) -> None:
         self.inputs: dict[str, list[Array]] = {}
@@ -135,12 +135,9 @@ def test_bases_diagonalise_the_covariances_of_inputs_and_of_output_gradients(mod
     assert_diagonalises(columns, c_in, division_in)
     assert_diagonalises(rows, c_out, division_out)
     # The sides of length r: B^T C_out B for A, A C_in A^T for B, with the covariances' diagonal blocks.
-    assert_diagonalises(
-        basis_of(over, f"{name}.lora_A", "rows")[0], b.T @ kept(c_out, division_out) @ b, Blocks(1, 4, 1)
-    )
-    assert_diagonalises(
-        basis_of(over, f"{name}.lora_B", "columns")[0], a @ kept(c_in, division_in) @ a.T, Blocks(1, 4, 1)
-    )
+    whole = Blocks(1, 4, 1)
+    assert_diagonalises(basis_of(over, f"{name}.lora_A", "rows")[0], b.T @ kept(c_out, division_out) @ b, whole)
+    assert_diagonalises(basis_of(over, f"{name}.lora_B", "columns")[0], a @ kept(c_in, division_in) @ a.T, whole)
 
 
 def kept(moment: Array, division: Blocks) -> Array:
@@ -163,6 +160,7 @@ def test_where_b_is_zero_its_gradient_stands_for_it() -> None:
 
 def test_the_function_and_everything_else_of_the_model_stay_as_they_are() -> None:
     model = llama(lora_dropout=0.5)
+    model.eval()
     before, random = lora_matrices(model), torch.get_rng_state()
     measured(model)
     for key, matrix in lora_matrices(model).items():
@@ -189,11 +187,9 @@ def test_what_reads_one_input_shares_its_basis_in_memory_and_in_the_checkpoint(t
     found = read_checkpoint(tmp_path)
     keys = {record.core_key(2) for record in found.meta.sites if record.name.endswith("lora_A")}
     assert len(keys) == len(owners)
-    assert {len(record.shares) for record in found.meta.sites if record.name.endswith(("o_proj.lora_A", "lora_B"))} == {
-        0
-    }
-    alone = sum(over.decomposition.gauge_numbers(*site.shape) for site in over.sites.values())
-    assert over.gauge_numbers() < alone
+    alone = ("o_proj.lora_A", "down_proj.lora_A", "lora_B")
+    assert {len(record.shares) for record in found.meta.sites if record.name.endswith(alone)} == {0}
+    assert over.gauge_numbers() < sum(over.decomposition.gauge_numbers(*site.shape) for site in over.sites.values())
 
 
 def test_trained_bases_are_not_shared() -> None:
@@ -409,14 +405,39 @@ def test_a_side_that_no_batch_reached_keeps_the_identity() -> None:
     net = tiny_net()
     config = LoraOverConfig(decomposition="eigen", options=MEASURED)
 
-    def loss(model: Any, batch: int) -> Tensor:
-        return (
-            net_loss(model.get_base_model().first, batch)
-            if batch < 0
-            else model.get_base_model().first(torch.ones(3, 6)).square().mean()
-        )
+    def loss(model: Any, x: Tensor) -> Tensor:
+        hidden: Tensor = model.get_base_model().first(x)
+        return hidden.square().mean()
 
-    over = OverParameterization(net, config, probe=Probe(net, [0, 1], loss))
+    over = OverParameterization(net, config, probe=Probe(net, [torch.ones(3, 6)], loss))
     basis, _ = basis_of(over, "third.lora_A", "columns")
     assert torch.equal(basis, torch.eye(8))
     assert not torch.equal(basis_of(over, "first.lora_B", "rows")[0], torch.eye(8))
+
+
+def test_a_quantised_base_is_measured_as_it_computes() -> None:
+    """4-bit weights: covariances are of activations, and need no weight."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = tiny_llama(hidden_size=64, intermediate_size=64)
+    try:
+        for name, linear in list(base.named_modules()):
+            if isinstance(linear, nn.Linear) and name != "lm_head":
+                quantised = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+                )
+                quantised.load_state_dict(linear.state_dict())
+                base.set_submodule(name, quantised.to("cpu"))
+        base(token_ids())
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        pytest.skip(f"bitsandbytes has no 4-bit layers on this CPU: {error}")
+    model = with_lora(base, task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    recorded = Recorded(model, BATCHES)
+    over = measured(model)
+    for kind, side in (("A", "columns"), ("B", "rows")):
+        basis, division = basis_of(over, f"{LAYER}.q_proj.lora_{kind}", side)
+        assert_diagonalises(basis, recorded.covariance(f"{LAYER}.q_proj", kind), division)
+    over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
+    before = lora_matrices(model)
+    model(**BATCHES[0]).loss.backward()
+    optimizer.step()
+    assert not any(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
