@@ -83,7 +83,7 @@ class CoreGroup:
         shared = self.decomposition.shareable(*self.shape)
         if share == 1 or not shared:
             return self
-        stacks = [stack[::share] if k in shared else stack for k, stack in enumerate(self.stacks)]
+        stacks = [stack[::share].contiguous() if k in shared else stack for k, stack in enumerate(self.stacks)]
         return CoreGroup(self.sites, self.decomposition, stacks, self.step)
 
     def divided(self, parts: Sequence[Sequence[int]]) -> list[CoreGroup]:
