@@ -47,10 +47,10 @@ def make_decomposition(name: str, options: Mapping[str, Any] | None = None) -> D
 
 def _fault(fault: ErrorDetails) -> str:
     """Describe a fault: the option, what was found and what was expected."""
-    option, *within = fault["loc"][1:]  # behind the decomposition's name
-    place = str(option) + "".join(f"[{key}]" for key in within if key != "[key]")
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])  # the sentence of our own validator
+    option, *within = fault["loc"][1:]  # behind the decomposition's name
+    place = str(option) + "".join(f"[{key}]" for key in within if key != "[key]")
     if fault["type"] == "unexpected_keyword_argument":
         return f"{place!r} is not an option"
     return f"{place} is {fault['input']!r:.80}, but {fault['msg'].removeprefix('Input ')}"

@@ -1,0 +1,228 @@
+"""Bases in several processes: rank 0's, so that processes stay equal bit for bit, with DDP and with FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint, write_checkpoint
+from loraover.checkpoint.resume import restore
+from loraover.overparam import covariances, eigenbases
+from loraover.overparam.sharding import full, local, trainable_state_dict
+
+from support.parallel_run import STEPS, cores, deviation, equal, fresh, loss, model, share, train
+from support.processes import in_two_processes
+from support.tiny_models import trainable
+
+pytestmark = pytest.mark.process
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gradient": {"block": 3, "growth": 1},
+    "calibration": {"short": "calibration", "long": "calibration", "block": 3},
+    "both": {"long": "calibration", "growth": 1, "refresh": 2},
+}
+by_source = pytest.mark.parametrize("source", OPTIONS)
+
+# As in test_eigen: directions that are off by 1e-8 of each other, over fewer steps.
+TOLERANCE = 1e-9
+
+
+def config(source: str) -> LoraOverConfig:
+    return LoraOverConfig(decomposition="eigen", options=OPTIONS[source])
+
+
+def sharded(net: Any) -> Any:
+    for layer in (net.get_base_model().first, net.get_base_model().second):
+        fully_shard(layer)
+    return fully_shard(net)
+
+
+def ddp_run(rank: int, source: str, micro_batches: int = 1) -> dict[str, Any]:
+    wrapped = DistributedDataParallel(model())
+    return train(
+        wrapped,
+        config(source),
+        rank=rank,
+        world=2,
+        micro_batches=micro_batches,
+        accumulate=lambda is_last: nullcontext() if is_last else wrapped.no_sync(),
+    )
+
+
+def fsdp_run(rank: int, source: str, micro_batches: int = 1) -> dict[str, Any]:
+    net = sharded(model())
+
+    @contextmanager
+    def accumulate(is_last: bool) -> Iterator[None]:
+        net.set_requires_gradient_sync(is_last)
+        yield
+
+    return train(net, config(source), rank=rank, world=2, micro_batches=micro_batches, accumulate=accumulate)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@by_source
+def test_two_processes_train_as_one_does_at_their_global_batch(
+    source: str, kind: str, micro_batches: int, tmp_path: Path
+) -> None:
+    alone = train(model(), config(source), micro_batches=micro_batches)
+    work = ddp_run if kind == "ddp" else fsdp_run
+    first, second = in_two_processes(lambda rank: work(rank, source, micro_batches), tmp_path)
+    assert equal(first["matrices"], second["matrices"])
+    assert equal(first["cores"], second["cores"])
+    assert deviation(first["matrices"], alone["matrices"]) < TOLERANCE
+    start = {name: matrix.detach() for name, matrix in model().named_parameters() if "lora_" in name}
+    assert all((matrix - start[name]).abs().max() > 1e-2 for name, matrix in alone["matrices"].items())
+
+
+def disagreeing(rank: int) -> None:
+    """Eigenvectors whose signs, and of two nearly equal ones the order, are not those of the other process."""
+
+    def changed(vectors: Tensor) -> Tensor:
+        signs = torch.where(torch.arange(vectors.shape[-1]) % 2 == 0, 1.0, -1.0).to(vectors.dtype)
+        return vectors * signs if rank == 1 else vectors
+
+    def iterated(*args: Any) -> tuple[Tensor, Tensor]:
+        new, order = next_eigenvectors(*args)
+        if rank == 1 and new.shape[-1] > 1:
+            places = [1, 0, *range(2, new.shape[-1])]
+            new, order = new[..., places], order[..., places]
+        return changed(new), order
+
+    eigenvectors, next_eigenvectors = eigenbases.eigenvectors, eigenbases.next_eigenvectors
+    eigenbases.eigenvectors = lambda *args: changed(eigenvectors(*args))  # type: ignore[attr-defined]
+    covariances.eigenvectors = lambda *args: changed(eigenvectors(*args))  # type: ignore[attr-defined]
+    eigenbases.next_eigenvectors = iterated  # type: ignore[attr-defined]
+
+
+@by_source
+def test_processes_whose_eigenvectors_differ_stay_equal(source: str, tmp_path: Path) -> None:
+    """Each process is a fork, so that what is changed in it stays there."""
+
+    def work(rank: int) -> dict[str, Any]:
+        disagreeing(rank)
+        return ddp_run(rank, source)
+
+    first, second = in_two_processes(work, tmp_path)
+    assert equal(first["cores"], second["cores"])
+    assert equal(first["matrices"], second["matrices"])
+
+
+@by_source
+def test_bases_that_each_process_keeps_to_itself_are_noticed(source: str, tmp_path: Path) -> None:
+    def work(rank: int) -> dict[str, Any]:
+        disagreeing(rank)
+        for module in (eigenbases, covariances):
+            module.of_first_process = lambda tensor, device=None: tensor  # type: ignore[attr-defined]
+        return ddp_run(rank, source)
+
+    first, second = in_two_processes(work, tmp_path)
+    assert not equal(first["cores"], second["cores"])
+
+
+def test_an_order_that_each_process_keeps_to_itself_is_noticed(tmp_path: Path) -> None:
+    """Bases are rank 0's, but squares stay where this process sorted them."""
+
+    def work(rank: int) -> dict[str, Any]:
+        disagreeing(rank)
+        sent = eigenbases.of_first_process
+
+        def mutant(tensor: Tensor, device: Any = None) -> Tensor:
+            is_order = bool((tensor.sum(-1) == 1).all() & ((tensor == 0) | (tensor == 1)).all())
+            kept = tensor.clone()  # a message is received into the tensor itself
+            found = sent(tensor, device)
+            return kept if is_order else found
+
+        eigenbases.of_first_process = mutant  # type: ignore[attr-defined]
+        return ddp_run(rank, "gradient")
+
+    first, second = in_two_processes(work, tmp_path)
+    assert not equal(first["cores"], second["cores"])
+
+
+def test_only_a_refresh_sends_more_than_plain_lora(tmp_path: Path) -> None:
+    once = LoraOverConfig(decomposition="eigen", options={"refresh": 3, "growth": None})
+
+    def work(rank: int) -> list[dict[str, Any]]:
+        nets = [DistributedDataParallel(model()) for _ in range(2)]
+        return [train(net, each, rank=rank, world=2) for net, each in zip(nets, (None, once), strict=True)]
+
+    plain, over = in_two_processes(work, tmp_path)[0]
+    more = [len(b) - len(a) for a, b in zip(plain["messages"], over["messages"], strict=True)]
+    assert more[2] > 0
+    assert [count for step, count in enumerate(more) if step != 2] == [0] * (STEPS - 1)
+    assert over["messages_before"] == []
+
+
+@by_source
+def test_a_sharded_run_is_resumed_bit_for_bit(source: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+
+    def step(net: Any, optimizer: torch.optim.Optimizer, rank: int, seed: int) -> float:
+        found = loss(net, share(seed, rank, 2))
+        found.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        return found.item()
+
+    def work(rank: int) -> dict[str, Any]:
+        net = sharded(model())
+        probe = Probe(net, [share(100, 0, 1)], loss)
+        over = OverParameterization(net, config(source), probe=probe)
+        over.attach(optimizer := torch.optim.AdamW(trainable(net)))
+        for seed in range(3):
+            step(net, optimizer, rank, seed)
+        state = trainable_state_dict(net)
+        if rank == 0:
+            net.save_pretrained(folder, state_dict=state)
+            write_checkpoint(folder, over, step=3)
+        distributed.barrier()
+        losses = [step(net, optimizer, rank, seed) for seed in range(3, 8)]
+
+        again = sharded(PeftModel.from_pretrained(fresh("all").unload(), folder, is_trainable=True))
+        resumed = OverParameterization(again, config(source), inject=False)
+        restore(resumed, read_checkpoint(folder))
+        resumed.attach(optimizer := torch.optim.AdamW(trainable(again)))
+        return {
+            "losses": losses,
+            "resumed": [step(again, optimizer, rank, seed) for seed in range(3, 8)],
+            "cores": [cores(over), cores(resumed)],
+        }
+
+    for found in in_two_processes(work, tmp_path / "results"):
+        assert found["resumed"] == found["losses"]
+        assert equal(*found["cores"])
+
+
+def test_a_matrix_that_changed_in_one_process_is_adopted_in_its_bases_by_both(tmp_path: Path) -> None:
+    def work(rank: int) -> dict[str, Any]:
+        net = sharded(model())
+        over = OverParameterization(net, config("gradient"))
+        over.attach(optimizer := torch.optim.AdamW(trainable(net)))
+        for seed in range(3):
+            loss(net, share(seed, rank, 2)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        site = over.sites["second.lora_B"]
+        if rank == 1:
+            with torch.no_grad():
+                local(site.parameter).add_(1)
+        written = full(site.parameter.detach()).clone()
+        names = over.adopt_matrices()
+        over.check_unchanged()
+        return {"names": names, "written": written, "adopted": full(site.parameter.detach()), "cores": cores(over)}
+
+    first, second = in_two_processes(work, tmp_path)
+    assert first["names"] == second["names"] == ["second.lora_B"]
+    assert equal(first["cores"], second["cores"])
+    assert deviation({"": first["adopted"]}, {"": first["written"]}) < 1e-12

@@ -1,0 +1,339 @@
+"""Eigen with input and with optimizers that it cannot use: refused, warned of, or without effect on its statistics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from loraover import Budget, LoraOverConfig, OverParameterization, Probe
+from loraover.common.errors import ConfigError
+from loraover.common.threads import one_thread
+from loraover.overparam import eigenbases
+from loraover.overparam.decompositions import make_decomposition
+from loraover.overparam.optimizers import BLIND, ROTATED
+
+from support.hooked_run import make, ordinary_step, same, train
+from support.optimizers import adagrad, adamw_8bit, muon
+from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable, with_lora
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refresh": 0}, r"eigen: refresh is 0, but should be greater than or equal to 1"),
+        ({"refresh": -3}, r"refresh is -3"),
+        ({"refresh": 2.5}, r"refresh is 2\.5"),
+        ({"refresh": True}, r"refresh is True"),
+        ({"block": 0}, r"eigen: block is 0, but should be greater than or equal to 1"),
+        ({"block": 5000}, r"block is 5000, but should be less than or equal to 4096"),
+        ({"block": "64"}, r"block is '64'"),
+        ({"growth": 0.5}, r"eigen: growth is 0\.5, but should be greater than or equal to 1"),
+        ({"growth": 0}, r"growth is 0"),
+        ({"growth": float("nan")}, r"growth is nan"),
+        ({"growth": float("inf")}, r"growth is inf"),
+        ({"growth": "1.5"}, r"growth is '1\.5'"),
+        ({"growth": True}, r"growth is True"),
+        ({"decay": 1.0}, r"decay is 1\.0, but should be less than 1"),
+        ({"decay": -0.1}, r"decay is -0\.1"),
+        ({"decay": "0.9"}, r"decay is '0\.9'"),
+        ({"short": "both"}, r"short is 'both', but should be 'gradient', 'calibration' or 'none'"),
+        ({"long": None}, r"long is None"),
+        ({"second_moments": "squared"}, r"second_moments is 'squared', but should be 'kept' or 'carried'"),
+        ({"train_auxiliary": True}, r"train_auxiliary needs bases that do not follow gradients"),
+        ({"train_auxiliary": True, "short": "calibration"}, r"train_auxiliary needs bases that do not follow"),
+        ({"blocks": 64}, r"'blocks' is not an option"),
+        ({"refresh": 0, "block": 0, "growth": 0}, r"block is 0.*refresh is 0.*growth is 0"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_decomposition("eigen", options)
+    with pytest.raises(ValueError, match=message):
+        LoraOverConfig(decomposition="eigen", options=options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"refresh": 1}, {"block": 1}, {"block": 4096}, {"growth": 1}, {"growth": None}, {"growth": 1000}, {"decay": 0}],
+    ids=str,
+)
+def test_the_ends_of_a_range_train(options: dict[str, Any]) -> None:
+    model, over, optimizer = make(decomposition="eigen", options=options)
+    before = lora_matrices(model)
+    after = train(model, optimizer, range(4))
+    assert all(bool(matrix.isfinite().all()) for matrix in after.values())
+    assert not any(torch.equal(matrix, before[key]) for key, matrix in after.items())
+    over.finish()
+
+
+def test_a_budget_of_parameters_is_refused_as_it_adds_none() -> None:
+    config = LoraOverConfig(decomposition="eigen", schedule="static", budget=Budget(parameters=100))
+    message = r"budget\.parameters counts trained numbers, of which eigen adds none; give budget\.sites or"
+    with pytest.raises(ConfigError, match=message):
+        OverParameterization(tiny_net(), config, probe=Probe(tiny_net(), [0], net_loss))
+
+
+@pytest.mark.parametrize("budget", [Budget(sites=2), Budget(fraction=0.34)], ids=["sites", "fraction"])
+def test_budgets_of_sites_choose(budget: Budget) -> None:
+    model = tiny_net()
+    config = LoraOverConfig(decomposition="eigen", schedule="static", budget=budget, quota="global")
+    over = OverParameterization(model, config, probe=Probe(model, [0, 1], net_loss))
+    assert len(over.injected) == 2
+    assert over.schedule.rounds[0].added == 0
+
+
+def test_trained_bases_count_in_a_budget_of_parameters() -> None:
+    model = tiny_net()
+    options = {"short": "calibration", "long": "calibration", "train_auxiliary": True}
+    config = LoraOverConfig(
+        decomposition="eigen", options=options, schedule="static", budget=Budget(parameters=100), quota="global"
+    )
+    over = OverParameterization(model, config, probe=Probe(model, [0, 1], net_loss))
+    cores, matrices = over.num_parameters()
+    assert 0 < cores - matrices <= 100
+
+
+# Gradients that are not finite
+
+
+def moments(over: OverParameterization) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name, (group, i) in over.injected.items()
+        for key, value in over.followers[group].site_state(i).items()
+        if key != "counts"
+    } | {f"{name}.seen": over.followers[group].seen[i].clone() for name, (group, i) in over.injected.items()}
+
+
+def auxiliary(over: OverParameterization) -> list[Tensor]:
+    """Copies of the bases."""
+    return [stack.clone() for group in over.groups for k, stack in enumerate(group.stacks) if k != group.centre]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "in-one-site"])
+def test_gradients_that_are_not_finite_count_for_nothing(value: float, everywhere: bool) -> None:
+    model, over, optimizer = make(decomposition="eigen", options={"refresh": 100})
+    train(model, optimizer, range(3))
+    before = moments(over), auxiliary(over)
+    chosen = trainable(model) if everywhere else trainable(model)[:1]
+    net_loss(model, 3).backward()
+    for parameter in chosen:
+        assert parameter.grad is not None
+        parameter.grad[0, 0] = value
+    optimizer.step()
+    assert same([moments(over), auxiliary(over)], list(before))
+    assert all(bool(value.isfinite().all()) for value in moments(over).values())
+
+
+@pytest.mark.parametrize("gradient", [torch.nan, 0.0], ids=str)
+def test_a_refresh_after_such_a_step_keeps_bases_orthogonal(gradient: float) -> None:
+    """Also where nothing has been seen yet."""
+    model, over, optimizer = make(lambda p: SGD(p, lr=0.0), decomposition="eigen", options={"growth": 1, "block": 3})
+    for step in range(4):
+        ordinary_step(model, optimizer, step) if step == 2 else None
+        for parameter in trainable(model):
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+    for group in over.groups:
+        cores = [stack.double() for stack in group.stacks]
+        assert over.decomposition.departure(cores, *group.shape) < 1e-5  # type: ignore[attr-defined]
+
+
+def test_a_step_that_a_fused_optimizer_skips_counts_for_nothing() -> None:
+    model, over, optimizer = make(lambda p: AdamW(p, lr=1e-2, fused=True), decomposition="eigen")
+    train(model, optimizer, range(3))
+    before, steps = moments(over), [follower.steps for follower in over.followers.values()]
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
+    ordinary_step(model, optimizer, 3)
+    del optimizer.grad_scale, optimizer.found_inf
+    assert same(moments(over), before)
+    assert [follower.steps for follower in over.followers.values()] == steps
+
+
+def test_a_closure_that_is_called_twice_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(AdamW):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
+    monkeypatch.setattr("loraover.overparam.parameterization.ROTATED", (AdamW, Twice))
+
+    def run(kind: Any, closure: bool) -> dict[str, Tensor]:
+        model, over, optimizer = make(lambda p: kind(p, lr=0.0), decomposition="eigen")
+        for step in range(3):
+
+            def evaluate(step: int = step) -> float:
+                optimizer.zero_grad()
+                loss = net_loss(model, step)
+                loss.backward()
+                return float(loss.detach())
+
+            optimizer.step(evaluate) if closure else (evaluate(), optimizer.step())
+        return {key: value for key, value in moments(over).items() if ".seen" in key or ".moment" in key}
+
+    once, twice = run(AdamW, closure=False), run(Twice, closure=True)
+    assert same(once, twice)
+    assert all(int(value) == 3 for key, value in twice.items() if ".seen" in key)
+
+
+# Optimizers
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, logger="loraover")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "loraover"]
+
+
+ROTATABLE: dict[str, Callable[[Any], Any]] = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "AdamW": lambda p: AdamW(p, lr=1e-2),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=1e-2),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, centered=True, momentum=0.5),
+    "Adagrad": lambda p: adagrad(p, lr=1e-2),
+}
+FIXED: dict[str, Callable[[Any], Any]] = {
+    "AdamW8bit": adamw_8bit,
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "Adamax": torch.optim.Adamax,
+    "Rprop": torch.optim.Rprop,
+    "ASGD": torch.optim.ASGD,
+    "Adadelta": torch.optim.Adadelta,
+    "Mine": lambda p: type("Mine", (AdamW,), {})(p, lr=1e-2),
+}
+BLIND_ONES: dict[str, Callable[[Any], Any]] = {
+    "SGD": lambda p: SGD(p, lr=1e-1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "Muon": lambda p: muon(p, lr=1e-2),
+}
+
+
+def test_the_tables_of_optimizers_are_complete() -> None:
+    assert {kind.__name__ for kind in ROTATED} == set(ROTATABLE)
+    assert set(BLIND) == set(BLIND_ONES)
+
+
+@pytest.mark.parametrize("name", ROTATABLE)
+def test_bases_follow_where_the_state_can_be_turned(name: str, warned: Callable[[], list[str]]) -> None:
+    model, over, optimizer = make(ROTATABLE[name], decomposition="eigen", options={"growth": 1})
+    train(model, optimizer, range(5))
+    assert warned() == []
+    assert all(bool(started.all()) for follower in over.followers.values() for started in follower.started.values())
+    for group in over.groups:
+        for key, value in group.core_state(group.centre, 0).items():
+            known = eigenbases.LINEAR | eigenbases.SQUARED
+            assert key in known or not isinstance(value, Tensor) or value.shape != group.shape, key
+            assert key not in eigenbases.SQUARED or bool((value >= 0).all())
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_bases_stay_and_a_warning_says_so_where_the_state_cannot(name: str, warned: Callable[[], list[str]]) -> None:
+    model, over, optimizer = make(FIXED[name], decomposition="eigen", options={"growth": 1})
+    (message,) = warned()
+    assert message.startswith(f"{name} keeps state that cannot be turned into another basis, so bases do not follow")
+    before = auxiliary(over)
+    train(model, optimizer, range(4))
+    assert same(auxiliary(over), before)
+    over.finish()
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_measured_bases_need_no_turning(name: str, warned: Callable[[], list[str]]) -> None:
+    model = tiny_net()
+    options = {"short": "calibration", "long": "calibration"}
+    config = LoraOverConfig(decomposition="eigen", options=options)
+    over = OverParameterization(model, config, probe=Probe(model, [0, 1], net_loss))
+    over.attach(optimizer := FIXED[name](trainable(model)))
+    train(model, optimizer, range(2))
+    assert warned() == []
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_later_round_stops_its_bases_as_well(name: str, warned: Callable[[], list[str]]) -> None:
+    """Those that get cores once the optimizer is attached."""
+    model = tiny_net()
+    config = LoraOverConfig(decomposition="eigen", options={"growth": 1}, sites=["first.*"])
+    over = OverParameterization(model, config)
+    over.attach(optimizer := FIXED[name](trainable(model)))
+    train(model, optimizer, range(2))
+    over.inject(["second.lora_A", "second.lora_B", "third.lora_B"], step=2)
+    assert len(warned()) == 2
+    before = auxiliary(over)
+    train(model, optimizer, range(2, 5))
+    assert same(auxiliary(over), before)
+
+
+@pytest.mark.parametrize("name", BLIND_ONES)
+def test_an_optimizer_that_every_basis_is_alike_to_is_warned_of(name: str, warned: Callable[[], list[str]]) -> None:
+    model, _, optimizer = make(BLIND_ONES[name], decomposition="eigen", options={"growth": 1})
+    assert warned() == [f"{name} takes the same step in every basis, so decomposition eigen changes nothing with it"]
+    matrices = train(model, optimizer, range(5))
+    plain, _, other = make(BLIND_ONES[name], decomposition="eigen", options={"short": "none", "long": "none"})
+    expected = train(plain, other, range(5))
+    # Rotated to and fro in float32; Muon's products are of bfloat16.
+    tolerance = 1e-5 if name == "SGD" else 2e-2
+    assert all((matrix - expected[key]).abs().max() < tolerance for key, matrix in matrices.items())
+
+
+def test_other_decompositions_are_not_warned_of(warned: Callable[[], list[str]]) -> None:
+    make(BLIND_ONES["SGD"])
+    make(FIXED["Rprop"])
+    assert warned() == []
+
+
+# Precision of a turn
+
+
+def test_a_turn_is_made_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However low a precision is asked for, and under autocast: Z is turned, and M must stay what it is."""
+    seen = []
+    turn = eigenbases.turn
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return turn(*args, **options)
+
+    def run(*, lower: bool) -> dict[str, Tensor]:
+        torch.set_float32_matmul_precision("medium" if lower else "highest")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(256, 256))
+        model = with_lora(net, target_modules=["0"], r=64)
+        config = LoraOverConfig(decomposition="eigen", options={"growth": 1})
+        optimizer = AdamW(trainable(model), lr=1e-3)
+        over = OverParameterization(model, config).attach(optimizer)
+        for step in range(5):
+            for i, parameter in enumerate(trainable(model)):
+                generator = torch.Generator().manual_seed(10 * step + i)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+                optimizer.step()
+        trainable(model)[0].data.mul_(2)
+        assert over.adopt_matrices()
+        return lora_matrices(model)
+
+    expected = run(lower=False)
+    monkeypatch.setattr(eigenbases, "turn", watched)
+    try:
+        found = run(lower=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("highest", False)}
+    assert same(found, expected)
