@@ -73,8 +73,8 @@ class LoraOverConfig(BaseModel):
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of the decomposition by name, e.g. {num_cores: 3, expansion: 1.5}. mpo: num_cores, modes, "
-        "bonds, expansion, gauge; chain: depth, expansion; svd: none; eigen: short, long, block, refresh, growth, decay, "
-        "second_moments, train_auxiliary.",
+        "bonds, expansion, gauge; chain: depth, expansion; svd: none; eigen: short, long, block, refresh, growth, "
+        "decay, second_moments, train_auxiliary.",
     )
     sites: list[str] = Field(
         default=["*"],

@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from oracles.contraction import Array
 
@@ -179,7 +181,9 @@ class EigenAdamW:
         return _diagonal(carriers)
 
 
-def qr_iteration(moment: Array, vectors: Array, *, ordered: bool = True) -> tuple[Array, Array, Array]:
+def qr_iteration(
+    moment: Array, vectors: Array, *, ordered: bool = True
+) -> tuple[Array, npt.NDArray[np.integer[Any]], Array]:
     """Algorithm 4: next eigenvectors, the order that the present ones were put in first, and their eigenvalues.
 
     The paper's listing does not order them; its authors' implementation does (`get_orthogonal_matrix_QR`).

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraover.overparam.block_bases import Side
 from loraover.overparam.decompositions import DECOMPOSITIONS, Eigen, Mpo
 
 from oracles.contraction import Array, chain_matrix, eigen_matrix, mpo_matrix, svd_matrix
@@ -55,7 +56,8 @@ def natural_cores(case: Case, cores: Sequence[Tensor]) -> list[list[Array]]:
 def _with_identities(case: Case, eigen: Eigen, cores: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[int, ...]]]:
     """Blocks of U, the centre and blocks of V, with an identity for a side that has no basis."""
     found, shapes = list(cores), [tuple(core.shape[1:]) for core in cores]
-    for side, length, end in (("rows", case.m, 0), ("columns", case.n, len(cores))):
+    sides: list[tuple[Side, int, int]] = [("rows", case.m, 0), ("columns", case.n, len(cores))]
+    for side, length, end in sides:
         if eigen.basis_core(side, case.m, case.n) is None:
             at = min(end, len(found))
             found.insert(at, torch.eye(length).expand(len(cores[0]), length, length))

@@ -100,7 +100,7 @@ def test_nothing_dense_is_made_of_a_long_side(shape: tuple[int, int]) -> None:
     eigen, largest = Eigen(), 0
     cores = [torch.zeros(1, *core) for core in eigen.core_shapes(*shape)]
 
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             result = function(*args, **(kwargs or {}))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import AdamW
 
-from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover import LoraOverConfig, OverParameterization
 from loraover.common.errors import ConfigError
 from loraover.common.threads import one_thread
 from loraover.overparam import fingerprint
@@ -348,7 +348,7 @@ def test_a_changed_matrix_is_named_one_step_late() -> None:
 
 
 ASKING: dict[str, Callable[[OverParameterization, Any, Path], Any]] = {
-    "save": lambda over, model, folder: (model.save_pretrained(folder), write_checkpoint(folder, over, step=2)),
+    "save": lambda over, model, folder: save(folder, model, over, step=2),
     "finish": lambda over, model, folder: over.finish(),
     "inject": lambda over, model, folder: over.inject(["first.lora_A"]),
     "check": lambda over, model, folder: over.check_unchanged(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from loraover.overparam.eigenbases import BasisFollower
 from oracles.contraction import Array
 from oracles.eigen import EigenAdamW, Rule, soap
 from support.tiny_models import net_loss, tiny_net, trainable
+
+BASES: Any = eigenbases  # its imports are replaced here
 
 STEPS, LR, EPS, MAX_NORM = 25, 1e-2, 1e-8, 0.05
 
@@ -118,7 +121,7 @@ def found(case: Case) -> dict[str, Array]:
 
     for step in range(STEPS):
         if case.closure:
-            optimizer.step(lambda step=step: evaluate(step))  # type: ignore[misc]
+            optimizer.step(partial(evaluate, step))
         else:
             evaluate(step)
             optimizer.step()
@@ -153,7 +156,7 @@ def expected(case: Case) -> dict[str, Array]:
 
 def numpy(gradient: Tensor | None) -> Array:
     assert gradient is not None
-    return gradient.detach().clone().numpy()  # type: ignore[no-any-return]
+    return gradient.detach().clone().numpy()
 
 
 def deviation(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
@@ -192,18 +195,18 @@ def _centre_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _moments_stay(key: str) -> Callable[[pytest.MonkeyPatch], None]:
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-        for keys in (eigenbases.LINEAR, eigenbases.SQUARED):
-            monkeypatch.setattr(eigenbases, "LINEAR" if keys is eigenbases.LINEAR else "SQUARED", keys - {key})
+        for keys in (BASES.LINEAR, BASES.SQUARED):
+            monkeypatch.setattr(eigenbases, "LINEAR" if keys is BASES.LINEAR else "SQUARED", keys - {key})
 
     return plant
 
 
 def _squares_rotate_like_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eigenbases, "LINEAR", eigenbases.LINEAR | {"exp_avg_sq"})
+    monkeypatch.setattr(eigenbases, "LINEAR", BASES.LINEAR | {"exp_avg_sq"})
 
 
 def _squares_are_not_permuted(monkeypatch: pytest.MonkeyPatch) -> None:
-    following = eigenbases.next_eigenvectors
+    following = BASES.next_eigenvectors
 
     def mutant(*args: Any) -> tuple[Tensor, Tensor]:
         new, order = following(*args)

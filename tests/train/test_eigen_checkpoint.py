@@ -99,7 +99,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, dtype: torch.dtype, t
     refreshes: list[BasisFollower] = []
     with pytest.MonkeyPatch.context() as patch:
         turn = BasisFollower._turn
-        patch.setattr(BasisFollower, "_turn", lambda self, *args: (refreshes.append(self), turn(self, *args)))
+
+        def watched(self: BasisFollower, *args: Any) -> None:
+            refreshes.append(self)
+            turn(self, *args)
+
+        patch.setattr(BasisFollower, "_turn", watched)
         for each in (made, resumed):
             train(each.model, each.optimizer, range(3, 12))
     assert bool(refreshes) is (kind in ("gradient", "both", "carried", "once"))

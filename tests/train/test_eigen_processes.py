@@ -25,6 +25,9 @@ from support.tiny_models import trainable
 
 pytestmark = pytest.mark.process
 
+BASES: Any = eigenbases  # their imports are replaced here
+MEASURED: Any = covariances
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "gradient": {"block": 3, "growth": 1},
     "calibration": {"short": "calibration", "long": "calibration", "block": 3},
@@ -99,10 +102,10 @@ def disagreeing(rank: int) -> None:
             new, order = new[..., places], order[..., places]
         return changed(new), order
 
-    eigenvectors, next_eigenvectors = eigenbases.eigenvectors, eigenbases.next_eigenvectors
-    eigenbases.eigenvectors = lambda *args: changed(eigenvectors(*args))  # type: ignore[attr-defined]
-    covariances.eigenvectors = lambda *args: changed(eigenvectors(*args))  # type: ignore[attr-defined]
-    eigenbases.next_eigenvectors = iterated  # type: ignore[attr-defined]
+    eigenvectors, next_eigenvectors = BASES.eigenvectors, BASES.next_eigenvectors
+    BASES.eigenvectors = lambda *args: changed(eigenvectors(*args))
+    MEASURED.eigenvectors = lambda *args: changed(eigenvectors(*args))
+    BASES.next_eigenvectors = iterated
 
 
 @by_source
@@ -122,8 +125,8 @@ def test_processes_whose_eigenvectors_differ_stay_equal(source: str, tmp_path: P
 def test_bases_that_each_process_keeps_to_itself_are_noticed(source: str, tmp_path: Path) -> None:
     def work(rank: int) -> dict[str, Any]:
         disagreeing(rank)
-        for module in (eigenbases, covariances):
-            module.of_first_process = lambda tensor, device=None: tensor  # type: ignore[attr-defined]
+        for module in (BASES, MEASURED):
+            module.of_first_process = lambda tensor, device=None: tensor
         return ddp_run(rank, source)
 
     first, second = in_two_processes(work, tmp_path)
@@ -135,7 +138,7 @@ def test_an_order_that_each_process_keeps_to_itself_is_noticed(tmp_path: Path) -
 
     def work(rank: int) -> dict[str, Any]:
         disagreeing(rank)
-        sent = eigenbases.of_first_process
+        sent = BASES.of_first_process
 
         def mutant(tensor: Tensor, device: Any = None) -> Tensor:
             is_order = bool((tensor.sum(-1) == 1).all() & ((tensor == 0) | (tensor == 1)).all())
@@ -143,7 +146,7 @@ def test_an_order_that_each_process_keeps_to_itself_is_noticed(tmp_path: Path) -
             found = sent(tensor, device)
             return kept if is_order else found
 
-        eigenbases.of_first_process = mutant  # type: ignore[attr-defined]
+        BASES.of_first_process = mutant
         return ddp_run(rank, "gradient")
 
     first, second = in_two_processes(work, tmp_path)
