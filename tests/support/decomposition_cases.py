@@ -56,10 +56,9 @@ def natural_cores(case: Case, cores: Sequence[Tensor]) -> list[list[Array]]:
 def _with_identities(case: Case, eigen: Eigen, cores: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[int, ...]]]:
     """Blocks of U, the centre and blocks of V, with an identity for a side that has no basis."""
     found, shapes = list(cores), [tuple(core.shape[1:]) for core in cores]
-    sides: list[tuple[Side, int, int]] = [("rows", case.m, 0), ("columns", case.n, len(cores))]
-    for side, length, end in sides:
+    sides: list[tuple[Side, int, int]] = [("rows", case.m, 0), ("columns", case.n, 2)]
+    for side, length, at in sides:
         if eigen.basis_core(side, case.m, case.n) is None:
-            at = min(end, len(found))
             found.insert(at, torch.eye(length).expand(len(cores[0]), length, length))
             shapes.insert(at, (1, length, length))
     for at in (0, 2):
