@@ -132,8 +132,6 @@ def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
 
 def _soap(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
     """SOAP (Vyas et al. 2024, arXiv:2409.11321) as pytorch-optimizer has it; its first step only measures."""
-    if not isinstance(model, PeftModel):
-        raise ConfigError(f"training.optim {SOAP} needs a LoRA.")
     try:
         import pytorch_optimizer
     except ImportError as error:

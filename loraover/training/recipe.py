@@ -211,6 +211,12 @@ class Recipe(_Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_be_stepped(self) -> Recipe:
+        if self.training.optim == SOAP and self.method != "lora":
+            raise ValueError(f"training.optim {SOAP} trains method lora, found {self.method}")
+        return self
+
     @property
     def trains_only_products(self) -> bool:
         """Whether only delta_W = scaling * B A is trained, so that the norm of its change is the size of a step."""
