@@ -152,9 +152,12 @@ def test_a_chosen_rate_that_fails_later_gives_way_to_the_next(
     assert (report.is_whole, report.seeds, over.rate, over.sensitivity.diverged) == (True, SEEDS, 1e-3, 1)
     assert over.test_loss == pytest.approx(2.1, abs=0.01)
     assert [failure.endswith("lr-0.01/seed-3: training diverged") for failure in report.tasks[0].failures] == [True]
-    # Stopped before the next best rate has the first further seed, the study still judges its tuning seeds.
-    known = {run: outcome_of(run, loss) for run in machine.trained if run.seed < TUNING or run.rate == BEST[run.method]}
-    assert (make_report(grid, known, "", TUNING).seeds, make_report(grid, known, "", TUNING).is_whole) == (2, False)
+    for stop in (TUNING, 3):  # before the next best rate has further seeds, and when it has one of them
+        known = {
+            run: outcome_of(run, loss) for run in machine.trained if run.seed < stop or run.rate == BEST[run.method]
+        }
+        partial = make_report(grid, known, "", TUNING)
+        assert (partial.is_whole, partial.seeds, partial.tasks[0].methods[1].rate) == (False, stop, 1e-3)
 
 
 def test_a_method_that_fails_at_every_rate_has_no_further_runs(
