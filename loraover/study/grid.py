@@ -30,6 +30,7 @@ PLAIN = ("lora", "lora+", "lora-matched")
 """Methods that train plain A and B; the others are compared with the best of these, whatever its rank or training."""
 
 VARIANTS = {key.removeprefix("lora.") for settings in METHODS.values() for key in settings if key.startswith("lora.")}
+VARIANTS |= {"training.optim"}
 """Settings with which plain LoRA counts as another method."""
 
 RECIPE_PARTS = ("data.", "lora.", "over.", "training.")

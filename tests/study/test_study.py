@@ -491,6 +491,7 @@ def test_a_setting_that_a_study_cannot_take_is_refused(method: str, message: str
         *((method, False) for method in ("rslora", "dora", "pissa", "full", "lora-over")),
         *((method, False) for method in ("lora:use_dora=true", "lora+:lora.init_lora_weights=pissa")),
         ("lora-over:training.loraplus_lr_ratio=4", False),
+        ("lora:training.optim=soap", False),
     ],
 )
 def test_what_counts_as_a_baseline(method: str, expected: bool) -> None:
