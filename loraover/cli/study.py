@@ -25,6 +25,14 @@ from loraover.common.command_line import Command
     "matrices, and of a quarter of them chosen by score and by chance.",
 )
 @click.option(
+    "--ruler",
+    "rulers",
+    multiple=True,
+    metavar="METHOD",
+    help="Method to train and show, such as lora:r=16, which is neither a baseline nor compared in the verdict. Can be "
+    "repeated.",
+)
+@click.option(
     "--lr-sweep",
     "sweeps",
     multiple=True,
@@ -35,6 +43,11 @@ from loraover.common.command_line import Command
     "without NAME of all other methods. Can be repeated.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds, from 0.")
+@click.option(
+    "--tuning-seeds",
+    type=click.IntRange(1),
+    help="Number of seeds that choose each method's rate; the others are trained at the chosen one only. Default: all.",
+)
 @click.option(
     "-o",
     "--output",
@@ -56,8 +69,10 @@ from loraover.common.command_line import Command
 def study(
     recipes: tuple[str, ...],
     methods: str | None,
+    rulers: tuple[str, ...],
     sweeps: tuple[str, ...],
     seeds: int,
+    tuning_seeds: int | None,
     output: Path,
     settings: tuple[str, ...],
     jobs: int,
@@ -87,6 +102,8 @@ def study(
         methods=DEFAULT_METHODS if methods is None else split_outside_brackets(methods, ","),
         lr_sweep=_sweeps(sweeps),
         seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        rulers=rulers,
         settings=dict(parse_override(setting) for setting in settings),
         jobs=jobs,
         ray=ray,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,11 +26,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What each method sets in a recipe; `lora-matched` also takes the rank at which A and B are as many as the cores."""
 
-PLAIN = ("lora", "lora-matched")
-"""Methods that train plain A and B; the others are compared with the best of these, whatever its rank."""
+PLAIN = ("lora", "lora+", "lora-matched")
+"""Methods that train plain A and B; the others are compared with the best of these, whatever its rank or training."""
 
 VARIANTS = {key.removeprefix("lora.") for settings in METHODS.values() for key in settings if key.startswith("lora.")}
+VARIANTS |= {"training.optim"}
 """Settings with which plain LoRA counts as another method."""
+
+RECIPE_PARTS = ("data.", "lora.", "over.", "training.")
+"""Beginnings of the settings that are keys of the recipe as they stand."""
+
+SWEPT = {"training.learning_rate": "--lr-sweep", "training.seed": "--seeds"}
+"""Options that set what no method may set."""
 
 QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
 DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
@@ -52,6 +59,7 @@ class Run:
         rate: Learning rate.
         seed: Seed.
         recipe: Recipe with all settings of the run.
+        is_ruler: Whether the method is shown only, and belongs neither to the baselines nor to the verdict.
     """
 
     task: str
@@ -59,6 +67,7 @@ class Run:
     rate: float
     seed: int
     recipe: Recipe
+    is_ruler: bool = False
 
     @property
     def folder(self) -> Path:
@@ -72,22 +81,25 @@ def make_grid(
     seeds: int,
     settings: dict[str, Any],
     task_rates: Mapping[str, Sequence[float]] | None = None,
+    rulers: Collection[str] = (),
 ) -> list[Run]:
     """List every combination, seed by seed, so that a study that is stopped has complete seeds.
 
     Args:
         recipes: Names of recipes that ship, or YAML files.
         rates: Learning rates of each method. A method is a name of `METHODS`, with settings where wanted, as in
-            "lora-over:schedule=dynamic:budget={fraction: 0.25}". The settings of lora-over are keys of `over`, those of
-            other methods keys of `lora`.
+            "lora-over:schedule=dynamic:budget={fraction: 0.25}". A setting that begins with an entry of `RECIPE_PARTS`
+            is a key of the recipe; the other settings of lora-over are keys of `over`, those of other methods keys of
+            `lora`.
         seeds: Number of seeds, from 0.
         settings: Values of recipe keys that all runs share, by dotted key.
         task_rates: Learning rates of all methods on a task, by its name, in place of the methods' rates.
+        rulers: Those of the methods that are shown only, see `Run`.
 
     Raises:
         ConfigError: an unknown method, a recipe that does not take a setting, or a grid that compares nothing.
     """
-    if not any(map(is_plain, rates)):
+    if not any(is_plain(method) for method in rates if method not in rulers):
         raise ConfigError(f"--methods: a study compares with plain LoRA; add {' or '.join(PLAIN)}.")
     own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
     runs = []
@@ -96,7 +108,7 @@ def make_grid(
             task = Path(recipe).stem
             for rate in (task_rates or {}).get(task, rates[method]):
                 values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
-                runs.append(Run(task, method, rate, seed, load_recipe(recipe, values)))
+                runs.append(Run(task, method, rate, seed, load_recipe(recipe, values), method in rulers))
     _check(runs)
     return runs
 
@@ -119,9 +131,10 @@ def _check(runs: Sequence[Run]) -> None:
 
 
 def is_plain(method: str) -> bool:
-    """Whether a method is a plain LoRA, with settings such as `r=64` too."""
+    """Whether a method is a plain LoRA or LoRA+, with settings such as `r=64` and those of `training` too."""
     name, *own = split_outside_brackets(method, ":")
-    return name in PLAIN and not VARIANTS & {setting.partition("=")[0].strip() for setting in own}
+    keys = {setting.partition("=")[0].strip().removeprefix("lora.") for setting in own}
+    return name in PLAIN and not VARIANTS & keys
 
 
 def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any]:
@@ -129,11 +142,14 @@ def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any
     if name not in METHODS:
         raise ConfigError(f"--methods: {name!r} is none of {', '.join(METHODS)}.")
     part = "over" if name == "lora-over" else "lora"
-    given = {f"{part}.{key}": value for key, value in map(parse_override, own)}
+    given = {key if key.startswith(RECIPE_PARTS) else f"{part}.{key}": value for key, value in map(parse_override, own)}
+    for key, option in SWEPT.items():
+        if key in given:
+            raise ConfigError(f"--methods: {method} sets {key}, which a study varies; use {option}.")
     if name == "lora-matched":
         if "lora.r" in given:
             raise ConfigError("--methods: lora-matched chooses its rank; write lora:r=N for another one.")
-        given["lora.r"] = matched_rank(load_recipe(recipe, shared))
+        given["lora.r"] = matched_rank(load_recipe(recipe, shared | METHODS[name] | given))
     return METHODS[name] | given
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
@@ -10,11 +9,11 @@ from statistics import fmean, median, stdev
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover.common.errors import LoraOverError
 from loraover.common.multiple_testing import holm
-from loraover.study.analysis import Difference, Halves, Losses, RateSensitivity, difference, mean_loss, sensitivity
-from loraover.study.grid import FEWEST_EXAMPLES, Run, is_plain
+from loraover.study.analysis import Difference, Halves, Losses, RateSensitivity, difference, mean_loss
+from loraover.study.grid import Run, is_plain
 from loraover.study.outcome import Outcome
+from loraover.study.tuning import by_method, losses_of, tokens_of, tune
 
 ALPHA = 0.05
 
@@ -47,6 +46,9 @@ class TaskResult(BaseModel):
     task: str = Field(description="Name of the recipe.")
     examples: int = Field(description="Number of examples in the test half.")
     baseline: str | None = Field(description="Plain LoRA with the lowest validation loss; None: every one failed.")
+    rulers: list[str] = Field(
+        default_factory=list, description="Methods that are shown, but belong neither to the baselines nor the verdict."
+    )
     methods: list[MethodResult] = Field(description="Results of the methods that have one.")
     failed: list[str] = Field(description="Methods without a rate at which every run ended well.")
     failures: list[str] = Field(description="Each failed run's folder and reason.")
@@ -60,6 +62,7 @@ class StudyReport(BaseModel):
     schema_version: int = 1
     is_whole: bool = Field(description="Whether every run of the study has finished.")
     seeds: int = Field(description="Number of seeds whose runs have all finished; the figures are theirs.")
+    tuning_seeds: int | None = Field(None, description="Number of these that chose the learning rates; None: all.")
     runs: int = Field(description="Number of finished runs.")
     tasks: list[TaskResult] = Field(description="Results on each task.")
     words: list[str] = Field(description="Verdicts in sentences.")
@@ -68,86 +71,60 @@ class StudyReport(BaseModel):
     hardware: str = Field(description="Machines that trained.")
 
 
-def task_results(runs: Sequence[Run], outcomes: Mapping[Run, Outcome], seeds: int) -> list[TaskResult]:
-    """Judge the runs of the first seeds.
+def task_results(
+    runs: Sequence[Run], outcomes: Mapping[Run, Outcome], seeds: int, tuning_seeds: int | None = None
+) -> list[TaskResult]:
+    """Judge methods at their chosen rates.
 
     Args:
-        runs: All runs of the study.
-        outcomes: Outcomes of all runs with these seeds.
-        seeds: Number of seeds to judge.
+        runs: Finished runs that count: the tuning seeds at every rate, and the others at the chosen rates.
+        outcomes: Their outcomes.
+        seeds: Number of seeds that judge.
+        tuning_seeds: Number of these that choose the rates; None: all.
 
     Raises:
         LoraOverError: runs of one task were not judged on the same examples.
     """
-    found = []
-    for task in dict.fromkeys(run.task for run in runs):
-        mine = [run for run in runs if run.task == task and run.seed < seeds]
-        found.append(_task(task, mine, outcomes))
-    return _adjusted(found)
+    tuning = seeds if tuning_seeds is None else tuning_seeds
+    return _adjusted([_task(task, methods, outcomes, seeds, tuning) for task, methods in by_method(runs).items()])
 
 
-def _task(task: str, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> TaskResult:
-    tokens = _tokens(runs, outcomes)
-    halves = Halves(len(tokens))
-    by_method: dict[str, dict[float, list[Outcome]]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, {}).setdefault(run.rate, []).append(outcomes[run])
-    validated = {method: _means(by_rate, tokens, halves.validation) for method, by_rate in by_method.items()}
+def _task(
+    task: str, methods: Mapping[str, Sequence[Run]], outcomes: Mapping[Run, Outcome], seeds: int, tuning_seeds: int
+) -> TaskResult:
+    all_runs = [run for runs in methods.values() for run in runs]
+    tokens = tokens_of(all_runs, outcomes)
+    test = Halves(len(tokens)).test
     tuned = {
-        method: sensitivity(means) for method, means in validated.items() if any(map(math.isfinite, means.values()))
+        method: found
+        for method, runs in methods.items()
+        if (found := tune(runs, outcomes, tuning_seeds, tokens)) is not None
     }
+    rulers = [method for method, runs in methods.items() if runs[0].is_ruler]
     baseline = min(
-        filter(is_plain, tuned),
+        (method for method in tuned if is_plain(method) and method not in rulers),
         key=lambda method: min(tuned[method].losses.values()),
         default=None,
     )
-    chosen = {method: by_method[method][found.best_rate] for method, found in tuned.items()}
-    reference = None if baseline is None else _losses(chosen[baseline], halves.test)
+    chosen = {
+        method: [outcomes[run] for run in methods[method] if run.rate == found.best_rate and run.seed < seeds]
+        for method, found in tuned.items()
+    }
+    reference = None if baseline is None else losses_of(chosen[baseline], test)
     results = [
-        _method(method, tuned[method], chosen[method], halves.test, None if method == baseline else reference)
+        _method(method, tuned[method], chosen[method], test, None if method == baseline else reference)
         for method in tuned
     ]
-    failures = [f"{run.folder}: {outcomes[run].failure}" for run in runs if outcomes[run].failure is not None]
+    failures = [f"{run.folder}: {outcomes[run].failure}" for run in all_runs if outcomes[run].failure is not None]
     return TaskResult(
         task=task,
-        examples=len(tokens[halves.test]),
+        examples=len(tokens[test]),
         baseline=baseline,
+        rulers=rulers,
         methods=results,
-        failed=[method for method in by_method if method not in tuned],
+        failed=[method for method in methods if method not in tuned],
         failures=failures,
     )
-
-
-def _means(by_rate: Mapping[float, Sequence[Outcome]], tokens: Losses, half: slice) -> dict[float, float]:
-    """Mean loss at each rate; infinite where the run of a seed failed."""
-    return {
-        rate: math.inf
-        if any(outcome.failure is not None for outcome in same)
-        else mean_loss(_losses(same, half), tokens[half])
-        for rate, same in by_rate.items()
-    }
-
-
-def _losses(outcomes: Sequence[Outcome], half: slice) -> Losses:
-    """Nats of each completion, shape (seeds, examples of that half)."""
-    return np.array([outcome.nats[half] for outcome in outcomes])
-
-
-def _tokens(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
-    """Tokens of each completion, shape (examples,); empty where all runs of the task failed."""
-    scored = [run for run in runs if outcomes[run].failure is None]
-    if not scored:
-        return np.zeros(0)
-    tokens = outcomes[scored[0]].tokens
-    if len(tokens) < FEWEST_EXAMPLES:
-        raise LoraOverError(f"{scored[0].folder}: has {len(tokens)} held-out examples, expected {FEWEST_EXAMPLES}.")
-    for run in scored:
-        if outcomes[run].tokens != tokens:
-            raise LoraOverError(
-                f"{run.folder} and {scored[0].folder} were judged on different held-out examples, so they cannot be "
-                "compared; were the data changed? Start a new study."
-            )
-    return np.array(tokens, dtype=np.float64)
 
 
 def _method(
@@ -157,7 +134,7 @@ def _method(
     half: slice,
     reference: Losses | None,
 ) -> MethodResult:
-    losses, tokens = _losses(outcomes, half), np.array(outcomes[0].tokens[half], dtype=np.float64)
+    losses, tokens = losses_of(outcomes, half), np.array(outcomes[0].tokens[half], dtype=np.float64)
     each = [mean_loss(row[None], tokens) for row in losses]
     norms = _known(outcome.step_norm for outcome in outcomes)
     updates = _known(outcome.update_norm for outcome in outcomes)
@@ -214,7 +191,8 @@ def words(tasks: Sequence[TaskResult]) -> list[str]:
     for task in tasks:
         if task.baseline is None:
             lines.append(f"{task.task}: every plain LoRA failed at every rate, so nothing is compared.")
-        lines += [_sentence(task, result) for result in task.methods if result.difference is not None]
+        compared = [result for result in task.methods if result.method not in task.rulers]
+        lines += [_sentence(task, result) for result in compared if result.difference is not None]
     return lines
 
 
@@ -224,10 +202,10 @@ def _overall(tasks: Sequence[TaskResult]) -> str:
     failed: Counter[str] = Counter()
     for task in tasks:
         for result in task.methods:
-            if result.method.startswith("lora-over") and result.difference is not None:
+            if _is_over(task, result.method) and result.difference is not None:
                 settings.setdefault(result.method, []).append(result.difference)
         if task.baseline is not None:
-            failed.update(method for method in task.failed if method.startswith("lora-over"))
+            failed.update(method for method in task.failed if _is_over(task, method))
     for method in failed:
         settings.setdefault(method, [])
     if not settings:
@@ -255,6 +233,11 @@ def _overall(tasks: Sequence[TaskResult]) -> str:
     ]
     edge = f", but the sweep did not bracket plain LoRA's best rate on {', '.join(at_end)}" if at_end else ""
     return f"{verdict}: of the tasks, {counts}{several}{edge}."
+
+
+def _is_over(task: TaskResult, method: str) -> bool:
+    """Whether a method is LoRA-Over, and no ruler."""
+    return method.startswith("lora-over") and method not in task.rulers
 
 
 def _is_better(found: Difference) -> bool:

@@ -26,10 +26,12 @@ class StudyRequest:
             under the empty name of all other methods.
         seeds: Number of seeds, from 0.
         settings: Values of recipe keys that all runs share, by dotted key.
+        tuning_seeds: Number of seeds that choose the rates; None: all.
+        rulers: Methods that are trained and shown, but are neither baselines nor compared in the verdict.
 
     Raises:
-        ConfigError: no seed, rates that are not different positive numbers, an unknown name in `lr_sweep`, or a method
-            without rates.
+        ConfigError: no seed, more tuning seeds than seeds, a ruler among the methods, rates that are not different
+            positive numbers, an unknown name in `lr_sweep`, or a method without rates.
     """
 
     recipes: tuple[str, ...]
@@ -37,22 +39,30 @@ class StudyRequest:
     lr_sweep: Mapping[str, tuple[float, ...]]
     seeds: int = 3
     settings: Mapping[str, Any] = field(default_factory=dict)
+    tuning_seeds: int | None = None
+    rulers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError(f"--seeds is {self.seeds}, expected 1 or more.")
+        if self.tuning_seeds is not None and not 1 <= self.tuning_seeds <= self.seeds:
+            raise ConfigError(f"--tuning-seeds is {self.tuning_seeds}, expected 1 to {self.seeds}, which is --seeds.")
+        if both := sorted({*self.rulers} & {*self.methods}):
+            raise ConfigError(f"--ruler names {both[0]!r}, which is one of --methods; name it once.")
         for name, rates in self.lr_sweep.items():
             is_usable = rates and all(0 < rate < float("inf") for rate in rates) and len(set(rates)) == len(rates)
             if not is_usable:
                 found = ",".join(map(str, rates))
                 raise ConfigError(f"--lr-sweep {f'{name}=' if name else ''}{found}: {EXAMPLE}")
         named = {name for name in self.lr_sweep if name}
-        if both := sorted({*self.methods} & {*self.tasks} & named):
+        if both := sorted({*self.trained} & {*self.tasks} & named):
             raise ConfigError(
                 f"--lr-sweep names {both[0]!r}, which is a method and a recipe; give the recipe another name."
             )
-        if unknown := sorted(named - {*self.methods, *self.tasks}):
-            raise ConfigError(f"--lr-sweep names {unknown[0]!r}, which is none of --methods and not a recipe's name.")
+        if unknown := sorted(named - {*self.trained, *self.tasks}):
+            raise ConfigError(
+                f"--lr-sweep names {unknown[0]!r}, which is none of --methods and --ruler, and not a recipe's name."
+            )
         if set(self.task_rates) < set(self.tasks):
             for method, rates in self.rates.items():
                 if not rates:
@@ -64,10 +74,15 @@ class StudyRequest:
         return tuple(Path(recipe).stem for recipe in self.recipes)
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """Methods and rulers."""
+        return (*self.methods, *self.rulers)
+
+    @property
     def rates(self) -> dict[str, tuple[float, ...]]:
-        """Learning rates of each method, where its task has none."""
+        """Learning rates of each method and ruler, where its task has none."""
         common = self.lr_sweep.get("", ())
-        return {method: self.lr_sweep.get(method, common) for method in self.methods}
+        return {method: self.lr_sweep.get(method, common) for method in self.trained}
 
     @property
     def task_rates(self) -> dict[str, tuple[float, ...]]:
@@ -77,8 +92,10 @@ class StudyRequest:
     def command(self, output: Path) -> str:
         """Command line of this study."""
         words = ["loraover", "study", *self.recipes, "--methods", ",".join(self.methods)]
+        words += [word for ruler in self.rulers for word in ("--ruler", ruler)]
         for name, rates in self.lr_sweep.items():
             words += ["--lr-sweep", f"{name}{'=' if name else ''}{','.join(map(str, rates))}"]
         words += ["--seeds", str(self.seeds)]
+        words += [] if self.tuning_seeds is None else ["--tuning-seeds", str(self.tuning_seeds)]
         words += [word for key, value in self.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         return shlex.join([*words, "-o", str(output)])

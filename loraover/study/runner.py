@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
 from loraover.study.report import StudyReport, task_results, words
 from loraover.study.request import DEFAULT_SWEEP, StudyRequest
 from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_html, to_markdown
+from loraover.study.tuning import Plan, hours_left, plan_runs
 from loraover.training.recipe import Recipe
 
 DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagnostics": True}
@@ -50,6 +52,8 @@ def run_study(
     methods: Sequence[str] = DEFAULT_METHODS,
     lr_sweep: Sequence[float] | Mapping[str, Sequence[float]] = DEFAULT_SWEEP,
     seeds: int = 3,
+    tuning_seeds: int | None = None,
+    rulers: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     jobs: int = 1,
     ray: str | None = None,
@@ -59,8 +63,9 @@ def run_study(
 ) -> StudyReport:
     """Compare training methods, each at its best learning rate.
 
-    Every combination of recipe, method, rate and seed is trained in a process. Runs that are finished are kept, so the
-    same call continues a study that was stopped. `study.json`, `study.md` and `study.html` are written to `output`.
+    Every combination of recipe, method, rate and seed is trained in a process; with `tuning_seeds`, further seeds are
+    trained at the chosen rates only. Runs that are finished are kept, so the same call continues a study that was
+    stopped. `study.json`, `study.md` and `study.html` are written to `output`.
 
     Args:
         recipes: Names of recipes that ship, or YAML files; each is a task.
@@ -70,6 +75,8 @@ def run_study(
         lr_sweep: Learning rates of every method; or rates by the name of a method or of a task, and under the empty
             name those of all other methods.
         seeds: Number of seeds, from 0.
+        tuning_seeds: Number of seeds, from 0, that choose each method's rate; None: all.
+        rulers: Methods that are trained and shown, but are neither baselines nor compared in the verdict.
         settings: Values of recipe keys for all runs, by dotted key.
         jobs: Number of runs at the same time on this machine.
         ray: Address of a Ray cluster for the runs, or "local" for one on this machine; None: no Ray.
@@ -92,10 +99,13 @@ def run_study(
         lr_sweep={name: tuple(rates) for name, rates in by_name.items()},
         seeds=seeds,
         settings=dict(settings or {}),
+        tuning_seeds=tuning_seeds,
+        rulers=tuple(rulers),
     )
-    grid = make_grid(request.recipes, request.rates, seeds, DEFAULTS | dict(request.settings), request.task_rates)
-    outcomes = finished(grid, folder) if report_only else run_grid(grid, folder, where, report)
-    found = make_report(grid, outcomes, request.command(folder) if command is None else command)
+    shared = DEFAULTS | dict(request.settings)
+    grid = make_grid(request.recipes, request.rates, seeds, shared, request.task_rates, request.rulers)
+    outcomes = finished(grid, folder) if report_only else run_grid(grid, folder, where, report, tuning_seeds)
+    found = make_report(grid, outcomes, request.command(folder) if command is None else command, tuning_seeds)
     for name, content in (
         (REPORT_FILE, found.model_dump_json(indent=1) + "\n"),
         (TABLE_FILE, to_markdown(found)),
@@ -105,33 +115,47 @@ def run_study(
     return found
 
 
-def run_grid(grid: Sequence[Run], folder: Path, where: Where, report: Reporter) -> dict[Run, Outcome]:
-    """Train every run of the grid that is not finished, and read the others.
+def run_grid(
+    grid: Sequence[Run], folder: Path, where: Where, report: Reporter, tuning_seeds: int | None = None
+) -> dict[Run, Outcome]:
+    """Train the runs that a study needs and are not finished, and read the others.
 
     Args:
         grid: All runs.
         folder: The study's folder.
         where: The machine to train on.
         report: Receiver of progress.
+        tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
 
     Raises:
         LoraOverError: a run failed for another reason than that its loss diverged or its memory was too small; finished
             runs are kept.
     """
     outcomes = finished(grid, folder)
-    left = [run for run in grid if run not in outcomes]
-    if outcomes:
-        report.line(f"{len(outcomes)} of {len(grid)} runs are finished already")
-    with report.task("runs", len(grid)) as advance:
+    seconds: dict[str, list[float]] = {}
+    plan = plan_runs(grid, outcomes, tuning_seeds)
+    report.line(f"{plan.left(outcomes).total()} runs to do, {len(outcomes)} finished already")
+    with report.task("runs", plan.total) as advance:
         advance(len(outcomes))
-        for run, outcome in _executed(left, folder, where):
-            outcomes[run] = outcome
-            advance(len(outcomes))
-            ending = outcome.failure or f"loss {sum(outcome.nats) / sum(outcome.tokens):.4f}"
-            report.line(
-                f"{len(outcomes)}/{len(grid)} {run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {ending}"
-            )
+        while left := [run for run in plan.runs if run not in outcomes]:
+            for run, outcome, duration in _executed(left, folder, where):
+                outcomes[run] = outcome
+                advance(len(outcomes))
+                if duration is not None and outcome.failure is None:
+                    seconds.setdefault(run.task, []).append(duration)
+                plan = plan_runs(grid, outcomes, tuning_seeds)
+                hours = hours_left(plan.left(outcomes), seconds, where.jobs)
+                report.line(f"{len(outcomes)}/{plan.total} {_ending(run, outcome)}{_estimate(hours)}")
     return outcomes
+
+
+def _ending(run: Run, outcome: Outcome) -> str:
+    ending = outcome.failure or f"loss {sum(outcome.nats) / sum(outcome.tokens):.4f}"
+    return f"{run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {ending}"
+
+
+def _estimate(hours: float | None) -> str:
+    return "" if not hours else f"; about {hours:.1f} h left"
 
 
 def finished(grid: Sequence[Run], folder: Path) -> dict[Run, Outcome]:
@@ -140,19 +164,26 @@ def finished(grid: Sequence[Run], folder: Path) -> dict[Run, Outcome]:
     return {run: outcome for run, outcome in found.items() if outcome is not None}
 
 
-def _executed(runs: Sequence[Run], folder: Path, where: Where) -> Iterator[tuple[Run, Outcome]]:
+def _executed(runs: Sequence[Run], folder: Path, where: Where) -> Iterator[tuple[Run, Outcome, float | None]]:
+    """Yield each run with its outcome and its seconds, which Ray's workers do not measure."""
     if where.ray is not None:
-        yield from _on_ray(runs, folder, where.ray)
+        yield from ((run, outcome, None) for run, outcome in _on_ray(runs, folder, where.ray))
         return
     threads = max(1, (os.cpu_count() or 1) // where.jobs)
+
+    def timed(run: Run) -> tuple[Run, Outcome, float]:
+        started = time.perf_counter()
+        outcome = execute(run.recipe, folder / run.folder, threads)
+        return run, outcome, time.perf_counter() - started
+
     if where.jobs == 1:
-        yield from ((run, execute(run.recipe, folder / run.folder, threads)) for run in runs)
+        yield from map(timed, runs)
         return
     with ThreadPoolExecutor(where.jobs) as pool:
-        futures = {pool.submit(execute, run.recipe, folder / run.folder, threads): run for run in runs}
+        futures = [pool.submit(timed, run) for run in runs]
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -195,28 +226,35 @@ def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
     return outcome.model_copy(update={"worker": worker}).model_dump_json()
 
 
-def make_report(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], command: str) -> StudyReport:
+def make_report(
+    grid: Sequence[Run], outcomes: Mapping[Run, Outcome], command: str, tuning_seeds: int | None = None
+) -> StudyReport:
     """Judge the seeds whose runs have all finished.
 
     Args:
         grid: All runs of the study.
         outcomes: Outcomes of those that are finished.
         command: Command line for the report.
+        tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
 
     Raises:
         LoraOverError: no seed is finished yet, or see `task_results`.
     """
+    tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
+    plan = plan_runs(grid, outcomes, tuning)
     seeds = 0
-    while any(run.seed == seeds for run in grid) and all(run in outcomes for run in grid if run.seed == seeds):
+    while _is_done(seeds, plan, outcomes):
         seeds += 1
     if not seeds:
         raise LoraOverError(
             "no seed has all of its runs finished yet, so there is nothing to compare; continue the study first."
         )
-    tasks = task_results(grid, outcomes, seeds)
+    judged = [run for run in grid if run in outcomes and (run.seed < seeds or seeds >= tuning)]
+    tasks = task_results(judged, outcomes, seeds, min(tuning, seeds))
     return StudyReport(
-        is_whole=len(outcomes) == len(grid),
+        is_whole=not plan.left(outcomes),
         seeds=seeds,
+        tuning_seeds=tuning if tuning < seeds else None,
         runs=len(outcomes),
         tasks=tasks,
         words=words(tasks),
@@ -225,3 +263,9 @@ def make_report(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], command: s
         hardware="; ".join(sorted({found.hardware for found in outcomes.values() if found.hardware}))
         or "unknown hardware",
     )
+
+
+def _is_done(seed: int, plan: Plan, outcomes: Mapping[Run, Outcome]) -> bool:
+    """Whether a seed has runs, and all of them have finished."""
+    mine = [run for run in plan.runs if run.seed == seed]
+    return bool(mine) and all(run in outcomes for run in mine)

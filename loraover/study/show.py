@@ -32,7 +32,7 @@ def to_markdown(report: StudyReport) -> str:
     if not report.is_whole:
         lines.append(f"- {unfinished(report)}")
     for task in report.tasks:
-        lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {report.seeds} seeds.{END_NOTE}", ""]
+        lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {seeds_text(report)}.{END_NOTE}", ""]
         lines += [
             f"| {' | '.join(COLUMNS)} |",
             f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
@@ -49,7 +49,7 @@ def _row(r: MethodResult, task: TaskResult) -> str:
         compared = f"{r.difference.mean:+.4f} [{low:+.4f}, {high:+.4f}], {r.difference.p:.2g}"
     at_least = ">= " if r.sensitivity.is_basin_cut else ""
     cells = [
-        r.method,
+        method_text(r.method, task),
         f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}",
         f"{r.test_loss:.4f} ({_figure(r.deviation, '.4f')})",
         compared,
@@ -63,6 +63,19 @@ def _row(r: MethodResult, task: TaskResult) -> str:
         regret_text(r),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def seeds_text(report: StudyReport) -> str:
+    """Number of seeds, and how many of them chose the rates."""
+    seeds = f"{report.seeds} seed{'' if report.seeds == 1 else 's'}"
+    return (
+        seeds if report.tuning_seeds is None else f"{seeds}, the first {report.tuning_seeds} of which chose the rates"
+    )
+
+
+def method_text(method: str, task: TaskResult) -> str:
+    """Name of a method; rulers are marked."""
+    return f"{method} (ruler)" if method in task.rulers else method
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -96,6 +109,8 @@ def to_html(report: StudyReport) -> str:
         "gibibytes": gibibytes,
         "regret": regret_text,
         "unfinished": unfinished,
+        "seeds_text": seeds_text,
+        "method_text": method_text,
         "end_note": END_NOTE,
     }
     return render_page(template, report=report, tasks=tasks, **shown)
@@ -112,7 +127,7 @@ def difference_plot(task: TaskResult) -> str:
             color = _color(task, method)
             axes.plot(found.interval, [y, y], color=color, lw=2.5, solid_capstyle="butt")
             axes.plot([found.mean], [y], "o", color=color, ms=7)
-        axes.set_yticks(range(len(compared)), [method for method, _ in reversed(compared)])
+        axes.set_yticks(range(len(compared)), [method_text(method, task) for method, _ in reversed(compared)])
         axes.set_xlabel(f"test loss minus that of {task.baseline}, nats per token")
     return drawn[0]
 
@@ -138,7 +153,7 @@ def rate_plot(task: TaskResult) -> str:
                 list(losses.values()),
                 marker="o",
                 color=_color(task, result.method),
-                label=result.method,
+                label=method_text(result.method, task),
             )
         axes.set_xscale("log")
         axes.set_xticks(swept, [f"{rate:g}" for rate in swept])

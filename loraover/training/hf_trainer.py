@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.reporting.reporter import Reporter
 from loraover.training.examples import Examples
 from loraover.training.progress import TrainingProgress
-from loraover.training.recipe import Recipe
+from loraover.training.recipe import SOAP, Recipe
 
 PRECISION = {
     "fp32": {"bf16": False, "fp16": False},
@@ -53,7 +54,9 @@ def make_trainer(
     """
     from datasets import Dataset
 
-    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio", "min_lr_rate"}
+    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio", "min_lr_rate", "optim_args"}
+    if recipe.training.optim == SOAP:
+        ours.add("optim")
     options = recipe.training.model_dump(exclude=ours, exclude_none=True)
     options |= PRECISION[recipe.training.precision]
     if recipe.training.warmup_ratio:
@@ -88,7 +91,7 @@ def make_trainer(
             eval_dataset=eval_set,
             processing_class=tokenizer,
             callbacks=callbacks,
-            optimizers=(_loraplus(recipe, model), None),
+            optimizers=(_optimizer(recipe, model), None),
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -106,10 +109,15 @@ def _project_labelled_positions_only() -> None:
         utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
 
 
+def _optimizer(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
+    """Make an optimizer that the Trainer does not know; None: the Trainer makes its own."""
+    if recipe.training.loraplus_lr_ratio is not None:
+        return _loraplus(recipe, model)
+    return _soap(recipe, model) if recipe.training.optim == SOAP else None
+
+
 def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
-    """AdamW with a higher rate for B (LoRA+, Hayou et al. 2024, arXiv:2402.12354); None: the Trainer makes its own."""
-    if recipe.training.loraplus_lr_ratio is None:
-        return None
+    """AdamW with a higher rate for B (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
     if not isinstance(model, PeftModel) or not recipe.training.optim.startswith("adamw_torch"):
         raise ConfigError("training.loraplus_lr_ratio needs a LoRA and optim adamw_torch or adamw_torch_fused.")
     return create_loraplus_optimizer(
@@ -120,6 +128,26 @@ def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
         loraplus_weight_decay=recipe.training.weight_decay,
         fused=recipe.training.optim == "adamw_torch_fused",
     )
+
+
+def _soap(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
+    """SOAP (Vyas et al. 2024, arXiv:2409.11321) as pytorch-optimizer has it; its first step only measures."""
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise ConfigError(f"training.optim {SOAP} needs pytorch-optimizer: pip install 'loraover[{SOAP}]'.") from error
+    known = sorted({*inspect.signature(pytorch_optimizer.SOAP).parameters} - {"params", "lr", "weight_decay", "kwargs"})
+    if unknown := sorted({*recipe.training.optim_args} - {*known}):
+        raise ConfigError(f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}.")
+    try:
+        return pytorch_optimizer.SOAP(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=recipe.training.learning_rate,
+            weight_decay=recipe.training.weight_decay,
+            **recipe.training.optim_args,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training.optim_args: SOAP refuses them: {error}") from error
 
 
 def _seq2seq_trainer(
@@ -152,5 +180,5 @@ def _seq2seq_trainer(
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         processing_class=tokenizer,
         callbacks=callbacks,
-        optimizers=(_loraplus(recipe, model), None),
+        optimizers=(_optimizer(recipe, model), None),
     )

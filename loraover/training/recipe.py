@@ -19,6 +19,9 @@ from loraover.overparam.config import LoraOverConfig
 
 MAX_YAML_BYTES = 2**20
 
+SOAP = "soap"
+"""Name of the optimizer that transformers does not have."""
+
 RENAMED = {"push_base": "push_model"}
 """New name of each key that has been renamed."""
 
@@ -120,7 +123,10 @@ class Training(_Part):
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of all steps, in place of warmup_steps.")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Largest gradient norm; 0: no clipping.")
-    optim: str = Field("adamw_torch_fused", description="Optimizer, as transformers spells it.")
+    optim: str = Field("adamw_torch_fused", description="Optimizer, as transformers spells it, or soap.")
+    optim_args: dict[str, bool | int | float | str | None] = Field(
+        default_factory=dict, description="Options of soap, such as {max_precondition_dim: 1024}."
+    )
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="LoRA+: learning rate of B as a multiple of A's, with AdamW."
     )
@@ -142,6 +148,8 @@ class Training(_Part):
             raise ValueError("give one of warmup_steps and warmup_ratio")
         if self.min_lr_rate and self.lr_scheduler_type != "cosine":
             raise ValueError(f"min_lr_rate belongs to lr_scheduler_type cosine, not to {self.lr_scheduler_type}")
+        if self.optim_args and self.optim != SOAP:
+            raise ValueError(f"optim_args belongs to optim {SOAP}, not to {self.optim}")
         return self
 
     def steps(self, examples: int) -> int:
@@ -201,6 +209,12 @@ class Recipe(_Part):
                 f"lora.init_lora_weights {start!r} changes the base weights, so no fold would be a plain LoRA; "
                 "train it with method lora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_stepped(self) -> Recipe:
+        if self.training.optim == SOAP and self.method != "lora":
+            raise ValueError(f"training.optim {SOAP} trains method lora, found {self.method}")
         return self
 
     @property

@@ -37,7 +37,7 @@ from loraover.training.examples import Examples, load_examples
 from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.hf_trainer import make_trainer
 from loraover.training.push import moved_copy, push, pushed_base
-from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.recipe import SOAP, Recipe, load_recipe
 from loraover.training.run_folder import (
     HELD_OUT_FILE,
     METRICS_FILE,
@@ -272,7 +272,7 @@ def _check_names(recipe: Recipe) -> None:
     Raises:
         ConfigError: an unknown optimizer, or a precision that this machine does not have.
     """
-    known = [str(name.value) for name in OptimizerNames]
+    known = [SOAP, *(str(name.value) for name in OptimizerNames)]
     if recipe.training.optim not in known:
         near = difflib.get_close_matches(recipe.training.optim, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}."

@@ -27,7 +27,7 @@ from loraover.overparam.config import Budget
 from loraover.overparam.decompositions import Mpo
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.study import outcome as outcome_module
-from loraover.study.grid import DEFAULT_METHODS, make_grid, matched_rank, split_outside_brackets
+from loraover.study.grid import DEFAULT_METHODS, is_plain, make_grid, matched_rank, split_outside_brackets
 from loraover.study.outcome import OUTCOME_FILE, Outcome, digest, execute
 from loraover.study.report import StudyReport
 from loraover.study.request import StudyRequest
@@ -453,6 +453,68 @@ def test_every_method_makes_a_recipe(recipe: Path) -> None:
     assert by_method["lora-over:decomposition=svd"].over.decomposition == "svd"
     assert by_method["lora-matched"].lora.r == matched_rank(load_recipe(str(recipe))) > 4
     assert len({found.folder for found in grid}) == len(methods)
+
+
+def test_a_setting_may_be_any_key_of_a_recipe(recipe: Path) -> None:
+    over = "lora-over:decomposition=svd:options={}:training.loraplus_lr_ratio=4:lora.lora_alpha=4"
+    plain = "lora:r=2:training.optim=adamw_torch:data.train_examples=8"
+    plus = "lora+:training.weight_decay=0.1"
+    one, other, third = (
+        found.recipe for found in make_grid([str(recipe)], {m: [1e-3] for m in (over, plain, plus)}, 1, {})
+    )
+    assert (one.method, one.over.decomposition, one.training.loraplus_lr_ratio) == ("lora-over", "svd", 4)
+    assert (one.lora.r, one.lora.lora_alpha) == (4, 4)
+    assert (other.method, other.lora.r, other.training.optim) == ("lora", 2, "adamw_torch")
+    assert other.data.train_examples == 8
+    assert (third.training.loraplus_lr_ratio, third.training.weight_decay) == (16, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("lora:training.learning_rate=1", "training.learning_rate, which a study varies; use --lr-sweep"),
+        ("lora:training.seed=1", "training.seed, which a study varies; use --seeds"),
+        ("lora:training.loraplus_ratio=4", "did you mean 'loraplus_lr_ratio'"),
+        ("lora-matched:lora.r=4", "lora-matched chooses its rank"),
+    ],
+)
+def test_a_setting_that_a_study_cannot_take_is_refused(method: str, message: str, recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_grid([str(recipe)], {method: [1e-3]}, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        *((method, True) for method in ("lora", "lora+", "lora-matched", "lora:r=64", "lora:lora.r=64")),
+        *((method, True) for method in ("lora:training.loraplus_lr_ratio=4", "lora+:training.min_lr_rate=0.1")),
+        *((method, False) for method in ("rslora", "dora", "pissa", "full", "lora-over")),
+        *((method, False) for method in ("lora:use_dora=true", "lora+:lora.init_lora_weights=pissa")),
+        ("lora-over:training.loraplus_lr_ratio=4", False),
+        ("lora:training.optim=soap", False),
+    ],
+)
+def test_what_counts_as_a_baseline(method: str, expected: bool) -> None:
+    assert is_plain(method) == expected
+
+
+def test_a_matched_rank_is_that_of_the_methods_own_settings(recipe: Path) -> None:
+    methods = ("lora-matched", "lora-matched:over.options={expansion: 3.0}")
+    plain, wide = (found.recipe.lora.r for found in make_grid([str(recipe)], dict.fromkeys(methods, (1e-3,)), 1, {}))
+    assert wide > plain
+
+
+def test_a_study_with_tuning_seeds_and_a_ruler_trains(recipe: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "out", ["--tuning-seeds", "1", "--ruler", "lora:r=2", "--set", "training.max_steps=2"]
+    assert run(cli, words(recipe, out, *more)) == 0
+    report = report_of(out)
+    assert (report.is_whole, report.seeds, report.tuning_seeds, report.runs) == (True, 2, 1, 9)
+    (task,) = report.tasks
+    assert (task.baseline, task.rulers) == ("lora", ["lora:r=2"])
+    before = {path: path.stat().st_mtime_ns for path in outcomes_in(out)}
+    assert run(cli, words(recipe, out, *more)) == 0
+    assert {path: path.stat().st_mtime_ns for path in outcomes_in(out)} == before
+    assert report_of(out).tasks == report.tasks
 
 
 def test_seeds_come_one_after_the_other(recipe: Path) -> None:

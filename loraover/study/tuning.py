@@ -1,0 +1,141 @@
+"""Choice of each method's learning rate, and the runs that follow from it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from loraover.common.errors import LoraOverError
+from loraover.study.analysis import Halves, Losses, RateSensitivity, mean_loss, sensitivity
+from loraover.study.grid import FEWEST_EXAMPLES, Run
+from loraover.study.outcome import Outcome
+
+
+class Plan(NamedTuple):
+    """Runs that a study needs.
+
+    Args:
+        runs: Runs whose rate is known, seed by seed.
+        undecided: By task, the number of further runs, which wait for the choice of their rate.
+    """
+
+    runs: list[Run]
+    undecided: Counter[str]
+
+    @property
+    def total(self) -> int:
+        """Number of all runs."""
+        return len(self.runs) + self.undecided.total()
+
+    def left(self, outcomes: Mapping[Run, Outcome]) -> Counter[str]:
+        """Count the runs of each task that are not finished."""
+        return Counter(run.task for run in self.runs if run not in outcomes) + self.undecided
+
+
+def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds: int | None) -> Plan:
+    """List the runs that a study needs, as far as its rates are chosen.
+
+    The first seeds are trained at every rate. A method's further seeds are trained at its chosen rate only; if a run
+    fails there, they are trained at the next best rate.
+
+    Args:
+        grid: Every combination of task, method, rate and seed.
+        outcomes: Outcomes of the runs that are finished.
+        tuning_seeds: Number of seeds that choose the rates; None: all.
+
+    Raises:
+        LoraOverError: runs of one task were not judged on the same examples.
+    """
+    seeds = len({run.seed for run in grid})
+    if tuning_seeds is None or tuning_seeds >= seeds:
+        return Plan(list(grid), Counter())
+    rates: dict[tuple[str, str], float] = {}
+    undecided: Counter[str] = Counter()
+    for task, methods in by_method(grid).items():
+        tokens = tokens_of([run for runs in methods.values() for run in runs if run in outcomes], outcomes)
+        for method, runs in methods.items():
+            if not all(run in outcomes for run in runs if run.seed < tuning_seeds):
+                undecided[task] += seeds - tuning_seeds
+            elif found := tune(runs, outcomes, tuning_seeds, tokens):
+                rates[task, method] = found.best_rate
+    runs = [run for run in grid if run.seed < tuning_seeds or rates.get((run.task, run.method)) == run.rate]
+    return Plan(runs, undecided)
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
+    """Group runs by task, and then by method."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        found.setdefault(run.task, {}).setdefault(run.method, []).append(run)
+    return found
+
+
+def tune(
+    runs: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds: int, tokens: Losses
+) -> RateSensitivity | None:
+    """Describe how a method's validation loss depends on its rate; None if it failed at every rate.
+
+    Args:
+        runs: Runs of one task and method.
+        outcomes: Outcomes, with those of all tuning seeds. A rate at which any run failed is worse than any other.
+        tuning_seeds: Number of seeds whose losses count.
+        tokens: Tokens of each held-out completion.
+    """
+    half = Halves(len(tokens)).validation
+    means: dict[float, float] = {}
+    for rate in dict.fromkeys(run.rate for run in runs):
+        same = [run for run in runs if run.rate == rate and run in outcomes]
+        tuning = [outcomes[run] for run in same if run.seed < tuning_seeds]
+        is_failed = any(outcomes[run].failure is not None for run in same)
+        means[rate] = math.inf if is_failed else mean_loss(losses_of(tuning, half), tokens[half])
+    return sensitivity(means) if any(map(math.isfinite, means.values())) else None
+
+
+def losses_of(outcomes: Sequence[Outcome], half: slice) -> Losses:
+    """Nats of each completion, shape (seeds, examples of that half)."""
+    return np.array([outcome.nats[half] for outcome in outcomes])
+
+
+def tokens_of(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
+    """Tokens of each completion, shape (examples,); empty where all runs of the task failed.
+
+    Args:
+        runs: Finished runs of one task.
+        outcomes: Their outcomes.
+
+    Raises:
+        LoraOverError: the runs were not judged on the same examples, or on too few.
+    """
+    scored = [run for run in runs if outcomes[run].failure is None]
+    if not scored:
+        return np.zeros(0)
+    tokens = outcomes[scored[0]].tokens
+    if len(tokens) < FEWEST_EXAMPLES:
+        raise LoraOverError(f"{scored[0].folder}: has {len(tokens)} held-out examples, expected {FEWEST_EXAMPLES}.")
+    for run in scored:
+        if outcomes[run].tokens != tokens:
+            raise LoraOverError(
+                f"{run.folder} and {scored[0].folder} were judged on different held-out examples, so they cannot be "
+                "compared; were the data changed? Start a new study."
+            )
+    return np.array(tokens, dtype=np.float64)
+
+
+def hours_left(left: Mapping[str, int], seconds: Mapping[str, Sequence[float]], jobs: int) -> float | None:
+    """Estimate the hours that the remaining runs take; None before a run has been timed.
+
+    Args:
+        left: Number of remaining runs by task.
+        seconds: Durations of finished runs by task; a task without one is taken to be like the others.
+        jobs: Number of runs at the same time.
+    """
+    known = [duration for durations in seconds.values() for duration in durations]
+    if not known:
+        return None
+    total = sum(number * median(seconds.get(task) or known) for task, number in left.items())
+    return total / jobs / 3600
