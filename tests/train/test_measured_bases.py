@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 
-from loraover import Budget, LoraOverConfig, OverParameterization, Probe, read_checkpoint, write_checkpoint
+from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint, write_checkpoint
 from loraover.common.errors import ConfigError
 from loraover.common.threads import one_thread
 from loraover.overparam import covariances
@@ -20,102 +19,25 @@ from loraover.overparam.block_bases import Blocks
 from loraover.overparam.decompositions import Eigen
 from loraover.overparam.sites import lora_layers
 
-from oracles.contraction import Array
 from support.hooked_run import same
-from support.tiny_models import lora_matrices, tiny_llama, tiny_net, token_ids, trainable, with_lora
-
-MEASURED = {"short": "calibration", "long": "calibration", "block": 16}
-BATCHES = [{"input_ids": batch, "labels": batch} for batch in (token_ids(seed) for seed in range(3))]
-LAYER = "model.layers.1.self_attn"
+from support.measured import (
+    BATCHES,
+    LAYER,
+    MEASURED,
+    Recorded,
+    assert_diagonalises,
+    basis_of,
+    kept,
+    llama,
+    measured,
+)
+from support.tiny_models import lora_matrices, token_ids, trainable
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _single_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-def llama(**options: Any) -> Any:
-    return with_lora(tiny_llama(), task_type="CAUSAL_LM", **options)
-
-
-def measured(model: Any, batches: Any = BATCHES, **options: Any) -> OverParameterization:
-    config = LoraOverConfig(decomposition="eigen", options=MEASURED | options)
-    return OverParameterization(model, config, probe=Probe(model, batches))
-
-
-class Recorded:
-    """Inputs and output gradients of each LoRA layer, (tokens, features) float64, as PyTorch's own hooks see them."""
-
-    def __init__(self, model: Any, batches: Any) -> None:
-        self.inputs: dict[str, list[Array]] = {}
-        self.gradients: dict[str, list[Array]] = {}
-        self.of_matrices: dict[str, Array] = {}
-        handles = []
-        for name, layer in lora_layers(model).items():
-            handles.append(layer.register_forward_pre_hook(self._note(name)))
-            handles.append(layer.register_full_backward_hook(self._note_gradient(name)))
-        model.train()
-        for batch in batches:
-            model(**batch).loss.backward()
-        model.eval()
-        for handle in handles:
-            handle.remove()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                self.of_matrices[name] = parameter.grad.double().numpy().copy()
-        model.zero_grad()
-
-    def _note(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.inputs.setdefault(name, []).append(tokens(inputs[0]))
-
-        return note
-
-    def _note_gradient(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
-            self.gradients.setdefault(name, []).append(tokens(outputs[0]))
-
-        return note
-
-    def covariance(self, name: str, matrix: str) -> Array:
-        """C_in for A, C_out for B."""
-        rows = np.concatenate((self.inputs if matrix == "A" else self.gradients)[name])
-        return rows.T @ rows
-
-
-def tokens(x: Tensor) -> Array:
-    return x.detach().double().reshape(-1, x.shape[-1]).numpy()
-
-
-def blocks_of(basis: Tensor) -> list[Array]:
-    """Blocks of a core (count * size, size)."""
-    return list(basis.reshape(-1, basis.shape[1], basis.shape[1]).double().numpy())
-
-
-def assert_diagonalises(basis: Tensor, moment: Array, division: Blocks) -> None:
-    """Block by block, to within float32 sums; the diagonal decreases."""
-    ends = np.cumsum([len(part) for part in np.array_split(np.arange(len(moment)), division.number)])
-    for end, block in zip(ends, blocks_of(basis), strict=True):
-        size = division.size if division.full == division.number or end <= division.full * division.size else None
-        size = size or division.size - 1
-        v, c = block[:size, :size], moment[end - size : end, end - size : end]
-        turned = v.T @ c @ v
-        # A sum over 96 tokens in float32, then u of the core, on a symmetric matrix.
-        error = 200 * 2.0**-24 * np.linalg.norm(c)
-        assert np.linalg.norm(turned - np.diag(np.diag(turned))) <= error
-        assert (np.diff(np.diag(turned)) <= error).all()
-        assert np.linalg.norm(v.T @ v - np.eye(size)) < 1e-5
-
-
-def basis_of(over: OverParameterization, name: str, side: str) -> tuple[Tensor, Blocks]:
-    group, i = over.injected[name]
-    eigen = over.decomposition
-    assert isinstance(eigen, Eigen)
-    k, division = eigen.basis_core(side, *group.shape), eigen.blocks(side, *group.shape)  # type: ignore[arg-type]
-    assert k is not None
-    assert division is not None
-    return group.core(k, i), division
 
 
 # What is measured
@@ -138,14 +60,6 @@ def test_bases_diagonalise_the_covariances_of_inputs_and_of_output_gradients(mod
     whole = Blocks(1, 4, 1)
     assert_diagonalises(basis_of(over, f"{name}.lora_A", "rows")[0], b.T @ kept(c_out, division_out) @ b, whole)
     assert_diagonalises(basis_of(over, f"{name}.lora_B", "columns")[0], a @ kept(c_in, division_in) @ a.T, whole)
-
-
-def kept(moment: Array, division: Blocks) -> Array:
-    """A matrix of which only the diagonal blocks are left."""
-    mask = np.zeros_like(moment)
-    for part in np.array_split(np.arange(len(moment)), division.number):
-        mask[np.ix_(part, part)] = 1
-    return moment * mask
 
 
 def test_where_b_is_zero_its_gradient_stands_for_it() -> None:
@@ -329,120 +243,3 @@ def test_running_out_of_memory_says_what_is_needed(monkeypatch: pytest.MonkeyPat
     assert all(parameter.grad is None for parameter in model.parameters())
     # Per layer, blocks of 16 x 16 of both sides, float32: q and o 4 of them, k and v 3, gate, up and down 5.
     assert pytest.approx(0.1, abs=0.05) == 2 * (2 * 4 + 2 * 3 + 3 * 5) * 16**2 * 4 / 2**20
-
-
-# Other ways to be injected
-
-
-def test_a_dynamic_schedule_measures_when_it_injects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With bases that q, k and v share, and moments that are carried into them."""
-    model = llama()
-    config = LoraOverConfig(
-        decomposition="eigen",
-        options=MEASURED,
-        schedule="dynamic",
-        budget=Budget(fraction=1.0),
-        rounds=2,
-        start=0.3,
-        end=0.6,
-        quota="global",
-    )
-    over = OverParameterization(model, config, steps=10, probe=Probe(model, BATCHES))
-    over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
-    times: list[int] = []
-    measure = covariances._run
-
-    def watched(*args: Any) -> None:
-        times.append(over.step)
-        measure(*args)
-
-    monkeypatch.setattr(covariances, "_run", watched)
-    for step in range(8):
-        batch = token_ids(50 + step)
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        before = lora_matrices(model)
-        optimizer.step()
-        assert not any(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
-    assert times == [3, 6]
-    assert len(over.injected) == 28
-    shared = [group for group in over.groups if len(group.stacks[-1]) < len(group.sites)]
-    assert shared
-    for group in over.groups:
-        for i in range(len(group.sites)):
-            assert float(group.core_state(group.centre, i)["step"]) == 8
-    over.finish()
-
-
-def test_carried_moments_are_turned_into_each_sites_own_basis() -> None:
-    model = llama(target_modules=["q_proj", "k_proj", "v_proj"])
-    config = LoraOverConfig(decomposition="eigen", options=MEASURED)
-    over = OverParameterization(model, config, inject=False, probe=Probe(model, BATCHES))
-    over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
-    for batch in BATCHES:
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    before = {name: dict(optimizer.state[site.parameter]) for name, site in over.sites.items()}
-    over.inject(over.sites)
-    for name, (group, i) in over.injected.items():
-        cores = [group.core(k, i).unsqueeze(0) for k in range(len(group.stacks))]
-        state = group.core_state(group.centre, i)
-        for key, squared in (("exp_avg", False), ("exp_avg_sq", True)):
-            expected = over.decomposition.to_centre(cores, before[name][key][None], *group.shape, squared=squared)[0]
-            torch.testing.assert_close(state[key], expected)
-
-
-def test_a_static_choice_measures_what_it_chooses() -> None:
-    model = llama()
-    config = LoraOverConfig(
-        decomposition="eigen", options=MEASURED, schedule="static", budget=Budget(fraction=0.25), quota="global"
-    )
-    over = OverParameterization(model, config, probe=Probe(model, BATCHES))
-    assert len(over.injected) == 7
-    for name in over.injected:
-        basis, division = basis_of(over, name, "columns")
-        identity = torch.eye(division.size).repeat(division.number, 1)
-        assert not torch.equal(basis, identity)
-
-
-def test_a_side_that_no_batch_reached_keeps_the_identity() -> None:
-    net = tiny_net()
-    config = LoraOverConfig(decomposition="eigen", options=MEASURED)
-
-    def loss(model: Any, x: Tensor) -> Tensor:
-        hidden: Tensor = model.get_base_model().first(x)
-        return hidden.square().mean()
-
-    over = OverParameterization(net, config, probe=Probe(net, [torch.ones(3, 6)], loss))
-    basis, _ = basis_of(over, "third.lora_A", "columns")
-    assert torch.equal(basis, torch.eye(8))
-    assert not torch.equal(basis_of(over, "first.lora_B", "rows")[0], torch.eye(8))
-
-
-def test_a_quantised_base_is_measured_as_it_computes() -> None:
-    """4-bit weights: covariances are of activations, and need no weight."""
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    base = tiny_llama(hidden_size=64, intermediate_size=64)
-    try:
-        for name, linear in list(base.named_modules()):
-            if isinstance(linear, nn.Linear) and name != "lm_head":
-                quantised = bitsandbytes.nn.Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
-                )
-                quantised.load_state_dict(linear.state_dict())
-                base.set_submodule(name, quantised.to("cpu"))
-        base(token_ids())
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        pytest.skip(f"bitsandbytes has no 4-bit layers on this CPU: {error}")
-    model = with_lora(base, task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    recorded = Recorded(model, BATCHES)
-    over = measured(model)
-    for kind, side in (("A", "columns"), ("B", "rows")):
-        basis, division = basis_of(over, f"{LAYER}.q_proj.lora_{kind}", side)
-        assert_diagonalises(basis, recorded.covariance(f"{LAYER}.q_proj", kind), division)
-    over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
-    before = lora_matrices(model)
-    model(**BATCHES[0]).loss.backward()
-    optimizer.step()
-    assert not any(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
