@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
 from loraover.common.threads import one_thread
 from loraover.overparam import covariances
+from loraover.overparam.block_bases import Side
 
 from support.measured import (
     BATCHES,
@@ -137,7 +138,8 @@ def test_a_quantised_base_is_measured_as_it_computes() -> None:
     model = with_lora(base, task_type="CAUSAL_LM", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     recorded = Recorded(model, BATCHES)
     over = measured(model)
-    for kind, side in (("A", "columns"), ("B", "rows")):
+    sides: dict[str, Side] = {"A": "columns", "B": "rows"}
+    for kind, side in sides.items():
         basis, division = basis_of(over, f"{LAYER}.q_proj.lora_{kind}", side)
         assert_diagonalises(basis, recorded.covariance(f"{LAYER}.q_proj", kind), division)
     over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
