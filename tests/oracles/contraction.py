@@ -63,9 +63,20 @@ def chain_matrix(cores: Sequence[Array]) -> Array:
 def eigen_matrix(cores: Sequence[Array]) -> Array:
     """M = U Z V^T, from the blocks of U, Z (m, n) and the blocks of V."""
     rows, centre, columns = cores
-    u, v = block_diagonal(rows, centre.shape[0]), block_diagonal(columns, centre.shape[1])
-    matrix: Array = np.einsum("ai,ij,bj->ab", u, centre, v, optimize=["einsum_path", (1, 2), (0, 1)])
-    return matrix
+    return _times_blocks(_times_blocks(centre.T, rows).T, columns)  # a dense V of a vocabulary's side would not fit
+
+
+def _times_blocks(x: Array, blocks: Array) -> Array:
+    """X V^T for a block-diagonal V, one block of columns after the other."""
+    ends = np.cumsum(block_lengths(blocks, x.shape[1]))
+    parts = zip(np.split(x, ends[:-1], axis=1), blocks, strict=True)
+    return np.concatenate([part @ block[: part.shape[1], : part.shape[1]].T for part, block in parts], axis=1)
+
+
+def block_lengths(blocks: Array, length: int) -> list[int]:
+    """Rows of each block that count: what is missing to count * size is missing at the end of the last blocks."""
+    count, size, _ = blocks.shape
+    return [size if k < length - count * (size - 1) else size - 1 for k in range(count)]
 
 
 def block_diagonal(blocks: Array, length: int) -> Array:
@@ -73,12 +84,10 @@ def block_diagonal(blocks: Array, length: int) -> Array:
 
     Args:
         blocks: as they are kept, each with `size` rows.
-        length: rows of the dense matrix; what is missing to count * size is missing at the end of the last blocks.
+        length: rows of the dense matrix.
     """
-    count, size, _ = blocks.shape
     dense, at = np.zeros((length, length), blocks.dtype), 0
-    for k, block in enumerate(blocks):
-        here = size if k < length - count * (size - 1) else size - 1
+    for here, block in zip(block_lengths(blocks, length), blocks, strict=True):
         dense[at : at + here, at : at + here] = block[:here, :here]
         at += here
     assert at == length

@@ -23,7 +23,7 @@ from loraover.overparam.eigenbases import BasisFollower
 from loraover.overparam.sites import Site
 
 from oracles.contraction import block_diagonal
-from strategies import SEEDS, normal, sizes
+from strategies import SEEDS, generators, normal, sizes
 from support.speed import examples
 from support.tiny_models import tiny_net
 from tolerances import UNDERFLOW, UNIT, gamma, isometry_error
@@ -108,6 +108,7 @@ def test_nothing_dense_is_made_of_a_long_side(shape: tuple[int, int]) -> None:
             return result
 
     with Watch():  # type: ignore[no-untyped-call]
+        eigen.init(torch.zeros(1, *shape, dtype=torch.float64), generators(0, 1))
         left, right = eigen.frames(cores, *shape)
         eigen.contract(cores, *shape)
         eigen.to_centre(cores, torch.zeros(1, *shape), *shape, squared=True)

@@ -116,9 +116,11 @@ class Eigen(Decomposition):
 
     def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         m, n = matrix.shape
-        cores = [torch.eye(q, dtype=torch.float64).repeat(p // q, 1) for p, q in self.core_shapes(m, n)]
-        cores[self.centre(m, n)] = matrix
-        return tuple(cores)
+        centre = self.centre(m, n)
+        shapes = enumerate(self.core_shapes(m, n))
+        return tuple(
+            matrix if k == centre else torch.eye(q, dtype=torch.float64).repeat(p // q, 1) for k, (p, q) in shapes
+        )
 
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
         self.check(cores, m, n)
