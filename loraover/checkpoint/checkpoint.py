@@ -168,7 +168,7 @@ class Checkpoint:
         """
         dtype = getattr(torch, self.meta.core_dtype)
         cores = []
-        for k, shape in enumerate(self.decomposition.core_shapes(site.m, site.n)):
+        for k, shape in enumerate(self.decomposition.of_site(site.name).core_shapes(site.m, site.n)):
             core = file.read(site.core_key(k))
             if tuple(core.shape) != shape or core.dtype != dtype:
                 raise CheckpointError(
@@ -189,8 +189,9 @@ class Checkpoint:
             The contraction (m, n), and the contraction of the cores' absolute values, which scales error bounds.
         """
         wide = [core.double() for core in cores]
-        matrix = self.decomposition.contract(wide, site.m, site.n)[0]
-        magnitude = self.decomposition.contract([core.abs() for core in wide], site.m, site.n)[0]
+        decomposition = self.decomposition.of_site(site.name)
+        matrix = decomposition.contract(wide, site.m, site.n)[0]
+        magnitude = decomposition.contract([core.abs() for core in wide], site.m, site.n)[0]
         return matrix, magnitude
 
     def check_stored(self, stored: Tensor, matrix: Tensor, magnitude: Tensor, site: SiteRecord) -> None:
@@ -208,7 +209,7 @@ class Checkpoint:
         Raises:
             CheckpointError: An element of the stored matrix is further from the contraction than this.
         """
-        terms = self.decomposition.contraction_terms(site.m, site.n)
+        terms = self.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
         contraction = gamma(terms, unit_roundoff(getattr(torch, self.meta.core_dtype))) * magnitude
         cast = unit_roundoff(stored.dtype) * (matrix.abs() + contraction) + smallest_subnormal(stored.dtype)
         excess = ((stored.double() - matrix).abs() - contraction - cast).flatten()
@@ -375,7 +376,7 @@ def _check_layout(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.adapter.tensors_path}: {key} is {found}, but {META_FILE} gives shape {(site.m, site.n)}."
             )
         try:
-            expected = checkpoint.decomposition.core_shapes(site.m, site.n)
+            expected = checkpoint.decomposition.of_site(site.name).core_shapes(site.m, site.n)
         except LoraOverError as error:
             raise CheckpointError(f"{checkpoint.path / META_FILE}: {site.name}: {error}") from error
         _check_shares(checkpoint, site)
@@ -389,7 +390,7 @@ def _check_shares(checkpoint: Checkpoint, site: SiteRecord) -> None:
     """Raise CheckpointError unless a site shares only what sites of its shape and step can have in common."""
     for k, name in site.shares.items():
         owner = checkpoint.sites.get(name)
-        if k not in checkpoint.decomposition.shareable(site.m, site.n):
+        if k not in checkpoint.decomposition.of_site(site.name).shareable(site.m, site.n):
             reason = f"core {k} cannot be shared"
         elif owner is None:
             reason = f"there is no site {name!r}"

@@ -80,7 +80,7 @@ class ExactAdapter:
         with one_thread():
             value, magnitude = checkpoint.contract(checkpoint.read_cores(self._cores, site), site)
             checkpoint.check_stored(stored, value, magnitude, site)
-        terms = checkpoint.decomposition.contraction_terms(site.m, site.n)
+        terms = checkpoint.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
         return Exact(value, gamma(terms, unit_roundoff(torch.float64)) * magnitude, site)
 
     def factor(self, name: str) -> Factor:
@@ -90,7 +90,8 @@ class ExactAdapter:
             matrix = self.plain.read(site_key(name))
             m, n = matrix.shape
             return Factor(None, (matrix,), m, n)
-        return Factor(checkpoint.decomposition, checkpoint.read_cores(self._cores, site), site.m, site.n)
+        decomposition = checkpoint.decomposition.of_site(site.name)
+        return Factor(decomposition, checkpoint.read_cores(self._cores, site), site.m, site.n)
 
     def _site(self, name: str | None) -> SiteRecord | None:
         return None if self._checkpoint is None or name is None else self._checkpoint.sites.get(name)

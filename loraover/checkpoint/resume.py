@@ -80,7 +80,7 @@ def _refreshes(file: TensorFile, record: SiteRecord) -> list[int]:
 
 def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Tensor], record: SiteRecord) -> None:
     """Raise CheckpointError if bases that the optimizer does not step have lost their orthogonality."""
-    decomposition = checkpoint.decomposition
+    decomposition = checkpoint.decomposition.of_site(record.name)
     if not isinstance(decomposition, Eigen) or decomposition.train_auxiliary:
         return
     sides = [decomposition.blocks(side, record.m, record.n) for side in ("rows", "columns")]

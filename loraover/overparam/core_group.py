@@ -252,7 +252,7 @@ class CoreGroup:
 
 
 def grouped(sites: Sequence[Site], owners: Mapping[str, str]) -> list[list[Site]]:
-    """Sites that can be in one group: of one shape, type and device, and as many for each shared basis, neighbours.
+    """Sites that can be in one group: alike in shape, type, device and kind, and as many neighbours for each basis.
 
     Args:
         sites: the ones to sort.
@@ -260,11 +260,11 @@ def grouped(sites: Sequence[Site], owners: Mapping[str, str]) -> list[list[Site]
     """
     alike: dict[Any, list[Site]] = {}
     for site in sites:
-        key = (site.shape, site.parameter.device, site.parameter.dtype, site.adapter, owners.get(site.name, site.name))
-        alike.setdefault(key, []).append(site)
+        kind = (site.shape, site.parameter.device, site.parameter.dtype, site.name.rpartition(".")[2])
+        alike.setdefault((kind, site.adapter, owners.get(site.name, site.name)), []).append(site)
     groups: dict[Any, list[Site]] = {}
-    for key, sharing in alike.items():
-        groups.setdefault((key[:3], len(sharing)), []).extend(sharing)
+    for (kind, _, _), sharing in alike.items():
+        groups.setdefault((kind, len(sharing)), []).extend(sharing)
     return list(groups.values())
 
 

@@ -128,7 +128,7 @@ def _feature_blocks(site: Site | None, eigen: Eigen) -> Blocks:
         return Blocks.of(1, 1)
     side: Side = "columns" if site.matrix == "A" else "rows"
     m, n = site.shape
-    return eigen.blocks(side, m, n) or Blocks.of(n if side == "columns" else m, eigen.block)
+    return eigen.of_site(site.name).blocks(side, m, n) or Blocks.of(n if side == "columns" else m, eigen.block)
 
 
 @contextmanager
@@ -165,8 +165,9 @@ def _bases(
     for site in chosen:
         found[site.name] = {}
         for side in ("rows", "columns"):
-            blocks = eigen.blocks(side, *site.shape)
-            if blocks is None or eigen.source(side, *site.shape) != "calibration":
+            chosen_for = eigen.of_site(site.name)
+            blocks = chosen_for.blocks(side, *site.shape)
+            if blocks is None or chosen_for.source(side, *site.shape) != "calibration":
                 continue
             moment = _moment(site, side, blocks, pairs[site.module, site.adapter], moments[site.module])
             if moment is None or not bool(moment.any()):

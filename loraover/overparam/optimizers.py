@@ -17,6 +17,7 @@ REFUSED_OPTIMIZERS = {
     "AdaLomo": "it steps inside the backward pass, before gradients can be pulled back",
     "AdamWScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
     "SGDScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
+    "SOAP": "it keeps state in lists, which a checkpoint cannot hold; use decomposition eigen with AdamW instead",
     "RAdamScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
 }
 

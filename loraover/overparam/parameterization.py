@@ -138,7 +138,8 @@ class OverParameterization:
         bases = self._measured_bases(chosen)
         owners = {} if self.decomposition.trains_all else shared_columns(bases)
         for sites in grouped([self.sites[name] for name in chosen], owners):
-            self._add(CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, step, bases))
+            decomposition = self.decomposition.of_site(sites[0].name)
+            self._add(CoreGroup.initialised(sites, decomposition, self.config.seed or 0, step, bases))
         if self.optimizer is not None:
             self._join(self.optimizer)
             self._stop_unturned(self.optimizer)
@@ -151,7 +152,8 @@ class OverParameterization:
             step: optimizer steps taken when they were injected.
         """
         for sites in grouped([self.sites[name] for name in owners], owners):
-            group = CoreGroup.initialised(sites, self.decomposition, self.config.seed or 0, step)
+            decomposition = self.decomposition.of_site(sites[0].name)
+            group = CoreGroup.initialised(sites, decomposition, self.config.seed or 0, step)
             self._add(group.sharing(len(sites) // len({owners[site.name] for site in sites})))
 
     def _add(self, group: CoreGroup) -> None:

@@ -96,7 +96,8 @@ class Schedule:
     @property
     def most_gauge_numbers(self) -> int:
         """Largest possible number of values that are kept beside the trained ones: bases and their moments."""
-        kept = sorted((self._decomposition.gauge_numbers(*s.shape) for s in self.candidates.values()), reverse=True)
+        sites = self.candidates.items()
+        kept = sorted((self._decomposition.of_site(name).gauge_numbers(*s.shape) for name, s in sites), reverse=True)
         return sum(kept[: int(self._capacity)] if self.config.budget is not None and self._counts_sites else kept)
 
     @property

@@ -119,7 +119,7 @@ def of_first_process(tensor: Tensor, device: torch.device | None = None) -> Tens
     """
     if world_size() == 1:
         return tensor
-    sent = tensor.to(device or tensor.device).contiguous()
+    sent = tensor.to(device or tensor.device).clone(memory_format=torch.contiguous_format)
     dist.broadcast(sent, src=0)
     return sent.to(tensor.device)
 

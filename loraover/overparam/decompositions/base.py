@@ -47,6 +47,10 @@ class Decomposition(ABC):
     def centre(self, m: int, n: int) -> int:
         """Return the index of the centre core, which holds the matrix; the others are auxiliary cores."""
 
+    def of_site(self, name: str) -> Decomposition:
+        """Return the decomposition with the options that a site of this name takes."""
+        return self
+
     def trained(self, m: int, n: int) -> tuple[int, ...]:
         """Indices of the cores that the optimizer steps; the others follow statistics of the gradients."""
         return tuple(range(len(self.core_shapes(m, n))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal, final
 
 import torch
@@ -105,6 +105,10 @@ class Eigen(Decomposition):
 
     def centre(self, m: int, n: int) -> int:
         return 0 if self.blocks("rows", m, n) is None else 1
+
+    def of_site(self, name: str) -> Eigen:
+        """Return the same, without a basis on the axis of an embedding's tokens, which have no common directions."""
+        return replace(self, long="none") if name.endswith(".lora_embedding_A") else self
 
     def trained(self, m: int, n: int) -> tuple[int, ...]:
         return super().trained(m, n) if self.train_auxiliary else (self.centre(m, n),)
