@@ -111,6 +111,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
+	cd tests && ../$(BIN)/python -m benchmarks.step_overhead
 	cd tests && ../$(BIN)/python -m benchmarks.training
 	cd tests && ../$(BIN)/python -m benchmarks.folding
 	cd tests && ../$(BIN)/python -m benchmarks.exports
