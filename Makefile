@@ -14,7 +14,7 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm vllm-architectures compatibility lint \
-	docs bench schedules study study-smoke clean
+	docs bench schedules study study-gauge study-smoke clean
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
@@ -128,6 +128,20 @@ study: $(VENV)/.installed
 	$(BIN)/loraover study docs/study/gsm8k.yaml docs/study/qnli.yaml docs/study/subj.yaml --methods lora,lora-over \
 		--lr-sweep gsm8k=1e-3,3e-3,1e-2 --lr-sweep qnli=3e-4,1e-3,3e-3 --lr-sweep subj=1e-3,3e-3,1e-2 \
 		--seeds 5 --jobs 2 -o docs/study/smollm2
+
+# The study of docs/study/gauge.md, whose protocol it follows: some eight hours, resumable. Its finished runs are kept in
+# docs/study/gauge.
+PLUS := training.loraplus_lr_ratio=4
+EIGEN := lora-over:decomposition=eigen:options={}
+study-gauge: export MALLOC_MMAP_MAX_ = 0
+study-gauge: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+study-gauge: $(VENV)/.installed
+	data="$${LORAOVER_DATA:-../shared/data}"; test ! -d "$$data" || \
+		$(BIN)/python docs/study/prepare.py "$$data" runs/study-data
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml docs/study/mbpp.yaml docs/study/svamp.yaml docs/study/qnli-all.yaml \
+		--methods "lora,lora:$(PLUS),$(EIGEN),$(EIGEN):$(PLUS)" \
+		--lr-sweep 1.5e-3,3e-3,6e-3 --lr-sweep "lora:$(PLUS)=7.5e-4,1.5e-3,3e-3" --lr-sweep "$(EIGEN):$(PLUS)=7.5e-4,1.5e-3,3e-3" \
+		--tuning-seeds 2 --seeds 5 --jobs 2 -o docs/study/gauge
 
 # The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 schedules: $(VENV)/.installed
