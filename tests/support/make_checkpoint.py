@@ -219,7 +219,8 @@ def oracle_matrices(path: Path, dtype: npt.DTypeLike = np.float64) -> dict[str, 
             case "chain":
                 matrix = chain_matrix(cores)
             case "eigen":
-                matrix = eigen_matrix(_as_blocks(cores, m, n, meta["config"]["options"]))
+                tokens = {"long": "none"} if name.endswith("lora_embedding_A") else {}
+                matrix = eigen_matrix(_as_blocks(cores, m, n, meta["config"]["options"] | tokens))
         matrices[f"base_model.model.{name}" + ("" if "lora_embedding_" in name else ".weight")] = matrix
     return matrices
 

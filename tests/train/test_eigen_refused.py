@@ -20,6 +20,7 @@ from loraover.overparam.optimizers import BLIND, ROTATED
 
 from support.hooked_run import make, ordinary_step, same, train
 from support.optimizers import adagrad, adamw_8bit, muon
+from support.precision import restore_default_precision
 from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable, with_lora
 
 BASES: Any = eigenbases  # its imports are replaced here
@@ -316,7 +317,8 @@ def test_a_turn_is_made_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> No
         return found
 
     def run(*, lower: bool) -> dict[str, Tensor]:
-        torch.set_float32_matmul_precision("medium" if lower else "highest")
+        if lower:
+            torch.set_float32_matmul_precision("medium")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net = nn.Sequential(nn.Linear(256, 256))
@@ -339,6 +341,6 @@ def test_a_turn_is_made_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> No
     try:
         found = run(lower=True)
     finally:
-        torch.set_float32_matmul_precision("highest")
+        restore_default_precision()
     assert set(seen) == {("highest", False)}
     assert same(found, expected)

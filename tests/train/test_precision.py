@@ -17,11 +17,9 @@ from loraover.overparam.core_group import MATMULS
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
 from support.hooked_run import assert_contracted, cores, make, ordinary_step, same, train
+from support.precision import ALL, BACKENDS, restore_default_precision
 from support.tiny_models import fill_b, lora_matrices, net_loss, tiny_net, trainable, with_lora
 from support.versions import TRANSFORMERS
-
-ALL: Any = torch.backends
-BACKENDS: dict[str, Any] = {"all": ALL, **dict(zip(("cuda", "mkldnn"), MATMULS, strict=True))} if MATMULS else {}
 
 
 def setter(backend: str, precision: str) -> Callable[[], None]:
@@ -80,11 +78,7 @@ def settings() -> dict[str, Any]:
 def _defaults() -> Iterator[None]:
     before = settings()
     yield
-    torch.set_float32_matmul_precision("highest")
-    if BACKENDS:
-        ALL.mkldnn.set_flags(_fp32_precision="none")
-    for backend in BACKENDS.values():
-        backend.fp32_precision = "none"
+    restore_default_precision()
     assert settings() == before
 
 
