@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -39,7 +39,13 @@ EXTRAS = {
 _SHORT = {long: short for short, long in DTYPES.items()}
 
 
-class DtypeChoice(click.Choice[str]):
+if TYPE_CHECKING:
+    _NameChoice = click.Choice[str]
+else:
+    _NameChoice = click.Choice  # has no parameter before click 8.2
+
+
+class DtypeChoice(_NameChoice):
     """A choice of data types, each under its short name and under PyTorch's name; the value is the short name."""
 
     def __init__(self, *names: str) -> None:
