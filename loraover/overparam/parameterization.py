@@ -471,7 +471,10 @@ class OverParameterization:
         """Show the gradients of a step to what follows them."""
         if not gradients:
             return
-        norm = joint_norm(list(gradients.values()))
+        places = {name: place for place, name in enumerate(self.sites)}
+        # A resumed run may have its groups in another order, in which the norm would round differently.
+        ordered = sorted(gradients.items(), key=lambda item: places[item[0].sites[0].name])
+        norm = joint_norm([stack for _, stack in ordered])
         counts = norm.isfinite() & (norm > 0)
         for group, stack in gradients.items():
             if (follower := self.followers.get(group)) is not None:
