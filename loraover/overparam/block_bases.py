@@ -74,10 +74,10 @@ def turn(x: Tensor, basis: Tensor, blocks: Blocks, side: Side, *, inverse: bool 
 
     Args:
         x: (G, m, n).
-        basis: the blocks of V, (H, count, size, size), where H divides G: G / H neighbours share a basis.
-        blocks: how the side is divided.
-        side: which side of X to turn.
-        inverse: multiply by the transpose.
+        basis: The blocks of V, (H, count, size, size), where H divides G: G / H neighbours share a basis.
+        blocks: How the side is divided.
+        side: Which side of X to turn.
+        inverse: Multiply by the transpose.
     """
     if side == "rows":
         return turn(x.mT, basis, blocks, "columns", inverse=inverse).mT
@@ -91,7 +91,7 @@ def eigenvectors(moment: Tensor, blocks: Blocks) -> Tensor:
 
     Args:
         moment: (..., count, size, size), positive semi-definite; its padding is not read.
-        blocks: which of it is padding.
+        blocks: Division of the side, which says what is padding.
 
     Returns:
         The same shape and type, orthogonal.
@@ -108,8 +108,8 @@ def next_eigenvectors(moment: Tensor, basis: Tensor, blocks: Blocks) -> tuple[Te
 
     Args:
         moment: (..., count, size, size), positive semi-definite.
-        basis: the same shape, orthogonal.
-        blocks: which of it is padding.
+        basis: The same shape, orthogonal.
+        blocks: Division of the side, which says what is padding.
 
     Returns:
         The next basis, and the permutation matrices that ordered the present one.

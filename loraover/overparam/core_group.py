@@ -62,11 +62,11 @@ class CoreGroup:
         """Cores that contract to the sites' present matrices, up to rounding.
 
         Args:
-            sites: those whose columns share a measured basis are neighbours, as many for each basis.
-            decomposition: what the cores contract by.
-            seed: seed of random draws.
-            step: optimizer steps taken.
-            bases: measured bases by the sites' names, for a decomposition that calibrates.
+            sites: Sites of one group; those whose columns share a measured basis are neighbours.
+            decomposition: Decomposition that contracts the cores.
+            seed: Seed of random draws.
+            step: Optimizer steps taken.
+            bases: Measured bases by the sites' names, for a decomposition that calibrates.
         """
         matrices = full(torch.stack([site.parameter.detach() for site in sites]))
         dtype = torch.promote_types(matrices.dtype, torch.float32)
@@ -90,7 +90,7 @@ class CoreGroup:
         """The same cores and their state in several groups.
 
         Args:
-            parts: indices of sites, each in one part.
+            parts: Indices of sites, each in one part.
         """
         groups = []
         for part in parts:
@@ -255,8 +255,8 @@ def grouped(sites: Sequence[Site], owners: Mapping[str, str]) -> list[list[Site]
     """Sites that can be in one group: alike in shape, type, device and kind, and as many neighbours for each basis.
 
     Args:
-        sites: the ones to sort.
-        owners: for each site that shares a basis, the first site that has it.
+        sites: Sites to sort.
+        owners: First site that has the same basis, by the name of each site that shares one.
     """
     alike: dict[Any, list[Site]] = {}
     for site in sites:

@@ -77,10 +77,10 @@ def measured_bases(
     """Bases of those sides of the chosen sites that come from calibration, by the sites' names.
 
     Args:
-        probe: batches, and the model in the mode in which it is to be run. The gradients that it leaves are cleared.
-        chosen: the sites to measure.
-        everything: all sites of the model, among them the other matrix of each module.
-        eigen: sources and blocks.
+        probe: Batches, and the model in the mode in which it is to be run. The gradients that it leaves are cleared.
+        chosen: Sites to measure.
+        everything: All sites of the model, among them the other matrix of each module.
+        eigen: Sources and blocks.
     """
     pairs: dict[tuple[str, str], dict[str, Site]] = {}
     for site in everything.values():

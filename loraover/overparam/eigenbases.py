@@ -25,7 +25,7 @@ class BasisFollower:
     state as they are.
 
     Args:
-        group: its decomposition is `eigen`, its centre cores are float32 or float64.
+        group: Group whose decomposition is `eigen`.
     """
 
     def __init__(self, group: CoreGroup) -> None:
@@ -61,7 +61,7 @@ class BasisFollower:
 
         Args:
             gradients: (G, m, n), divided by the joint norm of all gradients of the step.
-            counts: bool, whether all gradients are finite and one is not zero.
+            counts: A bool, whether all gradients are finite and one is not zero.
         """
         if self.due is None:
             return

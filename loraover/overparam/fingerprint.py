@@ -60,7 +60,7 @@ class LateAnswer:
         """Ask about these flags.
 
         Args:
-            differs: bool tensors on any devices.
+            differs: Bool tensors on any devices.
 
         Returns:
             The flags of these tensors, or of those of the question before, if one of them is set; otherwise None.

@@ -148,8 +148,9 @@ class OverParameterization:
         """Over-parameterise sites as a checkpoint has them, whose cores are loaded afterwards.
 
         Args:
-            owners: for each site the one that its basis of columns is kept with, itself where none is shared.
-            step: optimizer steps taken when they were injected.
+            owners: Site with which the basis of columns is kept, by the name of each site; the site itself where none
+                is shared.
+            step: Optimizer steps taken when they were injected.
         """
         for sites in grouped([self.sites[name] for name in owners], owners):
             decomposition = self.decomposition.of_site(sites[0].name)

@@ -33,16 +33,16 @@ class Eigen(Decomposition):
     A basis is kept as (count * size, size), its blocks below one another. A shorter side of at most 256 is one block.
 
     Args:
-        short: where the basis of the shorter side comes from: gradients of the run, calibration batches before it, or
+        short: Where the basis of the shorter side comes from: gradients of the run, calibration batches before it, or
             none (the identity).
-        long: the same of the longer side.
-        block: largest length of a block.
-        refresh: optimizer steps with a gradient until a basis is first computed from gradients.
-        growth: factor from one refresh to the next, in steps; 1 refreshes every `refresh` steps. Absent: only once.
-        decay: share of the running mean of second moments that stays at each step.
-        second_moments: what happens to the optimizer's squared gradients at a later refresh: "kept" as they are, or
+        long: Where the basis of the longer side comes from.
+        block: Largest length of a block.
+        refresh: Optimizer steps with a gradient until a basis is first computed from gradients.
+        growth: Factor from one refresh to the next, in steps; 1 refreshes every `refresh` steps. Absent: only once.
+        decay: Share of the running mean of second moments that stays at each step.
+        second_moments: What happens to the optimizer's squared gradients at a later refresh: "kept" as they are, or
             "carried" by the squares of the rotation. The first refresh always carries them.
-        train_auxiliary: let the optimizer step U and V too, from where calibration has put them.
+        train_auxiliary: Let the optimizer step U and V too, from where calibration has put them.
     Source: Vyas et al. 2024 (SOAP), arXiv:2409.11321, algorithm 3; George et al. 2018 (EKFAC), arXiv:1806.03884.
     """
 
@@ -151,8 +151,8 @@ class Eigen(Decomposition):
         """Cores in measured bases; a basis of columns that neighbours share is kept once.
 
         Args:
-            cores: of G sites, in identity bases.
-            measured: the bases of each site.
+            cores: Cores of G sites, in identity bases.
+            measured: The bases of each site.
         """
         turns: dict[Side, tuple[Tensor, Tensor]] = {}
         for side in ("rows", "columns"):
@@ -174,8 +174,8 @@ class Eigen(Decomposition):
         """Cores of the same matrices in other bases.
 
         Args:
-            cores: core k (G, p_k, q_k).
-            turns: the new basis (H, count, size, size) of some sides, and the blocks old^T new.
+            cores: Core k (G, p_k, q_k).
+            turns: The new basis (H, count, size, size) of some sides, and the blocks old^T new.
         """
         result = list(cores)
         centre = cores[self.centre(m, n)]
@@ -192,9 +192,9 @@ class Eigen(Decomposition):
         """Largest element of V^T V - I of the bases V, and of what lies in their padding beside the identity.
 
         Args:
-            cores: of G matrices, float64.
-            m: rows of the matrices.
-            n: columns of the matrices.
+            cores: Cores of G matrices, float64.
+            m: Rows of the matrices.
+            n: Columns of the matrices.
         """
         found = [0.0]
         for side in ("rows", "columns"):
