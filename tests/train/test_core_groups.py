@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from loraover import LoraOverConfig, OverParameterization
 from loraover.common.threads import one_thread
 from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover.overparam.optimizers import ELEMENTWISE
 
 from strategies import normal
@@ -58,6 +59,33 @@ def _single_thread() -> Iterator[None]:
 
 def test_every_elementwise_optimizer_is_tried() -> None:
     assert {kind.__name__ for kind in ELEMENTWISE} == {name.partition("-")[0] for name in ALL}
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_a_gradient_lies_in_memory_as_its_core_does(decomposition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused optimizers pair numbers by their place in memory, and not by their index."""
+    pull_back, seen = CoreGroup.pull_back, []
+
+    def watched(group: CoreGroup, dense: Tensor) -> None:
+        pull_back(group, dense)
+        for parameter in (p for k in group.trained for p in group.parameters(k)):
+            assert parameter.grad is not None
+            seen.append((parameter.grad.stride(), parameter.stride()))
+
+    monkeypatch.setattr(CoreGroup, "pull_back", watched)
+    model, _, optimizer = make(decomposition=decomposition)
+    train(model, optimizer, range(3))
+    assert seen
+    assert all(gradient == core for gradient, core in seen)
+
+
+def test_a_fused_step_in_turned_axes_is_that_of_a_loop() -> None:
+    found = []
+    for name in ("AdamW-fused", "AdamW"):
+        model, over, optimizer = make(ALL[name], **DECOMPOSED["eigen"])
+        train(model, optimizer, range(STEPS))
+        found.append(torch.cat([group.contract().flatten() for group in over.groups]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)  # a step is 1e-2; its axes amplify roundings
 
 
 @by_decomposition
