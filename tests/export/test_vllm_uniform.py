@@ -24,8 +24,8 @@ from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.numerics.delta import scale
 from loraover_export.numerics.rounding import round_tensor
-from loraover_export.vllm import uniform
-from loraover_export.vllm.uniform import name_modules, uniform_config, write_uniform
+from loraover_export.uniform import matrices as matrices_module
+from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
 
 from oracles.contraction import Array
 from strategies import SEEDS, normal
@@ -150,7 +150,7 @@ def test_a_mutant_changes_delta(mutant: str, tmp_path: Path, monkeypatch: pytest
     given_matrices = matrices(4, (4, 2, 3), torch.float32)
     patterns = {"layers.1.q_proj": 2, "up_proj": 3}
     source = write_adapter(tmp_path / "in", given_matrices, lora_alpha=12, rank_pattern=patterns)
-    monkeypatch.setattr(uniform, *MUTANTS[mutant])
+    monkeypatch.setattr(matrices_module, *MUTANTS[mutant])
     tensors, _, _ = written(source, tmp_path / "out", "fp32")
     off = []
     for module, (a, b) in given_matrices.items():

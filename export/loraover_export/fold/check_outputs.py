@@ -81,7 +81,7 @@ def check_outputs(
     report.line(f"loading the base model from {source.origin}")
     base = load_model(source, dtype="fp32", task_type=_task_type(checkpoint))
     with unfolded(_sharing_weights(base), checkpoint) as reference:
-        prompts = _prompts(source, base, prompts_file)
+        prompts = choose_prompts(source, base, prompts_file)
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
         adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS)
@@ -140,7 +140,18 @@ def _task_type(checkpoint: Checkpoint) -> str | None:
     return task if isinstance(task, str) else None
 
 
-def _prompts(source: ModelSource, base: Any, file: Path | None) -> Prompts:
+def choose_prompts(source: ModelSource, base: Any, file: Path | None = None) -> Prompts:
+    """Tokenize the prompts of a file, or built-in ones; without a tokenizer, draw random tokens.
+
+    Args:
+        source: place of the base model and its tokenizer.
+        base: the base model.
+        file: text file with one prompt a line; None means the built-in prompts.
+
+    Raises:
+        ConfigError: a file, but no tokenizer.
+        DataError: no usable prompt in the file.
+    """
     lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
     if file is not None:
         try:

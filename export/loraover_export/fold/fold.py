@@ -78,6 +78,33 @@ def write_rounded(
 
     Returns and raises as `write_folded` does.
     """
+    rounded, certificates = round_exact(source, keys, dtype, prepare=prepare, on_tensor=on_tensor)
+    save_tensors(rounded, directory / TENSORS_FILE)
+    for chunk in _chunks(rounded):
+        with open_tensors(directory / TENSORS_FILE) as written:
+            for key in chunk:
+                if not torch.equal(written.read(key), rounded[key]):
+                    raise FoldError(
+                        f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
+                    )
+    return certificates
+
+
+def round_exact(
+    source: Checkpoint | AdapterDir,
+    keys: Iterable[str],
+    dtype: str,
+    *,
+    prepare: Callable[[str, Exact], Exact],
+    on_tensor: Callable[[int], None],
+) -> tuple[dict[str, Tensor], list[MatrixCertificate]]:
+    """Round tensors of an adapter once from their exact values, and certify the A and B matrices.
+
+    Args and errors are those of `write_rounded`.
+
+    Returns:
+        The rounded tensors by key, and one certificate for each A and B.
+    """
     rounded: dict[str, Tensor] = {}
     certificates = []
     for chunk in _chunks(keys):
@@ -89,15 +116,7 @@ def write_rounded(
                 if name is not None:
                     certificates.append(certify(name, rounded[key], exact))
                 on_tensor(len(rounded))
-    save_tensors(rounded, directory / TENSORS_FILE)
-    for chunk in _chunks(rounded):
-        with open_tensors(directory / TENSORS_FILE) as written:
-            for key in chunk:
-                if not torch.equal(written.read(key), rounded[key]):
-                    raise FoldError(
-                        f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
-                    )
-    return certificates
+    return rounded, certificates
 
 
 def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:

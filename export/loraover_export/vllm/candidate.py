@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover_export.uniform.matrices import largest_rank, module_of
 from loraover_export.vllm.architectures import Architecture, Architectures
 from loraover_export.vllm.known_faults import Platform
 from loraover_export.vllm.served import ServedModel, ServedModule
-from loraover_export.vllm.uniform import largest_rank, module_of
 from loraover_export.vllm.versions import Versions
 
 TEXT_NAMES = Versions(since="0.33.0")

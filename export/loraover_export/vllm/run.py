@@ -18,6 +18,7 @@ from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate
@@ -26,7 +27,6 @@ from loraover_export.vllm.preflight import PREFLIGHT_FILE, Preflight, preflight
 from loraover_export.vllm.report import VllmReport
 from loraover_export.vllm.request import VllmRequest
 from loraover_export.vllm.served import read_served
-from loraover_export.vllm.uniform import name_modules, uniform_config, write_uniform
 
 
 class _RejectedError(Exception):

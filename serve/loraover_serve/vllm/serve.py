@@ -15,8 +15,8 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
 from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.uniform.matrices import largest_rank
 from loraover_export.vllm.launch import max_lora_rank
-from loraover_export.vllm.uniform import largest_rank
 from loraover_serve.vllm.adapter_check import check_adapters
 from loraover_serve.vllm.command import vllm_command
 from loraover_serve.vllm.server import (

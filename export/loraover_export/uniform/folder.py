@@ -1,17 +1,10 @@
-"""The uniform adapter, which every engine reads the same way: one rank, scaling 1, nothing but A and B.
-
-delta_W = scaling * B @ A = 1 * [scaling * B, 0] @ [A; 0], with the rank padded by zeros.
-Engines differ in how they read rank_pattern, alpha_pattern and use_rslora, and some round B before they scale it.
-"""
+"""The uniform form of an adapter as a PEFT folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
-from torch.nn.functional import pad
 
 from loraover.checkpoint.base_model import naming
 from loraover.checkpoint.checkpoint import Checkpoint
@@ -20,18 +13,8 @@ from loraover.checkpoint.peft_adapter import AdapterDir, site_name
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.fold.fold import write_config, write_rounded
-from loraover_export.numerics.delta import scale
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-
-
-def largest_rank(adapter: AdapterDir) -> int:
-    """Return the largest rank of any module, to which the others are padded."""
-    return max(adapter.config.rank(module_of(name)) for name in adapter.sites)
-
-
-def module_of(site: str) -> str:
-    """Return the path of the module that a site, one A or B matrix, belongs to."""
-    return site.rpartition(".")[0]
+from loraover_export.uniform.matrices import largest_rank, uniform_matrix
 
 
 def write_uniform(
@@ -43,8 +26,7 @@ def write_uniform(
 ) -> list[MatrixCertificate]:
     """Write the uniform adapter, and certify each matrix against its exact value.
 
-    A is padded; B is multiplied by its module's scaling in float64, padded, and rounded once. The product adds one
-    rounding of float64 to the bound of B; the padding is exact. Tensors other than A and B are not written.
+    Each matrix is that of `uniform_matrix`, rounded once. Tensors other than A and B are not written.
 
     Args:
         source: checkpoint or adapter whose cores or stored values are the exact ones.
@@ -58,26 +40,15 @@ def write_uniform(
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
     """
     adapter = adapter_of(source)
-    r = largest_rank(adapter)
 
     def prepare(key: str, exact: Exact) -> Exact:
         name = site_name(key)
         assert name is not None
-        if name.endswith("A"):
-            return _padded(exact, (0, 0, 0, r - len(exact.value)))
-        scaled = scale(exact, adapter.config.scaling(module_of(name)))
-        return _padded(scaled, (0, r - exact.value.shape[1]))
+        return uniform_matrix(adapter, name, exact)
 
     certificates = write_rounded(source, adapter.sites.values(), directory, dtype, prepare=prepare, on_tensor=on_tensor)
     write_config(config, directory)
     return certificates
-
-
-def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
-    def zeros(matrix: Tensor) -> Tensor:
-        return pad(matrix, sides)
-
-    return Exact(zeros(exact.value), zeros(exact.bound), exact.site)
 
 
 def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: list[str]) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""A and B in the uniform form: delta_W = scaling * B @ A = 1 * [scaling * B, 0] @ [A; 0], with one rank for all modules.
+
+Engines differ in how they read rank_pattern, alpha_pattern and use_rslora, and some round B before they scale it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover_export.numerics.delta import scale
+
+
+def largest_rank(adapter: AdapterDir) -> int:
+    """Return the largest rank of any module, to which the others are padded."""
+    return max(adapter.config.rank(module_of(name)) for name in adapter.sites)
+
+
+def module_of(site: str) -> str:
+    """Return the path of the module that a site, one A or B matrix, belongs to."""
+    return site.rpartition(".")[0]
+
+
+def uniform_matrix(adapter: AdapterDir, site: str, exact: Exact) -> Exact:
+    """Pad one matrix to the largest rank; B is multiplied by its module's scaling in float64 before.
+
+    The product adds one rounding of float64 to the bound of B; the padding is exact.
+
+    Args:
+        adapter: adapter that the matrix belongs to.
+        site: name of the matrix, which ends in A or B.
+        exact: the matrix, (r, in_features) or (out_features, r).
+    """
+    r = largest_rank(adapter)
+    if site.endswith("A"):
+        return _padded(exact, (0, 0, 0, r - len(exact.value)))
+    scaled = scale(exact, adapter.config.scaling(module_of(site)))
+    return _padded(scaled, (0, r - exact.value.shape[1]))
+
+
+def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
+    def zeros(matrix: Tensor) -> Tensor:
+        return pad(matrix, sides)
+
+    return Exact(zeros(exact.value), zeros(exact.bound), exact.site)
