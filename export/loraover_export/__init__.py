@@ -1,4 +1,4 @@
-"""Fold LoRA-Over checkpoints into plain LoRA adapters, certify them, and export them for vLLM and ONNX Runtime."""
+"""Fold LoRA-Over checkpoints into plain LoRAs, certify them, and export them for vLLM, ONNX Runtime and llama.cpp."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraover_export.fold.certificate import FoldCertificate
     from loraover_export.fold.run import fold_checkpoint
+    from loraover_export.gguf.report import GgufReport
+    from loraover_export.gguf.run import export_gguf
     from loraover_export.onnx.report import OnnxReport
     from loraover_export.onnx.run import export_onnx
     from loraover_export.vllm.certificate import VllmCertificate
@@ -18,10 +20,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "FoldCertificate": "fold.certificate",
+    "GgufReport": "gguf.report",
     "OnnxReport": "onnx.report",
     "Preflight": "vllm.preflight",
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
+    "export_gguf": "gguf.run",
     "export_onnx": "onnx.run",
     "export_vllm": "vllm.run",
     "fold_checkpoint": "fold.run",
@@ -29,10 +33,12 @@ _HOMES = {
 
 __all__ = [
     "FoldCertificate",
+    "GgufReport",
     "OnnxReport",
     "Preflight",
     "VllmCertificate",
     "VllmReport",
+    "export_gguf",
     "export_onnx",
     "export_vllm",
     "fold_checkpoint",

@@ -1,7 +1,7 @@
 """Behaviour that all commands share: help, lazy imports, error messages and exit codes.
 
 The exit code is 0 if the work is done, 1 if a check failed, 2 if the request is unusable, and 130 after Ctrl-C. Checks
-that can be inconclusive also have 3: those of `loraover-export fold` and `onnx`, and of `loraover-serve parity`.
+that can be inconclusive also have 3: `loraover-export fold`, `onnx` and `gguf`, and `loraover-serve parity`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 INTERRUPTED = "Interrupted. No partial output was left."
 EXTRAS = {
-    **dict.fromkeys(("accelerate", "datasets", "gguf", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
+    **dict.fromkeys(("accelerate", "datasets", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
     "lm_eval": "eval",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
+    **dict.fromkeys(("gguf", "llama_cpp_py_sync"), "llamacpp"),
     **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "serve"),
 }
 

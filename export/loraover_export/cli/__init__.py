@@ -10,15 +10,16 @@ COMMANDS = {
     "fold": "loraover_export.cli.fold:fold",
     "vllm": "loraover_export.cli.vllm:vllm",
     "onnx": "loraover_export.cli.onnx:onnx",
+    "gguf": "loraover_export.cli.gguf:gguf",
 }
 EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
-"""Exit code of each verdict of a fold or an ONNX export."""
+"""Exit code of each verdict of a fold, or an export to ONNX or GGUF."""
 
 
 @click.group(cls=LazyGroup, commands_at=COMMANDS)
 @click.version_option(package_name="loraover")
 def cli() -> None:
-    """Fold LoRA-Over checkpoints into plain LoRA adapters, and export adapters for vLLM and ONNX Runtime."""
+    """Fold LoRA-Over checkpoints into plain LoRA adapters, and export adapters for vLLM, ONNX Runtime and llama.cpp."""
 
 
 main = entry_point(cli)

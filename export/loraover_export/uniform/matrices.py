@@ -1,4 +1,4 @@
-"""A and B in the uniform form: delta_W = scaling * B @ A = 1 * [scaling * B, 0] @ [A; 0], with one rank for all modules.
+"""A and B in the uniform form: delta_W = scaling * B @ A = 1 * [scaling * B, 0] @ [A; 0], with one rank for all.
 
 Engines differ in how they read rank_pattern, alpha_pattern and use_rslora, and some round B before they scale it.
 """

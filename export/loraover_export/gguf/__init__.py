@@ -1,0 +1,1 @@
+"""Adapters for llama.cpp as GGUF files, and their check in llama.cpp."""

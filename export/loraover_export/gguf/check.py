@@ -1,0 +1,124 @@
+"""Comparison of llama.cpp's logits with the unfolded PyTorch model's, on a GGUF file of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
+from loraover.checkpoint.unfolded_model import unfolded
+from loraover.common.errors import ExportError
+from loraover.models.load import ModelSource, load_model
+from loraover_export.fold.check_outputs import Prompts, choose_prompts
+from loraover_export.gguf.header import read_header
+from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.report import GgufCheck
+from loraover_export.uniform.folder import write_uniform
+from loraover_export.uniform.matrices import largest_rank
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch gives in float32, and llama.cpp without an adapter.
+
+    Args:
+        base_gguf: file of the base model that llama.cpp runs.
+        prompts: token ids.
+        adapted: logits with the adapter for each prompt, (tokens, vocabulary).
+        base_distance: largest difference of the two base models' logits.
+        rounding_distance: largest change of a logit in PyTorch by the rounding of A and B.
+        adapter_effect: largest change that the adapter makes to a logit in PyTorch.
+    """
+
+    base_gguf: Path
+    prompts: Prompts
+    adapted: list[Tensor]
+    base_distance: float
+    rounding_distance: float
+    adapter_effect: float
+
+
+def make_reference(
+    source: Checkpoint | AdapterDir, base: ModelSource, dtype: str, base_gguf: Path, threads: int | None
+) -> Reference:
+    """Run the base model in PyTorch and in llama.cpp, and the unfolded model in PyTorch.
+
+    Raises:
+        ConfigError: a base model that cannot be loaded.
+        CheckpointError: an adapter of another base model.
+        EngineError: a GGUF file that llama.cpp cannot load.
+        ExportError: a GGUF file with another vocabulary.
+    """
+    model = load_model(base)
+    prompts = choose_prompts(base, model)
+    plain = [_logits(model, ids) for ids in prompts.batches]
+    adapted = _adapted_logits(model, source, prompts)
+    with TemporaryDirectory() as folder:
+        rounded = _adapted_logits(model, _rounded(source, Path(folder), dtype), prompts)
+    found = _engine_logits(base_gguf, None, prompts, threads)
+    if found[0].shape != plain[0].shape:
+        raise ExportError(
+            f"{base_gguf}: has {found[0].shape[1]} tokens, {base.name} has {plain[0].shape[1]}; name a GGUF file of "
+            "the base model."
+        )
+    return Reference(
+        base_gguf, prompts, adapted, largest(plain, found), largest(adapted, rounded), largest(plain, adapted)
+    )
+
+
+def check_adapter_file(reference: Reference, adapter: Path, threads: int | None) -> GgufCheck:
+    """Run a written adapter in llama.cpp, and compare every logit.
+
+    Raises:
+        EngineError: an adapter that llama.cpp cannot load on this base.
+    """
+    found = _engine_logits(reference.base_gguf, adapter, reference.prompts, threads)
+    return GgufCheck(
+        base_gguf=str(reference.base_gguf),
+        weight_types=read_header(reference.base_gguf).weight_types,
+        engine=version("llama-cpp-py-sync"),
+        prompts=len(found),
+        tokens=sum(map(len, found)),
+        prompt_source=reference.prompts.source,
+        base_distance=reference.base_distance,
+        rounding_distance=reference.rounding_distance,
+        error=largest(reference.adapted, found),
+        adapter_effect=reference.adapter_effect,
+    )
+
+
+def largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference of two lists of logits; NaN if there is one."""
+    return float(torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(one, other, strict=True)]).max())
+
+
+def _rounded(source: Checkpoint | AdapterDir, folder: Path, dtype: str) -> AdapterDir:
+    """Write the uniform form as a PEFT folder, so that PyTorch can run the rounded matrices."""
+    r = largest_rank(adapter_of(source))
+    write_uniform(source, folder, dtype, {"peft_type": "LORA", "r": r, "lora_alpha": r})
+    return read_adapter_dir(folder)
+
+
+def _adapted_logits(model: Any, source: Checkpoint | AdapterDir, prompts: Prompts) -> list[Tensor]:
+    with unfolded(model, source) as whole:
+        return [_logits(whole, ids) for ids in prompts.batches]
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids).logits[0].float()
+    return logits
+
+
+def _engine_logits(base: Path, adapter: Path | None, prompts: Prompts, threads: int | None) -> list[Tensor]:
+    with LlamaCpp(base, adapter, threads) as engine:
+        return [torch.from_numpy(engine.logits(ids[0].tolist())) for ids in prompts.batches]

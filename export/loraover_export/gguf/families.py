@@ -1,0 +1,58 @@
+"""Model families that adapters are written for, and the order in which llama.cpp keeps the rows of queries and keys.
+
+transformers rotates element j of a head together with element j + d/2, and llama.cpp does so in most families. In the
+others it rotates neighbours, and the rows of each head of W_q and W_k are reordered when a model becomes GGUF. The rows
+of B must be reordered alike.
+
+Source: the classes of llama.cpp's conversion/ folder, by the architecture that they register. Every family here is run
+in llama.cpp by tests/export/test_gguf_families.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """What llama.cpp does with a model class of transformers.
+
+    Args:
+        name: llama.cpp's name of the architecture.
+        interleaved: whether the rows of queries and keys are reordered, so that pairs that are rotated are neighbours.
+    """
+
+    name: str
+    interleaved: bool = False
+
+
+FAMILIES = {
+    "Gemma2ForCausalLM": Family("gemma2"),
+    "Gemma3ForCausalLM": Family("gemma3"),
+    "GemmaForCausalLM": Family("gemma"),
+    "GraniteForCausalLM": Family("granite", interleaved=True),
+    "LlamaForCausalLM": Family("llama", interleaved=True),
+    "MistralForCausalLM": Family("llama", interleaved=True),
+    "Phi3ForCausalLM": Family("phi3"),
+    "Qwen2ForCausalLM": Family("qwen2"),
+    "Qwen3ForCausalLM": Family("qwen3"),
+    "SmolLM3ForCausalLM": Family("smollm3", interleaved=True),
+}
+"""Families by the model class that `config.json` names."""
+
+
+def interleave(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of each head from x_1 ... x_n y_1 ... y_n to x_1 y_1 ... x_n y_n.
+
+    Args:
+        rows: shape (heads * d, k), with an even d.
+        heads: number of heads.
+
+    Returns:
+        Shape (heads * d, k).
+    """
+    order = torch.arange(len(rows)).reshape(heads, 2, -1).mT.reshape(-1)
+    return rows[order]

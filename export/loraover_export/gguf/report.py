@@ -1,0 +1,89 @@
+"""What an export for llama.cpp proves: the report of `export_gguf`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_export.fold.certificate import CheckVerdict, judge
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+
+NOISE_FACTOR = 6.0
+TABLE_ERROR = 2.0**-9
+"""Share of the adapter's effect that llama.cpp's tables of activation functions may cost: four roundings to float16."""
+
+
+class GgufCheck(BaseModel):
+    """Logits of llama.cpp with the adapter, on a GGUF file of the base model, against the unfolded PyTorch model's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_gguf: str = Field(description="file of the base model")
+    weight_types: list[str] = Field(description="storage types of its matrices, such as F32 or Q4_K")
+    engine: str = Field(description="version of llama-cpp-py-sync, whose libllama ran")
+    prompts: int = Field(description="number of prompts")
+    tokens: int = Field(description="number of tokens in all prompts")
+    prompt_source: str = Field(description="where the prompts come from, in words")
+    base_distance: float = Field(
+        description="largest logit difference of the two base models, which is the effect of quantisation and rounding"
+    )
+    error: float = Field(description="largest logit error of llama.cpp with the adapter")
+    rounding_distance: float = Field(
+        description="largest change of a logit in PyTorch by the rounding of A and B to the adapter's data type"
+    )
+    adapter_effect: float = Field(description="largest change that the adapter makes to a logit in PyTorch")
+
+    @property
+    def bound(self) -> float:
+        """Largest allowed error: NOISE_FACTOR times the larger of two measured distances, or a share of the effect.
+
+        The distance of the base models is what quantisation and the engine's arithmetic do to a model. The distance by
+        rounding is what the file's data type does to the adapter; llama.cpp rounds activations to that type as well.
+        The share is for a base model that is exact because its activations are small, while the adapter makes them
+        large.
+        """
+        distance = max(self.base_distance, self.rounding_distance)
+        return max(NOISE_FACTOR * distance, TABLE_ERROR * self.adapter_effect)
+
+    @property
+    def verdict(self) -> CheckVerdict:
+        """Verdict on the error; inconclusive where an adapter that does nothing could pass as well."""
+        return judge(self.error, self.bound, self.adapter_effect)
+
+
+class GgufReport(BaseModel):
+    """Result of an export for llama.cpp."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    verdict: Literal["passed", "failed", "inconclusive", "not checked"] = Field(
+        description='"not checked": every matrix is within its bound, and llama.cpp was not run'
+    )
+    base_model: str = Field(description="folder or hub name of the base model")
+    architecture: str = Field(description="model class of the base model in transformers")
+    family: str = Field(description="llama.cpp's name of the architecture")
+    dtype: str = Field(description="data type that the adapter is stored in: fp32, fp16 or bf16")
+    rank: int = Field(description="rank of every module; smaller ranks are padded with zeros")
+    scaling: dict[str, float] = Field(description="factor that B was multiplied by, by module")
+    reordered: list[str] = Field(description="modules whose rows of B are in llama.cpp's order")
+    left_out: list[str] = Field(description="tensors not written: copies of the base model's frozen weights")
+    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and each scaling * B")
+    check: GgufCheck | None = Field(description="logits of llama.cpp against PyTorch's; None without --base-gguf")
+    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
+    hardware: str = Field(description="processor and accelerator of the machine, in words")
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is "passed": run by llama.cpp, and within every bound."""
+        return self.verdict == "passed"
+
+
+def judge_export(
+    matrices: list[MatrixCertificate], check: GgufCheck | None
+) -> Literal["passed", "failed", "inconclusive", "not checked"]:
+    """Return the verdict on an export."""
+    if not all(matrix.passed for matrix in matrices):
+        return "failed"
+    return "not checked" if check is None else check.verdict

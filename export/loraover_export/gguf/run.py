@@ -1,0 +1,136 @@
+"""The export of an adapter for llama.cpp: read, refuse, write, certify, run, publish."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.atomic_output import publish_file
+from loraover.common.dtypes import short_dtype
+from loraover.common.provenance import environment, hardware
+from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.gguf.check import Reference, check_adapter_file, make_reference
+from loraover_export.gguf.llamacpp import check_pair
+from loraover_export.gguf.refusals import check_adapter
+from loraover_export.gguf.report import GgufReport, judge_export
+from loraover_export.gguf.request import GgufRequest
+from loraover_export.gguf.target import Target, read_target
+from loraover_export.gguf.write import write_adapter
+from loraover_export.uniform.matrices import largest_rank, module_of
+
+
+class _FailedError(Exception):
+    """Leaves the block that would publish."""
+
+
+def export_gguf(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    dtype: str = "fp32",
+    base_gguf: str | Path | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> GgufReport:
+    """Write an adapter as a GGUF file for llama.cpp, and run it there if a GGUF file of the base model is given.
+
+    Args:
+        source: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
+        output: new file for the adapter, such as "adapter.gguf".
+        model: base model, folder or hub name; None means the one that the adapter names.
+        dtype: data type to store the adapter in: "fp32", "fp16", "bf16", or PyTorch's names of them.
+        base_gguf: GGUF file of the base model, quantised or not; llama.cpp runs the adapter on it, and its logits are
+            compared with those of the unfolded PyTorch model.
+        threads: number of threads for llama.cpp; None means one for each core.
+        force: replace a GGUF adapter that is already at `output`.
+        report: receiver of progress.
+
+    Returns:
+        The report. If its verdict is "failed", nothing was written. If it is "inconclusive", the adapter was written,
+        but it changes logits too little for the check to distinguish it from one that does nothing.
+
+    Raises:
+        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
+        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: a model family that is not known here, or an adapter that llama.cpp cannot apply.
+        EngineError: a GGUF file of the base model that llama.cpp cannot run.
+        FoldError: an element beyond the range of `dtype`.
+        OutputError: an output that cannot be written, or that exists and may not be replaced.
+    """
+    request = GgufRequest(
+        Path(source),
+        Path(output),
+        None if model is None else str(model),
+        short_dtype(dtype),
+        None if base_gguf is None else Path(base_gguf),
+        threads,
+        force,
+    )
+    request.check_output()
+    if request.base_gguf is not None:
+        check_pair(request.base_gguf, None)
+    adapter = read_source(request.source)
+    base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
+    target = read_target(base)
+    left_out = check_adapter(adapter_of(adapter), target)
+    return _publish(request, adapter, target, left_out, report)
+
+
+def _publish(
+    request: GgufRequest, source: Checkpoint | AdapterDir, target: Target, left_out: list[str], report: Reporter
+) -> GgufReport:
+    """Write the file, run it and judge it; where it fails, publish nothing."""
+    reference = None
+    if request.base_gguf is not None:
+        report.line(f"running the base model and the unfolded model in PyTorch, and {request.base_gguf} in llama.cpp")
+        reference = make_reference(source, target.source, request.dtype, request.base_gguf, request.threads)
+    made: list[GgufReport] = []
+
+    def fill(draft: Path) -> None:
+        made.append(_write(request, source, target, draft, left_out, reference, report))
+        if made[0].verdict == "failed":
+            raise _FailedError
+
+    with suppress(_FailedError):
+        publish_file(request.output, fill)
+    return made[0]
+
+
+def _write(
+    request: GgufRequest,
+    source: Checkpoint | AdapterDir,
+    target: Target,
+    draft: Path,
+    left_out: list[str],
+    reference: Reference | None,
+    report: Reporter,
+) -> GgufReport:
+    adapter = adapter_of(source)
+    modules = list(dict.fromkeys(map(module_of, adapter.sites)))
+    with report.task("writing matrices", len(adapter.sites)) as done:
+        matrices = write_adapter(source, target, draft, dtype=request.dtype, name=request.output.stem, on_tensor=done)
+    check = None
+    if reference is not None:
+        report.line("running the written adapter in llama.cpp")
+        check = check_adapter_file(reference, draft, request.threads)
+    return GgufReport(
+        verdict=judge_export(matrices, check),
+        base_model=target.source.name,
+        architecture=target.architecture,
+        family=target.family.name,
+        dtype=request.dtype,
+        rank=largest_rank(adapter),
+        scaling={path: adapter.config.scaling(path) for path in modules},
+        reordered=[path for path in modules if target.modules[path].heads is not None],
+        left_out=left_out,
+        matrices=matrices,
+        check=check,
+        versions=environment("gguf"),
+        hardware=hardware(),
+    )

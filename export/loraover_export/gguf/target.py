@@ -1,0 +1,113 @@
+"""The model that an adapter is for: llama.cpp's names of its modules, and the form that llama.cpp keeps them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.common.errors import ExportError
+from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover_export.gguf.families import FAMILIES, Family, interleave
+from loraover_export.uniform.matrices import module_of, uniform_matrix
+
+
+@dataclass(frozen=True)
+class TargetModule:
+    """One module of the base model that llama.cpp can adapt.
+
+    Args:
+        tensor: llama.cpp's name of its weight.
+        shape: shape of its weight, (out_features, in_features) or (tokens, dimension).
+        is_embedding: whether it is an embedding.
+        heads: number of heads whose rows llama.cpp reorders; None if it keeps the order.
+    """
+
+    tensor: str
+    shape: tuple[int, int]
+    is_embedding: bool
+    heads: int | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The base model of an export.
+
+    Args:
+        source: where it is read from.
+        architecture: its model class in transformers.
+        family: llama.cpp's view of that class.
+        tied: whether its head is its embedding.
+        modules: modules that llama.cpp can adapt, by path.
+        others: paths of its other modules.
+    """
+
+    source: ModelSource
+    architecture: str
+    family: Family
+    tied: bool
+    modules: Mapping[str, TargetModule]
+    others: frozenset[str]
+
+    def tensor_name(self, site: str) -> str:
+        """Return llama.cpp's name of an A or B matrix."""
+        return f"{self.modules[module_of(site)].tensor}.lora_{site[-1].lower()}"
+
+    def prepare(self, adapter: AdapterDir, key: str, exact: Exact) -> Exact:
+        """Return a matrix of the uniform form as llama.cpp keeps it; the bound moves along with the value."""
+        site = site_name(key)
+        assert site is not None
+        module, matrix = self.modules[module_of(site)], uniform_matrix(adapter, site, exact)
+
+        def laid_out(values: Tensor) -> Tensor:
+            if site.endswith("A"):
+                return values.mT.contiguous() if module.is_embedding else values
+            return values if module.heads is None else interleave(values, module.heads)
+
+        return Exact(laid_out(matrix.value), laid_out(matrix.bound), matrix.site)
+
+
+def read_target(source: ModelSource) -> Target:
+    """Read the configuration of a base model, and name its modules as llama.cpp does.
+
+    Raises:
+        ConfigError: no usable configuration.
+        ExportError: a model class that no table entry describes.
+    """
+    config = load_config(source)
+    architecture = config.architectures[0]
+    family = FAMILIES.get(architecture)
+    if family is None:
+        known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
+        raise ExportError(
+            f"{source.name} is a {architecture}. In which order llama.cpp keeps the rows of its queries and keys is "
+            f"not known here, and a wrong order would give wrong answers silently; known are {known}. Merge the "
+            "adapter into the base model with PEFT, and convert that with llama.cpp."
+        )
+    modules, others = _name_modules(load_skeleton(source), family, config)
+    return Target(source, architecture, family, bool(config.tie_word_embeddings), modules, frozenset(others))
+
+
+def _name_modules(model: Any, family: Family, config: Any) -> tuple[dict[str, TargetModule], set[str]]:
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    rotated = {
+        gguf.MODEL_TENSOR.ATTN_Q: config.num_attention_heads,
+        gguf.MODEL_TENSOR.ATTN_K: config.num_key_value_heads,
+    }
+    found, others = {}, set()
+    for path, module in model.named_modules():
+        name = names.get_type_and_name(path)
+        if name is None or not isinstance(module, nn.Linear | nn.Embedding):
+            others.add(path)
+            continue
+        m, n = module.weight.shape
+        heads = rotated.get(name[0]) if family.interleaved else None
+        found[path] = TargetModule(f"{name[1]}.weight", (m, n), isinstance(module, nn.Embedding), heads)
+    return found, others

@@ -1,0 +1,135 @@
+"""Write a GGUF adapter, and read it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of
+from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.common.errors import FoldError
+from loraover_export.fold.fold import round_exact
+from loraover_export.gguf.target import Target
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_export.uniform.matrices import largest_rank
+
+GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+
+
+def write_adapter(
+    source: Checkpoint | AdapterDir,
+    target: Target,
+    path: Path,
+    *,
+    dtype: str,
+    name: str,
+    on_tensor: Callable[[int], None] = lambda done: None,
+) -> list[MatrixCertificate]:
+    """Write an adapter in the uniform form, in llama.cpp's names and order, and certify each matrix.
+
+    llama.cpp multiplies B @ A by `adapter.lora.alpha` over the rank of the tensors, which is 1 here: the scaling is in
+    B. The file is read back with `gguf.GGUFReader`, and must equal the certified tensors bit for bit.
+
+    Args:
+        source: checkpoint or adapter whose cores or stored values are the exact ones.
+        target: the base model.
+        path: the new file.
+        dtype: fp32, fp16 or bf16.
+        name: name of the adapter in the file's metadata.
+        on_tensor: called after each tensor with the number of tensors so far.
+
+    Raises:
+        CheckpointError: NaN, or a stored matrix that contradicts its cores.
+        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
+        OSError: the file cannot be written.
+    """
+    adapter = adapter_of(source)
+    rounded, certificates = round_exact(
+        source,
+        adapter.sites.values(),
+        dtype,
+        prepare=lambda key, exact: target.prepare(adapter, key, exact),
+        on_tensor=on_tensor,
+    )
+    tensors = {target.tensor_name(site_name(key) or key): matrix for key, matrix in rounded.items()}
+    fields: dict[str, str | int | float] = {
+        "general.type": "adapter",
+        "general.name": name,
+        "general.base_model.count": 1,
+        "general.base_model.0.name": target.source.name,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(largest_rank(adapter)),
+    }
+    _write(path, target.family.name, fields, tensors, dtype)
+    _compare(path, {"general.architecture": target.family.name, **fields}, tensors, dtype)
+    return certificates
+
+
+def _write(
+    path: Path, architecture: str, fields: Mapping[str, str | int | float], tensors: Mapping[str, Tensor], dtype: str
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
+        for key, value in fields.items():
+            if isinstance(value, str):
+                writer.add_string(key, value)
+            elif isinstance(value, int):
+                writer.add_uint32(key, value)
+            else:
+                writer.add_float32(key, value)
+        for tensor_name, matrix in tensors.items():
+            kind = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
+            writer.add_tensor(tensor_name, _bytes(matrix), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except BaseException:
+        with suppress(OSError):  # a full disk fails again when buffers are flushed
+            writer.close()
+        raise
+    writer.close()
+
+
+def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """Read the file with the gguf package, and compare it with what was to be written."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    for key, value in fields.items():
+        field = reader.get_field(key)
+        if field is None or field.contents() != value:
+            raise FoldError(
+                f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
+            )
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    for name, matrix in tensors.items():
+        tensor = found.pop(name, None)
+        if (
+            tensor is None
+            or tensor.tensor_type.name != GGUF_TYPES[dtype]
+            or tuple(map(int, reversed(tensor.shape))) != tuple(matrix.shape)
+            or not np.array_equal(
+                np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1), _bytes(matrix).reshape(-1)
+            )
+        ):
+            raise FoldError(
+                f"{name}: the file does not hold what was written to it; check the disk, or write elsewhere."
+            )
+    assert not found, "the writer adds no tensors"
+
+
+def _bytes(matrix: Tensor) -> npt.NDArray[np.uint8]:
+    """Return a matrix's bytes, row by row, in the machine's order, which GGUF shares on every machine that runs it."""
+    raw: npt.NDArray[np.uint8] = matrix.contiguous().view(torch.uint8).numpy()
+    return raw
