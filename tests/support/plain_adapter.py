@@ -17,6 +17,9 @@ from support.tiny_models import VOCABULARY, fill_b
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma")
 """Decoders that vLLM serves with adapters; `tiny_decoder` makes each."""
 
+TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+"""Configurations of decoders whose family also has images."""
+
 
 def write_adapter(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], **config: Any) -> Path:
     """An adapter of these (A, B) by module path; returns `folder`.
@@ -57,7 +60,7 @@ def tiny_decoder(family: str, seed: int = 0, **changes: Any) -> Any:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = getattr(transformers, f"{family}Config")(**(config | changes))
+        made = getattr(transformers, TEXT_CONFIGS.get(family, f"{family}Config"))(**(config | changes))
         return getattr(transformers, f"{family}ForCausalLM")(made).eval()
 
 

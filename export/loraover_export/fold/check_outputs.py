@@ -166,7 +166,8 @@ def choose_prompts(source: ModelSource, base: Any, file: Path | None = None) -> 
         if file is not None:
             raise
         encoded = []
-    batches = tuple(ids for ids in encoded if ids.numel())
+    fewest = 1 if file is not None else 2  # transformers makes tokenizers without a vocabulary for some classes
+    batches = tuple(ids for ids in encoded if ids.numel() >= fewest)
     if batches:
         return Prompts(batches, f"{len(batches)} of {name}")
     if file is not None:

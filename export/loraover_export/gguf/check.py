@@ -16,12 +16,13 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.unfolded_model import unfolded
-from loraover.common.errors import ExportError
+from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
 from loraover_export.fold.check_outputs import Prompts, choose_prompts
+from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCpp
-from loraover_export.gguf.report import GgufCheck
+from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
 from loraover_export.uniform.folder import write_uniform
 from loraover_export.uniform.matrices import largest_rank
 
@@ -75,7 +76,7 @@ def make_reference(
     )
 
 
-def check_adapter_file(reference: Reference, adapter: Path, threads: int | None) -> GgufCheck:
+def check_adapter_file(reference: Reference, adapter: Path, family: Family, threads: int | None) -> GgufCheck:
     """Run a written adapter in llama.cpp, and compare every logit.
 
     Raises:
@@ -93,6 +94,7 @@ def check_adapter_file(reference: Reference, adapter: Path, threads: int | None)
         rounding_distance=reference.rounding_distance,
         error=largest(reference.adapted, found),
         adapter_effect=reference.adapter_effect,
+        arithmetic=TABLE if family.gelu else ARITHMETIC,
     )
 
 
@@ -104,7 +106,10 @@ def largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 def _rounded(source: Checkpoint | AdapterDir, folder: Path, dtype: str) -> AdapterDir:
     """Write the uniform form as a PEFT folder, so that PyTorch can run the rounded matrices."""
     r = largest_rank(adapter_of(source))
-    write_uniform(source, folder, dtype, {"peft_type": "LORA", "r": r, "lora_alpha": r})
+    try:
+        write_uniform(source, folder, dtype, {"peft_type": "LORA", "r": r, "lora_alpha": r})
+    except OSError as error:
+        raise OutputError(f"cannot write to the temporary folder {folder}: {error.strerror or error}.") from error
     return read_adapter_dir(folder)
 
 

@@ -23,16 +23,18 @@ class Family:
     Args:
         name: llama.cpp's name of the architecture.
         interleaved: whether the rows of queries and keys are reordered, so that pairs that are rotated are neighbours.
+        gelu: whether its activation function is GELU, which llama.cpp looks up in a table of float16.
     """
 
     name: str
     interleaved: bool = False
+    gelu: bool = False
 
 
 FAMILIES = {
-    "Gemma2ForCausalLM": Family("gemma2"),
-    "Gemma3ForCausalLM": Family("gemma3"),
-    "GemmaForCausalLM": Family("gemma"),
+    "Gemma2ForCausalLM": Family("gemma2", gelu=True),
+    "Gemma3ForCausalLM": Family("gemma3", gelu=True),
+    "GemmaForCausalLM": Family("gemma", gelu=True),
     "GraniteForCausalLM": Family("granite", interleaved=True),
     "LlamaForCausalLM": Family("llama", interleaved=True),
     "MistralForCausalLM": Family("llama", interleaved=True),

