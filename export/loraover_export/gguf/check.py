@@ -19,12 +19,11 @@ from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
 from loraover_export.fold.check_outputs import Prompts, choose_prompts
+from loraover_export.fold.fold import write_config, write_rounded
 from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCpp
 from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
-from loraover_export.uniform.folder import write_uniform
-from loraover_export.uniform.matrices import largest_rank
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,14 @@ def largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 def _rounded(source: Checkpoint | AdapterDir, folder: Path, dtype: str) -> AdapterDir:
-    """Write the uniform form as a PEFT folder, so that PyTorch can run the rounded matrices."""
-    r = largest_rank(adapter_of(source))
+    """Write A and B in a data type as a PEFT folder, so that PyTorch can run them.
+
+    The scaling stays in the configuration, so that a fault of the uniform form is no noise of this comparison.
+    """
+    adapter = adapter_of(source)
     try:
-        write_uniform(source, folder, dtype, {"peft_type": "LORA", "r": r, "lora_alpha": r})
+        write_rounded(source, adapter.sites.values(), folder, dtype)
+        write_config(adapter.config.model_dump(), folder)
     except OSError as error:
         raise OutputError(f"cannot write to the temporary folder {folder}: {error.strerror or error}.") from error
     return read_adapter_dir(folder)
