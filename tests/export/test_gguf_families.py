@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraover_export import GgufReport, export_gguf
-from loraover_export.gguf import target
 from loraover_export.gguf.families import FAMILIES
 
 from support.compatibility import record
@@ -81,7 +80,7 @@ def test_the_other_row_order_is_rejected(
     model = adapted(base, tmp_path / "in", **lora)
     errors = {}
     for interleaved in (family.interleaved, not family.interleaved):
-        monkeypatch.setitem(target.FAMILIES, report.architecture, replace(family, interleaved=interleaved))
+        monkeypatch.setitem(FAMILIES, report.architecture, replace(family, interleaved=interleaved))
         found = export_gguf(tmp_path / "in", tmp_path / "checked.gguf", base_gguf=made.base_gguf, threads=1, force=True)
         assert found.verdict == ("passed" if interleaved == family.interleaved else "failed")
         export_gguf(tmp_path / "in", tmp_path / "out.gguf", force=True)

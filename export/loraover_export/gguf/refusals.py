@@ -35,11 +35,10 @@ def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:
     """
     adapter.check_keeps_base()
     _check_config(adapter)
-    copies = _check_tensors(adapter, target)
     for site in adapter.sites:
         if site.endswith("A"):
             _check_module(adapter, module_of(site), target)
-    return copies
+    return _check_tensors(adapter, target)
 
 
 def _check_config(adapter: AdapterDir) -> None:

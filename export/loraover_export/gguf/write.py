@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +91,7 @@ def _write(
                 writer.add_float32(key, value)
         for tensor_name, matrix in tensors.items():
             kind = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
-            writer.add_tensor(tensor_name, _bytes(matrix), raw_dtype=kind)
+            writer.add_tensor(tensor_name, _bytes(matrix).view(_Written), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -101,11 +102,21 @@ def _write(
     writer.close()
 
 
+class _Written(np.ndarray[Any, np.dtype[np.uint8]]):
+    """An array that is written through Python's file: numpy's own `tofile` reports no full disk."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(self.data)
+
+
 def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mapping[str, Tensor], dtype: str) -> None:
     """Read the file with the gguf package, and compare it with what was to be written."""
     import gguf
 
-    reader = gguf.GGUFReader(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise FoldError(f"{path}: cannot be read again ({error}); check the disk, or write elsewhere.") from error
     for key, value in fields.items():
         field = reader.get_field(key)
         if field is None or field.contents() != value:

@@ -1,0 +1,212 @@
+"""`loraover-export gguf` on what llama.cpp would apply wrongly, in part or not at all: one message, and no file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraover_export.gguf import llamacpp
+
+from support.gguf_base import write_base
+from support.gguf_export import GgufMade, adapted, export, large_weights, make_gguf, tiny_base
+from support.make_checkpoint import edit_json, edit_tensors, tree
+from support.plain_adapter import tiny_decoder
+from support.refusals import one_message
+from support.tiny_models import tiny_gpt2
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+NORM = "base_model.model.model.layers.0.input_layernorm.weight"
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> GgufMade:
+    """Tests copy its adapter before they damage it."""
+    return make_gguf(tmp_path_factory.mktemp("llama"), "Llama")
+
+
+@pytest.fixture
+def source(made: GgufMade, tmp_path: Path) -> Path:
+    return shutil.copytree(made.adapter, tmp_path / "in")
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Exports, and checks all that a refusal promises; `named` must be in the message."""
+
+    def check(source: Path, *options: str, named: tuple[str, ...] = (), output: Path | None = None) -> str:
+        before = tree(tmp_path)
+        capsys.readouterr()
+        code = export(source, tmp_path / "out.gguf" if output is None else output, *options)
+        out, err = capsys.readouterr()
+        assert code == 2, out + err
+        assert tree(tmp_path) == before
+        errors = "".join(line for line in err.splitlines(keepends=True) if line.startswith("error: "))
+        message = one_message(errors)
+        for text in named:
+            assert text in message
+        return message
+
+    return check
+
+
+def config(**fields: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / CONFIG, lambda content: content.update(fields))
+
+
+def added(**tensors: torch.Tensor) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        found = load_file(folder / TENSORS)
+        save_file(found | tensors, folder / TENSORS, metadata={"format": "pt"})
+
+    return change
+
+
+def nan(folder: Path) -> None:
+    edit_tensors(folder / TENSORS, lambda tensors: tensors[f"{Q}.lora_B.weight"].__setitem__((0, 0), torch.nan))
+
+
+def rank_zero(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q}.lora_A.weight"] = torch.zeros(0, 64)
+        tensors[f"{Q}.lora_B.weight"] = torch.zeros(64, 0)
+
+    edit_tensors(folder / TENSORS, change)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "DoRA": (config(use_dora=True), (CONFIG, "DoRA")),
+    "PiSSA": (config(init_lora_weights="pissa"), (CONFIG, "changes the base weights")),
+    "biases": (config(bias="all"), (CONFIG, "bias is 'all'", "trained in full")),
+    "modules_to_save": (config(modules_to_save=["lm_head"]), ("modules_to_save is ['lm_head']", "trained in full")),
+    "trained tokens": (config(trainable_token_indices=[1]), ("trainable_token_indices", "trained in full")),
+    "aLoRA": (config(alora_invocation_tokens=[1, 2]), ("alora_invocation_tokens", "aLoRA")),
+    "single parameters": (config(target_parameters=["experts.up"]), ("target_parameters", "fused experts")),
+    "an unknown field": (config(use_novelty=3), ("use_novelty is 3", "does not know")),
+    "a bias of B": (added(**{f"{Q}.lora_B.bias": torch.ones(64)}), (f"{Q}.lora_B.bias is a bias of B",)),
+    "a norm": (added(**{NORM: torch.ones(64)}), (NORM, "loads the norms of an adapter but never applies them")),
+    "another tensor": (added(**{"base_model.model.extra": torch.ones(2)}), ("neither A nor B",)),
+    "NaN": (nan, (TENSORS, f"{Q}.lora_B.weight holds NaN")),
+    "rank 0": (rank_zero, (TENSORS, f"{Q}.lora_A.weight has shape (0, 64)")),
+    "no tensors file": (lambda folder: (folder / TENSORS).unlink(), (TENSORS, "no such file")),
+    "truncated": (
+        lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-9]),
+        (TENSORS, "not a complete safetensors file"),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_llama_cpp_cannot_hold_is_named(damage: str, source: Path, refused: Refused) -> None:
+    change, named = DAMAGES[damage]
+    change(source)
+    refused(source, named=named)
+
+
+def test_a_module_without_a_tensor_is_named(source: Path, refused: Refused) -> None:
+    edit_tensors(source / TENSORS, lambda tensors: tensors.update(renamed(tensors, "self_attn.q_proj", "self_attn.w")))
+    refused(source, named=("layers.0.self_attn.w, which", "does not have", "--model"))
+
+
+def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
+    return {key.replace(old, new): tensors.pop(key) for key in list(tensors) if old in key}
+
+
+@pytest.mark.parametrize("targets", ["embed_tokens", "lm_head"])
+def test_a_tied_head_is_refused(targets: str, tmp_path: Path, refused: Refused) -> None:
+    """llama.cpp has no weight for the one, and ends the process or answers wrongly for the other."""
+    make_gguf(tmp_path, "Llama", changes={"tie_word_embeddings": True}, target_modules=[targets])
+    refused(tmp_path / "adapter", named=(f"{targets}, but the embedding and the head", "one matrix"))
+
+
+def test_gemma_has_no_head_of_its_own(tmp_path: Path, refused: Refused) -> None:
+    model = tiny_decoder("Gemma", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    adapted(model, tmp_path / "adapter", target_modules=["lm_head"])
+    refused(tmp_path / "adapter", named=("lm_head, for which llama.cpp's gemma has no weight",))
+
+
+def test_a_family_without_an_entry_is_refused_by_name(tmp_path: Path, refused: Refused) -> None:
+    model = tiny_gpt2()
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    adapted(model, tmp_path / "adapter", target_modules=["c_attn"])
+    refused(tmp_path / "adapter", named=("GPT2LMHeadModel", "not known here", "Llama, Mistral, Phi3"))
+
+
+def test_another_base_model_is_refused(source: Path, tmp_path: Path, refused: Refused) -> None:
+    tiny_decoder("Llama", intermediate_size=80).save_pretrained(tmp_path / "wide")
+    refused(source, "--model", str(tmp_path / "wide"), named=("(64, 96) in the adapter and (64, 80)", "--model"))
+    refused(source, "--model", str(tmp_path / "absent"), named=("absent",))
+
+
+# Outputs
+
+
+def test_an_output_that_exists_is_kept(source: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "out.gguf").write_text("mine")
+    refused(source, named=("exists already",))
+    refused(source, "--force", named=("holds no GGUF adapter",))
+    (tmp_path / "folder.gguf").mkdir()
+    refused(source, "--force", output=tmp_path / "folder.gguf", named=("is a folder",))
+    refused(source, output=source / "out.gguf", named=("lies inside the input",))
+    refused(source, output=tmp_path / "no" / "out.gguf", named=(str(tmp_path / "no"),))
+
+
+def test_force_replaces_an_adapter(source: Path, tmp_path: Path) -> None:
+    assert export(source, tmp_path / "out.gguf") == 0
+    first = (tmp_path / "out.gguf").read_bytes()
+    assert export(source, tmp_path / "out.gguf", "--force", "--dtype", "bf16") == 0
+    assert len((tmp_path / "out.gguf").read_bytes()) < len(first)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out.gguf"}
+
+
+def test_force_keeps_a_base_model(made: GgufMade, source: Path, tmp_path: Path, refused: Refused) -> None:
+    base = shutil.copy(made.base_gguf, tmp_path / "base.gguf")
+    refused(
+        source, "--force", "--base-gguf", str(base), output=tmp_path / "base.gguf", named=("holds no GGUF adapter",)
+    )
+
+
+@pytest.mark.parametrize("options", [("--threads", "0"), ("--dtype", "q8_0")])
+def test_options_that_cannot_be_used(options: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+    assert export(source, tmp_path / "out.gguf", *options) == 2
+    assert not (tmp_path / "out.gguf").exists()
+
+
+# GGUF files of the base model
+
+
+@pytest.mark.engine
+def test_a_base_of_another_kind_is_named(made: GgufMade, source: Path, tmp_path: Path, refused: Refused) -> None:
+    other = write_base(large_weights(tiny_base("Qwen2")), tmp_path / "qwen.gguf")
+    refused(source, "--base-gguf", str(other), named=("is for the architecture 'llama'", "'qwen2'"))
+    deep = write_base(large_weights(tiny_base("Llama", num_hidden_layers=1)), tmp_path / "flat.gguf")
+    refused(source, "--base-gguf", str(deep), named=("adapts blk.1.", "flat.gguf does not have"))
+    words = write_base(large_weights(tiny_base("Llama", vocab_size=80)), tmp_path / "words.gguf")
+    refused(source, "--base-gguf", str(words), named=("has 80 tokens", "has 64"))
+    assert export(source, tmp_path / "adapter.gguf") == 0
+    refused(source, "--base-gguf", str(tmp_path / "adapter.gguf"), named=("holds an adapter, expected a GGUF model",))
+    refused(source, "--base-gguf", str(tmp_path / "absent.gguf"), named=("absent.gguf: cannot be read",))
+    refused(source, "--base-gguf", str(source / CONFIG), named=("not a GGUF file",))
+    (tmp_path / "short.gguf").write_bytes(made.base_gguf.read_bytes()[:-1])
+    refused(source, "--base-gguf", str(tmp_path / "short.gguf"), named=("its tensors need",))
+
+
+def test_an_engine_that_is_not_installed_is_named(
+    made: GgufMade, source: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> Any:
+        raise ModuleNotFoundError("No module named 'llama_cpp_py_sync'", name="llama_cpp_py_sync")
+
+    monkeypatch.setattr(llamacpp, "_library", missing)
+    message = refused(source, "--base-gguf", str(made.base_gguf))
+    assert message == "this needs llama_cpp_py_sync: pip install 'loraover[llamacpp]'"
