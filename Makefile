@@ -96,7 +96,8 @@ compatibility: $(VENV)/.installed vllm
 	mkdir -p runs
 	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(BIN)/python -m pytest \
 		tests/export/test_onnx_decoders.py tests/export/test_onnx_variants.py tests/export/test_onnx_torch.py \
-		tests/export/test_onnx_smollm2.py tests/export/test_vllm_readers.py tests/serve/test_vllm_served.py
+		tests/export/test_onnx_smollm2.py tests/export/test_gguf_families.py tests/export/test_gguf_smollm2.py \
+		tests/export/test_vllm_readers.py tests/serve/test_vllm_served.py
 	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../docs/compatibility.md
 
 # The documentation as a site in build/site, with an API page for each package. A warning is an error, which --quiet would hide.

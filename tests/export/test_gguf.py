@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.common.command_line import run
+from loraover.common.command_line import quiet_libraries, run
 from loraover_export import GgufReport, export_gguf
 from loraover_export.cli import cli
 from loraover_export.gguf import target as target_module
@@ -196,6 +196,21 @@ def test_every_kind_of_source(kind: str, made: GgufMade, tmp_path: Path, capsys:
     assert {matrix.over_parameterised for matrix in report.matrices} == {kind == "checkpoint"}
     assert "--base-gguf FILE compares its logits" in err
     assert f"--lora {tmp_path / 'out.gguf'}" in err
+
+
+def test_the_function_is_silent_and_writes_what_its_command_writes(
+    made: GgufMade, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Progress bars of transformers are the caller's to silence, as the command does."""
+    quiet_libraries()
+    report = export_gguf(str(made.adapter), str(tmp_path / "out.gguf"), dtype="float16", base_gguf=str(made.base_gguf))
+    assert capfd.readouterr() == ("", "")
+    written = (tmp_path / "out.gguf").read_bytes()
+    options = ("--dtype", "fp16", "--base-gguf", str(made.base_gguf), "--force", "--json")
+    assert export(made.adapter, tmp_path / "out.gguf", *options) == 0
+    assert GgufReport.model_validate_json(capfd.readouterr().out) == report
+    assert (tmp_path / "out.gguf").read_bytes() == written
+    assert report.passed
 
 
 # The check by llama.cpp

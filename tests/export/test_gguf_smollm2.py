@@ -69,8 +69,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmolLM2]:
 def lora(smollm2: SmolLM2, **options: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM", **options)
-        model = get_peft_model(load_model(smollm2.source), config)
+        chosen = {"r": 8, "lora_alpha": 16, "target_modules": LINEAR, "task_type": "CAUSAL_LM"} | options
+        model = get_peft_model(load_model(smollm2.source), LoraConfig(**chosen))
     fill_b(model, seed=2)
     return model.eval()
 
@@ -94,8 +94,8 @@ def test_a_checkpoint(smollm2: SmolLM2) -> None:
 
 def test_rslora_with_patterns(smollm2: SmolLM2) -> None:
     """What the adapter's own form would have llama.cpp scale wrongly without a message."""
-    patterns = {"rank_pattern": {"q_proj": 4, "down_proj": 12}, "alpha_pattern": {"k_proj": 40, "up_proj": 5}}
-    model = lora(smollm2, use_rslora=True, **patterns)
+    patterns = {"rank_pattern": {"q_proj": 4, "down_proj": 12}, "alpha_pattern": {"k_proj": 10, "up_proj": 2}}
+    model = lora(smollm2, lora_alpha=5, use_rslora=True, **patterns)
     model.save_pretrained(smollm2.folder / "rslora")
     report = export_gguf(smollm2.folder / "rslora", smollm2.folder / "rslora.gguf", model=MODEL)
     assert report.rank == 12

@@ -18,7 +18,7 @@ from pathlib import Path
 from loraover.common.atomic_output import publish_text
 
 VARIABLE = "LORAOVER_COMPATIBILITY"
-PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-genai")
+PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-genai", "llama-cpp-py-sync")
 
 INTRODUCTION = """# Compatibility
 

@@ -23,6 +23,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover_export.cli import cli
 
+from support.gguf_base import write_base
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.tiny_hub import save_llama, save_t5
 from support.tiny_models import lora_matrices
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.process
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in another file of tests."""
-LIBRARY = {"fold", "export_vllm", "export_onnx", "serve", "parity"}
+LIBRARY = {"fold", "export_vllm", "export_onnx", "export_gguf", "serve", "parity"}
 """Call one function of the library, on paths that they take as arguments."""
 
 
@@ -208,6 +209,17 @@ def test_an_export_for_onnx_from_python(made: Made, tmp_path: Path, capsys: pyte
     assert run_script("export_onnx", made.path, tmp_path / "onnx")["report"].verdict == "passed"
     assert capsys.readouterr().out == "passed: checkpoint\n"
     assert (tmp_path / "onnx" / "checkpoint.onnx_adapter").is_file()
+
+
+@pytest.mark.engine
+def test_an_export_for_llama_cpp_from_python(
+    made: Made, folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(AutoModelForCausalLM.from_pretrained(made.base), tmp_path / "base.gguf")
+    assert run_script("export_gguf", folded, tmp_path / "adapter.gguf", base)["report"].passed
+    assert capsys.readouterr().out.startswith("passed: largest logit error ")
+    assert run_script("export_gguf", folded, tmp_path / "unchecked.gguf")["report"].verdict == "not checked"
+    assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "adapter.gguf", "unchecked.gguf"}
 
 
 @pytest.mark.engine
