@@ -34,7 +34,7 @@ class LlamaCpp:
     Args:
         base: GGUF file of the base model.
         adapter: GGUF file of an adapter; None runs the base model.
-        threads: Number of threads; None means one for each core that this process may use.
+        threads: Number of threads; None means one for each core.
 
     Raises:
         EngineError: llama.cpp is not installed or cannot load a file, or the adapter is for another model.
@@ -43,7 +43,7 @@ class LlamaCpp:
     def __init__(self, base: Path, adapter: Path | None = None, threads: int | None = None) -> None:
         check_pair(base, adapter)
         self._ffi, self._lib = _library()
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or os.cpu_count() or 1
         self._base = base
         self._close = ExitStack()
         with self._reported(f"{base}: llama.cpp cannot load the model"):
