@@ -58,7 +58,7 @@ def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
         over_parameterised=exact.site is not None,
         relative_error=float(error.norm()) / norm,
         relative_bound=float(bound.norm()) / norm,
-        worst_to_bound=float((error / bound).max()),
+        worst_to_bound=float((error / bound).amax()),
         flushed_to_zero=lost.to_zero,
         subnormal=lost.to_subnormal,
     )
