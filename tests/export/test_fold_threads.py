@@ -17,6 +17,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.common.errors import CheckpointError
 from loraover_export import fold_checkpoint
 from loraover_export.fold import fold as fold_module
+from loraover_export.numerics.matrix_certificate import certify
 
 from support.checkpoint_damage import CONFIG, CORES, TENSORS
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, reseal, tree
@@ -99,26 +100,27 @@ def test_a_harmless_change_is_damage_too(source: Path, tmp_path: Path) -> None:
     assert fold_checkpoint(source, tmp_path / "out").passed
 
 
-def test_the_checksum_of_a_slow_disk_is_waited_for(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checksum_of_a_slow_disk_is_waited_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every matrix is ready before the checksums are; nothing is published until they are right."""
     folded = threading.Event()
-    check_sum, save_tensors = Checkpoint.check_sum, fold_module.save_tensors
+    check_sum = Checkpoint.check_sum
 
     def late(self: Checkpoint, name: str, ending: threading.Event | None = None) -> None:
         if name == CORES:
             assert folded.wait(20)
         check_sum(self, name, ending)
 
-    def certify(*arguments: Any) -> Any:
-        found = right(*arguments)
+    def certified(*arguments: Any) -> Any:
+        found = certify(*arguments)
         if found.name == last:
             folded.set()
         return found
 
-    right, last = fold_module.certify, "model.layers.1.self_attn.v_proj.lora_B"
+    last = "model.layers.1.self_attn.v_proj.lora_B"
     monkeypatch.setattr(Checkpoint, "check_sum", late)
-    monkeypatch.setattr(fold_module, "certify", certify)
-    monkeypatch.setattr(fold_module, "save_tensors", lambda *arguments: folded.is_set() and save_tensors(*arguments))
+    monkeypatch.setattr(fold_module, "certify", certified)
     assert fold_checkpoint(source, tmp_path / "out").passed
     assert (tmp_path / "out" / TENSORS).is_file()
 

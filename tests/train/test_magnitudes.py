@@ -109,7 +109,7 @@ def test_usual_cores_take_the_way_of_float32(name: str, monkeypatch: pytest.Monk
 
     def seen(self: Mpo, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
         dtypes.add(cores[0].dtype)
-        return contract(self, cores, m, n)  # type: ignore[arg-type]
+        return contract(self, cores, m, n)
 
     monkeypatch.setattr(type(case.decomposition), "contract", seen)
     found(case, cores)
