@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import Exact, open_exact
+from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, open_exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
-from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.checkpoint.tensor_file import TensorFile, open_tensors, save_tensors
 from loraover.common.errors import FoldError
 from loraover.common.threads import workers
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover_export.numerics.rounding import round_tensor
-
-FILES_REOPENED_EVERY = 8  # tensors; mapped pages of the inputs count as memory until the files are closed
 
 
 def write_folded(
@@ -92,22 +90,21 @@ def write_rounded(
     """
     rounded: dict[str, Tensor] = {}
     certificates = []
-    chunks = list(_chunks(keys))
-    with workers() as threads:
+    with open_exact(source) as opened, workers() as threads:
         others = [threads.start(function, threads.ending) for function in beside]
-        folds = [threads.start(_round_chunk, source, chunk, dtype, prepare) for chunk in chunks]
+        folds = {key: threads.start(_round_and_certify, opened, key, dtype, prepare) for key in keys}
         try:
-            for fold in folds:
-                tensors, certified = fold.result()
-                rounded |= tensors
-                certificates += certified
+            for key, fold in folds.items():
+                rounded[key], certificate = fold.result()
+                certificates += [] if certificate is None else [certificate]
                 on_tensor(len(rounded))
         except Exception:
-            _wait(others)
+            _wait(others)  # a damaged file explains every other error
             raise
         _wait(others)
-        save_tensors(rounded, directory / TENSORS_FILE)
-        _wait([threads.start(_check_chunk, directory / TENSORS_FILE, chunk, rounded) for chunk in chunks])
+    save_tensors(rounded, directory / TENSORS_FILE)
+    with open_tensors(directory / TENSORS_FILE) as written, workers() as threads:
+        _wait([threads.start(_check_written, written, key, tensor) for key, tensor in rounded.items()])
     return certificates
 
 
@@ -117,32 +114,16 @@ def _wait(futures: Iterable[Future[None]]) -> None:
         future.result()
 
 
-def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:
-    ordered = list(keys)
-    for start in range(0, len(ordered), FILES_REOPENED_EVERY):
-        yield ordered[start : start + FILES_REOPENED_EVERY]
+def _round_and_certify(
+    opened: ExactAdapter, key: str, dtype: str, prepare: Callable[[str, Exact], Exact]
+) -> tuple[Tensor, MatrixCertificate | None]:
+    exact = prepare(key, opened.tensor(key))
+    rounded = round_tensor(key, exact.value, dtype)
+    name = site_name(key)
+    return rounded, None if name is None else certify(name, rounded, exact)
 
 
-def _round_chunk(
-    source: Checkpoint | AdapterDir, keys: Iterable[str], dtype: str, prepare: Callable[[str, Exact], Exact]
-) -> tuple[dict[str, Tensor], list[MatrixCertificate]]:
-    rounded: dict[str, Tensor] = {}
-    certificates = []
-    with open_exact(source) as opened:
-        for key in keys:
-            exact = prepare(key, opened.tensor(key))
-            rounded[key] = round_tensor(key, exact.value, dtype)
-            name = site_name(key)
-            if name is not None:
-                certificates.append(certify(name, rounded[key], exact))
-    return rounded, certificates
-
-
-def _check_chunk(file: Path, keys: Iterable[str], expected: Mapping[str, Tensor]) -> None:
-    """Raise FoldError unless a file holds these tensors."""
-    with open_tensors(file) as written:
-        for key in keys:
-            if not torch.equal(written.read(key), expected[key]):
-                raise FoldError(
-                    f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
-                )
+def _check_written(written: TensorFile, key: str, expected: Tensor) -> None:
+    """Raise FoldError unless a file holds a tensor."""
+    if not torch.equal(written.read(key), expected):
+        raise FoldError(f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere.")
