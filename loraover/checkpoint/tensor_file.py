@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from loraover.common.errors import CheckpointError, DivergedError
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+HASHED_AT_ONCE = 2**20  # bytes
 
 
 class NonFiniteError(CheckpointError, DivergedError):
@@ -22,17 +33,26 @@ class NonFiniteError(CheckpointError, DivergedError):
 
 
 class TensorFile:
-    """An open safetensors file, whose tensors are read only when they are asked for.
+    """An open safetensors file, whose tensors are read only when they are asked for, by any thread.
+
+    A tensor is copied from the file. Mapped into memory, its pages would count as this process's until the file is
+    closed.
+
+    Args:
+        path: The file.
+        file: The file, open for reading.
+        header: Its header, which the safetensors library has checked: dtype, shape and place of each tensor.
+        start: Place of the first tensor in the file, in bytes.
 
     Attributes:
         path: The file.
         keys: Keys of its tensors, in order.
     """
 
-    def __init__(self, path: Path, handle: Any) -> None:
+    def __init__(self, path: Path, file: BinaryIO, header: dict[str, Any], start: int) -> None:
         self.path = path
-        self._handle = handle
-        self.keys: dict[str, None] = dict.fromkeys(handle.keys())
+        self.keys: dict[str, None] = dict.fromkeys(sorted(header, key=lambda key: header[key]["data_offsets"]))
+        self._file, self._header, self._start = file, header, start
 
     def keys_below(self, prefix: str) -> list[str]:
         """Return the keys that begin with a prefix."""
@@ -40,11 +60,11 @@ class TensorFile:
 
     def dtype(self, key: str) -> str:
         """Return a tensor's dtype as safetensors spells it, e.g. "F32"."""
-        return str(self._slice(key).get_dtype())
+        return str(self._entry(key)["dtype"])
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
-        return tuple(self._slice(key).get_shape())
+        return tuple(self._entry(key)["shape"])
 
     def read(self, key: str) -> Tensor:
         """Read one tensor, onto the CPU.
@@ -53,17 +73,38 @@ class TensorFile:
             CheckpointError: The file has no such key, or the tensor has a dtype that adapters do not use.
             NonFiniteError: The tensor holds NaN or infinity. It is also a CheckpointError.
         """
-        if self.dtype(key) not in (*FLOATS, *INTEGERS):
+        dtype = (FLOATS | INTEGERS).get(self.dtype(key))
+        if dtype is None:
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
-        tensor: Tensor = self._handle.get_tensor(key)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        tensor = torch.empty(self.shape(key), dtype=dtype)
+        _, end = self._entry(key)["data_offsets"]
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        rest = memoryview(data)
+        while rest:
+            count = os.preadv(self._file.fileno(), [rest], self._start + end - len(rest))
+            if count == 0:
+                raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or save it again.")
+            rest = rest[count:]
+        if not is_finite(tensor):
             raise NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
         return tensor
 
-    def _slice(self, key: str) -> Any:
-        if key not in self.keys:
+    def _entry(self, key: str) -> Any:
+        if key not in self._header:
             raise CheckpointError(f"{self.path}: no tensor {key!r}; the file is incomplete or of another checkpoint.")
-        return self._handle.get_slice(key)
+        return self._header[key]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity.
+
+    A sum that is finite has only finite terms, and takes one pass over the memory; finite terms whose sum is not are
+    rare, and then looked at one by one.
+    """
+    if not tensor.is_floating_point():
+        return True
+    total = tensor.sum(dtype=None if tensor.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 @contextmanager
@@ -85,19 +126,30 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         )
         raise CheckpointError(f"{path}: no such file.{hint}")
     try:
-        path.open("rb").close()  # safetensors takes a file without permission for a missing one
-        with safe_open(path, framework="pt") as handle:
-            yield TensorFile(path, handle)
+        with path.open("rb") as file:  # first: safetensors takes a file without permission for a missing one
+            with safe_open(path, framework="pt"):  # which checks the header
+                length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            yield TensorFile(path, file, header, 8 + length)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy or save it again.") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, ending: Event | None = None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits.
+
+    Args:
+        path: The file.
+        ending: Event that makes it stop early, with the digest of the bytes so far.
+    """
+    digest, block = hashlib.sha256(), bytearray(HASHED_AT_ONCE)
+    with path.open("rb", buffering=0) as file:
+        while (count := file.readinto(block)) and not (ending is not None and ending.is_set()):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

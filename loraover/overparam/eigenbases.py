@@ -47,7 +47,8 @@ class BasisFollower:
             )
             self.started[side] = torch.zeros(count, dtype=torch.bool, device=device)
         self.seen = torch.zeros(count, dtype=torch.long, device=device)
-        self.steps = 0
+        self.counted = torch.zeros((), dtype=torch.long, device=device)
+        self.steps = 0  # at least `counted`, which would have to be waited for
         self.due: int | None = self.eigen.refresh if self.blocks else None
 
     @property
@@ -67,6 +68,7 @@ class BasisFollower:
             return
         self.steps += 1
         there = counts.to(gradients.device)
+        self.counted += there
         clean = torch.where(there, gradients, 0.0).to(self.group.dtype)
         has_gradient = clean.flatten(1).any(1)
         self.seen += has_gradient
@@ -81,6 +83,9 @@ class BasisFollower:
     def refresh(self) -> None:
         """Turn the bases after a step, where a refresh is due."""
         if self.due is None or self.steps < self.due:
+            return
+        self.steps = int(self.counted)
+        if self.steps < self.due:  # steps without a finite gradient do not count
             return
         with full_precision(self.group.stacks[0].device):
             self._refresh()
@@ -156,7 +161,7 @@ class BasisFollower:
         """What a resumed run needs of a site."""
         state = {f"moment.{side}": moment[i].cpu() for side, moment in self.moments.items()}
         state |= {f"started.{side}": started[i].cpu() for side, started in self.started.items()}
-        counts = torch.tensor([int(self.seen[i]), self.steps, -1 if self.due is None else self.due])
+        counts = torch.tensor([int(self.seen[i]), int(self.counted), -1 if self.due is None else self.due])
         return state | {"counts": counts}
 
     def load_site_state(self, i: int, state: Mapping[str, Any]) -> None:
@@ -166,6 +171,7 @@ class BasisFollower:
             self.started[side][i] = state[f"started.{side}"]
         seen, self.steps, due = state["counts"].tolist()
         self.seen[i] = seen
+        self.counted.fill_(self.steps)
         self.due = None if due < 0 else due
 
 

@@ -161,6 +161,25 @@ def test_a_refresh_after_such_a_step_keeps_bases_orthogonal(gradient: float) -> 
         assert eigen.departure(cores, *group.shape) < 1e-5
 
 
+@pytest.mark.parametrize("gradient", [torch.nan, 0.0], ids=str)
+def test_such_a_step_does_not_bring_a_refresh_nearer(gradient: float) -> None:
+    options = {"refresh": 3, "growth": 1}
+    model, over, optimizer = make(lambda p: SGD(p, lr=0.0), decomposition="eigen", options=options)
+    start = auxiliary(over)
+    train(model, optimizer, range(2))
+    centres = [group.stacks[group.centre].clone() for group in over.groups]
+    for parameter in trainable(model):
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.step()
+    assert same(auxiliary(over), start)
+    with torch.no_grad():
+        for group, centre in zip(over.groups, centres, strict=True):
+            group.stacks[group.centre].copy_(centre)
+            group.write()
+    train(model, optimizer, range(2, 3))
+    assert not same(auxiliary(over), start)
+
+
 def test_a_step_that_a_fused_optimizer_skips_counts_for_nothing() -> None:
     model, over, optimizer = make(lambda p: AdamW(p, lr=1e-2, fused=True), decomposition="eigen")
     train(model, optimizer, range(3))
