@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -27,28 +28,57 @@ from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Meta, SiteReco
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 
-RANK, LAYERS = 16, 32
-LINEARS = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}
+RANK = 16
 
 
-def write_synthetic_checkpoint(folder: Path) -> None:
-    """A checkpoint of 448 random matrices in the shapes of Llama-3.1-8B, r = 16."""
+@dataclass(frozen=True)
+class Llama:
+    """Shapes of a Llama's linear layers.
+
+    Args:
+        layers: Number of layers.
+        hidden: Width of the residual stream, which is also that of all queries.
+        values: Width of all keys, and of all values.
+        intermediate: Width inside the feed-forward network.
+    """
+
+    layers: int
+    hidden: int
+    values: int
+    intermediate: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Output and input width of each linear layer of one layer, by its name."""
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (self.values, self.hidden),
+            "self_attn.v_proj": (self.values, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def sites(self) -> int:
+        """Number of A and B matrices."""
+        return 2 * self.layers * len(self.linears)
+
+
+LLAMA_8B = Llama(layers=32, hidden=4096, values=1024, intermediate=14336)
+
+
+def write_synthetic_checkpoint(folder: Path, shapes: Llama = LLAMA_8B) -> None:
+    """Write a checkpoint of random matrices in a Llama's shapes, r = 16."""
     config = LoraOverConfig(seed=0)
     decomposition = config.make_decomposition()
     draw = torch.Generator().manual_seed(0)
     matrices: dict[str, Tensor] = {}
     cores: dict[str, Tensor] = {}
     sites = []
-    for layer in range(LAYERS):
-        for linear, (out_features, in_features) in LINEARS.items():
+    for layer in range(shapes.layers):
+        for linear, (out_features, in_features) in shapes.linears.items():
             for kind, (m, n) in (("lora_A", (RANK, in_features)), ("lora_B", (out_features, RANK))):
                 site = SiteRecord(
                     name=f"model.layers.{layer}.{linear}.{kind}", m=m, n=n, step=0, joined=True, shares={}
@@ -105,18 +135,8 @@ def convert_with_peft() -> float:
     return time.perf_counter() - started
 
 
-@click.command()
-@click.option("--repeats", default=3, show_default=True)
-@click.option("--make", type=click.Path(path_type=Path), hidden=True)
-@click.option("--fold", "paths", nargs=2, type=click.Path(path_type=Path), hidden=True)
-def main(repeats: int, make: Path | None, paths: tuple[Path, Path] | None) -> None:
+def measure(repeats: int = 3) -> Iterator[Table]:
     """Time the fold of an 8B model's adapter, and PEFT's conversion."""
-    if make is not None:
-        write_synthetic_checkpoint(make)
-        return
-    if paths is not None:
-        print(json.dumps(fold_here(*paths)))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / "checkpoint"
         # In a process of its own: the peak of a folding child starts from this one's.
@@ -125,24 +145,32 @@ def main(repeats: int, make: Path | None, paths: tuple[Path, Path] | None) -> No
         runs = []
         for i in range(repeats):
             command = [sys.executable, "-m", "benchmarks.folding", "--fold", str(checkpoint), f"{scratch}/out{i}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             runs.append(json.loads(done.stdout.splitlines()[-1]))
     runs.sort()
     seconds, extra = runs[len(runs) // 2]
     peft_seconds = convert_with_peft()
-    whole = peft_seconds * LAYERS * len(LINEARS)
-    table = Table(
-        box=SIMPLE, title=f"Fold of {LAYERS * len(LINEARS) * 2} matrices, adapter of {adapter_bytes / 2**20:.0f} MiB"
-    )
+    linears = LLAMA_8B.sites // 2
+    whole = peft_seconds * linears
+    table = Table(box=SIMPLE, title=f"Fold of {LLAMA_8B.sites} matrices, adapter of {adapter_bytes / 2**20:.0f} MiB")
     table.add_column("")
     table.add_column("measured", justify="right")
     table.add_row(f"fold and certify, median of {repeats}", f"{seconds:.2f} s")
     table.add_row("extra memory", f"{extra / 2**20:.0f} MiB, {extra / adapter_bytes:.2f} x the adapter")
     table.add_row("PEFT convert_to_lora, one 4096 x 1024 layer", f"{peft_seconds:.2f} s")
-    table.add_row(
-        f"the same x {LAYERS * len(LINEARS)} layers, by count", f"{whole:.0f} s, {whole / seconds:.0f} x the fold"
-    )
-    Console(width=100).print(table)
+    table.add_row(f"the same x {linears} layers, by count", f"{whole:.0f} s, {whole / seconds:.0f} x the fold")
+    yield table
+
+
+@click.command()
+@click.option("--make", type=click.Path(path_type=Path))
+@click.option("--fold", "paths", nargs=2, type=click.Path(path_type=Path))
+def main(make: Path | None, paths: tuple[Path, Path] | None) -> None:
+    """Make the checkpoint, or fold it, in this process."""
+    if make is not None:
+        write_synthetic_checkpoint(make)
+    if paths is not None:
+        print(json.dumps(fold_here(*paths)))
 
 
 if __name__ == "__main__":
