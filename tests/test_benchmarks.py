@@ -117,7 +117,7 @@ def test_a_benchmark_that_fails_leaves_its_old_table(page: Path, capsys: pytest.
 def test_a_fresh_process_hands_over_its_tables_and_plots(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plot, table = Plot("curve", "A curve.", "<svg/>"), Table("ratio", title="Shown at once")
+    plot, table = Plot("curve", "A curve.", "<svg/>"), Table("ratio to a peer [95 %]", title="Shown at once")
     monkeypatch.setitem(sys.modules, "benchmarks.fake", SimpleNamespace(measure=lambda: iter((table, plot))))
 
     def child(command: list[str], cwd: Path) -> SimpleNamespace:
