@@ -6,40 +6,68 @@ waiting until the disk has them. One process for each model alternates folds and
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 from rich.box import SIMPLE
 from rich.table import Table
 
-from loraover.checkpoint.checkpoint import CORES_FILE
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 
-from benchmarks.folding import LLAMA_8B, RANK, Llama, write_synthetic_checkpoint
+from benchmarks.folding import RANK, Shapes, limit_here, write_synthetic_checkpoint
 from benchmarks.intervals import median_interval, median_ratio
 from benchmarks.shown import Plot, Point, Shown, draw_curves
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Shapes of a Llama's linear layers.
+
+    Args:
+        layers: Number of layers.
+        hidden: Width of the residual stream, and of all queries together.
+        values: Width of all keys together, and of all values.
+        intermediate: Width inside the feed-forward network.
+    """
+
+    layers: int
+    hidden: int
+    values: int
+    intermediate: int
+
+    @property
+    def linears(self) -> Shapes:
+        """Output and input width of each linear layer of one layer."""
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (self.values, self.hidden),
+            "self_attn.v_proj": (self.values, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
 
 MODELS = {
     "SmolLM2-135M": Llama(layers=30, hidden=576, values=192, intermediate=1536),
     "Llama-3.2-1B": Llama(layers=16, hidden=2048, values=512, intermediate=8192),
     "Llama-3.2-3B": Llama(layers=28, hidden=3072, values=1024, intermediate=8192),
-    "Llama-3.1-8B": LLAMA_8B,
+    "Llama-3.1-8B": Llama(layers=32, hidden=4096, values=1024, intermediate=14336),
     "Llama-3.1-70B": Llama(layers=80, hidden=8192, values=1024, intermediate=28672),
 }
 LARGE_BYTES, FEW = 2**29, 2
 """From this size of the adapter on, a model is folded only that many times."""
-BLOCK = 2**20
 
 
 class Times(NamedTuple):
@@ -70,34 +98,16 @@ def time_model(checkpoint: Path, repeats: int) -> Times:
     output = checkpoint.with_name("output")
     folds, limits = [], []
     for number in range(-1 if size < LARGE_BYTES else 0, repeats):
-        fold = _seconds(lambda: fold_checkpoint(checkpoint, output))
+        started = time.perf_counter()
+        fold_checkpoint(checkpoint, output)
+        fold = time.perf_counter() - started
         rmtree(output)
-        limit = _seconds(lambda: reach_limit(checkpoint, output))
+        limit = limit_here(checkpoint, output)["seconds"]
         output.unlink()
         if number >= 0:
             folds.append(fold)
             limits.append(limit)
     return Times(size, folds, limits)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def reach_limit(checkpoint: Path, output: Path) -> None:
-    """Read and hash a checkpoint's tensors, and write and sync as many bytes as the adapter has."""
-    block = bytearray(BLOCK)
-    with output.open("wb", buffering=0) as written:
-        for name in (TENSORS_FILE, CORES_FILE):
-            hashed = hashlib.sha256()
-            with (checkpoint / name).open("rb", buffering=0) as file:
-                while count := file.readinto(block):
-                    hashed.update(memoryview(block)[:count])
-                    if name == TENSORS_FILE:
-                        written.write(memoryview(block)[:count])
-        os.fsync(written.fileno())
 
 
 def measure(repeats: int = 5) -> Iterator[Shown]:
@@ -124,7 +134,7 @@ def table_of(found: dict[str, Times]) -> Table:
     for model, times in found.items():
         table.add_row(
             model,
-            f"{MODELS[model].sites:,}",
+            f"{2 * MODELS[model].layers * len(MODELS[model].linears):,}",
             f"{times.parameters / 1e6:.1f} M",
             str(len(times.folds)),
             f"{median(times.folds):.2f} s",
@@ -163,7 +173,8 @@ def plot_of(found: dict[str, Times]) -> Plot:
 def main(model: str, folder: Path, repeats: int) -> None:
     """Make a model's checkpoint in a folder, if repeats is 0; else fold it."""
     if repeats == 0:
-        write_synthetic_checkpoint(folder / "checkpoint", MODELS[model])
+        shapes = MODELS[model]
+        write_synthetic_checkpoint(folder / "checkpoint", "mpo", shapes.layers, shapes.linears)
     else:
         print(json.dumps(time_model(folder / "checkpoint", repeats)))
 
