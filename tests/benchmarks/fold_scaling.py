@@ -128,8 +128,12 @@ def _in_child(model: str, folder: str, repeats: int) -> str:
 
 def table_of(found: dict[str, Times]) -> Table:
     """Show seconds and ratios for every model."""
-    table = Table(box=SIMPLE, title=f"Fold of adapters by size: cores of mpo, r = {RANK}, all linear layers")
-    for column in ("shapes of", "matrices", "parameters", "folds", "fold", "read, hash, write", "ratio [95 %]"):
+    table = Table(
+        box=SIMPLE,
+        title=f"Fold of adapters by size: cores of mpo, r = {RANK}, all linear layers",
+        caption="Limit: reading, hashing, writing and syncing the same bytes.",
+    )
+    for column in ("shapes of", "matrices", "parameters", "folds", "fold", "limit", "fold / limit [95 %]"):
         table.add_column(column, justify="left" if column == "shapes of" else "right")
     for model, times in found.items():
         table.add_row(

@@ -173,9 +173,13 @@ def measure(rounds: int = 60) -> Iterator[Table]:
 
 def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, int]) -> Table:
     """Show the time of a step beside plain LoRA's and the limit, and the peak memory."""
-    title = f"SmolLM2-135M, {BATCH} x {LENGTH} tokens, r = {RANK}, all linear layers"
-    table = Table(box=SIMPLE, title=title)
-    for column in ("", "steps", "median", "ratio to LoRA [95 %]", "ratio to limit [95 %]", "peak memory", "ratio"):
+    steps = ", ".join(f"{len(seconds[arm])} of {arm}" for arm in TURNS)
+    table = Table(
+        box=SIMPLE,
+        title=f"SmolLM2-135M, {BATCH} x {LENGTH} tokens, r = {RANK}, all linear layers",
+        caption=f"Paired steps: {steps}. Limit: {LIMIT}.",
+    )
+    for column in ("", "median", "step / LoRA [95 %]", "step / limit [95 %]", "peak memory", "/ LoRA"):
         table.add_column(column, justify="right" if column else "left")
     for arm, found in seconds.items():
         ratios = [
@@ -183,7 +187,7 @@ def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, 
             for peer in (PLAIN, LIMIT)
         ]
         used = [f"{memory[arm] / 2**20:.0f} MiB", f"{memory[arm] / memory[PLAIN]:.3f}"] if arm in memory else ["", ""]
-        table.add_row(arm, str(len(found)), f"{median(found.values()):.3f} s", *ratios, *used)
+        table.add_row(arm, f"{median(found.values()):.3f} s", *ratios, *used)
     return table
 
 
