@@ -101,7 +101,8 @@ def trained_cores(decomposition: Decomposition, m: int, n: int, draw: torch.Gene
     made = []
     for k, core in enumerate(decomposition.init(start, [draw])):
         if isinstance(decomposition, Eigen) and k != centre:
-            made.append(_rotations(*core.shape[1:], draw).float().contiguous())
+            _, rows, size = core.shape
+            made.append(_rotations(rows, size, draw).float().contiguous())
         else:
             made.append((core + MOVED * torch.randn(core.shape, generator=draw, dtype=torch.float64)).float())
     return made
@@ -109,7 +110,7 @@ def trained_cores(decomposition: Decomposition, m: int, n: int, draw: torch.Gene
 
 def _rotations(rows: int, size: int, draw: torch.Generator, drawn: int = 4) -> Tensor:
     """Orthogonal blocks below one another, (1, rows, size); `drawn` different ones, in random order."""
-    blocks, _ = torch.linalg.qr(torch.randn(drawn, size, size, generator=draw, dtype=torch.float64))
+    blocks: Tensor = torch.linalg.qr(torch.randn(drawn, size, size, generator=draw, dtype=torch.float64))[0]
     return blocks[torch.randint(drawn, (rows // size,), generator=draw)].reshape(1, rows, size)
 
 
