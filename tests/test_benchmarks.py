@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -187,7 +188,7 @@ def test_the_origin_names_the_commit_the_machine_and_the_versions(page: Path) ->
     origin = find_origin(page.parents[1], page)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=page.parent, capture_output=True, text=True, check=True)
     assert head.stdout.startswith(origin.commit)
-    assert " cores, " in origin.machine
+    assert re.search(r" cores, \d+ GiB of memory, load \d+\.\d before$", origin.machine)
     assert {"torch", "transformers", "peft", "onnxruntime"} <= origin.versions.keys()
 
 

@@ -29,7 +29,7 @@ class Origin:
         commit: Short hash of the commit.
         is_clean: Whether the files were those of the commit, apart from what a benchmark writes.
         day: Date in UTC.
-        machine: Processor, number of cores and memory.
+        machine: Processor, number of cores and memory, and how busy the machine was before.
         versions: Versions of packages, by name.
     """
 
@@ -70,7 +70,7 @@ def find_origin(root: Path = ROOT, page: Path = PAGE) -> Origin:
         commit,
         not changes.strip(),
         datetime.now(UTC).date(),
-        f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory",
+        f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, load {os.getloadavg()[0]:.1f} before",
         {name: found[name] for name in ("python", "torch", "transformers", "peft", "onnxruntime")},
     )
 
