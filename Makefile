@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up by themselves; `make bench` prints the ratios that docs/results.md quotes.
+# `make demo` and `make test` set everything up by themselves; `make bench` writes the tables of docs/results.md.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -111,12 +111,9 @@ lint: $(VENV)/.installed
 	$(BIN)/python docs/draw_rooms.py --check
 	$(BIN)/mypy
 
+# Every benchmark, and the tables of docs/results.md with it; BENCH='--only training --no-write' runs one and prints.
 bench: $(VENV)/.installed
-	cd tests && ../$(BIN)/python -m benchmarks.step_overhead
-	cd tests && ../$(BIN)/python -m benchmarks.training
-	cd tests && ../$(BIN)/python -m benchmarks.folding
-	cd tests && ../$(BIN)/python -m benchmarks.exports
-	cd tests && ../$(BIN)/python -m benchmarks.schedules cost
+	cd tests && ../$(BIN)/python -m benchmarks $(BENCH)
 
 # The study that docs/study/ reports. Its runs are kept in docs/study/smollm2, so it judges them again; without them it
 # takes two and a half hours, and the data that docs/study/prepare.py names, in $$LORAOVER_DATA. glibc would give the
@@ -146,7 +143,7 @@ study-gauge: $(VENV)/.installed
 
 # The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 schedules: $(VENV)/.installed
-	cd tests && ../$(BIN)/python -m benchmarks.schedules study --jobs 2 --out $(CURDIR)/runs/schedules
+	cd tests && ../$(BIN)/python -m benchmarks.schedules --jobs 2 --out $(CURDIR)/runs/schedules
 
 # Two methods, rates and seeds on a tiny model: killed in the middle, finished, and the same report as without.
 study-smoke: $(VENV)/.installed

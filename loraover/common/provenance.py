@@ -25,6 +25,14 @@ def hardware() -> str:
     return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads{gpu}"
 
 
+def processor() -> str:
+    """Return the name of the processor, as Linux records it in a file; elsewhere as Python reports it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown processor")
+
+
 def peak_bytes() -> int:
     """Return the largest memory so far, in bytes: PyTorch's on the CUDA device, or this process's if there is none."""
     import torch

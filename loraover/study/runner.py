@@ -16,6 +16,7 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment
 from loraover.reporting.reporter import SILENT, Reporter
+from loraover.study.analysis import Halves
 from loraover.study.grid import DEFAULT_METHODS, Run, make_grid
 from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
 from loraover.study.report import StudyReport, task_results, words
@@ -150,7 +151,9 @@ def run_grid(
 
 
 def _ending(run: Run, outcome: Outcome) -> str:
-    ending = outcome.failure or f"loss {sum(outcome.nats) / sum(outcome.tokens):.4f}"
+    """Say how a run ended; of its losses only that of the validation half, since nobody shall see the other one yet."""
+    half = Halves(len(outcome.tokens)).validation
+    ending = outcome.failure or f"validation loss {sum(outcome.nats[half]) / sum(outcome.tokens[half]):.4f}"
     return f"{run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {ending}"
 
 

@@ -13,14 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
@@ -116,7 +115,16 @@ def time_decoding(folder: Path, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def show_exports(folder: Path, console: Console) -> None:
+def measure(rounds: int = 15) -> Iterator[Table]:
+    """Time exports and decoding."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "benchmarks.exports", "--model", scratch]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        yield export_table(Path(scratch))
+        yield decoding_table(time_decoding(Path(scratch), rounds))
+
+
+def export_table(folder: Path) -> Table:
     """Run every export and show its seconds."""
     table = Table(box=SIMPLE, title="Exports of SmolLM2-135M, 420 matrices, after imports and without checks")
     table.add_column("")
@@ -124,40 +132,31 @@ def show_exports(folder: Path, console: Console) -> None:
     for name, line in EXPORTS.items():
         words = [word.format(checkpoint=folder / "checkpoint", out=folder) for word in line.split()]
         command = [sys.executable, "-m", "benchmarks.exports", "--export", json.dumps(words)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         table.add_row(name, f"{json.loads(done.stdout.splitlines()[-1]):.2f}")
-    console.print(table)
+    return table
 
 
-def show_decoding(seconds: dict[str, list[float]], console: Console) -> None:
+def decoding_table(seconds: dict[str, list[float]]) -> Table:
     """Medians, and ratios to the merged and the base graph."""
     table = Table(box=SIMPLE, title=f"Decoding SmolLM2-135M, batch 1, {len(seconds['base'])} paired rounds of {TOKENS}")
     for column in ("", "median per token", "ratio to merged [95 %]", "ratio to base [95 %]"):
         table.add_column(column, justify="right" if column else "left")
     for arm, taken in seconds.items():
-        ratios = [median_ratio(taken, seconds[other]) for other in ("merged", "base")]
-        shown = [f"{ratio:.3f} [{low:.3f}, {high:.3f}]" for ratio, low, high in ratios]
-        table.add_row(arm, f"{np.median(taken) * 1000:.1f} ms", *shown)
-    console.print(table)
+        ratios = [median_ratio(taken, seconds[other]).shown(3) for other in ("merged", "base")]
+        table.add_row(arm, f"{np.median(taken) * 1000:.1f} ms", *ratios)
+    return table
 
 
 @click.command()
-@click.option("--rounds", default=15, show_default=True)
-@click.option("--model", type=click.Path(path_type=Path), hidden=True)
-@click.option("--export", "exported", hidden=True)
-def main(rounds: int, model: Path | None, exported: str | None) -> None:
-    """Time exports and decoding."""
+@click.option("--model", type=click.Path(path_type=Path))
+@click.option("--export", "exported")
+def main(model: Path | None, exported: str | None) -> None:
+    """Write the model, or run one export, in this process."""
     if model is not None:
         write_model(model)
-    elif exported is not None:
+    if exported is not None:
         print(export_here(json.loads(exported)))
-    else:
-        console = Console(width=100)
-        with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, "-m", "benchmarks.exports", "--model", scratch]
-            subprocess.run(command, capture_output=True, check=True)
-            show_exports(Path(scratch), console)
-            show_decoding(time_decoding(Path(scratch), rounds), console)
 
 
 if __name__ == "__main__":

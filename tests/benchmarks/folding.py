@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,23 @@ LINEARS = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
+Shapes = Mapping[str, tuple[int, int]]
+"""Output and input width of each linear layer of one layer, by its name."""
 DECOMPOSITIONS = ("mpo", "eigen")
 MOVED = 3e-3
 """Standard deviation of what training adds to an element: a thousand steps of 1e-4, each up or down by chance."""
 
 
-def write_synthetic_checkpoint(folder: Path, name: str) -> None:
-    """Write a checkpoint of 448 matrices in the shapes of Llama-3.1-8B, r = 16, whose cores have been moved."""
+def write_synthetic_checkpoint(folder: Path, name: str, layers: int = LAYERS, linears: Shapes = LINEARS) -> None:
+    """Write a checkpoint, r = 16, whose cores have been moved; by default of 448 matrices in Llama-3.1-8B's shapes."""
     config = LoraOverConfig(decomposition=name, seed=0)
     decomposition = config.make_decomposition()
     draw = torch.Generator().manual_seed(0)
     matrices: dict[str, Tensor] = {}
     cores: dict[str, Tensor] = {}
     sites = []
-    for layer in range(LAYERS):
-        for linear, (out_features, in_features) in LINEARS.items():
+    for layer in range(layers):
+        for linear, (out_features, in_features) in linears.items():
             for kind, (m, n) in (("lora_A", (RANK, in_features)), ("lora_B", (out_features, RANK))):
                 site = SiteRecord(
                     name=f"model.layers.{layer}.{linear}.{kind}", m=m, n=n, step=0, joined=True, shares={}

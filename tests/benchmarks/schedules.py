@@ -6,10 +6,11 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 
 import click
 import torch
-from peft import LoraConfig, get_peft_model
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -33,12 +35,14 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run import train
 from loraover.training.run_result import read_run
 
-from benchmarks.intervals import median_ratio
-from benchmarks.training import load
+from benchmarks.clock import timed
+from benchmarks.intervals import Ratio, median_ratio
+from benchmarks.training import BATCH, LENGTH, Step, add_lora, load, step_of
 from support.real_data import data_folder
 
 FRACTION = 0.25
-MOST_RATIO, MOST_INJECTION_S = 1.02, 1.0
+MOST_RATIO, MOST_DECISION_S = 1.02, 1.0
+WARM_UP = 2
 STEPS_FILE = "step_seconds.json"
 STEPS = 24
 SETTINGS: dict[str, Any] = {
@@ -71,17 +75,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@click.group()
-def main() -> None:
-    """Measure schedules."""
-
-
-@main.command()
+@click.command()
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/schedules"), show_default=True)
 @click.option("--only", help="Methods whose name holds this.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at a time, which share the processor's cores.")
-def study(seeds: int, out: Path, only: str | None, jobs: int) -> None:
+def main(seeds: int, out: Path, only: str | None, jobs: int) -> None:
     """Train with every schedule and score, and print a table in Markdown; finished runs are not repeated."""
     out.mkdir(parents=True, exist_ok=True)
     runs = [(seed, method) for seed in range(seeds) for method in METHODS if only is None or only in method]
@@ -90,7 +89,7 @@ def study(seeds: int, out: Path, only: str | None, jobs: int) -> None:
         for done in as_completed(waiting):
             done.result()
             print(f"done: {waiting[done]}", file=sys.stderr)
-    print(table(out, seeds))
+    print(study_table(out, seeds))
 
 
 def _share_cores(jobs: int) -> None:
@@ -134,7 +133,7 @@ def steps_timed() -> Iterator[list[float]]:
     seconds += [after - before for before, after in pairwise(last)]
 
 
-def table(out: Path, seeds: int) -> str:
+def study_table(out: Path, seeds: int) -> str:
     """Summarise finished runs: held-out losses, median time of a step, mean added parameters, forwards."""
     lines = [
         "| schedule, score | held-out loss (each seed) | median step, s | added parameters | extra forwards |",
@@ -159,100 +158,82 @@ def table(out: Path, seeds: int) -> str:
     return "\n".join(lines)
 
 
-def make_step(model: Any, ids: Tensor, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
-    def step() -> float:
-        started = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - started
-
-    return step
-
-
-def make_arm(base: nn.Module, ids: Tensor, config: LoraOverConfig) -> tuple[OverParameterization, Callable[[], float]]:
-    torch.manual_seed(0)
-    model: Any = get_peft_model(
-        deepcopy(base), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+def make_arm(base: nn.Module, ids: Tensor, config: LoraOverConfig) -> tuple[OverParameterization, Step]:
+    """Make a model that is trained with a schedule, and the function that takes one training step."""
+    model, optimizer = add_lora(deepcopy(base))
     over = OverParameterization(model, config, steps=1000)
     over.attach(optimizer)
-    return over, make_step(model, ids, optimizer)
+    return over, step_of(model, optimizer, ids)
 
 
-@main.command()
-@click.option("--rounds", default=30, show_default=True, help="Paired steps after two of warm-up.")
-@click.option("--json", "as_json", is_flag=True)
-def cost(rounds: int, as_json: bool) -> None:
-    """Step time of a dynamic schedule that still scores, over that of `all` on the same sites; and of one injection.
+@dataclass(frozen=True)
+class Cost:
+    """What a score costs.
 
-    Exits with 1 if a limit is exceeded: 1.02 of the step time, 1 s of an injection.
+    Args:
+        ratio: Step time while a dynamic schedule still scores, over that of `all` on the same sites.
+        decision_s: Seconds to score all sites and give cores to more of them.
+        sites: Number of sites with cores during the steps.
+        injected: Number of sites that get cores in the decision.
     """
+
+    ratio: Ratio
+    decision_s: float
+    sites: int
+    injected: int
+
+
+def measure(rounds: int = 24) -> Iterator[Table]:
+    """Compare the steps of a dynamic schedule that still scores with those of `all` on the same sites."""
     base, ids = load()
-    found: dict[str, Any] = {}
-    for score in ("fisher", "taylor", "sensitivity"):
-        found[score] = measure(base, ids, score, rounds)
-        if not as_json:
-            print(f"{score}: {described(found[score])}", flush=True)
+    costs = {score: time_score(base, ids, score, rounds) for score in ("fisher", "taylor", "sensitivity")}
     over, _ = make_arm(base, ids, LoraOverConfig())
-    found["loss_impact"] = {"forwards_a_batch": LossImpact(over.sites, 0).forwards(Probe(base, [ids]))}
-    if as_json:
-        print(json.dumps(found))
-    else:
-        print(f"loss_impact: {found['loss_impact']['forwards_a_batch']} forwards a batch at every decision")
-    if any("exceeded" in numbers.get("verdicts", ()) for numbers in found.values()):
-        sys.exit(1)
-
-
-def measure(base: nn.Module, ids: Tensor, score: str, rounds: int) -> dict[str, Any]:
-    """Paired steps of a schedule whose second round is far away, so that it scores in all of them; then that round."""
-    dynamic, step = make_arm(
-        base,
-        ids,
-        LoraOverConfig(
-            schedule="dynamic", score=score, budget=Budget(fraction=2 * FRACTION), rounds=2, start=0.001, end=0.9
-        ),
+    forwards = LossImpact(over.sites, 0).forwards(Probe(base, [ids]))
+    (sites,) = {cost.sites for cost in costs.values()}
+    table = Table(
+        box=SIMPLE,
+        title=f"Schedules: SmolLM2-135M, {BATCH} x {LENGTH} tokens, {rounds} paired steps",
+        caption=f"`loss_impact` costs nothing between decisions, and {forwards} forwards a batch at each of them.",
     )
+    peer = f"step / `all` on the same {sites} sites [95 %]"
+    for column in ("score", peer, f"at most {MOST_RATIO}?", "one decision", f"at most {MOST_DECISION_S:g} s?"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for score, cost in costs.items():
+        table.add_row(
+            score,
+            cost.ratio.shown(4),
+            verdict(cost.ratio.low, cost.ratio.high, MOST_RATIO),
+            f"{cost.decision_s:.2f} s, {cost.injected} sites",
+            verdict(cost.decision_s, cost.decision_s, MOST_DECISION_S),
+        )
+    yield table
+
+
+def time_score(base: nn.Module, ids: Tensor, score: str, rounds: int) -> Cost:
+    """Paired steps of a schedule whose second round is far away, so that it scores in all of them; then that round."""
+    budget = Budget(fraction=2 * FRACTION)
+    config = LoraOverConfig(schedule="dynamic", score=score, budget=budget, rounds=2, start=0.001, end=0.9)
+    dynamic, step = make_arm(base, ids, config)
     while not dynamic.injected:
         step()
     names = list(dynamic.injected)
     _, plain_step = make_arm(base, ids, LoraOverConfig(sites=names))
     times: dict[str, list[float]] = {"dynamic": [], "all": []}
     draw = random.Random(0)
-    for number in range(rounds + 2):
+    for number in range(rounds + WARM_UP):
         for name, take in draw.sample([("dynamic", step), ("all", plain_step)], 2):
-            seconds = take()
-            if number >= 2:
+            seconds = timed(take, ids.device).whole
+            if number >= WARM_UP:
                 times[name].append(seconds)
     assert dynamic.schedule.observed is not None
-    started = time.perf_counter()
-    dynamic._hold_round()
-    injection = time.perf_counter() - started
+    decision = timed(dynamic._hold_round, ids.device).whole
     ratio = median_ratio(times["dynamic"], times["all"])
-    return {
-        "ratio": ratio,
-        "injection_s": injection,
-        "sites": len(names),
-        "injected": len(dynamic.injected) - len(names),
-        "verdicts": [verdict(ratio[1], ratio[2], MOST_RATIO), verdict(injection, injection, MOST_INJECTION_S)],
-        "times_s": times,
-    }
+    return Cost(ratio, decision, len(names), len(dynamic.injected) - len(names))
 
 
 def verdict(low: float, high: float, limit: float) -> str:
-    """Of an interval that holds the true value."""
-    return "kept" if high <= limit else "exceeded" if low > limit else "undecided, take more rounds"
-
-
-def described(found: dict[str, Any]) -> str:
-    ratio, low, high = found["ratio"]
-    return (
-        f"{ratio:.4f} [{low:.4f}, {high:.4f}] of the step time of `all` on the same {found['sites']} sites "
-        f"(limit {MOST_RATIO}: {found['verdicts'][0]}); scoring and injecting {found['injected']} more took "
-        f"{found['injection_s']:.2f} s (limit {MOST_INJECTION_S:g} s: {found['verdicts'][1]})"
-    )
+    """Say whether an interval that holds the true value keeps a limit."""
+    return "yes" if high <= limit else "no" if low > limit else "undecided"
 
 
 if __name__ == "__main__":

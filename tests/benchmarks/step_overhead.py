@@ -1,30 +1,30 @@
 """Host time and number of operations that LoRA-Over adds to an optimizer step, beside fused AdamW on A and B alone.
 
-The model has the layers of Llama-3.1-8B (448 sites) and tiny dimensions, so that the time is that of Python and of
-launching operations, which is what an accelerator waits for. Steps alternate in one process.
+The models have the layers of a Llama (14 sites in each) and tiny dimensions, so that the time is that of Python and of
+launching operations, which is what an accelerator waits for. Steps alternate in one process. On a GPU, the time until
+the device has finished a step is shown as well.
 """
 
 from __future__ import annotations
 
-import json
+import gc
 import statistics
-import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import click
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization
 
-from benchmarks.intervals import median_ratio
+from benchmarks.clock import Seconds, find_device, timed
+from benchmarks.intervals import median_interval, median_ratio
+from benchmarks.shown import Plot, Point, Shown, draw_curves
 
 VIEWS = (
     "alias",
@@ -41,13 +41,18 @@ VIEWS = (
 )
 MEASURED = ("_record_function", "_local_scalar_dense")
 EVERY_STEP = 10**6  # steps until a refresh: none falls into the measurement
+PLAIN = "fused AdamW on A and B"
+EIGEN = "eigen, no refresh"
 ARMS: dict[str, dict[str, Any] | None] = {
-    "fused AdamW on A and B": None,
+    PLAIN: None,
     "mpo": {"decomposition": "mpo"},
-    "eigen, no refresh": {"decomposition": "eigen", "options": {"refresh": EVERY_STEP}},
+    EIGEN: {"decomposition": "eigen", "options": {"refresh": EVERY_STEP}},
     "eigen, bases at rest": {"decomposition": "eigen", "options": {"short": "none", "long": "none"}},
 }
-
+LAYERS, SITES_A_LAYER = 32, 14
+CURVE = (PLAIN, "mpo", EIGEN)
+CURVE_LAYERS = (2, 5, 10, 20, 40, 80, 143)
+WARM_UP = 5
 
 _Mode: Any = TorchDispatchMode  # whose methods have no types
 
@@ -72,20 +77,32 @@ class _Counting(_Mode):
         return self.found["_local_scalar_dense"]
 
 
-def make_step(config: dict[str, Any] | None) -> tuple[Callable[[], float], Callable[[], _Counting]]:
-    """Functions that take one optimizer step: its seconds, and its operations."""
+class Step(NamedTuple):
+    """One optimizer step of an arm, to be taken many times.
+
+    Args:
+        timed: Function that takes it and returns its seconds.
+        counted: Function that takes it and returns its operations.
+    """
+
+    timed: Callable[[], Seconds]
+    counted: Callable[[], _Counting]
+
+
+def make_step(config: dict[str, Any] | None, layers: int, device: torch.device) -> Step:
+    """Make the optimizer step of a model with that many layers; None: plain LoRA."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=64,
-            num_hidden_layers=32,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=1,
             intermediate_size=224,
             vocab_size=64,
         )
     )
-    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     if config is not None:
@@ -100,52 +117,107 @@ def make_step(config: dict[str, Any] | None) -> tuple[Callable[[], float], Calla
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
 
-    def timed() -> float:
+    def take_timed() -> Seconds:
         give()
-        started = time.perf_counter()
-        take()
-        return time.perf_counter() - started
+        return timed(take, device)
 
-    def counted() -> _Counting:
+    def take_counted() -> _Counting:
         give()
         counting = _Counting()
         with counting:
             take()
         return counting
 
-    return timed, counted
+    return Step(take_timed, take_counted)
 
 
-@click.command()
-@click.option("--rounds", default=60, show_default=True, help="Paired steps after five warm-up steps.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def main(rounds: int, as_json: bool) -> None:
-    """Compare the host time of optimizer steps."""
+def alternate(steps: Mapping[str, Step], rounds: int) -> dict[str, list[Seconds]]:
+    """Take the steps of all arms in turn, and return their seconds after the warm-up."""
+    found: dict[str, list[Seconds]] = {arm: [] for arm in steps}
+    for _ in range(rounds + WARM_UP):
+        for arm, step in steps.items():
+            found[arm].append(step.timed())
+    return {arm: seconds[WARM_UP:] for arm, seconds in found.items()}
+
+
+def measure(rounds: int = 60, curve_layers: Sequence[int] = CURVE_LAYERS, curve_rounds: int = 40) -> Iterator[Shown]:
+    """Compare optimizer steps: of a model with as many sites as Llama-3.1-8B, and of smaller and larger ones."""
+    threads, device = torch.get_num_threads(), find_device()
     torch.set_num_threads(1)
-    steps = {arm: make_step(config) for arm, config in ARMS.items()}
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for number in range(rounds + 5):
-        for arm, (timed, _) in steps.items():
-            seconds = timed()
-            if number >= 5:
-                times[arm].append(seconds)
-    counts = {arm: counted() for arm, (_, counted) in steps.items()}
-    first = next(iter(ARMS))
-    ratios = {arm: median_ratio(times[arm], times[first]) for arm in ARMS}
-    if as_json:
-        operations = {arm: (count.operations(), count.readings()) for arm, count in counts.items()}
-        print(json.dumps({"times_s": times, "ratio": ratios, "operations_and_readings": operations}))
-        return
-    table = Table(box=SIMPLE, title=f"Optimizer step with 448 sites, one thread, {rounds} paired steps")
-    for column in ("", "median", "ratio [95 %]", "operations", "values read"):
-        table.add_column(column, justify="left" if not column else "right")
-    for arm in ARMS:
-        ratio, low, high = ratios[arm]
-        milliseconds = 1000 * statistics.median(times[arm])
-        shown = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
-        table.add_row(arm, f"{milliseconds:.2f} ms", shown, str(counts[arm].operations()), str(counts[arm].readings()))
-    Console(width=110).print(table)
+    try:
+        steps = {arm: make_step(config, LAYERS, device) for arm, config in ARMS.items()}
+        seconds = alternate(steps, rounds)
+        yield table_of(seconds, {arm: step.counted() for arm, step in steps.items()}, rounds, device)
+        del steps
+        curves = {}
+        for layers in curve_layers:
+            gc.collect()
+            steps = {arm: make_step(ARMS[arm], layers, device) for arm in CURVE}
+            curves[layers * SITES_A_LAYER] = alternate(steps, curve_rounds)
+            del steps
+        yield curve_table(curves, curve_rounds)
+        yield curve_plot(curves)
+    finally:
+        torch.set_num_threads(threads)
 
 
-if __name__ == "__main__":
-    main()
+def table_of(
+    seconds: Mapping[str, Sequence[Seconds]], counts: Mapping[str, _Counting], rounds: int, device: torch.device
+) -> Table:
+    """Show times, their ratios to plain AdamW, and operations."""
+    kinds = ["host"] if device.type == "cpu" else ["host", "whole"]
+    title = f"Optimizer step with {LAYERS * SITES_A_LAYER} sites, one thread, {rounds} paired steps"
+    table = Table(box=SIMPLE, title=title)
+    table.add_column("")
+    for kind in kinds:
+        ending = "" if kind == "host" else ", finished"
+        table.add_column(f"median{ending}", justify="right")
+        table.add_column(f"ratio [95 %]{ending}", justify="right")
+    for column in ("operations", "values read"):
+        table.add_column(column, justify="right")
+    for arm, found in seconds.items():
+        cells = []
+        for kind in kinds:
+            mine, plain = [[getattr(s, kind) for s in times] for times in (found, seconds[PLAIN])]
+            cells += [_milliseconds(mine), median_ratio(mine, plain).shown()]
+        table.add_row(arm, *cells, str(counts[arm].operations()), str(counts[arm].readings()))
+    return table
+
+
+Curves = Mapping[int, Mapping[str, Sequence[Seconds]]]
+"""Seconds of each arm, by the number of sites."""
+
+
+def curve_table(curves: Curves, rounds: int) -> Table:
+    """Show the host time of a step at every number of sites."""
+    table = Table(
+        box=SIMPLE,
+        title=f"Host time of an optimizer step, {rounds} paired steps at each number of sites",
+        caption=f"AdamW: {PLAIN}. eigen: {EIGEN.removeprefix('eigen, ')}.",
+    )
+    for column in ("sites", "AdamW", "mpo", "mpo / AdamW [95 %]", "eigen", "eigen / AdamW [95 %]"):
+        table.add_column(column, justify="right")
+    for sites, seconds in curves.items():
+        plain, mpo, eigen = ([s.host for s in seconds[arm]] for arm in CURVE)
+        cells = [_milliseconds(plain)]
+        for mine in (mpo, eigen):
+            cells += [_milliseconds(mine), median_ratio(mine, plain).shown()]
+        table.add_row(f"{sites:,}", *cells)
+    return table
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return f"{1000 * statistics.median(seconds):.2f} ms"
+
+
+def curve_plot(curves: Curves) -> Plot:
+    """Draw the host time of a step against the number of sites."""
+    points: dict[str, list[Point]] = {arm: [] for arm in CURVE}
+    for sites, seconds in curves.items():
+        for arm in CURVE:
+            points[arm].append(Point(sites, *median_interval([1000 * s.host for s in seconds[arm]])))
+    svg = draw_curves(
+        points, x="sites", y="host time of an optimizer step, ms", ticks=(30, 100, 300, 1000, 2000), names="{:,.0f}"
+    )
+    description = f"Host time of an optimizer step against the number of sites, {min(curves)} to {max(curves):,}."
+    return Plot("step-overhead", f"{description} The numbers are in the table above.", svg)

@@ -1,45 +1,54 @@
 """Step time and peak memory of plain LoRA, LoRA-Over and naive autograd through the cores, on SmolLM2-135M.
 
-Times come from one process in which the three take turns in random order, so that a ratio compares steps that were
-taken within seconds of one another. Peak memory comes from a process of its own for each.
+Times come from one process in which the arms take turns in random order, so that a ratio compares steps that were
+taken within seconds of one another. Peak memory comes from a separate process for each. The physical limit is the time
+of the multiplications in the forward and backward pass, at the rate of a large matrix product of the same round.
 """
 
 from __future__ import annotations
 
-import json
 import random
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from statistics import median
 from typing import Any
 
 import click
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from loraover import LoraOverConfig, OverParameterization, Probe
 from loraover.common.command_line import quiet_libraries
+from loraover.common.provenance import peak_bytes
 from loraover.models.load import load_model, resolve_model
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.sites import find_sites
 
+from benchmarks.clock import find_device, timed
 from benchmarks.intervals import median_ratio
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BATCH, LENGTH, RANK = 8, 64, 8
-ARMS = ("LoRA", "mpo", "eigen", "naive autograd")
+BATCH, LENGTH, RANK = 4, 64, 8
+PLAIN, NAIVE = "LoRA", "naive autograd"
+TURNS = {PLAIN: 1, "mpo": 1, "eigen": 2, NAIVE: 5}
+"""How often each arm takes a step: in every round, in every second one, and so on."""
 CONFIGS = {"mpo": LoraOverConfig(), "eigen": LoraOverConfig(decomposition="eigen", options={"refresh": 10**6})}
 """LoRA-Over with each gauge; the bases of eigen are followed and not refreshed, which is timed by itself."""
+LIMIT = "products alone"
+SQUARE = 2048
+"""Size of the matrices whose product gives the rate of the machine."""
+WARM_UP, MEMORY_STEPS = 1, 3
+WHOLE_RUN = 300
+"""Optimizer steps with which the cost of bases is compared."""
 
-Step = Callable[[], float]
+Step = Callable[[], object]
 
 
 class Contraction(nn.Module):
@@ -54,124 +63,153 @@ class Contraction(nn.Module):
         return self.decomposition.contract([core.unsqueeze(0) for core in self.cores], *self.shape)[0]
 
 
-def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
-    """A function that takes one training step of an arm and returns its seconds."""
+def add_lora(base: nn.Module) -> tuple[Any, torch.optim.Optimizer]:
+    """Add LoRA to all linear layers, and make the optimizer that trains it."""
     torch.manual_seed(0)
-    model: Any = get_peft_model(
-        base, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    lora = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, lora)
     model.train()
-    config = LoraOverConfig()
-    if arm == "naive autograd":
+    return model, optimizer_of(model)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+
+def step_of(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> Step:
+    """Return a function that takes one training step."""
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
+    """Return a function that takes one training step of an arm."""
+    model, optimizer = add_lora(base)
+    if arm == NAIVE:
+        config = LoraOverConfig()
         owners = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
         for site in find_sites(model).values():
             group = CoreGroup.initialised([site], config.make_decomposition(), 0, 0)
             owner = owners[id(site.parameter)]
             site.parameter.requires_grad_(False)
             parametrize.register_parametrization(owner, "weight", Contraction(group), unsafe=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        optimizer = optimizer_of(model)
     if arm in CONFIGS:
         OverParameterization(model, CONFIGS[arm]).attach(optimizer)
+    return step_of(model, optimizer, ids)
 
-    def step() -> float:
-        started = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - started
 
-    return step
+def time_steps(base: nn.Module, ids: Tensor, rounds: int) -> dict[str, dict[int, float]]:
+    """Return the seconds of every arm's steps, and those that their multiplications take, by round."""
+    steps = {arm: make_step(arm, deepcopy(base), ids) for arm in TURNS}
+    with FlopCounterMode(display=False) as counted:
+        steps[PLAIN]()
+    products = counted.get_total_flops() / (2 * SQUARE**3)
+    square = torch.ones(SQUARE, SQUARE, device=ids.device)
+    seconds: dict[str, dict[int, float]] = {arm: {} for arm in (*TURNS, LIMIT)}
+    draw = random.Random(0)
+    for number in range(-WARM_UP, rounds):
+        for arm in draw.sample(list(TURNS), len(TURNS)):
+            if number < 0 or number % TURNS[arm] == 0:
+                seconds[arm][number] = timed(steps[arm], ids.device).whole
+        seconds[LIMIT][number] = products * timed(lambda: square @ square, ids.device).whole
+    return {arm: {number: s for number, s in found.items() if number >= 0} for arm, found in seconds.items()}
 
 
 def basis_seconds(base: nn.Module, ids: Tensor) -> dict[str, float]:
     """Seconds of the first bases of all sites, of a later refresh, and of a calibration on four batches."""
-    torch.manual_seed(0)
-    lora = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(base, lora)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    model, optimizer = add_lora(base)
     over = OverParameterization(model, CONFIGS["eigen"]).attach(optimizer)
+    step = step_of(model, optimizer, ids)
     for _ in range(2):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step()
+    followers = over.followers.values()
+
+    def refresh() -> None:
+        for follower in followers:
+            follower.refresh()
+
     found = {}
     for name in ("first bases", "a refresh"):
-        for follower in over.followers.values():
+        for follower in followers:
             follower.seen.fill_(10**6)  # as if the gradients had spanned every block
             follower.due = follower.steps
-        started = time.perf_counter()
-        for follower in over.followers.values():
-            follower.refresh()
-        found[name] = time.perf_counter() - started
+        found[name] = timed(refresh, ids.device).whole
     over.detach()
     config = LoraOverConfig(decomposition="eigen", options={"long": "calibration"})
-    started = time.perf_counter()
-    OverParameterization(model, config, probe=Probe(model, [{"input_ids": ids, "labels": ids}] * 4))
-    return found | {"calibration": time.perf_counter() - started}
+    probe = Probe(model, [{"input_ids": ids, "labels": ids}] * 4)
+    return found | {"calibration": timed(lambda: OverParameterization(model, config, probe=probe), ids.device).whole}
 
 
 def load() -> tuple[nn.Module, Tensor]:
+    """Return the base model and the tokens of a batch, on the device of the benchmarks."""
     quiet_libraries()
+    device = find_device()
     base = load_model(resolve_model(MODEL))
     ids = torch.randint(base.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    return base, ids
+    return base.to(device), ids.to(device)
 
 
-def peak_memory_bytes(arm: str, steps: int) -> int:
-    """Peak resident memory of a process that trains one arm."""
-    command = [sys.executable, "-m", "benchmarks.training", "--memory-of", arm, "--rounds", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def peak_memory_bytes(arm: str) -> int:
+    """Return the peak memory of a process that trains one arm."""
+    command = [sys.executable, "-m", "benchmarks.training", arm]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-@click.command()
-@click.option("--rounds", default=20, show_default=True, help="Paired rounds after two warm-up rounds.")
-@click.option("--memory-of", type=click.Choice(ARMS), hidden=True)
-@click.option("--json", "as_json", is_flag=True)
-def main(rounds: int, memory_of: str | None, as_json: bool) -> None:
+def measure(rounds: int = 60) -> Iterator[Table]:
     """Compare plain LoRA, LoRA-Over and naive autograd through the cores."""
-    if memory_of is not None:
-        base, ids = load()
-        step = make_step(memory_of, base, ids)
-        for _ in range(rounds):
-            step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return
-    # Before this process grows: a child's peak starts from its parent's.
-    memory = {arm: peak_memory_bytes(arm, 3) for arm in ARMS}
+    memory = {arm: peak_memory_bytes(arm) for arm in TURNS}
     base, ids = load()
-    steps = {arm: make_step(arm, deepcopy(base), ids) for arm in ARMS}
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    order, draw = list(ARMS), random.Random(0)
-    for number in range(rounds + 2):
-        draw.shuffle(order)
-        for arm in order:
-            seconds = steps[arm]()
-            if number >= 2:
-                times[arm].append(seconds)
-    ratios = {arm: median_ratio(times[arm], times["LoRA"]) for arm in ARMS}
-    bases = basis_seconds(deepcopy(base), ids)
-    if as_json:
-        print(json.dumps({"times_s": times, "peak_bytes": memory, "time_ratio": ratios, "basis_s": bases}))
-        return
-    title = f"{MODEL}, {BATCH} x {LENGTH} tokens, r = {RANK}, all linear layers, {rounds} paired steps"
-    table = Table(box=SIMPLE, title=title)
-    for column in ("", "median step", "ratio to LoRA [95 %]", "peak memory", "ratio"):
-        table.add_column(column)
-    for arm in ARMS:
-        ratio, low, high = ratios[arm]
-        table.add_row(
-            arm,
-            f"{sorted(times[arm])[len(times[arm]) // 2]:.3f} s",
-            f"{ratio:.3f} [{low:.3f}, {high:.3f}]",
-            f"{memory[arm] / 2**20:.0f} MiB",
-            f"{memory[arm] / memory['LoRA']:.3f}",
-        )
-    console = Console(width=110)
-    console.print(table)
-    plain = sorted(times["LoRA"])[len(times["LoRA"]) // 2]
-    for name, seconds in bases.items():
-        console.print(f"eigen, {name}: {seconds:.1f} s, {seconds / (300 * plain):.2%} of 300 steps of plain LoRA")
+    seconds = time_steps(base, ids, rounds)
+    yield step_table(seconds, memory)
+    yield basis_table(basis_seconds(base, ids), median(seconds[PLAIN].values()))
+
+
+def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, int]) -> Table:
+    """Show the time of a step beside plain LoRA's and the limit, and the peak memory."""
+    steps = ", ".join(f"{len(seconds[arm])} of {arm}" for arm in TURNS)
+    table = Table(
+        box=SIMPLE,
+        title=f"SmolLM2-135M, {BATCH} x {LENGTH} tokens, r = {RANK}, all linear layers",
+        caption=f"Paired steps: {steps}. Limit: {LIMIT}.",
+    )
+    for column in ("", "median", "step / LoRA [95 %]", "step / limit [95 %]", "peak memory", "/ LoRA"):
+        table.add_column(column, justify="right" if column else "left")
+    for arm, found in seconds.items():
+        ratios = [
+            median_ratio(list(found.values()), [seconds[peer][number] for number in found]).shown(3)
+            for peer in (PLAIN, LIMIT)
+        ]
+        used = [f"{memory[arm] / 2**20:.0f} MiB", f"{memory[arm] / memory[PLAIN]:.3f}"] if arm in memory else ["", ""]
+        table.add_row(arm, f"{median(found.values()):.3f} s", *ratios, *used)
+    return table
+
+
+def basis_table(seconds: Mapping[str, float], plain: float) -> Table:
+    """Show what the bases of eigen cost beside whole runs of plain LoRA."""
+    table = Table(box=SIMPLE, title="Bases of eigen, each timed once")
+    for column in ("", "seconds", f"share of {WHOLE_RUN} steps of LoRA"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, taken in seconds.items():
+        table.add_row(name, f"{taken:.2f}", f"{taken / (WHOLE_RUN * plain):.2%}")
+    return table
+
+
+@click.command()
+@click.argument("arm", type=click.Choice(tuple(TURNS)))
+def main(arm: str) -> None:
+    """Train one arm for a few steps, and print the peak memory in bytes."""
+    base, ids = load()
+    step = make_step(arm, base, ids)
+    for _ in range(MEMORY_STEPS):
+        step()
+    print(peak_bytes())
 
 
 if __name__ == "__main__":

@@ -226,14 +226,23 @@ def test_the_number_of_runs_comes_first_and_the_hours_with_each_run(
     shown = Lines()
     study(grid, tmp_path / "out", shown)
     assert shown.lines[0] == "54 runs to do, 0 finished already"
-    assert shown.lines[1].startswith("1/54 task0, lora, rate 0.0001, seed 0: loss 1.6994")
+    assert shown.lines[1].startswith("1/54 task0, lora, rate 0.0001, seed 0: validation loss 1.1973")
     assert shown.lines[1].endswith("; about 53.0 h left")
     assert shown.lines[2].endswith("; about 52.0 h left")
-    assert shown.lines[-1].startswith("54/54 task1, lora:r=16, rate 0.0001, seed 4: loss")
+    assert shown.lines[-1].startswith("54/54 task1, lora:r=16, rate 0.0001, seed 4: validation loss")
     assert "left" not in shown.lines[-1]
     again = Lines()
     study(grid, tmp_path / "out", again)
     assert again.lines == ["0 runs to do, 54 finished already"]
+
+
+def test_the_losses_of_the_test_half_are_not_shown(grid: list[Run], machine: Machine, tmp_path: Path) -> None:
+    shown, run = Lines(), grid[0]
+    study(grid, tmp_path / "out", shown)
+    nats = outcome_of(run, loss_of).nats
+    half = Halves(EXAMPLES).validation
+    loss = sum(nats[half]) / (TOKENS * EXAMPLES / 2)
+    assert f"{run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: validation loss {loss:.4f}" in shown.lines[1]
 
 
 def test_hours_are_those_of_each_task_and_of_all_jobs() -> None:

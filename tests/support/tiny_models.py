@@ -54,7 +54,8 @@ def net_batch(seed: int = 0, rows: int = 4, dtype: torch.dtype = torch.float32) 
 
 def net_loss(model: nn.Module, seed: int = 0, rows: int = 4) -> Any:
     """Mean squared error on `net_batch`."""
-    x, y = net_batch(seed, rows, next(model.parameters()).dtype)
+    parameter = next(model.parameters())
+    x, y = (tensor.to(parameter.device) for tensor in net_batch(seed, rows, parameter.dtype))
     return (model(x) - y).square().mean()
 
 

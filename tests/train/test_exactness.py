@@ -46,20 +46,22 @@ class Case:
     decomposition: str
     clipped: bool = False
     closure: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        flags = "-clipped" * self.clipped + "-closure" * self.closure
+        flags = "-clipped" * self.clipped + "-closure" * self.closure + f"-{self.device}" * (self.device != "cpu")
         return f"{self.optimizer}-{self.decomposition}{flags}"
 
     def make(self) -> tuple[Any, OverParameterization]:
-        model = tiny_net(dtype=torch.float64)
+        model = tiny_net(dtype=torch.float64).to(self.device)
         return model, OverParameterization(model, LoraOverConfig(decomposition=self.decomposition, seed=3))
 
 
 IN_THE_GRAPH = [name for name in DECOMPOSITIONS if make_decomposition(name).trains_all]
 """Decompositions of which autograd and the optimizer have every core; test_eigen has an oracle of the other."""
 
-CASES = [Case(*values) for values in product(OPTIMIZERS, IN_THE_GRAPH, (False, True), (False, True))]
+DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+CASES = [Case(*values) for values in product(OPTIMIZERS, IN_THE_GRAPH, (False, True), (False, True), DEVICES)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -120,7 +122,7 @@ def through(case: Case) -> dict[str, Tensor]:
         weights = {keys[id(over.sites[name].parameter)]: matrix for name, matrix in matrices.items()}
         losses: list[Tensor] = []
         for batch in range(MICRO_BATCHES):
-            x, y = net_batch(MICRO_BATCHES * step + batch, dtype=torch.float64)
+            x, y = (t.to(case.device) for t in net_batch(MICRO_BATCHES * step + batch, dtype=torch.float64))
             losses.append((functional_call(model, weights, (x,)) - y).square().mean())
         loss = torch.stack(losses).mean()
         if case.clipped:

@@ -1,0 +1,187 @@
+"""Time of a fold against the size of the adapter, in the shapes of Llama models from 0.1B to 70B parameters.
+
+Beside it is the physical limit: reading and hashing the checkpoint, writing as many bytes as the adapter has, and
+waiting until the disk has them. One process for each model alternates folds and limits, so their ratio is one of pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from statistics import median
+from typing import NamedTuple
+
+import click
+from rich.box import SIMPLE
+from rich.table import Table
+
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
+
+from benchmarks.folding import RANK, Shapes, limit_here, write_synthetic_checkpoint
+from benchmarks.intervals import median_interval, median_ratio
+from benchmarks.shown import Plot, Point, Shown, draw_curves
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Shapes of a Llama's linear layers.
+
+    Args:
+        layers: Number of layers.
+        hidden: Width of the residual stream, and of all queries together.
+        values: Width of all keys together, and of all values.
+        intermediate: Width inside the feed-forward network.
+    """
+
+    layers: int
+    hidden: int
+    values: int
+    intermediate: int
+
+    @property
+    def linears(self) -> Shapes:
+        """Output and input width of each linear layer of one layer."""
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (self.values, self.hidden),
+            "self_attn.v_proj": (self.values, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.intermediate, self.hidden),
+            "mlp.up_proj": (self.intermediate, self.hidden),
+            "mlp.down_proj": (self.hidden, self.intermediate),
+        }
+
+
+MODELS = {
+    "SmolLM2-135M": Llama(layers=30, hidden=576, values=192, intermediate=1536),
+    "Llama-3.2-1B": Llama(layers=16, hidden=2048, values=512, intermediate=8192),
+    "Llama-3.2-3B": Llama(layers=28, hidden=3072, values=1024, intermediate=8192),
+    "Llama-3.1-8B": Llama(layers=32, hidden=4096, values=1024, intermediate=14336),
+    "Llama-3.1-70B": Llama(layers=80, hidden=8192, values=1024, intermediate=28672),
+}
+LARGE_BYTES, FEW = 2**29, 2
+"""From this size of the adapter on, a model is folded only that many times."""
+
+
+class Times(NamedTuple):
+    """Seconds of folds and of their limits, in pairs.
+
+    Args:
+        adapter_bytes: Size of the adapter.
+        folds: Seconds of each fold.
+        limits: Seconds of the limit beside each fold.
+    """
+
+    adapter_bytes: int
+    folds: Sequence[float]
+    limits: Sequence[float]
+
+    @property
+    def parameters(self) -> int:
+        """Number of float32 values in the adapter."""
+        return self.adapter_bytes // 4
+
+
+def time_model(checkpoint: Path, repeats: int) -> Times:
+    """Fold a checkpoint and take the limit in turn, in this process, after imports and one fold that warms up."""
+    from loraover_export import fold_checkpoint
+
+    size = (checkpoint / TENSORS_FILE).stat().st_size
+    repeats = FEW if size >= LARGE_BYTES else repeats
+    output = checkpoint.with_name("output")
+    folds, limits = [], []
+    for number in range(-1 if size < LARGE_BYTES else 0, repeats):
+        started = time.perf_counter()
+        fold_checkpoint(checkpoint, output)
+        fold = time.perf_counter() - started
+        rmtree(output)
+        limit = limit_here(checkpoint, output)["seconds"]
+        output.unlink()
+        if number >= 0:
+            folds.append(fold)
+            limits.append(limit)
+    return Times(size, folds, limits)
+
+
+def measure(repeats: int = 5) -> Iterator[Shown]:
+    """Time the folds of adapters of growing size, each beside its limit."""
+    found = {}
+    for model in MODELS:
+        with tempfile.TemporaryDirectory() as scratch:
+            _in_child(model, scratch, 0)  # another process than that of the folds: they shall not start with its memory
+            found[model] = Times(*json.loads(_in_child(model, scratch, repeats)))
+    yield table_of(found)
+    yield plot_of(found)
+
+
+def _in_child(model: str, folder: str, repeats: int) -> str:
+    command = [sys.executable, "-m", "benchmarks.fold_scaling", model, folder, str(repeats)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def table_of(found: dict[str, Times]) -> Table:
+    """Show seconds and ratios for every model."""
+    table = Table(
+        box=SIMPLE,
+        title=f"Fold of adapters by size: cores of mpo, r = {RANK}, all linear layers",
+        caption="Limit: reading, hashing, writing and syncing the same bytes.",
+    )
+    for column in ("shapes of", "matrices", "parameters", "folds", "fold", "limit", "fold / limit [95 %]"):
+        table.add_column(column, justify="left" if column == "shapes of" else "right")
+    for model, times in found.items():
+        table.add_row(
+            model,
+            f"{2 * MODELS[model].layers * len(MODELS[model].linears):,}",
+            f"{times.parameters / 1e6:.1f} M",
+            str(len(times.folds)),
+            f"{median(times.folds):.2f} s",
+            f"{median(times.limits):.2f} s",
+            median_ratio(times.folds, times.limits).shown(),
+        )
+    return table
+
+
+def plot_of(found: dict[str, Times]) -> Plot:
+    """Draw the seconds against the number of parameters."""
+    curves = {
+        name: [Point(times.parameters / 1e6, *median_interval(getattr(times, field))) for times in found.values()]
+        for name, field in (("fold and certify", "folds"), ("read, hash and write", "limits"))
+    }
+    svg = draw_curves(
+        curves,
+        x="parameters of the adapter, millions",
+        y="seconds",
+        ticks=[times.parameters / 1e6 for times in found.values()],
+        names="{:.0f}",
+    )
+    models = list(found)
+    return Plot(
+        "fold-time",
+        "Seconds of a fold, and of reading, hashing and writing its bytes, against the parameters of the adapter, "
+        f"from {models[0]} to {models[-1]}. The numbers are in the table above.",
+        svg,
+    )
+
+
+@click.command()
+@click.argument("model", type=click.Choice(tuple(MODELS)))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repeats", type=int)
+def main(model: str, folder: Path, repeats: int) -> None:
+    """Make a model's checkpoint in a folder, if repeats is 0; else fold it."""
+    if repeats == 0:
+        shapes = MODELS[model]
+        write_synthetic_checkpoint(folder / "checkpoint", "mpo", shapes.layers, shapes.linears)
+    else:
+        print(json.dumps(time_model(folder / "checkpoint", repeats)))
+
+
+if __name__ == "__main__":
+    main()
