@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from loraover_export.numerics.rounding import round_nearest
 
 
 @torch.no_grad()
-def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate]:
+def merge(
+    model: Any, source: Checkpoint | AdapterDir, deltas: Iterable[Delta] | None = None
+) -> list[MatrixCertificate]:
     """Replace each adapted weight by W + delta_W, computed in float64 and rounded once to the weights' dtype.
 
     A weight that other modules share (an embedding tied to the head) is copied first, and the model's
@@ -27,6 +30,7 @@ def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate
     Args:
         model: the base model, a transformers PreTrainedModel; it is changed.
         source: adapter or checkpoint with the deltas and other trained parameters.
+        deltas: the source's deltas, if they have been read already; None reads them.
 
     Returns:
         One certificate for each module: the error of the written weight against float64, and its bound, which is the
@@ -42,7 +46,7 @@ def merge(model: Any, source: Checkpoint | AdapterDir) -> list[MatrixCertificate
     with open_exact(source) as exact:
         load_others(model, adapter, exact.plain)
     holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
-    for delta in read_deltas(source):
+    for delta in read_deltas(source) if deltas is None else deltas:
         module = target_module(model, delta.module, delta.a.value.shape[1], delta.b.value.shape[0], adapter)
         weight = _own_weight(module, shared=holders[id(module.weight)] > 1)
         merged = _merged(weight, module, delta)
