@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
+from loraover.checkpoint.magnitude import magnitude
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir, site_key
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, save_tensors, sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
@@ -39,6 +41,7 @@ from loraover.overparam.sharding import world_size
 
 SCHEMA_VERSION = 3
 META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
+HASHED_LATER = (TENSORS_FILE, CORES_FILE)
 SCORE_PREFIX = "score."
 
 
@@ -122,8 +125,8 @@ def digest_of(content: dict[str, Any]) -> str:
 class Checkpoint:
     """A LoRA-Over checkpoint on disk whose checksums, metadata and layout have been checked.
 
-    `read_checkpoint` makes it. Tensors are read only when they are asked for, one matrix at a time, so that a large
-    checkpoint needs little memory.
+    `read_checkpoint` makes it; `open_checkpoint` leaves the checksums of the tensors to `check_sum`. Tensors are read
+    only when they are asked for, one matrix at a time, so that a large checkpoint needs little memory.
 
     Args:
         adapter: The PEFT adapter of the checkpoint.
@@ -152,6 +155,23 @@ class Checkpoint:
     def sites(self) -> dict[str, SiteRecord]:
         """Records of the matrices that have cores, by name."""
         return {site.name: site for site in self.meta.sites}
+
+    def check_sum(self, name: str, ending: Event | None = None) -> None:
+        """Compare a file's SHA-256 with the one that the checkpoint was written with.
+
+        Args:
+            name: Name of the file.
+            ending: Event that makes the comparison stop early, without a result.
+
+        Raises:
+            CheckpointError: The file is damaged, or was changed after training.
+        """
+        if sha256_of(self.path / name, ending) == self.meta.sha256.get(name) or (ending is not None and ending.is_set()):
+            return
+        raise CheckpointError(
+            f"{self.path / name}: its SHA-256 differs from the one in {META_FILE}; it is damaged or was changed after "
+            "training. Copy or save the checkpoint again."
+        )
 
     def read_cores(self, file: TensorFile, site: SiteRecord) -> tuple[Tensor, ...]:
         """Read the cores of one matrix.
@@ -186,13 +206,13 @@ class Checkpoint:
             site: Record of the matrix.
 
         Returns:
-            The contraction (m, n), and the contraction of the cores' absolute values, which scales error bounds.
+            The contraction (m, n), and a bound of the contraction of the cores' absolute values, which scales error
+            bounds.
         """
-        wide = [core.double() for core in cores]
+        cores = list(cores)
         decomposition = self.decomposition.of_site(site.name)
-        matrix = decomposition.contract(wide, site.m, site.n)[0]
-        magnitude = decomposition.contract([core.abs() for core in wide], site.m, site.n)[0]
-        return matrix, magnitude
+        matrix = decomposition.contract([core.double() for core in cores], site.m, site.n)[0]
+        return matrix.contiguous(), magnitude(decomposition, cores, site.m, site.n)[0]
 
     def check_stored(self, stored: Tensor, matrix: Tensor, magnitude: Tensor, site: SiteRecord) -> None:
         """Check that a stored matrix can be the contraction that training wrote.
@@ -203,7 +223,7 @@ class Checkpoint:
         Args:
             stored: The matrix (m, n) as the adapter's file holds it.
             matrix: Float64 contraction (m, n), as `contract` returns it.
-            magnitude: Contraction of the cores' absolute values, as `contract` returns it.
+            magnitude: Bound of the contraction of the cores' absolute values, as `contract` returns it.
             site: Record of the matrix.
 
         Raises:
@@ -211,8 +231,8 @@ class Checkpoint:
         """
         terms = self.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
         contraction = gamma(terms, unit_roundoff(getattr(torch, self.meta.core_dtype))) * magnitude
-        cast = unit_roundoff(stored.dtype) * (matrix.abs() + contraction) + smallest_subnormal(stored.dtype)
-        excess = ((stored.double() - matrix).abs() - contraction - cast).flatten()
+        cast = matrix.abs().add_(contraction).mul_(unit_roundoff(stored.dtype)).add_(smallest_subnormal(stored.dtype))
+        excess = (stored.double() - matrix).abs_().sub_(contraction).sub_(cast).flatten()
         worst = int(excess.argmax())
         if excess[worst] > 0:
             row, column = divmod(worst, site.n)
@@ -322,6 +342,18 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: A file is missing, truncated, damaged or of an unknown version, or files contradict one
             another.
     """
+    checkpoint = open_checkpoint(directory)
+    for name in HASHED_LATER:
+        checkpoint.check_sum(name)
+    return checkpoint
+
+
+def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+    """Open a LoRA-Over checkpoint as `read_checkpoint` does, but without comparing the checksums of its tensors.
+
+    Nothing that is made from its tensors may be kept before `check_sum` has accepted each file in HASHED_LATER, which
+    can run beside the work.
+    """
     path = Path(directory)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a LoRA-Over checkpoint.")
@@ -351,12 +383,7 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         )
     checkpoint = Checkpoint(adapter, meta)
     _check_layout(checkpoint)
-    for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE):
-        if sha256_of(path / name) != meta.sha256.get(name):
-            raise CheckpointError(
-                f"{path / name}: its SHA-256 differs from the one in {META_FILE}; it is damaged or was changed after "
-                "training. Copy or save the checkpoint again."
-            )
+    checkpoint.check_sum(CONFIG_FILE)
     return checkpoint
 
 

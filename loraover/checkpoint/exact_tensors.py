@@ -76,12 +76,12 @@ class ExactAdapter:
         checkpoint, site = self._checkpoint, self._site(site_name(key))
         if checkpoint is None or self._cores is None or site is None:
             value = stored.double() if stored.is_floating_point() else stored
-            return Exact(value, torch.zeros_like(value), None)
+            return Exact(value, value.new_zeros(()).expand_as(value), None)
         with one_thread():
             value, magnitude = checkpoint.contract(checkpoint.read_cores(self._cores, site), site)
             checkpoint.check_stored(stored, value, magnitude, site)
         terms = checkpoint.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
-        return Exact(value, gamma(terms, unit_roundoff(torch.float64)) * magnitude, site)
+        return Exact(value, magnitude.mul_(gamma(terms, unit_roundoff(torch.float64))), site)
 
     def factor(self, name: str) -> Factor:
         """Return a matrix by its site's name, without contracting its cores."""

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from loraover.common.errors import CheckpointError, DivergedError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+HASHED_AT_ONCE = 2**20  # bytes
 
 
 class NonFiniteError(CheckpointError, DivergedError):
@@ -56,7 +58,7 @@ class TensorFile:
         if self.dtype(key) not in (*FLOATS, *INTEGERS):
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
         tensor: Tensor = self._handle.get_tensor(key)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
         return tensor
 
@@ -64,6 +66,18 @@ class TensorFile:
         if key not in self.keys:
             raise CheckpointError(f"{self.path}: no tensor {key!r}; the file is incomplete or of another checkpoint.")
         return self._handle.get_slice(key)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity.
+
+    A sum that is finite has only finite terms, and takes one pass over the memory; finite terms whose sum is not are
+    rare, and then looked at one by one.
+    """
+    if not tensor.is_floating_point():
+        return True
+    total = tensor.sum(dtype=None if tensor.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 @contextmanager
@@ -94,10 +108,18 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, ending: Event | None = None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits.
+
+    Args:
+        path: The file.
+        ending: Event that makes it stop early, with the digest of the bytes so far.
+    """
+    digest, block = hashlib.sha256(), bytearray(HASHED_AT_ONCE)
+    with path.open("rb", buffering=0) as file:
+        while (count := file.readinto(block)) and not (ending is not None and ending.is_set()):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,19 +1,78 @@
-"""Number of threads that PyTorch uses."""
+"""Number of threads that PyTorch uses, and threads that work beside one another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
+from typing import TypeVar
 
 import torch
+
+MAX_WORKERS = 8
+"""More would wait for memory, and each holds the numbers that it works on."""
+
+KEPT_BYTES = 31 * 2**20
+"""Just below the largest block that the C library of Linux can be made to keep, 32 MiB."""
+
+T = TypeVar("T")
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run a block on one thread, which is faster for many small tensors: more threads mostly wait for one another."""
     threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class Workers:
+    """Threads that run functions for a block of the caller's, made by `workers`.
+
+    Attributes:
+        ending: Set when the block is left. A function that takes long should look at it and stop.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, ending: Event) -> None:
+        self._pool = pool
+        self.ending = ending
+
+    def start(self, work: Callable[..., T], *arguments: object) -> Future[T]:
+        """Run a function when a thread is free; `result()` returns what it returns, or raises what it raises."""
+        return self._pool.submit(work, *arguments)
+
+
+@contextmanager
+def workers() -> Iterator[Workers]:
+    """Yield as many threads as PyTorch would use, at most MAX_WORKERS; within them PyTorch uses one thread each.
+
+    When the block is left, by its end or by an exception, functions that have not begun are dropped, and those that
+    run are waited for, so that nothing of them outlives the block.
+    """
+    threads = min(torch.get_num_threads(), MAX_WORKERS)
+    ending = Event()
+    _keep_freed_memory()
+    with one_thread():
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield Workers(pool, ending)
+        finally:
+            ending.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library reuse the memory of freed tensors.
+
+    By default, glibc gives blocks above 128 KiB back to the system when they are freed, and the system clears the
+    memory of each new one, which takes ten times as long as one operation on it. Once a larger block has been freed,
+    glibc keeps all blocks up to that size (mallopt(3), "dynamic mmap threshold"). Elsewhere this has no effect.
+    """
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)

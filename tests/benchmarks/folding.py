@@ -1,19 +1,27 @@
-"""Fold of a synthetic checkpoint with Llama-3.1-8B's shapes, compared with PEFT's conversion.
+"""Fold of a synthetic checkpoint with Llama-3.1-8B's shapes, beside the physical limit and PEFT's conversion.
 
-The fold runs in a separate process, which reports its seconds after imports and the peak memory that the fold adds.
+The cores are what training leaves behind: every element has moved, so that each product of cores is rounded. A fold
+runs in a separate process, which reports its seconds after imports and the peak memory that the fold adds. Another
+process then takes the time of the work that no fold can avoid: it reads and hashes the checkpoint, writes as many bytes
+as the adapter has, and waits until the disk has them. Folds and limits alternate, so their ratio is one of pairs.
+
 PEFT's `convert_to_lora` is measured on one of the model's smallest linear layers, k_proj of
 4096 x 1024; the figure for the model is that time multiplied by the number of its layers, which is an underestimate.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -26,6 +34,9 @@ from loraover import LoraOverConfig
 from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Meta, SiteRecord
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors, sha256_of
+from loraover.overparam.decompositions import Decomposition, Eigen
+
+from benchmarks.intervals import median_ratio
 
 RANK, LAYERS = 16, 32
 LINEARS = {
@@ -37,11 +48,14 @@ LINEARS = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
+DECOMPOSITIONS = ("mpo", "eigen")
+MOVED = 3e-3
+"""Standard deviation of an element's way: Adam's steps of 1e-4, a thousand of them, each in a random direction."""
 
 
-def write_synthetic_checkpoint(folder: Path) -> None:
-    """A checkpoint of 448 random matrices in the shapes of Llama-3.1-8B, r = 16."""
-    config = LoraOverConfig(seed=0)
+def write_synthetic_checkpoint(folder: Path, name: str) -> None:
+    """Write a checkpoint of 448 matrices in the shapes of Llama-3.1-8B, r = 16, whose cores have been moved."""
+    config = LoraOverConfig(decomposition=name, seed=0)
     decomposition = config.make_decomposition()
     draw = torch.Generator().manual_seed(0)
     matrices: dict[str, Tensor] = {}
@@ -53,8 +67,7 @@ def write_synthetic_checkpoint(folder: Path) -> None:
                 site = SiteRecord(
                     name=f"model.layers.{layer}.{linear}.{kind}", m=m, n=n, step=0, joined=True, shares={}
                 )
-                start = torch.randn(1, m, n, generator=draw, dtype=torch.float64) * 0.02
-                made = [core.float() for core in decomposition.init(start, [draw])]
+                made = trained_cores(decomposition, m, n, draw)
                 cores |= {site.core_key(k): core[0] for k, core in enumerate(made)}
                 matrices[site_key(site.name)] = decomposition.contract(made, m, n)[0].contiguous()
                 sites.append(site)
@@ -76,12 +89,30 @@ def write_synthetic_checkpoint(folder: Path) -> None:
         versions={},
         sha256={name: sha256_of(folder / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
     )
-    sealed = meta.sealed()
-    (folder / META_FILE).write_text(sealed.model_dump_json())
+    (folder / META_FILE).write_text(meta.sealed().model_dump_json())
 
 
-def fold_here(checkpoint: Path, output: Path) -> tuple[float, int]:
-    """Seconds after imports, and peak bytes beyond what the process held before."""
+def trained_cores(decomposition: Decomposition, m: int, n: int, draw: torch.Generator) -> list[Tensor]:
+    """Cores of one random matrix, float32 (1, p, q): bases of `eigen` are random rotations, other cores have moved."""
+    start = torch.randn(1, m, n, generator=draw, dtype=torch.float64) * 0.02
+    centre = decomposition.centre(m, n)
+    made = []
+    for k, core in enumerate(decomposition.init(start, [draw])):
+        if isinstance(decomposition, Eigen) and k != centre:
+            made.append(_rotations(*core.shape[1:], draw).float().contiguous())
+        else:
+            made.append((core + MOVED * torch.randn(core.shape, generator=draw, dtype=torch.float64)).float())
+    return made
+
+
+def _rotations(rows: int, size: int, draw: torch.Generator, drawn: int = 4) -> Tensor:
+    """Orthogonal blocks below one another, (1, rows, size); `drawn` different ones, in random order."""
+    blocks, _ = torch.linalg.qr(torch.randn(drawn, size, size, generator=draw, dtype=torch.float64))
+    return blocks[torch.randint(drawn, (rows // size,), generator=draw)].reshape(1, rows, size)
+
+
+def fold_here(checkpoint: Path, output: Path) -> dict[str, Any]:
+    """Seconds of a fold after imports, the peak bytes that it adds, and whether it imported Transformers."""
     import psutil
 
     from loraover_export import fold_checkpoint
@@ -89,9 +120,28 @@ def fold_here(checkpoint: Path, output: Path) -> tuple[float, int]:
     torch.ones(8, 8, dtype=torch.float64) @ torch.ones(8, 8, dtype=torch.float64)
     before = psutil.Process().memory_info().rss
     started = time.perf_counter()
-    fold_checkpoint(checkpoint, output)
+    certificate = fold_checkpoint(checkpoint, output)
     seconds = time.perf_counter() - started
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if not certificate.passed or not any(matrix.relative_error for matrix in certificate.matrices):
+        raise RuntimeError("the fold did not pass, or nothing was rounded in it")
+    return {"seconds": seconds, "bytes": peak - before, "imported": "transformers" in sys.modules}
+
+
+def limit_here(checkpoint: Path, output: Path) -> dict[str, Any]:
+    """Seconds of reading and hashing a checkpoint's tensors, and writing and syncing the adapter's bytes."""
+    started = time.perf_counter()
+    block = bytearray(2**20)
+    with output.open("wb", buffering=0) as written:
+        for name in (TENSORS_FILE, CORES_FILE):
+            hashed = hashlib.sha256()
+            with (checkpoint / name).open("rb", buffering=0) as file:
+                while count := file.readinto(block):
+                    hashed.update(memoryview(block)[:count])
+                    if name == TENSORS_FILE:
+                        written.write(memoryview(block)[:count])
+        os.fsync(written.fileno())
+    return {"seconds": time.perf_counter() - started}
 
 
 def convert_with_peft() -> float:
@@ -105,44 +155,86 @@ def convert_with_peft() -> float:
     return time.perf_counter() - started
 
 
-@click.command()
-@click.option("--repeats", default=3, show_default=True)
-@click.option("--make", type=click.Path(path_type=Path), hidden=True)
-@click.option("--fold", "paths", nargs=2, type=click.Path(path_type=Path), hidden=True)
-def main(repeats: int, make: Path | None, paths: tuple[Path, Path] | None) -> None:
-    """Time the fold of an 8B model's adapter, and PEFT's conversion."""
-    if make is not None:
-        write_synthetic_checkpoint(make)
-        return
-    if paths is not None:
-        print(json.dumps(fold_here(*paths)))
-        return
+def in_child(*arguments: str) -> Any:
+    """Run this module in a fresh process, and return what it reports."""
+    command = [sys.executable, "-m", "benchmarks.folding", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_one(name: str, repeats: int, peft_seconds: float) -> dict[str, str]:
+    """Return what a decomposition's fold costs, in words."""
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / "checkpoint"
-        # In a process of its own: the peak of a folding child starts from this one's.
-        subprocess.run([sys.executable, "-m", "benchmarks.folding", "--make", str(checkpoint)], check=True)
-        adapter_bytes = (checkpoint / TENSORS_FILE).stat().st_size
-        runs = []
+        checkpoint, output = f"{scratch}/checkpoint", Path(scratch) / "out"
+        in_child("--make", name, checkpoint)  # not here: the peak of a folding child starts from its parent's
+        adapter_bytes = (Path(checkpoint) / TENSORS_FILE).stat().st_size
+        read_bytes = adapter_bytes + (Path(checkpoint) / CORES_FILE).stat().st_size
+        folds, limits = [], []
         for i in range(repeats):
-            command = [sys.executable, "-m", "benchmarks.folding", "--fold", str(checkpoint), f"{scratch}/out{i}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-    runs.sort()
-    seconds, extra = runs[len(runs) // 2]
+            folds.append(in_child("--fold", checkpoint, f"{output}{i}"))
+            limits.append(in_child("--limit", checkpoint, f"{output}.bin"))
+    fold_seconds = [fold["seconds"] for fold in folds]
+    extra = [fold["bytes"] / adapter_bytes for fold in folds]
+    ones = [1.0] * repeats
+    return {
+        "adapter": f"{adapter_bytes / 2**20:.0f} MiB",
+        "adapter and cores": f"{read_bytes / 2**20:.0f} MiB",
+        "fold and certify": _shown(fold_seconds, ones, " s"),
+        "read, hash, write and sync": _shown([limit["seconds"] for limit in limits], ones, " s"),
+        "fold / read, hash, write and sync": _shown(fold_seconds, [limit["seconds"] for limit in limits], " x"),
+        "extra memory / adapter": _shown(extra, ones, " x"),
+        "imported Transformers": "yes" if any(fold["imported"] for fold in folds) else "no",
+        "PEFT convert_to_lora, one 4096 x 1024 layer": f"{peft_seconds:.2f} s",
+        f"the same for {LAYERS * len(LINEARS)} layers / fold": _shown(
+            [peft_seconds * LAYERS * len(LINEARS)] * repeats, fold_seconds, " x", digits=0
+        ),
+    }
+
+
+def _shown(numerator: list[float], denominator: list[float], unit: str, digits: int = 2) -> str:
+    median, low, high = median_ratio(numerator, denominator)
+    return f"{median:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def measure(repeats: int = 5) -> Iterable[Table]:
+    """Time the fold of an 8B model's adapter beside the physical limit, and PEFT's conversion."""
     peft_seconds = convert_with_peft()
-    whole = peft_seconds * LAYERS * len(LINEARS)
+    found = {name: measure_one(name, repeats, peft_seconds) for name in DECOMPOSITIONS}
     table = Table(
-        box=SIMPLE, title=f"Fold of {LAYERS * len(LINEARS) * 2} matrices, adapter of {adapter_bytes / 2**20:.0f} MiB"
+        box=SIMPLE,
+        title=f"Fold of {LAYERS * len(LINEARS) * 2} matrices in Llama-3.1-8B's shapes, r = {RANK}, "
+        f"median of {repeats} [95 %]",
     )
     table.add_column("")
-    table.add_column("measured", justify="right")
-    table.add_row(f"fold and certify, median of {repeats}", f"{seconds:.2f} s")
-    table.add_row("extra memory", f"{extra / 2**20:.0f} MiB, {extra / adapter_bytes:.2f} x the adapter")
-    table.add_row("PEFT convert_to_lora, one 4096 x 1024 layer", f"{peft_seconds:.2f} s")
-    table.add_row(
-        f"the same x {LAYERS * len(LINEARS)} layers, by count", f"{whole:.0f} s, {whole / seconds:.0f} x the fold"
-    )
-    Console(width=100).print(table)
+    for name in found:
+        table.add_column(name, justify="right")
+    for row in found[DECOMPOSITIONS[0]]:
+        table.add_row(row, *(figures[row] for figures in found.values()))
+    yield table
+
+
+PATHS: dict[str, Any] = {"nargs": 2, "type": click.Path(path_type=Path), "hidden": True}
+
+
+@click.command()
+@click.option("--repeats", default=5, show_default=True)
+@click.option("--make", nargs=2, hidden=True)
+@click.option("--fold", **PATHS)
+@click.option("--limit", **PATHS)
+def main(
+    repeats: int, make: tuple[str, str] | None, fold: tuple[Path, Path] | None, limit: tuple[Path, Path] | None
+) -> None:
+    """Time the fold of an 8B model's adapter beside the physical limit, and PEFT's conversion."""
+    if make is not None:
+        write_synthetic_checkpoint(Path(make[1]), make[0])
+        print(json.dumps(None))
+    elif fold is not None:
+        print(json.dumps(fold_here(*fold)))
+    elif limit is not None:
+        print(json.dumps(limit_here(*limit)))
+    else:
+        for table in measure(repeats):
+            Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -15,15 +17,20 @@ from loraover.checkpoint.exact_tensors import Exact, open_exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import FoldError
-from loraover.common.threads import one_thread
+from loraover.common.threads import workers
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover_export.numerics.rounding import round_tensor
 
-FILES_REOPENED_EVERY = 32  # tensors; mapped pages of the inputs count as memory until the files are closed
+FILES_REOPENED_EVERY = 8  # tensors; mapped pages of the inputs count as memory until the files are closed
 
 
 def write_folded(
-    checkpoint: Checkpoint, directory: Path, dtype: str, on_tensor: Callable[[int], None] = lambda done: None
+    checkpoint: Checkpoint,
+    directory: Path,
+    dtype: str,
+    on_tensor: Callable[[int], None] = lambda done: None,
+    *,
+    beside: Sequence[Callable[[Event], None]] = (),
 ) -> list[MatrixCertificate]:
     """Write the folded adapter, an ordinary PEFT folder, and certify each matrix.
 
@@ -36,7 +43,8 @@ def write_folded(
         checkpoint: the checkpoint, read site by site; only the folded tensors are held in memory.
         directory: an empty folder.
         dtype: fp32, bf16 or fp16.
-        on_tensor: called after each tensor with the number of tensors so far.
+        on_tensor: called with the number of tensors so far.
+        beside: functions to run at the same time, as in `write_rounded`.
 
     Returns:
         One certificate per A and B matrix, in file order.
@@ -46,7 +54,8 @@ def write_folded(
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
         OutputError: the folder cannot be written.
     """
-    certificates = write_rounded(checkpoint, checkpoint.adapter.shapes, directory, dtype, on_tensor=on_tensor)
+    keys = checkpoint.adapter.shapes
+    certificates = write_rounded(checkpoint, keys, directory, dtype, on_tensor=on_tensor, beside=beside)
     config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
     write_config(config | {"inference_mode": True}, directory)
     return certificates
@@ -65,6 +74,7 @@ def write_rounded(
     *,
     prepare: Callable[[str, Exact], Exact] = lambda key, exact: exact,
     on_tensor: Callable[[int], None] = lambda done: None,
+    beside: Sequence[Callable[[Event], None]] = (),
 ) -> list[MatrixCertificate]:
     """Write tensors of an adapter, each rounded once from its exact value, and certify the A and B matrices.
 
@@ -73,34 +83,67 @@ def write_rounded(
         keys: keys of the tensors, in the order of the certificates.
         directory: an empty folder.
         dtype: fp32, bf16 or fp16.
-        prepare: change of an exact tensor before the rounding; returns it with the bound of its new error.
-        on_tensor: called after each tensor with the number of tensors so far.
+        prepare: change of an exact tensor before the rounding; returns it with the bound of its new error. Several
+            threads call it.
+        on_tensor: called with the number of tensors so far.
+        beside: functions to run at the same time, such as the comparison of checksums. What one of them raises is
+            raised before any other error. Each is given an event that is set when it should stop.
 
     Returns and raises as `write_folded` does.
     """
     rounded: dict[str, Tensor] = {}
     certificates = []
-    for chunk in _chunks(keys):
-        with one_thread(), open_exact(source) as opened:
-            for key in chunk:
-                exact = prepare(key, opened.tensor(key))
-                rounded[key] = round_tensor(key, exact.value, dtype)
-                name = site_name(key)
-                if name is not None:
-                    certificates.append(certify(name, rounded[key], exact))
+    chunks = list(_chunks(keys))
+    with workers() as threads:
+        others = [threads.start(function, threads.ending) for function in beside]
+        folds = [threads.start(_round_chunk, source, chunk, dtype, prepare) for chunk in chunks]
+        try:
+            for fold in folds:
+                tensors, certified = fold.result()
+                rounded |= tensors
+                certificates += certified
                 on_tensor(len(rounded))
-    save_tensors(rounded, directory / TENSORS_FILE)
-    for chunk in _chunks(rounded):
-        with open_tensors(directory / TENSORS_FILE) as written:
-            for key in chunk:
-                if not torch.equal(written.read(key), rounded[key]):
-                    raise FoldError(
-                        f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
-                    )
+        except Exception:
+            _wait(others)
+            raise
+        _wait(others)
+        save_tensors(rounded, directory / TENSORS_FILE)
+        _wait([threads.start(_check_chunk, directory / TENSORS_FILE, chunk, rounded) for chunk in chunks])
     return certificates
+
+
+def _wait(futures: Iterable[Future[None]]) -> None:
+    """Wait until functions have ended, and raise what the first of them has raised."""
+    for future in futures:
+        future.result()
 
 
 def _chunks(keys: Iterable[str]) -> Iterator[list[str]]:
     ordered = list(keys)
     for start in range(0, len(ordered), FILES_REOPENED_EVERY):
         yield ordered[start : start + FILES_REOPENED_EVERY]
+
+
+def _round_chunk(
+    source: Checkpoint | AdapterDir, keys: Iterable[str], dtype: str, prepare: Callable[[str, Exact], Exact]
+) -> tuple[dict[str, Tensor], list[MatrixCertificate]]:
+    rounded: dict[str, Tensor] = {}
+    certificates = []
+    with open_exact(source) as opened:
+        for key in keys:
+            exact = prepare(key, opened.tensor(key))
+            rounded[key] = round_tensor(key, exact.value, dtype)
+            name = site_name(key)
+            if name is not None:
+                certificates.append(certify(name, rounded[key], exact))
+    return rounded, certificates
+
+
+def _check_chunk(file: Path, keys: Iterable[str], expected: Mapping[str, Tensor]) -> None:
+    """Raise FoldError unless a file holds these tensors."""
+    with open_tensors(file) as written:
+        for key in keys:
+            if not torch.equal(written.read(key), expected[key]):
+                raise FoldError(
+                    f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
+                )

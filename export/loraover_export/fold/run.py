@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
-from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.atomic_output import check_free, publish_directory
 from loraover.common.dtypes import short_dtype
@@ -73,7 +74,7 @@ def fold_checkpoint(
         force,
     )
     _check_output(request)
-    source = read_checkpoint(request.checkpoint)
+    source = open_checkpoint(request.checkpoint)
     source.adapter.check_keeps_base()
     base = None
     if request.check_error:
@@ -104,7 +105,8 @@ def _fold(
 ) -> FoldCertificate:
     """Write the folded adapter and judge it; with a base model, by its outputs too."""
     with report.task("folding tensors", len(checkpoint.adapter.shapes)) as done:
-        matrices = write_folded(checkpoint, draft, request.dtype, done)
+        sums = [partial(checkpoint.check_sum, name) for name in HASHED_LATER]
+        matrices = write_folded(checkpoint, draft, request.dtype, done, beside=sums)
     outputs, base_model = None, checkpoint.meta.base_model
     if base is not None:
         if base.moved is not None:

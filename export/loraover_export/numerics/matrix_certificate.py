@@ -46,8 +46,9 @@ def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
 def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
     """Measure the error of a written matrix, and its bound: the contraction's, and one rounding to the storage type."""
     tiny = smallest_subnormal(written.dtype) / 2
-    bound = exact.bound + (unit_roundoff(written.dtype) * (exact.value.abs() + exact.bound)).clamp_min(tiny)
-    error = (written.double() - exact.value).abs()
+    rounding = exact.value.abs().add_(exact.bound).mul_(unit_roundoff(written.dtype)).clamp_min_(tiny)
+    bound = rounding.add_(exact.bound)
+    error = (written.double() - exact.value).abs_()
     norm = float(exact.value.norm()) or 1.0
     lost = underflow(exact.value, written)
     m, n = exact.value.shape

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraover.checkpoint.tensor_file import is_finite
 from loraover.common.errors import FoldError
 
 STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,10 +32,10 @@ def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         FoldError: an element beyond the type's largest number.
     """
-    if bool(torch.isnan(x).any()):
-        raise FoldError("NaN among the elements; the training that made them had diverged.")
     rounded = (x if dtype == torch.float32 else _round_to_odd(x)).to(dtype)
-    if not bool(torch.isfinite(rounded).all()):
+    if not is_finite(rounded):
+        if bool(torch.isnan(x).any()):
+            raise FoldError("NaN among the elements; the training that made them had diverged.")
         raise FoldError(
             f"an element of {x.abs().max():.4g} exceeds the largest {str(dtype).removeprefix('torch.')} number, "
             f"{torch.finfo(dtype).max:.4g}; fold to a wider type."
@@ -60,6 +61,8 @@ def round_randomly(x: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
 def underflow(x: Tensor, rounded: Tensor) -> Underflow:
     """Count the elements of `x` that became zero or subnormal in `rounded`."""
     tiny = torch.finfo(rounded.dtype).smallest_normal
+    if rounded.numel() > 0 and float(rounded.abs().amin()) >= tiny:
+        return Underflow()
     zero = (rounded == 0) & (x != 0)
     subnormal = (rounded != 0) & (rounded.double().abs() < tiny)
     return Underflow(int(zero.sum()), int(subnormal.sum()))
