@@ -9,13 +9,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import Exact, open_exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
-from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.checkpoint.tensor_file import have_same_bits, open_tensors, save_tensors
 from loraover.common.errors import FoldError
 from loraover.common.threads import workers
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
@@ -131,7 +130,7 @@ def _round_chunk(
     certificates = []
     with open_exact(source) as opened:
         for key in keys:
-            exact = prepare(key, opened.tensor(key))
+            exact = prepare(key, opened.tensor(key, widen=False))
             rounded[key] = round_tensor(key, exact.value, dtype)
             name = site_name(key)
             if name is not None:
@@ -143,7 +142,7 @@ def _check_chunk(file: Path, keys: Iterable[str], expected: Mapping[str, Tensor]
     """Raise FoldError unless a file holds these tensors."""
     with open_tensors(file) as written:
         for key in keys:
-            if not torch.equal(written.read(key), expected[key]):
+            if not have_same_bits(written.read(key), expected[key]):
                 raise FoldError(
                     f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
                 )

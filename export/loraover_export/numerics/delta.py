@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import Exact, adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key, site_name
+from loraover.checkpoint.tensor_file import have_same_bits
 from loraover.common.errors import ExportError
 
 U64 = unit_roundoff(torch.float64)
@@ -79,12 +81,23 @@ def other_tensors(adapter: AdapterDir) -> list[str]:
     return [key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys]
 
 
+def is_power_of_two(number: float) -> bool:
+    """Whether a product with the number is exact in any binary format, within its range."""
+    return math.frexp(abs(number))[0] == 0.5
+
+
 def scale(exact: Exact, scaling: float) -> Exact:
-    """Multiply by the scaling in float64.
+    """Multiply by the scaling, in float64 unless the products of stored values are exact in float32.
 
     |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow.
     """
-    value = exact.value * scaling
+    value = exact.value
+    if value.dtype == torch.float32:
+        scaled = value * scaling
+        if is_power_of_two(scaling) and have_same_bits(scaled / scaling, value):
+            return Exact(scaled, exact.bound, exact.site)
+        value = value.double()
+    value = value * scaling
     rounding = gamma(1, U64) * value.abs()
     tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2
     return Exact(value, abs(scaling) * exact.bound + rounding + tiny, exact.site)

@@ -43,7 +43,7 @@ def write_uniform(
 ) -> list[MatrixCertificate]:
     """Write the uniform adapter, and certify each matrix against its exact value.
 
-    A is padded; B is multiplied by its module's scaling in float64, padded, and rounded once. The product adds one
+    A is padded; B is multiplied by its module's scaling, padded, and rounded once. A product that is not exact adds one
     rounding of float64 to the bound of B; the padding is exact. Tensors other than A and B are not written.
 
     Args:
@@ -74,6 +74,9 @@ def write_uniform(
 
 
 def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
+    if not any(sides):
+        return exact
+
     def zeros(matrix: Tensor) -> Tensor:
         return pad(matrix, sides)
 
