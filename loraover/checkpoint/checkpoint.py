@@ -166,7 +166,9 @@ class Checkpoint:
         Raises:
             CheckpointError: The file is damaged, or was changed after training.
         """
-        if sha256_of(self.path / name, ending) == self.meta.sha256.get(name) or (ending is not None and ending.is_set()):
+        if sha256_of(self.path / name, ending) == self.meta.sha256.get(name) or (
+            ending is not None and ending.is_set()
+        ):
             return
         raise CheckpointError(
             f"{self.path / name}: its SHA-256 differs from the one in {META_FILE}; it is damaged or was changed after "

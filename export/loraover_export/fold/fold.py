@@ -14,7 +14,7 @@ from torch import Tensor
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import Exact, open_exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
-from loraover.checkpoint.tensor_file import have_same_bits, open_tensors, save_tensors
+from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.errors import FoldError
 from loraover.common.threads import workers
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
@@ -107,7 +107,9 @@ def write_rounded(
             raise
         _wait(others)
         save_tensors(rounded, directory / TENSORS_FILE)
-        _wait([threads.start(_check_chunk, directory / TENSORS_FILE, chunk, rounded) for chunk in chunks])
+    lost = first_difference(directory / TENSORS_FILE, rounded)
+    if lost is not None:
+        raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
     return certificates
 
 
@@ -136,13 +138,3 @@ def _round_chunk(
             if name is not None:
                 certificates.append(certify(name, rounded[key], exact))
     return rounded, certificates
-
-
-def _check_chunk(file: Path, keys: Iterable[str], expected: Mapping[str, Tensor]) -> None:
-    """Raise FoldError unless a file holds these tensors."""
-    with open_tensors(file) as written:
-        for key in keys:
-            if not have_same_bits(written.read(key), expected[key]):
-                raise FoldError(
-                    f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
-                )

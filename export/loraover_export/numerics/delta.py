@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,10 @@ class Delta:
     def rank(self) -> int:
         """Number of rows of A."""
         return self.a.value.shape[0]
+
+    def rows(self, rows: slice) -> Delta:
+        """Return the delta of some output features."""
+        return replace(self, b=Exact(self.b.value[rows], self.b.bound[rows], self.b.site))
 
     def product(self) -> Exact:
         """Return delta_W (out_features, in_features), with the bound |dB| (|A| + |dA|) + |B| (|dA| + gamma_r |A|)."""

@@ -1,4 +1,4 @@
-"""Process of onnxruntime-genai's model builder: import it, then run it with the arguments that come on standard input."""
+"""Process of onnxruntime-genai's model builder, which reads the builder's arguments from standard input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUILDER = "onnxruntime_genai.models.builder"
 
 def main() -> None:
     """Run the builder as its documented command, unless the input ends before there are arguments."""
-    # PEFT would import it for models in 8 or 4 bits, which takes longer than many a build; the builder's model has none.
+    # PEFT would import it for layers in 8 or 4 bits, which no model here has; that takes longer than many a build.
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     import_module(BUILDER)
     line = sys.stdin.readline()
