@@ -166,14 +166,12 @@ class Checkpoint:
         Raises:
             CheckpointError: The file is damaged, or was changed after training.
         """
-        if sha256_of(self.path / name, ending) == self.meta.sha256.get(name) or (
-            ending is not None and ending.is_set()
-        ):
-            return
-        raise CheckpointError(
-            f"{self.path / name}: its SHA-256 differs from the one in {META_FILE}; it is damaged or was changed after "
-            "training. Copy or save the checkpoint again."
-        )
+        found = sha256_of(self.path / name, ending)
+        if found != self.meta.sha256.get(name) and not (ending is not None and ending.is_set()):
+            raise CheckpointError(
+                f"{self.path / name}: its SHA-256 differs from the one in {META_FILE}; it is damaged or was changed "
+                "after training. Copy or save the checkpoint again."
+            )
 
     def read_cores(self, file: TensorFile, site: SiteRecord) -> tuple[Tensor, ...]:
         """Read the cores of one matrix.
@@ -232,12 +230,12 @@ class Checkpoint:
             CheckpointError: An element of the stored matrix is further from the contraction than this.
         """
         terms = self.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
-        contraction = gamma(terms, unit_roundoff(getattr(torch, self.meta.core_dtype))) * magnitude
-        cast = matrix.abs().add_(contraction).mul_(unit_roundoff(stored.dtype)).add_(smallest_subnormal(stored.dtype))
-        excess = (stored.double() - matrix).abs_().sub_(contraction).sub_(cast).flatten()
-        worst = int(excess.argmax())
-        if excess[worst] > 0:
-            row, column = divmod(worst, site.n)
+        contraction = gamma(terms, unit_roundoff(getattr(torch, self.meta.core_dtype)))
+        cast = unit_roundoff(stored.dtype)
+        allowed = (magnitude * (contraction * (1 + cast))).add_(matrix.abs(), alpha=cast)
+        excess = (stored.double() - matrix).abs_().sub_(allowed).sub_(smallest_subnormal(stored.dtype))
+        if excess.amax() > 0:
+            row, column = divmod(int(excess.argmax()), site.n)
             raise CheckpointError(
                 f"{self.adapter.tensors_path}: {site_key(site.name)} contradicts its cores: element ({row}, {column}) "
                 f"is {stored[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "

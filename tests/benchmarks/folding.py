@@ -50,7 +50,7 @@ LINEARS = {
 }
 DECOMPOSITIONS = ("mpo", "eigen")
 MOVED = 3e-3
-"""Standard deviation of an element's way: Adam's steps of 1e-4, a thousand of them, each in a random direction."""
+"""Standard deviation of what training adds to an element: a thousand steps of 1e-4, each up or down by chance."""
 
 
 def write_synthetic_checkpoint(folder: Path, name: str) -> None:
@@ -99,7 +99,7 @@ def trained_cores(decomposition: Decomposition, m: int, n: int, draw: torch.Gene
     made = []
     for k, core in enumerate(decomposition.init(start, [draw])):
         if isinstance(decomposition, Eigen) and k != centre:
-            made.append(_rotations(*core.shape[1:], draw).float().contiguous())
+            made.append(_rotations(core.shape[1], core.shape[2], draw).float().contiguous())
         else:
             made.append((core + MOVED * torch.randn(core.shape, generator=draw, dtype=torch.float64)).float())
     return made
@@ -108,7 +108,8 @@ def trained_cores(decomposition: Decomposition, m: int, n: int, draw: torch.Gene
 def _rotations(rows: int, size: int, draw: torch.Generator, drawn: int = 4) -> Tensor:
     """Orthogonal blocks below one another, (1, rows, size); `drawn` different ones, in random order."""
     blocks, _ = torch.linalg.qr(torch.randn(drawn, size, size, generator=draw, dtype=torch.float64))
-    return blocks[torch.randint(drawn, (rows // size,), generator=draw)].reshape(1, rows, size)
+    rotations: Tensor = blocks[torch.randint(drawn, (rows // size,), generator=draw)].reshape(1, rows, size)
+    return rotations
 
 
 def fold_here(checkpoint: Path, output: Path) -> dict[str, Any]:

@@ -11,13 +11,16 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 from loraover.common.command_line import INTERRUPTED
 
@@ -269,6 +272,59 @@ def test_an_interrupt_at_any_line_leaves_nothing(
             faults.append(f"{place[0]}: exit code {code}, published: {published}, {said=}, {left=}")
     assert faults == []
     assert tree(tmp_path) == before
+
+
+SLOW = {
+    "a matrix": "loraover_export.fold.fold.round_tensor",
+    "a checksum": "loraover.checkpoint.checkpoint.sha256_of",
+    "the file": "loraover_export.fold.fold._check_chunk",
+}
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
+@pytest.mark.parametrize("work", SLOW)
+def test_a_fold_whose_threads_are_at_work_leaves_nothing(
+    work: str, signal_number: signal.Signals, source: Path, tmp_path: Path
+) -> None:
+    """The signal comes while two threads work on what a large adapter keeps them busy with."""
+    before = tree(tmp_path)
+    at_work = tmp_path.with_name(f"{tmp_path.name}-at-work")
+    module_name, _, name = SLOW[work].rpartition(".")
+    module = import_module(module_name)
+
+    def slowed() -> int:
+        function = getattr(module, name)
+
+        def slow(*arguments: Any) -> Any:
+            at_work.touch()
+            time.sleep(0.2)
+            return function(*arguments)
+
+        setattr(module, name, slow)
+        torch.set_num_threads(2)
+        code = fold(source, tmp_path / "out")
+        return code if threading.active_count() == 1 else 98
+
+    child = Child(slowed)
+    started = time.monotonic()
+    while not at_work.exists() and time.monotonic() - started < 20:
+        time.sleep(0.005)
+    os.kill(child.pid, signal_number)
+    ended = child.end()
+    at_work.unlink()
+    assert time.monotonic() - started < 20
+    if signal_number == signal.SIGKILL:
+        assert ended.code == -signal.SIGKILL
+        assert all(path.name.startswith(".out.") for path in tmp_path.iterdir() if path.name != "input")
+        assert fold(source, tmp_path / "warm") == 0
+        assert fold(source, tmp_path / "out") == 0, "it removes what the kill left"
+        assert_whole(tmp_path / "out", tmp_path / "warm")
+        assert {path.name for path in tmp_path.iterdir()} == {"input", "out", "warm"}
+        return
+    assert ended.code == 130, ended.output
+    assert ended.output.splitlines()[-1] == INTERRUPTED
+    assert "Traceback" not in ended.output
+    assert_nothing_left(tmp_path, before)
 
 
 def test_an_interrupt_while_libraries_load_is_one_line(source: Path, tmp_path: Path) -> None:

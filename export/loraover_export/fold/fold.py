@@ -28,7 +28,6 @@ def write_folded(
     directory: Path,
     dtype: str,
     on_tensor: Callable[[int], None] = lambda done: None,
-    *,
     beside: Sequence[Callable[[Event], None]] = (),
 ) -> list[MatrixCertificate]:
     """Write the folded adapter, an ordinary PEFT folder, and certify each matrix.

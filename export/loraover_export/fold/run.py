@@ -106,7 +106,7 @@ def _fold(
     """Write the folded adapter and judge it; with a base model, by its outputs too."""
     with report.task("folding tensors", len(checkpoint.adapter.shapes)) as done:
         sums = [partial(checkpoint.check_sum, name) for name in HASHED_LATER]
-        matrices = write_folded(checkpoint, draft, request.dtype, done, beside=sums)
+        matrices = write_folded(checkpoint, draft, request.dtype, done, sums)
     outputs, base_model = None, checkpoint.meta.base_model
     if base is not None:
         if base.moved is not None:

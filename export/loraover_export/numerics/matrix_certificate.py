@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -84,7 +85,7 @@ def certify_parts(
         over_parameterised=over_parameterised,
         relative_error=error / (norm or 1.0),
         relative_bound=bound / (norm or 1.0),
-        worst_to_bound=max(part.worst for part in parts),
+        worst_to_bound=float(np.max([part.worst for part in parts])),  # NaN if there is one
         flushed_to_zero=sum(part.lost.to_zero for part in parts),
         subnormal=sum(part.lost.to_subnormal for part in parts),
     )
@@ -116,7 +117,7 @@ def _errors_of_stored(written: Tensor, value: Tensor) -> Errors | None:
     size = value.abs()
     error = written - value  # in float32
     norm, error_norm = (float(torch.linalg.vector_norm(x)) for x in (value, error))
-    if not 1e-15 < norm < math.inf or float(size.amin()) < normal:
+    if not 1e-10 < norm < math.inf or float(size.amin()) < normal:
         return None  # squares leave float32's range, or elements are subnormal: rare, and worth a closer look
     worst = float(error.abs_().div_(size).amax()) / u
     return Errors(norm, error_norm, u * norm, worst * (1 + DIVISION), Underflow())
