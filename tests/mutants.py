@@ -205,14 +205,14 @@ MUTANTS = (
     # Fold and delta
     Mutant(
         "fold-rounds-twice",
-        "torch.where(wide == x, bits, truncated | 1)",
-        "torch.where(wide == x, bits, truncated)",
+        "(wide.abs_() > x.abs()).to(torch.int32)).bitwise_or_(inexact)",
+        "(wide.abs_() > x.abs()).to(torch.int32))",
         Selection("test_rounding.py", "known_number or around_every_tie"),
     ),
     Mutant(
         "fold-certificate-judges-the-mean",
-        "float((error / bound).amax())",
-        "float((error / bound).mean())",
+        "float(error.div_(bound).amax())",
+        "float(error.div_(bound).mean())",
         Selection("test_fold.py", "certificate"),
     ),
     Mutant(
@@ -229,8 +229,8 @@ MUTANTS = (
     ),
     Mutant(
         "merge-transposes-no-conv1d",
-        "transposed = not isinstance(module, nn.Linear)",
-        "transposed = isinstance(module, nn.Embedding)",
+        "weight if isinstance(module, nn.Linear) else weight.mT",
+        "weight.mT if isinstance(module, nn.Embedding) else weight",
         Selection("test_merge.py", "oracles_sum"),
     ),
     # vLLM and ONNX

@@ -23,7 +23,7 @@ class Exact:
     """One tensor in float64; a tensor of integers keeps its type.
 
     Args:
-        value: Contraction of the cores, or the stored value.
+        value: Contraction of the cores, or the stored value, which `tensor` can leave in float32.
         bound: Bound of each element's error: gamma_k(2^-53) |C_1| ... |C_K|, or zero for a stored value.
         site: Record of the matrix if it has cores, else None.
     """
@@ -66,8 +66,12 @@ class ExactAdapter:
         self._checkpoint = checkpoint
         self._cores = cores
 
-    def tensor(self, key: str) -> Exact:
+    def tensor(self, key: str, *, widen: bool = True) -> Exact:
         """Return a tensor by its key in the adapter's file.
+
+        Args:
+            key: The key.
+            widen: Whether a stored value is converted to float64; else float32 is enough for types that it includes.
 
         Raises:
             CheckpointError: The tensor holds NaN or infinity, or contradicts its cores.
@@ -75,7 +79,9 @@ class ExactAdapter:
         stored = self.plain.read(key)
         checkpoint, site = self._checkpoint, self._site(site_name(key))
         if checkpoint is None or self._cores is None or site is None:
-            value = stored.double() if stored.is_floating_point() else stored
+            value = stored
+            if stored.is_floating_point():
+                value = stored.double() if widen or stored.dtype == torch.float64 else stored.float()
             return Exact(value, value.new_zeros(()).expand_as(value), None)
         with one_thread():
             value, magnitude = checkpoint.contract(checkpoint.read_cores(self._cores, site), site)

@@ -1,91 +1,190 @@
-"""Decode latency of exported SmolLM2 graphs in onnxruntime-genai, and the seconds that each export takes.
+"""Seconds of every export beside its peer and its physical limit, and the decode latency of exported graphs.
 
-The graphs take turns in random order within every round of one process, so that a ratio compares decoding within
-seconds of one another. Exports run in a process of their own and report their seconds after imports, checks apart.
+Each measurement has a fresh process, forked from one that has everything imported, so that it counts the work after
+imports. The peer of a graph's export is onnxruntime-genai's model builder alone, as its command, on the same model.
+
+A session's speed depends on where its weights come to lie in memory: of equal sessions, the one that a process loads
+first is slower by some percent. Each process therefore loads the graphs in another order, and every order occurs once.
 """
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import permutations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import torch
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
-from loraover import LoraOverConfig, OverParameterization, write_checkpoint
-from loraover.models.load import load_model, load_tokenizer, resolve_model
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of, open_exact, read_source
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
+from loraover.checkpoint.tensor_file import save_tensors
+from loraover.common.atomic_output import sync
+from loraover.common.command_line import quiet_libraries
+from loraover.common.threads import one_thread
 
+from benchmarks.folding import LAYERS, LINEARS
 from benchmarks.intervals import median_ratio
-from support.tiny_models import with_lora
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PROMPT, TOKENS, RANK = 32, 32, 8
-EXPORTS = {
-    "vLLM adapter": "vllm {checkpoint} -o {out}/vllm",
-    "full graph, merged": "onnx {checkpoint} -o {out}/merged --mode merged --no-check",
-    "full graph, swappable": "onnx {checkpoint} -o {out}/swappable --mode swappable --name adapter --no-check",
-    "swappable adapter for an existing graph": (
-        "onnx {checkpoint} -o {out}/added --mode swappable --graph {out}/swappable --no-check"
-    ),
-}
-HEAVY = ("torch", "transformers", "peft", "onnx", "onnxruntime", "loraover_export.onnx.run", "loraover_export.vllm.run")
+PROMPT, TOKENS, RANK, LARGE_RANK = 32, 16, 8, 16
+HEAVY = ["torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime_genai"]
+HEAVY += ["transformers.models.llama.modeling_llama", "loraover_export.onnx.run", "loraover_export.vllm.run"]
+GRAPHS = ("base", "merged", "swappable")
 
 
-def write_model(folder: Path) -> None:
-    """A LoRA-Over checkpoint on all linear layers, its B drawn at random, and the base model's own graph."""
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a fresh process that has everything imported."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    with ProcessPoolExecutor(1, mp_context=context, initializer=quiet_libraries) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def make_small(folder: Path) -> None:
+    """Write SmolLM2, the graph of it, a LoRA-Over checkpoint on all linear layers with a random B, and its fold."""
+    from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+    from loraover.models.load import load_model, load_tokenizer, resolve_model
+    from loraover_export import fold_checkpoint
     from loraover_export.onnx.kinds.base import GraphPlan
     from loraover_export.onnx.kinds.decoder import Decoder
 
+    from support.tiny_models import with_lora
+
     source = resolve_model(MODEL)
-    base = load_model(source)
-    for out in ("base", "base/.work"):
+    base, tokenizer = load_model(source), load_tokenizer(source)
+    base.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for out in ("base", "work"):
         (folder / out).mkdir()
-    Decoder().export(base, load_tokenizer(source), GraphPlan("fp32", "cpu"), folder / "base/.work", folder / "base")
-    model: Any = with_lora(base, r=RANK, lora_alpha=16, task_type="CAUSAL_LM")
-    model.peft_config["default"].base_model_name_or_path = source.name
+    Decoder().export(base, tokenizer, GraphPlan("fp32", "cpu"), folder / "work", folder / "base")
+    shutil.rmtree(folder / "work")
+    model: Any = with_lora(base, r=RANK, lora_alpha=2 * RANK, task_type="CAUSAL_LM")
+    model.peft_config["default"].base_model_name_or_path = str(folder / "model")
     over = OverParameterization(model, LoraOverConfig(seed=0))
     model.save_pretrained(folder / "checkpoint")
     write_checkpoint(folder / "checkpoint", over, step=0)
+    fold_checkpoint(folder / "checkpoint", folder / "folded")
 
 
-def export_here(arguments: list[str]) -> float:
-    """Seconds of one export after imports."""
-    from loraover.common.command_line import quiet_libraries, run
-    from loraover_export.cli import cli
+def make_large(folder: Path) -> None:
+    """Write a random adapter of 160 MiB in the shapes of Llama-3.1-8B, and the configuration of such a model."""
+    from transformers import LlamaConfig
 
-    quiet_libraries()
-    for module in HEAVY:
-        importlib.import_module(module)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": LAYERS, "num_attention_heads": 32}
+    model = LlamaConfig(vocab_size=128256, num_key_value_heads=8, **sizes)
+    model.architectures = ["LlamaForCausalLM"]
+    model.save_pretrained(folder / "large-model")
+    draw, tensors = torch.Generator().manual_seed(0), {}
+    for layer in range(LAYERS):
+        for linear, (m, n) in LINEARS.items():
+            for matrix, size in (("lora_A", (LARGE_RANK, n)), ("lora_B", (m, LARGE_RANK))):
+                key = site_key(f"model.layers.{layer}.{linear}.{matrix}")
+                tensors[key] = 0.02 * torch.randn(size, generator=draw)
+    (folder / "large").mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": LARGE_RANK, "lora_alpha": 2 * LARGE_RANK}
+    config |= {"base_model_name_or_path": str(folder / "large-model"), "target_modules": "all-linear"}
+    (folder / "large" / CONFIG_FILE).write_text(json.dumps(config))
+    save_tensors(tensors, folder / "large" / TENSORS_FILE)
+
+
+def time_graph(source: Path, output: Path, options: dict[str, Any]) -> float:
+    """Seconds of an ONNX export without checks."""
+    from loraover_export import export_onnx
+
     started = time.perf_counter()
-    assert run(cli, arguments) == 0
+    export_onnx(source, output, names=["adapter"], check=False, force=True, **options)
     return time.perf_counter() - started
 
 
-def make_decoder(folder: Path, adapter: Path | None) -> Callable[[], float]:
-    """A function that decodes from a fresh prompt and returns its seconds per token, the prompt apart."""
+def time_builder(folder: Path) -> float:
+    """Seconds of onnxruntime-genai's model builder, started as its command."""
+    out = folder / "built"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "none", "-i", str(folder / "model")]
+    command += ["-o", str(out), "-c", str(out / ".cache"), "-p", "fp32", "-e", "cpu"]
+    started = time.perf_counter()
+    subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, check=True)
+    return time.perf_counter() - started
+
+
+def time_copy(folder: Path) -> float:
+    """Seconds of reading the model's weights, and of writing and syncing as many bytes."""
+    started = time.perf_counter()
+    shutil.copyfile(folder / "model" / "model.safetensors", folder / "copy")
+    sync(folder / "copy")
+    return time.perf_counter() - started
+
+
+def time_vllm(source: Path, output: Path) -> float:
+    """Seconds of an export for vLLM."""
+    from loraover_export import export_vllm
+
+    started = time.perf_counter()
+    assert export_vllm(source, output, force=True).passed
+    return time.perf_counter() - started
+
+
+def time_conversion(source: Path, output: Path) -> float:
+    """Seconds of reading an adapter, scaling its B and converting it to bfloat16, writing and syncing it.
+
+    A checkpoint's files are hashed, and its matrices contracted.
+    """
+    started = time.perf_counter()
+    read = read_source(source)
+    converted = {}
+    with one_thread(), open_exact(read) as files:
+        config = adapter_of(read).config
+        for name, key in adapter_of(read).sites.items():
+            factor = files.factor(name)
+            matrix, made = factor.cores[0], factor.decomposition
+            if made is not None:
+                cores = [core.double()[None] for core in factor.cores]
+                matrix = made.contract(cores, factor.m, factor.n)[0]
+            scaling = config.scaling(name.rpartition(".")[0]) if name.endswith("B") else 1.0
+            converted[key] = (matrix * scaling).bfloat16().contiguous()
+    if isinstance(read, Checkpoint):
+        hashlib.sha256(read.cores_path.read_bytes()).hexdigest()
+    save_tensors(converted, output)
+    sync(output)
+    return time.perf_counter() - started
+
+
+def time_decoding(folder: Path, order: Sequence[str], rounds: int) -> dict[str, float]:
+    """Median seconds per token of every arm, with one session for each graph, loaded in this order.
+
+    `weights` are the seconds of reading once the weights that a token needs, on as many threads.
+    """
     import onnxruntime_genai as og
 
-    model = og.Model(str(folder))
-    adapters = og.Adapters(model)
-    if adapter is not None:
-        adapters.load(str(adapter), "adapter")
+    models = {graph: og.Model(str(folder / graph)) for graph in order}
+    adapters = og.Adapters(models["swappable"])
+    adapters.load(str(folder / "swappable/adapter.onnx_adapter"), "adapter")
     prompt = np.random.default_rng(0).integers(3, 40_000, PROMPT)
 
-    def decode() -> float:
-        parameters = og.GeneratorParams(model)
+    def decode(graph: str, *, with_adapter: bool = False) -> float:
+        parameters = og.GeneratorParams(models[graph])
         parameters.set_search_options(max_length=PROMPT + TOKENS, min_length=PROMPT + TOKENS, do_sample=False)
-        generator = og.Generator(model, parameters)
-        if adapter is not None:
+        generator = og.Generator(models[graph], parameters)
+        if with_adapter:
             generator.set_active_adapter(adapters, "adapter")
         generator.append_tokens(prompt)
         generator.generate_next_token()
@@ -94,69 +193,131 @@ def make_decoder(folder: Path, adapter: Path | None) -> Callable[[], float]:
             generator.generate_next_token()
         return (time.perf_counter() - started) / (TOKENS - 1)
 
-    return decode
+    weights = torch.from_numpy(np.fromfile(folder / "base/model.onnx.data", np.float32))
+    embedding = 49152 * 576  # of which a token needs one row
 
+    def read() -> float:
+        started = time.perf_counter()
+        weights[embedding:].sum()
+        return time.perf_counter() - started
 
-def time_decoding(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds per token of every arm in every round."""
-    arms = {
-        "base": make_decoder(folder / "base", None),
-        "merged": make_decoder(folder / "merged", None),
-        "swappable, no adapter": make_decoder(folder / "swappable", None),
-        "swappable, adapter": make_decoder(folder / "swappable", folder / "swappable/adapter.onnx_adapter"),
-    }
+    arms: dict[str, Callable[[], float]] = {graph: partial(decode, graph) for graph in GRAPHS}
+    arms |= {"swappable, adapter": partial(decode, "swappable", with_adapter=True), "weights": read}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    order = random.Random(0)
+    draw = random.Random(0)
     for turn in range(rounds + 1):
-        for arm in order.sample(list(arms), len(arms)):
+        for arm in draw.sample(list(arms), len(arms)):
             taken = arms[arm]()
             if turn:  # the first round warms up
                 seconds[arm].append(taken)
+    return {arm: float(np.median(taken)) for arm, taken in seconds.items()}
+
+
+def in_turn(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every arm in every round, in which they take turns in random order."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    draw = random.Random(0)
+    for _ in range(rounds):
+        for arm in draw.sample(list(arms), len(arms)):
+            seconds[arm].append(arms[arm]())
     return seconds
 
 
-def measure(rounds: int = 15) -> Iterator[Table]:
+def table_of(title: str, *columns: str) -> Table:
+    """An empty table with names in the first column and numbers in the others."""
+    table = Table(box=SIMPLE, title=title)
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
+    return table
+
+
+def shown(numerator: Sequence[float], denominator: Sequence[float]) -> str:
+    ratio, low, high = median_ratio(list(numerator), list(denominator))
+    return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def graph_table(folder: Path, rounds: int) -> Table:
+    """Exports of whole graphs beside the builder, and beside copying the weights."""
+    checkpoint = folder / "checkpoint"
+    arms: dict[str, Callable[[], float]] = {
+        "onnxruntime-genai's builder alone": lambda: time_builder(folder),
+        "full graph, merged": lambda: in_child(time_graph, checkpoint, folder / "merged", {"mode": "merged"}),
+        "full graph, swappable": lambda: in_child(time_graph, checkpoint, folder / "swappable", {"mode": "swappable"}),
+        "copy of the weights, synced": lambda: time_copy(folder),
+    }
+    seconds = in_turn(arms, rounds)
+    builder, _, _, copy = seconds.values()
+    table = table_of(
+        f"Graphs of SmolLM2-135M, 420 matrices, without checks, {rounds} rounds",
+        "median",
+        "ratio to the builder [95 %]",
+        "ratio to the copy [95 %]",
+    )
+    for arm, taken in seconds.items():
+        table.add_row(arm, f"{np.median(taken):.2f} s", shown(taken, builder), shown(taken, copy))
+    return table
+
+
+def adapter_table(folder: Path, rounds: int) -> Table:
+    """Exports of adapters beside reading, converting and writing their bytes."""
+    table = table_of(f"Adapters, {rounds} rounds", "export", "read, convert, write", "ratio [95 %]")
+    to_vllm, added = (time_vllm, folder / "vllm"), (time_graph, folder / "added")
+    options = {"mode": "swappable", "graph": folder / "swappable"}
+    rows: dict[str, tuple[str, tuple[Callable[..., float], Path], tuple[Any, ...]]] = {
+        "vLLM, 160 MiB in the shapes of Llama-3.1-8B": ("large", to_vllm, ()),
+        "vLLM, SmolLM2, folded": ("folded", to_vllm, ()),
+        "vLLM, SmolLM2, checkpoint": ("checkpoint", to_vllm, ()),
+        "ONNX, SmolLM2, for an existing graph": ("folded", added, (options,)),
+    }
+    for name, (source, (export, output), more) in rows.items():
+        arms: dict[str, Callable[[], float]] = {
+            "export": partial(in_child, export, folder / source, output, *more),
+            "limit": partial(in_child, time_conversion, folder / source, folder / "converted"),
+        }
+        taken, limits = in_turn(arms, rounds).values()
+        table.add_row(name, f"{np.median(taken):.2f} s", f"{np.median(limits):.2f} s", shown(taken, limits))
+    return table
+
+
+def decoding_tables(folder: Path, rounds: int) -> Iterator[Table]:
+    """Decode latency by graph, and by the order in which a process loaded its sessions."""
+    orders = list(permutations(GRAPHS))
+    runs = [in_child(time_decoding, folder, order, rounds) for order in orders]
+    table = table_of(
+        f"Decoding SmolLM2-135M, batch 1, {len(runs)} processes",
+        "median per token",
+        "ratio to base [95 %]",
+        "ratio to reading the weights [95 %]",
+    )
+    for arm in ("base", "merged", "swappable", "swappable, adapter"):
+        taken = [run[arm] for run in runs]
+        ratios = [shown(taken, [run[other] for run in runs]) for other in ("base", "weights")]
+        table.add_row(arm, f"{np.median(taken) * 1000:.1f} ms", *ratios)
+    yield table
+    table = table_of("The same, by the order of loading", "ratio to the session loaded last [95 %]")
+    last = [run[order[-1]] for run, order in zip(runs, orders, strict=True)]
+    for place, name in enumerate(("loaded first", "loaded second")):
+        table.add_row(name, shown([run[order[place]] for run, order in zip(runs, orders, strict=True)], last))
+    yield table
+
+
+def measure(rounds: int = 3) -> Iterable[Table]:
     """Time exports and decoding."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "benchmarks.exports", "--model", scratch]
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-        yield export_table(Path(scratch))
-        yield decoding_table(time_decoding(Path(scratch), rounds))
-
-
-def export_table(folder: Path) -> Table:
-    """Run every export and show its seconds."""
-    table = Table(box=SIMPLE, title="Exports of SmolLM2-135M, 420 matrices, after imports and without checks")
-    table.add_column("")
-    table.add_column("seconds", justify="right")
-    for name, line in EXPORTS.items():
-        words = [word.format(checkpoint=folder / "checkpoint", out=folder) for word in line.split()]
-        command = [sys.executable, "-m", "benchmarks.exports", "--export", json.dumps(words)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        table.add_row(name, f"{json.loads(done.stdout.splitlines()[-1]):.2f}")
-    return table
-
-
-def decoding_table(seconds: dict[str, list[float]]) -> Table:
-    """Medians, and ratios to the merged and the base graph."""
-    table = Table(box=SIMPLE, title=f"Decoding SmolLM2-135M, batch 1, {len(seconds['base'])} paired rounds of {TOKENS}")
-    for column in ("", "median per token", "ratio to merged [95 %]", "ratio to base [95 %]"):
-        table.add_column(column, justify="right" if column else "left")
-    for arm, taken in seconds.items():
-        ratios = [median_ratio(taken, seconds[other]).shown(3) for other in ("merged", "base")]
-        table.add_row(arm, f"{np.median(taken) * 1000:.1f} ms", *ratios)
-    return table
+        folder = Path(scratch)
+        in_child(make_small, folder)
+        in_child(make_large, folder)
+        yield graph_table(folder, rounds)
+        yield adapter_table(folder, 2 * rounds)
+        yield from decoding_tables(folder, rounds)
 
 
 @click.command()
-@click.option("--model", type=click.Path(path_type=Path))
-@click.option("--export", "exported")
-def main(model: Path | None, exported: str | None) -> None:
-    """Write the model, or run one export, in this process."""
-    if model is not None:
-        write_model(model)
-    if exported is not None:
-        print(export_here(json.loads(exported)))
+@click.option("--rounds", default=3, show_default=True)
+def main(rounds: int) -> None:
+    """Time exports and decoding."""
+    for table in measure(rounds):
+        Console(width=100).print(table)
 
 
 if __name__ == "__main__":

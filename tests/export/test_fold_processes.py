@@ -277,7 +277,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(
 SLOW = {
     "a matrix": "loraover_export.fold.fold.round_tensor",
     "a checksum": "loraover.checkpoint.checkpoint.sha256_of",
-    "the file": "loraover_export.fold.fold._check_written",
+    "the file": "loraover_export.fold.fold.first_difference",
 }
 
 

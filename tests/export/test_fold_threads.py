@@ -57,7 +57,7 @@ def test_the_number_of_threads_changes_no_bit(made: Made, tmp_path: Path) -> Non
     assert len({(tmp_path / str(threads) / CONFIG).read_bytes() for threads in certificates}) == 1
 
 
-@pytest.mark.parametrize("place", ["round_tensor", "certify", "_check_written"])
+@pytest.mark.parametrize("place", ["round_tensor", "certify"])
 def test_an_exception_in_a_thread_is_the_callers(
     place: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

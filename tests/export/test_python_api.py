@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ from loraover_export.numerics.rounding import round_tensor
 from loraover_export.onnx import genai
 
 from support.make_checkpoint import Made, edit_json, tree
-from support.onnx_export import forked_run, llama_checkpoint
+from support.onnx_export import ForkedBuilder, llama_checkpoint
 
 pytestmark = pytest.mark.process
 
@@ -53,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(autouse=True)
 def quick_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The builder of decoder graphs runs in a fork, which spares it its imports."""
-    monkeypatch.setattr(genai, "subprocess", SimpleNamespace(run=forked_run))
+    monkeypatch.setattr(genai, "BuilderProcess", ForkedBuilder)
 
 
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...], type]] = {

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -21,6 +20,7 @@ import pytest
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.onnx import genai
+from loraover_export.onnx.builder_process import BUILDER
 from loraover_export.onnx.report import OnnxReport
 
 from support.children import Child
@@ -97,7 +97,7 @@ def export(sources: Sources, output: Path, *options: str, quick: bool = True) ->
     arguments = ["onnx", *map(str, paths), "-o", str(output), *options]
     with pytest.MonkeyPatch.context() as patch:
         if quick:
-            patch.setattr(genai, "subprocess", SimpleNamespace(run=forked_run))
+            patch.setattr(genai, "BuilderProcess", ForkedBuilder)
         return run(cli, arguments)
 
 
@@ -201,30 +201,36 @@ def read_report(output: Path) -> OnnxReport:
     return OnnxReport.model_validate_json((output / "onnx_report.json").read_bytes())
 
 
-def forked_run(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run` of `python -m module ...`, in a fork."""
+class ForkedBuilder:
+    """Stand-in of `genai.BuilderProcess` that runs the builder in a fork, which spares it its imports."""
 
-    def prepare() -> None:
-        os.environ.update(env)
-        # A fork holds its parent's locks, which a program that was started anew would not: it must not outlive it.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    def __enter__(self) -> ForkedBuilder:
+        return self
 
-    child = Child(lambda: _run_module(command), prepare=prepare)
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        child = Child(lambda: _run_builder(arguments), prepare=_prepare_fork)
+        try:
+            ended = child.end()
+        except BaseException:
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+            raise
+        return subprocess.CompletedProcess([BUILDER, *arguments], ended.code, "", ended.output)
+
+
+def _prepare_fork() -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    # A fork holds its parent's locks, which a program that was started anew would not: it must not outlive it.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _run_builder(arguments: Sequence[str]) -> int:
+    sys.argv = [BUILDER, *arguments]
     try:
-        ended = child.end()
-    except BaseException:
-        os.kill(child.pid, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
-        raise
-    return subprocess.CompletedProcess(command, ended.code, "", ended.output)
-
-
-def _run_module(command: Sequence[str]) -> int:
-    interpreter, option, module, *arguments = command
-    assert (interpreter, option) == (sys.executable, "-m")
-    sys.argv = [module, *arguments]
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy.run_module(BUILDER, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0

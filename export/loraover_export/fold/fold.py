@@ -9,13 +9,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, open_exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
-from loraover.checkpoint.tensor_file import TensorFile, open_tensors, save_tensors
+from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.errors import FoldError
 from loraover.common.threads import workers
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
@@ -90,8 +89,9 @@ def write_rounded(
     """
     rounded, certificates = round_exact(source, keys, dtype, prepare=prepare, on_tensor=on_tensor, beside=beside)
     save_tensors(rounded, directory / TENSORS_FILE)
-    with open_tensors(directory / TENSORS_FILE) as written, workers() as threads:
-        _wait([threads.start(_check_written, written, key, tensor) for key, tensor in rounded.items()])
+    lost = first_difference(directory / TENSORS_FILE, rounded)
+    if lost is not None:
+        raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
     return certificates
 
 
@@ -137,13 +137,7 @@ def _wait(futures: Iterable[Future[None]]) -> None:
 def _round_and_certify(
     opened: ExactAdapter, key: str, dtype: str, prepare: Callable[[str, Exact], Exact]
 ) -> tuple[Tensor, MatrixCertificate | None]:
-    exact = prepare(key, opened.tensor(key))
+    exact = prepare(key, opened.tensor(key, widen=False))
     rounded = round_tensor(key, exact.value, dtype)
     name = site_name(key)
     return rounded, None if name is None else certify(name, rounded, exact)
-
-
-def _check_written(written: TensorFile, key: str, expected: Tensor) -> None:
-    """Raise FoldError unless a file holds a tensor."""
-    if not torch.equal(written.read(key), expected):
-        raise FoldError(f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +12,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import Exact, adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key, site_name
+from loraover.checkpoint.tensor_file import have_same_bits
 from loraover.common.errors import ExportError
 
 U64 = unit_roundoff(torch.float64)
@@ -36,6 +38,10 @@ class Delta:
     def rank(self) -> int:
         """Number of rows of A."""
         return self.a.value.shape[0]
+
+    def rows(self, rows: slice) -> Delta:
+        """Return the delta of some output features."""
+        return replace(self, b=Exact(self.b.value[rows], self.b.bound[rows], self.b.site))
 
     def product(self) -> Exact:
         """Return delta_W (out_features, in_features), with the bound |dB| (|A| + |dA|) + |B| (|dA| + gamma_r |A|)."""
@@ -79,12 +85,23 @@ def other_tensors(adapter: AdapterDir) -> list[str]:
     return [key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys]
 
 
+def is_power_of_two(number: float) -> bool:
+    """Whether a product with the number is exact in any binary format, within its range."""
+    return math.frexp(abs(number))[0] == 0.5
+
+
 def scale(exact: Exact, scaling: float) -> Exact:
-    """Multiply by the scaling in float64.
+    """Multiply by the scaling, in float64 unless the products of stored values are exact in float32.
 
     |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow.
     """
-    value = exact.value * scaling
+    value = exact.value
+    if value.dtype == torch.float32:
+        scaled = value * scaling
+        if is_power_of_two(scaling) and have_same_bits(scaled / scaling, value):
+            return Exact(scaled, exact.bound, exact.site)
+        value = value.double()
+    value = value * scaling
     rounding = gamma(1, U64) * value.abs()
     tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2
     return Exact(value, abs(scaling) * exact.bound + rounding + tiny, exact.site)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loraover.checkpoint.error_bounds import smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import Exact
-from loraover_export.numerics.rounding import underflow
+from loraover_export.numerics.rounding import Underflow, underflow
+
+DIVISION = 2 * unit_roundoff(torch.float32)
+"""What a quotient in float32 may be too small by, relative to itself."""
 
 
 class MatrixCertificate(BaseModel):
@@ -43,22 +50,74 @@ def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
     }
 
 
+class Errors(NamedTuple):
+    """Errors of a matrix, or of some of its rows, in the order of the fields of a certificate.
+
+    Args:
+        norm: Frobenius norm of the exact elements.
+        error: Frobenius norm of the errors.
+        bound: Frobenius norm of the bounds.
+        worst: largest ratio of an error to its bound.
+        lost: underflow.
+    """
+
+    norm: float
+    error: float
+    bound: float
+    worst: float
+    lost: Underflow
+
+
 def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
     """Measure the error of a written matrix, and its bound: the contraction's, and one rounding to the storage type."""
-    tiny = smallest_subnormal(written.dtype) / 2
-    rounding = exact.value.abs().add_(exact.bound).mul_(unit_roundoff(written.dtype)).clamp_min_(tiny)
-    bound = rounding.add_(exact.bound)
-    error = (written.double() - exact.value).abs_()
-    norm = float(exact.value.norm()) or 1.0
-    lost = underflow(exact.value, written)
     m, n = exact.value.shape
+    return certify_parts(name, (m, n), [measure(written, exact)], over_parameterised=exact.site is not None)
+
+
+def certify_parts(
+    name: str, shape: tuple[int, int], parts: Sequence[Errors], *, over_parameterised: bool
+) -> MatrixCertificate:
+    """Return the certificate of a matrix from the errors of its parts."""
+    norm, error, bound = (math.hypot(*sizes) for sizes in zip(*(part[:3] for part in parts), strict=True))
     return MatrixCertificate(
         name=name,
-        shape=(m, n),
-        over_parameterised=exact.site is not None,
-        relative_error=float(error.norm()) / norm,
-        relative_bound=float(bound.norm()) / norm,
-        worst_to_bound=float((error / bound).amax()),
-        flushed_to_zero=lost.to_zero,
-        subnormal=lost.to_subnormal,
+        shape=shape,
+        over_parameterised=over_parameterised,
+        relative_error=error / (norm or 1.0),
+        relative_bound=bound / (norm or 1.0),
+        worst_to_bound=float(np.max([part.worst for part in parts])),  # NaN if there is one
+        flushed_to_zero=sum(part.lost.to_zero for part in parts),
+        subnormal=sum(part.lost.to_subnormal for part in parts),
     )
+
+
+def measure(written: Tensor, exact: Exact) -> Errors:
+    """Measure the errors of written elements against their exact values."""
+    stored = exact.value.dtype == torch.float32
+    return (_errors_of_stored(written, exact.value) if stored else None) or _errors(written, exact)
+
+
+def _errors(written: Tensor, exact: Exact) -> Errors:
+    value = exact.value.double()
+    tiny = smallest_subnormal(written.dtype) / 2
+    rounding = value.abs().add_(exact.bound).mul_(unit_roundoff(written.dtype)).clamp_min_(tiny)
+    bound = rounding.add_(exact.bound)
+    error = (written.double() - value).abs_()
+    lost = underflow(value, written)
+    return Errors(float(value.norm()), float(error.norm()), float(bound.norm()), float(error.div_(bound).amax()), lost)
+
+
+def _errors_of_stored(written: Tensor, value: Tensor) -> Errors | None:
+    """Return the errors of a float32 matrix without a bound of its own; None where float32 cannot express them.
+
+    An error is exact: it is a multiple of the element's last bit, and at most the element itself, since zero is a
+    number of the storage type. Its bound is u max(|element|, smallest normal number).
+    """
+    u, normal = unit_roundoff(written.dtype), torch.finfo(written.dtype).smallest_normal
+    size = value.abs()
+    error = written - value  # in float32
+    norm, error_norm = (float(torch.linalg.vector_norm(x)) for x in (value, error))
+    if not 1e-10 < norm < math.inf or float(size.amin()) < normal:
+        return None  # squares leave float32's range, or elements are subnormal: rare, and worth a closer look
+    worst = float(error.abs_().div_(size).amax()) / u
+    return Errors(norm, error_norm, u * norm, worst * (1 + DIVISION), Underflow())

@@ -22,17 +22,18 @@ class Underflow:
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round each float64 element to the nearest number of `dtype`, ties to even.
+    """Round each element, in float64 or float32, to the nearest number of `dtype`, ties to even.
 
-    PyTorch converts to bfloat16 and float16 through float32, and so rounds twice. Rounding to odd at the first step
-    makes the result of the second correct.
+    PyTorch converts float64 to bfloat16 and float16 through float32, and so rounds twice. Rounding to odd at the first
+    step makes the result of the second correct.
 
     Source: Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819.
 
     Raises:
         FoldError: an element beyond the type's largest number.
     """
-    rounded = (x if dtype == torch.float32 else _round_to_odd(x)).to(dtype)
+    is_direct = torch.float32 in (x.dtype, dtype)
+    rounded = (x if is_direct else _round_to_odd(x)).to(dtype, copy=True)
     if not is_finite(rounded):
         if bool(torch.isnan(x).any()):
             raise FoldError("NaN among the elements; the training that made them had diverged.")
@@ -73,8 +74,9 @@ def _round_to_odd(x: Tensor) -> Tensor:
     nearest = x.to(torch.float32)
     wide = nearest.double()
     bits = nearest.view(torch.int32)
-    truncated = torch.where(wide.abs() > x.abs(), bits - 1, bits)
-    return torch.where(wide == x, bits, truncated | 1).view(torch.float32)
+    inexact = wide != x
+    bits.sub_((wide.abs_() > x.abs()).to(torch.int32)).bitwise_or_(inexact)
+    return nearest
 
 
 def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
@@ -82,7 +84,7 @@ def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
 
     Args:
         key: name of the tensor, for the message.
-        exact: the tensor, in float64 unless it holds integers.
+        exact: the tensor, in float64 or float32 unless it holds integers.
         dtype: fp32, bf16 or fp16.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,10 @@ class Export:
         Raises:
             LoraOverError: a model or an adapter that cannot be exported; a check that fails is in the report.
         """
+        with nullcontext() if self.request.graph else self.kind.prepared():
+            return self._run()
+
+    def _run(self) -> OnnxReport:
         if self.request.check or self.request.graph is None:
             self.load()
         cases = self.kind.cases(self._tokens()) if self.request.check else []
@@ -130,8 +135,8 @@ class Export:
         found_base = None
         if request.check and request.precision == "int4":
             found_base = self._quantised_base(cases)
-        (source,) = self.inputs.adapters.values()
-        certificates = merge(self.model, source)
+        ((name, source),) = self.inputs.adapters.items()
+        certificates = merge(self.model, source, self.deltas[name])
         self._export(GraphPlan(request.precision, request.device), self.draft)
         return certificates, found_base
 

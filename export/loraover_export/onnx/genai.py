@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,52 @@ from loraover.common.errors import ExportError
 GRAPH_FILE, CONFIG_FILE = "model.onnx", "genai_config.json"
 
 
+class BuilderProcess:
+    """The builder in a separate process, which is started before its arguments are known.
+
+    Its imports take longer than the build of a small model. As a context, it imports while the block prepares the
+    model, and is ended with the block. Outside of a context, or for a second build, `run` starts a process.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> BuilderProcess:
+        self._waiting = _start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._waiting is not None:
+            _end(self._waiting)
+
+    def run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """Run the builder with the arguments of its command, and return its exit code and what it printed."""
+        process, self._waiting = self._waiting or _start(), None
+        try:
+            out, err = process.communicate(json.dumps(arguments) + "\n")
+        except BaseException:
+            _end(process)
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def _start() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "loraover_export.onnx.builder_process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
 def build_decoder(
     model: Path,
     out: Path,
@@ -22,6 +69,7 @@ def build_decoder(
     device: str,
     adapter: Path | None = None,
     full_precision_nodes: Sequence[str] = (),
+    builder: BuilderProcess,
 ) -> None:
     """Write one graph for prefill and decode with a KV cache, its genai_config.json and tokenizer files.
 
@@ -32,6 +80,7 @@ def build_decoder(
         device: cpu or cuda; decides which fused operators the graph uses.
         adapter: PEFT adapter whose matrices become separate initializers.
         full_precision_nodes: names of nodes that int4 does not round.
+        builder: process that runs the builder.
 
     Raises:
         ExportError: the builder does not know the architecture, or fails.
@@ -43,25 +92,21 @@ def build_decoder(
         options.append(f"adapter_path={adapter}")
     if full_precision_nodes:
         options.append(f"nodes_to_exclude={','.join(full_precision_nodes)}")
-    module = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     places = ["-m", "none", "-i", str(model), "-o", str(out), "-c", str(out / ".cache")]
     # The builder's own float16 layout for the CPU fails in its first decoding step (onnxruntime-genai 0.18); ONNX
     # Runtime's CPU kernels run the one for CUDA.
     layout = "cuda" if precision == "fp16" else device
     settings = ["-p", precision, "-e", layout, "--extra_options", *options]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [*module, *places, *settings], capture_output=True, text=True, errors="replace", env=environment
-    )
+    done = builder.run([*places, *settings])
     if done.returncode == 0 and (out / GRAPH_FILE).is_file():
         return
-    builder = f"onnxruntime-genai {version('onnxruntime-genai')}"
+    name = f"onnxruntime-genai {version('onnxruntime-genai')}"
     if "is not currently supported" in done.stderr:
         raise ExportError(
-            f"{builder} has no decoder graph for {architecture(model)}; --no-cache exports one without a KV cache."
+            f"{name} has no decoder graph for {architecture(model)}; --no-cache exports one without a KV cache."
         )
     reason = next(reversed((done.stderr or done.stdout).strip().splitlines()), f"exit code {done.returncode}")[:600]
-    raise ExportError(f"{builder} could not build a {precision} graph of {architecture(model)}: {reason}")
+    raise ExportError(f"{name} could not build a {precision} graph of {architecture(model)}: {reason}")
 
 
 def architecture(model: Path) -> str:

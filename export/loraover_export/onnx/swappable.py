@@ -112,17 +112,18 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
     Returns:
         The inputs, by the names of the markers.
     """
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, marker in drawn.items():
-        by_shape.setdefault(tuple(marker.mT.shape), []).append(name)
+    by_start = _by_first_element(drawn)
+    shapes = {tuple(marker.mT.shape) for marker in drawn.values()}
     places = {}
     for initializer in model.graph.initializer:
-        for name in by_shape.get(tuple(initializer.dims), ()):
-            if external_data_helper.uses_external_data(initializer):
-                external_data_helper.load_external_data_for_tensor(initializer, str(graph.parent))
-                initializer.data_location = TensorProto.DEFAULT
-                del initializer.external_data[:]
-            held = numpy_helper.to_array(initializer)
+        if tuple(initializer.dims) not in shapes:
+            continue
+        if external_data_helper.uses_external_data(initializer):
+            external_data_helper.load_external_data_for_tensor(initializer, str(graph.parent))
+            initializer.data_location = TensorProto.DEFAULT
+            del initializer.external_data[:]
+        held = numpy_helper.to_array(initializer)
+        for name in by_start.get(held.flat[0].item(), ()):
             if not np.array_equal(held, drawn[name].mT.numpy().astype(held.dtype)):
                 continue
             is_a = name.endswith("lora_A")
@@ -137,6 +138,16 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
             break
     _forget_shapes(model, {place.input for place in places.values()})
     return places
+
+
+def _by_first_element(drawn: Mapping[str, Tensor]) -> dict[float, list[str]]:
+    """Return the names of the markers by their first element, as float32 and as float16 hold it."""
+    names: dict[float, list[str]] = {}
+    for name, marker in drawn.items():
+        start = marker[0, 0]
+        for held in (start, start.half()):
+            names.setdefault(held.item(), []).append(name)
+    return names
 
 
 def _forget_shapes(model: onnx.ModelProto, inputs: set[str]) -> None:

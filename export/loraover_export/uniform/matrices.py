@@ -24,9 +24,9 @@ def module_of(site: str) -> str:
 
 
 def uniform_matrix(adapter: AdapterDir, site: str, exact: Exact) -> Exact:
-    """Pad one matrix to the largest rank; B is multiplied by its module's scaling in float64 before.
+    """Pad one matrix to the largest rank; B is multiplied by its module's scaling before.
 
-    The product adds one rounding of float64 to the bound of B; the padding is exact.
+    A product that is not exact adds one rounding of float64 to the bound of B; the padding is exact.
 
     Args:
         adapter: adapter that the matrix belongs to.
@@ -41,6 +41,9 @@ def uniform_matrix(adapter: AdapterDir, site: str, exact: Exact) -> Exact:
 
 
 def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
+    if not any(sides):
+        return exact
+
     def zeros(matrix: Tensor) -> Tensor:
         return pad(matrix, sides)
 

@@ -60,7 +60,7 @@ class Candidate:
         """vLLM's class of the served model; None if that takes no adapters."""
         return self.architectures.lora.get(self.served.architecture)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """Largest rank of a module."""
         return largest_rank(self.adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +81,10 @@ class GraphKind(ABC):
 
     graphs: tuple[str, ...]
     """File names of the graphs."""
+
+    def prepared(self) -> AbstractContextManager[object]:
+        """Return a context in which a slow exporter starts at once, and not only when `export` needs it."""
+        return nullcontext()
 
     @abstractmethod
     def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:

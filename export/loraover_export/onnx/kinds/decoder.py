@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ class Decoder(GraphKind):
 
     graphs = (genai.GRAPH_FILE,)
 
+    def __init__(self) -> None:
+        self._builder = genai.BuilderProcess()
+
+    def prepared(self) -> AbstractContextManager[object]:
+        return self._builder
+
     def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
         _check_widths(model)
         base = work / "model"
@@ -38,7 +45,9 @@ class Decoder(GraphKind):
         excluded: list[str] = []
         if plan.markers is not None and plan.precision == "int4":
             draft = work / "fp32"
-            genai.build_decoder(base, draft, precision="fp32", device=plan.device, adapter=marker)
+            genai.build_decoder(
+                base, draft, precision="fp32", device=plan.device, adapter=marker, builder=self._builder
+            )
             excluded = _lora_nodes(draft / genai.GRAPH_FILE, plan.markers)
         genai.build_decoder(
             base,
@@ -47,6 +56,7 @@ class Decoder(GraphKind):
             device=plan.device,
             adapter=marker,
             full_precision_nodes=excluded,
+            builder=self._builder,
         )
         _finish(out, plan.device)
 

@@ -1,0 +1,97 @@
+"""Errors of stored float32 matrices, measured in float32: the same certificate as in float64, and the same refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.tensor_file import first_difference, save_tensors
+from loraover_export.numerics.delta import scale
+from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
+from loraover_export.numerics.rounding import STORAGE_DTYPES, round_nearest
+
+SHAPE = (24, 40)
+MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "ordinary": lambda drawn: 0.02 * drawn,
+    "with zeros": lambda drawn: drawn * (drawn > 0),
+    "all zeros": torch.zeros_like,
+    "many magnitudes": lambda drawn: drawn * torch.logspace(-30, 4, SHAPE[1]),
+    "squares overflow": lambda drawn: 1e25 * drawn,
+    "squares underflow": lambda drawn: 1e-30 * drawn,
+    "subnormal": lambda drawn: 1e-40 * drawn,
+}
+
+
+def drawn(name: str) -> Tensor:
+    return MATRICES[name](torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
+
+
+def certificates(written: Tensor, value: Tensor) -> tuple[MatrixCertificate, MatrixCertificate]:
+    """Certificates of a stored matrix as float32 and as float64 hold it."""
+    narrow, wide = (
+        certify("m", written, Exact(exact, exact.new_zeros(()).expand_as(exact), None))
+        for exact in (value, value.double())
+    )
+    return narrow, wide
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("name", MATRICES)
+def test_both_measure_the_same(name: str, dtype: str) -> None:
+    value = drawn(name)
+    if float(value.abs().max()) > torch.finfo(STORAGE_DTYPES[dtype]).max:
+        pytest.skip("beyond the range of the type")
+    written = round_nearest(value, STORAGE_DTYPES[dtype])
+    assert torch.equal(written, round_nearest(value.double(), STORAGE_DTYPES[dtype]))
+    kept = written.clone()
+    narrow, wide = certificates(written, value)
+    assert torch.equal(written, kept), "measuring changes nothing"
+    assert narrow.passed
+    assert wide.passed
+    for field in ("relative_error", "relative_bound", "worst_to_bound"):
+        assert getattr(narrow, field) == pytest.approx(getattr(wide, field), rel=1e-5), field
+    assert (narrow.flushed_to_zero, narrow.subnormal) == (wide.flushed_to_zero, wide.subnormal)
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("wrong", ["next number", "sign", "zero", "NaN"])
+def test_a_wrong_element_is_refused(wrong: str, dtype: str) -> None:
+    value = drawn("ordinary")
+    written = round_nearest(value, STORAGE_DTYPES[dtype])
+    element = written[3, 5].clone()
+    # Of two neighbours, the one away from the exact value is further off than half their distance.
+    away = math.copysign(math.inf, float(element.double() - value[3, 5].double()) or 1.0)
+    written[3, 5] = {
+        "next number": torch.nextafter(element, torch.tensor(away, dtype=element.dtype)),
+        "sign": -element,
+        "zero": torch.zeros_like(element),
+        "NaN": torch.full_like(element, torch.nan),
+    }[wrong]
+    assert not any(certificate.passed for certificate in certificates(written, value))
+
+
+@pytest.mark.parametrize("scaling", [1.0, 2.0, 0.125, 1.5, 2.0**-20, 2.0**120, 0.0])
+@pytest.mark.parametrize("name", ["ordinary", "with zeros", "many magnitudes", "subnormal"])
+def test_a_scaled_matrix_is_exact_or_in_float64(name: str, scaling: float) -> None:
+    value = drawn(name)
+    scaled = scale(Exact(value, value.new_zeros(()).expand_as(value), None), scaling)
+    assert torch.equal(scaled.value.double(), value.double() * scaling)
+    assert scaled.value.dtype == torch.float64 or scaling in (1.0, 2.0, 0.125, 2.0**-20, 2.0**120)
+
+
+def test_a_file_is_compared_bit_for_bit(tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("file") / "tensors.safetensors"
+    tensors = {"a": torch.zeros(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.tensor(7)}
+    save_tensors(tensors, file)
+    assert first_difference(file, tensors) is None
+    assert first_difference(file, tensors | {"a": -torch.zeros(3, 4)}) == "a"
+    assert first_difference(file, tensors | {"d": torch.ones(1)}) == "d"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert first_difference(file, tensors) is not None
