@@ -157,7 +157,7 @@ def time_conversion(source: Path, output: Path) -> float:
             factor = files.factor(name)
             matrix, made = factor.cores[0], factor.decomposition
             if made is not None:
-                cores = [core.double()[None] for core in factor.cores]
+                cores = [core.double() for core in factor.cores]
                 matrix = made.contract(cores, factor.m, factor.n)[0]
             scaling = config.scaling(name.rpartition(".")[0]) if name.endswith("B") else 1.0
             converted[key] = (matrix * scaling).bfloat16().contiguous()
@@ -250,8 +250,8 @@ def graph_table(folder: Path, rounds: int) -> Table:
     table = table_of(
         f"Graphs of SmolLM2-135M, 420 matrices, without checks, {rounds} rounds",
         "median",
-        "ratio to the builder [95 %]",
-        "ratio to the copy [95 %]",
+        "to the builder [95 %]",
+        "to the copy [95 %]",
     )
     for arm, taken in seconds.items():
         table.add_row(arm, f"{np.median(taken):.2f} s", shown(taken, builder), shown(taken, copy))
@@ -287,7 +287,7 @@ def decoding_tables(folder: Path, rounds: int) -> Iterator[Table]:
         f"Decoding SmolLM2-135M, batch 1, {len(runs)} processes",
         "median per token",
         "ratio to base [95 %]",
-        "ratio to reading the weights [95 %]",
+        "to reading the weights [95 %]",
     )
     for arm in ("base", "merged", "swappable", "swappable, adapter"):
         taken = [run[arm] for run in runs]
