@@ -100,7 +100,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
     """Write a safetensors file; callers use it through `atomic_output`, whose errors name the destination.
 
     Raises:
@@ -110,6 +110,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error

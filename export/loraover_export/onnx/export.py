@@ -21,6 +21,7 @@ from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.check import Reference, check_graph, make_reference, run_cases
 from loraover_export.onnx.graph_file import check_file
+from loraover_export.onnx.layout import SwappableLayout, read_layout
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan
 from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.kinds.seq2seq import Seq2Seq
@@ -29,7 +30,7 @@ from loraover_export.onnx.merge import merge
 from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, judge_export
 from loraover_export.onnx.request import Inputs, OnnxRequest
 from loraover_export.onnx.session import has_provider
-from loraover_export.onnx.swappable import SwappableLayout, markers, read_layout, write_adapter, write_swappable
+from loraover_export.onnx.swappable import markers, write_adapter, write_swappable
 
 KINDS: dict[str, type[GraphKind]] = {
     "CAUSAL_LM": Decoder,
@@ -125,7 +126,9 @@ class Export:
             drawn = markers(every.values(), rank)
             self._export(GraphPlan(request.precision, request.device, drawn, rank), self.draft)
             dtype = "fp16" if request.precision == "fp16" else "fp32"
-            layout = write_swappable(self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype)
+            layout = write_swappable(
+                self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype, web=request.web
+            )
             return self._write_adapters(layout), None
         found_base = None
         if request.check and request.precision == "int4":
@@ -186,6 +189,7 @@ class Export:
             precision=request.precision,
             device=request.device,
             cache=request.cache,
+            web=request.web,
             checked_on=request.device if has_provider(request.device) else "cpu",
             base_model=self.inputs.base.name,
             adapters={name: str(source.path) for name, source in self.inputs.adapters.items()},
@@ -210,7 +214,11 @@ def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxReque
             f"{graph} is a graph of {exported.base_model}, but the adapters belong to {inputs.base.name}; export a "
             "graph of that model, or name a copy of it with --model."
         )
-    return replace(request, precision=exported.precision, device=exported.device, cache=exported.cache)
+    if request.web and not exported.web:
+        raise ExportError(f"{graph} was exported without --web; leave it out, or export another graph with it.")
+    return replace(
+        request, precision=exported.precision, device=exported.device, cache=exported.cache, web=exported.web
+    )
 
 
 def _labels(source: Any) -> int | None:
