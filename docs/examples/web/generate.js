@@ -10,12 +10,16 @@ export const step = (tokens, past) => ({
   position_ids: row(tokens.map((_, i) => i).slice(past)),
 });
 
+/** Half-precision numbers are bits where JavaScript has no Float16Array; this puts them in order. */
+const inOrder = (data) =>
+  data instanceof Uint16Array ? Int32Array.from(data, (bits) => (bits < 32768 ? bits : 32768 - bits)) : data;
+
 /** A cache without tokens; the head size is `model.decoder.head_size` in genai_config.json. */
-export function emptyCache(graph, headSize) {
+export function emptyCache(graph, headSize, rows = 1) {
   const keys = graph.session.inputMetadata.filter(({ name }) => name.startsWith("past_key_values."));
-  const empty = ({ name, type, shape }) =>
-    [name, new ort.Tensor(type, type === "float16" ? new Uint16Array(0) : new Float32Array(0), [1, shape[1], 0, headSize])];
-  return Object.fromEntries(keys.map(empty));
+  const empty = ({ type, shape }) =>
+    new ort.Tensor(type, type === "float16" ? new Uint16Array(0) : new Float32Array(0), [rows, shape[1], 0, headSize]);
+  return Object.fromEntries(keys.map((key) => [key.name, empty(key)]));
 }
 
 /** The cache for the next step, from this step's outputs. */
@@ -30,7 +34,7 @@ export async function generate(graph, headSize, prompt, count, adapter) {
     const outputs = await graph.run({ ...step(tokens, past), ...cache }, adapter);
     cache = nextCache(cache, outputs);
     past = tokens.length;
-    const last = outputs.logits.data.slice(-outputs.logits.dims[2]);
+    const last = inOrder(outputs.logits.data.slice(-outputs.logits.dims[2]));
     tokens.push(last.reduce((best, logit, i) => (logit > last[best] ? i : best), 0));
   }
   return tokens.slice(prompt.length);

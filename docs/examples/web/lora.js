@@ -4,15 +4,20 @@ import * as ort from "onnxruntime-web";
 const TYPES = { F32: ["float32", Float32Array], F16: ["float16", Uint16Array] };
 const parse = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
 
-/** Tensors and metadata of a safetensors file: a JSON header's length in 8 bytes, the header, and the data. */
-function readSafetensors(buffer) {
-  const start = 8 + Number(new DataView(buffer).getBigUint64(0, true));
-  const { __metadata__: metadata = {}, ...entries } = parse(new Uint8Array(buffer, 8, start - 8));
-  const read = ([name, { dtype, shape, data_offsets: [from, to] }]) => {
-    const [type, Numbers] = TYPES[dtype];
-    return [name, new ort.Tensor(type, new Numbers(buffer, start + from, (to - from) / Numbers.BYTES_PER_ELEMENT), shape)];
-  };
-  return { metadata, tensors: Object.fromEntries(Object.entries(entries).map(read)) };
+/** Tensors and metadata of a safetensors file: the length of a JSON header in 8 bytes, the header, and the data. */
+function readSafetensors(buffer, name) {
+  try {
+    const start = 8 + Number(new DataView(buffer).getBigUint64(0, true));
+    const { __metadata__: metadata = {}, ...entries } = parse(new Uint8Array(buffer, 8, start - 8));
+    const tensor = ([key, { dtype, shape, data_offsets: [from, to] }]) => {
+      const [type, Numbers] = TYPES[dtype];
+      const data = new Numbers(buffer, start + from, (to - from) / Numbers.BYTES_PER_ELEMENT);
+      return [key, new ort.Tensor(type, data, shape)];
+    };
+    return { metadata, tensors: Object.fromEntries(Object.entries(entries).map(tensor)) };
+  } catch (error) {
+    throw new Error(`${name} is not a complete safetensors file of F32 or F16 (${error.message})`);
+  }
 }
 
 export class LoraGraph {
@@ -36,12 +41,7 @@ export class LoraGraph {
 
   /** The LoRA inputs in an adapter's file; `name` is for messages. */
   adapter(buffer, name) {
-    let { metadata, tensors } = {};
-    try {
-      ({ metadata, tensors } = readSafetensors(buffer));
-    } catch (error) {
-      throw new Error(`${name} is not a complete safetensors file of F32 or F16 (${error.message})`);
-    }
+    const { metadata, tensors } = readSafetensors(buffer, name);
     const refuse = (found) => {
       throw new Error(`${name} ${found}; export the adapter for this graph: loraover-export onnx ... --web --graph`);
     };

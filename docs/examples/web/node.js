@@ -1,10 +1,10 @@
-// Usage: node node.js FOLDER TOKENS [ADAPTER...]    FOLDER: the export; TOKENS: such as 1,5,17; ADAPTER: safetensors files
+// Usage: node node.js FOLDER TOKENS [ADAPTER...]    (the export, token ids such as 1,5,17, and safetensors files)
 import { readFile } from "node:fs/promises";
 import { basename, join } from "node:path";
 import { generate } from "./generate.js";
 import { LoraGraph } from "./lora.js";
 
-const bytes = async (file) => Uint8Array.from(await readFile(file)).buffer;
+const bytes = async (file) => new Uint8Array(await readFile(file)).buffer;
 const [folder, tokens, ...adapters] = process.argv.slice(2);
 const read = (name) => bytes(join(folder, name));
 try {

@@ -48,8 +48,7 @@ def write_tensors(path: Path, layout: SwappableLayout, graph: str, matrices: Map
         graph: file name of the graph.
         matrices: the adapter's matrices, in the layout of the graph, by input.
     """
-    tensors = empty_tensors(layout, graph) | dict(matrices)
-    save_tensors(tensors, path, base_model=layout.base_model)
+    save_tensors(empty_tensors(layout, graph) | dict(matrices), path, ("base_model", layout.base_model))
 
 
 def lora_feed(graph: Path, adapter: Path | None) -> dict[str, Tensor]:
