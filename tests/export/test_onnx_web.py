@@ -26,7 +26,7 @@ from support.onnx_export import LINEAR, OTHER, export, exported, read_report, ti
 from support.onnx_graph import FEEDS, torch_logits
 from support.plain_adapter import write_adapter
 from support.tiny_models import tiny_bert
-from support.web_runtime import ENGINES, WebRun, ask_node, command, in_node, web_scripts
+from support.web_runtime import ENGINES, WebRun, ask_chromium, ask_node, command, in_node, web_scripts
 
 pytestmark = pytest.mark.engine
 
@@ -231,6 +231,20 @@ def check_greedy(model: Any, prompt: Tensor, tokens: Sequence[int], gap: float) 
     logits = model(input_ids=ids).logits[0, prompt.shape[1] - 1 : -1]
     chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     assert bool((logits.amax(-1) - chosen <= gap).all())
+
+
+def test_the_page_decodes_with_each_adapter(web: Web, scripts: Path) -> None:
+    prompt = FEEDS["one row"].ids
+    fields = {"folder": "/web", "tokens": ",".join(map(str, prompt[0].tolist()))}
+    files = ["", "/web/first.safetensors", "/web/second.safetensors", "/web/absent.safetensors", "/web/model.onnx", ""]
+    lines = ask_chromium(scripts, "in_page.html", [fields | {"adapter": file} for file in files])
+    assert lines[0] == lines[-1]
+    for line, name in zip(lines[1:3], ("first", "second"), strict=True):
+        shown, tokens = line.split(": ")
+        assert shown == f"/web/{name}.safetensors"
+        check_greedy(web.models[name], prompt, [int(token) for token in tokens.split(",")], gap=1e-4)
+    assert lines[3] == "error: /web/absent.safetensors: the server answers 404"
+    assert lines[4].startswith("error: /web/model.onnx is not a complete safetensors file")
 
 
 INPUT = "model.layers.0.attn.q_proj.lora_A.MatMul.weight"

@@ -119,14 +119,17 @@ def ask_node(scripts: Path, function: str, request: dict[str, Any]) -> Any:
 
 
 def in_chromium(scripts: Path, run: WebRun) -> list[list[Tensor]]:
-    """Logits from headless Chromium, which gets its files from a server on this machine and posts its result to it."""
+    """Logits from headless Chromium."""
+    return run.logits(ask_chromium(scripts, "in_browser.html", run.request()))
+
+
+def ask_chromium(scripts: Path, page: str, request: Any) -> list[Any]:
+    """What a page posts, in headless Chromium, to the server on this machine from which it gets its files."""
     chromium, root = command("chromium"), scripts.parent
-    (root / "request.json").write_text(json.dumps(run.request()))
+    (root / "request.json").write_text(json.dumps(request))
     with _server(root) as (address, results), tempfile.TemporaryDirectory() as profile:
         words = [chromium, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0"]
-        process = subprocess.Popen(
-            [*words, f"{address}/js/in_browser.html"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        process = subprocess.Popen([*words, f"{address}/js/{page}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             found = json.loads(results.get(timeout=TIMEOUT_S))
         except Empty:
@@ -135,7 +138,7 @@ def in_chromium(scripts: Path, run: WebRun) -> list[list[Tensor]]:
             process.terminate()
             process.communicate()
     assert isinstance(found, list), found
-    return run.logits(found)
+    return found
 
 
 @contextmanager
