@@ -25,7 +25,7 @@ from support.make_checkpoint import edit_json, save_tokenizer
 from support.onnx_export import LINEAR, OTHER, export, exported, read_report, tiny_base, tiny_lora
 from support.onnx_graph import FEEDS, torch_logits
 from support.plain_adapter import write_adapter
-from support.tiny_models import tiny_bert
+from support.tiny_models import tiny_bert, tiny_t5
 from support.web_runtime import ENGINES, WebRun, ask_chromium, ask_node, command, in_node, web_scripts
 
 pytestmark = pytest.mark.engine
@@ -196,6 +196,25 @@ def test_a_classifier_swaps_adapters(web: Web, scripts: Path) -> None:
     assert float((expected[1] - expected[0]).abs().max()) > 1e-3
     for logits, right in zip(found, expected, strict=True):
         torch.testing.assert_close(logits, right, rtol=0, atol=1e-5 * float(right.abs().max()))
+
+
+@pytest.mark.matrix
+def test_both_graphs_of_t5_get_files(tmp_path: Path) -> None:
+    """The export runs them in ONNX Runtime, with inputs that are as required there as in onnxruntime-web."""
+    tiny_t5().save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    matrices = {"decoder.block.0.layer.0.SelfAttention.q": (torch.randn(2, 32), torch.randn(32, 2))}
+    config = {"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": str(tmp_path / "base")}
+    first = write_adapter(tmp_path / "first", matrices, **config)
+    module = "encoder.block.0.layer.1.DenseReluDense.wo"
+    weight = dict(tiny_t5().named_modules())[module].weight
+    both = matrices | {module: (torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2))}
+    second = write_adapter(tmp_path / "second", both, **config)
+    exported("T5", [first, second], tmp_path / "web", *WEB)
+    for name, ranks in (("first", {"encoder": 0, "decoder": 2}), ("second", {"encoder": 2, "decoder": 2})):
+        for part, rank in ranks.items():
+            tensors = load_file(tmp_path / "web" / f"{name}.{part}.safetensors")
+            assert [min(tensor.shape) for tensor in tensors.values()] == [rank, rank]
 
 
 # The example
