@@ -72,11 +72,12 @@ engines: installed
 test-engines: engines
 	$(PYTEST) -m "engine or matrix"
 
-# Chromium for the tests of the parity page, bubblewrap for those of HumanEval's sandbox; they are skipped without.
+# Chromium for the tests of the parity page, bubblewrap for those of HumanEval's sandbox, node and npm for those of
+# onnxruntime-web; they are skipped without.
 debian-packages:
-	@{ command -v chromium && command -v bwrap; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
-		apt-get update -qq && apt-get install -qq --no-install-recommends chromium bubblewrap libseccomp2 > /dev/null; } || \
-		echo "no chromium or no bubblewrap: the parity page in a browser, or the sandbox, is not tested"
+	@{ command -v chromium && command -v bwrap && command -v node && command -v npm; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+		apt-get update -qq && apt-get install -qq --no-install-recommends chromium bubblewrap libseccomp2 nodejs npm > /dev/null; } || \
+		echo "no chromium, bubblewrap, node or npm: pages in a browser, the sandbox or onnxruntime-web are not tested"
 
 # vLLM pins its libraries, torch included, so it lives apart and is reached by its command line and HTTP.
 ifeq ($(shell uname -s),Linux)

@@ -162,8 +162,13 @@ def sha256_of(path: Path, ending: Event | None = None) -> str:
     return digest.hexdigest()
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: tuple[str, str] = ("format", "pt")) -> None:
     """Write a safetensors file; callers use it through `atomic_output`, whose errors name the destination.
+
+    Args:
+        tensors: Tensors by key.
+        path: The file to write.
+        metadata: Key and value of its metadata. safetensors 0.8 writes several in random order.
 
     Raises:
         OSError: The disk is full or the file cannot be written.
@@ -172,7 +177,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata=dict([metadata]))
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
 

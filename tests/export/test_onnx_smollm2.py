@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
-from loraover_export.onnx.report import OnnxReport
+from loraover_export.onnx.report import ENGINE_FACTOR, OnnxReport
 
 from support.agreement import PROMPTS
 from support.make_checkpoint import save
-from support.onnx_export import LINEAR, exported_at_once
+from support.onnx_export import LINEAR, export, exported_at_once
 from support.onnx_graph import LENGTH, Feed, Graph, torch_logits
 from support.tiny_models import fill_b
+from support.web_runtime import ENGINES, WebRun, web_scripts
 
 pytestmark = pytest.mark.engine
 
@@ -76,6 +77,16 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmolLM2]:
         shutil.rmtree(path.with_name(mode))  # half a gigabyte each
 
 
+@pytest.fixture(scope="module")
+def web(smollm2: SmolLM2) -> Iterator[Path]:
+    """The scripts that run onnxruntime-web, beside an export for it."""
+    folder = smollm2.output("web")
+    assert export(smollm2.checkpoint, folder, "--mode", "swappable", "--web", "--model", MODEL, "--no-check") == 0
+    with web_scripts(folder.parent) as scripts:
+        yield scripts
+    shutil.rmtree(folder)
+
+
 def write_checkpoint(source: ModelSource, path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(source.location, revision=source.revision)
     with torch.random.fork_rng(devices=[]):
@@ -94,6 +105,20 @@ def test_smollm2(mode: str, smollm2: SmolLM2) -> None:
     adapter = output / "checkpoint.onnx_adapter" if mode == "swappable" else None
     found = Graph(output / "model.onnx", adapter).logits(smollm2.text, HEAD_SIZE)
     assert float((found - smollm2.unfolded).abs().max()) <= ALLOWED
+    assert float((found - smollm2.base).abs().max()) > 1
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("engine", ENGINES)
+def test_smollm2_in_onnxruntime_web(engine: str, smollm2: SmolLM2, web: Path) -> None:
+    run = WebRun("web", [smollm2.text], [None, "web/checkpoint.safetensors"], HEAD_SIZE)
+    ((base, found),) = ENGINES[engine](web, run)
+    base_error = float((base - smollm2.base).abs().max())
+    assert base_error <= ALLOWED
+    sizes = float(smollm2.unfolded.abs().max()), float(smollm2.base.abs().max())
+    error = float((found - smollm2.unfolded).abs().max())
+    print(f"{engine}: base model {base_error:.1e}, adapter {error:.1e}")
+    assert error <= ENGINE_FACTOR * base_error * max(1.0, sizes[0] / sizes[1])
     assert float((found - smollm2.base).abs().max()) > 1
 
 

@@ -17,20 +17,11 @@ from matplotlib.image import imread
 from loraover_serve.parity.report.html import render
 from loraover_serve.parity.report.parity_report import ParityReport
 
+from support.chromium import FLAGS
 from support.clockwork import whole_report
 
 pytestmark = pytest.mark.engine
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 DARK = ("--force-dark-mode", "--blink-settings=preferredColorScheme=0")
 POLICY = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
 TELLS_WIDTH = """<script>

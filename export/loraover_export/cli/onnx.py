@@ -12,6 +12,8 @@ from loraover_export.cli import EXIT_CODES
 EXAMPLES = [
     "loraover-export onnx folded -o onnx-merged --mode merged --precision int4",
     "loraover-export onnx adapter-a adapter-b -o onnx-swappable --mode swappable --name support --name sales",
+    "loraover-export onnx adapter-a adapter-b -o onnx-web --mode swappable --web",
+    "loraover-export onnx adapter-c -o more --mode swappable --web --graph onnx-web",
 ]
 
 
@@ -58,6 +60,11 @@ EXAMPLES = [
     help="Folder of an earlier swappable export whose graph the new adapters are for; only their files are written.",
 )
 @click.option(
+    "--web",
+    is_flag=True,
+    help="Write a swappable graph and adapters for onnxruntime-web, in a browser or in node.",
+)
+@click.option(
     "--check/--no-check",
     default=True,
     show_default=True,
@@ -75,6 +82,7 @@ def onnx(
     cache: bool,
     names: tuple[str, ...],
     graph: Path | None,
+    web: bool,
     check: bool,
     force: bool,
     as_json: bool,
@@ -106,6 +114,7 @@ def onnx(
         cache=cache,
         names=names,
         graph=graph,
+        web=web,
         check=check,
         force=force,
         report=ConsoleReporter(console),

@@ -26,11 +26,12 @@ from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan
 from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.kinds.seq2seq import Seq2Seq
 from loraover_export.onnx.kinds.stateless import Stateless
+from loraover_export.onnx.layout import SwappableLayout, read_layout
 from loraover_export.onnx.merge import merge
 from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, judge_export
 from loraover_export.onnx.request import Inputs, OnnxRequest
 from loraover_export.onnx.session import has_provider
-from loraover_export.onnx.swappable import SwappableLayout, markers, read_layout, write_adapter, write_swappable
+from loraover_export.onnx.swappable import markers, write_adapter, write_swappable
 
 KINDS: dict[str, type[GraphKind]] = {
     "CAUSAL_LM": Decoder,
@@ -39,6 +40,10 @@ KINDS: dict[str, type[GraphKind]] = {
     "TOKEN_CLS": Stateless,
 }
 STREAM = 64  # tokens, from which the checks cut their cases
+WEB_INT4 = (
+    "onnxruntime-web computes int4 graphs in another way than the ONNX Runtime that checks them here: logits of "
+    "SmolLM2 differed by up to 1.8. Use fp32 where answers must agree."
+)
 
 
 class Export:
@@ -58,6 +63,8 @@ class Export:
     def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path, report: Reporter = SILENT) -> None:
         self.inputs, self.draft, self.report = inputs, draft, report
         self.request = request if request.graph is None else _as_exported(request, inputs, request.graph)
+        if self.request.web and self.request.precision == "int4":
+            report.line(WEB_INT4)
         config = load_config(inputs.base)
         self.task = inputs.task_type or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
         if self.task not in KINDS:
@@ -130,7 +137,7 @@ class Export:
             drawn = markers(every.values(), rank)
             self._export(GraphPlan(request.precision, request.device, drawn, rank), self.draft)
             dtype = "fp16" if request.precision == "fp16" else "fp32"
-            layout = write_swappable(self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype)
+            layout = write_swappable(self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype, web=request.web)
             return self._write_adapters(layout), None
         found_base = None
         if request.check and request.precision == "int4":
@@ -191,6 +198,7 @@ class Export:
             precision=request.precision,
             device=request.device,
             cache=request.cache,
+            web=request.web,
             checked_on=request.device if has_provider(request.device) else "cpu",
             base_model=self.inputs.base.name,
             adapters={name: str(source.path) for name, source in self.inputs.adapters.items()},
@@ -215,7 +223,11 @@ def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxReque
             f"{graph} is a graph of {exported.base_model}, but the adapters belong to {inputs.base.name}; export a "
             "graph of that model, or name a copy of it with --model."
         )
-    return replace(request, precision=exported.precision, device=exported.device, cache=exported.cache)
+    if request.web and not exported.web:
+        raise ExportError(f"{graph} was exported without --web; leave it out, or export another graph with it.")
+    return replace(
+        request, precision=exported.precision, device=exported.device, cache=exported.cache, web=exported.web
+    )
 
 
 def _labels(source: Any) -> int | None:

@@ -101,6 +101,7 @@ class OnnxReport(BaseModel):
     device: Literal["cpu", "cuda"] = Field(description="device that the graph was built for")
     cache: bool = Field(description="whether a language model's graph has a KV cache")
     checked_on: str = Field(description="device that ONNX Runtime ran the checks on, cpu or cuda")
+    web: bool = Field(default=False, description="whether graph and adapters are for onnxruntime-web")
     base_model: str = Field(description="folder or hub name of the base model")
     adapters: dict[str, str] = Field(description="folder of each adapter, by its name")
     checks: list[GraphCheck] = Field(description="outputs against PyTorch's; empty without a check")

@@ -37,6 +37,7 @@ class OnnxRequest:
     cache: bool = True
     names: tuple[str, ...] = ()
     graph: Path | None = None
+    web: bool = False
     check: bool = True
     force: bool = False
 
@@ -52,6 +53,13 @@ class OnnxRequest:
             )
         if self.graph is not None and self.mode != "swappable":
             raise ConfigError("--graph adds adapters to a swappable graph; use it with --mode swappable.")
+        if self.web and self.mode != "swappable":
+            raise ConfigError(
+                "--web makes the LoRA inputs of a swappable graph required; use it with --mode swappable. A merged "
+                "graph runs in onnxruntime-web as it is."
+            )
+        if self.web and self.device != "cpu":
+            raise ConfigError(f"--web is for onnxruntime-web's CPU operators, found --device {self.device}.")
         if self.names and len(self.names) != len(self.sources):
             raise ConfigError(f"--name is given {len(self.names)} times for {len(self.sources)} sources.")
         _check_names(self.adapter_names)
@@ -68,6 +76,7 @@ class OnnxRequest:
         words += [] if self.model is None else ["--model", self.model]
         words += [word for name in self.names for word in ("--name", name)]
         words += [] if self.graph is None else ["--graph", str(self.graph)]
+        words += ["--web"] if self.web else []
         words += [] if self.cache else ["--no-cache"]
         return shlex.join(words if self.check else [*words, "--no-check"])
 

@@ -35,6 +35,7 @@ def export_onnx(
     cache: bool = True,
     names: Sequence[str] = (),
     graph: str | Path | None = None,
+    web: bool = False,
     check: bool = True,
     force: bool = False,
     report: Reporter = SILENT,
@@ -52,6 +53,7 @@ def export_onnx(
         cache: give a language model's graph a KV cache.
         names: names of the adapters' files, in the order of `sources`; empty means the names of their folders.
         graph: folder of an earlier swappable export whose graph the new adapters are for; only their files are written.
+        web: for onnxruntime-web: the LoRA inputs of a swappable graph are required, and adapters are safetensors files.
         check: compare ONNX Runtime's outputs with those of the unfolded PyTorch model.
         force: replace an ONNX export that is already at `output`.
         report: receiver of progress.
@@ -79,6 +81,7 @@ def export_onnx(
         cache,
         (names,) if isinstance(names, str) else tuple(names),
         None if graph is None else Path(graph),
+        web,
         check,
         force,
     )

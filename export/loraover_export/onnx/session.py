@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraover.common.errors import ExportError
+from loraover_export.onnx.web import lora_feed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -28,7 +29,7 @@ class GraphSession:
     Args:
         graph: path of the graph.
         device: cpu or cuda; a graph for CUDA runs on the CPU if ONNX Runtime has no CUDA provider.
-        adapter: an `.onnx_adapter` file to run with; None runs without.
+        adapter: an adapter's file for this graph; None runs without.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph or the adapter.
@@ -40,7 +41,8 @@ class GraphSession:
         providers = list(dict.fromkeys(PROVIDERS[d] for d in (device, "cpu") if has_provider(d)))
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=providers)
-            self._adapter = None if adapter is None else _loaded(adapter)
+            self._lora = {name: tensor.numpy() for name, tensor in lora_feed(graph, adapter).items()}
+            self._adapter = None if adapter is None or self._lora else _loaded(adapter)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise ExportError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
         self.inputs: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
@@ -56,6 +58,7 @@ class GraphSession:
         if self._adapter is not None:
             options.add_active_adapter(self._adapter)
         arrays = {name: tensor.numpy() for name, tensor in feed.items() if name in self.inputs}
+        arrays |= self._lora
         try:
             outputs = self._session.run(self._outputs, arrays, options)
         except Exception as error:  # as above

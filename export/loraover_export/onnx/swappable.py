@@ -1,72 +1,32 @@
-"""Graphs whose LoRA matrices are inputs with zeros as default, and the `.onnx_adapter` files that fill them."""
+"""Graphs whose LoRA matrices are inputs and the files of adapters that fill them.
+
+The inputs have zeros as default, and an adapter is an `.onnx_adapter` file. A graph for onnxruntime-web has inputs
+without a default, and an adapter is a safetensors file with a tensor for each of them; see `web`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors
-from loraover.common.errors import CheckpointError, ExportError
-from loraover.common.strict_json import read_json
+from loraover.common.errors import ExportError
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover_export.numerics.rounding import round_tensor
+from loraover_export.onnx.layout import LAYOUT_FILE, AdapterInput, SwappableLayout
+from loraover_export.onnx.web import WEB_SUFFIX, require_inputs, write_tensors
 
-LAYOUT_FILE = "swappable.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
-
-
-class AdapterInput(BaseModel):
-    """Input of a graph that takes one A, as (in_features, r), or B, as (r, out_features)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    graph: str = Field(description="file name of the graph")
-    input: str = Field(description="name of the input")
-    features: int = Field(ge=1, description="in_features of A, or out_features of B")
-
-
-class SwappableLayout(BaseModel):
-    """Contents of `swappable.json`: the LoRA inputs of exported graphs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = 1
-    base_model: str = Field(description="folder or hub name of the base model")
-    dtype: Literal["fp32", "fp16"] = Field(description="data type of the LoRA inputs")
-    places: dict[str, AdapterInput] = Field(
-        min_length=1, description='input of each A and B, by its name, such as "model.layers.0.mlp.up_proj.lora_A"'
-    )
-
-
-def read_layout(folder: Path, graphs: Sequence[str]) -> SwappableLayout:
-    """Read the LoRA inputs of exported graphs.
-
-    Args:
-        folder: folder of the export.
-        graphs: file names of its graphs.
-
-    Raises:
-        CheckpointError: no swappable graphs in the folder, or inputs of other graphs.
-    """
-    layout = read_json(folder / LAYOUT_FILE, SwappableLayout)
-    for site, place in layout.places.items():
-        if place.graph not in graphs:
-            raise CheckpointError(
-                f"{folder / LAYOUT_FILE}: places.{site}.graph is {place.graph!r}, expected {' or '.join(graphs)}."
-            )
-    return layout
 
 
 def markers(deltas: Iterable[Delta], rank: int) -> dict[str, Tensor]:
@@ -159,7 +119,7 @@ def _forget_shapes(model: onnx.ModelProto, inputs: set[str]) -> None:
 
 
 def write_swappable(
-    folder: Path, graphs: Sequence[str], drawn: Mapping[str, Tensor], base_model: str, dtype: str
+    folder: Path, graphs: Sequence[str], drawn: Mapping[str, Tensor], base_model: str, dtype: str, *, web: bool = False
 ) -> SwappableLayout:
     """Give exported graphs their LoRA inputs, and list these in `swappable.json`.
 
@@ -169,6 +129,7 @@ def write_swappable(
         drawn: markers that the graphs were exported with.
         base_model: folder or hub name of the base model.
         dtype: data type of the LoRA inputs.
+        web: leave the inputs without a default.
 
     Raises:
         ExportError: a marker that no graph holds.
@@ -178,6 +139,8 @@ def write_swappable(
         graph = folder / name
         model = onnx.load(graph, load_external_data=False)
         places |= open_inputs(model, graph, drawn)
+        if web:
+            require_inputs(model, {place.input for place in places.values()})
         graph.write_bytes(model.SerializeToString())
     missing = sorted(drawn.keys() - places.keys())
     if missing:
@@ -185,7 +148,7 @@ def write_swappable(
             f"the graph has no place for {len(missing)} of {len(drawn)} matrices, first {missing[0]}; "
             "use --mode merged, which changes the weights themselves."
         )
-    layout = SwappableLayout(base_model=base_model, dtype=dtype, places=places)
+    layout = SwappableLayout(base_model=base_model, dtype=dtype, web=web, places=places)
     (folder / LAYOUT_FILE).write_text(layout.model_dump_json(indent=1) + "\n")
     return layout
 
@@ -194,7 +157,7 @@ def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Pat
     """Return the file that holds an adapter's matrices for one graph; None if it has none for that graph.
 
     The file is `name.onnx_adapter` if there is one graph, and `name.encoder.onnx_adapter` or
-    `name.decoder.onnx_adapter` if there are two.
+    `name.decoder.onnx_adapter` if there are two. Files for onnxruntime-web end in `.safetensors`.
 
     Args:
         adapter: path of the adapter's files without their endings; None for no adapter.
@@ -203,16 +166,19 @@ def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Pat
     """
     if adapter is None:
         return None
-    if len(graphs) == 1:
-        return adapter.with_name(f"{adapter.name}{ADAPTER_SUFFIX}")
-    file = adapter.with_name(f"{adapter.name}.{Path(graph).stem}{ADAPTER_SUFFIX}")
-    return file if file.is_file() else None
+    files = [_file_of(adapter, graph, graphs, suffix) for suffix in (ADAPTER_SUFFIX, WEB_SUFFIX)]
+    return next((file for file in files if file.is_file()), None if len(graphs) > 1 else files[0])
+
+
+def _file_of(adapter: Path, graph: str, graphs: Sequence[str], suffix: str) -> Path:
+    stem = "" if len(graphs) == 1 else f".{Path(graph).stem}"
+    return adapter.with_name(f"{adapter.name}{stem}{suffix}")
 
 
 def write_adapter(
     adapter: Path, layout: SwappableLayout, graphs: Sequence[str], deltas: Iterable[Delta]
 ) -> list[MatrixCertificate]:
-    """Write an adapter's `.onnx_adapter` files: A transposed, and scaling * B transposed.
+    """Write an adapter's files: A transposed, and scaling * B transposed.
 
     Args:
         adapter: path of the files without their endings.
@@ -227,7 +193,7 @@ def write_adapter(
         ExportError: a module that the graph has no inputs for, or inputs of another size.
         FoldError: an element beyond the range of the inputs' dtype.
     """
-    parameters: dict[str, dict[str, Any]] = {}
+    matrices: dict[str, dict[str, Tensor]] = {}
     certificates = []
     for delta in deltas:
         for matrix, exact in (("A", delta.a), ("B", delta.b)):
@@ -235,16 +201,21 @@ def write_adapter(
             place = _place(layout, name, exact.value.shape[1 if matrix == "A" else 0])
             rounded = round_tensor(name, exact.value, layout.dtype)
             certificates.append(certify(name, rounded, exact))
-            value = ort.OrtValue.ortvalue_from_numpy(rounded.mT.contiguous().numpy())
-            parameters.setdefault(place.graph, {})[place.input] = value
-    for graph, values in parameters.items():
-        file = ort.AdapterFormat()
-        file.set_adapter_version(1)
-        file.set_model_version(1)
-        file.set_parameters(values)
-        stem = "" if len(graphs) == 1 else f".{Path(graph).stem}"
-        file.export_adapter(str(adapter.with_name(f"{adapter.name}{stem}{ADAPTER_SUFFIX}")))
+            matrices.setdefault(place.graph, {})[place.input] = rounded.mT.contiguous()
+    for graph in graphs:
+        if layout.web:
+            write_tensors(_file_of(adapter, graph, graphs, WEB_SUFFIX), layout, graph, matrices.get(graph, {}))
+        elif graph in matrices:
+            _write_native(_file_of(adapter, graph, graphs, ADAPTER_SUFFIX), matrices[graph])
     return certificates
+
+
+def _write_native(path: Path, matrices: Mapping[str, Tensor]) -> None:
+    file = ort.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(matrix.numpy()) for name, matrix in matrices.items()})
+    file.export_adapter(str(path))
 
 
 def _place(layout: SwappableLayout, name: str, features: int) -> AdapterInput:

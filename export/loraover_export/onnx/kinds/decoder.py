@@ -19,6 +19,7 @@ from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan, GraphRun
 from loraover_export.onnx.padding import accept_left_padding
 from loraover_export.onnx.session import GraphSession, has_provider
 from loraover_export.onnx.swappable import adapter_file, open_inputs, write_marker_adapter
+from loraover_export.onnx.web import lora_feed
 
 
 class Decoder(GraphKind):
@@ -101,6 +102,8 @@ class Decoder(GraphKind):
         return run
 
     def generate(self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None) -> Tensor:
+        if lora_feed(folder / self.graphs[0], None):
+            return self._generate_by_steps(folder, prompt, tokens, device, adapter)
         config = og.Config(str(folder))
         if not has_provider(device):
             config.clear_providers()
@@ -116,6 +119,19 @@ class Decoder(GraphKind):
         while not generator.is_done():
             generator.generate_next_token()
         return torch.tensor(generator.get_sequence(0)[prompt.shape[1] :], dtype=torch.int64)
+
+    def _generate_by_steps(
+        self, folder: Path, prompt: Tensor, tokens: int, device: str, adapter: Path | None
+    ) -> Tensor:
+        """Decode without onnxruntime-genai, which cannot fill LoRA inputs that have no default."""
+        ends = torch.tensor(json.loads((folder / genai.CONFIG_FILE).read_text())["model"]["eos_token_id"])
+        run, ids = self.runner(folder, device, adapter), prompt
+        for _ in range(tokens):
+            token = run(Case(ids, past=ids.shape[1] - 1))[:, -1:].argmax(-1)
+            if torch.isin(token, ends):
+                break
+            ids = torch.cat([ids, token], dim=1)
+        return ids[0, prompt.shape[1] :]
 
     def generate_reference(self, model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor] | None:
         return greedy(model, prompt, tokens)
