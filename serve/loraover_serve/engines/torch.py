@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
@@ -31,6 +34,21 @@ class TorchEngine(Engine):
     def __init__(self, switches: Mapping[str, Switch]) -> None:
         self.arms = tuple(switches)
         self._switches = dict(switches)
+
+    @torch.inference_mode()
+    def logits(
+        self, arm: str, sequences: Iterable[Sequence[int]], *, nudge: float = 0.0
+    ) -> Iterator[NDArray[np.float32]]:
+        """Yield an arm's logits after each token of each sequence, of shape (tokens, vocabulary).
+
+        Args:
+            arm: name of the arm.
+            sequences: token ids.
+            nudge: relative change, drawn at random, of each element of the tokens' embeddings.
+        """
+        with engine_errors(self.name), self._switches[arm]() as model, _nudged(model, nudge):
+            for tokens in sequences:
+                yield model_logits(model, tokens)
 
     @torch.inference_mode()
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
@@ -79,8 +97,33 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
     return TorchEngine(switches)
 
 
+def model_logits(model: Any, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """Return a model's logits after each of the tokens, of shape (tokens, vocabulary)."""
+    ids = torch.tensor([list(tokens)], device=model.device)
+    logits: NDArray[np.float32] = model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
+    return logits
+
+
+@contextmanager
+def _nudged(model: Any, size: float) -> Iterator[None]:
+    """Change the embeddings of tokens by a random share of each element, the same at every call."""
+    if size == 0.0:
+        yield
+        return
+
+    def change(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        draws = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        return output * (1 + size * draws.to(output))
+
+    handle = model.get_input_embeddings().register_forward_hook(change)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _answer(model: Any, arm: str, block: int, index: int, request: Request) -> Sample:
-    ids = torch.tensor([request.prompt])
+    ids = torch.tensor([request.prompt], device=model.device)
     cache: dict[str, Any] = {}
     chosen: list[int] = []
     times: list[float] = []
@@ -93,5 +136,5 @@ def _answer(model: Any, arm: str, block: int, index: int, request: Request) -> S
         chosen.append(int(scores.argmax()))
         times.append(time.perf_counter())
         logprobs.append(float(scores[chosen[-1]] - scores.logsumexp(-1)))
-        ids = torch.tensor([[chosen[-1]]])
+        ids = torch.tensor([[chosen[-1]]], device=model.device)
     return Sample(arm, block, index, start, tuple(times), tuple(chosen), tuple(logprobs))
