@@ -73,6 +73,17 @@ class OnnxEngine(Engine):
             generator.append_tokens(np.array(tokens, dtype=np.int64))
             return np.array(generator.get_output("logits")[0], dtype=np.float32)
 
+    def greedy(self, arm: str, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
+        """Return an arm's greedy answer, of exactly so many tokens, among which any token of the vocabulary may be."""
+        with engine_errors(self.name):
+            generator = self._generator(arm, len(prompt) + tokens)
+            appended, found = list(prompt), []
+            for _ in range(tokens):
+                generator.append_tokens(np.array(appended, dtype=np.int64))
+                appended = [int(np.argmax(generator.get_logits()[0, -1]))]
+                found += appended
+            return tuple(found)
+
     def _generator(self, arm: str, length: int) -> Any:
         parameters = og.GeneratorParams(self._models[arm])
         parameters.set_search_options(min_length=length, max_length=length, do_sample=False, repetition_penalty=1.0)

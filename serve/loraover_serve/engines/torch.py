@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
@@ -20,6 +19,7 @@ from loraover_serve.engines.sample import Request, Sample
 
 Switch = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields the model to run."""
+Within = Callable[[Any], AbstractContextManager[Any]]
 
 
 class TorchEngine(Engine):
@@ -37,16 +37,16 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def logits(
-        self, arm: str, sequences: Iterable[Sequence[int]], *, nudge: float = 0.0
+        self, arm: str, sequences: Iterable[Sequence[int]], *, within: Within = nullcontext
     ) -> Iterator[NDArray[np.float32]]:
         """Yield an arm's logits after each token of each sequence, of shape (tokens, vocabulary).
 
         Args:
             arm: name of the arm.
             sequences: token ids.
-            nudge: relative change, drawn at random, of each element of the tokens' embeddings.
+            within: context manager that changes how the model computes; it is called with the model.
         """
-        with engine_errors(self.name), self._switches[arm]() as model, _nudged(model, nudge):
+        with engine_errors(self.name), self._switches[arm]() as model, within(model):
             for tokens in sequences:
                 yield model_logits(model, tokens)
 
@@ -102,24 +102,6 @@ def model_logits(model: Any, tokens: Sequence[int]) -> NDArray[np.float32]:
     ids = torch.tensor([list(tokens)], device=model.device)
     logits: NDArray[np.float32] = model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
     return logits
-
-
-@contextmanager
-def _nudged(model: Any, size: float) -> Iterator[None]:
-    """Change the embeddings of tokens by a random share of each element, the same at every call."""
-    if size == 0.0:
-        yield
-        return
-
-    def change(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        draws = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-        return output * (1 + size * draws.to(output))
-
-    handle = model.get_input_embeddings().register_forward_hook(change)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _answer(model: Any, arm: str, block: int, index: int, request: Request) -> Sample:

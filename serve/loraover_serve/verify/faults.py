@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import AdapterConfig
-from loraover_serve.verify.variants import FORMATS, Deltas, LowRank
+from loraover_serve.verify.rounding import FORMATS
+from loraover_serve.verify.variants import Deltas, LowRank
 
 NOT_APPLIED = "served as base"
 SCALED = "wrong scaling"

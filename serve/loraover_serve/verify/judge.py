@@ -5,7 +5,7 @@ error is s. The adapter's distance may be
 
     allowed = sensitivity * n * (1 + SURE * sqrt(2) * s) + FLOOR,
 
-since it is an estimate with the same relative error, of noise that the adapted model amplifies by `sensitivity` more.
+since it is an estimate with the same relative error, and rounding moves the adapted model by `sensitivity` more.
 A larger distance *differs*. A smaller one is *as trained* if the adapter moves logprobs by more than APPLIED times
 that, so that an adapter at two thirds of its strength would be seen, and *inconclusive* otherwise.
 """
@@ -25,7 +25,8 @@ from loraover_serve.verify.answers import Expected, Rows
 from loraover_serve.verify.faults import FAULTS, IN_BASE, OTHER_BASE, Candidate, Subject, rescaled
 from loraover_serve.verify.reference import Reference
 from loraover_serve.verify.report import Distance, EngineResult, Greedy, Suspect
-from loraover_serve.verify.variants import FORMATS, Variants
+from loraover_serve.verify.rounding import FORMATS
+from loraover_serve.verify.variants import Variants
 
 FLOOR = 1e-4  # nats by which float32's rounding alone may set apart two computations
 EXACT = 10 * FLOOR  # noise below which the engine computes in float32
@@ -133,7 +134,7 @@ class Court:
             return Suspect(fault=candidate.fault, detail=candidate.detail, rms=rms, explains=rms <= limit)
 
         suspects = [suspect(candidate) for fault in FAULTS for candidate in fault(self.subject)]
-        if not any(each.explains for each in suspects):
+        if all(each.rms > allowed for each in suspects):
             suspects += _fitted(lambda factor: suspect(rescaled(self.subject, factor)))
         return sorted(suspects, key=lambda each: each.rms)
 

@@ -16,10 +16,9 @@ from loraover.checkpoint.unfolded_model import unfolded
 from loraover.models.load import ModelSource, load_model
 from loraover.reporting.reporter import Reporter
 from loraover_serve.engines.sample import Request
-from loraover_serve.engines.torch import TorchEngine, torch_engine
+from loraover_serve.engines.torch import TorchEngine, Within, torch_engine
 from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Question, Row, window_rows
-
-NUDGE = 2.0**-9  # relative, the rounding of bfloat16
+from loraover_serve.verify.rounding import FORMATS, rounding
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Reference:
         questions: tokens after which next tokens are compared.
         base: logprobs of the base model.
         adapter: logprobs of the adapted model.
-        sensitivity: ratio by which the adapted model's logprobs move more than the base model's, at least 1, when the
-            embeddings of all tokens are changed at random by the rounding of bfloat16.
+        sensitivity: ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's,
+            at least 1.
     """
 
     name: str
@@ -76,7 +75,8 @@ def make_reference(
     answers = engine.run(ADAPTER, 0, 0, [Request(prompt, new_tokens) for prompt in prompts])
     questions = tuple(Question(p, answer.token_ids) for p, answer in zip(prompts, answers, strict=True))
     plain = {arm: _rows(engine, arm, questions) for arm in (BASE, ADAPTER)}
-    moved = {arm: _rms(plain[arm], _rows(engine, arm, questions, nudge=NUDGE)) for arm in (BASE, ADAPTER)}
+    coarse = partial(rounding, format_=FORMATS["bf16"])
+    moved = {arm: _rms(plain[arm], _rows(engine, arm, questions, within=coarse)) for arm in (BASE, ADAPTER)}
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
     return Reference(name, questions, Expected(plain[BASE]), Expected(plain[ADAPTER]), sensitivity)
 
@@ -86,8 +86,8 @@ def _unfolded_engine(source: Checkpoint, load: Callable[[], Any]) -> TorchEngine
     return TorchEngine({BASE: lambda: nullcontext(model), ADAPTER: lambda: unfolded(model, source)})
 
 
-def _rows(engine: TorchEngine, arm: str, questions: Sequence[Question], nudge: float = 0.0) -> list[Row]:
-    found = engine.logits(arm, (question.tokens for question in questions), nudge=nudge)
+def _rows(engine: TorchEngine, arm: str, questions: Sequence[Question], within: Within = nullcontext) -> list[Row]:
+    found = engine.logits(arm, (question.tokens for question in questions), within=within)
     return [row for index, logits in enumerate(found) for row in window_rows(index, questions[index], logits)]
 
 

@@ -81,7 +81,8 @@ class VerifyReport(Model):
     base_model: str = Field(description="name or folder of the base model")
     reference: str = Field(description="the model in PyTorch that answers as trained")
     sensitivity: float = Field(
-        description="ratio by which the adapted model amplifies a small change of its input more than the base model"
+        description="ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's, "
+        "at least 1"
     )
     prompts: int = Field(description="number of prompts")
     prompt_source: str = Field(description="origin of the prompts, in words")

@@ -13,10 +13,11 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.atomic_output import check_writable, publish_directory
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.models.device import choose_device
-from loraover.models.load import ModelSource, is_encoder_decoder, load_config
+from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_skeleton
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.check_outputs import find_prompts
 from loraover_export.numerics.delta import other_tensors
@@ -176,12 +177,16 @@ def make_subject(source: Checkpoint | AdapterDir, base: ModelSource) -> Subject:
 
     Raises:
         ExportError: a LoRA with a bias.
+        CheckpointError: an adapter of another base model.
     """
     layout, text = adapter_of(source), load_config(base).get_text_config()
+    deltas, skeleton = read_lora(source), load_skeleton(base)
+    for module, delta in deltas.items():  # PEFT leaves out what fits nowhere, with a warning only
+        target_module(skeleton, module, delta.a.shape[1], delta.b.shape[0], layout)
     queries = getattr(text, "num_attention_heads", None)  # GPT-2 and others have no heads for keys of their own
     keys = getattr(text, "num_key_value_heads", None) or queries
     heads = {} if queries is None else {"q_proj": queries, "k_proj": keys}
-    return Subject(layout.config, read_lora(source), heads, bool(other_tensors(layout)))
+    return Subject(layout.config, deltas, heads, bool(other_tensors(layout)))
 
 
 def _verify_all(request: VerifyRequest, setting: Setting, court: Court) -> list[EngineResult]:

@@ -23,7 +23,7 @@ def show_report(report: VerifyReport, console: Console) -> None:
     table = Table(
         box=SIMPLE,
         padding=(0, 1, 0, 0),
-        title=f"Distance from {report.reference} in nats (RMS of logprobs), {report.prompts} prompts",
+        title=f"RMS distance of logprobs from {report.reference}, in nats",
     )
     for column in ("engine", "verdict", "noise", "adapter", "allowed", "effect", "same text"):
         table.add_column(column, no_wrap=True)

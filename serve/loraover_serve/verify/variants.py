@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +19,7 @@ from loraover.models.load import ModelSource, load_model
 from loraover_export.numerics.delta import read_deltas
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.verify.answers import Expected, Question, window_rows
-
-Round = Callable[[Tensor], Tensor]
+from loraover_serve.verify.rounding import Format, rounding
 
 
 @dataclass(frozen=True)
@@ -45,45 +44,6 @@ class LowRank:
 
 
 Deltas = Mapping[str, LowRank]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A coarser number format.
-
-    Args:
-        weights: rounding of a weight matrix.
-        outputs: rounding of each layer's outputs; None if only weights are rounded.
-    """
-
-    weights: Round
-    outputs: Round | None = None
-
-
-def _cast(dtype: torch.dtype) -> Round:
-    return lambda x: x.to(dtype).to(x.dtype)
-
-
-def _levels(largest: int, block: int | None) -> Round:
-    """Rounding to whole multiples of a scale, one for each row, or for each block of so many elements of a row."""
-
-    def round_(x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        size = block or width
-        blocks = nn.functional.pad(x, (0, -width % size)).reshape(*x.shape[:-1], -1, size)
-        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / largest
-        return ((blocks / scale).round() * scale).flatten(-2)[..., :width].contiguous()
-
-    return round_
-
-
-FORMATS = {
-    "fp16": Format(_cast(torch.float16), _cast(torch.float16)),
-    "bf16": Format(_cast(torch.bfloat16), _cast(torch.bfloat16)),
-    "int8": Format(_levels(127, None)),
-    "int4": Format(_levels(7, 32)),
-}
-"""Number formats from fine to coarse: the floating-point ones round weights and layers' outputs, the others weights."""
 
 
 def read_lora(source: Checkpoint | AdapterDir) -> dict[str, LowRank]:
@@ -133,7 +93,7 @@ class Variants:
 
     def rounded(self, format_: Format) -> Expected:
         """Logprobs of the base model in a coarser number format."""
-        with _rounding(self.model, format_):
+        with rounding(self.model, format_):
             return self._run()
 
     @contextmanager
@@ -181,29 +141,3 @@ def _adder(delta: LowRank) -> Any:
         return output + (args[0] @ a.mT) @ b.mT
 
     return hook
-
-
-@contextmanager
-def _rounding(model: nn.Module, format_: Format) -> Iterator[None]:
-    """Round each layer's weights while the layer runs, so that one rounded layer at a time is in memory."""
-    handles = []
-    exact: dict[nn.Module, nn.Parameter] = {}
-
-    def before(module: Any, args: tuple[Any, ...]) -> None:
-        exact[module] = module.weight
-        module.weight = nn.Parameter(format_.weights(module.weight), requires_grad=False)
-
-    def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        module.weight = exact.pop(module)
-        return output if format_.outputs is None else format_.outputs(output)
-
-    try:
-        for module in model.modules():
-            if isinstance(getattr(module, "weight", None), nn.Parameter):
-                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, weight in exact.items():
-            module.register_parameter("weight", weight)

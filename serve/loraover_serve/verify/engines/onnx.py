@@ -11,7 +11,6 @@ from loraover.common.errors import EngineError
 from loraover.reporting.reporter import SILENT
 from loraover_export.numerics.delta import other_tensors
 from loraover_serve.engines.installed import ONNX_GENAI, installed_version
-from loraover_serve.engines.sample import Request
 from loraover_serve.parity.measure.arms import make_idle
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines.base import LogitEngine, Setting, VerifyEngine
@@ -55,8 +54,7 @@ class Onnx(LogitEngine):
         return self._running.logits(arm, tokens)
 
     def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-        answers = self._running.run(arm, 0, 0, [Request(tuple(prompt), tokens) for prompt in prompts])
-        return [answer.token_ids for answer in answers]
+        return [self._running.greedy(arm, prompt, tokens) for prompt in prompts]
 
 
 def _fits_swappable(setting: Setting) -> bool:
