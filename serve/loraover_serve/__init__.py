@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loraover_serve.parity.report.parity_report import ParityReport, UnwrittenReportError
     from loraover_serve.parity.run import measure_parity
     from loraover_serve.parity.samples import Measurement
-    from loraover_serve.verify.report import EngineResult, Greedy, Suspect, VerifyReport
+    from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect, VerifyReport
     from loraover_serve.verify.run import verify_adapter
     from loraover_serve.vllm.client import Completion, Streamed
     from loraover_serve.vllm.serve import serve_adapters
@@ -28,6 +28,7 @@ _HOMES = {
     "EngineResult": "verify.report",
     "Greedy": "verify.report",
     "Latency": "parity.judge.analysis",
+    "LogprobDistance": "verify.report",
     "Measurement": "parity.samples",
     "Outputs": "parity.judge.outputs",
     "ParityReport": "parity.report.parity_report",
@@ -53,6 +54,7 @@ __all__ = [
     "EngineResult",
     "Greedy",
     "Latency",
+    "LogprobDistance",
     "Measurement",
     "Outputs",
     "ParityReport",

@@ -12,7 +12,7 @@ from loraover.common.errors import EngineError
 from loraover_serve.verify.answers import Expected, Row
 from loraover_serve.verify.faults import IN_BASE, NOT_APPLIED, OTHER_BASE
 from loraover_serve.verify.judge import FLOOR, Answers, allowed_distance, distance
-from loraover_serve.verify.report import Distance
+from loraover_serve.verify.report import LogprobDistance
 from loraover_serve.verify.rounding import FORMATS
 from loraover_serve.verify.run import verify_engine
 
@@ -27,14 +27,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(base, save_adapter(folder / "adapter", base))
 
 
-def as_pytorch(case: Case, noise: float = 0.0) -> Answers:
-    """PyTorch's own answers, off by random numbers of this standard deviation."""
-    draw = np.random.default_rng(0)
+def as_pytorch(case: Case) -> Answers:
+    """PyTorch's own answers."""
     reference = case.court.reference
 
     def rows(expected: Expected) -> list[Row]:
         places = [(i, position) for i, question in enumerate(reference.questions) for position in question.window]
-        return [Row(*place, expected.at(*place) + draw.normal(0, noise, expected.vocabulary)) for place in places]
+        return [Row(*place, expected.at(*place)) for place in places]
 
     greedy = [question.continuation for question in reference.questions]
     return Answers(rows(reference.base), rows(reference.adapter), greedy)
@@ -99,11 +98,11 @@ def test_a_fault_is_named_through_noise(case: Case, tmp_path: Path) -> None:
     assert (found.verdict, found.suspects[0].detail[:21]) == ("differs", "use_rslora is ignored")
 
 
-def test_an_adapter_below_the_noise_is_inconclusive(case: Case) -> None:
-    reference = case.court.reference
-    effect = distance(as_pytorch(case).adapter, reference.base).rms
-    court = replace(case.court, variants=_Coarse())  # type: ignore[arg-type]
-    found = court.judge("an engine", None, as_pytorch(case, effect / 2), 1.0)
+def test_an_adapter_below_the_noise_is_inconclusive(case: Case, tmp_path: Path) -> None:
+    weak = Planted("", "", {}, lambda tensors: {k: 0.03 * t if "lora_B" in k else t for k, t in tensors.items()})
+    mine = make_case(case.base, plant(weak, case.adapter, tmp_path / "weak"))
+    coarse = mine.setting(tmp_path, base=save_base(tmp_path / "coarse", change=FORMATS["int4"].weights))
+    found = verify_engine("torch", coarse, mine.court)
     assert found.verdict == "inconclusive"
     assert "a wrong adapter would pass as well" in found.reason
 
@@ -141,35 +140,20 @@ def test_answers_that_are_not_finite_or_of_another_vocabulary_are_errors(case: C
 
 
 def test_the_allowed_distance_follows_the_noise() -> None:
-    noise = Distance(rms=0.1, error=0.01, largest=1.0, positions=64)
+    noise = LogprobDistance(rms=0.1, error=0.01, largest=1.0, positions=64)
     assert allowed_distance(noise, 1.5) == pytest.approx(1.5 * 0.1 * (1 + 5 * 2**0.5 * 0.1) + FLOOR)
-    assert allowed_distance(Distance(rms=0.0, error=0.0, largest=0.0, positions=64), 1.5) == FLOOR
+    assert allowed_distance(LogprobDistance(rms=0.0, error=0.0, largest=0.0, positions=64), 1.5) == FLOOR
 
 
 def test_noise_alone_rarely_differs(case: Case) -> None:
     """Of 40 engines that are right but noisy, none is judged to differ."""
     reference = case.court.reference
-    noises = np.random.default_rng(1)
+    draw, ids = np.random.default_rng(1), np.arange(20)
+    places = [(i, position) for i, question in enumerate(reference.questions) for position in question.answered]
     for _ in range(40):
         draws = [
-            [
-                Row(i, p, expected.at(i, p)[:20] + noises.normal(0, 0.02, 20), np.arange(20))
-                for i, q in enumerate(reference.questions)
-                for p in q.answered
-            ]
-            for expected in (reference.base, reference.adapter)
+            [Row(*p, (each.at(*p)[ids] + draw.normal(0, 0.02, 20)).astype(np.float32), ids) for p in places]
+            for each in (reference.base, reference.adapter)
         ]
         noise, found = distance(draws[0], reference.base), distance(draws[1], reference.adapter)
         assert found.rms <= allowed_distance(noise, 1.0)
-
-
-class _Coarse:
-    """Variants of a base model that any rounding moves by much."""
-
-    def rounded(self, format_: object) -> Expected:
-        return _Everything([])
-
-
-class _Everything(Expected):
-    def like(self, row: Row) -> np.ndarray:  # type: ignore[type-arg]
-        return np.full(len(row.logprobs), 1e3)

@@ -65,7 +65,16 @@ def test_the_worst_of_several_engines_counts(base: Path, adapter: Path, tmp_path
     wrong = plant(FAULTS["not loaded"], adapter, tmp_path / "wrong")
     served = Served(base, {str(base): None, "shop": wrong})
     with openai_server(served) as server:
-        words = ["--engine", "torch", "--endpoint", server.url, "--served-name", "shop", "-o", tmp_path / "out"]
+        words: list[str | Path] = [
+            "--engine",
+            "torch",
+            "--endpoint",
+            server.url,
+            "--served-name",
+            "shop",
+            "-o",
+            tmp_path / "out",
+        ]
         assert verify(adapter, *words) == 1
     shown = capsys.readouterr().out
     assert "torch: as trained" in shown
@@ -78,7 +87,7 @@ def test_the_worst_of_several_engines_counts(base: Path, adapter: Path, tmp_path
 def test_a_failure_is_kept_beside_the_others(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraover.evaluation.endpoint.PAUSES_S", ())
     with openai_server(lambda body: 500) as server:
-        address = {"endpoint": server.url, "served_name": "shop"}
+        address: dict[str, Any] = {"endpoint": server.url, "served_name": "shop"}
         report = verify_adapter(adapter, engines=["torch"], **address, **BRIEF)
         assert [result.verdict for result in report.engines] == ["as trained", "failed"]
         assert report.exit_code == 2

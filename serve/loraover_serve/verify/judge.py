@@ -24,7 +24,7 @@ from loraover_serve.parity.judge.outputs import APPLIED, SURE
 from loraover_serve.verify.answers import Expected, Rows
 from loraover_serve.verify.faults import FAULTS, IN_BASE, OTHER_BASE, Candidate, Subject, rescaled
 from loraover_serve.verify.reference import Reference
-from loraover_serve.verify.report import Distance, EngineResult, Greedy, Suspect
+from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect
 from loraover_serve.verify.rounding import FORMATS
 from loraover_serve.verify.variants import Variants
 
@@ -116,7 +116,7 @@ class Court:
         fault = nearest.fault if nearest.explains else None
         return EngineResult(verdict="differs", reason=reason, fault=fault, suspects=suspects, **facts)
 
-    def _number_format(self, rows: Rows, noise: Distance) -> str | None:
+    def _number_format(self, rows: Rows, noise: LogprobDistance) -> str | None:
         """The finest number format whose rounding moves the base model about as far; None if none does."""
         if noise.rms <= EXACT:
             return "fp32"
@@ -125,7 +125,7 @@ class Court:
                 return name
         return None
 
-    def _suspects(self, rows: Rows, found: Distance, allowed: float) -> list[Suspect]:
+    def _suspects(self, rows: Rows, found: LogprobDistance, allowed: float) -> list[Suspect]:
         limit = max(allowed, EXPLAINED * found.rms)
 
         def suspect(candidate: Candidate) -> Suspect:
@@ -139,8 +139,8 @@ class Court:
         return sorted(suspects, key=lambda each: each.rms)
 
 
-def distance(rows: Rows, expected: Expected) -> Distance:
-    """Distance of logprobs from PyTorch's, with the standard error over positions.
+def distance(rows: Rows, expected: Expected) -> LogprobDistance:
+    """LogprobDistance of logprobs from PyTorch's, with the standard error over positions.
 
     Args:
         rows: an engine's logprobs.
@@ -154,7 +154,7 @@ def distance(rows: Rows, expected: Expected) -> Distance:
     rms = math.sqrt(np.mean(squares))
     # the root divides the standard error of the mean square by 2 rms
     error = float(np.std(squares)) / math.sqrt(len(squares)) / (2 * rms) if rms else 0.0
-    return Distance(rms=rms, error=error, largest=largest, positions=len(squares))
+    return LogprobDistance(rms=rms, error=error, largest=largest, positions=len(squares))
 
 
 def between(rows: Rows, one: Expected, other: Expected) -> float:
@@ -163,7 +163,7 @@ def between(rows: Rows, one: Expected, other: Expected) -> float:
     return math.sqrt(np.mean(squares))
 
 
-def allowed_distance(noise: Distance, sensitivity: float) -> float:
+def allowed_distance(noise: LogprobDistance, sensitivity: float) -> float:
     """Largest distance of the adapter, in nats, that the noise explains; see the head of this module."""
     relative = noise.error / noise.rms if noise.rms else 0.0
     return sensitivity * noise.rms * (1 + SURE * math.sqrt(2) * relative) + FLOOR
@@ -198,7 +198,12 @@ def _greedy(found: Sequence[tuple[int, ...]], reference: Reference, allowed: flo
 
 
 def _within(
-    found: Distance, noise: Distance, effect: float, allowed: float, greedy: Greedy | None, number_format: str
+    found: LogprobDistance,
+    noise: LogprobDistance,
+    effect: float,
+    allowed: float,
+    greedy: Greedy | None,
+    number_format: str,
 ) -> dict[str, Any]:
     """Verdict and reason if the adapter's logprobs are within noise."""
     if greedy is not None and greedy.gap > greedy.allowed:
@@ -228,7 +233,7 @@ def _named(suspects: Sequence[Suspect], allowed: float) -> str:
     return text + (f"; within noise it could also be: {'; '.join(others)}" if others else "")
 
 
-def _unexplained(nearest: Suspect, found: Distance, allowed: float) -> str:
+def _unexplained(nearest: Suspect, found: LogprobDistance, allowed: float) -> str:
     return (
         f"off by {found.rms:.2g} nats, where noise explains {allowed:.2g}, and no known fault explains it; the nearest "
         f"is {nearest.fault} ({nearest.detail}), {nearest.rms:.2g} nats from the engine's answers"

@@ -18,8 +18,8 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Distance(Model):
-    """Distance of an engine's logprobs from a model's in PyTorch."""
+class LogprobDistance(Model):
+    """LogprobDistance of an engine's logprobs from a model's in PyTorch."""
 
     rms: float = Field(description="RMS difference of logprobs, in nats")
     error: float = Field(description="standard error of rms, in nats")
@@ -57,13 +57,15 @@ class EngineResult(Model):
     compared: Literal["all tokens", "top tokens"] | None = Field(
         default=None, description="tokens whose logprobs were compared at each position; None after a failure"
     )
-    base: Distance | None = Field(
+    base: LogprobDistance | None = Field(
         default=None, description="distance of the engine's base model from PyTorch's: the engine's noise"
     )
     number_format: str | None = Field(
         default=None, description="number format whose rounding moves PyTorch's base model about as far"
     )
-    adapter: Distance | None = Field(default=None, description="distance of the adapter's answers from PyTorch's")
+    adapter: LogprobDistance | None = Field(
+        default=None, description="distance of the adapter's answers from PyTorch's"
+    )
     effect: float | None = Field(default=None, description="RMS change of logprobs by the adapter, in nats")
     allowed: float | None = Field(default=None, description="largest distance that the noise explains, in nats")
     greedy: Greedy | None = Field(default=None, description="greedy answers; None if the engine hides its token ids")
