@@ -13,7 +13,7 @@ that, so that an adapter at two thirds of its strength would be seen, and *incon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ FLOOR = 1e-4  # nats by which float32's rounding alone may set apart two computa
 EXACT = 10 * FLOOR  # noise below which the engine computes in float32
 COARSER = 2  # times the distance of a number format, up to which noise is that format's
 EXPLAINED = 0.1  # share of the adapter's distance that may remain if a fault explains it
-FACTORS = (1 / 16, 1 / 4, 1 / 2, 2.0, 4.0, 16.0)
+FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are run on all prompts
+FACTORS = (2.0, 4.0, 8.0, 16.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
 
 
@@ -126,21 +127,33 @@ class Court:
         return None
 
     def _suspects(self, rows: Rows, found: LogprobDistance, allowed: float) -> list[Suspect]:
-        limit = max(allowed, EXPLAINED * found.rms)
+        """The nearest faults on all prompts, and then the others on the first ones, where they are further."""
+        few = [row for row in rows if row.question < FEW]
 
-        def suspect(candidate: Candidate) -> Suspect:
-            expected = self.variants.adapted(candidate.deltas, with_others=candidate.with_others)
-            rms = distance(rows, expected).rms
-            return Suspect(fault=candidate.fault, detail=candidate.detail, rms=rms, explains=rms <= limit)
+        def rms(candidate: Candidate, rows: Rows, prompts: int | None) -> float:
+            expected = self.variants.adapted(candidate.deltas, with_others=candidate.with_others, prompts=prompts)
+            return distance(rows, expected).rms
 
-        suspects = [suspect(candidate) for fault in FAULTS for candidate in fault(self.subject)]
+        def screened(candidate: Candidate) -> tuple[float, Candidate]:
+            return rms(candidate, few, FEW), candidate
+
+        def nearest(candidates: Sequence[tuple[float, Candidate]]) -> list[Suspect]:
+            return [_suspect(each, rms(each, rows, None), found, allowed) for _, each in candidates]
+
+        candidates = sorted(map(screened, self._candidates()), key=lambda pair: pair[0])
+        suspects = nearest(candidates[:NEAREST])
         if all(each.rms > allowed for each in suspects):
-            suspects += _fitted(lambda factor: suspect(rescaled(self.subject, factor)))
-        return sorted(suspects, key=lambda each: each.rms)
+            unscaled = distance(few, self.reference.adapter).rms
+            suspects += nearest([_fitted(lambda factor: screened(rescaled(self.subject, factor)), unscaled)])
+        suspects.sort(key=lambda each: each.rms)
+        return suspects + [_suspect(each, far, found, allowed) for far, each in candidates[NEAREST:]]
+
+    def _candidates(self) -> list[Candidate]:
+        return [candidate for fault in FAULTS for candidate in fault(self.subject)]
 
 
 def distance(rows: Rows, expected: Expected) -> LogprobDistance:
-    """LogprobDistance of logprobs from PyTorch's, with the standard error over positions.
+    """Distance of logprobs from PyTorch's, with the standard error over positions.
 
     Args:
         rows: an engine's logprobs.
@@ -240,16 +253,32 @@ def _unexplained(nearest: Suspect, found: LogprobDistance, allowed: float) -> st
     )
 
 
-def _fitted(suspect: Callable[[float], Suspect]) -> Iterator[Suspect]:
-    """The factor on every delta_W that explains the answers best: the best of a grid, then a golden-section search."""
-    grid = [(factor, suspect(factor)) for factor in FACTORS]
-    yield from (each for _, each in grid)
-    best = min(grid, key=lambda pair: pair[1].rms)[0]
-    low, high = math.log(best / 2), math.log(best * 2)
+def _suspect(candidate: Candidate, rms: float, found: LogprobDistance, allowed: float) -> Suspect:
+    explains = rms <= max(allowed, EXPLAINED * found.rms)
+    return Suspect(fault=candidate.fault, detail=candidate.detail, rms=rms, explains=explains)
+
+
+def _fitted(screened: Callable[[float], tuple[float, Candidate]], unscaled: float) -> tuple[float, Candidate]:
+    """The factor on every delta_W that explains the answers best: the best of a grid, then a golden-section search.
+
+    Args:
+        screened: distance with a factor, and the adapter with it.
+        unscaled: distance with the factor 1.
+    """
+    grid = {factor: screened(factor)[0] for factor in FACTORS} | {1.0: unscaled}
+    best, step = math.log(min(grid, key=lambda factor: grid[factor])), math.log(FACTORS[0])
+    low, high = best - step, best + step
+    left, right = (screened(math.exp(side)) for side in _inner(low, high))
     for _ in range(REFINEMENTS):
-        left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-        if suspect(math.exp(left)).rms < suspect(math.exp(right)).rms:
-            high = right
+        if left[0] < right[0]:
+            high, right = _inner(low, high)[1], left
+            left = screened(math.exp(_inner(low, high)[0]))
         else:
-            low = left
-    yield suspect(math.exp((low + high) / 2))
+            low, left = _inner(low, high)[0], right
+            right = screened(math.exp(_inner(low, high)[1]))
+    return min(left, right, key=lambda pair: pair[0])
+
+
+def _inner(low: float, high: float) -> tuple[float, float]:
+    """The two inner points of an interval in the golden ratio."""
+    return high - GOLDEN * (high - low), low + GOLDEN * (high - low)

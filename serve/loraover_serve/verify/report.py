@@ -42,7 +42,10 @@ class Suspect(Model):
 
     fault: str = Field(description="name of the fault")
     detail: str = Field(description="the fault in words")
-    rms: float = Field(description="RMS difference between the engine's logprobs and the fault's, in nats")
+    rms: float = Field(
+        description="RMS difference between the engine's logprobs and the fault's, in nats: over all prompts for the "
+        "nearest faults, over the first three for the others"
+    )
     explains: bool = Field(description="whether the fault explains the engine's answers within noise")
 
 

@@ -81,15 +81,16 @@ class Variants:
         """The base model."""
         return load_model(self._base, device=self._device)
 
-    def adapted(self, deltas: Deltas, *, with_others: bool = True) -> Expected:
+    def adapted(self, deltas: Deltas, *, with_others: bool = True, prompts: int | None = None) -> Expected:
         """Logprobs of the base model with these deltas.
 
         Args:
             deltas: deltas by the paths of their modules.
             with_others: whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
+            prompts: number of prompts to run, the first ones; None means all.
         """
         with _adding(self.model, deltas, adapter_of(self._source)), self._others(with_others):
-            return self._run()
+            return self._run(prompts)
 
     def rounded(self, format_: Format) -> Expected:
         """Logprobs of the base model in a coarser number format."""
@@ -109,11 +110,11 @@ class Variants:
             put_parameters(self.model, saved)
 
     @torch.inference_mode()
-    def _run(self) -> Expected:
+    def _run(self, prompts: int | None = None) -> Expected:
         return Expected(
             [
                 row
-                for index, question in enumerate(self._questions)
+                for index, question in enumerate(self._questions[:prompts])
                 for row in window_rows(index, question, model_logits(self.model, question.tokens))
             ]
         )
