@@ -30,9 +30,8 @@ demo: $(VENV)/.installed
 	@echo "== 5/6 ONNX: a graph to swap adapters in, and one with the adapter merged, both run against the unfolded model"
 	$(BIN)/loraover-export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
 	$(BIN)/loraover-export onnx $(RUN)/lora-over/adapter --name lora-over -o $(RUN)/merged --mode merged
-	@echo "== 6/6 does the folded adapter cost what the plain one costs? (a short run: exit 3 says that it was too short)"
-	$(BIN)/loraover-serve parity --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
-		--engine onnx --engine torch --num-prompts 16 --prompt-tokens 16 --new-tokens 8 -o $(RUN)/parity || test $$? -eq 3
+	@echo "== 6/6 do ONNX Runtime and PEFT answer as the adapter was trained? (make demo-vllm: does it cost what plain LoRA costs?)"
+	$(BIN)/loraover-serve verify $(RUN)/lora-over/adapter --engine onnx --engine torch -o $(RUN)/verified
 	@echo "== done"
 	@echo "plain LoRA          $(RUN)/lora/adapter"
 	@echo "LoRA-Over           $(RUN)/lora-over/adapter   (checkpoint with cores)"
@@ -40,9 +39,9 @@ demo: $(VENV)/.installed
 	@echo "certificate         $(RUN)/folded/fold_certificate.json"
 	@echo "for vLLM            $(RUN)/vllm                (with its pre-flight and launch line)"
 	@echo "ONNX                $(RUN)/swappable, $(RUN)/merged   (with onnx_report.json)"
-	@echo "parity              $(RUN)/parity/parity.html"
+	@echo "verification        $(RUN)/verified/verify.html"
 
-# The last step again, on the real vLLM.
+# Does the folded adapter cost on the real vLLM what the plain one costs? (A short run: exit 3 says that it was too short.)
 demo-vllm: vllm $(RUN)/folded/adapter_config.json
 	rm -rf $(RUN)/parity-vllm
 	$(BIN)/loraover-export vllm $(RUN)/lora/adapter -o $(RUN)/vllm-vanilla --force

@@ -28,7 +28,9 @@ SLOW_FIRST = ("matrix", "engine", "statistical", "process")
 """Marks in the order in which their tests begin: what takes longest must not begin last."""
 
 TOGETHER = {
-    **dict.fromkeys(("test_parity_vllm.py", "test_vllm_served.py", "test_vllm_families.py"), "vLLM"),
+    **dict.fromkeys(
+        ("test_parity_vllm.py", "test_verify_vllm.py", "test_vllm_served.py", "test_vllm_families.py"), "vLLM"
+    ),
     **dict.fromkeys(("test_api.py", "test_up.py", "test_up_address.py", "test_up_preflight.py"), "port 8000"),
 }
 """Files that share a server or a port, and so a worker."""

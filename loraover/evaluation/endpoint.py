@@ -90,6 +90,42 @@ class Endpoint:
         body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
         return self._insist("/chat/completions", {"model": model, **body}, "message", "content")
 
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Send a request, again after a pause where that may help, and return the JSON of the answer.
+
+        Args:
+            path: Path below `/v1`, such as "/completions".
+            body: The request.
+
+        Raises:
+            EngineError: see `complete`.
+        """
+        for pause in PAUSES_S:
+            try:
+                return self._request(path, body)
+            except UnansweredError:
+                time.sleep(pause)
+        return self._request(path, body)
+
+    def models(self) -> list[str]:
+        """Names of the models that the server lists; none if it has no such list.
+
+        Raises:
+            EngineError: no answer, or a key that the server refuses.
+        """
+        try:
+            answer = self._client.get(f"{self.url}/models")
+        except httpx2.HTTPError as error:
+            raise EngineError(self.hidden(f"{self.url}/models: no answer: {error}")) from None
+        if answer.status_code in (401, 403):
+            raise EngineError(
+                self.hidden(f"{self.url}/models: the server answered {answer.status_code}: {answer.text:.300}")
+            )
+        try:
+            return [str(model["id"]) for model in answer.json()["data"]] if answer.is_success else []
+        except (ValueError, LookupError, TypeError):
+            return []
+
     def _insist(self, path: str, body: dict[str, Any], *keys: str) -> str:
         """Text under these keys of the first choice; the request is repeated after a pause where that may help."""
         for pause in PAUSES_S:

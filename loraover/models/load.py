@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraover.common.dtypes import DTYPES
+from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
+from loraover.models.device import choose_device
 from loraover.models.hub import HubUnreachableError, pinned_commit
 from loraover.models.stand_in import STAND_INS, StandIn, find_stand_in, make_stand_in
 
@@ -95,22 +96,30 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
 
 
 def load_model(
-    source: ModelSource, *, dtype: str = "fp32", task_type: str | None = "CAUSAL_LM", num_labels: int | None = None
+    source: ModelSource,
+    *,
+    dtype: str = "fp32",
+    task_type: str | None = "CAUSAL_LM",
+    num_labels: int | None = None,
+    device: str = "cpu",
 ) -> Any:
-    """Load a base model in eval mode, on the CPU.
+    """Load a base model in eval mode, straight to a device: no second copy of the weights is made on the CPU.
 
     Args:
         source: Place of the model.
-        dtype: Data type of the weights: fp32, bf16 or fp16.
+        dtype: Data type of the weights: fp32, bf16, fp16 or fp64.
         task_type: PEFT's name of the task: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None means CAUSAL_LM.
         num_labels: Number of a classifier's labels; None means the number in the model's configuration.
+        device: Device to load to: cpu, cuda, mps, auto, or one GPU such as cuda:1.
 
     Raises:
-        ConfigError: The files do not hold such a model.
+        ConfigError: The files do not hold such a model, or there is no such device.
     """
     import torch
     import transformers
     from safetensors import SafetensorError
+
+    place = choose_device(device)
 
     auto = {
         "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -125,10 +134,11 @@ def load_model(
         model = auto[kind].from_pretrained(
             source.location,
             revision=source.revision,
-            dtype=getattr(torch, DTYPES[dtype]),
+            dtype=getattr(torch, COMPUTE_DTYPES[dtype]),
             use_safetensors=True,
             trust_remote_code=False,
             **({} if num_labels is None else {"num_labels": num_labels}),
+            **({} if place.type == "cpu" else {"device_map": {"": place}}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error

@@ -1,4 +1,4 @@
-"""Serve adapters with vLLM, and measure whether a folded adapter is as fast as a plain LoRA."""
+"""Serve adapters with vLLM, verify that engines answer as they were trained, and measure how fast they are."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from loraover_serve.parity.report.parity_report import ParityReport, UnwrittenReportError
     from loraover_serve.parity.run import measure_parity
     from loraover_serve.parity.samples import Measurement
+    from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect, VerifyReport
+    from loraover_serve.verify.run import verify_adapter
     from loraover_serve.vllm.client import Completion, Streamed
     from loraover_serve.vllm.serve import serve_adapters
     from loraover_serve.vllm.server import VllmServer
@@ -23,7 +25,10 @@ _HOMES = {
     "Completion": "vllm.client",
     "CrossCheck": "parity.measure.cross_check",
     "Distance": "parity.judge.outputs",
+    "EngineResult": "verify.report",
+    "Greedy": "verify.report",
     "Latency": "parity.judge.analysis",
+    "LogprobDistance": "verify.report",
     "Measurement": "parity.samples",
     "Outputs": "parity.judge.outputs",
     "ParityReport": "parity.report.parity_report",
@@ -31,11 +36,14 @@ _HOMES = {
     "Result": "parity.judge.analysis",
     "Sample": "engines.sample",
     "Streamed": "vllm.client",
+    "Suspect": "verify.report",
     "Throughput": "parity.judge.analysis",
     "UnwrittenReportError": "parity.report.parity_report",
+    "VerifyReport": "verify.report",
     "VllmServer": "vllm.server",
     "measure_parity": "parity.run",
     "serve_adapters": "vllm.serve",
+    "verify_adapter": "verify.run",
 }
 
 __all__ = [
@@ -43,7 +51,10 @@ __all__ = [
     "Completion",
     "CrossCheck",
     "Distance",
+    "EngineResult",
+    "Greedy",
     "Latency",
+    "LogprobDistance",
     "Measurement",
     "Outputs",
     "ParityReport",
@@ -51,11 +62,14 @@ __all__ = [
     "Result",
     "Sample",
     "Streamed",
+    "Suspect",
     "Throughput",
     "UnwrittenReportError",
+    "VerifyReport",
     "VllmServer",
     "measure_parity",
     "serve_adapters",
+    "verify_adapter",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,10 +30,14 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def openai_server(reply: Reply) -> Iterator[Recorded]:
-    """Answers `/v1/completions` and `/v1/chat/completions` on loopback during a block."""
+def openai_server(reply: Reply, models: Sequence[str] = ()) -> Iterator[Recorded]:
+    """Answers `/v1/completions`, `/v1/chat/completions` and, with models to list, `/v1/models` during a block."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            listed = {"data": [{"id": name} for name in models]}
+            self._send(200 if models else 404, json.dumps(listed).encode())
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             recorded.bodies.append({"path": self.path, **body})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import ConfigError, DataError
-from loraover.models.load import ModelSource, load_model, load_tokenizer
+from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.certificate import Deviation, OutputCertificate
 from loraover_export.fold.deviation import RunningDeviation
@@ -81,7 +81,7 @@ def check_outputs(
     report.line(f"loading the base model from {source.origin}")
     base = load_model(source, dtype="fp32", task_type=_task_type(checkpoint))
     with unfolded(_sharing_weights(base), checkpoint) as reference:
-        prompts = choose_prompts(source, base, prompts_file)
+        prompts = find_prompts(source, prompts_file)
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
         adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS)
@@ -140,17 +140,16 @@ def _task_type(checkpoint: Checkpoint) -> str | None:
     return task if isinstance(task, str) else None
 
 
-def choose_prompts(source: ModelSource, base: Any, file: Path | None = None) -> Prompts:
-    """Tokenize the prompts of a file, or built-in ones; without a tokenizer, draw random tokens.
+def find_prompts(source: ModelSource, file: Path | None) -> Prompts:
+    """Return the prompts of a file or the built-in ones, as tokens; random tokens if the model has no tokenizer.
 
     Args:
-        source: place of the base model and its tokenizer.
-        base: the base model.
-        file: text file with one prompt a line; None means the built-in prompts.
+        source: the base model.
+        file: UTF-8 text file with one prompt a line; None means the built-in prompts.
 
     Raises:
-        ConfigError: a file, but no tokenizer.
         DataError: no usable prompt in the file.
+        ConfigError: a file, and a model without a tokenizer.
     """
     lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
     if file is not None:
@@ -172,7 +171,8 @@ def choose_prompts(source: ModelSource, base: Any, file: Path | None = None) -> 
         return Prompts(batches, f"{len(batches)} of {name}")
     if file is not None:
         raise DataError(f"{file}: holds no prompt; expected one a line.")
-    ids = torch.randint(base.config.vocab_size, (8, 32), generator=torch.Generator().manual_seed(0))
+    vocabulary = load_config(source).get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (8, 32), generator=torch.Generator().manual_seed(0))
     source_name = "8 random token sequences (the base model has no tokenizer)"
     return Prompts(tuple(ids[i : i + 1] for i in range(len(ids))), source_name)
 

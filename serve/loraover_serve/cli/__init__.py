@@ -9,13 +9,14 @@ from loraover.common.command_line import LazyGroup, entry_point
 COMMANDS = {
     "up": "loraover_serve.cli.up:up",
     "parity": "loraover_serve.cli.parity:parity",
+    "verify": "loraover_serve.cli.verify:verify",
 }
 
 
 @click.group(cls=LazyGroup, commands_at=COMMANDS, renamed={"engines": "loraover doctor"})
 @click.version_option(package_name="loraover")
 def cli() -> None:
-    """Serve adapters with vLLM, and measure whether a folded adapter is as fast as a plain LoRA."""
+    """Serve adapters with vLLM, verify that engines answer as they were trained, and measure how fast they are."""
 
 
 main = entry_point(cli)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
+from numpy.typing import NDArray
 
 from loraover_serve.engines.base import Engine, engine_errors
 from loraover_serve.engines.sample import Request, Sample
@@ -65,13 +66,34 @@ class OnnxEngine(Engine):
         with engine_errors(self.name):
             return [self._answer(arm, block, first + i, request) for i, request in enumerate(requests)]
 
-    def _answer(self, arm: str, block: int, index: int, request: Request) -> Sample:
-        length = len(request.prompt) + request.new_tokens
+    def logits(self, arm: str, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Return an arm's logits after each of the tokens, of shape (tokens, vocabulary)."""
+        with engine_errors(self.name):
+            generator = self._generator(arm, len(tokens) + 1)
+            generator.append_tokens(np.array(tokens, dtype=np.int64))
+            return np.array(generator.get_output("logits")[0], dtype=np.float32)
+
+    def greedy(self, arm: str, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
+        """Return an arm's greedy answer, of exactly so many tokens, among which any token of the vocabulary may be."""
+        with engine_errors(self.name):
+            generator = self._generator(arm, len(prompt) + tokens)
+            appended, found = list(prompt), []
+            for _ in range(tokens):
+                generator.append_tokens(np.array(appended, dtype=np.int64))
+                appended = [int(np.argmax(generator.get_logits()[0, -1]))]
+                found += appended
+            return tuple(found)
+
+    def _generator(self, arm: str, length: int) -> Any:
         parameters = og.GeneratorParams(self._models[arm])
         parameters.set_search_options(min_length=length, max_length=length, do_sample=False, repetition_penalty=1.0)
         generator = og.Generator(self._models[arm], parameters)
         if arm in self._adapters:
             generator.set_active_adapter(self._adapters[arm], arm)
+        return generator
+
+    def _answer(self, arm: str, block: int, index: int, request: Request) -> Sample:
+        generator = self._generator(arm, len(request.prompt) + request.new_tokens)
         prompt = np.array(request.prompt, dtype=np.int64)
         times: list[float] = []
         start = time.perf_counter()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
@@ -17,6 +19,7 @@ from loraover_serve.engines.sample import Request, Sample
 
 Switch = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields the model to run."""
+Within = Callable[[Any], AbstractContextManager[Any]]
 
 
 class TorchEngine(Engine):
@@ -31,6 +34,21 @@ class TorchEngine(Engine):
     def __init__(self, switches: Mapping[str, Switch]) -> None:
         self.arms = tuple(switches)
         self._switches = dict(switches)
+
+    @torch.inference_mode()
+    def logits(
+        self, arm: str, sequences: Iterable[Sequence[int]], *, within: Within = nullcontext
+    ) -> Iterator[NDArray[np.float32]]:
+        """Yield an arm's logits after each token of each sequence, of shape (tokens, vocabulary).
+
+        Args:
+            arm: name of the arm.
+            sequences: token ids.
+            within: context manager that changes how the model computes; it is called with the model.
+        """
+        with engine_errors(self.name), self._switches[arm]() as model, within(model):
+            for tokens in sequences:
+                yield model_logits(model, tokens)
 
     @torch.inference_mode()
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
@@ -79,8 +97,15 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
     return TorchEngine(switches)
 
 
+def model_logits(model: Any, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """Return a model's logits after each of the tokens, of shape (tokens, vocabulary)."""
+    ids = torch.tensor([list(tokens)], device=model.device)
+    logits: NDArray[np.float32] = model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
+    return logits
+
+
 def _answer(model: Any, arm: str, block: int, index: int, request: Request) -> Sample:
-    ids = torch.tensor([request.prompt])
+    ids = torch.tensor([request.prompt], device=model.device)
     cache: dict[str, Any] = {}
     chosen: list[int] = []
     times: list[float] = []
@@ -93,5 +118,5 @@ def _answer(model: Any, arm: str, block: int, index: int, request: Request) -> S
         chosen.append(int(scores.argmax()))
         times.append(time.perf_counter())
         logprobs.append(float(scores[chosen[-1]] - scores.logsumexp(-1)))
-        ids = torch.tensor([[chosen[-1]]])
+        ids = torch.tensor([[chosen[-1]]], device=model.device)
     return Sample(arm, block, index, start, tuple(times), tuple(chosen), tuple(logprobs))

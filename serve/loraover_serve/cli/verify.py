@@ -1,0 +1,128 @@
+"""The command `loraover-serve verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loraover.models.device import DEVICES
+from loraover_serve.cli.options import MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
+from loraover_serve.verify.engines import ENGINES
+
+
+@click.command(
+    cls=SplitAtDashes,
+    options_metavar="[OPTIONS]",
+    examples=[
+        "loraover-serve verify folded --engine onnx --engine torch -o verified",
+        "loraover-serve verify runs/a/adapter --engine vllm -- --dtype float32",
+        "loraover-serve verify shop --endpoint http://localhost:8000 --served-name shop",
+    ],
+)
+@click.argument("adapter", metavar="ADAPTER [-- ENGINE OPTIONS]", type=PATH)
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.Choice(list(ENGINES)),
+    show_default="onnx, unless there is an --endpoint",
+    help="Engine to start and verify; repeat the option for several.",
+)
+@click.option("--endpoint", help="Address of an OpenAI-compatible server that already serves the adapter.")
+@click.option("--served-name", help="Name by which the server at --endpoint serves the adapter.")
+@click.option(
+    "--base-name",
+    show_default="the base model's own name, or the only other name there",
+    help="Name by which the server at --endpoint serves the base model.",
+)
+@click.option("--endpoint-key-variable", help="Environment variable that holds the key of the server at --endpoint.")
+@MODEL
+@click.option("--prompts", type=PATH, show_default="eight built-in prompts", help="UTF-8 text file, one prompt a line.")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Number of tokens of PyTorch's greedy answers after which engines are compared.",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help=f"Device that PyTorch runs on: {', '.join(DEVICES)}, or one GPU such as cuda:1.",
+)
+@VLLM
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(1),
+    default=120,
+    show_default=True,
+    help="Seconds without output before giving up on a server.",
+)
+@START_TIMEOUT
+@click.option("-o", "--output", type=PATH, help="New folder for verify.json, verify.html and vLLM's log.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_obj
+def verify(
+    options: tuple[str, ...],
+    /,
+    adapter: Path,
+    engines: tuple[str, ...],
+    endpoint: str | None,
+    served_name: str | None,
+    base_name: str | None,
+    endpoint_key_variable: str | None,
+    model: str | None,
+    prompts: Path | None,
+    new_tokens: int,
+    device: str,
+    vllm: str,
+    timeout_s: float,
+    start_timeout_s: float,
+    output: Path | None,
+    as_json: bool,
+) -> int:
+    """Verify that engines answer as an adapter was trained, and name the likely fault if one does not.
+
+    ADAPTER is a LoRA-Over checkpoint or any PEFT LoRA of a causal language model. An engine gets it in the form that it
+    needs, and answers the same prompts as PyTorch. What it is off by on the base model is its noise.
+
+    Words after -- are passed to `vllm serve`, except options that this command sets itself.
+
+    Exit code 0: as trained; 1: an engine differs; 3: inconclusive, since the adapter moves the answers less than the
+    noise; 2: unusable request, or an engine that failed.
+    """
+    from rich.console import Console
+
+    from loraover.common.command_line import quiet_libraries
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_serve.verify.run import verify_adapter
+    from loraover_serve.verify.show import show_report
+
+    quiet_libraries()
+    report = verify_adapter(
+        adapter,
+        engines=engines,
+        endpoint=endpoint,
+        served_name=served_name,
+        base_name=base_name,
+        endpoint_key_variable=endpoint_key_variable,
+        model=model,
+        prompts=prompts,
+        new_tokens=new_tokens,
+        device=device,
+        vllm=vllm,
+        timeout_s=timeout_s,
+        start_timeout_s=start_timeout_s,
+        output=output,
+        options=options,
+        report=ConsoleReporter(),
+    )
+    show_report(report, Console(stderr=as_json))
+    if as_json:
+        print(report.model_dump_json(indent=1))
+    if output is not None:
+        click.echo(f"wrote {output}", err=as_json)
+    return report.exit_code

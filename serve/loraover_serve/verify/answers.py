@@ -1,0 +1,98 @@
+"""What is compared: logprobs of next tokens after the same tokens, as PyTorch and an engine give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BASE, ADAPTER = "base", "adapter"
+"""Names of the two arms: requests for the base model, and requests for the adapter."""
+
+WINDOW = 32
+"""Positions of a question that are compared at most, the last ones: logits of all would fill the memory."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens after which next tokens are compared.
+
+    Args:
+        prompt: token ids of the prompt.
+        continuation: first tokens of the adapted model's greedy answer in PyTorch.
+    """
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt with the continuation, without the last token, after which nothing is compared."""
+        return (*self.prompt, *self.continuation[:-1])
+
+    @property
+    def window(self) -> range:
+        """Positions of the tokens after which engines in this process are compared."""
+        return range(max(0, len(self.tokens) - WINDOW), len(self.tokens))
+
+    @property
+    def answered(self) -> range:
+        """Positions of the tokens after which the tokens of the continuation follow."""
+        return range(len(self.prompt) - 1, len(self.tokens))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Logprobs of the next token after one position of a question.
+
+    Args:
+        question: index of the question.
+        position: index of the last token that was read.
+        logprobs: logprobs in nats, of the entire vocabulary or of the tokens in `ids`.
+        ids: token ids; None means the entire vocabulary in order.
+    """
+
+    question: int
+    position: int
+    logprobs: NDArray[np.float32]
+    ids: NDArray[np.int64] | None = None
+
+
+Rows = Sequence[Row]
+
+
+def window_rows(index: int, question: Question, logits: Any) -> list[Row]:
+    """Rows of the last positions of a question, from the logits of its last positions, (positions, vocabulary)."""
+    kept = np.asarray(logits, dtype=np.float64)[-len(question.window) :]
+    kept -= kept.max(-1, keepdims=True)
+    kept -= np.log(np.exp(kept).sum(-1, keepdims=True))
+    logprobs = kept.astype(np.float32)
+    return [Row(index, position, row) for position, row in zip(question.window, logprobs, strict=True)]
+
+
+class Expected:
+    """PyTorch's logprobs of one model, by question and position.
+
+    Args:
+        rows: rows of the entire vocabulary.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = {(row.question, row.position): row.logprobs for row in rows}
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return len(next(iter(self._rows.values())))
+
+    def like(self, row: Row) -> NDArray[np.float64]:
+        """Logprobs at the position of another row, of the tokens that it has."""
+        mine = self._rows[row.question, row.position]
+        return (mine if row.ids is None else mine[row.ids]).astype(np.float64)
+
+    def at(self, question: int, position: int) -> NDArray[np.float32]:
+        """Logprobs of the entire vocabulary."""
+        return self._rows[question, position]

@@ -1,0 +1,63 @@
+"""vLLM, started for the comparison with the adapter in the form that `loraover-export vllm` writes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+from loraover.common.errors import ExportError
+from loraover.models.load import load_tokenizer
+from loraover_export.vllm.run import export_vllm
+from loraover_serve.engines.installed import find_engines
+from loraover_serve.verify.answers import ADAPTER, BASE
+from loraover_serve.verify.engines.base import Setting, VerifyEngine
+from loraover_serve.verify.engines.endpoint import OpenAiEngine
+from loraover_serve.vllm.serve import serve_adapters
+from loraover_serve.vllm.server import KEY_VARIABLE
+
+LOG_FILE = "vllm.log"
+ROOM = 8  # tokens by which the server's largest length exceeds the longest request
+
+
+@final
+class Vllm(OpenAiEngine):
+    """A vLLM server, asked over HTTP."""
+
+    takes_options = True
+
+    @classmethod
+    def install(cls, vllm: str) -> str | None:
+        if shutil.which(vllm) is not None:
+            return None
+        known = next(engine.install for engine in find_engines() if engine.name == "vLLM")
+        return f"{known}, or name the command that starts it with --vllm or LORAOVER_VLLM (found no {vllm})"
+
+    @classmethod
+    @contextmanager
+    def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
+        folder = setting.scratch / ADAPTER
+        # float32: the server rounds to its own type, as it would round the trained weights
+        exported = export_vllm(setting.adapter, folder, model=setting.base.location, dtype="fp32")
+        if not exported.passed:
+            errors = [f"{found.rule}: {found.found}" for found in exported.preflight.findings if found.level == "error"]
+            raise ExportError(f"vLLM would refuse the adapter or serve it wrongly: {'; '.join(errors) or 'a matrix'}.")
+        options = list(setting.options)
+        if not any(option.replace("_", "-").startswith("--max-model-len") for option in options):
+            options += ["--max-model-len", str(setting.longest + ROOM)]
+        with serve_adapters(
+            folder,
+            model=setting.base.location,
+            vllm=setting.vllm,
+            log=setting.scratch / LOG_FILE,
+            start_timeout_s=setting.start_timeout_s,
+            options=options,
+            report=setting.report,
+        ) as server:
+            base = next(name for name in server.models() if name not in server.names)
+            key = KEY_VARIABLE if server.asks_for_key else None
+            names = {BASE: base, ADAPTER: server.names[0]}
+            engine = cls(server.url, names, load_tokenizer(setting.base), key, setting.timeout_s)
+            engine.version = server.version()
+            yield engine

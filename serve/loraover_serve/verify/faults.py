@@ -1,0 +1,175 @@
+"""The faults with which engines serve adapters without a message, each as the adapter that it amounts to.
+
+A fault is a function in `FAULTS`, which yields its candidates: adapters that PyTorch runs on the same prompts. The
+candidate whose answers are nearest to the engine's names the likely fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from loraover.checkpoint.peft_adapter import AdapterConfig
+from loraover_serve.verify.rounding import FORMATS
+from loraover_serve.verify.variants import Deltas, LowRank
+
+NOT_APPLIED = "served as base"
+SCALED = "wrong scaling"
+TRANSPOSED = "transposed"
+PERMUTED = "rows of q and k in another order"
+LEFT_OUT = "modules left out"
+ROUNDED = "adapter rounded"
+OTHER_BASE = "another base model"
+IN_BASE = "adapter in the base model"
+"""Names of the faults."""
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn")
+Rule = Callable[[AdapterConfig, int, float], float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The adapter whose faults are looked for.
+
+    Args:
+        config: its configuration.
+        deltas: its deltas, by the paths of their modules.
+        heads: number of attention heads by the last part of a module's path, for q_proj and k_proj.
+        others: whether it has fully trained parameters (`modules_to_save`).
+    """
+
+    config: AdapterConfig
+    deltas: Deltas
+    heads: Mapping[str, int]
+    others: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter that an engine may have served instead.
+
+    Args:
+        fault: name of the fault.
+        detail: the fault in words.
+        deltas: deltas by the paths of their modules.
+        with_others: whether the adapter's fully trained parameters are in place.
+    """
+
+    fault: str
+    detail: str
+    deltas: Deltas
+    with_others: bool = True
+
+
+def not_applied(subject: Subject) -> Iterator[Candidate]:
+    """Nothing of the adapter is applied: it is not loaded, or its tensors have a prefix that the engine ignores."""
+    yield Candidate(NOT_APPLIED, "the adapter is not loaded, or its tensors' names do not match", {}, False)
+
+
+def scaled(subject: Subject) -> Iterator[Candidate]:
+    """A rule other than PEFT's for the factor in scaling * B @ A."""
+    rules: dict[str, Rule] = {
+        "the scaling is left out": lambda config, r, s: 1.0,
+        "use_rslora is ignored": lambda config, r, s: s / math.sqrt(r) if config.use_rslora else s,
+        "alpha_pattern is ignored": lambda config, r, s: config.lora_alpha / (math.sqrt(r) if config.use_rslora else r),
+        "use_rslora and alpha_pattern are ignored": lambda config, r, s: config.lora_alpha / r,
+        "rank_pattern and alpha_pattern are ignored": lambda config, r, s: (
+            config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        ),
+        "use_rslora, rank_pattern and alpha_pattern are ignored": lambda config, r, s: config.lora_alpha / config.r,
+        "the scaling is applied twice": lambda config, r, s: s * s,
+    }
+    seen = {tuple(1.0 for _ in subject.deltas)}
+    for words, rule in rules.items():
+        factors = {
+            module: rule(subject.config, len(delta.a), delta.scaling) / delta.scaling if delta.scaling else 1.0
+            for module, delta in subject.deltas.items()
+        }
+        key = tuple(round(factor, 9) for factor in factors.values())
+        if key not in seen:
+            seen.add(key)
+            deltas = {module: delta.times(factors[module]) for module, delta in subject.deltas.items()}
+            yield Candidate(SCALED, f"{words} (times {_range(key)})", deltas)
+
+
+def transposed(subject: Subject) -> Iterator[Candidate]:
+    """delta_W of square modules transposed, which no shape check notices."""
+    square = {m: d for m, d in subject.deltas.items() if d.a.shape[1] == d.b.shape[0] and not d.is_embedding}
+    if square:
+        turned = {m: LowRank(d.b.mT, d.a.mT, d.scaling) for m, d in square.items()}
+        yield Candidate(TRANSPOSED, "delta_W of every square module is transposed", {**subject.deltas, **turned})
+
+
+def permuted(subject: Subject) -> Iterator[Candidate]:
+    """Rows of q_proj and k_proj in an order that differs from the base weights'.
+
+    llama.cpp and Meta's own files keep the two halves of a head interleaved for rotary embeddings, transformers keeps
+    them apart. Source: `permute` in llama.cpp's convert_hf_to_gguf.py.
+    """
+    mine = {m: d for m, d in subject.deltas.items() if m.rpartition(".")[2] in subject.heads}
+    if not mine:
+        return
+    for words, order in (("lack the row order of the", (-1, 2)), ("have a row order that is not that of the", (2, -1))):
+        moved = {m: replace(d, b=_reordered(d.b, subject.heads[m.rpartition(".")[2]], order)) for m, d in mine.items()}
+        detail = f"B of q_proj and k_proj {words} engine's base weights"
+        yield Candidate(PERMUTED, detail, {**subject.deltas, **moved})
+
+
+def left_out(subject: Subject) -> Iterator[Candidate]:
+    """Modules of one kind are not adapted, or all embeddings, all of attention, or all but attention."""
+    kinds = {m: m.rpartition(".")[2] for m in subject.deltas}
+    groups = {f"{kind} is not adapted": {kind} for kind in dict.fromkeys(kinds.values())}
+    groups["only attention is adapted"] = set(kinds.values()) - set(ATTENTION)
+    groups["attention is not adapted"] = set(kinds.values()) & set(ATTENTION)
+    embeddings = {kinds[m] for m, d in subject.deltas.items() if d.is_embedding} | ({"lm_head"} & set(kinds.values()))
+    groups["embeddings and head are not adapted"] = embeddings
+    seen: set[frozenset[str]] = {frozenset(), frozenset(kinds.values())}
+    for words, lacking in groups.items():
+        if frozenset(lacking) not in seen:
+            seen.add(frozenset(lacking))
+            yield Candidate(LEFT_OUT, words, {m: d for m, d in subject.deltas.items() if kinds[m] not in lacking})
+    if subject.others:
+        yield Candidate(LEFT_OUT, "fully trained parameters (modules_to_save) are ignored", subject.deltas, False)
+
+
+def rounded(subject: Subject) -> Iterator[Candidate]:
+    """A and B rounded to a coarser number format."""
+    for name, format_ in FORMATS.items():
+        deltas = {
+            m: replace(d, a=format_.weights(d.a), b=format_.weights(d.b / (d.scaling or 1.0)) * (d.scaling or 1.0))
+            for m, d in subject.deltas.items()
+        }
+        yield Candidate(ROUNDED, f"A and B are rounded to {name}", deltas)
+
+
+FAULTS: tuple[Callable[[Subject], Iterator[Candidate]], ...] = (
+    not_applied,
+    scaled,
+    transposed,
+    permuted,
+    left_out,
+    rounded,
+)
+"""All faults that are looked for; a new one is a function above and a name here."""
+
+
+def rescaled(subject: Subject, factor: float) -> Candidate:
+    """The adapter with every delta multiplied by one factor."""
+    deltas = {module: delta.times(factor) for module, delta in subject.deltas.items()}
+    return Candidate(SCALED, f"every delta_W is multiplied by {factor:.3g}", deltas)
+
+
+def _reordered(b: Tensor, heads: int, order: tuple[int, int]) -> Tensor:
+    """B (out, r) with the rows of each head, seen as a matrix with `order` rows and columns, transposed."""
+    rows, r = b.shape
+    size = rows // heads
+    shape = [size // 2 if side == -1 else side for side in order]
+    return b.reshape(heads, *shape, r).swapaxes(1, 2).reshape(rows, r)
+
+
+def _range(factors: tuple[float, ...]) -> str:
+    low, high = min(factors), max(factors)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"

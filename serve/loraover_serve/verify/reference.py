@@ -1,0 +1,96 @@
+"""PyTorch's answers of the adapted model and of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.unfolded_model import unfolded
+from loraover.models.load import ModelSource, load_model
+from loraover.reporting.reporter import Reporter
+from loraover_serve.engines.sample import Request
+from loraover_serve.engines.torch import TorchEngine, Within, torch_engine
+from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Question, Row, window_rows
+from loraover_serve.verify.rounding import FORMATS, rounding
+
+
+@dataclass(frozen=True)
+class Reference:
+    """PyTorch's answers in float32.
+
+    Args:
+        name: the adapted model, in words.
+        questions: tokens after which next tokens are compared.
+        base: logprobs of the base model.
+        adapter: logprobs of the adapted model.
+        sensitivity: ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's,
+            at least 1.
+    """
+
+    name: str
+    questions: tuple[Question, ...]
+    base: Expected
+    adapter: Expected
+    sensitivity: float
+
+
+def make_reference(
+    source: Checkpoint | AdapterDir,
+    base: ModelSource,
+    prompts: Sequence[tuple[int, ...]],
+    new_tokens: int,
+    device: str,
+    report: Reporter,
+) -> Reference:
+    """Run the adapted model and the base model in PyTorch.
+
+    A checkpoint's unfolded model applies the cores and never forms A and B; any other adapter is applied by PEFT.
+
+    Args:
+        source: the checkpoint or adapter.
+        base: the base model.
+        prompts: token ids of the prompts.
+        new_tokens: number of tokens of the greedy answers.
+        device: device to run on.
+        report: receiver of progress.
+
+    Raises:
+        EngineError: an adapter that PEFT refuses.
+        CheckpointError: an adapter of another model.
+    """
+    report.line(f"loading the base model from {base.origin}")
+    load = partial(load_model, base, device=device)
+    if isinstance(source, Checkpoint):
+        name, engine = "the unfolded checkpoint", _unfolded_engine(source, load)
+    else:
+        name, engine = "PEFT", torch_engine(load, {ADAPTER: source.path}, None)
+    report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
+    answers = engine.run(ADAPTER, 0, 0, [Request(prompt, new_tokens) for prompt in prompts])
+    questions = tuple(Question(p, answer.token_ids) for p, answer in zip(prompts, answers, strict=True))
+    plain = {arm: _rows(engine, arm, questions) for arm in (BASE, ADAPTER)}
+    coarse = partial(rounding, format_=FORMATS["bf16"])
+    moved = {arm: _rms(plain[arm], _rows(engine, arm, questions, within=coarse)) for arm in (BASE, ADAPTER)}
+    sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
+    return Reference(name, questions, Expected(plain[BASE]), Expected(plain[ADAPTER]), sensitivity)
+
+
+def _unfolded_engine(source: Checkpoint, load: Callable[[], Any]) -> TorchEngine:
+    model = load()
+    return TorchEngine({BASE: lambda: nullcontext(model), ADAPTER: lambda: unfolded(model, source)})
+
+
+def _rows(engine: TorchEngine, arm: str, questions: Sequence[Question], within: Within = nullcontext) -> list[Row]:
+    found = engine.logits(arm, (question.tokens for question in questions), within=within)
+    return [row for index, logits in enumerate(found) for row in window_rows(index, questions[index], logits)]
+
+
+def _rms(one: Sequence[Row], other: Sequence[Row]) -> float:
+    squares = [float(np.mean(np.square(p.logprobs - q.logprobs))) for p, q in zip(one, other, strict=True)]
+    return float(np.sqrt(np.mean(squares)))

@@ -1,0 +1,83 @@
+"""Coarser number formats, in which PyTorch runs a model: what an engine that computes in them is off by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Round = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A coarser number format.
+
+    Args:
+        weights: rounding of a weight matrix.
+        outputs: rounding of each layer's outputs; None if only weights are rounded.
+    """
+
+    weights: Round
+    outputs: Round | None = None
+
+
+def _cast(dtype: torch.dtype) -> Round:
+    return lambda x: x.to(dtype).to(x.dtype)
+
+
+def _levels(largest: int, block: int | None) -> Round:
+    """Rounding to whole multiples of a scale, one for each row, or for each block of so many elements of a row."""
+
+    def round_(x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        size = block or width
+        blocks = nn.functional.pad(x, (0, -width % size)).reshape(*x.shape[:-1], -1, size)
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / largest
+        return ((blocks / scale).round() * scale).flatten(-2)[..., :width].contiguous()
+
+    return round_
+
+
+FORMATS = {
+    "fp16": Format(_cast(torch.float16), _cast(torch.float16)),
+    "bf16": Format(_cast(torch.bfloat16), _cast(torch.bfloat16)),
+    "int8": Format(_levels(127, None)),
+    "int4": Format(_levels(7, 32)),
+}
+"""Number formats from fine to coarse: the floating-point ones round weights and layers' outputs, the others weights."""
+
+
+@contextmanager
+def rounding(model: nn.Module, format_: Format) -> Iterator[None]:
+    """Run a model in a coarser number format for a block; one rounded layer at a time is in memory.
+
+    Args:
+        model: the model.
+        format_: the number format.
+    """
+    handles = []
+    exact: dict[nn.Module, nn.Parameter] = {}
+
+    def before(module: Any, args: tuple[Any, ...]) -> None:
+        exact[module] = module.weight
+        module.weight = nn.Parameter(format_.weights(module.weight), requires_grad=False)
+
+    def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        module.weight = exact.pop(module)
+        return output if format_.outputs is None else format_.outputs(output)
+
+    try:
+        for module in model.modules():
+            if module._parameters.get("weight") is not None:
+                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, weight in exact.items():
+            module.register_parameter("weight", weight)

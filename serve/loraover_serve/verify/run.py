@@ -1,0 +1,275 @@
+"""One verification, from its arguments to the report."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.unfolded_model import target_module
+from loraover.common.atomic_output import check_writable, publish_directory
+from loraover.common.errors import ConfigError, EngineError, LoraOverError
+from loraover.models.device import choose_device
+from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_skeleton
+from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.fold.check_outputs import find_prompts
+from loraover_export.numerics.delta import other_tensors
+from loraover_serve.parity.report.machine import machine, versions
+from loraover_serve.verify.answers import ADAPTER, BASE
+from loraover_serve.verify.engines import engine_class
+from loraover_serve.verify.engines.base import Setting, VerifyEngine
+from loraover_serve.verify.faults import Subject
+from loraover_serve.verify.html import HTML_FILE, render
+from loraover_serve.verify.judge import Answers, Court
+from loraover_serve.verify.reference import Reference, make_reference
+from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, VerifyReport
+from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.verify.variants import Variants, read_lora
+from loraover_serve.vllm.command import vllm_command
+
+
+def verify_adapter(
+    adapter: str | Path,
+    *,
+    engines: Sequence[str] = (),
+    endpoint: str | None = None,
+    served_name: str | None = None,
+    base_name: str | None = None,
+    endpoint_key_variable: str | None = None,
+    model: str | Path | None = None,
+    prompts: str | Path | None = None,
+    new_tokens: int = 8,
+    device: str = "cpu",
+    vllm: str | Path | None = None,
+    timeout_s: float = 120,
+    start_timeout_s: float = 600,
+    output: str | Path | None = None,
+    options: Sequence[str] = (),
+    report: Reporter = SILENT,
+) -> VerifyReport:
+    """Verify that engines answer as an adapter was trained, and name the likely fault of one that does not.
+
+    Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
+    the adapter. Its answers are compared with those of PyTorch in float32: of the unfolded model for a LoRA-Over
+    checkpoint, of PEFT for any other LoRA of a causal language model. The engine's distance on the base model is its
+    noise. The report's `verdict` is "as trained", "differs", "inconclusive" if the adapter moves the answers less than
+    the noise, or "failed" if an engine failed after another had answered.
+
+    Args:
+        adapter: folder of a LoRA-Over checkpoint or a PEFT LoRA.
+        engines: engines to start here: "vllm", "onnx" (ONNX Runtime) or "torch" (PyTorch with PEFT). None of them and
+            no `endpoint` means "onnx".
+        endpoint: address of an OpenAI-compatible server that already runs and serves the adapter.
+        served_name: name by which that server serves the adapter.
+        base_name: name by which that server serves the base model; None means the base model's own name, or the only
+            other name that the server lists.
+        endpoint_key_variable: environment variable with that server's key; None sends none.
+        model: base model, folder or hub name; None means the one that the adapter names.
+        prompts: UTF-8 text file with one prompt in each line; None means eight built-in prompts.
+        new_tokens: number of tokens of PyTorch's greedy answers after which engines are compared.
+        device: device that PyTorch runs on: "cpu", "cuda", "mps", "auto", or one GPU such as "cuda:1".
+        vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
+        timeout_s: seconds without output before giving up on a server.
+        start_timeout_s: seconds that a vLLM server may take until its first answers.
+        output: new folder for `verify.json`, `verify.html` and vLLM's log; None writes nothing.
+        options: further words for `vllm serve`.
+        report: receiver of progress.
+
+    Raises:
+        ConfigError: arguments that cannot be used, a task that is not a causal language model, or a base model that
+            cannot be loaded.
+        CheckpointError: files that cannot be read as an adapter or a checkpoint.
+        DataError: a file of prompts that cannot be read.
+        EngineError: an engine that is not installed, or the only engine failed.
+        ExportError: an adapter that cannot be exported for the only engine.
+        OutputError: an output that exists or cannot be written.
+    """
+    request = VerifyRequest(
+        adapter=Path(adapter),
+        engines=tuple(engines),
+        endpoint=endpoint,
+        served_name=served_name,
+        base_name=base_name,
+        endpoint_key_variable=endpoint_key_variable,
+        model=None if model is None else str(model),
+        prompts=None if prompts is None else Path(prompts),
+        new_tokens=new_tokens,
+        device=device,
+        vllm=vllm_command(vllm),
+        timeout_s=timeout_s,
+        start_timeout_s=start_timeout_s,
+        output=None if output is None else Path(output),
+        options=tuple(options),
+    )
+    if request.output is not None:
+        check_writable(request.output, outside=request.adapter)
+    _check_installed(request)
+    with tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
+        found = _run(request, Path(scratch), report)
+        if request.output is not None:
+            _write(found, request.output, request.adapter, Path(scratch))
+    return found
+
+
+def _check_installed(request: VerifyRequest) -> None:
+    """Raise EngineError if an engine is not installed, before the first one is started."""
+    lacking = {name: engine_class(name).install(request.vllm) for name in request.asked}
+    faults = [f"--engine {name} is not installed here; install it: {how}" for name, how in lacking.items() if how]
+    if faults:
+        raise EngineError("; ".join(faults) + ".")
+
+
+def _run(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyReport:
+    source = read_source(request.adapter)
+    layout = adapter_of(source)
+    layout.check_keeps_base()
+    base = resolve_base([layout], request.model, option="--model", say=report.line)
+    _check_task(layout, base)
+    device = str(choose_device(request.device))
+    subject = make_subject(source, base)
+    found_prompts = find_prompts(base, request.prompts)
+    prompts = _fitting([tuple(batch[0].tolist()) for batch in found_prompts.batches], base, request.new_tokens)
+    reference = make_reference(source, base, prompts, request.new_tokens, device, report)
+    setting = Setting(
+        adapter=request.adapter.resolve(),
+        layout=layout,
+        base=base,
+        scratch=scratch,
+        longest=max(map(len, prompts)) + request.new_tokens,
+        device=device,
+        vllm=request.vllm,
+        start_timeout_s=request.start_timeout_s,
+        timeout_s=request.timeout_s,
+        endpoint=request.endpoint,
+        key_variable=request.endpoint_key_variable,
+        served_name=request.served_name,
+        base_name=request.base_name,
+        report=report,
+    )
+    court = Court(reference, Variants(source, base, device, reference.questions), subject)
+    results = _verify_all(request, setting, court)
+    return VerifyReport(
+        verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in results}),
+        engines=results,
+        adapter=str(request.adapter),
+        base_model=base.name,
+        reference=reference.name,
+        sensitivity=reference.sensitivity,
+        prompts=len(prompts),
+        prompt_source=found_prompts.source,
+        new_tokens=request.new_tokens,
+        device=device,
+        command=request.command(),
+        versions=versions(request.asked),
+        hardware=machine(),
+    )
+
+
+def make_subject(source: Checkpoint | AdapterDir, base: ModelSource) -> Subject:
+    """The adapter whose faults are looked for, with what its base model's configuration says of its heads.
+
+    Raises:
+        ExportError: a LoRA with a bias.
+        CheckpointError: an adapter of another base model.
+    """
+    layout, text = adapter_of(source), load_config(base).get_text_config()
+    deltas, skeleton = read_lora(source), load_skeleton(base)
+    for module, delta in deltas.items():  # PEFT leaves out what fits nowhere, with a warning only
+        target_module(skeleton, module, delta.a.shape[1], delta.b.shape[0], layout)
+    queries = getattr(text, "num_attention_heads", None)  # GPT-2 and others have no heads for keys of their own
+    keys = getattr(text, "num_key_value_heads", None) or queries
+    heads = {} if queries is None else {"q_proj": queries, "k_proj": keys}
+    return Subject(layout.config, deltas, heads, bool(other_tensors(layout)))
+
+
+def _verify_all(request: VerifyRequest, setting: Setting, court: Court) -> list[EngineResult]:
+    """Verify one engine after the other; a failure is kept beside the results of the others."""
+    results: list[EngineResult] = []
+    failures: list[LoraOverError] = []
+    for name in request.asked:
+        folder = setting.scratch / name
+        folder.mkdir()
+        options = request.options if engine_class(name).takes_options else ()
+        start = time.perf_counter()
+        try:
+            results.append(verify_engine(name, replace(setting, scratch=folder, options=options), court))
+        except LoraOverError as error:
+            failures.append(error)
+            seconds = time.perf_counter() - start
+            results.append(EngineResult(engine=name, verdict="failed", reason=str(error), seconds=seconds))
+    if len(failures) == len(results):
+        raise failures[0]
+    return results
+
+
+def verify_engine(name: str, setting: Setting, court: Court) -> EngineResult:
+    """Start one engine, ask it, stop it, and judge its answers.
+
+    Args:
+        name: name of the engine.
+        setting: what it is started with.
+        court: what it is judged by.
+
+    Raises:
+        LoraOverError: an engine that does not start or fails.
+    """
+    start = time.perf_counter()
+    with engine_class(name).start(setting) as engine:
+        setting.report.line(f"asking {name}, the base model first")
+        answers, version = ask(engine, court.reference), engine.version
+    seconds = time.perf_counter() - start
+    setting.report.line(f"comparing the answers of {name} with PyTorch's")
+    return court.judge(name, version, answers, seconds)
+
+
+def ask(engine: VerifyEngine, reference: Reference) -> Answers:
+    """Ask a running engine everything that the judge needs.
+
+    Args:
+        engine: the engine.
+        reference: PyTorch's answers, whose questions are asked.
+
+    Raises:
+        EngineError: a request that failed.
+    """
+    questions = reference.questions
+    base, adapter = (engine.rows(arm, questions) for arm in (BASE, ADAPTER))
+    prompts = [question.prompt for question in questions]
+    return Answers(base, adapter, engine.greedy(ADAPTER, prompts, len(questions[0].continuation)))
+
+
+def _check_task(layout: AdapterDir, base: ModelSource) -> None:
+    """Raise ConfigError unless the adapter is one of a causal language model."""
+    task = (layout.config.model_extra or {}).get("task_type")
+    if task in (None, "CAUSAL_LM") and not is_encoder_decoder(base):
+        return
+    raise ConfigError(
+        f"{layout.path}: {base.name} with task_type {task!r} is not a causal language model, and verify compares next "
+        "tokens. `loraover-export onnx` exports such a model and compares ONNX Runtime's outputs with PyTorch's."
+    )
+
+
+def _fitting(prompts: Sequence[tuple[int, ...]], base: ModelSource, new_tokens: int) -> list[tuple[int, ...]]:
+    """The prompts, cut to what the base model takes together with an answer."""
+    limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return list(prompts)
+    if limit <= new_tokens:
+        raise ConfigError(f"--new-tokens is {new_tokens}, and {base.name} takes {limit} tokens; choose a smaller one.")
+    return [prompt[: limit - new_tokens] for prompt in prompts]
+
+
+def _write(report: VerifyReport, output: Path, adapter: Path, scratch: Path) -> None:
+    """Publish report, page and vLLM's log."""
+    with publish_directory(output, outside=adapter) as draft:
+        (draft / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
+        for log in scratch.glob("*/*.log"):
+            shutil.copyfile(log, draft / log.name)

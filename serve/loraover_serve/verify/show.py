@@ -1,0 +1,42 @@
+"""A verification for people, on a terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loraover.common.command_line import printable
+from loraover_serve.verify.report import EngineResult, VerifyReport
+
+COLORS = {"as trained": "green", "differs": "red", "failed": "red", "inconclusive": "yellow"}
+
+
+def show_report(report: VerifyReport, console: Console) -> None:
+    """Print one table for all engines, and the reason for each verdict.
+
+    Args:
+        report: the report.
+        console: where to print.
+    """
+    table = Table(
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"RMS distance of logprobs from {report.reference}, in nats",
+    )
+    for column in ("engine", "verdict", "noise", "adapter", "allowed", "effect", "same text"):
+        table.add_column(column, no_wrap=True)
+    for result in report.engines:
+        table.add_row(result.engine, f"[{COLORS[result.verdict]}]{result.verdict}[/]", *_figures(result))
+    console.print(table)
+    for result in report.engines:
+        text = f"{result.engine}: {result.verdict}: {printable(result.reason)}"
+        console.print(escape(text), style=COLORS[result.verdict], soft_wrap=True, highlight=False)
+
+
+def _figures(result: EngineResult) -> list[str]:
+    """Noise of the base model, distance and allowed distance of the adapter, its effect, share of equal answers."""
+    distances = [result.base and result.base.rms, result.adapter and result.adapter.rms, result.allowed, result.effect]
+    shown = ["-" if distance is None else f"{distance:.1e}" for distance in distances]
+    return [*shown, "-" if result.greedy is None else f"{result.greedy.equal:.0%}"]

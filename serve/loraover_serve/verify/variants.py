@@ -1,0 +1,144 @@
+"""The base model in PyTorch with a changed adapter, or with coarser numbers, as a fault of an engine computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of, open_exact
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.unfolded_model import load_others, put_parameters, target_module
+from loraover.models.load import ModelSource, load_model
+from loraover_export.numerics.delta import read_deltas
+from loraover_serve.engines.torch import model_logits
+from loraover_serve.verify.answers import Expected, Question, window_rows
+from loraover_serve.verify.rounding import Format, rounding
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """delta_W = B @ A of one module in float32, with the scaling in B.
+
+    Args:
+        a: A, (r, in_features); for an embedding one column for each token.
+        b: scaling * B, (out_features, r).
+        scaling: the scaling.
+        is_embedding: whether the module is an embedding.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    is_embedding: bool = False
+
+    def times(self, factor: float) -> LowRank:
+        """The delta, multiplied by a factor."""
+        return LowRank(self.a, self.b * factor, self.scaling, self.is_embedding)
+
+
+Deltas = Mapping[str, LowRank]
+
+
+def read_lora(source: Checkpoint | AdapterDir) -> dict[str, LowRank]:
+    """The delta of every adapted module, by the module's path.
+
+    Raises:
+        ExportError: a LoRA with a bias.
+    """
+    config = adapter_of(source).config
+    return {
+        delta.module: LowRank(
+            delta.a.value.float(), delta.b.value.float(), config.scaling(delta.module), delta.embedding
+        )
+        for delta in read_deltas(source)
+    }
+
+
+class Variants:
+    """The base model, loaded when it is first needed, and run with changed adapters.
+
+    Args:
+        source: the checkpoint or adapter.
+        base: the base model.
+        device: device to run on.
+        questions: tokens after which next tokens are compared.
+    """
+
+    def __init__(
+        self, source: Checkpoint | AdapterDir, base: ModelSource, device: str, questions: Sequence[Question]
+    ) -> None:
+        self._source, self._base, self._device, self._questions = source, base, device, questions
+
+    @cached_property
+    def model(self) -> Any:
+        """The base model."""
+        return load_model(self._base, device=self._device)
+
+    def adapted(self, deltas: Deltas, *, with_others: bool = True, prompts: int | None = None) -> Expected:
+        """Logprobs of the base model with these deltas.
+
+        Args:
+            deltas: deltas by the paths of their modules.
+            with_others: whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
+            prompts: number of prompts to run, the first ones; None means all.
+        """
+        with _adding(self.model, deltas, adapter_of(self._source)), self._others(with_others):
+            return self._run(prompts)
+
+    def rounded(self, format_: Format) -> Expected:
+        """Logprobs of the base model in a coarser number format."""
+        with rounding(self.model, format_):
+            return self._run()
+
+    @contextmanager
+    def _others(self, are_used: bool) -> Iterator[None]:
+        if not are_used:
+            yield
+            return
+        with open_exact(self._source) as exact:
+            saved = load_others(self.model, adapter_of(self._source), exact.plain)
+        try:
+            yield
+        finally:
+            put_parameters(self.model, saved)
+
+    @torch.inference_mode()
+    def _run(self, prompts: int | None = None) -> Expected:
+        return Expected(
+            [
+                row
+                for index, question in enumerate(self._questions[:prompts])
+                for row in window_rows(index, question, model_logits(self.model, question.tokens))
+            ]
+        )
+
+
+@contextmanager
+def _adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[None]:
+    handles = []
+    try:
+        for module, delta in deltas.items():
+            target = target_module(model, module, delta.a.shape[1], delta.b.shape[0], adapter)
+            handles.append(target.register_forward_hook(_adder(delta)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(delta: LowRank) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        a, b = delta.a.to(output), delta.b.to(output)
+        if delta.is_embedding:
+            scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
+            return output + scale * (nn.functional.embedding(args[0], a.mT) @ b.mT)
+        return output + (args[0] @ a.mT) @ b.mT
+
+    return hook

@@ -1,0 +1,159 @@
+"""Verification on a tiny model: verdicts, planted faults that are found and named, and the judge's rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loraover.common.errors import EngineError
+from loraover_serve.verify.answers import Expected, Row
+from loraover_serve.verify.faults import IN_BASE, NOT_APPLIED, OTHER_BASE
+from loraover_serve.verify.judge import FLOOR, Answers, allowed_distance, distance
+from loraover_serve.verify.report import LogprobDistance
+from loraover_serve.verify.rounding import FORMATS
+from loraover_serve.verify.run import verify_engine
+
+from support.make_checkpoint import Made
+from support.verified import FAULTS, Case, Planted, make_case, plant, save_adapter, save_base
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("verified")
+    base = save_base(folder / "base")
+    return make_case(base, save_adapter(folder / "adapter", base))
+
+
+def as_pytorch(case: Case) -> Answers:
+    """PyTorch's own answers."""
+    reference = case.court.reference
+
+    def rows(expected: Expected) -> list[Row]:
+        places = [(i, position) for i, question in enumerate(reference.questions) for position in question.window]
+        return [Row(*place, expected.at(*place)) for place in places]
+
+    greedy = [question.continuation for question in reference.questions]
+    return Answers(rows(reference.base), rows(reference.adapter), greedy)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_and_named(name: str, case: Case, tmp_path: Path) -> None:
+    planted: Planted = FAULTS[name]
+    wrong = plant(planted, case.adapter, tmp_path / "wrong")
+    found = verify_engine("torch", case.setting(tmp_path, adapter=wrong), case.court)
+    assert (found.verdict, found.fault) == ("differs", planted.fault)
+    assert found.suspects[0].detail.startswith(planted.words)
+    assert found.suspects[0].rms < found.suspects[1].rms
+    assert planted.words in found.reason
+
+
+def test_a_wrong_prefix_is_named(case: Case, tmp_path: Path) -> None:
+    moved = Planted(
+        NOT_APPLIED, "", {}, lambda tensors: {k.replace("model.layers", "layers"): t for k, t in tensors.items()}
+    )
+    wrong = case.setting(tmp_path, adapter=plant(moved, case.adapter, tmp_path / "wrong"))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        found = verify_engine("torch", wrong, case.court)
+    assert (found.verdict, found.fault) == ("differs", NOT_APPLIED)
+
+
+def test_the_right_adapter_is_as_trained(case: Case, tmp_path: Path) -> None:
+    found = verify_engine("torch", case.setting(tmp_path), case.court)
+    assert (found.verdict, found.number_format, found.fault, found.suspects) == ("as trained", "fp32", None, [])
+    assert found.greedy is not None
+    assert found.greedy.equal == 1
+
+
+def test_a_checkpoint_is_compared_with_its_unfolded_model(made: Made, tmp_path: Path) -> None:
+    case = make_case(made.base, made.path)
+    assert case.court.reference.name == "the unfolded checkpoint"
+    found = verify_engine("torch", case.setting(tmp_path), case.court)
+    assert found.verdict == "as trained"
+    assert found.adapter is not None
+    assert 0 < found.adapter.rms < 1e-5, "another computation than the reference's"
+
+
+def test_another_base_model_is_named(case: Case, tmp_path: Path) -> None:
+    other = case.setting(tmp_path, base=save_base(tmp_path / "other", seed=7))
+    found = verify_engine("torch", other, case.court)
+    assert (found.verdict, found.fault, found.number_format) == ("differs", OTHER_BASE, None)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_coarser_base_model_is_noise_that_has_a_name(name: str, case: Case, tmp_path: Path) -> None:
+    coarse = case.setting(tmp_path, base=save_base(tmp_path / "coarse", change=FORMATS[name].weights))
+    found = verify_engine("torch", coarse, case.court)
+    assert found.verdict in ("as trained", "inconclusive")
+    assert found.number_format in ("fp32", name)
+    assert (found.number_format == "fp32") == (found.base is not None and found.base.rms <= 10 * FLOOR)
+
+
+def test_a_fault_is_named_through_noise(case: Case, tmp_path: Path) -> None:
+    coarse = save_base(tmp_path / "coarse", change=FORMATS["int8"].weights)
+    wrong = plant(FAULTS["rsLoRA ignored"], case.adapter, tmp_path / "wrong")
+    found = verify_engine("torch", case.setting(tmp_path, adapter=wrong, base=coarse), case.court)
+    assert (found.verdict, found.suspects[0].detail[:21]) == ("differs", "use_rslora is ignored")
+
+
+def test_an_adapter_below_the_noise_is_inconclusive(case: Case, tmp_path: Path) -> None:
+    weak = Planted("", "", {}, lambda tensors: {k: 0.03 * t if "lora_B" in k else t for k, t in tensors.items()})
+    mine = make_case(case.base, plant(weak, case.adapter, tmp_path / "weak"))
+    coarse = mine.setting(tmp_path, base=save_base(tmp_path / "coarse", change=FORMATS["int4"].weights))
+    found = verify_engine("torch", coarse, mine.court)
+    assert found.verdict == "inconclusive"
+    assert "a wrong adapter would pass as well" in found.reason
+
+
+def test_requests_for_the_base_model_that_the_adapter_answers_are_named(case: Case) -> None:
+    answers = as_pytorch(case)
+    found = case.court.judge("an engine", None, replace(answers, base=answers.adapter), 1.0)
+    assert (found.verdict, found.fault) == ("differs", IN_BASE)
+
+
+def test_other_tokens_than_the_logprobs_say_differ(case: Case) -> None:
+    answers = as_pytorch(case)
+    worst = [int(np.argmin(case.court.reference.adapter.at(0, q.answered[0]))) for q in case.court.reference.questions]
+    found = case.court.judge("an engine", None, replace(answers, greedy=[(token,) for token in worst]), 1.0)
+    assert (found.verdict, found.fault) == ("differs", None)
+    assert "generates other tokens" in found.reason
+
+
+def test_an_unknown_fault_has_no_name(case: Case) -> None:
+    answers = as_pytorch(case)
+    shuffled = [replace(row, logprobs=row.logprobs[::-1].copy()) for row in answers.adapter]
+    found = case.court.judge("an engine", None, replace(answers, adapter=shuffled), 1.0)
+    assert (found.verdict, found.fault) == ("differs", None)
+    assert "no known fault explains it" in found.reason
+
+
+def test_answers_that_are_not_finite_or_of_another_vocabulary_are_errors(case: Case) -> None:
+    answers = as_pytorch(case)
+    broken = [replace(answers.base[0], logprobs=answers.base[0].logprobs * np.nan), *answers.base[1:]]
+    with pytest.raises(EngineError, match="not a finite number"):
+        case.court.judge("an engine", None, replace(answers, base=broken), 1.0)
+    short = [replace(row, logprobs=row.logprobs[:-1]) for row in answers.base]
+    with pytest.raises(EngineError, match="71 tokens or more, and the base model has 72"):
+        case.court.judge("an engine", None, replace(answers, base=short), 1.0)
+
+
+def test_the_allowed_distance_follows_the_noise() -> None:
+    noise = LogprobDistance(rms=0.1, error=0.01, largest=1.0, positions=64)
+    assert allowed_distance(noise, 1.5) == pytest.approx(1.5 * 0.1 * (1 + 5 * 2**0.5 * 0.1) + FLOOR)
+    assert allowed_distance(LogprobDistance(rms=0.0, error=0.0, largest=0.0, positions=64), 1.5) == FLOOR
+
+
+def test_noise_alone_rarely_differs(case: Case) -> None:
+    """Of 40 engines that are right but noisy, none is judged to differ."""
+    reference = case.court.reference
+    draw, ids = np.random.default_rng(1), np.arange(20)
+    places = [(i, position) for i, question in enumerate(reference.questions) for position in question.answered]
+    for _ in range(40):
+        draws = [
+            [Row(*p, (each.at(*p)[ids] + draw.normal(0, 0.02, 20)).astype(np.float32), ids) for p in places]
+            for each in (reference.base, reference.adapter)
+        ]
+        noise, found = distance(draws[0], reference.base), distance(draws[1], reference.adapter)
+        assert found.rms <= allowed_distance(noise, 1.0)

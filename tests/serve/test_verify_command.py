@@ -1,0 +1,188 @@
+"""`loraover-serve verify` and `verify_adapter`: output, exit codes, and requests that cannot be carried out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from loraover.common.command_line import run
+from loraover.common.errors import CheckpointError, ConfigError, EngineError, ExportError, OutputError
+from loraover_serve import VerifyReport, verify_adapter
+from loraover_serve.cli import cli
+from loraover_serve.verify import engines
+
+from support.openai_server import openai_server
+from support.refusals import only_error
+from support.verified import FAULTS, Served, plant, save_adapter, save_base
+
+BRIEF: dict[str, Any] = {"new_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "adapter", base)
+
+
+def verify(*words: str | Path) -> int:
+    return run(cli, ["verify", *map(str, words), "--new-tokens", "3"])
+
+
+def test_a_verification_is_shown_and_written(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(adapter, "--engine", "torch", "-o", tmp_path / "out") == 0
+    shown = capsys.readouterr()
+    assert "torch: as trained: off by" in shown.out
+    assert max(map(len, shown.out.partition("torch: ")[0].splitlines())) <= 80
+    assert shown.out.rstrip().endswith(f"wrote {tmp_path / 'out'}")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["verify.html", "verify.json"]
+    report = VerifyReport.model_validate_json((tmp_path / "out" / "verify.json").read_text())
+    assert (report.verdict, report.reference, report.prompts, report.exit_code) == ("as trained", "PEFT", 8, 0)
+    assert "as trained" in (tmp_path / "out" / "verify.html").read_text()
+    words = shlex.split(report.command)
+    command = cli.get_command(click.Context(cli), "verify")
+    assert command is not None
+    assert command.make_context("verify", words[2:]).params["output"] == tmp_path / "out"
+
+
+def test_the_report_can_be_printed_as_json(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(adapter, "--engine", "torch", "--json") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["engines"][0]["engine"] == "torch"
+    assert "as trained" in shown.err
+
+
+def test_the_worst_of_several_engines_counts(base: Path, adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    wrong = plant(FAULTS["not loaded"], adapter, tmp_path / "wrong")
+    served = Served(base, {str(base): None, "shop": wrong})
+    with openai_server(served) as server:
+        words: list[str | Path] = [
+            "--engine",
+            "torch",
+            "--endpoint",
+            server.url,
+            "--served-name",
+            "shop",
+            "-o",
+            tmp_path / "out",
+        ]
+        assert verify(adapter, *words) == 1
+    shown = capsys.readouterr().out
+    assert "torch: as trained" in shown
+    assert "endpoint: differs: served as base" in shown
+    report = VerifyReport.model_validate_json((tmp_path / "out" / "verify.json").read_text())
+    assert [(r.verdict, r.fault) for r in report.engines] == [("as trained", None), ("differs", "served as base")]
+    assert "Suspected faults: endpoint" in (tmp_path / "out" / "verify.html").read_text()
+
+
+def test_a_failure_is_kept_beside_the_others(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraover.evaluation.endpoint.PAUSES_S", ())
+    with openai_server(lambda body: 500) as server:
+        address: dict[str, Any] = {"endpoint": server.url, "served_name": "shop"}
+        report = verify_adapter(adapter, engines=["torch"], **address, **BRIEF)
+        assert [result.verdict for result in report.engines] == ["as trained", "failed"]
+        assert report.exit_code == 2
+        with pytest.raises(EngineError, match="the server answered 500"):
+            verify_adapter(adapter, **address, **BRIEF)
+
+
+def test_an_adapter_without_effect_is_inconclusive(base: Path, adapter: Path, tmp_path: Path) -> None:
+    idle = plant(FAULTS["not loaded"], adapter, tmp_path / "idle")
+    assert verify(idle, "--engine", "torch") == 3
+
+
+def test_the_function_prints_nothing(adapter: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The train leaves at nine.\n\nA farmer has 17 sheep.\n")
+    report = verify_adapter(adapter, engines=["torch"], prompts=prompts, **BRIEF)
+    assert (report.prompts, report.prompt_source) == (2, "2 of the prompts of prompts.txt")
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("lora", "kind"),
+    [
+        ({"modules_to_save": ["norm"]}, "fully trained parameters"),
+        ({"target_modules": ["embed_tokens", "lm_head", "q_proj"]}, "embeddings"),
+        ({"target_modules": ["q_proj"], "use_rslora": False}, "one kind of module"),
+    ],
+)
+def test_every_kind_of_lora_is_verified(lora: dict[str, Any], kind: str, base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", base, **lora)
+    assert verify_adapter(adapter, engines=["torch"], **BRIEF).verdict == "as trained", kind
+
+
+@pytest.mark.parametrize("name", engines.ENGINES)
+def test_an_engine_that_is_not_installed_says_how_to_install_it(
+    name: str, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engines.engine_class(name), "install", classmethod(lambda cls, vllm: "pip install it"))
+    assert verify(adapter, "--engine", name) == 2
+    assert f"--engine {name} is not installed here; install it: pip install it." in only_error(capsys.readouterr().err)
+
+
+def test_a_missing_vllm_is_found(adapter: Path) -> None:
+    with pytest.raises(EngineError, match=r"(make vllm|pip install).*found no /nowhere/vllm"):
+        verify_adapter(adapter, engines=["vllm"], vllm="/nowhere/vllm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engines": ["tgi"]}, "--engine is tgi, expected some of vllm, onnx, torch"),
+        ({"engines": ["onnx", "onnx"]}, "--engine names one twice"),
+        ({"endpoint": "http://localhost:1"}, "--endpoint and --served-name go together"),
+        ({"served_name": "shop"}, "--endpoint and --served-name go together"),
+        ({"base_name": "b", "endpoint_key_variable": "K"}, r"--base-name is .*--endpoint-key-variable is for a server"),
+        (
+            {"engines": ["torch"], "options": ["--dtype"]},
+            "the words after -- are for an engine that has a command line",
+        ),
+        ({"engines": ["vllm"], "options": ["--port=1"]}, "--port cannot be given to vLLM here: verify sets it"),
+        ({"new_tokens": 0, "timeout_s": 0}, r"--new-tokens is 0.*--timeout is 0"),
+    ],
+)
+def test_arguments_are_checked_first(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        verify_adapter("no such folder", **arguments)
+
+
+def test_other_tasks_are_refused_with_what_to_use(adapter: Path, base: Path, tmp_path: Path) -> None:
+    classifier = shutil.copytree(adapter, tmp_path / "classifier")
+    config = json.loads((classifier / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
+    (classifier / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"'SEQ_CLS' is not a causal language model.*`loraover-export onnx`"):
+        verify_adapter(classifier, engines=["torch"])
+
+
+def test_adapters_that_fit_no_module_are_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other")
+    (other / "config.json").write_text((base / "config.json").read_text().replace('"head_dim": 32', '"head_dim": 16'))
+    with pytest.raises(CheckpointError, match="Name that model with --model"):
+        verify_adapter(adapter, engines=["torch"], model=other)
+
+
+def test_a_bias_of_a_lora_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", base, lora_bias=True)
+    with pytest.raises(ExportError, match="train with lora_bias=False"):
+        verify_adapter(adapter, engines=["torch"])
+
+
+def test_the_prompts_and_answers_must_fit_the_model(adapter: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--new-tokens is 128, and .* takes 128 tokens"):
+        verify_adapter(adapter, engines=["torch"], new_tokens=128)
+
+
+def test_an_output_that_exists_is_refused_before_anything_runs(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        verify_adapter(adapter, engines=["torch"], output=tmp_path)

@@ -1,0 +1,160 @@
+"""Verification of a server that already runs, played by one that answers as models in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.common.errors import ConfigError, EngineError
+from loraover.evaluation import endpoint
+from loraover_serve.verify.engines.base import Setting
+from loraover_serve.verify.report import EngineResult
+from loraover_serve.verify.run import verify_engine
+
+from support.openai_server import openai_server
+from support.verified import FAULTS, Case, Served, make_case, plant, save_adapter, save_base
+
+KEY_VARIABLE = "THE_SERVERS_KEY"
+NAMES = ("base", "shop")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("served")
+    base = save_base(folder / "base")
+    return make_case(base, save_adapter(folder / "adapter", base))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "PAUSES_S", ())
+
+
+@pytest.fixture
+def ask(case: Case, tmp_path: Path) -> Callable[..., EngineResult]:
+    """Verify a server that answers like this, with changes of the setting."""
+
+    def asked(reply: Any, models: tuple[str, ...] = NAMES, **changes: Any) -> EngineResult:
+        with openai_server(reply, models) as server:
+            return verify_engine("endpoint", setting(case, server.url, tmp_path, **changes), case.court)
+
+    return asked
+
+
+def setting(case: Case, url: str, scratch: Path, **changes: Any) -> Setting:
+    return replace(case.setting(scratch), endpoint=url, served_name="shop", **changes)
+
+
+def right(case: Case, form: str = "ids") -> Served:
+    return Served(case.base, {"base": None, "shop": case.adapter}, form)
+
+
+@pytest.mark.parametrize("form", ["ids", "content", "texts"])
+def test_a_server_that_is_right_is_as_trained(form: str, case: Case, ask: Callable[..., EngineResult]) -> None:
+    found = ask(right(case, form))
+    assert (found.verdict, found.compared) == ("as trained", "top tokens")
+    assert found.greedy is not None
+    assert found.greedy.equal == 1
+
+
+@pytest.mark.parametrize("name", ["scaling dropped", "not loaded", "transposed", "permutation dropped", "int8"])
+def test_a_planted_fault_is_found_and_named(
+    name: str, case: Case, ask: Callable[..., EngineResult], tmp_path: Path
+) -> None:
+    wrong = plant(FAULTS[name], case.adapter, tmp_path / "wrong")
+    found = ask(Served(case.base, {"base": None, "shop": wrong}))
+    assert (found.verdict, found.fault) == ("differs", FAULTS[name].fault)
+    assert FAULTS[name].words in found.reason
+
+
+def test_another_base_model_is_named(case: Case, ask: Callable[..., EngineResult], tmp_path: Path) -> None:
+    found = ask(Served(save_base(tmp_path / "other", seed=7), {"base": None, "shop": case.adapter}))
+    assert (found.verdict, found.fault) == ("differs", "another base model")
+
+
+def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:
+    with openai_server(right(case), NAMES) as server:
+        verify_engine("endpoint", setting(case, server.url, case.base), case.court)
+    questions = case.court.reference.questions
+    scored = [body for body in server.bodies if body["max_tokens"] == 1]
+    expected = {q.tokens[: position + 1] for q in questions for position in q.answered}
+    for name in NAMES:
+        assert {tuple(body["prompt"]) for body in scored if body["model"] == name} == expected
+    assert not any("prompt_logprobs" in body or body.get("echo") for body in server.bodies)
+
+
+def test_fields_that_a_server_refuses_are_left_out(case: Case, ask: Callable[..., EngineResult]) -> None:
+    served = right(case)
+    assert ask(lambda body: 400 if "ignore_eos" in body else served(body)).verdict == "as trained"
+
+
+def test_the_base_models_name_can_be_found_or_given(case: Case, ask: Callable[..., EngineResult]) -> None:
+    served = Served(case.base, {"another name": None, "shop": case.adapter})
+    assert ask(served, ("another name", "shop")).verdict == "as trained"
+    assert ask(served, (), base_name="another name").verdict == "as trained"
+    with pytest.raises(ConfigError, match=r"serves a, b, and not .*base, shop; name the adapter with --served-name"):
+        ask(served, ("a", "b"))
+
+
+def test_the_key_is_sent_and_never_shown(
+    case: Case, ask: Callable[..., EngineResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "a-secret")
+    served = right(case)
+    with openai_server(served, NAMES) as server:
+        verify_engine("endpoint", setting(case, server.url, tmp_path, key_variable=KEY_VARIABLE), case.court)
+        assert {headers["Authorization"] for headers in server.headers} == {"Bearer a-secret"}
+    with pytest.raises(EngineError, match=r"answered 401: refused, for Bearer \*\*\*"):
+        ask(lambda body: 401, key_variable=KEY_VARIABLE)
+    monkeypatch.delenv(KEY_VARIABLE)
+    with pytest.raises(ConfigError, match="no environment variable of the name that was given is set"):
+        ask(served, key_variable=KEY_VARIABLE)
+
+
+def _changed(case: Case, **changes: Any) -> Callable[[dict[str, Any]], bytes]:
+    served = right(case)
+
+    def reply(body: dict[str, Any]) -> bytes:
+        answer = served.answer(body)
+        answer["choices"][0] |= changes.get("choice", {})
+        return json.dumps(answer | changes.get("answer", {})).encode()
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": {"model": "another"}}, "base was asked, and 'another' answered"),
+        ({"answer": {"choices": []}}, "holds no completion"),
+        ({"choice": {"logprobs": None}}, "the server gives no logprobs; start it so that"),
+        ({"choice": {"logprobs": {"top_logprobs": [{"unknown word": -1.0}]}}}, "are not those of the base model's"),
+        ({"choice": {"logprobs": {"top_logprobs": [{"token_id:5": float("-inf")}]}}}, "are not those of the base"),
+        ({"choice": {"logprobs": {"top_logprobs": [{"token_id:500": -1.0}]}}}, "501 tokens or more, and the base"),
+    ],
+)
+def test_answers_that_cannot_be_used_are_errors(
+    changes: dict[str, Any], message: str, case: Case, ask: Callable[..., EngineResult]
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        ask(_changed(case, **changes))
+
+
+@pytest.mark.parametrize("status", [404, 500, 302])
+def test_a_refusal_is_an_error(status: int, ask: Callable[..., EngineResult]) -> None:
+    with pytest.raises(EngineError, match=f"/completions: the server answered {status}"):
+        ask(lambda body: status)
+
+
+def test_a_server_that_is_not_there_is_an_error(case: Case, tmp_path: Path) -> None:
+    with openai_server(lambda body: 500) as gone:
+        pass
+    with pytest.raises(EngineError, match=f"{gone.url}/v1/models: no answer"):
+        verify_engine("endpoint", setting(case, gone.url, tmp_path), case.court)
+    with pytest.raises(ConfigError, match="not the address of a server"):
+        verify_engine("endpoint", setting(case, "localhost", tmp_path), case.court)

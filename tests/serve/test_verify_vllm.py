@@ -1,0 +1,72 @@
+"""Verification of the real vLLM: one that is started for it, and one that already serves right and wrong adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from loraover_serve import EngineResult, verify_adapter
+
+from support.serving import Served
+from support.verified import save_adapter, save_base
+from support.vllm_command import vllm_command
+
+pytestmark = pytest.mark.engine
+
+
+def verify(served: Served, adapter: Path, name: str) -> EngineResult:
+    report = verify_adapter(adapter, endpoint=served.client.url, served_name=name, base_name=served.source.location)
+    (found,) = report.engines
+    print(f"\n{name}: {found.verdict}: {found.reason}")
+    return found
+
+
+@contextmanager
+def loaded(served: Served, name: str) -> Iterator[None]:
+    served.client.load_adapter(name, served.guests[name])
+    try:
+        yield
+    finally:
+        served.client.unload_adapter(name)
+
+
+def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    options = ("--dtype", "float32", "--enforce-eager")
+    report = verify_adapter(adapter, engines=["vllm"], vllm=vllm_command(), options=options, output=tmp_path / "out")
+    (found,) = report.engines
+    print(f"\n{found.verdict}: {found.reason}")
+    assert (found.verdict, found.number_format, found.compared) == ("as trained", "fp32", "top tokens")
+    assert found.greedy is not None
+    assert found.greedy.equal == 1
+    assert (tmp_path / "out" / "vllm.log").is_file()
+
+
+def test_a_plain_lora_is_served_as_peft_computes_it(served: Served) -> None:
+    found = verify(served, served.adapters["vanilla"], "vanilla")
+    assert (found.verdict, found.number_format) == ("as trained", "bf16")
+
+
+def test_an_exported_checkpoint_is_served_as_its_unfolded_model(served: Served) -> None:
+    assert verify(served, served.sources["folded"], "folded").verdict == "as trained"
+
+
+def test_a_wrong_prefix_is_named(served: Served) -> None:
+    with loaded(served, "misplaced"):
+        found = verify(served, served.adapters["vanilla"], "misplaced")
+    assert (found.verdict, found.fault) == ("differs", "served as base")
+
+
+def test_a_wrong_scaling_is_named(served: Served) -> None:
+    with loaded(served, "doubled"):
+        found = verify(served, served.adapters["vanilla"], "doubled")
+    assert (found.verdict, found.fault) == ("differs", "wrong scaling")
+    assert "times 2" in found.reason
+
+
+def test_another_adapter_under_the_name_differs(served: Served) -> None:
+    assert verify(served, served.adapters["vanilla"], "folded").verdict == "differs"

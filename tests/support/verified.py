@@ -1,0 +1,214 @@
+"""A tiny model and its adapter, adapters with planted faults, and a server that answers as any of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.models.load import ModelSource, resolve_model
+from loraover.reporting.reporter import SILENT
+from loraover_export.fold.check_outputs import find_prompts
+from loraover_serve.verify.engines.base import Setting
+from loraover_serve.verify.faults import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
+from loraover_serve.verify.judge import Court
+from loraover_serve.verify.reference import make_reference
+from loraover_serve.verify.rounding import FORMATS
+from loraover_serve.verify.run import make_subject
+from loraover_serve.verify.variants import Variants
+
+from support.plain_adapter import tiny_decoder
+from support.tiny_hub import tiny_tokenizer
+from support.tiny_models import fill_b
+
+Tensors = dict[str, Tensor]
+NEW_TOKENS = 4
+BASE_OPTIONS: dict[str, Any] = {"vocab_size": 72}
+"""More tokens than any layer has rows, which onnxruntime-genai's builder asks for."""
+
+
+def save_base(folder: Path, seed: int = 0, change: Callable[[Tensor], Tensor] = lambda weight: weight) -> Path:
+    """A tiny Llama with a tokenizer; returns `folder`."""
+    model = tiny_decoder("Llama", seed, **BASE_OPTIONS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(change(parameter))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, base: Path, **lora: Any) -> Path:
+    """An rsLoRA of two ranks and two alphas on all linear layers, unless told otherwise; returns `folder`."""
+    options = {
+        "r": 4,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 6},
+        "alpha_pattern": {"v_proj": 3},
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    } | lora
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options))
+    fill_b(model, seed=2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter, its base model, and the judge of engines that serve it.
+
+    Args:
+        base: folder of the base model.
+        adapter: folder of the adapter or checkpoint.
+        court: the judge.
+    """
+
+    base: Path
+    adapter: Path
+    court: Court
+
+    def setting(self, scratch: Path, *, adapter: Path | None = None, base: Path | None = None) -> Setting:
+        """What an engine is started with: another adapter or base model than the judge's is a planted fault."""
+        folder, source = adapter or self.adapter, resolve_model(str(base or self.base))
+        return Setting(folder, adapter_of(read_source(folder)), source, scratch, longest=96)
+
+
+def make_case(base: Path, adapter: Path) -> Case:
+    source, model = read_source(adapter), resolve_model(str(base))
+    reference = make_reference(source, model, prompts(model), NEW_TOKENS, "cpu", SILENT)
+    return Case(
+        base,
+        adapter,
+        Court(reference, Variants(source, model, "cpu", reference.questions), make_subject(source, model)),
+    )
+
+
+def prompts(model: ModelSource) -> list[tuple[int, ...]]:
+    """The beginnings of the built-in prompts."""
+    return [tuple(ids[0, :24].tolist()) for ids in find_prompts(model, None).batches]
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault in the files of an adapter.
+
+    Args:
+        fault: name under which it must be found.
+        words: beginning of its description.
+        config: changed values of `adapter_config.json`.
+        change: change of the tensors.
+    """
+
+    fault: str
+    words: str
+    config: Mapping[str, Any]
+    change: Callable[[Tensors], Tensors] = lambda tensors: tensors
+
+
+def _each(change: Callable[[Tensor], Tensor], part: str = "") -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: change(t) if part in key else t for key, t in tensors.items()}
+
+
+def _transposed(tensors: Tensors) -> Tensors:
+    turned = dict(tensors)
+    for key, a in tensors.items():
+        if "lora_A" in key and key.split(".")[-3] in ("q_proj", "o_proj"):  # the square ones
+            twin = key.replace("lora_A", "lora_B")
+            turned[key], turned[twin] = tensors[twin].mT.contiguous(), a.mT.contiguous()
+    return turned
+
+
+def _unpermuted(tensors: Tensors) -> Tensors:
+    """What B of q_proj and k_proj amounts to without llama.cpp's permutation: here, heads have 32 rows."""
+
+    def undo(b: Tensor) -> Tensor:
+        return b.reshape(-1, 16, 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape).contiguous()
+
+    return {key: undo(t) if key.endswith(QUERY_AND_KEY) else t for key, t in tensors.items()}
+
+
+QUERY_AND_KEY = ("q_proj.lora_B.weight", "k_proj.lora_B.weight")
+SCALING_ONE = {"use_rslora": False, "lora_alpha": 4, "alpha_pattern": {"q_proj": 6}}
+FAULTS = {
+    "scaling dropped": Planted(SCALED, "the scaling is left out", SCALING_ONE),
+    "rsLoRA ignored": Planted(SCALED, "use_rslora is ignored", {"use_rslora": False}),
+    "alpha_pattern ignored": Planted(SCALED, "alpha_pattern is ignored", {"alpha_pattern": {}}),
+    "a tenth more": Planted(SCALED, "every delta_W is multiplied by 1.1", {}, _each(lambda b: 1.1 * b, "lora_B")),
+    "not loaded": Planted(NOT_APPLIED, "the adapter is not loaded", {}, _each(torch.zeros_like, "lora_B")),
+    "transposed": Planted(TRANSPOSED, "delta_W of every square module", {}, _transposed),
+    "permutation dropped": Planted(PERMUTED, "B of q_proj and k_proj lack the row order", {}, _unpermuted),
+    "v_proj missing": Planted(LEFT_OUT, "v_proj is not adapted", {}, _each(torch.zeros_like, "v_proj.lora_B")),
+    "MLP missing": Planted(LEFT_OUT, "only attention is adapted", {}, _each(torch.zeros_like, "mlp")),
+    "int8": Planted(ROUNDED, "A and B are rounded to int8", {}, _each(FORMATS["int8"].weights)),
+    "bf16": Planted(ROUNDED, "A and B are rounded to bf16", {}, _each(FORMATS["bf16"].weights)),
+}
+
+
+def plant(planted: Planted, adapter: Path, folder: Path) -> Path:
+    """A copy of an adapter with a fault; returns `folder`."""
+    shutil.copytree(adapter, folder)
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file(planted.change(load_file(file)), file, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | planted.config))
+    return folder
+
+
+class Served:
+    """What a fake OpenAI server answers, from models in this process.
+
+    Args:
+        base: folder of the base model.
+        adapters: folder of an adapter, or None for the base model, by the name that requests use.
+        form: how logprobs name tokens: "ids" as vLLM does, "content" as llama.cpp does, or "texts".
+    """
+
+    def __init__(self, base: Path, adapters: Mapping[str, Path | None], form: str = "ids") -> None:
+        self._models = {name: self._load(base, path) for name, path in adapters.items()}
+        self._tokenizer = AutoTokenizer.from_pretrained(base)
+        self._form = form
+
+    @staticmethod
+    def _load(base: Path, adapter: Path | None) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+
+    def __call__(self, body: dict[str, Any]) -> int | bytes:
+        return 404 if body["model"] not in self._models else json.dumps(self.answer(body)).encode()
+
+    @torch.inference_mode()
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        ids, tops = list(body["prompt"]), []
+        for _ in range(body["max_tokens"]):
+            logprobs = self._models[body["model"]](torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            tops.append(logprobs.topk(body["logprobs"]))
+            ids.append(int(logprobs.argmax()))
+        choice = {"index": 0, "text": "", "logprobs": self._logprobs(tops)}
+        return {"model": body["model"], "choices": [choice]}
+
+    def _logprobs(self, tops: list[Any]) -> dict[str, Any]:
+        pairs = [list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) for top in tops]
+        if self._form == "content":
+            return {
+                "content": [
+                    {"id": first[0][0], "top_logprobs": [{"id": i, "logprob": v} for i, v in first]} for first in pairs
+                ]
+            }
+        name = (lambda i: f"token_id:{i}") if self._form == "ids" else self._tokenizer.convert_ids_to_tokens
+        return {
+            "tokens": [name(first[0][0]) for first in pairs],
+            "top_logprobs": [{name(i): value for i, value in first} for first in pairs],
+        }
