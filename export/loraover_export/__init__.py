@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraover_export.check.report import CheckReport
+    from loraover_export.check.run import check_adapter
     from loraover_export.fold.certificate import FoldCertificate
     from loraover_export.fold.run import fold_checkpoint
     from loraover_export.gguf.report import GgufReport
@@ -19,12 +21,14 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
+    "CheckReport": "check.report",
     "FoldCertificate": "fold.certificate",
     "GgufReport": "gguf.report",
     "OnnxReport": "onnx.report",
     "Preflight": "vllm.preflight",
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
+    "check_adapter": "check.run",
     "export_gguf": "gguf.run",
     "export_onnx": "onnx.run",
     "export_vllm": "vllm.run",
@@ -32,12 +36,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckReport",
     "FoldCertificate",
     "GgufReport",
     "OnnxReport",
     "Preflight",
     "VllmCertificate",
     "VllmReport",
+    "check_adapter",
     "export_gguf",
     "export_onnx",
     "export_vllm",

@@ -7,6 +7,7 @@ import click
 from loraover.common.command_line import LazyGroup, entry_point
 
 COMMANDS = {
+    "check": "loraover_export.cli.check:check",
     "fold": "loraover_export.cli.fold:fold",
     "vllm": "loraover_export.cli.vllm:vllm",
     "onnx": "loraover_export.cli.onnx:onnx",

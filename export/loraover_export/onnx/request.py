@@ -125,7 +125,7 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
     for adapter in dirs:
         adapter.check_keeps_base()
         if request.mode == "swappable":
-            _check_swappable(adapter)
+            check_swappable(adapter)
     tasks = {(adapter.config.model_extra or {}).get("task_type") for adapter in dirs}
     if len(tasks) > 1:
         raise ExportError(f"the sources were trained for different tasks ({', '.join(sorted(map(str, tasks)))}).")
@@ -134,7 +134,8 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
     return Inputs(adapters, base, task if isinstance(task, str) else None)
 
 
-def _check_swappable(adapter: AdapterDir) -> None:
+def check_swappable(adapter: AdapterDir) -> None:
+    """Raise ExportError unless a swappable graph can take the adapter as inputs."""
     others = other_tensors(adapter)
     if others:
         raise ExportError(

@@ -19,11 +19,19 @@ TEXT_NAMES = Versions(since="0.33.0")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rule found, and what to do about it; a warning does not keep the adapter from being written."""
+    """What a rule found, and what to do about it.
+
+    Args:
+        found: the violation, in words.
+        remedy: next step for the user.
+        is_warning: whether the adapter may be written nevertheless.
+        is_silent: whether vLLM loads the adapter without a message, and then answers wrongly.
+    """
 
     found: str
     remedy: str
     is_warning: bool = False
+    is_silent: bool = False
 
 
 @dataclass(frozen=True)

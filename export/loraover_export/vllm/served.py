@@ -43,12 +43,12 @@ class ServedModel:
     modules: Mapping[str, ServedModule] = field(default_factory=dict)
 
 
-def read_served(source: ModelSource, supported: Mapping[str, Any]) -> ServedModel:
+def read_served(source: ModelSource, supported: Mapping[str, Any] | None = None) -> ServedModel:
     """Read a model's configuration, and build its modules without weights if the architecture is supported.
 
     Args:
         source: where the model is read from.
-        supported: classes that take adapters, by name.
+        supported: classes that take adapters, by name; None means all classes.
 
     Raises:
         ConfigError: no usable configuration, or a class that transformers cannot build.
@@ -58,7 +58,7 @@ def read_served(source: ModelSource, supported: Mapping[str, Any]) -> ServedMode
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     architecture = config.architectures[0]
     modules = {}
-    if architecture in supported:
+    if supported is None or architecture in supported:
         modules = {name: _describe(module) for name, module in load_skeleton(source).named_modules() if name}
     return ServedModel(
         source=source,

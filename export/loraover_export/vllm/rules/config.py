@@ -13,6 +13,12 @@ from loraover_export.vllm.versions import Versions
 JUDGED = {"bias", "init_lora_weights", "modules_to_save", "trainable_token_indices"}
 """Fields that other rules check."""
 
+REFUSED = {"alora_invocation_tokens", "layer_replication", "lora_bias", "use_bdlora", "use_qalora"}
+"""Variants that vLLM refuses by name: vllm/lora/peft_helper.py. It ignores all other fields that it does not know."""
+
+NOT_REFUSED = {"lora_ga"}
+"""Initialisations that change the base weights and that vLLM accepts."""
+
 HEADS = {"classifier", "score"}
 TOKEN_HEADS = Versions(since="0.33.0")
 """Releases that load the head of a token classifier as well as that of a sequence classifier."""
@@ -29,6 +35,7 @@ def variant(candidate: Candidate) -> Iterator[Problem]:
             if kind is not None
             else f"{field} is set to {value!r:.80}, a field that this version does not know and vLLM would ignore",
             "train a plain LoRA, or merge the adapter into the base model with PEFT and serve that",
+            is_silent=field not in REFUSED,
         )
 
 
@@ -41,6 +48,7 @@ def initialisation(candidate: Candidate) -> Iterator[Problem]:
             "so A and B are right for the changed base model only",
             "save the adapter again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which "
             "makes it a plain LoRA; or set init_lora_weights to true if the served model holds the changed weights",
+            is_silent=start.lower() in NOT_REFUSED,
         )
 
 
@@ -65,6 +73,7 @@ def other_parameters(candidate: Candidate) -> Iterator[Problem]:
                 f"{field} is set ({listed(names)}): parameters that were trained in full do not fit into A and B"
                 + (f"; {_heads(candidate.architectures.version)}" if loads else ""),
                 f"train without {field}, or merge the adapter into the base model with PEFT and serve that",
+                is_silent=field == "trainable_token_indices",
             )
 
 

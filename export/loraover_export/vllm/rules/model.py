@@ -53,12 +53,14 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
     if not missing:
         return
     alike = _alike(missing[0], candidate)
+    endings = {path.rpartition(".")[2] for path in candidate.served.modules}  # others are refused by name
     yield Problem(
         f"{len(missing)} of {len(candidate.modules)} adapted modules are not in the served model ({listed(missing)}); "
         "vLLM ignores matrices below an unknown prefix and answers as the base model",
         f"the served model has {alike}: rename the tensors"
         if alike is not None
         else f"name the model that the adapter was trained on with --model, in place of {candidate.served.source.name}",
+        is_silent=all(path.rpartition(".")[2] in endings for path in missing),
     )
 
 
@@ -89,6 +91,7 @@ def shapes(candidate: Candidate) -> Iterator[Problem]:
             f"maps {n} to {m} features in the adapter, {expected[0]} to {expected[1]} in the model. vLLM would fill "
             "only a part of a larger module, and fail on a smaller one",
             "serve the model that the adapter was trained on, with the same vocabulary; name it with --model",
+            is_silent=True,
         )
 
 
@@ -147,6 +150,7 @@ def no_ops(candidate: Candidate) -> Iterator[Problem]:
                 f"{known.reason} ({known.thread})",
                 f"train without {known.module} as a target module, or merge the adapter into the base model with PEFT "
                 "and serve that",
+                is_silent=True,
             )
 
 

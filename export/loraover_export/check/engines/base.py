@@ -1,0 +1,100 @@
+"""What every engine of the check supplies: a reading of both forms, and the command that writes the second."""
+
+from __future__ import annotations
+
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from loraover_export.check.features import FEATURES, MORE_THAN_AB
+from loraover_export.check.report import Finding, Level
+from loraover_export.check.subject import Subject
+
+
+@dataclass(frozen=True)
+class Reaction:
+    """What an engine does with an adapter that has a feature.
+
+    Args:
+        level: whether it refuses the adapter, applies it wrongly without a message, or neither.
+        text: what it does, in words, which continue the description of the feature.
+    """
+
+    level: Level
+    text: str
+
+
+def refused(text: str) -> Reaction:
+    """Return the reaction of an engine that stops with a message."""
+    return Reaction("refused", text)
+
+
+def silent(text: str) -> Reaction:
+    """Return the reaction of an engine that answers wrongly without a message."""
+    return Reaction("wrong silently", text)
+
+
+def note(text: str) -> Reaction:
+    """Return the reaction of an engine that answers as the adapter was trained, with a fact worth knowing."""
+    return Reaction("note", text)
+
+
+class Engine(ABC):
+    """One engine.
+
+    Args:
+        reader: program that reads the adapter, with the release whose sources or runs the reactions come from.
+    """
+
+    reader: str
+
+    @abstractmethod
+    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+        """Yield what the engine does with the adapter's folder in PEFT's form."""
+
+    @abstractmethod
+    def exported(self, subject: Subject) -> Iterator[Finding]:
+        """Yield what the export refuses, and what the engine does with what the export writes."""
+
+    @abstractmethod
+    def export(self, subject: Subject) -> str:
+        """Return the command that writes the exported form."""
+
+
+def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[Finding]:
+    """Yield a finding for each feature that the adapter has and that the engine reacts to.
+
+    An adapter that no other finding explains, and that the exports cannot read, is refused with their reason.
+    """
+    found = list(_findings(subject, reactions))
+    yield from found
+    if not found and subject.unreadable is not None:
+        yield Finding(feature="files", level="refused", found=subject.unreadable)
+
+
+def more_than_ab(subject: Subject) -> Iterator[Finding]:
+    """Yield the features that keep any export from expressing the adapter by A and B alone."""
+    yield from react(subject, dict.fromkeys(MORE_THAN_AB, refused("A and B cannot hold this")))
+
+
+def command(subject: Subject, *words: str, ending: str) -> str:
+    """Return an export command for the adapter, such as "loraover-export gguf a -o a.gguf".
+
+    Args:
+        subject: the adapter.
+        words: name of the command, then options.
+        ending: ending of the output's name.
+    """
+    path = str(subject.path)
+    model = [] if subject.model is None else ["--model", subject.model]
+    name, *options = words
+    return shlex.join(["loraover-export", name, path, "-o", f"{path.rstrip('/')}{ending}", *options, *model])
+
+
+def _findings(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterable[Finding]:
+    for name, feature in FEATURES.items():
+        evidence = feature(subject) if name in reactions else None
+        if evidence is not None:
+            reaction = reactions[name]
+            yield Finding(feature=name, level=reaction.level, found=f"{evidence}; {reaction.text}")

@@ -1,0 +1,63 @@
+"""llama.cpp: PEFT's form through its converter, the exported form through `loraover-export gguf`.
+
+Source: convert_lora_to_gguf.py and src/llama-adapter.cpp of ggml-org/llama.cpp, the former at 0b03adaa632b; the scaling
+and the norms were measured on build b11739 (`llama-cpp-py-sync` 0.11739).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from loraover.common.errors import CheckpointError, ExportError
+from loraover_export.check.engines.base import Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.report import Finding
+from loraover_export.check.subject import Subject
+from loraover_export.gguf.refusals import check_adapter
+from loraover_export.gguf.target import read_target
+
+ONE_ALPHA = "the converter writes lora_alpha once, and llama.cpp multiplies B A by it over the rank of the matrices"
+UNKNOWN_TENSOR = refused("the converter stops at tensors other than A and B")
+
+PEFT_FORM = {
+    "method": UNKNOWN_TENSOR,
+    "DoRA": UNKNOWN_TENSOR,
+    "variant": silent("the converter does not read this field"),
+    "aLoRA": note("the converter writes the tokens, from which on llama.cpp's server applies the adapter"),
+    "experts": refused("the converter finds no tensor of the base model by these names"),
+    "initialisation": silent("the converter does not read this field"),
+    "biases": UNKNOWN_TENSOR,
+    "LoRA bias": UNKNOWN_TENSOR,
+    "modules_to_save": UNKNOWN_TENSOR,
+    "norms": silent("the converter writes it, and llama.cpp loads it but never applies it"),
+    "trained tokens": UNKNOWN_TENSOR,
+    "rsLoRA": silent(ONE_ALPHA),
+    "alpha_pattern": silent(ONE_ALPHA),
+    "rank": silent("llama.cpp scales by the rank of the matrices"),
+    "missing modules": refused("llama.cpp refuses names that its model does not have"),
+    "other shapes": refused("llama.cpp refuses shapes that its model does not have"),
+    "tied embedding": silent("llama.cpp applies it to the head as well, or ends its process"),
+    "tied head": refused("llama.cpp has no weight of the head"),
+}
+
+
+@final
+class LlamaCpp(Engine):
+    """llama.cpp, which reads GGUF only."""
+
+    reader = "llama.cpp b11739, convert_lora_to_gguf.py"
+
+    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+        yield from react(subject, PEFT_FORM)
+
+    def exported(self, subject: Subject) -> Iterator[Finding]:
+        if subject.lora is None:
+            yield from more_than_ab(subject)
+            return
+        try:
+            check_adapter(subject.lora, read_target(subject.served.source))
+        except (CheckpointError, ExportError) as error:
+            yield Finding(feature="export", level="refused", found=str(error))
+
+    def export(self, subject: Subject) -> str:
+        return command(subject, "gguf", ending=".gguf")

@@ -1,0 +1,71 @@
+"""ONNX Runtime: PEFT's form through onnxruntime-genai's builder and Olive, the exported form through our own graphs.
+
+The builder (`adapter_path`) loads the adapter with PEFT and takes A, B and the scaling of each linear layer; its
+reactions were measured on a tiny Llama with 0.18. Olive (`convert-adapters`) was read: olive/cli/convert_adapters.py of
+microsoft/Olive at 19fd0567b1c9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from loraover.common.errors import ExportError
+from loraover_export.check.engines.base import Engine, command, more_than_ab, react, refused, silent
+from loraover_export.check.report import Finding
+from loraover_export.check.subject import Subject
+from loraover_export.onnx.request import check_swappable
+
+ONE_SCALING = "the builder is right, but Olive scales every module by lora_alpha and r"
+NO_PLACE = refused("the builder is right, but Olive writes tensors that its graph has no inputs for")
+
+PEFT_FORM = {
+    "method": refused("the builder and Olive know A and B of LoRA only"),
+    "DoRA": silent("the builder drops the magnitudes; Olive refuses it"),
+    "variant": silent("the builder and Olive take A and B as those of a plain LoRA"),
+    "aLoRA": silent("the builder and Olive apply it to every token"),
+    "experts": refused("the builder and Olive have no place for it"),
+    "initialisation": silent("the builder is right, but Olive pairs A and B with the unchanged base weights"),
+    "LoRA bias": silent("the builder drops it"),
+    "modules_to_save": NO_PLACE,
+    "trained tokens": NO_PLACE,
+    "alpha_pattern": silent(ONE_SCALING),
+    "rank_pattern": silent(ONE_SCALING),
+    "rank": refused("PEFT, which the builder uses, cannot load it"),
+    "key prefix": silent("PEFT, which the builder uses, ignores such keys but for a Python warning"),
+    "missing modules": silent("PEFT, which the builder uses, ignores such keys but for a Python warning"),
+    "other shapes": refused("PEFT, which the builder uses, cannot load it"),
+    "embedding": silent("the builder leaves out its adapter"),
+    "adapted head": refused("the builder's graph is invalid, and ONNX Runtime does not load it"),
+}
+
+MERGEABLE = ("biases", "modules_to_save", "norms")
+"""Features beyond A and B that a merged graph holds."""
+
+
+@final
+class Onnx(Engine):
+    """ONNX Runtime and onnxruntime-genai."""
+
+    reader = "onnxruntime-genai 0.18's builder, Olive"
+
+    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+        yield from react(subject, PEFT_FORM)
+
+    def exported(self, subject: Subject) -> Iterator[Finding]:
+        kept = () if _mode(subject) == "swappable" else MERGEABLE
+        yield from (found for found in more_than_ab(subject) if found.feature not in kept)
+
+    def export(self, subject: Subject) -> str:
+        return command(subject, "onnx", "--mode", _mode(subject), ending="-onnx")
+
+
+def _mode(subject: Subject) -> str:
+    """Return the mode of the export that can hold the adapter, or more of it than the other mode."""
+    if subject.lora is None:
+        return "swappable"
+    try:
+        check_swappable(subject.lora)
+    except ExportError:
+        return "merged"
+    return "swappable"

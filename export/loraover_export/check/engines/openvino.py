@@ -1,0 +1,61 @@
+"""OpenVINO GenAI, which reads the tensors of PEFT's form and never its configuration.
+
+Source: src/cpp/src/lora/adapter.cpp and src/cpp/src/llm/pipeline_stateful.cpp of openvinotoolkit/openvino.genai at
+da1db864d2bc (after 2026.3); scaling and prefix were measured on 2026.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from loraover_export.check.engines.base import Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.engines.vllm import DTYPE, apply_rules
+from loraover_export.check.report import Finding
+from loraover_export.check.subject import Subject
+
+NOT_READ = silent("OpenVINO does not read adapter_config.json")
+IGNORED = silent("OpenVINO ignores such tensors")
+
+PEFT_FORM = {
+    "method": IGNORED,
+    "DoRA": IGNORED,
+    "variant": NOT_READ,
+    "aLoRA": NOT_READ,
+    "experts": IGNORED,
+    "initialisation": NOT_READ,
+    "biases": IGNORED,
+    "LoRA bias": IGNORED,
+    "modules_to_save": silent("OpenVINO replaces embed_tokens and lm_head, and ignores all other modules"),
+    "trained tokens": IGNORED,
+    "scaling": silent("OpenVINO multiplies B A by the alpha that the program gives, 1 by default"),
+    "key prefix": silent("OpenVINO ignores such keys, and answers as the base model"),
+    "missing modules": silent("OpenVINO writes a warning to standard error, and answers without these modules"),
+    "other shapes": refused("OpenVINO cannot set a state of another shape"),
+    "embedding": silent("OpenVINO knows lora_A and lora_B only, and ignores lora_embedding_A and B"),
+}
+UNIFORM_FORM = {
+    "embedding": PEFT_FORM["embedding"],
+    "quantised base": note("an adapter is never applied to a base model that OpenVINO reads from GGUF"),
+}
+
+
+@final
+class OpenVino(Engine):
+    """OpenVINO GenAI."""
+
+    reader = "OpenVINO GenAI 2026.4"
+
+    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+        yield from react(subject, PEFT_FORM)
+
+    def exported(self, subject: Subject) -> Iterator[Finding]:
+        if subject.lora is None:
+            yield from more_than_ab(subject)
+            return
+        # `loraover-export vllm` writes the form, and refuses what vLLM would not serve.
+        yield from (found for found in apply_rules(subject, dtype=DTYPE) if found.level == "refused")
+        yield from react(subject, UNIFORM_FORM)
+
+    def export(self, subject: Subject) -> str:
+        return command(subject, "vllm", ending="-uniform")

@@ -1,0 +1,47 @@
+"""PyTorch with PEFT, which wrote the form, so that only other base models and renamed tensors are wrong.
+
+Reactions were measured on a tiny Llama with PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from loraover_export.check.engines.base import Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.features import initialisation, quantised_base
+from loraover_export.check.report import Finding
+from loraover_export.check.subject import Subject
+
+PEFT_FORM = {
+    "experts": note("PEFT before 0.19 stored these matrices transposed; load it with the release that saved it"),
+    "rank": refused("PEFT cannot load matrices of another rank"),
+    "key prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
+    "missing modules": silent("PEFT ignores their matrices, with a Python warning at most"),
+    "other shapes": refused("PEFT cannot load matrices of other shapes"),
+    "cores": note("PEFT reads A and B, which are the cores' product, rounded to the storage type"),
+}
+
+
+@final
+class Torch(Engine):
+    """PEFT, as a script with transformers uses it."""
+
+    reader = "PEFT 0.21.2"
+
+    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+        is_other_method = subject.lora is None and (subject.fields is None or subject.fields.use_dora)
+        reactions = list(react(subject, PEFT_FORM))
+        yield from (found for found in reactions if not (is_other_method and found.feature == "files"))
+        start = initialisation(subject)
+        if start is not None and quantised_base(subject) is not None:
+            text = f"{start}; PEFT cannot take it from quantised weights"
+            yield Finding(feature="initialisation", level="refused", found=text)
+
+    def exported(self, subject: Subject) -> Iterator[Finding]:
+        yield from more_than_ab(subject)
+
+    def export(self, subject: Subject) -> str:
+        if subject.has_cores:
+            return command(subject, "fold", ending="-folded")
+        return command(subject, "vllm", ending="-uniform")

@@ -1,0 +1,65 @@
+"""vLLM, by the rules of its pre-flight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from loraover_export.check.engines.base import Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.report import Finding, Level
+from loraover_export.check.subject import Subject
+from loraover_export.vllm.architectures import known_architectures
+from loraover_export.vllm.candidate import Candidate, Problem
+from loraover_export.vllm.rules import RULES
+
+NO_LORA = {
+    "method": refused("vLLM knows no such tensors"),
+    "DoRA": refused("vLLM says that it does not support DoRA"),
+    "rank": silent("vLLM scales by the configuration's rank"),
+    "key prefix": note("vLLM takes them as well, as names of modules of its own class"),
+    "missing modules": silent("vLLM ignores matrices below an unknown prefix and answers as the base model"),
+    "other shapes": silent("vLLM would fill only a part of a larger module"),
+}
+"""Reactions to adapters that the exports cannot read, and the rules of the pre-flight are not made for."""
+
+DTYPE = "bf16"
+"""Storage type that `loraover-export vllm` writes by default."""
+
+
+@final
+class Vllm(Engine):
+    """vLLM, which reads PEFT's form itself."""
+
+    def __init__(self) -> None:
+        self.reader = f"vLLM {known_architectures().version}"
+
+    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+        yield from react(subject, NO_LORA) if subject.lora is None else apply_rules(subject, dtype=None)
+
+    def exported(self, subject: Subject) -> Iterator[Finding]:
+        yield from more_than_ab(subject) if subject.lora is None else apply_rules(subject, dtype=DTYPE)
+
+    def export(self, subject: Subject) -> str:
+        return command(subject, "vllm", ending="-vllm")
+
+
+def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
+    """Apply the rules of the pre-flight.
+
+    Args:
+        subject: an adapter that the exports can read.
+        dtype: storage type that is written; None if the adapter's folder is served unchanged.
+    """
+    assert subject.lora is not None
+    name, address = f"{subject.path.name}-vllm", subject.served.source.name
+    candidate = Candidate(subject.lora, subject.served, known_architectures(), name, address, dtype)
+    for rule, check in RULES.items():
+        for problem in check(candidate):
+            yield Finding(feature=rule, level=_level(rule, problem, dtype), found=problem.found)
+
+
+def _level(rule: str, problem: Problem, dtype: str | None) -> Level:
+    if problem.is_warning or rule == "patterns":  # these releases read patterns as PEFT does
+        return "note"
+    # What the export finds keeps it from writing, whatever vLLM would do with it.
+    return "wrong silently" if problem.is_silent and dtype is None else "refused"

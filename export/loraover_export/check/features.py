@@ -1,0 +1,239 @@
+"""Properties of an adapter that engines treat differently, one function each.
+
+A feature returns what was found, in words, or None if the adapter does not have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from loraover.checkpoint.peft_adapter import KEPT_BASE, KEY_PREFIX
+from loraover_export.check.subject import Subject
+from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
+from loraover_export.vllm.candidate import listed
+
+Feature = Callable[[Subject], str | None]
+
+_FIXED = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+_JUDGED = {"bias", "init_lora_weights", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"}
+_JUDGED |= {"alora_invocation_tokens", "use_dora", "use_rslora"}
+
+
+def method(subject: Subject) -> str | None:
+    """A PEFT method other than LoRA."""
+    kind = subject.config["peft_type"]
+    return None if kind == "LORA" else f"peft_type is {kind}, not LORA"
+
+
+def dora(subject: Subject) -> str | None:
+    """Magnitudes of DoRA."""
+    return "use_dora is true, so W + B A is rescaled" if subject.config.get("use_dora") else None
+
+
+def variant(subject: Subject) -> str | None:
+    """Fields of PEFT's other variants of LoRA, and fields that this version does not know."""
+    if subject.config["peft_type"] != "LORA":
+        return None
+    found = [name for name, value in subject.config.items() if value and name not in _FIXED | _JUDGED | TRAINING_ONLY]
+    if not found:
+        return None
+    kind = VARIANTS.get(found[0], "a field that this version does not know")
+    return f"{listed(found)} is set: {kind}"
+
+
+def alora(subject: Subject) -> str | None:
+    """A LoRA that acts from certain tokens on."""
+    return "alora_invocation_tokens is set: an aLoRA" if subject.config.get("alora_invocation_tokens") else None
+
+
+def experts(subject: Subject) -> str | None:
+    """LoRA on single parameters, such as those of fused experts."""
+    value = subject.config.get("target_parameters")
+    return f"target_parameters names {listed(value)}" if value else None
+
+
+def initialisation(subject: Subject) -> str | None:
+    """A start that changes the base weights, such as PiSSA's or OLoRA's."""
+    start = subject.config.get("init_lora_weights")
+    if not isinstance(start, str) or start.lower() in KEPT_BASE:
+        return None
+    return f"init_lora_weights is {start!r}, which changes the base weights"
+
+
+def biases(subject: Subject) -> str | None:
+    """Trained biases of the base model."""
+    value = subject.config.get("bias") or "none"
+    return None if value == "none" else f"bias is {value!r}: biases of the base model were trained"
+
+
+def lora_bias(subject: Subject) -> str | None:
+    """A bias of B."""
+    keys = [key for key in subject.shapes if key.endswith(".lora_B.bias")]
+    return f"{len(keys)} biases of B" if keys or subject.config.get("lora_bias") else None
+
+
+def modules_to_save(subject: Subject) -> str | None:
+    """Modules that were trained in full."""
+    value = subject.config.get("modules_to_save")
+    return f"modules_to_save names {listed(value)}" if value else None
+
+
+def trained_tokens(subject: Subject) -> str | None:
+    """Single tokens of an embedding that were trained in full."""
+    value = subject.config.get("trainable_token_indices")
+    return f"trainable_token_indices is set ({len(value)} entries)" if value else None
+
+
+def rslora(subject: Subject) -> str | None:
+    """The scaling alpha / sqrt(r), where it differs from alpha / r."""
+    ranked = subject.config.get("use_rslora") and subject.ranks and subject.ranks != [1]
+    return "use_rslora is true: the scaling is alpha / sqrt(r)" if ranked else None
+
+
+def rank_pattern(subject: Subject) -> str | None:
+    """Modules of another rank than the configuration's r."""
+    fields = subject.fields
+    if fields is None:
+        return None
+    others = [path for path in subject.modules if fields.rank(path) != fields.r]
+    return f"rank_pattern gives {len(others)} of {len(subject.modules)} modules another rank" if others else None
+
+
+def alpha_pattern(subject: Subject) -> str | None:
+    """Modules of another alpha than the configuration's."""
+    fields = subject.fields
+    if fields is None:
+        return None
+    usual = fields.model_copy(update={"alpha_pattern": {}})
+    others = [path for path in subject.modules if fields.scaling(path) != usual.scaling(path)]
+    return f"alpha_pattern gives {len(others)} of {len(subject.modules)} modules another alpha" if others else None
+
+
+def scaling(subject: Subject) -> str | None:
+    """A factor before B A other than 1."""
+    if subject.fields is None:
+        return None
+    factors = sorted({subject.fields.scaling(path) for path in subject.modules} - {1.0})
+    return f"delta_W is {listed([f'{factor:.4g}' for factor in factors])} times B A" if factors else None
+
+
+def wrong_rank(subject: Subject) -> str | None:
+    """Matrices of another rank than the configuration gives."""
+    if subject.fields is None:
+        return None
+    for matrix in subject.matrices.values():
+        expected = subject.fields.rank(matrix.module)
+        found = matrix.shape[0 if matrix.side == "A" else -1]
+        if found != expected:
+            return f"{matrix.module} has rank {found}, but the configuration gives it rank {expected}"
+    return None
+
+
+def norms(subject: Subject) -> str | None:
+    """Norms that were trained in full."""
+    keys = [key for key in subject.shapes if key not in subject.matrices and "norm" in key]
+    return f"{listed(keys)} is a norm that was trained in full" if keys else None
+
+
+def prefix(subject: Subject) -> str | None:
+    """Keys without PEFT's prefix."""
+    keys = [key for key, matrix in subject.matrices.items() if not matrix.has_prefix]
+    return f"{len(keys)} of {len(subject.matrices)} keys do not begin with {KEY_PREFIX}" if keys else None
+
+
+def missing_modules(subject: Subject) -> str | None:
+    """Adapted modules that the base model does not have."""
+    missing = [path for path in subject.modules if path not in subject.served.modules]
+    if not missing:
+        return None
+    return f"{len(missing)} of {len(subject.modules)} adapted modules are not in {_base(subject)} ({listed(missing)})"
+
+
+def other_shapes(subject: Subject) -> str | None:
+    """Matrices that do not fit the base model's modules."""
+    wrong = []
+    for matrix in subject.matrices.values():
+        module = subject.served.modules.get(matrix.module)
+        if module is None or module.shape is None or len(matrix.shape) != 2:
+            continue
+        expected = module.shape[0 if matrix.side == "A" else 1]
+        if matrix.shape[1 if matrix.side == "A" else 0] != expected:
+            wrong.append(matrix.module)
+    return f"{listed(_once(wrong))} has another shape in {_base(subject)}" if wrong else None
+
+
+def embedding(subject: Subject) -> str | None:
+    """LoRA on an embedding."""
+    found = _once(matrix.module for matrix in subject.matrices.values() if matrix.is_embedding)
+    return f"{listed(found)} is an embedding that is adapted" if found else None
+
+
+def tied_embedding(subject: Subject) -> str | None:
+    """LoRA on an embedding that is also the head."""
+    adapted = subject.is_tied and any(matrix.is_embedding for matrix in subject.matrices.values())
+    return "the embedding is adapted, whose matrix is also the head's" if adapted else None
+
+
+def tied_head(subject: Subject) -> str | None:
+    """LoRA on a head that is also the embedding."""
+    found = adapted_head(subject) if subject.is_tied else None
+    return None if found is None else f"{found}, whose matrix is also the embedding"
+
+
+def adapted_head(subject: Subject) -> str | None:
+    """LoRA on the head."""
+    return "lm_head is adapted" if any(path.rpartition(".")[2] == "lm_head" for path in subject.modules) else None
+
+
+def quantised_base(subject: Subject) -> str | None:
+    """A base model with quantised weights."""
+    return None if subject.quantization is None else f"the base model's weights are quantised ({subject.quantization})"
+
+
+def cores(subject: Subject) -> str | None:
+    """A LoRA-Over checkpoint."""
+    return "a LoRA-Over checkpoint" if subject.has_cores else None
+
+
+def _base(subject: Subject) -> str:
+    return subject.served.source.name
+
+
+def _once(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(paths))
+
+
+FEATURES: dict[str, Feature] = {
+    "method": method,
+    "DoRA": dora,
+    "variant": variant,
+    "aLoRA": alora,
+    "experts": experts,
+    "initialisation": initialisation,
+    "biases": biases,
+    "LoRA bias": lora_bias,
+    "modules_to_save": modules_to_save,
+    "norms": norms,
+    "trained tokens": trained_tokens,
+    "rsLoRA": rslora,
+    "rank_pattern": rank_pattern,
+    "alpha_pattern": alpha_pattern,
+    "scaling": scaling,
+    "rank": wrong_rank,
+    "key prefix": prefix,
+    "missing modules": missing_modules,
+    "other shapes": other_shapes,
+    "embedding": embedding,
+    "tied embedding": tied_embedding,
+    "tied head": tied_head,
+    "adapted head": adapted_head,
+    "quantised base": quantised_base,
+    "cores": cores,
+}
+"""Features by name, in the order in which a report lists them."""
+
+MORE_THAN_AB = (
+    *("method", "DoRA", "variant", "aLoRA", "experts", "initialisation", "biases", "LoRA bias"),
+    *("modules_to_save", "norms", "trained tokens", "rank", "missing modules", "other shapes"),
+)
+"""Features that A and B of the base model's modules cannot express."""

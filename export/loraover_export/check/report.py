@@ -1,0 +1,76 @@
+"""The report of `check_adapter`: for each engine, a verdict on the adapter as it is and as exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Level = Literal["refused", "wrong silently", "note"]
+Verdict = Literal["right", "refused", "wrong silently"]
+
+
+class Finding(BaseModel):
+    """One fact about an adapter on one engine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    feature: str = Field(description="property of the adapter, or name of the rule")
+    level: Level = Field(description="what the engine does; a note does not change the verdict")
+    found: str = Field(description="what was found, and what the engine does with it, in words")
+
+
+class Judgement(BaseModel):
+    """What an engine does with one form of an adapter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verdict: Verdict = Field(description="the worst level of the findings; wrong silently is worse than refused")
+    findings: tuple[Finding, ...] = Field(description="the facts that the verdict rests on")
+
+
+class EngineCheck(BaseModel):
+    """One engine: both forms of the adapter, and the command that writes the second."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str = Field(description="name that --engine takes")
+    reader: str = Field(description="program that reads the adapter, with the release whose sources were read")
+    as_it_is: Judgement = Field(description="the adapter's folder, in PEFT's form")
+    exported: Judgement = Field(description="what the export command writes")
+    export: str = Field(description="command that writes the exported form")
+
+    @property
+    def is_mended(self) -> bool:
+        """Whether the export mends what is wrong with the adapter as it is."""
+        return self.as_it_is.verdict != "right" and self.exported.verdict == "right"
+
+
+class CheckReport(BaseModel):
+    """Result of judging an adapter for several engines without running any."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    verdict: Literal["passed", "failed"] = Field(description="failed: an engine is not right on the adapter as it is")
+    adapter: str = Field(description="folder of the adapter")
+    peft_type: str = Field(description="PEFT's name of the method")
+    base_model: str = Field(description="folder or hub name of the base model")
+    architecture: str = Field(description="model class that the base model's configuration names")
+    modules: int = Field(description="number of adapted modules")
+    ranks: tuple[int, ...] = Field(description="ranks of the modules, each once")
+    engines: tuple[EngineCheck, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every engine is right on the adapter as it is."""
+        return self.verdict == "passed"
+
+
+def judge(findings: Iterable[Finding]) -> Judgement:
+    """Return findings with the verdict that follows from them."""
+    found = tuple(findings)
+    levels = {finding.level for finding in found}
+    verdict: Verdict = "wrong silently" if "wrong silently" in levels else "refused" if "refused" in levels else "right"
+    return Judgement(verdict=verdict, findings=found)

@@ -1,0 +1,159 @@
+"""An adapter of any PEFT method and its base model, read without judging them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from loraover.checkpoint.checkpoint import META_FILE
+from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE, AdapterConfig, AdapterDir
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.strict_json import read_json
+from loraover.models.load import load_config, resolve_model
+from loraover_export.vllm.served import ServedModel, read_served
+
+_MATRIX = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?:\.weight)?")
+
+
+class _Config(BaseModel):
+    """Fields that every PEFT method has; other fields are kept unread."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An A or B matrix by its tensor key.
+
+    Args:
+        module: path of the adapted module, without PEFT's prefix.
+        side: "A" or "B".
+        is_embedding: whether the module is adapted as an embedding.
+        has_prefix: whether the key begins with PEFT's prefix, `base_model.model.`.
+        shape: shape of the tensor.
+    """
+
+    module: str
+    side: str
+    is_embedding: bool
+    has_prefix: bool
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter that is to be judged, and the model under it.
+
+    Args:
+        path: folder of the adapter.
+        config: contents of `adapter_config.json`.
+        fields: the fields of the configuration that give rank and scaling; None for other methods than LoRA.
+        shapes: shape of every tensor in the file, by key.
+        lora: the adapter, if it is a plain LoRA that the exports can read.
+        unreadable: reason for which the exports cannot read it; None if they can.
+        has_cores: whether the folder is a LoRA-Over checkpoint.
+        served: the base model.
+        is_tied: whether the base model's head is its embedding.
+        quantization: method by which the base model's weights are quantised; None if they are not.
+        model: base model that the user named.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    fields: AdapterConfig | None
+    shapes: Mapping[str, tuple[int, ...]]
+    lora: AdapterDir | None
+    unreadable: str | None
+    has_cores: bool
+    served: ServedModel
+    is_tied: bool
+    quantization: str | None
+    model: str | None
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """Every A and B by its key, whether or not the key has PEFT's prefix."""
+        found = {}
+        for key, shape in self.shapes.items():
+            match = _MATRIX.fullmatch(key)
+            if match is not None:
+                is_embedding = match["kind"] != "lora_"
+                found[key] = Matrix(match["module"], match["side"], is_embedding, key.startswith(KEY_PREFIX), shape)
+        return found
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the adapted modules, each once."""
+        return list(dict.fromkeys(matrix.module for matrix in self.matrices.values()))
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks of the A matrices, each once, in ascending order."""
+        found = self.matrices.values()
+        return sorted({matrix.shape[0] for matrix in found if matrix.side == "A" and len(matrix.shape) == 2})
+
+
+def read_subject(path: Path, model: str | None) -> Subject:
+    """Read an adapter's configuration and tensor layout, and the configuration of its base model.
+
+    Args:
+        path: folder of a LoRA-Over checkpoint or of any PEFT adapter.
+        model: base model, folder or hub name; None means the one that the adapter names.
+
+    Raises:
+        CheckpointError: no adapter, or files that cannot be read.
+        ConfigError: no base model, or one that transformers cannot build.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
+    config = read_json(path / CONFIG_FILE, _Config)
+    with open_tensors(path / TENSORS_FILE) as file:
+        shapes = {key: file.shape(key) for key in file.keys}
+    named = model or config.base_model_name_or_path
+    if named is None:
+        raise ConfigError(f"{path}: names no base model; name the base model with --model.")
+    revision = config.revision if named == config.base_model_name_or_path else None
+    source = resolve_model(named, *([] if revision is None else [revision]))
+    base = load_config(source)
+    quantization = getattr(base, "quantization_config", None)
+    lora, unreadable = _read_lora(path)
+    return Subject(
+        path=path,
+        config=config.model_dump(),
+        fields=read_json(path / CONFIG_FILE, AdapterConfig) if config.peft_type == "LORA" else None,
+        shapes=shapes,
+        lora=lora,
+        unreadable=unreadable,
+        has_cores=(path / META_FILE).exists(),
+        served=read_served(source),
+        is_tied=bool(base.get_text_config().tie_word_embeddings),
+        quantization=None if quantization is None else _method(quantization),
+        model=model,
+    )
+
+
+def _read_lora(path: Path) -> tuple[AdapterDir | None, str | None]:
+    """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
+    if (path / META_FILE).exists():
+        return adapter_of(read_source(path)), None
+    try:
+        return adapter_of(read_source(path)), None
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _method(quantization: Any) -> str:
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return str(fields.get("quant_method", "an unnamed method"))
