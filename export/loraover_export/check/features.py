@@ -190,6 +190,11 @@ def quantised_base(subject: Subject) -> str | None:
     return None if subject.quantization is None else f"the base model's weights are quantised ({subject.quantization})"
 
 
+def task(subject: Subject) -> str | None:
+    """A base model other than a causal language model."""
+    return None if subject.is_causal else f"the base model is a {subject.served.architecture}"
+
+
 def cores(subject: Subject) -> str | None:
     """A LoRA-Over checkpoint."""
     return "a LoRA-Over checkpoint" if subject.has_cores else None
@@ -204,6 +209,7 @@ def _once(paths: Iterable[str]) -> list[str]:
 
 
 FEATURES: dict[str, Feature] = {
+    "task": task,
     "method": method,
     "DoRA": dora,
     "variant": variant,

@@ -8,7 +8,7 @@ from textwrap import wrap
 from rich.console import Console
 
 from loraover.common.command_line import printable
-from loraover_export.check.report import CheckReport, EngineCheck, Finding, Judgement
+from loraover_export.check.report import CheckReport, EngineCheck, Finding
 
 WIDTH = 80
 COLUMNS = "{:<10}{:<16}{:<16}{}"
@@ -32,6 +32,7 @@ def show_report(report: CheckReport, console: Console) -> None:
             _line(console, check.engine, "bold")
         for line in lines:
             _line(console, line)
+    _show_limits(report, console)
     console.print()
     wrong = [check.engine for check in report.engines if check.as_it_is.verdict != "right"]
     _line(
@@ -42,32 +43,43 @@ def show_report(report: CheckReport, console: Console) -> None:
 
 
 def _explained(check: EngineCheck) -> Iterator[str]:
-    """Yield the findings on both forms, those that are the same once, and what mends them."""
-    shared = [finding for finding in check.as_it_is.findings if finding in check.exported.findings]
-    for title, judgement in (("as it is", check.as_it_is), ("exported", check.exported)):
-        for finding in judgement.findings:
-            if finding not in shared:
-                yield from _wrapped(title, finding)
-    for finding in shared:
-        yield from _wrapped("both", finding)
+    """Yield the findings on the adapter as it is, and the export that mends them."""
+    for finding in check.as_it_is.findings:
+        yield from _wrapped(f"{finding.level}: {finding.feature}: {finding.found}")
     if check.is_mended:
         yield "  mended by:"
         yield f"    {check.export}"
-    elif check.as_it_is.verdict != "right":
-        yield from wrap(f"no export mends this: {_advice(check.exported)}", WIDTH - 4, initial_indent="  ")
 
 
-def _advice(exported: Judgement) -> str:
-    features = {finding.feature for finding in exported.findings if finding.level != "note"}
+def _show_limits(report: CheckReport, console: Console) -> None:
+    """Print what keeps an export from mending an adapter, each reason once with its engines."""
+    limits: dict[Finding, list[str]] = {}
+    for check in report.engines:
+        for finding in check.exported.findings:
+            if check.as_it_is.verdict != "right" and finding.level != "note":
+                limits.setdefault(finding, []).append(check.engine)
+    if not limits:
+        return
+    console.print()
+    _line(console, "no export mends", "bold")
+    for finding, engines in limits.items():
+        for line in _wrapped(f"{', '.join(engines)}: {finding.feature}: {finding.found}"):
+            _line(console, line)
+    for line in _wrapped(_advice({finding.feature for finding in limits})):
+        _line(console, line)
+
+
+def _advice(features: set[str]) -> str:
     if features & {"missing modules", "other shapes", "modules", "shapes"}:
-        return "name the model that the adapter was trained on with --model"
-    if features & {"initialisation"}:
-        return "save it again with PEFT's path_initial_model_for_weight_conversion"
-    return "train a plain LoRA, or merge the adapter into the base model with PEFT"
+        return "Name the model that the adapter was trained on with --model."
+    if features == {"files"}:
+        return "Save the adapter with PEFT's save_pretrained, or mend its files as the message says."
+    if "initialisation" in features:
+        return "Save the adapter again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+    return "Train a plain LoRA, or merge the adapter into the base model with PEFT."
 
 
-def _wrapped(title: str, finding: Finding) -> list[str]:
-    text = f"{title}, {finding.level}: {finding.feature}: {finding.found}"
+def _wrapped(text: str) -> list[str]:
     return wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
 
 

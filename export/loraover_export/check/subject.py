@@ -65,6 +65,7 @@ class Subject:
         unreadable: reason for which the exports cannot read it; None if they can.
         has_cores: whether the folder is a LoRA-Over checkpoint.
         served: the base model.
+        is_causal: whether the base model is a causal language model.
         is_tied: whether the base model's head is its embedding.
         quantization: method by which the base model's weights are quantised; None if they are not.
         model: base model that the user named.
@@ -78,6 +79,7 @@ class Subject:
     unreadable: str | None
     has_cores: bool
     served: ServedModel
+    is_causal: bool
     is_tied: bool
     quantization: str | None
     model: str | None
@@ -128,7 +130,7 @@ def read_subject(path: Path, model: str | None) -> Subject:
     source = resolve_model(named, *([] if revision is None else [revision]))
     base = load_config(source)
     quantization = getattr(base, "quantization_config", None)
-    lora, unreadable = _read_lora(path)
+    lora, unreadable = _read_lora(path, has_cores := (path / META_FILE).exists())
     return Subject(
         path=path,
         config=config.model_dump(),
@@ -136,22 +138,29 @@ def read_subject(path: Path, model: str | None) -> Subject:
         shapes=shapes,
         lora=lora,
         unreadable=unreadable,
-        has_cores=(path / META_FILE).exists(),
+        has_cores=has_cores,
         served=read_served(source),
+        is_causal=_is_causal(base.architectures[0]),
         is_tied=bool(base.get_text_config().tie_word_embeddings),
         quantization=None if quantization is None else _method(quantization),
         model=model,
     )
 
 
-def _read_lora(path: Path) -> tuple[AdapterDir | None, str | None]:
+def _read_lora(path: Path, has_cores: bool) -> tuple[AdapterDir | None, str | None]:
     """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
-    if (path / META_FILE).exists():
-        return adapter_of(read_source(path)), None
     try:
         return adapter_of(read_source(path)), None
     except CheckpointError as error:
+        if has_cores:
+            raise
         return None, str(error)
+
+
+def _is_causal(architecture: str) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _method(quantization: Any) -> str:

@@ -40,6 +40,10 @@ def note(text: str) -> Reaction:
     return Reaction("note", text)
 
 
+CORES = note("A and B are read, which are the cores' product, rounded; the export contracts the cores")
+OTHER_BASE = note("the engine runs other weights than those that the adapter was trained beside")
+
+
 class Engine(ABC):
     """One engine.
 

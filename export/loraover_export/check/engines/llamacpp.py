@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from typing import final
 
 from loraover.common.errors import CheckpointError, ExportError
-from loraover_export.check.engines.base import Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, OTHER_BASE, Engine, command, more_than_ab, note, react, refused, silent
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
+from loraover_export.gguf.families import FAMILIES
 from loraover_export.gguf.refusals import check_adapter
 from loraover_export.gguf.target import read_target
+from loraover_export.vllm.candidate import listed
 
 ONE_ALPHA = "the converter writes lora_alpha once, and llama.cpp multiplies B A by it over the rank of the matrices"
+ROTATED = ("q_proj", "k_proj")
 UNKNOWN_TENSOR = refused("the converter stops at tensors other than A and B")
 
 PEFT_FORM = {
@@ -34,10 +37,13 @@ PEFT_FORM = {
     "rsLoRA": silent(ONE_ALPHA),
     "alpha_pattern": silent(ONE_ALPHA),
     "rank": silent("llama.cpp scales by the rank of the matrices"),
+    "key prefix": note("the converter takes them as well"),
     "missing modules": refused("llama.cpp refuses names that its model does not have"),
     "other shapes": refused("llama.cpp refuses shapes that its model does not have"),
     "tied embedding": silent("llama.cpp applies it to the head as well, or ends its process"),
     "tied head": refused("llama.cpp has no weight of the head"),
+    "quantised base": OTHER_BASE,
+    "cores": CORES,
 }
 
 
@@ -45,10 +51,15 @@ PEFT_FORM = {
 class LlamaCpp(Engine):
     """llama.cpp, which reads GGUF only."""
 
-    reader = "llama.cpp b11739, convert_lora_to_gguf.py"
+    reader = "llama.cpp, its converter"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield from react(subject, PEFT_FORM)
+        family = FAMILIES.get(subject.served.architecture)
+        rotated = [path for path in subject.modules if path.rpartition(".")[2] in ROTATED]
+        if family is not None and family.interleaved and rotated:
+            found = f"llama.cpp keeps the rows of {listed(rotated)} in another order; the converter reorders B alike"
+            yield Finding(feature="row order", level="note", found=found)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
         if subject.lora is None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import Engine, command, more_than_ab, react, refused, silent
+from loraover_export.check.engines.base import OTHER_BASE, Engine, command, more_than_ab, react, refused, silent
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
 MLX_FORM = {
+    "task": refused("mlx-lm runs causal language models only"),
     "tied embedding": silent("mlx-lm applies it to the head as well"),
-    "tied head": refused("mlx-lm's model has no head of its own to adapt"),
+    "tied head": refused("mlx-lm's model has no separate head to adapt"),
+    "quantised base": OTHER_BASE,
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import final
 
 from loraover.common.errors import ExportError
-from loraover_export.check.engines.base import Engine, command, more_than_ab, react, refused, silent
+from loraover_export.check.engines.base import CORES, OTHER_BASE, Engine, command, more_than_ab, react, refused, silent
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.onnx.request import check_swappable
@@ -20,6 +20,7 @@ ONE_SCALING = "the builder is right, but Olive scales every module by lora_alpha
 NO_PLACE = refused("the builder is right, but Olive writes tensors that its graph has no inputs for")
 
 PEFT_FORM = {
+    "task": refused("the builder builds causal language models only"),
     "method": refused("the builder and Olive know A and B of LoRA only"),
     "DoRA": silent("the builder drops the magnitudes; Olive refuses it"),
     "variant": silent("the builder and Olive take A and B as those of a plain LoRA"),
@@ -37,6 +38,8 @@ PEFT_FORM = {
     "other shapes": refused("PEFT, which the builder uses, cannot load it"),
     "embedding": silent("the builder leaves out its adapter"),
     "adapted head": refused("the builder's graph is invalid, and ONNX Runtime does not load it"),
+    "quantised base": OTHER_BASE,
+    "cores": CORES,
 }
 
 MERGEABLE = ("biases", "modules_to_save", "norms")
@@ -47,7 +50,7 @@ MERGEABLE = ("biases", "modules_to_save", "norms")
 class Onnx(Engine):
     """ONNX Runtime and onnxruntime-genai."""
 
-    reader = "onnxruntime-genai 0.18's builder, Olive"
+    reader = "onnxruntime-genai 0.18, Olive"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield from react(subject, PEFT_FORM)

@@ -1,7 +1,8 @@
 """OpenVINO GenAI, which reads the tensors of PEFT's form and never its configuration.
 
 Source: src/cpp/src/lora/adapter.cpp and src/cpp/src/llm/pipeline_stateful.cpp of openvinotoolkit/openvino.genai at
-da1db864d2bc (after 2026.3); scaling and prefix were measured on 2026.4.
+da1db864d2bc (after 2026.3); scaling and prefix were measured on 2026.4. It
+never applies an adapter to a base model that it reads from GGUF, which the adapter's files do not show.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, OTHER_BASE, Engine, command, more_than_ab, react, refused, silent
 from loraover_export.check.engines.vllm import DTYPE, apply_rules
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
@@ -18,6 +19,7 @@ NOT_READ = silent("OpenVINO does not read adapter_config.json")
 IGNORED = silent("OpenVINO ignores such tensors")
 
 PEFT_FORM = {
+    "task": refused("OpenVINO's LLMPipeline runs causal language models only"),
     "method": IGNORED,
     "DoRA": IGNORED,
     "variant": NOT_READ,
@@ -33,11 +35,10 @@ PEFT_FORM = {
     "missing modules": silent("OpenVINO writes a warning to standard error, and answers without these modules"),
     "other shapes": refused("OpenVINO cannot set a state of another shape"),
     "embedding": silent("OpenVINO knows lora_A and lora_B only, and ignores lora_embedding_A and B"),
+    "quantised base": OTHER_BASE,
+    "cores": CORES,
 }
-UNIFORM_FORM = {
-    "embedding": PEFT_FORM["embedding"],
-    "quantised base": note("an adapter is never applied to a base model that OpenVINO reads from GGUF"),
-}
+UNIFORM_FORM = {name: PEFT_FORM[name] for name in ("task", "embedding", "quantised base")}
 
 
 @final

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, Engine, command, more_than_ab, note, react, refused, silent
 from loraover_export.check.features import initialisation, quantised_base
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
@@ -19,7 +19,7 @@ PEFT_FORM = {
     "key prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
     "missing modules": silent("PEFT ignores their matrices, with a Python warning at most"),
     "other shapes": refused("PEFT cannot load matrices of other shapes"),
-    "cores": note("PEFT reads A and B, which are the cores' product, rounded to the storage type"),
+    "cores": CORES,
 }
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, Engine, command, more_than_ab, note, react, refused, silent
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.candidate import Candidate, Problem
+from loraover_export.vllm.launch import DEFAULT_MAX_LORA_RANK, max_lora_rank
 from loraover_export.vllm.rules import RULES
 
 NO_LORA = {
     "method": refused("vLLM knows no such tensors"),
-    "DoRA": refused("vLLM says that it does not support DoRA"),
+    "DoRA": refused("vLLM refuses it by name"),
     "rank": silent("vLLM scales by the configuration's rank"),
     "key prefix": note("vLLM takes them as well, as names of modules of its own class"),
     "missing modules": silent("vLLM ignores matrices below an unknown prefix and answers as the base model"),
@@ -34,10 +35,19 @@ class Vllm(Engine):
         self.reader = f"vLLM {known_architectures().version}"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
-        yield from react(subject, NO_LORA) if subject.lora is None else apply_rules(subject, dtype=None)
+        if subject.lora is None:
+            yield from react(subject, NO_LORA)
+            return
+        yield from apply_rules(subject, dtype=None)
+        yield from react(subject, {"cores": CORES})
+        yield from _rank(subject)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        yield from more_than_ab(subject) if subject.lora is None else apply_rules(subject, dtype=DTYPE)
+        if subject.lora is None:
+            yield from more_than_ab(subject)
+            return
+        yield from apply_rules(subject, dtype=DTYPE)
+        yield from _rank(subject)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "vllm", ending="-vllm")
@@ -56,6 +66,14 @@ def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
     for rule, check in RULES.items():
         for problem in check(candidate):
             yield Finding(feature=rule, level=_level(rule, problem, dtype), found=problem.found)
+
+
+def _rank(subject: Subject) -> Iterator[Finding]:
+    """Yield a note on a rank that vLLM refuses unless it is started with an option."""
+    needed = max_lora_rank(max(subject.ranks))
+    if needed is not None and needed > DEFAULT_MAX_LORA_RANK:
+        found = f"vLLM refuses rank {max(subject.ranks)} unless it is started with --max-lora-rank {needed}"
+        yield Finding(feature="rank", level="note", found=found)
 
 
 def _level(rule: str, problem: Problem, dtype: str | None) -> Level:

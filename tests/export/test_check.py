@@ -1,0 +1,195 @@
+"""`loraover-export check`: for each engine, the verdict on every kind of adapter, in both forms."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loraover.common.command_line import run
+from loraover_export import CheckReport, check_adapter
+from loraover_export.check.engines import ENGINES
+from loraover_export.check.features import FEATURES
+from loraover_export.cli import COMMANDS, cli
+
+from support.check_cases import CASES, EXPECTED, Change, both, config, embedding, head
+from support.make_checkpoint import edit_json, tree
+from support.plain_adapter import make_adapter
+from support.vllm_damage import DAMAGES
+
+PLAIN = {"rank_pattern": {}, "r": 4, "lora_alpha": 4}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tests copy it before they change it; its scaling is 1."""
+    return make_adapter(tmp_path_factory.mktemp("llama"), "Llama", **PLAIN)
+
+
+@pytest.fixture(scope="module")
+def reports(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, CheckReport]:
+    """The report on every case."""
+    folder = tmp_path_factory.mktemp("cases")
+    return {
+        name: check_adapter(changed(source, folder / str(number), change))
+        for number, (name, change) in enumerate(CASES.items())
+    }
+
+
+def changed(source: Path, folder: Path, change: Change) -> Path:
+    shutil.copytree(source, folder)
+    change(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_case_has_its_verdicts(engine: str, reports: dict[str, CheckReport]) -> None:
+    found = {}
+    for name, report in reports.items():
+        check = next(check for check in report.engines if check.engine == engine)
+        found[name] = (check.as_it_is.verdict, check.exported.verdict)
+    assert found == EXPECTED[engine]
+
+
+def test_every_verdict_that_is_not_right_has_a_reason(reports: dict[str, CheckReport]) -> None:
+    for name, report in reports.items():
+        for check in report.engines:
+            for judgement in (check.as_it_is, check.exported):
+                reasons = [finding for finding in judgement.findings if finding.level != "note"]
+                assert bool(reasons) == (judgement.verdict != "right"), (name, check.engine)
+                assert all(finding.found.strip() for finding in judgement.findings)
+
+
+def test_every_feature_occurs_in_a_case_or_a_test(reports: dict[str, CheckReport]) -> None:
+    named = {
+        finding.feature
+        for report in reports.values()
+        for check in report.engines
+        for judgement in (check.as_it_is, check.exported)
+        for finding in judgement.findings
+    }
+    elsewhere = {"task", "rank_pattern", "tied embedding", "tied head", "quantised base", "cores"}
+    assert set(FEATURES) - elsewhere <= named
+
+
+@pytest.mark.parametrize("name", [name for name, damage in DAMAGES.items() if damage.rule != "patterns"])
+def test_vllms_own_loader_agrees(name: str, source: Path, tmp_path: Path) -> None:
+    """`tests/export/test_vllm_readers.py` holds `vllm_refuses` against the real loader."""
+    damage = DAMAGES[name]
+    report = check_adapter(changed(source, tmp_path / "in", damage.change), engines="vllm")
+    assert report.engines[0].as_it_is.verdict == ("refused" if damage.vllm_refuses else "wrong silently")
+
+
+def test_a_rank_pattern_is_applied_by_all_that_read_it(source: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path, "Llama", r=4, lora_alpha=4, rank_pattern={"q_proj": 6})
+    verdicts = {check.engine: check.as_it_is.verdict for check in check_adapter(adapter).engines}
+    assert verdicts["vllm"] == verdicts["llamacpp"] == verdicts["torch"] == "right"
+    assert verdicts["onnx"] == verdicts["openvino"] == "wrong silently"
+
+
+@pytest.mark.parametrize(("change", "engine", "verdict"), [
+    (embedding, "llamacpp", ("wrong silently", "refused")),
+    (head, "llamacpp", ("refused", "refused")),
+    (embedding, "mlx", ("refused", "wrong silently")),
+    (head, "mlx", ("refused", "refused")),
+])  # fmt: skip
+def test_a_tied_head(change: Change, engine: str, verdict: tuple[str, str], source: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(source.parent / "base", tmp_path / "base")
+    edit_json(base / "config.json", lambda content: content.update(tie_word_embeddings=True))
+    report = check_adapter(changed(source, tmp_path / "in", change), engines=engine, model=base)
+    assert (report.engines[0].as_it_is.verdict, report.engines[0].exported.verdict) == verdict
+
+
+def test_a_quantised_base_is_noted_and_keeps_peft_from_pissa(source: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(source.parent / "base", tmp_path / "base")
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit_json(base / "config.json", lambda content: content.update(quantization_config=quantised))
+    plain = check_adapter(source, engines="llamacpp", model=base).engines[0].as_it_is
+    assert plain.verdict == "right"
+    assert "quantised (bitsandbytes)" in " ".join(finding.found for finding in plain.findings)
+    pissa = changed(source, tmp_path / "in", CASES["PiSSA"])
+    assert check_adapter(pissa, engines="torch", model=base).engines[0].as_it_is.verdict == "refused"
+
+
+def test_vllm_needs_an_option_for_a_larger_rank(reports: dict[str, CheckReport]) -> None:
+    notes = [finding.found for finding in reports["rank 32"].engines[0].as_it_is.findings]
+    assert any("--max-lora-rank 32" in note for note in notes)
+
+
+def test_commands_that_mend_are_commands_of_ours(reports: dict[str, CheckReport]) -> None:
+    for report in reports.values():
+        for check in report.engines:
+            program, name, *words = shlex.split(check.export)
+            assert program == "loraover-export"
+            if name not in ("fold", "mlx"):
+                assert name in COMMANDS
+                command = cli.get_command(None, name)  # type: ignore[arg-type]
+                assert command is not None
+                command.make_context(name, list(words))
+
+
+def test_the_text_fits_80_columns_and_names_the_export(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed(source, Path("in"), both(CASES["rsLoRA"], config(alpha_pattern={"q_proj": 12})))
+    before = tree(tmp_path)
+    assert run(cli, ["check", "in", "--model", str(source.parent / "base")]) == 1
+    assert tree(tmp_path) == before
+    out = capsys.readouterr().out
+    assert "loraover-export gguf in -o in.gguf" in out
+    assert "llamacpp  wrong silently  right " in out
+    commands_and_paths = ("loraover-export", str(source.parent))
+    assert all(len(line) <= 80 or any(part in line for part in commands_and_paths) for line in out.splitlines())
+
+
+def test_reasons_that_no_export_mends_are_shown_once(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["check", str(changed(source, tmp_path / "in", CASES["DoRA"]))]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("A and B cannot hold this") == 1
+    assert "vllm, llamacpp, onnx, openvino, mlx: DoRA" in out
+    assert "Train a plain LoRA, or merge" in out
+
+
+@pytest.mark.parametrize(("options", "code"), [((), 1), (("--engine", "vllm", "--engine", "torch"), 0)])
+def test_exit_code_and_json(
+    options: tuple[str, ...], code: int, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["check", str(source), "--json", *options]) == code
+    out = capsys.readouterr().out
+    report = CheckReport.model_validate(json.loads(out))
+    assert report == check_adapter(source, engines=options[1::2])
+    assert report.verdict == ("failed" if code else "passed")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"no"), "adapter_model.safetensors"),
+        (config(base_model_name_or_path=None), "--model"),
+        (config(base_model_name_or_path="./nowhere"), "nowhere"),
+    ],
+    ids=["folder", "config", "tensors", "no base", "base"],
+)
+def test_a_request_that_cannot_be_used(
+    change: Change, words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["check", str(changed(source, tmp_path / "in", change))]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_unknown_engine_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["check", str(source), "--engine", "abacus"]) == 2
+    assert "abacus" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"'abacus', expected one of vllm, llamacpp"):
+        check_adapter(source, engines="abacus")

@@ -1,0 +1,148 @@
+"""Adapters of a tiny Llama, each with one property that engines treat differently, and what each engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support.make_checkpoint import edit_tensors
+from support.vllm_damage import Q0, TENSORS, added, config, of_rank, renamed
+
+Change = Callable[[Path], object]
+MODEL = "base_model.model.model"
+
+
+def embedding(folder: Path) -> None:
+    tensors = {
+        f"{MODEL}.embed_tokens.lora_embedding_A": torch.ones(4, 64),
+        f"{MODEL}.embed_tokens.lora_embedding_B": torch.ones(64, 4),
+    }
+    added(**tensors)(folder)
+
+
+def head(folder: Path) -> None:
+    tensors = {
+        "base_model.model.lm_head.lora_A.weight": torch.ones(4, 64),
+        "base_model.model.lm_head.lora_B.weight": torch.ones(64, 4),
+    }
+    added(**tensors)(folder)
+
+
+def both(*changes: Change) -> Change:
+    def change(folder: Path) -> None:
+        for one in changes:
+            one(folder)
+
+    return change
+
+
+def narrower(folder: Path) -> None:
+    def cut(found: dict[str, Tensor]) -> None:
+        found[f"{Q0}.lora_A.weight"] = found[f"{Q0}.lora_A.weight"][:, :32]
+
+    edit_tensors(folder / TENSORS, cut)
+
+
+def loha(folder: Path) -> None:
+    def replaced(found: dict[str, Tensor]) -> None:
+        found.clear()
+        found[f"{Q0}.hada_w1_a"] = torch.ones(64, 4)
+
+    config(peft_type="LOHA")(folder)
+    edit_tensors(folder / TENSORS, replaced)
+
+
+CASES: dict[str, Change] = {
+    "plain": lambda folder: None,
+    "scaled": config(lora_alpha=8),
+    "rsLoRA": config(use_rslora=True),
+    "alpha_pattern": config(alpha_pattern={"q_proj": 12}),
+    "DoRA": both(config(use_dora=True), added(**{f"{Q0}.lora_magnitude_vector": torch.ones(64)})),
+    "LoHa": loha,
+    "aLoRA": config(alora_invocation_tokens=[1, 2]),
+    "a field of the future": config(use_surprise=True),
+    "experts": config(target_parameters=["experts.w1"]),
+    "PiSSA": config(init_lora_weights="pissa"),
+    "OLoRA": config(init_lora_weights="olora"),
+    "biases": both(config(bias="all"), added(**{f"{MODEL}.layers.0.self_attn.q_proj.bias": torch.ones(64)})),
+    "a bias of B": both(config(lora_bias=True), added(**{f"{Q0}.lora_B.bias": torch.ones(64)})),
+    "a trained head": both(
+        config(modules_to_save=["lm_head"]), added(**{"base_model.model.lm_head.weight": torch.ones(64, 64)})
+    ),
+    "a trained norm": both(config(modules_to_save=["norm"]), added(**{f"{MODEL}.norm.weight": torch.ones(64)})),
+    "trained tokens": both(
+        config(trainable_token_indices=[7]),
+        added(**{f"{MODEL}.embed_tokens.trainable_tokens_delta": torch.ones(1, 64)}),
+    ),
+    "embedding": embedding,
+    "head": head,
+    "rank 32": both(of_rank(32), config(lora_alpha=32)),
+    "rank 520": both(of_rank(520), config(lora_alpha=520)),
+    "another rank in the configuration": config(r=2, lora_alpha=2),
+    "no prefix": renamed("base_model.model.", ""),
+    "another prefix": renamed("model.model.model.", "model.model."),
+    "another shape": narrower,
+}
+
+R, S, OK = "refused", "wrong silently", "right"
+EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
+    "vllm": {
+        **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head", "rank 32"), (OK, OK)),
+        **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "PiSSA", "OLoRA", "biases", "a bias of B"), (R, R)),
+        **dict.fromkeys(("a trained head", "a trained norm", "rank 520"), (R, R)),
+        **dict.fromkeys(("a field of the future", "experts", "trained tokens", "another prefix"), (S, R)),
+        **dict.fromkeys(("another rank in the configuration", "another shape"), (S, R)),
+        "no prefix": (OK, R),
+    },
+    "llamacpp": {
+        **dict.fromkeys(("plain", "scaled", "embedding", "head", "rank 32", "rank 520"), (OK, OK)),
+        **dict.fromkeys(("rsLoRA", "alpha_pattern"), (S, OK)),
+        **dict.fromkeys(("DoRA", "LoHa", "experts", "biases", "a bias of B", "a trained head", "trained tokens"), (R, R)),
+        **dict.fromkeys(("a field of the future", "PiSSA", "OLoRA", "a trained norm"), (S, R)),
+        **dict.fromkeys(("another prefix", "another shape"), (R, R)),
+        "another rank in the configuration": (S, R),
+        **dict.fromkeys(("aLoRA", "no prefix"), (OK, R)),
+    },
+    "onnx": {
+        **dict.fromkeys(("plain", "scaled", "rsLoRA", "rank 32", "rank 520"), (OK, OK)),
+        **dict.fromkeys(("alpha_pattern", "embedding"), (S, OK)),
+        **dict.fromkeys(("a trained head", "a trained norm", "head"), (R, OK)),
+        "biases": (OK, OK),
+        **dict.fromkeys(("DoRA", "aLoRA", "a field of the future", "PiSSA", "OLoRA", "a bias of B"), (S, R)),
+        **dict.fromkeys(("no prefix", "another prefix"), (S, R)),
+        **dict.fromkeys(("LoHa", "experts", "trained tokens"), (R, R)),
+        **dict.fromkeys(("another rank in the configuration", "another shape"), (R, R)),
+    },
+    "openvino": {
+        **dict.fromkeys(("plain", "head", "rank 32"), (OK, OK)),
+        **dict.fromkeys(("scaled", "rsLoRA", "alpha_pattern"), (S, OK)),
+        "embedding": (S, S),
+        "rank 520": (OK, R),
+        **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (S, R)),
+        **dict.fromkeys(("biases", "a bias of B", "a trained head", "a trained norm", "trained tokens"), (S, R)),
+        **dict.fromkeys(("no prefix", "another prefix"), (S, R)),
+        "another rank in the configuration": (R, R),
+        "another shape": (R, R),
+    },
+    "mlx": {
+        **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head"), (R, OK)),
+        **dict.fromkeys(("rank 32", "rank 520"), (R, OK)),
+        **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (R, R)),
+        **dict.fromkeys(("biases", "a bias of B", "a trained head", "a trained norm", "trained tokens"), (R, R)),
+        **dict.fromkeys(("no prefix", "another prefix"), (R, R)),
+        **dict.fromkeys(("another rank in the configuration", "another shape"), (R, R)),
+    },
+    "torch": {
+        **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head"), (OK, OK)),
+        "rank 32": (OK, OK),
+        **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (OK, R)),
+        **dict.fromkeys(("biases", "a bias of B", "a trained head", "a trained norm", "trained tokens"), (OK, R)),
+        **dict.fromkeys(("no prefix", "another prefix"), (S, R)),
+        **dict.fromkeys(("another rank in the configuration", "another shape"), (R, R)),
+        "rank 520": (OK, OK),
+    },
+}
+"""Verdicts on the adapter as it is and as exported, by engine and case."""
