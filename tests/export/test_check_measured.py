@@ -79,13 +79,17 @@ def train(base: Path, tmp_path: Path) -> Callable[..., Trained]:
     return make
 
 
+def build(base: Path, graph: Path, adapter: Path) -> None:
+    """Write the builder's graph with an adapter; the builder runs in a fork, which spares it its imports."""
+    builder: Any = ForkedBuilder()
+    with builder:
+        build_decoder(base, graph, precision="fp32", device="cpu", adapter=adapter, builder=builder)
+
+
 @pytest.mark.parametrize("name", BUILT)
 def test_the_builder(name: str, base: Path, train: Callable[..., Trained], tmp_path: Path) -> None:
     trained = train(**BUILT[name])
-    with ForkedBuilder() as builder:
-        build_decoder(
-            base, tmp_path / "graph", precision="fp32", device="cpu", adapter=trained.folder, builder=builder
-        )
+    build(base, tmp_path / "graph", trained.folder)
     error = trained.error(Graph(tmp_path / "graph" / "model.onnx").logits(FEED))
     found = check_adapter(trained.folder, engines="onnx").engines[0].as_it_is
     if name in BUILDER_IS_RIGHT:
@@ -100,10 +104,7 @@ def test_the_builders_graph_of_an_adapted_head_does_not_load(
     base: Path, train: Callable[..., Trained], tmp_path: Path
 ) -> None:
     trained = train(target_modules=["q_proj", "lm_head"])
-    with ForkedBuilder() as builder:
-        build_decoder(
-            base, tmp_path / "graph", precision="fp32", device="cpu", adapter=trained.folder, builder=builder
-        )
+    build(base, tmp_path / "graph", trained.folder)
     with pytest.raises(Exception, match="lm_head"):
         Graph(tmp_path / "graph" / "model.onnx")
     assert check_adapter(trained.folder, engines="onnx").engines[0].as_it_is.verdict == "refused"

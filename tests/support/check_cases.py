@@ -100,7 +100,9 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "llamacpp": {
         **dict.fromkeys(("plain", "scaled", "embedding", "head", "rank 32", "rank 520"), (OK, OK)),
         **dict.fromkeys(("rsLoRA", "alpha_pattern"), (S, OK)),
-        **dict.fromkeys(("DoRA", "LoHa", "experts", "biases", "a bias of B", "a trained head", "trained tokens"), (R, R)),
+        **dict.fromkeys(
+            ("DoRA", "LoHa", "experts", "biases", "a bias of B", "a trained head", "trained tokens"), (R, R)
+        ),
         **dict.fromkeys(("a field of the future", "PiSSA", "OLoRA", "a trained norm"), (S, R)),
         **dict.fromkeys(("another prefix", "another shape"), (R, R)),
         "another rank in the configuration": (S, R),

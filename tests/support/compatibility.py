@@ -18,12 +18,16 @@ from pathlib import Path
 from loraover.common.atomic_output import publish_text
 
 VARIABLE = "LORAOVER_COMPATIBILITY"
+READ_NOT_RUN = Path(__file__).with_name("read_not_run.md")
+"""The page's section on engines that cannot run here, kept by hand."""
+
 PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-genai", "llama-cpp-py-sync")
 
 INTRODUCTION = """# Compatibility
 
 Which models were exported and run in which engine. `make compatibility` writes this page from what the tests ran, on a
-CPU; nothing here was run on a GPU. All families but SmolLM2 are tiny random models.
+CPU; nothing here was run on a GPU. All families but SmolLM2 are tiny random models. Engines that cannot run here are
+[below](#read-not-run). `loraover export check` says what each engine would do with your adapter.
 
 The largest error is that of any logit against the unfolded PyTorch model, unless the mode says otherwise. The bound
 comes from noise that was measured in the same run ([error bounds](error-bounds.md)). *Failed* means that the command
@@ -98,7 +102,7 @@ def table(rows: Sequence[Row]) -> str:
     for _, row in sorted(last.items()):
         names = [row.family, f"`{row.architecture}`", row.engine, row.mode, row.precision]
         lines.append(f"| {' | '.join([*names, _number(row.error), _number(row.bound), row.verdict])} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, READ_NOT_RUN.read_text(encoding="utf-8").rstrip()])
 
 
 def _number(value: float | None) -> str:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.process
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in another file of tests."""
-LIBRARY = {"fold", "export_vllm", "export_onnx", "export_gguf", "serve", "verify", "parity"}
+LIBRARY = {"check", "fold", "export_vllm", "export_onnx", "export_gguf", "serve", "verify", "parity"}
 """Call one function of the library, on paths that they take as arguments."""
 
 
@@ -243,6 +243,13 @@ def test_parity_from_python(made: Made, folded: Path, tmp_path: Path, capsys: py
     assert report.verdict in ("equivalent", "different", "inconclusive"), "times vary on a shared machine"
     assert capsys.readouterr().out == f"{report.verdict}: {report.reason}\n", "nothing but the script's own line"
     assert (tmp_path / "parity" / "parity.html").is_file()
+
+
+def test_check_from_python(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    run_script("check", made.path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "vllm: right" in lines
+    assert f"mlx: refused; loraover-export mlx {made.path} -o {made.path}-mlx" in lines
 
 
 def test_verify_from_python(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

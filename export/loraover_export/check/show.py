@@ -75,7 +75,9 @@ def _advice(features: set[str]) -> str:
     if features == {"files"}:
         return "Save the adapter with PEFT's save_pretrained, or mend its files as the message says."
     if "initialisation" in features:
-        return "Save the adapter again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+        return (
+            "Save the adapter again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+        )
     return "Train a plain LoRA, or merge the adapter into the base model with PEFT."
 
 

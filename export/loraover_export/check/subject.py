@@ -20,7 +20,9 @@ from loraover.common.strict_json import read_json
 from loraover.models.load import load_config, resolve_model
 from loraover_export.vllm.served import ServedModel, read_served
 
-_MATRIX = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?:\.weight)?")
+_MATRIX = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?:\.weight)?"
+)
 
 
 class _Config(BaseModel):

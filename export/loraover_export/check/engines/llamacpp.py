@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from typing import final
 
 from loraover.common.errors import CheckpointError, ExportError
-from loraover_export.check.engines.base import CORES, OTHER_BASE, Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.engines.base import (
+    CORES,
+    OTHER_BASE,
+    Engine,
+    command,
+    more_than_ab,
+    note,
+    react,
+    refused,
+    silent,
+)
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.gguf.families import FAMILIES

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import OTHER_BASE, Engine, command, more_than_ab, react, refused, silent
+from loraover_export.check.engines.base import OTHER_BASE, Engine, command, more_than_ab, react, refused
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
 MLX_FORM = {
     "task": refused("mlx-lm runs causal language models only"),
-    "tied embedding": silent("mlx-lm applies it to the head as well"),
+    "tied embedding": refused("mlx-lm would adapt the head as well"),
     "tied head": refused("mlx-lm's model has no separate head to adapt"),
     "quantised base": OTHER_BASE,
 }
@@ -30,8 +30,8 @@ class Mlx(Engine):
         yield Finding(
             feature="format",
             level="refused",
-            found="PEFT's form; mlx-lm stops with an AttributeError, since it expects num_layers and lora_parameters in "
-            "adapter_config.json, and transposed matrices in adapters.safetensors",
+            found="PEFT's form; mlx-lm stops with an AttributeError, since it expects num_layers and lora_parameters "
+            "in adapter_config.json, and transposed matrices in adapters.safetensors",
         )
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
