@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraover.common.command_line import run
 from loraover_export import CheckReport, check_adapter
@@ -16,8 +18,9 @@ from loraover_export.check.features import FEATURES
 from loraover_export.cli import COMMANDS, cli
 
 from support.check_cases import CASES, EXPECTED, Change, both, embedding, head
-from support.make_checkpoint import edit_json, tree
+from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint, tree
 from support.plain_adapter import make_adapter
+from support.tiny_models import tiny_bert, tiny_gpt2
 from support.vllm_damage import DAMAGES, config
 
 PLAIN = {"rank_pattern": {}, "r": 4, "lora_alpha": 4}
@@ -71,7 +74,7 @@ def test_every_feature_occurs_in_a_case_or_a_test(reports: dict[str, CheckReport
         for judgement in (check.as_it_is, check.exported)
         for finding in judgement.findings
     }
-    elsewhere = {"task", "rank_pattern", "tied embedding", "tied head", "quantised base", "cores"}
+    elsewhere = {"task", "modules_to_save", "rank_pattern", "tied embedding", "tied head", "quantised base", "cores"}
     assert set(FEATURES) - elsewhere <= named
 
 
@@ -112,6 +115,58 @@ def test_a_quantised_base_is_noted_and_keeps_peft_from_pissa(source: Path, tmp_p
     assert "quantised (bitsandbytes)" in " ".join(finding.found for finding in plain.findings)
     pissa = changed(source, tmp_path / "in", CASES["PiSSA"])
     assert check_adapter(pissa, engines="torch", model=base).engines[0].as_it_is.verdict == "refused"
+
+
+@pytest.mark.parametrize(
+    ("config_of", "verdicts"),
+    [
+        (LoHaConfig(target_modules=["q_proj"]), ("refused", "refused", "wrong silently")),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), ("refused", "refused", "wrong silently")),
+        (AdaLoraConfig(target_modules=["q_proj"], total_step=9), ("refused", "refused", "wrong silently")),
+        (OFTConfig(target_modules=["q_proj"], oft_block_size=4), ("refused", "refused", "wrong silently")),
+        (
+            LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]}),
+            ("refused", "refused", "wrong silently"),
+        ),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]), ("refused", "refused", "wrong silently")),
+    ],
+    ids=lambda value: value.peft_type.value if isinstance(value, PeftConfig) else "",
+)
+def test_what_peft_saves(config_of: PeftConfig, verdicts: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source.parent / "base")
+    get_peft_model(model, config_of).save_pretrained(tmp_path / "in")
+    report = check_adapter(tmp_path / "in", engines=("vllm", "llamacpp", "openvino", "torch"))
+    assert tuple(check.as_it_is.verdict for check in report.engines) == (*verdicts, "right")
+    assert {check.exported.verdict for check in report.engines} == {"refused"}
+
+
+def test_a_checkpoint_is_read_by_its_matrices(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, base_options=SERVABLE)
+    report = check_adapter(made.path)
+    for check in report.engines:
+        assert check.exported.verdict == "right"
+        if check.engine != "mlx":
+            assert "cores" in {finding.feature for finding in check.as_it_is.findings}
+    assert shlex.split(report.engines[-1].export)[1] == "fold"
+
+
+def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    adapted.save_pretrained(tmp_path / "in")
+    verdicts = {check.engine: check.as_it_is.verdict for check in check_adapter(tmp_path / "in").engines}
+    assert verdicts["vllm"] == verdicts["onnx"] == verdicts["openvino"] == "refused"
+    assert verdicts["torch"] == "right"
+
+
+def test_a_family_that_the_table_of_row_orders_lacks(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(tmp_path / "in")
+    check = check_adapter(tmp_path / "in", engines="llamacpp").engines[0]
+    assert check.exported.verdict == "refused"
+    assert "GPT2LMHeadModel" in check.exported.findings[0].found
 
 
 def test_vllm_needs_an_option_for_a_larger_rank(reports: dict[str, CheckReport]) -> None:

@@ -18,6 +18,8 @@ _FIXED = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha",
 _JUDGED = {"bias", "init_lora_weights", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"}
 _JUDGED |= {"alora_invocation_tokens", "use_dora", "use_rslora"}
 
+VOCABULARY = ("embed_tokens", "lm_head")
+
 
 def method(subject: Subject) -> str | None:
     """A PEFT method other than LoRA."""
@@ -74,14 +76,23 @@ def lora_bias(subject: Subject) -> str | None:
 
 def modules_to_save(subject: Subject) -> str | None:
     """Modules that were trained in full."""
-    value = subject.config.get("modules_to_save")
-    return f"modules_to_save names {listed(value)}" if value else None
+    found = [name for name in _saved(subject) if name not in VOCABULARY and "norm" not in name]
+    return f"modules_to_save names {listed(found)}" if found else None
+
+
+def trained_vocabulary(subject: Subject) -> str | None:
+    """An embedding or a head that was trained in full."""
+    found = [name for name in _saved(subject) if name in VOCABULARY]
+    return f"modules_to_save names {listed(found)}" if found else None
 
 
 def trained_tokens(subject: Subject) -> str | None:
     """Single tokens of an embedding that were trained in full."""
     value = subject.config.get("trainable_token_indices")
-    return f"trainable_token_indices is set ({len(value)} entries)" if value else None
+    if not value:
+        return None
+    tokens = sum(map(len, value.values())) if isinstance(value, dict) else len(value)
+    return f"trainable_token_indices names {tokens} tokens that were trained in full"
 
 
 def rslora(subject: Subject) -> str | None:
@@ -122,6 +133,8 @@ def wrong_rank(subject: Subject) -> str | None:
     if subject.fields is None:
         return None
     for matrix in subject.matrices.values():
+        if len(matrix.shape) != 2:
+            continue
         expected = subject.fields.rank(matrix.module)
         found = matrix.shape[0 if matrix.side == "A" else -1]
         if found != expected:
@@ -200,6 +213,11 @@ def cores(subject: Subject) -> str | None:
     return "a LoRA-Over checkpoint" if subject.has_cores else None
 
 
+def _saved(subject: Subject) -> list[str]:
+    value = subject.config.get("modules_to_save") or []
+    return [value] if isinstance(value, str) else list(value)
+
+
 def _base(subject: Subject) -> str:
     return subject.served.source.name
 
@@ -219,6 +237,7 @@ FEATURES: dict[str, Feature] = {
     "biases": biases,
     "LoRA bias": lora_bias,
     "modules_to_save": modules_to_save,
+    "trained vocabulary": trained_vocabulary,
     "norms": norms,
     "trained tokens": trained_tokens,
     "rsLoRA": rslora,
@@ -240,6 +259,6 @@ FEATURES: dict[str, Feature] = {
 
 MORE_THAN_AB = (
     *("method", "DoRA", "variant", "aLoRA", "experts", "initialisation", "biases", "LoRA bias"),
-    *("modules_to_save", "norms", "trained tokens", "rank", "missing modules", "other shapes"),
+    *("modules_to_save", "trained vocabulary", "norms", "trained tokens", "rank", "missing modules", "other shapes"),
 )
 """Features that A and B of the base model's modules cannot express."""

@@ -26,7 +26,9 @@ class Judgement(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    verdict: Verdict = Field(description="the worst level of the findings; wrong silently is worse than refused")
+    verdict: Verdict = Field(
+        description="what follows from the findings: what an engine refuses is not applied wrongly"
+    )
     findings: tuple[Finding, ...] = Field(description="the facts that the verdict rests on")
 
 
@@ -68,9 +70,14 @@ class CheckReport(BaseModel):
         return self.verdict == "passed"
 
 
-def judge(findings: Iterable[Finding]) -> Judgement:
-    """Return findings with the verdict that follows from them."""
+def judge(findings: Iterable[Finding], *, refusal_wins: bool = True) -> Judgement:
+    """Return findings with the verdict that follows from them.
+
+    Args:
+        findings: what an engine does with an adapter.
+        refusal_wins: whether an adapter that is refused for one reason cannot be applied wrongly for another.
+    """
     found = tuple(findings)
+    worst: list[Verdict] = ["refused", "wrong silently"] if refusal_wins else ["wrong silently", "refused"]
     levels = {finding.level for finding in found}
-    verdict: Verdict = "wrong silently" if "wrong silently" in levels else "refused" if "refused" in levels else "right"
-    return Judgement(verdict=verdict, findings=found)
+    return Judgement(verdict=next((level for level in worst if level in levels), "right"), findings=found)

@@ -17,8 +17,9 @@ STYLES = {"right": "green", "refused": "yellow", "wrong silently": "red"}
 
 def show_report(report: CheckReport, console: Console) -> None:
     """Print a table of verdicts, then what each rests on and the export that mends it."""
-    ranks = ", ".join(map(str, report.ranks)) or "unknown"
-    _line(console, f"{report.adapter}: {report.peft_type}, {report.modules} modules, rank {ranks}")
+    ranks = ", ".join(map(str, report.ranks))
+    matrices = f"A and B of {report.modules} modules, rank {ranks}" if report.ranks else "no A and B"
+    _line(console, f"{report.adapter}: {report.peft_type}, {matrices}")
     _line(console, f"base model {report.base_model} ({report.architecture})")
     console.print()
     _line(console, COLUMNS.format("engine", "as it is", "as exported", "reader"), "bold")

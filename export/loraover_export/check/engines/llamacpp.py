@@ -29,7 +29,7 @@ from loraover_export.gguf.target import read_target
 from loraover_export.vllm.candidate import listed
 
 ONE_ALPHA = "the converter writes lora_alpha once, and llama.cpp multiplies B A by it over the rank of the matrices"
-ROTATED = ("q_proj", "k_proj")
+ROTATED = {"q_proj", "k_proj"}
 UNKNOWN_TENSOR = refused("the converter stops at tensors other than A and B")
 
 PEFT_FORM = {
@@ -42,6 +42,7 @@ PEFT_FORM = {
     "biases": UNKNOWN_TENSOR,
     "LoRA bias": UNKNOWN_TENSOR,
     "modules_to_save": UNKNOWN_TENSOR,
+    "trained vocabulary": UNKNOWN_TENSOR,
     "norms": silent("the converter writes it, and llama.cpp loads it but never applies it"),
     "trained tokens": UNKNOWN_TENSOR,
     "rsLoRA": silent(ONE_ALPHA),
@@ -66,7 +67,7 @@ class LlamaCpp(Engine):
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield from react(subject, PEFT_FORM)
         family = FAMILIES.get(subject.served.architecture)
-        rotated = [path for path in subject.modules if path.rpartition(".")[2] in ROTATED]
+        rotated = sorted(ROTATED & {path.rpartition(".")[2] for path in subject.modules})
         if family is not None and family.interleaved and rotated:
             found = f"llama.cpp keeps the rows of {listed(rotated)} in another order; the converter reorders B alike"
             yield Finding(feature="row order", level="note", found=found)

@@ -29,6 +29,8 @@ PEFT_FORM = {
     "initialisation": silent("the builder is right, but Olive pairs A and B with the unchanged base weights"),
     "LoRA bias": silent("the builder drops it"),
     "modules_to_save": NO_PLACE,
+    "trained vocabulary": NO_PLACE,
+    "norms": NO_PLACE,
     "trained tokens": NO_PLACE,
     "alpha_pattern": silent(ONE_SCALING),
     "rank_pattern": silent(ONE_SCALING),
@@ -42,8 +44,8 @@ PEFT_FORM = {
     "cores": CORES,
 }
 
-MERGEABLE = ("biases", "modules_to_save", "norms")
-"""Features beyond A and B that a merged graph holds."""
+MERGEABLE = ("biases", "modules_to_save", "trained vocabulary", "norms")
+"""Features beyond A and B that a merged graph holds; without tensors of them, a swappable one is right."""
 
 
 @final
@@ -51,13 +53,13 @@ class Onnx(Engine):
     """ONNX Runtime and onnxruntime-genai."""
 
     reader = "onnxruntime-genai 0.18, Olive"
+    refusal_wins = False
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield from react(subject, PEFT_FORM)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        kept = () if _mode(subject) == "swappable" else MERGEABLE
-        yield from (found for found in more_than_ab(subject) if found.feature not in kept)
+        yield from (found for found in more_than_ab(subject) if found.feature not in MERGEABLE)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "onnx", "--mode", _mode(subject), ending="-onnx")

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import CORES, OTHER_BASE, Engine, command, more_than_ab, react, refused, silent
-from loraover_export.check.engines.vllm import DTYPE, apply_rules
+from loraover_export.check.engines.base import CORES, OTHER_BASE, Engine, command, note, react, refused, silent
+from loraover_export.check.engines.vllm import uniform_form
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
@@ -20,16 +20,19 @@ IGNORED = silent("OpenVINO ignores such tensors")
 
 PEFT_FORM = {
     "task": refused("OpenVINO's LLMPipeline runs causal language models only"),
-    "method": IGNORED,
-    "DoRA": IGNORED,
+    "method": silent("OpenVINO ignores such tensors, and answers as the base model"),
+    "DoRA": silent("OpenVINO ignores the magnitudes"),
     "variant": NOT_READ,
     "aLoRA": NOT_READ,
     "experts": IGNORED,
     "initialisation": NOT_READ,
     "biases": IGNORED,
     "LoRA bias": IGNORED,
-    "modules_to_save": silent("OpenVINO replaces embed_tokens and lm_head, and ignores all other modules"),
+    "modules_to_save": IGNORED,
+    "trained vocabulary": note("OpenVINO's sources replace such a weight, which was not run here"),
+    "norms": IGNORED,
     "trained tokens": IGNORED,
+    "rank": silent("OpenVINO reads neither rank nor alpha"),
     "scaling": silent("OpenVINO multiplies B A by the alpha that the program gives, 1 by default"),
     "key prefix": silent("OpenVINO ignores such keys, and answers as the base model"),
     "missing modules": silent("OpenVINO writes a warning to standard error, and answers without these modules"),
@@ -51,12 +54,9 @@ class OpenVino(Engine):
         yield from react(subject, PEFT_FORM)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        if subject.lora is None:
-            yield from more_than_ab(subject)
-            return
-        # `loraover-export vllm` writes the form, and refuses what vLLM would not serve.
-        yield from (found for found in apply_rules(subject, dtype=DTYPE) if found.level == "refused")
-        yield from react(subject, UNIFORM_FORM)
+        yield from uniform_form(subject)
+        if subject.lora is not None:
+            yield from react(subject, UNIFORM_FORM)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "vllm", ending="-uniform")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import CORES, Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, Engine, command, note, react, refused, silent
+from loraover_export.check.engines.vllm import uniform_form
 from loraover_export.check.features import initialisation, quantised_base
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
@@ -39,7 +40,8 @@ class Torch(Engine):
             yield Finding(feature="initialisation", level="refused", found=text)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        yield from more_than_ab(subject)
+        if not subject.has_cores:  # the fold keeps all that PEFT reads
+            yield from uniform_form(subject)
 
     def export(self, subject: Subject) -> str:
         if subject.has_cores:

@@ -68,6 +68,14 @@ def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
             yield Finding(feature=rule, level=_level(rule, problem, dtype), found=problem.found)
 
 
+def uniform_form(subject: Subject) -> Iterator[Finding]:
+    """Yield what keeps `loraover-export vllm` from writing the uniform form, which other engines read as well."""
+    if subject.lora is None:
+        yield from more_than_ab(subject)
+        return
+    yield from (found for found in apply_rules(subject, dtype=DTYPE) if found.level != "note")
+
+
 def _rank(subject: Subject) -> Iterator[Finding]:
     """Yield a note on a rank that vLLM refuses unless it is started with an option."""
     needed = max_lora_rank(max(subject.ranks))
