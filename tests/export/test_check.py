@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraover.common.command_line import run
@@ -18,10 +20,10 @@ from loraover_export.check.features import FEATURES
 from loraover_export.cli import COMMANDS, cli
 
 from support.check_cases import CASES, EXPECTED, Change, both, embedding, head
-from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint, tree
+from support.make_checkpoint import SERVABLE, edit_json, edit_tensors, make_checkpoint, tree
 from support.plain_adapter import make_adapter
 from support.tiny_models import tiny_bert, tiny_gpt2
-from support.vllm_damage import DAMAGES, config
+from support.vllm_damage import DAMAGES, Q0, TENSORS, config
 
 PLAIN = {"rank_pattern": {}, "r": 4, "lora_alpha": 4}
 
@@ -138,6 +140,17 @@ def test_what_peft_saves(config_of: PeftConfig, verdicts: tuple[str, ...], sourc
     report = check_adapter(tmp_path / "in", engines=("vllm", "llamacpp", "openvino", "torch"))
     assert tuple(check.as_it_is.verdict for check in report.engines) == (*verdicts, "right")
     assert {check.exported.verdict for check in report.engines} == {"refused"}
+
+
+@pytest.mark.parametrize("matrix", [None, torch.tensor(1.0), torch.ones(4, 64, 1)], ids=["missing", "0-D", "3-D"])
+def test_a_damaged_file_is_refused_by_all(matrix: Tensor | None, source: Path, tmp_path: Path) -> None:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{Q0}.lora_A.weight"]
+        tensors.update({} if matrix is None else {f"{Q0}.lora_A.weight": matrix})
+
+    folder = changed(source, tmp_path / "in", lambda folder: edit_tensors(folder / TENSORS, damage))
+    for check in check_adapter(folder).engines:
+        assert (check.as_it_is.verdict, check.exported.verdict) == ("refused", "refused")
 
 
 def test_a_checkpoint_is_read_by_its_matrices(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ def note(text: str) -> Reaction:
 CORES = note("A and B are read, which are the cores' product, rounded; the export contracts the cores")
 OTHER_BASE = note("the engine runs other weights than those that the adapter was trained beside")
 
+UNREADABLE = ("method", "DoRA", "rank", "key prefix")
+"""Features of adapters that the exports cannot read, but some engines can."""
+
 
 class Engine(ABC):
     """One engine.
@@ -71,11 +74,12 @@ class Engine(ABC):
 def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[Finding]:
     """Yield a finding for each feature that the adapter has and that the engine reacts to.
 
-    An adapter that no other finding explains, and that the exports cannot read, is refused with their reason.
+    An adapter that the exports cannot read for another reason than such a feature is damaged, and refused.
     """
     found = list(_findings(subject, reactions))
     yield from found
-    if not found and subject.unreadable is not None:
+    is_explained = any(finding.feature in UNREADABLE for finding in found)
+    if subject.unreadable is not None and not is_explained:
         yield Finding(feature="files", level="refused", found=subject.unreadable)
 
 

@@ -15,6 +15,8 @@ from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
 PEFT_FORM = {
+    "method": note("PEFT has this method"),
+    "DoRA": note("PEFT has the magnitudes"),
     "experts": note("PEFT before 0.19 stored these matrices transposed; load it with the release that saved it"),
     "rank": refused("PEFT cannot load matrices of another rank"),
     "key prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
@@ -31,9 +33,7 @@ class Torch(Engine):
     reader = "PEFT 0.21.2"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
-        is_other_method = subject.lora is None and (subject.fields is None or subject.fields.use_dora)
-        reactions = list(react(subject, PEFT_FORM))
-        yield from (found for found in reactions if not (is_other_method and found.feature == "files"))
+        yield from react(subject, PEFT_FORM)
         start = initialisation(subject)
         if start is not None and quantised_base(subject) is not None:
             text = f"{start}; PEFT cannot take it from quantised weights"
