@@ -19,8 +19,8 @@ from torch import Tensor
 PASS = 32
 """Cost of a number of the state that is written and read again, in multiplications; about what a processor needs."""
 
-STATE_AT_ONCE = {"cpu": 2**17, "cuda": 2**27, "mps": 2**27}
-"""Numbers of a state that are held at once: what fits into a processor's cache, or an eighth of a large GPU's memory."""
+STATE_AT_ONCE = {"cpu": 2**18, "cuda": 2**27, "mps": 2**27}
+"""Numbers of a state that are held at once: what fits into a processor's cache, and 1 GiB in float64 on a GPU."""
 
 
 class Step(NamedTuple):
@@ -138,12 +138,13 @@ def _apply_steps(steps: Sequence[Step], taken: Sequence[Tensor], x: Tensor) -> T
     # each step is one batched product of matrices, of which the state is not copied.
     state = x[:, None, :, None, :, None]
     for step, core in zip(steps[:-1], taken[:-1], strict=True):
-        columns = core.shape[3]
+        *outer, bond, columns, last_bond = state.shape
+        mine = core.shape[3]
         if step.from_left:
-            split = state.unflatten(4, (columns, -1)).permute(0, 1, 2, 5, 6, 3, 4)
+            split = state.reshape(*outer, bond, mine, columns // mine, last_bond).permute(0, 1, 2, 5, 6, 3, 4)
             state = _contract(split, core.transpose(1, 2)).permute(0, 1, 2, 5, 3, 4)
         else:
-            split = state.unflatten(4, (-1, columns))
+            split = state.reshape(*outer, bond, columns // mine, mine, last_bond)
             state = _contract(split, core.permute(0, 2, 3, 4, 1))
     legs, core = state, taken[-1].permute(0, 1, 3, 4, 2)
     if len(steps) > 1 and steps[-2].from_left:  # the left bond is the last in memory
@@ -152,7 +153,7 @@ def _apply_steps(steps: Sequence[Step], taken: Sequence[Tensor], x: Tensor) -> T
 
     before = range(len(steps) - 1)
     place = [len(steps) - 1 - i for i in before]  # axis of the rows that step i added; a later step's come earlier
-    out = out.unflatten(1, (*(taken[i].shape[2] for i in reversed(before)), x.shape[1]))
+    out = out.reshape(len(x), *(taken[i].shape[2] for i in reversed(before)), x.shape[1], out.shape[-1])
     left = [place[i] for i in before if steps[i].from_left]
     right = [place[i] for i in reversed(before) if not steps[i].from_left]
     return out.permute(0, len(steps), *left, len(steps) + 1, *right).flatten(2)
