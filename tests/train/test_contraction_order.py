@@ -69,7 +69,7 @@ def test_no_step_takes_all_cores(shape: tuple[int, int], num_cores: int) -> None
 @pytest.mark.parametrize("name", DECOMPOSITIONS)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_the_count_is_that_of_the_products_that_run(shape: tuple[int, int], name: str) -> None:
-    """PyTorch's counter takes two operations for a multiplication and an addition; it sees neither svd's scaling nor outer products."""
+    """PyTorch counts two operations for a multiplication and an addition; it does not see svd's scaling."""
     kind, (m, n), tokens = make_decomposition(name), shape, 64
     cores = kind.init(torch.ones(1, m, n, dtype=torch.float64), [torch.Generator().manual_seed(0)])
     with FlopCounterMode(display=False) as counter:
