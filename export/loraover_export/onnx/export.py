@@ -16,7 +16,7 @@ from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import read_json
 from loraover.models.load import load_config, load_model, load_tokenizer
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.check_outputs import BUILT_IN_PROMPTS
+from loraover_export.fold.prompts import BUILT_IN_PROMPTS
 from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.check import Reference, check_graph, make_reference, run_cases
