@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.memory import is_out_of_memory
 from loraover.models.device import found_devices, total_memory
+from loraover.models.load import ModelSource, load_skeleton
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+ACTIVATIONS = 16  # numbers of a layer's activations for one token, in multiples of the hidden size
 ROOM = 0.9  # share of a device's memory that a plan may fill: the rest goes to its driver and to fragments
 
 
@@ -30,19 +32,35 @@ class Needs:
     tokens: int
     per_token: int
 
+    @classmethod
+    def of_model(cls, source: ModelSource, *, adapters: int, tokens: int, copies: int = 1, logits: int = 1) -> Needs:
+        """Estimate the needs of runs of a model, from its configuration.
+
+        Args:
+            source: The model.
+            adapters: Numbers of the adapters beside it.
+            tokens: Tokens that run at once.
+            copies: Copies of the model.
+            logits: Copies of the tokens' logits that are held.
+        """
+        skeleton = load_skeleton(source)
+        config = skeleton.config.get_text_config()
+        weights = copies * sum(parameter.numel() for parameter in skeleton.parameters())
+        return cls(weights, adapters, tokens, logits * config.vocab_size + ACTIVATIONS * config.hidden_size)
+
     def size(self, dtype: str) -> int:
         """Bytes in a compute dtype."""
         return BYTES[dtype] * (self.weights + self.tokens * self.per_token) + max(4, BYTES[dtype]) * self.adapters
 
 
 @contextmanager
-def memory_explained(work: str, device: str, dtype: str, needs: Callable[[], Needs]) -> Iterator[None]:
+def memory_explained(work: str, *, device: str, compute_dtype: str, needs: Callable[[], Needs]) -> Iterator[None]:
     """Turn a failed allocation within the block into an error that says what would fit.
 
     Args:
         work: The work, as the beginning of a sentence.
         device: Device that it runs on.
-        dtype: Compute dtype that it runs in.
+        compute_dtype: Data type that it runs in.
         needs: Function that estimates what the work needs; it is called only after a failure.
 
     Raises:
@@ -53,10 +71,10 @@ def memory_explained(work: str, device: str, dtype: str, needs: Callable[[], Nee
     except (RuntimeError, MemoryError, ConfigError) as error:
         if not is_out_of_memory(error):
             raise
-        cause = error.__cause__ if isinstance(error, ConfigError) and error.__cause__ is not None else error
+        cause = error.__cause__ if isinstance(error, LoraOverError) and error.__cause__ is not None else error
         found = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
         raise ConfigError(
-            f"{work} ran out of memory on {device} ({found}). {_advice(device, dtype, needs())}"
+            f"{work} ran out of memory on {device} ({found}). {_advice(device, compute_dtype, needs())}"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, combinations
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.unfolded_model import Sampled, multiplications, unfolded
 from loraover.models.device import choose_compute
-from loraover.models.load import ModelSource, load_model, load_skeleton
+from loraover.models.load import ModelSource, load_config, load_model
 from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.certificate import Deviation, OutputCertificate
@@ -77,10 +78,9 @@ def check_outputs(
         DataError: no usable prompt in the file.
     """
     place, _ = choose_compute(device, compute_dtype)
-    with memory_explained(
-        "the check of the outputs", str(place), compute_dtype, lambda: _needs(checkpoint, source, place)
-    ):
-        return _check_outputs(checkpoint, folded, dtype, source, prompts_file, report, str(place), compute_dtype)
+    where, needs = {"device": str(place), "compute_dtype": compute_dtype}, partial(_needs, checkpoint, source, place)
+    with memory_explained("the check of the outputs", needs=needs, **where):
+        return _check_outputs(checkpoint, folded, dtype, source, prompts_file, report, **where)
 
 
 def _check_outputs(
@@ -138,17 +138,11 @@ def _sampled(base: nn.Module, checkpoint: Checkpoint, folded: Path) -> Sampled |
 
 def _needs(checkpoint: Checkpoint, source: ModelSource, place: torch.device) -> Needs:
     """Estimate what a check needs: the base model, the folded adapter with its twins and cores, and a prompt."""
-    skeleton = load_skeleton(source)
-    config = skeleton.config.get_text_config()
     shapes = checkpoint.adapter.shapes
     adapter = sum(prod(shapes[key]) for key in checkpoint.adapter.sites.values())
-    at_once = LOGITS_AT_ONCE[place.type] // config.vocab_size
-    return Needs(
-        weights=sum(parameter.numel() for parameter in skeleton.parameters()),
-        adapters=adapter * (1 + TWINS + 2),  # cores are as many as A and B, or a little more, and in float64
-        tokens=max(1, min(MAX_TOKENS, at_once)),
-        per_token=4 * config.vocab_size + 16 * config.hidden_size,
-    )
+    at_once = LOGITS_AT_ONCE[place.type] // load_config(source).get_text_config().vocab_size
+    copies = 1 + TWINS + 2  # cores are as many numbers as A and B, or a little more, and in float64
+    return Needs.of_model(source, adapters=copies * adapter, tokens=max(1, min(MAX_TOKENS, at_once)), logits=4)
 
 
 class _Compared:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import open_exact
@@ -17,8 +15,7 @@ from loraover.overparam.sites import Site, find_sites, lora_layers
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.rounding import STORAGE_DTYPES, round_randomly
 
-FOLDED = "default"
-"""PEFT's name of the folded adapter."""
+FOLDED = "folded"
 
 
 class FoldedAndTwins:
@@ -50,74 +47,47 @@ class FoldedAndTwins:
         report: Reporter = SILENT,
     ) -> None:
         from peft import PeftModel
-        from peft.utils import ModulesToSaveWrapper
 
         computed: torch.dtype = base.dtype
-        stored = STORAGE_DTYPES[dtype]
-        self._model = PeftModel.from_pretrained(base, str(folded), adapter_name=FOLDED, torch_device=str(base.device))
-        self.twins = [f"twin{i}" for i in range(twins)]
-        for name in self.twins:
-            self._model.add_adapter(name, _twin_config(self._model.peft_config[FOLDED]))
+        coarser = max(STORAGE_DTYPES[dtype], computed, key=lambda kind: torch.finfo(kind).eps)
+        self._model = PeftModel.from_pretrained(base, str(folded), torch_device=str(base.device))
         if computed == torch.float64:  # PEFT keeps adapters in float32; their numbers are exact in either
             for layer in lora_layers(self._model).values():
                 layer.double()
-        _fill_twins(self._model, self.twins, checkpoint, max(stored, computed, key=_epsilon), report)
-        self._saved = [module for module in self._model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        self._model.eval()
+        self._model.requires_grad_(True)
+        self._sites = list(find_sites(self._model).values())
+        self._model.requires_grad_(False).eval()
+        self.twins = [f"twin{i}" for i in range(twins)]
+        self._matrices = {FOLDED: [site.parameter.detach().clone() for site in self._sites]}
+        self._matrices |= _round_twins(self._sites, self.twins, checkpoint, coarser, report)
 
+    @torch.no_grad()
     def active(self, name: str) -> Any:
-        """Return the model with one adapter switched on: FOLDED, or one of `twins`."""
-        self._model.base_model.set_adapter(name, inference_mode=True)
-        for module in self._saved:
-            module.set_adapter(FOLDED, inference_mode=True)
+        """Return the model with the matrices of FOLDED, or of one of `twins`."""
+        for site, matrix in zip(self._sites, self._matrices[name], strict=True):
+            site.parameter.copy_(matrix)
         return self._model
 
 
-def _twin_config(folded: Any) -> Any:
-    """Return the folded adapter's configuration without biases and saved modules, which PEFT gives to one adapter."""
-    config = copy.deepcopy(folded)
-    config.bias = "none"
-    config.modules_to_save = None
-    return config
-
-
-def _epsilon(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
-
-
-@torch.no_grad()
-def _fill_twins(
-    model: nn.Module, names: list[str], checkpoint: Checkpoint, dtype: torch.dtype, report: Reporter
-) -> None:
-    """Overwrite added adapters with equally good roundings of the exact matrices."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(names))]
+def _round_twins(
+    sites: list[Site], names: list[str], checkpoint: Checkpoint, dtype: torch.dtype, report: Reporter
+) -> dict[str, list[Tensor]]:
+    """Equally good roundings of the exact matrices, by the twins' names and in the order of the sites."""
+    generators = {name: torch.Generator().manual_seed(seed) for seed, name in enumerate(names)}
     orders: dict[tuple[str, str], Tensor] = {}
-    sites = list(zip(*(_matrices(model, name) for name in names), strict=True))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
     with open_exact(checkpoint) as source, report.task("rounding matrices for the noise floor", len(sites)) as done:
-        for count, twins in enumerate(sites, 1):
-            key = checkpoint.adapter.sites.get(twins[0].path)
+        for count, site in enumerate(sites, 1):
+            key = checkpoint.adapter.sites.get(site.path)
             if key is None:
                 raise CheckpointError(
-                    f"{checkpoint.adapter.tensors_path}: lacks {twins[0].path}, which PEFT made from "
-                    "adapter_config.json."
+                    f"{checkpoint.adapter.tensors_path}: lacks {site.path}, which PEFT made from adapter_config.json."
                 )
-            exact = source.tensor(key).value
-            for site, name, generator in zip(twins, names, generators, strict=True):
+            exact, rank_dim = source.tensor(key).value, 0 if site.matrix == "A" else 1
+            for name, generator in generators.items():
                 rounded = round_randomly(exact, dtype, generator)
-                rank_dim = 0 if site.matrix == "A" else 1
                 order = torch.randperm(rounded.shape[rank_dim], generator=generator)
                 order = orders.setdefault((name, site.module), order)
-                site.parameter.copy_(rounded.index_select(rank_dim, order))
+                found[name].append(rounded.index_select(rank_dim, order).to(site.parameter))
             done(count)
-    for layer in lora_layers(model).values():
-        for name in names:
-            if layer.lora_bias.get(name):
-                layer.lora_B[name].bias.copy_(layer.lora_B[FOLDED].bias)
-
-
-def _matrices(model: nn.Module, name: str) -> Iterator[Site]:
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    for site in find_sites(model).values():
-        if site.adapter == name:
-            yield site
+    return found
