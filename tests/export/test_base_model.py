@@ -191,6 +191,10 @@ def test_requests_record_every_option() -> None:
     values = parsed(command(cli, "onnx"), list(onnx))
     words = shlex.split(OnnxRequest(**values, force=True).command())
     assert parsed(command(cli, "onnx"), words[2:]) == values
+    onnx = ["a", "-o", "out", "--mode", "merged", "--check-device", "cpu", "--compute-dtype", "bf16"]
+    values = parsed(command(cli, "onnx"), list(onnx))
+    words = shlex.split(OnnxRequest(**values, force=True).command())
+    assert parsed(command(cli, "onnx"), words[2:]) == values
 
 
 def test_a_parity_report_records_every_option() -> None:

@@ -141,7 +141,7 @@ def _needs(checkpoint: Checkpoint, source: ModelSource, place: torch.device) -> 
     shapes = checkpoint.adapter.shapes
     adapter = sum(prod(shapes[key]) for key in checkpoint.adapter.sites.values())
     at_once = LOGITS_AT_ONCE[place.type] // load_config(source).get_text_config().vocab_size
-    copies = 1 + TWINS + 2  # cores are as many numbers as A and B, or a little more, and in float64
+    copies = 2 + TWINS + 2  # the folded one in PEFT and kept; cores are hardly more numbers, but in float64
     return Needs.of_model(source, adapters=copies * adapter, tokens=max(1, min(MAX_TOKENS, at_once)), logits=4)
 
 

@@ -36,6 +36,8 @@ def export_onnx(
     names: Sequence[str] = (),
     graph: str | Path | None = None,
     check: bool = True,
+    check_device: str = "auto",
+    compute_dtype: str = "fp32",
     force: bool = False,
     report: Reporter = SILENT,
 ) -> OnnxReport:
@@ -53,6 +55,9 @@ def export_onnx(
         names: names of the adapters' files, in the order of `sources`; empty means the names of their folders.
         graph: folder of an earlier swappable export whose graph the new adapters are for; only their files are written.
         check: compare ONNX Runtime's outputs with those of the unfolded PyTorch model.
+        check_device: device that PyTorch runs on for the check: "auto" (the first that is there of cuda, mps and cpu),
+            "cpu", "cuda", "mps", or one GPU such as "cuda:1". `device` is where the graph will run.
+        compute_dtype: data type that PyTorch runs in for the check: "fp32", "bf16", "fp16" or "fp64".
         force: replace an ONNX export that is already at `output`.
         report: receiver of progress.
 
@@ -62,7 +67,8 @@ def export_onnx(
         it from one that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
+        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or memory that does not
+            suffice for the check; the message says what would fit.
         CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
         ExportError: a model or an adapter that no graph can be written for.
         FoldError: an element beyond the range of the graph's data type.
@@ -80,6 +86,8 @@ def export_onnx(
         (names,) if isinstance(names, str) else tuple(names),
         None if graph is None else Path(graph),
         check,
+        check_device,
+        compute_dtype,
         force,
     )
     _check_output(request)
