@@ -54,7 +54,9 @@ class Needs:
 
 
 @contextmanager
-def memory_explained(work: str, *, device: str, compute_dtype: str, needs: Callable[[], Needs]) -> Iterator[None]:
+def memory_explained(
+    work: str, *, device: str, compute_dtype: str, needs: Callable[[], Needs], option: str = "--device"
+) -> Iterator[None]:
     """Turn a failed allocation within the block into an error that says what would fit.
 
     Args:
@@ -62,6 +64,7 @@ def memory_explained(work: str, *, device: str, compute_dtype: str, needs: Calla
         device: Device that it runs on.
         compute_dtype: Data type that it runs in.
         needs: Function that estimates what the work needs; it is called only after a failure.
+        option: Option that chooses the device.
 
     Raises:
         ConfigError: Memory could not be allocated.
@@ -74,16 +77,16 @@ def memory_explained(work: str, *, device: str, compute_dtype: str, needs: Calla
         cause = error.__cause__ if isinstance(error, LoraOverError) and error.__cause__ is not None else error
         found = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
         raise ConfigError(
-            f"{work} ran out of memory on {device} ({found}). {_advice(device, compute_dtype, needs())}"
+            f"{work} ran out of memory on {device} ({found}). {_advice(device, compute_dtype, needs(), option)}"
         ) from error
 
 
-def _advice(device: str, dtype: str, needs: Needs) -> str:
+def _advice(device: str, dtype: str, needs: Needs, option: str) -> str:
     """What was needed, and what would fit."""
     memory = total_memory(device.partition(":")[0])
     has = "" if memory is None else f" {device} has {_gib(memory)}."
     weights, tokens = BYTES[dtype] * needs.weights, BYTES[dtype] * needs.tokens * needs.per_token
-    fits = list(_what_fits(device, dtype, needs))
+    fits = [f"{option} {plan}" for plan in _what_fits(device, dtype, needs)]
     return (
         f"It needs about {_gib(needs.size(dtype))} in {dtype}: {_gib(weights)} for the base model, and {_gib(tokens)} "
         f"for {needs.tokens} tokens at once, which shorter or fewer prompts reduce.{has} "
@@ -98,7 +101,7 @@ def _what_fits(device: str, dtype: str, needs: Needs) -> Iterator[str]:
         for other in ("fp32", "bf16"):
             is_failed = (kind, other) == (device.partition(":")[0], dtype)
             if memory is not None and not is_failed and needs.size(other) <= ROOM * memory:
-                yield f"--device {kind} --compute-dtype {other} ({_gib(needs.size(other))} of {_gib(memory)})"
+                yield f"{kind} --compute-dtype {other} ({_gib(needs.size(other))} of {_gib(memory)})"
 
 
 def _gib(size: int) -> str:

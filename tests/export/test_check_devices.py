@@ -20,6 +20,7 @@ from loraover_export.fold.request import FoldRequest
 
 from support.devices import ALL_DEVICES
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint
+from support.no_memory import NO_MEMORY, failing
 
 COMPUTE = ("fp32", "bf16", "fp16", "fp64")
 
@@ -132,13 +133,6 @@ def test_what_is_not_there_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-NO_MEMORY = {
-    "a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
-    "the CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"),
-    "Python": MemoryError(),
-}
-
-
 @pytest.mark.parametrize("place", ["_logits", "load_model", "FoldedAndTwins"])
 @pytest.mark.parametrize("name", NO_MEMORY)
 def test_out_of_memory_says_what_was_needed_and_what_would_fit(
@@ -149,10 +143,7 @@ def test_out_of_memory_says_what_was_needed_and_what_would_fit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise NO_MEMORY[name]
-
-    monkeypatch.setattr(check_outputs_module, place, fail)
+    monkeypatch.setattr(check_outputs_module, place, failing(name))
     assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "out"), "--check-error", "--device", "cpu"]) == 2
     shown = capsys.readouterr().err
     assert "the check of the outputs ran out of memory on cpu" in shown
@@ -167,10 +158,7 @@ def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise NO_MEMORY["the CPU"]
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", failing("the CPU"))
     assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "out"), "--check-error", "--device", "cpu"]) == 2
     assert "ran out of memory on cpu" in capsys.readouterr().err
 

@@ -100,11 +100,11 @@ class Export:
     def _references(self, cases: list[Case]) -> dict[str | None, Reference]:
         """PyTorch's outputs with each adapter, and under None without one."""
         device, dtype = choose_compute(self.request.check_device, self.request.compute_dtype)
-        where = {"device": str(device), "compute_dtype": self.request.compute_dtype}
+        where, needs = {"device": str(device), "compute_dtype": self.request.compute_dtype}, partial(self._needs, cases)
         found: dict[str | None, Reference] = {}
         sources = [(None, None), *self.inputs.adapters.items()]
         with (
-            memory_explained("the check in PyTorch", needs=partial(self._needs, cases), **where),
+            memory_explained("the check in PyTorch", needs=needs, option="--check-device", **where),
             self.report.task("running the unfolded model in PyTorch, adapters", len(sources)) as done,
         ):
             for count, (name, source) in enumerate(sources, 1):

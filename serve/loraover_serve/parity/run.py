@@ -147,7 +147,7 @@ def _run(request: ParityRequest, reporter: Reporter) -> ParityReport:
         raise
     if request.output is None and (report.notes or report.verdict == "failed") and _kept_in(kept, reporter):
         return report.model_copy(update={"kept": kept})
-    shutil.rmtree(kept)
+    shutil.rmtree(kept, ignore_errors=True)  # `_kept_in` has removed it if it was empty
     return report
 
 
