@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.error_bounds import gamma, unit_roundoff
+from loraover.overparam.core_group import is_full_precision
 from loraover.overparam.decompositions import Decomposition
 
 LARGEST_LOSS = 2.0**-104
@@ -40,7 +41,7 @@ def magnitude(decomposition: Decomposition, cores: Sequence[Tensor], m: int, n: 
     computed = None
     if dtype == torch.float32:
         lost = _lost_to_underflow(terms, [float(size.amax()) for size in sizes])
-        if lost <= LARGEST_LOSS and torch.get_float32_matmul_precision() == "highest":
+        if lost <= LARGEST_LOSS and is_full_precision(cores[0].device):
             computed = decomposition.contract(sizes, m, n)
     if computed is None or not bool(torch.isfinite(computed.amax())):
         dtype, lost = torch.float64, 0.0

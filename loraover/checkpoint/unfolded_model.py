@@ -6,42 +6,146 @@ It does not use PEFT, so that it can serve as an independent reference for a fol
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import Factor, adapter_of, open_exact
+from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
 
 WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
+ONE_HOT_AT_ONCE = 2**24  # numbers of the one-hot rows of an embedding's tokens: 128 MiB in float64
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens at which cores are applied; at the others, A and B of a plain adapter are, which cost much less.
+
+    Args:
+        share: Share of the tokens of each forward pass, at least one token of each.
+        others: The plain adapter.
+    """
+
+    share: float
+    others: AdapterDir
+
+    def count(self, tokens: int) -> int:
+        """Number of tokens at which cores are applied, of so many in one forward pass."""
+        return min(tokens, max(1, round(self.share * tokens)))
+
+    def positions(self, tokens: int) -> Tensor:
+        """Their places: evenly spaced, the last token among them, and the same in every layer."""
+        count = self.count(tokens)
+        return torch.arange(1, count + 1) * tokens // count - 1
 
 
 class _Apply:
     """The map x -> x M^T, for a matrix M given by its cores, or as it is if it has none."""
 
     def __init__(self, factor: Factor) -> None:
-        self._factor = factor
+        self.m, self.n = factor.m, factor.n
+        self._decomposition = factor.decomposition
         self._cores = factor.cores
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the cores to where they are applied; they stay there."""
         self._cores = tuple(core.to(device).to(dtype) for core in self._cores)
 
     def __call__(self, x: Tensor) -> Tensor:
-        factor = self._factor
-        if factor.decomposition is None:
+        if self._decomposition is None:
             return x @ self._cores[0].mT
-        applied = factor.decomposition.apply(self._cores, x.reshape(1, -1, factor.n), factor.m, factor.n)
-        return applied.reshape(*x.shape[:-1], factor.m)
+        return self._decomposition.apply(self._cores, x.unsqueeze(0), self.m, self.n)[0]
+
+
+class _Widened:
+    """The latest input in the type to compute in, which layers with a common input (q, k and v) ask for in turn."""
+
+    def __init__(self) -> None:
+        self._given: tuple[Tensor, int] | None = None
+        self._wide: Tensor | None = None
+
+    def __call__(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        wide, version = self._wide, None if x.is_inference() else x._version
+        if wide is not None and self._given is not None and version is not None:
+            given, seen = self._given
+            if given is x and seen == version and (wide.device, wide.dtype) == (device, dtype):
+                return wide
+        self._wide = x.to(device).to(dtype)
+        self._given = None if version is None else (x, version)
+        return self._wide
+
+
+@dataclass
+class _Delta:
+    """A forward hook that adds scaling * B(A(x)) to the output of a module.
+
+    Args:
+        pair: A and B.
+        sampled: Tokens at which they are applied; None means all.
+        others: A and B for the other tokens, if there are others.
+        bias: Bias of B, if it has one.
+        scaling: LoRA's scaling.
+        is_embedding: Whether the module looks up rows, so that its inputs are indices.
+        dtype: Data type in which to compute.
+        widened: Inputs in that type, common to all modules.
+    """
+
+    pair: tuple[_Apply, _Apply]
+    sampled: Sampled | None
+    others: tuple[_Apply, _Apply] | None
+    bias: Tensor | None
+    scaling: float
+    is_embedding: bool
+    dtype: torch.dtype
+    widened: _Widened
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        wide = torch.promote_types(output.dtype, self.dtype)
+        on_cpu = wide == torch.float64 and output.device.type in WITHOUT_FLOAT64
+        device = torch.device("cpu") if on_cpu else output.device
+        for applied in (*self.pair, *(self.others or ())):
+            applied.to(device, wide)
+        scale = self.scaling
+        if self.is_embedding:
+            x = args[0].to(device).flatten()
+            scale *= getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
+        else:
+            x = self.widened(args[0], device, wide).flatten(0, -2)
+        delta = self._delta(x, wide)
+        if self.bias is not None:
+            self.bias = self.bias.to(device).to(wide)
+            delta = delta + self.bias
+        changed = output.to(device).to(wide) + scale * delta.reshape(output.shape)
+        return changed.to(output.dtype).to(output.device)
+
+    def _delta(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """B(A(x)) of the inputs (tokens, n), or of the indices (tokens,) into an embedding."""
+        if self.sampled is None or self.others is None or self.sampled.count(len(x)) == len(x):
+            return self._product(self.pair, x, dtype)
+        delta = self._product(self.others, x, dtype)
+        chosen = self.sampled.positions(len(x)).to(x.device)
+        return delta.index_copy(0, chosen, self._product(self.pair, x[chosen], dtype))
+
+    def _product(self, pair: tuple[_Apply, _Apply], x: Tensor, dtype: torch.dtype) -> Tensor:
+        a, b = pair
+        if not self.is_embedding:
+            return b(a(x))
+        pieces = torch.split(x, max(1, ONE_HOT_AT_ONCE // a.n))
+        return torch.cat([b(a(nn.functional.one_hot(piece, a.n).to(dtype))) for piece in pieces])
 
 
 @contextmanager
 def unfolded(
-    base: nn.Module, source: Checkpoint | AdapterDir, *, delta_dtype: torch.dtype = torch.float64
+    base: nn.Module,
+    source: Checkpoint | AdapterDir,
+    *,
+    delta_dtype: torch.dtype = torch.float64,
+    sampled: Sampled | None = None,
 ) -> Iterator[nn.Module]:
     """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
 
@@ -49,12 +153,13 @@ def unfolded(
     have no cores. It is for evaluation only: LoRA dropout is not applied.
 
     W x is computed as the base model computes it, the rest in float64, so that the error of this reference does not
-    grow with the number of cores.
+    grow with the number of cores. The cores move to the model's device once, and to the CPU if it has no float64.
 
     Args:
-        base: Plain base model, in eval mode and in the dtype to compute in.
+        base: Plain base model, in eval mode, on the device and in the dtype to compute in.
         source: Checkpoint or plain adapter.
-        delta_dtype: Data type in which cores are applied. With float32 the cost is that of training through the cores.
+        delta_dtype: Data type in which cores are applied.
+        sampled: Tokens at which cores are applied; None means all.
 
     Yields:
         The base model.
@@ -68,17 +173,25 @@ def unfolded(
     adapter = adapter_of(source)
     adapter.check_keeps_base()
     modules = {name.rpartition(".")[0]: name.rpartition(".")[2].startswith("lora_embedding") for name in adapter.sites}
+    widened = _Widened()
     try:
-        with open_exact(source) as exact:
+        with ExitStack() as files:
+            exact = files.enter_context(open_exact(source))
+            others = None if sampled is None else files.enter_context(open_exact(sampled.others))
             for module, is_embedding in modules.items():
-                kind = "lora_embedding_" if is_embedding else "lora_"
-                factor_a, factor_b = (exact.factor(f"{module}.{kind}{matrix}") for matrix in "AB")
-                target = target_module(base, module, factor_a.n, factor_b.m, adapter)
-                a, b = _Apply(factor_a), _Apply(factor_b)
+                pair = _pair(exact, module, is_embedding)
+                target = target_module(base, module, pair[0].n, pair[1].m, adapter)
                 bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
-                bias = exact.plain.read(bias_key) if bias_key in exact.plain.keys else None
-                embedding = factor_a.n if is_embedding else None
-                delta = _add_delta(a, b, bias, adapter.config.scaling(module), embedding, delta_dtype)
+                delta = _Delta(
+                    pair=pair,
+                    sampled=sampled,
+                    others=None if others is None else _pair(others, module, is_embedding),
+                    bias=exact.plain.read(bias_key) if bias_key in exact.plain.keys else None,
+                    scaling=adapter.config.scaling(module),
+                    is_embedding=is_embedding,
+                    dtype=delta_dtype,
+                    widened=widened,
+                )
                 handles.append(target.register_forward_hook(delta))
             saved.update(load_others(base, adapter, exact.plain))
         yield base
@@ -88,27 +201,16 @@ def unfolded(
         put_parameters(base, saved)
 
 
-def _add_delta(
-    a: _Apply, b: _Apply, bias: Tensor | None, scaling: float, embedding: int | None, dtype: torch.dtype
-) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        device = torch.device("cpu") if output.device.type in WITHOUT_FLOAT64 else output.device
-        wide = torch.promote_types(output.dtype, dtype)
-        a.to(device, wide)
-        b.to(device, wide)
-        x, scale = args[0].to(device), 1.0
-        if embedding is None:
-            x = x.to(wide)
-        else:
-            x = nn.functional.one_hot(x, embedding).to(wide)
-            scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
-        delta: Tensor = b(a(x))
-        if bias is not None:
-            delta = delta + bias.to(device).to(wide)
-        changed = output.to(device).to(wide) + scaling * scale * delta
-        return changed.to(output.dtype).to(output.device)
+def _pair(exact: ExactAdapter, module: str, is_embedding: bool) -> tuple[_Apply, _Apply]:
+    """A and B of a module."""
+    kind = "lora_embedding_" if is_embedding else "lora_"
+    return _Apply(exact.factor(f"{module}.{kind}A")), _Apply(exact.factor(f"{module}.{kind}B"))
 
-    return hook
+
+def multiplications(source: Checkpoint, tokens: int) -> int:
+    """Multiplications that apply a checkpoint's cores to so many tokens of every layer, by count."""
+    of_site = source.decomposition.of_site
+    return sum(of_site(name).multiplications(site.m, site.n, tokens) for name, site in source.sites.items())
 
 
 def target_module(base: nn.Module, module: str, n: int, m: int, adapter: AdapterDir) -> nn.Module:

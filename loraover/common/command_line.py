@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraover.common.dtypes import DTYPES
+from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.common.quiet import ignore_idle_warnings
 
@@ -37,7 +37,7 @@ EXTRAS = {
 }
 
 
-_SHORT = {long: short for short, long in DTYPES.items()}
+_SHORT = {long: short for short, long in COMPUTE_DTYPES.items()}
 
 
 if TYPE_CHECKING:
@@ -54,6 +54,17 @@ class DtypeChoice(_NameChoice):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(_SHORT.get(value, value), param, ctx)
+
+
+class DeviceChoice(_NameChoice):
+    """A choice of devices, or one GPU of several, such as cuda:1."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(names)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        kind, _, index = str(value).partition(":")
+        return value if kind == "cuda" and index.isdecimal() else super().convert(value, param, ctx)
 
 
 class Command(click.Command):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +40,26 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def choose_compute(device: str, compute_dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the data type to run a model in.
+
+    Args:
+        device: Name of the device; see `choose_device`.
+        compute_dtype: Data type: fp32, bf16, fp16 or fp64.
+
+    Raises:
+        ConfigError: A name is unknown, the device is not there, or it does not compute in that type.
+    """
+    import torch
+
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ConfigError(f"compute-dtype is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}.")
+    place = choose_device(device)
+    if place.type == "mps" and compute_dtype == "fp64":
+        raise ConfigError("compute-dtype: an Apple GPU (mps) has no fp64; add --device cpu, or choose another type.")
+    return place, getattr(torch, COMPUTE_DTYPES[compute_dtype])
+
+
 def found_devices() -> dict[str, int]:
     """Return the number of devices of each kind that PyTorch finds: cpu, cuda and mps."""
     import torch
@@ -49,3 +71,17 @@ def found_devices() -> dict[str, int]:
 def _in_words(found: dict[str, int]) -> str:
     names = [kind if count == 1 else f"{count} of {kind}" for kind, count in found.items() if count]
     return f"{', '.join(names)} only" if len(names) == 1 else ", ".join(names)
+
+
+def total_memory(kind: str) -> int | None:
+    """Return the memory of a device in bytes: "cpu", "cuda" (the first GPU) or "mps"; None if it is not known."""
+    import torch
+
+    if kind == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    if kind == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None

@@ -324,7 +324,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """
     precisions = [matmul.fp32_precision for matmul in MATMULS]
     with torch.autocast(device.type, enabled=False):
-        if MATMULS and all(precision in ("none", "ieee") for precision in precisions):
+        if is_full_precision(device):
             yield
             return
         older = _older_precision()
@@ -341,6 +341,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 matmul.fp32_precision = "none"  # which means the setting of all backends, the former one perhaps
                 if matmul.fp32_precision != precision:
                     matmul.fp32_precision = precision
+
+
+def is_full_precision(device: torch.device) -> bool:
+    """Whether neither autocast nor a setting of PyTorch lets products of float32 matrices round to fewer digits."""
+    if torch.is_autocast_enabled(device.type):
+        return False
+    if MATMULS:
+        return all(matmul.fp32_precision in ("none", "ieee") for matmul in MATMULS)
+    return _older_precision() == "highest"
 
 
 def _older_precision() -> str | None:

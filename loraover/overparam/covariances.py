@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loraover.common.errors import ConfigError
+from loraover.common.memory import is_out_of_memory
 from loraover.overparam.block_bases import Bases, Blocks, Side, eigenvectors
 from loraover.overparam.decompositions import Eigen
 from loraover.overparam.importance import Probe
@@ -94,7 +95,9 @@ def measured_bases(
         _run(probe, {layers[module]: found for module, found in moments.items()})
         with torch.no_grad():
             return _bases(chosen, pairs, moments, eigen)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         kept = sum(found.numbers for found in moments.values()) * 4 / 2**20
         raise ConfigError(
             "calibration ran out of memory: it needs a forward and a backward pass of one batch, as a training step "

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.errors import DivergedError, LoraOverError, OutputError
+from loraover.common.memory import is_out_of_memory
 from loraover.common.strict_json import read_json
 
 FAILURE_FILE = "failure.json"
@@ -43,26 +42,11 @@ def failure_of(error: Exception) -> Failure:
     kind: Literal["diverged", "out_of_memory", "refused", "failed"]
     if isinstance(error, DivergedError):
         kind = "diverged"
-    elif any(map(_is_of_memory, _causes(error))):
+    elif is_out_of_memory(error):
         kind = "out_of_memory"
     else:
         kind = "refused" if is_ours else "failed"
     return Failure(kind=kind, message=message.encode(errors="backslashreplace").decode())  # a path may be no UTF-8
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and those that it was raised from."""
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _is_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # PyTorch's allocator for CPUs raises a bare RuntimeError, so nothing but its words distinguishes it from others.
-    # This is the only place where the words of an exception decide anything.
-    return type(error) is RuntimeError and "can't allocate memory" in str(error)
 
 
 def record_failure(output: Path, error: BaseException, *, has_stepped: bool, is_resumed: bool) -> None:

@@ -3,8 +3,8 @@
 Each measurement has a fresh process, forked from one that has everything imported, so that it counts the work after
 imports. The peer of a graph's export is onnxruntime-genai's model builder alone, as its command, on the same model.
 
-A session's speed depends on where its weights come to lie in memory: of equal sessions, the one that a process loads
-first is slower by some percent. Each process therefore loads the graphs in another order, and every order occurs once.
+Of equal sessions, the one that a process loads first is slower by some percent, whichever graph it has; why is not
+known. Each process therefore loads the graphs in another order, and every order occurs once.
 """
 
 from __future__ import annotations

@@ -178,6 +178,7 @@ def parsed(command: Any, words: list[str]) -> dict[str, Any]:
 def test_requests_record_every_option() -> None:
     """Read back by the command line itself, so an option that is new and not recorded fails here."""
     fold = ["checkpoint", "-o", "out", "--dtype", "fp16", "--check-error", "--model", "m", "--prompts", "p"]
+    fold += ["--device", "cpu", "--compute-dtype", "bf16"]
     values = parsed(command(cli, "fold"), list(fold))
     words = shlex.split(FoldRequest(**values, force=True).command())
     assert parsed(command(cli, "fold"), words[2:]) == values
@@ -190,6 +191,10 @@ def test_requests_record_every_option() -> None:
     values = parsed(command(cli, "onnx"), list(onnx))
     words = shlex.split(OnnxRequest(**values, force=True).command())
     assert parsed(command(cli, "onnx"), words[2:]) == values
+    onnx = ["a", "-o", "out", "--mode", "merged", "--check-device", "cpu", "--compute-dtype", "bf16"]
+    values = parsed(command(cli, "onnx"), list(onnx))
+    words = shlex.split(OnnxRequest(**values, force=True).command())
+    assert parsed(command(cli, "onnx"), words[2:]) == values
 
 
 def test_a_parity_report_records_every_option() -> None:
@@ -197,7 +202,7 @@ def test_a_parity_report_records_every_option() -> None:
     words += ["--num-prompts", "40", "--max-concurrency", "1,4", "--margin", "0.1", "-o", "out", "--model", "m"]
     words += ["--vllm", "bin/vllm", "--workload", "file", "--prompts", "p", "--prompt-tokens", "5", "--new-tokens", "6"]
     words += ["--memory", "3", "--cross-check", "--timeout", "7", "--start-timeout", "8", "--seed", "9"]
-    words += ["--allow-unequal", "--", "--max-num-seqs", "4"]
+    words += ["--device", "cpu", "--compute-dtype", "bf16", "--allow-unequal", "--", "--max-num-seqs", "4"]
     values = parsed(command(serve_cli, "parity"), list(words))
     defaults = {p.name: p.default for p in command(serve_cli, "parity").params}
     assert all(value != defaults.get(name) for name, value in values.items())

@@ -663,14 +663,20 @@ def live_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("count", [2, 30])
-def test_memory_does_not_grow_with_the_prompts(count: int, made: Made, tmp_path: Path, live_logits: list[int]) -> None:
-    """At most the three twins' logits of one prompt."""
+@pytest.mark.parametrize(("count", "batches"), [(2, 1), (30, 8)])
+def test_memory_does_not_grow_with_the_prompts(
+    count: int, batches: int, made: Made, tmp_path: Path, live_logits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most the three twins' logits of as many prompts as run at once, four here."""
+    monkeypatch.setitem(check_outputs_module.LOGITS_AT_ONCE, "cpu", 20 * VOCABULARY)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the train leaves at nine\n" * count)
-    assert fold(made.path, tmp_path / "out", "--check-error", "--prompts", str(prompts)) == 0
-    assert len(live_logits) == 6 * count
-    assert max(live_logits) == 3 * 5 * VOCABULARY
+    assert fold(made.path, tmp_path / "out", "--check-error", "--prompts", str(prompts), "--device", "cpu") == 0
+    assert len(live_logits) == 6 * batches
+    assert max(live_logits) == 3 * min(4, count) * 5 * VOCABULARY
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    assert (outputs.prompts, outputs.tokens, outputs.compared_tokens) == (count, 5 * count, 5 * count)
 
 
 def test_memory_does_not_grow_with_a_long_prompt(
@@ -679,11 +685,11 @@ def test_memory_does_not_grow_with_a_long_prompt(
     """Pieces give the same figures as one pass, but for the rounding of other sums."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the train leaves at nine and a farmer has 17 sheep red blue " * 3)
-    options = ("--check-error", "--prompts", str(prompts), "--dtype", "bf16")
+    options = ("--check-error", "--prompts", str(prompts), "--dtype", "bf16", "--device", "cpu")
     assert fold(made.path, tmp_path / "whole", *options) == 0
     assert max(live_logits) == 3 * 39 * VOCABULARY
     live_logits.clear()
-    monkeypatch.setattr(check_outputs_module, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    monkeypatch.setitem(check_outputs_module.LOGITS_AT_ONCE, "cpu", 5 * VOCABULARY)
     monkeypatch.setattr(deviation, "ELEMENTS_AT_ONCE", 2 * VOCABULARY)
     assert fold(made.path, tmp_path / "pieces", *options) == 0
     assert max(live_logits) == 3 * 5 * VOCABULARY

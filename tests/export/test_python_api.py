@@ -138,8 +138,8 @@ def test_a_pre_flight_that_fails_is_a_report_without_a_certificate(made: Made, t
 
 def test_a_reporter_hears_what_is_done(made: Made, tmp_path: Path) -> None:
     heard = Heard()
-    fold_checkpoint(made.path, tmp_path / "fold", check_error=True, report=heard)
-    assert heard.lines[0] == f"loading the base model from folder {made.base}"
+    fold_checkpoint(made.path, tmp_path / "fold", check_error=True, device="cpu", report=heard)
+    assert heard.lines[0] == f"loading the base model from folder {made.base} to cpu, fp32"
     heard.lines.clear()
     export_onnx(made.path, tmp_path / "onnx", mode="swappable", check=False, report=heard)
     assert any(line.startswith("building the fp32 graph of LlamaForCausalLM") for line in heard.lines)

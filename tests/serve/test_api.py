@@ -15,6 +15,7 @@ import pytest
 import loraover_serve
 from loraover.common.command_line import Command, run
 from loraover.common.errors import ConfigError, EngineError
+from loraover.models.device import choose_device
 from loraover.reporting.reporter import Reporter
 from loraover_serve import UnwrittenReportError, measure_parity, serve_adapters
 from loraover_serve.cli import COMMANDS, cli
@@ -97,7 +98,8 @@ def test_parity_is_measured_without_output(folded: Path, tmp_path: Path, capfd: 
 def test_parity_reports_its_progress_and_writes_its_output(folded: Path, tmp_path: Path) -> None:
     report = Lines()
     found = measure_parity(str(folded), engines=["torch"], output=tmp_path / "out", report=report, **SMALL)
-    assert report.lines[0] == "loading PyTorch with PEFT"
+    assert report.lines[0] == f"loading PyTorch with PEFT to {choose_device()}, fp32"
+    assert (found.device, found.compute_dtype) == (str(choose_device()), "fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     again = shlex.split(found.command)[2:]
     assert command("parity").make_context("parity", again).params["output"] == tmp_path / "out"

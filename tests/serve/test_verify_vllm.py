@@ -66,7 +66,3 @@ def test_a_wrong_scaling_is_named(served: Served) -> None:
         found = verify(served, served.adapters["vanilla"], "doubled")
     assert (found.verdict, found.fault) == ("differs", "wrong scaling")
     assert "times 2" in found.reason
-
-
-def test_another_adapter_under_the_name_differs(served: Served) -> None:
-    assert verify(served, served.adapters["vanilla"], "folded").verdict == "differs"

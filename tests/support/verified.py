@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.models.load import ModelSource, resolve_model
 from loraover.reporting.reporter import SILENT
-from loraover_export.fold.check_outputs import find_prompts
+from loraover_export.fold.prompts import read_prompts
 from loraover_serve.verify.engines.base import Setting
 from loraover_serve.verify.faults import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.judge import Court
@@ -99,7 +99,7 @@ def make_case(base: Path, adapter: Path) -> Case:
 
 def prompts(model: ModelSource) -> list[tuple[int, ...]]:
     """The beginnings of the built-in prompts."""
-    return [tuple(ids[0, :24].tolist()) for ids in find_prompts(model, None).batches]
+    return [tuple(ids[0, :24].tolist()) for ids in read_prompts(model).batches]
 
 
 @dataclass(frozen=True)

@@ -229,16 +229,25 @@ def test_inputs_that_are_not_finite_are_refused_and_leave_no_trace() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_running_out_of_memory_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_of_memory_says_what_is_needed(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def out(self: Any, *args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     model = llama()
     monkeypatch.setattr(covariances._Moments, "add", out)
     needed = r"ran out of memory: .* one batch, .* and 0\.1 MiB for the moments of 14 layers\. Use smaller batches"
     with pytest.raises(ConfigError, match=needed) as refusal:
         measured(model)
-    assert isinstance(refusal.value.__cause__, torch.OutOfMemoryError)
+    assert refusal.value.__cause__ is error
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     # Per layer, blocks of 16 x 16 of both sides, float32: q and o 4 of them, k and v 3, gate, up and down 5.

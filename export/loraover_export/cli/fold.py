@@ -6,12 +6,15 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover.common.command_line import Command, DeviceChoice, DtypeChoice, quiet_libraries
+from loraover.common.dtypes import COMPUTE_DTYPES
+from loraover.models.device import DEVICES
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
     "loraover-export fold runs/demo/lora-over/adapter -o folded",
     "loraover-export fold output/checkpoint-500 -o folded --dtype bf16 --check-error",
+    "loraover-export fold output/checkpoint-500 -o folded --check-error --device cuda --compute-dtype bf16",
 ]
 
 
@@ -41,6 +44,20 @@ EXAMPLES = [
     show_default="a built-in set",
     help="Text file with one prompt a line for --check-error.",
 )
+@click.option(
+    "--device",
+    type=DeviceChoice(*DEVICES),
+    default="auto",
+    show_default="the first that is there of cuda, mps and cpu",
+    help="Device to run the models on for --check-error; cuda:1 names one GPU of several.",
+)
+@click.option(
+    "--compute-dtype",
+    type=DtypeChoice(*COMPUTE_DTYPES),
+    default="fp32",
+    show_default=True,
+    help="Data type to run the models in for --check-error.",
+)
 @click.option("--force", is_flag=True, help="Replace the folded adapter that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
 def fold(
@@ -50,6 +67,8 @@ def fold(
     check_error: bool,
     model: str | None,
     prompts: Path | None,
+    device: str,
+    compute_dtype: str,
     force: bool,
     as_json: bool,
 ) -> int:
@@ -76,6 +95,8 @@ def fold(
         check_error=check_error,
         model=model,
         prompts=prompts,
+        device=device,
+        compute_dtype=compute_dtype,
         force=force,
         report=ConsoleReporter(console),
     )

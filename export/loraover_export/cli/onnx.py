@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover.common.command_line import Command, DeviceChoice, DtypeChoice, quiet_libraries
+from loraover.common.dtypes import COMPUTE_DTYPES
+from loraover.models.device import DEVICES
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
@@ -70,6 +72,20 @@ EXAMPLES = [
     show_default=True,
     help="Compare ONNX Runtime's outputs with PyTorch's before anything is left at the output.",
 )
+@click.option(
+    "--check-device",
+    type=DeviceChoice(*DEVICES),
+    default="auto",
+    show_default="the first that is there of cuda, mps and cpu",
+    help="Device that PyTorch runs on for the check; --device is where the graph will run.",
+)
+@click.option(
+    "--compute-dtype",
+    type=DtypeChoice(*COMPUTE_DTYPES),
+    default="fp32",
+    show_default=True,
+    help="Data type that PyTorch runs in for the check.",
+)
 @click.option("--force", is_flag=True, help="Replace the ONNX export that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def onnx(
@@ -84,6 +100,8 @@ def onnx(
     graph: Path | None,
     web: bool,
     check: bool,
+    check_device: str,
+    compute_dtype: str,
     force: bool,
     as_json: bool,
 ) -> int:
@@ -116,6 +134,8 @@ def onnx(
         graph=graph,
         web=web,
         check=check,
+        check_device=check_device,
+        compute_dtype=compute_dtype,
         force=force,
         report=ConsoleReporter(console),
     )

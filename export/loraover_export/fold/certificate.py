@@ -38,9 +38,14 @@ class OutputCertificate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str = Field(description="base model that was run, in words")
-    compute_dtype: str = Field(description="data type of the computation")
+    device: str = Field(description="device that the models ran on: cpu, cuda, one GPU such as cuda:1, or mps")
+    compute_dtype: str = Field(description="data type that the models ran in: fp32, bf16, fp16 or fp64")
     prompts: int = Field(description="number of prompts")
     tokens: int = Field(description="number of tokens in all prompts")
+    compared_tokens: int = Field(
+        description="number of these tokens at which every layer applied its cores; where cores are too large to be "
+        "applied at all tokens, the others went through the folded A and B"
+    )
     prompt_source: str = Field(description="where the prompts come from, in words")
     error: Deviation = Field(description="distance of the folded adapter from the unfolded model")
     noise: Deviation = Field(description="largest distance between any two twins")

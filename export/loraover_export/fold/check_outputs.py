@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain, combinations
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.unfolded_model import unfolded
-from loraover.common.errors import ConfigError, DataError
-from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.checkpoint.unfolded_model import Sampled, multiplications, unfolded
+from loraover.models.device import choose_compute
+from loraover.models.load import ModelSource, load_config, load_model
+from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.certificate import Deviation, OutputCertificate
 from loraover_export.fold.deviation import RunningDeviation
+from loraover_export.fold.prompts import MAX_TOKENS, read_prompts
 from loraover_export.fold.twins import FOLDED, FoldedAndTwins
 from loraover_export.numerics.delta import other_tensors
 
 TWINS = 3
-MAX_TOKENS = 256
-LOGITS_AT_ONCE = 2**24
-"""Logits of a piece of a prompt: 64 MiB in float32, and at most three such pieces are held."""
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27, "mps": 2**26}
+"""Logits of what runs at once, by device: 64 MiB in float32 on the CPU. At most four such pieces are held."""
 
-BUILT_IN_PROMPTS = (
-    "The train leaves at nine and arrives at noon, so the journey takes three hours.",
-    "A farmer has 17 sheep and buys 25 more. How many sheep are there now?",
-    "def is_even(number):\n    return number % 2 == 0\n",
-    "Water boils at a lower temperature on a mountain because the air pressure is lower.",
-    "Dear all,\nplease find the minutes of Tuesday's meeting below.",
-    "Question: which planet is closest to the sun?\nAnswer: Mercury.",
-    "Der Zug fährt um neun Uhr ab. Le train part à neuf heures.",
-    "1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89",
-)
+CORES_AT_MOST = 8.0
+"""Cores may take so many times the base model's multiplications; where they take more, tokens are sampled."""
 
-
-@dataclass(frozen=True)
-class Prompts:
-    """Token ids to compare outputs on, each of shape (1, tokens), and where they come from, in words."""
-
-    batches: tuple[Tensor, ...]
-    source: str
+TYPICAL_TOKENS = 256
+"""Tokens in one forward pass for which cores are counted; the products of neighbours are made once for all of them."""
 
 
 def check_outputs(
@@ -55,16 +45,22 @@ def check_outputs(
     source: ModelSource,
     prompts_file: Path | None,
     report: Reporter = SILENT,
+    *,
+    device: str = "cpu",
+    compute_dtype: str = "fp32",
 ) -> OutputCertificate:
-    """Run the unfolded model and the folded adapter in float32 on the same prompts, and compare every logit.
+    """Run the unfolded model and the folded adapter on the same prompts, and compare every logit.
 
     The unfolded model applies cores to activations and never forms A or B. The noise floor is the largest deviation
     between *twins* of the folded adapter, measured in the same run. A twin has each element of the exact matrices
     rounded at random to one of its two neighbours in `dtype`, and its rank dimension permuted, so that sums run in
     another order. Twins are compared with one another only, so that an error of the fold does not count as noise.
 
-    All models share the base weights and are run on one piece of one prompt after another, so the memory depends
+    All models share the base weights and are run on a few prompts of one length after another, so the memory depends
     neither on the number of prompts nor, where a model can leave logits out, on their length.
+
+    If cores take more than CORES_AT_MOST times the multiplications of the base model, by count, they are applied at
+    evenly spaced tokens of every layer, and the folded A and B at the others. Logits of all tokens are compared.
 
     Args:
         checkpoint: the checkpoint that was folded.
@@ -73,34 +69,80 @@ def check_outputs(
         source: the base model.
         prompts_file: text file with one prompt a line; None means a built-in set.
         report: receiver of progress.
+        device: device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
+        compute_dtype: data type to run in: fp32, bf16, fp16 or fp64.
 
     Raises:
         CheckpointError: the base model is not the one that was trained.
+        ConfigError: a device that is not there, or memory that does not suffice; the message says what would fit.
         DataError: no usable prompt in the file.
     """
-    report.line(f"loading the base model from {source.origin}")
-    base = load_model(source, dtype="fp32", task_type=_task_type(checkpoint))
-    with unfolded(_sharing_weights(base), checkpoint) as reference:
-        prompts = find_prompts(source, prompts_file)
+    place, _ = choose_compute(device, compute_dtype)
+    where, needs = {"device": str(place), "compute_dtype": compute_dtype}, partial(_needs, checkpoint, source, place)
+    with memory_explained("the check of the outputs", needs=needs, **where):
+        return _check_outputs(checkpoint, folded, dtype, source, prompts_file, report, **where)
+
+
+def _check_outputs(
+    checkpoint: Checkpoint,
+    folded: Path,
+    dtype: str,
+    source: ModelSource,
+    prompts_file: Path | None,
+    report: Reporter,
+    device: str,
+    compute_dtype: str,
+) -> OutputCertificate:
+    report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
+    base = load_model(source, dtype=compute_dtype, task_type=_task_type(checkpoint), device=device)
+    sampled = _sampled(base, checkpoint, folded)
+    with unfolded(_sharing_weights(base), checkpoint, sampled=sampled) as reference:
+        at_once = _tokens_at_once(base)
+        prompts = read_prompts(source, prompts_file, at_once=at_once)
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
-        adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS)
-        report.line(f"running the unfolded model, the folded adapter and the roundings on {prompts.source}")
-        compared = _Compared()
-        for ids in prompts.batches:
-            for positions in _pieces(base, ids):
-                compared.add(base, reference, adapters, ids, positions)
+        adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS, report)
+        compared, tokens = _Compared(), sum(batch.numel() for batch in prompts.batches)
+        done = seen = 0
+        label = f"running the unfolded model, the folded adapter and the roundings on {prompts.source}, tokens"
+        with report.task(label, tokens) as advance:
+            for ids in prompts.batches:
+                seen += ids.numel() if sampled is None else sampled.count(ids.numel())
+                for positions in _pieces(base, ids):
+                    compared.add(base, reference, adapters, ids.to(base.device), positions)
+                    done += ids.numel() if positions is None else len(positions)
+                    advance(done)
     return OutputCertificate(
         base=source.origin,
-        compute_dtype="fp32",
-        prompts=len(prompts.batches),
-        tokens=sum(batch.numel() for batch in prompts.batches),
+        device=device,
+        compute_dtype=compute_dtype,
+        prompts=sum(len(batch) for batch in prompts.batches),
+        tokens=tokens,
+        compared_tokens=seen,
         prompt_source=prompts.source,
         error=compared.error.result(),
         noise=_largest([noise.result() for noise in compared.noises]),
         twins=TWINS,
         adapter_effect=compared.effect.result().max_logit,
     )
+
+
+def _sampled(base: nn.Module, checkpoint: Checkpoint, folded: Path) -> Sampled | None:
+    """Return the tokens to apply cores at, where cores take too long at all of them; None means all."""
+    cores = multiplications(checkpoint, TYPICAL_TOKENS) / TYPICAL_TOKENS
+    tables = (module for module in base.modules() if not isinstance(module, nn.Embedding))
+    dense = sum(p.numel() for module in tables for p in module.parameters(recurse=False) if p.ndim > 1)
+    share = CORES_AT_MOST * dense / cores if cores else 1.0
+    return None if share >= 1 else Sampled(share, read_adapter_dir(folded))
+
+
+def _needs(checkpoint: Checkpoint, source: ModelSource, place: torch.device) -> Needs:
+    """Estimate what a check needs: the base model, the folded adapter with its twins and cores, and a prompt."""
+    shapes = checkpoint.adapter.shapes
+    adapter = sum(prod(shapes[key]) for key in checkpoint.adapter.sites.values())
+    at_once = LOGITS_AT_ONCE[place.type] // load_config(source).get_text_config().vocab_size
+    copies = 2 + TWINS + 2  # the folded one in PEFT and kept; cores are hardly more numbers, but in float64
+    return Needs.of_model(source, adapters=copies * adapter, tokens=max(1, min(MAX_TOKENS, at_once)), logits=4)
 
 
 class _Compared:
@@ -140,58 +182,27 @@ def _task_type(checkpoint: Checkpoint) -> str | None:
     return task if isinstance(task, str) else None
 
 
-def find_prompts(source: ModelSource, file: Path | None) -> Prompts:
-    """Return the prompts of a file or the built-in ones, as tokens; random tokens if the model has no tokenizer.
-
-    Args:
-        source: the base model.
-        file: UTF-8 text file with one prompt a line; None means the built-in prompts.
-
-    Raises:
-        DataError: no usable prompt in the file.
-        ConfigError: a file, and a model without a tokenizer.
-    """
-    lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
-    if file is not None:
-        try:
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from error
-        name = f"the prompts of {file.name}"
-    try:
-        tokenizer = load_tokenizer(source)
-        encoded = [tokenizer(line, return_tensors="pt").input_ids[:, :MAX_TOKENS] for line in lines]
-    except ConfigError:
-        if file is not None:
-            raise
-        encoded = []
-    fewest = 1 if file is not None else 2  # transformers makes tokenizers without a vocabulary for some classes
-    batches = tuple(ids for ids in encoded if ids.numel() >= fewest)
-    if batches:
-        return Prompts(batches, f"{len(batches)} of {name}")
-    if file is not None:
-        raise DataError(f"{file}: holds no prompt; expected one a line.")
-    vocabulary = load_config(source).get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (8, 32), generator=torch.Generator().manual_seed(0))
-    source_name = "8 random token sequences (the base model has no tokenizer)"
-    return Prompts(tuple(ids[i : i + 1] for i in range(len(ids))), source_name)
+def _tokens_at_once(model: Any) -> int:
+    """Tokens whose logits may be held at once."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return max(1, LOGITS_AT_ONCE[model.device.type] // vocabulary)
 
 
 def _pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
-    """Positions of a prompt whose logits are compared together, at most LOGITS_AT_ONCE elements; None means all.
+    """Positions whose logits are compared together, at most LOGITS_AT_ONCE elements; None means all.
 
     Each piece costs a forward pass over the entire prompt. Models that cannot leave logits out take all at once.
     """
-    at_once = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    if ids.shape[1] <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    at_once = _tokens_at_once(model)
+    if ids.numel() <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         yield None
         return
-    yield from torch.split(torch.arange(ids.shape[1]), at_once)
+    yield from torch.split(torch.arange(ids.shape[1], device=model.device), at_once)
 
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor, positions: Tensor | None) -> Tensor:
-    """Logits of one prompt, (positions, vocabulary); prompts run one at a time, so that nothing is padded."""
+    """Logits of prompts of one length, (positions, vocabulary)."""
     extra: dict[str, Tensor] = {}
     if model.config.is_encoder_decoder:
         extra["decoder_input_ids"] = ids

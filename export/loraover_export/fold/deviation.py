@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64
 from loraover_export.fold.certificate import Deviation
 
 ELEMENTS_AT_ONCE = 2**20
@@ -26,17 +27,19 @@ class RunningDeviation:
         """Add a piece.
 
         Args:
-            reference: logits of shape (positions, vocabulary).
+            reference: logits of shape (positions, vocabulary), on any device.
             other: the other model's logits of the same positions.
         """
+        if reference.device.type in WITHOUT_FLOAT64:
+            reference, other = reference.cpu(), other.cpu()
         rows = max(1, ELEMENTS_AT_ONCE // reference.shape[-1])
         for p, q in zip(torch.split(reference, rows), torch.split(other, rows), strict=True):
             self._same += int((p.argmax(-1) == q.argmax(-1)).sum())
             error = (p.double() - q.double()).abs()
             log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
             divergence = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
-            self._maxima = torch.maximum(self._maxima, torch.stack((error.max(), divergence.max())))
-            self._sums += torch.stack((error.sum(), divergence.sum()))
+            self._maxima = torch.maximum(self._maxima, torch.stack((error.max(), divergence.max())).cpu())
+            self._sums += torch.stack((error.sum(), divergence.sum())).cpu()
             self._logits += error.numel()
             self._positions += len(divergence)
 

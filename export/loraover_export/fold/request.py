@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.common.errors import ConfigError
+from loraover.models.device import choose_compute
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class FoldRequest:
     """Arguments of `fold_checkpoint`, where each is described.
 
     Raises:
-        ConfigError: `model` or `prompts` without `check_error`.
+        ConfigError: an option of the check without `check_error`, or a device that is not there.
     """
 
     checkpoint: Path
@@ -23,15 +24,25 @@ class FoldRequest:
     check_error: bool = False
     model: str | None = None
     prompts: Path | None = None
+    device: str = "auto"
+    compute_dtype: str = "fp32"
     force: bool = False
 
     def __post_init__(self) -> None:
-        if (self.model is not None or self.prompts is not None) and not self.check_error:
-            raise ConfigError("--model and --prompts are for --check-error, which runs the model; add it.")
+        given = (self.model, self.prompts, self.device, self.compute_dtype)
+        if given != (None, None, "auto", "fp32") and not self.check_error:
+            raise ConfigError(
+                "--model, --prompts, --device and --compute-dtype are for --check-error, which runs the model; add it."
+            )
+        if self.check_error:
+            choose_compute(self.device, self.compute_dtype)
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
         words = ["loraover-export", "fold", str(self.checkpoint), "-o", str(self.output), "--dtype", self.dtype]
         words += ["--check-error"] if self.check_error else []
         words += [] if self.model is None else ["--model", self.model]
-        return shlex.join([*words, *([] if self.prompts is None else ["--prompts", str(self.prompts)])])
+        words += [] if self.prompts is None else ["--prompts", str(self.prompts)]
+        if self.check_error:
+            words += ["--device", self.device, "--compute-dtype", self.compute_dtype]
+        return shlex.join(words)

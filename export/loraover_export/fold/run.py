@@ -37,6 +37,8 @@ def fold_checkpoint(
     check_error: bool = False,
     model: str | Path | None = None,
     prompts: str | Path | None = None,
+    device: str = "auto",
+    compute_dtype: str = "fp32",
     force: bool = False,
     report: Reporter = SILENT,
 ) -> FoldCertificate:
@@ -49,6 +51,9 @@ def fold_checkpoint(
         check_error: also run the folded adapter, as PEFT loads it, beside the unfolded model and compare all logits.
         model: base model to run for `check_error`, folder or hub name; None means the one that the checkpoint names.
         prompts: text file with one prompt a line for `check_error`; None means a built-in set.
+        device: device to run the models on for `check_error`: "auto" (the first that is there of cuda, mps and cpu),
+            "cpu", "cuda", "mps", or one GPU such as "cuda:1".
+        compute_dtype: data type to run the models in for `check_error`: "fp32", "bf16", "fp16" or "fp64".
         force: replace a folded adapter that is already at `output`.
         report: receiver of progress.
 
@@ -58,7 +63,8 @@ def fold_checkpoint(
         from an adapter that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
+        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or memory that does not
+            suffice for `check_error`; the message says what would fit.
         CheckpointError: a checkpoint that cannot be trusted, or that belongs to another base model.
         FoldError: an element beyond the range of `dtype`.
         DataError: a file of prompts that cannot be used.
@@ -71,6 +77,8 @@ def fold_checkpoint(
         check_error,
         None if model is None else str(model),
         None if prompts is None else Path(prompts),
+        device,
+        compute_dtype,
         force,
     )
     _check_output(request)
@@ -112,7 +120,16 @@ def _fold(
         if base.moved is not None:
             write_config(naming(json.loads((draft / CONFIG_FILE).read_bytes()), base), draft)
             base_model = base.name
-        outputs = check_outputs(checkpoint, draft, request.dtype, base, request.prompts, report)
+        outputs = check_outputs(
+            checkpoint,
+            draft,
+            request.dtype,
+            base,
+            request.prompts,
+            report,
+            device=request.device,
+            compute_dtype=request.compute_dtype,
+        )
     return FoldCertificate(
         verdict=_verdict(matrices, outputs),
         base_model=base_model,

@@ -63,8 +63,9 @@ def _show_matrices(certificate: FoldCertificate, console: Console) -> None:
 
 
 def _show_outputs(outputs: OutputCertificate, console: Console) -> None:
+    where = f"{outputs.compute_dtype} on {outputs.device}"
     table = Table(
-        box=SIMPLE, title=f"Folded against unfolded: {escape(outputs.prompt_source)}, {outputs.tokens} tokens"
+        box=SIMPLE, title=f"Folded against unfolded: {escape(outputs.prompt_source)}, {outputs.tokens} tokens, {where}"
     )
     for column in ("", "max logit", "mean logit", "max KL", "mean KL", "top-1 agreement"):
         table.add_column(column, justify="left" if not column else "right")
@@ -83,3 +84,9 @@ def _show_outputs(outputs: OutputCertificate, console: Console) -> None:
         f"the adapter itself moves logits by up to {outputs.adapter_effect:.3g}",
         soft_wrap=True,
     )
+    if outputs.compared_tokens < outputs.tokens:
+        console.print(
+            f"Cores were applied at {outputs.compared_tokens} of {outputs.tokens} tokens, the same in every layer: "
+            "they are too large to be applied at all tokens.",
+            soft_wrap=True,
+        )

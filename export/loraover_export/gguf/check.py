@@ -18,8 +18,8 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
-from loraover_export.fold.check_outputs import Prompts, find_prompts
 from loraover_export.fold.fold import write_config, write_rounded
+from loraover_export.fold.prompts import Prompts, read_prompts
 from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCpp
@@ -59,7 +59,7 @@ def make_reference(
         ExportError: a GGUF file with another vocabulary.
     """
     model = load_model(base)
-    prompts = find_prompts(base, None)
+    prompts = read_prompts(base)
     plain = [_logits(model, ids) for ids in prompts.batches]
     adapted = _adapted_logits(model, source, prompts)
     with TemporaryDirectory() as folder:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import unfolded
+from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64, unfolded
 from loraover_export.onnx.int4 import rounded_copy
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphRunner
 from loraover_export.onnx.report import CaseError, GraphCheck, Greedy
 
 GENERATED = 16  # tokens
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """PyTorch's outputs, in float32 and without ever forming A or B.
+    """PyTorch's outputs, on the CPU, computed without ever forming A or B.
 
     Args:
         logits: logits of each case, (positions, vocabulary).
         noise: largest difference of these logits from those in another precision.
-        noise_of: comparison that the noise was measured by, in words.
+        noise_of: comparison, or two, that the noise was measured by, in words.
         rounded: logits of a model that rounds as an int4 graph does; None for other precisions.
         prompt: token ids that greedy decoding starts from, (1, tokens).
         greedy: tokens after `prompt`, and the logits before each of them and before the end of the text if it came.
@@ -42,6 +45,17 @@ class Reference:
     greedy: tuple[Tensor, Tensor] | None
 
 
+@dataclass(frozen=True)
+class Compute:
+    """Device and data type that PyTorch computes a reference in; None keeps the model's type."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+IN_FLOAT32 = Compute(CPU, torch.float32)
+
+
 @torch.no_grad()
 def make_reference(
     kind: GraphKind,
@@ -51,42 +65,93 @@ def make_reference(
     precision: str,
     *,
     merged: bool = False,
+    compute: Compute = IN_FLOAT32,
 ) -> Reference:
     """Run the unfolded model in PyTorch, or the base model if `source` is None.
 
     The noise is the effect of rounding alone: float32 against float64 (transformers keeps its norms in float32),
-    float16 against float32, or weights and activations rounded as in an int4 graph.
+    float16 against float32, or weights and activations rounded as in an int4 graph. Where PyTorch computes in bfloat16
+    or float16, it is at least that type's effect, against float32.
 
     Args:
         kind: the kind of model.
-        model: the base model in float32.
+        model: the base model in float32, on the CPU; it is left as it was.
         source: the adapter or checkpoint.
         cases: tokens to run.
         precision: fp32, fp16 or int4.
         merged: whether the graph's weights, which int4 rounds, include the adapter.
+        compute: where and in which type to compute.
     """
-
-    def run(
-        model: Any, source: Checkpoint | AdapterDir | None = source, delta_dtype: torch.dtype = torch.float64
-    ) -> list[Tensor]:
-        with nullcontext(model) if source is None else unfolded(model, source, delta_dtype=delta_dtype) as adapted:
-            return [kind.compared(case, kind.reference(adapted, case)) for case in cases]
-
-    logits = run(model)
+    run = partial(_run, kind, cases)
+    logits = run(model, source, compute)
     prompt = cases[0].ids[:1]
-    with nullcontext(model) if source is None else unfolded(model, source) as adapted:
-        greedy = kind.generate_reference(adapted, prompt, GENERATED)
-    rounded = None
+    with _adapted(model, source, compute) as adapted:
+        greedy = kind.generate_reference(adapted, prompt.to(compute.device), GENERATED)
+    single, rounded = replace(compute, dtype=torch.float32), None
     if precision == "fp32":
-        in_float32 = run(model, delta_dtype=torch.float32)
-        noise, noise_of = largest(in_float32, run(model.double())), "PyTorch in float32 against float64"
-        model.float()  # exact: its weights were float32
+        in_float32 = run(model, source, single, torch.float32)
+        double = Compute(CPU if compute.device.type in WITHOUT_FLOAT64 else compute.device, torch.float64)
+        noise, noise_of = largest(in_float32, run(model, source, double)), "PyTorch in float32 against float64"
     elif precision == "int4":
-        rounded = run(rounded_copy(model, source), None) if merged and source else run(rounded_copy(model, None))
+        rounded = run(rounded_copy(model, source if merged else None), None if merged else source, compute)
         noise, noise_of = largest(logits, rounded), "PyTorch with weights in 4 bits and activations in 8"
     else:
-        noise, noise_of = largest(logits, run(copy.deepcopy(model).half())), "PyTorch in float16 against float32"
+        half = run(copy.deepcopy(model).half(), source, replace(compute, dtype=None))
+        exact = logits if compute.dtype == torch.float32 else run(model, source, single)
+        noise, noise_of = largest(exact, half), "PyTorch in float16 against float32"
+    if compute.dtype in (torch.bfloat16, torch.float16):
+        coarse = largest(run(model, source, single), logits)
+        if coarse > noise:
+            noise, noise_of = coarse, f"PyTorch in {str(compute.dtype).removeprefix('torch.')} against float32"
+    if greedy is not None:
+        greedy = greedy[0].cpu(), greedy[1].cpu()
     return Reference(logits, noise, noise_of, rounded, prompt, greedy)
+
+
+def _run(
+    kind: GraphKind,
+    cases: list[Case],
+    model: Any,
+    source: Checkpoint | AdapterDir | None,
+    compute: Compute,
+    delta_dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Logits of each case, on the CPU and without padding."""
+    placed = [replace(case, ids=case.ids.to(compute.device)) for case in cases]
+    with _adapted(model, source, compute, delta_dtype) as adapted:
+        return [kind.compared(case, kind.reference(adapted, case)).cpu() for case in placed]
+
+
+@contextmanager
+def _adapted(
+    model: Any,
+    source: Checkpoint | AdapterDir | None,
+    compute: Compute,
+    delta_dtype: torch.dtype = torch.float64,
+) -> Iterator[Any]:
+    """The unfolded model where and in the type that it is to compute in; the base model if `source` is None."""
+    with (
+        _converted(model, compute) as working,
+        nullcontext(working) if source is None else unfolded(working, source, delta_dtype=delta_dtype) as adapted,
+    ):
+        yield adapted
+
+
+@contextmanager
+def _converted(model: Any, compute: Compute) -> Iterator[Any]:
+    """A model of the same weights in another type or on another device; a wider type on the CPU takes no copy."""
+    dtype = compute.dtype or model.dtype
+    if compute.device == CPU and dtype == model.dtype:
+        yield model
+    elif compute.device == CPU and dtype == torch.float64:
+        try:
+            yield model.double()
+        finally:
+            model.float()  # exact: its weights were float32
+    else:
+        parameters = {id(p): nn.Parameter(p.to(compute.device, dtype), requires_grad=False) for p in model.parameters()}
+        buffers = {id(buffer): buffer.to(compute.device, copy=True) for buffer in model.buffers()}
+        yield copy.deepcopy(model, {**parameters, **buffers})
 
 
 def largest(one: list[Tensor], other: list[Tensor]) -> float:

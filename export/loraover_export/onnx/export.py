@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import read_json
+from loraover.models.device import choose_compute, choose_device
 from loraover.models.load import load_config, load_model, load_tokenizer
+from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.check_outputs import BUILT_IN_PROMPTS
+from loraover_export.fold.prompts import BUILT_IN_PROMPTS
 from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.onnx.check import Reference, check_graph, make_reference, run_cases
+from loraover_export.onnx.check import Compute, Reference, check_graph, make_reference, run_cases
 from loraover_export.onnx.graph_file import check_file
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan
 from loraover_export.onnx.kinds.decoder import Decoder
@@ -100,22 +104,40 @@ class Export:
         if self.request.check or self.request.graph is None:
             self.load()
         cases = self.kind.cases(self._tokens()) if self.request.check else []
-        references: dict[str | None, Reference] = {}
-        if self.request.check:
-            self.report.line("running the unfolded model in PyTorch")
-            for name in (None, *self.inputs.adapters):
-                source = None if name is None else self.inputs.adapters[name]
-                references[name] = make_reference(
+        references = self._references(cases) if self.request.check else {}
+        matrices, found_base = self._write(cases)
+        checks = self._check(cases, references, found_base) if self.request.check else []
+        return self._result(matrices, checks)
+
+    def _references(self, cases: list[Case]) -> dict[str | None, Reference]:
+        """PyTorch's outputs with each adapter, and under None without one."""
+        device, dtype = choose_compute(self.request.check_device, self.request.compute_dtype)
+        where, needs = {"device": str(device), "compute_dtype": self.request.compute_dtype}, partial(self._needs, cases)
+        found: dict[str | None, Reference] = {}
+        sources = [(None, None), *self.inputs.adapters.items()]
+        with (
+            memory_explained("the check in PyTorch", needs=needs, option="--check-device", **where),
+            self.report.task("running the unfolded model in PyTorch, adapters", len(sources)) as done,
+        ):
+            for count, (name, source) in enumerate(sources, 1):
+                found[name] = make_reference(
                     self.kind,
                     self.model,
                     source,
                     cases,
                     self.request.precision,
                     merged=self.request.mode == "merged",
+                    compute=Compute(device, dtype),
                 )
-        matrices, found_base = self._write(cases)
-        checks = self._check(cases, references, found_base) if self.request.check else []
-        return self._result(matrices, checks)
+                done(count)
+        return found
+
+    def _needs(self, cases: list[Case]) -> Needs:
+        """Estimate what the check needs: the model twice, since it is written as well, and the largest case."""
+        shapes = (adapter_of(source).shapes for source in self.inputs.adapters.values())
+        adapters = sum(prod(shape) for each in shapes for shape in each.values())
+        tokens = max(case.ids.numel() for case in cases)
+        return Needs.of_model(self.inputs.base, adapters=adapters, tokens=tokens, copies=2, logits=3)
 
     def _tokens(self) -> torch.Tensor:
         """Token ids of real text, repeated until there are enough."""
@@ -199,6 +221,8 @@ class Export:
             device=request.device,
             cache=request.cache,
             web=request.web,
+            check_device=str(choose_device(request.check_device)),
+            compute_dtype=request.compute_dtype,
             checked_on=request.device if has_provider(request.device) else "cpu",
             base_model=self.inputs.base.name,
             adapters={name: str(source.path) for name, source in self.inputs.adapters.items()},

@@ -102,6 +102,8 @@ class OnnxReport(BaseModel):
     cache: bool = Field(description="whether a language model's graph has a KV cache")
     checked_on: str = Field(description="device that ONNX Runtime ran the checks on, cpu or cuda")
     web: bool = Field(default=False, description="whether graph and adapters are for onnxruntime-web")
+    check_device: str = Field(default="cpu", description="device that PyTorch ran the checks on: cpu, cuda or mps")
+    compute_dtype: str = Field(default="fp32", description="data type that PyTorch ran the checks in")
     base_model: str = Field(description="folder or hub name of the base model")
     adapters: dict[str, str] = Field(description="folder of each adapter, by its name")
     checks: list[GraphCheck] = Field(description="outputs against PyTorch's; empty without a check")

@@ -13,6 +13,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ConfigError, ExportError
+from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.numerics.delta import other_tensors
 
@@ -39,6 +40,8 @@ class OnnxRequest:
     graph: Path | None = None
     web: bool = False
     check: bool = True
+    check_device: str = "auto"
+    compute_dtype: str = "fp32"
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +66,10 @@ class OnnxRequest:
         if self.names and len(self.names) != len(self.sources):
             raise ConfigError(f"--name is given {len(self.names)} times for {len(self.sources)} sources.")
         _check_names(self.adapter_names)
+        if self.check:
+            choose_compute(self.check_device, self.compute_dtype)
+        elif (self.check_device, self.compute_dtype) != ("auto", "fp32"):
+            raise ConfigError("--check-device and --compute-dtype are for the check, which --no-check leaves out.")
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -78,7 +85,9 @@ class OnnxRequest:
         words += [] if self.graph is None else ["--graph", str(self.graph)]
         words += ["--web"] if self.web else []
         words += [] if self.cache else ["--no-cache"]
-        return shlex.join(words if self.check else [*words, "--no-check"])
+        if self.check:
+            return shlex.join([*words, "--check-device", self.check_device, "--compute-dtype", self.compute_dtype])
+        return shlex.join([*words, "--no-check"])
 
 
 def _check_names(names: tuple[str, ...]) -> None:

@@ -37,6 +37,8 @@ def export_onnx(
     graph: str | Path | None = None,
     web: bool = False,
     check: bool = True,
+    check_device: str = "auto",
+    compute_dtype: str = "fp32",
     force: bool = False,
     report: Reporter = SILENT,
 ) -> OnnxReport:
@@ -55,6 +57,9 @@ def export_onnx(
         graph: folder of an earlier swappable export whose graph the new adapters are for; only their files are written.
         web: for onnxruntime-web: the LoRA inputs of a swappable graph are required, and adapters are safetensors files.
         check: compare ONNX Runtime's outputs with those of the unfolded PyTorch model.
+        check_device: device that PyTorch runs on for the check: "auto" (the first that is there of cuda, mps and cpu),
+            "cpu", "cuda", "mps", or one GPU such as "cuda:1". `device` is where the graph will run.
+        compute_dtype: data type that PyTorch runs in for the check: "fp32", "bf16", "fp16" or "fp64".
         force: replace an ONNX export that is already at `output`.
         report: receiver of progress.
 
@@ -64,7 +69,8 @@ def export_onnx(
         it from one that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
+        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or memory that does not
+            suffice for the check; the message says what would fit.
         CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
         ExportError: a model or an adapter that no graph can be written for.
         FoldError: an element beyond the range of the graph's data type.
@@ -83,6 +89,8 @@ def export_onnx(
         None if graph is None else Path(graph),
         web,
         check,
+        check_device,
+        compute_dtype,
         force,
     )
     _check_output(request)

@@ -16,7 +16,7 @@ from loraover_export.onnx.report import GraphCheck, OnnxReport
 def show_report(report: OnnxReport, output: Path, console: Console) -> None:
     """Print errors and bounds of each adapter, the verdict, and where the files are."""
     if report.checks:
-        table = Table(box=SIMPLE, title="ONNX Runtime against the unfolded PyTorch model, fp32")
+        table = Table(box=SIMPLE, title=_title(report))
         for column in ("adapter", "max logit error", "noise", "allowed", "adapter's effect", "greedy tokens"):
             table.add_column(column, justify="left" if column == "adapter" else "right")
         for check in report.checks:
@@ -42,6 +42,10 @@ def show_report(report: OnnxReport, output: Path, console: Console) -> None:
         console.print("nothing was written: an export that fails its check is not left behind")
     else:
         console.print(f"wrote {escape(str(output))}", soft_wrap=True)
+
+
+def _title(report: OnnxReport) -> str:
+    return f"ONNX Runtime against the unfolded PyTorch model, {report.compute_dtype} on {report.check_device}"
 
 
 def _greedy(check: GraphCheck) -> str:

@@ -117,6 +117,10 @@ class Decomposition(ABC):
             Outputs (G, tokens, m).
         """
 
+    def multiplications(self, m: int, n: int, tokens: int) -> int:
+        """Multiplications of two numbers that `apply` takes, in all: here one for each token and element of a core."""
+        return tokens * sum(prod(shape) for shape in self.core_shapes(m, n))
+
     @abstractmethod
     def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
         """Contract the auxiliary cores left of the centre core, and those right of it.

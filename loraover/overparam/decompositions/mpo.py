@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraover.common.errors import ShapeError
 from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, Ratio, random_coisometry
+from loraover.overparam.decompositions.contraction_order import Chain, apply_chain, cheapest_order
 
 Modes = Mapping[int, tuple[StrictInt, ...]]
 
@@ -30,6 +31,11 @@ class MpoLayout(NamedTuple):
     def core(self, k: int) -> tuple[int, int, int, int]:
         """Return the 4-D shape of core k."""
         return self.bonds[k], self.rows[k], self.columns[k], self.bonds[k + 1]
+
+    @property
+    def chain(self) -> Chain:
+        """Shapes of the cores, for orders of contraction."""
+        return Chain(self.rows, self.columns, self.bonds)
 
     def num_parameters(self) -> int:
         """Number of parameters of all cores."""
@@ -165,16 +171,7 @@ class Mpo(Decomposition):
     def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
         self.check(cores, m, n)
         layout = self.layout(m, n)
-        group, tokens = x.shape[:2]
-        state, to_come, done = x, n, 1  # (group, tokens, bond * columns to come * rows done)
-        for k, core in enumerate(cores):
-            bond, rows, columns, next_bond = layout.core(k)
-            to_come //= columns
-            state = state.reshape(group, tokens, bond, columns, to_come, done)
-            tensor = core.reshape(group, bond, rows, columns, next_bond)
-            state = torch.einsum("gtbcnr,gbico->gtonri", state, tensor)
-            done *= rows
-        return state.reshape(group, tokens, m)
+        return apply_chain(layout.chain, [core.reshape(-1, *layout.core(k)) for k, core in enumerate(cores)], x)
 
     def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
         layout = self.layout(m, n)
@@ -191,6 +188,9 @@ class Mpo(Decomposition):
         tensors = _interleave(matrices, layout).reshape(len(matrices), left.shape[1], -1, right.shape[2])
         centre = torch.einsum("gpb,gpcq,gdq->gbcd", left, tensors, right)
         return centre.reshape(len(matrices), *_unfolding(layout, layout.centre))
+
+    def multiplications(self, m: int, n: int, tokens: int) -> int:
+        return cheapest_order(self.layout(m, n).chain, tokens).multiplications
 
     def contraction_terms(self, m: int, n: int) -> int:
         return sum(self.layout(m, n).bonds[1:-1]) + self.num_cores

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loraover.common.command_line import DeviceChoice, DtypeChoice
+from loraover.common.dtypes import COMPUTE_DTYPES
+from loraover.models.device import DEVICES
 from loraover_serve.cli.options import MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
 from loraover_serve.engines import ENGINES
 
@@ -116,6 +119,20 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="Seconds without output before giving up on the server.",
 )
 @START_TIMEOUT
+@click.option(
+    "--device",
+    type=DeviceChoice(*DEVICES),
+    default="auto",
+    show_default="the first that is there of cuda, mps and cpu",
+    help="Device that PyTorch runs on: the engine torch, and the models that answers are compared with.",
+)
+@click.option(
+    "--compute-dtype",
+    type=DtypeChoice(*COMPUTE_DTYPES),
+    default="fp32",
+    show_default=True,
+    help="Data type that PyTorch runs in.",
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights, lengths and order.")
 @click.option("--allow-unequal", is_flag=True, help="Compare adapters of different ranks or targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, without the samples.")
@@ -141,6 +158,8 @@ def parity(
     cross_check: bool,
     timeout_s: float,
     start_timeout_s: float,
+    device: str,
+    compute_dtype: str,
     seed: int,
     allow_unequal: bool,
     as_json: bool,
@@ -180,6 +199,8 @@ def parity(
             cross_check=cross_check,
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,
+            device=device,
+            compute_dtype=compute_dtype,
             seed=seed,
             allow_unequal=allow_unequal,
             options=options,

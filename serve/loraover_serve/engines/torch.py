@@ -60,8 +60,8 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
     """Load the base model, every adapter with PEFT, and the unfolded model of a checkpoint.
 
     Args:
-        load_base: function that loads a plain transformers model in eval mode. It is called twice if there is a
-            checkpoint, because PEFT changes the model that it gets.
+        load_base: function that loads a plain transformers model in eval mode, to the device to run on. It is called
+            twice if there is a checkpoint, because PEFT changes the model that it gets.
         adapters: folder of each arm's adapter.
         checkpoint: folder of a LoRA-Over checkpoint; None for no unfolded model.
 
@@ -72,9 +72,11 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
 
     first, *others = adapters.items()
     with engine_errors(TorchEngine.name):
-        model = PeftModel.from_pretrained(load_base(), str(first[1]), adapter_name=first[0])
+        plain = load_base()
+        on = str(plain.device)
+        model = PeftModel.from_pretrained(plain, str(first[1]), adapter_name=first[0], torch_device=on)
         for arm, path in others:
-            model.load_adapter(str(path), adapter_name=arm)
+            model.load_adapter(str(path), adapter_name=arm, torch_device=on)
         model.eval()
 
     @contextmanager
@@ -92,8 +94,8 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
 
     switches: dict[str, Switch] = {"base": base} | {arm: adapted(arm) for arm in adapters}
     if checkpoint is not None:
-        plain, source = load_base(), read_checkpoint(checkpoint)
-        switches["unfolded"] = lambda: unfolded(plain, source, delta_dtype=torch.float32)  # as in training
+        separate, source = load_base(), read_checkpoint(checkpoint)
+        switches["unfolded"] = lambda: unfolded(separate, source, delta_dtype=torch.float32)  # as in training
     return TorchEngine(switches)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
+from loraover.models.memory import memory_explained
+from loraover.reporting.reporter import Reporter
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
@@ -19,7 +23,14 @@ from loraover_serve.parity.measure.arms import Arms
 from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.cross_check import CrossCheck, cross_check
 from loraover_serve.parity.measure.memory import PeakMemory, measure_memory
-from loraover_serve.parity.measure.start import MEMORY_LOG_FILE, Launch, references, started, started_vllm
+from loraover_serve.parity.measure.start import (
+    MEMORY_LOG_FILE,
+    Launch,
+    pytorch_needs,
+    references,
+    started,
+    started_vllm,
+)
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import BASE, Measurement
 
@@ -86,7 +97,7 @@ class Collector:
         requests: the requests that every arm answers.
         folder: folder for exports and copies of adapters.
         launch: command line and limits of vLLM servers.
-        say: receiver of lines of progress.
+        report: receiver of progress.
     """
 
     request: ParityRequest
@@ -94,7 +105,7 @@ class Collector:
     requests: Sequence[Request]
     folder: Path
     launch: Launch
-    say: Callable[[str], None]
+    report: Reporter
 
     def collect(self) -> Measured:
         """Measure every engine at every concurrency, then compare its answers with PyTorch's.
@@ -109,15 +120,29 @@ class Collector:
                 self._measure(name, measured)
                 if measured.failure is not None:
                     return measured
-            self.say("comparing outputs with PyTorch")
-            folded, folded_name, vanilla = references(self.arms)
-            for run in measured.testable:
-                found = compare_outputs(run, self.requests, folded, folded_name, vanilla, COMPARED_PROMPTS)
-                measured.outputs.append(found)
+            longest = max(len(request.prompt) + request.new_tokens for request in self.requests)
+            needs = partial(pytorch_needs, self.arms, longest)
+            with memory_explained("the comparison with PyTorch", needs=needs, **self._compute):
+                self._compare(measured)
         return measured
 
+    @property
+    def _compute(self) -> dict[str, str]:
+        return {"device": str(choose_device(self.request.device)), "compute_dtype": self.request.compute_dtype}
+
+    def _compare(self, measured: Measured) -> None:
+        """Compare the answers of each run with those of PyTorch."""
+        folded, folded_name, vanilla = references(self.arms, **self._compute)
+        runs = measured.testable
+        with self.report.task("comparing outputs with PyTorch, runs", len(runs)) as done:
+            for count, run in enumerate(runs, 1):
+                found = compare_outputs(run, self.requests, folded, folded_name, vanilla, COMPARED_PROMPTS)
+                measured.outputs.append(found)
+                done(count)
+
     def _measure(self, name: str, measured: Measured) -> None:
-        with started(name, self.arms, self.requests, self.folder, self.launch, self.say) as engines:
+        start = started(name, self.arms, self.requests, self.folder, self.launch, self.report.line, **self._compute)
+        with start as engines:
             for engine in engines:
                 for concurrency in self.request.concurrencies(name):
                     run = self._run(engine, concurrency)
@@ -133,8 +158,17 @@ class Collector:
 
     def _run(self, engine: Engine, concurrency: int) -> Measurement:
         blocks = self.request.blocks(concurrency)
-        self.say(f"{engine.name}, concurrency {concurrency}: {blocks} blocks of {len(engine.arms)} arms")
-        return measure(engine, self.requests, concurrency=concurrency, blocks=blocks, seed=self.request.seed)
+        label = f"{engine.name}, concurrency {concurrency}, {len(engine.arms)} arms, blocks"
+        with self.report.task(label, blocks) as done:
+            count = itertools.count(1)
+            return measure(
+                engine,
+                self.requests,
+                concurrency=concurrency,
+                blocks=blocks,
+                seed=self.request.seed,
+                on_block=lambda: done(next(count)),
+            )
 
     def _ask_server(self, engine: Engine, run: Measurement, measured: Measured) -> None:
         """Ask the server for its version and, if requested, run vLLM's benchmark."""
@@ -144,7 +178,7 @@ class Collector:
         with measured.optional("version of vLLM"):
             measured.versions["vllm"] = engine.server.version()
         if self.request.cross_check:
-            self.say("vllm bench serve, on each arm")
+            self.report.line("vllm bench serve, on each arm")
             with measured.optional("cross-check"):
                 self._cross_check(engine, run, measured)
 
@@ -170,6 +204,6 @@ class Collector:
             alone = {arm: self.arms.adapters[arm]} if arm != BASE else {}
             start = partial(started_vllm, alone, self.arms, self.requests, self.folder, launch)
             for concurrency in self.request.max_concurrency:
-                self.say(f"peak memory of {arm}, concurrency {concurrency}: starting {servers} server(s)")
+                self.report.line(f"peak memory of {arm}, concurrency {concurrency}: starting {servers} server(s)")
                 few = self.requests[: MEMORY_WAVES * concurrency]
                 measured.memory.append(measure_memory(start, arm, few, concurrency=concurrency, servers=servers))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from loraover.common.errors import ConfigError
+from loraover.models.device import choose_compute
 from loraover_serve.engines import ENGINES
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
 from loraover_serve.parity.measure.workload import WorkloadKind
@@ -51,12 +52,15 @@ class ParityRequest:
     cross_check: bool
     timeout_s: float
     start_timeout_s: float
+    device: str = "auto"
+    compute_dtype: str = "fp32"
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         faults = [*self._range_faults(), *self._engine_faults(), *option_faults(self.options, SET_BY_PARITY)]
         if faults:
             raise ConfigError(" ".join(faults))
+        choose_compute(self.device, self.compute_dtype)
 
     def _range_faults(self) -> Iterator[str]:
         for option, number, least in (
@@ -120,7 +124,7 @@ class ParityRequest:
         words += [] if self.model is None else ["--model", self.model]
         if "vllm" in self.engines:
             words += ["--memory", str(self.memory), "--vllm", self.vllm, "--start-timeout", str(self.start_timeout_s)]
-        words += ["--timeout", str(self.timeout_s)]
+        words += ["--timeout", str(self.timeout_s), "--device", self.device, "--compute-dtype", self.compute_dtype]
         words += ["--cross-check"] if self.cross_check else []
         words += ["--allow-unequal"] if self.allow_unequal else []
         words += [] if self.output is None else ["--output", str(self.output)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loraover.common.atomic_output import check_writable, publish_directory, publish_text
 from loraover.common.errors import OutputError
+from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_serve.engines.sample import Request
@@ -47,6 +48,8 @@ def measure_parity(
     cross_check: bool = False,
     timeout_s: float = 120,
     start_timeout_s: float = 600,
+    device: str = "auto",
+    compute_dtype: str = "fp32",
     seed: int = 0,
     allow_unequal: bool = False,
     options: Sequence[str] = (),
@@ -79,6 +82,9 @@ def measure_parity(
         cross_check: whether to run `vllm bench serve` against the same server, too.
         timeout_s: seconds without output before giving up on a server.
         start_timeout_s: seconds that a vLLM server may take until its first answers.
+        device: device that PyTorch runs on, in the engine torch and to compare answers with: "auto" (the first that is
+            there of cuda, mps and cpu), "cpu", "cuda", "mps", or one GPU such as "cuda:1".
+        compute_dtype: data type that PyTorch runs in: "fp32", "bf16", "fp16" or "fp64".
         seed: seed of random weights, of lengths and of the order of arms.
         allow_unequal: whether adapters may have different ranks or targets.
         options: further words for `vllm serve`, alike for every arm.
@@ -115,6 +121,8 @@ def measure_parity(
         cross_check=cross_check,
         timeout_s=timeout_s,
         start_timeout_s=start_timeout_s,
+        device=device,
+        compute_dtype=compute_dtype,
         options=tuple(options),
     )
     return _run(request, report)
@@ -139,7 +147,7 @@ def _run(request: ParityRequest, reporter: Reporter) -> ParityReport:
         raise
     if request.output is None and (report.notes or report.verdict == "failed") and _kept_in(kept, reporter):
         return report.model_copy(update={"kept": kept})
-    shutil.rmtree(kept)
+    shutil.rmtree(kept, ignore_errors=True)  # `_kept_in` has removed it if it was empty
     return report
 
 
@@ -172,7 +180,7 @@ def _measured_report(request: ParityRequest, logs: Path, reporter: Reporter) -> 
             _requests(request, arms),
             Path(scratch),
             Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s, request.options),
-            reporter.line,
+            reporter,
         )
         return _report(request, arms, collector.collect())
 
@@ -244,6 +252,8 @@ def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityRep
             "prompt_tokens": request.prompt_tokens,
             "new_tokens": request.new_tokens,
         },
+        device=str(choose_device(request.device)),
+        compute_dtype=request.compute_dtype,
         seed=request.seed,
         command=request.command(),
         versions=versions(request.engines) | measured.versions,

@@ -19,7 +19,7 @@ from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_skeleton
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.check_outputs import find_prompts
+from loraover_export.fold.prompts import read_prompts
 from loraover_export.numerics.delta import other_tensors
 from loraover_serve.parity.report.machine import machine, versions
 from loraover_serve.verify.answers import ADAPTER, BASE
@@ -134,7 +134,7 @@ def _run(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRepor
     _check_task(layout, base)
     device = str(choose_device(request.device))
     subject = make_subject(source, base)
-    found_prompts = find_prompts(base, request.prompts)
+    found_prompts = read_prompts(base, request.prompts)
     prompts = _fitting([tuple(batch[0].tolist()) for batch in found_prompts.batches], base, request.new_tokens)
     reference = make_reference(source, base, prompts, request.new_tokens, device, report)
     setting = Setting(

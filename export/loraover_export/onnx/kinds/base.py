@@ -159,5 +159,5 @@ def greedy(model: Any, prompt: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     )
     logits = torch.cat(output.logits)
     chosen = output.sequences[0, -len(logits) :]
-    ends = torch.tensor(settings.eos_token_id if settings.eos_token_id is not None else [])
+    ends = torch.tensor(settings.eos_token_id if settings.eos_token_id is not None else [], device=chosen.device)
     return chosen[~torch.isin(chosen, ends)], logits

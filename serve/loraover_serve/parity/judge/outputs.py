@@ -173,7 +173,8 @@ def is_applied(base: Sequence[Sample], arm: Sequence[Sample], noise: float | Non
 def _judge(model: Any, requests: Sequence[Request], sample: Sample) -> tuple[Answer, list[float]]:
     """Distance of one answer from PyTorch's model, and the differences of its tokens' logprobs."""
     prompt = requests[sample.request % len(requests)].prompt
-    logits = model(input_ids=torch.tensor([[*prompt, *sample.token_ids]])).logits[0, len(prompt) - 1 : -1].double()
+    ids = torch.tensor([[*prompt, *sample.token_ids]], device=model.device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].cpu().double()
     chosen = logits.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
     gaps = logits.amax(-1) - chosen
     parted = gaps.nonzero()[:, 0].tolist()

@@ -6,12 +6,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import EngineError
+from loraover.models.device import choose_device
 from loraover.models.load import load_model
+from loraover.models.memory import Needs, memory_explained
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request
 from loraover_serve.parity.judge.outputs import Reference
@@ -55,6 +59,9 @@ def started(
     folder: Path,
     launch: Launch,
     say: Callable[[str], None],
+    *,
+    device: str,
+    compute_dtype: str,
 ) -> Iterator[Sequence[Engine]]:
     """Start the engines of one name; "onnx" starts two, with merged and with swappable adapters.
 
@@ -65,8 +72,11 @@ def started(
         folder: folder for exports and copies of adapters.
         launch: command line and limits of a vLLM server.
         say: receiver of lines of progress.
+        device: device that PyTorch runs on.
+        compute_dtype: data type that PyTorch runs in.
 
     Raises:
+        ConfigError: memory that does not suffice for PyTorch; the message says what would fit.
         EngineError: a server that does not start.
         ExportError: a model that cannot be written as an ONNX graph.
     """
@@ -79,8 +89,12 @@ def started(
     else:
         from loraover_serve.engines.torch import torch_engine
 
-        say("loading PyTorch with PEFT")
-        yield [torch_engine(lambda: load_model(arms.base), arms.adapters, arms.checkpoint)]
+        say(f"loading PyTorch with PEFT to {choose_device(device)}, {compute_dtype}")
+        longest = max(len(request.prompt) + request.new_tokens for request in requests)
+        needs = partial(pytorch_needs, arms, longest)
+        with memory_explained("PyTorch", device=device, compute_dtype=compute_dtype, needs=needs):
+            load = partial(load_model, arms.base, dtype=compute_dtype, device=device)
+            yield [torch_engine(load, arms.adapters, arms.checkpoint)]
 
 
 @contextmanager
@@ -167,8 +181,20 @@ def _exported(arms: Arms, sources: Mapping[str, Path], mode: str, folder: Path) 
     return output
 
 
-def references(arms: Arms) -> tuple[Reference, str, Reference]:
+def pytorch_needs(arms: Arms, tokens: int) -> Needs:
+    """Estimate what PyTorch needs for all arms; the unfolded model is a copy of the base model."""
+    shapes = read_adapter_dir(arms.adapters[FOLDED]).shapes
+    adapters = len(arms.adapters) * sum(map(prod, shapes.values()))
+    return Needs.of_model(arms.base, adapters=adapters, tokens=tokens, copies=1 if arms.checkpoint is None else 2)
+
+
+def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[Reference, str, Reference]:
     """Models in PyTorch to compare answers with.
+
+    Args:
+        arms: the adapters.
+        device: device to run on.
+        compute_dtype: data type to run in.
 
     Returns:
         The model of the folded adapter (of the unfolded checkpoint, if there is one), its name, and the model of the
@@ -177,7 +203,7 @@ def references(arms: Arms) -> tuple[Reference, str, Reference]:
     from loraover.checkpoint.checkpoint import read_checkpoint
     from loraover.checkpoint.unfolded_model import unfolded
 
-    base = load_model(arms.base)
+    base = load_model(arms.base, dtype=compute_dtype, device=device)
     vanilla = read_adapter_dir(arms.adapters[VANILLA])
     if arms.checkpoint is None:
         folded, name = read_adapter_dir(arms.adapters[FOLDED]), "the folded adapter"

@@ -40,6 +40,8 @@ class ParityReport(BaseModel):
     base_model: str = Field(description="name or folder of the base model")
     adapters: dict[str, str] = Field(description="folder or origin of each arm's adapter")
     workload: dict[str, str | int] = Field(description="kind, number and lengths of the requests")
+    device: str = Field(default="cpu", description="device that PyTorch ran on: cpu, cuda, cuda:1 or mps")
+    compute_dtype: str = Field(default="fp32", description="data type that PyTorch ran in: fp32, bf16, fp16 or fp64")
     seed: int
     command: str = Field(description="command line that makes the same measurement")
     versions: dict[str, str] = Field(description="versions of packages and engines")

@@ -1,0 +1,84 @@
+"""Prompts on which the folded adapter and the unfolded model are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraover.common.errors import ConfigError, DataError
+from loraover.models.load import ModelSource, load_config, load_tokenizer
+
+MAX_TOKENS = 256
+
+BUILT_IN_PROMPTS = (
+    "The train leaves at nine and arrives at noon, so the journey takes three hours.",
+    "A farmer has 17 sheep and buys 25 more. How many sheep are there now?",
+    "def is_even(number):\n    return number % 2 == 0\n",
+    "Water boils at a lower temperature on a mountain because the air pressure is lower.",
+    "Dear all,\nplease find the minutes of Tuesday's meeting below.",
+    "Question: which planet is closest to the sun?\nAnswer: Mercury.",
+    "Der Zug fährt um neun Uhr ab. Le train part à neuf heures.",
+    "1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89",
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids to compare outputs on, each of shape (prompts, tokens), and where they come from, in words."""
+
+    batches: tuple[Tensor, ...]
+    source: str
+
+
+def read_prompts(source: ModelSource, file: Path | None = None, *, at_once: int = 1) -> Prompts:
+    """Return token ids: of a file's lines, of a built-in set, or at random if the model has no tokenizer.
+
+    Args:
+        source: the base model, with its tokenizer.
+        file: text file with one prompt a line; None means a built-in set.
+        at_once: largest number of tokens in a batch of several prompts of one length.
+
+    Raises:
+        DataError: no usable prompt in the file.
+        ConfigError: a file of prompts for a model without a tokenizer.
+    """
+    lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
+    if file is not None:
+        try:
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from error
+        name = f"the prompts of {file.name}"
+    try:
+        tokenizer = load_tokenizer(source)
+        encoded = [tokenizer(line, return_tensors="pt").input_ids[:, :MAX_TOKENS] for line in lines]
+    except ConfigError:
+        if file is not None:
+            raise
+        encoded = []
+    fewest = 1 if file is not None else 2  # transformers makes tokenizers without a vocabulary for some classes
+    prompts = [ids for ids in encoded if ids.numel() >= fewest]
+    if prompts:
+        return Prompts(_batches(prompts, at_once), f"{len(prompts)} of {name}")
+    if file is not None:
+        raise DataError(f"{file}: holds no prompt; expected one a line.")
+    vocabulary = load_config(source).get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (8, 32), generator=torch.Generator().manual_seed(0))
+    source_name = "8 random token sequences (the base model has no tokenizer)"
+    return Prompts(_batches(list(torch.split(ids, 1)), at_once), source_name)
+
+
+def _batches(prompts: Sequence[Tensor], at_once: int) -> tuple[Tensor, ...]:
+    """Put prompts of one length together, as many as may run at once, so that nothing is padded."""
+    by_length: dict[int, list[Tensor]] = {}
+    for ids in prompts:
+        by_length.setdefault(ids.shape[1], []).append(ids)
+    return tuple(
+        batch
+        for length, alike in by_length.items()
+        for batch in torch.split(torch.cat(alike), max(1, at_once // length))
+    )

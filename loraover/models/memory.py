@@ -1,0 +1,108 @@
+"""What a model needs of a device's memory, and what to say when that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.memory import is_out_of_memory
+from loraover.models.device import found_devices, total_memory
+from loraover.models.load import ModelSource, load_skeleton
+
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+ACTIVATIONS = 16  # numbers of a layer's activations for one token, in multiples of the hidden size
+ROOM = 0.9  # share of a device's memory that a plan may fill: the rest goes to its driver and to fragments
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Numbers that a check holds at once.
+
+    Args:
+        weights: Weights of the base model, in the compute dtype.
+        adapters: Numbers of the adapters beside it, in float32 or wider.
+        tokens: Tokens that run at once.
+        per_token: Numbers for each of them, in the compute dtype: logits and activations.
+    """
+
+    weights: int
+    adapters: int
+    tokens: int
+    per_token: int
+
+    @classmethod
+    def of_model(cls, source: ModelSource, *, adapters: int, tokens: int, copies: int = 1, logits: int = 1) -> Needs:
+        """Estimate the needs of runs of a model, from its configuration.
+
+        Args:
+            source: The model.
+            adapters: Numbers of the adapters beside it.
+            tokens: Tokens that run at once.
+            copies: Copies of the model.
+            logits: Copies of the tokens' logits that are held.
+        """
+        skeleton = load_skeleton(source)
+        config = skeleton.config.get_text_config()
+        weights = copies * sum(parameter.numel() for parameter in skeleton.parameters())
+        return cls(weights, adapters, tokens, logits * config.vocab_size + ACTIVATIONS * config.hidden_size)
+
+    def size(self, dtype: str) -> int:
+        """Bytes in a compute dtype."""
+        return BYTES[dtype] * (self.weights + self.tokens * self.per_token) + max(4, BYTES[dtype]) * self.adapters
+
+
+@contextmanager
+def memory_explained(
+    work: str, *, device: str, compute_dtype: str, needs: Callable[[], Needs], option: str = "--device"
+) -> Iterator[None]:
+    """Turn a failed allocation within the block into an error that says what would fit.
+
+    Args:
+        work: The work, as the beginning of a sentence.
+        device: Device that it runs on.
+        compute_dtype: Data type that it runs in.
+        needs: Function that estimates what the work needs; it is called only after a failure.
+        option: Option that chooses the device.
+
+    Raises:
+        ConfigError: Memory could not be allocated.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, ConfigError) as error:
+        if not is_out_of_memory(error):
+            raise
+        cause = error.__cause__ if isinstance(error, LoraOverError) and error.__cause__ is not None else error
+        found = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
+        raise ConfigError(
+            f"{work} ran out of memory on {device} ({found}). {_advice(device, compute_dtype, needs(), option)}"
+        ) from error
+
+
+def _advice(device: str, dtype: str, needs: Needs, option: str) -> str:
+    """What was needed, and what would fit."""
+    memory = total_memory(device.partition(":")[0])
+    has = "" if memory is None else f" {device} has {_gib(memory)}."
+    weights, tokens = BYTES[dtype] * needs.weights, BYTES[dtype] * needs.tokens * needs.per_token
+    fits = [f"{option} {plan}" for plan in _what_fits(device, dtype, needs)]
+    return (
+        f"It needs about {_gib(needs.size(dtype))} in {dtype}: {_gib(weights)} for the base model, and {_gib(tokens)} "
+        f"for {needs.tokens} tokens at once, which shorter or fewer prompts reduce.{has} "
+        + (f"What would fit: {'; '.join(fits)}." if fits else "No other device or dtype here has room for it.")
+    )
+
+
+def _what_fits(device: str, dtype: str, needs: Needs) -> Iterator[str]:
+    """The plans that fit, other than the one that failed."""
+    for kind, count in found_devices().items():
+        memory = total_memory(kind) if count else None
+        for other in ("fp32", "bf16"):
+            is_failed = (kind, other) == (device.partition(":")[0], dtype)
+            if memory is not None and not is_failed and needs.size(other) <= ROOM * memory:
+                yield f"{kind} --compute-dtype {other} ({_gib(needs.size(other))} of {_gib(memory)})"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"

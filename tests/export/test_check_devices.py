@@ -1,0 +1,172 @@
+"""Where and in which type `fold --check-error` computes, and what it says where that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
+from loraover_export import fold_checkpoint
+from loraover_export.cli import cli
+from loraover_export.fold import check_outputs as check_outputs_module
+from loraover_export.fold import run as run_fold
+from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
+from loraover_export.fold.fold import write_folded
+from loraover_export.fold.request import FoldRequest
+
+from support.devices import ALL_DEVICES
+from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint
+from support.no_memory import NO_MEMORY, failing
+
+COMPUTE = ("fp32", "bf16", "fp16", "fp64")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True, target_modules=LINEAR)
+
+
+def checked(certificate: FoldCertificate) -> OutputCertificate:
+    assert certificate.outputs is not None
+    return certificate.outputs
+
+
+@pytest.mark.parametrize("compute_dtype", COMPUTE)
+@pytest.mark.parametrize("device", ALL_DEVICES)
+def test_a_fold_passes_on_every_device_in_every_type(
+    device: str, compute_dtype: str, made: Made, tmp_path: Path
+) -> None:
+    if (device, compute_dtype) == ("mps", "fp64"):
+        pytest.skip("Apple GPUs have no float64")
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"device": device, "compute_dtype": compute_dtype}
+    found = fold_checkpoint(made.path, out, check_error=True, **options)
+    outputs = checked(found)
+    assert found.passed
+    assert (outputs.device, outputs.compute_dtype) == (device, compute_dtype)
+    assert outputs.compared_tokens == outputs.tokens
+    assert FoldCertificate.model_validate_json((out / "fold_certificate.json").read_text()) == found
+    assert f"--device {device} --compute-dtype {compute_dtype}" in (out / "README.md").read_text()
+
+
+def test_a_coarser_type_sees_less(made: Made, tmp_path: Path) -> None:
+    noise = {}
+    for dtype in COMPUTE:
+        options: dict[str, Any] = {"device": "cpu", "compute_dtype": dtype}
+        noise[dtype] = checked(
+            fold_checkpoint(made.path, tmp_path / dtype, check_error=True, **options)
+        ).noise.max_logit
+    assert noise["bf16"] > 2 * noise["fp16"] > 100 * noise["fp32"] > 0
+    assert noise["fp32"] > noise["fp64"] > 0  # float32 stores the adapter in either
+
+
+@pytest.mark.parametrize("compute_dtype", COMPUTE)
+def test_a_wrong_fold_is_rejected_in_every_type(
+    compute_dtype: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_fold, "write_folded", half_of_b)
+    found = fold_checkpoint(made.path, tmp_path / "out", check_error=True, device="cpu", compute_dtype=compute_dtype)
+    assert found.verdict == "failed"
+    assert not (tmp_path / "out").exists()
+
+
+def half_of_b(checkpoint: Any, directory: Path, *rest: Any) -> Any:
+    """Write the fold with every B halved."""
+    certificates = write_folded(checkpoint, directory, *rest)
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({key: tensor / 2 for key, tensor in tensors.items() if "lora_B" in key})
+
+    edit_tensors(directory / "adapter_model.safetensors", halve)
+    return certificates
+
+
+# Sampled tokens
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_large_cores_are_applied_at_some_tokens_of_every_layer(
+    is_wrong: bool, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a wrong fold, the other tokens see nothing, and the last one of each prompt enough."""
+    monkeypatch.setattr(check_outputs_module, "CORES_AT_MOST", 0.1)
+    if is_wrong:
+        monkeypatch.setattr(run_fold, "write_folded", half_of_b)
+    out = tmp_path / "out"
+    assert run(cli, ["fold", str(made.path), "-o", str(out), "--check-error", "--device", "cpu"]) == int(is_wrong)
+    shown = " ".join(capsys.readouterr().out.split())
+    if not is_wrong:
+        outputs = checked(FoldCertificate.model_validate_json((out / "fold_certificate.json").read_text()))
+        assert outputs.prompts <= outputs.compared_tokens < outputs.tokens / 2
+        assert f"at {outputs.compared_tokens} of {outputs.tokens} tokens, the same in every layer" in shown
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"compute_dtype": "bf16"}], ids=str)
+def test_options_of_the_check_need_the_check(options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="--device and --compute-dtype are for --check-error"):
+        FoldRequest(Path("in"), Path("out"), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "cuda:9"), "there is no cuda:9 here"),
+        (("--device", "tpu"), "'tpu' is not one of 'auto', 'cpu', 'cuda', 'mps'"),
+        (("--compute-dtype", "int4"), "'int4' is not one of 'fp32', 'bf16', 'fp16', 'fp64'"),
+    ],
+    ids=str,
+)
+def test_what_is_not_there_is_refused_before_any_work(
+    options: tuple[str, ...], message: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "out"), "--check-error", *options]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "folding" not in shown.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["_logits", "load_model", "FoldedAndTwins"])
+@pytest.mark.parametrize("name", NO_MEMORY)
+def test_out_of_memory_says_what_was_needed_and_what_would_fit(
+    name: str,
+    place: str,
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(check_outputs_module, place, failing(name))
+    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "out"), "--check-error", "--device", "cpu"]) == 2
+    shown = capsys.readouterr().err
+    assert "the check of the outputs ran out of memory on cpu" in shown
+    assert "GiB in fp32" in shown
+    assert "tokens at once, which shorter or fewer prompts reduce. cpu has" in shown
+    assert "What would fit: --device cpu --compute-dtype bf16" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", failing("the CPU"))
+    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "out"), "--check-error", "--device", "cpu"]) == 2
+    assert "ran out of memory on cpu" in capsys.readouterr().err
+
+
+def test_another_error_stays_what_it_is(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(check_outputs_module, "_logits", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fold_checkpoint(made.path, tmp_path / "out", check_error=True, device="cpu")
