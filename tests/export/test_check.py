@@ -220,7 +220,7 @@ def test_reasons_that_no_export_mends_are_shown_once(
     assert run(cli, ["check", str(changed(source, tmp_path / "in", CASES["DoRA"]))]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("A and B cannot hold this") == 1
-    assert "vllm, llamacpp, onnx, openvino, mlx: DoRA" in out
+    assert "vllm, llamacpp, onnx, openvino, mlx: use_dora" in out
     assert "Train a plain LoRA, or merge" in out
 
 

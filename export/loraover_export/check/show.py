@@ -46,7 +46,7 @@ def show_report(report: CheckReport, console: Console) -> None:
 def _explained(check: EngineCheck) -> Iterator[str]:
     """Yield the findings on the adapter as it is, and the export that mends them."""
     for finding in check.as_it_is.findings:
-        yield from _wrapped(f"{finding.level}: {finding.feature}: {finding.found}")
+        yield from _wrapped(f"{finding.level}: {finding.found}")
     if check.is_mended:
         yield "  mended by:"
         yield f"    {check.export}"
@@ -64,7 +64,7 @@ def _show_limits(report: CheckReport, console: Console) -> None:
     console.print()
     _line(console, "no export mends", "bold")
     for finding, engines in limits.items():
-        for line in _wrapped(f"{', '.join(engines)}: {finding.feature}: {finding.found}"):
+        for line in _wrapped(f"{', '.join(engines)}: {finding.found}"):
             _line(console, line)
     for line in _wrapped(_advice({finding.feature for finding in limits})):
         _line(console, line)
