@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loraover.common.errors import ExportError
 from loraover_serve.verify.run import verify_engine
 
 from support.make_checkpoint import Made
@@ -14,13 +15,12 @@ from support.verified import FAULTS, Case, make_case, plant, save_adapter, save_
 
 pytestmark = pytest.mark.engine
 
-HERE = ("torch", "onnx")
+HERE = ("torch", "onnx", "llamacpp")
 """Engines that run in this process: a new one is a name here."""
+REFUSED = {"llamacpp": {"modules_to_save"}}
+"""Options of a LoRA with which an engine cannot be served."""
 TELLING = ("scaling dropped", "transposed")
 """Faults that every run plants; `make test-engines` plants all."""
-
-
-EMBEDDINGS = ["embed_tokens", "q_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,10 @@ def test_a_checkpoint_is_as_trained(engine: str, made: Made, tmp_path: Path) -> 
 )
 def test_an_adapter_is_as_trained(engine: str, lora: dict[str, Any], case: Case, tmp_path: Path) -> None:
     mine = case if not lora else make_case(case.base, save_adapter(tmp_path / "adapter", case.base, **lora))
+    if lora.keys() & REFUSED.get(engine, set()):
+        with pytest.raises(ExportError):
+            verify_engine(engine, mine.setting(tmp_path), mine.court)
+        return
     found = verify_engine(engine, mine.setting(tmp_path), mine.court)
     assert found.verdict == "as trained", found.reason
 

@@ -22,8 +22,8 @@ from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover_export.cli import cli
+from loraover_export.gguf.base import write_base
 
-from support.gguf_base import write_base
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.tiny_hub import save_llama, save_t5
 from support.tiny_models import lora_matrices

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 ENGINES = {
     "vllm": "vllm:Vllm",
     "onnx": "onnx:Onnx",
+    "llamacpp": "llamacpp:LlamaCppEngine",
     "torch": "torch:Torch",
 }
 """Module and class of each engine that can be started here, by the name that `--engine` takes."""
