@@ -1,4 +1,4 @@
-"""Fold LoRA-Over checkpoints into plain LoRAs, certify them, and export them for vLLM, ONNX Runtime and llama.cpp."""
+"""Fold LoRA-Over checkpoints into plain LoRAs, certify them, and export them for the engines that people use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from loraover_export.fold.run import fold_checkpoint
     from loraover_export.gguf.report import GgufReport
     from loraover_export.gguf.run import export_gguf
+    from loraover_export.mlx.report import MlxReport
+    from loraover_export.mlx.run import export_mlx
     from loraover_export.onnx.report import OnnxReport
     from loraover_export.onnx.run import export_onnx
     from loraover_export.vllm.certificate import VllmCertificate
@@ -21,11 +23,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "FoldCertificate": "fold.certificate",
     "GgufReport": "gguf.report",
+    "MlxReport": "mlx.report",
     "OnnxReport": "onnx.report",
     "Preflight": "vllm.preflight",
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
     "export_gguf": "gguf.run",
+    "export_mlx": "mlx.run",
     "export_onnx": "onnx.run",
     "export_vllm": "vllm.run",
     "fold_checkpoint": "fold.run",
@@ -34,11 +38,13 @@ _HOMES = {
 __all__ = [
     "FoldCertificate",
     "GgufReport",
+    "MlxReport",
     "OnnxReport",
     "Preflight",
     "VllmCertificate",
     "VllmReport",
     "export_gguf",
+    "export_mlx",
     "export_onnx",
     "export_vllm",
     "fold_checkpoint",

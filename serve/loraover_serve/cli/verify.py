@@ -69,7 +69,7 @@ from loraover_serve.verify.engines import ENGINES
     help="Seconds without output before giving up on a server.",
 )
 @START_TIMEOUT
-@click.option("-o", "--output", type=PATH, help="New folder for verify.json, verify.html and vLLM's log.")
+@click.option("-o", "--output", type=PATH, help="New folder for verify.json, verify.html and engines' logs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
 def verify(

@@ -66,8 +66,8 @@ def verify_adapter(
 
     Args:
         adapter: folder of a LoRA-Over checkpoint or a PEFT LoRA.
-        engines: engines to start here: "vllm", "onnx" (ONNX Runtime), "llamacpp" or "torch" (PyTorch with PEFT). None
-            of them and no `endpoint` means "onnx".
+        engines: engines to start here: "vllm", "onnx" (ONNX Runtime), "llamacpp", "mlx" (mlx-lm), "openvino" (OpenVINO
+            GenAI) or "torch" (PyTorch with PEFT). None of them and no `endpoint` means "onnx".
         endpoint: address of an OpenAI-compatible server that already runs and serves the adapter.
         served_name: name by which that server serves the adapter.
         base_name: name by which that server serves the base model; None means the base model's own name, or the only
@@ -81,8 +81,8 @@ def verify_adapter(
         base_gguf: GGUF file of the base model for llama.cpp, quantised or not; None means that one in F32 is written to
             the temporary folder.
         timeout_s: seconds without output before giving up on a server.
-        start_timeout_s: seconds that a vLLM server may take until its first answers.
-        output: new folder for `verify.json`, `verify.html` and vLLM's log; None writes nothing.
+        start_timeout_s: seconds that vLLM, mlx-lm or OpenVINO may take until the first answers.
+        output: new folder for `verify.json`, `verify.html` and engines' logs; None writes nothing.
         options: further words for `vllm serve`.
         report: receiver of progress.
 
@@ -275,7 +275,7 @@ def _fitting(prompts: Sequence[tuple[int, ...]], base: ModelSource, new_tokens: 
 
 
 def _write(report: VerifyReport, output: Path, adapter: Path, scratch: Path) -> None:
-    """Publish report, page and vLLM's log."""
+    """Publish report, page and engines' logs."""
     with publish_directory(output, outside=adapter) as draft:
         (draft / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (draft / HTML_FILE).write_text(render(report), encoding="utf-8")

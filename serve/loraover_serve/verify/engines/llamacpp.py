@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import load_model
-from loraover_serve.engines.installed import LLAMA_CPP, installed_version
+from loraover_serve.engines.distributions import LLAMA_CPP, installed_version
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines.base import LogitEngine, Setting, VerifyEngine
 
