@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class Elsewhere:
             yield Runner(self.name, process, log, timeout_s)
         finally:
             assert process.stdin is not None
-            process.stdin.close()  # the runner ends with its input
+            with suppress(OSError):  # it may have ended by itself
+                process.stdin.close()  # the runner ends with its input
             try:
                 process.wait(ENDING_S)
             except subprocess.TimeoutExpired:
@@ -124,7 +125,7 @@ class Runner:
             line = reader.submit(self._process.stdout.readline).result(self._timeout_s)
         except LateError:
             self._process.kill()
-            raise EngineError(f"{self._name}: no answer within {self._timeout_s:g} s; raise --timeout.") from None
+            raise EngineError(f"{self._name}: no answer within {self._timeout_s:g} s; raise --start-timeout.") from None
         except OSError:
             line = ""
         finally:
