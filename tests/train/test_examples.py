@@ -204,6 +204,12 @@ def test_an_export_for_vllm_from_python(folded: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "mine" / "preflight.json").is_file()
 
 
+def test_an_export_for_mlx_lm_from_python(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("export_mlx", folded, tmp_path / "mine")["report"].passed
+    assert "config.json: {'rope_theta': " in capsys.readouterr().out
+    assert (tmp_path / "mine" / "adapters.safetensors").is_file()
+
+
 @pytest.mark.engine
 def test_an_export_for_onnx_from_python(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script("export_onnx", made.path, tmp_path / "onnx")["report"].verdict == "passed"
