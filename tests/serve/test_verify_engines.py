@@ -69,7 +69,7 @@ def test_a_checkpoint_is_as_trained(engine: str, made: Made, tmp_path: Path) -> 
 @on_every_engine
 @pytest.mark.parametrize("lora", [{}, EMBEDDING, SAVED])
 def test_an_adapter_is_as_trained(engine: str, lora: dict[str, Any], case: Case, tmp_path: Path) -> None:
-    mine = case if not lora else make_case(case.base, save_adapter(tmp_path / "adapter", case.base, **lora))
+    mine = case if not lora else make_case(case.base, save_adapter(tmp_path / "mine", case.base, **lora))
     if lora == SAVED and engine in REFUSING:
         with pytest.raises(ExportError):
             verify_engine(engine, mine.setting(tmp_path), mine.court)
@@ -106,7 +106,7 @@ def test_another_base_model_is_named(engine: str, case: Case, tmp_path: Path) ->
 )
 def test_smollm2_is_as_trained(engine: str, tmp_path: Path) -> None:
     base = Path(resolve_model(SMOLLM2).location)
-    adapter = save_adapter(tmp_path / "adapter", base, r=8, rank_pattern={"q_proj": 12})
+    adapter = save_adapter(tmp_path / "mine", base, r=8, rank_pattern={"q_proj": 12})
     (found,) = verify_adapter(adapter, engines=[engine], new_tokens=4).engines
     print(f"\n{engine}: {found.reason}; {found.seconds:.0f} s; {found.base}; {found.adapter}")
     assert (found.verdict, found.number_format) == ("as trained", "fp32"), found.reason

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,7 @@ class Elsewhere:
         try:
             yield Runner(self.name, process, log, timeout_s)
         finally:
-            assert process.stdin is not None
-            with suppress(OSError):  # it may have ended by itself
-                process.stdin.close()  # the runner ends with its input
-            try:
-                process.wait(ENDING_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end_process(process, ENDING_S)
 
 
 MLX = Elsewhere("mlx", "LORAOVER_MLX", "mlx-lm", "mlx")
@@ -149,6 +142,15 @@ def start_process(name: str, words: Sequence[str], errors: Any) -> subprocess.Po
         return subprocess.Popen(list(words), stdin=pipe, stdout=pipe, stderr=errors, text=True, encoding="utf-8")
     except OSError as error:
         raise EngineError(f"{name}: {words[0]} cannot be started: {error.strerror or error}.") from error
+
+
+def end_process(process: subprocess.Popen[str], patience_s: float) -> None:
+    """Close a process's input, with which a runner ends, and kill it if it does not end in so many seconds."""
+    try:
+        process.communicate(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def tail(log: Path) -> str:

@@ -95,7 +95,7 @@ class VerifyRequest:
         words += [word for option, value in values.items() if value is not None for word in (option, str(value))]
         words += ["--new-tokens", str(self.new_tokens), "--device", self.device]
         if "vllm" in self.engines:
-            words += ["--vllm", self.vllm, "--start-timeout", str(self.start_timeout_s)]
-        words += ["--timeout", str(self.timeout_s)]
+            words += ["--vllm", self.vllm]
+        words += ["--start-timeout", str(self.start_timeout_s), "--timeout", str(self.timeout_s)]
         words += ["--", *self.options] if self.options else []
         return shlex.join(words)

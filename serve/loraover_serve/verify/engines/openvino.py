@@ -15,7 +15,7 @@ import numpy as np
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.common.errors import EngineError
-from loraover_serve.engines.elsewhere import OPENVINO, Runner, local_folder, start_process, tail
+from loraover_serve.engines.elsewhere import OPENVINO, Runner, end_process, local_folder, start_process, tail
 from loraover_serve.verify.answers import ADAPTER, BASE, Question, Row
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.engines.vllm import export_uniform
@@ -79,8 +79,7 @@ def _convert(setting: Setting) -> Path:
             f"openvino: optimum-intel takes more than {setting.start_timeout_s:g} s; raise --start-timeout."
         ) from None
     finally:
-        process.kill()
-        process.wait()
+        end_process(process, 0)
     if process.returncode != 0:
         raise EngineError(f"openvino: optimum-intel cannot export {setting.base.name}: {tail(log)}")
     return output
