@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.common.errors import EngineError
+from loraover.common.errors import EngineError, ExportError
 from loraover.models.load import load_model, resolve_model
 from loraover_export.gguf import target
 from loraover_export.gguf.base import write_base
@@ -19,6 +19,7 @@ from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.engines import llamacpp
 from loraover_serve.verify.run import verify_engine
 
+from support.plain_adapter import tiny_decoder
 from support.verified import Case, make_case, save_adapter, save_base
 
 pytestmark = pytest.mark.engine
@@ -95,6 +96,13 @@ def test_a_file_that_is_no_model_is_refused_before_anything_runs(case: Case, tmp
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(EngineError, match=r"broken.gguf: not a GGUF file, or not a complete one"):
         verify_adapter("no such folder", engines=["llamacpp"], base_gguf=tmp_path / "broken.gguf")
+
+
+def test_a_base_model_that_is_not_written_asks_for_a_file(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ExportError, match=r"of the type 'linear', which are not written here.*--base-gguf"):
+        write_base(tiny_decoder("Llama", rope_parameters=rope), tmp_path / "base.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def quantised(source: Path, output: Path) -> Path:
