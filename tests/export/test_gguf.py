@@ -23,11 +23,11 @@ from loraover_export import GgufReport, export_gguf
 from loraover_export.cli import cli
 from loraover_export.gguf import target as target_module
 from loraover_export.gguf import write as write_module
+from loraover_export.gguf.base import write_base
 from loraover_export.gguf.families import interleave
 from loraover_export.uniform import matrices as matrices_module
 
 from strategies import SEEDS, normal
-from support.gguf_base import write_base
 from support.gguf_export import (
     GgufMade,
     adapted,

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraover_export.gguf import llamacpp
+from loraover_export.gguf.base import write_base
 
-from support.gguf_base import write_base
 from support.gguf_export import GgufMade, adapted, export, large_weights, make_gguf, tiny_base
 from support.make_checkpoint import edit_json, edit_tensors, tree
 from support.plain_adapter import tiny_decoder

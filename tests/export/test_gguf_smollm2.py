@@ -17,11 +17,11 @@ from loraover import LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_export import export_gguf
+from loraover_export.gguf.base import write_base
 from loraover_serve.engines.llamacpp import LlamaCpp
 
 from support.agreement import PROMPTS
 from support.compatibility import record
-from support.gguf_base import write_base
 from support.gguf_export import apart
 from support.make_checkpoint import save
 from support.onnx_export import LINEAR

@@ -39,8 +39,9 @@ def test_the_installed_peft_is_found() -> None:
 
 def test_a_missing_engine_has_a_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "installed_version", lambda *_: None)
-    monkeypatch.setenv("LORAOVER_VLLM", "/nowhere/vllm")
-    assert [engine.version for engine in find_engines()] == [None] * 5
+    for name in ("VLLM", "MLX", "OPENVINO"):
+        monkeypatch.setenv(f"LORAOVER_{name}", "/nowhere")
+    assert [engine.version for engine in find_engines()] == [None] * 7
     assert all(engine.install.startswith(("pip install ", "make ")) for engine in find_engines())
 
 

@@ -138,7 +138,7 @@ def test_a_missing_vllm_is_found(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engines": ["tgi"]}, "--engine is tgi, expected some of vllm, onnx, torch"),
+        ({"engines": ["tgi"]}, "--engine is tgi, expected some of vllm, onnx, llamacpp"),
         ({"engines": ["onnx", "onnx"]}, "--engine names one twice"),
         ({"endpoint": "http://localhost:1"}, "--endpoint and --served-name go together"),
         ({"served_name": "shop"}, "--endpoint and --served-name go together"),
@@ -147,6 +147,7 @@ def test_a_missing_vllm_is_found(adapter: Path) -> None:
             {"engines": ["torch"], "options": ["--dtype"]},
             "the words after -- are for an engine that has a command line",
         ),
+        ({"engines": ["onnx"], "base_gguf": "base.gguf"}, "--base-gguf is for llama.cpp; add --engine llamacpp"),
         ({"engines": ["vllm"], "options": ["--port=1"]}, "--port cannot be given to vLLM here: verify sets it"),
         ({"new_tokens": 0, "timeout_s": 0}, r"--new-tokens is 0.*--timeout is 0"),
     ],

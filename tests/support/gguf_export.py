@@ -14,9 +14,9 @@ from torch import Tensor
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
+from loraover_export.gguf.base import write_base
 from loraover_serve.engines.llamacpp import LlamaCpp
 
-from support.gguf_base import write_base
 from support.plain_adapter import tiny_decoder
 from support.tiny_models import VOCABULARY, fill_b
 

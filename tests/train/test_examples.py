@@ -22,8 +22,8 @@ from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover_export.cli import cli
+from loraover_export.gguf.base import write_base
 
-from support.gguf_base import write_base
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.tiny_hub import save_llama, save_t5
 from support.tiny_models import lora_matrices
@@ -202,6 +202,12 @@ def test_an_export_for_vllm_from_python(folded: Path, tmp_path: Path, capsys: py
     assert run_script("export_vllm", folded, tmp_path / "mine")["report"].passed
     assert "--lora-modules" in capsys.readouterr().out
     assert (tmp_path / "mine" / "preflight.json").is_file()
+
+
+def test_an_export_for_mlx_lm_from_python(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("export_mlx", folded, tmp_path / "mine")["report"].passed
+    assert "config.json: {'rope_theta': " in capsys.readouterr().out
+    assert (tmp_path / "mine" / "adapters.safetensors").is_file()
 
 
 @pytest.mark.engine

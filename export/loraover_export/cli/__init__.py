@@ -12,15 +12,16 @@ COMMANDS = {
     "vllm": "loraover_export.cli.vllm:vllm",
     "onnx": "loraover_export.cli.onnx:onnx",
     "gguf": "loraover_export.cli.gguf:gguf",
+    "mlx": "loraover_export.cli.mlx:mlx",
 }
 EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
-"""Exit code of each verdict of a fold, or an export to ONNX or GGUF."""
+"""Exit code of each verdict of a fold, or an export to ONNX, GGUF or MLX."""
 
 
 @click.group(cls=LazyGroup, commands_at=COMMANDS)
 @click.version_option(package_name="loraover")
 def cli() -> None:
-    """Fold LoRA-Over checkpoints into plain LoRA adapters, and export adapters for vLLM, ONNX Runtime and llama.cpp."""
+    """Fold LoRA-Over checkpoints into plain LoRA adapters, and export adapters for many engines."""
 
 
 main = entry_point(cli)

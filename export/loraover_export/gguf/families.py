@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraover.common.errors import ExportError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -44,6 +46,27 @@ FAMILIES = {
     "SmolLM3ForCausalLM": Family("smollm3", interleaved=True),
 }
 """Families by the model class that `config.json` names."""
+
+
+def find_family(architecture: str, model: str) -> Family:
+    """Look up the family of a model class.
+
+    Args:
+        architecture: model class in transformers.
+        model: name of the model, for the message.
+
+    Raises:
+        ExportError: a model class that no table entry describes.
+    """
+    family = FAMILIES.get(architecture)
+    if family is None:
+        known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
+        raise ExportError(
+            f"{model} is a {architecture}. In which order llama.cpp keeps the rows of its queries and keys is "
+            f"not known here, and a wrong order would give wrong answers silently; known are {known}. Merge the "
+            "adapter into the base model with PEFT, and convert that with llama.cpp."
+        )
+    return family
 
 
 def interleave(rows: Tensor, heads: int) -> Tensor:

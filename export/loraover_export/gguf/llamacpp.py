@@ -73,27 +73,49 @@ class LlamaCpp:
         Raises:
             EngineError: No tokens, a token outside of the vocabulary, or an error of llama.cpp.
         """
+        with self._run(tokens, len(tokens)) as context:
+            return self._decode(context, tokens, 0)
+
+    def greedy(self, tokens: Sequence[int], new_tokens: int) -> tuple[int, ...]:
+        """Generate the likeliest tokens after a prompt, one at a time through the cache, past any end of the text.
+
+        Raises:
+            EngineError: No tokens, a token outside of the vocabulary, or an error of llama.cpp.
+        """
+        with self._run(tokens, len(tokens) + new_tokens) as context:
+            read = list(tokens)
+            found: list[int] = []
+            for _ in range(new_tokens):
+                found.append(int(self._decode(context, read, len(tokens) + len(found) - len(read))[-1].argmax()))
+                read = found[-1:]
+            return tuple(found)
+
+    @contextmanager
+    def _run(self, tokens: Sequence[int], room: int) -> Iterator[Any]:
+        """A context with room for so many tokens, and a clear error for whatever fails in it."""
         wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
         if wrong or not tokens:
             found = f"token {wrong[0]}" if wrong else "no token"
             raise EngineError(f"{self._base}: found {found}, expected tokens from 0 to {self.vocabulary - 1}.")
-        with (
-            ExitStack() as stack,
-            self._reported(f"{self._base}: llama.cpp cannot run a prompt of {len(tokens)} tokens"),
-        ):
-            context = self._context(len(tokens), stack)
-            batch = self._lib.llama_batch_init(len(tokens), 0, 1)
-            stack.callback(self._lib.llama_batch_free, batch)
+        with ExitStack() as stack, self._reported(f"{self._base}: llama.cpp cannot run a prompt of {room} tokens"):
+            yield self._context(room, stack)
+
+    def _decode(self, context: Any, tokens: Sequence[int], start: int) -> npt.NDArray[np.float32]:
+        """Run tokens that follow `start` others, and return the logits after each."""
+        batch = self._lib.llama_batch_init(len(tokens), 0, 1)
+        try:
             batch.n_tokens = len(tokens)
             for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
+                batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 1
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             _require(self._lib.llama_decode(context, batch) == 0)
-            found = self._lib.llama_get_logits(context)
-            _require(found != self._ffi.NULL)
-            shape = (len(tokens), self.vocabulary)
-            raw = self._ffi.buffer(found, shape[0] * shape[1] * 4)
-            return np.frombuffer(raw, dtype=np.float32).reshape(shape).copy()
+        finally:
+            self._lib.llama_batch_free(batch)
+        found = self._lib.llama_get_logits(context)
+        _require(found != self._ffi.NULL)
+        shape = (len(tokens), self.vocabulary)
+        raw = self._ffi.buffer(found, shape[0] * shape[1] * 4)
+        return np.frombuffer(raw, dtype=np.float32).reshape(shape).copy()
 
     def _context(self, tokens: int, stack: ExitStack) -> Any:
         """Make a context for one prompt, which the stack frees."""

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ExportError
 from loraover_export.gguf.target import Target
 from loraover_export.uniform.matrices import module_of
-from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
+from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with llama.cpp"
-BASE_WEIGHT = ".base_layer.weight"
-OTHERS = {
-    ".lora_B.bias": "a bias of B",
-    ".lora_A.bias": "a bias of A",
-    "trainable_tokens_": "single trained tokens",
-    "norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them",
-}
-"""Tensors other than A and B, by a part of their keys."""
+NORM = {"norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them"}
 
 
 def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:
@@ -34,41 +27,12 @@ def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:
         ExportError: an adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
-    _check_config(adapter)
+    check_fields(adapter, MERGE)
     for site in adapter.sites:
         if site.endswith("A"):
             _check_module(adapter, module_of(site), target)
-    return _check_tensors(adapter, target)
-
-
-def _check_config(adapter: AdapterDir) -> None:
-    """Refuse fields of PEFT's variants, of trained parameters, and unknown ones."""
-    expected = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
-    for field, value in (adapter.config.model_extra or {}).items():
-        if not value or field in TRAINING_ONLY or field == "init_lora_weights" or value == expected.get(field):
-            continue
-        if field in expected:
-            kind = "parameters were trained in full, which do not fit into A and B"
-        else:
-            kind = f"this is {VARIANTS[field]}" if field in VARIANTS else "a field that this version does not know"
-        raise ExportError(
-            f"{adapter.path / CONFIG_FILE}: {field} is {value!r:.80}: {kind}; train without it, or {MERGE}."
-        )
-
-
-def _check_tensors(adapter: AdapterDir, target: Target) -> list[str]:
-    copies = []
-    matrices = set(adapter.sites.values())
-    for key, shape in adapter.shapes.items():
-        if key in matrices:
-            continue
-        module = target.modules.get(key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT))
-        if key.endswith(BASE_WEIGHT) and module is not None and shape == module.shape:
-            copies.append(key)
-            continue
-        kind = next((kind for part, kind in OTHERS.items() if part in key), "neither A nor B of a module")
-        raise ExportError(f"{adapter.tensors_path}: {key} is {kind}; train without it, or {MERGE}.")
-    return copies
+    weights = {path: module.shape for path, module in target.modules.items()}
+    return check_tensors(adapter, weights, MERGE, OTHERS | NORM)
 
 
 def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
@@ -78,17 +42,9 @@ def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
     module = target.modules.get(path)
     if module is None:
         raise ExportError(f"{where}: adapts {path}, which {base} does not have; name the right base with --model.")
-    is_embedding = f"{path}.lora_embedding_A" in adapter.sites
-    kind = "lora_embedding_" if is_embedding else "lora_"
-    a, b = (adapter.shapes[adapter.sites[f"{path}.{kind}{side}"]] for side in "AB")
-    found = (a[1], b[0]) if is_embedding else (b[0], a[1])
-    if is_embedding != module.is_embedding or found != module.shape:
-        raise ExportError(
-            f"{where}: {path} has shape {found} in the adapter and {module.shape} in {base}; name the model that the "
-            "adapter was trained on with --model."
-        )
+    check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base)
     is_head = path == "lm_head"
-    if target.tied and (is_embedding or is_head):
+    if target.tied and (module.is_embedding or is_head):
         reason = (
             "llama.cpp keeps no weight of the head to adapt"
             if is_head

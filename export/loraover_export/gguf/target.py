@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import AdapterDir, site_name
-from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
-from loraover_export.gguf.families import FAMILIES, Family, interleave
+from loraover_export.gguf.families import Family, find_family, interleave
 from loraover_export.uniform.matrices import module_of, uniform_matrix
 
 
@@ -80,14 +79,7 @@ def read_target(source: ModelSource) -> Target:
     """
     config = load_config(source)
     architecture = config.architectures[0]
-    family = FAMILIES.get(architecture)
-    if family is None:
-        known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
-        raise ExportError(
-            f"{source.name} is a {architecture}. In which order llama.cpp keeps the rows of its queries and keys is "
-            f"not known here, and a wrong order would give wrong answers silently; known are {known}. Merge the "
-            "adapter into the base model with PEFT, and convert that with llama.cpp."
-        )
+    family = find_family(architecture, source.name)
     modules, others = _name_modules(load_skeleton(source), family, config)
     return Target(source, architecture, family, bool(config.tie_word_embeddings), modules, frozenset(others))
 

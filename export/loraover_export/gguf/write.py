@@ -91,7 +91,7 @@ def _write(
                 writer.add_float32(key, value)
         for tensor_name, matrix in tensors.items():
             kind = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
-            writer.add_tensor(tensor_name, _bytes(matrix).view(_Written), raw_dtype=kind)
+            writer.add_tensor(tensor_name, _bytes(matrix).view(Written), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -102,7 +102,7 @@ def _write(
     writer.close()
 
 
-class _Written(np.ndarray[Any, np.dtype[np.uint8]]):
+class Written(np.ndarray[Any, np.dtype[np.uint8]]):
     """An array that is written through Python's file: numpy's own `tofile` reports no full disk."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:

@@ -25,7 +25,7 @@ START_TIMEOUT = click.option(
     type=click.FloatRange(1),
     default=600,
     show_default=True,
-    help="Seconds that a vLLM server may take until its first answers.",
+    help="Seconds that an engine may take until its first answers.",
 )
 
 

@@ -17,6 +17,7 @@ from loraover_serve.verify.engines import ENGINES
     examples=[
         "loraover-serve verify folded --engine onnx --engine torch -o verified",
         "loraover-serve verify runs/a/adapter --engine vllm -- --dtype float32",
+        "loraover-serve verify folded --engine llamacpp --base-gguf SmolLM2-135M-Instruct-Q8_0.gguf",
         "loraover-serve verify shop --endpoint http://localhost:8000 --served-name shop",
     ],
 )
@@ -54,6 +55,12 @@ from loraover_serve.verify.engines import ENGINES
 )
 @VLLM
 @click.option(
+    "--base-gguf",
+    type=PATH,
+    show_default="one in F32 that is written for the comparison",
+    help="GGUF file of the base model for llama.cpp, quantised or not.",
+)
+@click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(1),
@@ -62,7 +69,7 @@ from loraover_serve.verify.engines import ENGINES
     help="Seconds without output before giving up on a server.",
 )
 @START_TIMEOUT
-@click.option("-o", "--output", type=PATH, help="New folder for verify.json, verify.html and vLLM's log.")
+@click.option("-o", "--output", type=PATH, help="New folder for verify.json, verify.html and engines' logs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
 def verify(
@@ -79,6 +86,7 @@ def verify(
     new_tokens: int,
     device: str,
     vllm: str,
+    base_gguf: Path | None,
     timeout_s: float,
     start_timeout_s: float,
     output: Path | None,
@@ -114,6 +122,7 @@ def verify(
         new_tokens=new_tokens,
         device=device,
         vllm=vllm,
+        base_gguf=base_gguf,
         timeout_s=timeout_s,
         start_timeout_s=start_timeout_s,
         output=output,

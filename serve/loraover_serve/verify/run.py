@@ -20,6 +20,7 @@ from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_skeleton
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.prompts import read_prompts
+from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.numerics.delta import other_tensors
 from loraover_serve.parity.report.machine import machine, versions
 from loraover_serve.verify.answers import ADAPTER, BASE
@@ -48,6 +49,7 @@ def verify_adapter(
     new_tokens: int = 8,
     device: str = "cpu",
     vllm: str | Path | None = None,
+    base_gguf: str | Path | None = None,
     timeout_s: float = 120,
     start_timeout_s: float = 600,
     output: str | Path | None = None,
@@ -64,8 +66,8 @@ def verify_adapter(
 
     Args:
         adapter: folder of a LoRA-Over checkpoint or a PEFT LoRA.
-        engines: engines to start here: "vllm", "onnx" (ONNX Runtime) or "torch" (PyTorch with PEFT). None of them and
-            no `endpoint` means "onnx".
+        engines: engines to start here: "vllm", "onnx" (ONNX Runtime), "llamacpp", "mlx" (mlx-lm), "openvino" (OpenVINO
+            GenAI) or "torch" (PyTorch with PEFT). None of them and no `endpoint` means "onnx".
         endpoint: address of an OpenAI-compatible server that already runs and serves the adapter.
         served_name: name by which that server serves the adapter.
         base_name: name by which that server serves the base model; None means the base model's own name, or the only
@@ -76,9 +78,11 @@ def verify_adapter(
         new_tokens: number of tokens of PyTorch's greedy answers after which engines are compared.
         device: device that PyTorch runs on: "cpu", "cuda", "mps", "auto", or one GPU such as "cuda:1".
         vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
+        base_gguf: GGUF file of the base model for llama.cpp, quantised or not; None means that one in F32 is written to
+            the temporary folder.
         timeout_s: seconds without output before giving up on a server.
-        start_timeout_s: seconds that a vLLM server may take until its first answers.
-        output: new folder for `verify.json`, `verify.html` and vLLM's log; None writes nothing.
+        start_timeout_s: seconds that vLLM, mlx-lm or OpenVINO may take until the first answers.
+        output: new folder for `verify.json`, `verify.html` and engines' logs; None writes nothing.
         options: further words for `vllm serve`.
         report: receiver of progress.
 
@@ -106,11 +110,14 @@ def verify_adapter(
         timeout_s=timeout_s,
         start_timeout_s=start_timeout_s,
         output=None if output is None else Path(output),
+        base_gguf=None if base_gguf is None else Path(base_gguf),
         options=tuple(options),
     )
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
     _check_installed(request)
+    if request.base_gguf is not None:
+        check_pair(request.base_gguf, None)
     with tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
         found = _run(request, Path(scratch), report)
         if request.output is not None:
@@ -151,6 +158,7 @@ def _run(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRepor
         key_variable=request.endpoint_key_variable,
         served_name=request.served_name,
         base_name=request.base_name,
+        base_gguf=request.base_gguf,
         report=report,
     )
     court = Court(reference, Variants(source, base, device, reference.questions), subject)
@@ -267,7 +275,7 @@ def _fitting(prompts: Sequence[tuple[int, ...]], base: ModelSource, new_tokens: 
 
 
 def _write(report: VerifyReport, output: Path, adapter: Path, scratch: Path) -> None:
-    """Publish report, page and vLLM's log."""
+    """Publish report, page and engines' logs."""
     with publish_directory(output, outside=adapter) as draft:
         (draft / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (draft / HTML_FILE).write_text(render(report), encoding="utf-8")

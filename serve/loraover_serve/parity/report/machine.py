@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import psutil
 
 from loraover.common.provenance import environment, hardware, processor
-from loraover_serve.engines.installed import ONNX, ONNX_GENAI, installed_version
+from loraover_serve.engines.distributions import ONNX, ONNX_GENAI, installed_version
 
 RUNTIMES = {"onnxruntime": ONNX, "onnxruntime-genai": ONNX_GENAI}
 """Distributions of the packages that the engine onnx runs on."""

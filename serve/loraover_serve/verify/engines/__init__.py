@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 ENGINES = {
     "vllm": "vllm:Vllm",
     "onnx": "onnx:Onnx",
+    "llamacpp": "llamacpp:LlamaCppEngine",
+    "mlx": "mlx:Mlx",
+    "openvino": "openvino:OpenVino",
     "torch": "torch:Torch",
 }
 """Module and class of each engine that can be started here, by the name that `--engine` takes."""

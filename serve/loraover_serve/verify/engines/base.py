@@ -36,6 +36,7 @@ class Setting:
         key_variable: environment variable with the key of that server; None sends none.
         served_name: name by which that server serves the adapter.
         base_name: name by which that server serves the base model; None finds it out.
+        base_gguf: GGUF file of the base model for llama.cpp; None writes one in F32.
         report: receiver of progress.
     """
 
@@ -53,6 +54,7 @@ class Setting:
     key_variable: str | None = None
     served_name: str | None = None
     base_name: str | None = None
+    base_gguf: Path | None = None
     report: Reporter = SILENT
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 from loraover.common.errors import EngineError
 from loraover.reporting.reporter import SILENT
 from loraover_export.numerics.delta import other_tensors
-from loraover_serve.engines.installed import ONNX_GENAI, installed_version
+from loraover_serve.engines.distributions import ONNX_GENAI, installed_version
 from loraover_serve.parity.measure.arms import make_idle
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines.base import LogitEngine, Setting, VerifyEngine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import final
 
 from loraover.common.errors import ExportError
@@ -37,12 +38,7 @@ class Vllm(OpenAiEngine):
     @classmethod
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
-        folder = setting.scratch / ADAPTER
-        # float32: the server rounds to its own type, as it would round the trained weights
-        exported = export_vllm(setting.adapter, folder, model=setting.base.location, dtype="fp32")
-        if not exported.passed:
-            errors = [f"{found.rule}: {found.found}" for found in exported.preflight.findings if found.level == "error"]
-            raise ExportError(f"vLLM would refuse the adapter or serve it wrongly: {'; '.join(errors) or 'a matrix'}.")
+        folder = export_uniform(setting)
         options = list(setting.options)
         if not any(option.replace("_", "-").startswith("--max-model-len") for option in options):
             options += ["--max-model-len", str(setting.longest + ROOM)]
@@ -61,3 +57,18 @@ class Vllm(OpenAiEngine):
             engine = cls(server.url, names, load_tokenizer(setting.base), key, setting.timeout_s)
             engine.version = server.version()
             yield engine
+
+
+def export_uniform(setting: Setting) -> Path:
+    """Export the adapter in the form that vLLM, SGLang, OpenVINO GenAI and PEFT read alike, and return its folder.
+
+    Raises:
+        ExportError: an adapter that vLLM's rules refuse.
+    """
+    folder = setting.scratch / ADAPTER
+    # float32: the engine rounds to its own type, as it would round the trained weights
+    exported = export_vllm(setting.adapter, folder, model=setting.base.location, dtype="fp32")
+    if not exported.passed:
+        errors = [f"{found.rule}: {found.found}" for found in exported.preflight.findings if found.level == "error"]
+        raise ExportError(f"vLLM would refuse the adapter or serve it wrongly: {'; '.join(errors) or 'a matrix'}.")
+    return folder

@@ -1,0 +1,117 @@
+"""Base models as GGUF files in F32, without a tokenizer: what llama.cpp needs to compute logits, and nothing else.
+
+Source of the keys and of what each family's weights need: the GGUF specification, and llama.cpp's model files. Every
+family is run in llama.cpp by tests/export/test_gguf_families.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loraover.common.errors import ExportError
+from loraover_export.gguf.families import Family, find_family, interleave
+from loraover_export.gguf.write import Written
+
+PLAIN_ROPE = (None, "default")
+
+
+def write_base(model: Any, path: Path) -> Path:
+    """Write a decoder of transformers, and return `path`.
+
+    Args:
+        model: the model, with weights in float32.
+        path: the new file.
+
+    Raises:
+        ExportError: a family that is not known here, or rotary embeddings with a scaling.
+        OSError: the file cannot be written.
+    """
+    import gguf
+
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    family = find_family(name, model.name_or_path or name)
+    theta = _rope_theta(config, model.name_or_path or name)
+    with closing(gguf.GGUFWriter(path, family.name)) as writer:
+        writer.add_type("model")
+        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        writer.add_string("tokenizer.ggml.model", "no_vocab")
+        writer.add_rope_freq_base(theta)
+        _add_sizes(writer, config)
+        _add_family(writer, config, family.name)
+        for key, weight in _tensors(model, config, family):
+            writer.add_tensor(key, weight.view(Written))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return path
+
+
+def _rope_theta(config: Any, model: str) -> float:
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    if rope.get("rope_type") not in PLAIN_ROPE:
+        raise ExportError(
+            f"{model} has rotary embeddings of the type {rope['rope_type']!r}, which are not written here; convert the "
+            "model with llama.cpp, and name the file with --base-gguf."
+        )
+    return float(rope["rope_theta"])
+
+
+def _add_sizes(writer: Any, config: Any) -> None:
+    size = _head_size(config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_dimension_count(size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_family(writer: Any, config: Any, name: str) -> None:
+    if name == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if name in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+    if name == "phi3":
+        writer.add_sliding_window(0)
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    if name == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    for key, parameter in model.named_parameters():
+        module, _, part = key.rpartition(".")
+        weight = parameter.detach()
+        if module.endswith("norm") and family.name.startswith("gemma"):
+            weight = weight + 1  # transformers multiplies by 1 + weight
+        if family.interleaved and module.endswith(("q_proj", "k_proj")):
+            weight = interleave(weight, len(weight) // _head_size(config))
+        name = names.get_name(module)
+        if name is None:
+            raise ExportError(f"{key}: llama.cpp's {family.name} has no such weight; the model cannot be written.")
+        yield f"{name}.{part}", np.ascontiguousarray(weight.float().numpy())

@@ -1,0 +1,39 @@
+"""What writing an adapter for mlx-lm proves: the contents of `mlx_certificate.json`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+
+CERTIFICATE_FILE = "mlx_certificate.json"
+
+
+class MlxReport(BaseModel):
+    """Errors of the matrices of a written adapter, and the contents of `mlx_certificate.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    verdict: Literal["passed", "failed"] = Field(
+        description='"passed" if every matrix is within its bound; mlx-lm was not run'
+    )
+    base_model: str = Field(description="folder or hub name of the base model")
+    architecture: str = Field(description="model class of the base model in transformers")
+    dtype: str = Field(description="data type that the adapter is stored in: fp32, bf16 or fp16")
+    rank: int = Field(description="rank of every module; smaller ranks are padded with zeros")
+    scaling: dict[str, float] = Field(description="factor that B was multiplied by, by module")
+    left_out: list[str] = Field(description="tensors not written: copies of the base model's frozen weights")
+    lost_settings: dict[str, Any] = Field(
+        description="entries that mlx-lm 0.32 needs at the top level of the base model's config.json, and that it lacks"
+    )
+    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and each scaling * B")
+    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
+    hardware: str = Field(description="processor and accelerator of the machine, in words")
+
+    @property
+    def passed(self) -> bool:
+        """Whether every matrix is within its bound, so that the adapter was written."""
+        return self.verdict == "passed"

@@ -1,0 +1,123 @@
+"""The model that an adapter is for, as mlx-lm reads it, and the adapters that it cannot apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.errors import ExportError
+from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover_export.uniform.matrices import module_of
+from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
+
+MERGE = "merge the adapter into the base model with PEFT, and convert that with mlx_lm.convert"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The base model of an export.
+
+    Args:
+        source: where it is read from.
+        architecture: its model class in transformers.
+        layers: number of its layers.
+        tied: whether its head is its embedding.
+        shapes: shapes of the weights of its linear layers and embeddings, by path.
+        embeddings: paths of its embeddings.
+    """
+
+    source: ModelSource
+    architecture: str
+    layers: int
+    tied: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    embeddings: frozenset[str]
+
+
+def read_target(source: ModelSource) -> Target:
+    """Read the configuration of a base model.
+
+    Raises:
+        ConfigError: no usable configuration.
+    """
+    config = load_config(source)
+    found = {
+        path: module
+        for path, module in load_skeleton(source).named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    return Target(
+        source,
+        config.architectures[0],
+        config.get_text_config().num_hidden_layers,
+        bool(config.tie_word_embeddings),
+        {path: tuple(module.weight.shape) for path, module in found.items()},
+        frozenset(path for path, module in found.items() if isinstance(module, nn.Embedding)),
+    )
+
+
+def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:
+    """Check that mlx-lm can apply an adapter to its base model.
+
+    Args:
+        adapter: the adapter.
+        target: the base model.
+
+    Returns:
+        Keys of tensors that are left out, because they are copies of the base model's frozen weights.
+
+    Raises:
+        CheckpointError: an adapter for changed base weights.
+        ExportError: an adapter that is more than A and B, or that mlx-lm cannot apply.
+    """
+    adapter.check_keeps_base()
+    check_fields(adapter, MERGE)
+    for path in dict.fromkeys(map(module_of, adapter.sites)):
+        _check_module(adapter, path, target)
+    return check_tensors(adapter, target.shapes, MERGE)
+
+
+def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
+    where, base = adapter.tensors_path, target.source.name
+    if path not in target.shapes:
+        raise ExportError(
+            f"{where}: adapts {path}, which is neither a linear layer nor an embedding of {base}; name the right base "
+            f"with --model, or {MERGE}."
+        )
+    check_shape(adapter, path, target.shapes[path], is_embedding=path in target.embeddings, base=base)
+    if target.tied and (path in target.embeddings or path == "lm_head"):
+        raise ExportError(
+            f"{where}: adapts {path}, but the embedding and the head of {base} are one matrix, which mlx-lm adapts in "
+            f"both places or not at all. Train without {path.rpartition('.')[2]}, or {MERGE}."
+        )
+
+
+def lost_settings(source: ModelSource) -> dict[str, Any]:
+    """Return what mlx-lm would not find in a base model's `config.json`.
+
+    transformers 5 writes rotary embeddings into `rope_parameters`, and many models of mlx-lm 0.32 read `rope_theta`
+    and `rope_scaling` at the top level only: without a message, they take their own defaults.
+
+    Args:
+        source: the base model.
+
+    Returns:
+        Entries to add at the top level of `config.json`; none if it has them.
+    """
+    from transformers import PretrainedConfig
+
+    raw, _ = PretrainedConfig.get_config_dict(source.location, revision=source.revision)
+    rope = raw.get("rope_parameters") or {}
+    whole = rope.get("full_attention", rope)
+    found: dict[str, Any] = {}
+    if "rope_theta" in whole:
+        found["rope_theta"] = whole["rope_theta"]
+    if whole.get("rope_type", "default") != "default":
+        found["rope_scaling"] = whole
+    if "rope_theta" in rope.get("sliding_attention", {}):
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    return {key: value for key, value in found.items() if key not in raw}

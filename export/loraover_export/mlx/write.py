@@ -1,0 +1,87 @@
+"""Write an adapter as mlx-lm reads it.
+
+mlx-lm computes y + scale * (x @ lora_a) @ lora_b, with lora_a (in_features, r) and lora_b (r, out_features), so A and B
+are transposed. Source: mlx_lm/tuner/lora.py and `load_adapters` of mlx_lm/tuner/utils.py, release 0.32.2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import Exact, adapter_of
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir, site_name
+from loraover.checkpoint.tensor_file import first_difference, save_tensors
+from loraover.common.errors import FoldError
+from loraover_export.fold.fold import round_exact
+from loraover_export.mlx.target import Target
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_export.uniform.matrices import largest_rank, module_of, uniform_matrix
+
+TENSORS_FILE = "adapters.safetensors"
+
+
+def write_adapter(
+    source: Checkpoint | AdapterDir,
+    target: Target,
+    directory: Path,
+    dtype: str,
+    on_tensor: Callable[[int], None] = lambda done: None,
+) -> list[MatrixCertificate]:
+    """Write the tensors and the configuration, and certify each matrix against its exact value.
+
+    Args:
+        source: checkpoint or adapter whose cores or stored values are the exact ones.
+        target: the base model.
+        directory: an empty folder.
+        dtype: fp32, bf16 or fp16.
+        on_tensor: called after each tensor with the number of tensors so far.
+
+    Raises:
+        CheckpointError: NaN, or a stored matrix that contradicts its cores.
+        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
+        OutputError: the folder cannot be written.
+    """
+    adapter = adapter_of(source)
+
+    def transposed(key: str, exact: Exact) -> Exact:
+        matrix = uniform_matrix(adapter, _site(key), exact)
+        return Exact(matrix.value.mT.contiguous(), matrix.bound.mT.contiguous(), matrix.site)
+
+    rounded, certificates = round_exact(source, adapter.sites.values(), dtype, prepare=transposed, on_tensor=on_tensor)
+    tensors = {f"{module_of(_site(key))}.lora_{key_side(key)}": matrix for key, matrix in rounded.items()}
+    save_tensors(tensors, directory / TENSORS_FILE)
+    lost = first_difference(directory / TENSORS_FILE, tensors)
+    if lost is not None:
+        raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
+    (directory / CONFIG_FILE).write_text(json.dumps(adapter_config(adapter, target), indent=2) + "\n")
+    return certificates
+
+
+def adapter_config(adapter: AdapterDir, target: Target) -> dict[str, Any]:
+    """Return the contents of mlx-lm's `adapter_config.json`: which modules are adapted, by their full paths."""
+    return {
+        "model": target.source.name,
+        "fine_tune_type": "lora",
+        "num_layers": target.layers,
+        "lora_parameters": {
+            "rank": largest_rank(adapter),
+            "scale": 1.0,
+            "dropout": 0.0,
+            "keys": list(dict.fromkeys(map(module_of, adapter.sites))),
+        },
+    }
+
+
+def key_side(key: str) -> str:
+    """Return "a" or "b" for the key of an A or B matrix."""
+    return _site(key)[-1].lower()
+
+
+def _site(key: str) -> str:
+    name = site_name(key)
+    assert name is not None
+    return name

@@ -1,0 +1,99 @@
+"""What the form of A and B alone cannot hold: each is refused with its reason, for engines that take nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, AdapterDir
+from loraover.common.errors import ExportError
+from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
+
+BASE_WEIGHT = ".base_layer.weight"
+OTHERS = {
+    ".lora_B.bias": "a bias of B",
+    ".lora_A.bias": "a bias of A",
+    "trainable_tokens_": "single trained tokens",
+    "norm": "a norm",
+}
+"""Tensors other than A and B, by a part of their keys."""
+
+
+def check_fields(adapter: AdapterDir, remedy: str) -> None:
+    """Refuse fields of PEFT's variants, of trained parameters, and unknown ones.
+
+    Args:
+        adapter: the adapter.
+        remedy: what to do instead, to follow "train without it, or ".
+
+    Raises:
+        ExportError: an adapter that is more than A and B.
+    """
+    expected = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
+    for field, value in (adapter.config.model_extra or {}).items():
+        if not value or field in TRAINING_ONLY or field == "init_lora_weights" or value == expected.get(field):
+            continue
+        if field in expected:
+            kind = "parameters were trained in full, which do not fit into A and B"
+        else:
+            kind = f"this is {VARIANTS[field]}" if field in VARIANTS else "a field that this version does not know"
+        raise ExportError(
+            f"{adapter.path / CONFIG_FILE}: {field} is {value!r:.80}: {kind}; train without it, or {remedy}."
+        )
+
+
+def check_tensors(
+    adapter: AdapterDir,
+    weights: Mapping[str, tuple[int, ...]],
+    remedy: str,
+    kinds: Mapping[str, str] = OTHERS,
+) -> list[str]:
+    """Refuse tensors that are neither A nor B, nor copies of the base model's frozen weights.
+
+    Args:
+        adapter: the adapter.
+        weights: shapes of the base model's weights, by the paths of their modules.
+        remedy: what to do instead, to follow "train without it, or ".
+        kinds: descriptions of other tensors, by a part of their keys.
+
+    Returns:
+        Keys of the copies, which are left out.
+
+    Raises:
+        ExportError: any other tensor.
+    """
+    copies = []
+    matrices = set(adapter.sites.values())
+    for key, shape in adapter.shapes.items():
+        if key in matrices:
+            continue
+        weight = weights.get(key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT))
+        if key.endswith(BASE_WEIGHT) and shape == weight:
+            copies.append(key)
+            continue
+        kind = next((kind for part, kind in kinds.items() if part in key), "neither A nor B of a module")
+        raise ExportError(f"{adapter.tensors_path}: {key} is {kind}; train without it, or {remedy}.")
+    return copies
+
+
+def check_shape(adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_embedding: bool, base: str) -> None:
+    """Compare the shape of B @ A with that of the weight that it is for.
+
+    Args:
+        adapter: the adapter.
+        path: path of the module.
+        shape: shape of its weight, (out_features, in_features) or (tokens, dimension).
+        is_embedding: whether it is an embedding.
+        base: name of the base model.
+
+    Raises:
+        ExportError: an adapter of another model.
+    """
+    adapts_embedding = f"{path}.lora_embedding_A" in adapter.sites
+    kind = "lora_embedding_" if adapts_embedding else "lora_"
+    a, b = (adapter.shapes[adapter.sites[f"{path}.{kind}{side}"]] for side in "AB")
+    found = (a[1], b[0]) if adapts_embedding else (b[0], a[1])
+    if adapts_embedding != is_embedding or found != shape:
+        raise ExportError(
+            f"{adapter.tensors_path}: {path} has shape {found} in the adapter and {shape} in {base}; name the model "
+            "that the adapter was trained on with --model."
+        )

@@ -1,0 +1,168 @@
+"""Engines in environments of their own, whose python this package starts: their libraries do not fit beside ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as LateError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraover.common.errors import EngineError
+from loraover.models.load import ModelSource
+from loraover_serve.engines import runner
+from loraover_serve.engines.distributions import installed_version, version_beside
+
+TAIL = 1500  # characters of a log in a message
+ENDING_S = 10.0
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An engine in an environment of its own.
+
+    Args:
+        name: name of the engine in `runner.RUNNERS`.
+        variable: environment variable that names the environment's python.
+        distribution: the engine's distribution on PyPI.
+        target: target of the Makefile that makes the environment.
+    """
+
+    name: str
+    variable: str
+    distribution: str
+    target: str
+
+    def python(self) -> str | None:
+        """The python that runs the engine: the one that the variable names, or this one; None if it has no engine."""
+        given = os.environ.get(self.variable)
+        if given:
+            return given if shutil.which(given) is not None else None
+        return sys.executable if installed_version([self.distribution]) is not None else None
+
+    def version(self) -> str | None:
+        """Version of the engine; None if it is not installed."""
+        python = self.python()
+        return None if python is None else version_beside(python, [self.distribution])
+
+    def install(self) -> str | None:
+        """How to install the engine, in words; None if it is installed."""
+        if self.version() is not None:
+            return None
+        given = os.environ.get(self.variable)
+        found = f"found no {self.distribution} in {given}" if given else f"{self.variable} is not set"
+        return f"{self.hint}, and name its python with {self.variable} ({found})"
+
+    @property
+    def hint(self) -> str:
+        """Command that makes the environment."""
+        return f"make {self.target}"
+
+    @contextmanager
+    def run(self, arguments: Mapping[str, Any], log: Path, timeout_s: float) -> Iterator[Runner]:
+        """Start the engine, and stop it after the block.
+
+        Args:
+            arguments: what the class in `runner.RUNNERS` is made with.
+            log: file for what the engine prints.
+            timeout_s: seconds that an answer may take.
+
+        Raises:
+            EngineError: a process that does not start.
+        """
+        words = [str(self.python()), "-I", runner.__file__, self.name, json.dumps(arguments)]
+        with log.open("wb") as errors:
+            process = start_process(self.name, words, errors)
+        try:
+            yield Runner(self.name, process, log, timeout_s)
+        finally:
+            end_process(process, ENDING_S)
+
+
+MLX = Elsewhere("mlx", "LORAOVER_MLX", "mlx-lm", "mlx")
+OPENVINO = Elsewhere("openvino", "LORAOVER_OPENVINO", "openvino-genai", "openvino")
+
+
+class Runner:
+    """A running engine, which answers one request after the other.
+
+    Args:
+        name: name of the engine.
+        process: its process.
+        log: file with what it printed.
+        timeout_s: seconds that an answer may take.
+    """
+
+    def __init__(self, name: str, process: subprocess.Popen[str], log: Path, timeout_s: float) -> None:
+        self._name, self._process, self._log, self._timeout_s = name, process, log, timeout_s
+
+    def ask(self, method: str, **arguments: Any) -> Any:
+        """Call a method of the engine, and return its result.
+
+        Raises:
+            EngineError: an error of the engine, or a process that ended or gives no answer.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        reader = ThreadPoolExecutor(1)
+        try:
+            self._process.stdin.write(json.dumps({"method": method, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = reader.submit(self._process.stdout.readline).result(self._timeout_s)
+        except LateError:
+            self._process.kill()
+            raise EngineError(f"{self._name}: no answer within {self._timeout_s:g} s; raise --start-timeout.") from None
+        except OSError:
+            line = ""
+        finally:
+            reader.shutdown(wait=False)
+        if not line:
+            raise EngineError(f"{self._name}: the process has ended: {tail(self._log)}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineError(f"{self._name}: {answer['error']}")
+        return answer["result"]
+
+
+def start_process(name: str, words: Sequence[str], errors: Any) -> subprocess.Popen[str]:
+    """Start a command with pipes. Given to a python, -I keeps this environment's packages from it.
+
+    Raises:
+        EngineError: a command that cannot be started.
+    """
+    pipe = subprocess.PIPE
+    try:
+        return subprocess.Popen(list(words), stdin=pipe, stdout=pipe, stderr=errors, text=True, encoding="utf-8")
+    except OSError as error:
+        raise EngineError(f"{name}: {words[0]} cannot be started: {error.strerror or error}.") from error
+
+
+def end_process(process: subprocess.Popen[str], patience_s: float) -> None:
+    """Close a process's input, with which a runner ends, and kill it if it does not end in so many seconds."""
+    try:
+        process.communicate(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+
+
+def tail(log: Path) -> str:
+    """The end of a log, in one line."""
+    return " ".join(log.read_text(encoding="utf-8", errors="replace")[-TAIL:].split()) or "it printed nothing"
+
+
+def local_folder(base: ModelSource) -> str:
+    """Folder with the files of a base model, which lie in the hub's cache once the model has been loaded."""
+    if Path(base.location).is_dir():
+        return str(Path(base.location).resolve())
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    return str(snapshot_download(base.location, revision=base.revision, allow_patterns=patterns))

@@ -1,0 +1,182 @@
+"""`loraover-export mlx`: the written form, its certificate, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraover.common.command_line import run
+from loraover.common.errors import ExportError, OutputError
+from loraover.models.load import resolve_model
+from loraover_export import MlxReport, export_mlx
+from loraover_export.cli import cli
+from loraover_export.fold import fold as fold_module
+from loraover_export.mlx.target import lost_settings
+from loraover_export.numerics.rounding import round_tensor
+
+from support.gguf_export import adapted, tiny_base
+from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint, tree
+from support.refusals import only_error
+
+LAYERS = "base_model.model.model.layers"
+SCALES = {"r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}}
+TARGETS = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_base("Llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "adapter", target_modules=TARGETS, **SCALES)
+
+
+def make_adapter(base: Path, folder: Path, **lora: Any) -> Path:
+    model = tiny_base("Llama")
+    model.name_or_path = str(base)
+    adapted(model, folder, **{"rank_pattern": {}, "alpha_pattern": {}} | lora)
+    return folder
+
+
+def test_b_a_with_its_scaling_is_in_the_file(adapter: Path, base: Path, tmp_path: Path) -> None:
+    report = export_mlx(adapter, tmp_path / "out")
+    assert (report.verdict, report.rank, report.base_model) == ("passed", 6, str(base))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapters.safetensors",
+        "mlx_certificate.json",
+    ]
+    files = (tmp_path / "out" / "adapters.safetensors", adapter / "adapter_model.safetensors")
+    written, given = map(load_file, files)
+    q, v = (f"{LAYERS}.1.self_attn.{name}" for name in ("q_proj", "v_proj"))
+    for path, rank, alpha in ((q, 6, 6), (v, 4, 3), (f"{LAYERS}.0.mlp.down_proj", 4, 6)):
+        name = path.removeprefix("base_model.model.")
+        a, b = (given[f"{path}.lora_{side}.weight"].double().numpy() for side in "AB")
+        lora_a, lora_b = (written[f"{name}.lora_{side}"].double().numpy() for side in "ab")
+        assert lora_a.shape == (a.shape[1], 6)
+        assert np.allclose((lora_a @ lora_b).T, alpha / np.sqrt(rank) * (b @ a), rtol=0, atol=1e-6)
+    tokens = written["model.embed_tokens.lora_a"]
+    assert torch.equal(tokens[:, :4], given["base_model.model.model.embed_tokens.lora_embedding_A"].mT)
+    assert report.left_out == ["base_model.model.model.embed_tokens.base_layer.weight"]
+    assert len(written) == len(given) - 1
+
+
+def test_the_configuration_names_each_module_by_its_path(adapter: Path, base: Path, tmp_path: Path) -> None:
+    export_mlx(adapter, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    keys = config["lora_parameters"].pop("keys")
+    assert config == {
+        "model": str(base),
+        "fine_tune_type": "lora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 6, "scale": 1.0, "dropout": 0.0},
+    }
+    projections = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    expected = {f"model.layers.{layer}.{name}" for layer in range(2) for name in projections}
+    assert set(keys) == expected | {"model.embed_tokens"}
+
+
+def test_a_checkpoint_is_folded_on_the_way(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, base_options=SERVABLE)
+    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "folded")]) == 0
+    reports = [export_mlx(source, tmp_path / f"out{i}") for i, source in enumerate((made.path, tmp_path / "folded"))]
+    assert all(report.passed for report in reports)
+    one, other = (load_file(tmp_path / f"out{i}" / "adapters.safetensors") for i in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_the_report_is_printed_and_kept(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["mlx", str(adapter), "-o", str(tmp_path / "out"), "--dtype", "bf16", "--json"]) == 0
+    shown = capsys.readouterr()
+    report = MlxReport.model_validate_json(shown.out)
+    assert report.dtype == "bf16"
+    assert report == MlxReport.model_validate_json((tmp_path / "out" / "mlx_certificate.json").read_text())
+    assert "run it: mlx_lm.generate --model" in shown.err
+
+
+def test_rope_theta_that_mlx_lm_would_not_find_is_shown(
+    adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "rope_theta" not in json.loads((base / "config.json").read_text())
+    assert export_mlx(adapter, tmp_path / "silent").lost_settings == {"rope_theta": 10000.0}
+    assert run(cli, ["mlx", str(adapter), "-o", str(tmp_path / "out")]) == 0
+    assert 'add them at its top level: {"rope_theta": 10000.0}' in capsys.readouterr().out
+
+
+def test_settings_at_the_top_level_are_not_lost(base: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(base, tmp_path / "base")
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+    edit_json(moved / "config.json", lambda config: config.update(rope_parameters=rope))
+    assert lost_settings(resolve_model(str(moved))) == {"rope_theta": 500.0, "rope_scaling": rope}
+    edit_json(moved / "config.json", lambda config: config.update(rope_theta=500.0, rope_scaling=rope))
+    assert lost_settings(resolve_model(str(moved))) == {}
+
+
+def test_an_output_is_replaced_only_if_it_is_an_adapter(adapter: Path, tmp_path: Path) -> None:
+    export_mlx(adapter, tmp_path / "out")
+    with pytest.raises(OutputError):
+        export_mlx(adapter, tmp_path / "out")
+    export_mlx(adapter, tmp_path / "out", force=True, dtype="fp16")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(OutputError, match="holds no adapter"):
+        export_mlx(adapter, tmp_path / "other", force=True)
+
+
+def test_a_failed_certificate_leaves_nothing(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold_module, "round_tensor", lambda *given: 1.01 * round_tensor(*given))
+    before = tree(tmp_path)
+    assert run(cli, ["mlx", str(adapter), "-o", str(tmp_path / "out")]) == 1
+    assert tree(tmp_path) == before
+
+
+def field(**fields: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "adapter_config.json", lambda config: config.update(fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (field(use_dora=True), "DoRA"),
+        (field(init_lora_weights="pissa"), "changes the base weights"),
+        (field(modules_to_save=["norm"]), "trained in full"),
+        (field(target_parameters=["experts.up"]), "fused experts"),
+        (field(use_novelty=3), "does not know"),
+    ],
+)
+def test_what_mlx_lm_cannot_hold_is_refused(
+    damage: Callable[[Path], object], message: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(adapter, tmp_path / "in")
+    damage(source)
+    assert run(cli, ["mlx", str(source), "-o", str(tmp_path / "out")]) == 2
+    assert message in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:
+    tiny_base("Llama", intermediate_size=32).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(ExportError, match=r"down_proj has shape \(64, 96\) in the adapter and \(64, 32\)"):
+        export_mlx(adapter, tmp_path / "out", model=tmp_path / "narrow")
+    tiny_base("Llama", num_hidden_layers=1).save_pretrained(tmp_path / "flat")
+    with pytest.raises(ExportError, match=r"adapts model.layers.1.* which is neither a linear layer nor an embedding"):
+        export_mlx(adapter, tmp_path / "out", model=tmp_path / "flat")
+
+
+def test_a_tied_embedding_is_refused(adapter: Path, tmp_path: Path) -> None:
+    tiny_base("Llama", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    with pytest.raises(ExportError, match=r"one matrix, which mlx-lm adapts in both places or not at all"):
+        export_mlx(adapter, tmp_path / "out", model=tmp_path / "tied")

@@ -1,0 +1,82 @@
+"""Engines in environments of their own: which python runs them, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.common.errors import EngineError
+from loraover_serve.engines.elsewhere import MLX, OPENVINO, Elsewhere, Runner, tail
+
+HERE = Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx")
+"""mlx-lm's runner in this environment, which holds no mlx-lm."""
+ARGUMENTS: dict[str, Any] = {"model": "nowhere", "settings": {}, "adapters": {"base": None}}
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+    monkeypatch.delenv("LORAOVER_HERE", raising=False)
+    with HERE.run(ARGUMENTS, tmp_path / "log", 60) as runner:
+        yield runner
+
+
+def test_an_engine_in_this_environment_needs_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORAOVER_HERE", raising=False)
+    assert (HERE.python(), HERE.version(), HERE.install()) == (sys.executable, pytest.__version__, None)
+
+
+@pytest.mark.parametrize("engine", [MLX, OPENVINO], ids=lambda engine: engine.name)
+def test_a_missing_engine_says_how_to_get_it(engine: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(engine.variable, raising=False)
+    assert engine.install() == (
+        f"make {engine.target}, and name its python with {engine.variable} ({engine.variable} is not set)"
+    )
+    for python in ("/nowhere/bin/python", "/bin/sh"):
+        monkeypatch.setenv(engine.variable, python)
+        assert engine.version() is None
+        assert f"found no {engine.distribution} in {python}" in str(engine.install())
+
+
+@pytest.mark.process
+def test_an_error_of_the_engine_is_reported_and_the_next_request_answered(running: Runner) -> None:
+    for _ in range(2):
+        with pytest.raises(EngineError, match=r"mlx: PackageNotFoundError: .*mlx-lm"):
+            running.ask("version")
+    with pytest.raises(EngineError, match="mlx: ModuleNotFoundError: No module named 'mlx'"):
+        running.ask("greedy", arm="base", prompt=[1], tokens=1)
+
+
+@pytest.mark.process
+def test_a_process_that_ended_is_reported(running: Runner) -> None:
+    running._process.kill()
+    running._process.wait()
+    with pytest.raises(EngineError, match="mlx: the process has ended: it printed nothing"):
+        running.ask("version")
+
+
+@pytest.mark.process
+def test_a_silent_process_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORAOVER_HERE", raising=False)
+    with (
+        HERE.run(ARGUMENTS, tmp_path / "log", 1e-4) as running,
+        pytest.raises(EngineError, match=r"mlx: no answer within 0.0001 s; raise --start-timeout"),
+    ):
+        running.ask("version")
+
+
+def test_a_python_that_is_gone_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("no program")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("LORAOVER_HERE", str(tmp_path / "python"))
+    with pytest.raises(EngineError, match="cannot be started"), HERE.run(ARGUMENTS, tmp_path / "log", 1):
+        pass
+
+
+def test_the_end_of_a_log_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("x" * 5000 + "\n one\n two\n")
+    assert tail(tmp_path / "log").endswith("x one two")
+    assert len(tail(tmp_path / "log")) < 1600

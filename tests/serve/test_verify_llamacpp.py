@@ -1,0 +1,122 @@
+"""Verification of llama.cpp: faults in the GGUF files that it loads, and GGUF files of users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.common.errors import EngineError, ExportError
+from loraover.models.load import load_model, resolve_model
+from loraover_export.gguf import target
+from loraover_export.gguf.base import write_base
+from loraover_export.uniform import matrices
+from loraover_serve import EngineResult, verify_adapter
+from loraover_serve.engines import llamacpp
+from loraover_serve.verify.run import verify_engine
+
+from support.plain_adapter import tiny_decoder
+from support.verified import Case, make_case, save_adapter, save_base
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("llamacpp")
+    base = save_base(folder / "base")
+    return make_case(base, save_adapter(folder / "adapter", base))
+
+
+def gguf_of(model: Path, output: Path) -> Path:
+    return write_base(load_model(resolve_model(str(model))), output)
+
+
+def verify(case: Case, folder: Path) -> EngineResult:
+    return verify_engine("llamacpp", case.setting(folder), case.court)
+
+
+def no_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "interleave", lambda rows, heads: rows)
+
+
+def no_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unscaled(exact: Exact, factor: float) -> Exact:
+        return exact
+
+    monkeypatch.setattr(matrices, "scale", unscaled)
+
+
+def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: Any = llamacpp.LlamaCpp
+    monkeypatch.setattr(llamacpp, "LlamaCpp", lambda base, adapter: whole(base))
+
+
+@pytest.mark.parametrize(
+    ("plant", "fault", "words"),
+    [
+        (no_permutation, "rows of q and k in another order", "B of q_proj and k_proj lack the row order of the engine"),
+        (no_scaling, "wrong scaling", "the scaling is left out"),
+        (no_adapter, "served as base", "the adapter is not loaded"),
+    ],
+)
+def test_a_fault_in_the_file_is_found_and_named(
+    plant: Any, fault: str, words: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    found = verify(case, tmp_path)
+    assert (found.verdict, found.fault) == ("differs", fault), found.reason
+    assert words in found.reason
+
+
+def test_a_users_file_is_run(case: Case, tmp_path: Path) -> None:
+    file = gguf_of(case.base, tmp_path / "mine.gguf")
+    report = verify_adapter(case.adapter, engines=["llamacpp"], base_gguf=file, new_tokens=3)
+    assert (report.verdict, report.engines[0].number_format) == ("as trained", "fp32")
+    assert f"--base-gguf {file}" in report.command
+
+
+def test_a_users_quantised_file_is_noise_that_has_a_name(case: Case, tmp_path: Path) -> None:
+    file = quantised(gguf_of(case.base, tmp_path / "plain.gguf"), tmp_path / "q8.gguf")
+    (found,) = verify_adapter(case.adapter, engines=["llamacpp"], base_gguf=file, new_tokens=3).engines
+    assert (found.verdict, found.number_format) == ("as trained", "int8"), found.reason
+
+
+def test_a_file_of_another_base_model_is_named(case: Case, tmp_path: Path) -> None:
+    file = gguf_of(save_base(tmp_path / "other", seed=7), tmp_path / "other.gguf")
+    (found,) = verify_adapter(case.adapter, engines=["llamacpp"], base_gguf=file, new_tokens=3).engines
+    assert (found.verdict, found.fault) == ("differs", "another base model")
+
+
+def test_a_file_that_is_no_model_is_refused_before_anything_runs(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(EngineError, match=r"broken.gguf: not a GGUF file, or not a complete one"):
+        verify_adapter("no such folder", engines=["llamacpp"], base_gguf=tmp_path / "broken.gguf")
+
+
+def test_a_base_model_that_is_not_written_asks_for_a_file(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ExportError, match=r"of the type 'linear', which are not written here.*--base-gguf"):
+        write_base(tiny_decoder("Llama", rope_parameters=rope), tmp_path / "base.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def quantised(source: Path, output: Path) -> Path:
+    """A copy of a GGUF model in F32 whose matrices are Q8_0; returns `output`."""
+    reader = gguf.GGUFReader(source)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    writer = gguf.GGUFWriter(output, fields.pop("general.architecture").contents())
+    for name, field in fields.items():
+        writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor.name, gguf.quants.quantize(np.array(tensor.data), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return output
