@@ -242,7 +242,8 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
     questions = reference.questions
     base, adapter = (engine.rows(arm, questions) for arm in (BASE, ADAPTER))
     prompts = [question.prompt for question in questions]
-    return Answers(base, adapter, engine.greedy(ADAPTER, prompts, len(questions[0].continuation)))
+    greedy = engine.greedy(ADAPTER, prompts, len(questions[0].continuation))
+    return Answers(base, adapter, greedy, engine.mixed(questions))  # last, since its faults may stay in a cache
 
 
 def _check_task(layout: AdapterDir, base: ModelSource) -> None:

@@ -22,6 +22,7 @@ from loraover_serve.verify.answers import ADAPTER, BASE, Question, Row
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 
 AT_ONCE = 4  # requests in flight
+TOGETHER = 16  # requests in flight that are to share batches
 TOP = 20  # logprobs of each token: the most that vLLM gives unless it is started with --max-logprobs
 _NUMBERED = re.compile(r"token_id:(\d+)")
 Asked = TypeVar("Asked")
@@ -47,16 +48,19 @@ class OpenAiEngine(VerifyEngine):
         self._tokenizer = tokenizer
 
     def rows(self, arm: str, questions: Sequence[Question]) -> list[Row]:
-        places = [(index, position) for index, question in enumerate(questions) for position in question.answered]
+        return _at_once(lambda place: self._row(arm, questions, *place), _places(questions))
 
-        def ask(place: tuple[int, int]) -> Row:
-            index, position = place
-            choice = self._complete(arm, questions[index].tokens[: position + 1], 1)
-            found = self._first_logprobs(arm, choice)
-            ids, values = np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float32)
-            return Row(index, position, values, ids)
+    def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
+        arms = (BASE, ADAPTER)
+        asked = [(arm, *place) for place in _places(questions) for arm in arms]
+        found = _at_once(lambda each: self._row(each[0], questions, *each[1:]), asked, TOGETHER)
+        return {arm: found[i :: len(arms)] for i, arm in enumerate(arms)}
 
-        return _at_once(ask, places)
+    def _row(self, arm: str, questions: Sequence[Question], index: int, position: int) -> Row:
+        choice = self._complete(arm, questions[index].tokens[: position + 1], 1)
+        found = self._first_logprobs(arm, choice)
+        ids, values = np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float32)
+        return Row(index, position, values, ids)
 
     def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
         return _at_once(lambda prompt: self._token_ids(self._complete(arm, prompt, tokens)), prompts)
@@ -160,9 +164,13 @@ class EndpointEngine(OpenAiEngine):
         yield engine
 
 
-def _at_once(ask: Callable[[Asked], Answered], items: Sequence[Asked]) -> list[Answered]:
+def _places(questions: Sequence[Question]) -> list[tuple[int, int]]:
+    return [(index, position) for index, question in enumerate(questions) for position in question.answered]
+
+
+def _at_once(ask: Callable[[Asked], Answered], items: Sequence[Asked], in_flight: int = AT_ONCE) -> list[Answered]:
     """Ask several questions at a time, and none of those that wait after a failure."""
-    pool = ThreadPoolExecutor(AT_ONCE)
+    pool = ThreadPoolExecutor(in_flight)
     try:
         return list(pool.map(ask, items))
     finally:
