@@ -30,10 +30,11 @@ Versions: {versions}.
 
 ## Adapters in PEFT's form and in ours
 
-*As trained*, *refused* (with a message) or *wrong silently* is the verdict of [verify](verify.md) on a tiny random Llama
-in float32. PEFT's form is what an engine's users give it without this package: PEFT's folder for PyTorch and vLLM, PEFT's
-tensors for ONNX Runtime, and for llama.cpp the file that its own converter writes. Ours is what `loraover export` writes;
-an export that refuses counts as refused. A mixed batch has requests for the base model and for the adapter.
+*As trained*, *refused* (with a message) or *wrong silently* is the verdict of [verify](verify.md) on a tiny random
+Llama in float32. PEFT's form is what an engine's users give it without this package: PEFT's folder for PyTorch and
+vLLM, PEFT's tensors for ONNX Runtime, and for llama.cpp the file that its own converter writes. Ours is what
+`loraover export` writes; an export that refuses counts as refused. A mixed batch has requests for the base model and
+for the adapter.
 
 {forms}
 

@@ -21,15 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import EngineError, ExportError
-from loraover.models.load import load_tokenizer
 from loraover_export import export_gguf, export_onnx, export_vllm
 from loraover_export.gguf import llamacpp
 from loraover_export.gguf.llamacpp import LlamaCpp
 from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 from loraover_serve.verify.answers import ADAPTER, BASE
-from loraover_serve.verify.engines import ENGINES, engine_class
+from loraover_serve.verify.engines import ENDPOINT, ENGINES, engine_class
 from loraover_serve.verify.engines.base import LogitEngine, Setting, VerifyEngine
-from loraover_serve.verify.engines.endpoint import OpenAiEngine
 from loraover_serve.verify.engines.onnx import Onnx
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
 
@@ -111,10 +109,10 @@ def _served(setting: Setting, adapter: Path, running: Running) -> Iterator[Verif
     server, name = running.vllm(setting.base.location), setting.scratch.name
     server.load_adapter(name, adapter)
     try:
-        names = {BASE: setting.base.location, ADAPTER: name}
-        engine = OpenAiEngine(server.url, names, load_tokenizer(setting.base), None, setting.timeout_s)
-        engine.version = server.version()
-        yield engine
+        asked = replace(setting, endpoint=server.url, served_name=name, base_name=setting.base.location)
+        with engine_class(ENDPOINT).start(asked) as engine:
+            engine.version = server.version()
+            yield engine
     finally:
         with suppress(EngineError):
             server.unload_adapter(name)

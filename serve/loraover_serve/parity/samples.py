@@ -9,6 +9,11 @@ from loraover_serve.engines.sample import Sample
 BASE, VANILLA, CONTROL, FOLDED = "base", "vanilla", "control", "folded"
 """Names of the arms: the base model, a plain LoRA (the baseline), a copy of that LoRA, and the folded adapter."""
 
+SWITCHING, MIXED = "switching", "mixed"
+"""Names of the arms that several adapters answer: one after the other, and together in one batch."""
+ALSO = "adapter{}"
+"""Name under which an engine has each further adapter."""
+
 
 @dataclass(frozen=True)
 class Measurement:

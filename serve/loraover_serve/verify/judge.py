@@ -89,6 +89,8 @@ class Court:
         allowed = allowed_distance(noise, reference.sensitivity)
         greedy = _greedy(answers.greedy, reference, 2 * reference.sensitivity * noise.largest + FLOOR)
         effect = between(answers.adapter, reference.adapter, reference.base)
+        apart = {BASE: answers.base, ADAPTER: answers.adapter}
+        mixed = None if answers.mixed is None else compare_mixed(answers.mixed, apart)
         facts = {
             "engine": engine,
             "version": version,
@@ -98,7 +100,7 @@ class Court:
             "effect": effect,
             "allowed": allowed,
             "greedy": greedy,
-            "mixed": answers.mixed and compare_mixed(answers.mixed, {BASE: answers.base, ADAPTER: answers.adapter}),
+            "mixed": mixed,
             "seconds": seconds,
         }
         leak = distance(answers.base, reference.adapter).rms
@@ -115,8 +117,8 @@ class Court:
             return EngineResult(verdict="differs", reason=reason, fault=OTHER_BASE, **facts)
         if found.rms <= allowed:
             within = _within(found, noise, effect, allowed, greedy, number_format)
-            if within["verdict"] != "differs" and facts["mixed"] is not None:
-                within = mixed_fault(facts["mixed"], allowed) or within
+            if within["verdict"] != "differs" and mixed is not None:
+                within = mixed_fault(mixed, allowed) or within
             return EngineResult(**within, **facts)
         suspects = self._suspects(answers.adapter, found, allowed)
         nearest = suspects[0]
