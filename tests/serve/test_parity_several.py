@@ -62,7 +62,11 @@ def test_an_adapter_that_answers_for_another_in_turn_is_different(
 ) -> None:
     folded, out = made.path.parent / "folded", tmp_path / "out"
     more = make_vanilla(read_adapter_dir(folded), tmp_path / "more", seed=5)
-    monkeypatch.setattr(several, "adapter_of", lambda adapters, concurrency, arm, request: adapters[0])
+
+    def always_the_first(adapters: Sequence[str], concurrency: int, arm: str, request: int) -> str:
+        return adapters[0] if arm == SWITCHING else arm
+
+    monkeypatch.setattr(several, "adapter_of", always_the_first)
     assert run(cli, words(made, "--also-adapter", str(more), "--num-prompts", "40", "--output", str(out))) == 1
     report = ParityReport.model_validate_json((out / "parity.json").read_text())
     assert "answers of adapter2 in the arm switching" in report.reason

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
+
+from loraover_serve.vllm.server import vllm_version
 
 DEFAULT = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "vllm"
 
@@ -19,6 +22,8 @@ def vllm_command() -> Path:
     return path
 
 
-def leaks_in_mixed_batches(version: str | None) -> bool:
+@cache
+def leaks_in_mixed_batches() -> bool:
     """Whether this vLLM computes base rows of a mixed batch with an adapter: on a CPU, before 0.33."""
-    return version is not None and Version(version) < Version("0.33") and "cpu" in (Version(version).local or "")
+    version = Version(vllm_version(str(vllm_command())) or "0")
+    return version < Version("0.33") and "cpu" in (version.local or "")
