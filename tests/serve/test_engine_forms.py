@@ -48,6 +48,8 @@ CELLS = [
 ]
 SILENT = {("llamacpp", PEFT, "rsLoRA"), ("llamacpp", PEFT, "alpha pattern")}
 """Cells that are wrong without a message, whatever the engine's version."""
+IN_OTHERS_ANSWERS = {("vllm", form, feature) for form in FORMS for feature in ("tied head", "mixed batch")}
+"""Cells in which vLLM before 0.33 applies an adapter to the base model's rows on a CPU: the head's in every batch."""
 
 
 class Cases:
@@ -92,8 +94,8 @@ def test_an_engine_is_right_or_known_to_be_wrong(
     cell = judged(engine, form, feature, cases.of(feature), running, tmp_path)
     print(f"\n{cell}")
     record_cell(cell)
-    is_leak = feature == "mixed batch" and leaks_in_mixed_batches()
-    expected = (engine, form, feature) in SILENT or is_leak
+    place = (engine, form, feature)
+    expected = place in SILENT or (place in IN_OTHERS_ANSWERS and leaks_in_mixed_batches())
     assert (cell.verdict == "wrong silently") == expected, cell.reason
     assert cell.verdict != "inconclusive", cell.reason
 

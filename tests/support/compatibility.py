@@ -34,7 +34,7 @@ Versions: {versions}.
 Llama in float32. PEFT's form is what an engine's users give it without this package: PEFT's folder for PyTorch and
 vLLM, PEFT's tensors for ONNX Runtime, and for llama.cpp the file that its own converter writes. Ours is what
 `loraover export` writes; an export that refuses counts as refused. A mixed batch has requests for the base model and
-for the adapter.
+for the adapter; other engines than servers take one request at a time.
 
 {forms}
 

@@ -105,7 +105,10 @@ class Court:
         }
         leak = distance(answers.base, reference.adapter).rms
         if leak < noise.rms / 2 and noise.rms > EXACT:
-            reason = "requests for the base model are answered with the adapter"
+            reason = (
+                "requests for the base model are answered with the adapter; those for the adapter are "
+                f"{found.rms:.2g} nats from PyTorch's answers"
+            )
             return EngineResult(verdict="differs", reason=reason, fault=IN_BASE, **facts)
         number_format = self._number_format(answers.base, noise)
         facts["number_format"] = number_format
