@@ -15,6 +15,7 @@ from loraover_serve.cli import cli
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.parity.judge.analysis import overall, results
 from loraover_serve.parity.judge.outputs import compare_outputs
 from loraover_serve.parity.judge.several import compare_together
 from loraover_serve.parity.measure import several
@@ -24,7 +25,7 @@ from loraover_serve.parity.measure.several import SeveralAdapters, adapter_of, a
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
 
-from support.clockwork import ARMS
+from support.clockwork import ARMS, Clockwork
 from support.make_checkpoint import Made
 from support.serving import Served
 
@@ -52,6 +53,7 @@ def test_adapters_in_turn_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.
     ]
     assert all(t.agree and t.alone_equal == 1 for t in report.together)
     assert report.adapters["adapter2"] == str(more)
+    assert {(r.blocks, r.waves) for r in report.results} == {(5, 4)}
     assert "--also-adapter" in report.command
     assert "beside each alone" in capsys.readouterr().out
     assert "Answers of several adapters" in (out / "parity.html").read_text()
@@ -71,6 +73,12 @@ def test_an_adapter_that_answers_for_another_in_turn_is_different(
     report = ParityReport.model_validate_json((out / "parity.json").read_text())
     assert "answers of adapter2 in the arm switching" in report.reason
     assert [t.agree for t in report.together] == [True, False]
+
+
+def test_a_noisy_machine_counts_the_requests_of_all_waves() -> None:
+    engine = Clockwork({}, noise=0.3)
+    _, reason = overall(results([measure(engine, REQUESTS, concurrency=1, blocks=20, seed=0, waves=4)], margin=0.05))
+    assert "at 160 requests" in reason
 
 
 def test_waves_and_batches_go_to_the_adapters_in_turn() -> None:

@@ -25,6 +25,7 @@ class Measurement:
         blocks: number of complete blocks.
         samples: answers of the complete blocks, without warm-up.
         failure: reason why the measurement ended early; None if it did not.
+        waves: number of waves of simultaneous requests that an arm answers in a row.
     """
 
     engine: str
@@ -32,3 +33,4 @@ class Measurement:
     blocks: int
     samples: tuple[Sample, ...]
     failure: str | None = None
+    waves: int = 1

@@ -58,4 +58,4 @@ def measure(
             samples += answered
             done += 1
             on_block()
-    return Measurement(engine.name, concurrency, done, tuple(samples), failure)
+    return Measurement(engine.name, concurrency, done, tuple(samples), failure, waves)
