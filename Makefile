@@ -17,7 +17,7 @@ export LORAOVER_OPENVINO ?= $(abspath $(OPENVINO_VENV))/bin/python
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino vllm-architectures compatibility lint \
+.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino vllm-architectures lint \
 	docs bench schedules study study-gauge study-smoke clean
 
 demo: $(VENV)/.installed
@@ -71,9 +71,14 @@ installed: $(VENV)/.installed vllm debian-packages
 # Every engine that can run here, each in an environment of its own; ONNX Runtime and PyTorch are in $(VENV).
 engines: installed mlx openvino
 
-# Every engine on every model family: one vLLM server a family, most of a minute each.
+# Every engine, with every kind of adapter and on every model family, and docs/compatibility.md from what was run: one vLLM
+# server a family, most of a minute each.
 test-engines: engines
-	$(PYTEST) -m "engine or matrix"
+	mkdir -p runs
+	rm -f runs/compatibility.json
+	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(PYTEST) -m "engine or matrix"
+	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../runs/compatibility.md
+	mv runs/compatibility.md docs/compatibility.md
 
 # Chromium for the tests of the parity page, bubblewrap for those of HumanEval's sandbox, node and npm for those of
 # onnxruntime-web; they are skipped without.
@@ -98,16 +103,6 @@ openvino: $(OPENVINO_VENV)/.installed
 # What the pre-flight of `loraover export vllm` knows of vLLM; run it again for another version of vLLM.
 vllm-architectures: vllm
 	$(VLLM_VENV)/bin/python serve/vllm-cpu/list_architectures.py > export/loraover_export/vllm/architectures.json
-
-# docs/compatibility.md, from what the tests of the model families ran.
-compatibility: $(VENV)/.installed vllm
-	rm -f runs/compatibility.json
-	mkdir -p runs
-	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(BIN)/python -m pytest \
-		tests/export/test_onnx_decoders.py tests/export/test_onnx_variants.py tests/export/test_onnx_torch.py \
-		tests/export/test_onnx_smollm2.py tests/export/test_gguf_families.py tests/export/test_gguf_smollm2.py \
-		tests/export/test_vllm_readers.py tests/serve/test_vllm_served.py
-	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../docs/compatibility.md
 
 # The documentation as a site in build/site, with an API page for each package. A warning is an error, which --quiet would hide.
 docs: $(VENV)/.installed

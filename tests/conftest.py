@@ -29,7 +29,15 @@ SLOW_FIRST = ("matrix", "engine", "statistical", "process")
 
 TOGETHER = {
     **dict.fromkeys(
-        ("test_parity_vllm.py", "test_verify_vllm.py", "test_vllm_served.py", "test_vllm_families.py"), "vLLM"
+        (
+            "test_engine_forms.py",
+            "test_parity_several.py",
+            "test_parity_vllm.py",
+            "test_verify_vllm.py",
+            "test_vllm_families.py",
+            "test_vllm_served.py",
+        ),
+        "vLLM",
     ),
     **dict.fromkeys(("test_api.py", "test_up.py", "test_up_address.py", "test_up_preflight.py"), "port 8000"),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.compatibility import VARIABLE, read_rows, record, table
+from support.compatibility import VARIABLE, Cell, page, read_entries, record, record_cell
 
 pytestmark = pytest.mark.process
 
@@ -31,11 +31,11 @@ def test_rows_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     record("Llama", "vLLM 0.32.0", "LoRA", "bf16", "passed", 0.0123, 0.05)
     record("T5", "ONNX Runtime", "merged", "fp32", "passed", 1.25e-7, 2e-7)
     assert len(json.loads(rows.read_text())) == 3
-    assert [row.verdict for row in read_rows(rows)] == ["failed", "passed", "passed"]
+    assert [row.verdict for row in read_entries(rows)] == ["failed", "passed", "passed"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-m", "support.compatibility", str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout == table(read_rows(rows)) + "\n"
+    assert done.stdout == page(read_entries(rows)) + "\n"
     assert "onnxruntime " in done.stdout
     rows_shown, _, read = done.stdout.partition("\n## Read, not run\n")
     assert rows_shown.splitlines()[-2:] == [
@@ -45,3 +45,17 @@ def test_rows_become_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(
         engine in read for engine in ("SGLang", "TensorRT-LLM", "LMDeploy", "Text Generation Inference", "LoRAX")
     )
+
+
+def test_cells_become_a_matrix_with_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.json"
+    monkeypatch.setenv(VARIABLE, str(rows))
+    record_cell(Cell("mlx", None, "PEFT's", "plain", "refused", "/folder/of/x.npz: found\n a | b"))
+    record_cell(Cell("mlx", "1.2", "ours", "rsLoRA", "as trained", "off by nothing"))
+    record_cell(Cell("mlx", None, "PEFT's", "rsLoRA", "refused", "/another/x.npz: found\n a | b"))
+    lines = page(read_entries(rows)).splitlines()
+    assert "| mlx 1.2 | PEFT's | refused | refused | - | - | - | - | - |" in lines
+    assert "| mlx 1.2 | ours | - | as trained | - | - | - | - | - |" in lines
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- mlx, PEFT's, plain, rsLoRA: *refused*. x.npz: found a \\| b"
+    ]

@@ -218,6 +218,8 @@ def test_a_run_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--also-adapter", "nowhere", "--num-prompts", "40"], "no such folder"),
+        (["--also-adapter", "nowhere", "--num-prompts", "39"], "--num-prompts 40 or more"),
         (["--num-prompts", "9"], "--num-prompts 10 or more"),
         (["--num-prompts", "100", "--max-concurrency", "1,16", "--engine", "vllm"], "--num-prompts 160 or more"),
         (["--max-concurrency", "0"], "expected positive numbers"),
@@ -294,7 +296,7 @@ def test_what_was_measured_outlives_the_comparison_of_outputs(
     def fail(*arguments: object) -> None:
         raise failure
 
-    monkeypatch.setattr(outputs, "_distance", fail)
+    monkeypatch.setattr(outputs, "distance_of", fail)
     assert run(cli, words(made, "--num-prompts", "10", "--output", str(tmp_path / "out"))) == 2
     report = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
     reason = "interrupted" if isinstance(failure, KeyboardInterrupt) else "PyTorch: RuntimeError: out of memory"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from loraover.common.errors import ConfigError, EngineError
 from loraover.evaluation import endpoint
 from loraover_serve.verify.engines.base import Setting
+from loraover_serve.verify.faults import CHANGED, LEAKS
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import verify_engine
 
@@ -75,6 +79,43 @@ def test_a_planted_fault_is_found_and_named(
 def test_another_base_model_is_named(case: Case, ask: Callable[..., EngineResult], tmp_path: Path) -> None:
     found = ask(Served(save_base(tmp_path / "other", seed=7), {"base": None, "shop": case.adapter}))
     assert (found.verdict, found.fault) == ("differs", "another base model")
+
+
+class Mixing:
+    """A server that answers one model's requests with the other's weights while it has requests for both.
+
+    Args:
+        served: the right answers.
+        victim: name of the model whose requests are answered wrongly.
+    """
+
+    def __init__(self, served: Served, victim: str) -> None:
+        self._served, self._victim = served, victim
+        self._lock, self._running = threading.Lock(), Counter[str]()
+
+    def __call__(self, body: dict[str, Any]) -> bytes:
+        name = body["model"]
+        (other,) = set(NAMES) - {name}
+        with self._lock:
+            self._running[name] += 1
+        time.sleep(0.02)  # for requests that were sent together to arrive
+        wrong = name == self._victim and self._running[other]
+        answer = self._served.answer(body | ({"model": other} if wrong else {})) | {"model": name}
+        with self._lock:
+            self._running[name] -= 1
+        return json.dumps(answer).encode()
+
+
+@pytest.mark.parametrize(("victim", "fault"), [("base", LEAKS), ("shop", CHANGED)])
+def test_answers_that_change_in_a_mixed_batch_are_named(
+    victim: str, fault: str, case: Case, ask: Callable[..., EngineResult]
+) -> None:
+    found = ask(Mixing(right(case), victim))
+    assert (found.verdict, found.fault) == ("differs", fault), found.reason
+    assert found.mixed is not None
+    changed, kept = (found.mixed.base, found.mixed.adapter)[:: 1 if victim == "base" else -1]
+    assert kept.rms == 0
+    assert changed.rms > 0.5 * (found.effect or 0.0)
 
 
 def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:

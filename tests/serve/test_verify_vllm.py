@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from loraover_serve import EngineResult, verify_adapter
+from loraover_serve.verify.faults import LEAKS
 
 from support.serving import Served
 from support.verified import save_adapter, save_base
-from support.vllm_command import vllm_command
+from support.vllm_command import leaks_in_mixed_batches, vllm_command
 
 pytestmark = pytest.mark.engine
 
@@ -22,6 +23,17 @@ def verify(served: Served, adapter: Path, name: str) -> EngineResult:
     (found,) = report.engines
     print(f"\n{name}: {found.verdict}: {found.reason}")
     return found
+
+
+def assert_as_trained(found: EngineResult) -> None:
+    """The adapter is as trained; vLLM before 0.33 has a fault in mixed batches on a CPU, which is found and named."""
+    assert found.adapter is not None
+    assert found.allowed is not None
+    assert found.mixed is not None
+    leaks = leaks_in_mixed_batches()
+    assert (found.verdict, found.fault) == (("differs", LEAKS) if leaks else ("as trained", None)), found.reason
+    assert found.adapter.rms <= found.allowed
+    assert found.mixed.adapter.rms <= found.allowed
 
 
 @contextmanager
@@ -40,7 +52,8 @@ def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
     report = verify_adapter(adapter, engines=["vllm"], vllm=vllm_command(), options=options, output=tmp_path / "out")
     (found,) = report.engines
     print(f"\n{found.verdict}: {found.reason}")
-    assert (found.verdict, found.number_format, found.compared) == ("as trained", "fp32", "top tokens")
+    assert (found.number_format, found.compared) == ("fp32", "top tokens")
+    assert_as_trained(found)
     assert found.greedy is not None
     assert found.greedy.equal == 1
     assert (tmp_path / "out" / "vllm.log").is_file()
@@ -48,11 +61,12 @@ def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
 
 def test_a_plain_lora_is_served_as_peft_computes_it(served: Served) -> None:
     found = verify(served, served.adapters["vanilla"], "vanilla")
-    assert (found.verdict, found.number_format) == ("as trained", "bf16")
+    assert found.number_format == "bf16"
+    assert_as_trained(found)
 
 
 def test_an_exported_checkpoint_is_served_as_its_unfolded_model(served: Served) -> None:
-    assert verify(served, served.sources["folded"], "folded").verdict == "as trained"
+    assert_as_trained(verify(served, served.sources["folded"], "folded"))
 
 
 def test_a_wrong_prefix_is_named(served: Served) -> None:

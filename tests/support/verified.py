@@ -37,9 +37,11 @@ BASE_OPTIONS: dict[str, Any] = {"vocab_size": 72}
 """More tokens than any layer has rows, which onnxruntime-genai's builder asks for."""
 
 
-def save_base(folder: Path, seed: int = 0, change: Callable[[Tensor], Tensor] = lambda weight: weight) -> Path:
-    """A tiny Llama with a tokenizer; returns `folder`."""
-    model = tiny_decoder("Llama", seed, **BASE_OPTIONS)
+def save_base(
+    folder: Path, seed: int = 0, change: Callable[[Tensor], Tensor] = lambda weight: weight, **options: Any
+) -> Path:
+    """A tiny Llama with a tokenizer; `options` are fields of its configuration. Returns `folder`."""
+    model = tiny_decoder("Llama", seed, **(BASE_OPTIONS | options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(change(parameter))

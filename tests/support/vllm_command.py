@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
+
+from loraover_serve.vllm.server import vllm_version
 
 DEFAULT = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "vllm"
 
@@ -16,3 +20,10 @@ def vllm_command() -> Path:
     if not path.is_file():
         pytest.skip(f"{path}: no such command; `make vllm` installs it, or name one in LORAOVER_VLLM")
     return path
+
+
+@cache
+def leaks_in_mixed_batches() -> bool:
+    """Whether this vLLM computes base rows of a mixed batch with an adapter: on a CPU, before 0.33."""
+    version = Version(vllm_version(str(vllm_command())) or "0")
+    return version < Version("0.33") and "cpu" in (version.local or "")

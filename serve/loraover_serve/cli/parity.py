@@ -33,6 +33,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     options_metavar="[OPTIONS] [-- VLLM OPTIONS]",
     examples=[
         "loraover-serve parity --adapter folded --checkpoint runs/a/adapter -o parity",
+        "loraover-serve parity --adapter shop --also-adapter news --engine vllm --max-concurrency 4 --num-prompts 200",
         "loraover-serve parity --adapter for-vllm --engine vllm --max-concurrency 1,4 --num-prompts 200 -o parity",
     ],
     renamed={
@@ -54,6 +55,13 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--checkpoint",
     type=PATH,
     help="Folder of the LoRA-Over checkpoint that was folded; answers are then compared with its unfolded model.",
+)
+@click.option(
+    "--also-adapter",
+    "also_adapters",
+    type=PATH,
+    multiple=True,
+    help="Folder of a further adapter, to measure requests that switch among adapters or share a batch; repeatable.",
 )
 @click.option(
     "--engine",
@@ -143,6 +151,7 @@ def parity(
     adapter: Path,
     baseline: Path | None,
     checkpoint: Path | None,
+    also_adapters: tuple[Path, ...],
     engines: tuple[str, ...],
     num_prompts: int,
     max_concurrency: tuple[int, ...],
@@ -184,6 +193,7 @@ def parity(
             adapter,
             baseline=baseline,
             checkpoint=checkpoint,
+            also_adapters=also_adapters,
             engines=engines,
             num_prompts=num_prompts,
             max_concurrency=max_concurrency,

@@ -28,9 +28,27 @@ class VllmEngine(Engine):
         self._timeout_s = timeout_s
 
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
-        def answer(index: int, request: Request) -> Sample:
+        return self.run_each([arm] * len(requests), arm, block, first, requests)
+
+    def run_each(
+        self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
+    ) -> list[Sample]:
+        """Answer requests at the same time, each with the model of an arm of its own.
+
+        Args:
+            models: name of the arm whose model answers each request.
+            arm: name that the samples get.
+            block: number of the block.
+            first: index of the first request.
+            requests: the prompts and lengths.
+
+        Raises:
+            EngineError: a request that failed, or that got no answer in time.
+        """
+
+        def answer(model: str, index: int, request: Request) -> Sample:
             done = self.server.stream(
-                self.models[arm], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
+                self.models[model], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
             )
             if len(done.piece_s) == 1:
                 raise EngineError(
@@ -41,6 +59,6 @@ class VllmEngine(Engine):
 
         pool = ThreadPoolExecutor(len(requests))
         try:
-            return list(pool.map(answer, range(first, first + len(requests)), requests))
+            return list(pool.map(answer, models, range(first, first + len(requests)), requests))
         finally:  # after a failure or Ctrl-C the other requests may hang until the server ends
             pool.shutdown(wait=False, cancel_futures=True)

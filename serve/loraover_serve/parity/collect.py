@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,15 @@ from loraover.models.load import load_tokenizer
 from loraover.models.memory import memory_explained
 from loraover.reporting.reporter import Reporter
 from loraover_serve.engines.base import Engine
-from loraover_serve.engines.sample import Request
+from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
 from loraover_serve.parity.judge.outputs import Outputs, compare_outputs
+from loraover_serve.parity.judge.several import Together, compare_together
 from loraover_serve.parity.measure.arms import Arms
 from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.cross_check import CrossCheck, cross_check
 from loraover_serve.parity.measure.memory import PeakMemory, measure_memory
+from loraover_serve.parity.measure.several import SeveralAdapters, adapter_of, answers_alone
 from loraover_serve.parity.measure.start import (
     MEMORY_LOG_FILE,
     Launch,
@@ -32,13 +35,14 @@ from loraover_serve.parity.measure.start import (
     started_vllm,
 )
 from loraover_serve.parity.request import ParityRequest
-from loraover_serve.parity.samples import BASE, Measurement
+from loraover_serve.parity.samples import BASE, FOLDED, VANILLA, Measurement
 
 if TYPE_CHECKING:
     from loraover_serve.engines.vllm import VllmEngine
 
 COMPARED_PROMPTS = 8
 MEMORY_WAVES = 4
+Alone = dict[tuple[str, int], Sample]
 
 
 @dataclass
@@ -50,6 +54,8 @@ class Measured:
         memory: peak memory of vLLM servers.
         cross_checks: medians of `vllm bench serve` beside ours.
         outputs: comparisons of answers with PyTorch's.
+        together: comparisons of several adapters' answers with those of each alone.
+        alone: answers of each of several adapters alone, by engine and concurrency.
         notes: failures of measurements that the verdict does not depend on.
         versions: versions that servers report.
         failure: reason why the run ended early; None if it did not.
@@ -59,6 +65,8 @@ class Measured:
     memory: list[PeakMemory] = field(default_factory=list)
     cross_checks: list[CrossCheck] = field(default_factory=list)
     outputs: list[Outputs] = field(default_factory=list)
+    together: list[Together] = field(default_factory=list)
+    alone: dict[tuple[str, int], Alone] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     failure: str | None = None
@@ -132,12 +140,18 @@ class Collector:
 
     def _compare(self, measured: Measured) -> None:
         """Compare the answers of each run with those of PyTorch."""
-        folded, folded_name, vanilla = references(self.arms, **self._compute)
+        models, folded_name = references(self.arms, **self._compute)
         runs = measured.testable
         with self.report.task("comparing outputs with PyTorch, runs", len(runs)) as done:
             for count, run in enumerate(runs, 1):
-                found = compare_outputs(run, self.requests, folded, folded_name, vanilla, COMPARED_PROMPTS)
+                found = compare_outputs(
+                    run, self.requests, models[FOLDED], folded_name, models[VANILLA], COMPARED_PROMPTS
+                )
                 measured.outputs.append(found)
+                if alone := measured.alone.get((run.engine, run.concurrency)):
+                    mine = {name: models[name] for name in self._several}
+                    answered_by = partial(adapter_of, self._several, run.concurrency)
+                    measured.together += compare_together(run, self.requests, answered_by, alone, mine, found)
                 done(count)
 
     def _measure(self, name: str, measured: Measured) -> None:
@@ -145,16 +159,40 @@ class Collector:
         with start as engines:
             for engine in engines:
                 for concurrency in self.request.concurrencies(name):
-                    run = self._run(engine, concurrency)
+                    run = self._run(self._shared(engine, concurrency), concurrency)
                     measured.runs.append(run)
                     measured.failure = run.failure
                     if run.failure is not None:
                         return
+                    if self.arms.also:
+                        measured.alone[run.engine, concurrency] = self._alone(engine, run)
                     if name == "vllm":
                         self._ask_server(engine, run, measured)
         if name == "vllm" and self.request.memory:
             with measured.optional("memory"):
                 self._measure_memory(measured)
+
+    @property
+    def _several(self) -> tuple[str, ...]:
+        """Names of the adapters that take turns."""
+        return (FOLDED, *self.arms.also)
+
+    def _shared(self, engine: Engine, concurrency: int) -> Engine:
+        """The engine with the arms of several adapters, if there are several."""
+        if not self.arms.also:
+            return engine
+        from loraover_serve.engines.vllm import VllmEngine
+
+        together = engine.run_each if isinstance(engine, VllmEngine) else None
+        return SeveralAdapters(engine, self._several, concurrency, together)
+
+    def _alone(self, engine: Engine, run: Measurement) -> Alone:
+        """Answers of each adapter alone to the first waves in which every adapter has its turns."""
+        self.report.line(f"{engine.name}, concurrency {run.concurrency}: {' and '.join(self._several)}, each alone")
+        size = self.request.waves * run.concurrency
+        waves = size * math.ceil(COMPARED_PROMPTS / size)
+        indices = sorted({sample.request for sample in run.samples})[:waves]
+        return answers_alone(engine, self._several, self.requests, indices, run.concurrency)
 
     def _run(self, engine: Engine, concurrency: int) -> Measurement:
         blocks = self.request.blocks(concurrency)
@@ -167,6 +205,7 @@ class Collector:
                 concurrency=concurrency,
                 blocks=blocks,
                 seed=self.request.seed,
+                waves=self.request.waves,
                 on_block=lambda: done(next(count)),
             )
 
@@ -184,11 +223,11 @@ class Collector:
 
     def _cross_check(self, engine: VllmEngine, run: Measurement, measured: Measured) -> None:
         tokenizer = load_tokenizer(self.arms.base)
-        for arm, model in engine.models.items():
+        for arm in (arm for arm in engine.arms if arm not in self.arms.also):
             measured.cross_checks += cross_check(
                 run,
                 arm,
-                model,
+                engine.models[arm],
                 self.requests,
                 tokenizer,
                 vllm=self.launch.vllm,
@@ -200,7 +239,7 @@ class Collector:
         """Start a server for each arm alone, and send it a few waves of requests."""
         launch = replace(self.launch, log=self.launch.log.with_name(MEMORY_LOG_FILE))
         servers = self.request.memory
-        for arm in (BASE, *self.arms.adapters):
+        for arm in (BASE, *(arm for arm in self.arms.adapters if arm not in self.arms.also)):
             alone = {arm: self.arms.adapters[arm]} if arm != BASE else {}
             start = partial(started_vllm, alone, self.arms, self.requests, self.folder, launch)
             for concurrency in self.request.max_concurrency:

@@ -12,6 +12,7 @@ from loraover.common.errors import ConfigError
 from loraover.models.device import choose_compute
 from loraover_serve.engines import ENGINES
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
+from loraover_serve.parity.measure.several import ROUNDS
 from loraover_serve.parity.measure.workload import WorkloadKind
 from loraover_serve.vllm.serve import SET_BY_SERVE, option_faults
 
@@ -35,6 +36,7 @@ class ParityRequest:
     adapter: Path
     baseline: Path | None
     checkpoint: Path | None
+    also_adapters: tuple[Path, ...]
     engines: tuple[str, ...]
     num_prompts: int
     max_concurrency: tuple[int, ...]
@@ -97,14 +99,19 @@ class ParityRequest:
         for concurrency in self.max_concurrency:
             if self.blocks(concurrency) < MIN_BLOCKS:
                 yield (
-                    f"{self.num_prompts} prompts make {self.blocks(concurrency)} blocks of 2 x {concurrency} at "
-                    f"concurrency {concurrency}, and the tests take {MIN_BLOCKS} at least; give --num-prompts "
-                    f"{2 * MIN_BLOCKS * concurrency} or more."
+                    f"{self.num_prompts} prompts make {self.blocks(concurrency)} blocks of "
+                    f"2 x {self.waves * concurrency} at concurrency {concurrency}, and the tests take {MIN_BLOCKS} at "
+                    f"least; give --num-prompts {2 * MIN_BLOCKS * self.waves * concurrency} or more."
                 )
 
     def blocks(self, concurrency: int) -> int:
         """Number of blocks that the prompts make at a concurrency."""
-        return self.num_prompts // (2 * concurrency)
+        return self.num_prompts // (2 * self.waves * concurrency)
+
+    @property
+    def waves(self) -> int:
+        """Number of waves of simultaneous requests that an arm answers in a row."""
+        return ROUNDS * (1 + len(self.also_adapters)) if self.also_adapters else 1
 
     def concurrencies(self, engine: str) -> tuple[int, ...]:
         """The concurrencies to measure an engine at; only a server answers several requests at once."""
@@ -115,6 +122,7 @@ class ParityRequest:
         words = ["loraover-serve", "parity", "--adapter", str(self.adapter)]
         words += [] if self.baseline is None else ["--baseline", str(self.baseline)]
         words += [] if self.checkpoint is None else ["--checkpoint", str(self.checkpoint)]
+        words += [word for folder in self.also_adapters for word in ("--also-adapter", str(folder))]
         words += [word for engine in self.engines for word in ("--engine", engine)]
         words += ["--num-prompts", str(self.num_prompts)]
         words += ["--max-concurrency", ",".join(map(str, self.max_concurrency))]

@@ -33,6 +33,7 @@ def measure_parity(
     *,
     baseline: str | Path | None = None,
     checkpoint: str | Path | None = None,
+    also_adapters: Sequence[str | Path] = (),
     engines: Sequence[str] = ("onnx",),
     num_prompts: int = 100,
     max_concurrency: Sequence[int] = (1,),
@@ -67,6 +68,8 @@ def measure_parity(
         baseline: folder of a plain LoRA with the same ranks and targets; None draws random weights.
         checkpoint: folder of the LoRA-Over checkpoint that was folded. Answers are then compared with its unfolded
             model, which also becomes an arm of the engine torch.
+        also_adapters: folders of further adapters of the same ranks and targets. Two arms are added: "switching", whose
+            requests go to the folded adapter and these in turn, and "mixed", where they share a batch (vLLM only).
         engines: engines to measure on: "vllm", "onnx" (ONNX Runtime) or "torch" (PyTorch with PEFT).
         num_prompts: number of requests that each arm answers, at every concurrency.
         max_concurrency: numbers of simultaneous requests; each is measured. Other engines than vLLM take one at a time.
@@ -104,6 +107,7 @@ def measure_parity(
         adapter=Path(adapter),
         baseline=_path(baseline),
         checkpoint=_path(checkpoint),
+        also_adapters=tuple(map(Path, also_adapters)),
         engines=tuple(engines),
         num_prompts=num_prompts,
         max_concurrency=tuple(max_concurrency),
@@ -169,6 +173,7 @@ def _measured_report(request: ParityRequest, logs: Path, reporter: Reporter) -> 
             request.baseline,
             request.checkpoint,
             Path(scratch),
+            also=request.also_adapters,
             model=request.model,
             allow_unequal=request.allow_unequal,
             seed=request.seed,
@@ -221,6 +226,14 @@ def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, st
             "different",
             f"the folded adapter's answers on {apart[0]} are further from PyTorch's than the vanilla adapter's are",
         )
+    parted = [t for t in measured.together if not t.agree]
+    if parted:
+        worst = parted[0]
+        return (
+            "different",
+            f"answers of {worst.adapter} in the arm {worst.arm} on {worst.engine}, along with other adapters, are "
+            "further from PyTorch's than the vanilla adapter's are",
+        )
     return overall(found)
 
 
@@ -237,6 +250,7 @@ def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityRep
         throughputs=throughputs(measured.testable),
         memory=measured.memory,
         outputs=measured.outputs,
+        together=measured.together,
         cross_checks=measured.cross_checks,
         notes=measured.notes,
         runs=measured.runs,
@@ -245,6 +259,7 @@ def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityRep
             FOLDED: str(request.adapter),
             VANILLA: "random weights" if request.baseline is None else str(request.baseline),
             CONTROL: "a copy of the vanilla adapter",
+            **{name: str(arms.adapters[name]) for name in arms.also},
         },
         workload={
             "kind": request.workload,

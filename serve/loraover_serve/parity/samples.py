@@ -9,6 +9,11 @@ from loraover_serve.engines.sample import Sample
 BASE, VANILLA, CONTROL, FOLDED = "base", "vanilla", "control", "folded"
 """Names of the arms: the base model, a plain LoRA (the baseline), a copy of that LoRA, and the folded adapter."""
 
+SWITCHING, MIXED = "switching", "mixed"
+"""Names of the arms that several adapters answer: one after the other, and together in one batch."""
+ALSO = "adapter{}"
+"""Name under which an engine has each further adapter."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -20,6 +25,7 @@ class Measurement:
         blocks: number of complete blocks.
         samples: answers of the complete blocks, without warm-up.
         failure: reason why the measurement ended early; None if it did not.
+        waves: number of waves of simultaneous requests that an arm answers in a row.
     """
 
     engine: str
@@ -27,3 +33,4 @@ class Measurement:
     blocks: int
     samples: tuple[Sample, ...]
     failure: str | None = None
+    waves: int = 1

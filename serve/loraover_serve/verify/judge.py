@@ -13,7 +13,7 @@ that, so that an adapter at two thirds of its strength would be seen, and *incon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ import numpy as np
 
 from loraover.common.errors import EngineError
 from loraover_serve.parity.judge.outputs import APPLIED, SURE
-from loraover_serve.verify.answers import Expected, Rows
+from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Rows
 from loraover_serve.verify.faults import FAULTS, IN_BASE, OTHER_BASE, Candidate, Subject, rescaled
+from loraover_serve.verify.mixed import compare_mixed, mixed_fault
 from loraover_serve.verify.reference import Reference
 from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect
 from loraover_serve.verify.rounding import FORMATS
@@ -45,11 +46,13 @@ class Answers:
         base: logprobs of the base model.
         adapter: logprobs of the adapter.
         greedy: tokens of the adapter's greedy answer to each prompt.
+        mixed: logprobs of each arm, asked for together; None if the engine takes one request at a time.
     """
 
     base: Rows
     adapter: Rows
     greedy: Sequence[tuple[int, ...]]
+    mixed: Mapping[str, Rows] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,15 @@ class Court:
             EngineError: answers that are not finite, or of another vocabulary.
         """
         reference = self.reference
-        for rows in (answers.base, answers.adapter):
+        for rows in (answers.base, answers.adapter, *(answers.mixed or {}).values()):
             _check(engine, rows, reference.base.vocabulary)
         noise = distance(answers.base, reference.base)
         found = distance(answers.adapter, reference.adapter)
         allowed = allowed_distance(noise, reference.sensitivity)
         greedy = _greedy(answers.greedy, reference, 2 * reference.sensitivity * noise.largest + FLOOR)
         effect = between(answers.adapter, reference.adapter, reference.base)
+        apart = {BASE: answers.base, ADAPTER: answers.adapter}
+        mixed = None if answers.mixed is None else compare_mixed(answers.mixed, apart)
         facts = {
             "engine": engine,
             "version": version,
@@ -95,11 +100,15 @@ class Court:
             "effect": effect,
             "allowed": allowed,
             "greedy": greedy,
+            "mixed": mixed,
             "seconds": seconds,
         }
         leak = distance(answers.base, reference.adapter).rms
         if leak < noise.rms / 2 and noise.rms > EXACT:
-            reason = "requests for the base model are answered with the adapter"
+            reason = (
+                "requests for the base model are answered with the adapter; those for the adapter are "
+                f"{found.rms:.2g} nats from PyTorch's answers"
+            )
             return EngineResult(verdict="differs", reason=reason, fault=IN_BASE, **facts)
         number_format = self._number_format(answers.base, noise)
         facts["number_format"] = number_format
@@ -110,7 +119,10 @@ class Court:
             )
             return EngineResult(verdict="differs", reason=reason, fault=OTHER_BASE, **facts)
         if found.rms <= allowed:
-            return EngineResult(**_within(found, noise, effect, allowed, greedy, number_format), **facts)
+            within = _within(found, noise, effect, allowed, greedy, number_format)
+            if within["verdict"] != "differs" and mixed is not None:
+                within = mixed_fault(mixed, allowed) or within
+            return EngineResult(**within, **facts)
         suspects = self._suspects(answers.adapter, found, allowed)
         nearest = suspects[0]
         reason = _named(suspects, allowed) if nearest.explains else _unexplained(nearest, found, allowed)
@@ -159,15 +171,7 @@ def distance(rows: Rows, expected: Expected) -> LogprobDistance:
         rows: an engine's logprobs.
         expected: PyTorch's.
     """
-    squares, largest = [], 0.0
-    for row in rows:
-        difference = np.abs(row.logprobs - expected.like(row))
-        squares.append(float(np.mean(np.square(difference))))
-        largest = max(largest, float(difference.max()))
-    rms = math.sqrt(np.mean(squares))
-    # the root divides the standard error of the mean square by 2 rms
-    error = float(np.std(squares)) / math.sqrt(len(squares)) / (2 * rms) if rms else 0.0
-    return LogprobDistance(rms=rms, error=error, largest=largest, positions=len(squares))
+    return LogprobDistance.of([row.logprobs - expected.like(row) for row in rows])
 
 
 def between(rows: Rows, one: Expected, other: Expected) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 REPORT_FILE = "verify.json"
@@ -19,12 +23,29 @@ class Model(BaseModel):
 
 
 class LogprobDistance(Model):
-    """LogprobDistance of an engine's logprobs from a model's in PyTorch."""
+    """Distance of an engine's logprobs from a model's in PyTorch, or from its own."""
 
     rms: float = Field(description="RMS difference of logprobs, in nats")
     error: float = Field(description="standard error of rms, in nats")
     largest: float = Field(description="largest difference of a logprob, in nats")
     positions: int = Field(description="number of positions at which next tokens were compared")
+
+    @classmethod
+    def of(cls, differences: Sequence[NDArray[np.float64]]) -> LogprobDistance:
+        """Summarise differences of logprobs, one array for each position."""
+        squares = [float(np.mean(np.square(each))) for each in differences]
+        rms = math.sqrt(np.mean(squares))
+        # the root divides the standard error of the mean square by 2 rms
+        error = float(np.std(squares)) / math.sqrt(len(squares)) / (2 * rms) if rms else 0.0
+        largest = max(float(np.abs(each).max()) for each in differences)
+        return cls(rms=rms, error=error, largest=largest, positions=len(squares))
+
+
+class MixedBatch(Model):
+    """Answers to requests for both models that are sent together, beside those sent for one model at a time."""
+
+    base: LogprobDistance = Field(description="distance between the base model's answers sent together and apart")
+    adapter: LogprobDistance = Field(description="distance between the adapter's answers sent together and apart")
 
 
 class Greedy(Model):
@@ -72,6 +93,9 @@ class EngineResult(Model):
     effect: float | None = Field(default=None, description="RMS change of logprobs by the adapter, in nats")
     allowed: float | None = Field(default=None, description="largest distance that the noise explains, in nats")
     greedy: Greedy | None = Field(default=None, description="greedy answers; None if the engine hides its token ids")
+    mixed: MixedBatch | None = Field(
+        default=None, description="answers in mixed batches; None if the engine takes one request at a time"
+    )
     suspects: list[Suspect] = Field(default=[], description="faults that were compared, the nearest first")
     seconds: float = Field(description="seconds to export, start and ask the engine")
 

@@ -61,8 +61,9 @@ def verify_adapter(
     Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
     the adapter. Its answers are compared with those of PyTorch in float32: of the unfolded model for a LoRA-Over
     checkpoint, of PEFT for any other LoRA of a causal language model. The engine's distance on the base model is its
-    noise. The report's `verdict` is "as trained", "differs", "inconclusive" if the adapter moves the answers less than
-    the noise, or "failed" if an engine failed after another had answered.
+    noise. A server is asked for each of the two models again while it answers for the other one. The report's `verdict`
+    is "as trained", "differs", "inconclusive" if the adapter moves the answers less than the noise, or "failed" if an
+    engine failed after another had answered.
 
     Args:
         adapter: folder of a LoRA-Over checkpoint or a PEFT LoRA.
@@ -250,7 +251,8 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
     questions = reference.questions
     base, adapter = (engine.rows(arm, questions) for arm in (BASE, ADAPTER))
     prompts = [question.prompt for question in questions]
-    return Answers(base, adapter, engine.greedy(ADAPTER, prompts, len(questions[0].continuation)))
+    greedy = engine.greedy(ADAPTER, prompts, len(questions[0].continuation))
+    return Answers(base, adapter, greedy, engine.mixed(questions))  # last, since its faults may stay in a cache
 
 
 def _check_task(layout: AdapterDir, base: ModelSource) -> None:

@@ -47,6 +47,7 @@ class Result(BaseModel):
         "the margin"
     )
     blocks: int = Field(description="number of blocks")
+    waves: int = Field(default=1, description="number of waves of requests that an arm answers in a row")
     equivalence_p: float = Field(description="p value of the hypothesis that the times differ by more than the margin")
     difference_p: float = Field(
         description="p value of the hypothesis that the times differ by less than the margin, Holm-adjusted over every "
@@ -128,10 +129,11 @@ def results(runs: Sequence[Measurement], margin: float, alpha: float = 0.05) -> 
     for key, comparison in found.items():
         if key[2] != FOLDED:
             found[key] = decide({"": comparison}, alpha=alpha)[""]
-    return [_result(key, comparison) for key, comparison in found.items()]
+    waves = {(run.engine, run.concurrency): run.waves for run in runs}
+    return [_result(key, comparison, waves[key[:2]]) for key, comparison in found.items()]
 
 
-def _result(key: tuple[str, int, str, str], comparison: Comparison) -> Result:
+def _result(key: tuple[str, int, str, str], comparison: Comparison, waves: int) -> Result:
     engine, concurrency, arm, measure = key
     return Result(
         engine=engine,
@@ -142,6 +144,7 @@ def _result(key: tuple[str, int, str, str], comparison: Comparison) -> Result:
         interval=comparison.interval(0.95),
         adjusted_interval=comparison.interval(comparison.confidence),
         blocks=comparison.blocks,
+        waves=waves,
         equivalence_p=comparison.equivalence_p,
         difference_p=comparison.difference_p,
         needed_blocks=comparison.needed_blocks,
@@ -170,7 +173,7 @@ def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different",
             )
         return "different", _by(worst)
     if noisy or open_:
-        requests = max(2 * result.blocks * result.concurrency for result in found)
+        requests = max(2 * result.blocks * result.waves * result.concurrency for result in found)
         cause = "this machine is too noisy" if noisy else "an interval reaches beyond the margin"
         return "inconclusive", f"{cause} at {requests} requests; {_enough([*noisy, *open_], requests)}"
     return "equivalent", "in every primary measure, and so are two copies of one adapter"
@@ -185,7 +188,7 @@ def _by(result: Result) -> str:
 
 
 def _enough(undecided: Sequence[Result], requests: int) -> str:
-    needed = [r.needed_blocks and 2 * r.needed_blocks * r.concurrency for r in undecided]
+    needed = [r.needed_blocks and 2 * r.needed_blocks * r.waves * r.concurrency for r in undecided]
     if None in needed:
         return "no number of requests would be enough"
     most = max(filter(None, needed))

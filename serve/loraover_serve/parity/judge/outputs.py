@@ -103,17 +103,17 @@ def compare_outputs(
     answers = {arm: _answers(run, arm, prompts) for arm in {sample.arm for sample in run.samples}}
     firsts = {arm: first for arm, (first, _) in answers.items()}
     with engine_errors("PyTorch"), folded() as model:
-        distance = _distance(folded_name, model, requests, firsts[FOLDED])
+        distance = distance_of(folded_name, model, requests, firsts[FOLDED])
     with engine_errors("PyTorch"), vanilla() as model:
-        floor = _distance("the vanilla adapter", model, requests, firsts[VANILLA])
+        floor = distance_of("the vanilla adapter", model, requests, firsts[VANILLA])
     noise = logprob_rms(firsts[VANILLA], firsts[CONTROL])
     return Outputs(
         engine=run.engine,
         concurrency=run.concurrency,
         prompts=len(firsts[FOLDED]),
-        controls_equal=_equal(firsts[VANILLA], firsts[CONTROL]),
-        repeats_equal=_equal(*answers[FOLDED]),
-        vanilla_equal=_equal(firsts[FOLDED], firsts[VANILLA]),
+        controls_equal=equal_share(firsts[VANILLA], firsts[CONTROL]),
+        repeats_equal=equal_share(*answers[FOLDED]),
+        vanilla_equal=equal_share(firsts[FOLDED], firsts[VANILLA]),
         noise_rms=noise,
         unapplied=[arm for arm in (VANILLA, CONTROL, FOLDED) if not is_applied(firsts[BASE], firsts[arm], noise)],
         folded=distance,
@@ -132,7 +132,8 @@ def _answers(run: Measurement, arm: str, prompts: int) -> tuple[list[Sample], li
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def _equal(one: Sequence[Sample], other: Sequence[Sample]) -> float:
+def equal_share(one: Sequence[Sample], other: Sequence[Sample]) -> float:
+    """Share of requests that two arms answer with the same tokens."""
     return sum(a.token_ids == b.token_ids for a, b in zip(one, other, strict=True)) / len(one)
 
 
@@ -163,7 +164,7 @@ def is_applied(base: Sequence[Sample], arm: Sequence[Sample], noise: float | Non
         arm: samples of the adapter, for the same requests.
         noise: RMS difference between the logprobs of two copies of one adapter, in nats; None if there are none.
     """
-    if _equal(base, arm) < 1:
+    if equal_share(base, arm) < 1:
         return True
     change = logprob_rms(base, arm)
     return change is not None and change > APPLIED * (noise or 0.0)
@@ -188,7 +189,15 @@ def _rms(differences: Sequence[float] | NDArray[np.float64]) -> float | None:
     return float(np.sqrt(np.mean(np.square(differences)))) if len(differences) else None
 
 
-def _distance(reference: str, model: Any, requests: Sequence[Request], samples: Sequence[Sample]) -> Distance:
+def distance_of(reference: str, model: Any, requests: Sequence[Request], samples: Sequence[Sample]) -> Distance:
+    """Distance of one arm's answers from a model in PyTorch.
+
+    Args:
+        reference: the model in words.
+        model: the model.
+        requests: the requests of the run.
+        samples: the answers.
+    """
     answers, apart = zip(*(_judge(model, requests, sample) for sample in samples), strict=True)
     differences = np.concatenate(apart)
     rms = _rms(differences)

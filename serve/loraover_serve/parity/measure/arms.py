@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterD
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import ParityError
 from loraover.models.load import ModelSource
-from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
+from loraover_serve.parity.samples import ALSO, CONTROL, FOLDED, VANILLA
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Arms:
         adapters: folder of each arm's adapter, by the arm's name.
         base: the base model.
         checkpoint: folder of the checkpoint that was folded, for the unfolded model; None if there is none.
+        also: names of further adapters, which answer along with the folded one.
     """
 
     adapters: Mapping[str, Path]
     base: ModelSource
     checkpoint: Path | None
+    also: tuple[str, ...] = ()
 
 
 def prepare_arms(
@@ -41,6 +43,7 @@ def prepare_arms(
     checkpoint: Path | None,
     scratch: Path,
     *,
+    also: Sequence[Path] = (),
     model: str | None,
     allow_unequal: bool,
     seed: int,
@@ -53,6 +56,7 @@ def prepare_arms(
         vanilla: folder of a plain LoRA; None draws random weights.
         checkpoint: folder of the checkpoint that was folded; None if there is none.
         scratch: folder for the adapters that are made.
+        also: folders of further adapters, which answer along with the folded one.
         model: base model, folder or hub name; None means the folded adapter's.
         allow_unequal: whether adapters may have different ranks or targets.
         seed: seed of random weights.
@@ -67,17 +71,20 @@ def prepare_arms(
     if vanilla is None:
         vanilla = make_vanilla(first, scratch / VANILLA, seed)
     second = read_adapter_dir(vanilla)
-    if first.shapes != second.shapes and not allow_unequal:
-        raise ParityError(
-            f"{_difference(first, second)}, so a difference of speed would say nothing about folding; compare "
-            "adapters of equal ranks and targets, or add --allow-unequal."
-        )
+    others = {ALSO.format(i): read_adapter_dir(path) for i, path in enumerate(also, 2)}
+    for name, other in {"vanilla one": second, **others}.items():
+        if first.shapes != other.shapes and not allow_unequal:
+            raise ParityError(
+                f"{_difference(first, other, name)}, so a difference of speed would say nothing about folding; "
+                "compare adapters of equal ranks and targets, or add --allow-unequal."
+            )
     if checkpoint is not None and read_checkpoint(checkpoint).adapter.sites.keys() != first.sites.keys():
         raise ParityError(f"{checkpoint} adapts other modules than {folded}; name the checkpoint that was folded.")
     control = scratch / CONTROL
     shutil.copytree(vanilla, control)
     adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: folded.resolve()}
-    return Arms(adapters, resolve_base([first], model, option="--model", say=say), checkpoint)
+    adapters |= {name: other.path.resolve() for name, other in others.items()}
+    return Arms(adapters, resolve_base([first], model, option="--model", say=say), checkpoint, tuple(others))
 
 
 def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
@@ -120,7 +127,7 @@ def _write(tensors: dict[str, Tensor], like: AdapterDir, folder: Path) -> Path:
     return folder
 
 
-def _difference(folded: AdapterDir, vanilla: AdapterDir) -> str:
-    key = min(set(folded.shapes.items()) ^ set(vanilla.shapes.items()))[0]
-    found = [adapter.shapes.get(key, "missing") for adapter in (folded, vanilla)]
-    return f"{key} is {found[0]} in the folded adapter and {found[1]} in the vanilla one"
+def _difference(folded: AdapterDir, other: AdapterDir, name: str) -> str:
+    key = min(set(folded.shapes.items()) ^ set(other.shapes.items()))[0]
+    found = [adapter.shapes.get(key, "missing") for adapter in (folded, other)]
+    return f"{key} is {found[0]} in the folded adapter and {found[1]} in the {name}"

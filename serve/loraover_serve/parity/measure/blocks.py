@@ -18,10 +18,11 @@ def measure(
     concurrency: int,
     blocks: int,
     seed: int,
+    waves: int = 1,
     warm_up: int = 1,
     on_block: Callable[[], None] = lambda: None,
 ) -> Measurement:
-    """Run every arm twice in every block, both times on the same `concurrency` requests at once.
+    """Run every arm twice in every block, both times on the same `waves` times `concurrency` requests.
 
     Args:
         engine: the engine, with all arms loaded.
@@ -29,6 +30,7 @@ def measure(
         concurrency: number of simultaneous requests.
         blocks: number of blocks to measure.
         seed: seed of the order of arms.
+        waves: number of waves of simultaneous requests that an arm answers in a row.
         warm_up: number of blocks that are run first, and not measured.
         on_block: called after each measured block.
 
@@ -43,10 +45,10 @@ def measure(
     failure = None
     done = 0
     for block, order in enumerate(block_orders(engine.arms, warm_up + blocks, seed)):
-        first = block * concurrency
-        wave = [requests[i % len(requests)] for i in range(first, first + concurrency)]
+        first, size = block * waves * concurrency, waves * concurrency
+        row = [requests[i % len(requests)] for i in range(first, first + size)]
         try:
-            answered = [sample for arm in order for sample in engine.run(arm, block, first, wave)]
+            answered = [sample for arm in order for sample in engine.run(arm, block, first, row)]
         except (EngineError, KeyboardInterrupt) as error:
             if not done:
                 raise
@@ -56,4 +58,4 @@ def measure(
             samples += answered
             done += 1
             on_block()
-    return Measurement(engine.name, concurrency, done, tuple(samples), failure)
+    return Measurement(engine.name, concurrency, done, tuple(samples), failure, waves)

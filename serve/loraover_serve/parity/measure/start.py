@@ -142,11 +142,11 @@ def _onnx(arms: Arms, folder: Path, say: Callable[[str], None]) -> list[Engine]:
     from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 
     say("building ONNX graphs")
-    sources = {arm: arms.adapters[arm] for arm in (VANILLA, FOLDED)}
+    sources = {arm: path for arm, path in arms.adapters.items() if arm != CONTROL}
     swappable = _exported(arms, sources, "swappable", folder)
     sources[BASE] = make_idle(read_adapter_dir(arms.adapters[VANILLA]), folder / "idle")  # merges into the base model
     merged = {arm: _exported(arms, {arm: path}, "merged", folder) for arm, path in sources.items()}
-    vanilla, folded = (swappable / f"{arm}.onnx_adapter" for arm in (VANILLA, FOLDED))
+    loaded = {arm: swappable / f"{arm}.onnx_adapter" for arm in arms.adapters if arm != CONTROL}
     return [
         OnnxEngine(
             "onnx merged",
@@ -155,15 +155,17 @@ def _onnx(arms: Arms, folder: Path, say: Callable[[str], None]) -> list[Engine]:
                 VANILLA: OnnxArm(merged[VANILLA]),
                 CONTROL: OnnxArm(merged[VANILLA], session=1),
                 FOLDED: OnnxArm(merged[FOLDED]),
+                **{arm: OnnxArm(merged[arm]) for arm in arms.also},
             },
         ),
         OnnxEngine(
             "onnx swappable",
             {
                 BASE: OnnxArm(swappable),
-                VANILLA: OnnxArm(swappable, vanilla),
-                CONTROL: OnnxArm(swappable, vanilla),
-                FOLDED: OnnxArm(swappable, folded),
+                VANILLA: OnnxArm(swappable, loaded[VANILLA]),
+                CONTROL: OnnxArm(swappable, loaded[VANILLA]),
+                FOLDED: OnnxArm(swappable, loaded[FOLDED]),
+                **{arm: OnnxArm(swappable, loaded[arm]) for arm in arms.also},
             },
         ),
     ]
@@ -188,7 +190,7 @@ def pytorch_needs(arms: Arms, tokens: int) -> Needs:
     return Needs.of_model(arms.base, adapters=adapters, tokens=tokens, copies=1 if arms.checkpoint is None else 2)
 
 
-def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[Reference, str, Reference]:
+def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[dict[str, Reference], str]:
     """Models in PyTorch to compare answers with.
 
     Args:
@@ -197,16 +199,17 @@ def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[Referenc
         compute_dtype: data type to run in.
 
     Returns:
-        The model of the folded adapter (of the unfolded checkpoint, if there is one), its name, and the model of the
-        vanilla adapter.
+        The model of each adapter by the name of its arm, where the folded one's is the unfolded checkpoint if there is
+        one; and the folded one's name.
     """
     from loraover.checkpoint.checkpoint import read_checkpoint
     from loraover.checkpoint.unfolded_model import unfolded
 
     base = load_model(arms.base, dtype=compute_dtype, device=device)
-    vanilla = read_adapter_dir(arms.adapters[VANILLA])
+    found: dict[str, Reference] = {}
+    for arm in (VANILLA, FOLDED, *arms.also):
+        found[arm] = partial(unfolded, base, read_adapter_dir(arms.adapters[arm]))
     if arms.checkpoint is None:
-        folded, name = read_adapter_dir(arms.adapters[FOLDED]), "the folded adapter"
-        return (lambda: unfolded(base, folded)), name, lambda: unfolded(base, vanilla)
-    checkpoint = read_checkpoint(arms.checkpoint)
-    return (lambda: unfolded(base, checkpoint)), "the unfolded checkpoint", lambda: unfolded(base, vanilla)
+        return found, "the folded adapter"
+    found[FOLDED] = partial(unfolded, base, read_checkpoint(arms.checkpoint))
+    return found, "the unfolded checkpoint"

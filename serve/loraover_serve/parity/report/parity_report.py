@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.common.errors import OutputError
 from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
 from loraover_serve.parity.judge.outputs import Outputs
+from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.measure.cross_check import CrossCheck
 from loraover_serve.parity.measure.memory import PeakMemory
 from loraover_serve.parity.samples import Measurement
@@ -34,6 +35,9 @@ class ParityReport(BaseModel):
     throughputs: list[Throughput]
     memory: list[PeakMemory]
     outputs: list[Outputs]
+    together: list[Together] = Field(
+        default=[], description="answers of several adapters in turn or in one batch, beside each adapter's alone"
+    )
     cross_checks: list[CrossCheck]
     notes: list[str] = Field(description="failures of measurements that the verdict does not depend on")
     runs: list[Measurement] = Field(description="samples of every engine at every concurrency")

@@ -8,9 +8,10 @@ import numpy as np
 
 from loraover.reporting.html_page import INK, svg_axes
 from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, MIXED, SWITCHING, VANILLA, Measurement
 
-COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b", "unfolded": "#c2406b"}
+COLORS = {VANILLA: "#3b7dd8", CONTROL: "#8a63d2", FOLDED: "#d9822b", BASE: "#2e9e6b"}
+COLORS |= {"unfolded": "#c2406b", SWITCHING: "#7a6a53", MIXED: "#1f9bb0"}
 """Colours of the arms, distinct on light and dark pages, and for people who do not see red and green."""
 POINTS = 200  # points of a curve, more than a screen shows
 MARKS = {"equivalent": "o", "different": "X", "inconclusive": "s"}

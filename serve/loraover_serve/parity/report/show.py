@@ -50,6 +50,8 @@ def show_report(report: ParityReport, console: Console) -> None:
         console.print(_cross_check_table(report))
     if report.outputs:
         console.print(_outputs_table(report))
+    if report.together:
+        console.print(_together_table(report))
     for note in report.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
     console.print(f"{report.verdict}: {escape(report.reason)}", style=COLORS[report.verdict], soft_wrap=True)
@@ -98,4 +100,15 @@ def _outputs_table(report: ParityReport) -> Table:
             rms = "-" if d.logprob_rms is None else f"{d.logprob_rms:.1e}"
             verdict = ("agrees" if o.agree else "too far") if arm == "folded" else "noise floor"
             table.add_row(o.engine, str(o.concurrency), arm, f"{d.equal:.0%}", f"{d.largest_gap:.1e}", rms, verdict)
+    return table
+
+
+def _together_table(report: ParityReport) -> Table:
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="Answers of several adapters, beside each alone")
+    for column in ("engine", "at once", "arm", "adapter", "equal texts", "logprobs (RMS)", "verdict"):
+        table.add_column(column, no_wrap=True)
+    for t in report.together:
+        rms = "-" if t.distance.logprob_rms is None else f"{t.distance.logprob_rms:.1e}"
+        verdict = "agrees" if t.agree else "too far"
+        table.add_row(t.engine, str(t.concurrency), t.arm, t.adapter, f"{t.alone_equal:.0%}", rms, verdict)
     return table

@@ -111,6 +111,20 @@ class VerifyEngine(ABC):
             EngineError: a request that failed.
         """
 
+    def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
+        """Return what `rows` does for both arms, with requests for the two sent together.
+
+        Args:
+            questions: the questions.
+
+        Returns:
+            Rows by arm; None if the engine takes one request at a time.
+
+        Raises:
+            EngineError: a request that failed.
+        """
+        return None
+
 
 class LogitEngine(VerifyEngine):
     """An engine in this process, which gives the logits of the entire vocabulary."""

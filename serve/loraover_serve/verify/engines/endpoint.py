@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from threading import Event
 from typing import Any, TypeVar, final
 
 import numpy as np
@@ -22,6 +23,7 @@ from loraover_serve.verify.answers import ADAPTER, BASE, Question, Row
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 
 AT_ONCE = 4  # requests in flight
+COMPANIONS = 2  # answers of the other arm that are generated meanwhile, so that batches are mixed
 TOP = 20  # logprobs of each token: the most that vLLM gives unless it is started with --max-logprobs
 _NUMBERED = re.compile(r"token_id:(\d+)")
 Asked = TypeVar("Asked")
@@ -47,16 +49,42 @@ class OpenAiEngine(VerifyEngine):
         self._tokenizer = tokenizer
 
     def rows(self, arm: str, questions: Sequence[Question]) -> list[Row]:
-        places = [(index, position) for index, question in enumerate(questions) for position in question.answered]
+        return _at_once(lambda place: self._row(arm, questions, *place), _places(questions))
 
-        def ask(place: tuple[int, int]) -> Row:
-            index, position = place
-            choice = self._complete(arm, questions[index].tokens[: position + 1], 1)
-            found = self._first_logprobs(arm, choice)
-            ids, values = np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float32)
-            return Row(index, position, values, ids)
+    def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
+        found = {}
+        for arm, other in ((BASE, ADAPTER), (ADAPTER, BASE)):
+            with self._company(other, questions):
+                found[arm] = self.rows(arm, questions)
+        return found
 
-        return _at_once(ask, places)
+    @contextmanager
+    def _company(self, arm: str, questions: Sequence[Question]) -> Iterator[None]:
+        """Keep an arm generating, in answers as long as the longest question, so that others share its batches."""
+        longest = max(len(question.tokens) for question in questions)
+        prompt, tokens = questions[0].prompt[:1], max(longest - 1, 1)
+        enough = Event()
+
+        def generate() -> None:
+            while not enough.is_set():
+                self._complete(arm, prompt, tokens)
+
+        pool = ThreadPoolExecutor(COMPANIONS)
+        try:
+            running = [pool.submit(generate) for _ in range(COMPANIONS)]
+            yield
+            enough.set()
+            for each in running:
+                each.result()
+        finally:
+            enough.set()
+            pool.shutdown(wait=False)
+
+    def _row(self, arm: str, questions: Sequence[Question], index: int, position: int) -> Row:
+        choice = self._complete(arm, questions[index].tokens[: position + 1], 1)
+        found = self._first_logprobs(arm, choice)
+        ids, values = np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float32)
+        return Row(index, position, values, ids)
 
     def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
         return _at_once(lambda prompt: self._token_ids(self._complete(arm, prompt, tokens)), prompts)
@@ -158,6 +186,10 @@ class EndpointEngine(OpenAiEngine):
                 "--served-name and its base model with --base-name."
             )
         yield engine
+
+
+def _places(questions: Sequence[Question]) -> list[tuple[int, int]]:
+    return [(index, position) for index, question in enumerate(questions) for position in question.answered]
 
 
 def _at_once(ask: Callable[[Asked], Answered], items: Sequence[Asked]) -> list[Answered]:

@@ -1,0 +1,73 @@
+"""Comparison of answers of several adapters at once with those of each adapter alone, and with PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_serve.engines.base import engine_errors
+from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.parity.judge.outputs import Distance, Outputs, Reference, agrees, distance_of, equal_share
+from loraover_serve.parity.samples import MIXED, SWITCHING, Measurement
+
+
+class Together(BaseModel):
+    """Answers of one adapter to requests that it shared a run or a batch with other adapters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str
+    concurrency: int
+    arm: str = Field(description="switching for adapters in turn, mixed for several adapters in one batch")
+    adapter: str = Field(description="name of the adapter's arm")
+    prompts: int = Field(description="number of prompts")
+    alone_equal: float = Field(description="share of prompts that the adapter alone answers with the same tokens")
+    distance: Distance = Field(description="distance of the answers from the adapter's in PyTorch")
+    agree: bool = Field(description="whether that distance is within the noise floor, that of the vanilla adapter")
+
+
+def compare_together(
+    run: Measurement,
+    requests: Sequence[Request],
+    adapter_of: Callable[[str, int], str],
+    alone: Mapping[tuple[str, int], Sample],
+    references: Mapping[str, Reference],
+    floor: Outputs,
+) -> list[Together]:
+    """Compare the answers of "switching" and "mixed" with those of each adapter alone and with PyTorch's.
+
+    Args:
+        run: the samples.
+        requests: the requests of the run.
+        adapter_of: function that gives the adapter which answered a request of an arm.
+        alone: answers of each adapter alone, by its name and the index of the request; only these are compared.
+        references: models in PyTorch, by the names of the adapters.
+        floor: comparison of the run's other arms, with the noise floor.
+
+    Raises:
+        EngineError: a prompt that PyTorch cannot run a model on.
+    """
+    found = []
+    for name, reference in references.items():
+        with engine_errors("PyTorch"), reference() as model:
+            for arm in (SWITCHING, MIXED):
+                firsts = {s.request: s for s in reversed(run.samples) if s.arm == arm}
+                mine = [i for i in sorted(firsts) if adapter_of(arm, i) == name and (name, i) in alone]
+                if not mine:
+                    continue
+                samples = [firsts[i] for i in mine]
+                distance = distance_of(f"{name} in PyTorch", model, requests, samples)
+                found.append(
+                    Together(
+                        engine=run.engine,
+                        concurrency=run.concurrency,
+                        arm=arm,
+                        adapter=name,
+                        prompts=len(mine),
+                        alone_equal=equal_share(samples, [alone[name, i] for i in mine]),
+                        distance=distance,
+                        agree=agrees(distance, floor.vanilla),
+                    )
+                )
+    return found

@@ -1,0 +1,184 @@
+"""How each engine of the matrix gets an adapter: as PEFT saved it, or as this package exports it.
+
+A line in `PEFT_FORM` puts an engine of verify's registry into the matrix: it says what the engine's users give it
+without this package. What we write is what the engine's own `start` exports, unless a line in `OUR_FORM` replaces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from transformers import AutoModelForCausalLM
+
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.errors import EngineError, ExportError
+from loraover_export import export_onnx, export_vllm
+from loraover_export.gguf import llamacpp
+from loraover_export.gguf.base import write_base
+from loraover_export.gguf.families import FAMILIES, interleave
+from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
+from loraover_serve.verify.answers import ADAPTER, BASE
+from loraover_serve.verify.engines import ENDPOINT, engine_class
+from loraover_serve.verify.engines.base import Setting, VerifyEngine
+from loraover_serve.verify.engines.llamacpp import LlamaCppEngine
+from loraover_serve.verify.engines.onnx import Onnx
+from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
+
+from support.compatibility import PEFT
+from support.vllm_command import vllm_command
+
+
+@dataclass(frozen=True)
+class Running:
+    """Servers that run until the last cell is judged, one for each base model.
+
+    Args:
+        folder: folder for their logs.
+        until: stack that stops them.
+        servers: servers by the location of their base model.
+    """
+
+    folder: Path
+    until: ExitStack
+    servers: dict[str, VllmServer] = field(default_factory=dict)
+
+    def vllm(self, base: str) -> VllmServer:
+        if base not in self.servers:
+            config = VllmServerConfig(
+                model=base,
+                max_lora_rank=8,
+                dtype="float32",
+                runtime_loading=True,
+                options=("--max-model-len", "128", "--enforce-eager", "--no-enable-prefix-caching"),
+                environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+            )
+            log = self.folder / f"vllm-{len(self.servers)}.log"
+            self.servers[base] = self.until.enter_context(serve_vllm(config, log, executable=str(vllm_command())))
+        return self.servers[base]
+
+
+Presented = Callable[[Setting, Running], AbstractContextManager[VerifyEngine]]
+
+
+def uniform(setting: Setting) -> Path:
+    """The adapter as `loraover-export vllm` writes it, which is meant to be right on every engine."""
+    folder = setting.scratch / "uniform"
+    report = export_vllm(setting.adapter, folder, model=setting.base.location, dtype="fp32")
+    if not report.passed:
+        errors = [found.found for found in report.preflight.findings if found.level == "error"]
+        raise ExportError(f"the export refuses the adapter: {'; '.join(errors)}")
+    return folder
+
+
+def peft_in_torch(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+    return engine_class("torch").start(setting)
+
+
+def ours_in_torch(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+    return engine_class("torch").start(replace(setting, adapter=uniform(setting)))
+
+
+@contextmanager
+def peft_in_onnx(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+    """PEFT's tensors, given to the swappable graph without a conversion."""
+    graph = setting.scratch / "graph"
+    export_onnx(setting.adapter, graph, mode="swappable", model=setting.base.location, names=(ADAPTER,), check=False)
+    arms = {BASE: OnnxArm(graph), ADAPTER: OnnxArm(graph, setting.adapter / "adapter_model.safetensors")}
+    yield Onnx(OnnxEngine("onnx", arms))
+
+
+def peft_in_vllm(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+    return _served(setting, setting.adapter, running)
+
+
+def ours_in_vllm(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+    return _served(setting, uniform(setting), running)
+
+
+@contextmanager
+def _served(setting: Setting, adapter: Path, running: Running) -> Iterator[VerifyEngine]:
+    """The running server, with an adapter loaded for the length of the block."""
+    server, name = running.vllm(setting.base.location), setting.scratch.name
+    server.load_adapter(name, adapter)
+    try:
+        asked = replace(setting, endpoint=server.url, served_name=name, base_name=setting.base.location)
+        with engine_class(ENDPOINT).start(asked) as engine:
+            engine.version = server.version()
+            yield engine
+    finally:
+        with suppress(EngineError):
+            server.unload_adapter(name)
+
+
+@contextmanager
+def peft_in_llamacpp(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+    """The converted file, loaded without this package's check of the headers: llama.cpp itself refuses."""
+    model = AutoModelForCausalLM.from_pretrained(setting.base.location)
+    base = write_base(model, setting.scratch / "base.gguf")
+    file = write_as_llamacpp_does(model, setting, setting.scratch / "converted.gguf")
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llamacpp, "check_pair", lambda base, adapter: None)
+            loaded = {BASE: LlamaCpp(base, threads=1), ADAPTER: LlamaCpp(base, file, threads=1)}
+        yield LlamaCppEngine({arm: stack.enter_context(running) for arm, running in loaded.items()})
+
+
+def write_as_llamacpp_does(model: Any, setting: Setting, path: Path) -> Path:
+    """Write an adapter as llama.cpp's convert_lora_to_gguf.py does; returns `path`.
+
+    A and B are renamed, B of the queries and keys reordered, and A of an embedding transposed, as for the base model.
+    Of the configuration, only lora_alpha is written. Copies of base weights are left out.
+    """
+    family = FAMILIES[type(model).__name__]
+    architecture = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == family.name)
+    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, family.name)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(setting.layout.config.lora_alpha))
+    with open_tensors(setting.layout.tensors_path) as file:
+        for key, full_name in setting.layout.sites.items():
+            module, _, kind = key.rpartition(".")
+            matrix = file.read(full_name).float()
+            if kind == "lora_B" and family.interleaved and module.endswith(("q_proj", "k_proj")):
+                matrix = interleave(matrix, len(matrix) // model.config.head_dim)
+            if kind == "lora_embedding_A":
+                matrix = matrix.mT
+            target = names.get_name(module)
+            assert target is not None, module
+            writer.add_tensor(f"{target}.weight.lora_{kind[-1].lower()}", matrix.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+PEFT_FORM: dict[str, Presented] = {
+    "torch": peft_in_torch,
+    "onnx": peft_in_onnx,
+    "vllm": peft_in_vllm,
+    "llamacpp": peft_in_llamacpp,
+}
+"""What an engine's users give it if they have PEFT's files only."""
+
+OUR_FORM: dict[str, Presented] = {
+    "torch": ours_in_torch,
+    "vllm": ours_in_vllm,
+}
+"""What this package writes, where verify's own start is not what the matrix takes."""
+
+MATRIX_ENGINES = tuple(PEFT_FORM)
+
+
+def present(engine: str, form: str, setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+    """Start an engine with the adapter in a form."""
+    table = PEFT_FORM if form == PEFT else OUR_FORM
+    return table[engine](setting, running) if engine in table else engine_class(engine).start(setting)
