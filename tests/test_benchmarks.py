@@ -236,6 +236,9 @@ def test_a_device_is_waited_for_before_and_after_the_work(monkeypatch: pytest.Mo
 
 
 def test_ratios_are_those_of_pairs() -> None:
-    slow = [1.0, 10.0, 100.0]
+    slow = [1.0, 10.0, 100.0, 1.0, 10.0, 100.0]
     assert median_ratio([1.02 * s for s in slow], slow).shown() == "1.02 [1.02, 1.02]"
-    assert median_ratio([2.0, 4.0, 6.0], [2.0, 2.0, 2.0]).shown(1) == "2.0 [1.0, 3.0]"
+
+
+def test_few_rounds_have_a_range_and_no_interval() -> None:
+    assert median_ratio([2.0, 4.0, 6.0], [2.0, 2.0, 2.0]).shown(1, unit=" x") == "2.0 x (1.0 to 3.0)"

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loraover import ConsoleReporter, LoraOverConfig, OverParameterization, write_checkpoint
+from loraover.common.provenance import host_peak_bytes
 from loraover_export import fold_checkpoint
 
 folder, device, compute_dtype = Path(sys.argv[1]), *(sys.argv[2:] + ["auto", "bf16"][len(sys.argv) - 2 :])
@@ -41,7 +42,7 @@ model.save_pretrained(folder / "checkpoint")
 write_checkpoint(folder / "checkpoint", OverParameterization(model, LoraOverConfig(seed=0)), step=0)
 del base, model
 
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 certificate = fold_checkpoint(
     folder / "checkpoint",
     folder / "folded",
@@ -54,4 +55,6 @@ certificate = fold_checkpoint(
 )
 outputs = certificate.outputs
 print(f"{certificate.verdict} in {time.perf_counter() - start:.0f} s: {outputs.tokens} tokens on {outputs.device}")
-print(f"largest logit error {outputs.error.max_logit:.3g}, allowed {outputs.bound:.3g}")
+print(f"CPU time {time.process_time() - cpu:.1f} s, largest memory {host_peak_bytes() / 2**30:.1f} GiB")
+print(f"largest logit error {outputs.error.max_logit:.3g}, allowed {outputs.bound:.3g}; ", end="")
+print(f"the adapter moves logits by up to {outputs.adapter_effect:.3g}")

@@ -28,6 +28,7 @@ INTEGERS = {
     "BOOL": torch.bool,
 }
 HASHED_AT_ONCE = 2**20  # bytes
+READ_AT_ONCE = 2**30  # bytes; not every system reads 2 GiB at once
 
 
 class NonFiniteError(CheckpointError, DivergedError):
@@ -83,7 +84,7 @@ class TensorFile:
         data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         rest = memoryview(data)
         while rest:
-            count = os.preadv(self._file.fileno(), [rest], self._start + end - len(rest))
+            count = os.preadv(self._file.fileno(), [rest[:READ_AT_ONCE]], self._start + end - len(rest))
             if count == 0:
                 raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or save it again.")
             rest = rest[count:]
@@ -185,15 +186,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: tuple[str, st
 def first_difference(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
     """Return the key of the first tensor that a safetensors file does not hold bit for bit; None if it holds all.
 
-    The file is read as bytes, so that nothing that wrote it takes part.
+    Raises:
+        CheckpointError: The file is damaged.
     """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+    with open_tensors(path) as written:
         for key, tensor in tensors.items():
-            start, end = header.get(key, {}).get("data_offsets", (0, 0))
-            file.seek(8 + size + start)
-            held = np.frombuffer(file.read(end - start), np.uint8)
-            if not np.array_equal(held, tensor.flatten().view(torch.uint8).numpy()):
+            if key not in written.keys or not have_same_bits(written.read(key), tensor):
                 return key
     return None

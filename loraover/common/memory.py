@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from loraover.common.errors import LoraOverError
+
 PHRASES = (
     "can't allocate memory",
     "not enough memory",
+    "CUDA error: out of memory",
     "MPS backend out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""Words of PyTorch's bare RuntimeErrors. Nothing else distinguishes these errors from others."""
+"""Words of PyTorch's RuntimeErrors. Nothing else distinguishes these errors from others."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -18,7 +21,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
-        if type(error) is RuntimeError and any(phrase in str(error) for phrase in PHRASES):
+        is_torchs = isinstance(error, RuntimeError) and not isinstance(error, LoraOverError)
+        if is_torchs and any(phrase in str(error) for phrase in PHRASES):
             return True
         error = error.__cause__
     return False

@@ -37,8 +37,11 @@ def peak_bytes() -> int:
     """Return the largest memory so far, in bytes: PyTorch's on the CUDA device, or this process's if there is none."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host_peak_bytes()
+
+
+def host_peak_bytes() -> int:
+    """Return the largest memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage also counts the parent's memory before exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

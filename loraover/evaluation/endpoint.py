@@ -59,6 +59,12 @@ class Endpoint:
             self._client = http_client(self.headers, timeout_s=timeout_s, is_near=is_near)
         except (ImportError, ValueError, httpx2.InvalidURL) as error:
             raise ConfigError(f"{host}: the environment's proxy cannot be used: {error}") from error
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Close the connections; requests of other threads fail, and are not repeated."""
+        self._is_closed = True
+        self._client.close()
 
     def complete(self, model: str, prompt: str, *, max_tokens: int, stop: Sequence[str] = ()) -> str:
         """Ask for the greedy continuation of a text.
@@ -104,6 +110,8 @@ class Endpoint:
             try:
                 return self._request(path, body)
             except UnansweredError:
+                if self._is_closed:
+                    raise
                 time.sleep(pause)
         return self._request(path, body)
 
@@ -122,7 +130,7 @@ class Endpoint:
                 self.hidden(f"{self.url}/models: the server answered {answer.status_code}: {answer.text:.300}")
             )
         try:
-            return [str(model["id"]) for model in answer.json()["data"]] if answer.is_success else []
+            return [self.hidden(str(model["id"])) for model in answer.json()["data"]] if answer.is_success else []
         except (ValueError, LookupError, TypeError):
             return []
 

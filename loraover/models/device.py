@@ -73,12 +73,13 @@ def _in_words(found: dict[str, int]) -> str:
     return f"{', '.join(names)} only" if len(names) == 1 else ", ".join(names)
 
 
-def total_memory(kind: str) -> int | None:
-    """Return the memory of a device in bytes: "cpu", "cuda" (the first GPU) or "mps"; None if it is not known."""
+def total_memory(device: str) -> int | None:
+    """Return the memory of a device in bytes: "cpu", "cuda" (the first GPU), "cuda:1" or "mps"; None if unknown."""
     import torch
 
+    kind, _, index = device.partition(":")
     if kind == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+        return torch.cuda.get_device_properties(int(index or 0)).total_memory
     if kind == "mps":
         return torch.mps.recommended_max_memory()
     try:

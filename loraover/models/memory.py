@@ -25,15 +25,19 @@ class Needs:
         adapters: Numbers of the adapters beside it, in float32 or wider.
         tokens: Tokens that run at once.
         per_token: Numbers for each of them, in the compute dtype: logits and activations.
+        at_least: Bytes of a number in the widest run, whatever the compute dtype is.
     """
 
     weights: int
     adapters: int
     tokens: int
     per_token: int
+    at_least: int = 2
 
     @classmethod
-    def of_model(cls, source: ModelSource, *, adapters: int, tokens: int, copies: int = 1, logits: int = 1) -> Needs:
+    def of_model(
+        cls, source: ModelSource, *, adapters: int, tokens: int, copies: int = 1, logits: int = 1, at_least: int = 2
+    ) -> Needs:
         """Estimate the needs of runs of a model, from its configuration.
 
         Args:
@@ -42,15 +46,22 @@ class Needs:
             tokens: Tokens that run at once.
             copies: Copies of the model.
             logits: Copies of the tokens' logits that are held.
+            at_least: Bytes of a number in the widest run, whatever the compute dtype is.
         """
         skeleton = load_skeleton(source)
         config = skeleton.config.get_text_config()
         weights = copies * sum(parameter.numel() for parameter in skeleton.parameters())
-        return cls(weights, adapters, tokens, logits * config.vocab_size + ACTIVATIONS * config.hidden_size)
+        per_token = logits * config.vocab_size + ACTIVATIONS * config.hidden_size
+        return cls(weights, adapters, tokens, per_token, at_least)
+
+    def width(self, dtype: str) -> int:
+        """Bytes of a number in a compute dtype."""
+        return max(self.at_least, BYTES[dtype])
 
     def size(self, dtype: str) -> int:
         """Bytes in a compute dtype."""
-        return BYTES[dtype] * (self.weights + self.tokens * self.per_token) + max(4, BYTES[dtype]) * self.adapters
+        width = self.width(dtype)
+        return width * (self.weights + self.tokens * self.per_token) + max(4, width) * self.adapters
 
 
 @contextmanager
@@ -83,9 +94,9 @@ def memory_explained(
 
 def _advice(device: str, dtype: str, needs: Needs, option: str) -> str:
     """What was needed, and what would fit."""
-    memory = total_memory(device.partition(":")[0])
+    memory = total_memory(device)
     has = "" if memory is None else f" {device} has {_gib(memory)}."
-    weights, tokens = BYTES[dtype] * needs.weights, BYTES[dtype] * needs.tokens * needs.per_token
+    weights, tokens = (needs.width(dtype) * numbers for numbers in (needs.weights, needs.tokens * needs.per_token))
     fits = [f"{option} {plan}" for plan in _what_fits(device, dtype, needs)]
     return (
         f"It needs about {_gib(needs.size(dtype))} in {dtype}: {_gib(weights)} for the base model, and {_gib(tokens)} "

@@ -232,8 +232,7 @@ def table_of(title: str, *columns: str) -> Table:
 
 
 def shown(numerator: Sequence[float], denominator: Sequence[float]) -> str:
-    ratio, low, high = median_ratio(list(numerator), list(denominator))
-    return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+    return median_ratio(numerator, denominator).shown()
 
 
 def graph_table(folder: Path, rounds: int) -> Table:

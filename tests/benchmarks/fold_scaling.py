@@ -151,7 +151,7 @@ def table_of(found: dict[str, Times]) -> Table:
 def plot_of(found: dict[str, Times]) -> Plot:
     """Draw the seconds against the number of parameters."""
     curves = {
-        name: [Point(times.parameters / 1e6, *median_interval(getattr(times, field))) for times in found.values()]
+        name: [Point(times.parameters / 1e6, *median_interval(getattr(times, field))[:3]) for times in found.values()]
         for name, field in (("fold and certify", "folds"), ("read, hash and write", "limits"))
     }
     svg = draw_curves(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -34,9 +33,10 @@ from loraover import LoraOverConfig
 from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Meta, SiteRecord
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors, sha256_of
+from loraover.common.provenance import host_peak_bytes
 from loraover.overparam.decompositions import Decomposition, Eigen
 
-from benchmarks.intervals import median_ratio
+from benchmarks.intervals import median_interval, median_ratio
 
 RANK, LAYERS = 16, 32
 LINEARS = {
@@ -125,7 +125,7 @@ def fold_here(checkpoint: Path, output: Path) -> dict[str, Any]:
     started = time.perf_counter()
     certificate = fold_checkpoint(checkpoint, output)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = host_peak_bytes()
     if not certificate.passed or not any(matrix.relative_error for matrix in certificate.matrices):
         raise RuntimeError("the fold did not pass, or nothing was rounded in it")
     return {"seconds": seconds, "bytes": peak - before, "imported": "transformers" in sys.modules}
@@ -169,7 +169,7 @@ def measure_one(name: str, repeats: int, peft_seconds: float) -> dict[str, str]:
     """Return what a decomposition's fold costs, in words."""
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, output = f"{scratch}/checkpoint", Path(scratch) / "out"
-        in_child("--make", name, checkpoint)  # not here: the peak of a folding child starts from its parent's
+        in_child("--make", name, checkpoint)
         adapter_bytes = (Path(checkpoint) / TENSORS_FILE).stat().st_size
         read_bytes = adapter_bytes + (Path(checkpoint) / CORES_FILE).stat().st_size
         folds, limits = [], []
@@ -178,25 +178,20 @@ def measure_one(name: str, repeats: int, peft_seconds: float) -> dict[str, str]:
             limits.append(in_child("--limit", checkpoint, f"{output}.bin"))
     fold_seconds = [fold["seconds"] for fold in folds]
     extra = [fold["bytes"] / adapter_bytes for fold in folds]
-    ones = [1.0] * repeats
+    limit_seconds = [limit["seconds"] for limit in limits]
     return {
         "adapter": f"{adapter_bytes / 2**20:.0f} MiB",
         "adapter and cores": f"{read_bytes / 2**20:.0f} MiB",
-        "fold and certify": _shown(fold_seconds, ones, " s"),
-        "read, hash, write and sync": _shown([limit["seconds"] for limit in limits], ones, " s"),
-        "fold / read, hash, write and sync": _shown(fold_seconds, [limit["seconds"] for limit in limits], " x"),
-        "extra memory / adapter": _shown(extra, ones, " x"),
+        "fold and certify": median_interval(fold_seconds).shown(unit=" s"),
+        "read, hash, write and sync": median_interval(limit_seconds).shown(unit=" s"),
+        "fold / read, hash, write and sync": median_ratio(fold_seconds, limit_seconds).shown(unit=" x"),
+        "extra memory / adapter": median_interval(extra).shown(unit=" x"),
         "imported Transformers": "yes" if any(fold["imported"] for fold in folds) else "no",
         "PEFT convert_to_lora, one 4096 x 1024 layer": f"{peft_seconds:.2f} s",
-        f"the same for {LAYERS * len(LINEARS)} layers / fold": _shown(
-            [peft_seconds * LAYERS * len(LINEARS)] * repeats, fold_seconds, " x", digits=0
-        ),
+        f"the same for {LAYERS * len(LINEARS)} layers / fold": median_ratio(
+            [peft_seconds * LAYERS * len(LINEARS)] * repeats, fold_seconds
+        ).shown(0, unit=" x"),
     }
-
-
-def _shown(numerator: list[float], denominator: list[float], unit: str, digits: int = 2) -> str:
-    median, low, high = median_ratio(numerator, denominator)
-    return f"{median:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def measure(repeats: int = 5) -> Iterable[Table]:

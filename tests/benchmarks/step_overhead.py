@@ -215,7 +215,7 @@ def curve_plot(curves: Curves) -> Plot:
     points: dict[str, list[Point]] = {arm: [] for arm in CURVE}
     for sites, seconds in curves.items():
         for arm in CURVE:
-            points[arm].append(Point(sites, *median_interval([1000 * s.host for s in seconds[arm]])))
+            points[arm].append(Point(sites, *median_interval([1000 * s.host for s in seconds[arm]])[:3]))
     svg = draw_curves(
         points, x="sites", y="host time of an optimizer step, ms", ticks=(30, 100, 300, 1000, 2000), names="{:,.0f}"
     )

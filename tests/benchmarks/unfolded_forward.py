@@ -6,7 +6,6 @@ in a check, and the layer's own product in float32. Each round times all three, 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,12 +15,15 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from loraover.common.threads import one_thread
 from loraover.overparam.decompositions import Decomposition, make_decomposition
 
+from benchmarks.clock import timed
 from benchmarks.intervals import median_ratio
 
 LAYERS = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "gate_proj": (14336, 4096), "down_proj": (4096, 14336)}
 RANK, TOKENS = 16, 256
+CPU = torch.device("cpu")
 
 
 def made(kind: Decomposition, m: int, n: int, seed: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -30,13 +32,6 @@ def made(kind: Decomposition, m: int, n: int, seed: int) -> tuple[tuple[torch.Te
     start = kind.init(torch.randn(1, m, n, dtype=torch.float64, generator=generator), [generator])
     cores = tuple(core + 0.01 * torch.randn(core.shape, dtype=core.dtype, generator=generator) for core in start)
     return cores, kind.contract(cores, m, n)[0]
-
-
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds of one run."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def row(name: str, rounds: int) -> tuple[str, ...]:
@@ -52,21 +47,21 @@ def row(name: str, rounds: int) -> tuple[str, ...]:
     )
     for work in works:
         work()
-    unfolded, factors, layer = zip(*([timed(work) for work in works] for _ in range(rounds)), strict=True)
+    unfolded, factors, layer = zip(*([timed(work, CPU).whole for work in works] for _ in range(rounds)), strict=True)
     count = sum(kind.multiplications(*shape, TOKENS) for shape in ((RANK, n), (m, RANK)))
     by_count = count / (TOKENS * RANK * (m + n))
-    ratios = (median_ratio(list(unfolded), list(other)) for other in (factors, layer))
-    return name, f"{by_count:.1f}", *(f"{mid:.2f} ({low:.2f} to {high:.2f})" for mid, low, high in ratios)
+    return name, f"{by_count:.1f}", *(median_ratio(unfolded, other).shown() for other in (factors, layer))
 
 
 def measure(rounds: int = 15) -> Iterable[Table]:
     """Yield the table of ratios with their 95 % intervals."""
-    table = Table(box=SIMPLE, title=f"Unfolded forward of rank {RANK}, {TOKENS} tokens, as a multiple")
+    table = Table(box=SIMPLE, title=f"Unfolded forward of rank {RANK}, {TOKENS} tokens, one thread, as a multiple")
     table.add_column("layer")
     for column in ("of A and B, by count", "of A and B, time", "of the layer in fp32, time"):
         table.add_column(column, justify="right")
-    for name in LAYERS:
-        table.add_row(*row(name, rounds))
+    with one_thread():
+        for name in LAYERS:
+            table.add_row(*row(name, rounds))
     yield table
 
 
@@ -74,7 +69,6 @@ def measure(rounds: int = 15) -> Iterable[Table]:
 @click.option("--rounds", default=15, show_default=True, help="Number of paired rounds.")
 def main(rounds: int) -> None:
     """Time the unfolded forward on the layers of an 8B model."""
-    torch.set_num_threads(1)
     for table in measure(rounds):
         Console(width=100).print(table)
 

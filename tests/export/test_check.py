@@ -243,8 +243,12 @@ def test_exit_code_and_json(
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"no"), "adapter_model.safetensors"),
         (config(base_model_name_or_path=None), "--model"),
         (config(base_model_name_or_path="./nowhere"), "nowhere"),
+        (config(rank_pattern={"q_proj": 0}), "rank_pattern"),
+        (config(target_parameters=True), "target_parameters"),
+        (config(trainable_token_indices=5), "trainable_token_indices"),
+        (config(modules_to_save=5), "modules_to_save"),
     ],
-    ids=["folder", "config", "tensors", "no base", "base"],
+    ids=["folder", "config", "tensors", "no base", "base", "rank 0", "parameters", "tokens", "saved modules"],
 )
 def test_a_request_that_cannot_be_used(
     change: Change, words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

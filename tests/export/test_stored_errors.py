@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
+from loraover.common.errors import CheckpointError
 from loraover_export.numerics.delta import scale
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover_export.numerics.rounding import STORAGE_DTYPES, round_nearest
@@ -91,7 +92,13 @@ def test_a_file_is_compared_bit_for_bit(tmp_path_factory: pytest.TempPathFactory
     assert first_difference(file, tensors) is None
     assert first_difference(file, tensors | {"a": -torch.zeros(3, 4)}) == "a"
     assert first_difference(file, tensors | {"d": torch.ones(1)}) == "d"
+    assert first_difference(file, tensors | {"b": tensors["b"].view(torch.float16)}) == "b"
+    assert first_difference(file, tensors | {"a": torch.zeros(4, 3)}) == "a"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     assert first_difference(file, tensors) is not None
+    content[20] = 0xFF
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        first_difference(file, tensors)

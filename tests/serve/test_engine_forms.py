@@ -16,6 +16,7 @@ import pytest
 
 from loraover.common.errors import LoraOverError
 from loraover_export.onnx import genai
+from loraover_serve.verify.engines import engine_class
 from loraover_serve.verify.judge import Answers
 from loraover_serve.verify.run import ask
 
@@ -36,8 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Options of the adapter that has each feature, if they are not those of a plain one."""
 SERVERS = ("vllm",)
-HEAVY = ("onnx", "vllm")
-"""Engines whose cells only `make test-engines` runs: a graph is built for each, or a server is started."""
+HEAVY = ("onnx", "vllm", "openvino", "mlx")
+"""Engines whose cells only `make test-engines` runs: a graph is built for each, or another process is started."""
 
 CELLS = [
     pytest.param(engine, form, feature, marks=pytest.mark.matrix if engine in HEAVY else pytest.mark.engine)
@@ -90,6 +91,8 @@ def test_an_engine_is_right_or_known_to_be_wrong(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if engine != "vllm" and (how := engine_class(engine).install("vllm")) is not None:
+        pytest.skip(f"{engine} is not installed: {how}")
     monkeypatch.setattr(genai, "BuilderProcess", ForkedBuilder)
     cell = judged(engine, form, feature, cases.of(feature), running, tmp_path)
     print(f"\n{cell}")

@@ -129,6 +129,14 @@ def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:
     assert not any("prompt_logprobs" in body or body.get("echo") for body in server.bodies)
 
 
+def test_an_answer_longer_than_the_window_is_compared(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    long = make_case(base, save_adapter(tmp_path / "adapter", base), new_tokens=40)
+    with openai_server(right(long), NAMES) as server:
+        found = verify_engine("endpoint", setting(long, server.url, tmp_path), long.court)
+    assert found.verdict == "as trained"
+
+
 def test_fields_that_a_server_refuses_are_left_out(case: Case, ask: Callable[..., EngineResult]) -> None:
     served = right(case)
     assert ask(lambda body: 400 if "ignore_eos" in body else served(body)).verdict == "as trained"
@@ -177,6 +185,11 @@ def _changed(case: Case, **changes: Any) -> Callable[[dict[str, Any]], bytes]:
         ({"choice": {"logprobs": {"top_logprobs": [{"unknown word": -1.0}]}}}, "are not those of the base model's"),
         ({"choice": {"logprobs": {"top_logprobs": [{"token_id:5": float("-inf")}]}}}, "are not those of the base"),
         ({"choice": {"logprobs": {"top_logprobs": [{"token_id:500": -1.0}]}}}, "501 tokens or more, and the base"),
+        ({"choice": {"logprobs": {"content": [{"id": -5, "logprob": -1.0}]}}}, "a token of a negative id, -5"),
+        ({"choice": {"logprobs": {"content": [{"id": 5, "logprob": None}]}}}, "the server's answer cannot be read"),
+        ({"choice": {"logprobs": ["text"]}}, "the server's answer cannot be read"),
+        ({"choice": {"token_ids": ["a"]}}, "the server's answer cannot be read"),
+        ({"answer": {"choices": ["text"]}}, "holds no completion"),
     ],
 )
 def test_answers_that_cannot_be_used_are_errors(

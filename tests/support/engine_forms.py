@@ -6,16 +6,19 @@ without this package. What we write is what the engine's own `start` exports, un
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import pytest
 from transformers import AutoModelForCausalLM
 
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import EngineError, ExportError
 from loraover_export import export_onnx, export_vllm
@@ -25,7 +28,7 @@ from loraover_export.gguf.families import FAMILIES, interleave
 from loraover_export.gguf.llamacpp import LlamaCpp
 from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 from loraover_serve.verify.answers import ADAPTER, BASE
-from loraover_serve.verify.engines import ENDPOINT, engine_class
+from loraover_serve.verify.engines import ENDPOINT, engine_class, mlx, openvino
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.engines.llamacpp import LlamaCppEngine
 from loraover_serve.verify.engines.onnx import Onnx
@@ -40,14 +43,24 @@ class Running:
     """Servers that run until the last cell is judged, one for each base model.
 
     Args:
-        folder: folder for their logs.
+        folder: folder for their logs, and for converted base models.
         until: stack that stops them.
         servers: servers by the location of their base model.
+        converted: base models that optimum-intel has exported, by their location.
     """
 
     folder: Path
     until: ExitStack
     servers: dict[str, VllmServer] = field(default_factory=dict)
+    converted: dict[str, Path] = field(default_factory=dict)
+
+    def openvino(self, setting: Setting) -> Path:
+        """The base model, exported once for all cells."""
+        if setting.base.location not in self.converted:
+            scratch = self.folder / f"openvino-{len(self.converted)}"
+            scratch.mkdir()
+            self.converted[setting.base.location] = convert_for_openvino(replace(setting, scratch=scratch))
+        return self.converted[setting.base.location]
 
     def vllm(self, base: str) -> VllmServer:
         if base not in self.servers:
@@ -64,6 +77,7 @@ class Running:
         return self.servers[base]
 
 
+convert_for_openvino = openvino._convert
 Presented = Callable[[Setting, Running], AbstractContextManager[VerifyEngine]]
 
 
@@ -161,17 +175,52 @@ def write_as_llamacpp_does(model: Any, setting: Setting, path: Path) -> Path:
     return path
 
 
+@contextmanager
+def ours_in_openvino(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino, "_convert", running.openvino)
+        with engine_class("openvino").start(setting) as engine:
+            yield engine
+
+
+@contextmanager
+def peft_in_openvino(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+    """PEFT's tensors, with the alpha that OpenVINO GenAI uses where the program names none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino, "export_uniform", lambda setting: setting.adapter)
+        with ours_in_openvino(setting, running) as engine:
+            yield engine
+
+
+@contextmanager
+def peft_in_mlx(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+    """PEFT's folder, under the name that mlx-lm looks for."""
+
+    def unchanged(source: Path, output: Path, *, model: str) -> Any:
+        shutil.copytree(source, output)
+        (output / TENSORS_FILE).rename(output / "adapters.safetensors")
+        return SimpleNamespace(passed=True, lost_settings={})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlx, "export_mlx", unchanged)
+        with engine_class("mlx").start(setting) as engine:
+            yield engine
+
+
 PEFT_FORM: dict[str, Presented] = {
     "torch": peft_in_torch,
     "onnx": peft_in_onnx,
     "vllm": peft_in_vllm,
     "llamacpp": peft_in_llamacpp,
+    "openvino": peft_in_openvino,
+    "mlx": peft_in_mlx,
 }
 """What an engine's users give it if they have PEFT's files only."""
 
 OUR_FORM: dict[str, Presented] = {
     "torch": ours_in_torch,
     "vllm": ours_in_vllm,
+    "openvino": ours_in_openvino,
 }
 """What this package writes, where verify's own start is not what the matrix takes."""
 

@@ -89,9 +89,9 @@ class Case:
         return Setting(folder, adapter_of(read_source(folder)), source, scratch, longest=96)
 
 
-def make_case(base: Path, adapter: Path) -> Case:
+def make_case(base: Path, adapter: Path, new_tokens: int = NEW_TOKENS) -> Case:
     source, model = read_source(adapter), resolve_model(str(base))
-    reference = make_reference(source, model, prompts(model), NEW_TOKENS, "cpu", SILENT)
+    reference = make_reference(source, model, prompts(model), new_tokens, "cpu", SILENT)
     return Case(
         base,
         adapter,

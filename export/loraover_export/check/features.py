@@ -51,6 +51,7 @@ def alora(subject: Subject) -> str | None:
 def experts(subject: Subject) -> str | None:
     """LoRA on single parameters, such as those of fused experts."""
     value = subject.config.get("target_parameters")
+    value = [value] if isinstance(value, str) else value
     return f"target_parameters names {listed(value)}" if value else None
 
 

@@ -27,7 +27,8 @@ class Judgement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     verdict: Verdict = Field(
-        description="what follows from the findings: what an engine refuses is not applied wrongly"
+        description="the worst of the findings; a refusal outweighs a silent error, except where two programs read the "
+        "adapter"
     )
     findings: tuple[Finding, ...] = Field(description="the facts that the verdict rests on")
 

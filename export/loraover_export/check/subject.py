@@ -33,6 +33,9 @@ class _Config(BaseModel):
     peft_type: str
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    modules_to_save: list[str] | str | None = None
+    target_parameters: list[str] | str | None = None
+    trainable_token_indices: dict[str, list[int]] | list[int] | None = None
 
 
 @dataclass(frozen=True)

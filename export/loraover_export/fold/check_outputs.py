@@ -23,7 +23,7 @@ from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.certificate import Deviation, OutputCertificate
 from loraover_export.fold.deviation import RunningDeviation
-from loraover_export.fold.prompts import MAX_TOKENS, read_prompts
+from loraover_export.fold.prompts import read_prompts
 from loraover_export.fold.twins import FOLDED, FoldedAndTwins
 from loraover_export.numerics.delta import other_tensors
 
@@ -142,7 +142,7 @@ def _needs(checkpoint: Checkpoint, source: ModelSource, place: torch.device) -> 
     adapter = sum(prod(shapes[key]) for key in checkpoint.adapter.sites.values())
     at_once = LOGITS_AT_ONCE[place.type] // load_config(source).get_text_config().vocab_size
     copies = 2 + TWINS + 2  # the folded one in PEFT and kept; cores are hardly more numbers, but in float64
-    return Needs.of_model(source, adapters=copies * adapter, tokens=max(1, min(MAX_TOKENS, at_once)), logits=4)
+    return Needs.of_model(source, adapters=copies * adapter, tokens=max(1, at_once), logits=4)
 
 
 class _Compared:

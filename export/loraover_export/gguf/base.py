@@ -54,7 +54,9 @@ def write_base(model: Any, path: Path) -> Path:
 
 
 def _rope_theta(config: Any, model: str) -> float:
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None)  # since transformers 5
+    if rope is None:
+        rope = {"rope_theta": config.rope_theta} | (getattr(config, "rope_scaling", None) or {})
     rope = rope.get("full_attention", rope)
     if rope.get("rope_type") not in PLAIN_ROPE:
         raise ExportError(

@@ -166,7 +166,7 @@ def check_pair(base: Path, adapter: Path | None) -> None:
     if model.is_adapter or not model.architecture:
         raise EngineError(f"{base}: holds {'an adapter' if model.is_adapter else 'no model'}, expected a GGUF model.")
     parts = model.fields.get("split.count", 1)
-    if parts > 1:
+    if parts not in (0, 1):
         raise EngineError(f"{base}: is one of {parts} parts; merge them with llama-gguf-split --merge first.")
     if adapter is not None:
         _check_adapter(model, read_header(adapter))

@@ -133,11 +133,15 @@ class Export:
         return found
 
     def _needs(self, cases: list[Case]) -> Needs:
-        """Estimate what the check needs: the model twice, since it is written as well, and the largest case."""
+        """Estimate what the check needs: the model, on the CPU twice, since it is written as well; the largest case."""
         shapes = (adapter_of(source).shapes for source in self.inputs.adapters.values())
         adapters = sum(prod(shape) for each in shapes for shape in each.values())
         tokens = max(case.ids.numel() for case in cases)
-        return Needs.of_model(self.inputs.base, adapters=adapters, tokens=tokens, copies=2, logits=3)
+        copies = 2 if choose_device(self.request.check_device).type == "cpu" else 1
+        widest = 8 if self.request.precision == "fp32" else 4  # the noise is that of float32 against a wider run
+        return Needs.of_model(
+            self.inputs.base, adapters=adapters, tokens=tokens, copies=copies, logits=3, at_least=widest
+        )
 
     def _tokens(self) -> torch.Tensor:
         """Token ids of real text, repeated until there are enough."""

@@ -35,8 +35,8 @@ class Question:
 
     @property
     def window(self) -> range:
-        """Positions of the tokens after which engines in this process are compared."""
-        return range(max(0, len(self.tokens) - WINDOW), len(self.tokens))
+        """Positions of the tokens after which engines in this process are compared: at least those of the answer."""
+        return range(min(len(self.prompt) - 1, max(0, len(self.tokens) - WINDOW)), len(self.tokens))
 
     @property
     def answered(self) -> range:

@@ -190,6 +190,8 @@ def _check(engine: str, rows: Rows, vocabulary: int) -> None:
     for row in rows:
         if not np.isfinite(row.logprobs).all():
             raise EngineError(f"{engine}: a logprob is not a finite number.")
+        if row.ids is not None and row.ids.min() < 0:
+            raise EngineError(f"{engine}: answers with a token of a negative id, {row.ids.min()}.")
         size = len(row.logprobs) if row.ids is None else int(row.ids.max()) + 1
         if size > vocabulary or (row.ids is None and size < vocabulary):
             raise EngineError(

@@ -16,6 +16,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.atomic_output import check_writable, publish_directory
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
+from loraover.evaluation.endpoint import Endpoint
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_skeleton
 from loraover.reporting.reporter import SILENT, Reporter
@@ -34,6 +35,7 @@ from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, 
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
 from loraover_serve.vllm.command import vllm_command
+from loraover_serve.vllm.server import signals_as_interrupts
 
 
 def verify_adapter(
@@ -117,9 +119,11 @@ def verify_adapter(
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
     _check_installed(request)
+    if request.endpoint is not None:  # an address or a key that cannot be used ends here, before anything is written
+        Endpoint(request.endpoint, request.endpoint_key_variable, timeout_s=request.timeout_s).close()
     if request.base_gguf is not None:
         check_pair(request.base_gguf, None)
-    with tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
+    with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
         found = _run(request, Path(scratch), report)
         if request.output is not None:
             _write(found, request.output, request.adapter, Path(scratch))
@@ -210,6 +214,7 @@ def _verify_all(request: VerifyRequest, setting: Setting, court: Court) -> list[
         try:
             results.append(verify_engine(name, replace(setting, scratch=folder, options=options), court))
         except LoraOverError as error:
+            error.args = (str(error).replace(f"{setting.scratch}/", ""),)  # a folder that does not outlive this run
             failures.append(error)
             seconds = time.perf_counter() - start
             results.append(EngineResult(engine=name, verdict="failed", reason=str(error), seconds=seconds))

@@ -39,6 +39,7 @@ SET_BY_SERVE = {
     "--port": "name it with --port before the --",
     "--uds": "the server listens on a port; name it with --port before the --",
     "--api-key": f"set {KEY_VARIABLE} in the environment, where other users of the machine do not see it",
+    "--hf-token": "set HF_TOKEN in the environment, where other users of the machine do not see it",
     "--served-model-name": "requests address the base model by its name; rename an adapter's folder to rename it",
     "--enable-lora": "it is always on",
     "--lora-modules": "name each adapter's folder before the --",

@@ -176,7 +176,7 @@ def serve_vllm(
     """
     key = config.api_key()
     port = _free_port(config.host, port or 0)
-    with _signals_as_interrupts(), _opened(log) as output:
+    with signals_as_interrupts(), _opened(log) as output:
         try:
             process = subprocess.Popen(
                 config.command(executable, port),
@@ -199,7 +199,7 @@ def serve_vllm(
 
 
 @contextmanager
-def _signals_as_interrupts() -> Iterator[None]:
+def signals_as_interrupts() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt; a signal that is ignored, as nohup does, stays ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

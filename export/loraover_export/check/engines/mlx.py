@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
+from loraover.common.errors import CheckpointError, ExportError
 from loraover_export.check.engines.base import OTHER_BASE, Engine, command, more_than_ab, react, refused
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
+from loraover_export.mlx.target import check_adapter, read_target
 
 MLX_FORM = {
     "task": refused("mlx-lm runs causal language models only"),
-    "tied embedding": refused("mlx-lm would adapt the head as well"),
-    "tied head": refused("mlx-lm's model has no separate head to adapt"),
     "quantised base": OTHER_BASE,
 }
 
@@ -35,8 +35,14 @@ class Mlx(Engine):
         )
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        yield from more_than_ab(subject)
-        yield from react(subject, MLX_FORM) if subject.lora is not None else ()
+        if subject.lora is None:
+            yield from more_than_ab(subject)
+            return
+        yield from react(subject, MLX_FORM)
+        try:
+            check_adapter(subject.lora, read_target(subject.served.source))
+        except (CheckpointError, ExportError) as error:
+            yield Finding(feature="export", level="refused", found=str(error))
 
     def export(self, subject: Subject) -> str:
         return command(subject, "mlx", ending="-mlx")

@@ -87,7 +87,12 @@ class OpenAiEngine(VerifyEngine):
         return Row(index, position, values, ids)
 
     def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-        return _at_once(lambda prompt: self._token_ids(self._complete(arm, prompt, tokens)), prompts)
+        def ask(prompt: Sequence[int]) -> tuple[int, ...]:
+            choice = self._complete(arm, prompt, tokens)
+            with self._readable(arm, choice):
+                return self._token_ids(choice)
+
+        return _at_once(ask, prompts)
 
     def _complete(self, arm: str, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
         """The first choice of a greedy completion; the fields that only some servers know are left out if refused."""
@@ -99,9 +104,9 @@ class OpenAiEngine(VerifyEngine):
         except UnfitRequestError:
             answer = self.endpoint.post("/completions", plain)
         try:
-            choice: dict[str, Any] = answer["choices"][0]
+            choice = dict(answer["choices"][0])
             speaker = answer.get("model")
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(f"{name}: the server's answer holds no completion: {answer!r:.300}") from error
         if speaker not in (None, name):
             raise EngineError(f"{name} was asked, and {speaker!r} answered; is the adapter loaded under that name?")
@@ -109,24 +114,37 @@ class OpenAiEngine(VerifyEngine):
 
     def _first_logprobs(self, arm: str, choice: Mapping[str, Any]) -> dict[int, float]:
         """Logprobs of the first token of an answer, by token id, in either of the two forms that servers use."""
-        given = choice.get("logprobs") or {}
-        if given.get("content"):
-            first = given["content"][0]
-            pairs = [(entry, entry.get("logprob")) for entry in first.get("top_logprobs") or [first]]
-        else:
-            tops = given.get("top_logprobs") or [{}]
-            pairs = list((tops[0] or {}).items())
+        with self._readable(arm, choice):
+            pairs = self._pairs(choice)
+            found = {id_: float(value) for entry, value in pairs if (id_ := self._token_id(entry)) is not None}
         if not pairs:
             raise EngineError(
                 f"{self.names[arm]}: the server gives no logprobs; start it so that /v1/completions answers "
                 f"logprobs={TOP}, or verify with an engine that runs here (--engine)."
             )
-        found = {id_: float(value) for entry, value in pairs if (id_ := self._token_id(entry)) is not None}
         if not found or not all(math.isfinite(value) for value in found.values()):
             raise EngineError(
                 f"{self.names[arm]}: the logprobs are not those of the base model's tokens: {pairs!r:.300}"
             )
         return found
+
+    @contextmanager
+    def _readable(self, arm: str, choice: Mapping[str, Any]) -> Iterator[None]:
+        """Turn the errors of an answer that has another form into one that shows it."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(f"{self.names[arm]}: the server's answer cannot be read: {choice!r:.300}") from error
+
+    @staticmethod
+    def _pairs(choice: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """The likeliest first tokens of an answer, each with its logprob."""
+        given = choice.get("logprobs") or {}
+        if given.get("content"):
+            first = given["content"][0]
+            return [(entry, entry.get("logprob")) for entry in first.get("top_logprobs") or [first]]
+        tops = given.get("top_logprobs") or [{}]
+        return list((tops[0] or {}).items())
 
     def _token_id(self, entry: Any) -> int | None:
         """Id of a token that a server names by its id or its text; None if several tokens have that text."""
@@ -185,7 +203,10 @@ class EndpointEngine(OpenAiEngine):
                 f"{engine.endpoint.url} serves {', '.join(listed)}, and not {', '.join(absent)}; name the adapter with "
                 "--served-name and its base model with --base-name."
             )
-        yield engine
+        try:
+            yield engine
+        finally:
+            engine.endpoint.close()
 
 
 def _places(questions: Sequence[Question]) -> list[tuple[int, int]]:
