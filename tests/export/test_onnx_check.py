@@ -140,13 +140,13 @@ def test_an_adapter_that_is_not_applied_is_rejected(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_merge_that_did_nothing_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    monkeypatch.setattr(export_module, "merge", lambda model, source: [])
+    monkeypatch.setattr(export_module, "merge", lambda *arguments: [])
     rejected("merged")
 
 
 def merged_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificates are those of a merge, but the exported model is not the merged one."""
-    monkeypatch.setattr(export_module, "merge", lambda model, source: merge_module.merge(copy.deepcopy(model), source))
+    monkeypatch.setattr(export_module, "merge", lambda model, *rest: merge_module.merge(copy.deepcopy(model), *rest))
 
 
 DROPPED: dict[str, Mutant] = {

@@ -59,16 +59,19 @@ def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "vllm.log").is_file()
 
 
+@pytest.mark.matrix
 def test_a_plain_lora_is_served_as_peft_computes_it(served: Served) -> None:
     found = verify(served, served.adapters["vanilla"], "vanilla")
     assert found.number_format == "bf16"
     assert_as_trained(found)
 
 
+@pytest.mark.matrix
 def test_an_exported_checkpoint_is_served_as_its_unfolded_model(served: Served) -> None:
     assert_as_trained(verify(served, served.sources["folded"], "folded"))
 
 
+@pytest.mark.matrix
 def test_a_wrong_prefix_is_named(served: Served) -> None:
     with loaded(served, "misplaced"):
         found = verify(served, served.adapters["vanilla"], "misplaced")

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
@@ -34,7 +34,8 @@ pytestmark = pytest.mark.process
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in another file of tests."""
-LIBRARY = {"check", "fold", "export_vllm", "export_onnx", "export_gguf", "serve", "verify", "parity"}
+EXPORTS = {"export_vllm", "export_onnx", "export_gguf", "export_mlx"}
+LIBRARY = EXPORTS | {"check", "fold", "large_check", "serve", "verify", "parity"}
 """Call one function of the library, on paths that they take as arguments."""
 
 
@@ -196,6 +197,16 @@ def test_a_static_schedule_without_it_says_what_is_missing(bases: dict[str, Path
 def test_folding_from_python(made: Made, folded: Path) -> None:
     assert (folded / "fold_certificate.json").is_file()
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.base), str(folded))
+
+
+def test_a_large_check_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a small model in the place of the large one."""
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 96}
+    monkeypatch.setattr("transformers.LlamaConfig", lambda **given: LlamaConfig(**(given | small)))
+    assert run_script("large_check", tmp_path, "cpu", "fp32")["certificate"].verdict == "passed"
+    assert "the adapter moves logits by up to" in capsys.readouterr().out
 
 
 def test_an_export_for_vllm_from_python(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

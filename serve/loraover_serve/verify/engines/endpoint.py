@@ -60,18 +60,27 @@ class OpenAiEngine(VerifyEngine):
 
     @contextmanager
     def _company(self, arm: str, questions: Sequence[Question]) -> Iterator[None]:
-        """Keep an arm generating, in answers as long as the longest question, so that others share its batches."""
+        """Keep an arm generating, in answers as long as the longest question, so that others share its batches.
+
+        The block begins when each companion has had an answer: the first one of an arm can take a server long.
+        """
         longest = max(len(question.tokens) for question in questions)
         prompt, tokens = questions[0].prompt[:1], max(longest - 1, 1)
-        enough = Event()
+        enough, begun = Event(), [Event() for _ in range(COMPANIONS)]
 
-        def generate() -> None:
-            while not enough.is_set():
-                self._complete(arm, prompt, tokens)
+        def generate(mine: Event) -> None:
+            try:
+                while not enough.is_set():
+                    self._complete(arm, prompt, tokens)
+                    mine.set()
+            finally:
+                mine.set()
 
         pool = ThreadPoolExecutor(COMPANIONS)
         try:
-            running = [pool.submit(generate) for _ in range(COMPANIONS)]
+            running = [pool.submit(generate, mine) for mine in begun]
+            for mine in begun:
+                mine.wait()
             yield
             enough.set()
             for each in running:
