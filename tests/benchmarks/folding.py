@@ -194,7 +194,7 @@ def measure_one(name: str, repeats: int, peft_seconds: float) -> dict[str, str]:
     }
 
 
-def measure(repeats: int = 5) -> Iterable[Table]:
+def measure(repeats: int = 6) -> Iterable[Table]:
     """Time the fold of an 8B model's adapter beside the physical limit, and PEFT's conversion."""
     peft_seconds = convert_with_peft()
     found = {name: measure_one(name, repeats, peft_seconds) for name in DECOMPOSITIONS}
@@ -215,7 +215,7 @@ PATHS: dict[str, Any] = {"nargs": 2, "type": click.Path(path_type=Path), "hidden
 
 
 @click.command()
-@click.option("--repeats", default=5, show_default=True)
+@click.option("--repeats", default=6, show_default=True)
 @click.option("--make", nargs=2, hidden=True)
 @click.option("--fold", **PATHS)
 @click.option("--limit", **PATHS)
