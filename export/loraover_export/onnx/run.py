@@ -55,7 +55,8 @@ def export_onnx(
         cache: give a language model's graph a KV cache.
         names: names of the adapters' files, in the order of `sources`; empty means the names of their folders.
         graph: folder of an earlier swappable export whose graph the new adapters are for; only their files are written.
-        web: form for onnxruntime-web: the LoRA inputs of a swappable graph are required, and adapters are safetensors files.
+        web: form for onnxruntime-web: the LoRA inputs of a swappable graph are required, and adapters are safetensors
+            files.
         check: compare ONNX Runtime's outputs with those of the unfolded PyTorch model.
         check_device: device that PyTorch runs on for the check: "auto" (the first that is there of cuda, mps and cpu),
             "cpu", "cuda", "mps", or one GPU such as "cuda:1". `device` is where the graph will run.
