@@ -107,7 +107,8 @@ def test_a_planted_delay_is_found(delayed: Measurement) -> None:
     found = results([delayed], margin=0.25)
     folded, control = ([result for result in found if result.arm == arm] for arm in (FOLDED, CONTROL))
     if all(result.verdict == "equivalent" for result in control):
-        assert all(result.verdict == "different" and 1.5 < result.ratio < 2.6 for result in folded), folded
+        assert all(result.verdict != "equivalent" for result in folded), folded
+        assert any(result.verdict == "different" and 1.5 < result.ratio < 2.6 for result in folded), folded
         assert overall(found)[0] == "different"
     else:
         assert overall(found)[0] == "inconclusive"

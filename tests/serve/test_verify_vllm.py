@@ -26,12 +26,15 @@ def verify(served: Served, adapter: Path, name: str) -> EngineResult:
 
 
 def assert_as_trained(found: EngineResult) -> None:
-    """The adapter is as trained; vLLM before 0.33 has a fault in mixed batches on a CPU, which is found and named."""
+    """The adapter is as trained; vLLM before 0.33 has a fault in mixed batches on a CPU, which is named if it shows.
+
+    Whether requests share a batch is the server's choice. The cells of test_engine_forms.py expect the fault.
+    """
     assert found.adapter is not None
     assert found.allowed is not None
     assert found.mixed is not None
-    leaks = leaks_in_mixed_batches()
-    assert (found.verdict, found.fault) == (("differs", LEAKS) if leaks else ("as trained", None)), found.reason
+    allowed = {("as trained", None)} | ({("differs", LEAKS)} if leaks_in_mixed_batches() else set())
+    assert (found.verdict, found.fault) in allowed, found.reason
     assert found.adapter.rms <= found.allowed
     assert found.mixed.adapter.rms <= found.allowed
 
