@@ -76,6 +76,16 @@ class TensorFile:
             CheckpointError: The file has no such key, or the tensor has a dtype that adapters do not use.
             NonFiniteError: The tensor holds NaN or infinity. It is also a CheckpointError.
         """
+        tensor = self._stored(key)
+        if not is_finite(tensor):
+            raise NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
+        return tensor
+
+    def holds(self, key: str, tensor: Tensor) -> bool:
+        """Whether the file holds a tensor under a key bit for bit."""
+        return key in self.keys and have_same_bits(self._stored(key), tensor)
+
+    def _stored(self, key: str) -> Tensor:
         dtype = (FLOATS | INTEGERS).get(self.dtype(key))
         if dtype is None:
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
@@ -88,8 +98,6 @@ class TensorFile:
             if count == 0:
                 raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or save it again.")
             rest = rest[count:]
-        if not is_finite(tensor):
-            raise NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
         return tensor
 
     def _entry(self, key: str) -> Any:
@@ -190,7 +198,4 @@ def first_difference(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
         CheckpointError: The file is damaged.
     """
     with open_tensors(path) as written:
-        for key, tensor in tensors.items():
-            if key not in written.keys or not have_same_bits(written.read(key), tensor):
-                return key
-    return None
+        return next((key for key, tensor in tensors.items() if not written.holds(key, tensor)), None)

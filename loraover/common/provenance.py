@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from loraover.common.version import __version__
 
 def environment(*others: str) -> dict[str, str]:
     """Return the versions of Python and of the packages that every measurement depends on, and of some others."""
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors", *others)}
+    packages = {name: _version(name) for name in ("torch", "transformers", "peft", "safetensors", *others)}
     return {"loraover": __version__, "python": platform.python_version(), **packages}
+
+
+_version = cache(version)  # which parses the whole description of a package
 
 
 def hardware() -> str:

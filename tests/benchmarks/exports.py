@@ -135,19 +135,21 @@ def time_copy(folder: Path) -> float:
 
 
 def time_vllm(source: Path, output: Path) -> float:
-    """Seconds of an export for vLLM."""
+    """Seconds of an export for vLLM to a new folder."""
     from loraover_export import export_vllm
 
+    shutil.rmtree(output, ignore_errors=True)
     started = time.perf_counter()
-    assert export_vllm(source, output, force=True).passed
+    assert export_vllm(source, output).passed
     return time.perf_counter() - started
 
 
 def time_conversion(source: Path, output: Path) -> float:
     """Seconds of reading an adapter, scaling its B and converting it to bfloat16, writing and syncing it.
 
-    A checkpoint's files are hashed, and its matrices contracted.
+    A checkpoint's files are hashed, and its matrices contracted. The output is a new file.
     """
+    output.unlink(missing_ok=True)
     started = time.perf_counter()
     read = read_source(source)
     converted = {}

@@ -15,6 +15,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, open_exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
+from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError
 from loraover.common.threads import workers
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
@@ -88,8 +89,12 @@ def write_rounded(
     Returns and raises as `write_folded` does.
     """
     rounded, certificates = round_exact(source, keys, dtype, prepare=prepare, on_tensor=on_tensor, beside=beside)
-    save_tensors(rounded, directory / TENSORS_FILE)
-    lost = first_difference(directory / TENSORS_FILE, rounded)
+    file = directory / TENSORS_FILE
+    save_tensors(rounded, file)
+    with workers() as threads:
+        flushed = threads.start(sync, file)  # the disk works while the file is read back
+        lost = first_difference(file, rounded)
+        flushed.result()
     if lost is not None:
         raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
     return certificates

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.checkpoint.peft_adapter import site_name
 from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover_export.gguf.families import Family, find_family, interleave
-from loraover_export.uniform.matrices import module_of, uniform_matrix
+from loraover_export.uniform.matrices import module_of
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Target:
         """Return llama.cpp's name of an A or B matrix."""
         return f"{self.modules[module_of(site)].tensor}.lora_{site[-1].lower()}"
 
-    def prepare(self, adapter: AdapterDir, key: str, exact: Exact) -> Exact:
+    def lay_out(self, key: str, matrix: Exact) -> Exact:
         """Return a matrix of the uniform form as llama.cpp keeps it; the bound moves along with the value."""
         site = site_name(key)
         assert site is not None
-        module, matrix = self.modules[module_of(site)], uniform_matrix(adapter, site, exact)
+        module = self.modules[module_of(site)]
 
         def laid_out(values: Tensor) -> Tensor:
             if site.endswith("A"):

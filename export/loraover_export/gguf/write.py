@@ -19,7 +19,7 @@ from loraover.common.errors import FoldError
 from loraover_export.fold.fold import round_exact
 from loraover_export.gguf.target import Target
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.uniform.matrices import largest_rank
+from loraover_export.uniform.matrices import largest_rank, to_uniform
 
 GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
@@ -53,11 +53,12 @@ def write_adapter(
         OSError: the file cannot be written.
     """
     adapter = adapter_of(source)
+    form = to_uniform(adapter)
     rounded, certificates = round_exact(
         source,
         adapter.sites.values(),
         dtype,
-        prepare=lambda key, exact: target.prepare(adapter, key, exact),
+        prepare=lambda key, exact: target.lay_out(key, form(key, exact)),
         on_tensor=on_tensor,
     )
     tensors = {target.tensor_name(site_name(key) or key): matrix for key, matrix in rounded.items()}

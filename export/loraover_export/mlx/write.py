@@ -19,7 +19,7 @@ from loraover.common.errors import FoldError
 from loraover_export.fold.fold import round_exact
 from loraover_export.mlx.target import Target
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.uniform.matrices import largest_rank, module_of, uniform_matrix
+from loraover_export.uniform.matrices import largest_rank, module_of, to_uniform
 
 TENSORS_FILE = "adapters.safetensors"
 
@@ -46,9 +46,10 @@ def write_adapter(
         OutputError: the folder cannot be written.
     """
     adapter = adapter_of(source)
+    form = to_uniform(adapter)
 
     def transposed(key: str, exact: Exact) -> Exact:
-        matrix = uniform_matrix(adapter, _site(key), exact)
+        matrix = form(key, exact)
         return Exact(matrix.value.mT.contiguous(), matrix.bound.mT.contiguous(), matrix.site)
 
     rounded, certificates = round_exact(source, adapter.sites.values(), dtype, prepare=transposed, on_tensor=on_tensor)

@@ -8,13 +8,13 @@ from typing import Any
 
 from loraover.checkpoint.base_model import naming
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import Exact, adapter_of
-from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.checkpoint.exact_tensors import adapter_of
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.fold.fold import write_config, write_rounded
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.uniform.matrices import largest_rank, uniform_matrix
+from loraover_export.uniform.matrices import largest_rank, to_uniform
 
 
 def write_uniform(
@@ -26,7 +26,7 @@ def write_uniform(
 ) -> list[MatrixCertificate]:
     """Write the uniform adapter, and certify each matrix against its exact value.
 
-    Each matrix is that of `uniform_matrix`, rounded once. Tensors other than A and B are not written.
+    Each matrix is that of `to_uniform`, rounded once. Tensors other than A and B are not written.
 
     Args:
         source: checkpoint or adapter whose cores or stored values are the exact ones.
@@ -40,13 +40,8 @@ def write_uniform(
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
     """
     adapter = adapter_of(source)
-
-    def prepare(key: str, exact: Exact) -> Exact:
-        name = site_name(key)
-        assert name is not None
-        return uniform_matrix(adapter, name, exact)
-
-    certificates = write_rounded(source, adapter.sites.values(), directory, dtype, prepare=prepare, on_tensor=on_tensor)
+    prepare, keys = to_uniform(adapter), adapter.sites.values()
+    certificates = write_rounded(source, keys, directory, dtype, prepare=prepare, on_tensor=on_tensor)
     write_config(config, directory)
     return certificates
 

@@ -5,11 +5,13 @@ Engines differ in how they read rank_pattern, alpha_pattern and use_rslora, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn.functional import pad
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir, site_name
 from loraover_export.numerics.delta import scale
 
 
@@ -23,21 +25,23 @@ def module_of(site: str) -> str:
     return site.rpartition(".")[0]
 
 
-def uniform_matrix(adapter: AdapterDir, site: str, exact: Exact) -> Exact:
-    """Pad one matrix to the largest rank; B is multiplied by its module's scaling before.
+def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
+    """Return a function that brings a matrix of an adapter into the uniform form, by its key in the adapter's file.
 
-    A product that is not exact adds one rounding of float64 to the bound of B; the padding is exact.
-
-    Args:
-        adapter: adapter that the matrix belongs to.
-        site: name of the matrix, which ends in A or B.
-        exact: the matrix, (r, in_features) or (out_features, r).
+    The function pads the matrix to the largest rank; it multiplies B by its module's scaling before. A product that is
+    not exact adds one rounding of float64 to the bound of B; the padding is exact.
     """
     r = largest_rank(adapter)
-    if site.endswith("A"):
-        return _padded(exact, (0, 0, 0, r - len(exact.value)))
-    scaled = scale(exact, adapter.config.scaling(module_of(site)))
-    return _padded(scaled, (0, r - exact.value.shape[1]))
+
+    def form(key: str, exact: Exact) -> Exact:
+        site = site_name(key)
+        assert site is not None
+        if site.endswith("A"):
+            return _padded(exact, (0, 0, 0, r - len(exact.value)))
+        scaled = scale(exact, adapter.config.scaling(module_of(site)))
+        return _padded(scaled, (0, r - exact.value.shape[1]))
+
+    return form
 
 
 def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
