@@ -12,6 +12,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 
 from loraover import Budget, LoraOverConfig
@@ -61,6 +62,21 @@ def test_every_argument_of_a_public_function_is_described(package: str) -> None:
             }
             missing += [f"{name}({argument})" for argument in inspect.signature(function).parameters.keys() - described]
     assert missing == []
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("group", ["loraover", "loraover export", "loraover serve"])
+def test_every_command_has_a_section_with_its_options(group: str, site: Path) -> None:
+    page = (site / "commands" / group.split()[-1] / "index.html").read_text()
+    shown = html.unescape(page)
+    program: click.Group = import_module({"loraover": "loraover.cli"}.get(group, f"loraover_{group[9:]}.cli")).cli
+    context = click.Context(program)
+    for name in program.list_commands(context):
+        command = program.get_command(context, name)
+        assert command is not None
+        if not isinstance(command, click.Group):
+            assert f'id="{group.replace(" ", "-")}-{name}"' in page
+            assert not [option for option in command.params if option.opts[-1] not in shown]
 
 
 @pytest.mark.process
