@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import click
 import pytest
+from click.shell_completion import get_completion_class
 
 from loraover.cli import cli
 from loraover.common.command_line import Command, LazyGroup, run
@@ -28,6 +29,17 @@ def commands(group: click.Group, *words: str) -> Iterator[tuple[str, click.Comma
 
 ALL = dict(commands(cli, "loraover"))
 LEAVES = {name: found for name, found in ALL.items() if not isinstance(found, click.Group)}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(shell: str) -> None:
+    """By click's own completion, which docs/how-to/install.md shows how to switch on."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    complete = kind(cli, {}, "loraover", "_LORAOVER_COMPLETE")
+    assert [item.value for item in complete.get_completions([], "tr")] == ["train"]
+    assert "vllm" in [item.value for item in complete.get_completions(["export"], "v")]
+    assert "--check-error" in [item.value for item in complete.get_completions(["export", "fold"], "--ch")]
 
 
 def parse(line: str) -> None:

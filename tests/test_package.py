@@ -1,4 +1,4 @@
-"""The distribution as a stranger gets it: a wheel in an environment of its own."""
+"""The distribution as a stranger gets it: a wheel that was built from the sdist, in a new environment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder)
+    run(
+        sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder
+    )  # the wheel from the sdist
+    assert len(list(folder.glob("loraover-*.tar.gz"))) == 1
     return next(folder.glob("*.whl"))
 
 

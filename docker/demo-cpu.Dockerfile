@@ -1,0 +1,11 @@
+# The demo on a CPU: docker build -f docker/demo-cpu.Dockerfile -t loraover-demo . && docker run --rm loraover-demo
+FROM python:3.12-slim-trixie
+
+RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
+WORKDIR /loraover
+COPY pyproject.toml README.md LICENSE Makefile ./
+COPY loraover loraover
+COPY export export
+COPY serve serve
+RUN python -m venv .venv && .venv/bin/pip install --no-cache-dir ".[train,eval,export,serve,llamacpp]" && touch .venv/.installed
+CMD ["make", "demo"]
