@@ -180,9 +180,20 @@ def factor_noise(b: Exact, a: Exact) -> float:
     return OF_NORMS * (off_b * (size_a + off_a) + size_b * off_a)
 
 
-def inner_product(b: Tensor, a: Tensor, other_b: Tensor, other_a: Tensor) -> float:
-    """Return the sum of the products of the elements of B @ A and of another such matrix, from the factors."""
-    return float(((b.mT @ other_b) * (a @ other_a.mT)).sum())
+def product_norm(b: Tensor, a: Tensor) -> float:
+    """Return the Frobenius norm of B @ A, from its factors."""
+    if 0 in (*b.shape, *a.shape):
+        return 0.0
+    return float((torch.linalg.qr(b, mode="r").R @ a).norm())
+
+
+def sum_norm(factors: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the Frobenius norm of a sum of products B_i @ A_i that do not cancel, from r x r matrices only.
+
+    Its relative error is some u64 times the ratio of the sum of their squared norms to the squared norm of the sum.
+    """
+    squares = sum(float(((b.mT @ d) * (a @ c.mT)).sum()) for b, a in factors for d, c in factors)
+    return math.sqrt(max(0.0, squares))
 
 
 def _times(basis: Tensor | None, inner: Tensor) -> Tensor:
