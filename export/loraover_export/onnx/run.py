@@ -93,8 +93,8 @@ def export_onnx(
         compute_dtype,
         force,
     )
-    inputs = [*request.sources, *(() if request.graph is None else (request.graph,))]
-    check_replaceable(request.output, "ONNX export", REPORT_FILE, inputs=inputs, replace=request.force)
+    read = [*request.sources, *(() if request.graph is None else (request.graph,))]
+    check_replaceable(request.output, "ONNX export", REPORT_FILE, inputs=read, replace=request.force)
     inputs = read_inputs(request, report.line)
     with (
         suppress(_FailedError),
