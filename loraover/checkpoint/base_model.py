@@ -41,12 +41,12 @@ def resolve_base(
     """
     trained = {(adapter.config.base_model_name_or_path, adapter.config.revision) for adapter in adapters}
     if given is None and (len(trained) > 1 or None in {name for name, _ in trained}):
-        raise ConfigError(f"{_listed(adapters)}: {_described(trained)}; name the base model with {option}.")
+        raise ConfigError(f"{_listed(adapters)}: {described(trained)}; name the base model with {option}.")
     name = given or str(next(iter(trained))[0])
     revisions = {revision for trained_on, revision in trained if trained_on == name}
     if len(revisions) > 1:
         raise ConfigError(
-            f"{_listed(adapters)}: {_described(trained)}. No revision fits all of them; use them one at a "
+            f"{_listed(adapters)}: {described(trained)}. No revision fits all of them; use them one at a "
             f"time, or name the folder of the weights to use with {option}."
         )
     source = resolve_model(name, *revisions)
@@ -157,7 +157,8 @@ def _listed(adapters: Sequence[AdapterDir]) -> str:
     return ", ".join(str(adapter.path) for adapter in adapters)
 
 
-def _described(trained: Collection[tuple[str | None, str | None]]) -> str:
+def described(trained: Collection[tuple[str | None, str | None]]) -> str:
+    """Return the base models of adapters in words, given each one's name and revision."""
     named = sorted(f"{name}@{revision}" if revision else str(name) for name, revision in trained if name is not None)
     if not named:
         return "names no base model" if len(trained) == 1 else "name no base model"

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -227,6 +227,26 @@ def check_free(target: Path, *, outside: Path | None = None, replace: bool = Fal
         raise OutputError(f"{target} lies inside the input {outside}; choose an output outside of it.")
     if outside is not None and occupied and outside.resolve().is_relative_to(target.resolve()):
         raise OutputError(f"{target} holds the input {outside}; replacing it would remove the input.")
+
+
+def check_replaceable(output: Path, kind: str, mark: str, *, inputs: Iterable[Path], replace: bool) -> None:
+    """Check that a new folder can be made at `output`, or that the one there is of the same kind and may be replaced.
+
+    Args:
+        output: Path of the new folder.
+        kind: Kind of output in words, such as "folded adapter".
+        mark: Name of a file that every output of this kind holds.
+        inputs: Folders that the command reads, in which the output may not lie.
+        replace: Whether to replace an output of this kind that exists.
+
+    Raises:
+        OutputError: The destination is not free, or holds something else.
+    """
+    target = output.absolute()
+    for folder in inputs:
+        check_free(target, outside=folder, replace=replace)
+    if target.exists() and any(target.iterdir()) and not (target / mark).is_file():
+        raise OutputError(f"{target} holds no {kind}, and --force replaces {kind}s only; choose another output.")
 
 
 def _as_os_error(error: Exception) -> OSError | None:

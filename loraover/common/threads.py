@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -16,6 +17,7 @@ MAX_WORKERS = 8
 KEPT_BYTES = 31 * 2**20
 """Just below the largest block that the C library of Linux can be made to keep, 32 MiB."""
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -47,6 +49,19 @@ class Workers:
     def start(self, work: Callable[..., T], *arguments: object) -> Future[T]:
         """Run a function when a thread is free; `result()` returns what it returns, or raises what it raises."""
         return self._pool.submit(work, *arguments)
+
+    def map(self, work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+        """Yield what a function returns for each item, in order, computed some items ahead of the caller.
+
+        The items are read on the caller's thread, and no more than 2 MAX_WORKERS of them or their results are held.
+        """
+        started: deque[Future[T]] = deque()
+        for item in items:
+            started.append(self.start(work, item))
+            if len(started) == 2 * MAX_WORKERS:
+                yield started.popleft().result()
+        while started:
+            yield started.popleft().result()
 
 
 @contextmanager

@@ -10,9 +10,8 @@ from pathlib import Path
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
-from loraover.common.atomic_output import check_free, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
-from loraover.common.errors import OutputError
 from loraover.common.provenance import environment, hardware
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
@@ -81,7 +80,9 @@ def fold_checkpoint(
         compute_dtype,
         force,
     )
-    _check_output(request)
+    check_replaceable(
+        request.output, "folded adapter", CERTIFICATE_FILE, inputs=[request.checkpoint], replace=request.force
+    )
     source = open_checkpoint(request.checkpoint)
     source.adapter.check_keeps_base()
     base = None
@@ -97,15 +98,6 @@ def fold_checkpoint(
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
     return certificate
-
-
-def _check_output(request: FoldRequest) -> None:
-    target = request.output.absolute()
-    check_free(target, outside=request.checkpoint, replace=request.force)
-    if target.exists() and any(target.iterdir()) and not (target / CERTIFICATE_FILE).is_file():
-        raise OutputError(
-            f"{target} holds no folded adapter, and --force replaces folded adapters only; choose another output."
-        )
 
 
 def _fold(

@@ -11,9 +11,8 @@ from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
-from loraover.common.atomic_output import check_free, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
-from loraover.common.errors import OutputError
 from loraover.common.provenance import environment, hardware
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
@@ -38,13 +37,6 @@ class MlxRequest:
     model: str | None = None
     dtype: str = "fp32"
     force: bool = False
-
-    def check_output(self) -> None:
-        """Raise OutputError unless a new folder can be written, or replace an adapter if `force` is true."""
-        target = self.output.absolute()
-        check_free(target, outside=self.source, replace=self.force)
-        if target.exists() and any(target.iterdir()) and not (target / CONFIG_FILE).is_file():
-            raise OutputError(f"{target} holds no adapter, and --force replaces adapters only; choose another output.")
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
@@ -82,7 +74,7 @@ def export_mlx(
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
     request = MlxRequest(Path(source), Path(output), None if model is None else str(model), short_dtype(dtype), force)
-    request.check_output()
+    check_replaceable(request.output, "adapter", CONFIG_FILE, inputs=[request.source], replace=request.force)
     adapter = read_source(request.source)
     base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
     target = read_target(base)

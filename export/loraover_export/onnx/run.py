@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from loraover.common.atomic_output import check_free, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.dtypes import DTYPES
-from loraover.common.errors import OutputError
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter
@@ -94,7 +93,8 @@ def export_onnx(
         compute_dtype,
         force,
     )
-    _check_output(request)
+    read = [*request.sources, *(() if request.graph is None else (request.graph,))]
+    check_replaceable(request.output, "ONNX export", REPORT_FILE, inputs=read, replace=request.force)
     inputs = read_inputs(request, report.line)
     with (
         suppress(_FailedError),
@@ -106,16 +106,6 @@ def export_onnx(
         (draft / REPORT_FILE).write_text(result.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, inputs, result), encoding="utf-8")
     return result
-
-
-def _check_output(request: OnnxRequest) -> None:
-    target = request.output.absolute()
-    for source in (*request.sources, *(() if request.graph is None else (request.graph,))):
-        check_free(target, outside=source, replace=request.force)
-    if target.exists() and any(target.iterdir()) and not (target / REPORT_FILE).is_file():
-        raise OutputError(
-            f"{target} holds no ONNX export, and --force replaces ONNX exports only; choose another output."
-        )
 
 
 def _card(request: OnnxRequest, inputs: Inputs, result: OnnxReport) -> str:

@@ -54,16 +54,44 @@ def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: lis
         served: base model to name if the adapter names none, or was trained on a stand-in of it.
         target_modules: suffixes that match exactly the adapted modules; see `name_modules`.
     """
-    r = largest_rank(adapter)
-    task_type = (adapter.config.model_extra or {}).get("task_type")
-    config: dict[str, Any] = {
+    config = plain_config(
+        largest_rank(adapter),
+        target_modules,
+        base_model=adapter.config.base_model_name_or_path,
+        revision=adapter.config.revision,
+        task_type=(adapter.config.model_extra or {}).get("task_type"),
+    )
+    is_named = adapter.config.base_model_name_or_path is not None and served.moved is None
+    return config if is_named else naming(config, served)
+
+
+def plain_config(
+    rank: int,
+    target_modules: list[str],
+    *,
+    base_model: str | None,
+    revision: str | None,
+    task_type: str | None,
+    modules_to_save: list[str] | None = None,
+) -> dict[str, Any]:
+    """Return the contents of `adapter_config.json` of a plain LoRA with one rank and scaling 1.
+
+    Args:
+        rank: rank of every module.
+        target_modules: paths of the adapted modules, or suffixes of them.
+        base_model: folder or hub name of the base model; None if it is not known.
+        revision: commit of the base model on the hub; None for folders.
+        task_type: PEFT's name of the task; None means CAUSAL_LM.
+        modules_to_save: modules whose parameters the adapter replaces.
+    """
+    return {
         "peft_type": "LORA",
         "task_type": task_type or "CAUSAL_LM",
-        "base_model_name_or_path": adapter.config.base_model_name_or_path,
-        "revision": adapter.config.revision,
+        "base_model_name_or_path": base_model,
+        "revision": revision,
         "inference_mode": True,
-        "r": r,
-        "lora_alpha": r,
+        "r": rank,
+        "lora_alpha": rank,
         "target_modules": target_modules,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -73,10 +101,8 @@ def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: lis
         "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "modules_to_save": None,
+        "modules_to_save": modules_to_save,
     }
-    is_named = adapter.config.base_model_name_or_path is not None and served.moved is None
-    return config if is_named else naming(config, served)
 
 
 def name_modules(adapted: Collection[str], others: Collection[str]) -> list[str]:

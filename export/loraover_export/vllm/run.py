@@ -9,9 +9,8 @@ from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
-from loraover.common.atomic_output import check_free, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
-from loraover.common.errors import OutputError
 from loraover.common.provenance import environment, hardware
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
@@ -77,7 +76,8 @@ def export_vllm(
         vllm_version,
         force,
     )
-    replaces = _check_output(request)
+    check_replaceable(request.output, "adapter", CONFIG_FILE, inputs=[request.source], replace=request.force)
+    replaces = request.output.exists()
     adapter = read_source(request.source)
     candidate = _candidate(request, adapter_of(adapter), replaces, report)
     found = preflight(candidate)
@@ -88,15 +88,6 @@ def export_vllm(
         return VllmReport(preflight=found, certificate=certificate)
     commands = launch_commands(candidate, request.output.resolve())
     return VllmReport(preflight=found, certificate=certificate, serve=commands["serve"], load=commands["load"])
-
-
-def _check_output(request: VllmRequest) -> bool:
-    """Return whether an adapter is to be replaced."""
-    target = request.output.absolute()
-    check_free(target, outside=request.source, replace=request.force)
-    if target.exists() and any(target.iterdir()) and not (target / CONFIG_FILE).is_file():
-        raise OutputError(f"{target} holds no adapter, and --force replaces adapters only; choose another output.")
-    return target.exists()
 
 
 def _candidate(request: VllmRequest, adapter: AdapterDir, replaces: bool, report: Reporter) -> Candidate:

@@ -1,0 +1,99 @@
+"""What writing a plain LoRA from other adapters proves: the contents of `lora_certificate.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Event
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.tensor_file import sha256_of
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+
+CERTIFICATE_FILE = "lora_certificate.json"
+READ_FILES = (CONFIG_FILE, TENSORS_FILE, META_FILE, CORES_FILE)
+
+
+class SourceRecord(BaseModel):
+    """An adapter that was read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="folder of the adapter, as it was named")
+    sha256: dict[str, str] = Field(description="SHA-256 of each file that was read, in hexadecimal digits")
+
+
+def record_source(folder: Path, ending: Event | None = None) -> SourceRecord:
+    """Return the record of an adapter, a plain one or a LoRA-Over checkpoint.
+
+    Args:
+        folder: its folder.
+        ending: event that makes it stop early; the record is worthless then.
+    """
+    files = [folder / name for name in READ_FILES if (folder / name).is_file()]
+    return SourceRecord(path=str(folder), sha256={file.name: sha256_of(file, ending) for file in files})
+
+
+class ModuleCertificate(BaseModel):
+    """Distance of one written delta_W from the exact one, as Frobenius norms."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    module: str = Field(description="path of the module in the base model")
+    embedding: bool = Field(description="whether the module is an embedding")
+    shape: tuple[int, int] = Field(description="out_features and in_features of delta_W")
+    rank: int = Field(description="rank that delta_W takes; smaller ranks than the adapter's are padded with zeros")
+    norm: float = Field(description="norm of the exact delta_W")
+    truncation_error: float = Field(
+        description="norm of what a smaller rank left out: the root of the sum of squares of the other singular "
+        "values; 0 if nothing was left out"
+    )
+    arithmetic_bound: float = Field(description="bound of the error of the arithmetic in float64")
+    storage_error: float = Field(description="norm of the change of delta_W by rounding A and B to the storage type")
+
+    @property
+    def error_bound(self) -> float:
+        """Bound of the norm of the written delta_W minus the exact one."""
+        return self.truncation_error + self.arithmetic_bound + self.storage_error
+
+    @property
+    def relative_error_bound(self) -> float:
+        """The same bound, relative to the norm of the exact delta_W."""
+        return self.error_bound / (self.norm or 1.0)
+
+
+class LoraCertificate(BaseModel):
+    """Errors of a plain LoRA that was made from other adapters, and the contents of `lora_certificate.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    verdict: Literal["passed", "failed"]
+    asked: dict[str, str] = Field(description="what was asked for, by the names of the command's options")
+    sources: list[SourceRecord] = Field(description="adapters that were read, in the order of the command line")
+    base_model: str | None = Field(description="base model that the adapter names; None if it names none")
+    dtype: str = Field(description="data type that the adapter is stored in: fp32, bf16 or fp16")
+    rank: int = Field(description="rank of every module; smaller ranks are padded with zeros")
+    modules: list[ModuleCertificate] = Field(description="one certificate for each delta_W")
+    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and each B")
+    notes: list[str] = Field(description="what else a reader should know, in words")
+    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
+    hardware: str = Field(description="processor and accelerator of the machine, in words")
+
+    @property
+    def passed(self) -> bool:
+        """Whether every element of A and B is within its bound."""
+        return self.verdict == "passed"
+
+
+def module_facts(modules: list[ModuleCertificate]) -> dict[str, str]:
+    """Return rows of a model card that sum up many modules."""
+    left_out = max(module.truncation_error / (module.norm or 1.0) for module in modules)
+    return {
+        "modules": str(len(modules)),
+        "largest share of a module's norm that the rank left out": f"{left_out:.2e}",
+        "largest bound of a module's relative error": f"{max(m.relative_error_bound for m in modules):.2e}",
+    }
