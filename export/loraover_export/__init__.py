@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraover_export.check.report import CheckReport
     from loraover_export.check.run import check_adapter
+    from loraover_export.convert.report import ConvertReport
+    from loraover_export.convert.run import convert_adapter
     from loraover_export.fold.certificate import FoldCertificate
     from loraover_export.fold.run import fold_checkpoint
     from loraover_export.gguf.report import GgufReport
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckReport": "check.report",
+    "ConvertReport": "convert.report",
     "FoldCertificate": "fold.certificate",
     "GgufReport": "gguf.report",
     "MlxReport": "mlx.report",
@@ -32,6 +35,7 @@ _HOMES = {
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
     "check_adapter": "check.run",
+    "convert_adapter": "convert.run",
     "export_gguf": "gguf.run",
     "export_mlx": "mlx.run",
     "export_onnx": "onnx.run",
@@ -41,6 +45,7 @@ _HOMES = {
 
 __all__ = [
     "CheckReport",
+    "ConvertReport",
     "FoldCertificate",
     "GgufReport",
     "MlxReport",
@@ -49,6 +54,7 @@ __all__ = [
     "VllmCertificate",
     "VllmReport",
     "check_adapter",
+    "convert_adapter",
     "export_gguf",
     "export_mlx",
     "export_onnx",

@@ -11,6 +11,7 @@ COMMANDS = {
     "fold": "loraover_export.cli.fold:fold",
     "vllm": "loraover_export.cli.vllm:vllm",
     "onnx": "loraover_export.cli.onnx:onnx",
+    "convert": "loraover_export.cli.convert:convert",
     "gguf": "loraover_export.cli.gguf:gguf",
     "mlx": "loraover_export.cli.mlx:mlx",
 }

@@ -1,0 +1,249 @@
+"""The conversion of an adapter of any kind into a plain LoRA: read, compute, write and certify."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.base_weights import open_base
+from loraover.checkpoint.error_bounds import gamma, unit_roundoff
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.common.dtypes import short_dtype
+from loraover.common.errors import CheckpointError, ExportError
+from loraover.models.load import ModelSource
+from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.convert.effect import compare_outputs
+from loraover_export.convert.engines import fit, fit_in_words
+from loraover_export.convert.methods import METHODS, AnyMethod, Dense, LowRank, Place, Refused
+from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
+from loraover_export.convert.report import ConvertReport
+from loraover_export.convert.request import ConvertRequest
+from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
+from loraover_export.numerics.delta import Delta
+from loraover_export.numerics.low_rank import Svd, decompose, dense_svd, product_norm
+from loraover_export.uniform.certificate import LoraCertificate
+from loraover_export.uniform.write_lora import Approximation, LoraOutput, Work, write_lora
+
+ROUNDINGS = 16
+"""Roundings of float64 on the way to an element of delta_W, in units of the sum of its dimensions."""
+
+
+def convert_adapter(
+    source: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    model: str | Path | None = None,
+    dtype: str = "fp32",
+    check_error: bool = False,
+    prompts: str | Path | None = None,
+    device: str = "auto",
+    compute_dtype: str = "fp32",
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> ConvertReport:
+    """Write an adapter of any kind that PEFT trains as a plain LoRA, which every engine reads.
+
+    The conversion is exact where delta_W has a finite rank, and computed from the adapter's factors in float64.
+    Otherwise, or with a smaller `rank`, it is the best approximation of that rank, whose error is told.
+
+    Args:
+        source: folder of a PEFT adapter of any kind.
+        output: new folder for the LoRA, its certificate and a model card.
+        rank: largest rank of the result, and the leave to lose what does not fit into it; None means exact, or
+            nothing.
+        model: base model, folder or hub name; None means the adapter's.
+        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
+        check_error: also compare logits of the source and of the result, both as PEFT loads them.
+        prompts: text file with one prompt a line for `check_error`; None means a built-in set.
+        device: device to run the models on for `check_error`.
+        compute_dtype: data type to run the models in for `check_error`.
+        force: replace a converted adapter that is already at `output`.
+        report: receiver of progress.
+
+    Returns:
+        The ranks and the certificate. If `passed` is false, nothing was written.
+
+    Raises:
+        ConfigError: arguments that cannot be used, or a base model that cannot be read.
+        CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
+        ExportError: an adapter that is no change of weights, changes more than weights, or has a larger rank than asked
+            for without leave.
+        FoldError: an element beyond the range of `dtype`.
+        OutputError: an output that cannot be written, or that exists and may not be replaced.
+    """
+    request = ConvertRequest(
+        Path(source),
+        Path(output),
+        rank,
+        None if model is None else str(model),
+        short_dtype(dtype),
+        check_error,
+        None if prompts is None else Path(prompts),
+        device,
+        compute_dtype,
+        force,
+    )
+    method, layout = _read(request.source)
+    base = resolve_base([layout], request.model, option="--model", say=report.line)
+    with open_base(base) as weights, open_adapter(layout, weights) as adapter:
+        conversion = _Conversion(request.rank, layout)
+        certificate = _convert(request, method, adapter, base, conversion, report)
+    outputs = None
+    if request.check_error and certificate.passed:
+        outputs = compare_outputs(
+            request.source,
+            request.output,
+            base,
+            layout.config.task_type,
+            request.prompts,
+            report,
+            device=request.device,
+            compute_dtype=request.compute_dtype,
+        )
+    return ConvertReport(
+        method=layout.config.peft_type,
+        exact_rank=max(conversion.ranks.values()),
+        truncated=max(conversion.ranks.values()) > certificate.rank,
+        vllm=fit(certificate.rank),
+        engines=fit_in_words(max(conversion.ranks.values())),
+        certificate=certificate,
+        outputs=outputs,
+    )
+
+
+def _read(path: Path) -> tuple[AnyMethod, Layout[Any]]:
+    """Read what kind of adapter a folder holds, and its layout."""
+    kind = read_peft_type(path)
+    method = METHODS.get(kind)
+    where = path / CONFIG_FILE
+    if method is None:
+        raise CheckpointError(
+            f"{where}: peft_type is {kind!r:.80}, which this version does not know; it knows {', '.join(METHODS)}."
+        )
+    if isinstance(method, Refused):
+        raise ExportError(f"{where}: a {kind} adapter cannot become a LoRA: it {method.reason}")
+    layout = read_layout(path, method.config, method.tensors, method.shared)
+    check_fields(layout, method)
+    if not layout.modules:
+        raise CheckpointError(
+            f"{layout.tensors_path}: no tensor of a {kind} adapter ({', '.join(method.tensors[:4])}); the file names no "
+            "adapted module, so it is incomplete or was saved without them."
+        )
+    return method, layout
+
+
+def _convert(
+    request: ConvertRequest,
+    method: AnyMethod,
+    adapter: Adapter[Any],
+    base: ModelSource,
+    conversion: _Conversion,
+    report: Reporter,
+) -> LoraCertificate:
+    others, modules = carried_tensors(adapter)
+    places = list(method.places(adapter))
+    config = adapter.config
+    is_named = config.base_model_name_or_path is not None and base.moved is None
+    target = LoraOutput(
+        request.output,
+        request.command(),
+        f"Plain LoRA from a {config.peft_type} adapter",
+        {} if request.rank is None else {"--rank": str(request.rank)},
+        [request.source],
+        config.base_model_name_or_path if is_named else base.name,
+        config.revision if is_named else base.revision,
+        config.task_type,
+        request.dtype,
+        request.force,
+        others,
+        modules or None,
+        carried_notes(others, modules),
+    )
+    return write_lora(conversion.work(places), len(places), target, report)
+
+
+@dataclass
+class _Conversion:
+    """Approximations of modules, and the exact ranks that were met on the way.
+
+    Args:
+        rank: largest rank of the result; None means exact.
+        layout: the adapter, for messages.
+        ranks: exact rank of each module so far.
+    """
+
+    rank: int | None
+    layout: Layout[Any]
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def work(self, places: list[Place]) -> Iterator[Work]:
+        """Yield the computation of each module."""
+        return (partial(self._approximate, place) for place in places)
+
+    def _approximate(self, place: Place) -> Approximation:
+        found = place.delta()
+        factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value,)
+        if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+            raise ExportError(f"{self.layout.tensors_path}: {place.path}: delta_W is not finite; train the adapter again.")
+        if isinstance(found, Dense):
+            return self._of_dense(place, found.value)
+        noise = found.left_out + _rounding(found.b, found.a)
+        smallest = min(len(found.b), found.a.shape[1])
+        if found.a.shape[0] > smallest:
+            return self._of_factors(place, *_square(found.b @ found.a), noise)
+        return self._of_factors(place, found.b, found.a, noise)
+
+    def _of_factors(self, place: Place, b: Tensor, a: Tensor, noise: float) -> Approximation:
+        self.ranks[place.path] = len(a)
+        if self.rank is not None and len(a) > self.rank:
+            return _truncated(place, decompose(b, a), self.rank, noise)
+        norm = product_norm(b, a)
+        kept = slice(None) if norm else slice(0)
+        return Approximation(_delta(place, b[:, kept], a[kept]), norm, arithmetic_bound=noise)
+
+    def _of_dense(self, place: Place, value: Tensor) -> Approximation:
+        exact = min(value.shape)
+        self.ranks[place.path] = exact
+        noise = ROUNDINGS * sum(value.shape) * unit_roundoff(torch.float64) * float(value.norm())
+        if self.rank is None:
+            raise ExportError(
+                f"{self.layout.tensors_path}: {place.path}: a {self.layout.config.peft_type} adapter changes the weight "
+                f"by a matrix of full rank, {exact} here. Its best approximation of a rank R is written if you ask for "
+                f"it with --rank R, and its error is told. With rank {exact}, {fit_in_words(exact)}."
+            )
+        if exact <= self.rank:
+            return self._of_factors(place, *_square(value), noise)
+        return _truncated(place, dense_svd(value), self.rank, noise)
+
+
+def _square(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B and A of the smallest rank that any matrix of this shape needs, one of them the identity."""
+    m, n = value.shape
+    eye = torch.eye(min(m, n), dtype=value.dtype)
+    return (value, eye) if n <= m else (eye, value)
+
+
+def _truncated(place: Place, svd: Svd, rank: int, noise: float) -> Approximation:
+    kept = svd.truncate(rank)
+    return Approximation(_delta(place, kept.b, kept.a), svd.norm, kept.error, kept.bound + noise)
+
+
+def _delta(place: Place, b: Tensor, a: Tensor) -> Delta:
+    a, b = (factor.contiguous() for factor in (a, b))
+    exact = [Exact(factor, factor.new_zeros(()).expand_as(factor), None) for factor in (a, b)]
+    return Delta(place.path, place.embedding, *exact)
+
+
+def _rounding(b: Tensor, a: Tensor) -> float:
+    """Return a bound of the Frobenius norm of the rounding in factors that were computed in float64."""
+    terms = ROUNDINGS * (len(b) + a.shape[1] + len(a))
+    return gamma(terms, unit_roundoff(torch.float64)) * float(b.norm()) * float(a.norm())
