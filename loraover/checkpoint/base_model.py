@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ConfigError
 from loraover.data.word_problems import HELD_OUT_SEED, word_problems
 from loraover.models.load import ModelSource, Moved, load_model, load_tokenizer, resolve_model
@@ -19,8 +19,32 @@ if TYPE_CHECKING:
 PROMPTS, RANDOM_TOKENS = 8, 32
 
 
+class NamesBase(Protocol):
+    """Configuration that names a base model."""
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        """Folder or hub name of the base model; None if it is not named."""
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit of the base model on the hub."""
+
+
+class OnBase(Protocol):
+    """Adapter of any kind, with the folder that it was read from."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the adapter."""
+
+    @property
+    def config(self) -> NamesBase:
+        """Contents of `adapter_config.json`."""
+
+
 def resolve_base(
-    adapters: Sequence[AdapterDir], given: str | None, *, option: str, say: Callable[[str], None]
+    adapters: Sequence[OnBase], given: str | None, *, option: str, say: Callable[[str], None]
 ) -> ModelSource:
     """Find the base model that adapters name, at the revision that they name, or the model that the user names.
 
@@ -41,12 +65,12 @@ def resolve_base(
     """
     trained = {(adapter.config.base_model_name_or_path, adapter.config.revision) for adapter in adapters}
     if given is None and (len(trained) > 1 or None in {name for name, _ in trained}):
-        raise ConfigError(f"{_listed(adapters)}: {_described(trained)}; name the base model with {option}.")
+        raise ConfigError(f"{_listed(adapters)}: {described(trained)}; name the base model with {option}.")
     name = given or str(next(iter(trained))[0])
     revisions = {revision for trained_on, revision in trained if trained_on == name}
     if len(revisions) > 1:
         raise ConfigError(
-            f"{_listed(adapters)}: {_described(trained)}. No revision fits all of them; use them one at a "
+            f"{_listed(adapters)}: {described(trained)}. No revision fits all of them; use them one at a "
             f"time, or name the folder of the weights to use with {option}."
         )
     source = resolve_model(name, *revisions)
@@ -153,11 +177,12 @@ def _logits(source: ModelSource, prompts: Sequence[Tensor]) -> tuple[list[Tensor
     return found, size
 
 
-def _listed(adapters: Sequence[AdapterDir]) -> str:
+def _listed(adapters: Sequence[OnBase]) -> str:
     return ", ".join(str(adapter.path) for adapter in adapters)
 
 
-def _described(trained: Collection[tuple[str | None, str | None]]) -> str:
+def described(trained: Collection[tuple[str | None, str | None]]) -> str:
+    """Return the base models of adapters in words, given each one's name and revision."""
     named = sorted(f"{name}@{revision}" if revision else str(name) for name, revision in trained if name is not None)
     if not named:
         return "names no base model" if len(trained) == 1 else "name no base model"

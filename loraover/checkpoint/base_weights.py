@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from pydantic import BaseModel
 from torch import Tensor
 
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, load_skeleton
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+class _Index(BaseModel):
+    """File of each tensor, by key."""
+
+    weight_map: dict[str, str]
 
 
 class BaseWeights:
@@ -31,6 +39,7 @@ class BaseWeights:
     def __init__(self, source: ModelSource, files: ExitStack) -> None:
         self.source = source
         self._files = files
+        self._lock = Lock()
         self.model: Any = load_skeleton(source)
         self._modules: dict[str, Any] = dict(self.model.named_modules())
 
@@ -67,7 +76,8 @@ class BaseWeights:
             CheckpointError: A file is damaged, or holds NaN or infinity.
             ConfigError: The files hold no weight of the module, or one of another shape.
         """
-        key = self._key(f"{path}.weight")
+        with self._lock:  # files are opened once
+            key = self._key(f"{path}.weight")
         weight = self._tensors[key].read(key)
         weight = weight.T if type(self.modules[path]).__name__ == "Conv1D" else weight
         if not weight.is_floating_point() or tuple(weight.shape) != self.shapes[path]:
@@ -82,13 +92,10 @@ class BaseWeights:
     def _tensors(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by key."""
         index = _local(self.source, INDEX_FILE)
-        if index is None:
-            names = [WEIGHTS_FILE]
-        else:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = [WEIGHTS_FILE] if index is None else sorted(set(read_json(index, _Index).weight_map.values()))
         found: dict[str, TensorFile] = {}
         for name in names:
-            path = _local(self.source, name)
+            path = _local(self.source, name) if Path(name).name == name else None
             if path is None:
                 raise ConfigError(
                     f"model: {self.source.origin} has no {name}; its weights are read from safetensors files."

@@ -9,6 +9,10 @@ from loraover.common.command_line import LazyGroup, entry_point
 COMMANDS = {
     "check": "loraover_export.cli.check:check",
     "fold": "loraover_export.cli.fold:fold",
+    "combine": "loraover_export.cli.combine:combine",
+    "shrink": "loraover_export.cli.shrink:shrink",
+    "merge": "loraover_export.cli.merge:merge",
+    "diff": "loraover_export.cli.diff:diff",
     "vllm": "loraover_export.cli.vllm:vllm",
     "onnx": "loraover_export.cli.onnx:onnx",
     "convert": "loraover_export.cli.convert:convert",

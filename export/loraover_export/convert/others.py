@@ -76,8 +76,8 @@ def _is_below(name: str, module: str) -> bool:
 def _described(saved: str | None, name: str) -> str:
     if saved is not None:
         return (
-            f"belongs to {saved} of modules_to_save, which was trained in full. No engine takes it beside a LoRA, and it "
-            "has no low rank. Merge the adapter into the base model with PEFT's merge_and_unload, or train without "
+            f"belongs to {saved} of modules_to_save, which was trained in full. No engine takes it beside a LoRA. "
+            "Merge the adapter into the base model with PEFT's merge_and_unload, or train without "
             "modules_to_save."
         )
     if name.endswith(".bias"):

@@ -22,7 +22,8 @@ from loraover.models.load import ModelSource
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.convert.effect import compare_outputs
 from loraover_export.convert.engines import fit, fit_in_words
-from loraover_export.convert.methods import METHODS, AnyMethod, Dense, LowRank, Place, Refused
+from loraover_export.convert.methods import METHODS
+from loraover_export.convert.methods.base import AnyMethod, Dense, LowRank, Place, Refused
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
 from loraover_export.convert.report import ConvertReport
 from loraover_export.convert.request import ConvertRequest
@@ -92,7 +93,7 @@ def convert_adapter(
         compute_dtype,
         force,
     )
-    method, layout = _read(request.source)
+    method, layout = read_method(request.source)
     base = resolve_base([layout], request.model, option="--model", say=report.line)
     with open_base(base) as weights, open_adapter(layout, weights) as adapter:
         conversion = _Conversion(request.rank, layout)
@@ -120,8 +121,13 @@ def convert_adapter(
     )
 
 
-def _read(path: Path) -> tuple[AnyMethod, Layout[Any]]:
-    """Read what kind of adapter a folder holds, and its layout."""
+def read_method(path: Path) -> tuple[AnyMethod, Layout[Any]]:
+    """Read what kind of adapter a folder holds, and its layout.
+
+    Raises:
+        CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
+        ExportError: an adapter that is no change of weights, or that changes more than weights.
+    """
     kind = read_peft_type(path)
     method = METHODS.get(kind)
     where = path / CONFIG_FILE
@@ -135,8 +141,8 @@ def _read(path: Path) -> tuple[AnyMethod, Layout[Any]]:
     check_fields(layout, method)
     if not layout.modules:
         raise CheckpointError(
-            f"{layout.tensors_path}: no tensor of a {kind} adapter ({', '.join(method.tensors[:4])}); the file names no "
-            "adapted module, so it is incomplete or was saved without them."
+            f"{layout.tensors_path}: no tensor of a {kind} adapter ({', '.join(method.tensors[:4])}); the file "
+            "names no adapted module, so it is incomplete or was saved without them."
         )
     return method, layout
 
@@ -193,7 +199,9 @@ class _Conversion:
         found = place.delta()
         factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value,)
         if not all(bool(torch.isfinite(factor).all()) for factor in factors):
-            raise ExportError(f"{self.layout.tensors_path}: {place.path}: delta_W is not finite; train the adapter again.")
+            raise ExportError(
+                f"{self.layout.tensors_path}: {place.path}: delta_W is not finite; train the adapter again."
+            )
         if isinstance(found, Dense):
             return self._of_dense(place, found.value)
         noise = found.left_out + _rounding(found.b, found.a)
@@ -216,9 +224,9 @@ class _Conversion:
         noise = ROUNDINGS * sum(value.shape) * unit_roundoff(torch.float64) * float(value.norm())
         if self.rank is None:
             raise ExportError(
-                f"{self.layout.tensors_path}: {place.path}: a {self.layout.config.peft_type} adapter changes the weight "
-                f"by a matrix of full rank, {exact} here. Its best approximation of a rank R is written if you ask for "
-                f"it with --rank R, and its error is told. With rank {exact}, {fit_in_words(exact)}."
+                f"{self.layout.tensors_path}: {place.path}: a {self.layout.config.peft_type} adapter changes the "
+                f"weight by a matrix of full rank, {exact} here. Its best approximation of a rank R is written if you ask "
+                f"for it with --rank R, and its error is shown. With rank {exact}, {fit_in_words(exact)}."
             )
         if exact <= self.rank:
             return self._of_factors(place, *_square(value), noise)

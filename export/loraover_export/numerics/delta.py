@@ -10,7 +10,7 @@ import torch
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
-from loraover.checkpoint.exact_tensors import Exact, adapter_of, open_exact
+from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key, site_name
 from loraover.checkpoint.tensor_file import have_same_bits
 from loraover.common.errors import ExportError
@@ -67,16 +67,22 @@ def read_deltas(source: Checkpoint | AdapterDir) -> Iterator[Delta]:
             "train with lora_bias=False."
         )
     with open_exact(source) as exact:
-        for name in adapter.sites:
-            module, _, kind = name.rpartition(".")
-            if kind.endswith("A"):
-                b = exact.tensor(site_key(f"{module}.{kind[:-1]}B"))
-                yield Delta(
-                    module,
-                    kind.startswith("lora_embedding"),
-                    exact.tensor(site_key(name)),
-                    scale(b, adapter.config.scaling(module)),
-                )
+        for module in adapted_modules(adapter):
+            yield read_delta(exact, module)
+
+
+def adapted_modules(adapter: AdapterDir) -> list[str]:
+    """Return the paths of the modules that an adapter has matrices for, in the order of its file."""
+    return [name.rpartition(".")[0] for name in adapter.sites if name.endswith("A")]
+
+
+def read_delta(exact: ExactAdapter, module: str) -> Delta:
+    """Return the delta of one module from open files; several threads may call it."""
+    adapter = exact.adapter
+    embedding = f"{module}.lora_embedding_A" in adapter.sites
+    kind = "lora_embedding_" if embedding else "lora_"
+    a, b = (exact.tensor(site_key(f"{module}.{kind}{matrix}")) for matrix in "AB")
+    return Delta(module, embedding, a, scale(b, adapter.config.scaling(module)))
 
 
 def other_tensors(adapter: AdapterDir) -> list[str]:

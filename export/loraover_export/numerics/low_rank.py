@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.error_bounds import gamma, unit_roundoff
+from loraover.checkpoint.error_bounds import gamma
 from loraover.checkpoint.exact_tensors import Exact
+from loraover_export.numerics.delta import U64, Delta
 
-U64 = unit_roundoff(torch.float64)
 OF_NORMS = 1.01
 """Factor by which bounds are enlarged, since the norms in them are computed too."""
 
@@ -46,6 +46,11 @@ class Truncation:
     singular_values: Tensor
     error: float
     bound: float
+
+    def delta(self, module: str, embedding: bool) -> Delta:
+        """Return the factors as the delta of a module."""
+        a, b = (Exact(x, x.new_zeros(()).expand_as(x), None) for x in (self.a, self.b))
+        return Delta(module, embedding, a, b)
 
 
 @dataclass(frozen=True)
@@ -166,9 +171,16 @@ def concatenate(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
     return torch.cat([b for b, _ in factors], dim=1), torch.cat([a for _, a in factors])
 
 
-def rank_of_energy(singular_values: Tensor, share: float) -> int:
+def singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Return the singular values of B @ A, the largest first; about a quarter of the work of `decompose`."""
+    upper, lower = (torch.linalg.qr(x, mode="r").R for x in (b, a.mT))
+    values: Tensor = torch.linalg.svdvals(upper @ lower.mT)
+    return values
+
+
+def rank_of_energy(spectrum: Tensor, share: float) -> int:
     """Return the smallest rank, at least 1, that keeps a share of the sum of squares of singular values."""
-    squares = singular_values.square()
+    squares = spectrum.square()
     tails = squares.flip(0).cumsum(0).flip(0)  # what the ranks 0, 1, ... leave out
     return max(1, int((tails > (1 - share) * squares.sum()).sum()))
 

@@ -85,6 +85,7 @@ class LoraOutput:
         others: tensors that are written as they are, by their keys in the file.
         modules_to_save: modules that these tensors belong to.
         notes: what else a reader should know, in words.
+        if_zero: message of the error if every delta is zero.
     """
 
     output: Path
@@ -100,6 +101,7 @@ class LoraOutput:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     notes: Sequence[str] = ()
+    if_zero: str = "every delta_W is zero, so the adapter would do nothing; train it first."
 
     def check(self) -> None:
         """Raise OutputError unless a new folder can be written, or replace one of this kind if `force` is true."""
@@ -182,8 +184,7 @@ def _store(approximation: Approximation, dtype: str) -> _Stored:
 
 def _certificate(target: LoraOutput, stored: Sequence[_Stored], sources: list[SourceRecord]) -> LoraCertificate:
     if not any(module.delta.rank for module in stored):
-        where = ", ".join(map(str, target.sources))
-        raise ExportError(f"{where}: every delta_W is zero, so the adapter would do nothing; train it first.")
+        raise ExportError(f"{', '.join(map(str, target.sources))}: {target.if_zero}")
     matrices = [matrix for module in stored for matrix in module.matrices]
     return LoraCertificate(
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",

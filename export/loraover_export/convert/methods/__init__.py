@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from loraover_export.convert.methods.adalora import AdaLora
 from loraover_export.convert.methods.bank import VbLora
-from loraover_export.convert.methods.base import AnyMethod, Dense, LowRank, Place, Refused
+from loraover_export.convert.methods.base import AnyMethod, Refused
 from loraover_export.convert.methods.blocks import C3a, Gralora
 from loraover_export.convert.methods.householder import Hra
 from loraover_export.convert.methods.lora import Lora

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic
 
+import torch
 from torch import Tensor
 
 from loraover_export.convert.source import Adapter, Config, Module
@@ -34,9 +35,8 @@ class LowRank:
     a: Tensor
     left_out: float = 0.0
 
-    @property
-    def mT(self) -> LowRank:
-        """The transposed matrix."""
+    def transposed(self) -> LowRank:
+        """Return the transposed matrix."""
         return LowRank(self.a.mT.contiguous(), self.b.mT.contiguous(), self.left_out)
 
 
@@ -122,3 +122,8 @@ class Refused:
 
     reason: str
 
+
+def block_diag(blocks: Iterable[Tensor]) -> Tensor:
+    """Return the matrix that has some matrices on its diagonal, and zeros elsewhere."""
+    found: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return found

@@ -16,7 +16,7 @@ from typing import ClassVar, final
 import torch
 from pydantic import Field
 
-from loraover_export.convert.methods.base import Dense, LowRank, Method
+from loraover_export.convert.methods.base import Dense, LowRank, Method, block_diag
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -46,8 +46,8 @@ class Gralora(Method[GraloraFields]):
         if a.shape[1] * k != n or b.shape[2] * k != m or r % k:
             raise module.refuse(f"{k} blocks of {tuple(a.shape[1:])} and {tuple(b.shape[1:])} do not make {(m, n)}.")
         pieces = a.reshape(k, -1, k, r // k)  # input piece, input feature, output piece, rank
-        right = [torch.block_diag(*pieces[:, :, o].mT) for o in range(k)]  # (r, n) each
-        left = torch.block_diag(*b.mT)  # (m, k r)
+        right = [block_diag(pieces[:, :, o].mT) for o in range(k)]  # (r, n) each
+        left = block_diag(b.mT)  # (m, k r)
         factors = [left], right
         if hybrid:
             factors[0].append(module.tensor("gralora_B_general.weight", m, hybrid))
@@ -57,7 +57,6 @@ class Gralora(Method[GraloraFields]):
 
 class C3aFields(MethodConfig):
     """Fields of C3AConfig that change the delta; the shape of a kernel tells its length."""
-
 
 
 @final

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import ClassVar, final
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from loraover_export.convert.methods.base import LowRank, Method
@@ -20,7 +21,7 @@ from loraover_export.convert.source import MethodConfig, Module
 class HraFields(MethodConfig):
     """Fields of HRAConfig that change the delta."""
 
-    apply_GS: bool = False
+    gram_schmidt: bool = Field(False, alias="apply_GS")
 
 
 @final
@@ -37,7 +38,9 @@ class Hra(Method[HraFields]):
         u = module.tensor("hra_u", module.shape[1], None)
         if not bool((u.norm(dim=0) > 0).all()):
             raise module.refuse("a column of hra_u is zero and has no direction; train the adapter again.")
-        u, t = (_orthonormal(u), 2 * torch.eye(u.shape[1], dtype=u.dtype)) if module.config.apply_GS else _compact(u)
+        u, t = (
+            (_orthonormal(u), 2 * torch.eye(u.shape[1], dtype=u.dtype)) if module.config.gram_schmidt else _compact(u)
+        )
         return LowRank(-(module.weight() @ u) @ t, u.T.contiguous())
 
 

@@ -28,7 +28,7 @@ from loraover_export.convert.source import Adapter, MethodConfig, Module
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 GAP = 1e-5
-"""Smallest gap after the r-th singular value, relative to the largest, at which float32 finds the same subspace."""
+"""Smallest gap between two singular values, relative to the largest, at which any float32 finds the same subspaces."""
 
 
 class LoraFields(MethodConfig, AdapterConfig):
@@ -84,7 +84,9 @@ def _indices(module: Module[LoraFields]) -> list[int]:
     if isinstance(found, dict):
         found = next((tokens for name, tokens in found.items() if f".{module.path}".endswith(f".{name}")), None)
     if found is None:
-        raise module.refuse("trainable_token_indices does not name its trained tokens; the configuration is incomplete.")
+        raise module.refuse(
+            "trainable_token_indices does not name its trained tokens; the configuration is incomplete."
+        )
     return found
 
 
@@ -113,19 +115,35 @@ def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, T
 
 
 def first_singular(module: Module[Any], weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first r singular triplets of a float32 matrix: (m, r), (r,) and (r, n).
+    """Return the first r singular triplets of a float32 matrix: (m, r), (r,) and (r, n), as PEFT finds them.
 
     Raises:
         ExportError: the next singular value is so close that another machine would find another subspace.
     """
-    u, values, vt = torch.linalg.svd(weight, full_matrices=False)
-    if r < len(values) and float(values[r - 1] - values[r]) <= GAP * float(values[0]):
-        raise module.refuse(
-            f"the singular values {r} and {r + 1} of the base weight are equal to {GAP:g} of the largest, so the part "
-            "that the adapter was started from depends on the machine. Save the adapter again with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...), where it was trained."
-        )
+    u, values, vt = _svd(module, weight, r)
     return u[:, :r], values[:r], vt[:r]
+
+
+def last_singular(module: Module[Any], weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the last k singular triplets of a float32 matrix in float64: (m, k), (k,) and (k, n), as PEFT finds them.
+
+    Raises:
+        ExportError: the singular value before is so close that another machine would find another subspace.
+    """
+    first = min(weight.shape) - k
+    u, values, vt = _svd(module, weight, first)
+    return u[:, first:].double(), values[first:].double(), vt[first:].double()
+
+
+def _svd(module: Module[Any], weight: Tensor, cut: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, values, vt = torch.linalg.svd(weight, full_matrices=False)
+    if 0 < cut < len(values) and float(values[cut - 1] - values[cut]) <= GAP * float(values[0]):
+        raise module.refuse(
+            f"the singular values {cut} and {cut + 1} of the base weight are equal to {GAP:g} of the largest, so the "
+            "part that the adapter was started from depends on the machine. Merge it into the base model with PEFT's "
+            "merge_and_unload, where it was trained."
+        )
+    return u, values, vt
 
 
 def _dora(module: Module[Any], product: Tensor) -> Dense:

@@ -8,11 +8,12 @@ RandLoRA: delta_W = s sum_i B_i diag(lambda_i) A diag(gamma_i), so many terms th
 Uni-LoRA: every element of A and B is an element of one vector theta, chosen by a random index, over the root of how
 often it is chosen; delta_W = B A.
 
-A file that does not hold the projections (`save_projection`) holds their seed. They are then drawn again as PEFT draws
-them, with PyTorch's generator on the CPU. A Uni-LoRA file without `save_indices` does not even name its modules.
+A VeRA or PVeRA file that does not hold the projections (`save_projection`) holds their seed. They are then drawn again
+as PEFT draws them, with PyTorch's generator on the CPU. RandLoRA's are drawn in a data type that depends on the machine,
+and a Uni-LoRA file without `save_indices` does not name its modules: both are refused.
 
 Sources: Kopiczko et al. 2023, arXiv:2310.11454; Albert et al. 2025, arXiv:2502.00987; Li et al. 2025, arXiv:2506.00799;
-PEFT 0.21's `_init_vera_A_vera_B`, `_init_pvera_A_pvera_B` and `_init_randlora_A_randlora_B`.
+PEFT 0.21's `_init_vera_A_vera_B` and `_init_pvera_A_pvera_B`.
 """
 
 from __future__ import annotations
@@ -97,9 +98,6 @@ class RandLoraFields(MethodConfig):
 
     r: int = Field(32, ge=1)
     randlora_alpha: float = 640
-    projection_prng_key: int = Field(0, ge=0)
-    sparse: bool = False
-    very_sparse: bool = False
 
 
 @final
@@ -109,7 +107,9 @@ class RandLora(Method[RandLoraFields]):
     config = RandLoraFields
     tensors = ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B")
     shared = ("randlora_A", "randlora_B")
-    inert: ClassVar[frozenset[str]] = frozenset({"save_projection", "randlora_dropout"})
+    inert: ClassVar[frozenset[str]] = frozenset(
+        {"save_projection", "randlora_dropout", "projection_prng_key", "sparse", "very_sparse"}
+    )
     rank: ClassVar[str] = "full"
 
     def delta(self, module: Module[RandLoraFields]) -> Dense:
@@ -128,16 +128,10 @@ def _random_bases(adapter: Adapter[RandLoraFields]) -> tuple[Tensor, Tensor]:
     a, b = adapter.shared("randlora_A"), adapter.shared("randlora_B")
     if a is not None and b is not None:
         return a, b
-    r, (m, n) = adapter.config.r, adapter.largest
-    if adapter.config.sparse or adapter.config.very_sparse:
-        raise CheckpointError(
-            f"{adapter.layout.tensors_path}: the sparse random bases are not in the file; save the adapter again with "
-            "save_projection=True."
-        )
-    generator = Generator().manual_seed(adapter.config.projection_prng_key)
-    a = _kaiming((r, 1, min(m, n)), min(m, n), generator)
-    b = torch.cat([_kaiming((max(m, n), 1, r), r, generator) for _ in range(math.ceil(min(m, n) / r))], dim=1)
-    return (a / a.std()).double(), (b / b.std()).double()
+    raise CheckpointError(
+        f"{adapter.layout.tensors_path}: the random bases are not in the file, and PEFT draws them in a data type that "
+        "depends on the machine; save the adapter again with save_projection=True, where it was trained."
+    )
 
 
 class UniLoraFields(MethodConfig):
@@ -172,6 +166,6 @@ class UniLora(Method[UniLoraFields]):
 
 
 def _kaiming(shape: tuple[int, ...], fan: int, generator: Generator) -> Tensor:
-    """Return the draws of He et al. 2015, arXiv:1502.01852, in float32 as PEFT makes them."""
+    """Return the draws of He et al. 2015, arXiv:1502.01852, in float32 as PEFT makes them for VeRA."""
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,8 +1,8 @@
 """Rotations of the base weight, of full rank: OFT and BOFT on its input, RoAd on its output.
 
-OFT: W' = W R^T with R block-diagonal. Each block is the Cayley transform (I - Q)^-1 (I + Q) of a skew-symmetric Q, with
-PEFT's sign, or the first terms of its Neumann series. BOFT: W' = diag(s) W R^T with one butterfly factor. RoAd: pairs of
-output features are rotated and scaled, W' = R W.
+OFT: W' = W R^T with R block-diagonal. Each block is the Cayley transform of a skew-symmetric Q: (I - Q)(I + Q)^-1, or
+the first terms of the Neumann series of (I + Q)(I - Q)^-1, as PEFT has it. BOFT: W' = diag(s) W R^T with one butterfly
+factor. RoAd: pairs of output features are rotated and scaled, W' = R W.
 
 Sources: Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023, arXiv:2311.06243; Liao and Monz 2024, arXiv:2409.00119;
 PEFT's `OFTRotationModule`, `BOFTLayer` and `RoadLayer`.
@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from loraover_export.convert.methods.base import Dense, Method
+from loraover_export.convert.methods.base import Dense, Method, block_diag
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -48,7 +48,7 @@ class Oft(Method[OftFields]):
                 f"oft_R.weight has shape {tuple(vectors.shape)}, whose blocks do not fill {n} input features."
             )
         blocks = _cayley(_skew(vectors), module.config)
-        rotation = torch.block_diag(*blocks.expand(count, -1, -1))
+        rotation = block_diag(blocks.expand(count, -1, -1))
         weight = module.weight()
         return Dense(weight @ rotation.T - weight)
 
@@ -74,7 +74,8 @@ def _cayley(q: Tensor, config: OftFields) -> Tensor:
         q = torch.where(norm <= eps, q, eps * q / norm.clamp_min(1e-300))
     eye = torch.eye(q.shape[-1], dtype=q.dtype)
     if not config.use_cayley_neumann:
-        return torch.linalg.solve(eye + q, (eye - q).expand_as(q), left=False)
+        solved: Tensor = torch.linalg.solve(eye + q, (eye - q).expand_as(q), left=False)
+        return solved
     rotation, power, terms = eye.expand_as(q).clone(), q, config.num_cayley_neumann_terms
     for i in range(1, terms):
         rotation += (1 if i == terms - 1 and i > 1 else 2) * power
@@ -84,7 +85,6 @@ def _cayley(q: Tensor, config: OftFields) -> Tensor:
 
 class BoftFields(MethodConfig):
     """Fields of BOFTConfig that change the delta."""
-
 
 
 @final
@@ -109,7 +109,7 @@ class Boft(Method[BoftFields]):
             )
         skew = (r[0] - r[0].mT) / 2
         eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
-        rotation = torch.block_diag(*torch.linalg.solve(eye + skew, (eye - skew).expand_as(skew), left=False))
+        rotation = block_diag(torch.linalg.solve(eye + skew, (eye - skew).expand_as(skew), left=False))
         if len(rotation) != n:
             raise module.refuse(f"boft_R rotates {len(rotation)} input features, expected {n}.")
         weight = module.weight()

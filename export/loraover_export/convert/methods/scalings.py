@@ -5,8 +5,8 @@ W' = W + W * A + B, where A and B are products of two matrices, columns or numbe
 length 1: delta_W = lambda / r sum_i b_i a_i^T / (|b_i| |a_i|) diag(w), with w the norms of the base weight's columns,
 which the file holds.
 
-Sources: Liu et al. 2022, arXiv:2205.05638; Huang et al. 2025 (HiRA, ICLR); Chavan et al. 2023, arXiv:2306.07967; Bini et
-al. 2025, arXiv:2503.18225.
+Sources: Liu et al. 2022, arXiv:2205.05638; Huang et al. 2025 (HiRA, ICLR); Chavan et al. 2023, arXiv:2306.07967; Bini
+et al. 2025, arXiv:2503.18225.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ class GloraFields(MethodConfig):
     """Fields of GloraConfig; the tensors tell the form of each path."""
 
 
-
 @final
 class Glora(Method[GloraFields]):
     """Generalised LoRA, on layers without a bias."""
@@ -101,7 +100,6 @@ class Glora(Method[GloraFields]):
 
 class DeloraFields(MethodConfig):
     """Fields of DeloraConfig that change the delta; the strength of each module is in the file of tensors."""
-
 
 
 @final

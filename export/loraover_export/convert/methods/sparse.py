@@ -8,7 +8,7 @@ Sources: Bhardwaj et al. 2024, arXiv:2406.13175; Gao et al. 2024, arXiv:2405.030
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from pydantic import Field, PositiveInt
@@ -97,7 +97,7 @@ class FourierFt(Method[FourierFields]):
         return Dense(torch.fft.ifft2(spectrum).real * module.config.scaling)
 
 
-def _scattered(module: Module[MethodConfig], rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+def _scattered(module: Module[Any], rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """Return a matrix of zeros, with values added at some places."""
     m, n = module.shape
     if len(rows) and (int(rows.max()) >= m or int(columns.max()) >= n or int(min(rows.min(), columns.min())) < 0):

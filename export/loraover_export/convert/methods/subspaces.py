@@ -1,9 +1,9 @@
-"""Changes inside a subspace: DEFT and PEANuT, of rank r, and OSF, of the rank that is not frozen.
+"""Changes inside a subspace: DEFT and PEANuT, of rank r, and OSF, of twice the rank that is trained.
 
 DEFT: delta_W = Q (R - P^T W), where Q and P are the trained matrix itself and its positive part, or both its
 orthonormal columns. PEANuT: delta_W^T = f(W^T A^T) B^T with a small network f, so delta_W has rank r though f is not
-linear: the network reads the weight, not the input. OSF trains the small singular triplets of W anew:
-delta_W = U S V - (W - the first k triplets of W).
+linear: the network reads the weight, not the input. OSF trains the last k singular triplets of W:
+delta_W = U S V - U_0 S_0 V_0, of rank 2 k, where PEFT finds U_0 S_0 V_0 in float32.
 
 Sources: PEFT's `DeftLinear`; Zhong et al. 2025, arXiv:2410.01870; Nayak et al. 2025, arXiv:2504.07097.
 """
@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from loraover_export.convert.methods.base import Dense, LowRank, Method
-from loraover_export.convert.methods.lora import first_singular
+from loraover_export.convert.methods.base import LowRank, Method
+from loraover_export.convert.methods.lora import last_singular
 from loraover_export.convert.source import MethodConfig, Module
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -112,15 +112,13 @@ class Osf(Method[OsfFields]):
     config = OsfFields
     tensors = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
     inert: ClassVar[frozenset[str]] = frozenset({"effective_rank", "rank_pattern", "target_svd_config"})
-    rank: ClassVar[str] = "full"
+    rank: ClassVar[str] = "2 (min(shape) - effective_rank)"
     needs_weights = True
 
-    def delta(self, module: Module[OsfFields]) -> Dense:
+    def delta(self, module: Module[OsfFields]) -> LowRank:
         m, n = module.shape
         s = module.tensor("osf_svd_params.S_low", None)
         u = module.tensor("osf_svd_params.U_low", m, len(s))
         v = module.tensor("osf_svd_params.V_low", len(s), n)
-        stored = module.stored_weight()
-        left, values, right = first_singular(module, stored.float(), min(m, n) - len(s))
-        frozen = (left.double() * values.double()) @ right.double()
-        return Dense((u * s) @ v - (stored.double() - frozen))
+        u0, s0, v0 = last_singular(module, module.stored_weight().float(), len(s))
+        return LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]))

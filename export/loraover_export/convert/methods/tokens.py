@@ -1,8 +1,8 @@
 """Trained tokens: k rows of an embedding that are replaced, which are an embedding LoRA of rank k.
 
-The new rows E' stand in the file, so delta_W^T = S (E' - E) with S (tokens, k) a column of the identity for each trained
-token, and E the base model's rows. Where the output head shares the embedding's weight, PEFT replaces its rows as well,
-so the head gets the same LoRA, transposed.
+The new rows E' stand in the file, so delta_W^T = S (E' - E) with S (tokens, k) a column of the identity for each
+trained token, and E the base model's rows. Where the output head shares the embedding's weight, PEFT replaces its rows
+as well, so the head gets the same LoRA, transposed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iter
     head = base.name_of(base.model.get_output_embeddings())
     is_input = base.modules[module.path] is base.model.get_input_embeddings()
     if base.is_tied and is_input and head is not None:
-        yield Place(head, False, lambda: find().mT)
+        yield Place(head, False, lambda: find().transposed())
 
 
 def _rows(module: Module[Any], name: str, indices: Sequence[int]) -> LowRank:
@@ -74,4 +74,4 @@ def _rows(module: Module[Any], name: str, indices: Sequence[int]) -> LowRank:
     places[torch.arange(len(indices)), torch.tensor(indices, dtype=torch.long)] = 1
     change = new - module.stored_weight()[list(indices)].double()
     found_rows = LowRank(change.mT.contiguous(), places)
-    return found_rows if module.is_embedding else found_rows.mT
+    return found_rows if module.is_embedding else found_rows.transposed()

@@ -1,0 +1,77 @@
+"""The command `loraover-export combine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover_export.cli import EXIT_CODES
+
+EXAMPLES = [
+    "loraover-export combine maths code -o both",
+    "loraover-export combine maths code -o both --weights 0.7,0.3 --dtype bf16",
+]
+
+
+class Weights(click.ParamType):
+    """Numbers with commas between them."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(word) for word in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.7,0.3.", param, ctx)
+
+
+@click.command(cls=Command, examples=EXAMPLES)
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the adapter.")
+@click.option(
+    "--weights",
+    type=Weights(),
+    show_default="1 for each",
+    help="Weight of each adapter, with commas between them, such as 0.7,0.3.",
+)
+@click.option(
+    "--dtype",
+    type=DtypeChoice("fp32", "bf16", "fp16"),
+    default="fp32",
+    show_default=True,
+    help="Data type to store the adapter in; PyTorch's names, such as bfloat16, are accepted too.",
+)
+@click.option("--force", is_flag=True, help="Replace the certified adapter that is already at the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
+def combine(
+    sources: tuple[Path, ...],
+    output: Path,
+    weights: tuple[float, ...] | None,
+    dtype: str,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Write the weighted sum of SOURCES as one plain LoRA adapter, exactly.
+
+    SOURCES are LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs of one base model. The ranks are
+    concatenated; where the adapters share directions, the sum has a smaller rank and is written with it.
+
+    Exit code 1: a written matrix failed its check, and nothing was left.
+    """
+    from rich.console import Console
+
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_export.combine.combine import combine_adapters
+    from loraover_export.uniform.show import show_lora
+
+    quiet_libraries()
+    console = Console(stderr=as_json)
+    report = ConsoleReporter(console)
+    certificate = combine_adapters(sources, output, weights=weights, dtype=dtype, force=force, report=report)
+    show_lora(certificate, output, console)
+    if as_json:
+        print(certificate.model_dump_json(indent=1))
+    return EXIT_CODES[certificate.verdict]

@@ -1,0 +1,148 @@
+"""The weighted sum of adapters as one plain LoRA, by concatenated ranks."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from loraover.checkpoint.exact_tensors import Exact, ExactAdapter
+from loraover.common.dtypes import short_dtype
+from loraover.common.errors import ConfigError
+from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.combine.sources import check_plain, deltas_of, read_sources
+from loraover_export.numerics.delta import Delta, scale
+from loraover_export.numerics.low_rank import concatenate, decompose, factor_noise
+from loraover_export.uniform.certificate import LoraCertificate
+from loraover_export.uniform.write_lora import Approximation, LoraOutput, write_lora
+
+CANCEL = (
+    "the weights cancel: the sum of the deltas is zero to rounding in every module, so the adapter would do nothing; "
+    "change --weights."
+)
+
+
+@dataclass(frozen=True)
+class CombineRequest:
+    """Arguments of `combine_adapters`, where each is described.
+
+    Raises:
+        ConfigError: no source, or weights that do not fit the sources or cannot be used.
+    """
+
+    sources: tuple[Path, ...]
+    output: Path
+    weights: tuple[float, ...]
+    dtype: str = "fp32"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("no adapter to combine; name one or more.")
+        if len(self.weights) != len(self.sources):
+            raise ConfigError(
+                f"--weights has {len(self.weights)} numbers for {len(self.sources)} adapters; give one for each."
+            )
+        wrong = [weight for weight in self.weights if weight == 0 or not math.isfinite(weight)]
+        if wrong:
+            raise ConfigError(f"--weights: {wrong[0]} cannot be used; give finite numbers other than 0.")
+
+    def listed_weights(self) -> str:
+        """Return the weights as the option takes them."""
+        return ",".join(f"{weight:g}" if float(f"{weight:g}") == weight else repr(weight) for weight in self.weights)
+
+    def command(self) -> str:
+        """Return the command line for the model card, without --force, which depends on what was at the output."""
+        words = ["loraover-export", "combine", *map(str, self.sources), "-o", str(self.output)]
+        return shlex.join([*words, f"--weights={self.listed_weights()}", "--dtype", self.dtype])
+
+
+def combine_adapters(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "fp32",
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> LoraCertificate:
+    """Write the weighted sum of adapters of one base model as one plain LoRA.
+
+    The delta of each module is the sum of weight * scaling * B @ A over the adapters, exactly: their ranks are
+    concatenated, and the weights multiply B. Where adapters share directions, such as two that began with the same A,
+    the rank of the sum is smaller; it is then written with that rank. What this drops is rounding, and the certificate
+    bounds it. A single adapter keeps its A and B.
+
+    Args:
+        sources: folders of LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs.
+        output: new folder for the adapter, its certificate and a model card.
+        weights: weight of each adapter; None means 1 for each.
+        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
+        force: replace an adapter with such a certificate that is already at `output`.
+        report: receiver of progress.
+
+    Returns:
+        The certificate, which the output holds too. If its verdict is "failed", nothing was written.
+
+    Raises:
+        ConfigError: weights that cannot be used.
+        CheckpointError: an adapter that cannot be trusted, or that holds NaN.
+        ExportError: adapters of different base models, adapters that are more than A and B, or weights that cancel.
+        FoldError: an element beyond the range of `dtype`.
+        OutputError: an output that cannot be written, or that exists and may not be replaced.
+    """
+    request = CombineRequest(
+        tuple(map(Path, sources)),
+        Path(output),
+        (1.0,) * len(sources) if weights is None else tuple(map(float, weights)),
+        short_dtype(dtype),
+        force,
+    )
+    adapters = read_sources(request.sources)
+    check_plain(adapters)
+    target = LoraOutput(
+        output=request.output,
+        command=request.command(),
+        title="Sum of LoRA adapters" if len(request.sources) > 1 else "LoRA adapter",
+        asked={"weights": request.listed_weights()},
+        sources=request.sources,
+        base_model=adapters.base_model,
+        revision=adapters.revision,
+        task_type=adapters.task_type,
+        dtype=request.dtype,
+        force=request.force,
+        if_zero=CANCEL,
+    )
+    with adapters.opened() as opened:
+        work = [partial(_combined, opened, request.weights, module) for module in adapters.modules]
+        return write_lora(work, len(work), target, report)
+
+
+def _combined(opened: Sequence[ExactAdapter], weights: Sequence[float], module: str) -> Approximation:
+    found = zip(deltas_of(opened, module), weights, strict=True)
+    return add_deltas([(delta, weight) for delta, weight in found if delta is not None])
+
+
+def add_deltas(weighted: Sequence[tuple[Delta, float]]) -> Approximation:
+    """Return the sum of weighted deltas of one module.
+
+    Its rank is the sum of their ranks, or the numerical rank of the sum where that is smaller: the smallest rank whose
+    error is within the bound of rounding, which is then part of the sum's bound. It is 0 where the deltas cancel.
+    """
+    scaled = [(delta, scale(delta.b, weight)) for delta, weight in weighted]
+    first = scaled[0][0]
+    if len(scaled) == 1:
+        return Approximation.exact(Delta(first.module, first.embedding, first.a, scaled[0][1]))
+    b, a = concatenate([(b.value.double(), delta.a.value.double()) for delta, b in scaled])
+    bound_b, bound_a = concatenate([(b.bound.double(), delta.a.bound.double()) for delta, b in scaled])
+    whole = Delta(first.module, first.embedding, Exact(a, bound_a, None), Exact(b, bound_b, None))
+    noise, svd = factor_noise(whole.b, whole.a), decompose(b, a)
+    rank = svd.numerical_rank(noise)
+    if rank == whole.rank:
+        return Approximation(whole, svd.norm, arithmetic_bound=noise)
+    least = svd.truncate(rank)
+    fewer = least.delta(first.module, first.embedding)
+    return Approximation(fewer, svd.norm, arithmetic_bound=least.error + least.bound + noise)

@@ -1,0 +1,137 @@
+"""Adapters that are read together: of one base model, and plain products of A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraover.checkpoint.base_model import described
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
+from loraover.common.errors import ExportError
+from loraover_export.numerics.delta import Delta, adapted_modules, read_delta
+from loraover_export.uniform.refusals import check_fields, check_tensors
+
+MERGE = "merge it into its base model with `loraover-export merge`"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Adapters that have been read and checked.
+
+    Args:
+        paths: their folders.
+        read: their layouts, in the same order.
+    """
+
+    paths: tuple[Path, ...]
+    read: tuple[Checkpoint | AdapterDir, ...]
+
+    @property
+    def adapters(self) -> list[AdapterDir]:
+        """The adapters of the sources."""
+        return [adapter_of(source) for source in self.read]
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the modules that any of the adapters has matrices for."""
+        return list(dict.fromkeys(module for adapter in self.adapters for module in adapted_modules(adapter)))
+
+    @property
+    def base_model(self) -> str | None:
+        """Base model that the adapters name."""
+        return self.adapters[0].config.base_model_name_or_path
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the base model that an adapter names."""
+        return next((a.config.revision for a in self.adapters if a.config.revision is not None), None)
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of the task of the first adapter that names one."""
+        return next((kind for a in self.adapters if (kind := (a.config.model_extra or {}).get("task_type"))), None)
+
+    @contextmanager
+    def opened(self) -> Iterator[list[ExactAdapter]]:
+        """Open the files of all adapters."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(open_exact(source)) for source in self.read]
+
+
+def read_sources(paths: Sequence[Path]) -> Sources:
+    """Read adapters whose deltas are to be added or compared.
+
+    Raises:
+        CheckpointError: an adapter that cannot be trusted, or that was trained on changed base weights.
+        ExportError: adapters of different base models, or of modules with different shapes.
+    """
+    sources = Sources(tuple(paths), tuple(read_source(path) for path in paths))
+    for adapter in sources.adapters:
+        adapter.check_keeps_base()
+    _check_base(sources)
+    _check_shapes(sources)
+    return sources
+
+
+def check_plain(sources: Sources) -> None:
+    """Refuse adapters that are more than A and B; copies of frozen base weights in their files are left out.
+
+    Raises:
+        ExportError: another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
+    """
+    for adapter in sources.adapters:
+        check_fields(adapter, MERGE)
+        check_tensors(adapter, weight_shapes(adapter), MERGE)
+
+
+def weight_shapes(adapter: AdapterDir) -> dict[str, tuple[int, int]]:
+    """Return the shape of each adapted module's weight: (out, in), or (tokens, dimension) of an embedding."""
+    found = {}
+    for module in adapted_modules(adapter):
+        m, n = _shape(adapter, module)
+        found[module] = (n, m) if f"{module}.lora_embedding_A" in adapter.sites else (m, n)
+    return found
+
+
+def deltas_of(opened: Sequence[ExactAdapter], module: str) -> list[Delta | None]:
+    """Return the delta of one module in each adapter; None in those that do not adapt it."""
+    has = [f"{module}.lora_A" in e.adapter.sites or f"{module}.lora_embedding_A" in e.adapter.sites for e in opened]
+    return [read_delta(exact, module) if there else None for exact, there in zip(opened, has, strict=True)]
+
+
+def _shape(adapter: AdapterDir, module: str) -> tuple[int, int]:
+    kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.sites else "lora_"
+    a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in "AB")
+    return b[0], a[1]
+
+
+def _check_base(sources: Sources) -> None:
+    named = {(a.config.base_model_name_or_path, a.config.revision or "main") for a in sources.adapters}
+    if len(named) > 1:
+        found = "; ".join(
+            f"{a.path}: {described({(a.config.base_model_name_or_path, a.config.revision)})}" for a in sources.adapters
+        )
+        raise ExportError(
+            f"{found}. Deltas fit one base model only. If these are the same weights, write the same "
+            f"base_model_name_or_path and revision into each {CONFIG_FILE}."
+        )
+
+
+def _check_shapes(sources: Sources) -> None:
+    seen: dict[str, tuple[tuple[int, int], bool, AdapterDir]] = {}
+    for adapter in sources.adapters:
+        for module in adapted_modules(adapter):
+            shape, embedding = _shape(adapter, module), f"{module}.lora_embedding_A" in adapter.sites
+            first = seen.setdefault(module, (shape, embedding, adapter))
+            if first[:2] != (shape, embedding):
+                kinds = [
+                    f"{s[0]} x {s[1]}{' of an embedding' if e else ''}" for s, e in (first[:2], (shape, embedding))
+                ]
+                raise ExportError(
+                    f"{module} is {kinds[0]} in {first[2].path} and {kinds[1]} in {adapter.path}: these adapters "
+                    "belong to different base models."
+                )

@@ -1,0 +1,65 @@
+"""The certificate of a plain LoRA as a table for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loraover.common.command_line import printable
+from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.certificate import LoraCertificate, ModuleCertificate
+
+WORST_SHOWN = 12
+
+
+def show_lora(certificate: LoraCertificate, output: Path, console: Console) -> None:
+    """Print the modules with the largest errors, the verdict, and where the adapter is."""
+    _show_modules(certificate, console)
+    for note in certificate.notes:
+        _line(console, note)
+    cancelled = [module.module for module in certificate.modules if module.rank == 0]
+    if cancelled:
+        _line(console, f"{len(cancelled)} modules have a delta of zero: {', '.join(cancelled[:3])}", "yellow")
+    facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(certificate.matrices).items())
+    _line(
+        console,
+        f"certificate {certificate.verdict}: rank {certificate.rank}, {certificate.dtype}, {facts}",
+        "green" if certificate.passed else "red",
+    )
+    _line(console, f"wrote {output}" if certificate.passed else "nothing was written: a matrix failed its check")
+
+
+def _show_modules(certificate: LoraCertificate, console: Console) -> None:
+    worst = sorted(certificate.modules, key=lambda module: -module.relative_error_bound)[:WORST_SHOWN]
+    table = Table(
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"Largest errors, {len(worst)} of {len(certificate.modules)} modules",
+        caption="Shares of each delta's Frobenius norm. Left out: by a smaller rank. Stored: by rounding A and B.",
+    )
+    table.add_column("module", no_wrap=True, overflow="ellipsis")
+    for column in ("shape", "rank", "norm", "left out", "stored", "in all"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    for module in worst:
+        table.add_row(escape(printable(module.module)), *_cells(module))
+    console.print(table)
+
+
+def _cells(module: ModuleCertificate) -> tuple[str, ...]:
+    norm = module.norm or 1.0
+    return (
+        f"{module.shape[0]} x {module.shape[1]}",
+        str(module.rank),
+        f"{module.norm:.3g}",
+        f"{module.truncation_error / norm:.2%}" if module.truncation_error else "0",
+        f"{module.storage_error / norm:.1e}",
+        f"{module.relative_error_bound:.1e}",
+    )
+
+
+def _line(console: Console, text: str, style: str | None = None) -> None:
+    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
