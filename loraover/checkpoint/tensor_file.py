@@ -28,6 +28,7 @@ INTEGERS = {
     "BOOL": torch.bool,
 }
 HASHED_AT_ONCE = 2**20  # bytes
+COPIED_AT_ONCE = 2**24  # bytes
 READ_AT_ONCE = 2**30  # bytes; not every system reads 2 GiB at once
 
 
@@ -69,6 +70,11 @@ class TensorFile:
         """Return a tensor's shape."""
         return tuple(self._entry(key)["shape"])
 
+    def size(self, key: str) -> int:
+        """Return a tensor's size in the file, in bytes."""
+        begin, end = self._entry(key)["data_offsets"]
+        return int(end - begin)
+
     def read(self, key: str) -> Tensor:
         """Read one tensor, onto the CPU.
 
@@ -91,6 +97,20 @@ class TensorFile:
         if not is_finite(tensor):
             raise NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
         return tensor
+
+    def copy(self, key: str, target: BinaryIO) -> None:
+        """Append a tensor's bytes, of any dtype and any values, to an open file.
+
+        Raises:
+            CheckpointError: The file has no such key, or became shorter.
+        """
+        begin, end = (self._start + offset for offset in self._entry(key)["data_offsets"])
+        while begin < end:
+            piece = os.pread(self._file.fileno(), min(COPIED_AT_ONCE, end - begin), begin)
+            if not piece:
+                raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or save it again.")
+            target.write(piece)
+            begin += len(piece)
 
     def _entry(self, key: str) -> Any:
         if key not in self._header:

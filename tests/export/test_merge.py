@@ -25,10 +25,10 @@ from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import CheckpointError, FoldError
+from loraover_export.merge import arithmetic as merge_module
+from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest
-from loraover_export.onnx import merge as merge_module
-from loraover_export.onnx.merge import merge
 
 from support.make_checkpoint import EMBEDDING, LINEAR, edit_tensors, logits, make_checkpoint, oracle_matrices
 from support.plain_adapter import write_adapter

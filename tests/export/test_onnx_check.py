@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
+from loraover_export.merge import arithmetic as merge_module
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest, round_tensor
 from loraover_export.onnx import export as export_module
-from loraover_export.onnx import merge as merge_module
 from loraover_export.onnx import swappable
 from loraover_export.onnx.kinds import decoder
 from loraover_export.onnx.kinds.decoder import Decoder

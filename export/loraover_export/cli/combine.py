@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -16,16 +15,11 @@ EXAMPLES = [
 ]
 
 
-class Weights(click.ParamType):
-    """Numbers with commas between them."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        try:
-            return tuple(float(word) for word in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.7,0.3.", param, ctx)
+def _numbers(context: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if value is None else tuple(map(float, value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.7,0.3.") from None
 
 
 @click.command(cls=Command, examples=EXAMPLES)
@@ -33,7 +27,8 @@ class Weights(click.ParamType):
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the adapter.")
 @click.option(
     "--weights",
-    type=Weights(),
+    metavar="NUMBERS",
+    callback=_numbers,
     show_default="1 for each",
     help="Weight of each adapter, with commas between them, such as 0.7,0.3.",
 )

@@ -60,15 +60,20 @@ def read_deltas(source: Checkpoint | AdapterDir) -> Iterator[Delta]:
         CheckpointError: files that cannot be trusted.
     """
     adapter = adapter_of(source)
+    check_no_bias(adapter)
+    with open_exact(source) as exact:
+        for module in adapted_modules(adapter):
+            yield read_delta(exact, module)
+
+
+def check_no_bias(adapter: AdapterDir) -> None:
+    """Raise ExportError if a LoRA has a bias, which B @ A cannot express."""
     biases = [key for key in adapter.shapes if key.endswith(".lora_B.bias")]
     if biases:
         raise ExportError(
             f"{adapter.tensors_path}: {biases[0]} is a bias of a LoRA, which no exported format can hold; "
             "train with lora_bias=False."
         )
-    with open_exact(source) as exact:
-        for module in adapted_modules(adapter):
-            yield read_delta(exact, module)
 
 
 def adapted_modules(adapter: AdapterDir) -> list[str]:

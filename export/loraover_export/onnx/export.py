@@ -22,6 +22,7 @@ from loraover.models.load import load_config, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.prompts import BUILT_IN_PROMPTS
+from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.check import Compute, Reference, check_graph, make_reference, run_cases
@@ -31,7 +32,6 @@ from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.kinds.seq2seq import Seq2Seq
 from loraover_export.onnx.kinds.stateless import Stateless
 from loraover_export.onnx.layout import SwappableLayout, read_layout
-from loraover_export.onnx.merge import merge
 from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, judge_export
 from loraover_export.onnx.request import Inputs, OnnxRequest
 from loraover_export.onnx.session import has_provider

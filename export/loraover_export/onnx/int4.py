@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover_export.onnx.merge import merge
+from loraover_export.merge.in_memory import merge
 
 BLOCK = 32  # neighbouring elements of a row that share a scale
 WEIGHT_LEVELS, ACTIVATION_LEVELS = 8, 127  # largest magnitudes of 4 and 8 bits

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from threading import Event
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.tensor_file import sha256_of
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "lora_certificate.json"
+READ_FILES = (CONFIG_FILE, TENSORS_FILE, META_FILE, CORES_FILE)
 
 
 class SourceRecord(BaseModel):
@@ -18,6 +24,17 @@ class SourceRecord(BaseModel):
 
     path: str = Field(description="folder of the adapter, as it was named")
     sha256: dict[str, str] = Field(description="SHA-256 of each file that was read, in hexadecimal digits")
+
+
+def record_source(folder: Path, ending: Event | None = None) -> SourceRecord:
+    """Return the record of an adapter, a plain one or a LoRA-Over checkpoint.
+
+    Args:
+        folder: its folder.
+        ending: event that makes it stop early; the record is worthless then.
+    """
+    files = [folder / name for name in READ_FILES if (folder / name).is_file()]
+    return SourceRecord(path=str(folder), sha256={file.name: sha256_of(file, ending) for file in files})
 
 
 class ModuleCertificate(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, AdapterDir
 from loraover.common.errors import ExportError
@@ -18,19 +18,26 @@ OTHERS = {
 """Tensors other than A and B, by a part of their keys."""
 
 
-def check_fields(adapter: AdapterDir, remedy: str) -> None:
+def check_fields(adapter: AdapterDir, remedy: str, *, allowed: Collection[str] = ()) -> None:
     """Refuse fields of PEFT's variants, of trained parameters, and unknown ones.
 
     Args:
         adapter: the adapter.
         remedy: what to do instead, to follow "train without it, or ".
+        allowed: fields of trained parameters or variants that the export can hold.
 
     Raises:
         ExportError: an adapter that is more than A and B.
     """
     expected = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
     for field, value in (adapter.config.model_extra or {}).items():
-        if not value or field in TRAINING_ONLY or field == "init_lora_weights" or value == expected.get(field):
+        if (
+            not value
+            or field in allowed
+            or field in TRAINING_ONLY
+            or field == "init_lora_weights"
+            or value == expected.get(field)
+        ):
             continue
         if field in expected:
             kind = "parameters were trained in full, which do not fit into A and B"

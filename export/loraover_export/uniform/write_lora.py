@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from loraover.checkpoint.base_model import base_facts
-from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
-from loraover.checkpoint.tensor_file import first_difference, save_tensors, sha256_of
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
+from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.errors import ExportError, FoldError
 from loraover.common.provenance import environment, hardware
@@ -34,10 +32,9 @@ from loraover_export.uniform.certificate import (
     ModuleCertificate,
     SourceRecord,
     module_facts,
+    record_source,
 )
 from loraover_export.uniform.folder import plain_config
-
-READ_FILES = (CONFIG_FILE, TENSORS_FILE, META_FILE, CORES_FILE)
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Rep
         publish_directory(target.output, replace=target.force) as draft,
     ):
         with workers() as threads, report.task("writing modules", total) as done:
-            hashes = [threads.start(_hashed, folder, threads.ending) for folder in target.sources]
+            hashes = [threads.start(record_source, folder, threads.ending) for folder in target.sources]
             stored: list[_Stored] = []
             for module in threads.map(lambda make: _store(make(), target.dtype), work):
                 stored.append(module)
@@ -239,8 +236,3 @@ def _card(target: LoraOutput, certificate: LoraCertificate) -> str:
     }
     licence = None if target.base_model is None else known_licence(target.base_model, target.revision)
     return model_card(target.title, target.base_model, facts, target.command, licence=licence)
-
-
-def _hashed(folder: Path, ending: Event) -> SourceRecord:
-    files = [folder / name for name in READ_FILES if (folder / name).is_file()]
-    return SourceRecord(path=str(folder), sha256={file.name: sha256_of(file, ending) for file in files})

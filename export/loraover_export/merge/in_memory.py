@@ -1,4 +1,4 @@
-"""The merge of an adapter: every delta_W added to the base model's weights."""
+"""The merge of an adapter into a model in memory: every delta_W added to the base model's weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import Exact, adapter_of, open_exact
+from loraover.checkpoint.exact_tensors import adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import load_others, target_module
 from loraover.common.threads import workers
-from loraover_export.numerics.delta import U64, Delta, read_deltas
-from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify_parts, measure
-from loraover_export.numerics.rounding import round_nearest
-
-BLOCK = 2**17
-"""Elements that are merged at once."""
+from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
+from loraover_export.numerics.delta import Delta, read_deltas
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 
 @torch.no_grad()
@@ -54,30 +51,17 @@ def merge(
         for delta in read_deltas(source) if deltas is None else deltas:
             module = target_module(model, delta.module, delta.a.value.shape[1], delta.b.value.shape[0], adapter)
             weight = _own_weight(module, shared=holders[id(module.weight)] > 1)
-            # A weight is stored (out, in) in Linear, and (in, out) in Conv1D and embeddings.
-            merges.append(threads.start(_add, weight if isinstance(module, nn.Linear) else weight.mT, delta))
+            merges.append(threads.start(_add, out_by_in(module, weight), delta))
         certificates = [merge.result() for merge in merges]
     if tied and not _is_tied(model):
         model.config.tie_word_embeddings = False
     return certificates
 
 
-@torch.no_grad()
 def _add(weight: Tensor, delta: Delta) -> MatrixCertificate:
-    """Add delta_W to a weight (out, in), some rows at a time, so that their numbers stay in the processor's cache."""
+    """Add delta_W to a weight (out, in)."""
     m, n = weight.shape
-    step = max(BLOCK // n, delta.rank)
-    parts = []
-    for start in range(0, m, step):
-        rows = slice(start, start + step)
-        product = delta.rows(rows).product()
-        value = product.value.add_(weight[rows])
-        merged = Exact(value, product.bound.add_(value.abs(), alpha=U64), product.site)
-        rounded = round_nearest(value, weight.dtype)
-        parts.append(measure(rounded, merged))
-        weight[rows] = rounded
-    name, is_over = f"{delta.module}.weight", (delta.a.site or delta.b.site) is not None
-    return certify_parts(name, (m, n), parts, over_parameterised=is_over)
+    return certify_merge(delta, (m, n), [merge_rows(weight, delta, rows) for rows in row_blocks(weight, delta)])
 
 
 def _own_weight(module: Any, *, shared: bool) -> nn.Parameter:

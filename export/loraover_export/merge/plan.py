@@ -1,0 +1,166 @@
+"""What becomes of every tensor of a base model in a merge, decided from names and shapes before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
+from loraover.checkpoint.tensor_file import FLOATS, TensorFile
+from loraover.checkpoint.unfolded_model import target_module
+from loraover.common.errors import CheckpointError, ExportError
+from loraover.models.load import ModelSource, load_skeleton
+from loraover_export.merge.base_files import UNQUANTISED, BaseFiles
+from loraover_export.numerics.delta import adapted_modules
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the merged model.
+
+    Args:
+        key: its key in the merged model's file.
+        read: key of the base model's tensor that it begins with, in the same shard.
+        replaced: key of the adapter's tensor that it begins with instead; None if there is none.
+        module: adapted module whose delta is added; None if there is none.
+        layer: that module in the base model, without weights.
+    """
+
+    key: str
+    read: str
+    replaced: str | None = None
+    module: str | None = None
+    layer: nn.Module | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether it differs from the base model's tensor."""
+        return self.replaced is not None or self.module is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tensors of the merged model by shard, and whether weights that were tied have become different.
+
+    Args:
+        shards: tensors of each file.
+        untied: names of weights that shared a tensor, and no longer do.
+    """
+
+    shards: Mapping[str, list[Planned]]
+    untied: list[str]
+
+    @property
+    def changed(self) -> list[Planned]:
+        """The tensors that differ from the base model's."""
+        return [planned for shard in self.shards.values() for planned in shard if planned.changes]
+
+
+def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain: TensorFile) -> Plan:
+    """Decide what becomes of every tensor.
+
+    Args:
+        source: the base model.
+        base: its open files.
+        adapter: the adapter.
+        plain: the adapter's open file.
+
+    Raises:
+        CheckpointError: an adapter of another base model.
+        ExportError: a tensor that is quantised, or that the base model's files hold under another name.
+    """
+    skeleton = load_skeleton(source)
+    names = _Names(skeleton, base, source)
+    changes = _changes(skeleton, adapter)
+    tied = _untied(names, changes, plain)
+    shards = {shard: {key: Planned(key, key) for key in file.keys} for shard, file in base.shards.items()}
+    for name, (replaced, module) in (dict.fromkeys(tied, (None, None)) | changes).items():
+        shard, read = names.place(name)
+        key = (names.own_key(name) or name) if name in tied else read
+        layer = None if module is None else skeleton.get_submodule(module)
+        _check_type(base, shard, read, source)
+        shards[shard][key] = Planned(key, read, replaced, module, layer)
+    return Plan({shard: list(tensors.values()) for shard, tensors in shards.items()}, tied)
+
+
+class _Names:
+    """Where the base model's files hold its parameters."""
+
+    def __init__(self, skeleton: Any, base: BaseFiles, source: ModelSource) -> None:
+        self.parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+        self._prefix, self._source = f"{skeleton.base_model_prefix}.", source
+        self._shards = {key: shard for shard, file in base.shards.items() for key in file.keys}
+
+    def sharing(self, name: str) -> list[str]:
+        """Return the names of a parameter, its own among them."""
+        return [other for other, found in self.parameters.items() if found is self.parameters[name]]
+
+    def own_key(self, name: str) -> str | None:
+        """Return the key of a parameter in the files; some leave out the prefix of the model without its head."""
+        keys = (name, name.removeprefix(self._prefix), self._prefix + name)
+        return next((key for key in keys if key in self._shards), None)
+
+    def place(self, name: str) -> tuple[str, str]:
+        """Return the shard and the key of a parameter, or of another that it shares its tensor with.
+
+        Raises:
+            ExportError: there is none, since transformers makes the parameter from other tensors.
+        """
+        for key in map(self.own_key, (name, *self.sharing(name))):
+            if key is not None:
+                return self._shards[key], key
+        raise ExportError(
+            f"{self._source.origin}: its files hold no tensor {name!r}, which transformers makes from others when it "
+            "loads the model. Load it, save it with save_pretrained, and name that folder with --model."
+        )
+
+
+def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, str | None]]:
+    """Return the adapter's tensor and the adapted module of each parameter that changes, by its name."""
+    changes: dict[str, tuple[str | None, str | None]] = {}
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    matrices = set(adapter.sites.values())
+    for key, shape in adapter.shapes.items():
+        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+        if key in matrices:
+            continue
+        if name not in parameters or tuple(parameters[name].shape) != shape:
+            raise CheckpointError(
+                f"{adapter.tensors_path}: {key} fits no parameter of the base model ({type(skeleton).__name__})."
+            )
+        changes[name] = (key, None)
+    for module in adapted_modules(adapter):
+        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.sites else "lora_"
+        a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in "AB")
+        target_module(skeleton, module, a[1], b[0], adapter)
+        name = f"{module}.weight"
+        changes[name] = (changes.get(name, (None, None))[0], module)
+    return changes
+
+
+def _untied(names: _Names, changes: Mapping[str, tuple[str | None, str | None]], plain: TensorFile) -> list[str]:
+    """Return all names of the parameters that share a tensor and are changed, unless all are replaced alike."""
+    found: dict[str, None] = {}
+    for name in changes:
+        sharing = names.sharing(name)
+        if len(sharing) > 2:
+            raise ExportError(
+                f"{name} shares its weight with {', '.join(other for other in sharing if other != name)}, and "
+                "config.json cannot say that only one of them changed; adapt other layers only."
+            )
+        keys = [changes.get(other, (None, None)) for other in sharing]
+        replaced = [key for key, module in keys if key is not None and module is None]
+        alike = len(replaced) == 2 and torch.equal(*map(plain.read, replaced))
+        if len(sharing) == 2 and not alike:
+            found |= dict.fromkeys(sharing)
+    return list(found)
+
+
+def _check_type(base: BaseFiles, shard: str, key: str, source: ModelSource) -> None:
+    dtype = base.shards[shard].dtype(key)
+    if dtype not in FLOATS:
+        raise ExportError(f"{source.origin}: {key} is {dtype}, so the model is quantised; {UNQUANTISED}.")

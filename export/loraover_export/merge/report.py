@@ -1,0 +1,53 @@
+"""What a merge proves: the contents of `merge_certificate.json`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_export.merge.erasure import Erasure
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_export.uniform.certificate import SourceRecord
+
+CERTIFICATE_FILE = "merge_certificate.json"
+
+
+class MergedWeight(BaseModel):
+    """One weight to which a delta was added."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    matrix: MatrixCertificate = Field(description="error of the written weight against W + delta_W in float64")
+    dtype: str = Field(description="data type of the weight, as safetensors spells it, such as BF16")
+    delta_to_weight: float = Field(description="Frobenius norm of delta_W over that of W + delta_W")
+    stored: Erasure = Field(description="what rounding to that data type lost of delta_W")
+    four_bit: Erasure = Field(
+        description="what a 4-bit quantiser (NF4, one scale for 64 elements) would lose of delta_W, measured on at "
+        "most 256 rows of the weight"
+    )
+
+
+class MergeReport(BaseModel):
+    """Result of a merge, and the contents of `merge_certificate.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    verdict: Literal["passed", "failed"]
+    base_model: str = Field(description="folder or hub name of the base model")
+    revision: str | None = Field(description="commit of the base model on the hub; None for folders")
+    source: SourceRecord = Field(description="adapter that was merged")
+    tensors: int = Field(description="number of tensors in the merged model's files")
+    replaced: list[str] = Field(description="parameters that the adapter holds in full, and that replace the base's")
+    untied: list[str] = Field(description="weights that shared one tensor in the base model, and no longer do")
+    stored: Erasure = Field(description="what rounding to the storage type lost of all deltas together")
+    four_bit: Erasure = Field(description="what a 4-bit quantiser would lose of all deltas together")
+    weights: list[MergedWeight] = Field(description="one entry for each weight to which a delta was added")
+    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
+    hardware: str = Field(description="processor and accelerator of the machine, in words")
+
+    @property
+    def passed(self) -> bool:
+        """Whether every element of every merged weight is within its bound."""
+        return self.verdict == "passed"

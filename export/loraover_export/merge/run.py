@@ -1,0 +1,207 @@
+"""The merge of an adapter from file to file: read, plan, stream, certify, publish."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraover.checkpoint.base_model import base_facts, resolve_base
+from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.atomic_output import check_replaceable, publish_directory
+from loraover.common.provenance import environment, hardware
+from loraover.common.threads import workers
+from loraover.models.licence import known_licence
+from loraover.models.load import ModelSource
+from loraover.reporting.model_card import model_card
+from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.merge.base_files import CONFIG, INDEX, BaseFiles, check_not_gguf, open_base
+from loraover_export.merge.erasure import Lost
+from loraover_export.merge.plan import Plan, plan_merge
+from loraover_export.merge.report import CERTIFICATE_FILE, MergeReport
+from loraover_export.merge.stream import Merged, write_shard
+from loraover_export.numerics.delta import check_no_bias
+from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.certificate import record_source
+from loraover_export.uniform.refusals import check_fields
+
+HELD = ("bias", "modules_to_save", "ensure_weight_tying")
+"""Fields of PEFT's configuration, beyond A and B, that a merged model can hold."""
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """Arguments of `merge_adapter`, where each is described."""
+
+    source: Path
+    output: Path
+    model: str | None = None
+    force: bool = False
+
+    def command(self) -> str:
+        """Return the command line for the model card, without --force, which depends on what was at the output."""
+        words = ["loraover-export", "merge", str(self.source), "-o", str(self.output)]
+        return shlex.join([*words, *([] if self.model is None else ["--model", self.model])])
+
+
+class _RejectedError(Exception):
+    """Leaves the block that would publish."""
+
+
+def merge_adapter(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> MergeReport:
+    """Write the base model with an adapter merged into its weights, as a Hugging Face checkpoint.
+
+    Every adapted weight becomes W + scaling * B @ A, computed in float64 and rounded once to the data type of W. The
+    other tensors are copied byte by byte, in the shards of the base model; the memory is that of the largest tensor.
+    Parameters that the adapter holds in full (`modules_to_save`, biases) replace those of the base model. Where the
+    adapter changes the embedding or the head of a model that has one matrix for both, they become two, and
+    `config.json` then states that they are not tied. The tokenizer and the other files of the base model come along.
+
+    Args:
+        source: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
+        output: new folder for the merged model, its certificate and a model card.
+        model: base model, folder or hub name; None means the one that the adapter names.
+        force: replace a merged model that is already at `output`.
+        report: receiver of progress.
+
+    Returns:
+        The report, which the output holds too: the error of every merged weight with its bound, and which share of
+        the adapter the storage type has erased and a 4-bit quantiser would erase. If its verdict is "failed", nothing
+        was written.
+
+    Raises:
+        ConfigError: a base model that cannot be read.
+        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: a quantised base model, one whose files name tensors in another way than transformers does, or an
+            adapter that a merged model cannot hold.
+        FoldError: an element beyond the range of its data type.
+        OutputError: an output that cannot be written, or that exists and may not be replaced.
+    """
+    request = MergeRequest(Path(source), Path(output), None if model is None else str(model), force)
+    check_not_gguf(request.model)
+    inputs = [request.source, *(Path(found) for found in (request.model,) if found is not None)]
+    check_replaceable(request.output, "merged model", CERTIFICATE_FILE, inputs=inputs, replace=request.force)
+    read = read_source(request.source)
+    adapter = adapter_of(read)
+    adapter.check_keeps_base()
+    check_no_bias(adapter)
+    check_fields(adapter, "merge it with PEFT", allowed=HELD)
+    if request.model is None:
+        check_not_gguf(adapter.config.base_model_name_or_path)
+    base = resolve_base([adapter], request.model, option="--model", say=report.line)
+    with ExitStack() as stack:
+        files = open_base(base, stack)
+        exact = stack.enter_context(open_exact(read))
+        plan = plan_merge(base, files, adapter, exact.plain)
+        return _publish(request, base, files, plan, exact, report)
+
+
+def _publish(
+    request: MergeRequest, base: ModelSource, files: BaseFiles, plan: Plan, exact: ExactAdapter, report: Reporter
+) -> MergeReport:
+    """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
+    with (
+        suppress(_RejectedError),
+        publish_directory(request.output, outside=files.folder, replace=request.force) as draft,
+    ):
+        merged = _write(files, plan, exact, draft, report)
+        result = _report(request, base, plan, merged)
+        if not result.passed:
+            raise _RejectedError
+        for path in files.along():
+            shutil.copyfile(path, draft / path.name)
+        _write_json(draft / CONFIG, _config(files.config, plan))
+        if len(plan.shards) > 1:
+            _write_json(draft / INDEX, _index(files, plan))
+        (draft / CERTIFICATE_FILE).write_text(result.model_dump_json(indent=1) + "\n")
+        (draft / "README.md").write_text(_card(request, base, exact.adapter, result), encoding="utf-8")
+    return result
+
+
+def _write(files: BaseFiles, plan: Plan, exact: ExactAdapter, draft: Path, report: Reporter) -> list[Merged]:
+    merged: list[Merged] = []
+    total, written = sum(map(len, plan.shards.values())), 0
+    with workers() as threads, report.task("writing tensors", total) as done:
+
+        def on_tensor() -> None:
+            nonlocal written
+            written += 1
+            done(written)
+
+        for name, tensors in plan.shards.items():
+            merged += write_shard(draft / name, files.shards[name], tensors, exact, threads, on_tensor)
+    return merged
+
+
+def _report(request: MergeRequest, base: ModelSource, plan: Plan, merged: Sequence[Merged]) -> MergeReport:
+    stored, four_bit = Lost(), Lost()
+    for _, rounding, quantising in merged:
+        stored.add(rounding)
+        four_bit.add(quantising)
+    weights = [entry for entry, _, _ in merged]
+    return MergeReport(
+        verdict="passed" if all(weight.matrix.passed for weight in weights) else "failed",
+        base_model=base.name,
+        revision=base.revision,
+        source=record_source(request.source),
+        tensors=sum(map(len, plan.shards.values())),
+        replaced=[planned.key for planned in plan.changed if planned.replaced is not None],
+        untied=plan.untied,
+        stored=stored.result(),
+        four_bit=four_bit.result(),
+        weights=weights,
+        versions=environment(),
+        hardware=hardware(),
+    )
+
+
+def _config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    if not plan.untied:
+        return config
+    nested = {key: value | {"tie_word_embeddings": False} for key, value in config.items() if key == "text_config"}
+    return config | nested | {"tie_word_embeddings": False}
+
+
+def _index(files: BaseFiles, plan: Plan) -> dict[str, Any]:
+    places = {planned.key: name for name, tensors in plan.shards.items() for planned in tensors}
+    sizes = (files.shards[name].size(planned.read) for name, tensors in plan.shards.items() for planned in tensors)
+    return {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _card(request: MergeRequest, base: ModelSource, adapter: AdapterDir, result: MergeReport) -> str:
+    facts = {
+        "adapter": str(request.source),
+        "merged weights": str(len(result.weights)),
+        **matrix_facts([weight.matrix for weight in result.weights]),
+        "share of the adapter that storage erased": f"{result.stored.erased:.2%}",
+        "share of the adapter that a 4-bit quantiser would erase": f"{result.four_bit.erased:.2%}",
+        **({"no longer tied": ", ".join(result.untied)} if result.untied else {}),
+        **base_facts(adapter.config.base_model_name_or_path, base),
+    }
+    licence = known_licence(base.name, base.revision)
+    return model_card(
+        "Merged model",
+        base.name,
+        facts,
+        request.command(),
+        licence=licence,
+        kind="A LoRA adapter merged into the weights",
+        library="transformers",
+    )
