@@ -174,10 +174,8 @@ def peft_deltas(base: Path, folder: Path) -> dict[str, Tensor]:
     before = _weights(AutoModelForCausalLM.from_pretrained(base))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-        for module in model.modules():  # what PEFT computes in must be as wide as what it reads
-            module.double()
-        merged = _weights(model.merge_and_unload())
+        model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        merged = _weights(model.double().merge_and_unload())
     deltas = {path: merged[path] - weight for path, weight in before.items()}
     return {path: delta for path, delta in deltas.items() if delta.any()}
 

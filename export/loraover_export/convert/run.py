@@ -172,9 +172,26 @@ def _convert(
         request.force,
         others,
         modules or None,
-        carried_notes(others, modules),
+        [*carried_notes(others, modules), *_tied_notes(places, adapter)],
     )
     return write_lora(conversion.work(places), len(places), target, report)
+
+
+def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:
+    """Return a warning if an embedding and the head that shares its weight are both adapted."""
+    adapted = {place.embedding for place in places if place.path in _ends(adapter)}
+    if not adapter.base.is_tied or len(adapted) < 2:
+        return []
+    return [
+        "the embedding and the output head share one weight, and each has its LoRA: applied beside the model, both are "
+        "right, but PEFT's merge_and_unload would add both to the one weight"
+    ]
+
+
+def _ends(adapter: Adapter[Any]) -> set[str | None]:
+    """Return the paths of the input embedding and of the output head."""
+    model = adapter.base.model
+    return {adapter.base.name_of(model.get_input_embeddings()), adapter.base.name_of(model.get_output_embeddings())}
 
 
 @dataclass
@@ -224,9 +241,9 @@ class _Conversion:
         noise = ROUNDINGS * sum(value.shape) * unit_roundoff(torch.float64) * float(value.norm())
         if self.rank is None:
             raise ExportError(
-                f"{self.layout.tensors_path}: {place.path}: a {self.layout.config.peft_type} adapter changes the "
-                f"weight by a matrix of full rank, {exact} here. Its best approximation of a rank R is written if you ask "
-                f"for it with --rank R, and its error is shown. With rank {exact}, {fit_in_words(exact)}."
+                f"{self.layout.tensors_path}: {place.path}: a {self.layout.config.peft_type} adapter changes the weight "
+                f"by a matrix of full rank, {exact} here. Ask for its best approximation of a rank R with --rank R; its "
+                f"error is shown. With rank {exact}, {fit_in_words(exact)}."
             )
         if exact <= self.rank:
             return self._of_factors(place, *_square(value), noise)

@@ -9,8 +9,8 @@ Uni-LoRA: every element of A and B is an element of one vector theta, chosen by 
 often it is chosen; delta_W = B A.
 
 A VeRA or PVeRA file that does not hold the projections (`save_projection`) holds their seed. They are then drawn again
-as PEFT draws them, with PyTorch's generator on the CPU. RandLoRA's are drawn in a data type that depends on the machine,
-and a Uni-LoRA file without `save_indices` does not name its modules: both are refused.
+as PEFT draws them, with PyTorch's generator on the CPU. RandLoRA's are drawn in a data type that depends on the
+machine, and a Uni-LoRA file without `save_indices` does not name its modules: both are refused.
 
 Sources: Kopiczko et al. 2023, arXiv:2310.11454; Albert et al. 2025, arXiv:2502.00987; Li et al. 2025, arXiv:2506.00799;
 PEFT 0.21's `_init_vera_A_vera_B` and `_init_pvera_A_pvera_B`.
