@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM
 from loraover_export import convert_adapter
 from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS
-from loraover_export.convert.methods.base import INERT, Refused
+from loraover_export.convert.methods.base import INERT, OTHER_KINDS, Refused
 from loraover_export.convert.methods.householder import _compact
-from loraover_export.uniform.variants import VARIANTS
 
 from oracles import conversions as oracle
 from support.conversions import BASES, SOURCES, make_base, make_source, our_deltas, peft_deltas
@@ -205,7 +204,7 @@ class TestTheTable:
         assert not isinstance(method, Refused)
         read = {field.alias or name for name, field in method.config.model_fields.items()}
         fields = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)].__dataclass_fields__.keys()
-        assert fields - read - INERT - method.inert - VARIANTS.keys() == set()
+        assert fields - read - INERT - method.inert - OTHER_KINDS.keys() == set()
 
 
 def test_the_engines_that_take_a_rank_are_named() -> None:

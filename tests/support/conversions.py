@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Source:
     base: str = "prime"
 
 
-BASES = {
+BASES: dict[str, Callable[[], Any]] = {
     "prime": lambda: tiny_llama(hidden_size=34, num_attention_heads=1, num_key_value_heads=1, intermediate_size=53),
     "even": lambda: tiny_llama(hidden_size=32, intermediate_size=48),
     "bias": lambda: tiny_llama(hidden_size=32, intermediate_size=48, attention_bias=True),

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX
 from loraover.common.errors import ExportError
-from loraover_export.convert.methods.base import INERT, AnyMethod
+from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
 from loraover_export.convert.source import Adapter, Layout
-from loraover_export.uniform.variants import VARIANTS
 
 SERVED_HEADS = ("classifier", "score")
 """Modules of `modules_to_save` that engines take: vLLM's rule, and PEFT loads any."""
@@ -34,7 +33,7 @@ def check_fields(layout: Layout[Any], method: AnyMethod) -> None:
         )
     for name, value in (layout.config.model_extra or {}).items():
         if value and name not in INERT | method.inert:
-            kind = f"this is {VARIANTS[name]}" if name in VARIANTS else "a field that this version does not know"
+            kind = f"this is {OTHER_KINDS[name]}" if name in OTHER_KINDS else "a field that this version does not know"
             raise ExportError(f"{where}: {name} is {value!r:.80}: {kind}. It cannot be converted; train without it.")
 
 

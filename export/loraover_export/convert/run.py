@@ -241,9 +241,9 @@ class _Conversion:
         noise = ROUNDINGS * sum(value.shape) * unit_roundoff(torch.float64) * float(value.norm())
         if self.rank is None:
             raise ExportError(
-                f"{self.layout.tensors_path}: {place.path}: a {self.layout.config.peft_type} adapter changes the weight "
-                f"by a matrix of full rank, {exact} here. Ask for its best approximation of a rank R with --rank R; its "
-                f"error is shown. With rank {exact}, {fit_in_words(exact)}."
+                f"{self.layout.tensors_path}: {place.path}: this {self.layout.config.peft_type} adapter changes the "
+                f"weight by a matrix of full rank, {exact}. Ask for its best approximation of a rank R with --rank R; "
+                f"its error is shown. With rank {exact}, {fit_in_words(exact)}."
             )
         if exact <= self.rank:
             return self._of_factors(place, *_square(value), noise)

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from loraover_export.convert.source import Adapter, Config, Module
-from loraover_export.uniform.variants import TRAINING_ONLY
+from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
 
 INERT = TRAINING_ONLY | {
     *("init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "megatron_config"),
     *("layers_pattern", "progressbar", "random_seed"),
 }
 """Fields of many methods that have no effect once an adapter is trained."""
+
+OTHER_KINDS = VARIANTS | {
+    "trainable_token_indices": "an adapter with single trained tokens, which are converted beside a LoRA only",
+    "use_dora": "a DoRA of another kind than LoRA",
+}
+"""Descriptions of fields that make an adapter another kind, which is refused."""
 
 
 @dataclass(frozen=True)
