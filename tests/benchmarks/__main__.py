@@ -27,7 +27,16 @@ from loraover.common.command_line import run
 from benchmarks.page import PAGE, check_markers, find_origin, write_figures
 from benchmarks.shown import Plot, console, to_markdown
 
-BENCHMARKS = ("step_overhead", "training", "schedules", "folding", "fold_scaling", "unfolded_forward", "exports")
+BENCHMARKS = (
+    "step_overhead",
+    "training",
+    "schedules",
+    "folding",
+    "fold_scaling",
+    "unfolded_forward",
+    "exports",
+    "conversions",
+)
 
 
 class Measured(NamedTuple):

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_weights import open_base
-from loraover.checkpoint.error_bounds import gamma, unit_roundoff
-from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.models.load import ModelSource
 from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.convert.approximate import approximations
 from loraover_export.convert.effect import compare_outputs
 from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS
-from loraover_export.convert.methods.base import AnyMethod, Dense, LowRank, Place, Refused
+from loraover_export.convert.methods.base import AnyMethod, Place, Refused
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
 from loraover_export.convert.report import ConvertReport
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
-from loraover_export.numerics.delta import Delta
-from loraover_export.numerics.low_rank import Svd, decompose, dense_svd, product_norm
 from loraover_export.uniform.certificate import LoraCertificate
-from loraover_export.uniform.write_lora import Approximation, LoraOutput, Work, write_lora
-
-ROUNDINGS = 16
-"""Roundings of float64 on the way to an element of delta_W, in units of the sum of its dimensions."""
+from loraover_export.uniform.write_lora import LoraOutput, write_lora
 
 
 def convert_adapter(
@@ -96,8 +84,9 @@ def convert_adapter(
     method, layout = read_method(request.source)
     base = resolve_base([layout], request.model, option="--model", say=report.line)
     with open_base(base) as weights, open_adapter(layout, weights) as adapter:
-        conversion = _Conversion(request.rank, layout)
-        certificate = _convert(request, method, adapter, base, conversion, report)
+        ranks: dict[str, int] = {}
+        certificate = _convert(request, method, adapter, base, ranks, report)
+    exact = max(ranks.values())
     outputs = None
     if request.check_error and certificate.passed:
         outputs = compare_outputs(
@@ -112,10 +101,10 @@ def convert_adapter(
         )
     return ConvertReport(
         method=layout.config.peft_type,
-        exact_rank=max(conversion.ranks.values()),
-        truncated=max(conversion.ranks.values()) > certificate.rank,
+        exact_rank=exact,
+        truncated=exact > certificate.rank,
         vllm=fit(certificate.rank),
-        engines=fit_in_words(max(conversion.ranks.values())),
+        engines=fit_in_words(exact),
         certificate=certificate,
         outputs=outputs,
     )
@@ -152,7 +141,7 @@ def _convert(
     method: AnyMethod,
     adapter: Adapter[Any],
     base: ModelSource,
-    conversion: _Conversion,
+    ranks: dict[str, int],
     report: Reporter,
 ) -> LoraCertificate:
     others, modules = carried_tensors(adapter)
@@ -174,7 +163,7 @@ def _convert(
         modules or None,
         [*carried_notes(others, modules), *_tied_notes(places, adapter)],
     )
-    return write_lora(conversion.work(places), len(places), target, report)
+    return write_lora(approximations(places, adapter.layout, request.rank, ranks), len(places), target, report)
 
 
 def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:
@@ -192,83 +181,3 @@ def _ends(adapter: Adapter[Any]) -> set[str | None]:
     """Return the paths of the input embedding and of the output head."""
     model = adapter.base.model
     return {adapter.base.name_of(model.get_input_embeddings()), adapter.base.name_of(model.get_output_embeddings())}
-
-
-@dataclass
-class _Conversion:
-    """Approximations of modules, and the exact ranks that were met on the way.
-
-    Args:
-        rank: largest rank of the result; None means exact.
-        layout: the adapter, for messages.
-        ranks: exact rank of each module so far.
-    """
-
-    rank: int | None
-    layout: Layout[Any]
-    ranks: dict[str, int] = field(default_factory=dict)
-
-    def work(self, places: list[Place]) -> Iterator[Work]:
-        """Yield the computation of each module."""
-        return (partial(self._approximate, place) for place in places)
-
-    def _approximate(self, place: Place) -> Approximation:
-        found = place.delta()
-        factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value,)
-        if not all(bool(torch.isfinite(factor).all()) for factor in factors):
-            raise ExportError(
-                f"{self.layout.tensors_path}: {place.path}: delta_W is not finite; train the adapter again."
-            )
-        if isinstance(found, Dense):
-            return self._of_dense(place, found.value)
-        noise = found.left_out + _rounding(found.b, found.a)
-        smallest = min(len(found.b), found.a.shape[1])
-        if found.a.shape[0] > smallest:
-            return self._of_factors(place, *_square(found.b @ found.a), noise)
-        return self._of_factors(place, found.b, found.a, noise)
-
-    def _of_factors(self, place: Place, b: Tensor, a: Tensor, noise: float) -> Approximation:
-        self.ranks[place.path] = len(a)
-        if self.rank is not None and len(a) > self.rank:
-            return _truncated(place, decompose(b, a), self.rank, noise)
-        norm = product_norm(b, a)
-        kept = slice(None) if norm else slice(0)
-        return Approximation(_delta(place, b[:, kept], a[kept]), norm, arithmetic_bound=noise)
-
-    def _of_dense(self, place: Place, value: Tensor) -> Approximation:
-        exact = min(value.shape)
-        self.ranks[place.path] = exact
-        noise = ROUNDINGS * sum(value.shape) * unit_roundoff(torch.float64) * float(value.norm())
-        if self.rank is None:
-            raise ExportError(
-                f"{self.layout.tensors_path}: {place.path}: this {self.layout.config.peft_type} adapter changes the "
-                f"weight by a matrix of full rank, {exact}. Ask for its best approximation of a rank R with --rank R; "
-                f"its error is shown. With rank {exact}, {fit_in_words(exact)}."
-            )
-        if exact <= self.rank:
-            return self._of_factors(place, *_square(value), noise)
-        return _truncated(place, dense_svd(value), self.rank, noise)
-
-
-def _square(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return B and A of the smallest rank that any matrix of this shape needs, one of them the identity."""
-    m, n = value.shape
-    eye = torch.eye(min(m, n), dtype=value.dtype)
-    return (value, eye) if n <= m else (eye, value)
-
-
-def _truncated(place: Place, svd: Svd, rank: int, noise: float) -> Approximation:
-    kept = svd.truncate(rank)
-    return Approximation(_delta(place, kept.b, kept.a), svd.norm, kept.error, kept.bound + noise)
-
-
-def _delta(place: Place, b: Tensor, a: Tensor) -> Delta:
-    a, b = (factor.contiguous() for factor in (a, b))
-    exact = [Exact(factor, factor.new_zeros(()).expand_as(factor), None) for factor in (a, b)]
-    return Delta(place.path, place.embedding, *exact)
-
-
-def _rounding(b: Tensor, a: Tensor) -> float:
-    """Return a bound of the Frobenius norm of the rounding in factors that were computed in float64."""
-    terms = ROUNDINGS * (len(b) + a.shape[1] + len(a))
-    return gamma(terms, unit_roundoff(torch.float64)) * float(b.norm()) * float(a.norm())

@@ -48,9 +48,20 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Dense:
-    """delta_W as a matrix (out_features, in_features) in float64, which has full rank in general."""
+    """delta_W as a matrix (out_features, in_features) in float64, which has full rank in general.
+
+    Args:
+        value: the matrix.
+        operands: Frobenius norm of what it is a difference of, such as the base weight; 0 if it is none.
+    """
 
     value: Tensor
+    operands: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """Frobenius norm by which its rounding is measured."""
+        return 2 * self.operands + float(self.value.norm())
 
 
 @dataclass(frozen=True)

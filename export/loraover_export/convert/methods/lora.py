@@ -153,4 +153,4 @@ def _dora(module: Module[Any], product: Tensor) -> Dense:
     weight = module.weight()
     adapted = weight + product
     magnitude = module.tensor(name, len(weight))
-    return Dense(adapted * (magnitude / adapted.norm(dim=1))[:, None] - weight)
+    return Dense(adapted * (magnitude / adapted.norm(dim=1))[:, None] - weight, float(weight.norm()))

@@ -50,7 +50,7 @@ class Oft(Method[OftFields]):
         blocks = _cayley(_skew(vectors), module.config)
         rotation = block_diag(blocks.expand(count, -1, -1))
         weight = module.weight()
-        return Dense(weight @ rotation.T - weight)
+        return Dense(weight @ rotation.T - weight, float(weight.norm()))
 
 
 def _side(elements: int) -> int:
@@ -113,7 +113,7 @@ class Boft(Method[BoftFields]):
         if len(rotation) != n:
             raise module.refuse(f"boft_R rotates {len(rotation)} input features, expected {n}.")
         weight = module.weight()
-        return Dense(module.tensor("boft_s", m, 1) * (weight @ rotation.T) - weight)
+        return Dense(module.tensor("boft_s", m, 1) * (weight @ rotation.T) - weight, float(weight.norm()))
 
 
 class RoadFields(MethodConfig):
@@ -142,7 +142,7 @@ class Road(Method[RoadFields]):
         weight = module.weight()
         halves = weight.reshape(-1, 2, half, weight.shape[1])  # of each group
         turned = torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(weight.shape)
-        return Dense(cosine[:, None] * weight + sine[:, None] * turned - weight)
+        return Dense(cosine[:, None] * weight + sine[:, None] * turned - weight, float(weight.norm()))
 
 
 def _columns(module: Module[RoadFields], half: int) -> tuple[Tensor, Tensor]:
