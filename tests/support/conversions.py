@@ -37,6 +37,7 @@ class Source:
         full: whether its delta has full rank.
         error: largest error of the conversion against PEFT, relative to the norm of delta_W.
         base: name of the base model, of `BASES`.
+        pruned: whether ranks of an AdaLoRA are cut out of its file.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Source:
     full: bool = False
     error: float = DOUBLE
     base: str = "prime"
+    pruned: bool = False
 
 
 BASES: dict[str, Callable[[], Any]] = {
@@ -66,6 +68,7 @@ SOURCES: dict[str, Source] = {
     "olora": Source("LORA", {"r": 3, "lora_alpha": 6, "init_lora_weights": "olora"}, error=SINGLE),
     "dora": Source("LORA", {"r": 3, "use_dora": True}, full=True),
     "adalora": Source("ADALORA", {"init_r": 6, "target_r": 3, "total_step": 10}),
+    "adalora whose file is cut": Source("ADALORA", {"init_r": 6, "total_step": 10}, pruned=True),
     "adalora on conv1d": Source(
         "ADALORA",
         {"init_r": 6, "total_step": 10, "target_modules": ["c_attn"], "fan_in_fan_out": True},
@@ -155,6 +158,9 @@ def make_source(base: Path, folder: Path, source: Source) -> Path:
         torch.manual_seed(1)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         fill(model, source.kind)
+        if source.pruned:
+            kept = [(name, e) for name, e in model.base_model.model.named_parameters() if "lora_E" in name]
+            model.peft_config["default"].rank_pattern = {name: (e[:, 0] != 0).tolist() for name, e in kept}
         model.save_pretrained(folder)
     return folder
 
