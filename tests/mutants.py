@@ -229,8 +229,8 @@ MUTANTS = (
     ),
     Mutant(
         "merge-transposes-no-conv1d",
-        "weight if isinstance(module, nn.Linear) else weight.mT",
-        "weight.mT if isinstance(module, nn.Embedding) else weight",
+        "return weight if isinstance(module, nn.Linear) else weight.mT",
+        "return weight.mT if isinstance(module, nn.Embedding) else weight",
         Selection("test_merge.py", "oracles_sum"),
     ),
     # vLLM and ONNX

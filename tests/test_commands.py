@@ -46,7 +46,22 @@ def parse(line: str) -> None:
 def test_every_stage_has_its_commands() -> None:
     assert set(LEAVES) >= {
         *(f"loraover {name}" for name in ("train", "study", "compare", "eval", "inspect", "recipes", "doctor")),
-        *(f"loraover export {name}" for name in ("check", "convert", "fold", "vllm", "onnx", "gguf", "mlx")),
+        *(
+            f"loraover export {name}"
+            for name in (
+                "check",
+                "fold",
+                "combine",
+                "convert",
+                "shrink",
+                "merge",
+                "diff",
+                "vllm",
+                "onnx",
+                "gguf",
+                "mlx",
+            )
+        ),
         *(f"loraover serve {name}" for name in ("up", "verify", "parity")),
     }
 

@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraover_export.check.report import CheckReport
     from loraover_export.check.run import check_adapter
+    from loraover_export.combine.combine import combine_adapters
+    from loraover_export.combine.diff import diff_adapters
+    from loraover_export.combine.diff_report import DiffReport
+    from loraover_export.combine.shrink import shrink_adapter
     from loraover_export.convert.report import ConvertReport
     from loraover_export.convert.run import convert_adapter
     from loraover_export.fold.certificate import FoldCertificate
     from loraover_export.fold.run import fold_checkpoint
     from loraover_export.gguf.report import GgufReport
     from loraover_export.gguf.run import export_gguf
+    from loraover_export.merge.report import MergeReport
+    from loraover_export.merge.run import merge_adapter
     from loraover_export.mlx.report import MlxReport
     from loraover_export.mlx.run import export_mlx
     from loraover_export.onnx.report import OnnxReport
     from loraover_export.onnx.run import export_onnx
+    from loraover_export.uniform.certificate import LoraCertificate
     from loraover_export.vllm.certificate import VllmCertificate
     from loraover_export.vllm.preflight import Preflight
     from loraover_export.vllm.report import VllmReport
@@ -27,39 +34,53 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckReport": "check.report",
     "ConvertReport": "convert.report",
+    "DiffReport": "combine.diff_report",
     "FoldCertificate": "fold.certificate",
     "GgufReport": "gguf.report",
+    "LoraCertificate": "uniform.certificate",
+    "MergeReport": "merge.report",
     "MlxReport": "mlx.report",
     "OnnxReport": "onnx.report",
     "Preflight": "vllm.preflight",
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
     "check_adapter": "check.run",
+    "combine_adapters": "combine.combine",
     "convert_adapter": "convert.run",
+    "diff_adapters": "combine.diff",
     "export_gguf": "gguf.run",
     "export_mlx": "mlx.run",
     "export_onnx": "onnx.run",
     "export_vllm": "vllm.run",
     "fold_checkpoint": "fold.run",
+    "merge_adapter": "merge.run",
+    "shrink_adapter": "combine.shrink",
 }
 
 __all__ = [
     "CheckReport",
     "ConvertReport",
+    "DiffReport",
     "FoldCertificate",
     "GgufReport",
+    "LoraCertificate",
+    "MergeReport",
     "MlxReport",
     "OnnxReport",
     "Preflight",
     "VllmCertificate",
     "VllmReport",
     "check_adapter",
+    "combine_adapters",
     "convert_adapter",
+    "diff_adapters",
     "export_gguf",
     "export_mlx",
     "export_onnx",
     "export_vllm",
     "fold_checkpoint",
+    "merge_adapter",
+    "shrink_adapter",
 ]
 
 

@@ -25,7 +25,7 @@ from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import CheckpointError, FoldError
-from loraover_export.merge import arithmetic as merge_module
+from loraover_export.merge import arithmetic
 from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest
@@ -237,9 +237,7 @@ MUTANTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_certificates_reject_a_wrong_weight(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = save("linear", tmp_path)
-    monkeypatch.setattr(
-        merge_module, "round_nearest", lambda value, dtype: MUTANTS[mutant](round_nearest(value, dtype))
-    )
+    monkeypatch.setattr(arithmetic, "round_nearest", lambda value, dtype: MUTANTS[mutant](round_nearest(value, dtype)))
     assert not any(c.passed for c in merge(saved.base(), read_adapter_dir(saved.adapter)))
 
 

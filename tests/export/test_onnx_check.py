@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover_export.merge import arithmetic as merge_module
+from loraover_export.merge import arithmetic, in_memory
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest, round_tensor
 from loraover_export.onnx import export as export_module
@@ -146,7 +146,7 @@ def test_a_merge_that_did_nothing_is_rejected(monkeypatch: pytest.MonkeyPatch, r
 
 def merged_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificates are those of a merge, but the exported model is not the merged one."""
-    monkeypatch.setattr(export_module, "merge", lambda model, *rest: merge_module.merge(copy.deepcopy(model), *rest))
+    monkeypatch.setattr(export_module, "merge", lambda model, *rest: in_memory.merge(copy.deepcopy(model), *rest))
 
 
 DROPPED: dict[str, Mutant] = {
@@ -285,7 +285,7 @@ def test_a_matrix_beyond_its_bound_is_rejected(
         return wrong
 
     monkeypatch.setattr(swappable, "round_tensor", off(round_tensor))
-    monkeypatch.setattr(merge_module, "round_nearest", off(round_nearest))
+    monkeypatch.setattr(arithmetic, "round_nearest", off(round_nearest))
     found = rejected(mode)
     assert all(check.passed for check in found.checks)
     assert not any(matrix.passed for matrix in found.matrices)

@@ -96,6 +96,7 @@ def four_bits(weight: Tensor) -> Tensor:
     m, n = weight.shape
     blocks = pad(weight, (0, -n % BLOCKSIZE)).view(m, -1, BLOCKSIZE)
     scales = blocks.abs().amax(-1, keepdim=True)
+    shares = blocks / scales.clamp_min(torch.finfo(weight.dtype).tiny)
     levels = torch.tensor(NF4, dtype=weight.dtype)
-    nearest = torch.bucketize(blocks / scales.clamp_min(torch.finfo(weight.dtype).tiny), (levels[1:] + levels[:-1]) / 2)
+    nearest = torch.bucketize(shares.contiguous(), (levels[1:] + levels[:-1]) / 2)
     return (levels[nearest] * scales).view(m, -1)[:, :n]

@@ -46,8 +46,8 @@ def _show_weights(report: MergeReport, console: Console) -> None:
         caption="Shares of the delta. Erased: squared norm in elements that do not change. Error: of the delta's norm.",
     )
     table.add_column("weight", no_wrap=True, overflow="ellipsis")
-    for column in ("dtype", "delta / W", "erased", "error", "4-bit erased", "4-bit error"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    for column in ("dtype", "delta\n/ W", "erased", "error", "4-bit\nerased", "4-bit\nerror"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=6)
     for weight in worst:
         table.add_row(
             escape(printable(weight.matrix.name)),

@@ -112,7 +112,8 @@ def _header(source: TensorFile, tensors: Sequence[Planned]) -> bytes:
 
 def _write(file: BinaryIO, tensor: Tensor, key: str) -> None:
     """Append a tensor's bytes, and read them back."""
-    start, rest = file.tell(), memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    start, rest = file.tell(), memoryview(data)
     file.write(rest)
     file.flush()
     while rest:

@@ -90,10 +90,10 @@ def read_delta(exact: ExactAdapter, module: str) -> Delta:
     return Delta(module, embedding, a, scale(b, adapter.config.scaling(module)))
 
 
-def other_tensors(adapter: AdapterDir) -> list[str]:
-    """Return the base model's names of parameters that the adapter replaces (`modules_to_save`, biases)."""
+def other_tensors(adapter: AdapterDir) -> dict[str, str]:
+    """Return the parameters that the adapter replaces (`modules_to_save`, biases): keys in its file, by their names."""
     keys = [key for key in adapter.shapes if site_name(key) is None]
-    return [key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys]
+    return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", "."): key for key in keys}
 
 
 def is_power_of_two(number: float) -> bool:

@@ -208,6 +208,30 @@ def sum_norm(factors: Sequence[tuple[Tensor, Tensor]]) -> float:
     return math.sqrt(max(0.0, squares))
 
 
+def principal_angles(one: Tensor, other: Tensor) -> list[float]:
+    """Return the principal angles between two spaces, in radians, the smallest first.
+
+    Small angles come from their sines and large ones from their cosines, so that none loses digits.
+
+    Args:
+        one: orthonormal columns, (n, p).
+        other: orthonormal columns, (n, q).
+
+    Returns:
+        min(p, q) angles.
+
+    Source: Björck and Golub 1973, doi:10.1090/S0025-5718-1973-0348991-3.
+    """
+    wide, narrow = (one, other) if one.shape[1] >= other.shape[1] else (other, one)
+    if narrow.shape[1] == 0:
+        return []
+    inner = wide.mT @ narrow
+    cosines = torch.linalg.svdvals(inner).clamp_max(1)
+    sines = torch.linalg.svdvals(narrow - wide @ inner).flip(0).clamp_max(1)
+    angles: list[float] = torch.where(cosines > sines, sines.asin(), cosines.acos()).tolist()
+    return angles
+
+
 def _times(basis: Tensor | None, inner: Tensor) -> Tensor:
     return inner if basis is None else basis @ inner
 

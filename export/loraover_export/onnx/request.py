@@ -148,7 +148,7 @@ def check_swappable(adapter: AdapterDir) -> None:
     others = other_tensors(adapter)
     if others:
         raise ExportError(
-            f"{adapter.tensors_path}: also holds {others[0]}, which replaces a parameter of the base model; a "
+            f"{adapter.tensors_path}: also holds {next(iter(others))}, which replaces a parameter of the base model; a "
             "swappable adapter holds A and B only. Use --mode merged."
         )
     embeddings = [name for name in adapter.sites if name.rpartition(".")[2].startswith("lora_embedding")]

@@ -1,0 +1,191 @@
+"""How far two adapters are apart: by their deltas, by the spaces that these act between, and by their logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.exact_tensors import ExactAdapter
+from loraover.common.errors import ConfigError
+from loraover.common.provenance import environment, hardware
+from loraover.common.threads import workers
+from loraover.models.device import choose_compute
+from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.combine.diff_logits import compare_logits
+from loraover_export.combine.diff_report import DiffReport, ModuleDiff
+from loraover_export.combine.sources import deltas_of, read_sources
+from loraover_export.numerics.delta import Delta, check_no_bias, other_tensors
+from loraover_export.numerics.low_rank import (
+    Svd,
+    concatenate,
+    decompose,
+    factor_noise,
+    principal_angles,
+    product_norm,
+)
+
+
+@dataclass(frozen=True)
+class DiffRequest:
+    """Arguments of `diff_adapters`, where each is described.
+
+    Raises:
+        ConfigError: an option of the comparison of logits without `logits`, or a device that is not there.
+    """
+
+    first: Path
+    second: Path
+    logits: bool = False
+    model: str | None = None
+    prompts: Path | None = None
+    device: str = "auto"
+    compute_dtype: str = "fp32"
+
+    def __post_init__(self) -> None:
+        given = (self.model, self.prompts, self.device, self.compute_dtype)
+        if given != (None, None, "auto", "fp32") and not self.logits:
+            raise ConfigError(
+                "--model, --prompts, --device and --compute-dtype are for --logits, which runs the model; add it."
+            )
+        if self.logits:
+            choose_compute(self.device, self.compute_dtype)
+
+
+def diff_adapters(
+    first: str | Path,
+    second: str | Path,
+    *,
+    logits: bool = False,
+    model: str | Path | None = None,
+    prompts: str | Path | None = None,
+    device: str = "auto",
+    compute_dtype: str = "fp32",
+    report: Reporter = SILENT,
+) -> DiffReport:
+    """Compare two adapters of one base model, module by module, from their factors.
+
+    A and B are not unique, so the comparison is between the deltas scaling * B @ A: their norms, the norm of their
+    difference, and the principal angles between their column spaces (what the module's output gains) and their row
+    spaces (the inputs that they react to).
+
+    Args:
+        first: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
+        second: folder of the other adapter.
+        logits: also run both adapters on the base model, and compare their logits.
+        model: base model to run for `logits`, folder or hub name; None means the one that the adapters name.
+        prompts: text file with one prompt a line for `logits`; None means a built-in set.
+        device: device to run on for `logits`: "auto" (the first that is there of cuda, mps and cpu), "cpu", "cuda",
+            "mps", or one GPU such as "cuda:1".
+        compute_dtype: data type to run in for `logits`: "fp32", "bf16", "fp16" or "fp64".
+        report: receiver of progress.
+
+    Raises:
+        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
+        CheckpointError: an adapter that cannot be trusted, or that holds NaN.
+        ExportError: adapters of different base models.
+        DataError: a file of prompts that cannot be used.
+    """
+    request = DiffRequest(
+        Path(first),
+        Path(second),
+        logits,
+        None if model is None else str(model),
+        None if prompts is None else Path(prompts),
+        device,
+        compute_dtype,
+    )
+    sources = read_sources([request.first, request.second])
+    for adapter in sources.adapters:
+        check_no_bias(adapter)
+    with (
+        sources.opened() as opened,
+        workers() as threads,
+        report.task("comparing modules", len(sources.modules)) as done,
+    ):
+        modules: list[ModuleDiff] = []
+        for module in threads.map(partial(_compared, opened), sources.modules):
+            modules.append(module)
+            done(len(modules))
+        others = _others(opened)
+    outputs = None
+    if request.logits:
+        base = resolve_base(sources.adapters, request.model, option="--model", say=report.line)
+        outputs = compare_logits(
+            sources.read, base, request.prompts, report, device=request.device, compute_dtype=request.compute_dtype
+        )
+    return DiffReport(
+        first=str(request.first),
+        second=str(request.second),
+        base_model=sources.base_model,
+        norms=(math.hypot(*(m.norms[0] for m in modules)), math.hypot(*(m.norms[1] for m in modules))),
+        difference=math.hypot(*(m.difference for m in modules)),
+        modules=modules,
+        other_tensors=others,
+        logits=outputs,
+        versions=environment(),
+        hardware=hardware(),
+    )
+
+
+def _compared(opened: Sequence[ExactAdapter], module: str) -> ModuleDiff:
+    first, second = deltas_of(opened, module)
+    return compare_deltas(module, first, second)
+
+
+def compare_deltas(module: str, first: Delta | None, second: Delta | None) -> ModuleDiff:
+    """Compare the deltas of one module; None stands for an adapter that does not adapt it."""
+    one, other = _decomposed(first), _decomposed(second)
+    signed = [(delta, sign) for delta, sign in ((first, 1), (second, -1)) if delta is not None]
+    factors = [(sign * delta.b.value.double(), delta.a.value.double()) for delta, sign in signed]
+    columns: list[float] = []
+    rows: list[float] = []
+    if one is not None and other is not None:
+        columns = principal_angles(one.columns(), other.columns())
+        rows = principal_angles(one.rows(), other.rows())
+    return ModuleDiff(
+        module=module,
+        ranks=(0 if one is None else one.rank, 0 if other is None else other.rank),
+        norms=(0.0 if one is None else one.svd.norm, 0.0 if other is None else other.svd.norm),
+        difference=product_norm(*concatenate(factors)),
+        column_angles=[math.degrees(angle) for angle in columns],
+        row_angles=[math.degrees(angle) for angle in rows],
+    )
+
+
+class _Decomposed(NamedTuple):
+    """A delta's singular value decomposition, and the rank up to which it is more than rounding."""
+
+    svd: Svd
+    rank: int
+
+    def columns(self) -> Tensor:
+        return self.svd.columns(self.rank)
+
+    def rows(self) -> Tensor:
+        return self.svd.rows(self.rank)
+
+
+def _decomposed(delta: Delta | None) -> _Decomposed | None:
+    if delta is None:
+        return None
+    svd = decompose(delta.b.value.double(), delta.a.value.double())
+    return _Decomposed(svd, svd.numerical_rank(factor_noise(delta.b, delta.a)))
+
+
+def _others(opened: Sequence[ExactAdapter]) -> list[str]:
+    """Return the names of parameters that the adapters hold in full, and that differ or that only one of them has."""
+    one, other = (other_tensors(exact.adapter) for exact in opened)
+    differing = [
+        name
+        for name in one.keys() & other.keys()
+        if not torch.equal(opened[0].plain.read(one[name]).double(), opened[1].plain.read(other[name]).double())
+    ]
+    return sorted([*differing, *(one.keys() ^ other.keys())])

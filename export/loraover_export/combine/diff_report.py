@@ -1,0 +1,69 @@
+"""Result of a comparison of two adapters."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_export.fold.certificate import Deviation
+
+
+class ModuleDiff(BaseModel):
+    """Comparison of the deltas of one module."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    module: str = Field(description="path of the module in the base model")
+    ranks: tuple[int, int] = Field(description="numerical rank of each delta; 0 if it is zero or missing")
+    norms: tuple[float, float] = Field(description="Frobenius norm of each delta; 0 if it is missing")
+    difference: float = Field(description="Frobenius norm of the difference of the deltas")
+    column_angles: list[float] = Field(
+        description="principal angles between the column spaces of the deltas, in degrees, the smallest first; empty "
+        "if one of them is zero or missing"
+    )
+    row_angles: list[float] = Field(description="principal angles between the row spaces, likewise")
+
+    @property
+    def relative_difference(self) -> float:
+        """Norm of the difference over the larger norm of the two deltas; 0 if both are zero."""
+        return self.difference / (max(self.norms) or 1.0)
+
+
+class LogitDiff(BaseModel):
+    """Comparison of the logits of two adapters on the base model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(description="base model that was run, in words")
+    device: str = Field(description="device that it ran on")
+    compute_dtype: str = Field(description="data type that it ran in: fp32, bf16, fp16 or fp64")
+    tokens: int = Field(description="number of tokens in all prompts")
+    prompt_source: str = Field(description="where the prompts come from, in words")
+    difference: Deviation = Field(description="distance of the second adapter's logits from the first one's")
+    effects: tuple[Deviation, Deviation] = Field(
+        description="distance of the base model's logits from those of each adapter"
+    )
+
+
+class DiffReport(BaseModel):
+    """Comparison of two adapters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    first: str = Field(description="folder of the first adapter")
+    second: str = Field(description="folder of the second adapter")
+    base_model: str | None = Field(description="base model that the adapters name; None if they name none")
+    norms: tuple[float, float] = Field(description="Frobenius norm of all deltas of each adapter together")
+    difference: float = Field(description="Frobenius norm of the differences of all deltas together")
+    modules: list[ModuleDiff] = Field(description="one entry for each module that either adapter has a delta for")
+    other_tensors: list[str] = Field(
+        description="parameters that the adapters hold in full, and that differ or that only one of them has"
+    )
+    logits: LogitDiff | None = Field(description="comparison of the logits; None if it was not asked for")
+    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
+    hardware: str = Field(description="processor and accelerator of the machine, in words")
+
+    @property
+    def relative_difference(self) -> float:
+        """Norm of all differences over the larger norm of the two adapters; 0 if both are zero."""
+        return self.difference / (max(self.norms) or 1.0)

@@ -1,0 +1,69 @@
+"""The comparison of two adapters as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loraover.common.command_line import printable
+from loraover_export.combine.diff_report import DiffReport, LogitDiff
+
+SHOWN = 12
+
+
+def show_diff(report: DiffReport, console: Console) -> None:
+    """Print the modules that differ most, the totals, and the logits if they were compared."""
+    _show_modules(report, console)
+    if report.other_tensors:
+        _line(console, f"{len(report.other_tensors)} other parameters differ: {', '.join(report.other_tensors[:3])}")
+    if report.logits is not None:
+        _show_logits(report.logits, console)
+    _line(
+        console,
+        f"norms of the adapters {report.norms[0]:.4g} and {report.norms[1]:.4g}, norm of their difference "
+        f"{report.difference:.4g}: {report.relative_difference:.2%} of the larger",
+    )
+
+
+def _show_modules(report: DiffReport, console: Console) -> None:
+    shown = sorted(report.modules, key=lambda module: -module.relative_difference)[:SHOWN]
+    table = Table(
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"Largest differences, {len(shown)} of {len(report.modules)} modules",
+        caption="Difference: of the larger norm. Angles: smallest and largest principal angle, in degrees.",
+    )
+    table.add_column("module", no_wrap=True, overflow="ellipsis")
+    for column in ("ranks", "norm 1", "norm 2", "diff.", "column\nangles", "row\nangles"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=6)
+    for module in shown:
+        table.add_row(
+            escape(printable(module.module)),
+            f"{module.ranks[0]}, {module.ranks[1]}",
+            f"{module.norms[0]:.3g}",
+            f"{module.norms[1]:.3g}",
+            f"{module.relative_difference:.1%}",
+            _ends(module.column_angles),
+            _ends(module.row_angles),
+        )
+    console.print(table)
+
+
+def _ends(angles: list[float]) -> str:
+    return f"{angles[0]:.1f}, {angles[-1]:.1f}" if angles else "-"
+
+
+def _show_logits(logits: LogitDiff, console: Console) -> None:
+    table = Table(box=SIMPLE, title=f"Logits on {escape(logits.prompt_source)}, {logits.tokens} tokens")
+    for column in ("", "max logit", "mean logit", "max KL", "top-1 agreement"):
+        table.add_column(column, justify="left" if not column else "right")
+    effects = zip(("first to base", "second to base"), logits.effects, strict=True)
+    for label, d in (("first to second", logits.difference), *effects):
+        table.add_row(label, f"{d.max_logit:.2e}", f"{d.mean_logit:.2e}", f"{d.max_kl:.2e}", f"{d.top1_agreement:.2%}")
+    console.print(table)
+
+
+def _line(console: Console, text: str, style: str | None = None) -> None:
+    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
