@@ -26,8 +26,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.base_weights import open_base
 from loraover_export.convert.approximate import approximations
+from loraover_export.convert.base_weights import open_base
 from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import Dense, Refused
 from loraover_export.convert.run import read_method

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.base_weights import open_base
+from loraover_export.convert.base_weights import open_base
 from loraover_export.convert.methods.base import Dense
 from loraover_export.convert.run import read_method
 from loraover_export.convert.source import open_adapter

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.base_weights import open_base
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.models.load import ModelSource
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.convert.approximate import approximations
+from loraover_export.convert.base_weights import open_base
 from loraover_export.convert.effect import compare_outputs
 from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS

@@ -14,11 +14,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from loraover.checkpoint.base_weights import BaseWeights, is_embedding
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.strict_json import read_json
+from loraover_export.convert.base_weights import BaseWeights, is_embedding
 
 
 class MethodConfig(BaseModel):

@@ -5,25 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pydantic import BaseModel
 from torch import Tensor
 
-from loraover.checkpoint.tensor_file import TensorFile, open_tensors
-from loraover.common.errors import CheckpointError, ConfigError
-from loraover.common.strict_json import read_json
+from loraover.checkpoint.tensor_file import TensorFile
+from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource, load_skeleton
-
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-
-
-class _Index(BaseModel):
-    """File of each tensor, by key."""
-
-    weight_map: dict[str, str]
+from loraover_export.merge.base_files import CONFIG
+from loraover_export.merge.base_files import open_base as open_files
 
 
 class BaseWeights:
@@ -74,7 +65,8 @@ class BaseWeights:
 
         Raises:
             CheckpointError: A file is damaged, or holds NaN or infinity.
-            ConfigError: The files hold no weight of the module, or one of another shape.
+            ConfigError: There are no safetensors files, or they hold no weight of the module, or one of another shape.
+            ExportError: The model is quantised.
         """
         with self._lock:  # files are opened once
             key = self._key(f"{path}.weight")
@@ -83,26 +75,15 @@ class BaseWeights:
         if not weight.is_floating_point() or tuple(weight.shape) != self.shapes[path]:
             raise ConfigError(
                 f"model: {self.source.origin}: {key} is {weight.dtype} of shape {tuple(weight.shape)}, expected "
-                f"floating-point numbers of shape {self.shapes[path]}. Weights of a quantised model cannot be read; "
-                "name a model that is not quantised."
+                f"floating-point numbers of shape {self.shapes[path]}; the files and {CONFIG} do not belong together."
             )
         return weight
 
     @cached_property
     def _tensors(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by key."""
-        index = _local(self.source, INDEX_FILE)
-        names = [WEIGHTS_FILE] if index is None else sorted(set(read_json(index, _Index).weight_map.values()))
-        found: dict[str, TensorFile] = {}
-        for name in names:
-            path = _local(self.source, name) if Path(name).name == name else None
-            if path is None:
-                raise ConfigError(
-                    f"model: {self.source.origin} has no {name}; its weights are read from safetensors files."
-                )
-            opened = self._files.enter_context(open_tensors(path))
-            found |= dict.fromkeys(opened.keys, opened)
-        return found
+        shards = open_files(self.source, self._files).shards.values()
+        return {key: shard for shard in shards for key in shard.keys}
 
     def _key(self, name: str) -> str:
         """Return the key of a parameter in the files, which may lack the prefix of a head's model, or be tied."""
@@ -146,19 +127,3 @@ def is_embedding(module: Any) -> bool:
 def _shape(module: Any) -> tuple[int, int]:
     m, n = module.weight.shape
     return (n, m) if type(module).__name__ == "Conv1D" else (m, n)
-
-
-def _local(source: ModelSource, name: str) -> Path | None:
-    """Return the path of a file of the model, from its folder or the hub's cache; None if there is no such file."""
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(
-            source.location,
-            name,
-            revision=source.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-    except OSError as error:
-        raise CheckpointError(f"model: {source.origin}: {name} cannot be read: {error}") from error
-    return None if found is None else Path(found)
