@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from loraover_export.cli import cli
 from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import Refused
 
-from support.conversions import SOURCES, fill, make_base, make_source
+from support.conversions import SOURCES, fill, make_base, make_source, our_deltas
 from support.refusals import only_error
 from support.tiny_models import token_ids
 
@@ -36,6 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_source(found / "even", found / "oft", SOURCES["oft"])
     make_source(found / "prime", found / "vera", SOURCES["vera"])
     return found
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    found = tmp_path_factory.mktemp("bases")
+    return cache(lambda name: make_base(found / name, name))
 
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -116,6 +123,23 @@ def test_a_damaged_adapter_is_refused(name: str, folder: Path, tmp_path: Path) -
     with pytest.raises(error, match=words):
         convert_adapter(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", sorted({source.kind for source in SOURCES.values()}))
+def test_a_tensor_of_another_shape_never_passes(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whatever tensor of a kind is cut, in whatever dimension: our own error, and nothing else."""
+    name = next(name for name, source in SOURCES.items() if source.kind == kind)
+    adapter = make_source(bases(SOURCES[name].base), tmp_path / "whole", SOURCES[name])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    kept = {"randlora_A", "randlora_B", "zeros"}  # copies that nobody reads
+    keys = {key.split(".", 5)[-1]: key for key in tensors if key.split(".")[-1] not in kept}
+    for number, (label, key) in enumerate(keys.items()):
+        for dimension in range(tensors[key].ndim):
+            cut = tensors[key].narrow(dimension, 0, tensors[key].shape[dimension] - 1).contiguous()
+            source = changed(adapter, tmp_path / f"{number}-{dimension}", lambda t, key=key, cut=cut: t | {key: cut})
+            with pytest.raises((CheckpointError, ExportError)):
+                our_deltas(source)
+                raise AssertionError(f"{label}, dimension {dimension} was accepted")
 
 
 def test_full_rank_needs_leave(folder: Path, tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ class Module(Generic[Config]):
         if not self.has(name):
             raise CheckpointError(f"{where} is missing; the file is incomplete, or of another kind of adapter.")
         found = _wide(self.adapter.file, f"{KEY_PREFIX}{self.path}.{name}")
+        if 0 in found.shape and not name.startswith("lora_"):  # AdaLoRA may have pruned all ranks
+            raise CheckpointError(f"{where} has shape {tuple(found.shape)}; the file is incomplete.")
         if shape and (
             len(shape) != found.ndim or any(e not in (None, n) for e, n in zip(shape, found.shape, strict=True))
         ):

@@ -43,27 +43,31 @@ class VbLora(Method[VbLoraFields]):
 
     def delta(self, module: Module[VbLoraFields]) -> LowRank:
         m, n = module.shape
-        a, b = self._mixed(module, "vblora_logits_A"), self._mixed(module, "vblora_logits_B")
-        a = a.reshape(len(a), -1)
-        b = b.transpose(1, 2).reshape(-1, len(a))
-        if a.shape[1] != n or len(b) != m:
+        bank = module.adapter.shared("vblora_vector_bank")
+        if bank is None or bank.ndim != 2 or 0 in bank.shape or m % bank.shape[1] or n % bank.shape[1]:
+            found = None if bank is None else tuple(bank.shape)
             raise module.refuse(
-                f"A has {a.shape[1]} columns and B {len(b)} rows, expected {n} and {m}; name the model that the "
-                "adapter was trained on with --model."
+                f"vblora_vector_bank has shape {found}, whose vectors do not make a weight of {(m, n)}."
             )
+        length = bank.shape[1]
+        a = _mixed(module, bank, "vblora_logits_A", None, n // length).flatten(start_dim=1)
+        b = _mixed(module, bank, "vblora_logits_B", m // length, len(a)).transpose(1, 2).reshape(m, len(a))
         return LowRank(b, a)
 
-    def _mixed(self, module: Module[VbLoraFields], name: str) -> Tensor:
-        """Return the vectors in the places of the logits, (p, q, length)."""
-        bank = module.adapter.shared("vblora_vector_bank")
-        if bank is None:
-            raise module.refuse("vblora_vector_bank is missing; the file is incomplete.")
-        if module.has(f"{name}_topk_indices"):
-            indices = module.tensor(f"{name}_topk_indices").long()
-            weights = module.tensor(f"{name}_topk_weights")
-            weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
-        else:
-            top, indices = module.tensor(name, None, None, len(bank)).topk(module.config.topk, dim=-1)
-            weights = top.softmax(-1)
-        mixed: Tensor = (weights.unsqueeze(-1) * bank[indices]).sum(-2)
-        return mixed
+
+def _mixed(module: Module[VbLoraFields], bank: Tensor, name: str, rows: int | None, columns: int) -> Tensor:
+    """Return the vectors in the places of the logits, (rows, columns, length)."""
+    k = module.config.topk
+    if module.has(f"{name}_topk_indices"):
+        indices = module.tensor(f"{name}_topk_indices", rows, columns, k).long()
+        weights = module.tensor(f"{name}_topk_weights", *indices.shape[:2], k - 1)
+        weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
+    else:
+        if k > len(bank):
+            raise module.refuse(f"topk is {k}, and the bank has {len(bank)} vectors.")
+        top, indices = module.tensor(name, rows, columns, len(bank)).topk(k, dim=-1)
+        weights = top.softmax(-1)
+    if int(indices.min()) < 0 or int(indices.max()) >= len(bank):
+        raise module.refuse(f"{name}_topk_indices names a vector that the bank does not have; the file is damaged.")
+    mixed: Tensor = (weights.unsqueeze(-1) * bank[indices]).sum(-2)
+    return mixed

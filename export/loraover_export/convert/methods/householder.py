@@ -21,6 +21,7 @@ from loraover_export.convert.source import MethodConfig, Module
 class HraFields(MethodConfig):
     """Fields of HRAConfig that change the delta."""
 
+    r: int = Field(8, ge=1)
     gram_schmidt: bool = Field(False, alias="apply_GS")
 
 
@@ -30,12 +31,11 @@ class Hra(Method[HraFields]):
 
     config = HraFields
     tensors = ("hra_u",)
-    inert: ClassVar[frozenset[str]] = frozenset({"r"})
     rank: ClassVar[str] = "r"
     needs_weights = True
 
     def delta(self, module: Module[HraFields]) -> LowRank:
-        u = module.tensor("hra_u", module.shape[1], None)
+        u = module.tensor("hra_u", module.shape[1], module.config.r)
         if not bool((u.norm(dim=0) > 0).all()):
             raise module.refuse("a column of hra_u is zero and has no direction; train the adapter again.")
         u, t = (

@@ -66,13 +66,13 @@ class LoKr(Method[LycorisFields]):
 
     def delta(self, module: Module[LycorisFields]) -> LowRank:
         (p1, q1), (p2, q2) = _factors(module, "lokr_w1"), _factors(module, "lokr_w2")
-        b, a = torch.kron(p1, p2), torch.kron(q1, q2)
-        if (len(b), a.shape[1]) != module.shape:
+        made = len(p1) * len(p2), q1.shape[1] * q2.shape[1]
+        if made != module.shape:
             raise module.refuse(
-                f"the Kronecker product has shape {(len(b), a.shape[1])}, the base model's weight {module.shape}; name "
+                f"the Kronecker product has shape {made}, the base model's weight {module.shape}; name "
                 "the model that the adapter was trained on with --model."
             )
-        return LowRank(b * module.config.scaling(module.path), a)
+        return LowRank(torch.kron(p1, p2) * module.config.scaling(module.path), torch.kron(q1, q2))
 
 
 def _factors(module: Module[LycorisFields], name: str) -> tuple[Tensor, Tensor]:

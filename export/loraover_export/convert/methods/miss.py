@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import ClassVar, final
 
 import torch
+from pydantic import Field
 
 from loraover_export.convert.methods.base import Dense, LowRank, Method
 from loraover_export.convert.source import MethodConfig, Module
@@ -20,7 +21,8 @@ from loraover_export.convert.source import MethodConfig, Module
 class MissFields(MethodConfig):
     """Fields of MissConfig that change the delta."""
 
-    mini_r: int = 1
+    r: int = Field(64, ge=1)
+    mini_r: int = Field(1, ge=1)
     init_weights: bool | str = True
 
 
@@ -30,15 +32,15 @@ class Miss(Method[MissFields]):
 
     config = MissFields
     tensors = ("miss_block",)
-    inert: ClassVar[frozenset[str]] = frozenset({"r", "miss_dropout"})
+    inert: ClassVar[frozenset[str]] = frozenset({"miss_dropout"})
     rank: ClassVar[str] = "r; init_weights='bat' full"
 
     def delta(self, module: Module[MissFields]) -> LowRank | Dense:
         m, n = module.shape
         if module.config.init_weights == "bat":
             return self._blocks(module)
-        d = module.tensor("miss_block", None, module.config.mini_r if module.config.init_weights == "mini" else m)
-        r = len(d)
+        r = module.config.r
+        d = module.tensor("miss_block", r, module.config.mini_r if module.config.init_weights == "mini" else m)
         if m % d.shape[1]:
             raise module.refuse(f"mini_r is {d.shape[1]}, which does not divide {m} output features.")
         places = torch.arange(n)

@@ -77,7 +77,7 @@ def _projections(adapter: Adapter[VeraFields], name_a: str, name_b: str, rows: i
         generator = Generator().manual_seed(adapter.config.projection_prng_key)
         a = _kaiming((rows, n), n, generator).double()
         return a, _kaiming((m, adapter.config.r), adapter.config.r, generator).double()
-    if a is None or b is None or len(a) != rows or b.shape[1] != adapter.config.r or len(b) < m or a.shape[1] < n:
+    if a is None or b is None or not _covers(a, (rows, n)) or not _covers(b, (m, adapter.config.r)):
         raise CheckpointError(
             f"{adapter.layout.tensors_path}: {name_a} and {name_b} must both be there and have at least shapes "
             f"({rows}, {n}) and ({m}, {adapter.config.r}); the file is incomplete, or of another base model."
@@ -85,12 +85,17 @@ def _projections(adapter: Adapter[VeraFields], name_a: str, name_b: str, rows: i
     return a, b
 
 
+def _covers(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is as large as a shape, or larger."""
+    return tensor.ndim == len(shape) and all(found >= least for found, least in zip(tensor.shape, shape, strict=True))
+
+
 def _between(module: Module[VeraFields], a: Tensor, b: Tensor, inner: str, outer: str) -> LowRank:
     m, n = module.shape
-    d = module.tensor(inner)[: len(a)]
+    d = module.tensor(inner, None)[: len(a)]
     if len(d) != len(a):
         raise module.refuse(f"{inner} has {len(d)} elements, expected {len(a)}; the file is incomplete.")
-    return LowRank(module.tensor(outer, m)[:, None] * b[:m], d[:, None] * a[:, :n])
+    return LowRank(module.tensor(outer, m)[:, None] * b[:m, : len(a)], d[:, None] * a[:, :n])
 
 
 class RandLoraFields(MethodConfig):
@@ -118,8 +123,14 @@ class RandLora(Method[RandLoraFields]):
         bases = lam.shape[1]
         gamma = module.tensor("randlora_gamma", bases, min(m, n))
         a, b = _random_bases(module.adapter)
-        inner = (lam[:, :, None] * a[:, :bases, : min(m, n)] * gamma).flatten(end_dim=1)  # (r bases, smaller)
-        outer = b[: max(m, n), :bases].flatten(start_dim=1)  # (larger, bases r), in another order, as in PEFT
+        if not _covers(a, (module.config.r, 1, min(m, n))) or not _covers(b, (max(m, n), bases, module.config.r)):
+            raise module.refuse(
+                f"its random bases have shapes {tuple(a.shape)} and {tuple(b.shape)}, which are too small for it; name "
+                "the model that the adapter was trained on with --model."
+            )
+        r = module.config.r
+        inner = (lam[:, :, None] * a[:r, :1, : min(m, n)] * gamma).flatten(end_dim=1)  # (r bases, smaller)
+        outer = b[: max(m, n), :bases, :r].flatten(start_dim=1)  # (larger, bases r), in another order, as in PEFT
         product = outer @ inner  # (larger, smaller)
         return Dense(module.config.randlora_alpha / module.config.r * (product if n <= m else product.T))
 
@@ -158,10 +169,13 @@ class UniLora(Method[UniLoraFields]):
         theta = module.adapter.shared("unilora_theta_d")
         if theta is None:
             raise module.refuse("unilora_theta_d is missing; the file is incomplete.")
-        a, b = (
-            theta[module.tensor(f"unilora_indices_{side}", *shape).long()] * module.tensor(f"unilora_scales_{side}")
-            for side, shape in (("A", (r, n)), ("B", (m, r)))
-        )
+        chosen = [
+            module.tensor(f"unilora_indices_{side}", *shape).long() for side, shape in (("A", (r, n)), ("B", (m, r)))
+        ]
+        scales = [module.tensor(f"unilora_scales_{side}", *shape) for side, shape in (("A", (r, n)), ("B", (m, r)))]
+        if theta.ndim != 1 or any(int(x.min()) < 0 or int(x.max()) >= len(theta) for x in chosen):
+            raise module.refuse("an index lies outside unilora_theta_d; the file is damaged.")
+        a, b = (theta[places] * scale for places, scale in zip(chosen, scales, strict=True))
         return LowRank(b, a)
 
 

@@ -42,8 +42,9 @@ class Oft(Method[OftFields]):
     def delta(self, module: Module[OftFields]) -> Dense:
         n = module.shape[1]
         vectors = module.tensor("oft_R.weight", None, None)
-        count = n // _side(vectors.shape[1])
-        if _side(vectors.shape[1]) * count != n or len(vectors) not in (1, count):
+        side = _side(vectors.shape[1])
+        count = n // side
+        if side * (side - 1) != 2 * vectors.shape[1] or side * count != n or len(vectors) not in (1, count):
             raise module.refuse(
                 f"oft_R.weight has shape {tuple(vectors.shape)}, whose blocks do not fill {n} input features."
             )
@@ -102,6 +103,8 @@ class Boft(Method[BoftFields]):
     def delta(self, module: Module[BoftFields]) -> Dense:
         m, n = module.shape
         r = module.tensor("boft_R", None, None, None, None)
+        if r.shape[2] != r.shape[3]:
+            raise module.refuse(f"boft_R has shape {tuple(r.shape)}, expected square blocks.")
         if len(r) != 1:
             raise module.refuse(
                 f"it has {len(r)} butterfly factors; only boft_n_butterfly_factor=1 is converted. Merge the adapter "

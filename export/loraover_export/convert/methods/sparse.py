@@ -92,6 +92,8 @@ class FourierFt(Method[FourierFields]):
         if seed is None:
             raise module.refuse("random_loc_seed is null, so the places of its frequencies are nowhere.")
         count = int(first_match(module.config.n_frequency_pattern, module.path, module.config.n_frequency))
+        if count > m * n:
+            raise module.refuse(f"n_frequency is {count}, more than the weight of {(m, n)} has elements.")
         places = torch.randperm(m * n, generator=torch.Generator().manual_seed(seed))[:count]
         spectrum = _scattered(module, places // n, places % n, module.tensor("fourierft_spectrum", count))
         return Dense(torch.fft.ifft2(spectrum).real * module.config.scaling)
