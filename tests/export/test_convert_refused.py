@@ -136,10 +136,13 @@ def test_a_tensor_of_another_shape_never_passes(kind: str, bases: Callable[[str]
     for number, (label, key) in enumerate(keys.items()):
         for dimension in range(tensors[key].ndim):
             cut = tensors[key].narrow(dimension, 0, tensors[key].shape[dimension] - 1).contiguous()
-            source = changed(adapter, tmp_path / f"{number}-{dimension}", lambda t, key=key, cut=cut: t | {key: cut})
+            source = changed(adapter, tmp_path / f"{number}-{dimension}", replacing(key, cut))
             with pytest.raises((CheckpointError, ExportError)):
-                our_deltas(source)
-                raise AssertionError(f"{label}, dimension {dimension} was accepted")
+                print(label, dimension, our_deltas(source).keys())
+
+
+def replacing(key: str, tensor: Tensor) -> Change:
+    return lambda tensors: tensors | {key: tensor}
 
 
 def test_full_rank_needs_leave(folder: Path, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class Vera(Method[VeraFields]):
 
     def delta(self, module: Module[VeraFields]) -> LowRank:
         a, b = _projections(module.adapter, *self.shared, rows=module.config.r)
-        return _between(module, a, b, "vera_lambda_d", "vera_lambda_b")
+        r = module.config.r
+        return _between(module, a[:r], b, module.tensor("vera_lambda_d", r), "vera_lambda_b")
 
 
 @final
@@ -67,7 +68,8 @@ class Pvera(Method[VeraFields]):
         if module.config.sample_at_inference:
             raise module.refuse("sample_at_inference draws at random in every answer, which no LoRA can do.")
         a, b = _projections(module.adapter, *self.shared, rows=2 * module.config.r)
-        return _between(module, a[: module.config.r], b, "pvera_lambda_d", "pvera_lambda_b")
+        r = module.config.r
+        return _between(module, a[:r], b, module.tensor("pvera_lambda_d", 2 * r)[:r], "pvera_lambda_b")
 
 
 def _projections(adapter: Adapter[VeraFields], name_a: str, name_b: str, rows: int) -> tuple[Tensor, Tensor]:
@@ -90,12 +92,10 @@ def _covers(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return tensor.ndim == len(shape) and all(found >= least for found, least in zip(tensor.shape, shape, strict=True))
 
 
-def _between(module: Module[VeraFields], a: Tensor, b: Tensor, inner: str, outer: str) -> LowRank:
+def _between(module: Module[VeraFields], a: Tensor, b: Tensor, inner: Tensor, outer: str) -> LowRank:
+    """Return the cut projections with a scale on each side; `inner` has one for each row of `a`."""
     m, n = module.shape
-    d = module.tensor(inner, None)[: len(a)]
-    if len(d) != len(a):
-        raise module.refuse(f"{inner} has {len(d)} elements, expected {len(a)}; the file is incomplete.")
-    return LowRank(module.tensor(outer, m)[:, None] * b[:m, : len(a)], d[:, None] * a[:, :n])
+    return LowRank(module.tensor(outer, m)[:, None] * b[:m, : len(a)], inner[:, None] * a[:, :n])
 
 
 class RandLoraFields(MethodConfig):
