@@ -1,4 +1,4 @@
-"""Forty-four faults of the product, planted one at a time, and whether the tests that should notice each of them do.
+"""Some forty faults of the product, planted one at a time, and whether the tests that should notice each of them do.
 
     cd tests
     python -m mutants --baseline                       # all of them; about ten minutes on two cores
@@ -232,6 +232,30 @@ MUTANTS = (
         "return weight if isinstance(module, nn.Linear) else weight.mT",
         "return weight.mT if isinstance(module, nn.Embedding) else weight",
         Selection("test_merge.py", "oracles_sum"),
+    ),
+    Mutant(
+        "low-rank-balances-b-only",
+        "a * torch.where(used, 1 / power, 0.0)[:, None]",
+        "a * torch.where(used, 1.0, 0.0)[:, None]",
+        Selection("test_low_rank.py", "smallest_singular_values"),
+    ),
+    Mutant(
+        "combine-ignores-the-sign-of-a-weight",
+        "scale(delta.b, weight)) for delta, weight in weighted",
+        "scale(delta.b, abs(weight))) for delta, weight in weighted",
+        Selection("test_combine.py", "many_kinds"),
+    ),
+    Mutant(
+        "merge-says-that-weights-are-still-tied",
+        'return config | nested | {"tie_word_embeddings": False}',
+        "return config | nested",
+        Selection("test_merge_files.py", "untied_where"),
+    ),
+    Mutant(
+        "merge-counts-what-rounding-kept",
+        "squares[rounded == before]",
+        "squares[rounded != before]",
+        Selection("test_merge_files.py", "erased"),
     ),
     # vLLM and ONNX
     Mutant(

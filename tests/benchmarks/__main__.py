@@ -33,6 +33,7 @@ BENCHMARKS = (
     "schedules",
     "folding",
     "fold_scaling",
+    "low_rank",
     "unfolded_forward",
     "exports",
     "conversions",

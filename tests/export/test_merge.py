@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from loraover import LoraOverConfig, read_checkpoint
@@ -30,104 +24,11 @@ from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest
 
-from support.make_checkpoint import EMBEDDING, LINEAR, edit_tensors, logits, make_checkpoint, oracle_matrices
+from support.make_checkpoint import LINEAR, edit_tensors, logits, make_checkpoint, oracle_matrices
+from support.merge_cases import CASES, deltas, long, outputs, save
 from support.plain_adapter import write_adapter
-from support.tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from support.tiny_models import tiny_gpt2, tiny_llama
 from tolerances import UNIT
-
-Long = npt.NDArray[np.longdouble]
-PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 7}}
-TIED = partial(tiny_llama, tie_word_embeddings=True)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A base model, and options of a LoRA on it."""
-
-    model: Callable[[], Any]
-    lora: dict[str, Any]
-    auto: Any = AutoModelForCausalLM
-    dtype: torch.dtype = torch.float32
-
-
-CASES = {
-    "linear": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}),
-    "rslora, r = 1": Case(tiny_llama, {"target_modules": ["o_proj"], "r": 1, "use_rslora": True}),
-    "Conv1D": Case(tiny_gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "embedding": Case(tiny_llama, {"target_modules": EMBEDDING}),
-    "tied embedding": Case(TIED, {"target_modules": EMBEDDING}),
-    "tied head": Case(TIED, {"target_modules": ["lm_head", "v_proj"]}),
-    "tied, both": Case(TIED, {"target_modules": ["lm_head", "embed_tokens"]}),
-    "tied, kept so": Case(TIED, {"target_modules": EMBEDDING, "ensure_weight_tying": True}),
-    "tied, saved head": Case(TIED, {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}),
-    "tied, saved embedding": Case(TIED, {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}),
-    "tied, both saved alike": Case(
-        TIED, {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    ),
-    "biases": Case(partial(tiny_llama, attention_bias=True), {"target_modules": ["q_proj"], "bias": "all"}),
-    "saved norm": Case(tiny_llama, {"target_modules": LINEAR, "modules_to_save": ["norm"]}),
-    "saved classifier": Case(
-        partial(tiny_bert, num_labels=3),
-        {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
-        AutoModelForSequenceClassification,
-    ),
-    "bfloat16": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}, dtype=torch.bfloat16),
-    "float16": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}, dtype=torch.float16),
-}
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A base model and an adapter on disk, and the PEFT model that wrote it."""
-
-    case: Case
-    folder: Path
-    peft: Any
-
-    def base(self) -> Any:
-        return self.case.auto.from_pretrained(self.folder / "base", dtype=self.case.dtype)
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-
-def save(name: str, folder: Path) -> Saved:
-    case = CASES[name]
-    case.model().to(case.dtype).save_pretrained(folder / "base")
-    saved = Saved(case, folder, None)
-    options = {"r": 4, "lora_alpha": 5, "task_type": "CAUSAL_LM"} | case.lora
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = get_peft_model(saved.base(), LoraConfig(**options), autocast_adapter_dtype=False)
-    fill_b(model, seed=2)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_" not in parameter_name:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    model.save_pretrained(saved.adapter)
-    return Saved(case, folder, model.eval())
-
-
-def deltas(adapter: Path) -> dict[str, Long]:
-    """scaling B A of each module, shaped like an `nn.Linear`'s weight; an embedding's is (dimension, tokens)."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    found = load_file(adapter / "adapter_model.safetensors")
-    long = {k: v.double().numpy().astype(np.longdouble) for k, v in found.items()}
-    result = {}
-    for key, a in long.items():
-        if "lora_A" in key or "lora_embedding_A" in key:
-            module = key.removeprefix("base_model.model.").partition(".lora_")[0]
-            alpha = next((v for k, v in config["alpha_pattern"].items() if module.endswith(k)), config["lora_alpha"])
-            scaling = alpha / (sqrt(len(a)) if config["use_rslora"] else len(a))
-            other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
-            result[module] = np.longdouble(scaling) * (long[other] @ a)
-    return result
-
-
-def long(tensor: Tensor) -> Long:
-    return tensor.detach().double().numpy().astype(np.longdouble)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,12 +58,6 @@ def test_every_weight_is_the_oracles_sum_rounded_once(name: str, tmp_path: Path)
         assert bool((abs(long(weight) - truth) <= allowed).all()), key
         assert float(np.linalg.norm(delta.astype(np.float64))) > 1e-3, key
     assert not others.keys() - new.keys() - {k for k in others if "lora_" in k}
-
-
-@torch.no_grad()
-def outputs(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=token_ids(seed=100, batch=3, length=7)).logits
-    return found
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover_export.cli import cli
@@ -35,7 +35,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in another file of tests."""
 EXPORTS = {"export_vllm", "export_onnx", "export_gguf", "export_mlx"}
-LIBRARY = EXPORTS | {"check", "convert", "fold", "large_check", "serve", "verify", "parity"}
+LIBRARY = EXPORTS | {"check", "conversions", "convert", "fold", "large_check", "serve", "verify", "parity"}
 """Call one function of the library, on paths that they take as arguments."""
 
 
@@ -272,6 +272,14 @@ def test_check_from_python(made: Made, capsys: pytest.CaptureFixture[str]) -> No
 def test_convert_from_python(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script("convert", folded, tmp_path / "mine")["report"].passed
     assert capsys.readouterr().out.startswith("LORA of rank ")
+
+
+def test_conversions_from_python(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_script("conversions", made.path, tmp_path / "smaller")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 1
+    assert lines[-1].endswith("of the adapter's norm")
+    assert read_adapter_dir(tmp_path / "smaller").config.r == 2
 
 
 def test_verify_from_python(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from loraover.common.command_line import printable
 from loraover_export.combine.diff_report import DiffReport, LogitDiff
+from loraover_export.uniform.show import fill_table
 
 SHOWN = 12
 
@@ -35,12 +36,9 @@ def _show_modules(report: DiffReport, console: Console) -> None:
         title=f"Largest differences, {len(shown)} of {len(report.modules)} modules",
         caption="Difference: of the larger norm. Angles: smallest and largest principal angle, in degrees.",
     )
-    table.add_column("module", no_wrap=True, overflow="ellipsis")
-    for column in ("ranks", "norm 1", "norm 2", "diff.", "column\nangles", "row\nangles"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=6)
-    for module in shown:
-        table.add_row(
-            escape(printable(module.module)),
+    rows = (
+        (
+            module.module,
             f"{module.ranks[0]}, {module.ranks[1]}",
             f"{module.norms[0]:.3g}",
             f"{module.norms[1]:.3g}",
@@ -48,6 +46,9 @@ def _show_modules(report: DiffReport, console: Console) -> None:
             _ends(module.column_angles),
             _ends(module.row_angles),
         )
+        for module in shown
+    )
+    fill_table(table, ("module", "ranks", "norm 1", "norm 2", "diff.", "column\nangles", "row\nangles"), rows)
     console.print(table)
 
 

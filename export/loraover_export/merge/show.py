@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from loraover.common.command_line import printable
 from loraover_export.merge.report import MergeReport
 from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.show import fill_table
 
 WORST_SHOWN = 12
 
@@ -45,12 +45,9 @@ def _show_weights(report: MergeReport, console: Console) -> None:
         title=f"Largest losses of the adapter, {len(worst)} of {len(report.weights)} weights",
         caption="Shares of the delta. Erased: squared norm in elements that do not change. Error: of the delta's norm.",
     )
-    table.add_column("weight", no_wrap=True, overflow="ellipsis")
-    for column in ("dtype", "delta\n/ W", "erased", "error", "4-bit\nerased", "4-bit\nerror"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=6)
-    for weight in worst:
-        table.add_row(
-            escape(printable(weight.matrix.name)),
+    rows = (
+        (
+            weight.matrix.name,
             weight.dtype,
             f"{weight.delta_to_weight:.1e}",
             f"{weight.stored.erased:.2%}",
@@ -58,6 +55,9 @@ def _show_weights(report: MergeReport, console: Console) -> None:
             f"{weight.four_bit.erased:.2%}",
             f"{weight.four_bit.error:.1%}",
         )
+        for weight in worst
+    )
+    fill_table(table, ("weight", "dtype", "delta\n/ W", "erased", "error", "4-bit\nerased", "4-bit\nerror"), rows)
     console.print(table)
 
 

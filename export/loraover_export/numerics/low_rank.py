@@ -85,10 +85,12 @@ class Svd:
         """Return the Frobenius norm of what the best approximation of a rank leaves out."""
         return float(self.s[rank:].norm())
 
-    def noise(self, rank: int = 0) -> float:
+    def noise(self, rank: int) -> float:
         """Return the bound of the difference between `error(rank)` and the exact matrix's smallest error."""
-        rounding = self.departure + gamma(len(self.s) + 2, U64)
-        return OF_NORMS * (self.residual + rounding * self.error(rank))
+        return self._noise_of(self.error(rank))
+
+    def _noise_of(self, error: float) -> float:
+        return OF_NORMS * (self.residual + (self.departure + gamma(len(self.s) + 2, U64)) * error)
 
     def rank_of_energy(self, share: float) -> int:
         """Return the smallest rank, at least 1, that keeps a share of the squared Frobenius norm."""
@@ -101,7 +103,7 @@ class Svd:
             noise: further error of the matrix, as a Frobenius norm, such as `factor_noise`.
         """
         tails = self.s.flip(0).square().cumsum(0).sqrt().flip(0)  # error of the ranks 0, 1, ...
-        return int((tails > self.noise() + noise).sum())
+        return sum(float(tail) > self._noise_of(float(tail)) + noise for tail in tails)
 
     def columns(self, rank: int) -> Tensor:
         """Return the first left singular vectors, (out_features, rank)."""
@@ -142,6 +144,7 @@ def truncate_dense(matrix: Tensor, rank: int) -> Truncation:
 
 def decompose(b: Tensor, a: Tensor) -> Svd:
     """Decompose B @ A from its factors, (m, r) and (r, n) in float64."""
+    b, a = _balanced(b, a)
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.mT)
     core = upper @ lower.mT
@@ -186,10 +189,14 @@ def rank_of_energy(spectrum: Tensor, share: float) -> int:
 
 
 def factor_noise(b: Exact, a: Exact) -> float:
-    """Return a bound of the Frobenius norm of the error of B @ A that the errors of its factors cause."""
-    size_b, size_a = (float(x.value.double().norm()) for x in (b, a))
-    off_b, off_a = (float(x.bound.double().norm()) for x in (b, a))
-    return OF_NORMS * (off_b * (size_a + off_a) + size_b * off_a)
+    """Return a bound of the Frobenius norm of the error of B @ A that the errors of its factors cause.
+
+    It is the sum over the r terms of |db| (|a| + |da|) + |b| |da|, where each stands for the norm of a column or row.
+    """
+    (columns, off_b), (rows, off_a) = (
+        [part.double().norm(dim=dim) for part in (x.value, x.bound)] for x, dim in ((b, 0), (a, 1))
+    )
+    return OF_NORMS * float((off_b * (rows + off_a) + columns * off_a).sum())
 
 
 def product_norm(b: Tensor, a: Tensor) -> float:
@@ -230,6 +237,19 @@ def principal_angles(one: Tensor, other: Tensor) -> list[float]:
     sines = torch.linalg.svdvals(narrow - wide @ inner).flip(0).clamp_max(1)
     angles: list[float] = torch.where(cosines > sines, sines.asin(), cosines.acos()).tolist()
     return angles
+
+
+def _balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each column of B and its row of A norms of one size, by powers of two, which keep the product exactly.
+
+    Rounding errors of the product are then relative to the sum of the norms of its r terms, even if one factor of a
+    term is large and the other small or zero.
+    """
+    columns, rows = b.norm(dim=0), a.norm(dim=1)
+    used = (columns > 0) & (rows > 0)
+    ratio = torch.where(used, rows / columns, 1.0)
+    power = torch.ldexp(used.to(b.dtype), (ratio.log2() / 2).round())
+    return b * power, a * torch.where(used, 1 / power, 0.0)[:, None]
 
 
 def _times(basis: Tensor | None, inner: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -41,17 +42,25 @@ def _show_modules(certificate: LoraCertificate, console: Console) -> None:
         title=f"Largest errors, {len(worst)} of {len(certificate.modules)} modules",
         caption="Shares of each delta's Frobenius norm. Left out: by a smaller rank. Stored: by rounding A and B.",
     )
-    table.add_column("module", no_wrap=True, overflow="ellipsis")
-    for column in ("shape", "rank", "norm", "left out", "stored", "in all"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-    for module in worst:
-        table.add_row(escape(printable(module.module)), *_cells(module))
+    fill_table(table, ("module", "shape", "rank", "norm", "left out", "stored", "in all"), map(_cells, worst))
     console.print(table)
+
+
+def fill_table(table: Table, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Add columns and rows of which only the first column, of names, is cut if the terminal is narrow."""
+    cells = [tuple(row) for row in rows]
+    table.add_column(heads[0], no_wrap=True, overflow="ellipsis")
+    for k, head in enumerate(heads[1:], 1):
+        width = max([*map(len, head.split("\n")), *(len(row[k]) for row in cells)])
+        table.add_column(head, justify="right", no_wrap=True, min_width=width)
+    for name, *others in cells:
+        table.add_row(escape(printable(name)), *others)
 
 
 def _cells(module: ModuleCertificate) -> tuple[str, ...]:
     norm = module.norm or 1.0
     return (
+        module.module,
         f"{module.shape[0]} x {module.shape[1]}",
         str(module.rank),
         f"{module.norm:.3g}",

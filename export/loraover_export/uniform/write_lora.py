@@ -180,7 +180,7 @@ def _store(approximation: Approximation, dtype: str) -> _Stored:
 
 
 def _certificate(target: LoraOutput, stored: Sequence[_Stored], sources: list[SourceRecord]) -> LoraCertificate:
-    if not any(module.delta.rank for module in stored):
+    if not any(module.delta.rank and module.module.norm for module in stored):
         raise ExportError(f"{', '.join(map(str, target.sources))}: {target.if_zero}")
     matrices = [matrix for module in stored for matrix in module.matrices]
     return LoraCertificate(

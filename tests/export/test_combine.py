@@ -1,0 +1,358 @@
+"""Weighted sums of adapters, against NumPy's sums of dense deltas and PEFT's own model."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loraover import LoraOverConfig
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.checkpoint.tensor_file import save_tensors
+from loraover.common.command_line import INTERRUPTED, run
+from loraover_export import combine_adapters
+from loraover_export.cli import cli
+from loraover_export.combine.combine import add_deltas
+from loraover_export.numerics.delta import Delta, read_deltas
+from loraover_export.numerics.rounding import round_tensor
+from loraover_export.uniform import write_lora as write_module
+
+from strategies import matrices, sizes
+from support.adapters_on_disk import deltas, save_base, save_lora
+from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
+from support.refusals import one_message
+from support.speed import examples
+from support.tiny_models import token_ids
+from tolerances import UNIT
+
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model and adapters that tests only read."""
+    folder = tmp_path_factory.mktemp("made")
+    base = save_base(folder / "base")
+    save_lora(base, folder / "one", 1)
+    save_lora(base, folder / "rslora", 2, use_rslora=True, r=3, target_modules=["q_proj", "down_proj"])
+    save_lora(base, folder / "patterns", 3, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 7})
+    save_lora(base, folder / "embedding", 4, target_modules=["embed_tokens", "v_proj"])
+    save_lora(base, folder / "bf16", 5, torch.bfloat16, r=1)
+    return folder
+
+
+def added(folders: list[Path], weights: list[float]) -> dict[str, Any]:
+    total: dict[str, Any] = {}
+    for folder, weight in zip(folders, weights, strict=True):
+        for module, delta in deltas(folder).items():
+            total[module] = total.get(module, 0) + weight * delta
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_sum_of_many_kinds(dtype: str, made: Path, tmp_path: Path) -> None:
+    names = ["one", "rslora", "patterns", "embedding", "bf16"]
+    weights = [0.7, -0.3, 1.0, 2.0, 0.5]
+    folders = [made / name for name in names]
+    certificate = combine_adapters(folders, tmp_path / "out", weights=weights, dtype=dtype)
+    found, expected = deltas(tmp_path / "out"), added(folders, weights)
+    assert found.keys() == expected.keys()
+    assert certificate.passed
+    for module in certificate.modules:
+        truth = expected[module.module]
+        distance = float(np.linalg.norm(found[module.module] - truth))
+        assert module.norm == pytest.approx(float(np.linalg.norm(truth)), rel=1e-12)
+        assert distance <= module.error_bound + 1e-14 * module.norm
+        assert distance >= 0.9 * module.storage_error - 1e-14 * module.norm
+        assert (
+            module.relative_error_bound
+            <= 8 * UNIT[{"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype, torch.float16)]
+        )
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert config["r"] == config["lora_alpha"] == certificate.rank == 4 + 4 + 4 + 1
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+    assert config["base_model_name_or_path"] == certificate.base_model == str(made / "base")
+    assert [record.path for record in certificate.sources] == list(map(str, folders))
+    assert all(set(record.sha256) == {CONFIG, TENSORS} for record in certificate.sources)
+
+
+@torch.no_grad()
+def outputs(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=token_ids(seed=100, batch=3, length=7)).logits
+    return found
+
+
+def test_peft_adds_the_adapters_alike(made: Path, tmp_path: Path) -> None:
+    """Its model with both adapters active is the base model with the sum."""
+    combine_adapters([made / "one", made / "embedding"], tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(made / "base")
+    plain = outputs(model)
+    both = PeftModel.from_pretrained(model, made / "one", adapter_name="one")
+    both.load_adapter(made / "embedding", adapter_name="other")
+    both.base_model.set_adapter(["one", "other"])
+    expected = outputs(both)
+    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made / "base"), tmp_path / "out")
+    allowed = 256 * UNIT[torch.float32] * float(expected.abs().max())
+    assert float((outputs(ours) - expected).abs().max()) <= allowed
+    assert float((plain - expected).abs().max()) > 1000 * allowed
+
+
+@pytest.mark.parametrize("name", ["one", "rslora", "patterns", "embedding", "bf16"])
+def test_one_adapter_keeps_its_delta_exactly(name: str, made: Path, tmp_path: Path) -> None:
+    """A is the stored one bit for bit, and B is scaled by alpha / r: here by a power of two, so that it is exact."""
+    source = shutil.copytree(made / name, tmp_path / name)
+    r = json.loads((source / CONFIG).read_text())["r"]
+    alpha = 2.0 * r if name != "rslora" else 2.0 * r**0.5
+    edit_json(source / CONFIG, lambda config: config.update(lora_alpha=alpha, alpha_pattern={}))
+    combine_adapters([source], tmp_path / "out", weights=[1.0])
+    stored, written = load_file(source / TENSORS), load_file(tmp_path / "out" / TENSORS)
+    for key, tensor in written.items():
+        before = stored[key].float()
+        rank = before.shape[0 if "_A" in key else 1]
+        factor = 1.0 if "_A" in key else alpha / (rank**0.5 if name == "rslora" else rank)
+        kept = tensor[:rank] if "_A" in key else tensor[:, :rank]
+        assert torch.equal(kept, factor * before)
+        assert int(tensor.count_nonzero()) == int(kept.count_nonzero()) > 0
+    assert any("embed" in key for key in written) == (name == "embedding")
+
+
+def test_a_checkpoint_is_read_from_its_cores(tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition="chain", seed=5)
+    made = make_checkpoint(tmp_path, config=config, target_modules=LINEAR)
+    certificate = combine_adapters([made.path, made.path], tmp_path / "out", weights=[0.25, 0.5])
+    exact = oracle_matrices(made.path)
+    found = deltas(tmp_path / "out")
+    assert certificate.rank == 4
+    for module in certificate.modules:
+        a, b = (exact[f"base_model.model.{module.module}.lora_{matrix}.weight"] for matrix in "AB")
+        assert np.linalg.norm(found[module.module] - 0.75 * 2 * (b @ a)) <= module.error_bound + 1e-14 * module.norm
+    assert set(certificate.sources[0].sha256) == {CONFIG, TENSORS, "loraover.json", "loraover.safetensors"}
+
+
+@st.composite
+def sums(draw: Any) -> list[tuple[Delta, float]]:
+    """Deltas of one module; some share their A or their B, or are the same."""
+    m, n = draw(sizes()), draw(sizes())
+    found: list[tuple[Delta, float]] = []
+    for _ in range(draw(st.integers(1, 3))):
+        r = draw(sizes())
+        a, b = draw(matrices(r, n))[0], draw(matrices(m, r))[0]
+        if found and draw(st.sampled_from([True, False])):
+            a = found[0][0].a.value
+            b = draw(matrices(m, len(a)))[0]
+        zeros = [x.new_zeros(()).expand_as(x) for x in (a, b)]
+        weight = draw(st.sampled_from([1.0, -1.0, 0.3, 2.0**-20, 1e6]))
+        found.append((Delta("m", False, Exact(a, zeros[0], None), Exact(b, zeros[1], None)), weight))
+    return found
+
+
+@examples(80)
+@given(weighted=sums())
+def test_the_sum_is_within_its_bound_and_has_no_needless_rank(weighted: list[tuple[Delta, float]]) -> None:
+    found = add_deltas(weighted)
+    pieces = [weight * (delta.b.value.numpy() @ delta.a.value.numpy()) for delta, weight in weighted]
+    size = sum(abs(w) * float(d.b.value.norm() * d.a.value.norm()) for d, w in weighted)
+    product = found.delta.b.value.double().numpy() @ found.delta.a.value.double().numpy()
+    distance = float(np.linalg.norm(product - sum(pieces)))
+    assert distance <= found.arithmetic_bound + 200 * UNIT[torch.float64] * size + 1e-300
+    assert found.arithmetic_bound <= 1e-11 * size + 1e-300
+    if len(weighted) > 1:
+        m, n = product.shape
+        assert found.delta.rank <= min(m, n, sum(delta.rank for delta, _ in weighted))
+
+
+def test_equal_subspaces_are_merged(made: Path, tmp_path: Path) -> None:
+    """Two adapters with the same A, as after one seed, need no more rank than one of them."""
+    other = shutil.copytree(made / "one", tmp_path / "other")
+    edit_tensors(
+        other / TENSORS, lambda found: found.update({k: -0.3 * v.flip(0) for k, v in found.items() if "lora_B" in k})
+    )
+    certificate = combine_adapters([made / "one", other], tmp_path / "out", weights=[0.5, 2])
+    expected = added([made / "one", other], [0.5, 2])
+    assert certificate.rank == 4
+    for module, delta in deltas(tmp_path / "out").items():
+        assert np.linalg.norm(delta - expected[module]) <= 1e-6 * np.linalg.norm(expected[module])
+
+
+def test_modules_that_cancel_are_written_as_zero_and_named(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(made / "one", tmp_path / "other")
+    edit_tensors(
+        other / TENSORS, lambda found: found.update({k: 2 * v for k, v in found.items() if "k_proj.lora_B" in k})
+    )
+    command = ["combine", str(made / "one"), str(other), "-o", str(tmp_path / "out"), "--weights", "1,-1", "--json"]
+    assert run(cli, command) == 0
+    out, err = capsys.readouterr()
+    assert "12 modules have a delta of zero" in err
+    assert {m["module"].rpartition(".")[2] for m in json.loads(out)["modules"] if m["rank"]} == {"k_proj"}
+    for module, delta in deltas(tmp_path / "out").items():
+        assert bool(delta.any()) == module.endswith("k_proj")
+
+
+def to_nan(folder: Path) -> None:
+    edit_tensors(folder / TENSORS, lambda found: next(iter(found.values())).view(-1)[:1].fill_(float("nan")))
+
+
+def mirror(found: dict[str, Tensor]) -> None:
+    found.update({key: tensor.flip(0, 1) for key, tensor in found.items()})
+
+
+def to_other_shape(folder: Path) -> None:
+    wide = {"q_proj.lora_A": (4, 31)}
+    edit_tensors(
+        folder / TENSORS,
+        lambda found: found.update({k: torch.ones(s) for k in found for part, s in wide.items() if part in k}),
+    )
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+    "another base": (
+        lambda f: edit_json(f / CONFIG, lambda c: c.update(base_model_name_or_path="owner/other")),
+        [],
+        "other: trained on owner/other. Deltas fit one base model only",
+    ),
+    "no base": (
+        lambda f: edit_json(f / CONFIG, lambda c: c.update(base_model_name_or_path=None)),
+        [],
+        "names no base model",
+    ),
+    "another revision": (lambda f: edit_json(f / CONFIG, lambda c: c.update(revision="abc")), [], "@abc"),
+    "another shape": (to_other_shape, [], "q_proj is 32 x 32 in"),
+    "NaN": (to_nan, [], "holds NaN or infinity"),
+    "cancelling": (lambda f: None, ["--weights=0.3,-0.3"], "the weights cancel"),
+    "cancelling by rounding": (
+        lambda f: edit_json(f / CONFIG, lambda c: c.update(lora_alpha=10)),
+        ["--weights=0.6,-0.3"],
+        "the weights cancel",
+    ),
+    "a weight too many": (lambda f: None, ["--weights=1,1,1"], "--weights has 3 numbers for 2 adapters"),
+    "a weight of zero": (lambda f: None, ["--weights=1,0"], "--weights: 0.0 cannot be used"),
+    "an infinite weight": (lambda f: None, ["--weights=1,inf"], "--weights: inf cannot be used"),
+    "no number": (lambda f: None, ["--weights=1,x"], "'1,x' is not a list of numbers"),
+    "a saved module": (
+        lambda f: edit_json(f / CONFIG, lambda c: c.update(modules_to_save=["lm_head"])),
+        [],
+        "merge it into its base model with `loraover-export merge`",
+    ),
+    "a changed base": (
+        lambda f: edit_json(f / CONFIG, lambda c: c.update(init_lora_weights="pissa")),
+        [],
+        "init_lora_weights is 'pissa'",
+    ),
+    "beyond the type": (
+        lambda folder: edit_tensors(folder / TENSORS, mirror),
+        ["--weights=1,1e9", "--dtype", "fp16"],
+        "exceeds the largest float16 number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input(case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, options, message = REFUSED[case]
+    other = shutil.copytree(made / "one", tmp_path / "other")
+    change(other)
+    before = tree(tmp_path)
+    assert run(cli, ["combine", str(made / "one"), str(other), "-o", str(tmp_path / "out"), *options]) == 2
+    _, err = capsys.readouterr()
+    assert message in (err if case == "no number" else one_message(err.split("\n", err.count("writing modules"))[-1]))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_revision_that_is_not_named_is_main(revision: str | None, made: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(made / "one", tmp_path / "other")
+    edit_json(other / CONFIG, lambda config: config.update(revision=revision))
+    assert combine_adapters([made / "one", other], tmp_path / "out").passed
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_only_a_certified_adapter_is_replaced(
+    force: bool, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--force"] if force else []
+    command = ["combine", str(made / "one"), "-o", str(tmp_path / "out")]
+    assert run(cli, command) == 0
+    assert run(cli, [*command, *options]) == (0 if force else 2)
+    capsys.readouterr()
+    copied = shutil.copytree(made / "bf16", tmp_path / "plain")
+    assert run(cli, ["combine", str(made / "one"), "-o", str(copied), *options]) == 2
+    expected = "holds no certified adapter" if force else "exists already and is a folder"
+    assert expected in one_message(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "No space left on device. Nothing was left there"),
+        (KeyboardInterrupt(), 130, INTERRUPTED),
+    ],
+    ids=["full disk", "Ctrl-C"],
+)
+def test_an_end_in_the_middle_leaves_nothing(
+    ending: BaseException,
+    code: int,
+    message: str,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(config: Any, draft: Path) -> None:
+        assert (draft / TENSORS).is_file()
+        raise ending
+
+    monkeypatch.setattr(write_module, "write_config", fail)
+    assert run(cli, ["combine", str(made / "one"), "-o", str(tmp_path / "new" / "out")]) == code
+    assert message in capsys.readouterr().err
+    assert tree(tmp_path) == {}
+
+
+def test_a_wrong_matrix_is_not_published(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(name: str, exact: Tensor, dtype: str) -> Tensor:
+        return round_tensor(name, exact, dtype) * (1 + 2.0**-20 * ("q_proj" in name))
+
+    monkeypatch.setattr(write_module, "round_tensor", wrong)
+    assert run(cli, ["combine", str(made / "one"), "-o", str(tmp_path / "out")]) == 1
+    assert "nothing was written" in capsys.readouterr().out
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_oracle_rejects_wrong_sums(rslora: bool, made: Path) -> None:
+    """A sum without scalings, or with a weight in both factors, is far from the oracle's."""
+    folder = made / ("rslora" if rslora else "one")
+    expected = deltas(folder)
+    for delta in read_deltas(read_adapter_dir(folder)):
+        product = delta.product().value.numpy()
+        assert np.abs(product - expected[delta.module]).max() < 1e-12
+        scaling = 5 / 3**0.5 if rslora else 5 / 4
+        assert np.abs(product / scaling - expected[delta.module]).max() > 1e-3
+
+
+def test_a_file_that_lost_bytes_is_noticed(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(tensors: dict[str, Tensor], path: Path) -> None:
+        save_tensors({key: tensor * (1 - 0.5 * ("v_proj" in key)) for key, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(write_module, "save_tensors", damaged)
+    assert run(cli, ["combine", str(made / "one"), "-o", str(tmp_path / "out")]) == 2
+    assert tree(tmp_path) == {}

@@ -1,0 +1,390 @@
+"""Merges from file to file: every tensor against NumPy in extended precision, and as transformers loads it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from loraover import LoraOverConfig
+from loraover.common.command_line import INTERRUPTED, run
+from loraover.models.load import load_model, load_tokenizer, resolve_model
+from loraover_export import MergeReport, merge_adapter
+from loraover_export.cli import cli
+from loraover_export.merge import arithmetic, stream
+from loraover_export.merge.erasure import NF4, four_bits
+from loraover_export.numerics.rounding import round_nearest
+
+from strategies import normal
+from support.adapters_on_disk import save_base, save_lora
+from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
+from support.merge_cases import CASES, Saved, deltas, long, outputs, save
+from support.refusals import only_error
+from support.tiny_models import fill_b, tiny_llama
+from tolerances import UNIT
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def shards(folder: Path) -> dict[str, Tensor]:
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def merged(saved: Saved, folder: Path) -> MergeReport:
+    return merge_adapter(saved.adapter, folder / "merged", model=saved.folder / "base")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_is_the_oracles_sum_rounded_once(name: str, tmp_path: Path) -> None:
+    saved = save(name, tmp_path)
+    report = merged(saved, tmp_path)
+    expected = deltas(saved.adapter)
+    assert report.passed
+    assert {weight.matrix.name for weight in report.weights} == {f"{module}.weight" for module in expected}
+    before = saved.base()
+    old = dict(before.named_parameters(remove_duplicate=False))
+    stored = load_file(saved.adapter / TENSORS)
+    others = {k.removeprefix("base_model.model.").replace(".base_layer.", "."): v for k, v in stored.items()}
+    written = shards(tmp_path / "merged")
+    unit = UNIT[saved.case.dtype]
+    for key, tensor in written.items():
+        start = others[key] if key in others else old[key]
+        assert tensor.dtype == saved.case.dtype
+        module = key.removesuffix(".weight")
+        if module not in expected:
+            assert torch.equal(tensor, start), key
+            continue
+        is_linear = isinstance(before.get_submodule(module), nn.Linear)
+        truth = long(start) + (expected[module] if is_linear else expected[module].T)
+        allowed = unit * abs(truth) * (1 + 1e-6) + np.longdouble(2.0**-25) * (saved.case.dtype == torch.float16) + 1e-16
+        assert bool((abs(long(tensor) - truth) <= allowed).all()), key
+    assert {f"{module}.weight" for module in expected} <= written.keys()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+def test_transformers_loads_pefts_model(name: str, tmp_path: Path) -> None:
+    saved = save(name, tmp_path)
+    merged(saved, tmp_path)
+    model, info = saved.case.auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected, base = outputs(saved.peft), outputs(saved.base())
+    allowed = 64 * UNIT[torch.float32] * float(expected.abs().max())
+    assert float((outputs(model) - expected).abs().max()) <= allowed
+    assert float((base - expected).abs().max()) > 1000 * allowed
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tied")])
+def test_weights_are_untied_where_they_differ(name: str, tmp_path: Path) -> None:
+    saved = save(name, tmp_path)
+    report = merged(saved, tmp_path)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    stays = name == "tied, both saved alike"
+    assert config["tie_word_embeddings"] == stays
+    assert sorted(report.untied) == ([] if stays else ["lm_head.weight", "model.embed_tokens.weight"])
+    assert report.tensors == len(shards(tmp_path / "merged"))
+
+
+def test_a_checkpoint_is_merged_from_its_cores(tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition="chain", seed=5)
+    made = make_checkpoint(tmp_path, config=config, dtype=torch.bfloat16, target_modules=LINEAR)
+    report = merge_adapter(made.path, tmp_path / "merged", model=made.base)
+    assert all(weight.matrix.over_parameterised for weight in report.weights)
+    exact, before = oracle_matrices(made.path, np.longdouble), shards(made.base)
+    for key, tensor in shards(tmp_path / "merged").items():
+        name = f"base_model.model.{key.removesuffix('.weight')}"
+        if f"{name}.lora_A.weight" in exact:
+            truth = long(before[key]) + 2 * (exact[f"{name}.lora_B.weight"] @ exact[f"{name}.lora_A.weight"])
+            assert bool((abs(long(tensor) - truth) <= UNIT[tensor.dtype] * abs(truth) * (1 + 1e-6) + 1e-15).all()), key
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A base model in several shards with a tokenizer's file, tied and in bfloat16, and an adapter of its head."""
+    base = tmp_path / "base"
+    model = tiny_llama(tie_word_embeddings=True).to(torch.bfloat16)
+    model.save_pretrained(base, max_shard_size="8KB")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "pytorch_model.bin").write_bytes(b"left out")
+    return base, save_lora(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+
+
+def test_shards_and_other_files_come_along(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    report = merge_adapter(adapter, tmp_path / "merged")
+    out = tmp_path / "merged"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    names = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(names) > 2
+    assert sorted(path.name for path in out.glob("*.safetensors")) == names
+    for name in names:
+        assert set(load_file(out / name)) == {key for key, place in index["weight_map"].items() if place == name}
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in shards(out).values())
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert not (out / "pytorch_model.bin").exists()
+    assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert json.loads((out / "merge_certificate.json").read_text()) == report.model_dump(mode="json")
+    assert f"loraover-export merge {adapter} -o {out}" in (out / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model.model.embed_tokens.weight, AutoModelForCausalLM.from_pretrained(base).lm_head.weight)
+
+
+def test_a_file_without_the_prefix_of_the_headless_model(tmp_path: Path) -> None:
+    """As in the first GPT-2's file on the hub, whose keys begin with "h." and not with "transformer.h."."""
+    saved = save("Conv1D", tmp_path)
+    expected = outputs(saved.peft)
+    edit_tensors(
+        tmp_path / "base" / "model.safetensors",
+        lambda found: [found.update({key.removeprefix("transformer."): found.pop(key)}) for key in list(found)],
+    )
+    merged(saved, tmp_path)
+    assert all(not key.startswith("transformer.") for key in shards(tmp_path / "merged"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert float((outputs(model) - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
+
+
+def test_small_deltas_are_said_to_be_erased(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The shares, by NumPy from the files: in bfloat16, most of a small delta changes no element."""
+    base, adapter = pair
+    edit_json(adapter / CONFIG, lambda config: config.update(lora_alpha=config["lora_alpha"] / 1024))
+    report = merge_adapter(adapter, tmp_path / "merged")
+    before, after, expected = shards(base), shards(tmp_path / "merged"), deltas(adapter)
+    total = error = erased = 0.0
+    for weight in report.weights:
+        module = weight.matrix.name.removesuffix(".weight")
+        old = before.get(weight.matrix.name, before["model.embed_tokens.weight"])
+        new, delta = after[weight.matrix.name], expected[module]
+        kept = long(new) - long(old)
+        share = float((delta[kept == 0] ** 2).sum() / (delta**2).sum())
+        assert weight.stored.erased == pytest.approx(share, rel=1e-9)
+        size = float(np.sqrt((delta**2).sum()))
+        assert weight.stored.error == pytest.approx(float(np.sqrt(((kept - delta) ** 2).sum())) / size, rel=1e-9)
+        total, erased = total + float((delta**2).sum()), erased + float((delta[kept == 0] ** 2).sum())
+        error += float(((kept - delta) ** 2).sum())
+    assert report.stored.erased == pytest.approx(erased / total, rel=1e-9)
+    assert report.stored.error == pytest.approx((error / total) ** 0.5, rel=1e-9)
+    assert 0.1 < report.stored.erased < 0.9
+    assert 0.01 < report.four_bit.erased < 0.9 < report.four_bit.error
+
+
+def test_the_quantiser_is_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    weight = normal(1, 6, 192, dtype=torch.float32)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    theirs = functional.dequantize_4bit(packed, state)
+    allowed = 4 * UNIT[torch.float32] * float(weight.abs().max())
+    assert float((four_bits(weight.double()) - theirs.double()).abs().max()) <= allowed
+    assert len(NF4) == 16
+
+
+def test_four_bits_of_rows_that_no_block_divides() -> None:
+    weight = normal(2, 3, 70)
+    found = four_bits(weight)
+    assert torch.equal(found[:, :64], four_bits(weight[:, :64]))
+    assert torch.equal(found[:, 64:], four_bits(weight[:, 64:]))
+    assert not four_bits(torch.zeros(2, 5, dtype=torch.float64)).any()
+
+
+def quantised(folder: Path) -> None:
+    edit_json(
+        folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"})
+    )
+
+
+def in_bytes(folder: Path) -> None:
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda found: found.update({k: v.to(torch.uint8) for k, v in found.items() if "q_proj" in k}),
+    )
+
+
+def renamed(folder: Path) -> None:
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda found: [found.update({key.replace("q_proj", "qkv"): found.pop(key)}) for key in list(found)],
+    )
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def nan_weight(folder: Path) -> None:
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda found: found.update({k: v * float("nan") for k, v in found.items() if "q_proj" in k}),
+    )
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def narrower(folder: Path) -> None:
+    shutil.rmtree(folder)
+    save_base(folder, lambda: tiny_llama(hidden_size=16))
+
+
+BASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "bitsandbytes": (quantised, "is quantised (bitsandbytes), and a sum would be rounded again"),
+    "weights in bytes": (in_bytes, "q_proj.weight is U8, so the model is quantised"),
+    "other names": (renamed, "its files hold no tensor 'model.layers.0.self_attn.q_proj.weight'"),
+    "pickles": (pickled, "it has pytorch_model.bin. Save it again with save_pretrained"),
+    "NaN": (nan_weight, "q_proj.weight holds NaN or infinity"),
+    "truncated": (truncated, "not a complete safetensors file"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no usable config.json"),
+    "narrower": (narrower, "features in the base model, but"),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_a_base_that_cannot_be_used(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, message = BASES[case]
+    base = save_base(tmp_path / "base")
+    adapter = save_lora(base, tmp_path / "adapter", target_modules=["q_proj"])
+    change(base)
+    before = tree(tmp_path)
+    assert run(cli, ["merge", str(adapter), "-o", str(tmp_path / "out")]) == 2
+    assert message in only_error(capsys.readouterr().err)
+    assert tree(tmp_path) == before
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": ({"use_dora": True}, "use_dora"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, "an activated LoRA"),
+    "GGUF": ({"base_model_name_or_path": "./model-Q4_K_M.gguf"}, "is a GGUF file"),
+    "no base": ({"base_model_name_or_path": None}, "names no base model"),
+    "a lost base": ({"base_model_name_or_path": "./lost"}, "./lost"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_that_cannot_be_merged(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields, message = ADAPTERS[case]
+    adapter = save_lora(save_base(tmp_path / "base"), tmp_path / "adapter", target_modules=["q_proj"])
+    edit_json(adapter / CONFIG, lambda config: config.update(fields))
+    assert run(cli, ["merge", str(adapter), "-o", str(tmp_path / "out")]) == 2
+    assert message in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "No space left on device. Nothing was left there"),
+        (KeyboardInterrupt(), 130, INTERRUPTED),
+    ],
+    ids=["full disk", "Ctrl-C"],
+)
+def test_an_end_in_the_middle_of_a_shard_leaves_nothing(
+    ending: BaseException,
+    code: int,
+    message: str,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write, seen = stream._write, []
+
+    def fail(file: Any, tensor: Tensor, key: str) -> None:
+        write(file, tensor, key)
+        seen.append(key)
+        if len(seen) == 2:
+            raise ending
+
+    before = tree(tmp_path)
+    monkeypatch.setattr(stream, "_write", fail)
+    assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "new" / "out")]) == code
+    assert message in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+MUTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rounded towards zero": lambda weight: torch.where(weight > 0, torch.nextafter(weight, 0 * weight), weight),
+    "a row lost": lambda weight: weight.index_fill(0, torch.tensor(3), 0.0),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_weight_is_not_published(
+    mutant: str,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = tree(tmp_path)
+    monkeypatch.setattr(arithmetic, "round_nearest", lambda value, dtype: MUTANTS[mutant](round_nearest(value, dtype)))
+    assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "out")]) == 1
+    assert "nothing was written" in capsys.readouterr().out
+    assert tree(tmp_path) == before
+
+
+def test_only_a_merged_model_is_replaced(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    words = ["merge", str(adapter), "-o", str(tmp_path / "out")]
+    assert run(cli, words) == 0
+    assert run(cli, words) == 2
+    assert run(cli, [*words, "--force"]) == 0
+    assert run(cli, ["merge", str(adapter), "-o", str(base), "--force"]) == 2
+    assert (base / "config.json").is_file()
+
+
+def test_one_tensor_is_in_memory(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed weight has been written before the next one is read."""
+    events: list[str] = []
+    changed, write = stream._changed, stream._write
+
+    def reads(planned: Any, *arguments: Any) -> Any:
+        events.append("read")
+        return changed(planned, *arguments)
+
+    def writes(*arguments: Any) -> None:
+        events.append("write")
+        write(*arguments)
+
+    monkeypatch.setattr(stream, "_changed", reads)
+    monkeypatch.setattr(stream, "_write", writes)
+    merge_adapter(pair[1], tmp_path / "merged")
+    assert events == ["read", "write"] * 3
+
+
+@pytest.mark.engine
+def test_smollm2(tmp_path: Path) -> None:
+    """The real model, tied, with an adapter of its head: transformers loads what PEFT computes."""
+    from peft import LoraConfig, get_peft_model
+
+    source = resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head", *LINEAR], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(load_model(source), LoraConfig(**options))
+    fill_b(model, 3)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = load_tokenizer(source)("A farmer has 17 sheep and buys 25 more.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        with model.disable_adapter():
+            plain = model(input_ids=ids).logits
+    del model
+    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", model=source.location)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+    assert report.passed
+    assert len(report.weights) == 211
+    allowed = 2e-4 * max(1.0, float(expected.abs().max()) / 40)
+    assert float((found - expected).abs().max()) <= allowed
+    assert float((plain - expected).abs().max()) > 100 * allowed

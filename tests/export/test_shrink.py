@@ -1,0 +1,174 @@
+"""Adapters of a smaller rank: every error is the tail of NumPy's singular values of the dense delta."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loraover import LoraOverConfig
+from loraover.common.command_line import run
+from loraover_export import shrink_adapter
+from loraover_export.cli import cli
+
+from support.adapters_on_disk import Array, deltas, save_base, save_lora
+from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
+from support.refusals import only_error
+from tolerances import UNIT
+
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALLER = {"q_proj": 2, "o_proj": 3}
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model and adapters that tests only read."""
+    folder = tmp_path_factory.mktemp("made")
+    base = save_base(folder / "base")
+    save_lora(base, folder / "plain", 1, r=8)
+    save_lora(base, folder / "bf16", 2, torch.bfloat16, r=5)
+    save_lora(base, folder / "patterns", 3, r=8, rank_pattern=SMALLER, alpha_pattern={"down_proj": 7})
+    save_lora(base, folder / "embedding", 4, r=7, target_modules=["embed_tokens", "v_proj"], use_rslora=True)
+    return folder
+
+
+def tail(matrix: Array, rank: int) -> float:
+    return float(np.linalg.norm(np.linalg.svd(matrix, compute_uv=False)[rank:]))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["plain", "bf16", "patterns", "embedding"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_every_error_is_the_tail(rank: int, name: str, dtype: str, made: Path, tmp_path: Path) -> None:
+    certificate = shrink_adapter(made / name, tmp_path / "out", rank=rank, dtype=dtype)
+    before, after = deltas(made / name), deltas(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert certificate.rank == rank
+    for module in certificate.modules:
+        exact, written = before[module.module], after[module.module]
+        allowed = module.arithmetic_bound + 1e-13 * module.norm
+        assert abs(module.truncation_error - tail(exact, rank)) <= allowed
+        assert abs(np.linalg.norm(exact - written) - module.truncation_error) <= module.storage_error + allowed
+        assert module.norm == pytest.approx(float(np.linalg.norm(exact)), rel=1e-12)
+        assert module.arithmetic_bound <= 1e-11 * module.norm
+        assert module.storage_error <= 16 * UNIT[STORED[dtype]] * module.norm
+        own = SMALLER.get(module.module.rpartition(".")[2], 9) if name == "patterns" else 9
+        assert module.rank == min(rank, own)
+        assert (module.truncation_error == 0) == (own <= rank)
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["plain", "embedding"])
+def test_every_module_keeps_its_energy_with_the_smallest_rank(
+    name: str, energy: float, made: Path, tmp_path: Path
+) -> None:
+    certificate = shrink_adapter(made / name, tmp_path / "out", energy=energy)
+    shares = {}
+    for module, delta in deltas(made / name).items():
+        squares = np.linalg.svd(delta, compute_uv=False) ** 2
+        shares[module] = np.cumsum(squares) / squares.sum()
+    assert certificate.rank == max(int((share < energy).sum()) + 1 for share in shares.values())
+    for found in certificate.modules:
+        assert 1 - (found.truncation_error / found.norm) ** 2 >= energy
+        assert found.rank == certificate.rank
+
+
+def test_a_checkpoint_is_read_from_its_cores(tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition="svd", seed=5)
+    made = make_checkpoint(tmp_path, config=config, target_modules=LINEAR)
+    certificate = shrink_adapter(made.path, tmp_path / "out", rank=2)
+    exact = oracle_matrices(made.path)
+    for module in certificate.modules:
+        a, b = (exact[f"base_model.model.{module.module}.lora_{matrix}.weight"] for matrix in "AB")
+        assert abs(module.truncation_error - tail(2 * (b @ a), 2)) <= module.arithmetic_bound + 1e-13 * module.norm
+
+
+def test_no_other_adapter_of_that_rank_is_nearer(made: Path, tmp_path: Path) -> None:
+    """Cutting A and B to their first ranks, or changing the result a little, only adds to the error."""
+    shrink_adapter(made / "plain", tmp_path / "out", rank=3)
+    stored, after = load_file(made / "plain" / TENSORS), deltas(tmp_path / "out")
+    for module, delta in deltas(made / "plain").items():
+        best = np.linalg.norm(delta - after[module])
+        a, b = (stored[f"base_model.model.{module}.lora_{m}.weight"].double().numpy() for m in "AB")
+        assert np.linalg.norm(delta - 5 / 8 * b[:, :3] @ a[:3]) > 1.1 * best
+        assert np.linalg.norm(delta - 1.01 * after[module]) > best
+
+
+def test_peft_loads_it(made: Path, tmp_path: Path) -> None:
+    shrink_adapter(made / "embedding", tmp_path / "out", rank=3)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made / "base"), tmp_path / "out")
+    expected = deltas(tmp_path / "out")
+    for module, delta in expected.items():
+        found = model.base_model.model.get_submodule(module).get_delta_weight("default").detach().double().numpy()
+        # PEFT gives the delta of an embedding as (tokens, dimension)
+        truth = delta.T if "embed" in module else delta
+        assert np.abs(found - truth).max() <= 8 * UNIT[torch.float32] * np.abs(truth).max()
+
+
+def zero_b(found: dict[str, Any]) -> None:
+    found.update({key: 0 * tensor for key, tensor in found.items() if "lora_B" in key})
+
+
+def nan_b(found: dict[str, Any]) -> None:
+    found.update({key: tensor * float("nan") for key, tensor in found.items() if "lora_B" in key})
+
+
+REFUSED: dict[str, tuple[Any, list[str], str]] = {
+    "nothing asked": (None, [], "give either --rank or --energy"),
+    "both asked": (None, ["--rank", "2", "--energy", "0.9"], "give either --rank or --energy"),
+    "rank 0": (None, ["--rank", "0"], "--rank is 0, expected 1 or more"),
+    "energy 1": (None, ["--energy", "1"], "--energy is 1.0, expected a share between 0 and 1"),
+    "energy NaN": (None, ["--energy", "nan"], "expected a share between 0 and 1"),
+    "not smaller": (None, ["--rank", "8"], "its rank is 8, so there is nothing to shrink to 8"),
+    "needs all": (None, ["--energy", "0.9999999"], "needs all of its rank, 8, to keep 1 of its squared norm"),
+    "NaN": (nan_b, ["--rank", "2"], "holds NaN or infinity"),
+    "untrained": (zero_b, ["--rank", "2"], "every delta_W is zero"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input(case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, options, message = REFUSED[case]
+    source = shutil.copytree(made / "plain", tmp_path / "source")
+    if change is not None:
+        edit_tensors(source / TENSORS, change)
+    before = tree(tmp_path)
+    assert run(cli, ["shrink", str(source), "-o", str(tmp_path / "out"), *options]) == 2
+    assert message in only_error(capsys.readouterr().err)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("field", [{"use_dora": True}, {"peft_type": "LOHA"}, {"alora_invocation_tokens": [1]}])
+def test_other_adapters_are_refused(
+    field: dict[str, Any], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(made / "plain", tmp_path / "source")
+    edit_json(source / CONFIG, lambda config: config.update(field))
+    assert run(cli, ["shrink", str(source), "-o", str(tmp_path / "out"), "--rank", "2"]) == 2
+    assert next(iter(field)) in only_error(capsys.readouterr().err)
+
+
+def test_the_command_shows_what_each_module_loses(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(cli, ["shrink", str(made / "plain"), "-o", str(tmp_path / "out"), "--rank", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    modules = json.loads(out)["modules"]
+    assert len(modules) == 14
+    worst = max(modules, key=lambda module: module["truncation_error"] / module["norm"])
+    row = next(line for line in err.splitlines() if worst["module"] in line)
+    assert f"{worst['truncation_error'] / worst['norm']:.2%}" in row
+    assert "…" not in err
+    assert json.loads((tmp_path / "out" / "lora_certificate.json").read_text()) == json.loads(out)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"loraover-export shrink {made / 'plain'} -o {tmp_path / 'out'} --rank 2 --dtype fp32" in card

@@ -1,0 +1,41 @@
+"""Adapters of a tiny base model on disk, and their deltas by NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import LoraConfig, get_peft_model
+
+from support import merge_cases
+from support.make_checkpoint import LINEAR
+from support.tiny_models import fill_b, tiny_llama
+
+Array = npt.NDArray[np.float64]
+
+
+def save_base(folder: Path, make: Callable[[], Any] = tiny_llama, dtype: torch.dtype = torch.float32) -> Path:
+    make().to(dtype).save_pretrained(folder)
+    return folder
+
+
+def save_lora(base: Path, folder: Path, seed: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """A LoRA that PEFT made and saved, with no matrix of zeros."""
+    from transformers import AutoModelForCausalLM
+
+    chosen = {"r": 4, "lora_alpha": 5, "target_modules": LINEAR, "task_type": "CAUSAL_LM"} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**chosen))
+    fill_b(model, seed)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def deltas(folder: Path) -> dict[str, Array]:
+    """scaling B A of each module, (out, in), in the words of `adapter_config.json`."""
+    return {module: delta.astype(np.float64) for module, delta in merge_cases.deltas(folder).items()}
