@@ -30,6 +30,7 @@ SLOW_FIRST = ("matrix", "engine", "statistical", "process")
 TOGETHER = {
     **dict.fromkeys(
         (
+            "test_converted.py",
             "test_engine_forms.py",
             "test_parity_several.py",
             "test_parity_vllm.py",

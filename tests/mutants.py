@@ -332,6 +332,31 @@ MUTANTS = (
         "if found is None or not 0 <= float(found[1]) <= 10:",
         Selection("test_mt_bench.py", "ratings_are_read"),
     ),
+    # Conversions
+    Mutant(
+        "loha-columns-out-of-step",
+        "a = (b1[:, None, :] * b2[None, :, :]).flatten(end_dim=1)",
+        "a = (b1[None, :, :] * b2[:, None, :]).flatten(end_dim=1)",
+        Selection("test_convert.py", "delta_is_pefts or oracles"),
+    ),
+    Mutant(
+        "hra-reflections-in-reverse",
+        "t[:i, i] = -2 * t[:i, :i] @ gram[:i, i]",
+        "t[i, :i] = -2 * t[:i, :i] @ gram[:i, i]",
+        Selection("test_convert.py", "compact_form"),
+    ),
+    Mutant(
+        "pissa-start-kept",
+        "return LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)",
+        "return LowRank(torch.cat([b, b0 * 0], dim=1), torch.cat([a, a0]), left_out)",
+        Selection("test_convert.py", "delta_is_pefts"),
+    ),
+    Mutant(
+        "adalora-scaled-by-remaining-ranks",
+        "scaling / (module.config.init_r + 1e-5)",
+        "scaling / (len(a) + 1e-5)",
+        Selection("test_convert.py", "delta_is_pefts"),
+    ),
     # Data, recipes, plans and studies
     Mutant(
         "format-last-turn-alone",

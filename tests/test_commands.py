@@ -60,7 +60,19 @@ def test_every_stage_has_its_commands() -> None:
         *(f"loraover {name}" for name in ("train", "study", "compare", "eval", "inspect", "recipes", "doctor")),
         *(
             f"loraover export {name}"
-            for name in ("check", "fold", "combine", "shrink", "merge", "diff", "vllm", "onnx", "gguf", "mlx")
+            for name in (
+                "check",
+                "fold",
+                "combine",
+                "convert",
+                "shrink",
+                "merge",
+                "diff",
+                "vllm",
+                "onnx",
+                "gguf",
+                "mlx",
+            )
         ),
         *(f"loraover serve {name}" for name in ("up", "verify", "parity")),
     }

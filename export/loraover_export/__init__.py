@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from loraover_export.combine.diff import diff_adapters
     from loraover_export.combine.diff_report import DiffReport
     from loraover_export.combine.shrink import shrink_adapter
+    from loraover_export.convert.report import ConvertReport
+    from loraover_export.convert.run import convert_adapter
     from loraover_export.fold.certificate import FoldCertificate
     from loraover_export.fold.run import fold_checkpoint
     from loraover_export.gguf.report import GgufReport
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckReport": "check.report",
+    "ConvertReport": "convert.report",
     "DiffReport": "combine.diff_report",
     "FoldCertificate": "fold.certificate",
     "GgufReport": "gguf.report",
@@ -43,6 +46,7 @@ _HOMES = {
     "VllmReport": "vllm.report",
     "check_adapter": "check.run",
     "combine_adapters": "combine.combine",
+    "convert_adapter": "convert.run",
     "diff_adapters": "combine.diff",
     "export_gguf": "gguf.run",
     "export_mlx": "mlx.run",
@@ -55,6 +59,7 @@ _HOMES = {
 
 __all__ = [
     "CheckReport",
+    "ConvertReport",
     "DiffReport",
     "FoldCertificate",
     "GgufReport",
@@ -67,6 +72,7 @@ __all__ = [
     "VllmReport",
     "check_adapter",
     "combine_adapters",
+    "convert_adapter",
     "diff_adapters",
     "export_gguf",
     "export_mlx",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ConfigError
 from loraover.data.word_problems import HELD_OUT_SEED, word_problems
 from loraover.models.load import ModelSource, Moved, load_model, load_tokenizer, resolve_model
@@ -19,8 +19,32 @@ if TYPE_CHECKING:
 PROMPTS, RANDOM_TOKENS = 8, 32
 
 
+class NamesBase(Protocol):
+    """Configuration that names a base model."""
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        """Folder or hub name of the base model; None if it is not named."""
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit of the base model on the hub."""
+
+
+class OnBase(Protocol):
+    """Adapter of any kind, with the folder that it was read from."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the adapter."""
+
+    @property
+    def config(self) -> NamesBase:
+        """Contents of `adapter_config.json`."""
+
+
 def resolve_base(
-    adapters: Sequence[AdapterDir], given: str | None, *, option: str, say: Callable[[str], None]
+    adapters: Sequence[OnBase], given: str | None, *, option: str, say: Callable[[str], None]
 ) -> ModelSource:
     """Find the base model that adapters name, at the revision that they name, or the model that the user names.
 
@@ -153,7 +177,7 @@ def _logits(source: ModelSource, prompts: Sequence[Tensor]) -> tuple[list[Tensor
     return found, size
 
 
-def _listed(adapters: Sequence[AdapterDir]) -> str:
+def _listed(adapters: Sequence[OnBase]) -> str:
     return ", ".join(str(adapter.path) for adapter in adapters)
 
 

@@ -60,13 +60,13 @@ class AdapterConfig(BaseModel):
         It is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). As in PEFT, r and alpha
         come from the first pattern that matches the module's path.
         """
-        r = _first_match(self.rank_pattern, module, self.r)
-        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
+        r = first_match(self.rank_pattern, module, self.r)
+        alpha = first_match(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def rank(self, module: str) -> int:
         """Return the rank that the configuration gives one module."""
-        return int(_first_match(self.rank_pattern, module, self.r))
+        return int(first_match(self.rank_pattern, module, self.r))
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ def _check_pairs(adapter: AdapterDir) -> None:
             )
 
 
-def _first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
+def first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
+    """Return the value of the first pattern that matches the end of a module's path, as in PEFT, or the default."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return float(value)

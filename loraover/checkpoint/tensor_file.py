@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any, BinaryIO
@@ -100,7 +100,10 @@ class TensorFile:
         data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         rest = memoryview(data)
         while rest:
-            count = os.preadv(self._file.fileno(), [rest[:READ_AT_ONCE]], self._start + end - len(rest))
+            try:
+                count = os.preadv(self._file.fileno(), [rest[:READ_AT_ONCE]], self._start + end - len(rest))
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}.") from error
             if count == 0:
                 raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or save it again.")
             rest = rest[count:]
@@ -164,17 +167,22 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
             else " Is this the folder of a checkpoint?"
         )
         raise CheckpointError(f"{path}: no such file.{hint}")
-    try:
-        with path.open("rb") as file:  # first: safetensors takes a file without permission for a missing one
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(
+                path.open("rb")
+            )  # safetensors takes a file without permission for a missing one
             with safe_open(path, framework="pt"):  # which checks the header
                 length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            yield TensorFile(path, file, header, 8 + length)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error}); copy or save it again.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path}: not a complete safetensors file ({error}); copy or save it again."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        header.pop("__metadata__", None)
+        yield TensorFile(path, file, header, 8 + length)
 
 
 def sha256_of(path: Path, ending: Event | None = None) -> str:

@@ -36,6 +36,7 @@ BENCHMARKS = (
     "low_rank",
     "unfolded_forward",
     "exports",
+    "conversions",
 )
 
 

@@ -646,11 +646,11 @@ def test_prompts_are_read_one_a_line(made: Made, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def live_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def livelogits_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Elements of all logits that are held whenever a model has been run."""
     seen: list[int] = []
     held: dict[int, int] = {}
-    run_model = check_outputs_module._logits
+    run_model = check_outputs_module.logits_of
 
     def counted(*arguments: Any) -> Tensor:
         found = run_model(*arguments)
@@ -659,7 +659,7 @@ def live_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(sum(held.values()))
         return found
 
-    monkeypatch.setattr(check_outputs_module, "_logits", counted)
+    monkeypatch.setattr(check_outputs_module, "logits_of", counted)
     return seen
 
 

@@ -35,7 +35,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in another file of tests."""
 EXPORTS = {"export_vllm", "export_onnx", "export_gguf", "export_mlx"}
-LIBRARY = EXPORTS | {"check", "conversions", "fold", "large_check", "serve", "verify", "parity"}
+LIBRARY = EXPORTS | {"check", "conversions", "convert", "fold", "large_check", "serve", "verify", "parity"}
 """Call one function of the library, on paths that they take as arguments."""
 
 
@@ -267,6 +267,11 @@ def test_check_from_python(made: Made, capsys: pytest.CaptureFixture[str]) -> No
     lines = capsys.readouterr().out.splitlines()
     assert "vllm: right" in lines
     assert f"mlx: refused; loraover-export mlx {made.path} -o {made.path}-mlx" in lines
+
+
+def test_convert_from_python(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("convert", folded, tmp_path / "mine")["report"].passed
+    assert capsys.readouterr().out.startswith("LORA of rank ")
 
 
 def test_conversions_from_python(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

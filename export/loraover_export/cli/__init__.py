@@ -15,6 +15,7 @@ COMMANDS = {
     "diff": "loraover_export.cli.diff:diff",
     "vllm": "loraover_export.cli.vllm:vllm",
     "onnx": "loraover_export.cli.onnx:onnx",
+    "convert": "loraover_export.cli.convert:convert",
     "gguf": "loraover_export.cli.gguf:gguf",
     "mlx": "loraover_export.cli.mlx:mlx",
 }

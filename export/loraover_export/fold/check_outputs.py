@@ -97,7 +97,7 @@ def _check_outputs(
     base = load_model(source, dtype=compute_dtype, task_type=_task_type(checkpoint), device=device)
     sampled = _sampled(base, checkpoint, folded)
     with unfolded(_sharing_weights(base), checkpoint, sampled=sampled) as reference:
-        at_once = _tokens_at_once(base)
+        at_once = tokens_at_once(base)
         prompts = read_prompts(source, prompts_file, at_once=at_once)
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
@@ -108,7 +108,7 @@ def _check_outputs(
         with report.task(label, tokens) as advance:
             for ids in prompts.batches:
                 seen += ids.numel() if sampled is None else sampled.count(ids.numel())
-                for positions in _pieces(base, ids):
+                for positions in pieces(base, ids):
                     compared.add(base, reference, adapters, ids.to(base.device), positions)
                     done += ids.numel() if positions is None else len(positions)
                     advance(done)
@@ -154,11 +154,11 @@ class _Compared:
 
     def add(self, base: Any, unfolded: Any, adapters: FoldedAndTwins, ids: Tensor, positions: Tensor | None) -> None:
         """Run every model on one piece; the twins' logits are the most that is held at once."""
-        reference = _logits(unfolded, ids, positions)
-        self.effect.add(reference, _logits(base, ids, positions))
-        self.error.add(reference, _logits(adapters.active(FOLDED), ids, positions))
+        reference = logits_of(unfolded, ids, positions)
+        self.effect.add(reference, logits_of(base, ids, positions))
+        self.error.add(reference, logits_of(adapters.active(FOLDED), ids, positions))
         del reference
-        twins = [_logits(adapters.active(name), ids, positions) for name in adapters.twins]
+        twins = [logits_of(adapters.active(name), ids, positions) for name in adapters.twins]
         for noise, (one, other) in zip(self.noises, combinations(twins, 2), strict=True):
             noise.add(one, other)
 
@@ -182,18 +182,18 @@ def _task_type(checkpoint: Checkpoint) -> str | None:
     return task if isinstance(task, str) else None
 
 
-def _tokens_at_once(model: Any) -> int:
+def tokens_at_once(model: Any) -> int:
     """Tokens whose logits may be held at once."""
     vocabulary: int = model.config.get_text_config().vocab_size
     return max(1, LOGITS_AT_ONCE[model.device.type] // vocabulary)
 
 
-def _pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
+def pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
     """Positions whose logits are compared together, at most LOGITS_AT_ONCE elements; None means all.
 
     Each piece costs a forward pass over the entire prompt. Models that cannot leave logits out take all at once.
     """
-    at_once = _tokens_at_once(model)
+    at_once = tokens_at_once(model)
     if ids.numel() <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         yield None
         return
@@ -201,7 +201,7 @@ def _pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
 
 
 @torch.no_grad()
-def _logits(model: Any, ids: Tensor, positions: Tensor | None) -> Tensor:
+def logits_of(model: Any, ids: Tensor, positions: Tensor | None) -> Tensor:
     """Logits of prompts of one length, (positions, vocabulary)."""
     extra: dict[str, Tensor] = {}
     if model.config.is_encoder_decoder:

@@ -1,0 +1,104 @@
+"""The command `loraover-export convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loraover.common.command_line import Command, DeviceChoice, DtypeChoice, quiet_libraries
+from loraover.common.dtypes import COMPUTE_DTYPES
+from loraover.models.device import DEVICES
+
+EXAMPLES = [
+    "loraover-export convert loha -o lora",
+    "loraover-export convert oft -o lora --rank 64 --check-error",
+]
+
+
+@click.command(cls=Command, examples=EXAMPLES)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the LoRA.")
+@click.option(
+    "--rank",
+    type=int,
+    show_default="the exact one",
+    help="Largest rank of the LoRA; what does not fit into it is lost, and the loss is shown.",
+)
+@click.option("--model", show_default="the adapter's base model", help="Base model, folder or hub name.")
+@click.option(
+    "--dtype",
+    type=DtypeChoice("fp32", "bf16", "fp16"),
+    default="fp32",
+    show_default=True,
+    help="Data type to store the LoRA in; PyTorch's names, such as bfloat16, are accepted too.",
+)
+@click.option("--check-error", is_flag=True, help="Also compare the LoRA's logits with the source's.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    show_default="a built-in set",
+    help="Text file with one prompt a line for --check-error.",
+)
+@click.option(
+    "--device",
+    type=DeviceChoice(*DEVICES),
+    default="auto",
+    show_default="the first that is there of cuda, mps and cpu",
+    help="Device to run the models on for --check-error; cuda:1 names one GPU of several.",
+)
+@click.option(
+    "--compute-dtype",
+    type=DtypeChoice(*COMPUTE_DTYPES),
+    default="fp32",
+    show_default=True,
+    help="Data type to run the models in for --check-error.",
+)
+@click.option("--force", is_flag=True, help="Replace the certified LoRA that is already at the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print ranks and certificate as JSON.")
+def convert(
+    source: Path,
+    output: Path,
+    rank: int | None,
+    model: str | None,
+    dtype: str,
+    check_error: bool,
+    prompts: Path | None,
+    device: str,
+    compute_dtype: str,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Write SOURCE, a PEFT adapter of any kind, as a plain LoRA that every engine reads.
+
+    The LoRA is exact if the kind has a finite rank: AdaLoRA, VeRA, VB-LoRA, HRA, MiSS, LoHa, LoKr, PiSSA, OLoRA and
+    others. For kinds of full rank, such as OFT, DoRA and IA3, or to get a smaller rank, ask for an approximation with
+    --rank. Kinds that change no weights are refused.
+
+    Exit code 1: a written matrix failed its check, and nothing was left.
+    """
+    from rich.console import Console
+
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_export.convert.run import convert_adapter
+    from loraover_export.convert.show import show_report
+
+    quiet_libraries()
+    console = Console(stderr=as_json)
+    result = convert_adapter(
+        source,
+        output,
+        rank=rank,
+        model=model,
+        dtype=dtype,
+        check_error=check_error,
+        prompts=prompts,
+        device=device,
+        compute_dtype=compute_dtype,
+        force=force,
+        report=ConsoleReporter(console),
+    )
+    show_report(result, output, console)
+    if as_json:
+        print(result.model_dump_json(indent=1))
+    return 0 if result.passed else 1

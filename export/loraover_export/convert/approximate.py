@@ -1,0 +1,95 @@
+"""The factors that are written for one module: exact where its rank allows it, else the best of a smaller rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.error_bounds import gamma
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.common.errors import ExportError
+from loraover_export.convert.engines import fit_in_words
+from loraover_export.convert.methods.base import LowRank, Place
+from loraover_export.convert.source import Layout
+from loraover_export.numerics.delta import U64, Delta
+from loraover_export.numerics.low_rank import Svd, decompose, dense_svd, product_norm
+from loraover_export.uniform.write_lora import Approximation, Work
+
+ROUNDINGS = 16
+"""Most roundings of float64 on the way to an element of delta_W, in units of the sum of its dimensions and rank."""
+
+
+def approximations(
+    places: Sequence[Place], layout: Layout[Any], rank: int | None, ranks: dict[str, int]
+) -> Iterator[Work]:
+    """Yield the computation of each module's factors, which any thread may run.
+
+    Args:
+        places: modules that the adapter changes.
+        layout: the adapter, for messages.
+        rank: largest rank of the result; None means exact.
+        ranks: receives the exact rank of each module, by its path.
+    """
+    return (partial(_approximate, place, layout, rank, ranks) for place in places)
+
+
+def _approximate(place: Place, layout: Layout[Any], rank: int | None, ranks: dict[str, int]) -> Approximation:
+    found = place.delta()
+    factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value,)
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise ExportError(f"{layout.tensors_path}: {place.path}: delta_W is not finite; train the adapter again.")
+    if isinstance(found, LowRank):
+        noise = found.left_out + _rounding(found)
+        b, a = found.b, found.a
+        if len(a) > min(len(b), a.shape[1]):
+            b, a = _square(b @ a)
+        ranks[place.path] = len(a)
+        if rank is not None and len(a) > rank:
+            return _truncated(place, decompose(b, a), rank, noise)
+        return _exact(place, b, a, noise)
+    exact = ranks[place.path] = min(found.value.shape)
+    if rank is None:
+        raise ExportError(
+            f"{layout.tensors_path}: {place.path}: this {layout.config.peft_type} adapter changes the weight by a "
+            f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with --rank R; its error is "
+            f"shown. With rank {exact}, {fit_in_words(exact)}."
+        )
+    noise = gamma(ROUNDINGS * sum(found.value.shape), U64) * found.size
+    if exact <= rank:
+        return _exact(place, *_square(found.value), noise)
+    return _truncated(place, dense_svd(found.value), rank, noise)
+
+
+def _exact(place: Place, b: Tensor, a: Tensor, noise: float) -> Approximation:
+    """Return factors as they are, or of rank 0 if their product is zero."""
+    norm = product_norm(b, a)
+    kept = slice(None) if norm else slice(0)
+    return Approximation(_delta(place, b[:, kept], a[kept]), norm, arithmetic_bound=noise)
+
+
+def _square(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B and A of the smallest rank that any matrix of this shape needs, one of them the identity."""
+    m, n = value.shape
+    eye = torch.eye(min(m, n), dtype=value.dtype)
+    return (value, eye) if n <= m else (eye, value)
+
+
+def _truncated(place: Place, svd: Svd, rank: int, noise: float) -> Approximation:
+    kept = svd.truncate(rank)
+    return Approximation(_delta(place, kept.b, kept.a), svd.norm, kept.error, kept.bound + noise)
+
+
+def _delta(place: Place, b: Tensor, a: Tensor) -> Delta:
+    a, b = (factor.contiguous() for factor in (a, b))
+    exact = [Exact(factor, factor.new_zeros(()).expand_as(factor), None) for factor in (a, b)]
+    return Delta(place.path, place.embedding, *exact)
+
+
+def _rounding(found: LowRank) -> float:
+    """Return a bound of the Frobenius norm of the rounding in factors that were computed in float64."""
+    terms = ROUNDINGS * (len(found.b) + found.a.shape[1] + len(found.a))
+    return gamma(terms, U64) * float(found.b.norm()) * float(found.a.norm())

@@ -1,0 +1,129 @@
+"""Weights of a base model, read from its safetensors files one tensor at a time, without loading the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from threading import Lock
+from typing import Any
+
+from torch import Tensor
+
+from loraover.checkpoint.tensor_file import TensorFile
+from loraover.common.errors import ConfigError
+from loraover.models.load import ModelSource, load_skeleton
+from loraover_export.merge.base_files import CONFIG
+from loraover_export.merge.base_files import open_base as open_files
+
+
+class BaseWeights:
+    """Modules of a base model, with their shapes and, on demand, their weights.
+
+    The modules come from the model's configuration. No file of weights is opened before the first weight is read.
+
+    Args:
+        source: Place of the model.
+        files: Stack that closes the files of weights.
+    """
+
+    def __init__(self, source: ModelSource, files: ExitStack) -> None:
+        self.source = source
+        self._files = files
+        self._lock = Lock()
+        self.model: Any = load_skeleton(source)
+        self._modules: dict[str, Any] = dict(self.model.named_modules())
+
+    @property
+    def modules(self) -> Mapping[str, Any]:
+        """Modules without weights, on PyTorch's meta device, by path."""
+        return self._modules
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape (out_features, in_features) of each linear layer, and (tokens, dimension) of each embedding, by path.
+
+        transformers' Conv1D, which keeps its weight transposed, counts as a linear layer.
+        """
+        return {
+            path: _shape(module)
+            for path, module in self.modules.items()
+            if type(module).__name__ == "Conv1D" or is_linear(module) or is_embedding(module)
+        }
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output head shares the weight of the input embedding."""
+        return bool(self.model.config.get_text_config().tie_word_embeddings)
+
+    def name_of(self, module: Any) -> str | None:
+        """Return the path of a module; None if the model has no such module."""
+        return next((path for path, found in self.modules.items() if found is module), None)
+
+    def weight(self, path: str) -> Tensor:
+        """Read the weight of a module, as it is stored but shaped like `shapes`.
+
+        Raises:
+            CheckpointError: A file is damaged, or holds NaN or infinity.
+            ConfigError: There are no safetensors files, or they hold no weight of the module, or one of another shape.
+            ExportError: The model is quantised.
+        """
+        with self._lock:  # files are opened once
+            key = self._key(f"{path}.weight")
+        weight = self._tensors[key].read(key)
+        weight = weight.T if type(self.modules[path]).__name__ == "Conv1D" else weight
+        if not weight.is_floating_point() or tuple(weight.shape) != self.shapes[path]:
+            raise ConfigError(
+                f"model: {self.source.origin}: {key} is {weight.dtype} of shape {tuple(weight.shape)}, expected "
+                f"floating-point numbers of shape {self.shapes[path]}; the files and {CONFIG} do not belong together."
+            )
+        return weight
+
+    @cached_property
+    def _tensors(self) -> dict[str, TensorFile]:
+        """The file that holds each tensor, by key."""
+        shards = open_files(self.source, self._files).shards.values()
+        return {key: shard for shard in shards for key in shard.keys}
+
+    def _key(self, name: str) -> str:
+        """Return the key of a parameter in the files, which may lack the prefix of a head's model, or be tied."""
+        prefix = f"{self.model.base_model_prefix}."
+        names = [name, name.removeprefix(prefix), prefix + name]
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if self.is_tied and name == f"{self.name_of(head)}.weight":
+            tied = f"{self.name_of(embedding)}.weight"
+            names += [tied, tied.removeprefix(prefix)]
+        key = next((key for key in names if key in self._tensors), None)
+        if key is None:
+            raise ConfigError(f"model: {self.source.origin}: its files hold no tensor {name}, which is needed here.")
+        return key
+
+
+@contextmanager
+def open_base(source: ModelSource) -> Iterator[BaseWeights]:
+    """Open the weights of a base model.
+
+    Raises:
+        ConfigError: The model's configuration cannot be used; see `load_skeleton`.
+    """
+    with ExitStack() as files:
+        yield BaseWeights(source, files)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer of PyTorch."""
+    from torch import nn
+
+    return isinstance(module, nn.Linear)
+
+
+def is_embedding(module: Any) -> bool:
+    """Whether a module is an embedding of PyTorch."""
+    from torch import nn
+
+    return isinstance(module, nn.Embedding)
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    m, n = module.weight.shape
+    return (n, m) if type(module).__name__ == "Conv1D" else (m, n)

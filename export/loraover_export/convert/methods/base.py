@@ -1,0 +1,146 @@
+"""What each kind of adapter supplies: its tensors, the fields of its configuration, and the delta of a module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Generic
+
+import torch
+from torch import Tensor
+
+from loraover_export.convert.source import Adapter, Config, Module
+from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
+
+INERT = TRAINING_ONLY | {
+    *("init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "megatron_config"),
+    *("layers_pattern", "progressbar", "random_seed"),
+}
+"""Fields of many methods that have no effect once an adapter is trained."""
+
+OTHER_KINDS = VARIANTS | {
+    "trainable_token_indices": "an adapter with single trained tokens, which are converted beside a LoRA only",
+    "use_dora": "a DoRA of another kind than LoRA",
+}
+"""Descriptions of fields that make an adapter another kind, which is refused."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """delta_W = b @ a, in float64.
+
+    Args:
+        b: left factor, (out_features, k).
+        a: right factor, (k, in_features).
+        left_out: Frobenius norm of a part of delta_W that the factors do not hold.
+    """
+
+    b: Tensor
+    a: Tensor
+    left_out: float = 0.0
+
+    def transposed(self) -> LowRank:
+        """Return the transposed matrix."""
+        return LowRank(self.a.mT.contiguous(), self.b.mT.contiguous(), self.left_out)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """delta_W as a matrix (out_features, in_features) in float64, which has full rank in general.
+
+    Args:
+        value: the matrix.
+        operands: Frobenius norm of what it is a difference of, such as the base weight; 0 if it is none.
+    """
+
+    value: Tensor
+    operands: float = 0.0
+
+    @property
+    def size(self) -> float:
+        """Frobenius norm by which its rounding is measured."""
+        return 2 * self.operands + float(self.value.norm())
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of the base model that an adapter changes.
+
+    Args:
+        path: path of the module.
+        embedding: whether it is an embedding, whose delta_W has shape (dimension, tokens).
+        delta: computation of delta_W, which any thread may run.
+    """
+
+    path: str
+    embedding: bool
+    delta: Callable[[], LowRank | Dense]
+
+
+class Method(ABC, Generic[Config]):
+    """One kind of adapter.
+
+    Attributes:
+        config: class of its configuration.
+        tensors: names of the tensors of a module.
+        shared: names of the tensors that belong to all modules.
+        inert: fields of the configuration that have no effect once the adapter is trained, besides `INERT`.
+        rank: rank of delta_W in words, for documentation.
+        needs_weights: whether delta_W depends on the base model's weights.
+        embeddings: whether it also adapts embeddings.
+    """
+
+    config: type[Config]
+    tensors: ClassVar[tuple[str, ...]]
+    shared: ClassVar[tuple[str, ...]] = ()
+    inert: ClassVar[frozenset[str]] = frozenset()
+    rank: ClassVar[str]
+    needs_weights: ClassVar[bool] = False
+    embeddings: ClassVar[bool] = False
+
+    def places(self, adapter: Adapter[Config]) -> Iterator[Place]:
+        """Yield the modules of the base model whose weights the adapter changes."""
+        for path in adapter.layout.modules:
+            yield from self.place(adapter, path)
+
+    def place(self, adapter: Adapter[Config], path: str) -> Iterator[Place]:
+        """Yield one adapted module, as what `delta` returns for it.
+
+        Raises:
+            ExportError: the base model has no such module, or it is an embedding, which this kind does not adapt.
+        """
+        module = adapter.module(path)
+        if module.is_embedding and not self.embeddings:
+            raise module.refuse("it is an embedding, which is converted for LoRA and trained tokens only.")
+        yield Place(path, module.is_embedding, partial(self.delta, module))
+
+    @abstractmethod
+    def delta(self, module: Module[Config]) -> LowRank | Dense:
+        """Return what the adapter adds to the weight of a module.
+
+        Raises:
+            CheckpointError: tensors that are missing, or contradict one another.
+            ExportError: an adapter that changes more than the weight, or depends on what its files do not hold.
+        """
+
+
+AnyMethod = Method[Any]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A kind of adapter that is no change of weights, or whose change cannot be found from its files.
+
+    Args:
+        reason: why it cannot become a LoRA, and what to do instead, after "a NAME adapter".
+    """
+
+    reason: str
+
+
+def block_diag(blocks: Iterable[Tensor]) -> Tensor:
+    """Return the matrix that has some matrices on its diagonal, and zeros elsewhere."""
+    found: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return found

@@ -1,0 +1,65 @@
+"""HRA: the base weight times a product of Householder reflections, W' = W H, H = prod_i (I - 2 u_i u_i^T).
+
+H = I - U T U^T with U of r columns and T upper triangular, built column by column (compact WY form), so that
+delta_W = W (H - I) = -(W U T) U^T, of rank r. With `apply_GS`, the u_i are made orthonormal first and T = 2 I.
+
+Sources: Yuan et al. 2024, arXiv:2405.17484; Schreiber and Van Loan 1989, doi:10.1137/0910005.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from loraover_export.convert.methods.base import LowRank, Method
+from loraover_export.convert.source import MethodConfig, Module
+
+
+class HraFields(MethodConfig):
+    """Fields of HRAConfig that change the delta."""
+
+    r: int = Field(8, ge=1)
+    gram_schmidt: bool = Field(False, alias="apply_GS")
+
+
+@final
+class Hra(Method[HraFields]):
+    """Householder reflection adaptation."""
+
+    config = HraFields
+    tensors = ("hra_u",)
+    rank: ClassVar[str] = "r"
+    needs_weights = True
+
+    def delta(self, module: Module[HraFields]) -> LowRank:
+        u = module.tensor("hra_u", module.shape[1], module.config.r)
+        if not bool((u.norm(dim=0) > 0).all()):
+            raise module.refuse("a column of hra_u is zero and has no direction; train the adapter again.")
+        u, t = (
+            (_orthonormal(u), 2 * torch.eye(u.shape[1], dtype=u.dtype)) if module.config.gram_schmidt else _compact(u)
+        )
+        return LowRank(-(module.weight() @ u) @ t, u.T.contiguous())
+
+
+def _compact(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return unit columns U and T with prod_i (I - 2 u_i u_i^T) = I - U T U^T."""
+    u = u / u.norm(dim=0)
+    gram = u.T @ u
+    t = torch.zeros_like(gram)
+    for i in range(len(t)):
+        t[:i, i] = -2 * t[:i, :i] @ gram[:i, i]
+        t[i, i] = 2
+    return u, t
+
+
+def _orthonormal(u: Tensor) -> Tensor:
+    """Return the columns after modified Gram-Schmidt, in PEFT's order of operations."""
+    columns: list[Tensor] = []
+    for column in u.T:
+        for earlier in columns:
+            column = column - (earlier @ column) * earlier
+        columns.append(column / column.norm())
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,156 @@
+"""LoRA itself, with the variants whose base weights change: PiSSA, OLoRA and DoRA.
+
+Plain LoRA, rsLoRA and patterns: delta_W = s B A, of rank r.
+
+PiSSA and OLoRA start from A_0 and B_0 that are made from the base weight W, and train on W - s B_0 A_0, so that
+delta_W = s B A - s B_0 A_0 on the original base model, of rank 2 r. PEFT makes A_0 and B_0 again, in float32, whenever
+it loads such an adapter, and so does this file. PiSSA: the first r singular triplets of W; OLoRA: the first r columns
+of Q and rows of R in W = Q R. Both products depend on W only.
+
+DoRA: W' = m (W + s B A) / ||W + s B A||, with the norm of each row; delta_W = W' - W, of full rank.
+
+Sources: Hu et al. 2021, arXiv:2106.09685; Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; Liu et
+al. 2024, arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.peft_adapter import KEPT_BASE, AdapterConfig
+from loraover_export.convert.methods.base import Dense, LowRank, Method, Place
+from loraover_export.convert.methods.tokens import token_places
+from loraover_export.convert.source import Adapter, MethodConfig, Module
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+GAP = 1e-5
+"""Smallest gap between two singular values, relative to the largest, at which any float32 finds the same subspaces."""
+
+
+class LoraFields(MethodConfig, AdapterConfig):
+    """Fields of LoraConfig that change the delta."""
+
+    init_lora_weights: bool | str | None = True
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+
+@final
+class Lora(Method[LoraFields]):
+    """LoRA, rsLoRA, PiSSA, OLoRA and DoRA."""
+
+    config = LoraFields
+    tensors = (
+        *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"),
+        *("lora_magnitude_vector", "lora_magnitude_vector.weight", TOKENS),
+    )
+    embeddings = True
+    rank: ClassVar[str] = "r; PiSSA and OLoRA 2 r; DoRA full"
+
+    def places(self, adapter: Adapter[LoraFields]) -> Iterator[Place]:
+        for path, tensors in adapter.layout.modules.items():
+            if TOKENS not in tensors:
+                yield from self.place(adapter, path)
+                continue
+            module = adapter.module(path)
+            if tensors != {TOKENS}:
+                raise module.refuse("it has a LoRA and single trained tokens, which cannot be told apart afterwards.")
+            yield from token_places(module, TOKENS, _indices(module))
+
+    def delta(self, module: Module[LoraFields]) -> LowRank | Dense:
+        m, n = module.shape
+        s = module.config.scaling(module.path)
+        kind, ending = ("lora_embedding_", "") if module.has("lora_embedding_A") else ("lora_", ".weight")
+        m, n = (n, m) if module.has("lora_embedding_A") else (m, n)
+        a = module.tensor(f"{kind}A{ending}", None, n)
+        b = module.tensor(f"{kind}B{ending}", m, len(a)) * s
+        if module.config.use_dora:
+            return _dora(module, b @ a)
+        start = module.config.init_lora_weights
+        if not isinstance(start, str) or start.lower() in KEPT_BASE:
+            return LowRank(b, a)
+        if kind != "lora_":
+            raise module.refuse(f"init_lora_weights is {start!r}, which embeddings do not have.")
+        b0, a0, left_out = _start(module, start, len(a), s)
+        return LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)
+
+
+def _indices(module: Module[LoraFields]) -> list[int]:
+    """Return the trained tokens of a module; a list without a module's name belongs to the input embedding."""
+    found = module.config.trainable_token_indices
+    if isinstance(found, dict):
+        found = next((tokens for name, tokens in found.items() if f".{module.path}".endswith(f".{name}")), None)
+    if found is None:
+        raise module.refuse(
+            "trainable_token_indices does not name its trained tokens; the configuration is incomplete."
+        )
+    return found
+
+
+def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, Tensor, float]:
+    """Return s B_0, A_0, and the norm of what the base's data type rounds away of W - s B_0 A_0.
+
+    The arithmetic is PEFT's, in float32.
+    """
+    stored = module.stored_weight()
+    weight = stored.float()
+    if start == "olora":
+        q, upper = torch.linalg.qr(weight)
+        b0, a0 = q[:, :r], upper[:r]
+    elif start == "pissa":
+        u, values, vt = first_singular(module, weight, r)
+        root = torch.sqrt(values / s)
+        b0, a0 = u * root, root[:, None] * vt
+    else:
+        raise module.refuse(
+            f"init_lora_weights is {start!r}, whose first A and B cannot be found from the base model alone. Save the "
+            "adapter again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    residual = (weight - s * b0 @ a0).to(stored.dtype).double()
+    b0, a0 = b0.double() * s, a0.double()
+    return b0, a0, float((residual - (stored.double() - b0 @ a0)).norm())
+
+
+def first_singular(module: Module[Any], weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first r singular triplets of a float32 matrix: (m, r), (r,) and (r, n), as PEFT finds them.
+
+    Raises:
+        ExportError: the next singular value is so close that another machine would find another subspace.
+    """
+    u, values, vt = _svd(module, weight, r)
+    return u[:, :r], values[:r], vt[:r]
+
+
+def last_singular(module: Module[Any], weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the last k singular triplets of a float32 matrix in float64: (m, k), (k,) and (k, n), as PEFT finds them.
+
+    Raises:
+        ExportError: the singular value before is so close that another machine would find another subspace.
+    """
+    first = min(weight.shape) - k
+    u, values, vt = _svd(module, weight, first)
+    return u[:, first:].double(), values[first:].double(), vt[first:].double()
+
+
+def _svd(module: Module[Any], weight: Tensor, cut: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, values, vt = torch.linalg.svd(weight, full_matrices=False)
+    if 0 < cut < len(values) and float(values[cut - 1] - values[cut]) <= GAP * float(values[0]):
+        raise module.refuse(
+            f"the singular values {cut} and {cut + 1} of the base weight are equal to {GAP:g} of the largest, so the "
+            "part that the adapter was started from depends on the machine. Merge it into the base model with PEFT's "
+            "merge_and_unload, where it was trained."
+        )
+    return u, values, vt
+
+
+def _dora(module: Module[Any], product: Tensor) -> Dense:
+    if module.is_embedding:
+        raise module.refuse("DoRA of an embedding is not converted; train it without use_dora.")
+    name = "lora_magnitude_vector" + ("" if module.has("lora_magnitude_vector") else ".weight")
+    weight = module.weight()
+    adapted = weight + product
+    magnitude = module.tensor(name, len(weight))
+    return Dense(adapted * (magnitude / adapted.norm(dim=1))[:, None] - weight, float(weight.norm()))

@@ -1,0 +1,89 @@
+"""Products of two low-rank matrices: LoHa (element by element) and LoKr (Kronecker).
+
+LoHa: delta_W = s (A_1 B_1) * (A_2 B_2). Its columns and rows are products of columns and rows:
+delta_W = s sum_ij (a_1i * a_2j) (b_1i * b_2j)^T, of rank r^2.
+
+LoKr: delta_W = s kron(W_1, W_2), where each W is a matrix or a product of two. With W_1 = P_1 Q_1 and W_2 = P_2 Q_2,
+delta_W = s kron(P_1, P_2) kron(Q_1, Q_2), of rank rank(W_1) rank(W_2).
+
+Sources: Hyeon-Woo et al. 2021, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14859.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from loraover.checkpoint.peft_adapter import first_match
+from loraover_export.convert.methods.base import LowRank, Method
+from loraover_export.convert.source import MethodConfig, Module
+
+
+class LycorisFields(MethodConfig):
+    """Fields of LoHaConfig and LoKrConfig that change the delta."""
+
+    r: int = Field(8, ge=1)
+    alpha: float = 8
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+
+    def scaling(self, module: str) -> float:
+        """Return alpha / r of a module."""
+        return first_match(self.alpha_pattern, module, self.alpha) / first_match(self.rank_pattern, module, self.r)
+
+
+@final
+class LoHa(Method[LycorisFields]):
+    """The Hadamard product of two low-rank matrices."""
+
+    config = LycorisFields
+    tensors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    inert: ClassVar[frozenset[str]] = frozenset({"use_effective_conv2d"})
+    rank: ClassVar[str] = "r^2"
+
+    def delta(self, module: Module[LycorisFields]) -> LowRank:
+        m, n = module.shape
+        a1 = module.tensor("hada_w1_a", m, None)
+        a2 = module.tensor("hada_w2_a", m, None)
+        b1 = module.tensor("hada_w1_b", a1.shape[1], n)
+        b2 = module.tensor("hada_w2_b", a2.shape[1], n)
+        b = (a1[:, :, None] * a2[:, None, :]).flatten(start_dim=1)
+        a = (b1[:, None, :] * b2[None, :, :]).flatten(end_dim=1)
+        return LowRank(b * module.config.scaling(module.path), a)
+
+
+@final
+class LoKr(Method[LycorisFields]):
+    """The Kronecker product of two matrices, each of which may be a low-rank product."""
+
+    config = LycorisFields
+    tensors = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    inert: ClassVar[frozenset[str]] = frozenset({"use_effective_conv2d", "decompose_both", "decompose_factor"})
+    rank: ClassVar[str] = "rank(w1) rank(w2), mostly min(shape of w1) r"
+
+    def delta(self, module: Module[LycorisFields]) -> LowRank:
+        (p1, q1), (p2, q2) = _factors(module, "lokr_w1"), _factors(module, "lokr_w2")
+        made = len(p1) * len(p2), q1.shape[1] * q2.shape[1]
+        if made != module.shape:
+            raise module.refuse(
+                f"the Kronecker product has shape {made}, the base model's weight {module.shape}; name "
+                "the model that the adapter was trained on with --model."
+            )
+        return LowRank(torch.kron(p1, p2) * module.config.scaling(module.path), torch.kron(q1, q2))
+
+
+def _factors(module: Module[LycorisFields], name: str) -> tuple[Tensor, Tensor]:
+    """Return P and Q with W = P Q and as few columns of P as the shape or the file allows."""
+    if not module.has(name):
+        p = module.tensor(f"{name}_a", None, None)
+        q = module.tensor(f"{name}_b", p.shape[1], None)
+        if p.shape[1] <= min(len(p), q.shape[1]):
+            return p, q
+        w = p @ q
+    else:
+        w = module.tensor(name, None, None)
+    m, n = w.shape
+    return (w, torch.eye(n, dtype=w.dtype)) if n <= m else (torch.eye(m, dtype=w.dtype), w)

@@ -1,0 +1,124 @@
+"""Changes inside a subspace: DEFT and PEANuT, of rank r, and OSF, of twice the rank that is trained.
+
+DEFT: delta_W = Q (R - P^T W), where Q and P are the trained matrix itself and its positive part, or both its
+orthonormal columns. PEANuT: delta_W^T = f(W^T A^T) B^T with a small network f, so delta_W has rank r though f is not
+linear: the network reads the weight, not the input. OSF trains the last k singular triplets of W:
+delta_W = U S V - U_0 S_0 V_0, of rank 2 k, where PEFT finds U_0 S_0 V_0 in float32.
+
+Sources: PEFT's `DeftLinear`; Zhong et al. 2025, arXiv:2410.01870; Nayak et al. 2025, arXiv:2504.07097.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from loraover_export.convert.methods.base import LowRank, Method
+from loraover_export.convert.methods.lora import last_singular
+from loraover_export.convert.source import MethodConfig, Module
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+}
+"""Activations of transformers' ACT2FN that PEANuT can have here, by name."""
+
+
+class DeftFields(MethodConfig):
+    """Fields of DeftConfig that change the delta."""
+
+    decomposition_method: Literal["relu", "qr"] = "relu"
+    alpha: float | None = None
+    para: bool = False
+
+
+@final
+class Deft(Method[DeftFields]):
+    """A projection of the weight that is replaced."""
+
+    config = DeftFields
+    tensors = ("deft_P", "deft_R")
+    inert: ClassVar[frozenset[str]] = frozenset({"r", "init_scale", "deft_dropout"})
+    rank: ClassVar[str] = "r"
+    needs_weights = True
+
+    def delta(self, module: Module[DeftFields]) -> LowRank:
+        m, n = module.shape
+        p = module.tensor("deft_P", m, None)
+        q, right = (p, p.relu()) if module.config.decomposition_method == "relu" else (torch.linalg.qr(p)[0],) * 2
+        a = -right.T @ module.weight()
+        if not module.config.para:
+            alpha = module.config.alpha
+            scaling = alpha / p.shape[1] if alpha else 1.0
+            a += scaling * module.tensor("deft_R", p.shape[1], n)
+        return LowRank(q, a)
+
+
+class PeanutFields(MethodConfig):
+    """Fields of PeanutConfig that change the delta."""
+
+    depth: int = Field(0, ge=0)
+    act_fn: str = "relu"
+    scaling: float = 1.0
+
+
+@final
+class Peanut(Method[PeanutFields]):
+    """A small network that reads the weight."""
+
+    config = PeanutFields
+    tensors = (
+        *("peanut_A.weight", "peanut_B.weight"),
+        *(f"peanut_{side}.{i}.weight" for side in ("encoders", "decoders") for i in range(16)),
+    )
+    inert: ClassVar[frozenset[str]] = frozenset({"r"})
+    rank: ClassVar[str] = "r"
+    needs_weights = True
+
+    def delta(self, module: Module[PeanutFields]) -> LowRank:
+        m = module.shape[0]
+        f = ACTIVATIONS.get(module.config.act_fn)
+        if f is None:
+            raise module.refuse(f"act_fn is {module.config.act_fn!r}, expected one of {', '.join(ACTIVATIONS)}.")
+        a = module.tensor("peanut_A.weight", None, m)
+        r = len(a)
+        hidden, kept = f(module.weight().T @ a.T), []
+        for i in range(module.config.depth):
+            kept.append(hidden)
+            hidden = f(hidden @ module.tensor(f"peanut_encoders.{i}.weight", r, r).T)
+        for i in range(module.config.depth):
+            hidden = f(hidden @ module.tensor(f"peanut_decoders.{i}.weight", r, r).T) + kept.pop()
+        return LowRank(module.tensor("peanut_B.weight", m, r) * module.config.scaling, hidden.T.contiguous())
+
+
+class OsfFields(MethodConfig):
+    """Fields of OSFConfig; the shapes of the tensors tell how many triplets are trained."""
+
+
+@final
+class Osf(Method[OsfFields]):
+    """Orthogonal subspace fine-tuning."""
+
+    config = OsfFields
+    tensors = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
+    inert: ClassVar[frozenset[str]] = frozenset({"effective_rank", "rank_pattern", "target_svd_config"})
+    rank: ClassVar[str] = "2 (min(shape) - effective_rank)"
+    needs_weights = True
+
+    def delta(self, module: Module[OsfFields]) -> LowRank:
+        m, n = module.shape
+        s = module.tensor("osf_svd_params.S_low", None)
+        u = module.tensor("osf_svd_params.U_low", m, len(s))
+        v = module.tensor("osf_svd_params.V_low", len(s), n)
+        u0, s0, v0 = last_singular(module, module.stored_weight().float(), len(s))
+        return LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]))

@@ -1,0 +1,77 @@
+"""Trained tokens: k rows of an embedding that are replaced, which are an embedding LoRA of rank k.
+
+The new rows E' stand in the file, so delta_W^T = S (E' - E) with S (tokens, k) a column of the identity for each
+trained token, and E the base model's rows. Where the output head shares the embedding's weight, PEFT replaces its rows
+as well, so the head gets the same LoRA, transposed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar, final
+
+import torch
+
+from loraover_export.convert.methods.base import LowRank, Method, Place
+from loraover_export.convert.source import Adapter, MethodConfig, Module
+
+NAME = "trainable_tokens_delta"
+
+
+class TokenFields(MethodConfig):
+    """Fields of TrainableTokensConfig that change the delta."""
+
+    token_indices: list[int]
+
+
+@final
+class TrainableTokens(Method[TokenFields]):
+    """New rows of an embedding."""
+
+    config = TokenFields
+    tensors = (NAME,)
+    rank: ClassVar[str] = "number of trained tokens"
+    needs_weights = True
+    embeddings = True
+
+    def places(self, adapter: Adapter[TokenFields]) -> Iterator[Place]:
+        for path in adapter.layout.modules:
+            yield from token_places(adapter.module(path), NAME, adapter.config.token_indices)
+
+    def delta(self, module: Module[TokenFields]) -> LowRank:
+        return _rows(module, NAME, module.config.token_indices)
+
+
+def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iterator[Place]:
+    """Yield the embedding, and the head that shares its weight.
+
+    Args:
+        module: the embedding, or a head with its own weight.
+        name: name of the tensor with the new rows.
+        indices: the trained tokens, in the order of the rows.
+    """
+    base = module.adapter.base
+    find = partial(_rows, module, name, indices)
+    yield Place(module.path, module.is_embedding, find)
+    head = base.name_of(base.model.get_output_embeddings())
+    is_input = base.modules[module.path] is base.model.get_input_embeddings()
+    if base.is_tied and is_input and head is not None:
+        yield Place(head, False, lambda: find().transposed())
+
+
+def _rows(module: Module[Any], name: str, indices: Sequence[int]) -> LowRank:
+    """Return the change of some rows: (dimension, tokens) for an embedding, else (tokens, dimension)."""
+    tokens, dimension = module.shape
+    new = module.tensor(name, len(indices), dimension)
+    twice = [token for token, count in Counter(indices).items() if count > 1]
+    outside = [token for token in indices if not 0 <= token < tokens]
+    if twice or outside:
+        found = f"token {twice[0]} is trained twice" if twice else f"token {outside[0]} is not among {tokens} tokens"
+        raise module.refuse(f"{found}; the configuration is of another model, or damaged.")
+    places = torch.zeros(len(indices), tokens, dtype=torch.float64)
+    places[torch.arange(len(indices)), torch.tensor(indices, dtype=torch.long)] = 1
+    change = new - module.stored_weight()[list(indices)].double()
+    found_rows = LowRank(change.mT.contiguous(), places)
+    return found_rows if module.is_embedding else found_rows.transposed()

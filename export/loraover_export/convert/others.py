@@ -1,0 +1,91 @@
+"""What an adapter changes besides the weights of its modules: carried along where engines take it, else refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX
+from loraover.common.errors import ExportError
+from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
+from loraover_export.convert.source import Adapter, Layout
+
+SERVED_HEADS = ("classifier", "score")
+"""Modules of `modules_to_save` that engines take: vLLM's rule, and PEFT loads any."""
+
+BASE_WEIGHT = ".base_layer.weight"
+
+
+def check_fields(layout: Layout[Any], method: AnyMethod) -> None:
+    """Refuse fields that change the adapter's function and that the method does not read.
+
+    Raises:
+        ExportError: trained biases, a variant, or a field that this version does not know.
+    """
+    where = layout.path / CONFIG_FILE
+    if layout.config.bias != "none":
+        raise ExportError(
+            f"{where}: bias is {layout.config.bias!r}: biases were trained too, which no LoRA can hold. Merge the "
+            "adapter into the base model with PEFT's merge_and_unload, or train with bias='none'."
+        )
+    for name, value in (layout.config.model_extra or {}).items():
+        if value and name not in INERT | method.inert:
+            kind = f"this is {OTHER_KINDS[name]}" if name in OTHER_KINDS else "a field that this version does not know"
+            raise ExportError(f"{where}: {name} is {value!r:.80}: {kind}. It cannot be converted; train without it.")
+
+
+def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors that the written adapter takes over, and the modules that they belong to.
+
+    Copies of frozen base weights, which PEFT saves beside adapted embeddings, are left out.
+
+    Raises:
+        ExportError: a tensor that neither engines nor a LoRA can take.
+    """
+    tensors: dict[str, Tensor] = {}
+    modules: set[str] = set()
+    for key in adapter.layout.others:
+        name = key.removeprefix(KEY_PREFIX)
+        if _is_copy(adapter, key):
+            continue
+        saved = next((module for module in adapter.config.modules_to_save or () if _is_below(name, module)), None)
+        if saved is None or saved.rpartition(".")[2] not in SERVED_HEADS:
+            raise ExportError(f"{adapter.layout.tensors_path}: {key} {_described(saved, name)}")
+        tensors[key] = adapter.file.read(key)
+        modules.add(saved)
+    return tensors, sorted(modules)
+
+
+def _is_copy(adapter: Adapter[Any], key: str) -> bool:
+    path = key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
+    if not key.endswith(BASE_WEIGHT) or path not in adapter.base.shapes:
+        return False
+    stored, weight = adapter.file.read(key), adapter.base.weight(path)
+    return stored.shape == weight.shape and torch.equal(stored.double(), weight.double())
+
+
+def _is_below(name: str, module: str) -> bool:
+    """Whether a parameter belongs to a module that `modules_to_save` names."""
+    return f".{module}." in f".{name}"
+
+
+def _described(saved: str | None, name: str) -> str:
+    if saved is not None:
+        return (
+            f"belongs to {saved} of modules_to_save, which was trained in full. No engine takes it beside a LoRA. "
+            "Merge the adapter into the base model with PEFT's merge_and_unload, or train without "
+            "modules_to_save."
+        )
+    if name.endswith(".bias"):
+        return "is a trained bias, which no LoRA can hold. Merge the adapter into the base model, or train without it."
+    return "belongs to no tensor that this kind of adapter has; the file is of another kind, or of a later PEFT."
+
+
+def carried_notes(tensors: Mapping[str, Tensor], modules: list[str]) -> list[str]:
+    """Return what a reader should know about carried tensors."""
+    if not tensors:
+        return []
+    return [f"{', '.join(modules)} of modules_to_save was taken over as it is: {len(tensors)} tensors"]

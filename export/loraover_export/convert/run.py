@@ -1,0 +1,183 @@
+"""The conversion of an adapter of any kind into a plain LoRA: read, compute, write and certify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.common.dtypes import short_dtype
+from loraover.common.errors import CheckpointError, ExportError
+from loraover.models.load import ModelSource
+from loraover.reporting.reporter import SILENT, Reporter
+from loraover_export.convert.approximate import approximations
+from loraover_export.convert.base_weights import open_base
+from loraover_export.convert.effect import compare_outputs
+from loraover_export.convert.engines import fit, fit_in_words
+from loraover_export.convert.methods import METHODS
+from loraover_export.convert.methods.base import AnyMethod, Place, Refused
+from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
+from loraover_export.convert.report import ConvertReport
+from loraover_export.convert.request import ConvertRequest
+from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
+from loraover_export.uniform.certificate import LoraCertificate
+from loraover_export.uniform.write_lora import LoraOutput, write_lora
+
+
+def convert_adapter(
+    source: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    model: str | Path | None = None,
+    dtype: str = "fp32",
+    check_error: bool = False,
+    prompts: str | Path | None = None,
+    device: str = "auto",
+    compute_dtype: str = "fp32",
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> ConvertReport:
+    """Write an adapter of any kind that PEFT trains as a plain LoRA, which every engine reads.
+
+    The conversion is exact where delta_W has a finite rank, and computed from the adapter's factors in float64.
+    Otherwise, or with a smaller `rank`, it is the best approximation of that rank, whose error is told.
+
+    Args:
+        source: folder of a PEFT adapter of any kind.
+        output: new folder for the LoRA, its certificate and a model card.
+        rank: largest rank of the result, and the leave to lose what does not fit into it; None means exact, or
+            nothing.
+        model: base model, folder or hub name; None means the adapter's.
+        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
+        check_error: also compare logits of the source and of the result, both as PEFT loads them.
+        prompts: text file with one prompt a line for `check_error`; None means a built-in set.
+        device: device to run the models on for `check_error`.
+        compute_dtype: data type to run the models in for `check_error`.
+        force: replace a converted adapter that is already at `output`.
+        report: receiver of progress.
+
+    Returns:
+        The ranks and the certificate. If `passed` is false, nothing was written.
+
+    Raises:
+        ConfigError: arguments that cannot be used, or a base model that cannot be read.
+        CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
+        ExportError: an adapter that is no change of weights, changes more than weights, or has a larger rank than asked
+            for without leave.
+        FoldError: an element beyond the range of `dtype`.
+        OutputError: an output that cannot be written, or that exists and may not be replaced.
+    """
+    request = ConvertRequest(
+        Path(source),
+        Path(output),
+        rank,
+        None if model is None else str(model),
+        short_dtype(dtype),
+        check_error,
+        None if prompts is None else Path(prompts),
+        device,
+        compute_dtype,
+        force,
+    )
+    method, layout = read_method(request.source)
+    base = resolve_base([layout], request.model, option="--model", say=report.line)
+    with open_base(base) as weights, open_adapter(layout, weights) as adapter:
+        ranks: dict[str, int] = {}
+        certificate = _convert(request, method, adapter, base, ranks, report)
+    exact = max(ranks.values())
+    outputs = None
+    if request.check_error and certificate.passed:
+        outputs = compare_outputs(
+            request.source,
+            request.output,
+            base,
+            layout.config.task_type,
+            request.prompts,
+            report,
+            device=request.device,
+            compute_dtype=request.compute_dtype,
+        )
+    return ConvertReport(
+        method=layout.config.peft_type,
+        exact_rank=exact,
+        truncated=exact > certificate.rank,
+        vllm=fit(certificate.rank),
+        engines=fit_in_words(exact),
+        certificate=certificate,
+        outputs=outputs,
+    )
+
+
+def read_method(path: Path) -> tuple[AnyMethod, Layout[Any]]:
+    """Read what kind of adapter a folder holds, and its layout.
+
+    Raises:
+        CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
+        ExportError: an adapter that is no change of weights, or that changes more than weights.
+    """
+    kind = read_peft_type(path)
+    method = METHODS.get(kind)
+    where = path / CONFIG_FILE
+    if method is None:
+        raise CheckpointError(
+            f"{where}: peft_type is {kind!r:.80}, which this version does not know; it knows {', '.join(METHODS)}."
+        )
+    if isinstance(method, Refused):
+        raise ExportError(f"{where}: a {kind} adapter cannot become a LoRA: it {method.reason}")
+    layout = read_layout(path, method.config, method.tensors, method.shared)
+    check_fields(layout, method)
+    if not layout.modules:
+        raise CheckpointError(
+            f"{layout.tensors_path}: no tensor of a {kind} adapter ({', '.join(method.tensors[:4])}); the file "
+            "names no adapted module, so it is incomplete or was saved without them."
+        )
+    return method, layout
+
+
+def _convert(
+    request: ConvertRequest,
+    method: AnyMethod,
+    adapter: Adapter[Any],
+    base: ModelSource,
+    ranks: dict[str, int],
+    report: Reporter,
+) -> LoraCertificate:
+    others, modules = carried_tensors(adapter)
+    places = list(method.places(adapter))
+    config = adapter.config
+    is_named = config.base_model_name_or_path is not None and base.moved is None
+    target = LoraOutput(
+        request.output,
+        request.command(),
+        f"Plain LoRA from a {config.peft_type} adapter",
+        {} if request.rank is None else {"--rank": str(request.rank)},
+        [request.source],
+        config.base_model_name_or_path if is_named else base.name,
+        config.revision if is_named else base.revision,
+        config.task_type,
+        request.dtype,
+        request.force,
+        others,
+        modules or None,
+        [*carried_notes(others, modules), *_tied_notes(places, adapter)],
+    )
+    return write_lora(approximations(places, adapter.layout, request.rank, ranks), len(places), target, report)
+
+
+def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:
+    """Return a warning if an embedding and the head that shares its weight are both adapted."""
+    adapted = {place.embedding for place in places if place.path in _ends(adapter)}
+    if not adapter.base.is_tied or len(adapted) < 2:
+        return []
+    return [
+        "the embedding and the output head share one weight, and each has its LoRA: applied beside the model, both are "
+        "right, but PEFT's merge_and_unload would add both to the one weight"
+    ]
+
+
+def _ends(adapter: Adapter[Any]) -> set[str | None]:
+    """Return the paths of the input embedding and of the output head."""
+    model = adapter.base.model
+    return {adapter.base.name_of(model.get_input_embeddings()), adapter.base.name_of(model.get_output_embeddings())}

@@ -1,0 +1,214 @@
+"""Conversions of every kind of adapter: against PEFT, against NumPy from the papers, and as files that PEFT loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loraover_export import convert_adapter
+from loraover_export.convert.engines import fit, fit_in_words
+from loraover_export.convert.methods import METHODS
+from loraover_export.convert.methods.base import INERT, OTHER_KINDS, Refused
+from loraover_export.convert.methods.householder import _compact
+
+from oracles import conversions as oracle
+from support.conversions import BASES, SOURCES, make_base, make_source, our_deltas, peft_deltas
+
+TIED = "trained tokens of a tied model"
+"""PEFT's merge adds the LoRAs of the embedding and of the head to the one weight that they share."""
+STORED = 1e-6
+"""Largest relative error of delta_W by rounding A and B to float32, some units of 6e-8 times the root of the rank."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """An adapter, its base model and what PEFT adds to each weight."""
+
+    base: Path
+    folder: Path
+    deltas: dict[str, torch.Tensor]
+
+
+Make = Callable[[str], Made]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes an adapter of `SOURCES` once, by its name."""
+    folder = tmp_path_factory.mktemp("conversions")
+    bases = cache(lambda name: make_base(folder / name, name))
+
+    @cache
+    def make(name: str) -> Made:
+        base = bases(SOURCES[name].base)
+        source = make_source(base, folder / name.replace(" ", "-") / "adapter", SOURCES[name])
+        return Made(base, source, peft_deltas(base, source))
+
+    return make
+
+
+def numerical_rank(delta: torch.Tensor) -> int:
+    values = np.linalg.svd(delta.numpy(), compute_uv=False)
+    return int((values > 1e-6 * values[0]).sum())
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_delta_is_pefts(name: str, made: Make) -> None:
+    source, adapter = SOURCES[name], made(name)
+    ranks: dict[str, int] = {}
+    found = our_deltas(adapter.folder, ranks)
+    assert found.keys() == adapter.deltas.keys()
+    for path, delta in adapter.deltas.items():
+        assert float((found[path] - delta).norm()) <= source.error * float(delta.norm()), path
+        assert ranks[path] == numerical_rank(delta), path
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != TIED])
+def test_the_written_lora_is_the_source(name: str, made: Make, tmp_path: Path) -> None:
+    """Where the rank is finite, exactly; else the best approximation, whose error is that of NumPy's SVD."""
+    source, adapter = SOURCES[name], made(name)
+    rank = 9 if source.full else None
+    report = convert_adapter(adapter.folder, tmp_path / "lora", rank=rank)
+    assert report.passed
+    assert report.truncated == source.full
+    assert report.exact_rank == max(map(numerical_rank, adapter.deltas.values()))
+    written = peft_deltas(adapter.base, tmp_path / "lora")
+    assert written.keys() == adapter.deltas.keys()
+    modules = {module.module: module for module in report.certificate.modules}
+    for path, delta in adapter.deltas.items():
+        values = np.linalg.svd(delta.numpy(), compute_uv=False)
+        left_out = float(np.linalg.norm(values[rank:])) if rank is not None else 0.0
+        norm = float(delta.norm())
+        assert modules[path].norm == pytest.approx(norm, rel=source.error * 10)
+        assert modules[path].truncation_error == pytest.approx(left_out, rel=1e-5, abs=source.error * norm)
+        error = float((written[path] - delta).norm())
+        assert error <= modules[path].error_bound + source.error * norm
+        assert abs(error - left_out) <= (STORED + source.error) * norm
+
+
+@torch.no_grad()
+def test_trained_tokens_of_a_tied_model_reach_its_head(made: Make, tmp_path: Path) -> None:
+    adapter = made(TIED)
+    report = convert_adapter(adapter.folder, tmp_path / "lora")
+    assert any("merge_and_unload would add both" in note for note in report.certificate.notes)
+    ids = torch.tensor([[5, 7, 2, 9]])
+    models = [
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(adapter.base), folder).eval()
+        for folder in (adapter.folder, tmp_path / "lora")
+    ]
+    expected, found = (model(input_ids=ids).logits for model in models)
+    assert float((found - expected).abs().max()) <= 1e-5
+    with models[1].disable_adapter():
+        assert float((models[1](input_ids=ids).logits - expected).abs().max()) >= 1e-2
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr", "hra", "adalora", "pissa"])
+def test_a_smaller_rank_is_the_best_approximation(name: str, made: Make, tmp_path: Path) -> None:
+    adapter = made(name)
+    report = convert_adapter(adapter.folder, tmp_path / "lora", rank=2)
+    assert report.truncated
+    assert report.certificate.rank == 2
+    for module in report.certificate.modules:
+        values = np.linalg.svd(adapter.deltas[module.module].numpy(), compute_uv=False)
+        assert module.truncation_error == pytest.approx(np.linalg.norm(values[2:]), rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [9, 64])
+def test_a_rank_that_is_not_smaller_loses_nothing(rank: int, made: Make, tmp_path: Path) -> None:
+    report = convert_adapter(made("loha").folder, tmp_path / "lora", rank=rank)
+    assert not report.truncated
+    assert report.certificate.rank == 9
+
+
+def test_a_full_rank_adapter_is_exact_at_full_rank(made: Make, tmp_path: Path) -> None:
+    adapter = made("ia3")
+    report = convert_adapter(adapter.folder, tmp_path / "lora", rank=34)
+    assert not report.truncated
+    written = peft_deltas(adapter.base, tmp_path / "lora")
+    for path, delta in adapter.deltas.items():
+        assert float((written[path] - delta).norm()) <= STORED * float(delta.norm())
+
+
+class TestOracles:
+    """NumPy, from the papers, on the files' tensors."""
+
+    PATH = "model.layers.1.mlp.down_proj"
+
+    def tensors(self, folder: Path, *names: str) -> list[oracle.Matrix]:
+        file = load_file(folder / "adapter_model.safetensors")
+        return [file[f"base_model.model.{self.PATH}.{name}"].double().numpy() for name in names]
+
+    def weight(self, base: Path) -> oracle.Matrix:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        found: oracle.Matrix = model.get_submodule(self.PATH).weight.detach().double().numpy()
+        return found
+
+    def compare(self, adapter: Made, expected: oracle.Matrix, error: float = 1e-12) -> None:
+        found = our_deltas(adapter.folder)[self.PATH].numpy()
+        assert np.linalg.norm(found - expected) <= error * np.linalg.norm(expected)
+
+    def test_loha(self, made: Make) -> None:
+        adapter = made("loha")
+        a1, b1, a2, b2 = self.tensors(adapter.folder, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        self.compare(adapter, oracle.loha(a1, b1, a2, b2, 7 / 3))
+
+    def test_lokr(self, made: Make) -> None:
+        adapter = made("lokr")
+        w1, w2_a, w2_b = self.tensors(adapter.folder, "lokr_w1", "lokr_w2_a", "lokr_w2_b")
+        self.compare(adapter, oracle.lokr(w1, w2_a @ w2_b, 3 / 2))
+
+    def test_hra(self, made: Make) -> None:
+        adapter = made("hra")
+        self.compare(adapter, oracle.hra(self.weight(adapter.base), *self.tensors(adapter.folder, "hra_u")))
+
+    def test_pissa(self, made: Make) -> None:
+        adapter = made("pissa")
+        a, b = self.tensors(adapter.folder, "lora_A.weight", "lora_B.weight")
+        self.compare(adapter, oracle.pissa(self.weight(adapter.base), a, b, 2.0), error=3e-6)
+
+
+@given(n=st.integers(1, 9), r=st.integers(1, 5), seed=st.integers(0, 99))
+def test_reflections_in_compact_form_are_their_product(n: int, r: int, seed: int) -> None:
+    vectors = torch.randn(n, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    u, t = _compact(vectors)
+    expected = oracle.hra(np.eye(n), vectors.numpy())
+    assert np.abs(-(u @ t @ u.T).numpy() - expected).max() <= 1e-13
+
+
+class TestTheTable:
+    """Of kinds: none is missing, and none reads a configuration of which it does not know all fields."""
+
+    def test_every_kind_of_peft_has_its_answer(self) -> None:
+        assert METHODS.keys() == {kind.value for kind in PeftType}
+
+    def test_every_conversion_is_tested(self) -> None:
+        converted = {kind for kind, method in METHODS.items() if not isinstance(method, Refused)}
+        assert {source.kind for source in SOURCES.values()} == converted
+        assert {source.base for source in SOURCES.values()} <= BASES.keys()
+
+    @pytest.mark.parametrize("kind", [kind for kind, method in METHODS.items() if not isinstance(method, Refused)])
+    def test_every_field_is_known(self, kind: str) -> None:
+        method = METHODS[kind]
+        assert not isinstance(method, Refused)
+        read = {field.alias or name for name, field in method.config.model_fields.items()}
+        fields = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)].__dataclass_fields__.keys()
+        assert fields - read - INERT - method.inert - OTHER_KINDS.keys() == set()
+
+
+def test_the_engines_that_take_a_rank_are_named() -> None:
+    assert (fit(512).takes, fit(513).takes) == (True, False)
+    assert (fit(9).max_lora_rank, fit(513).max_lora_rank) == (16, None)
+    assert "--max-lora-rank 16;" in fit_in_words(9)
+    assert "--rank 512 would fit" in fit_in_words(576)

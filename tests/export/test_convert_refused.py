@@ -1,0 +1,233 @@
+"""What a conversion refuses, what it takes over, and what its command shows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from loraover.common.command_line import run
+from loraover.common.errors import CheckpointError, ConfigError, ExportError, OutputError
+from loraover_export import convert_adapter
+from loraover_export.cli import cli
+from loraover_export.convert.methods import METHODS
+from loraover_export.convert.methods.base import Refused
+
+from support.conversions import SOURCES, fill, make_base, make_source, our_deltas
+from support.refusals import only_error
+from support.tiny_models import token_ids
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("refused")
+    for base in ("prime", "even", "bias"):
+        make_base(found / base, base)
+    make_source(found / "prime", found / "loha", SOURCES["loha"])
+    make_source(found / "even", found / "oft", SOURCES["oft"])
+    make_source(found / "prime", found / "vera", SOURCES["vera"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    found = tmp_path_factory.mktemp("bases")
+    return cache(lambda name: make_base(found / name, name))
+
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def changed(source: Path, target: Path, change: Change = dict, **config: Any) -> Path:
+    """A copy of an adapter with other tensors, or other values in its configuration."""
+    shutil.copytree(source, target)
+    save_file(change(load_file(source / "adapter_model.safetensors")), target / "adapter_model.safetensors")
+    found = json.loads((source / "adapter_config.json").read_text()) | config
+    (target / "adapter_config.json").write_text(json.dumps(found))
+    return target
+
+
+def first(change: Callable[[Tensor], Tensor]) -> Change:
+    def applied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        key = next(iter(tensors))
+        return tensors | {key: change(tensors[key]).contiguous()}
+
+    return applied
+
+
+@pytest.mark.parametrize("kind", [kind for kind, method in METHODS.items() if isinstance(method, Refused)])
+def test_a_kind_that_is_no_delta_is_refused(kind: str, folder: Path, tmp_path: Path) -> None:
+    source = changed(folder / "loha", tmp_path / "source", peft_type=kind)
+    with pytest.raises(ExportError, match=f"a {kind} adapter cannot become a LoRA"):
+        convert_adapter(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+CHANGES: dict[str, tuple[Change, dict[str, Any], type[Exception], str]] = {
+    "an unknown kind": (dict, {"peft_type": "QUANTUM"}, CheckpointError, "'QUANTUM', which this version does not know"),
+    "NaN": (first(lambda t: t * torch.nan), {}, CheckpointError, "NaN or infinity"),
+    "a missing tensor": (lambda t: dict(list(t.items())[1:]), {}, CheckpointError, "is missing"),
+    "another shape": (first(lambda t: t[:-1]), {}, CheckpointError, "expected"),
+    "no tensor of the kind": (lambda t: {"other": torch.zeros(1)}, {}, CheckpointError, "names no adapted module"),
+    "another module": (
+        lambda t: {key.replace("layers.1", "layers.7"): tensor for key, tensor in t.items()},
+        {},
+        ExportError,
+        "has no such module",
+    ),
+    "biases": (dict, {"bias": "all"}, ExportError, "biases were trained too"),
+    "an unknown field": (dict, {"twisted": True}, ExportError, "a field that this version does not know"),
+    "a variant": (dict, {"target_parameters": ["experts"]}, ExportError, "an adapter of single parameters"),
+    "a whole module": (
+        lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(64, 34)},
+        {"modules_to_save": ["lm_head"]},
+        ExportError,
+        "belongs to lm_head of modules_to_save",
+    ),
+    "a trained bias": (
+        lambda t: t | {"base_model.model.model.norm.bias": torch.zeros(34)},
+        {},
+        ExportError,
+        "is a trained bias",
+    ),
+    "a convolution": (
+        lambda t: t | {"base_model.model.model.layers.0.mlp.down_proj.hada_w1_a": torch.zeros(3, 34, 1)},
+        {},
+        CheckpointError,
+        "Convolutions are not converted",
+    ),
+    "an alpha that is text": (dict, {"alpha": "8"}, CheckpointError, "alpha"),
+    "nothing trained": (
+        lambda t: {key: torch.zeros_like(tensor) for key, tensor in t.items()},
+        {},
+        ExportError,
+        "every delta_W is zero",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_damaged_adapter_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    change, config, error, words = CHANGES[name]
+    source = changed(folder / "loha", tmp_path / "source", change, **config)
+    with pytest.raises(error, match=words):
+        convert_adapter(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", sorted({source.kind for source in SOURCES.values()}))
+def test_a_tensor_of_another_shape_never_passes(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whatever tensor of a kind is cut, in whatever dimension: our own error, and nothing else."""
+    name = next(name for name, source in SOURCES.items() if source.kind == kind)
+    adapter = make_source(bases(SOURCES[name].base), tmp_path / "whole", SOURCES[name])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    kept = {"randlora_A", "randlora_B", "zeros"}  # copies that nobody reads
+    keys = {key.split(".", 5)[-1]: key for key in tensors if key.split(".")[-1] not in kept}
+    for number, (label, key) in enumerate(keys.items()):
+        for dimension in range(tensors[key].ndim):
+            cut = tensors[key].narrow(dimension, 0, tensors[key].shape[dimension] - 1).contiguous()
+            source = changed(adapter, tmp_path / f"{number}-{dimension}", replacing(key, cut))
+            with pytest.raises((CheckpointError, ExportError)):
+                print(label, dimension, our_deltas(source).keys())
+
+
+def replacing(key: str, tensor: Tensor) -> Change:
+    return lambda tensors: tensors | {key: tensor}
+
+
+def test_full_rank_needs_leave(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"full rank, 32.*--rank R.*--max-lora-rank 32"):
+        convert_adapter(folder / "oft", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scaled_bias_is_refused(folder: Path, tmp_path: Path) -> None:
+    source = make_source(folder / "bias", tmp_path / "ia3", SOURCES["ia3"])
+    with pytest.raises(ExportError, match="scales the bias of the layer too"):
+        convert_adapter(source, tmp_path / "out", rank=4)
+
+
+def test_projections_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="--model"):
+        convert_adapter(folder / "vera", tmp_path / "out", model=folder / "even")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"rank": 0}, "at least 1"), ({"prompts": "x"}, "--check-error"), ({"model": "./nowhere"}, "neither a folder")],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        convert_adapter(folder / "loha", tmp_path / "out", **arguments)
+
+
+def test_only_a_certified_adapter_is_replaced(folder: Path, tmp_path: Path) -> None:
+    convert_adapter(folder / "loha", tmp_path / "out")
+    with pytest.raises(OutputError, match="exists"):
+        convert_adapter(folder / "loha", tmp_path / "out")
+    convert_adapter(folder / "loha", tmp_path / "out", force=True, rank=2)
+    with pytest.raises(OutputError, match="holds no certified adapter"):
+        convert_adapter(folder / "vera", folder / "loha", force=True)
+
+
+def test_a_classifier_is_taken_over(folder: Path, tmp_path: Path) -> None:
+    def load() -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            found = AutoModelForSequenceClassification.from_pretrained(folder / "prime", num_labels=2)
+        found.config.pad_token_id = 0
+        return found
+
+    config = LoHaConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["score"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(load(), config)
+        fill(model, "LOHA")
+    model.save_pretrained(tmp_path / "source")
+    report = convert_adapter(tmp_path / "source", tmp_path / "out")
+    assert any("score of modules_to_save was taken over" in note for note in report.certificate.notes)
+    ids = token_ids()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        found = PeftModel.from_pretrained(load(), tmp_path / "out").eval()(input_ids=ids).logits
+        plain = load().eval()(input_ids=ids).logits
+    assert float((found - expected).abs().max()) <= 1e-5
+    assert float((plain - expected).abs().max()) >= 1e-2
+
+
+class TestTheCommand:
+    """What it prints, and its exit codes."""
+
+    def test_json(self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        words = ["convert", str(folder / "oft"), "-o", str(tmp_path / "out"), "--rank", "8", "--check-error", "--json"]
+        assert run(cli, words) == 0
+        found = json.loads(capfd.readouterr().out)
+        assert (found["method"], found["exact_rank"], found["truncated"]) == ("OFT", 32, True)
+        assert found["vllm"] == {"takes": True, "max_lora_rank": 8, "largest": 512}
+        assert 0 < found["outputs"]["error"]["max_logit"] < found["outputs"]["adapter_effect"]
+
+    def test_an_exact_conversion_keeps_logits(
+        self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(cli, ["convert", str(folder / "loha"), "-o", str(tmp_path / "out"), "--check-error"]) == 0
+        shown = " ".join(capfd.readouterr().out.split())
+        assert "LOHA: exact, of rank 9" in shown
+        assert "vLLM takes it with --max-lora-rank 16" in shown
+        assert "at 100.00%" in shown
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            *("adapter_config.json", "adapter_model.safetensors", "lora_certificate.json", "README.md")
+        }
+
+    def test_one_message(self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        assert run(cli, ["convert", str(folder / "oft"), "-o", str(tmp_path / "out")]) == 2
+        assert "--rank" in only_error(capfd.readouterr().err)
