@@ -1,8 +1,8 @@
 """Colours of all reports: each has one meaning, and one shade for light pages and one for dark ones.
 
-A page and its figures name colours by their meaning, as CSS variables such as `var(--subject)`. Every colour that text or
-a line is drawn in has a contrast of at least 4.5:1 with both grounds (WCAG 2.2, criterion 1.4.3). Figures also
-distinguish by shape or by name, for readers who do not see a difference of colour.
+A page and its figures name colours by their meaning, as CSS variables such as `var(--subject)`. Every colour of text
+and lines has a contrast of at least 4.5:1 with both grounds (WCAG 2.2, criterion 1.4.3). Figures also distinguish by
+shape or by name, for readers who do not see a difference of colour.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RULES = {"line": Color("#d3d9df", "#3b444c", "rules of tables and grids of figur
 INKS = {
     "ink": Color("#1c2024", "#e6e8ea", "text and axes"),
     "faint": Color("#57616b", "#a6b0b9", "explanations"),
-    "subject": Color("#ae2a78", "#f38fc7", "what the report judges: the folded adapter, LoRA-Over, the engine's adapter"),
+    "subject": Color("#ae2a78", "#f38fc7", "what the report judges: a folded adapter, LoRA-Over"),
     "baseline": Color("#2460b5", "#82b5ff", "what it is compared with: a plain LoRA"),
     "noise": Color("#5c6873", "#aab5bf", "noise: two copies of one thing, the engine's base model, random roundings"),
     "base": Color("#0a726d", "#4fd0c7", "the base model without an adapter"),

@@ -16,7 +16,8 @@ Anchor = Literal["start", "middle", "end"]
 
 SIZE = 12.0
 """Height of text, in the units of the picture."""
-SMALL = 11.0
+SMALL, TITLE = 11.0, 26.0
+LONGEST_NAME = 100
 WIDEST = 0.6
 """Mean width of a letter of a wide sans-serif font, as a share of its height."""
 
@@ -28,14 +29,26 @@ class Figure:
     Args:
         name: Name of its file, without the ending.
         description: Title, which is also for readers who do not see the picture.
-        svg: The picture, in CSS variables of the page.
+        parts: What is drawn, as elements of SVG in CSS variables.
+        width: Width, in units that are about a pixel.
+        height: Height.
         caption: Text below it.
     """
 
     name: str
     description: str
-    svg: str
+    parts: str
+    width: float
+    height: float
     caption: str = ""
+
+    @property
+    def svg(self) -> str:
+        """The picture for a page, whose CSS variables have the colours."""
+        box = f"0 0 {number(self.width)} {number(self.height)}"
+        size = f'width="{number(self.width)}" height="{number(self.height)}"'
+        head = f'<svg viewBox="{box}" {size} role="img" font-family="system-ui, sans-serif">'
+        return f"{head}<title>{escape(self.description)}</title>{self.parts}</svg>"
 
     def file(self) -> str:
         """Return the picture for a file: with the colours of a light page, and its ground."""
@@ -68,6 +81,23 @@ def fitted(text: str, width: float, size: float = SIZE) -> str:
         return text
     head = (most - 1) // 2
     return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def stacked(name: str, figures: Sequence[Figure]) -> Figure:
+    """Return one figure with others in it, each under its title.
+
+    Args:
+        name: Name of the figure's file, without the ending.
+        figures: The figures, from the top.
+    """
+    width = max(figure.width for figure in figures)
+    drawing = Drawing(width, sum(figure.height + TITLE for figure in figures))
+    top = 0.0
+    for figure in figures:
+        drawing.text(8, top + 18, figure.description)
+        drawing.inside(0, top + TITLE, figure)
+        top += figure.height + TITLE
+    return drawing.figure(name, "; ".join(figure.description for figure in figures))
 
 
 class Drawing:
@@ -131,17 +161,20 @@ class Drawing:
         style = f"fill:var(--{color});font-size:{number(size)}px;text-anchor:{anchor}"
         self._parts.append(f'<text {place} style="{style}"{turned}>{escape(text)}</text>')
 
-    def inside(self, x: float, y: float, part: Drawing) -> None:
+    @property
+    def parts(self) -> str:
+        """What was drawn, as elements of SVG."""
+        return "".join(self._parts)
+
+    def inside(self, x: float, y: float, part: Drawing | Figure) -> None:
         """Put another picture at a place; what lies beyond its own edges is cut off."""
         box = f'x="{number(x)}" y="{number(y)}" width="{number(part.width)}" height="{number(part.height)}"'
-        self._parts.append(f'<svg {box} overflow="hidden">{"".join(part._parts)}</svg>')
+        self._parts.append(f'<svg {box} overflow="hidden">{part.parts}</svg>')
 
     def figure(self, name: str, description: str) -> Figure:
-        """Return the picture."""
-        box = f"0 0 {number(self.width)} {number(self.height)}"
-        size = f'width="{number(self.width)}" height="{number(self.height)}"'
-        head = f'<svg viewBox="{box}" {size} role="img" font-family="system-ui, sans-serif">'
-        return Figure(name, description, f"{head}<title>{escape(description)}</title>{''.join(self._parts)}</svg>")
+        """Return the picture; what no file name should have is replaced in its name."""
+        name = re.sub(r"[^\w-]+", "-", name)[:LONGEST_NAME]
+        return Figure(name, description, self.parts, self.width, self.height)
 
 
 @dataclass(frozen=True)
@@ -170,8 +203,8 @@ class Axis:
         found = [math.log10(v) if is_log else v for v in values if math.isfinite(v) and (v > 0 or not is_log)]
         low, high = (min(found), max(found)) if found else (0.0, 1.0)
         room = pad * (high - low) or (0.5 if is_log else 0.5 * abs(high) or 1.0)
-        ends = low - room, high + room
-        return cls(label, *(10**end if is_log else end for end in ends), is_log=is_log)
+        first, last = (10**end if is_log else end for end in (low - room, high + room))
+        return cls(label, first, last, is_log=is_log)
 
     def share(self, value: float) -> float:
         """Return the place of a value, from 0 at the beginning to 1 at the end; beyond them for one outside."""

@@ -31,9 +31,10 @@ def forest(changes: Sequence[Change], tasks: Sequence[TaskResult]) -> list[Figur
     keys: list[Key] = [
         ("LoRA-Over", "subject", "circle"),
         ("too small to be seen", "noise", None),
-        *([("other methods", "other", "circle")] if len({_color(by_name[c.task], c.method) for c in changes}) > 1 else []),
     ]
-    axis = Axis("test loss beside tuned plain LoRA, %  (left is better)", -1.06 * reach, 1.06 * reach)
+    if any(_color(by_name[change.task], change.method) == "other" for change in changes):
+        keys.append(("other methods", "other", "circle"))
+    axis = Axis("test loss beside tuned plain LoRA, % (left is better)", -1.06 * reach, 1.06 * reach)
     title = "Difference to tuned plain LoRA, with its 95 % interval"
     return [rows_figure("differences", title, rows, axis, keys=keys, reference=0)]
 
@@ -66,9 +67,9 @@ def rate_figures(tasks: Sequence[TaskResult]) -> list[Figure]:
 
 def _rates(task: TaskResult) -> Figure:
     swept = sorted({float(rate) for result in task.methods for rate in result.sensitivity.losses})
-    shown = [loss for result in task.methods for loss in result.sensitivity.losses.values()]
-    shown += [loss for r in task.methods for losses in r.sensitivity.seed_losses.values() for loss in losses]
-    within = [loss for loss in shown if loss <= HIGHEST * min(shown)]
+    means = [loss for result in task.methods for loss in result.sensitivity.losses.values()]
+    each = [loss for r in task.methods for losses in r.sensitivity.seed_losses.values() for loss in losses]
+    within = [loss for loss in means + each if loss <= HIGHEST * min(means)]
     x = Axis.around("learning rate", swept, is_log=True)
     return curves_figure(
         f"rates-{task.task}",

@@ -19,10 +19,10 @@ from loraover.reporting.html_page import FIGURES
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover.study.analysis import Halves
 from loraover.study.grid import DEFAULT_METHODS, Run, make_grid
+from loraover.study.html import to_page
 from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
 from loraover.study.report import StudyReport, task_results, words
 from loraover.study.request import DEFAULT_SWEEP, StudyRequest
-from loraover.study.html import to_page
 from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_markdown
 from loraover.study.tuning import Plan, hours_left, plan_runs
 from loraover.training.recipe import Recipe

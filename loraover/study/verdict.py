@@ -93,7 +93,7 @@ class _Setting:
         return text.strip()
 
     def _limits(self) -> str:
-        seen = [f"{change.seen:.1f} % on {change.task}" for change in self.same]
+        seen = [f"{change.seen:.2g} % on {change.task}" for change in self.same]
         return f"The study could have seen {_list(seen)}." if seen else ""
 
 

@@ -104,8 +104,8 @@ def _sentence(result: EngineResult) -> str:
     if result.fault is None or nearest is None or result.adapter is None:
         return f"{result.engine} does not answer as trained: {_ended(result.reason)}"
     return (
-        f"{result.engine} does not answer as trained: it is off by {short(result.adapter.rms)} nats, where noise explains "
-        f"{short(result.allowed)}. The likely fault is {result.fault}: {nearest.detail}. With it, "
+        f"{result.engine} does not answer as trained: it is off by {short(result.adapter.rms)} nats, where noise "
+        f"explains {short(result.allowed)}. The likely fault is {result.fault}: {nearest.detail}. With it, "
         f"{short(nearest.rms)} nats remain."
     )
 
@@ -149,9 +149,7 @@ def _distances(results: Sequence[EngineResult]) -> list[Figure]:
 def _suspects(result: EngineResult) -> Figure:
     """Draw how far an engine's answers are from PyTorch's with each of the nearest faults."""
     shown = result.suspects[:SHOWN]
-    rows = [
-        Row(s.detail, short(s.rms), [Point(max(s.rms, LOWEST), "bad" if s.explains else "other")]) for s in shown
-    ]
+    rows = [Row(s.detail, short(s.rms), [Point(max(s.rms, LOWEST), "bad" if s.explains else "other")]) for s in shown]
     allowed = result.allowed or 0.0
     axis = _axis("RMS distance of logprobs, nats", [*(s.rms for s in shown), allowed])
     keys: list[Key] = [

@@ -205,7 +205,9 @@ def requests_needed(found: Sequence[Result]) -> str:
     if None in needed:
         return "no number of requests would be enough"
     most = max(filter(None, needed))
-    return f"about {most} requests would be enough" if most > _requests(found) else "a ratio lies too near the margin to decide"
+    if most <= _requests(found):
+        return "a ratio lies too near the margin to decide"
+    return f"about {most} requests would be enough"
 
 
 def latencies(runs: Sequence[Measurement]) -> list[Latency]:

@@ -38,7 +38,10 @@ def ratios_table(report: ParityReport) -> Table:
         )
         for r in sorted(report.results, key=lambda r: turn.get(r.arm, 2))
     ]
-    columns = ("engine", "at once", "arm", "measure", "ratio", "95 % interval", "adjusted interval", "blocks", "verdict")
+    columns = (
+        *("engine", "at once", "arm", "measure", "ratio", "95 % interval", "adjusted interval", "blocks"),
+        "verdict",
+    )
     return Table(columns, rows, ("engine", "arm", "measure", "verdict"))
 
 
@@ -75,7 +78,10 @@ def answers_table(report: ParityReport) -> Table:
         for o in report.outputs
         for arm, d in ((FOLDED, o.folded), (VANILLA, o.vanilla))
     ]
-    columns = ("engine", "at once", "arm", "compared with", "prompts", "equal texts", "largest gap", "logprobs", "verdict")
+    columns = (
+        *("engine", "at once", "arm", "compared with", "prompts", "equal texts", "largest gap", "logprobs"),
+        "verdict",
+    )
     return Table(columns, rows, ("engine", "arm", "compared with", "verdict"))
 
 

@@ -23,7 +23,7 @@ def verdict_of(report: ParityReport) -> Verdict:
         report: the report.
     """
     speed, answers, cost = _speed(report), _answers(report), _cost(report.results)
-    are_wrong = not all(each.agree for each in (*report.outputs, *report.together))
+    are_wrong = not all([o.agree for o in report.outputs] + [t.agree for t in report.together])
     parts = (answers, speed, cost) if are_wrong else (speed, answers, cost)
     if report.verdict == "failed":
         is_applied = not any(outputs.unapplied for outputs in report.outputs)
@@ -61,7 +61,9 @@ def _speed(report: ParityReport) -> str:
         return f"Same speed as plain LoRA: {most}{figures}, within {margin}."
     if folded.verdict == "different":
         return f"{'Slower' if folded.ratio > 1 else 'Faster'} than plain LoRA: {figures}, beyond {margin}."
-    return f"Too short to tell whether it is as fast as plain LoRA: {figures}, not surely within {margin}{_more(report)}."
+    return (
+        f"Too short to tell whether it is as fast as plain LoRA: {figures}, not surely within {margin}{_more(report)}."
+    )
 
 
 def change(result: Result, with_engine: bool) -> str:
@@ -95,10 +97,12 @@ def _answers(report: ParityReport) -> str:
     exact = f"{equal} of {prompts} answers match PyTorch exactly"
     far = next((outputs for outputs in report.outputs if not outputs.agree), None)
     if far is not None:
-        return f"{exact}, and {far.engine} is further from PyTorch with the folded adapter {_far(far.folded, far.vanilla)}."
+        distances = _far(far.folded, far.vanilla)
+        return f"{exact}, and {far.engine} is further from PyTorch with the folded adapter {distances}."
     parted = next((t for t in report.together if not t.agree), None)
     if parted is not None:
-        return f"{exact}, but beside other adapters ({parted.arm}) {parted.engine} answers wrongly for {parted.adapter}."
+        beside = f"beside other adapters ({parted.arm})"
+        return f"{exact}, but {beside} {parted.engine} answers wrongly for {parted.adapter}."
     return f"{exact}."
 
 
