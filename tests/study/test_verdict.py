@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from loraover.study.analysis import Difference, RateSensitivity, detectable, difference
+from loraover.study.analysis import Difference, RateSensitivity, detectable
 from loraover.study.report import MethodResult, StudyReport, TaskResult
 from loraover.study.verdict import NOTHING, changes, verdict_of
 
@@ -138,15 +139,10 @@ def test_the_kept_study_could_see_large_differences_only() -> None:
 
 @pytest.mark.statistical
 def test_a_difference_that_a_study_could_see_is_found_in_four_of_five() -> None:
-    """Seeds that differ, and examples that do not, so that the interval is Student's over seeds."""
-    draw, seeds, examples, repeats = np.random.default_rng(0), 5, 400, 600
-    tokens = np.ones(examples)
-    null = np.zeros((seeds, examples))
-    found = 0
-    shift = 3.761 / np.sqrt(seeds)  # in standard deviations; noncentral t of 4 degrees of freedom
-    for _ in range(repeats):
-        gaps = null + draw.normal(shift, 1, (seeds, 1))
-        found += difference(gaps, null, tokens).p <= 0.05
-    assert found / repeats == pytest.approx(0.8, abs=0.06)
-    unit = Difference(mean=0.0, interval=(-2.7764, 2.7764), p=1.0)  # standard error 1
-    assert detectable(unit, seeds) == pytest.approx(3.761, rel=1e-3)
+    """Student's test over seeds finds a shift of `detectable` of a study whose standard error is known."""
+    draw, seeds, repeats = np.random.default_rng(0), 5, 20_000
+    limit = float(stats.t.ppf(0.975, seeds - 1))
+    unit = Difference(mean=0.0, interval=(-limit, limit), p=1.0)
+    gaps = draw.normal(detectable(unit, seeds), np.sqrt(seeds), (repeats, seeds))
+    errors = gaps.std(axis=1, ddof=1) / np.sqrt(seeds)
+    assert (gaps.mean(axis=1) / errors > limit).mean() == pytest.approx(0.8, abs=0.01)

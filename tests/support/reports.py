@@ -99,19 +99,13 @@ def matrix(name: str, worst: float) -> MatrixCertificate:
     )
 
 
-def fold_certificate(
-    verdict: Any = "passed", *, worst: float = 0.97, error: float | None = 1.2e-5, effect: float = 2.1
-) -> FoldCertificate:
-    """A certificate of 60 matrices, and of outputs whose noise is 1e-5 unless `error` is None."""
-    kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-    names = [f"model.layers.{i}.{kind}.lora_{m}" for i in range(10) for kind in kinds for m in "AB"]
+def fold_outputs(error: float, effect: float) -> OutputCertificate:
+    """A check of outputs whose noise is 1e-5."""
     far, noise = (
-        None
-        if size is None
-        else Deviation(max_logit=size, mean_logit=size / 9, max_kl=1e-9, mean_kl=1e-10, top1_agreement=1.0)
+        Deviation(max_logit=size, mean_logit=size / 9, max_kl=1e-9, mean_kl=1e-10, top1_agreement=1.0)
         for size in (error, 1e-5)
     )
-    outputs = far and OutputCertificate(
+    return OutputCertificate(
         base="folder base",
         device="cpu",
         compute_dtype="fp32",
@@ -124,6 +118,15 @@ def fold_certificate(
         twins=3,
         adapter_effect=effect,
     )
+
+
+def fold_certificate(
+    verdict: Any = "passed", *, worst: float = 0.97, error: float | None = 1.2e-5, effect: float = 2.1
+) -> FoldCertificate:
+    """A certificate of 60 matrices, and of outputs whose noise is 1e-5 unless `error` is None."""
+    kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    names = [f"model.layers.{i}.{kind}.lora_{m}" for i in range(10) for kind in kinds for m in "AB"]
+    outputs = None if error is None else fold_outputs(error, effect)
     return FoldCertificate(
         verdict=verdict,
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",

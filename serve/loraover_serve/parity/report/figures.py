@@ -11,6 +11,7 @@ import numpy as np
 from loraover.reporting.figures import Band, Curve, Key, Point, Row, curves_figure, rows_figure
 from loraover.reporting.svg import Axis, Figure
 from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
+from loraover_serve.parity.report.tables import deciding_first
 from loraover_serve.parity.report.verdict import PER, at_once
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 
@@ -53,7 +54,7 @@ def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
     keys: list[Key] = [(f"within {100 * margin:g} %", "good", None)]
     figures = []
     for place in dict.fromkeys(_Place(r.engine, r.concurrency) for r in compared):
-        rows = [_change_row(r) for r in sorted(_at(compared, place), key=_turn)]
+        rows = [_change_row(r) for r in deciding_first(_at(compared, place))]
         figure = rows_figure(f"speed-{place.file}", place.title, rows, axis, keys=keys, band=band, reference=0)
         figures.append(replace(figure, caption=_base_text(_at(results, place))))
     return figures
@@ -66,11 +67,6 @@ def _base_text(results: Sequence[Result]) -> str:
 
 def _at(results: Sequence[Result], place: _Place) -> list[Result]:
     return [r for r in results if (r.engine, r.concurrency) == place]
-
-
-def _turn(result: Result) -> int:
-    order = (FOLDED, CONTROL)
-    return order.index(result.arm) if result.arm in order else len(order)
 
 
 def _percent(ratio: float) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from loraover.reporting.html_page import Table
-from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency
+from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
 
@@ -27,16 +29,25 @@ def arms_table(report: ParityReport) -> Table:
     return Table(("arm", "what it is"), rows, ("arm", "what it is"))
 
 
+def deciding_first(results: Sequence[Result]) -> list[Result]:
+    """Return the ratios in another order: the folded arm's, the control's, and the base model's last.
+
+    Args:
+        results: the ratios.
+    """
+    turn = {FOLDED: 0, CONTROL: 1, BASE: 3}
+    return sorted(results, key=lambda result: turn.get(result.arm, 2))
+
+
 def ratios_table(report: ParityReport) -> Table:
     """Every ratio of times, those of the folded arm first and the base model's last."""
-    turn = {FOLDED: 0, CONTROL: 1, BASE: 3}
     rows = [
         (
             *(r.engine, str(r.concurrency), r.arm, r.measure, f"{r.ratio:.4f}"),
             *(f"{low:.4f} to {high:.4f}" for low, high in (r.interval, r.adjusted_interval)),
             *(str(r.blocks), r.verdict),
         )
-        for r in sorted(report.results, key=lambda r: turn.get(r.arm, 2))
+        for r in deciding_first(report.results)
     ]
     columns = (
         *("engine", "at once", "arm", "measure", "ratio", "95 % interval", "adjusted interval", "blocks"),
