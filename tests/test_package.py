@@ -53,14 +53,17 @@ def stranger(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scripts
 
 
-def test_wheel_holds_code_types_and_recipes(wheel: Path) -> None:
+def test_wheel_holds_code_types_templates_and_recipes(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("loraover", "loraover_export", "loraover_serve"):
         assert {f"{package}/py.typed", f"{package}/cli/__init__.py"} <= names
     assert "loraover/training/recipes/demo.yaml" in names
     sources = {"loraover": ROOT, "loraover_export": ROOT / "export", "loraover_serve": ROOT / "serve"}
-    modules = {str(path.relative_to(root)) for name, root in sources.items() for path in (root / name).rglob("*.py")}
-    assert modules <= names
+    for ending in ("py", "j2"):
+        found = (
+            path.relative_to(root) for name, root in sources.items() for path in (root / name).rglob(f"*.{ending}")
+        )
+        assert {str(path.relative_to(root)) for root, path in files} <= names
     assert not [name for name in names if name.startswith("test") or "/test" in name]
 
 

@@ -309,7 +309,7 @@ def test_what_was_measured_is_shown_and_kept_where_the_page_cannot_be_written(
     def fill_the_disk(report: ParityReport) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loraover_serve.parity.run.render", fill_the_disk)
+    monkeypatch.setattr("loraover_serve.parity.run.to_page", fill_the_disk)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run(cli, words(made, "--num-prompts", "10", "--json", "--output", str(tmp_path / "out"))) == 2
     shown = capsys.readouterr()
