@@ -88,10 +88,13 @@ def test_a_page_begins_with_its_verdict(page: Page) -> None:
     assert "<dt>date</dt>" in page.html
 
 
-def test_figures_are_files_too(page: Page, tmp_path: Path) -> None:
-    page.write(tmp_path / "report.html")
+@pytest.mark.parametrize("is_hostile", [False, True])
+def test_figures_are_files_too(is_hostile: bool, page: Page, hostile_page: Page, tmp_path: Path) -> None:
+    found = hostile_page if is_hostile else page
+    found.write(tmp_path / "report.html")
     files = sorted((tmp_path / "figures").iterdir())
-    assert len(files) == len(page.figures)
+    assert len(files) == len(found.figures)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
     for file in files:
         assert ElementTree.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
         assert "var(" not in file.read_text(), "other programs than browsers do not know the page's colours"

@@ -92,8 +92,14 @@ class Page:
 
     def files(self, path: Path) -> dict[Path, str]:
         """Return the contents of all files by their path: the page, and each figure in a folder beside it."""
-        folder = path.parent / FIGURES
-        return {path: self.html} | {folder / f"{figure.name}.svg": figure.file() for figure in self.figures}
+        found, folder = {path: self.html}, path.parent / FIGURES
+        for figure in self.figures:
+            file, number = folder / f"{figure.name}.svg", 1
+            while file in found:  # names that differ only in what no file name should have
+                number += 1
+                file = folder / f"{figure.name}-{number}.svg"
+            found[file] = figure.file()
+        return found
 
 
 def make_page(
