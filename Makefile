@@ -84,7 +84,7 @@ test-engines: engines
 	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../runs/compatibility.md
 	mv runs/compatibility.md docs/compatibility.md
 
-# Chromium for the tests of the parity page, bubblewrap for those of HumanEval's sandbox, node and npm for those of
+# Chromium for the tests of the reports' pages, bubblewrap for those of HumanEval's sandbox, node and npm for those of
 # onnxruntime-web; they are skipped without.
 debian-packages:
 	@{ command -v chromium && command -v bwrap && command -v node && command -v npm; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \

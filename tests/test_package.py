@@ -56,14 +56,20 @@ def stranger(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scripts
 
 
-def test_wheel_holds_code_types_and_recipes(wheel: Path) -> None:
+def files_of(package: str, root: Path) -> set[str]:
+    """Paths of a package's modules and templates, as a wheel names them."""
+    found = (path for ending in ("py", "j2") for path in (root / package).rglob(f"*.{ending}"))
+    return {str(path.relative_to(root)) for path in found}
+
+
+def test_wheel_holds_code_types_templates_and_recipes(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("loraover", "loraover_export", "loraover_serve"):
         assert {f"{package}/py.typed", f"{package}/cli/__init__.py"} <= names
     assert "loraover/training/recipes/demo.yaml" in names
     sources = {"loraover": ROOT, "loraover_export": ROOT / "export", "loraover_serve": ROOT / "serve"}
-    modules = {str(path.relative_to(root)) for name, root in sources.items() for path in (root / name).rglob("*.py")}
-    assert modules <= names
+    shipped = (path for root in sources.items() for path in files_of(*root))
+    assert set(shipped) <= names
     assert not [name for name in names if name.startswith("test") or "/test" in name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -11,16 +12,17 @@ from loraover.common.command_line import Command
 
 @click.command(
     cls=Command,
-    examples=["loraover inspect runs/demo-1", "loraover inspect runs/demo-1/adapter --plot map.svg"],
+    examples=["loraover inspect runs/demo-1", "loraover inspect runs/demo-1/adapter --html inspect.html"],
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
-    help="New .svg or .png file for a map of the matrices with cores, and for their scores over time.",
+    help="New .svg file for a map of the matrices with cores, and for their scores over time.",
 )
+@click.option("--html", type=click.Path(path_type=Path), help="New .html file for the description, with these figures.")
 @click.option("--json", "as_json", is_flag=True, help="Print the description, with every score, as JSON.")
-def inspect(path: Path, plot: Path | None, as_json: bool) -> None:
+def inspect(path: Path, plot: Path | None, html: Path | None, as_json: bool) -> None:
     """Describe PATH: what it is, what was trained, and what may be done with it.
 
     PATH is the folder of a run, a LoRA-Over checkpoint, a plain or folded adapter, an export for vLLM or to ONNX.
@@ -29,12 +31,17 @@ def inspect(path: Path, plot: Path | None, as_json: bool) -> None:
     from rich.console import Console
 
     from loraover.inspection.folder import inspect_folder, read_schedule
+    from loraover.inspection.html import write_page
     from loraover.inspection.show import show_folder, show_next_steps
-    from loraover.reporting.schedule_map import plot_schedule, show_schedule
+    from loraover.reporting.schedule_figures import plot_schedule, schedule_figures
+    from loraover.reporting.schedule_map import show_schedule
 
     report = inspect_folder(path)
     if plot is not None:
         plot_schedule(read_schedule(path), plot)
+    if html is not None:
+        figures = [] if report.cores is None else schedule_figures(read_schedule(path))
+        write_page(report, figures, html, shlex.join(["loraover", "inspect", str(path), "--html", str(html)]))
     if as_json:
         print(report.model_dump_json(indent=1))
         return
@@ -43,3 +50,5 @@ def inspect(path: Path, plot: Path | None, as_json: bool) -> None:
     if report.cores is not None:
         show_schedule(read_schedule(path), console)
     show_next_steps(report, console)
+    for file in filter(None, (plot, html)):
+        console.print(f"wrote {file}", soft_wrap=True, markup=False, highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,11 @@ def hardware() -> str:
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def today() -> str:
+    """Return the day in UTC, such as "2026-03-01"."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def processor() -> str:

@@ -15,18 +15,20 @@ Rows = Iterator[tuple[str, str]]
 
 def show_folder(report: FolderReport, console: Console) -> None:
     """Print what a folder is and what was trained."""
+    _show([("folder", report.path), ("kind", report.kind), *folder_rows(report)], console)
+
+
+def folder_rows(report: FolderReport) -> list[tuple[str, str]]:
+    """Return what was trained, as names and values."""
     adapter = [] if report.adapter is None else list(_adapter_rows(report.adapter))
-    rows = [
-        ("folder", report.path),
-        ("kind", report.kind),
+    return [
         *([] if report.run is None else _run_rows(report.run)),
         *(adapter if report.run is None else adapter[1:]),  # a run has named its base model
         *([] if report.cores is None else _core_rows(report.cores)),
         *([] if report.vllm is None else _vllm_rows(report.vllm)),
         *([] if report.onnx is None else _onnx_rows(report.onnx)),
-        *((name, verdict) for name, verdict in report.verdicts.items()),
+        *report.verdicts.items(),
     ]
-    _show(rows, console)
 
 
 def show_next_steps(report: FolderReport, console: Console) -> None:

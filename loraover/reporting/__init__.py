@@ -1,1 +1,1 @@
-"""Progress, HTML pages and model cards."""
+"""Progress, report pages with their figures, and model cards."""

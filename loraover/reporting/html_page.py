@@ -1,62 +1,147 @@
-"""HTML pages that need no network, with plots that take the colour of their text from the page."""
+"""Reports as HTML pages: one template for all, which needs no network and no scripts.
+
+A page begins with its verdict in one sentence, then shows the figure that decides, and ends with its origin. A report
+supplies the verdict, figures, tables and a template that extends "page.html.j2"; style and colours are the page's.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-BASE_TEMPLATE = "page.html.j2"
-INK = "#0a0b0c"  # replaced by the page's text colour
-COLORS = ("#3b7dd8", "#d9822b", "#2e9e6b", "#c2406b", "#8a63d2", "#7a8a99")
-"""Colours that can be told apart on light and dark pages, and by people who do not see red and green."""
+from loraover.reporting.palette import css_variables
+from loraover.reporting.svg import Figure
+
+SHARED = ("page.html.j2", "parts.html.j2")
+FIGURES = "figures"
+"""Folder of a report's figures."""
+Tone = Literal["good", "bad", "open", "plain"]
 
 
-def render_page(template: str, **values: Any) -> str:
-    """Render a page.
+@dataclass(frozen=True)
+class Verdict:
+    """What a report found.
+
+    Args:
+        tone: "good", "bad", "open" if nothing could be decided, or "plain" if nothing was to be.
+        word: The verdict in a few words.
+        sentence: The verdict in one or two plain sentences with their figures.
+    """
+
+    tone: Tone
+    word: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Args:
+        columns: Names of the columns.
+        rows: Cells, which are escaped.
+        words: Columns of words, which begin at the left; numbers end at the right.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a report was made.
+
+    Args:
+        command: Command line that makes it again.
+        day: Day on which it was made, such as "2026-03-01"; None: unknown.
+        hardware: Machine in words.
+        versions: Versions of packages, by name.
+    """
+
+    command: str
+    day: str | None
+    hardware: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page and its figures.
+
+    Args:
+        html: The page, with its figures in it.
+        figures: The figures.
+    """
+
+    html: str
+    figures: Sequence[Figure]
+
+    def write(self, path: Path) -> None:
+        """Write the page, and each figure into a folder beside it.
+
+        Args:
+            path: File of the page, in a folder that is published later.
+        """
+        for file, content in self.files(path).items():
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(content, encoding="utf-8")
+
+    def files(self, path: Path) -> dict[Path, str]:
+        """Return the contents of all files by their path: the page, and each figure in a folder beside it."""
+        found, folder = {path: self.html}, path.parent / FIGURES
+        for figure in self.figures:
+            file, number = folder / f"{figure.name}.svg", 1
+            while file in found:  # names that differ only in what no file name should have
+                number += 1
+                file = folder / f"{figure.name}-{number}.svg"
+            found[file] = figure.file()
+        return found
+
+
+def make_page(
+    template: str,
+    *,
+    title: str,
+    heading: str,
+    verdict: Verdict,
+    facts: Mapping[str, str | None],
+    origin: Origin,
+    figures: Sequence[Figure] = (),
+    **values: Any,
+) -> Page:
+    """Make the page of a report.
 
     Args:
         template: Text of a Jinja template that extends "page.html.j2".
-        values: Values of the template's variables; every text is escaped.
+        title: Title of the browser's window.
+        heading: The question that the report answers.
+        verdict: The answer.
+        facts: Facts below the verdict, such as the engine and the base model; those that are None are left out. The
+            machine and the day follow.
+        origin: How the report was made.
+        figures: All figures of the report.
+        values: Further variables of the template; every text is escaped, and figures are named as here.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    base = files("loraover.reporting").joinpath(BASE_TEMPLATE).read_text(encoding="utf-8")
-    environment = Environment(loader=DictLoader({BASE_TEMPLATE: base}), autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(template).render(**values)
-
-
-@contextmanager
-def svg_axes(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
-    """Make axes to draw on, and an SVG of them after the block.
-
-    Args:
-        width: Width in inches.
-        height: Height in inches.
-
-    Yields:
-        The axes, and a list that holds the SVG after the block.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    style = {
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 11,
-        "axes.facecolor": "none",
-        "text.parse_math": False,
-    } | ink
-    drawn: list[str] = []
-    with rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        yield axes, drawn
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    drawn.append(svg[svg.index("<svg") :].replace(INK, "currentColor"))
+    room = files("loraover.reporting")
+    shared = {name: room.joinpath(name).read_text(encoding="utf-8") for name in SHARED}
+    environment = Environment(
+        loader=DictLoader(shared), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    shown = {**facts, "machine": origin.hardware or None, "date": origin.day}
+    html = environment.from_string(template).render(
+        title=title,
+        heading=heading,
+        verdict=verdict,
+        facts={name: value for name, value in shown.items() if value is not None},
+        origin=origin,
+        palette=css_variables(),
+        figures=figures,
+        **values,
+    )
+    return Page(html, figures)

@@ -1,27 +1,17 @@
-"""Display of a checkpoint's schedule: a map of layers and modules, and the scores over time."""
+"""Display of a checkpoint's schedule on a terminal: its decisions, and a map of layers and modules."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from loraover.checkpoint.checkpoint import Meta
-from loraover.common.atomic_output import publish_file
-from loraover.common.errors import ConfigError
 from loraover.overparam.sites import layer_of
-from loraover.reporting.html_page import COLORS
-
-PLAIN = "#e3e6ea"
-PLOT_TYPES = (".svg", ".png")
 
 
 @dataclass(frozen=True)
@@ -43,11 +33,16 @@ def placed(meta: Meta) -> dict[MapCell, int | None]:
     """Return the round, from 1, in which each matrix got cores, or None; in the order of the layers."""
     rounds = {name: number for number, found in enumerate(meta.rounds, 1) for name in found.chosen}
     names = dict.fromkeys([*(n for r in meta.rounds for n in r.scores), *(site.name for site in meta.sites)])
-    found = {_place(name): rounds.get(name, 1 if not meta.rounds else None) for name in names}
+    found = {place_of(name): rounds.get(name, 1 if not meta.rounds else None) for name in names}
     return dict(sorted(found.items(), key=lambda item: _order(item[0].layer)))
 
 
-def _place(name: str) -> MapCell:
+def place_of(name: str) -> MapCell:
+    """Return the place of a matrix in the map.
+
+    Args:
+        name: Name of the matrix, such as "model.layers.0.self_attn.q_proj.lora_A".
+    """
     module, _, matrix = name.rpartition(".lora_")
     parts = module.split(".")
     below = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
@@ -99,80 +94,4 @@ def _map(rounds: Mapping[MapCell, int | None]) -> Table:
 
 
 def _cell(number: int | None) -> str:
-    return " " if number == 0 else "·" if number is None else f"[{_color(number)}]{number}[/]"
-
-
-def _color(number: int) -> str:
-    return COLORS[(number - 1) % len(COLORS)]
-
-
-def plot_schedule(meta: Meta, path: Path) -> None:
-    """Draw the map, coloured by round, and beside it the mean score of each module type at each round.
-
-    Args:
-        meta: Metadata of the checkpoint.
-        path: New file, whose name ends in .svg or .png.
-
-    Raises:
-        ConfigError: The file exists, or its name has another ending.
-    """
-    if path.suffix not in PLOT_TYPES:
-        raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(PLOT_TYPES)}.")
-    if path.exists():
-        raise ConfigError(f"--plot {path}: is there already; name a new file.")
-    from matplotlib.figure import Figure
-
-    rounds = placed(meta)
-    has_scores = any(found.scores for found in meta.rounds)
-    layers = list(dict.fromkeys(place.layer for place in rounds))
-    figure = Figure(figsize=(13 if has_scores else 7, 2.5 + 0.22 * len(layers)), layout="constrained")
-    axes = figure.subplots(1, 2 if has_scores else 1, squeeze=False)[0]
-    _draw_map(axes[0], rounds)
-    if has_scores:
-        _draw_scores(axes[1], meta)
-    publish_file(
-        path,
-        lambda draft: figure.savefig(
-            draft, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None
-        ),
-    )
-
-
-def _draw_map(axes: Any, rounds: Mapping[MapCell, int | None]) -> None:
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
-
-    layers = list(dict.fromkeys(place.layer for place in rounds))
-    kinds = list(dict.fromkeys(f"{place.kind} {place.matrix}" for place in rounds))
-    image = np.ones((len(layers), len(kinds), 3))
-    for place, number in rounds.items():
-        color = PLAIN if number is None else _color(number)
-        image[layers.index(place.layer), kinds.index(f"{place.kind} {place.matrix}")] = to_rgb(color)
-    axes.imshow(image, aspect="auto", interpolation="none")
-    axes.set_xticks(range(len(kinds)), kinds, rotation=60, ha="right")
-    axes.set_yticks(range(len(layers)), layers)
-    axes.set_ylabel("layer")
-    found = sorted({number for number in rounds.values() if number is not None})
-    patches = [Patch(color=_color(number), label=f"round {number}") for number in found]
-    if None in rounds.values():
-        patches.append(Patch(color=PLAIN, label="plain"))
-    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False)
-
-
-def _draw_scores(axes: Any, meta: Meta) -> None:
-    steps = [found.step for found in meta.rounds]
-    series: dict[str, list[float]] = {}
-    for i, found in enumerate(meta.rounds):
-        by_kind: dict[str, list[float]] = {}
-        for name, score in found.scores.items():
-            place = _place(name)
-            by_kind.setdefault(f"{place.kind} {place.matrix}", []).append(score)
-        for kind, scores in by_kind.items():
-            series.setdefault(kind, [math.nan] * len(steps))[i] = float(np.mean(scores))
-    for i, (kind, means) in enumerate(series.items()):
-        axes.plot(steps, means, marker="o", label=kind, color=f"C{i // 2}", ls="-" if kind.endswith("A") else "--")
-    values = [v for means in series.values() for v in means if not math.isnan(v)]
-    axes.set_yscale("log" if min(values) > 0 else "linear")
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(f"{meta.config.score}, mean over plain matrices")
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return " " if number == 0 else "·" if number is None else f"[magenta]{number}[/]"

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy import stats
+from scipy import optimize, stats
 
 Losses = NDArray[np.float64]
 """Shape (seeds, examples): nats of each completion."""
 
 DRAWS = 4000
+POWER = 0.8
+"""Probability with which a study would show a difference that it could have seen."""
 BASIN = 0.01
 """Share of the lowest loss by which losses may be higher and still belong to the basin: the rates that do well."""
 
@@ -40,6 +42,9 @@ class RateSensitivity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     losses: dict[str, float] = Field(description="Mean validation loss by rate; rates that diverged are left out.")
+    seed_losses: dict[str, list[float]] = Field(
+        default_factory=dict, description="Validation loss of each seed by rate; empty in older files."
+    )
     best_rate: float = Field(description="Rate with the lowest mean validation loss.")
     is_bracketed: bool = Field(description="Whether the sweep has rates below and above the best one.")
     basin_decades: float = Field(
@@ -109,11 +114,30 @@ def difference(method: Losses, baseline: Losses, tokens: Losses, seed: int = 0) 
     return Difference(mean=mean, interval=(mean - half, mean + half), p=p)
 
 
-def sensitivity(by_rate: Mapping[float, float]) -> RateSensitivity:
+def detectable(found: Difference, seeds: int) -> float:
+    """Smallest true difference, in nats per token, that a study of this spread would show.
+
+    A two-sided t test at a level of 5 % would find it with a probability of `POWER`.
+
+    Args:
+        found: The measured difference, whose interval has the standard error.
+        seeds: Number of seeds.
+    """
+    freedom = seeds - 1
+    limit = float(stats.t.ppf(0.975, freedom))
+    error = (found.interval[1] - found.interval[0]) / (2 * limit)
+    shift = optimize.brentq(lambda mean: stats.nct.sf(limit, freedom, mean) - POWER, 0.0, 10 * limit)
+    return error * float(shift)
+
+
+def sensitivity(
+    by_rate: Mapping[float, float], seed_losses: Mapping[float, Sequence[float]] | None = None
+) -> RateSensitivity:
     """Describe how a method's loss depends on its rate.
 
     Args:
         by_rate: Mean validation loss at each rate; one that is not finite is worse than any other.
+        seed_losses: Validation loss of each seed, at rates without a failed run.
     """
     rates = sorted(by_rate)
     losses = [by_rate[rate] if math.isfinite(by_rate[rate]) else math.inf for rate in rates]
@@ -124,6 +148,7 @@ def sensitivity(by_rate: Mapping[float, float]) -> RateSensitivity:
     diverged = losses.count(math.inf)
     return RateSensitivity(
         losses={f"{rate:g}": loss for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)},
+        seed_losses={f"{rate:g}": list(each) for rate, each in sorted((seed_losses or {}).items())},
         best_rate=rates[best],
         is_bracketed=0 < best < len(rates) - 1,
         basin_decades=high - low,

@@ -69,6 +69,7 @@ class StudyReport(BaseModel):
     command: str = Field(description="Command line of the study.")
     versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     hardware: str = Field(description="Machines that trained.")
+    date: str | None = Field(None, description="Day on which the runs were judged, in UTC; None in older files.")
 
 
 def task_results(
@@ -202,16 +203,16 @@ def _overall(tasks: Sequence[TaskResult]) -> str:
     failed: Counter[str] = Counter()
     for task in tasks:
         for result in task.methods:
-            if _is_over(task, result.method) and result.difference is not None:
+            if is_over(task, result.method) and result.difference is not None:
                 settings.setdefault(result.method, []).append(result.difference)
         if task.baseline is not None:
-            failed.update(method for method in task.failed if _is_over(task, method))
+            failed.update(method for method in task.failed if is_over(task, method))
     for method in failed:
         settings.setdefault(method, [])
     if not settings:
         return "Whether LoRA-Over beats a tuned plain LoRA is unknown yet: a comparison needs both, and two seeds."
-    better = {method: sum(map(_is_better, found)) for method, found in settings.items()}
-    worse = {method: sum(map(_is_worse, found)) + failed[method] for method, found in settings.items()}
+    better = {method: sum(map(is_better, found)) for method, found in settings.items()}
+    worse = {method: sum(map(is_worse, found)) + failed[method] for method, found in settings.items()}
     counts = "; ".join(
         f"{method} is better on {better[method]}, worse on {worse[method]} of {len(found) + failed[method]}"
         + (f" ({failed[method]} failed at every rate)" if failed[method] else "")
@@ -235,16 +236,18 @@ def _overall(tasks: Sequence[TaskResult]) -> str:
     return f"{verdict}: of the tasks, {counts}{several}{edge}."
 
 
-def _is_over(task: TaskResult, method: str) -> bool:
+def is_over(task: TaskResult, method: str) -> bool:
     """Whether a method is LoRA-Over, and no ruler."""
     return method.startswith("lora-over") and method not in task.rulers
 
 
-def _is_better(found: Difference) -> bool:
+def is_better(found: Difference) -> bool:
+    """Whether a method's loss is lower than the baseline's, beyond chance."""
     return found.p <= ALPHA and found.mean < 0
 
 
-def _is_worse(found: Difference) -> bool:
+def is_worse(found: Difference) -> bool:
+    """Whether a method's loss is higher than the baseline's, beyond chance."""
     return found.p <= ALPHA and found.mean > 0
 
 
@@ -252,9 +255,9 @@ def _sentence(task: TaskResult, result: MethodResult) -> str:
     assert result.difference is not None
     mean, (low, high) = result.difference.mean, result.difference.interval
     figures = f"{mean:+.4f} nats per token [{low:+.4f}, {high:+.4f}], p {result.difference.p:.2g} after Holm"
-    if _is_better(result.difference):
+    if is_better(result.difference):
         verdict = f"{result.method} beats {task.baseline}"
-    elif _is_worse(result.difference):
+    elif is_worse(result.difference):
         verdict = f"{result.method} does not beat {task.baseline}: it is worse"
     else:
         verdict = f"{result.method} and {task.baseline} cannot be told apart"

@@ -14,14 +14,16 @@ from typing import Any
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
-from loraover.common.provenance import environment
+from loraover.common.provenance import environment, today
+from loraover.reporting.html_page import FIGURES
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover.study.analysis import Halves
 from loraover.study.grid import DEFAULT_METHODS, Run, make_grid
+from loraover.study.html import to_page
 from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
 from loraover.study.report import StudyReport, task_results, words
 from loraover.study.request import DEFAULT_SWEEP, StudyRequest
-from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_html, to_markdown
+from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_markdown
 from loraover.study.tuning import Plan, hours_left, plan_runs
 from loraover.training.recipe import Recipe
 
@@ -66,7 +68,8 @@ def run_study(
 
     Every combination of recipe, method, rate and seed is trained in a process; with `tuning_seeds`, further seeds are
     trained at the chosen rates only. Runs that are finished are kept, so the same call continues a study that was
-    stopped. `study.json`, `study.md` and `study.html` are written to `output`.
+    stopped. `study.json`, `study.md`, `study.html` and its figures are
+    written to `output`.
 
     Args:
         recipes: Names of recipes that ship, or YAML files; each is a task.
@@ -107,12 +110,13 @@ def run_study(
     grid = make_grid(request.recipes, request.rates, seeds, shared, request.task_rates, request.rulers)
     outcomes = finished(grid, folder) if report_only else run_grid(grid, folder, where, report, tuning_seeds)
     found = make_report(grid, outcomes, request.command(folder) if command is None else command, tuning_seeds)
-    for name, content in (
-        (REPORT_FILE, found.model_dump_json(indent=1) + "\n"),
-        (TABLE_FILE, to_markdown(found)),
-        (HTML_FILE, to_html(found)),
-    ):
-        publish_text(folder / name, content)
+    (folder / FIGURES).mkdir(exist_ok=True)
+    for path, content in {
+        folder / REPORT_FILE: found.model_dump_json(indent=1) + "\n",
+        folder / TABLE_FILE: to_markdown(found),
+        **to_page(found).files(folder / HTML_FILE),
+    }.items():
+        publish_text(path, content)
     return found
 
 
@@ -265,6 +269,7 @@ def make_report(
         versions=environment("scipy", "transformers"),
         hardware="; ".join(sorted({found.hardware for found in outcomes.values() if found.hardware}))
         or "unknown hardware",
+        date=today(),
     )
 
 

@@ -1,22 +1,18 @@
-"""A study's report for people: Markdown, and one HTML page with plots."""
+"""A study's report for people, in Markdown."""
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
 
-from loraover.reporting.html_page import COLORS, INK, render_page, svg_axes
 from loraover.study.report import MethodResult, StudyReport, TaskResult
 
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
-TEMPLATE = "study.html.j2"
 COLUMNS = (
     *("method", "rate", "test loss (sd)", "difference [95 %], p", "trained", "s / step", "GiB", "step norm"),
     *("update norm", "fold error", "basin", "regret"),
 )
-HIGHEST = 1.5  # times the lowest loss
 END_NOTE = " (end): the best rate is at an end of the sweep."
 
 
@@ -51,14 +47,14 @@ def _row(r: MethodResult, task: TaskResult) -> str:
     cells = [
         method_text(r.method, task),
         f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}",
-        f"{r.test_loss:.4f} ({_figure(r.deviation, '.4f')})",
+        f"{r.test_loss:.4f} ({figure_text(r.deviation, '.4f')})",
         compared,
         f"{r.trained_parameters:,}",
-        _figure(r.step_seconds, ".2f"),
-        _figure(gibibytes(r), ".2f"),
-        _figure(r.step_norm, ".3g"),
-        _figure(r.update_norm, ".3g"),
-        _figure(r.fold_error, ".1e"),
+        figure_text(r.step_seconds, ".2f"),
+        figure_text(gibibytes(r), ".2f"),
+        figure_text(r.step_norm, ".3g"),
+        figure_text(r.update_norm, ".3g"),
+        figure_text(r.fold_error, ".1e"),
         f"{at_least}{r.sensitivity.basin_decades:.2f}",
         regret_text(r),
     ]
@@ -78,7 +74,8 @@ def method_text(method: str, task: TaskResult) -> str:
     return f"{method} (ruler)" if method in task.rulers else method
 
 
-def _figure(value: float | None, form: str) -> str:
+def figure_text(value: float | None, form: str) -> str:
+    """Return a figure, or "-" for None."""
     return "-" if value is None else format(value, form)
 
 
@@ -98,68 +95,3 @@ def regret_text(r: MethodResult) -> str:
 def unfinished(report: StudyReport) -> str:
     """Sentence for a report of a study that is still running."""
     return f"The study is not finished: {report.runs} runs are done, and only the first {report.seeds} seeds count."
-
-
-def to_html(report: StudyReport) -> str:
-    """HTML page; every text of the report is escaped."""
-    template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
-    tasks = [(task, difference_plot(task), rate_plot(task)) for task in report.tasks]
-    shown = {
-        "figure": _figure,
-        "gibibytes": gibibytes,
-        "regret": regret_text,
-        "unfinished": unfinished,
-        "seeds_text": seeds_text,
-        "method_text": method_text,
-        "end_note": END_NOTE,
-    }
-    return render_page(template, report=report, tasks=tasks, **shown)
-
-
-def difference_plot(task: TaskResult) -> str:
-    """Plot of each method's difference to the baseline with its interval; empty where nothing is compared."""
-    compared = [(r.method, r.difference) for r in task.methods if r.difference is not None]
-    if not compared:
-        return ""
-    with svg_axes(8, 1.0 + 0.36 * len(compared)) as (axes, drawn):
-        axes.axvline(0, color=INK, lw=0.8)
-        for y, (method, found) in enumerate(reversed(compared)):
-            color = _color(task, method)
-            axes.plot(found.interval, [y, y], color=color, lw=2.5, solid_capstyle="butt")
-            axes.plot([found.mean], [y], "o", color=color, ms=7)
-        axes.set_yticks(range(len(compared)), [method_text(method, task) for method, _ in reversed(compared)])
-        axes.set_xlabel(f"test loss minus that of {task.baseline}, nats per token")
-    return drawn[0]
-
-
-def _color(task: TaskResult, method: str) -> str:
-    return COLORS[[result.method for result in task.methods].index(method) % len(COLORS)]
-
-
-def rate_plot(task: TaskResult) -> str:
-    """Plot of validation loss against learning rate, one line for each method; empty where every method failed.
-
-    Losses above `HIGHEST` times the lowest are outside the plot, so that the lowest parts of the curves can be seen.
-    """
-    if not task.methods:
-        return ""
-    swept = sorted({float(rate) for result in task.methods for rate in result.sensitivity.losses})
-    lowest = min(loss for result in task.methods for loss in result.sensitivity.losses.values())
-    with svg_axes(8, 3.8) as (axes, drawn):
-        for result in task.methods:
-            losses = result.sensitivity.losses
-            axes.plot(
-                [float(rate) for rate in losses],
-                list(losses.values()),
-                marker="o",
-                color=_color(task, result.method),
-                label=method_text(result.method, task),
-            )
-        axes.set_xscale("log")
-        axes.set_xticks(swept, [f"{rate:g}" for rate in swept])
-        axes.set_xticks([], minor=True)
-        axes.set_ylim(0.97 * lowest, min(axes.get_ylim()[1], HIGHEST * lowest))
-        axes.set_xlabel("learning rate")
-        axes.set_ylabel("validation loss, nats per token")
-        axes.legend(frameon=False, fontsize=9)
-    return drawn[0]

@@ -88,12 +88,17 @@ def tune(
     """
     half = Halves(len(tokens)).validation
     means: dict[float, float] = {}
+    each: dict[float, list[float]] = {}
     for rate in dict.fromkeys(run.rate for run in runs):
         same = [run for run in runs if run.rate == rate and run in outcomes]
         tuning = [outcomes[run] for run in same if run.seed < tuning_seeds]
-        is_failed = any(outcomes[run].failure is not None for run in same)
-        means[rate] = math.inf if is_failed else mean_loss(losses_of(tuning, half), tokens[half])
-    return sensitivity(means) if any(map(math.isfinite, means.values())) else None
+        if any(outcomes[run].failure is not None for run in same):
+            means[rate] = math.inf
+            continue
+        losses = losses_of(tuning, half)
+        means[rate] = mean_loss(losses, tokens[half])
+        each[rate] = [mean_loss(row[None], tokens[half]) for row in losses]
+    return sensitivity(means, each) if any(map(math.isfinite, means.values())) else None
 
 
 def losses_of(outcomes: Sequence[Outcome], half: slice) -> Losses:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
     """Print one column for each run, by the run's name."""
-    table = Table(box=SIMPLE)
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("")
     for run in results:
         table.add_column(escape(run), overflow="fold")

@@ -159,7 +159,7 @@ def plot_of(found: dict[str, Times]) -> Plot:
         x="parameters of the adapter, millions",
         y="seconds",
         ticks=[times.parameters / 1e6 for times in found.values()],
-        names="{:.0f}",
+        names=".0f",
     )
     models = list(found)
     return Plot(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loraover.reporting.html_page import COLORS, svg_axes
+from loraover.reporting.figures import Curve, curves_figure
+from loraover.reporting.svg import Axis
 
 WIDTH = 100
 """Columns of a terminal into which every table fits."""
-PAPER = "background:#ffffff;color:#1b1b1b"
-"""Ground and ink of a plot: an image of a page cannot take the page's colours."""
+COLORS = ("baseline", "subject", "base", "open", "other", "noise")
+"""Colours of curves, which differ from plot to plot and so have no meaning here."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,16 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], *, x: str, y: str, ticks:
         x: Name of the horizontal axis.
         y: Name of the vertical axis.
         ticks: Places on the horizontal axis that have a name.
-        names: Format of these names, such as "{:,.0f}".
+        names: Format of these names, such as ",.0f".
     """
-    with svg_axes(5, 3.6) as (axes, drawn):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for color, marker, (name, points) in zip(COLORS, "osD^vX", curves.items(), strict=False):
-            places, values = [point.x for point in points], [point.y for point in points]
-            ends = [[p.y - p.low for p in points], [p.high - p.y for p in points]]
-            axes.errorbar(places, values, yerr=ends, color=color, marker=marker, ms=5, capsize=3, label=name)
-        axes.set_xticks(ticks, [names.format(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.grid(alpha=0.25)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        axes.legend(frameon=False, fontsize=10)
-    return drawn[0].replace("<svg ", f'<svg style="{PAPER}" ', 1)
+    drawn = [
+        Curve(name, color, [(p.x, p.y) for p in points], [(p.low, p.high) for p in points])
+        for color, (name, points) in zip(COLORS, curves.items(), strict=False)
+    ]
+    every = [point for points in curves.values() for point in points]
+    across = Axis.around(x, [point.x for point in every], is_log=True)
+    up = Axis.around(y, [end for point in every for end in (point.low, point.high)], is_log=True)
+    return curves_figure(y, f"{y} against {x}", drawn, replace(across, ticks=ticks, form=names), up).file()
 
 
 def console() -> Console:

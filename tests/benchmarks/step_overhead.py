@@ -217,7 +217,7 @@ def curve_plot(curves: Curves) -> Plot:
         for arm in CURVE:
             points[arm].append(Point(sites, *median_interval([1000 * s.host for s in seconds[arm]])[:3]))
     svg = draw_curves(
-        points, x="sites", y="host time of an optimizer step, ms", ticks=(30, 100, 300, 1000, 2000), names="{:,.0f}"
+        points, x="sites", y="host time of an optimizer step, ms", ticks=(30, 100, 300, 1000, 2000), names=",.0f"
     )
     description = f"Host time of an optimizer step against the number of sites, {min(curves)} to {max(curves):,}."
     return Plot("step-overhead", f"{description} The numbers are in the table above.", svg)

@@ -31,7 +31,7 @@ from support.refusals import fold, one_message, only_error
 
 pytestmark = pytest.mark.process
 
-WHOLE = {CONFIG, TENSORS, "fold_certificate.json", "README.md"}
+WHOLE = {CONFIG, TENSORS, "fold_certificate.json", "fold.html", "figures", "README.md"}
 
 
 @pytest.fixture(scope="module")

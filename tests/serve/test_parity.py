@@ -104,7 +104,7 @@ def test_a_large_difference_between_copies_is_named(slower: dict[str, float]) ->
 def test_a_noisy_machine_says_how_many_blocks_would_do() -> None:
     verdict, reason = judged(Clockwork({}, noise=0.3))
     assert verdict == "inconclusive"
-    found = re.search(r"about (\d+) would be enough", reason)
+    found = re.search(r"about (\d+) requests would be enough", reason)
     assert found is not None
     assert int(found[1]) > 40
 
@@ -309,7 +309,7 @@ def test_what_was_measured_is_shown_and_kept_where_the_page_cannot_be_written(
     def fill_the_disk(report: ParityReport) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loraover_serve.parity.run.render", fill_the_disk)
+    monkeypatch.setattr("loraover_serve.parity.run.to_page", fill_the_disk)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run(cli, words(made, "--num-prompts", "10", "--json", "--output", str(tmp_path / "out"))) == 2
     shown = capsys.readouterr()

@@ -79,7 +79,7 @@ def test_a_fault_after_enough_blocks_leaves_their_report(
     (found,) = report.runs
     assert (found.blocks, len(found.samples), found.failure) == (6, 6 * BLOCK, report.reason)
     assert {result.blocks for result in report.results} == {6}
-    assert "<strong>failed</strong>" in (tmp_path / "out" / "parity.html").read_text()
+    assert '<p class="word">failed</p>' in (tmp_path / "out" / "parity.html").read_text()
     assert "words:" in (tmp_path / "out" / "vllm.log").read_text()
 
 

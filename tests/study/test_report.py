@@ -13,10 +13,11 @@ from loraover.common.errors import LoraOverError
 from loraover.common.multiple_testing import holm
 from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid
+from loraover.study.html import to_page
 from loraover.study.outcome import DIVERGED, OUT_OF_MEMORY, Outcome
 from loraover.study.report import StudyReport, TaskResult, task_results, words
 from loraover.study.runner import make_report
-from loraover.study.show import to_html, to_markdown
+from loraover.study.show import to_markdown
 
 from support.tiny_hub import write_recipe
 
@@ -104,7 +105,7 @@ def test_a_best_rate_at_an_end_is_marked_of_both(tmp_path: Path) -> None:
     report = report_of(tasks)
     assert "| lora | 0.01 (end) |" in to_markdown(report)
     assert "| lora-over | 0.0001 (end) |" in to_markdown(report)
-    assert "0.01 (end)" in to_html(report)
+    assert "0.01 (end)" in to_page(report).html
     (task,) = judged(runs, {"lora": (1.2, 1.1, 1.0), "lora-over": MIDDLE})
     assert "the best rate of lora is at an end of the sweep" in words([task])[1]
 
@@ -190,7 +191,7 @@ def test_nothing_stands_in_for_a_plain_lora_that_diverged(tmp_path: Path) -> Non
     assert "every plain LoRA failed at every rate" in words(tasks)[1]
     report = report_of(tasks)
     assert "| baseline |" not in to_markdown(report)
-    assert "there is no baseline" in to_html(report)
+    assert "there is no baseline" in to_page(report).html
 
 
 def test_a_task_of_which_every_run_failed_is_reported(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_a_task_of_which_every_run_failed_is_reported(tmp_path: Path) -> None:
     (task,) = report.tasks
     assert (task.methods, task.baseline) == ([], None)
     assert task.failures[0].endswith("seed-0: out of memory")
-    assert "out of memory" in to_html(report)
+    assert "out of memory" in to_page(report).html
 
 
 def test_a_rate_that_diverged_is_no_better_than_a_bad_one(tmp_path: Path) -> None:

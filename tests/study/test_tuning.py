@@ -14,11 +14,12 @@ from loraover.reporting.reporter import SILENT, Reporter
 from loraover.study import runner
 from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid
+from loraover.study.html import to_page
 from loraover.study.outcome import DIVERGED, OUTCOME_FILE, Outcome, digest
 from loraover.study.report import StudyReport
 from loraover.study.request import StudyRequest
 from loraover.study.runner import Where, finished, make_report, run_grid
-from loraover.study.show import to_html, to_markdown
+from loraover.study.show import to_markdown
 from loraover.study.tuning import hours_left, plan_runs
 from loraover.training.recipe import Recipe
 
@@ -98,7 +99,7 @@ def test_further_seeds_are_trained_at_the_chosen_rate_only(grid: list[Run], mach
     ]
     assert (report.is_whole, report.seeds, report.tuning_seeds, report.runs) == (True, SEEDS, TUNING, 54)
     assert "20 test examples, 5 seeds, the first 2 of which chose the rates." in to_markdown(report)
-    assert "5 seeds, the first 2 of which chose the rates; 54 runs" in to_html(report)
+    assert "5 seeds, the first 2 of which chose the rates; 54 runs" in to_page(report).html
 
 
 def test_all_seeds_judge_and_the_tuning_seeds_show_the_rates(grid: list[Run], machine: Machine, tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_a_ruler_is_shown_and_neither_a_baseline_nor_in_the_verdict(
     assert not any(RULER in line for line in report.words)
     assert report.words[0].startswith("LoRA-Over beats tuned plain LoRA here")
     assert f"| {RULER} (ruler) |" in to_markdown(report)
-    assert f"{RULER} (ruler)" in to_html(report)
+    assert f"{RULER} (ruler)" in to_page(report).html
 
 
 def test_a_ruler_of_lora_over_decides_nothing(tmp_path: Path) -> None:

@@ -70,24 +70,27 @@ def test_json_has_all_scores(dynamic: Path, capsys: pytest.CaptureFixture[str]) 
         assert set(chosen) == set(sorted(scores, key=lambda name: -scores[name])[: len(chosen)])
 
 
-@pytest.mark.parametrize("kind", ["svg", "png"])
-def test_a_picture_is_written_once(
-    dynamic: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("option", "name"), [("--plot", "map.svg"), ("--html", "inspect.html")])
+def test_a_picture_or_page_is_written_once(
+    option: str, name: str, dynamic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = tmp_path / f"map.{kind}"
-    assert run(cli, ["inspect", str(dynamic), "--plot", str(picture)]) == 0
-    content = picture.read_bytes()
-    assert content.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
-    assert run(cli, ["inspect", str(dynamic), "--plot", str(picture)]) == 2
+    words = ["inspect", str(dynamic), option, str(tmp_path / name)]
+    assert run(cli, words) == 0
+    assert f"wrote {tmp_path / name}" in capsys.readouterr().out
+    content = (tmp_path / name).read_text()
+    assert "Round in which each matrix got cores" in content
+    assert "self_attn.q_proj: scores" in content
+    assert run(cli, words) == 2
     assert "is there already" in capsys.readouterr().err
-    assert picture.read_bytes() == content
+    assert (tmp_path / name).read_text() == content
 
 
-def test_a_picture_of_another_type_is_refused(
-    dynamic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("option", "ending"), [("--plot", ".svg"), ("--html", ".html")])
+def test_a_file_of_another_type_is_refused(
+    option: str, ending: str, dynamic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(cli, ["inspect", str(dynamic), "--plot", str(tmp_path / "map.docx")]) == 2
-    assert ".svg or .png" in capsys.readouterr().err
+    assert run(cli, ["inspect", str(dynamic), option, str(tmp_path / "map.docx")]) == 2
+    assert f"ends in {ending}" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_schedule_is_all_of_round_one(

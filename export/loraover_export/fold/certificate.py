@@ -106,6 +106,7 @@ class FoldCertificate(BaseModel):
     output_bound: float | None = Field(description="largest allowed logit error; None without a check of the outputs")
     versions: dict[str, str] = Field(description="versions of Python and packages, by name")
     hardware: str = Field(description="processor and accelerator of the machine, in words")
+    date: str | None = Field(default=None, description="day of the fold, in UTC; None in older files")
 
     @property
     def passed(self) -> bool:

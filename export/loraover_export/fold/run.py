@@ -12,7 +12,7 @@ from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkp
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
-from loraover.common.provenance import environment, hardware
+from loraover.common.provenance import environment, hardware, today
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
@@ -20,6 +20,7 @@ from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.certificate import CERTIFICATE_FILE, CheckVerdict, FoldCertificate, OutputCertificate
 from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_config, write_folded
+from loraover_export.fold.html import HTML_FILE, to_page
 from loraover_export.fold.request import FoldRequest
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 
@@ -45,7 +46,7 @@ def fold_checkpoint(
 
     Args:
         checkpoint: folder of a LoRA-Over checkpoint, or a `checkpoint-N` of a Hugging Face Trainer.
-        output: new folder for the adapter, its certificate and a model card.
+        output: new folder for the adapter, its certificate, its report `fold.html` with figures, and a model card.
         dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
         check_error: also run the folded adapter, as PEFT loads it, beside the unfolded model and compare all logits.
         model: base model to run for `check_error`, folder or hub name; None means the one that the checkpoint names.
@@ -97,6 +98,7 @@ def fold_checkpoint(
             raise _RejectedError
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
+        to_page(certificate, request.command()).write(draft / HTML_FILE)
     return certificate
 
 
@@ -134,6 +136,7 @@ def _fold(
         output_bound=None if outputs is None else outputs.bound,
         versions=environment(),
         hardware=hardware(),
+        date=today(),
     )
 
 

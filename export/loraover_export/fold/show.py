@@ -65,9 +65,11 @@ def _show_matrices(certificate: FoldCertificate, console: Console) -> None:
 def _show_outputs(outputs: OutputCertificate, console: Console) -> None:
     where = f"{outputs.compute_dtype} on {outputs.device}"
     table = Table(
-        box=SIMPLE, title=f"Folded against unfolded: {escape(outputs.prompt_source)}, {outputs.tokens} tokens, {where}"
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"Folded against unfolded: {escape(outputs.prompt_source)}, {outputs.tokens} tokens, {where}",
     )
-    for column in ("", "max logit", "mean logit", "max KL", "mean KL", "top-1 agreement"):
+    for column in ("", "max logit", "mean logit", "max KL", "mean KL", "same top-1"):
         table.add_column(column, justify="left" if not column else "right")
     for label, d in (("error", outputs.error), ("noise floor", outputs.noise)):
         table.add_row(

@@ -12,19 +12,21 @@ from rich.table import Table
 from loraover_export.fold.certificate import POWER
 from loraover_export.onnx.report import GraphCheck, OnnxReport
 
+CAPTION = "largest errors of logits; effect: the adapter's change of a logit"
+
 
 def show_report(report: OnnxReport, output: Path, console: Console) -> None:
     """Print errors and bounds of each adapter, the verdict, and where the files are."""
     if report.checks:
-        table = Table(box=SIMPLE, title=_title(report))
-        for column in ("adapter", "max logit error", "noise", "allowed", "adapter's effect", "greedy tokens"):
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title=_title(report), caption=CAPTION)
+        for column in ("adapter", "error", "noise", "allowed", "effect", "greedy tokens"):
             table.add_column(column, justify="left" if column == "adapter" else "right")
         for check in report.checks:
             table.add_row(
-                escape(check.adapter or "none") + (", its change" if check.compared == "change" else ""),
-                f"{check.error:.2e}",
-                f"{check.noise:.2e}",
-                f"{check.bound:.2e}",
+                escape(check.adapter or "none") + (" (change)" if check.compared == "change" else ""),
+                f"{check.error:.1e}",
+                f"{check.noise:.1e}",
+                f"{check.bound:.1e}",
                 f"{check.adapter_effect:.3g}",
                 _greedy(check),
             )
@@ -54,4 +56,4 @@ def _greedy(check: GraphCheck) -> str:
         return "-"
     if greedy.first_difference is None:
         return f"{greedy.tokens} equal"
-    return f"{greedy.first_difference} equal, then a gap of {greedy.gap:.1e}"
+    return f"{greedy.first_difference} equal, gap {greedy.gap:.2g}"

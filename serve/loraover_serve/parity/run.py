@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loraover.common.atomic_output import check_writable, publish_directory, publish_text
 from loraover.common.errors import OutputError
+from loraover.common.provenance import today
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
 from loraover.reporting.reporter import SILENT, Reporter
@@ -18,7 +19,7 @@ from loraover_serve.parity.judge.analysis import Result, latencies, overall, res
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
 from loraover_serve.parity.measure.start import LOG_FILE, Launch
 from loraover_serve.parity.measure.workload import WorkloadKind, make_requests
-from loraover_serve.parity.report.html import HTML_FILE, render
+from loraover_serve.parity.report.html import HTML_FILE, to_page
 from loraover_serve.parity.report.machine import machine, versions
 from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport, UnwrittenReportError
 from loraover_serve.parity.request import ParityRequest
@@ -195,7 +196,7 @@ def _write(report: ParityReport, output: Path, adapter: Path, kept: Path) -> Non
     publish_text(kept / REPORT_FILE, report.model_dump_json() + "\n")
     try:
         with publish_directory(output, outside=adapter) as draft:
-            (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
+            to_page(report).write(draft / HTML_FILE)
             for file in kept.iterdir():
                 shutil.copyfile(file, draft / file.name)
     except OutputError as error:
@@ -273,4 +274,5 @@ def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityRep
         command=request.command(),
         versions=versions(request.engines) | measured.versions,
         hardware=machine(),
+        date=today(),
     )

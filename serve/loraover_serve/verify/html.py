@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from loraover.reporting.html_page import render_page
-from loraover_serve.verify.report import VerifyReport
+from loraover.common.provenance import today
+from loraover.reporting.figures import Band, Key, Point, Row, rows_figure
+from loraover.reporting.html_page import Origin, Page, Table, Tone, Verdict, make_page
+from loraover.reporting.svg import Axis, Figure, Shape, short
+from loraover_serve.verify import report as reported
+from loraover_serve.verify.report import EXIT_CODES, EngineResult, VerifyReport
 
 HTML_FILE = "verify.html"
 TEMPLATE = "verify.html.j2"
+TONES: dict[reported.Verdict, Tone] = {
+    "as trained": "good",
+    "differs": "bad",
+    "inconclusive": "open",
+    "failed": "bad",
+}
+SHOWN = 6  # suspects in a figure; the table has all
+LOWEST = 1e-6  # nats, below which a distance is drawn at the left end
 
 
 def render(report: VerifyReport) -> str:
@@ -17,4 +30,157 @@ def render(report: VerifyReport) -> str:
     Args:
         report: the report.
     """
-    return render_page(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"), report=report)
+    return to_page(report, today()).html
+
+
+def to_page(report: VerifyReport, day: str) -> Page:
+    """Make the report's page.
+
+    Args:
+        report: the report.
+        day: day of the verification, in UTC.
+    """
+    results = _worst_first(report.engines)
+    suspected = [result for result in results if result.suspects]
+    distances = _distances([result for result in results if result.adapter is not None])
+    suspects = [_suspects(result) for result in suspected]
+    return make_page(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title=f"Verification: {report.verdict}",
+        heading="Does the engine answer as the adapter was trained?",
+        verdict=verdict_of(report),
+        facts={
+            "engine": ", ".join(f"{result.engine} {result.version or ''}".strip() for result in report.engines),
+            "adapter": report.adapter,
+            "base model": report.base_model,
+        },
+        origin=Origin(report.command, day, report.hardware, report.versions),
+        figures=[*distances, *suspects],
+        report=report,
+        results=results,
+        distances=distances,
+        suspects=suspects,
+        table=_distances_table(results),
+        tables=[(result.engine, _suspects_table(result)) for result in suspected],
+    )
+
+
+def verdict_of(report: VerifyReport) -> Verdict:
+    """Return the verdict on all engines in plain sentences with their figures, the worst first.
+
+    Args:
+        report: the report.
+    """
+    results = _worst_first(report.engines)
+    passed = [result for result in results if result.verdict == "as trained"]
+    sentences = [_sentence(result) for result in results if result.verdict != "as trained"]
+    return Verdict(TONES[report.verdict], report.verdict, " ".join(sentences + ([_passed(passed)] if passed else [])))
+
+
+def _worst_first(results: Iterable[EngineResult]) -> list[EngineResult]:
+    order = list(EXIT_CODES)
+    return sorted(results, key=lambda result: order.index(result.verdict))
+
+
+def _passed(results: Sequence[EngineResult]) -> str:
+    names = " and ".join(filter(None, (", ".join(r.engine for r in results[:-1]), results[-1].engine)))
+    subject = f"{names} answer{'' if len(results) > 1 else 's'} as trained"
+    worst = max(results, key=lambda result: result.adapter.rms if result.adapter else 0.0)
+    if worst.adapter is None:
+        return f"{subject}."
+    most = "at most " if len(results) > 1 else ""
+    return (
+        f"{subject}: off by {most}{short(worst.adapter.rms)} nats, where noise explains {short(worst.allowed)} and the "
+        f"adapter moves logprobs by {short(worst.effect)}."
+    )
+
+
+def _sentence(result: EngineResult) -> str:
+    if result.verdict == "failed":
+        return f"{result.engine} failed: {_ended(result.reason)}"
+    if result.verdict == "inconclusive":
+        return f"{result.engine} cannot be judged: {_ended(result.reason)}"
+    nearest = next((suspect for suspect in result.suspects if suspect.explains), None)
+    if result.fault is None or nearest is None or result.adapter is None:
+        return f"{result.engine} does not answer as trained: {_ended(result.reason)}"
+    return (
+        f"{result.engine} does not answer as trained: it is off by {short(result.adapter.rms)} nats, where noise "
+        f"explains {short(result.allowed)}. The likely fault is {result.fault}: {nearest.detail}. With it, "
+        f"{short(nearest.rms)} nats remain."
+    )
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
+
+
+def _axis(label: str, values: Sequence[float]) -> Axis:
+    return Axis.around(label, [max(value, LOWEST) for value in values], is_log=True)
+
+
+def _distances(results: Sequence[EngineResult]) -> list[Figure]:
+    """Draw each engine's distance beside what noise explains and what the adapter changes; empty if none answered."""
+    rows, drawn = [], [LOWEST]
+    for result in results:
+        off = None if result.adapter is None else result.adapter.rms
+        noise = None if result.base is None else result.base.rms
+        shown: list[tuple[float | None, str, Shape]] = [
+            (noise, "noise", "diamond"),
+            (off, "subject", "circle"),
+            (result.effect, "effect", "bar"),
+        ]
+        points = [Point(max(value, LOWEST), color, shape) for value, color, shape in shown if value is not None]
+        allowed = result.allowed or 0.0
+        note = f"{short(off)}, allowed {short(result.allowed)}"
+        rows.append(Row(f"{result.engine}: {result.verdict}", note, points, bands=[Band(LOWEST / 10, allowed)]))
+        drawn += [*(point.value for point in points), max(allowed, LOWEST)]
+    if not rows:
+        return []
+    keys: list[Key] = [
+        ("adapter", "subject", "circle"),
+        ("noise: base model", "noise", "diamond"),
+        ("noise explains", "good", None),
+        ("the adapter's effect", "effect", "bar"),
+    ]
+    axis = _axis("RMS distance of logprobs, nats", drawn)
+    return [rows_figure("distances", "Distance of each engine from PyTorch", rows, axis, keys=keys)]
+
+
+def _suspects(result: EngineResult) -> Figure:
+    """Draw how far an engine's answers are from PyTorch's with each of the nearest faults."""
+    shown = result.suspects[:SHOWN]
+    rows = [Row(s.detail, short(s.rms), [Point(max(s.rms, LOWEST), "bad" if s.explains else "other")]) for s in shown]
+    allowed = result.allowed or 0.0
+    axis = _axis("RMS distance of logprobs, nats", [*(s.rms for s in shown), allowed])
+    keys: list[Key] = [
+        ("fault that explains the answers", "bad", "circle"),
+        ("other faults", "other", "circle"),
+        ("noise explains", "good", None),
+    ]
+    title = f"Suspected faults: {result.engine}"
+    return rows_figure(f"faults-{result.engine}", title, rows, axis, keys=keys, band=Band(LOWEST / 10, allowed))
+
+
+def _distances_table(results: Sequence[EngineResult]) -> Table:
+    columns = (
+        *("engine", "version", "verdict", "adapter", "allowed", "effect", "noise", "as", "same text", "largest gap"),
+        *("mixed batch", "positions", "compared", "seconds"),
+    )
+    rows = [
+        (
+            *(r.engine, r.version or "-", r.verdict, short(r.adapter.rms if r.adapter else None), short(r.allowed)),
+            *(short(r.effect), short(r.base.rms if r.base else None), r.number_format or "-"),
+            "-" if r.greedy is None else f"{100 * r.greedy.equal:.0f} %",
+            short(r.greedy.gap if r.greedy else None),
+            short(r.mixed.base.rms if r.mixed else None),
+            str(r.adapter.positions) if r.adapter else "-",
+            *(r.compared or "-", f"{r.seconds:.0f}"),
+        )
+        for r in results
+    ]
+    return Table(columns, rows, ("engine", "version", "verdict", "as", "compared"))
+
+
+def _suspects_table(result: EngineResult) -> Table:
+    rows = [(s.fault, s.detail, short(s.rms), "yes" if s.explains else "no") for s in result.suspects]
+    return Table(("fault", "what it computes", "distance", "explains"), rows, ("fault", "what it computes", "explains"))

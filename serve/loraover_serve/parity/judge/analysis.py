@@ -173,9 +173,8 @@ def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different",
             )
         return "different", _by(worst)
     if noisy or open_:
-        requests = max(2 * result.blocks * result.waves * result.concurrency for result in found)
         cause = "this machine is too noisy" if noisy else "an interval reaches beyond the margin"
-        return "inconclusive", f"{cause} at {requests} requests; {_enough([*noisy, *open_], requests)}"
+        return "inconclusive", f"{cause} at {_requests(found)} requests; {requests_needed(found)}"
     return "equivalent", "in every primary measure, and so are two copies of one adapter"
 
 
@@ -187,12 +186,28 @@ def _by(result: Result) -> str:
     )
 
 
-def _enough(undecided: Sequence[Result], requests: int) -> str:
+def _requests(found: Sequence[Result]) -> int:
+    return max(2 * r.blocks * r.waves * r.concurrency for r in found)
+
+
+def requests_needed(found: Sequence[Result]) -> str:
+    """Number of requests that would decide an inconclusive comparison, in words.
+
+    Args:
+        found: the comparisons that `results` returns.
+    """
+    undecided = [
+        r
+        for r in found
+        if (r.arm == CONTROL and r.verdict != "equivalent") or (r.arm == FOLDED and r.verdict == "inconclusive")
+    ]
     needed = [r.needed_blocks and 2 * r.needed_blocks * r.waves * r.concurrency for r in undecided]
     if None in needed:
         return "no number of requests would be enough"
     most = max(filter(None, needed))
-    return f"about {most} would be enough" if most > requests else "a ratio lies too near the margin to decide"
+    if most <= _requests(found):
+        return "a ratio lies too near the margin to decide"
+    return f"about {most} requests would be enough"
 
 
 def latencies(runs: Sequence[Measurement]) -> list[Latency]:

@@ -50,6 +50,7 @@ class ParityReport(BaseModel):
     command: str = Field(description="command line that makes the same measurement")
     versions: dict[str, str] = Field(description="versions of packages and engines")
     hardware: str = Field(description="processor, memory and system")
+    date: str | None = Field(default=None, description="day of the measurement, in UTC; None in older files")
     kept: Path | None = Field(
         default=None, exclude=True, description="folder of vLLM's logs, after a failure without an output; not in files"
     )

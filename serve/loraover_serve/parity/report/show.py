@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loraover_serve.parity.judge.analysis import QUANTILE_NAMES
+from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result, Throughput
+from loraover_serve.parity.judge.outputs import Outputs
+from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.report.tables import deciding_first
 
 SHORT = {"time to first token": "first token", "time per output token": "per token", "end-to-end latency": "end to end"}
 GIB = 2**30
@@ -29,20 +32,20 @@ def show_report(report: ParityReport, console: Console) -> None:
         padding=(0, 1, 0, 0),
         title=f"Time of each arm / time of the vanilla LoRA; equal within {100 * report.margin:g} %",
     )
-    for column in ("engine", "at once", "arm", "time", "ratio [95 %]", "verdict"):
+    for column in ("engine", "arm", "time", "ratio [95 %]", "verdict"):
         table.add_column(column, no_wrap=True)
-    for r in report.results:
+    for r in deciding_first(report.results):
         low, high = r.interval
         ratio = f"{r.ratio:.3f} [{low:.3f}, {high:.3f}]"
-        table.add_row(r.engine, str(r.concurrency), r.arm, SHORT[r.measure], ratio, r.verdict)
+        table.add_row(_place(r), r.arm, SHORT[r.measure], ratio, r.verdict)
     console.print(table)
     console.print(_latency_table(report))
     rates = Table(box=SIMPLE, title="Throughput, tokens per second")
-    for column in ("engine", "at once", "arm", "tokens/s [95 %]"):
+    for column in ("engine", "arm", "tokens/s [95 %]"):
         rates.add_column(column)
     for t in report.throughputs:
         low, high = t.interval
-        rates.add_row(t.engine, str(t.concurrency), t.arm, f"{t.tokens_per_second:.1f} [{low:.1f}, {high:.1f}]")
+        rates.add_row(_place(t), t.arm, f"{t.tokens_per_second:.1f} [{low:.1f}, {high:.1f}]")
     console.print(rates)
     if report.memory:
         console.print(_memory_table(report))
@@ -57,14 +60,19 @@ def show_report(report: ParityReport, console: Console) -> None:
     console.print(f"{report.verdict}: {escape(report.reason)}", style=COLORS[report.verdict], soft_wrap=True)
 
 
+def _place(found: Result | Latency | Throughput | Outputs | Together) -> str:
+    """Engine and concurrency, in one column."""
+    return found.engine if found.concurrency == 1 else f"{found.engine}, {found.concurrency} at once"
+
+
 def _latency_table(report: ParityReport) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="Latencies, milliseconds")
-    for column in ("engine", "at once", "arm", "time", *QUANTILE_NAMES):
+    for column in ("engine", "arm", "time", *QUANTILE_NAMES):
         table.add_column(column, no_wrap=True)
     for latency in report.latencies:
         if latency.measure in SHORT:
             times = (f"{1000 * latency.quantiles[name]:.1f}" for name in QUANTILE_NAMES)
-            table.add_row(latency.engine, str(latency.concurrency), latency.arm, SHORT[latency.measure], *times)
+            table.add_row(_place(latency), latency.arm, SHORT[latency.measure], *times)
     return table
 
 
@@ -92,23 +100,23 @@ def _cross_check_table(report: ParityReport) -> Table:
 
 
 def _outputs_table(report: ParityReport) -> Table:
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="Distance of answers from PyTorch's, nats")
-    for column in ("engine", "at once", "arm", "equal texts", "largest gap", "logprobs (RMS)", "verdict"):
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="Distance of answers from PyTorch's, nats (logprobs: RMS)")
+    for column in ("engine", "arm", "equal texts", "largest gap", "logprobs", "verdict"):
         table.add_column(column, no_wrap=True)
     for o in report.outputs:
         for arm, d in (("folded", o.folded), ("vanilla", o.vanilla)):
             rms = "-" if d.logprob_rms is None else f"{d.logprob_rms:.1e}"
             verdict = ("agrees" if o.agree else "too far") if arm == "folded" else "noise floor"
-            table.add_row(o.engine, str(o.concurrency), arm, f"{d.equal:.0%}", f"{d.largest_gap:.1e}", rms, verdict)
+            table.add_row(_place(o), arm, f"{d.equal:.0%}", f"{d.largest_gap:.1e}", rms, verdict)
     return table
 
 
 def _together_table(report: ParityReport) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title="Answers of several adapters, beside each alone")
-    for column in ("engine", "at once", "arm", "adapter", "equal texts", "logprobs (RMS)", "verdict"):
+    for column in ("engine", "arm", "adapter", "equal texts", "logprobs", "verdict"):
         table.add_column(column, no_wrap=True)
     for t in report.together:
         rms = "-" if t.distance.logprob_rms is None else f"{t.distance.logprob_rms:.1e}"
         verdict = "agrees" if t.agree else "too far"
-        table.add_row(t.engine, str(t.concurrency), t.arm, t.adapter, f"{t.alone_equal:.0%}", rms, verdict)
+        table.add_row(_place(t), t.arm, t.adapter, f"{t.alone_equal:.0%}", rms, verdict)
     return table

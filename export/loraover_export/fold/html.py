@@ -1,0 +1,133 @@
+"""The certificate of a fold as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+from loraover.reporting.figures import Band, Key, Point, Row, rows_figure
+from loraover.reporting.html_page import Origin, Page, Table, make_page
+from loraover.reporting.svg import Axis, Figure, Shape, short
+from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
+from loraover_export.fold.verdict import verdict_of
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+
+HTML_FILE = "fold.html"
+TEMPLATE = "fold.html.j2"
+WORST_SHOWN = 20
+SMALLEST = 1e-12  # a difference of logits that is drawn; smaller ones are at the left end
+
+
+def to_page(certificate: FoldCertificate, command: str) -> Page:
+    """Make the page of a fold; every text is escaped.
+
+    Args:
+        certificate: the certificate.
+        command: command line of the fold.
+    """
+    outputs = certificate.outputs
+    logits = [] if outputs is None else [_logits(outputs)]
+    matrices = [_matrices(certificate.matrices)]
+    return make_page(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title=f"Fold: {certificate.verdict}",
+        heading="Does the folded adapter compute what was trained?",
+        verdict=verdict_of(certificate),
+        facts={
+            "outputs compared in": None if outputs is None else f"PEFT, {outputs.compute_dtype} on {outputs.device}",
+            "base model": certificate.base_model,
+            "stored as": certificate.dtype,
+            "trained as": f"{certificate.decomposition}, {certificate.step} steps",
+        },
+        origin=Origin(command, certificate.date, certificate.hardware, certificate.versions),
+        figures=[*logits, *matrices],
+        outputs=outputs,
+        logits=logits,
+        matrices=matrices,
+        outputs_table=None if outputs is None else _outputs_table(outputs),
+        matrices_table=_matrices_table(certificate.matrices),
+        count=len(certificate.matrices),
+    )
+
+
+def _logits(outputs: OutputCertificate) -> Figure:
+    """Draw the errors of logits beside the noise of rounding and the effect of the adapter."""
+    noise, error = outputs.noise, outputs.error
+    largest = _points(noise.max_logit, error.max_logit, outputs.adapter_effect)
+    mean = _points(noise.mean_logit, error.mean_logit)
+    note = f"{short(error.max_logit)}, allowed {short(outputs.bound)}"
+    rows = [
+        Row("largest logit difference", note, largest, bands=[Band(SMALLEST / 10, outputs.bound)]),
+        Row("mean logit difference", short(error.mean_logit), mean),
+    ]
+    keys: list[Key] = [
+        ("folded adapter", "subject", "circle"),
+        ("noise of rounding", "noise", "diamond"),
+        ("allowed", "good", None),
+        ("the adapter's effect", "effect", "bar"),
+    ]
+    shown = [*(point.value for point in largest + mean), max(outputs.bound, SMALLEST)]
+    axis = Axis.around("difference of logits from the unfolded model", shown, is_log=True)
+    return rows_figure("logits", "Logits of the folded adapter and of the unfolded model", rows, axis, keys=keys)
+
+
+def _points(*values: float) -> list[Point]:
+    """Points of the noise, the folded adapter and the adapter's effect, as many as there are values."""
+    forms: list[tuple[str, Shape]] = [("noise", "diamond"), ("subject", "circle"), ("effect", "bar")]
+    return [Point(max(value, SMALLEST), *form) for value, form in zip(values, forms, strict=False)]
+
+
+def _kind(name: str) -> str:
+    """Name of a matrix without its layer, such as "q_proj A"."""
+    module, _, matrix = name.rpartition(".lora_")
+    return f"{module.rpartition('.')[2]} {matrix}"
+
+
+def _matrices(matrices: Sequence[MatrixCertificate]) -> Figure:
+    """Draw the largest error of each matrix beside its bound, one row for each kind of matrix, the worst first."""
+    kinds: dict[str, list[float]] = {}
+    for matrix in matrices:
+        kinds.setdefault(_kind(matrix.name), []).append(matrix.worst_to_bound)
+    rows = [
+        Row(
+            kind,
+            f"{len(found)} {'matrix' if len(found) == 1 else 'matrices'}, worst {short(max(found))}",
+            [Point(v, "subject" if v <= 1 else "bad") for v in {round(v, 2): v for v in sorted(found)}.values()],
+        )
+        for kind, found in sorted(kinds.items(), key=lambda item: -max(item[1]))
+    ]
+    most = max(max(found) for found in kinds.values())
+    axis = Axis("largest error of an element, divided by its bound", 0, max(1.1, 1.1 * most))
+    keys: list[Key] = [("matrices", "subject", "circle"), ("within the bound", "good", None)]
+    title = "Error of each matrix against its cores"
+    return rows_figure("matrices", title, rows, axis, keys=keys, band=Band(0, 1), reference=1)
+
+
+def _outputs_table(outputs: OutputCertificate) -> Table:
+    rows = [
+        (
+            label,
+            *(short(value, ".2e") for value in (d.max_logit, d.mean_logit, d.max_kl, d.mean_kl)),
+            f"{100 * d.top1_agreement:.2f} %",
+        )
+        for label, d in (("folded adapter", outputs.error), ("noise of rounding", outputs.noise))
+    ]
+    columns = ("compared with the unfolded model", "max logit", "mean logit", "max KL", "mean KL", "same top token")
+    return Table(columns, rows, columns[:1])
+
+
+def _matrices_table(matrices: Sequence[MatrixCertificate]) -> Table:
+    worst = sorted(matrices, key=lambda matrix: -matrix.worst_to_bound)[:WORST_SHOWN]
+    rows = [
+        (
+            *(m.name, f"{m.shape[0]} x {m.shape[1]}", "cores" if m.over_parameterised else "plain"),
+            *(short(m.relative_error, ".2e"), short(m.relative_bound, ".2e"), f"{m.worst_to_bound:.3f}"),
+            *(f"{m.flushed_to_zero:,}", f"{m.subnormal:,}"),
+        )
+        for m in worst
+    ]
+    columns = (
+        *("matrix", "shape", "trained as", "relative error", "relative bound", "worst error / bound"),
+        *("became zero", "subnormal"),
+    )
+    return Table(columns, rows, ("matrix", "trained as"))

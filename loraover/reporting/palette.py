@@ -1,0 +1,74 @@
+"""Colours of all reports: each has one meaning, and one shade for light pages and one for dark ones.
+
+A page and its figures name colours by their meaning, as CSS variables such as `var(--subject)`. Every colour of text
+and lines has a contrast of at least 4.5:1 with both grounds (WCAG 2.2, criterion 1.4.3). Figures also distinguish by
+shape or by name, for readers who do not see a difference of colour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Color:
+    """One colour.
+
+    Args:
+        light: Shade on a light page, as "#rrggbb".
+        dark: Shade on a dark page.
+        meaning: What it stands for, in every report.
+    """
+
+    light: str
+    dark: str
+    meaning: str
+
+
+GROUNDS = {
+    "paper": Color("#ffffff", "#15181b", "ground of the page"),
+    "box": Color("#f1f3f5", "#22272c", "ground of the verdict and of commands"),
+}
+RULES = {"line": Color("#d3d9df", "#3b444c", "rules of tables and grids of figures, which carry no meaning")}
+INKS = {
+    "ink": Color("#1c2024", "#e6e8ea", "text and axes"),
+    "faint": Color("#57616b", "#a6b0b9", "explanations"),
+    "subject": Color("#ae2a78", "#f38fc7", "what the report judges: a folded adapter, LoRA-Over"),
+    "baseline": Color("#2460b5", "#82b5ff", "what it is compared with: a plain LoRA"),
+    "noise": Color("#5c6873", "#aab5bf", "noise: two copies of one thing, the engine's base model, random roundings"),
+    "base": Color("#0a726d", "#4fd0c7", "the base model without an adapter"),
+    "effect": Color("#7a5230", "#dcae80", "how far an adapter moves the base model"),
+    "other": Color("#6546bd", "#bba6f7", "anything else, which its label names"),
+    "good": Color("#1a7040", "#63d093", "a good verdict, and the range in which a figure is good"),
+    "bad": Color("#b3261e", "#ff978e", "a bad verdict"),
+    "open": Color("#7a5500", "#e8b64c", "no verdict: too short, or too noisy"),
+}
+PALETTE = GROUNDS | RULES | INKS
+
+
+def css_variables() -> str:
+    """Return the palette as CSS variables: light, dark where the reader prefers that, and light on printed paper."""
+    light = " ".join(f"--{name}: {color.light};" for name, color in PALETTE.items())
+    dark = " ".join(f"--{name}: {color.dark};" for name, color in PALETTE.items())
+    return (
+        f":root {{ color-scheme: light dark; {light} }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+    )
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of two colours, from 1 to 21.
+
+    Args:
+        one, other: Colours as "#rrggbb".
+
+    Source: WCAG 2.2, definitions of contrast ratio and of relative luminance.
+    """
+    low, high = sorted(map(_luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(color: str) -> float:
+    shares = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

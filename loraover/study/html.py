@@ -1,0 +1,76 @@
+"""A study as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from loraover.reporting.html_page import Origin, Page, Table, make_page
+from loraover.study.figures import forest, rate_figures
+from loraover.study.report import MethodResult, StudyReport, TaskResult
+from loraover.study.show import END_NOTE, figure_text, gibibytes, method_text, regret_text, seeds_text, unfinished
+from loraover.study.verdict import changes, verdict_of
+
+TEMPLATE = "study.html.j2"
+COLUMNS = (
+    *("method", "rate", "test loss", "sd", "difference", "95 % interval", "p", "trained", "s / step", "GiB"),
+    *("step norm", "update norm", "fold error"),
+)
+
+
+def to_page(report: StudyReport) -> Page:
+    """Make the page of a study; every text is escaped.
+
+    Args:
+        report: The study.
+    """
+    differences, rates = forest(changes(report), report.tasks), rate_figures(report.tasks)
+    return make_page(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title="Study",
+        heading="Does over-parameterization beat a tuned LoRA?",
+        verdict=verdict_of(report),
+        facts={
+            "tasks": ", ".join(task.task for task in report.tasks),
+            "seeds and runs": f"{seeds_text(report)}; {report.runs} runs",
+        },
+        origin=Origin(report.command, report.date, report.hardware, report.versions),
+        figures=[*differences, *rates],
+        report=report,
+        differences=differences,
+        rates=rates,
+        tasks=[(task, _methods_table(task), _rates_table(task)) for task in report.tasks],
+        unfinished=None if report.is_whole else unfinished(report),
+        end_note=END_NOTE,
+    )
+
+
+def _methods_table(task: TaskResult) -> Table:
+    rows = [
+        (
+            *(method_text(r.method, task), f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}"),
+            *(f"{r.test_loss:.4f}", figure_text(r.deviation, ".4f"), *_compared(r, task)),
+            *(f"{r.trained_parameters:,}", figure_text(r.step_seconds, ".2f"), figure_text(gibibytes(r), ".2f")),
+            *(figure_text(r.step_norm, ".3g"), figure_text(r.update_norm, ".3g"), figure_text(r.fold_error, ".1e")),
+        )
+        for r in task.methods
+    ]
+    return Table(COLUMNS, rows, ("method",))
+
+
+def _compared(r: MethodResult, task: TaskResult) -> tuple[str, str, str]:
+    if r.difference is None:
+        return ("baseline" if r.method == task.baseline else "-"), "", ""
+    low, high = r.difference.interval
+    return f"{r.difference.mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{r.difference.p:.2g}"
+
+
+def _rates_table(task: TaskResult) -> Table:
+    rows = [
+        (
+            *(method_text(r.method, task), f"{r.rate:g}"),
+            f"{'at least ' if r.sensitivity.is_basin_cut else ''}{r.sensitivity.basin_decades:.2f}",
+            regret_text(r),
+        )
+        for r in task.methods
+    ]
+    return Table(("method", "best rate", "basin, decades", "mean regret"), rows, ("method",))

@@ -1,0 +1,153 @@
+"""The verdict of a study in plain sentences with its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from loraover.reporting.html_page import Tone, Verdict
+from loraover.study.analysis import Difference, detectable
+from loraover.study.report import StudyReport, TaskResult, is_better, is_over, is_worse
+
+NOTHING = "Not known yet whether LoRA-Over beats a tuned plain LoRA: a comparison needs both, and two seeds."
+
+
+@dataclass(frozen=True)
+class Change:
+    """A method's difference to the baseline, in per cent of the baseline's test loss.
+
+    Args:
+        task: Name of the task.
+        method: Name of the method.
+        found: The difference in nats per token.
+        mean: The difference.
+        interval: Its 95 % interval.
+        seen: Smallest true difference that the study would have shown.
+    """
+
+    task: str
+    method: str
+    found: Difference
+    mean: float
+    interval: tuple[float, float]
+    seen: float
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.mean:+.1f} % on {self.task}, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
+def changes(report: StudyReport) -> list[Change]:
+    """Return the difference of every method to its task's baseline, for those that were compared.
+
+    Args:
+        report: The study.
+    """
+    return [
+        change
+        for task in report.tasks
+        for result in task.methods
+        if result.difference is not None
+        and (change := _change(task, result.method, result.difference, report.seeds)) is not None
+    ]
+
+
+def _change(task: TaskResult, method: str, found: Difference, seeds: int) -> Change | None:
+    loss = next((result.test_loss for result in task.methods if result.method == task.baseline), 0.0)
+    if loss <= 0:
+        return None
+    low, high = (100 * end / loss for end in found.interval)
+    seen = 100 * detectable(found, seeds) / loss
+    return Change(task.task, method, found, 100 * found.mean / loss, (low, high), seen)
+
+
+@dataclass
+class _Setting:
+    """LoRA-Over with one setting, over all tasks."""
+
+    below: list[Change] = field(default_factory=list)
+    above: list[Change] = field(default_factory=list)
+    same: list[Change] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def word(self) -> str:
+        if self.below:
+            return "better on some tasks, worse on others" if self.above or self.failed else "better"
+        return "worse" if self.above or self.failed else "cannot be told apart"
+
+    def sentence(self, name: str) -> str:
+        """Say on which tasks the loss is below, above, or neither; the study's limits stand beside the last."""
+        apart = "cannot be told apart from it"
+        if not (self.below or self.above or self.failed):
+            return f"{name} and a tuned plain LoRA cannot be told apart: {_list(map(str, self.same))}. {self._limits()}"
+        parts = [
+            *([f"below a tuned plain LoRA's ({_list(map(str, self.below))})"] if self.below else []),
+            *([f"above {'it' if self.below else _PLAIN} ({_list(map(str, self.above))})"] if self.above else []),
+        ]
+        text = f"{name}'s loss is {' and '.join(parts)}." if parts else ""
+        if self.same:
+            text += f" It {apart} for {_list(map(str, self.same))}. {self._limits()}"
+        if self.failed:
+            text += f" {name} failed at every rate on {_list(self.failed)}."
+        return text.strip()
+
+    def _limits(self) -> str:
+        seen = [f"{change.seen:.2g} % on {change.task}" for change in self.same]
+        return f"The study could have seen {_list(seen)}." if seen else ""
+
+
+_PLAIN = "a tuned plain LoRA's"
+
+
+def verdict_of(report: StudyReport) -> Verdict:
+    """Return whether LoRA-Over's loss is below a tuned plain LoRA's, above it, or cannot be told apart.
+
+    Args:
+        report: The study.
+    """
+    settings = _settings(report)
+    if not settings:
+        return Verdict("open", "unknown", NOTHING)
+    names = {method: "LoRA-Over" if len(settings) == 1 else method for method in settings}
+    sentences = [setting.sentence(names[method]) for method, setting in settings.items()]
+    if edges := _unbracketed(report.tasks):
+        sentences.append(f"The sweep did not bracket plain LoRA's best rate on {_list(edges)}.")
+    if not report.is_whole:
+        sentences.append("The study is not finished.")
+    words = list(dict.fromkeys(setting.word for setting in settings.values()))
+    word = words[0] if len(words) == 1 else "depends on the setting"
+    return Verdict(_tone(words), word, " ".join(sentences))
+
+
+def _settings(report: StudyReport) -> Mapping[str, _Setting]:
+    settings: dict[str, _Setting] = {}
+    over = {task.task: task for task in report.tasks}
+    for change in changes(report):
+        if is_over(over[change.task], change.method):
+            setting = settings.setdefault(change.method, _Setting())
+            sort = setting.below if is_better(change.found) else setting.above if is_worse(change.found) else None
+            (setting.same if sort is None else sort).append(change)
+    for task in report.tasks:
+        for method in task.failed if task.baseline is not None else ():
+            if is_over(task, method):
+                settings.setdefault(method, _Setting()).failed.append(task.task)
+    return settings
+
+
+def _unbracketed(tasks: Sequence[TaskResult]) -> list[str]:
+    """Names of the tasks on which the baseline's best rate is at an end of the sweep."""
+    return [t.task for t in tasks for r in t.methods if r.method == t.baseline and not r.sensitivity.is_bracketed]
+
+
+def _tone(words: Sequence[str]) -> Tone:
+    if words == ["worse"]:
+        return "bad"
+    return "good" if words == ["better"] else "open"
+
+
+def _list(parts: Iterable[str]) -> str:
+    """Join parts; those with commas are separated by semicolons."""
+    found = list(parts)
+    between = "; " if any("," in part for part in found) else ", "
+    return between.join(found) if len(found) < 2 or between == "; " else f"{', '.join(found[:-1])} and {found[-1]}"

@@ -1,0 +1,152 @@
+"""Figures of a parity report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from loraover.reporting.figures import Band, Curve, Key, Point, Row, curves_figure, rows_figure
+from loraover.reporting.svg import Axis, Figure
+from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
+from loraover_serve.parity.report.tables import deciding_first
+from loraover_serve.parity.report.verdict import PER, at_once
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
+
+COLORS = {FOLDED: "subject", VANILLA: "baseline", CONTROL: "noise", BASE: "base"}
+"""Colours of the arms; further arms are "other"."""
+POINTS = 50  # points of a curve, one for every second per cent of the answers
+SHOWN_SHARE = 0.99  # the slowest answers of an arm would stretch the axis
+
+
+class _Place(NamedTuple):
+    """Where an arm was measured."""
+
+    engine: str
+    concurrency: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.engine}, {at_once(self.concurrency)}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.engine.replace(' ', '-')}-{self.concurrency}"
+
+
+def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
+    """Draw by how much slower each arm is than plain LoRA, one figure for each engine and concurrency, on one axis.
+
+    The folded arm comes first and then the control, since the verdict depends on these. The base model is so much
+    faster that it would stretch the axis; the caption has it.
+
+    Args:
+        results: the ratios.
+        margin: largest difference of times that still counts as equal (0.05 is 5 %).
+    """
+    compared = [result for result in results if result.arm != BASE]
+    deciding = [r for r in compared if r.arm in (FOLDED, CONTROL)]
+    band = Band(100 * (1 / (1 + margin) - 1), 100 * margin)
+    ends = [end for r in deciding for end in map(_percent, r.interval)]
+    axis = Axis.around("slower than plain LoRA, %", [1.2 * band.low, 1.2 * band.high, *ends])
+    keys: list[Key] = [(f"within {100 * margin:g} %", "good", None)]
+    figures = []
+    for place in dict.fromkeys(_Place(r.engine, r.concurrency) for r in compared):
+        rows = [_change_row(r) for r in deciding_first(_at(compared, place))]
+        figure = rows_figure(f"speed-{place.file}", place.title, rows, axis, keys=keys, band=band, reference=0)
+        figures.append(replace(figure, caption=_base_text(_at(results, place))))
+    return figures
+
+
+def _base_text(results: Sequence[Result]) -> str:
+    found = [f"{r.ratio:.2f} {PER.get(r.measure, r.measure)}" for r in results if r.arm == BASE]
+    return f"Not drawn: the base model without an adapter, plain LoRA's time x {', x '.join(found)}." if found else ""
+
+
+def _at(results: Sequence[Result], place: _Place) -> list[Result]:
+    return [r for r in results if (r.engine, r.concurrency) == place]
+
+
+def _percent(ratio: float) -> float:
+    return 100 * (ratio - 1)
+
+
+def _change_row(r: Result) -> Row:
+    low, high = map(_percent, r.interval)
+    return Row(
+        f"{r.arm}, {PER.get(r.measure, r.measure)}",
+        f"{_percent(r.ratio):+.1f} % [{low:+.1f}, {high:+.1f}]",
+        [Point(_percent(r.ratio), _color(r.arm))],
+        (low, high),
+    )
+
+
+def _color(arm: str) -> str:
+    return COLORS.get(arm, "other")
+
+
+def time_figures(runs: Sequence[Measurement]) -> list[Figure]:
+    """Draw each arm's cumulative distribution of every time, without the base model's.
+
+    Args:
+        runs: the samples.
+    """
+    return [_distribution(run, name) for run in runs if run.samples for name in DESCRIBED]
+
+
+def _distribution(run: Measurement, name: str) -> Figure:
+    found = [s.arm for s in run.samples if s.arm != BASE]
+    arms = sorted(set(found), key=lambda arm: (list(COLORS).index(arm) if arm in COLORS else len(COLORS), arm))
+    shares = np.linspace(0, 1, POINTS + 1)
+    curves = []
+    for arm in reversed(arms):  # the folded arm is drawn last, above the others
+        values = [1000 * v for s in run.samples if s.arm == arm for v in DESCRIBED[name](s)]
+        places = np.quantile(values, shares, method="inverted_cdf") if values else np.zeros(0)
+        points = [(float(x), 100 * float(share)) for x, share in zip(places, shares, strict=False)]
+        curves.append(Curve(arm, _color(arm), points, has_marks=False))
+    shown = [x for curve in curves for x, share in curve.points if share <= 100 * SHOWN_SHARE]
+    place = _Place(run.engine, run.concurrency)
+    return curves_figure(
+        f"{name.replace(' ', '-')}-{place.file}",
+        f"{name.capitalize()}: {place.title}",
+        curves,
+        Axis.around("milliseconds", shown, pad=0.02),
+        Axis("share of answers, %", 0, 100, ticks=(0, 25, 50, 75, 100)),
+        height=150,
+    )
+
+
+def throughput_figures(throughputs: Sequence[Throughput]) -> list[Figure]:
+    """Draw tokens per second against concurrency, for engines that were measured at several.
+
+    Args:
+        throughputs: throughputs of all engines.
+    """
+    figures = []
+    for engine in dict.fromkeys(t.engine for t in throughputs):
+        mine = sorted((t for t in throughputs if t.engine == engine), key=lambda t: t.concurrency)
+        levels = sorted({t.concurrency for t in mine})
+        if len(levels) < 2:
+            continue
+        arms = sorted({t.arm for t in mine}, key=lambda arm: (arm == FOLDED, arm))
+        curves = [_rates(arm, [t for t in mine if t.arm == arm]) for arm in arms]
+        highest = max(t.interval[1] for t in mine)
+        x = Axis.around("requests at once", levels)
+        figures.append(
+            curves_figure(
+                f"throughput-{engine.replace(' ', '-')}",
+                f"Throughput: {engine}",
+                curves,
+                Axis(x.label, x.low, x.high, ticks=levels),
+                Axis("tokens per second", 0, 1.05 * highest),
+                height=150,
+            )
+        )
+    return figures
+
+
+def _rates(arm: str, throughputs: Sequence[Throughput]) -> Curve:
+    points = [(float(t.concurrency), t.tokens_per_second) for t in throughputs]
+    return Curve(arm, _color(arm), points, [t.interval for t in throughputs])

@@ -1,0 +1,125 @@
+"""The verdict of a parity report in one plain sentence with its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from loraover.reporting.html_page import Tone, Verdict
+from loraover_serve.parity.judge.analysis import Result, requests_needed
+from loraover_serve.parity.judge.outputs import Distance
+from loraover_serve.parity.report.parity_report import EngineVerdict, ParityReport
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED
+
+PER = {"time per output token": "per token", "end-to-end latency": "per answer"}
+"""Short names of the measures."""
+TONES: dict[EngineVerdict, Tone] = {"equivalent": "good", "different": "bad", "inconclusive": "open", "failed": "bad"}
+
+
+def verdict_of(report: ParityReport) -> Verdict:
+    """Return the verdict of a report in one or two plain sentences with their figures.
+
+    Args:
+        report: the report.
+    """
+    speed, answers, cost = _speed(report), _answers(report), _cost(report.results)
+    are_wrong = not all([o.agree for o in report.outputs] + [t.agree for t in report.together])
+    parts = (answers, speed, cost) if are_wrong else (speed, answers, cost)
+    if report.verdict == "failed":
+        is_applied = not any(outputs.unapplied for outputs in report.outputs)
+        before = ("Before that:", *parts) if is_applied and speed else ()
+        parts = (f"The measurement failed: {_stop(report.reason)}", *before)
+    return Verdict(TONES[report.verdict], report.verdict, " ".join(filter(None, parts)))
+
+
+def deciding(results: Sequence[Result], arm: str) -> Result | None:
+    """Return an arm's comparison that says most: of the worst verdict, and of these the one furthest from equal."""
+    order = ("different", "inconclusive", "equivalent")
+    mine = [result for result in results if result.arm == arm]
+    worst = next((verdict for verdict in order if any(r.verdict == verdict for r in mine)), None)
+    return max(
+        (result for result in mine if result.verdict == worst),
+        key=lambda result: abs(math.log(result.ratio)),
+        default=None,
+    )
+
+
+def _speed(report: ParityReport) -> str:
+    folded, control = (deciding(report.results, arm) for arm in (FOLDED, CONTROL))
+    if folded is None or control is None:
+        return ""
+    several = len({(r.engine, r.concurrency) for r in report.results}) > 1
+    margin = f"{100 * report.margin:g} %"
+    if control.verdict != "equivalent":
+        noise = f"two copies of one adapter differ by {change(control, several)}"
+        if control.verdict == "different":
+            return f"This machine is too noisy to compare: {noise}, beyond {margin}."
+        return f"Too short to tell, or this machine is too noisy: {noise}, not surely within {margin}{_more(report)}."
+    figures = change(folded, several)
+    if folded.verdict == "equivalent":
+        most = "at most " if several else ""
+        return f"Same speed as plain LoRA: {most}{figures}, within {margin}."
+    if folded.verdict == "different":
+        return f"{'Slower' if folded.ratio > 1 else 'Faster'} than plain LoRA: {figures}, beyond {margin}."
+    return (
+        f"Too short to tell whether it is as fast as plain LoRA: {figures}, not surely within {margin}{_more(report)}."
+    )
+
+
+def change(result: Result, with_engine: bool) -> str:
+    """Return a difference of times with its interval, such as "+0.5 % per token, 95 % interval -0.1 to +1.4".
+
+    Args:
+        result: the comparison.
+        with_engine: whether to name the engine and the concurrency.
+    """
+    low, high = (100 * (end - 1) for end in result.interval)
+    where = f" ({result.engine}, {at_once(result.concurrency)})" if with_engine else ""
+    measure = PER.get(result.measure, result.measure)
+    return f"{100 * (result.ratio - 1):+.1f} % {measure}{where}, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
+def at_once(concurrency: int) -> str:
+    """Return a concurrency in words."""
+    return "one request at a time" if concurrency == 1 else f"{concurrency} requests at once"
+
+
+def _more(report: ParityReport) -> str:
+    return f"; {requests_needed(report.results)}"
+
+
+def _answers(report: ParityReport) -> str:
+    """Return how the folded adapter's answers compare with PyTorch's; empty if they were not compared."""
+    if not report.outputs:
+        return ""
+    prompts = sum(outputs.prompts for outputs in report.outputs)
+    equal = sum(round(outputs.folded.equal * outputs.prompts) for outputs in report.outputs)
+    exact = f"{equal} of {prompts} answers match PyTorch exactly"
+    far = next((outputs for outputs in report.outputs if not outputs.agree), None)
+    if far is not None:
+        distances = _far(far.folded, far.vanilla)
+        return f"{exact}, and {far.engine} is further from PyTorch with the folded adapter {distances}."
+    parted = next((t for t in report.together if not t.agree), None)
+    if parted is not None:
+        beside = f"beside other adapters ({parted.arm})"
+        return f"{exact}, but {beside} {parted.engine} answers wrongly for {parted.adapter}."
+    return f"{exact}."
+
+
+def _far(folded: Distance, vanilla: Distance) -> str:
+    if folded.logprob_rms is None or vanilla.logprob_rms is None:
+        return f"(a gap of {folded.largest_gap:.2g} nats) than with plain LoRA ({vanilla.largest_gap:.2g})"
+    return f"({folded.logprob_rms:.2g} nats) than with plain LoRA ({vanilla.logprob_rms:.2g})"
+
+
+def _cost(results: Sequence[Result]) -> str:
+    """Return what plain LoRA costs beside the base model, per token; empty if that was not measured."""
+    costs = [1 / r.ratio for r in results if r.arm == BASE and r.measure == "time per output token"]
+    if not costs:
+        return ""
+    low, high = (f"{cost:.1f}" for cost in (min(costs), max(costs)))
+    return f"Any adapter costs {low if low == high else f'{low} to {high}'} x the base model here."
+
+
+def _stop(text: str) -> str:
+    return text if text.endswith((".", "!")) else f"{text}."

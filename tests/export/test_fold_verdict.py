@@ -1,0 +1,59 @@
+"""The sentence at the head of a fold's report, for every verdict."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraover_export.fold.certificate import FoldCertificate
+from loraover_export.fold.verdict import verdict_of
+
+from support.reports import fold_certificate
+
+WITHIN = "All 60 matrices are within their rounding bounds: no error is larger than 0.97 of its bound."
+LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5"
+
+
+@pytest.mark.parametrize(
+    ("certificate", "tone", "expected"),
+    [
+        (
+            fold_certificate(),
+            "good",
+            f"The folded adapter computes what was trained. {WITHIN} {LOGITS} and the adapter itself moves them by up "
+            "to "
+            "2.1.",
+        ),
+        (
+            fold_certificate(error=None),
+            "good",
+            f"The folded adapter computes what was trained. {WITHIN} Outputs were not compared; --check-error does "
+            "that.",
+        ),
+        (
+            fold_certificate("inconclusive", effect=4e-5),
+            "open",
+            f"The fold is right as far as this check can see. {WITHIN} {LOGITS}, but the adapter moves no logit by "
+            "more "
+            "than 4e-5, less than 2 times that, so an adapter that does nothing would pass as well.",
+        ),
+        (
+            fold_certificate("failed", error=0.5),
+            "bad",
+            f"The folded adapter does not compute what was trained. {WITHIN} Logits differ by at most 0.5, where "
+            "rounding "
+            "explains 3e-5.",
+        ),
+        (
+            fold_certificate("failed", worst=1.015, error=None),
+            "bad",
+            "The folded adapter does not compute what was trained. 4 of 60 matrices have an element beyond its "
+            "rounding "
+            "bound; the worst error is 1.01 times its bound, in model.layers.0.self_attn.q_proj.lora_A. Outputs were "
+            "not "
+            "compared; --check-error does that.",
+        ),
+    ],
+)
+def test_each_verdict_has_its_figures(certificate: FoldCertificate, tone: str, expected: str) -> None:
+    verdict = verdict_of(certificate)
+    assert (verdict.tone, verdict.word, verdict.sentence) == (tone, certificate.verdict, expected)

@@ -1,0 +1,156 @@
+"""The sentence at the head of a parity report, for every verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover_serve.parity.judge.analysis import Result
+from loraover_serve.parity.judge.several import Together
+from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.report.verdict import verdict_of
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED
+
+from support.clockwork import whole_report
+
+KEPT = Path(__file__).parents[2] / "docs" / "parity" / "smollm2-vllm.json"
+BLOCKS = 10
+
+
+def result(arm: str, ratio: float, verdict: Any = "equivalent", *, concurrency: int = 1, needed: int = 40) -> Result:
+    interval = (ratio - 0.01, ratio + 0.02)
+    return Result(
+        engine="vllm",
+        concurrency=concurrency,
+        arm=arm,
+        measure="time per output token",
+        ratio=ratio,
+        interval=interval,
+        adjusted_interval=interval,
+        blocks=BLOCKS,
+        equivalence_p=0.01,
+        difference_p=1.0,
+        needed_blocks=needed,
+        verdict=verdict,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> ParityReport:
+    return whole_report()
+
+
+def sentence(whole: ParityReport, verdict: Any, *found: Result, **more: Any) -> str:
+    changed = {"verdict": verdict, "results": list(found), "reason": "the server answered 500", "outputs": []} | more
+    return verdict_of(whole.model_copy(update=changed)).sentence
+
+
+BASE_MODEL, SAME = result(BASE, 0.5, "different"), result(CONTROL, 1.0)
+
+
+def test_the_kept_report_says_it_in_a_line() -> None:
+    verdict = verdict_of(ParityReport.model_validate_json(KEPT.read_text()))
+    assert (verdict.tone, verdict.word) == ("good", "equivalent")
+    assert verdict.sentence == (
+        "Same speed as plain LoRA: +0.5 % per token, 95 % interval -0.1 to +1.4, within 5 %. 7 of 8 answers match "
+        "PyTorch "
+        "exactly. Any adapter costs 1.9 x the base model here."
+    )
+
+
+@pytest.mark.parametrize(
+    ("verdict", "found", "expected"),
+    [
+        (
+            "equivalent",
+            [SAME, result(FOLDED, 1.001), result(FOLDED, 1.004, concurrency=4)],
+            "Same speed as plain LoRA: at most +0.4 % per token (vllm, 4 requests at once), 95 % interval -0.6 to "
+            "+2.4, "
+            "within 5 %.",
+        ),
+        (
+            "different",
+            [SAME, result(FOLDED, 1.12, "different")],
+            "Slower than plain LoRA: +12.0 % per token, 95 % interval +11.0 to +14.0, beyond 5 %.",
+        ),
+        (
+            "different",
+            [SAME, result(FOLDED, 0.8, "different")],
+            "Faster than plain LoRA: -20.0 % per token, 95 % interval -21.0 to -18.0, beyond 5 %.",
+        ),
+        (
+            "inconclusive",
+            [SAME, result(FOLDED, 1.04, "inconclusive")],
+            "Too short to tell whether it is as fast as plain LoRA: +4.0 % per token, 95 % interval +3.0 to +6.0, not "
+            "surely within 5 %; about 80 requests would be enough.",
+        ),
+        (
+            "inconclusive",
+            [result(CONTROL, 1.2, "different"), result(FOLDED, 1.0)],
+            "This machine is too noisy to compare: two copies of one adapter differ by +20.0 % per token, 95 % "
+            "interval "
+            "+19.0 to +22.0, beyond 5 %.",
+        ),
+        (
+            "inconclusive",
+            [result(CONTROL, 1.04, "inconclusive", needed=30), result(FOLDED, 1.0)],
+            "Too short to tell, or this machine is too noisy: two copies of one adapter differ by +4.0 % per token, "
+            "95 % "
+            "interval +3.0 to +6.0, not surely within 5 %; about 60 requests would be enough.",
+        ),
+        (
+            "failed",
+            [SAME, result(FOLDED, 1.001), BASE_MODEL],
+            "The measurement failed: the server answered 500. Before that: Same speed as plain LoRA: +0.1 % per token, "
+            "95 % interval -0.9 to +2.1, within 5 %. Any adapter costs 2.0 x the base model here.",
+        ),
+        ("failed", [], "The measurement failed: the server answered 500."),
+    ],
+)
+def test_each_verdict_has_its_figures(whole: ParityReport, verdict: str, found: list[Result], expected: str) -> None:
+    assert sentence(whole, verdict, *found) == expected
+
+
+def test_what_adapters_cost_is_a_range_of_several_engines(whole: ParityReport) -> None:
+    found = (SAME, result(FOLDED, 1.0), BASE_MODEL, result(BASE, 0.8, "different", concurrency=4))
+    assert sentence(whole, "equivalent", *found).endswith("Any adapter costs 1.2 to 2.0 x the base model here.")
+
+
+def test_wrong_answers_come_before_the_speed(whole: ParityReport) -> None:
+    outputs = whole.outputs[0]
+    far = outputs.folded.model_copy(update={"logprob_rms": 0.5})
+    said = sentence(
+        whole,
+        "different",
+        SAME,
+        result(FOLDED, 1.0),
+        outputs=[outputs.model_copy(update={"folded": far, "agree": False})],
+    )
+    assert said.startswith(
+        "7 of 8 answers match PyTorch exactly, and vllm is further from PyTorch with the folded adapter (0.5 nats) "
+        "than "
+        "with plain LoRA (0.002). Same speed as plain LoRA"
+    )
+    parted = Together(
+        engine="vllm",
+        concurrency=4,
+        arm="mixed",
+        adapter="adapter2",
+        prompts=8,
+        alone_equal=0.5,
+        distance=outputs.folded,
+        agree=False,
+    )
+    said = sentence(whole, "different", SAME, result(FOLDED, 1.0), outputs=[outputs], together=[parted])
+    assert said.startswith(
+        "7 of 8 answers match PyTorch exactly, but beside other adapters (mixed) vllm answers wrongly for adapter2. "
+        "Same"
+    )
+
+
+def test_an_adapter_that_is_not_applied_leaves_nothing_to_say(whole: ParityReport) -> None:
+    ignored = whole.outputs[0].model_copy(update={"unapplied": [FOLDED]})
+    said = sentence(whole, "failed", SAME, result(FOLDED, 1.0), outputs=[ignored])
+    assert said == "The measurement failed: the server answered 500."

@@ -1,0 +1,148 @@
+"""The sentence at the head of a study, for every verdict, and what the study could have seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from loraover.study.analysis import Difference, RateSensitivity, detectable
+from loraover.study.report import MethodResult, StudyReport, TaskResult
+from loraover.study.verdict import NOTHING, changes, verdict_of
+
+from support.reports import kept_study
+
+OVER = "lora-over"
+BELOW, ABOVE, SAME = (-0.04, 0.01), (0.04, 0.01), (-0.01, 0.02)
+"""Difference of a method, and half its interval, as shares of the baseline's loss."""
+
+
+def method(name: str, gap: tuple[float, float] | None = None, *, is_bracketed: bool = True) -> MethodResult:
+    """A method beside a baseline whose loss is 2 nats."""
+    found = None
+    if gap is not None:
+        mean, half = (2 * share for share in gap)
+        found = Difference(mean=mean, interval=(mean - half, mean + half), p=0.001 if abs(mean) > half else 0.5)
+    return MethodResult(
+        method=name,
+        rate=1e-3,
+        test_loss=2.0,
+        deviation=0.1,
+        difference=found,
+        sensitivity=RateSensitivity(
+            losses={"0.001": 2.0},
+            best_rate=1e-3,
+            is_bracketed=is_bracketed,
+            basin_decades=0.1,
+            is_basin_cut=False,
+            regret=0.0,
+            diverged=0,
+        ),
+        trained_parameters=1,
+        served_parameters=1,
+        step_seconds=None,
+        peak_bytes=None,
+        update_norm=None,
+        step_norm=None,
+        fold_error=None,
+    )
+
+
+def task(name: str, *gaps: tuple[float, float], failed: bool = False, **baseline: Any) -> TaskResult:
+    over = [method(OVER if i == 0 else f"{OVER}:r={i}", gap) for i, gap in enumerate(gaps)]
+    lost = [OVER] if failed else []
+    methods = [method("lora", **baseline), *over]
+    return TaskResult(task=name, examples=40, baseline="lora", methods=methods, failed=lost, failures=[])
+
+
+def study(*tasks: TaskResult, **changed: Any) -> StudyReport:
+    return kept_study().model_copy(update={"tasks": list(tasks)} | changed)
+
+
+def text(gap: tuple[float, float], name: str) -> str:
+    mean, half = (100 * share for share in gap)
+    return f"{mean:+.1f} % on {name}, 95 % interval {mean - half:+.1f} to {mean + half:+.1f}"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "tone", "word", "expected"),
+    [
+        (
+            [task("a", BELOW), task("b", BELOW)],
+            "good",
+            "better",
+            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}; {text(BELOW, 'b')}).",
+        ),
+        (
+            [task("a", ABOVE)],
+            "bad",
+            "worse",
+            f"LoRA-Over's loss is above a tuned plain LoRA's ({text(ABOVE, 'a')}).",
+        ),
+        (
+            [task("a", BELOW), task("b", ABOVE)],
+            "open",
+            "better on some tasks, worse on others",
+            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}) and above it ({text(ABOVE, 'b')}).",
+        ),
+        (
+            [task("a", BELOW), task("b", SAME)],
+            "good",
+            "better",
+            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). It cannot be told apart from it for "
+            f"{text(SAME, 'b')}. The study could have seen 2.7 % on b.",
+        ),
+        (
+            [task("a", SAME), task("b", SAME)],
+            "open",
+            "cannot be told apart",
+            f"LoRA-Over and a tuned plain LoRA cannot be told apart: {text(SAME, 'a')}; {text(SAME, 'b')}. The study "
+            "could have seen 2.7 % on a and 2.7 % on b.",
+        ),
+        ([task("a", failed=True)], "bad", "worse", "LoRA-Over failed at every rate on a."),
+        ([task("a")], "open", "unknown", NOTHING),
+        (
+            [task("a", BELOW, ABOVE)],
+            "open",
+            "depends on the setting",
+            f"lora-over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). lora-over:r=1's loss is above a "
+            "tuned "
+            f"plain LoRA's ({text(ABOVE, 'a')}).",
+        ),
+        (
+            [task("a", BELOW, is_bracketed=False)],
+            "good",
+            "better",
+            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). The sweep did not bracket plain "
+            "LoRA's "
+            "best rate on a.",
+        ),
+    ],
+)
+def test_each_verdict_has_its_figures(tasks: list[TaskResult], tone: str, word: str, expected: str) -> None:
+    verdict = verdict_of(study(*tasks))
+    assert (verdict.tone, verdict.word, verdict.sentence) == (tone, word, expected)
+
+
+def test_an_unfinished_study_says_so() -> None:
+    assert verdict_of(study(task("a", BELOW), is_whole=False)).sentence.endswith("The study is not finished.")
+
+
+def test_the_kept_study_could_see_large_differences_only() -> None:
+    assert verdict_of(kept_study()).sentence.endswith(
+        "The study could have seen 1.1 % on gsm8k, 8.2 % on qnli and 55 % on subj."
+    )
+    assert [round(change.mean, 1) for change in changes(kept_study())] == [0.1, -0.4, -3.5]
+
+
+@pytest.mark.statistical
+def test_a_difference_that_a_study_could_see_is_found_in_four_of_five() -> None:
+    """Student's test over seeds finds a shift of `detectable` of a study whose standard error is known."""
+    draw, seeds, repeats = np.random.default_rng(0), 5, 20_000
+    limit = float(stats.t.ppf(0.975, seeds - 1))
+    unit = Difference(mean=0.0, interval=(-limit, limit), p=1.0)
+    gaps = draw.normal(detectable(unit, seeds), np.sqrt(seeds), (repeats, seeds))
+    errors = gaps.std(axis=1, ddof=1) / np.sqrt(seeds)
+    assert (gaps.mean(axis=1) / errors > limit).mean() == pytest.approx(0.8, abs=0.01)

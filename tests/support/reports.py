@@ -1,0 +1,205 @@
+"""Each report's page, from real or made-up data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from loraover.inspection.folder import inspect_folder, read_schedule
+from loraover.inspection.html import to_page as inspect_page
+from loraover.reporting.html_page import Page
+from loraover.reporting.schedule_figures import schedule_figures
+from loraover.study.html import to_page as study_page
+from loraover.study.report import StudyReport
+from loraover_export.fold.certificate import Deviation, FoldCertificate, OutputCertificate
+from loraover_export.fold.html import to_page as fold_page
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_serve.parity.report.html import to_page as parity_page
+from loraover_serve.verify.html import to_page as verify_page
+from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect, VerifyReport
+
+from support.clockwork import whole_report
+
+ROOT = Path(__file__).parents[2]
+KEPT_STUDY = ROOT / "docs" / "study" / "smollm2" / "study.json"
+CHECKPOINT = ROOT / "tests" / "golden" / "schema_3" / "dynamic"
+DAY = "2026-03-01"
+HOSTILE = "<script>document.title = 'ran'</script><img src=x onerror=\"document.title='ran'\">$\\frac$ & 'q' \""
+
+Report = TypeVar("Report", bound=BaseModel)
+
+
+def kept_study() -> StudyReport:
+    return StudyReport.model_validate_json(KEPT_STUDY.read_text())
+
+
+def engine_result(engine: str, verdict: Any, reason: str = "", *, off: float = 2e-4, **more: Any) -> EngineResult:
+    """A result of an engine whose base model is 1e-4 nats off, and whose noise explains 3e-4."""
+    found = {
+        "base": LogprobDistance(rms=1e-4, error=1e-5, largest=4e-4, positions=64),
+        "adapter": LogprobDistance(rms=off, error=1e-5, largest=9 * off, positions=64),
+        "effect": 0.19,
+        "allowed": 3e-4,
+        "number_format": "fp32",
+        "compared": "all tokens",
+        "greedy": Greedy(equal=1.0, gap=0.0, allowed=1e-3),
+        "seconds": 4.0,
+    }
+    return EngineResult(engine=engine, version="1.2.3", verdict=verdict, reason=reason, **(found | more))
+
+
+SCALED = Suspect(fault="wrong scaling", detail="the scaling is left out (times 0.333)", rms=2e-4, explains=True)
+LEFT_OUT = Suspect(fault="modules left out", detail="only attention is adapted", rms=0.09, explains=False)
+
+
+def verification(*results: EngineResult) -> VerifyReport:
+    """A report on these engines, whose verdict is the worst of theirs."""
+    order = ("differs", "failed", "inconclusive", "as trained")
+    return VerifyReport(
+        verdict=min((result.verdict for result in results), key=order.index),
+        engines=list(results),
+        adapter="runs/demo/lora-over/adapter",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        reference="the unfolded checkpoint",
+        sensitivity=1.4,
+        prompts=8,
+        prompt_source="the built-in prompts",
+        new_tokens=8,
+        device="cpu",
+        command="loraover-serve verify " + "a-rather-long-folder-name/" * 9 + "adapter --engine onnx",
+        versions={"python": "3.12.3", "torch": "2.13.0"},
+        hardware="a processor of some name with several cores",
+    )
+
+
+def three_engines() -> VerifyReport:
+    return verification(
+        engine_result("onnx", "as trained", "off by 0.0002 nats"),
+        engine_result("vllm", "differs", "scaling", off=0.14, fault="wrong scaling", suspects=[SCALED, LEFT_OUT]),
+        EngineResult(engine="llamacpp", verdict="failed", reason="the server ended with code 1", seconds=2.0),
+    )
+
+
+def matrix(name: str, worst: float) -> MatrixCertificate:
+    return MatrixCertificate(
+        name=name,
+        shape=(8, 576),
+        over_parameterised=True,
+        relative_error=1.2e-7,
+        relative_bound=2.4e-7,
+        worst_to_bound=worst,
+        flushed_to_zero=0,
+        subnormal=0,
+    )
+
+
+def fold_outputs(error: float, effect: float) -> OutputCertificate:
+    """A check of outputs whose noise is 1e-5."""
+    far, noise = (
+        Deviation(max_logit=size, mean_logit=size / 9, max_kl=1e-9, mean_kl=1e-10, top1_agreement=1.0)
+        for size in (error, 1e-5)
+    )
+    return OutputCertificate(
+        base="folder base",
+        device="cpu",
+        compute_dtype="fp32",
+        prompts=8,
+        tokens=496,
+        compared_tokens=496,
+        prompt_source="8 of the built-in prompts",
+        error=far,
+        noise=noise,
+        twins=3,
+        adapter_effect=effect,
+    )
+
+
+def fold_certificate(
+    verdict: Any = "passed", *, worst: float = 0.97, error: float | None = 1.2e-5, effect: float = 2.1
+) -> FoldCertificate:
+    """A certificate of 60 matrices, and of outputs whose noise is 1e-5 unless `error` is None."""
+    kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    names = [f"model.layers.{i}.{kind}.lora_{m}" for i in range(10) for kind in kinds for m in "AB"]
+    outputs = None if error is None else fold_outputs(error, effect)
+    return FoldCertificate(
+        verdict=verdict,
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        dtype="fp32",
+        decomposition="mpo",
+        step=60,
+        seed=0,
+        matrices=[matrix(name, worst - 0.01 * (i % 40)) for i, name in enumerate(names)],
+        outputs=outputs,
+        output_bound=None if outputs is None else outputs.bound,
+        versions={"torch": "2.13.0"},
+        hardware="a processor of some name",
+        date=DAY,
+    )
+
+
+def hostile(report: Report, keys: Collection[str]) -> Report:
+    """The report with a hostile text in place of every text under these keys."""
+
+    def spoilt(content: Any, is_meant: bool = False) -> Any:
+        if isinstance(content, Mapping):
+            return {name: spoilt(value, is_meant or name in keys) for name, value in content.items()}
+        if isinstance(content, list):
+            return [spoilt(value, is_meant) for value in content]
+        return HOSTILE if is_meant and isinstance(content, str) else content
+
+    return type(report).model_validate_json(json.dumps(spoilt(json.loads(report.model_dump_json()))))
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a report's page is made.
+
+    Args:
+        title: Beginning of the page's title.
+        page: Makes the page.
+        hostile: Makes it with hostile texts wherever a file may supply one.
+    """
+
+    title: str
+    page: Callable[[], Page]
+    hostile: Callable[[], Page]
+
+
+def _inspected(is_hostile: bool = False) -> Page:
+    report = inspect_folder(CHECKPOINT)
+    if is_hostile:
+        report = hostile(report, ("path", "base_model", "targets", "decomposition", "versions", "next_steps"))
+    return inspect_page(report, schedule_figures(read_schedule(CHECKPOINT)), "loraover inspect checkpoint")
+
+
+RUN_KEYS = ("base_model", "command", "reason", "hardware", "versions", "engine")
+parity = cache(whole_report)
+REPORTS = {
+    "parity": Made(
+        "Parity: ",
+        lambda: parity_page(parity().model_copy(update={"date": DAY})),
+        lambda: parity_page(hostile(parity(), (*RUN_KEYS, "adapters", "notes"))),
+    ),
+    "study": Made(
+        "Study",
+        lambda: study_page(kept_study()),
+        lambda: study_page(hostile(kept_study(), ("task", "method", "baseline", "words", "command", "hardware"))),
+    ),
+    "verify": Made(
+        "Verification: ",
+        lambda: verify_page(three_engines(), DAY),
+        lambda: verify_page(hostile(three_engines(), (*RUN_KEYS, "adapter", "fault", "detail", "reference")), DAY),
+    ),
+    "fold": Made(
+        "Fold: ",
+        lambda: fold_page(fold_certificate(), "loraover-export fold checkpoint -o folded --check-error"),
+        lambda: fold_page(hostile(fold_certificate(), (*RUN_KEYS, "name", "base", "prompt_source")), HOSTILE),
+    ),
+    "inspect": Made("Folder: ", _inspected, lambda: _inspected(is_hostile=True)),
+}

@@ -1,0 +1,121 @@
+"""The pages of all reports in headless Chromium: light and dark, narrow and wide, and with hostile texts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from loraover.reporting.html_page import Page
+from loraover.reporting.palette import GROUNDS, INKS, PALETTE, contrast
+
+from support.chromium import chromium, looked_at
+from support.reports import REPORTS
+
+POLICY = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+WIDTHS = (400, 1280)
+LARGEST = 300_000  # bytes
+
+
+@pytest.fixture(scope="module", params=REPORTS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def page(name: str) -> Page:
+    return REPORTS[name].page()
+
+
+@pytest.fixture(scope="module")
+def hostile_page(name: str) -> Page:
+    return REPORTS[name].hostile()
+
+
+def rgb(color: str) -> str:
+    return f"rgb({', '.join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_a_page_can_be_read_at_each_width_and_in_each_scheme(page: Page, is_dark: bool, tmp_path: Path) -> None:
+    for width, found in zip(WIDTHS, looked_at(tmp_path, page.html, WIDTHS, is_dark=is_dark), strict=True):
+        assert found["needed"] == found["given"], "the page scrolls sideways"
+        assert width - 20 <= found["given"] <= width, "a scroll bar takes the rest"
+        for kind, name in (("ground", "paper"), ("ink", "ink")):
+            assert found[kind] == rgb(PALETTE[name].dark if is_dark else PALETTE[name].light)
+        assert found["figures"] == len(page.figures) > 0
+        assert found["outside"] == [], "texts leave their figure"
+        assert found["smallest"] >= 9, "pixels, the height of a line of text"
+
+
+@pytest.mark.engine
+def test_a_browser_takes_hostile_texts_for_texts(name: str, hostile_page: Page, tmp_path: Path) -> None:
+    for found in looked_at(tmp_path, hostile_page.html, WIDTHS, is_dark=False):
+        assert found["title"].startswith(REPORTS[name].title)
+        assert found["scripts"] == 0
+        assert found["needed"] == found["given"]
+        assert found["outside"] == []
+
+
+def test_text_from_elsewhere_is_escaped(hostile_page: Page) -> None:
+    for text in (hostile_page.html, *(figure.file() for figure in hostile_page.figures)):
+        assert "<script" not in text
+        assert "<img" not in text
+    assert "&lt;script&gt;" in hostile_page.html
+
+
+@pytest.mark.engine
+def test_the_policy_keeps_scripts_from_running(tmp_path: Path) -> None:
+    page = REPORTS["parity"].page().html
+    assert page.count(POLICY) == 1
+    script = "<script>document.title = 'ran'</script></body>"
+    for text, ran in ((page, False), (page.replace(POLICY, ""), True)):
+        shown, _ = chromium(tmp_path, text.replace("</body>", script), "--dump-dom")
+        assert ("<title>ran</title>" in shown) == ran
+
+
+def test_a_page_is_small_and_names_no_address(page: Page) -> None:
+    assert len(page.html.encode()) < LARGEST
+    assert not re.findall(r"\w+://[\w.]+", page.html)
+
+
+def test_a_page_begins_with_its_verdict(page: Page) -> None:
+    head = page.html.index('<p class="sentence">')
+    assert head < page.html.index("<dl>") < page.html.index("<figure")
+    assert "<dt>date</dt>" in page.html
+
+
+@pytest.mark.parametrize("is_hostile", [False, True])
+def test_figures_are_files_too(is_hostile: bool, page: Page, hostile_page: Page, tmp_path: Path) -> None:
+    found = hostile_page if is_hostile else page
+    found.write(tmp_path / "report.html")
+    files = sorted((tmp_path / "figures").iterdir())
+    assert len(files) == len(found.figures)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.html"]
+    for file in files:
+        assert ElementTree.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        assert "var(" not in file.read_text(), "other programs than browsers do not know the page's colours"
+
+
+@pytest.mark.parametrize("color", INKS)
+def test_every_text_and_line_can_be_read_on_every_ground(color: str) -> None:
+    for ground in GROUNDS.values():
+        assert contrast(INKS[color].light, ground.light) >= 4.5
+        assert contrast(INKS[color].dark, ground.dark) >= 4.5
+
+
+def test_contrast_is_that_of_the_standard() -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.478, abs=1e-3)
+
+
+def test_a_colour_has_one_meaning() -> None:
+    for shades in ([c.light for c in INKS.values()], [c.dark for c in INKS.values()]):
+        assert len(set(shades)) == len(INKS)
+
+
+def test_every_colour_that_a_page_names_is_in_the_palette(page: Page) -> None:
+    assert set(re.findall(r"var\(--(\w+)\)", page.html)) <= set(PALETTE)
