@@ -35,10 +35,16 @@ Versions: {versions}.
 ## Adapters in PEFT's form and in ours
 
 *As trained*, *refused* (with a message) or *wrong silently* is the verdict of [verify](verify.md) on a tiny random
-Llama in float32. PEFT's form is what an engine's users give it without this package: PEFT's folder for PyTorch and
-vLLM, PEFT's tensors for ONNX Runtime, and for llama.cpp the file that its own converter writes. Ours is what
-`loraover export` writes; an export that refuses counts as refused. A mixed batch has requests for the base model and
-for the adapter; other engines than servers take one request at a time.
+Llama in float32. The adapters have r = 4 and alpha = 6, so even the plain one has a scaling other than 1. PEFT's form
+is what an engine's users give it without this package:
+
+- `torch`, `vllm` and `mlx` get PEFT's folder, for mlx-lm under the file name that it looks for;
+- `onnx` gets the graph that onnxruntime-genai's builder makes with PEFT's folder as its `adapter_path`;
+- `llamacpp` gets the file that llama.cpp's own converter writes;
+- `openvino` gets PEFT's tensors, with the alpha that OpenVINO GenAI takes where the program gives none.
+
+Ours is what `loraover export` writes; an export that refuses counts as refused. A mixed batch has requests for the base
+model and for the adapter; other engines than servers take one request at a time.
 
 {forms}
 

@@ -52,11 +52,9 @@ class Engine(ABC):
 
     Args:
         reader: program that reads the adapter, with the release whose sources or runs the reactions come from.
-        refusal_wins: whether what it refuses cannot be applied wrongly, which does not hold for two programs.
     """
 
     reader: str
-    refusal_wins: bool = True
 
     @abstractmethod
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
