@@ -56,6 +56,6 @@ def test_cells_become_a_matrix_with_reasons(tmp_path: Path, monkeypatch: pytest.
     lines = page(read_entries(rows)).splitlines()
     assert "| mlx 1.2 | PEFT's | refused | refused | - | - | - | - | - |" in lines
     assert "| mlx 1.2 | ours | - | as trained | - | - | - | - | - |" in lines
-    assert [line for line in lines if line.startswith("- ")] == [
+    assert [line for line in lines if line.startswith("- mlx, ")] == [
         "- mlx, PEFT's, plain, rsLoRA: *refused*. x.npz: found a \\| b"
     ]
