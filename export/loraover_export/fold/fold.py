@@ -91,7 +91,7 @@ def write_rounded(
     save_tensors(rounded, directory / TENSORS_FILE)
     lost = first_difference(directory / TENSORS_FILE, rounded)
     if lost is not None:
-        raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
+        raise not_kept(lost)
     return certificates
 
 
@@ -141,3 +141,8 @@ def _round_and_certify(
     rounded = round_tensor(key, exact.value, dtype)
     name = site_name(key)
     return rounded, None if name is None else certify(name, rounded, exact)
+
+
+def not_kept(name: str) -> FoldError:
+    """Return the error for a tensor or field that a file does not hold as it was written."""
+    return FoldError(f"{name}: the file does not hold what was written to it; check the disk, or write elsewhere.")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from loraover.common.atomic_output import check_free, publish_directory
+from loraover.common.atomic_output import AbandonedError, check_free, publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import OutputError
 from loraover.models.licence import known_licence
@@ -18,10 +17,6 @@ from loraover_export.onnx.report import REPORT_FILE, OnnxReport
 from loraover_export.onnx.request import Inputs, OnnxRequest, read_inputs
 
 SHORT = {DTYPES[short]: short for short in ("fp32", "fp16")}
-
-
-class _FailedError(Exception):
-    """Leaves the block that would publish."""
 
 
 def export_onnx(
@@ -96,13 +91,10 @@ def export_onnx(
     )
     _check_output(request)
     inputs = read_inputs(request, report.line)
-    with (
-        suppress(_FailedError),
-        publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft,
-    ):
+    with publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft:
         result = Export(request, inputs, draft, report).run()
         if result.verdict == "failed":
-            raise _FailedError
+            raise AbandonedError
         (draft / REPORT_FILE).write_text(result.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, inputs, result), encoding="utf-8")
     return result
