@@ -241,6 +241,12 @@ OUR_FORM: dict[str, Presented] = {
 MATRIX_ENGINES = tuple(PEFT_FORM)
 
 
+def skip_unless_installed(engine: str) -> None:
+    """Skip the test where an engine is missing; vLLM is looked for when a server is started."""
+    if engine != "vllm" and (how := engine_class(engine).install("vllm")) is not None:
+        pytest.skip(f"{engine} is not installed: {how}")
+
+
 def present(engine: str, form: str, setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
     """Start an engine with the adapter in a form."""
     table = PEFT_FORM if form == PEFT else OUR_FORM
