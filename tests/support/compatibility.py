@@ -48,6 +48,9 @@ model and for the adapter; other engines than servers take one request at a time
 
 {forms}
 
+`loraover export check`, which runs nothing, has to give the same verdict for each cell. It judges the answers for the
+adapter only, so the cells in which vLLM applies an adapter to the base model's rows are not compared.
+
 The reasons, in the engine's words or verify's:
 
 {reasons}
@@ -68,6 +71,16 @@ ARCHITECTURES = {
     "BERT": "BertForSequenceClassification",
 }
 """Model classes of families; others are `<family>ForCausalLM`."""
+
+READERS = {
+    "llamacpp": "llama-cpp-py-sync",
+    "mlx": "mlx-lm",
+    "onnx": "onnxruntime-genai",
+    "openvino": "OpenVINO GenAI",
+    "torch": "PEFT",
+    "vllm": "vLLM",
+}
+"""What reads the adapter, and whose version a cell has, by the name that verify takes."""
 
 FORMS = PEFT, OURS = "PEFT's", "ours"
 """Forms in which an engine can get an adapter."""
@@ -181,7 +194,8 @@ def _forms(cells: Sequence[Cell]) -> Iterator[str]:
     for engine in sorted({cell.engine for cell in cells}):
         for form in FORMS:
             shown = [verdicts.get((engine, form, feature), "-") for feature in FEATURES]
-            yield f"| {engine} {versions.get(engine, '')} | {form} | {' | '.join(shown)} |"
+            reader = " ".join(filter(None, [READERS[engine], versions.get(engine)]))
+            yield f"| `{engine}`, {reader} | {form} | {' | '.join(shown)} |"
 
 
 def _reasons(cells: Sequence[Cell]) -> Iterator[str]:
@@ -191,7 +205,7 @@ def _reasons(cells: Sequence[Cell]) -> Iterator[str]:
         if cell.verdict != "as trained":
             features.setdefault((cell.engine, cell.form, cell.verdict, _shown(cell.reason)), []).append(cell.feature)
     for (engine, form, verdict, reason), found in features.items():
-        yield f"- {engine}, {form}, {', '.join(found)}: *{verdict}*. {reason}"
+        yield f"- `{engine}`, {form}, {', '.join(found)}: *{verdict}*. {reason}"
 
 
 def _shown(reason: str) -> str:
