@@ -1,4 +1,4 @@
-"""Some forty faults of the product, planted one at a time, and whether the tests that should notice each of them do.
+"""Some fifty faults of the product, planted one at a time, and whether the tests that should notice each of them do.
 
     cd tests
     python -m mutants --baseline                       # all of them; about ten minutes on two cores
@@ -312,6 +312,43 @@ MUTANTS = (
         "change > APPLIED * (noise or 0.0)",
         "change >= APPLIED * (noise or 0.0)",
         Selection("test_parity.py", "weak_adapter"),
+    ),
+    # Verification
+    Mutant(
+        "verify-no-noise-is-allowed",
+        "return sensitivity * noise.rms * (1 + SURE * math.sqrt(2) * relative) + FLOOR",
+        "return FLOOR",
+        Selection("test_verify.py", "coarser_base_model"),
+    ),
+    Mutant(
+        "verify-noise-of-the-adapted-model",
+        "noise = distance(answers.base, reference.base)",
+        "noise = distance(answers.adapter, reference.adapter)",
+        Selection("test_verify.py", "planted_fault"),
+    ),
+    Mutant(
+        "verify-scalings-are-divided-the-other-way",
+        "rule(subject.config, len(delta.a), delta.scaling) / delta.scaling",
+        "delta.scaling / rule(subject.config, len(delta.a), delta.scaling)",
+        Selection("test_verify.py", "planted_fault"),
+    ),
+    Mutant(
+        "verify-greedy-tokens-are-not-compared",
+        "greedy.gap > greedy.allowed",
+        "greedy.gap < 0",
+        Selection("test_verify.py", "other_tokens"),
+    ),
+    Mutant(
+        "verify-weak-adapter-passes",
+        "if effect <= APPLIED * allowed:",
+        "if effect < 0:",
+        Selection("test_verify.py", "below_the_noise"),
+    ),
+    Mutant(
+        "verify-mixed-batch-beside-itself",
+        "zip(mixed[arm], apart[arm], strict=True)",
+        "zip(mixed[arm], mixed[arm], strict=True)",
+        Selection("test_verify_endpoint.py", "mixed_batch"),
     ),
     # Evaluation
     Mutant(

@@ -54,8 +54,8 @@ def test_cells_become_a_matrix_with_reasons(tmp_path: Path, monkeypatch: pytest.
     record_cell(Cell("mlx", "1.2", "ours", "rsLoRA", "as trained", "off by nothing"))
     record_cell(Cell("mlx", None, "PEFT's", "rsLoRA", "refused", "/another/x.npz: found\n a | b"))
     lines = page(read_entries(rows)).splitlines()
-    assert "| mlx 1.2 | PEFT's | refused | refused | - | - | - | - | - |" in lines
-    assert "| mlx 1.2 | ours | - | as trained | - | - | - | - | - |" in lines
-    assert [line for line in lines if line.startswith("- ")] == [
-        "- mlx, PEFT's, plain, rsLoRA: *refused*. x.npz: found a \\| b"
+    assert "| `mlx`, mlx-lm 1.2 | PEFT's | refused | refused | - | - | - | - | - |" in lines
+    assert "| `mlx`, mlx-lm 1.2 | ours | - | as trained | - | - | - | - | - |" in lines
+    assert [line for line in lines if line.startswith("- `mlx`, ")] == [
+        "- `mlx`, PEFT's, plain, rsLoRA: *refused*. x.npz: found a \\| b"
     ]

@@ -8,8 +8,8 @@ import pytest
 from mutants import MUTANTS, ROOT, file_of, judge, place_of, product_files
 
 
-def test_there_are_forty_eight_mutants_with_names_of_their_own() -> None:
-    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) == 48
+def test_every_mutant_has_its_own_name() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) > 50
 
 
 def test_every_source_occurs_exactly_once() -> None:

@@ -39,7 +39,8 @@ def publish_directory(
             its place. If the process is killed between the two renames, the next run with this destination restores it.
 
     Yields:
-        A temporary folder beside the destination, which is removed if the block raises.
+        A temporary folder beside the destination, which is removed if the block raises. `AbandonedError` ends the block
+        without an output, and goes no further.
 
     Raises:
         OutputError: The destination exists, lies in `outside`, or cannot be written (no permission, no space); or, with
@@ -65,6 +66,8 @@ def publish_directory(
         published = True
         for folder in (target.parent, *(parent.parent for parent in made)):
             sync(folder)
+    except AbandonedError:
+        return
     except Exception as error:
         failure = _as_os_error(error)
         if failure is None or not _is_about(failure, draft):
@@ -76,14 +79,14 @@ def publish_directory(
                 parent.rmdir()
 
 
-class _AbandonedError(Exception):
-    """Raised to leave a block before it publishes anything."""
+class AbandonedError(Exception):
+    """Raised to end a block, or a function that fills a file, without an output; `publish_*` then return as usual."""
 
 
 def check_writable(destination: str | os.PathLike[str], *, outside: Path | None = None) -> None:
     """Raise OutputError unless `publish_directory` can write there; no file or folder is left behind."""
-    with suppress(_AbandonedError), publish_directory(destination, outside=outside):
-        raise _AbandonedError
+    with publish_directory(destination, outside=outside):
+        raise AbandonedError
 
 
 def _put_in_place(draft: Path, target: Path, replace: bool) -> None:
@@ -178,7 +181,8 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
 
     Args:
         path: The file.
-        fill: Function that writes the new content to the temporary path that it is given.
+        fill: Function that writes the new content to the temporary path that it is given. If it raises
+            `AbandonedError`, the file stays as it was.
 
     Raises:
         OutputError: The file cannot be written.
@@ -191,6 +195,8 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -
             sync(draft)
             draft.replace(target)
             sync(target.parent)
+    except AbandonedError:
+        return
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -207,10 +213,9 @@ def check_file_writable(path: str | os.PathLike[str]) -> None:
 
     def begin(draft: Path) -> None:
         draft.touch()
-        raise _AbandonedError
+        raise AbandonedError
 
-    with suppress(_AbandonedError):
-        publish_file(path, begin)
+    publish_file(path, begin)
 
 
 def check_free(target: Path, *, outside: Path | None = None, replace: bool = False) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-from loraover.common.command_line import printable
 from loraover.inspection.installation import Installation
 from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, OnnxFacts, RunFacts, VllmFacts
+from loraover.reporting.reporter import print_line
 
 Rows = Iterator[tuple[str, str]]
 
@@ -34,10 +34,10 @@ def folder_rows(report: FolderReport) -> list[tuple[str, str]]:
 def show_next_steps(report: FolderReport, console: Console) -> None:
     """Print the commands that take a folder further."""
     if report.next_steps:
-        _line(console, "Next:")
+        print_line(console, "Next:")
     for step in report.next_steps:
-        _line(console, f"  {step.what}:")
-        _line(console, f"    {step.command}")
+        print_line(console, f"  {step.what}:")
+        print_line(console, f"    {step.command}")
 
 
 def _run_rows(run: RunFacts) -> Rows:
@@ -104,8 +104,4 @@ def show_installation(found: Installation, console: Console) -> None:
 def _show(rows: Sequence[tuple[str, str]], console: Console) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        _line(console, f"{name:<{width}}  {value}")
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
+        print_line(console, f"{name:<{width}}  {value}")

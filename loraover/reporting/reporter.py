@@ -78,8 +78,7 @@ class ConsoleReporter(Reporter):
         Args:
             text: The line; markup in it is not interpreted.
         """
-        text = "\n".join(map(printable, text.split("\n")))  # it may quote a file
-        self.console.print(escape(text), soft_wrap=True, highlight=False)
+        print_line(self.console, text)
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -103,6 +102,18 @@ class ConsoleReporter(Reporter):
 
 
 SILENT = Reporter()
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print a text that may quote a file: of markup and control characters, only line breaks are interpreted.
+
+    Args:
+        console: Console to print to.
+        text: The text, which is not wrapped.
+        style: rich's name of a style for all of it.
+    """
+    shown = "\n".join(map(printable, text.split("\n")))
+    console.print(shown, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class _ToReporter(logging.Handler):

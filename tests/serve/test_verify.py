@@ -17,7 +17,7 @@ from loraover_serve.verify.rounding import FORMATS
 from loraover_serve.verify.run import verify_engine
 
 from support.make_checkpoint import Made
-from support.verified import FAULTS, Case, Planted, make_case, plant, save_adapter, save_base
+from support.verified import FAULTS, WRONG_PREFIX, Case, Planted, make_case, plant, save_adapter, save_base
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,7 @@ def test_a_planted_fault_is_found_and_named(name: str, case: Case, tmp_path: Pat
 
 
 def test_a_wrong_prefix_is_named(case: Case, tmp_path: Path) -> None:
-    moved = Planted(
-        NOT_APPLIED, "", {}, lambda tensors: {k.replace("model.layers", "layers"): t for k, t in tensors.items()}
-    )
-    wrong = case.setting(tmp_path, adapter=plant(moved, case.adapter, tmp_path / "wrong"))
+    wrong = case.setting(tmp_path, adapter=plant(WRONG_PREFIX, case.adapter, tmp_path / "wrong"))
     with pytest.warns(UserWarning, match="missing adapter keys"):
         found = verify_engine("torch", wrong, case.court)
     assert (found.verdict, found.fault) == ("differs", NOT_APPLIED)

@@ -15,7 +15,9 @@ from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, ExportError, OutputError
 from loraover_serve import VerifyReport, verify_adapter
 from loraover_serve.cli import cli
+from loraover_serve.engines.elsewhere import Elsewhere
 from loraover_serve.verify import engines
+from loraover_serve.verify.engines import mlx
 
 from support.openai_server import openai_server
 from support.refusals import only_error
@@ -44,7 +46,7 @@ def test_a_verification_is_shown_and_written(adapter: Path, tmp_path: Path, caps
     assert "torch: as trained: off by" in shown.out
     assert max(map(len, shown.out.partition("torch: ")[0].splitlines())) <= 80
     assert shown.out.rstrip().endswith(f"wrote {tmp_path / 'out'}")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["verify.html", "verify.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figures", "verify.html", "verify.json"]
     report = VerifyReport.model_validate_json((tmp_path / "out" / "verify.json").read_text())
     assert (report.verdict, report.reference, report.prompts, report.exit_code) == ("as trained", "PEFT", 8, 0)
     assert "as trained" in (tmp_path / "out" / "verify.html").read_text()
@@ -93,6 +95,43 @@ def test_a_failure_is_kept_beside_the_others(adapter: Path, monkeypatch: pytest.
         assert report.exit_code == 2
         with pytest.raises(EngineError, match="the server answered 500"):
             verify_adapter(adapter, **address, **BRIEF)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm's runner in this environment, which holds no mlx-lm."""
+    monkeypatch.delenv("LORAOVER_HERE", raising=False)
+    monkeypatch.setattr(mlx, "MLX", Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx"))
+
+
+@pytest.mark.process
+def test_the_log_of_an_engine_that_failed_is_beside_the_report(
+    failing: None, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert verify(adapter, "--engine", "mlx", "-o", out) == 2
+    assert f"mlx: ModuleNotFoundError: No module named 'mlx' (log: {out / 'mlx.log'})" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["figures", "mlx.log", "verify.html", "verify.json"]
+    report = VerifyReport.model_validate_json((out / "verify.json").read_text())
+    assert (report.verdict, report.engines[0].verdict) == ("failed", "failed")
+    assert "ModuleNotFoundError" in (out / "verify.html").read_text()
+
+
+@pytest.mark.process
+def test_the_log_is_kept_without_an_output(failing: None, adapter: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    report = verify_adapter(adapter, engines=["torch", "mlx"], **BRIEF)
+    (kept,) = tmp_path.glob("loraover-verify-kept-*/mlx.log")
+    assert [result.verdict for result in report.engines] == ["as trained", "failed"]
+    assert report.engines[1].reason.endswith(f"(log: {kept})")
+    assert list(tmp_path.iterdir()) == [kept.parent]
+
+
+def test_a_failure_without_a_log_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", base, modules_to_save=["norm"])
+    with pytest.raises(ExportError, match="trained in full"):
+        verify_adapter(adapter, engines=["llamacpp"], output=tmp_path / "out", **BRIEF)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_without_effect_is_inconclusive(base: Path, adapter: Path, tmp_path: Path) -> None:

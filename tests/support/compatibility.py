@@ -35,12 +35,21 @@ Versions: {versions}.
 ## Adapters in PEFT's form and in ours
 
 *As trained*, *refused* (with a message) or *wrong silently* is the verdict of [verify](verify.md) on a tiny random
-Llama in float32. PEFT's form is what an engine's users give it without this package: PEFT's folder for PyTorch and
-vLLM, PEFT's tensors for ONNX Runtime, and for llama.cpp the file that its own converter writes. Ours is what
-`loraover export` writes; an export that refuses counts as refused. A mixed batch has requests for the base model and
-for the adapter; other engines than servers take one request at a time.
+Llama in float32. The adapters have r = 4 and alpha = 6, so even the plain one has a scaling other than 1. PEFT's form
+is what an engine's users give it without this package:
+
+- `torch`, `vllm` and `mlx` get PEFT's folder, for mlx-lm under the file name that it looks for;
+- `onnx` gets the graph that onnxruntime-genai's builder makes with PEFT's folder as its `adapter_path`;
+- `llamacpp` gets the file that llama.cpp's own converter writes;
+- `openvino` gets PEFT's tensors, with the alpha that OpenVINO GenAI takes where the program gives none.
+
+Ours is what `loraover export` writes; an export that refuses counts as refused. A mixed batch has requests for the base
+model and for the adapter; other engines than servers take one request at a time.
 
 {forms}
+
+`loraover export check`, which runs nothing, has to give the same verdict for each cell. It judges the answers for the
+adapter only, so the cells in which vLLM applies an adapter to the base model's rows are not compared.
 
 The reasons, in the engine's words or verify's:
 
@@ -62,6 +71,16 @@ ARCHITECTURES = {
     "BERT": "BertForSequenceClassification",
 }
 """Model classes of families; others are `<family>ForCausalLM`."""
+
+READERS = {
+    "llamacpp": "llama-cpp-py-sync",
+    "mlx": "mlx-lm",
+    "onnx": "onnxruntime-genai",
+    "openvino": "OpenVINO GenAI",
+    "torch": "PEFT",
+    "vllm": "vLLM",
+}
+"""What reads the adapter, and whose version a cell has, by the name that verify takes."""
 
 FORMS = PEFT, OURS = "PEFT's", "ours"
 """Forms in which an engine can get an adapter."""
@@ -175,7 +194,8 @@ def _forms(cells: Sequence[Cell]) -> Iterator[str]:
     for engine in sorted({cell.engine for cell in cells}):
         for form in FORMS:
             shown = [verdicts.get((engine, form, feature), "-") for feature in FEATURES]
-            yield f"| {engine} {versions.get(engine, '')} | {form} | {' | '.join(shown)} |"
+            reader = " ".join(filter(None, [READERS[engine], versions.get(engine)]))
+            yield f"| `{engine}`, {reader} | {form} | {' | '.join(shown)} |"
 
 
 def _reasons(cells: Sequence[Cell]) -> Iterator[str]:
@@ -185,7 +205,7 @@ def _reasons(cells: Sequence[Cell]) -> Iterator[str]:
         if cell.verdict != "as trained":
             features.setdefault((cell.engine, cell.form, cell.verdict, _shown(cell.reason)), []).append(cell.feature)
     for (engine, form, verdict, reason), found in features.items():
-        yield f"- {engine}, {form}, {', '.join(found)}: *{verdict}*. {reason}"
+        yield f"- `{engine}`, {form}, {', '.join(found)}: *{verdict}*. {reason}"
 
 
 def _shown(reason: str) -> str:

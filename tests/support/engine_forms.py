@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import EngineError, ExportError
-from loraover_export import export_onnx, export_vllm
+from loraover_export import export_vllm
 from loraover_export.gguf import llamacpp
 from loraover_export.gguf.base import write_base
 from loraover_export.gguf.families import FAMILIES, interleave
 from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.onnx import genai
 from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines import ENDPOINT, engine_class, mlx, openvino
@@ -47,12 +48,20 @@ class Running:
         until: stack that stops them.
         servers: servers by the location of their base model.
         converted: base models that optimum-intel has exported, by their location.
+        graphs: ONNX graphs of base models, by their location.
     """
 
     folder: Path
     until: ExitStack
     servers: dict[str, VllmServer] = field(default_factory=dict)
     converted: dict[str, Path] = field(default_factory=dict)
+    graphs: dict[str, Path] = field(default_factory=dict)
+
+    def onnx(self, base: str) -> Path:
+        """The base model's graph."""
+        if base not in self.graphs:
+            self.graphs[base] = build_graph(base, self.folder / f"onnx-{len(self.graphs)}")
+        return self.graphs[base]
 
     def openvino(self, setting: Setting) -> Path:
         """The base model, exported once for all cells."""
@@ -101,11 +110,16 @@ def ours_in_torch(setting: Setting, running: Running) -> AbstractContextManager[
 
 @contextmanager
 def peft_in_onnx(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
-    """PEFT's tensors, given to the swappable graph without a conversion."""
-    graph = setting.scratch / "graph"
-    export_onnx(setting.adapter, graph, mode="swappable", model=setting.base.location, names=(ADAPTER,), check=False)
-    arms = {BASE: OnnxArm(graph), ADAPTER: OnnxArm(graph, setting.adapter / "adapter_model.safetensors")}
-    yield Onnx(OnnxEngine("onnx", arms))
+    """PEFT's folder, given to onnxruntime-genai's builder, which writes the adapter into the graph."""
+    adapted = build_graph(setting.base.location, setting.scratch / "graph", setting.adapter)
+    yield Onnx(OnnxEngine("onnx", {BASE: OnnxArm(running.onnx(setting.base.location)), ADAPTER: OnnxArm(adapted)}))
+
+
+def build_graph(base: str, folder: Path, adapter: Path | None = None) -> Path:
+    """Build a graph as onnxruntime-genai's documentation says, with `adapter_path`; returns `folder`."""
+    with genai.BuilderProcess() as builder:
+        genai.build_decoder(Path(base), folder, precision="fp32", device="cpu", adapter=adapter, builder=builder)
+    return folder
 
 
 def peft_in_vllm(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
@@ -225,6 +239,12 @@ OUR_FORM: dict[str, Presented] = {
 """What this package writes, where verify's own start is not what the matrix takes."""
 
 MATRIX_ENGINES = tuple(PEFT_FORM)
+
+
+def skip_unless_installed(engine: str) -> None:
+    """Skip the test where an engine is missing; vLLM is looked for when a server is started."""
+    if engine != "vllm" and (how := engine_class(engine).install("vllm")) is not None:
+        pytest.skip(f"{engine} is not installed: {how}")
 
 
 def present(engine: str, form: str, setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:

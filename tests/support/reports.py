@@ -75,6 +75,7 @@ def verification(*results: EngineResult) -> VerifyReport:
         command="loraover-serve verify " + "a-rather-long-folder-name/" * 9 + "adapter --engine onnx",
         versions={"python": "3.12.3", "torch": "2.13.0"},
         hardware="a processor of some name with several cores",
+        date=DAY,
     )
 
 
@@ -193,8 +194,8 @@ REPORTS = {
     ),
     "verify": Made(
         "Verification: ",
-        lambda: verify_page(three_engines(), DAY),
-        lambda: verify_page(hostile(three_engines(), (*RUN_KEYS, "adapter", "fault", "detail", "reference")), DAY),
+        lambda: verify_page(three_engines()),
+        lambda: verify_page(hostile(three_engines(), (*RUN_KEYS, "adapter", "fault", "detail", "reference"))),
     ),
     "fold": Made(
         "Fold: ",

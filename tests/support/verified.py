@@ -160,6 +160,15 @@ FAULTS = {
 }
 
 
+WRONG_PREFIX = Planted(
+    NOT_APPLIED,
+    "the adapter is not loaded",
+    {},
+    lambda tensors: {key.replace("model.layers", "layers"): t for key, t in tensors.items()},
+)
+"""Names that PEFT's form allows and the base model does not have; our exports refuse them."""
+
+
 def plant(planted: Planted, adapter: Path, folder: Path) -> Path:
     """A copy of an adapter with a fault; returns `folder`."""
     shutil.copytree(adapter, folder)

@@ -26,10 +26,7 @@ class Judgement(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    verdict: Verdict = Field(
-        description="the worst of the findings; a refusal outweighs a silent error, except where two programs read the "
-        "adapter"
-    )
+    verdict: Verdict = Field(description="the worst of the findings; a refusal outweighs a silent error")
     findings: tuple[Finding, ...] = Field(description="the facts that the verdict rests on")
 
 
@@ -71,14 +68,13 @@ class CheckReport(BaseModel):
         return self.verdict == "passed"
 
 
-def judge(findings: Iterable[Finding], *, refusal_wins: bool = True) -> Judgement:
+def judge(findings: Iterable[Finding]) -> Judgement:
     """Return findings with the verdict that follows from them.
 
     Args:
         findings: what an engine does with an adapter.
-        refusal_wins: whether an adapter that is refused for one reason cannot be applied wrongly for another.
     """
     found = tuple(findings)
-    worst: list[Verdict] = ["refused", "wrong silently"] if refusal_wins else ["wrong silently", "refused"]
+    worst: tuple[Verdict, ...] = ("refused", "wrong silently")
     levels = {finding.level for finding in found}
     return Judgement(verdict=next((level for level in worst if level in levels), "right"), findings=found)

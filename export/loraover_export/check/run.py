@@ -61,7 +61,7 @@ def _check(name: str, subject: Subject) -> EngineCheck:
     return EngineCheck(
         engine=name,
         reader=engine.reader,
-        as_it_is=judge(engine.as_it_is(subject), refusal_wins=engine.refusal_wins),
+        as_it_is=judge(engine.as_it_is(subject)),
         exported=judge(engine.exported(subject)),
         export=engine.export(subject),
     )

@@ -7,7 +7,7 @@ from textwrap import wrap
 
 from rich.console import Console
 
-from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_export.check.report import CheckReport, EngineCheck, Finding
 
 WIDTH = 80
@@ -19,24 +19,24 @@ def show_report(report: CheckReport, console: Console) -> None:
     """Print a table of verdicts, then what each rests on and the export that mends it."""
     ranks = ", ".join(map(str, report.ranks))
     matrices = f"A and B of {report.modules} modules, rank {ranks}" if report.ranks else "no A and B"
-    _line(console, f"{report.adapter}: {report.peft_type}, {matrices}")
-    _line(console, f"base model {report.base_model} ({report.architecture})")
+    print_line(console, f"{report.adapter}: {report.peft_type}, {matrices}")
+    print_line(console, f"base model {report.base_model} ({report.architecture})")
     console.print()
-    _line(console, COLUMNS.format("engine", "as it is", "as exported", "reader"), "bold")
+    print_line(console, COLUMNS.format("engine", "as it is", "as exported", "reader"), "bold")
     for check in report.engines:
         row = COLUMNS.format(check.engine, check.as_it_is.verdict, check.exported.verdict, check.reader)
-        _line(console, row, STYLES[check.as_it_is.verdict])
+        print_line(console, row, STYLES[check.as_it_is.verdict])
     for check in report.engines:
         lines = list(_explained(check))
         if lines:
             console.print()
-            _line(console, check.engine, "bold")
+            print_line(console, check.engine, "bold")
         for line in lines:
-            _line(console, line)
+            print_line(console, line)
     _show_limits(report, console)
     console.print()
     wrong = [check.engine for check in report.engines if check.as_it_is.verdict != "right"]
-    _line(
+    print_line(
         console,
         f"check {report.verdict}: " + (f"not right as it is: {', '.join(wrong)}" if wrong else "right as it is"),
         "green" if report.passed else "red",
@@ -62,12 +62,12 @@ def _show_limits(report: CheckReport, console: Console) -> None:
     if not limits:
         return
     console.print()
-    _line(console, "no export mends", "bold")
+    print_line(console, "no export mends", "bold")
     for finding, engines in limits.items():
         for line in _wrapped(f"{', '.join(engines)}: {finding.found}"):
-            _line(console, line)
+            print_line(console, line)
     for line in _wrapped(_advice({finding.feature for finding in limits})):
-        _line(console, line)
+        print_line(console, line)
 
 
 def _advice(features: set[str]) -> str:
@@ -84,7 +84,3 @@ def _advice(features: set[str]) -> str:
 
 def _wrapped(text: str) -> list[str]:
     return wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)

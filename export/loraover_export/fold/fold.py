@@ -96,7 +96,7 @@ def write_rounded(
         lost = first_difference(file, rounded)
         flushed.result()
     if lost is not None:
-        raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
+        raise not_kept(lost)
     return certificates
 
 
@@ -146,3 +146,8 @@ def _round_and_certify(
     rounded = round_tensor(key, exact.value, dtype)
     name = site_name(key)
     return rounded, None if name is None else certify(name, rounded, exact)
+
+
+def not_kept(name: str) -> FoldError:
+    """Return the error for a tensor or field that a file does not hold as it was written."""
+    return FoldError(f"{name}: the file does not hold what was written to it; check the disk, or write elsewhere.")

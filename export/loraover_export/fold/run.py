@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
-from loraover.common.atomic_output import check_replaceable, publish_directory
+from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware, today
 from loraover.models.licence import known_licence
@@ -23,10 +22,6 @@ from loraover_export.fold.fold import write_config, write_folded
 from loraover_export.fold.html import HTML_FILE, to_page
 from loraover_export.fold.request import FoldRequest
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
-
-
-class _RejectedError(Exception):
-    """Leaves the block that would publish."""
 
 
 def fold_checkpoint(
@@ -89,13 +84,10 @@ def fold_checkpoint(
     base = None
     if request.check_error:
         base = resolve_base([source.adapter], request.model, option="--model", say=report.line)
-    with (
-        suppress(_RejectedError),
-        publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft,
-    ):
+    with publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft:
         certificate = _fold(request, source, base, draft, report)
         if certificate.verdict == "failed":
-            raise _RejectedError
+            raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
         to_page(certificate, request.command()).write(draft / HTML_FILE)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.common.atomic_output import publish_file
+from loraover.common.atomic_output import AbandonedError, publish_file
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
 from loraover.reporting.reporter import SILENT, Reporter
@@ -21,10 +20,6 @@ from loraover_export.gguf.request import GgufRequest
 from loraover_export.gguf.target import Target, read_target
 from loraover_export.gguf.write import write_adapter
 from loraover_export.uniform.matrices import largest_rank, module_of
-
-
-class _FailedError(Exception):
-    """Leaves the block that would publish."""
 
 
 def export_gguf(
@@ -95,10 +90,9 @@ def _publish(
     def fill(draft: Path) -> None:
         made.append(_write(request, source, target, draft, left_out, reference, report))
         if made[0].verdict == "failed":
-            raise _FailedError
+            raise AbandonedError
 
-    with suppress(_FailedError):
-        publish_file(request.output, fill)
+    publish_file(request.output, fill)
     return made[0]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_export.fold.certificate import POWER
 from loraover_export.gguf.report import GgufCheck, GgufReport
 from loraover_export.numerics.matrix_certificate import matrix_facts
@@ -15,38 +15,34 @@ from loraover_export.numerics.matrix_certificate import matrix_facts
 def show_report(report: GgufReport, output: Path, console: Console) -> None:
     """Print the certificate, the check, the verdict, and how to run the adapter if it was written."""
     facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(report.matrices).items())
-    _line(console, f"{report.family}, rank {report.rank}, {report.dtype}, {facts}")
+    print_line(console, f"{report.family}, rank {report.rank}, {report.dtype}, {facts}")
     if report.left_out:
-        _line(console, f"left out, as copies of the base model's weights: {', '.join(report.left_out)}", "yellow")
+        print_line(console, f"left out, as copies of the base model's weights: {', '.join(report.left_out)}", "yellow")
     if report.check is not None:
         _show_check(report.check, console)
     color = {"passed": "green", "failed": "red"}.get(report.verdict, "yellow")
-    _line(console, f"export {report.verdict}", color)
+    print_line(console, f"export {report.verdict}", color)
     if report.verdict == "failed":
-        _line(console, "nothing was written: an adapter that fails its check is not left behind")
+        print_line(console, "nothing was written: an adapter that fails its check is not left behind")
         return
     if report.verdict == "not checked":
-        _line(console, "llama.cpp was not run; --base-gguf FILE compares its logits with PyTorch's")
-    _line(console, f"wrote {output}")
-    _line(console, f"run it: llama-server -m BASE.gguf --lora {output}")
+        print_line(console, "llama.cpp was not run; --base-gguf FILE compares its logits with PyTorch's")
+    print_line(console, f"wrote {output}")
+    print_line(console, f"run it: llama-server -m BASE.gguf --lora {output}")
 
 
 def _show_check(check: GgufCheck, console: Console) -> None:
-    _line(
+    print_line(
         console, f"llama.cpp against the unfolded PyTorch model, {check.tokens} tokens, {'/'.join(check.weight_types)}:"
     )
-    _line(console, f"  largest logit error {check.error:.2e}, allowed {check.bound:.2e}")
-    _line(console, f"  base model against base model {check.base_distance:.2e}")
-    _line(console, f"  change that the adapter makes {check.adapter_effect:.3g}")
+    print_line(console, f"  largest logit error {check.error:.2e}, allowed {check.bound:.2e}")
+    print_line(console, f"  base model against base model {check.base_distance:.2e}")
+    print_line(console, f"  change that the adapter makes {check.adapter_effect:.3g}")
     if check.verdict == "inconclusive":
-        _line(
+        print_line(
             console,
             f"The adapter moves no logit by {POWER:g} times the allowed error, so this check cannot distinguish it "
             "from an adapter that does nothing. A GGUF file of the base model in F32 allows a smaller error; "
             "if this one is in F32, it holds another model's weights.",
             "yellow",
         )
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)

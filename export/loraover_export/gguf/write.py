@@ -16,7 +16,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir, site_name
 from loraover.common.errors import FoldError
-from loraover_export.fold.fold import round_exact
+from loraover_export.fold.fold import not_kept, round_exact
 from loraover_export.gguf.target import Target
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.uniform.matrices import largest_rank, to_uniform
@@ -121,9 +121,7 @@ def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mappi
     for key, value in fields.items():
         field = reader.get_field(key)
         if field is None or field.contents() != value:
-            raise FoldError(
-                f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
-            )
+            raise not_kept(key)
     found = {tensor.name: tensor for tensor in reader.tensors}
     for name, matrix in tensors.items():
         tensor = found.pop(name, None)
@@ -135,9 +133,7 @@ def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mappi
                 np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1), _bytes(matrix).reshape(-1)
             )
         ):
-            raise FoldError(
-                f"{name}: the file does not hold what was written to it; check the disk, or write elsewhere."
-            )
+            raise not_kept(name)
     assert not found, "the writer adds no tensors"
 
 

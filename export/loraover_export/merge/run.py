@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.common.atomic_output import check_replaceable, publish_directory
+from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.threads import workers
 from loraover.models.licence import known_licence
@@ -48,10 +48,6 @@ class MergeRequest:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
         words = ["loraover-export", "merge", str(self.source), "-o", str(self.output)]
         return shlex.join([*words, *([] if self.model is None else ["--model", self.model])])
-
-
-class _RejectedError(Exception):
-    """Leaves the block that would publish."""
 
 
 def merge_adapter(
@@ -113,14 +109,11 @@ def _publish(
     request: MergeRequest, base: ModelSource, files: BaseFiles, plan: Plan, exact: ExactAdapter, report: Reporter
 ) -> MergeReport:
     """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
-    with (
-        suppress(_RejectedError),
-        publish_directory(request.output, outside=files.folder, replace=request.force) as draft,
-    ):
+    with publish_directory(request.output, outside=files.folder, replace=request.force) as draft:
         merged = _write(files, plan, exact, draft, report)
         result = _report(request, base, plan, merged)
         if not result.passed:
-            raise _RejectedError
+            raise AbandonedError
         for path in files.along():
             shutil.copyfile(path, draft / path.name)
         _write_json(draft / CONFIG, _config(files.config, plan))

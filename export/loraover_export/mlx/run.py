@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
-from loraover.common.atomic_output import check_replaceable, publish_directory
+from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
 from loraover.models.licence import known_licence
@@ -22,10 +21,6 @@ from loraover_export.mlx.target import Target, check_adapter, lost_settings, rea
 from loraover_export.mlx.write import write_adapter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.matrices import largest_rank, module_of
-
-
-class _FailedError(Exception):
-    """Leaves the block that would publish."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +75,10 @@ def export_mlx(
     target = read_target(base)
     left_out = check_adapter(adapter_of(adapter), target)
     made: list[MlxReport] = []
-    with (
-        suppress(_FailedError),
-        publish_directory(request.output, outside=request.source, replace=request.force) as draft,
-    ):
+    with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
         made.append(_write(request, adapter, target, draft, left_out, report))
         if not made[0].passed:
-            raise _FailedError
+            raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(made[0].model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, target, made[0]), encoding="utf-8")
     return made[0]

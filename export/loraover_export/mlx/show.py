@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_export.mlx.report import MlxReport
 from loraover_export.numerics.matrix_certificate import matrix_facts
 
@@ -16,27 +16,23 @@ from loraover_export.numerics.matrix_certificate import matrix_facts
 def show_report(report: MlxReport, output: Path, console: Console) -> None:
     """Print the certificate, and how to run the adapter if it was written."""
     facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(report.matrices).items())
-    _line(
+    print_line(
         console,
         f"certificate {report.verdict}: rank {report.rank}, {report.dtype}, {facts}",
         "green" if report.passed else "red",
     )
     if report.left_out:
-        _line(console, f"left out, as copies of the base model's weights: {', '.join(report.left_out)}", "yellow")
+        print_line(console, f"left out, as copies of the base model's weights: {', '.join(report.left_out)}", "yellow")
     if not report.passed:
-        _line(console, "nothing was written")
+        print_line(console, "nothing was written")
         return
     if report.lost_settings:
-        _line(
+        print_line(
             console,
             f"config.json of {report.base_model} has these settings only within rope_parameters, where mlx-lm 0.32 "
             f"does not look for all models; add them at its top level: {json.dumps(report.lost_settings)}",
             "yellow",
         )
-    _line(console, f"wrote {output}")
+    print_line(console, f"wrote {output}")
     words = ["mlx_lm.generate", "--model", report.base_model, "--adapter-path", str(output), "--prompt", "Hello"]
-    _line(console, f"run it: {shlex.join(words)}")
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
+    print_line(console, f"run it: {shlex.join(words)}")

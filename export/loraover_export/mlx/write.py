@@ -15,8 +15,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import Exact, adapter_of
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
-from loraover.common.errors import FoldError
-from loraover_export.fold.fold import round_exact
+from loraover_export.fold.fold import not_kept, round_exact
 from loraover_export.mlx.target import Target
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.uniform.matrices import largest_rank, module_of, to_uniform
@@ -57,7 +56,7 @@ def write_adapter(
     save_tensors(tensors, directory / TENSORS_FILE)
     lost = first_difference(directory / TENSORS_FILE, tensors)
     if lost is not None:
-        raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
+        raise not_kept(lost)
     (directory / CONFIG_FILE).write_text(json.dumps(adapter_config(adapter, target), indent=2) + "\n")
     return certificates
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from loraover.common.atomic_output import check_replaceable, publish_directory
+from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
@@ -17,10 +16,6 @@ from loraover_export.onnx.report import REPORT_FILE, OnnxReport
 from loraover_export.onnx.request import Inputs, OnnxRequest, read_inputs
 
 SHORT = {DTYPES[short]: short for short in ("fp32", "fp16")}
-
-
-class _FailedError(Exception):
-    """Leaves the block that would publish."""
 
 
 def export_onnx(
@@ -96,13 +91,10 @@ def export_onnx(
     read = [*request.sources, *(() if request.graph is None else (request.graph,))]
     check_replaceable(request.output, "ONNX export", REPORT_FILE, inputs=read, replace=request.force)
     inputs = read_inputs(request, report.line)
-    with (
-        suppress(_FailedError),
-        publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft,
-    ):
+    with publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft:
         result = Export(request, inputs, draft, report).run()
         if result.verdict == "failed":
-            raise _FailedError
+            raise AbandonedError
         (draft / REPORT_FILE).write_text(result.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, inputs, result), encoding="utf-8")
     return result

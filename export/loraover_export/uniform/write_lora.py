@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from torch.nn.functional import pad
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
-from loraover.common.atomic_output import check_replaceable, publish_directory
+from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.errors import ExportError, FoldError
 from loraover.common.provenance import environment, hardware
 from loraover.common.threads import workers
@@ -105,10 +104,6 @@ class LoraOutput:
         check_replaceable(self.output, "certified adapter", CERTIFICATE_FILE, inputs=self.sources, replace=self.force)
 
 
-class _RejectedError(Exception):
-    """Leaves the block that would publish."""
-
-
 class _Stored(NamedTuple):
     """One module in the storage type, before it is padded."""
 
@@ -141,10 +136,7 @@ def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Rep
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
     target.check()
-    with (
-        suppress(_RejectedError),
-        publish_directory(target.output, replace=target.force) as draft,
-    ):
+    with publish_directory(target.output, replace=target.force) as draft:
         with workers() as threads, report.task("writing modules", total) as done:
             hashes = [threads.start(record_source, folder, threads.ending) for folder in target.sources]
             stored: list[_Stored] = []
@@ -153,7 +145,7 @@ def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Rep
                 done(len(stored))
             certificate = _certificate(target, stored, [record.result() for record in hashes])
         if not certificate.passed:
-            raise _RejectedError
+            raise AbandonedError
         _save(target, stored, certificate, draft)
     return certificate
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
-from loraover.common.atomic_output import check_replaceable, publish_directory
+from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
 from loraover.models.licence import known_licence
@@ -26,10 +25,6 @@ from loraover_export.vllm.preflight import PREFLIGHT_FILE, Preflight, preflight
 from loraover_export.vllm.report import VllmReport
 from loraover_export.vllm.request import VllmRequest
 from loraover_export.vllm.served import read_served
-
-
-class _RejectedError(Exception):
-    """Leaves the block that would publish."""
 
 
 def export_vllm(
@@ -106,13 +101,10 @@ def _publish(
     request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, found: Preflight, report: Reporter
 ) -> VllmCertificate:
     """Write the adapter with its report, certificate and card; where the certificate fails, publish nothing."""
-    with (
-        suppress(_RejectedError),
-        publish_directory(request.output, outside=request.source, replace=request.force) as draft,
-    ):
+    with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
         certificate = _write(request, source, candidate, draft, report)
         if not certificate.passed:
-            raise _RejectedError
+            raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
         (draft / PREFLIGHT_FILE).write_text(found.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, candidate, certificate, found), encoding="utf-8")

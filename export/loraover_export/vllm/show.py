@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.preflight import Preflight
@@ -23,33 +23,28 @@ def show_report(report: VllmReport, output: Path, console: Console) -> None:
     if not report.passed:
         console.print("nothing was written")
         return
-    _line(console, f"wrote {output}")
-    _line(console, f"\nserve it:\n{report.serve}")
-    _line(console, "\nor load it into a running server, started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1:")
-    _line(console, str(report.load))
+    print_line(console, f"wrote {output}")
+    print_line(console, f"\nserve it:\n{report.serve}")
+    print_line(console, "\nor load it into a running server, started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1:")
+    print_line(console, str(report.load))
 
 
 def _show_preflight(report: Preflight, console: Console) -> None:
     counts = [sum(f.level == level for f in report.findings) for level in ("error", "warning")]
-    _line(
+    print_line(
         console, f"pre-flight: {report.modules} modules of {report.architecture}, rules of vLLM {report.vllm_version}"
     )
     for finding in report.findings:
-        _line(console, f"{finding.level}: {finding.rule}: {finding.found}", STYLES[finding.level])
-        _line(console, f"  remedy: {finding.remedy}")
+        print_line(console, f"{finding.level}: {finding.rule}: {finding.found}", STYLES[finding.level])
+        print_line(console, f"  remedy: {finding.remedy}")
     summary = f"pre-flight {report.verdict}: {counts[0]} errors, {counts[1]} warnings, {len(report.rules)} rules"
-    _line(console, summary, STYLES["passed" if report.passed else "error"])
+    print_line(console, summary, STYLES["passed" if report.passed else "error"])
 
 
 def _show_certificate(certificate: VllmCertificate, console: Console) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(certificate.matrices).items())
-    _line(
+    print_line(
         console,
         f"certificate {certificate.verdict}: rank {certificate.rank}, {certificate.dtype}, {facts}",
         STYLES["passed" if certificate.passed else "error"],
     )
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    for line in text.split("\n"):
-        console.print(printable(line), style=style, markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from loraover.common.provenance import today
 from loraover.reporting.figures import Band, Key, Point, Row, rows_figure
 from loraover.reporting.html_page import Origin, Page, Table, Tone, Verdict, make_page
 from loraover.reporting.svg import Axis, Figure, Shape, short
@@ -24,21 +23,11 @@ SHOWN = 6  # suspects in a figure; the table has all
 LOWEST = 1e-6  # nats, below which a distance is drawn at the left end
 
 
-def render(report: VerifyReport) -> str:
-    """The report as an HTML page; every text is escaped.
-
-    Args:
-        report: the report.
-    """
-    return to_page(report, today()).html
-
-
-def to_page(report: VerifyReport, day: str) -> Page:
+def to_page(report: VerifyReport) -> Page:
     """Make the report's page.
 
     Args:
         report: the report.
-        day: day of the verification, in UTC.
     """
     results = _worst_first(report.engines)
     suspected = [result for result in results if result.suspects]
@@ -54,7 +43,7 @@ def to_page(report: VerifyReport, day: str) -> Page:
             "adapter": report.adapter,
             "base model": report.base_model,
         },
-        origin=Origin(report.command, day, report.hardware, report.versions),
+        origin=Origin(report.command, report.date, report.hardware, report.versions),
         figures=[*distances, *suspects],
         report=report,
         results=results,

@@ -120,6 +120,7 @@ class VerifyReport(Model):
     command: str = Field(description="command line that makes the same comparison")
     versions: dict[str, str] = Field(description="versions of packages")
     hardware: str = Field(description="processor, memory and system")
+    date: str | None = Field(default=None, description="day of the verification, in UTC; None in older files")
 
     @property
     def exit_code(self) -> int:

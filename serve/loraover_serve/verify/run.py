@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
@@ -14,8 +15,9 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import target_module
-from loraover.common.atomic_output import check_writable, publish_directory
+from loraover.common.atomic_output import check_writable, publish_directory, publish_file
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
+from loraover.common.provenance import today
 from loraover.evaluation.endpoint import Endpoint
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_skeleton
@@ -28,7 +30,7 @@ from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines import engine_class
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.faults import Subject
-from loraover_serve.verify.html import HTML_FILE, render
+from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import Answers, Court
 from loraover_serve.verify.reference import Reference, make_reference
 from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, VerifyReport
@@ -85,7 +87,8 @@ def verify_adapter(
             the temporary folder.
         timeout_s: seconds without output before giving up on a server.
         start_timeout_s: seconds that vLLM, mlx-lm or OpenVINO may take until the first answers.
-        output: new folder for `verify.json`, `verify.html` and engines' logs; None writes nothing.
+        output: new folder for `verify.json`, `verify.html`, its figures and engines' logs; None keeps the logs of
+            engines that failed, in a temporary folder.
         options: further words for `vllm serve`.
         report: receiver of progress.
 
@@ -94,7 +97,7 @@ def verify_adapter(
             cannot be loaded.
         CheckpointError: files that cannot be read as an adapter or a checkpoint.
         DataError: a file of prompts that cannot be read.
-        EngineError: an engine that is not installed, or the only engine failed.
+        EngineError: an engine that is not installed, or every engine failed; the message names the logs that are kept.
         ExportError: an adapter that cannot be exported for the only engine.
         OutputError: an output that exists or cannot be written.
     """
@@ -116,29 +119,27 @@ def verify_adapter(
         base_gguf=None if base_gguf is None else Path(base_gguf),
         options=tuple(options),
     )
+    _check_possible(request)
+    with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
+        return _verify(request, Path(scratch), report)
+
+
+def _check_possible(request: VerifyRequest) -> None:
+    """Raise the error of a request that cannot be carried out, before anything is read or started."""
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
-    _check_installed(request)
-    if request.endpoint is not None:  # an address or a key that cannot be used ends here, before anything is written
-        Endpoint(request.endpoint, request.endpoint_key_variable, timeout_s=request.timeout_s).close()
-    if request.base_gguf is not None:
-        check_pair(request.base_gguf, None)
-    with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
-        found = _run(request, Path(scratch), report)
-        if request.output is not None:
-            _write(found, request.output, request.adapter, Path(scratch))
-    return found
-
-
-def _check_installed(request: VerifyRequest) -> None:
-    """Raise EngineError if an engine is not installed, before the first one is started."""
     lacking = {name: engine_class(name).install(request.vllm) for name in request.asked}
     faults = [f"--engine {name} is not installed here; install it: {how}" for name, how in lacking.items() if how]
     if faults:
         raise EngineError("; ".join(faults) + ".")
+    if request.endpoint is not None:
+        Endpoint(request.endpoint, request.endpoint_key_variable, timeout_s=request.timeout_s).close()
+    if request.base_gguf is not None:
+        check_pair(request.base_gguf, None)
 
 
-def _run(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyReport:
+def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyReport:
+    """Ask PyTorch, then each engine, and write the report; if every engine failed, raise the first one's error."""
     source = read_source(request.adapter)
     layout = adapter_of(source)
     layout.check_keeps_base()
@@ -146,16 +147,35 @@ def _run(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRepor
     _check_task(layout, base)
     device = str(choose_device(request.device))
     subject = make_subject(source, base)
-    found_prompts = read_prompts(base, request.prompts)
-    prompts = _fitting([tuple(batch[0].tolist()) for batch in found_prompts.batches], base, request.new_tokens)
+    found = read_prompts(base, request.prompts)
+    prompts = _fitting([tuple(batch[0].tolist()) for batch in found.batches], base, request.new_tokens)
     reference = make_reference(source, base, prompts, request.new_tokens, device, report)
-    setting = Setting(
+    court = Court(reference, Variants(source, base, device, reference.questions), subject)
+    results, failures = _verify_all(request, _setting(request, layout, base, prompts, scratch, report), court)
+    made = _report(request, base, reference, found.source, results)
+    logs = sorted(scratch.glob("*/*.log"))
+    if request.output is not None and (logs or len(failures) < len(results)):
+        _write(made, request.output, request.adapter, logs)
+    if len(failures) == len(results):
+        raise failures[0]
+    return made
+
+
+def _setting(
+    request: VerifyRequest,
+    layout: AdapterDir,
+    base: ModelSource,
+    prompts: Sequence[tuple[int, ...]],
+    scratch: Path,
+    report: Reporter,
+) -> Setting:
+    return Setting(
         adapter=request.adapter.resolve(),
         layout=layout,
         base=base,
         scratch=scratch,
         longest=max(map(len, prompts)) + request.new_tokens,
-        device=device,
+        device=str(choose_device(request.device)),
         vllm=request.vllm,
         start_timeout_s=request.start_timeout_s,
         timeout_s=request.timeout_s,
@@ -166,8 +186,11 @@ def _run(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRepor
         base_gguf=request.base_gguf,
         report=report,
     )
-    court = Court(reference, Variants(source, base, device, reference.questions), subject)
-    results = _verify_all(request, setting, court)
+
+
+def _report(
+    request: VerifyRequest, base: ModelSource, reference: Reference, prompt_source: str, results: list[EngineResult]
+) -> VerifyReport:
     return VerifyReport(
         verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in results}),
         engines=results,
@@ -175,13 +198,14 @@ def _run(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRepor
         base_model=base.name,
         reference=reference.name,
         sensitivity=reference.sensitivity,
-        prompts=len(prompts),
-        prompt_source=found_prompts.source,
+        prompts=len(reference.questions),
+        prompt_source=prompt_source,
         new_tokens=request.new_tokens,
-        device=device,
+        device=str(choose_device(request.device)),
         command=request.command(),
         versions=versions(request.asked),
         hardware=machine(),
+        date=today(),
     )
 
 
@@ -202,8 +226,10 @@ def make_subject(source: Checkpoint | AdapterDir, base: ModelSource) -> Subject:
     return Subject(layout.config, deltas, heads, bool(other_tensors(layout)))
 
 
-def _verify_all(request: VerifyRequest, setting: Setting, court: Court) -> list[EngineResult]:
-    """Verify one engine after the other; a failure is kept beside the results of the others."""
+def _verify_all(
+    request: VerifyRequest, setting: Setting, court: Court
+) -> tuple[list[EngineResult], list[LoraOverError]]:
+    """Verify one engine after the other; a failure is a result beside those of the others."""
     results: list[EngineResult] = []
     failures: list[LoraOverError] = []
     for name in request.asked:
@@ -214,13 +240,31 @@ def _verify_all(request: VerifyRequest, setting: Setting, court: Court) -> list[
         try:
             results.append(verify_engine(name, replace(setting, scratch=folder, options=options), court))
         except LoraOverError as error:
-            error.args = (str(error).replace(f"{setting.scratch}/", ""),)  # a folder that does not outlive this run
+            error.args = (_with_logs(str(error), folder, request.output),)
             failures.append(error)
             seconds = time.perf_counter() - start
             results.append(EngineResult(engine=name, verdict="failed", reason=str(error), seconds=seconds))
-    if len(failures) == len(results):
-        raise failures[0]
-    return results
+    return results, failures
+
+
+def _with_logs(message: str, folder: Path, output: Path | None) -> str:
+    """The message of an engine that failed, with the places where its logs are kept.
+
+    Args:
+        message: the message, which may name files in the engine's folder.
+        folder: the engine's folder, which does not outlive this run.
+        output: folder that will have the logs; None keeps them in a new temporary folder.
+    """
+    logs = sorted(folder.glob("*.log"))
+    if not logs:
+        return message.replace(f"{folder}/", "")
+    if output is None:
+        output = Path(tempfile.mkdtemp(prefix="loraover-verify-kept-"))
+        for log in logs:
+            publish_file(output / log.name, partial(shutil.copyfile, log))
+    text = message.replace(str(folder), str(output))
+    unnamed = [place for place in (str(output / log.name) for log in logs) if place not in text]
+    return f"{text} (log: {', '.join(unnamed)})" if unnamed else text
 
 
 def verify_engine(name: str, setting: Setting, court: Court) -> EngineResult:
@@ -281,10 +325,10 @@ def _fitting(prompts: Sequence[tuple[int, ...]], base: ModelSource, new_tokens: 
     return [prompt[: limit - new_tokens] for prompt in prompts]
 
 
-def _write(report: VerifyReport, output: Path, adapter: Path, scratch: Path) -> None:
+def _write(report: VerifyReport, output: Path, adapter: Path, logs: Sequence[Path]) -> None:
     """Publish report, page and engines' logs."""
     with publish_directory(output, outside=adapter) as draft:
         (draft / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        (draft / HTML_FILE).write_text(render(report), encoding="utf-8")
-        for log in scratch.glob("*/*.log"):
+        to_page(report).write(draft / HTML_FILE)
+        for log in logs:
             shutil.copyfile(log, draft / log.name)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_serve.verify.report import EngineResult, VerifyReport
 
 COLORS = {"as trained": "green", "differs": "red", "failed": "red", "inconclusive": "yellow"}
@@ -31,8 +30,7 @@ def show_report(report: VerifyReport, console: Console) -> None:
         table.add_row(result.engine, f"[{COLORS[result.verdict]}]{result.verdict}[/]", *_figures(result))
     console.print(table)
     for result in report.engines:
-        text = f"{result.engine}: {result.verdict}: {printable(result.reason)}"
-        console.print(escape(text), style=COLORS[result.verdict], soft_wrap=True, highlight=False)
+        print_line(console, f"{result.engine}: {result.verdict}: {result.reason}", COLORS[result.verdict])
 
 
 def _figures(result: EngineResult) -> list[str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.errors import CheckpointError, ExportError
+from loraover.models.load import ModelSource
 from loraover_export.check.features import FEATURES, MORE_THAN_AB
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
@@ -52,11 +55,9 @@ class Engine(ABC):
 
     Args:
         reader: program that reads the adapter, with the release whose sources or runs the reactions come from.
-        refusal_wins: whether what it refuses cannot be applied wrongly, which does not hold for two programs.
     """
 
     reader: str
-    refusal_wins: bool = True
 
     @abstractmethod
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
@@ -86,6 +87,22 @@ def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[Findi
 def more_than_ab(subject: Subject) -> Iterator[Finding]:
     """Yield the features that keep any export from expressing the adapter by A and B alone."""
     yield from react(subject, dict.fromkeys(MORE_THAN_AB, refused("A and B cannot hold this")))
+
+
+def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subject) -> Iterator[Finding]:
+    """Yield the reason for which an export refuses the adapter.
+
+    Args:
+        check: function of the export that raises an error for an adapter that it refuses.
+        subject: the adapter.
+    """
+    if subject.lora is None:
+        yield from more_than_ab(subject)
+        return
+    try:
+        check(subject.lora, subject.served.source)
+    except (CheckpointError, ExportError) as error:
+        yield Finding(feature="export", level="refused", found=str(error))
 
 
 def command(subject: Subject, *words: str, ending: str) -> str:

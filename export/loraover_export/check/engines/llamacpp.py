@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover.common.errors import CheckpointError, ExportError
 from loraover_export.check.engines.base import (
     CORES,
     OTHER_BASE,
     Engine,
     command,
-    more_than_ab,
     note,
     react,
     refused,
+    refused_by,
     silent,
 )
 from loraover_export.check.report import Finding
@@ -73,13 +72,7 @@ class LlamaCpp(Engine):
             yield Finding(feature="row order", level="note", found=found)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        if subject.lora is None:
-            yield from more_than_ab(subject)
-            return
-        try:
-            check_adapter(subject.lora, read_target(subject.served.source))
-        except (CheckpointError, ExportError) as error:
-            yield Finding(feature="export", level="refused", found=str(error))
+        yield from refused_by(lambda adapter, base: check_adapter(adapter, read_target(base)), subject)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "gguf", ending=".gguf")

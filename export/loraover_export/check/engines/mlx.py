@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover.common.errors import CheckpointError, ExportError
-from loraover_export.check.engines.base import OTHER_BASE, Engine, command, more_than_ab, react, refused
+from loraover_export.check.engines.base import OTHER_BASE, Engine, command, react, refused, refused_by
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.mlx.target import check_adapter, read_target
@@ -35,14 +34,9 @@ class Mlx(Engine):
         )
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        if subject.lora is None:
-            yield from more_than_ab(subject)
-            return
-        yield from react(subject, MLX_FORM)
-        try:
-            check_adapter(subject.lora, read_target(subject.served.source))
-        except (CheckpointError, ExportError) as error:
-            yield Finding(feature="export", level="refused", found=str(error))
+        if subject.lora is not None:
+            yield from react(subject, MLX_FORM)
+        yield from refused_by(lambda adapter, base: check_adapter(adapter, read_target(base)), subject)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "mlx", ending="-mlx")

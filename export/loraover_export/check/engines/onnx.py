@@ -1,8 +1,8 @@
-"""ONNX Runtime: PEFT's form through onnxruntime-genai's builder and Olive, the exported form through our own graphs.
+"""ONNX Runtime: PEFT's form through the builder of onnxruntime-genai, the exported form through our own graphs.
 
-The builder (`adapter_path`) loads the adapter with PEFT and takes A, B and the scaling of each linear layer; its
-reactions were measured on a tiny Llama with 0.18. Olive (`convert-adapters`) was read: olive/cli/convert_adapters.py of
-microsoft/Olive at 19fd0567b1c9.
+The builder (`adapter_path`) loads the adapter's folder with PEFT and takes A, B and the scaling of each linear layer;
+its reactions were measured with 0.18 on tiny models. Olive (`convert-adapters`), which reads such a folder as well, is
+noted where it differs. Source: olive/cli/convert_adapters.py of microsoft/Olive at 19fd0567b1c9.
 """
 
 from __future__ import annotations
@@ -11,32 +11,43 @@ from collections.abc import Iterator
 from typing import final
 
 from loraover.common.errors import ExportError
-from loraover_export.check.engines.base import CORES, OTHER_BASE, Engine, command, more_than_ab, react, refused, silent
+from loraover_export.check.engines.base import (
+    CORES,
+    OTHER_BASE,
+    Engine,
+    command,
+    more_than_ab,
+    note,
+    react,
+    refused,
+    silent,
+)
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.onnx.request import check_swappable
 
-ONE_SCALING = "the builder is right, but Olive scales every module by lora_alpha and r"
-NO_PLACE = refused("the builder is right, but Olive writes tensors that its graph has no inputs for")
+ONE_SCALING = note("the builder is right, but Olive scales every module by lora_alpha and r")
+NO_INPUTS = note("the builder is right, but Olive writes tensors that its graph has no inputs for")
+NOT_LOADED = silent("PEFT, which the builder uses, ignores such keys but for a Python warning")
 
 PEFT_FORM = {
     "task": refused("the builder builds causal language models only"),
-    "method": refused("the builder and Olive know A and B of LoRA only"),
+    "method": silent("the builder builds the graph of the base model"),
     "DoRA": silent("the builder drops the magnitudes; Olive refuses it"),
-    "variant": silent("the builder and Olive take A and B as those of a plain LoRA"),
-    "aLoRA": silent("the builder and Olive apply it to every token"),
-    "experts": refused("the builder and Olive have no place for it"),
-    "initialisation": silent("the builder is right, but Olive pairs A and B with the unchanged base weights"),
+    "variant": silent("the builder takes A and B as those of a plain LoRA"),
+    "aLoRA": silent("the graph applies it to every token"),
+    "experts": refused("the builder finds no weights of the experts"),
+    "initialisation": note("the builder is right, but Olive pairs A and B with the unchanged base weights"),
     "LoRA bias": silent("the builder drops it"),
-    "modules_to_save": NO_PLACE,
-    "trained vocabulary": NO_PLACE,
-    "norms": NO_PLACE,
-    "trained tokens": NO_PLACE,
-    "alpha_pattern": silent(ONE_SCALING),
-    "rank_pattern": silent(ONE_SCALING),
+    "modules_to_save": NO_INPUTS,
+    "trained vocabulary": NO_INPUTS,
+    "norms": NO_INPUTS,
+    "trained tokens": silent("the builder takes the embedding without them"),
+    "alpha_pattern": ONE_SCALING,
+    "rank_pattern": ONE_SCALING,
     "rank": refused("PEFT, which the builder uses, cannot load it"),
-    "key prefix": silent("PEFT, which the builder uses, ignores such keys but for a Python warning"),
-    "missing modules": silent("PEFT, which the builder uses, ignores such keys but for a Python warning"),
+    "key prefix": NOT_LOADED,
+    "missing modules": NOT_LOADED,
     "other shapes": refused("PEFT, which the builder uses, cannot load it"),
     "embedding": silent("the builder leaves out its adapter"),
     "adapted head": refused("the builder's graph is invalid, and ONNX Runtime does not load it"),
@@ -52,8 +63,7 @@ MERGEABLE = ("biases", "modules_to_save", "trained vocabulary", "norms")
 class Onnx(Engine):
     """ONNX Runtime and onnxruntime-genai."""
 
-    reader = "onnxruntime-genai 0.18, Olive"
-    refusal_wins = False
+    reader = "onnxruntime-genai 0.18"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield from react(subject, PEFT_FORM)

@@ -15,6 +15,8 @@ from loraover_export.check.engines.vllm import uniform_form
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
+MISSING = silent("OpenVINO writes a warning to standard error, and answers without these modules")
+MISPLACED = note("OpenVINO applies them nevertheless, since it looks for names that contain these")
 NOT_READ = silent("OpenVINO does not read adapter_config.json")
 IGNORED = silent("OpenVINO ignores such tensors")
 
@@ -35,7 +37,6 @@ PEFT_FORM = {
     "rank": silent("OpenVINO reads neither rank nor alpha"),
     "scaling": silent("OpenVINO multiplies B A by the alpha that the program gives, 1 by default"),
     "key prefix": silent("OpenVINO ignores such keys, and answers as the base model"),
-    "missing modules": silent("OpenVINO writes a warning to standard error, and answers without these modules"),
     "other shapes": refused("OpenVINO cannot set a state of another shape"),
     "embedding": silent("OpenVINO knows lora_A and lora_B only, and ignores lora_embedding_A and B"),
     "quantised base": OTHER_BASE,
@@ -51,7 +52,7 @@ class OpenVino(Engine):
     reader = "OpenVINO GenAI 2026.4"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
-        yield from react(subject, PEFT_FORM)
+        yield from react(subject, PEFT_FORM | {"missing modules": MISPLACED if _found(subject) else MISSING})
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
         yield from uniform_form(subject)
@@ -60,3 +61,8 @@ class OpenVino(Engine):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "vllm", ending="-uniform")
+
+
+def _found(subject: Subject) -> bool:
+    """Whether each adapted module's path is a part of the path of one of the base model's modules."""
+    return all(any(path in name for name in subject.served.modules) for path in subject.modules)

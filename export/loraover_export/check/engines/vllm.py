@@ -23,6 +23,8 @@ NO_LORA = {
 }
 """Reactions to adapters that the exports cannot read, and the rules of the pre-flight are not made for."""
 
+HEAD_LEAKS = note("on a CPU, vLLM before 0.33 applies it to requests for the base model as well")
+
 DTYPE = "bf16"
 """Storage type that `loraover-export vllm` writes by default."""
 
@@ -39,7 +41,7 @@ class Vllm(Engine):
             yield from react(subject, NO_LORA)
             return
         yield from apply_rules(subject, dtype=None)
-        yield from react(subject, {"cores": CORES})
+        yield from react(subject, {"cores": CORES, "adapted head": HEAD_LEAKS})
         yield from _rank(subject)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
