@@ -1,8 +1,9 @@
 """`shrink` of an adapter with Llama-3.1-8B's shapes from rank 64 to 16, beside the dense SVD of one layer.
 
-Each shrink runs in this process after one on a single layer, which imports and warms up. The dense SVD is of one
-of the model's smallest layers, k_proj of 1024 x 4096, in float64; PEFT's way to a smaller rank takes one of every layer, in float32. The ratio by count
-compares multiplications: some 6 (m + n) r^2 of the factors with some 14 m n min(m, n) of the dense matrix.
+Each shrink runs in this process after one on a single layer, which imports and warms up. The dense SVD is of one of the
+model's smallest layers, k_proj of 1024 x 4096, in float64; PEFT's way to a smaller rank takes one of every layer, in
+float32. The ratio by count compares multiplications: some 6 (m + n) r^2 of the factors with some 14 m n min(m, n) of
+the dense matrix.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors
@@ -32,7 +34,7 @@ def write_adapter(folder: Path, layers: int) -> Path:
     """Write a random adapter in bfloat16, whose singular values fall by half over some ten ranks."""
     draw = torch.Generator().manual_seed(0)
     decay = 2.0 ** (-torch.arange(RANK) / 10)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in range(layers):
         for linear, (m, n) in LINEARS.items():
             name = f"model.layers.{layer}.{linear}"
