@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors
@@ -33,7 +34,7 @@ def write_adapter(folder: Path, layers: int) -> Path:
     """Write a random adapter in bfloat16, whose singular values fall by half over some ten ranks."""
     draw = torch.Generator().manual_seed(0)
     decay = 2.0 ** (-torch.arange(RANK) / 10)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for layer in range(layers):
         for linear, (m, n) in LINEARS.items():
             name = f"model.layers.{layer}.{linear}"

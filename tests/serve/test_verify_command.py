@@ -111,7 +111,7 @@ def test_the_log_of_an_engine_that_failed_is_beside_the_report(
     out = tmp_path / "out"
     assert verify(adapter, "--engine", "mlx", "-o", out) == 2
     assert f"mlx: ModuleNotFoundError: No module named 'mlx' (log: {out / 'mlx.log'})" in capsys.readouterr().err
-    assert sorted(path.name for path in out.iterdir()) == ["figures", "mlx.log", "verify.html", "verify.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["mlx.log", "verify.html", "verify.json"]
     report = VerifyReport.model_validate_json((out / "verify.json").read_text())
     assert (report.verdict, report.engines[0].verdict) == ("failed", "failed")
     assert "ModuleNotFoundError" in (out / "verify.html").read_text()
