@@ -147,7 +147,7 @@ def peft_time(base: Path, adapter: Path, rank: int, rounds: int) -> str:
             return f"refuses ({type(error).__name__})"
 
 
-def measure(rounds: int = 3) -> Iterable[Table]:
+def measure(rounds: int = 1) -> Iterable[Table]:
     """Yield the table of conversions, and the table of refusals; together they hold every kind of PEFT."""
     table = Table(box=SIMPLE, title=f"One layer of {OUT} x {IN}, rank {RANK} where the kind has one, one thread")
     table.add_column("adapter")
@@ -168,7 +168,7 @@ def measure(rounds: int = 3) -> Iterable[Table]:
 
 
 @click.command()
-@click.option("--rounds", default=3, show_default=True, help="Number of runs of each conversion.")
+@click.option("--rounds", default=1, show_default=True, help="Number of runs of each conversion.")
 def main(rounds: int) -> None:
     """Convert every kind of adapter on one layer, and time it beside PEFT."""
     for table in measure(rounds):
