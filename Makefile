@@ -22,32 +22,42 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(VENV)/.installed
 	rm -rf $(RUN)
-	@echo "== 1/7 plain LoRA, then LoRA-Over, at one learning rate"
-	$(BIN)/loraover train demo --method lora -o $(RUN)/lora
-	$(BIN)/loraover train demo --method lora-over -o $(RUN)/lora-over
-	@echo "== 2/7 side by side (it shows the pipeline; which method is better takes a sweep of the rate)"
-	$(BIN)/loraover compare $(RUN)/lora $(RUN)/lora-over
-	@echo "== 3/7 fold into a plain LoRA, checked against the unfolded model"
-	$(BIN)/loraover-export fold $(RUN)/lora-over/adapter -o $(RUN)/folded --check-error
-	@echo "== 4/7 an adapter for vLLM, checked against vLLM's loading rules"
-	$(BIN)/loraover-export vllm $(RUN)/folded -o $(RUN)/vllm
-	@echo "== 5/7 ONNX: a graph to swap adapters in, and one with the adapter merged, both run against the unfolded model"
-	$(BIN)/loraover-export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
-	$(BIN)/loraover-export onnx $(RUN)/lora-over/adapter --name lora-over -o $(RUN)/merged --mode merged
-	@echo "== 6/7 do ONNX Runtime and PEFT answer as the adapter was trained?"
-	$(BIN)/loraover-serve verify $(RUN)/lora-over/adapter --engine onnx --engine torch -o $(RUN)/verified
-	@echo "== 7/7 does the folded adapter cost what the plain one costs? (a short run: exit 3 says that it was too short)"
-	$(BIN)/loraover-serve parity --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
+	@echo "== 1/7 Train: a plain LoRA and a LoRA-Over adapter of a small model on word problems, at one learning rate"
+	@$(BIN)/loraover train demo --method lora -o $(RUN)/lora
+	@$(BIN)/loraover train demo --method lora-over -o $(RUN)/lora-over
+	@echo
+	@echo "== 2/7 Compare them. One rate and one seed decide nothing: for that, there is loraover study"
+	@$(BIN)/loraover compare $(RUN)/lora $(RUN)/lora-over
+	@echo
+	@echo "== 3/7 Fold the LoRA-Over adapter into a plain LoRA, and prove that nothing was lost"
+	@$(BIN)/loraover export fold $(RUN)/lora-over/adapter -o $(RUN)/folded --check-error
+	@echo
+	@echo "== 4/7 Export it for vLLM, after a check against vLLM's loading rules"
+	@$(BIN)/loraover export vllm $(RUN)/folded -o $(RUN)/vllm
+	@echo
+	@echo "== 5/7 Export it to ONNX: a graph to swap adapters in, and one with the adapter merged; each is run and compared with PyTorch"
+	@$(BIN)/loraover export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
+	@$(BIN)/loraover export onnx $(RUN)/lora-over/adapter --name lora-over -o $(RUN)/merged --mode merged
+	@echo
+	@echo "== 6/7 Verify: do ONNX Runtime and PEFT answer as the adapter was trained?"
+	@$(BIN)/loraover serve verify $(RUN)/lora-over/adapter --engine onnx --engine torch -o $(RUN)/verified
+	@echo
+	@echo "== 7/7 Benchmark: is the folded adapter as fast as the plain one? (A short run: it may say that it was too short.)"
+	@$(BIN)/loraover serve parity --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
 		--engine onnx --num-prompts 16 --prompt-tokens 16 --new-tokens 8 -o $(RUN)/parity || test $$? -eq 3
-	@echo "== done"
-	@echo "plain LoRA          $(RUN)/lora/adapter"
-	@echo "LoRA-Over           $(RUN)/lora-over/adapter   (checkpoint with cores)"
-	@echo "folded adapter      $(RUN)/folded              (a plain PEFT adapter)"
-	@echo "certificate         $(RUN)/folded/fold_certificate.json"
-	@echo "for vLLM            $(RUN)/vllm                (with its pre-flight and launch line)"
-	@echo "ONNX                $(RUN)/swappable, $(RUN)/merged   (with onnx_report.json)"
-	@echo "verification        $(RUN)/verified/verify.html"
-	@echo "parity              $(RUN)/parity/parity.html"
+	@echo
+	@echo "== What you have now, in $(RUN)"
+	@echo "lora-over/adapter      the LoRA-Over checkpoint: A, B and their cores"
+	@echo "folded                 the plain LoRA, with its certificate and fold.html"
+	@echo "vllm                   the same for vLLM; its README.md has the line that serves it"
+	@echo "swappable, merged      the ONNX graphs, each with onnx_report.json"
+	@echo
+	@echo "== What to do next"
+	@echo "Train on your own data     docs/tutorials/train-and-ship.md"
+	@echo "Check an adapter you have  $(BIN)/loraover export check ADAPTER"
+	@echo "Serve it on the real vLLM  make demo-vllm"
+	@echo
+	@echo "Reports to look at: $(RUN)/folded/fold.html $(RUN)/verified/verify.html $(RUN)/parity/parity.html"
 
 # Does the folded adapter cost on the real vLLM what the plain one costs? (A short run: exit 3 says that it was too short.)
 demo-vllm: vllm $(RUN)/folded/adapter_config.json
