@@ -21,28 +21,28 @@ export OMP_WAIT_POLICY ?= PASSIVE
 	docs bench schedules study study-gauge study-smoke clean
 
 demo: $(VENV)/.installed
-	rm -rf $(RUN)
-	@echo "== 1/7 Train: a plain LoRA and a LoRA-Over adapter of a small model on word problems, at one learning rate"
+	@rm -rf $(RUN)
+	@echo "== 1/7 Train a plain LoRA, then LoRA-Over, on word problems"
 	@$(BIN)/loraover train demo --method lora -o $(RUN)/lora
 	@$(BIN)/loraover train demo --method lora-over -o $(RUN)/lora-over
 	@echo
-	@echo "== 2/7 Compare them. One rate and one seed decide nothing: for that, there is loraover study"
+	@echo "== 2/7 Compare them (one rate and one seed decide nothing; loraover study does)"
 	@$(BIN)/loraover compare $(RUN)/lora $(RUN)/lora-over
 	@echo
-	@echo "== 3/7 Fold the LoRA-Over adapter into a plain LoRA, and prove that nothing was lost"
+	@echo "== 3/7 Fold LoRA-Over into a plain LoRA, and prove that nothing was lost"
 	@$(BIN)/loraover export fold $(RUN)/lora-over/adapter -o $(RUN)/folded --check-error
 	@echo
-	@echo "== 4/7 Export it for vLLM, after a check against vLLM's loading rules"
+	@echo "== 4/7 Export it for vLLM, checked against vLLM's loading rules"
 	@$(BIN)/loraover export vllm $(RUN)/folded -o $(RUN)/vllm
 	@echo
-	@echo "== 5/7 Export it to ONNX: a graph to swap adapters in, and one with the adapter merged; each is run and compared with PyTorch"
+	@echo "== 5/7 Export it to ONNX, swappable and merged, and run both against PyTorch"
 	@$(BIN)/loraover export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
 	@$(BIN)/loraover export onnx $(RUN)/lora-over/adapter --name lora-over -o $(RUN)/merged --mode merged
 	@echo
 	@echo "== 6/7 Verify: do ONNX Runtime and PEFT answer as the adapter was trained?"
 	@$(BIN)/loraover serve verify $(RUN)/lora-over/adapter --engine onnx --engine torch -o $(RUN)/verified
 	@echo
-	@echo "== 7/7 Benchmark: is the folded adapter as fast as the plain one? (A short run: it may say that it was too short.)"
+	@echo "== 7/7 Benchmark: is the folded adapter as fast? (It may say: too few requests.)"
 	@$(BIN)/loraover serve parity --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
 		--engine onnx --num-prompts 16 --prompt-tokens 16 --new-tokens 8 -o $(RUN)/parity || test $$? -eq 3
 	@echo

@@ -20,13 +20,20 @@ if TYPE_CHECKING:
 
 
 def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
-    """Print one column for each run, by the run's name."""
+    """Print what all runs have in common, a line each, and one column of the rest for each run, by the run's name."""
+    facts = {run: result.facts() for run, result in results.items()}
+    names = dict.fromkeys(name for found in facts.values() for name in found)
+    common = {name: {found.get(name, "") for found in facts.values()} for name in names}
+    shared = [name for name in names if len(facts) > 1 and len(common[name]) == 1]
+    for name in shared:
+        console.print(f"{name}: {common[name].pop()}", soft_wrap=True, markup=False, highlight=False)
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("")
     for run in results:
         table.add_column(escape(run), overflow="fold")
-    for name in dict.fromkeys(name for result in results.values() for name in result.facts()):
-        table.add_row(name, *(escape(result.facts().get(name, "")) for result in results.values()))
+    for name in names:
+        if name not in shared:
+            table.add_row(name, *(escape(found.get(name, "")) for found in facts.values()))
     console.print(table)
 
 

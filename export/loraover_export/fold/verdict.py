@@ -40,8 +40,8 @@ def _matrices(matrices: Sequence[MatrixCertificate]) -> str:
             f"{worst.worst_to_bound:.3g} times its bound, in {worst.name}."
         )
     return (
-        f"All {len(matrices)} matrices are within their rounding bounds: no error is larger than "
-        f"{short(worst.worst_to_bound)} of its bound."
+        f"All {len(matrices)} matrices are within their rounding bounds; the largest error is "
+        f"{100 * worst.worst_to_bound:.1f} % of its bound."
     )
 
 
