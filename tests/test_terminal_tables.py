@@ -133,7 +133,9 @@ def test_tables_fit_a_terminal(name: str) -> None:
 
 def test_runs_side_by_side_take_several_lines_but_lose_nothing() -> None:
     console = Tables()
-    show_runs({f"runs/demo/{name}": run_result() for name in ("lora", "lora-over")}, console)
+    runs = {method: run_result().model_copy(update={"method": method}) for method in ("lora", "lora-over")}
+    show_runs({f"runs/demo/{method}": run for method, run in runs.items()}, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, shown.splitlines())) <= COLUMNS
+    assert shown.count("base model") == 1, "what all runs have in common"
     assert "…" not in shown

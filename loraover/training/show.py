@@ -26,7 +26,7 @@ def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
     common = {name: {found.get(name, "") for found in facts.values()} for name in names}
     shared = [name for name in names if len(facts) > 1 and len(common[name]) == 1]
     for name in shared:
-        console.print(f"{name}: {common[name].pop()}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{name}: {common[name].pop()}", markup=False, highlight=False)
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("")
     for run in results:
