@@ -35,7 +35,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in another file of tests."""
 EXPORTS = {"export_vllm", "export_onnx", "export_gguf", "export_mlx"}
-LIBRARY = EXPORTS | {"check", "conversions", "convert", "fold", "large_check", "serve", "verify", "parity"}
+LIBRARY = EXPORTS | {"check", "conversions", "convert", "fold", "large_check", "run_onnx", "serve", "verify", "parity"}
 """Call one function of the library, on paths that they take as arguments."""
 
 
@@ -226,6 +226,9 @@ def test_an_export_for_onnx_from_python(made: Made, tmp_path: Path, capsys: pyte
     assert run_script("export_onnx", made.path, tmp_path / "onnx")["report"].verdict == "passed"
     assert capsys.readouterr().out == "passed: checkpoint\n"
     assert (tmp_path / "onnx" / "checkpoint.onnx_adapter").is_file()
+    run_script("run_onnx", tmp_path / "onnx", "2 + 2 =")
+    answers = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert answers == ["base model", "checkpoint"]
 
 
 @pytest.mark.engine
