@@ -242,4 +242,5 @@ def test_ratios_are_those_of_pairs() -> None:
 
 
 def test_few_rounds_have_a_range_and_no_interval() -> None:
+    assert median_ratio([3.0], [2.0]).shown() == "1.50"
     assert median_ratio([2.0, 4.0, 6.0], [2.0, 2.0, 2.0]).shown(1, unit=" x") == "2.0 x (1.0 to 3.0)"

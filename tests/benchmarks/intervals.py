@@ -20,8 +20,10 @@ class Ratio(NamedTuple):
     rounds: int
 
     def shown(self, digits: int = 2, unit: str = "") -> str:
-        """Return the ratio with its interval, "1.02 [1.00, 1.03]", or with its range, "1.02 (1.00 to 1.03)"."""
+        """Return the ratio with its interval, "1.02 [1.00, 1.03]", or its range, "1.02 (1.00 to 1.03)"; one alone."""
         median, low, high = (f"{number:.{digits}f}" for number in self[:3])
+        if self.rounds == 1:
+            return median + unit
         return f"{median}{unit} " + (f"({low} to {high})" if self.rounds < FEWEST else f"[{low}, {high}]")
 
 
