@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, beside peers and physical limits."""
