@@ -49,7 +49,7 @@ demo: $(VENV)/.installed
 	@echo "== What you have now, in $(RUN)"
 	@echo "lora-over/adapter      the LoRA-Over checkpoint: A, B and their cores"
 	@echo "folded                 the plain LoRA, with its certificate and fold.html"
-	@echo "vllm                   the same for vLLM; its README.md has the line that serves it"
+	@echo "vllm                   the same for vLLM; loraover serve up $(RUN)/vllm serves it"
 	@echo "swappable, merged      the ONNX graphs, each with onnx_report.json"
 	@echo
 	@echo "== What to do next"
@@ -74,7 +74,7 @@ $(RUN)/folded/adapter_config.json:
 check: lint
 	$(PYTEST) --hypothesis-profile quick -m "not process and not engine and not statistical and not matrix"
 
-# Every test. The environments are made side by side.
+# Every test but those marked matrix, which test-engines runs. The environments are made side by side.
 test:
 	$(MAKE) --jobs 3 installed
 	$(MAKE) lint

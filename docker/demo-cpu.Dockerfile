@@ -1,4 +1,4 @@
-# The demo on a CPU: docker build -f docker/demo-cpu.Dockerfile -t loraover-demo . && docker run --rm loraover-demo
+# The demo on a CPU: docker build -f docker/demo-cpu.Dockerfile -t loraover-demo . && docker run --rm -v "$PWD/runs:/loraover/runs" loraover-demo
 FROM python:3.12-slim-trixie
 
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
@@ -7,5 +7,6 @@ COPY pyproject.toml README.md LICENSE Makefile ./
 COPY loraover loraover
 COPY export export
 COPY serve serve
-RUN python -m venv .venv && .venv/bin/pip install --no-cache-dir ".[train,eval,export,serve,llamacpp]" && touch .venv/.installed
+COPY docs docs
+RUN python -m venv .venv && .venv/bin/pip install --no-cache-dir ".[train,export,serve]" && touch .venv/.installed
 CMD ["make", "demo"]

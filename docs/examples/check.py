@@ -1,4 +1,4 @@
-"""Say for each engine whether it would refuse an adapter, or apply it wrongly without a message, and what mends that.
+"""Say for each engine whether it would refuse an adapter, or apply it wrongly without a message, and what repairs that.
 
 Usage: python docs/examples/check.py ADAPTER    (without arguments: the adapter of `make demo`)
 """

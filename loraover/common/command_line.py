@@ -34,7 +34,7 @@ EXTRAS = {
     "lm_eval": "eval",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
     **dict.fromkeys(("gguf", "llama_cpp_py_sync"), "llamacpp"),
-    "scipy": "serve",
+    "scipy": "train,eval,serve",
 }
 
 

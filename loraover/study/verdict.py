@@ -78,7 +78,6 @@ class _Setting:
 
     def sentence(self, name: str) -> str:
         """Say on which tasks the loss is below, above, or neither; the study's limits stand beside the last."""
-        apart = "cannot be told apart from it"
         if not (self.below or self.above or self.failed):
             return f"{name} and a tuned plain LoRA cannot be told apart: {_list(map(str, self.same))}. {self._limits()}"
         parts = [
@@ -87,14 +86,15 @@ class _Setting:
         ]
         text = f"{name}'s loss is {' and '.join(parts)}." if parts else ""
         if self.same:
-            text += f" It {apart} for {_list(map(str, self.same))}. {self._limits()}"
+            lead = " On other tasks, the two" if parts else f"{name} and a tuned plain LoRA"
+            text += f"{lead} cannot be told apart: {_list(map(str, self.same))}. {self._limits()}"
         if self.failed:
             text += f" {name} failed at every rate on {_list(self.failed)}."
         return text.strip()
 
     def _limits(self) -> str:
         seen = [f"{change.seen:.2g} % on {change.task}" for change in self.same]
-        return f"The study could have seen {_list(seen)}." if seen else ""
+        return f"The smallest true difference that this study could have seen: {_list(seen)}." if seen else ""
 
 
 _PLAIN = "a tuned plain LoRA's"

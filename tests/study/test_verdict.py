@@ -91,15 +91,15 @@ def text(gap: tuple[float, float], name: str) -> str:
             [task("a", BELOW), task("b", SAME)],
             "good",
             "better",
-            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). It cannot be told apart from it for "
-            f"{text(SAME, 'b')}. The study could have seen 2.7 % on b.",
+            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). On other tasks, the two cannot be "
+            f"told apart: {text(SAME, 'b')}. The smallest true difference that this study could have seen: 2.7 % on b.",
         ),
         (
             [task("a", SAME), task("b", SAME)],
             "open",
             "cannot be told apart",
-            f"LoRA-Over and a tuned plain LoRA cannot be told apart: {text(SAME, 'a')}; {text(SAME, 'b')}. The study "
-            "could have seen 2.7 % on a and 2.7 % on b.",
+            f"LoRA-Over and a tuned plain LoRA cannot be told apart: {text(SAME, 'a')}; {text(SAME, 'b')}. The "
+            "smallest true difference that this study could have seen: 2.7 % on a and 2.7 % on b.",
         ),
         ([task("a", failed=True)], "bad", "worse", "LoRA-Over failed at every rate on a."),
         ([task("a")], "open", "unknown", NOTHING),
@@ -132,7 +132,7 @@ def test_an_unfinished_study_says_so() -> None:
 
 def test_the_kept_study_could_see_large_differences_only() -> None:
     assert verdict_of(kept_study()).sentence.endswith(
-        "The study could have seen 1.1 % on gsm8k, 8.2 % on qnli and 55 % on subj."
+        "The smallest true difference that this study could have seen: 1.1 % on gsm8k, 8.2 % on qnli and 55 % on subj."
     )
     assert [round(change.mean, 1) for change in changes(kept_study())] == [0.1, -0.4, -3.5]
 

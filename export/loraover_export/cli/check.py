@@ -10,8 +10,8 @@ from loraover.common.command_line import Command, quiet_libraries
 from loraover_export.check.engines import ENGINES
 
 EXAMPLES = [
-    "loraover-export check runs/a/adapter",
-    "loraover-export check my-lora --engine vllm --engine llamacpp --model ./Qwen3-0.6B",
+    "loraover export check runs/a/adapter",
+    "loraover export check my-lora --engine vllm --engine llamacpp --model ./Qwen3-0.6B",
 ]
 
 
@@ -23,7 +23,7 @@ EXAMPLES = [
 @click.option("--model", show_default="the one that the adapter names", help="Base model, folder or hub name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def check(adapter: Path, engines: tuple[str, ...], model: str | None, as_json: bool) -> int:
-    """Say for each engine whether it would refuse ADAPTER or apply it wrongly without a message, and what mends that.
+    """Say for each engine whether it would refuse ADAPTER or apply it wrongly without a message, and what repairs that.
 
     ADAPTER is a LoRA-Over checkpoint or a PEFT adapter of any method. No engine is run or needs to be installed. Each
     engine is judged on the adapter as it is, in PEFT's form, and on what the export for that engine writes.

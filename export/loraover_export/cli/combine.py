@@ -10,8 +10,8 @@ from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
-    "loraover-export combine maths code -o both",
-    "loraover-export combine maths code -o both --weights 0.7,0.3 --dtype bf16",
+    "loraover export combine maths code -o both",
+    "loraover export combine maths code -o both --weights 0.7,0.3 --dtype bf16",
 ]
 
 

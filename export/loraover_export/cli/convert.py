@@ -11,8 +11,8 @@ from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.models.device import DEVICES
 
 EXAMPLES = [
-    "loraover-export convert loha -o lora",
-    "loraover-export convert oft -o lora --rank 64 --check-error",
+    "loraover export convert loha -o lora",
+    "loraover export convert oft -o lora --rank 64 --check-error",
 ]
 
 
@@ -69,7 +69,7 @@ def convert(
     force: bool,
     as_json: bool,
 ) -> int:
-    """Write SOURCE, a PEFT adapter of any kind, as a plain LoRA that every engine reads.
+    """Write SOURCE, a PEFT adapter of one of 27 kinds, as a plain LoRA that engines read.
 
     The LoRA is exact if the kind has a finite rank: AdaLoRA, VeRA, VB-LoRA, HRA, MiSS, LoHa, LoKr, PiSSA, OLoRA and
     others. For kinds of full rank, such as OFT, DoRA and IA3, or to get a smaller rank, ask for an approximation with

@@ -11,8 +11,8 @@ from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.models.device import DEVICES
 
 EXAMPLES = [
-    "loraover-export diff run-1 run-2",
-    "loraover-export diff folded smaller --logits --prompts prompts.txt",
+    "loraover export diff run-1 run-2",
+    "loraover export diff folded smaller --logits --prompts prompts.txt",
 ]
 
 

@@ -12,9 +12,9 @@ from loraover.models.device import DEVICES
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
-    "loraover-export fold runs/demo/lora-over/adapter -o folded",
-    "loraover-export fold output/checkpoint-500 -o folded --dtype bf16 --check-error",
-    "loraover-export fold output/checkpoint-500 -o folded --check-error --device cuda --compute-dtype bf16",
+    "loraover export fold runs/demo/lora-over/adapter -o folded",
+    "loraover export fold output/checkpoint-500 -o folded --dtype bf16 --check-error",
+    "loraover export fold output/checkpoint-500 -o folded --check-error --device cuda --compute-dtype bf16",
 ]
 
 

@@ -10,8 +10,8 @@ from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
-    "loraover-export gguf folded -o adapter.gguf",
-    "loraover-export gguf runs/a/adapter -o adapter.gguf --base-gguf SmolLM2-135M-Instruct-F32.gguf",
+    "loraover export gguf folded -o adapter.gguf",
+    "loraover export gguf runs/a/adapter -o adapter.gguf --base-gguf SmolLM2-135M-Instruct-F32.gguf",
 ]
 
 

@@ -10,8 +10,8 @@ from loraover.common.command_line import Command, quiet_libraries
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
-    "loraover-export merge folded -o merged",
-    "loraover-export merge folded -o merged --model ./Qwen3-0.6B",
+    "loraover export merge folded -o merged",
+    "loraover export merge folded -o merged --model ./Qwen3-0.6B",
 ]
 
 

@@ -10,8 +10,8 @@ from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
-    "loraover-export mlx folded -o mlx-adapter",
-    "loraover-export mlx runs/a/adapter -o mlx-adapter --dtype bf16",
+    "loraover export mlx folded -o mlx-adapter",
+    "loraover export mlx runs/a/adapter -o mlx-adapter --dtype bf16",
 ]
 
 

@@ -12,10 +12,10 @@ from loraover.models.device import DEVICES
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
-    "loraover-export onnx folded -o onnx-merged --mode merged --precision int4",
-    "loraover-export onnx adapter-a adapter-b -o onnx-swappable --mode swappable --name support --name sales",
-    "loraover-export onnx adapter-a adapter-b -o onnx-web --mode swappable --web",
-    "loraover-export onnx adapter-c -o more --mode swappable --web --graph onnx-web",
+    "loraover export onnx folded -o onnx-merged --mode merged --precision int4",
+    "loraover export onnx adapter-a adapter-b -o onnx-swappable --mode swappable --name support --name sales",
+    "loraover export onnx adapter-a adapter-b -o onnx-web --mode swappable --web",
+    "loraover export onnx adapter-c -o more --mode swappable --web --graph onnx-web",
 ]
 
 

@@ -10,8 +10,8 @@ from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
 from loraover_export.cli import EXIT_CODES
 
 EXAMPLES = [
-    "loraover-export shrink folded -o smaller --rank 16",
-    "loraover-export shrink folded -o smaller --energy 0.99 --dtype bf16",
+    "loraover export shrink folded -o smaller --rank 16",
+    "loraover export shrink folded -o smaller --energy 0.99 --dtype bf16",
 ]
 
 

@@ -10,8 +10,8 @@ import click
 from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
 
 EXAMPLES = [
-    "loraover-export vllm folded -o vllm-adapter",
-    "loraover-export vllm folded -o vllm-adapter --model ./Qwen3-0.6B --name support --vllm-version 0.33.0",
+    "loraover export vllm folded -o vllm-adapter",
+    "loraover export vllm folded -o vllm-adapter --model ./Qwen3-0.6B --name support --vllm-version 0.33.0",
 ]
 
 

@@ -32,9 +32,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     cls=SplitAtDashes,
     options_metavar="[OPTIONS] [-- VLLM OPTIONS]",
     examples=[
-        "loraover-serve parity --adapter folded --checkpoint runs/a/adapter -o parity",
-        "loraover-serve parity --adapter shop --also-adapter news --engine vllm --max-concurrency 4 --num-prompts 200",
-        "loraover-serve parity --adapter for-vllm --engine vllm --max-concurrency 1,4 --num-prompts 200 -o parity",
+        "loraover serve parity --adapter folded --checkpoint runs/a/adapter -o parity",
+        "loraover serve parity --adapter shop --also-adapter news --engine vllm --max-concurrency 4 --num-prompts 200",
+        "loraover serve parity --adapter for-vllm --engine vllm --max-concurrency 1,4 --num-prompts 200 -o parity",
     ],
     renamed={
         "--folded": "--adapter",

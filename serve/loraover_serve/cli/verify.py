@@ -15,10 +15,10 @@ from loraover_serve.verify.engines import ENGINES
     cls=SplitAtDashes,
     options_metavar="[OPTIONS]",
     examples=[
-        "loraover-serve verify folded --engine onnx --engine torch -o verified",
-        "loraover-serve verify runs/a/adapter --engine vllm -- --dtype float32",
-        "loraover-serve verify folded --engine llamacpp --base-gguf SmolLM2-135M-Instruct-Q8_0.gguf",
-        "loraover-serve verify shop --endpoint http://localhost:8000 --served-name shop",
+        "loraover serve verify folded --engine onnx --engine torch -o verified",
+        "loraover serve verify runs/a/adapter --engine vllm -- --dtype float32",
+        "loraover serve verify folded --engine llamacpp --base-gguf SmolLM2-135M-Instruct-Q8_0.gguf",
+        "loraover serve verify shop --endpoint http://localhost:8000 --served-name shop",
     ],
 )
 @click.argument("adapter", metavar="ADAPTER [-- ENGINE OPTIONS]", type=PATH)
@@ -94,8 +94,8 @@ def verify(
 ) -> int:
     """Verify that engines answer as an adapter was trained, and name the likely fault if one does not.
 
-    ADAPTER is a LoRA-Over checkpoint or any PEFT LoRA of a causal language model. An engine gets it in the form that it
-    needs, and answers the same prompts as PyTorch. What it is off by on the base model is its noise.
+    ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. An engine gets it in the form
+    that it needs, and answers the same prompts as PyTorch. What it is off by on the base model is its noise.
 
     Words after -- are passed to `vllm serve`, except options that this command sets itself.
 
