@@ -108,7 +108,8 @@ def make_plan(recipe: Recipe) -> Plan:
         cores, added = schedule.most_parameters
         gauge = schedule.most_gauge_numbers
     batch = training.per_device_train_batch_size
-    seen = steps * batch * training.gradient_accumulation_steps
+    clients = recipe.federated.clients if recipe.method == "federated" else 1
+    seen = steps * batch * training.gradient_accumulation_steps * clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
     return Plan(
@@ -119,7 +120,7 @@ def make_plan(recipe: Recipe) -> Plan:
         cores=cores * CORE_BYTES,
         gauge=gauge * CORE_BYTES,
         gradients=trained + cores * CORE_BYTES,
-        optimizer_states=2 * (trained + added * CORE_BYTES),
+        optimizer_states=2 * (trained + added * CORE_BYTES) * clients,
         activations=_activations(model, recipe),
         steps=steps,
         examples=seen,

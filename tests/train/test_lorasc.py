@@ -156,11 +156,9 @@ def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
         fast: list[dict[str, Any]] = []
         for _ in range(2):
             method.begin_fast_lora()
-            for layer in method.layers.values():
-                assert not get_pair(layer).b.any()
-                get_pair(layer).b.copy_(
-                    torch.randn(get_pair(layer).b.shape, generator=torch.Generator().manual_seed(1))
-                )
+            for b, _ in map(get_pair, method.layers.values()):
+                assert not b.any()
+                b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(1)))
             method.end_stage()
             fast.append({path: SCALING * double(pair.b) @ double(pair.a) for path, pair in method.ended[-1].items()})
         method.set_base()
@@ -177,6 +175,15 @@ def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
         assert not np.allclose(*[fast[t]["model.layers.0.self_attn.q_proj"] for t in (0, 1)])
     for path, value in noises[1].items():  # uniform, of this width
         assert value.std() == pytest.approx(bound[path] * 2 / math.sqrt(12), rel=0.1)
+
+
+def test_the_end_leaves_the_base_as_it_was() -> None:
+    model, method = started(stages=1)
+    method.set_base()
+    assert all(not torch.equal(get_weight(layer), method.original.kept[p]) for p, layer in method.layers.items())
+    method.finish(model)
+    weights = tiny_llama().state_dict()
+    assert all(torch.equal(get_weight(layer), weights[f"{path}.weight"]) for path, layer in method.layers.items())
 
 
 def test_stages_have_about_equal_numbers_of_steps() -> None:

@@ -63,7 +63,7 @@ def test_the_split_is_the_part_of_the_smallest_singular_values(shape: tuple[int,
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b, a = split(weight, 2, scaling=0.5)
     assert (b.shape, a.shape) == ((shape[0], 2), (2, shape[1]))
-    np.testing.assert_allclose(0.5 * double(b @ a), minor_part(double(weight), 2), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(0.5 * double(b @ a), minor_part(double(weight), 2), rtol=0, atol=1e-11)
     torch.testing.assert_close((b**2).sum(0), (a**2).sum(1))  # each factor has a root of the singular values
 
 

@@ -18,8 +18,9 @@ The guarantee covers B only. It does not cover the losses in the log and in `run
 is secret: `recipe.yaml` holds it, and PyTorch's generator, which draws the noise, is not made for cryptography.
 
 Source: Kang et al. 2024, arXiv:2411.07806. The abstract and an overview (objective, clients, only one of the two
-matrices updated) were read; the paper's equations and its theorem on epsilon were not, and it has no public code. The
-step is DP-SGD (Abadi et al. 2016, arXiv:1607.00133); freezing A is also FFA-LoRA's (Sun et al. 2024, arXiv:2403.12313).
+matrices updated) were read. The paper's equations and its theorem on epsilon were not, and no public code was found.
+The step is DP-SGD (Abadi et al. 2016, arXiv:1607.00133); freezing A is also FFA-LoRA's (Sun et al. 2024,
+arXiv:2403.12313).
 
 Departures: the radio channel is left out. There, the noise of the channel takes the place of sigma, signals of clients
 add up in the air, and fading and power limits decide epsilon. Nor is the model split between devices and a server:
