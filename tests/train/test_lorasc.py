@@ -78,7 +78,7 @@ def served(folder: Path) -> dict[str, Any]:
 
 
 def double(tensor: Tensor) -> Any:
-    return tensor.double().numpy()
+    return tensor.detach().double().numpy()
 
 
 @pytest.mark.parametrize("pace", [0.25, 0.6, 1.0])

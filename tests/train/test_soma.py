@@ -55,7 +55,7 @@ def make(path: Path, base: Path, **parts: Any) -> Path:
 
 
 def double(tensor: Tensor) -> Any:
-    return tensor.double().numpy()
+    return tensor.detach().double().numpy()
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
