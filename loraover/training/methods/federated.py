@@ -180,7 +180,7 @@ class Federated(Method):
     ) -> list[float]:
         """Take one step of a client; returns the losses of the rows that it drew, in nats per token."""
         drawn = client.rows[torch.rand(len(client.rows), generator=drawing) < client.rate]
-        pieces = drawn.split(self.recipe.training.per_device_train_batch_size)
+        pieces = torch.split(drawn, self.recipe.training.per_device_train_batch_size)
         optimizer, losses = client.optimizer, []
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -189,7 +189,7 @@ class Federated(Method):
             if len(piece):
                 batch = loader.collate_fn([loader.dataset[i] for i in piece.tolist()])
                 each = row_losses(wrapped, send_to_device(batch, optimizer.params[0].device))
-                each.sum().backward()
+                torch.autograd.backward(each.sum())
                 losses += each.tolist()
             else:  # a step without rows still adds its noise
                 for b in optimizer.params:
