@@ -18,10 +18,10 @@ from loraover.data.sources import BUILT_IN, count_hub_rows, is_hub_name, load_ro
 from loraover.models.load import load_skeleton, resolve_model
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
+from loraover.training.adapter import with_adapter
 from loraover.training.examples import WORD_PROBLEMS
 from loraover.training.methods import make_method
 from loraover.training.recipe import Recipe
-from loraover.training.run import with_adapter
 
 CORE_BYTES = 4  # float32
 

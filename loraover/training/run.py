@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model as load_weights
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.training_args import OptimizerNames
@@ -33,6 +33,7 @@ from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter, log_shown
+from loraover.training.adapter import with_adapter
 from loraover.training.examples import Examples, load_examples
 from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.hf_trainer import make_trainer
@@ -276,29 +277,6 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=_steps(recipe, trainer), probe=None)
     return Prepared(source, tokenizer, examples, model, untrained, trainer, over, method, trained, named)
-
-
-def with_adapter(
-    base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource, method: Method | None = None
-) -> PeftModel:
-    """Wrap the base model with the recipe's LoRA, untrained.
-
-    Args:
-        base: The base model; it is changed.
-        recipe: The recipe, whose `lora` decides.
-        task: PEFT's task type.
-        source: Where the base model comes from.
-        method: The recipe's method, if it is one that asks for further options.
-
-    Raises:
-        ConfigError: PEFT refuses the recipe's `lora`, or the method's settings do not fit the model.
-    """
-    base.name_or_path = source.name
-    options = recipe.lora.model_dump() | ({} if method is None else method.lora_options(base))
-    try:
-        return get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **options))
-    except ValueError as error:
-        raise ConfigError(f"lora: PEFT refuses it: {error}") from error
 
 
 def _check_names(recipe: Recipe) -> None:

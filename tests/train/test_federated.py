@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, Trainer
 import loraover
 from loraover.common.errors import ConfigError
 from loraover.training.methods.federated import Federated, epsilon_of, steps_within
+from loraover.training.plan import make_plan
+from loraover.training.recipe import load_recipe
 from loraover.training.run_result import Privacy, RunResult
 
 from oracles.methods import clipped_mean, gaussian_epsilon
@@ -217,6 +219,12 @@ def test_a_resumption_is_refused_with_its_reason(base: Path, tmp_path: Path) -> 
         loraover.train(recipe, tmp_path / "out", resume=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["recipe.yaml"]
     assert (tmp_path / "out" / "recipe.yaml").read_text() == shown
+
+
+def test_a_plan_counts_the_rows_and_moments_of_all_clients(base: Path, tmp_path: Path) -> None:
+    plans = [make_plan(load_recipe(make(tmp_path / "r.yaml", base, clients=clients))) for clients in (1, 3)]
+    assert [plan.examples for plan in plans] == [16, 48]
+    assert plans[1].optimizer_states == 3 * plans[0].optimizer_states
 
 
 def test_opacus_that_is_missing_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError
+from loraover.training.adapter import with_adapter
 from loraover.training.methods.base import Pair, get_pair, get_weight, truncate
 from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
 from loraover.training.recipe import load_recipe
-from loraover.training.run import with_adapter
 from loraover.training.run_result import read_run
 
 from oracles.methods import slow_sum
@@ -199,6 +199,7 @@ def test_an_encoder_decoder_trains(bases: dict[str, Path], tmp_path: Path) -> No
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more stages than steps": ({"lorasc.stages": 5}, "stages is 5, and the run has 4 optimizer steps"),
+    "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
     "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
     "no pace": ({"lorasc.pace": 0}, "greater than 0"),
     "DoRA": ({"lora.use_dora": True}, "starts from A and B of its own"),

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError
+from loraover.training.adapter import with_adapter
 from loraover.training.methods.base import get_weight, linear_layers
 from loraover.training.methods.soma import AnnealedWeightDecay, Soma, find_blocks, split
 from loraover.training.recipe import load_recipe
-from loraover.training.run import with_adapter
 from loraover.training.run_result import RunResult, read_run
 
 from oracles.methods import minor_part, soma

@@ -77,6 +77,11 @@ class LoraSc(Method):
                 f"lorasc.stages is {self.settings.stages}, and the run has {steps} optimizer steps; a stage takes one "
                 "or more. Lower it, or raise training.max_steps."
             )
+        exact = self.settings.stages * max(layer.r[ADAPTER] for layer in self.layers.values())
+        if self.settings.rank is not None and self.settings.rank >= exact:
+            raise ConfigError(
+                f"lorasc.rank is {self.settings.rank}, and the sum of the stages has rank {exact}; leave it out."
+            )
 
     def restore(self, checkpoint: Path) -> None:
         tensors = load_file(checkpoint / STAGES_FILE)
