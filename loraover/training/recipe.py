@@ -24,7 +24,7 @@ SOAP = "soap"
 """Name of the optimizer that transformers does not have."""
 
 OTHER_METHODS = ("soma", "lorasc", "federated")
-"""Methods with settings of their own, under a key of their name."""
+"""Methods whose settings stand under a key with their name."""
 
 PRIVATE_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
 """Optimizers that method federated can give to its clients."""
@@ -236,7 +236,7 @@ class Recipe(_Part):
                 raise ValueError(f"{method} holds settings of method {method}, found method {self.method}")
         if self.method in OTHER_METHODS and (self.lora.use_dora or self.lora.init_lora_weights is not True):
             raise ValueError(
-                f"method {self.method} starts from A and B of its own: leave out lora.use_dora and "
+                f"method {self.method} chooses its first A and B itself: leave out lora.use_dora and "
                 "lora.init_lora_weights"
             )
         if self.method == "soma" and self.training.weight_decay:

@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
     "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
     "no pace": ({"lorasc.pace": 0}, "greater than 0"),
-    "DoRA": ({"lora.use_dora": True}, "starts from A and B of its own"),
+    "DoRA": ({"lora.use_dora": True}, "chooses its first A and B itself"),
     "another method": ({"method": "lora-over"}, "lorasc holds settings of method lorasc, found method lora-over"),
 }
 
