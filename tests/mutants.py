@@ -101,6 +101,43 @@ MUTANTS = (
         "tensors = matrices.reshape(",
         Selection("test_moments.py", "transposed_jacobian"),
     ),
+    # Methods beside LoRA-Over
+    Mutant(
+        "soma-splits-off-the-largest-triplets",
+        "return Pair(u[:, -r:] * root, root[:, None] * vt[-r:])",
+        "return Pair(u[:, :r] * root, root[:, None] * vt[:r])",
+        Selection("test_soma.py", "the_split"),
+    ),
+    Mutant(
+        "soma-serves-the-start-twice",
+        "torch.cat([b, -b0.to(b)], dim=1)",
+        "torch.cat([b, b0.to(b)], dim=1)",
+        Selection("test_soma.py", "exact_update"),
+    ),
+    Mutant(
+        "lorasc-forgets-the-last-average",
+        "(1 - pace) ** (stages - t) for",
+        "(1 - pace) ** (stages - t - 1) for",
+        Selection("test_lorasc.py", "weights_of_the_stages"),
+    ),
+    Mutant(
+        "lorasc-loses-ended-stages-in-checkpoints",
+        "for t, stage in enumerate(self.ended)\n            for path, pair",
+        "for t, stage in enumerate(self.ended[:0])\n            for path, pair",
+        Selection("test_lorasc.py", "resumes_to_the_same_bits"),
+    ),
+    Mutant(
+        "federated-average-ignores-the-numbers-of-rows",
+        "* (len(client.rows) / len(loader.dataset))",
+        "/ len(clients)",
+        Selection("test_federated.py", "two_clients"),
+    ),
+    Mutant(
+        "federated-rows-of-many-tokens-weigh-more",
+        "return nats / (labels != -100).sum(1).clamp_min(1)",
+        "return nats",
+        Selection("test_federated.py", "two_clients"),
+    ),
     # The optimizer's hooks
     Mutant(
         "hooks-matrix-keeps-its-gradient",

@@ -31,7 +31,9 @@ from loraover.common.command_line import Command
     "unfinished run of the recipe there.",
 )
 @click.option(
-    "--method", type=click.Choice(["lora", "lora-over", "full"]), help="Train plain LoRA, LoRA-Over, or all weights."
+    "--method",
+    type=click.Choice(["lora", "lora-over", "full", "soma", "lorasc", "federated"]),
+    help="Train plain LoRA, LoRA-Over, all weights, or by another method, see docs/methods.md.",
 )
 @click.option("--model", help="Base model: folder or hub name.")
 @click.option("--data", help="Training data: JSONL file, folder, hub name, or 'word-problems' (built in).")

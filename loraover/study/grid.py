@@ -12,7 +12,7 @@ from typing import Any
 
 from loraover.common.errors import ConfigError
 from loraover.models.load import load_skeleton, resolve_model
-from loraover.training.recipe import Recipe, load_recipe, parse_override
+from loraover.training.recipe import OTHER_METHODS, Recipe, load_recipe, parse_override
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -23,6 +23,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-matched": {"method": "lora"},
     "full": {"method": "full"},
     "lora-over": {"method": "lora-over"},
+    "soma": {"method": "soma"},
+    "lorasc": {"method": "lorasc"},
+    "federated": {"method": "federated"},
 }
 """What each method sets in a recipe; `lora-matched` also takes the rank at which A and B are as many as the cores."""
 
@@ -33,7 +36,7 @@ VARIANTS = {key.removeprefix("lora.") for settings in METHODS.values() for key i
 VARIANTS |= {"training.optim"}
 """Settings with which plain LoRA counts as another method."""
 
-RECIPE_PARTS = ("data.", "lora.", "over.", "training.")
+RECIPE_PARTS = ("data.", "lora.", "over.", "training.", *(f"{method}." for method in OTHER_METHODS))
 """Beginnings of the settings that are keys of the recipe as they stand."""
 
 SWEPT = {"training.learning_rate": "--lr-sweep", "training.seed": "--seeds"}

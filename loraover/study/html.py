@@ -12,8 +12,8 @@ from loraover.study.verdict import changes, verdict_of
 
 TEMPLATE = "study.html.j2"
 COLUMNS = (
-    *("method", "rate", "test loss", "sd", "difference", "95 % interval", "p", "trained", "s / step", "GiB"),
-    *("step norm", "update norm", "fold error"),
+    *("method", "rate", "test loss", "sd", "difference", "95 % interval", "p", "trained"),
+    *("served rank", "served bytes", "s / step", "GiB", "step norm", "update norm", "fold error"),
 )
 
 
@@ -49,7 +49,8 @@ def _methods_table(task: TaskResult) -> Table:
         (
             *(method_text(r.method, task), f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}"),
             *(f"{r.test_loss:.4f}", figure_text(r.deviation, ".4f"), *_compared(r, task)),
-            *(f"{r.trained_parameters:,}", figure_text(r.step_seconds, ".2f"), figure_text(gibibytes(r), ".2f")),
+            *(f"{r.trained_parameters:,}", figure_text(r.served_rank, "d"), figure_text(r.served_bytes, ",d")),
+            *(figure_text(r.step_seconds, ".2f"), figure_text(gibibytes(r), ".2f")),
             *(figure_text(r.step_norm, ".3g"), figure_text(r.update_norm, ".3g"), figure_text(r.fold_error, ".1e")),
         )
         for r in task.methods

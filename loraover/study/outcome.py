@@ -54,6 +54,8 @@ class Outcome(BaseModel):
     hardware: str | None = Field(None, description="Machine that trained.")
     trained_parameters: int = Field(0, description="Numbers in the cores, and in the matrices without cores.")
     served_parameters: int = Field(0, description="Numbers in A and B.")
+    served_rank: int | None = Field(None, description="Largest rank of a module as served; None: not known.")
+    served_bytes: int | None = Field(None, description="Bytes of A and B as served; None: not known.")
     update_norm: float | None = Field(None, description="Frobenius norm of the change of scaling * B A.")
     step_norm: float | None = Field(None, description="Norm of the change of B A in one step, mean over logged steps.")
     fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
@@ -136,7 +138,8 @@ def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
     asked = _asked(folder)
     publish_text(asked, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
-    if (folder / RECIPE_FILE).is_file() and not any((folder / name).exists() for name in PRODUCTS):
+    has_begun = (folder / RECIPE_FILE).is_file()
+    if recipe.can_resume and has_begun and not any((folder / name).exists() for name in PRODUCTS):
         command.append("--resume")
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     else:
@@ -209,8 +212,12 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
         step_seconds=result.train_seconds / result.timed_steps if result.timed_steps else None,
         peak_bytes=result.peak_bytes,
         hardware=result.hardware,
-        trained_parameters=result.lora_parameters + result.added_parameters,
+        trained_parameters=result.lora_parameters + result.added_parameters
+        if result.trained_parameters is None
+        else result.trained_parameters,
         served_parameters=result.lora_parameters,
+        served_rank=result.served_rank,
+        served_bytes=result.served_bytes,
         update_norm=result.update_norm,
         step_norm=sum(norms) / len(norms) if norms else None,
         fold_error=_fold_error(folder / "adapter"),

@@ -31,6 +31,8 @@ class MethodResult(BaseModel):
     sensitivity: RateSensitivity = Field(description="How the loss depends on the learning rate.")
     trained_parameters: int = Field(description="Numbers trained: cores, and matrices without cores.")
     served_parameters: int = Field(description="Numbers in A and B.")
+    served_rank: int | None = Field(None, description="Largest rank of a module as served; None: not known.")
+    served_bytes: int | None = Field(None, description="Bytes of A and B as served; None: not known.")
     step_seconds: float | None = Field(description="Median seconds of an optimizer step; None: no step was timed.")
     peak_bytes: int | None = Field(description="Largest memory of a run, in bytes; None: not measured.")
     update_norm: float | None = Field(description="Frobenius norm of the change of B A, mean over seeds.")
@@ -151,6 +153,8 @@ def _method(
         sensitivity=tuned,
         trained_parameters=outcomes[0].trained_parameters,
         served_parameters=outcomes[0].served_parameters,
+        served_rank=outcomes[0].served_rank,
+        served_bytes=outcomes[0].served_bytes,
         step_seconds=median(seconds) if seconds else None,
         peak_bytes=max((outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None), default=None),
         update_norm=fmean(updates) if updates else None,

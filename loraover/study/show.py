@@ -10,8 +10,8 @@ from loraover.study.report import MethodResult, StudyReport, TaskResult
 
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
 COLUMNS = (
-    *("method", "rate", "test loss (sd)", "difference [95 %], p", "trained", "s / step", "GiB", "step norm"),
-    *("update norm", "fold error", "basin", "regret"),
+    *("method", "rate", "test loss (sd)", "difference [95 %], p", "trained", "served rank", "served bytes"),
+    *("s / step", "GiB", "step norm", "update norm", "fold error", "basin", "regret"),
 )
 END_NOTE = " (end): the best rate is at an end of the sweep."
 
@@ -50,6 +50,8 @@ def _row(r: MethodResult, task: TaskResult) -> str:
         f"{r.test_loss:.4f} ({figure_text(r.deviation, '.4f')})",
         compared,
         f"{r.trained_parameters:,}",
+        figure_text(r.served_rank, "d"),
+        figure_text(r.served_bytes, ",d"),
         figure_text(r.step_seconds, ".2f"),
         figure_text(gibibytes(r), ".2f"),
         figure_text(r.step_norm, ".3g"),

@@ -17,6 +17,7 @@ from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.common.errors import ConfigError, DataError
 from loraover.reporting.reporter import Reporter
 from loraover.training.examples import Examples
+from loraover.training.methods.base import Method
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import SOAP, Recipe
 
@@ -36,6 +37,7 @@ def make_trainer(
     is_seq2seq: bool,
     report: Reporter,
     over: LoraOverCallback | None,
+    method: Method | None,
 ) -> Trainer:
     """Make TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
 
@@ -48,6 +50,7 @@ def make_trainer(
         is_seq2seq: Whether the model is an encoder-decoder.
         report: Receiver of progress.
         over: Owner of the cores; None for other methods.
+        method: What is done beside plain LoRA; None for plain LoRA, LoRA-Over and full fine-tuning.
 
     Raises:
         ConfigError: a value that the trainer refuses.
@@ -76,6 +79,7 @@ def make_trainer(
     train_set = Dataset.from_list(examples.train.rows)
     eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
     callbacks: list[TrainerCallback] = [] if over is None else [over]
+    callbacks += [] if method is None else method.callbacks()
     callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics and recipe.trains_only_products else []
     callbacks += [TrainingProgress(report, output / "metrics.jsonl"), SealCheckpoints()]
     if is_seq2seq:

@@ -18,9 +18,10 @@ from loraover.data.sources import BUILT_IN, count_hub_rows, is_hub_name, load_ro
 from loraover.models.load import load_skeleton, resolve_model
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
+from loraover.training.adapter import with_adapter
 from loraover.training.examples import WORD_PROBLEMS
+from loraover.training.methods import make_method
 from loraover.training.recipe import Recipe
-from loraover.training.run import with_adapter
 
 CORE_BYTES = 4  # float32
 
@@ -31,7 +32,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="Base model with its commit or folder.")
-    method: str = Field(description="Method of the recipe: lora, lora-over or full.")
+    method: str = Field(description="Method of the recipe, such as lora or lora-over.")
     weights: int = Field(description="Bytes of the base model.")
     adapter: int = Field(description="Bytes of A and B.")
     cores: int = Field(description="Largest number of bytes of the cores: all that the schedule can inject.")
@@ -91,14 +92,15 @@ def make_plan(recipe: Recipe) -> Plan:
     weights = _bytes(base.parameters())
     is_seq2seq = bool(base.config.is_encoder_decoder)
     examples = None if training.max_steps is not None else _count_examples(recipe)
-    steps = training.steps(examples or 0)
+    steps = recipe.steps(examples or 0)
 
     model: nn.Module = base
     if recipe.method != "full":
         lora = recipe.lora.model_copy(update={"init_lora_weights": True})  # others decompose weights, which are absent
         task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
         with torch.device("meta"):
-            model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source)
+            method = make_method(recipe, is_seq2seq=is_seq2seq)
+            model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source, method)
     trained = _bytes(p for p in model.parameters() if p.requires_grad)
     cores = added = gauge = 0
     if recipe.method == "lora-over":
@@ -106,7 +108,8 @@ def make_plan(recipe: Recipe) -> Plan:
         cores, added = schedule.most_parameters
         gauge = schedule.most_gauge_numbers
     batch = training.per_device_train_batch_size
-    seen = steps * batch * training.gradient_accumulation_steps
+    clients = recipe.federated.clients if recipe.method == "federated" else 1
+    seen = steps * batch * training.gradient_accumulation_steps * clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
     return Plan(
@@ -117,7 +120,7 @@ def make_plan(recipe: Recipe) -> Plan:
         cores=cores * CORE_BYTES,
         gauge=gauge * CORE_BYTES,
         gradients=trained + cores * CORE_BYTES,
-        optimizer_states=2 * (trained + added * CORE_BYTES),
+        optimizer_states=2 * (trained + added * CORE_BYTES) * clients,
         activations=_activations(model, recipe),
         steps=steps,
         examples=seen,

@@ -16,11 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from loraover.checkpoint.peft_adapter import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.overparam.config import LoraOverConfig
+from loraover.training.method_settings import FederatedSettings, LoraScSettings, SomaSettings
 
 MAX_YAML_BYTES = 2**20
 
 SOAP = "soap"
 """Name of the optimizer that transformers does not have."""
+
+OTHER_METHODS = ("soma", "lorasc", "federated")
+"""Methods whose settings stand under a key with their name."""
+
+PRIVATE_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
+"""Optimizers that method federated can give to its clients."""
 
 RENAMED = {"push_base": "push_model"}
 """New name of each key that has been renamed."""
@@ -186,12 +193,16 @@ class Recipe(_Part):
     model_revision: str | None = Field(
         None, description="Commit or tag on the hub; the run's copy of the recipe names the commit."
     )
-    method: Literal["lora", "lora-over", "full"] = Field(
-        "lora-over", description="Plain LoRA, LoRA-Over, or full: all weights of the model, for comparison."
+    method: Literal["lora", "lora-over", "full", "soma", "lorasc", "federated"] = Field(
+        "lora-over",
+        description="Plain LoRA, LoRA-Over, full (all weights, for comparison), or a method of docs/methods.md.",
     )
     data: Data = Field(description="Where examples come from.")
     lora: Lora = Field(Lora(), description="The adapter, in PEFT's terms.")
     over: LoraOverConfig = Field(LoraOverConfig(), description="Decomposition, schedule and budget of the cores.")
+    soma: SomaSettings = Field(SomaSettings(), description="Settings of method soma.")
+    lorasc: LoraScSettings = Field(LoraScSettings(), description="Settings of method lorasc.")
+    federated: FederatedSettings = Field(FederatedSettings(), description="Settings of method federated.")
     training: Training = Field(description="The run, in the terms of transformers' TrainingArguments.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
     tensorboard: bool = Field(False, description="Log to TensorBoard too.")
@@ -216,6 +227,46 @@ class Recipe(_Part):
         if self.training.optim == SOAP and self.method != "lora":
             raise ValueError(f"training.optim {SOAP} trains method lora, found {self.method}")
         return self
+
+    @model_validator(mode="after")
+    def _has_settings_of_its_method(self) -> Recipe:
+        for method in OTHER_METHODS:
+            part = getattr(self, method)
+            if method != self.method and part != type(part)():
+                raise ValueError(f"{method} holds settings of method {method}, found method {self.method}")
+        if self.method in OTHER_METHODS and (self.lora.use_dora or self.lora.init_lora_weights is not True):
+            raise ValueError(
+                f"method {self.method} chooses its first A and B itself: leave out lora.use_dora and "
+                "lora.init_lora_weights"
+            )
+        if self.method == "soma" and self.training.weight_decay:
+            raise ValueError("method soma takes soma.weight_decay in place of training.weight_decay")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_private(self) -> Recipe:
+        if self.method != "federated":
+            return self
+        training = self.training
+        if training.optim not in PRIVATE_OPTIMIZERS or training.loraplus_lr_ratio is not None:
+            raise ValueError(f"method federated takes training.optim {', '.join(PRIVATE_OPTIMIZERS)}, without LoRA+")
+        if training.precision != "fp32" or training.gradient_checkpointing:
+            raise ValueError("method federated takes training.precision fp32, without gradient_checkpointing")
+        return self
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a run that was interrupted can be continued."""
+        return self.method != "federated"
+
+    def steps(self, examples: int) -> int:
+        """Count the run's optimizer steps on one process, which are those of each client for method federated.
+
+        Args:
+            examples: Number of training examples.
+        """
+        clients = self.federated.clients if self.method == "federated" else 1
+        return self.training.steps(math.ceil(examples / clients))
 
     @property
     def trains_only_products(self) -> bool:

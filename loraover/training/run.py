@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model as load_weights
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.training_args import OptimizerNames
@@ -33,9 +33,12 @@ from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter, log_shown
+from loraover.training.adapter import with_adapter
 from loraover.training.examples import Examples, load_examples
 from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.hf_trainer import make_trainer
+from loraover.training.methods import make_method
+from loraover.training.methods.base import Method, served_size
 from loraover.training.push import moved_copy, push, pushed_base
 from loraover.training.recipe import SOAP, Recipe, load_recipe
 from loraover.training.run_folder import (
@@ -67,6 +70,8 @@ class Prepared:
         untrained: A and B of every module before training; None where more than their product is trained.
         trainer: Trainer of transformers or TRL.
         callback: Owner of the cores while training; None unless the method is LoRA-Over.
+        method: What is done beside plain LoRA; None for plain LoRA, LoRA-Over and full fine-tuning.
+        trained: Numbers in the parameters that the optimizer has before any cores.
         pushed_base: Model that a pushed adapter names in place of the stand-in that it was trained on.
     """
 
@@ -77,6 +82,8 @@ class Prepared:
     untrained: dict[str, Factors] | None
     trainer: Trainer
     callback: LoraOverCallback | None
+    method: Method | None
+    trained: int
     pushed_base: ModelSource | None
 
     @property
@@ -137,6 +144,11 @@ def _command(recipe: Recipe | str | Path, output: Path, overrides: Mapping[str, 
 
 
 def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:
+    if resume and not recipe.can_resume:
+        raise ConfigError(
+            f"--resume: a run of method {recipe.method} keeps no checkpoints, since a step taken twice with other "
+            "noise would spend privacy that is not accounted for. Start a new run in another folder."
+        )
     claim(output, resume=resume)
     run = None
     try:
@@ -146,14 +158,15 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
         (output / FAILURE_FILE).unlink(missing_ok=True)
         trim_metrics(output, checkpoint)
         with log_shown(report):
-            timed = _take_steps(run, recipe, checkpoint)
+            timed = _take_steps(run, recipe, checkpoint, report)
         if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
             raise DivergedError(
                 "training diverged: the loss is no longer a number at learning rate "
                 f"{recipe.training.learning_rate:g}; lower it. The log is {output / METRICS_FILE}."
             )
+        left_out = None if run.method is None else run.method.finish(run.model)
         after = _measure(run, recipe, output, report, AFTER)
-        result = _result(run, recipe, timed, before, after)
+        result = _result(run, recipe, timed, before, after, left_out)
         _publish(run, recipe, output, result, command)
     except BaseException as error:
         has_stepped = run is not None and run.trainer.state.global_step > 0
@@ -165,8 +178,16 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
     return result
 
 
-def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None, after: Measures | None) -> RunResult:
+def _result(
+    run: Prepared,
+    recipe: Recipe,
+    timed: Timed,
+    before: Measures | None,
+    after: Measures | None,
+    left_out: float | None,
+) -> RunResult:
     cores, matrices = (0, 0) if run.over is None else run.over.num_parameters()
+    served = served_size(run.model)
     return RunResult(
         method=recipe.method,
         model=recipe.model,
@@ -179,6 +200,11 @@ def _result(run: Prepared, recipe: Recipe, timed: Timed, before: Measures | None
         timed_steps=timed.steps,
         peak_bytes=peak_bytes(),
         lora_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        served_rank=None if served is None else served[0],
+        served_bytes=None if served is None else served[1],
+        served_error=left_out,
+        trained_parameters=run.trained + cores - matrices,
+        privacy=None if run.method is None else run.method.privacy,
         added_parameters=cores - matrices,
         gauge_numbers=0 if run.over is None else run.over.gauge_numbers(),
         update_norm=None if run.untrained is None else step_norm(run.untrained, factors(run.model)),
@@ -225,6 +251,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     report.line(f"base model: {source.origin}")
     named = pushed_base(recipe, source, report.line)
     is_seq2seq = is_encoder_decoder(source)
+    method = make_method(recipe, is_seq2seq=is_seq2seq)
     tokenizer = load_tokenizer(source)
     examples = load_examples(recipe, chat=_use_chat(recipe, tokenizer, is_seq2seq))
     if tokenizer.chat_template is None and not isinstance(examples.train.rows[0]["prompt"], str):
@@ -237,33 +264,19 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     set_seed(recipe.training.seed)
     task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
     base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
-    model = base if recipe.method == "full" else with_adapter(base, recipe, task, source)
+    model = base if recipe.method == "full" else with_adapter(base, recipe, task, source, method)
     untrained = factors(model) if recipe.trains_only_products else None
+    if method is not None:
+        method.start(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
-    trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over)
+    trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over, method)
     _check_trainer(trainer, recipe, len(examples.train.rows), report)
+    if method is not None:
+        method.check(_steps(recipe, trainer), len(trainer.train_dataset))
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=_steps(recipe, trainer), probe=None)
-    return Prepared(source, tokenizer, examples, model, untrained, trainer, over, named)
-
-
-def with_adapter(base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource) -> PeftModel:
-    """Wrap the base model with the recipe's LoRA, untrained.
-
-    Args:
-        base: The base model; it is changed.
-        recipe: The recipe, whose `lora` decides.
-        task: PEFT's task type.
-        source: Where the base model comes from.
-
-    Raises:
-        ConfigError: PEFT refuses the recipe's `lora`.
-    """
-    base.name_or_path = source.name
-    try:
-        return get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **recipe.lora.model_dump()))
-    except ValueError as error:
-        raise ConfigError(f"lora: PEFT refuses it: {error}") from error
+    return Prepared(source, tokenizer, examples, model, untrained, trainer, over, method, trained, named)
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -309,10 +322,10 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, rows: int, report: Reporter
 
 def _steps(recipe: Recipe, trainer: Trainer) -> int:
     """Optimizer steps of the run; a trainer may leave out examples that have no room for a completion."""
-    return recipe.training.steps(len(trainer.train_dataset))
+    return recipe.steps(len(trainer.train_dataset))
 
 
-def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> Timed:
+def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: Reporter) -> Timed:
     """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
     if run.callback is not None:
         run.callback.resume_from = checkpoint
@@ -320,7 +333,10 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> Timed
     step = step_of(checkpoint)
     if checkpoint is None or step < steps:
         started = time.perf_counter()
-        run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if run.method is None:
+            run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        else:
+            run.method.train(run.trainer, checkpoint, steps, report)
         return Timed(run.trainer.state.global_step - step, time.perf_counter() - started)
     if isinstance(run.model, PeftModel):
         set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
@@ -328,6 +344,8 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None) -> Timed
         load_weights(run.model, checkpoint / "model.safetensors")
     if run.callback is not None:
         run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=steps)
+    if run.method is not None:
+        run.method.restore(checkpoint)
     run.trainer.state.global_step = step
     return Timed(0, 0.0)
 

@@ -28,13 +28,32 @@ class Measures(BaseModel):
         return f"held-out loss {self.loss:.4f}{accuracy} ({self.examples} examples)"
 
 
+class Privacy(BaseModel):
+    """Guarantee of differential privacy for one training example, see `loraover.training.methods.federated`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epsilon: float | None = Field(description="Epsilon that the run has spent; None: no noise, so no guarantee.")
+    delta: float = Field(description="Delta at which epsilon is stated.")
+    noise_multiplier: float = Field(description="Standard deviation of the noise as a multiple of clip.")
+    clip: float = Field(description="Largest norm of the gradient of one example.")
+    clients: int = Field(description="Number of clients with disjoint examples.")
+    sample_rate: float = Field(description="Probability with which a step draws an example of the smallest client.")
+    accountant: str = Field(description="What computed epsilon.")
+
+    def __str__(self) -> str:
+        if self.epsilon is None:
+            return "none: no noise was added"
+        return f"epsilon {self.epsilon:.4g} at delta {self.delta:g}, for one example"
+
+
 class RunResult(BaseModel):
     """Contents of `run.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    method: str = Field(description="Method of the recipe: lora, lora-over or full.")
+    method: str = Field(description="Method of the recipe, such as lora or lora-over.")
     model: str = Field(description="Base model, as the recipe names it.")
     model_origin: str = Field(description="Base model with its commit or folder, for people.")
     data_origin: str = Field(description="Training data with its commit or file, for people.")
@@ -47,6 +66,17 @@ class RunResult(BaseModel):
         None, description="Largest memory in bytes: PyTorch's on a CUDA device, else the process's."
     )
     lora_parameters: int = Field(description="Numbers in A and B, which are served; for method full, all weights.")
+    served_rank: int | None = Field(None, description="Largest rank of a module as served; None: there is no adapter.")
+    served_bytes: int | None = Field(None, description="Bytes of A and B as served; None: there is no adapter.")
+    served_error: float | None = Field(
+        None,
+        description="Frobenius norm, over all modules, of what the served adapter leaves out of the trained update; "
+        "None: nothing.",
+    )
+    trained_parameters: int | None = Field(
+        None, description="Numbers trained at the same time; None in older files: those of A, B and the cores."
+    )
+    privacy: Privacy | None = Field(None, description="Guarantee of differential privacy; None: there is none.")
     added_parameters: int = Field(description="Numbers in the cores beyond those of the matrices that they represent.")
     gauge_numbers: int = Field(0, description="Numbers in bases that are not trained, and in their moments.")
     update_norm: float | None = Field(
@@ -68,6 +98,12 @@ class RunResult(BaseModel):
             "parameters served": f"{self.lora_parameters:,}",
             "parameters added while training": f"{self.added_parameters:,}",
         }
+        if self.served_rank is not None:
+            rows["rank and bytes served"] = f"{self.served_rank}, {self.served_bytes:,}"
+        if self.served_error is not None:
+            rows["norm left out of the served update"] = f"{self.served_error:.2g}"
+        if self.privacy is not None:
+            rows["differential privacy"] = str(self.privacy)
         if self.gauge_numbers:
             rows["numbers in bases and moments"] = f"{self.gauge_numbers:,}"
         if self.update_norm is not None:

@@ -1,0 +1,34 @@
+"""The LoRA of a recipe on its base model."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from loraover.common.errors import ConfigError
+from loraover.models.load import ModelSource
+from loraover.training.methods.base import Method
+from loraover.training.recipe import Recipe
+
+
+def with_adapter(
+    base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource, method: Method | None = None
+) -> PeftModel:
+    """Wrap the base model with the recipe's LoRA, untrained.
+
+    Args:
+        base: The base model; it is changed.
+        recipe: The recipe, whose `lora` decides.
+        task: PEFT's task type.
+        source: Where the base model comes from.
+        method: The recipe's method, if it is one that asks for further options.
+
+    Raises:
+        ConfigError: PEFT refuses the recipe's `lora`, or the method's settings do not fit the model.
+    """
+    base.name_or_path = source.name
+    options = recipe.lora.model_dump() | ({} if method is None else method.lora_options(base))
+    try:
+        return get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **options))
+    except ValueError as error:
+        raise ConfigError(f"lora: PEFT refuses it: {error}") from error

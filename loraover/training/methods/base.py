@@ -1,0 +1,217 @@
+"""What a method supplies to a run, and how its result becomes one plain LoRA on the original base model."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from loraover.common.errors import ConfigError
+from loraover.overparam.sites import lora_layers
+from loraover.reporting.reporter import Reporter
+from loraover.training.recipe import Recipe
+from loraover.training.run_result import Privacy
+
+ADAPTER = "default"  # PEFT's name of the only adapter
+
+
+class Pair(NamedTuple):
+    """Factors of one module: B of shape (out_features, r) and A of shape (r, in_features)."""
+
+    b: Tensor
+    a: Tensor
+
+
+class Method(ABC):
+    """A method of training, made for one run.
+
+    A run calls `lora_options`, `start`, `check`, `train` (or `restore`) and `finish`, in this order.
+
+    Args:
+        recipe: The recipe of the run.
+
+    Attributes:
+        trains_seq2seq: Whether the method trains encoder-decoders too.
+        privacy: Guarantee of the finished run; None for methods without one.
+    """
+
+    trains_seq2seq: ClassVar[bool]
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.privacy: Privacy | None = None
+
+    def lora_options(self, base: PreTrainedModel) -> dict[str, Any]:
+        """Return options of PEFT's LoraConfig beside those of the recipe.
+
+        Raises:
+            ConfigError: the settings do not fit the model.
+        """
+        return {}
+
+    @abstractmethod
+    def start(self, model: PeftModel) -> None:
+        """Prepare a model whose LoRA has just been made.
+
+        Raises:
+            ConfigError: the method cannot train the model.
+        """
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Return callbacks for the Trainer, which come before the one that seals checkpoints."""
+        return []
+
+    def check(self, steps: int, examples: int) -> None:  # noqa: B027, most methods need nothing
+        """Check the settings against the size of the run, before its first step.
+
+        Args:
+            steps: Optimizer steps.
+            examples: Number of training examples.
+
+        Raises:
+            ConfigError: a setting that does not fit.
+        """
+
+    def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, report: Reporter) -> None:
+        """Take all steps, or those that are left after a checkpoint."""
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def restore(self, checkpoint: Path) -> None:  # noqa: B027, the Trainer restores A and B
+        """Read what the method has added to a checkpoint of the Trainer."""
+
+    @abstractmethod
+    def finish(self, model: PeftModel) -> float | None:
+        """Turn what was trained into one plain LoRA on the original base weights.
+
+        Returns:
+            Frobenius norm, over all modules, of what the plain LoRA leaves out; None: nothing.
+        """
+
+
+def linear_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
+    """Return the adapted layers by path, for a method that changes their base weights while it trains.
+
+    Args:
+        model: The PEFT model.
+        method: Name of the method, for messages.
+
+    Raises:
+        ConfigError: a layer that is not linear, is quantised, or shares its weight with another module.
+    """
+    layers = lora_layers(model)
+    count = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for path, layer in layers.items():
+        base = layer.get_base_layer()
+        if not isinstance(base, nn.Linear | Conv1D) or not base.weight.is_floating_point():
+            kind = f"{type(base).__name__} of {base.weight.dtype}"
+            raise ConfigError(f"lora.target_modules: {path} is a {kind}; {method} takes linear layers of floats only.")
+        if count[id(base.weight)] > 1:
+            raise ConfigError(
+                f"lora.target_modules: {path} shares its weight with another module, so {method} cannot change it "
+                "alone; leave it out."
+            )
+    return layers
+
+
+def get_weight(layer: LoraLayer) -> Tensor:
+    """Return the base weight of an adapted layer as a view of shape (out_features, in_features)."""
+    base = layer.get_base_layer()
+    weight: Tensor = base.weight.detach()
+    return weight.mT if isinstance(base, Conv1D) else weight
+
+
+def get_pair(layer: LoraLayer) -> Pair:
+    """Return the present B and A of an adapted layer."""
+    return Pair(layer.lora_B[ADAPTER].weight.detach(), layer.lora_A[ADAPTER].weight.detach())
+
+
+class OriginalWeights:
+    """Copies of the adapted base weights, kept in the CPU's memory while a method changes them.
+
+    Args:
+        layers: Adapted layers, by path.
+    """
+
+    def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
+        self.layers = layers
+        self.kept = {path: get_weight(layer).cpu().clone() for path, layer in layers.items()}
+
+    def restore(self) -> None:
+        """Put the original weights back, bit by bit."""
+        for path, layer in self.layers.items():
+            get_weight(layer).copy_(self.kept[path])
+
+
+def set_pairs(layers: Mapping[str, LoraLayer], pairs: Mapping[str, Pair]) -> None:
+    """Replace A and B of every layer by others, whose rank may be larger.
+
+    The layer's scaling stays as it is.
+    """
+    for path, layer in layers.items():
+        b, a = pairs[path]
+        for module, value in ((layer.lora_A[ADAPTER], a), (layer.lora_B[ADAPTER], b)):
+            old = module.weight
+            module.weight = nn.Parameter(value.to(old.device, old.dtype).contiguous())
+        layer.lora_A[ADAPTER].out_features = layer.lora_B[ADAPTER].in_features = layer.r[ADAPTER] = len(a)
+
+
+def widen(model: PeftModel, factor: int) -> None:
+    """Multiply all ranks of a model's LoraConfig, and its alphas so that every scaling stays the same."""
+    config = model.peft_config[ADAPTER]
+    alpha = math.sqrt(factor) if config.use_rslora else factor
+    config.r *= factor
+    config.lora_alpha *= alpha
+    config.rank_pattern = {pattern: r * factor for pattern, r in config.rank_pattern.items()}
+    config.alpha_pattern = {pattern: value * alpha for pattern, value in config.alpha_pattern.items()}
+
+
+def flatten(model: PeftModel, layers: Mapping[str, LoraLayer], rank: int) -> None:
+    """Give a model's LoraConfig one rank for all modules and scaling 1."""
+    config = model.peft_config[ADAPTER]
+    config.r, config.lora_alpha, config.use_rslora = rank, rank, False
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for layer in layers.values():
+        layer.scaling[ADAPTER] = 1.0
+
+
+def truncate(b: Tensor, a: Tensor, rank: int) -> tuple[Pair, float]:
+    """Return the best approximation of B A of a rank, in float64, and the Frobenius norm of its error.
+
+    The singular values come from the factors, without forming the product (Eckart and Young 1936). Where B A has a
+    smaller rank, the rest of the factors is zero.
+
+    Args:
+        b: Shape (m, k), float64.
+        a: Shape (k, n), float64.
+        rank: Rank of the result.
+    """
+    left, upper = torch.linalg.qr(b)
+    right, lower = torch.linalg.qr(a.mT)
+    u, values, vt = torch.linalg.svd(upper @ lower.mT)
+    root = values[:rank].sqrt()
+    kept = b.new_zeros(len(b), rank), a.new_zeros(rank, a.shape[1])
+    kept[0][:, : len(root)] = left @ u[:, :rank] * root
+    kept[1][: len(root)] = root[:, None] * (vt[:rank] @ right.mT)
+    return Pair(*kept), float(values[rank:].norm())
+
+
+@torch.no_grad()
+def served_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return the largest rank of a model's adapter, and the bytes of its trained tensors; None without an adapter."""
+    layers = lora_layers(model)
+    if not layers:
+        return None
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return max(layer.r[ADAPTER] for layer in layers.values()), size

@@ -1,0 +1,306 @@
+"""Federated LoRA with differential privacy: clients train B on disjoint rows and a shared, frozen A.
+
+All clients are simulated in this process. In a round, each client k starts from the shared B and takes `local_steps`
+steps of DP-SGD on its rows. A step draws each row with probability q_k = batch / rows_k, clips the gradient g_i of each
+drawn row's loss to norm C, and adds noise:
+
+    g = (sum_i g_i min(1, C / ||g_i||) + N(0, sigma^2 C^2 I)) / (q_k rows_k)
+
+Then B = sum_k (rows_k / rows) B_k. Since all clients have the same A, the average of the updates B_k A is B A exactly,
+which averages of A and B separately would not be. The result is a plain LoRA of rank r.
+
+Opacus computes the gradients of single rows, clips them and adds the noise, and its RDP accountant states epsilon for
+the given delta: for one row of one client, against someone who sees the averages of all rounds and every other row.
+Rows are disjoint, so a row is touched by its client's steps only, and the run's epsilon is that of the client with the
+fewest rows. A row's loss is the mean over its tokens, so that no row's gradient depends on another row.
+
+The guarantee covers B only. It does not cover the losses in the log and in `run.json`. It also presumes that the seed
+is secret: `recipe.yaml` holds it, and PyTorch's generator, which draws the noise, is not made for cryptography.
+
+Source: Kang et al. 2024, arXiv:2411.07806. The abstract and an overview (objective, clients, only one of the two
+matrices updated) were read. The paper's equations and its theorem on epsilon were not, and no public code was found.
+The step is DP-SGD (Abadi et al. 2016, arXiv:1607.00133); freezing A is also FFA-LoRA's (Sun et al. 2024,
+arXiv:2403.12313).
+
+Departures: the radio channel is left out. There, the noise of the channel takes the place of sigma, signals of clients
+add up in the air, and fading and power limits decide epsilon. Nor is the model split between devices and a server:
+every client holds all of it. Rows are divided at random, so clients do not differ in what they have. Clients step with
+AdamW, or SGD if `training.optim` is sgd.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, get_scheduler
+
+from loraover.common.errors import ConfigError
+from loraover.overparam.sites import lora_layers
+from loraover.reporting.reporter import Reporter
+from loraover.training.methods.base import ADAPTER, Method
+from loraover.training.recipe import Recipe
+from loraover.training.run_folder import log_measures
+from loraover.training.run_result import Privacy
+
+
+@dataclass
+class Client:
+    """A simulated client.
+
+    Args:
+        rows: Indices of its rows in the training data.
+        rate: Probability with which a step draws each of them.
+        optimizer: Opacus's optimizer with the client's moments.
+    """
+
+    rows: Tensor
+    rate: float
+    optimizer: Any
+
+
+@final
+class Federated(Method):
+    """B trained by clients with differential privacy."""
+
+    trains_seq2seq: ClassVar[bool] = False
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.settings = recipe.federated
+        self.batch = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+        try:
+            import opacus
+        except ImportError as error:
+            raise ConfigError("method federated needs Opacus: pip install 'loraover[private]'.") from error
+        self._accountant = f"RDP accountant of Opacus {opacus.__version__}"
+
+    def start(self, model: PeftModel) -> None:
+        for path, layer in lora_layers(model).items():
+            if ADAPTER not in layer.lora_B:
+                raise ConfigError(
+                    f"lora.target_modules: {path} is an embedding, whose B federated cannot train; leave it out."
+                )
+            layer.lora_A[ADAPTER].weight.requires_grad_(False)
+
+    def check(self, steps: int, examples: int) -> None:
+        asked = self.settings
+        if asked.clients > examples:
+            raise ConfigError(
+                f"federated.clients is {asked.clients}, and there are {examples} training examples, so some clients "
+                "would have no rows; lower it."
+            )
+        if asked.epsilon is None:
+            return
+        rate = self._rate(examples // asked.clients)
+        spent = epsilon_of(asked.noise_multiplier, rate, steps, asked.delta)
+        if spent > asked.epsilon:
+            fit = steps_within(asked.epsilon, asked.noise_multiplier, rate, steps, asked.delta)
+            raise ConfigError(
+                f"federated.epsilon is {asked.epsilon:g}, but {steps} steps, each on {rate:.3g} of its rows with "
+                f"noise_multiplier {asked.noise_multiplier:g}, spend {spent:.3g} at delta {asked.delta:g}. {fit} steps "
+                "would fit: set training.max_steps, or raise federated.noise_multiplier or federated.epsilon."
+            )
+
+    def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, report: Reporter) -> None:
+        from opacus.grad_sample import GradSampleModule
+
+        loader = trainer.get_train_dataloader()
+        model = trainer.model.train()
+        wrapped = GradSampleModule(model, loss_reduction="sum")
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        clients = self._make_clients(trained, len(loader.dataset))
+        drawing = torch.Generator().manual_seed(self.recipe.training.seed)
+        rates = _learning_rates(trainer, steps)
+        losses: list[float] = []
+        with warnings.catch_warnings(), report.task("training steps", steps) as advance:
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # inputs of the first B need no gradient
+            for begun in range(0, steps, self.settings.local_steps):
+                mine = rates[begun : begun + self.settings.local_steps]
+                average = [torch.zeros_like(b, dtype=torch.float64, device="cpu") for b in trained]
+                shared = [b.detach().clone() for b in trained]
+                for client in clients:
+                    _copy(shared, trained)
+                    for rate in mine:
+                        losses += self._step(wrapped, loader, client, rate, drawing)
+                    for total, b in zip(average, trained, strict=True):
+                        total += b.detach().cpu().double() * (len(client.rows) / len(loader.dataset))
+                _copy(average, trained)
+                trainer.state.global_step = begun + len(mine)
+                losses = self._log(trainer, begun, steps, mine[-1], losses, clients, report)
+                advance(trainer.state.global_step)
+        wrapped.to_standard_module()
+        self.privacy = self._guarantee(clients, steps)
+
+    def finish(self, model: PeftModel) -> None:
+        for layer in lora_layers(model).values():
+            layer.lora_A[ADAPTER].weight.requires_grad_(True)  # it is served, and counted, with B
+
+    def _rate(self, rows: int) -> float:
+        return min(1.0, self.batch / rows)
+
+    def _make_clients(self, trained: list[torch.nn.Parameter], examples: int) -> list[Client]:
+        """Divide the rows at random, in numbers that differ by one at most."""
+        from opacus.optimizers import DPOptimizer
+
+        seed = self.recipe.training.seed
+        order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+        noise = torch.Generator(trained[0].device).manual_seed(seed + 1)
+        clients = []
+        for k in range(self.settings.clients):
+            rows = order[k :: self.settings.clients]
+            rate = self._rate(len(rows))
+            optimizer = DPOptimizer(
+                self._optimizer(trained),
+                noise_multiplier=self.settings.noise_multiplier,
+                max_grad_norm=self.settings.clip,
+                expected_batch_size=rate * len(rows),
+                generator=noise,
+            )
+            clients.append(Client(rows, rate, optimizer))
+        return clients
+
+    def _optimizer(self, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        training = self.recipe.training
+        options: Any = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+        if training.optim == "sgd":
+            return torch.optim.SGD(trained, **options)
+        return torch.optim.AdamW(trained, fused=training.optim == "adamw_torch_fused", **options)
+
+    def _step(
+        self, wrapped: Any, loader: Any, client: Client, learning_rate: float, drawing: torch.Generator
+    ) -> list[float]:
+        """Take one step of a client; returns the losses of the rows that it drew, in nats per token."""
+        drawn = client.rows[torch.rand(len(client.rows), generator=drawing) < client.rate]
+        pieces = torch.split(drawn, self.recipe.training.per_device_train_batch_size)
+        optimizer, losses = client.optimizer, []
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        for k, piece in enumerate(pieces):
+            optimizer.zero_grad()
+            if len(piece):
+                batch = loader.collate_fn([loader.dataset[i] for i in piece.tolist()])
+                each = row_losses(wrapped, send_to_device(batch, optimizer.params[0].device))
+                torch.autograd.backward(each.sum())
+                losses += each.tolist()
+            else:  # a step without rows still adds its noise
+                for b in optimizer.params:
+                    b.grad_sample = b.new_zeros(0, *b.shape)
+            optimizer.signal_skip_step(do_skip=k < len(pieces) - 1)
+            optimizer.step()
+        optimizer.zero_grad()
+        return losses
+
+    def _log(
+        self,
+        trainer: Trainer,
+        begun: int,
+        steps: int,
+        learning_rate: float,
+        losses: list[float],
+        clients: list[Client],
+        report: Reporter,
+    ) -> list[float]:
+        """Log the mean loss since the last line, if one is due after this round; returns the losses still to log."""
+        step, every = trainer.state.global_step, self.recipe.training.logging_steps
+        if (step // every == begun // every and step < steps) or not losses:
+            return losses
+        loss = sum(losses) / len(losses)
+        output = Path(trainer.args.output_dir).parent
+        log_measures(
+            output,
+            step,
+            loss=loss,
+            learning_rate=learning_rate,
+            epsilon=self._guarantee(clients, step).epsilon,
+        )
+        report.line(f"step {step:>5}/{steps}  loss {loss:.4f}")
+        return []
+
+    def _guarantee(self, clients: list[Client], steps: int) -> Privacy:
+        asked, rate = self.settings, max(client.rate for client in clients)
+        epsilon = epsilon_of(asked.noise_multiplier, rate, steps, asked.delta)
+        return Privacy(
+            epsilon=None if epsilon == inf else epsilon,
+            delta=asked.delta,
+            noise_multiplier=asked.noise_multiplier,
+            clip=asked.clip,
+            clients=asked.clients,
+            sample_rate=rate,
+            accountant=self._accountant,
+        )
+
+
+def row_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the mean loss of each row over its completion tokens, in nats, for a causal model."""
+    labels = batch["labels"][:, 1:]
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1].float()
+    nats = cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").sum(1)
+    return nats / (labels != -100).sum(1).clamp_min(1)
+
+
+def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
+    """Return epsilon after some steps of the Poisson-sampled Gaussian mechanism; infinity without noise.
+
+    Args:
+        noise_multiplier: Standard deviation of the noise as a multiple of the largest norm.
+        rate: Probability with which a step draws each row.
+        steps: Number of steps.
+        delta: Delta of the guarantee.
+    """
+    from opacus.accountants import RDPAccountant
+
+    if not steps:
+        return 0.0
+    if not noise_multiplier:
+        return inf
+    accountant = RDPAccountant()
+    accountant.history = [(noise_multiplier, rate, steps)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Optimal order is")  # the bound holds, and might be tighter
+        return float(accountant.get_epsilon(delta))
+
+
+def steps_within(epsilon: float, noise_multiplier: float, rate: float, steps: int, delta: float) -> int:
+    """Return the largest number of steps, of at most so many, whose epsilon does not exceed a budget."""
+    fits, exceeds = 0, steps + 1
+    while exceeds - fits > 1:
+        middle = (fits + exceeds) // 2
+        if epsilon_of(noise_multiplier, rate, middle, delta) <= epsilon:
+            fits = middle
+        else:
+            exceeds = middle
+    return fits
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], parameters: list[torch.nn.Parameter]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def _learning_rates(trainer: Trainer, steps: int) -> list[float]:
+    """Return the learning rate of every step, by the Trainer's schedule."""
+    args = trainer.args
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        stand_in,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(float(schedule.get_last_lr()[0]))
+        stand_in.step()
+        schedule.step()
+    return rates

@@ -1,0 +1,54 @@
+"""SoMA, LoRASC and federated LoRA in NumPy, from the papers' descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+def minor_part(weight: Matrix, r: int) -> Matrix:
+    """The part of a matrix that belongs to its r smallest singular values: Yun et al. 2025, section 3."""
+    values, vectors = np.linalg.eigh(weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight)
+    assert (np.diff(values) > 0).all()
+    kept = vectors[:, :r] @ vectors[:, :r].T  # a projector, whatever the signs of the vectors
+    part: Matrix = kept @ weight if len(weight) <= weight.shape[1] else weight @ kept
+    return part
+
+
+def soma(weight: Matrix, a: Matrix, b: Matrix, scaling: float) -> Matrix:
+    """The update of the weight: trained factors on the residual, minus the weight."""
+    residual = weight - minor_part(weight, len(a))
+    found: Matrix = residual + scaling * b @ a - weight
+    return found
+
+
+def slow_sum(fast: Sequence[Matrix], pace: float) -> Matrix:
+    """What the stages add to the weight: each blends its update into the slow one, and adds the slow one."""
+    slow = total = np.zeros_like(fast[0])
+    for update in fast:
+        slow = (1 - pace) * slow + pace * update
+        total = total + slow
+    return total
+
+
+def clipped_mean(gradients: Sequence[Sequence[Matrix]], clip: float) -> list[Matrix]:
+    """Mean of the rows' gradients, each cut to a norm over all of its matrices: Abadi et al. 2016, algorithm 1."""
+    total = [np.zeros_like(g) for g in gradients[0]]
+    for row in gradients:
+        norm = np.sqrt(sum(float((g**2).sum()) for g in row))
+        total = [t + g * min(1.0, clip / norm) for t, g in zip(total, row, strict=True)]
+    return [t / len(gradients) for t in total]
+
+
+def gaussian_epsilon(noise_multiplier: float, steps: int, delta: float, orders: Sequence[float]) -> float:
+    """Epsilon of the Gaussian mechanism without sampling: its Renyi divergence, converted by Balle et al. 2020."""
+    found = np.inf
+    for order in orders:
+        divergence = steps * order / (2 * noise_multiplier**2)
+        epsilon = divergence + np.log1p(-1 / order) - (np.log(delta) + np.log(order)) / (order - 1)
+        found = min(found, epsilon)
+    return float(found)

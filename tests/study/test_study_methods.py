@@ -1,0 +1,80 @@
+"""`loraover study` with methods beside plain LoRA and LoRA-Over."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import yaml
+
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover.study.grid import is_plain, make_grid
+from loraover.study.outcome import execute
+from loraover.study.report import StudyReport
+from loraover.training.recipe import load_recipe
+
+from support.forked_training import ForkedTraining
+from support.tiny_hub import save_llama, write_recipe
+
+pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+
+pytestmark = pytest.mark.process
+
+METHODS = ["lora", "soma:soma.frozen_blocks=1", "lorasc:lorasc.stages=3:lorasc.noise=0.1", "federated:r=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Iterator[None]:
+    forking = SimpleNamespace(Popen=ForkedTraining, DEVNULL=subprocess.DEVNULL)
+    with patch("loraover.study.outcome.subprocess", forking):
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    evaluation = {"examples": 12, "exact_match": False}
+    return write_recipe(folder / "words.yaml", save_llama(folder / "llama"), evaluation=evaluation)
+
+
+def test_settings_of_a_method_reach_its_recipe(recipe: Path) -> None:
+    rates: dict[str, list[float]] = {method: [1e-3] for method in METHODS}
+    runs = {one.method: one.recipe for one in make_grid([str(recipe)], rates, 1, {})}
+    assert [one.method for one in runs.values()] == ["lora", "soma", "lorasc", "federated"]
+    assert runs[METHODS[1]].soma.frozen_blocks == 1
+    assert (runs[METHODS[2]].lorasc.stages, runs[METHODS[2]].lorasc.noise) == (3, 0.1)
+    assert runs[METHODS[3]].lora.r == 2
+    assert [is_plain(method) for method in METHODS] == [True, False, False, False]
+
+
+def test_the_report_has_the_rank_and_bytes_that_each_method_serves(recipe: Path, tmp_path: Path) -> None:
+    words = ["study", str(recipe), "--methods", ",".join(METHODS), "--seeds", "1", "--lr-sweep", "1e-3"]
+    assert run(cli, [*words, "-o", str(tmp_path / "out")]) == 0
+    report = StudyReport.model_validate_json((tmp_path / "out" / "study.json").read_text())
+    methods = {result.method: result for result in report.tasks[0].methods}
+    assert {method: methods[method].served_rank for method in METHODS} == dict(zip(METHODS, (4, 8, 12, 2), strict=True))
+    lora, soma, lorasc, federated = (methods[method] for method in METHODS)
+    assert lora.served_bytes == 4 * lora.served_parameters == 4 * lora.trained_parameters
+    assert soma.trained_parameters * 2 == soma.served_parameters == lora.served_parameters  # half of the blocks
+    assert lorasc.served_bytes == 3 * (lora.served_bytes or 0)
+    assert federated.trained_parameters < federated.served_parameters
+    table = (tmp_path / "out" / "study.md").read_text()
+    assert "| served rank | served bytes |" in table
+    assert f"| 12 | {lorasc.served_bytes:,} |" in table
+    assert "<th" in (page := (tmp_path / "out" / "study.html").read_text())
+    assert "served rank" in page
+
+
+def test_a_run_that_cannot_be_resumed_starts_again(recipe: Path, tmp_path: Path) -> None:
+    asked = load_recipe(str(recipe), {"method": "federated", "training.max_steps": 2})
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = yaml.safe_dump(asked.model_dump(mode="json"))
+    (folder / "recipe.yaml").write_text(text)  # as a process leaves it that was killed
+    folder.with_suffix(".yaml").write_text(text)
+    assert execute(asked, folder, 1).nats

@@ -1,0 +1,233 @@
+"""Method federated: a round by hand, noise, the accountant, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer
+
+import loraover
+from loraover.common.errors import ConfigError
+from loraover.training.methods.federated import Federated, epsilon_of, steps_within
+from loraover.training.plan import make_plan
+from loraover.training.recipe import load_recipe
+from loraover.training.run_result import Privacy, RunResult
+
+from oracles.methods import clipped_mean, gaussian_epsilon
+from support.tiny_hub import save_llama, write_recipe
+
+pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("federated") / "llama")
+
+
+def make(path: Path, base: Path, **settings: Any) -> Path:
+    return write_recipe(path, base, method="federated", federated=settings, evaluation={"exact_match": False})
+
+
+def train(recipe: Path, output: Path, **overrides: Any) -> tuple[RunResult, Trainer]:
+    seen: list[Trainer] = []
+    train_it = Federated.train
+
+    def watching(self: Federated, trainer: Trainer, *rest: Any) -> None:
+        seen.append(trainer)
+        train_it(self, trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Federated, "train", watching)
+        result = loraover.train(recipe, output, overrides={k.replace("__", "."): v for k, v in overrides.items()})
+    return result, seen[0]
+
+
+def guarantee(result: RunResult) -> Privacy:
+    assert result.privacy is not None
+    return result.privacy
+
+
+def matrices(output: Path, name: str) -> dict[str, Tensor]:
+    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
+    return {key: value for key, value in tensors.items() if f"lora_{name}" in key}
+
+
+def test_two_clients_without_noise_are_clipped_steps_and_an_average(base: Path, tmp_path: Path) -> None:
+    clip, rate, steps, rows = 0.21, 0.5, 2, 7
+    recipe = make(tmp_path / "r.yaml", base, clients=2, local_steps=steps, clip=clip, noise_multiplier=0)
+    result, trainer = train(
+        recipe,
+        tmp_path / "out",
+        data__train_examples=rows,
+        training__max_steps=steps,
+        training__optim="sgd",
+        training__learning_rate=rate,
+        training__lr_scheduler_type="constant",
+        training__per_device_train_batch_size=4,  # every client draws all of its rows
+    )
+    loader = trainer.get_train_dataloader()
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
+    model = by_hand(base, tmp_path / "out")
+    names = list(matrices(tmp_path / "out", "B"))
+    norms: list[float] = []
+    average = [np.zeros(tuple(b.shape)) for b in matrices(tmp_path / "out", "B").values()]
+    for client in (order[::2], order[1::2]):
+        values = [np.zeros_like(total) for total in average]
+        for _ in range(steps):
+            gradients = [row_gradient(model, names, values, loader, row) for row in client]
+            norms += [math.sqrt(sum(float((g**2).sum()) for g in row)) for row in gradients]
+            values = [v - rate * g for v, g in zip(values, clipped_mean(gradients, clip), strict=True)]
+        average = [total + v * len(client) / rows for total, v in zip(average, values, strict=True)]
+    assert min(norms) < clip < max(norms)
+    for found, expected in zip(matrices(tmp_path / "out", "B").values(), average, strict=True):
+        np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=2e-6)
+    assert max(np.abs(total).max() for total in average) > 1e-3
+    assert guarantee(result).epsilon is None
+    assert "no noise" in result.facts()["differential privacy"]
+    assert result.trained_parameters == sum(total.size for total in average)
+    assert result.lora_parameters > 2 * result.trained_parameters - 1000
+
+
+def by_hand(base: Path, output: Path) -> Any:
+    """The run's model in float64, with the run's A."""
+    model = AutoModelForCausalLM.from_pretrained(base).double()
+    return PeftModel.from_pretrained(model, str(output / "adapter"), autocast_adapter_dtype=False).double().eval()
+
+
+def row_gradient(model: Any, names: list[str], values: list[Any], loader: Any, row: int) -> list[Any]:
+    """Gradient of one row's mean loss in B, at some values of B."""
+    parameters = dict(model.named_parameters())
+    mine = [parameters[name.replace(".weight", ".default.weight")] for name in names]
+    for parameter, value in zip(mine, values, strict=True):
+        parameter.data.copy_(torch.tensor(value))
+        parameter.requires_grad_(True)
+    batch = loader.collate_fn([loader.dataset[row]])
+    loss = model(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}).loss
+    return [g.numpy() for g in torch.autograd.grad(loss, mine)]
+
+
+def test_every_step_adds_noise_of_the_stated_size(base: Path, tmp_path: Path) -> None:
+    """Gradients are clipped to almost nothing, and the noise multiplier is so large that B is the noise."""
+    recipe = make(tmp_path / "r.yaml", base, clients=1, clip=1e-3, noise_multiplier=1e4)
+    train(
+        recipe,
+        tmp_path / "out",
+        training__optim="sgd",
+        training__learning_rate=1.0,
+        training__lr_scheduler_type="constant",
+        training__max_steps=9,
+        training__per_device_train_batch_size=1,
+        training__gradient_accumulation_steps=2,  # two of 20 rows on average: some steps draw none, some several
+    )
+    noise = torch.cat([b.flatten() for b in matrices(tmp_path / "out", "B").values()])
+    assert float(noise.std()) == pytest.approx(10 / 2 * 3, rel=0.05)  # sigma C / batch, nine times
+    assert abs(float(noise.mean())) < 1
+
+
+def test_clients_train_and_the_run_says_what_it_has_spent(base: Path, tmp_path: Path) -> None:
+    from opacus.accountants import RDPAccountant
+
+    recipe = make(tmp_path / "r.yaml", base, clients=3, local_steps=2, noise_multiplier=0.8, epsilon=50.0)
+    result, _ = train(recipe, tmp_path / "out", training__max_steps=5)
+    accountant = RDPAccountant()
+    for _ in range(5):
+        accountant.step(noise_multiplier=0.8, sample_rate=4 / 6)  # 20 rows: the smallest client has 6
+    found = guarantee(result)
+    assert found.epsilon == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+    assert (found.clients, found.delta, result.served_rank, result.steps) == (3, 1e-5, 4, 5)
+    assert f"epsilon {found.epsilon:.4g} at delta 1e-05" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [2, 4, 5]
+    assert steps[-1]["epsilon"] == found.epsilon
+    assert result.after is not None
+    assert math.isfinite(result.after.loss)
+    assert any(b.any() for b in matrices(tmp_path / "out", "B").values())
+
+
+def test_the_same_seed_gives_the_same_bits(base: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path / "r.yaml", base, clients=2)
+    for name in ("one", "two"):
+        train(recipe, tmp_path / name, training__max_steps=2)
+    one, two = (matrices(tmp_path / name, "B") for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_epsilon_without_sampling_is_that_of_the_gaussian_mechanism(steps: int) -> None:
+    from opacus.accountants import RDPAccountant
+
+    expected = gaussian_epsilon(2.0, steps, 1e-5, RDPAccountant.DEFAULT_ALPHAS)
+    assert epsilon_of(2.0, 1.0, steps, 1e-5) == pytest.approx(expected, rel=1e-9)
+    assert epsilon_of(0.0, 1.0, steps, 1e-5) == math.inf
+    assert epsilon_of(2.0, 1.0, 0, 1e-5) == 0
+
+
+def test_a_budget_that_the_run_would_exceed_is_refused_with_the_steps_that_fit(base: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path / "r.yaml", base, clients=2, epsilon=8.0)
+    fit = steps_within(8.0, 1.0, 0.4, 400, 1e-5)
+    assert epsilon_of(1.0, 0.4, fit, 1e-5) <= 8.0 < epsilon_of(1.0, 0.4, fit + 1, 1e-5)
+    with pytest.raises(ConfigError, match=rf"federated.epsilon is 8, but 400 steps.* {fit} steps would fit"):
+        train(recipe, tmp_path / "out", training__max_steps=400)
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "clients without rows": ({"federated.clients": 21}, "clients is 21, and there are 20 training examples"),
+    "a budget without noise": ({"federated.noise_multiplier": 0, "federated.epsilon": 1}, "spend inf .* 0 steps would"),
+    "half precision": ({"training.precision": "bf16"}, "training.precision fp32"),
+    "another optimizer": ({"training.optim": "adafactor"}, "takes training.optim adamw_torch_fused, adamw_torch, sgd"),
+    "LoRA+": ({"training.loraplus_lr_ratio": 4}, "without LoRA+"),
+    "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "is an embedding, whose B federated cannot train"),
+    "another method": ({"method": "lora"}, "federated holds settings of method federated, found method lora"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_what_federated_cannot_train_is_refused(
+    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loraover.train(make(tmp_path / "r.yaml", base, clients=2), tmp_path / "out", overrides=changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_decoder_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"federated, which trains causal models only.*lorasc"):
+        loraover.train(make(tmp_path / "r.yaml", bases["t5"], clients=2), tmp_path / "out")
+
+
+def test_a_resumption_is_refused_with_its_reason(base: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path / "r.yaml", base, clients=2)
+    (tmp_path / "out").mkdir()
+    shown = recipe.read_text()
+    (tmp_path / "out" / "recipe.yaml").write_text(shown)
+    with pytest.raises(ConfigError, match="would spend privacy that is not accounted for"):
+        loraover.train(recipe, tmp_path / "out", resume=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["recipe.yaml"]
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == shown
+
+
+def test_a_plan_counts_the_rows_and_moments_of_all_clients(base: Path, tmp_path: Path) -> None:
+    plans = [make_plan(load_recipe(make(tmp_path / "r.yaml", base, clients=clients))) for clients in (1, 3)]
+    assert [plan.examples for plan in plans] == [16, 48]
+    assert plans[1].optimizer_states == 3 * plans[0].optimizer_states
+
+
+def test_opacus_that_is_missing_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "opacus", None)
+    with pytest.raises(ConfigError, match=r"pip install 'loraover\[private\]'"):
+        loraover.train(make(tmp_path / "r.yaml", base, clients=2), tmp_path / "out")

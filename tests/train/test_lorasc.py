@@ -1,0 +1,214 @@
+"""Method lorasc: blends of stages, noise on the base, and the plain LoRA of their sum."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import loraover
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.errors import ConfigError
+from loraover.training.adapter import with_adapter
+from loraover.training.methods.base import Pair, get_pair, get_weight, truncate
+from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
+from loraover.training.recipe import load_recipe
+from loraover.training.run_result import read_run
+
+from oracles.methods import slow_sum
+from support.tiny_hub import save_llama, write_recipe
+from support.tiny_models import tiny_llama
+
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+
+RANK, SCALING, STAGES, PACE = 4, 2.0, 3, 0.6
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("lorasc") / "llama")
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Pair]]]:
+    """The folder of a finished run, and the factors of its stages."""
+    folder = tmp_path_factory.mktemp("run")
+    return train(make(folder / "lorasc.yaml", base), folder / "whole")
+
+
+def make(path: Path, base: Path, **settings: Any) -> Path:
+    stages = {"stages": STAGES, "pace": PACE} | settings
+    return write_recipe(path, base, method="lorasc", lorasc=stages, evaluation={"exact_match": False})
+
+
+def train(recipe: Path, output: Path, **options: Any) -> tuple[Path, list[dict[str, Pair]]]:
+    seen: list[LoraSc] = []
+    finish = LoraSc.finish
+
+    def watching(self: LoraSc, model: Any) -> float | None:
+        seen.append(self)
+        return finish(self, model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraSc, "finish", watching)
+        loraover.train(recipe, output, **options)
+    return output, seen[0].ended
+
+
+def served(folder: Path) -> dict[str, Any]:
+    """scaling * B A of every module of a run's adapter, in float64."""
+    adapter = read_adapter_dir(folder / "adapter")
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    paths = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    return {
+        path: adapter.config.scaling(path)
+        * double(tensors[f"{PREFIX}{path}.lora_B.weight"])
+        @ double(tensors[f"{PREFIX}{path}.lora_A.weight"])
+        for path in paths
+    }
+
+
+def double(tensor: Tensor) -> Any:
+    return tensor.detach().double().numpy()
+
+
+@pytest.mark.parametrize("pace", [0.25, 0.6, 1.0])
+@pytest.mark.parametrize("stages", [1, 2, 5])
+def test_the_weights_of_the_stages_follow_from_the_blends(pace: float, stages: int) -> None:
+    fast = [np.eye(stages)[t : t + 1] for t in range(stages)]
+    np.testing.assert_allclose(blend_weights(pace, stages), slow_sum(fast, pace)[0], rtol=1e-12)
+
+
+def test_the_result_is_the_sum_of_the_slow_updates(run: tuple[Path, list[dict[str, Pair]]]) -> None:
+    folder, stages = run
+    found = served(folder)
+    assert len(stages) == STAGES
+    assert len(found) == 14
+    for path, update in found.items():
+        fast = [SCALING * double(stage[path].b) @ double(stage[path].a) for stage in stages]
+        assert all(np.abs(one).max() > 1e-4 for one in fast)
+        np.testing.assert_allclose(update, slow_sum(fast, PACE), rtol=0, atol=1e-6)
+    result = read_run(folder)
+    assert (result.served_rank, result.served_error) == (STAGES * RANK, None)
+    assert result.trained_parameters == result.lora_parameters // STAGES
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.loss < result.before.loss
+
+
+def test_a_smaller_rank_is_the_best_one_and_its_error_is_measured(
+    base: Path, run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
+) -> None:
+    whole = served(run[0])
+    folder, _ = train(make(tmp_path / "r.yaml", base, rank=RANK), tmp_path / "small")
+    square = 0.0
+    for path, update in served(folder).items():
+        u, s, vt = np.linalg.svd(whole[path])
+        np.testing.assert_allclose(update, u[:, :RANK] * s[:RANK] @ vt[:RANK], rtol=0, atol=1e-5)
+        square += float((s[RANK:] ** 2).sum())
+    result = read_run(folder)
+    assert result.served_rank == RANK
+    assert result.served_error == pytest.approx(math.sqrt(square), rel=1e-4)
+    assert square > 1e-6
+
+
+def test_a_truncation_beyond_the_rank_is_exact() -> None:
+    draw = torch.Generator().manual_seed(0)
+    b, a = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((6, 2), (2, 5)))
+    pair, error = truncate(b, a, 4)
+    assert (pair.b.shape, pair.a.shape, error) == ((6, 4), (4, 5), 0.0)
+    torch.testing.assert_close(pair.b @ pair.a, b @ a)
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_bits(
+    run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
+) -> None:
+    for name, lost, steps in (("middle", "checkpoint-4", 2), ("end", "nothing", 0)):
+        shutil.copytree(run[0], tmp_path / name, ignore=shutil.ignore_patterns("adapter", "run.json", lost))
+        resumed = loraover.train(tmp_path / name / "recipe.yaml", tmp_path / name, resume=True)
+        assert resumed.timed_steps == steps
+        found, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / name, run[0]))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def started(**settings: Any) -> tuple[Any, LoraSc]:
+    recipe = load_recipe("demo", {"method": "lorasc", "lorasc": settings, "lora.r": RANK, "lora.lora_alpha": 8})
+    method = LoraSc(recipe)
+    source: Any = SimpleNamespace(name="base", revision=None)
+    model = with_adapter(tiny_llama(), recipe, "CAUSAL_LM", source, method)
+    method.start(model)
+    return model, method
+
+
+def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
+    noises = []
+    for noise in (0.0, 0.2):
+        _, method = started(noise=noise, pace=PACE)
+        fast: list[dict[str, Any]] = []
+        for _ in range(2):
+            method.begin_fast_lora()
+            for b, _ in map(get_pair, method.layers.values()):
+                assert not b.any()
+                b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(1)))
+            method.end_stage()
+            fast.append({path: SCALING * double(pair.b) @ double(pair.a) for path, pair in method.ended[-1].items()})
+        method.set_base()
+        left = {
+            path: double(get_weight(layer) - method.original.kept[path]) - slow_sum([one[path] for one in fast], PACE)
+            for path, layer in method.layers.items()
+        }
+        bound = {path: noise / 2 * double(method.original.kept[path]).std() for path in left}
+        assert all(np.abs(left[path]).max() <= 1.01 * bound[path] + 1e-5 for path in left)
+        noises.append(left)
+        before = {path: get_weight(layer).clone() for path, layer in method.layers.items()}
+        method.set_base()
+        assert all(torch.equal(before[path], get_weight(layer)) for path, layer in method.layers.items())
+        assert not np.allclose(*[fast[t]["model.layers.0.self_attn.q_proj"] for t in (0, 1)])
+    for path, value in noises[1].items():  # uniform, of this width
+        assert value.std() == pytest.approx(bound[path] * 2 / math.sqrt(12), rel=0.1)
+
+
+def test_the_end_leaves_the_base_as_it_was() -> None:
+    model, method = started(stages=1)
+    method.set_base()
+    assert all(not torch.equal(get_weight(layer), method.original.kept[p]) for p, layer in method.layers.items())
+    method.finish(model)
+    weights = tiny_llama().state_dict()
+    assert all(torch.equal(get_weight(layer), weights[f"{path}.weight"]) for path, layer in method.layers.items())
+
+
+def test_stages_have_about_equal_numbers_of_steps() -> None:
+    lengths = np.bincount([stage_of(step, 11, 4) for step in range(11)])
+    assert lengths.tolist() == [3, 3, 3, 2]
+
+
+def test_an_encoder_decoder_trains(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder, stages = train(make(tmp_path / "r.yaml", bases["t5"], stages=2), tmp_path / "out")
+    assert len(stages) == 2
+    assert read_run(folder).served_rank == 2 * RANK
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "more stages than steps": ({"lorasc.stages": 5}, "stages is 5, and the run has 4 optimizer steps"),
+    "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
+    "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
+    "no pace": ({"lorasc.pace": 0}, "greater than 0"),
+    "DoRA": ({"lora.use_dora": True}, "chooses its first A and B itself"),
+    "another method": ({"method": "lora-over"}, "lorasc holds settings of method lorasc, found method lora-over"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_what_lorasc_cannot_train_is_refused(base: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loraover.train(make(tmp_path / "r.yaml", base), tmp_path / "out", overrides=changes)
+    assert not (tmp_path / "out").exists()

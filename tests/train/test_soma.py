@@ -1,0 +1,205 @@
+"""Method soma: the split of the base weights, the run, and its plain LoRA on the original base."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import loraover
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.errors import ConfigError
+from loraover.training.adapter import with_adapter
+from loraover.training.methods.base import get_weight, linear_layers
+from loraover.training.methods.soma import AnnealedWeightDecay, Soma, find_blocks, split
+from loraover.training.recipe import load_recipe
+from loraover.training.run_result import RunResult, read_run
+
+from oracles.methods import minor_part, soma
+from support.tiny_hub import save_llama, write_recipe
+from support.tiny_models import tiny_gpt2, tiny_llama, token_ids
+
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+
+RANK, SCALING = 4, 2.0
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("soma") / "llama")
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, with its checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    loraover.train(make(folder / "soma.yaml", base), folder / "whole")
+    return folder / "whole"
+
+
+def make(path: Path, base: Path, **parts: Any) -> Path:
+    settings = {"method": "soma", "soma": {"frozen_blocks": 1}, "evaluation": {"exact_match": False}}
+    return write_recipe(path, base, **(settings | parts))
+
+
+def double(tensor: Tensor) -> Any:
+    return tensor.detach().double().numpy()
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
+def test_the_split_is_the_part_of_the_smallest_singular_values(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    b, a = split(weight, 2, scaling=0.5)
+    assert (b.shape, a.shape) == ((shape[0], 2), (2, shape[1]))
+    np.testing.assert_allclose(0.5 * double(b @ a), minor_part(double(weight), 2), rtol=0, atol=1e-11)
+    torch.testing.assert_close((b**2).sum(0), (a**2).sum(1))  # each factor has a root of the singular values
+
+
+@pytest.mark.parametrize("make_base", [tiny_llama, tiny_gpt2])
+def test_the_start_keeps_the_models_function_and_changes_its_weights(make_base: Any) -> None:
+    base: PreTrainedModel = make_base()
+    expected, weights = base(token_ids()).logits, {n: p.clone() for n, p in base.named_parameters()}
+    model, method = started(base)
+    assert torch.allclose(model(token_ids()).logits, expected, atol=1e-5)
+    changed = 0
+    for path, layer in linear_layers(model, "soma").items():
+        old = weights[f"{path}.weight"]
+        old = old if old.shape == get_weight(layer).shape and make_base is tiny_llama else old.mT
+        np.testing.assert_allclose(
+            double(get_weight(layer)), double(old) - minor_part(double(old), RANK), rtol=0, atol=1e-6
+        )
+        changed += 1
+    assert changed >= 4
+    assert 0 < (method.finish(model) or 0) < 1e-5
+    assert all(torch.equal(p, weights[n.replace(".base_layer", "").removeprefix(PREFIX)]) for n, p in named(model))
+
+
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if "lora_" not in name]
+
+
+def started(base: PreTrainedModel, **settings: Any) -> tuple[PeftModel, Soma]:
+    recipe = load_recipe("demo", {"method": "soma", "soma": settings, "lora.r": RANK, "lora.lora_alpha": 8})
+    method = Soma(recipe)
+    source: Any = SimpleNamespace(name="base", revision=None)
+    model = with_adapter(base, recipe, "CAUSAL_LM", source, method)
+    method.start(model)
+    return model, method
+
+
+def test_the_result_is_the_exact_update_of_the_original_base(base: Path, whole: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    trained = load_file(whole / "trainer" / "checkpoint-4" / "adapter_model.safetensors")
+    served = load_file(whole / "adapter" / "adapter_model.safetensors")
+    paths = {key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in served if "lora_A" in key}
+    assert len(paths) == 7
+    assert all(path.startswith("model.layers.1.") for path in paths)  # the first of two blocks is frozen
+    for path in paths:
+        a, b, wide_a, wide_b = (
+            double(tensors[f"{PREFIX}{path}.lora_{name}.weight"]) for tensors in (trained, served) for name in "AB"
+        )
+        assert (len(a), len(wide_a)) == (RANK, 2 * RANK)
+        expected = soma(double(weights[f"{path}.weight"]), a, b, SCALING)
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(SCALING * wide_b @ wide_a, expected, rtol=0, atol=1e-6)
+
+
+def test_the_result_is_a_plain_lora_that_was_measured(base: Path, whole: Path) -> None:
+    adapter = read_adapter_dir(whole / "adapter")
+    adapter.check_keeps_base()
+    assert (adapter.config.r, adapter.config.scaling("any")) == (2 * RANK, SCALING)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(whole / "adapter"))
+    result = read_run(whole)
+    assert result.served_rank == 2 * RANK
+    assert result.served_bytes == 4 * sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert result.trained_parameters == result.lora_parameters // 2
+    assert 0 < (result.served_error or 0) < 1e-5
+    assert result.update_norm is not None
+    assert result.update_norm > 0
+    assert losses(result)[1] < losses(result)[0]
+
+
+def losses(result: RunResult) -> tuple[float, float]:
+    assert result.before is not None
+    assert result.after is not None
+    return result.before.loss, result.after.loss
+
+
+def test_before_training_the_model_measures_as_the_base_does(base: Path, whole: Path, tmp_path: Path) -> None:
+    plain = loraover.train(write_recipe(tmp_path / "r.yaml", base, method="lora"), tmp_path / "plain")
+    assert math.isclose(losses(plain)[0], losses(read_run(whole))[0], rel_tol=1e-5)
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("adapter", "run.json", "checkpoint-4"))
+    assert loraover.train(resumed / "recipe.yaml", resumed, resume=True).timed_steps == 2
+    found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (resumed, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    lines = [[json.loads(line)["step"] for line in (f / "metrics.jsonl").open()] for f in (resumed, whole)]
+    assert lines[0] == lines[1]
+
+
+def test_the_weight_decay_falls_along_a_cosine() -> None:
+    callback, found = AnnealedWeightDecay(0.05, 1e-5), []
+    optimizer = SimpleNamespace(param_groups=[{"weight_decay": 0.0}, {"weight_decay": 0.0}])
+    for step in range(9):
+        state: Any = SimpleNamespace(global_step=step, max_steps=8)
+        none: Any = None
+        callback.on_step_begin(none, state, none, optimizer=optimizer)
+        assert optimizer.param_groups[0] == optimizer.param_groups[1]
+        found.append(optimizer.param_groups[0]["weight_decay"])
+    expected = 1e-5 + (0.05 - 1e-5) * (1 + np.cos(np.pi * np.arange(9) / 8)) / 2
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_third_of_the_blocks_is_frozen_by_default() -> None:
+    base = tiny_llama(num_hidden_layers=7)
+    assert find_blocks(base) == ("model.layers", 7)
+    model, _ = started(base)
+    assert {path.split(".")[2] for path in linear_layers(model, "soma")} == {"2", "3", "4", "5", "6"}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "all blocks": ({"soma.frozen_blocks": 2}, "has 2 blocks; freeze at most 1"),
+    "more blocks than there are": ({"soma.frozen_blocks": 3}, "frozen_blocks is 3, and .* has 2 blocks"),
+    "a rank beyond the weights": ({"lora.r": 33}, "has 16 singular values|has 32 singular values"),
+    "an embedding": ({"lora.target_modules": ["embed_tokens"], "soma.frozen_blocks": 0}, "is a Embedding"),
+    "another start": ({"lora.init_lora_weights": "pissa"}, "chooses its first A and B itself"),
+    "two weight decays": ({"training.weight_decay": 0.1}, "soma.weight_decay in place of"),
+    "another method": ({"method": "lora"}, "soma holds settings of method soma, found method lora"),
+    "a misspelt key": ({"soma.frozen_block": 1}, "did you mean 'frozen_blocks'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_what_soma_cannot_train_is_refused(base: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loraover.train(make(tmp_path / "r.yaml", base), tmp_path / "out", overrides=changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_decoder_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="soma, which trains causal models only"):
+        loraover.train(make(tmp_path / "r.yaml", bases["t5"]), tmp_path / "out")
+
+
+def test_a_weight_that_two_modules_share_is_refused() -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    recipe = load_recipe("demo", {"method": "soma", "lora.r": RANK, "lora.target_modules": ["lm_head"]})
+    source: Any = SimpleNamespace(name="base", revision=None)
+    with pytest.raises(ConfigError, match="lm_head shares its weight"):
+        Soma(recipe).start(with_adapter(base, recipe, "CAUSAL_LM", source, Soma(recipe)))
