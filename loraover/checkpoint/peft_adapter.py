@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.errors import CheckpointError
@@ -19,8 +19,23 @@ CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 _SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)")
 
+T = TypeVar("T")
+
 KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Initializations of A and B, as PEFT names them, that leave the base weights unchanged."""
+
+
+def _are_patterns(patterns: dict[str, T]) -> dict[str, T]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return patterns
+
+
+Patterns = Annotated[dict[str, T], AfterValidator(_are_patterns)]
+"""Values by regular expressions of module paths, as `first_match` reads them."""
 
 
 class AdapterConfig(BaseModel):
@@ -33,8 +48,8 @@ class AdapterConfig(BaseModel):
     revision: str | None = None
     r: int = Field(8, ge=1)
     lora_alpha: float = 8
-    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    rank_pattern: Patterns[PositiveInt] = Field(default_factory=dict)
+    alpha_pattern: Patterns[float] = Field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -43,16 +58,6 @@ class AdapterConfig(BaseModel):
         """Whether A and B fit the unchanged base weights; some initializations of A and B change these weights."""
         start = (self.model_extra or {}).get("init_lora_weights")
         return not isinstance(start, str) or start.lower() in KEPT_BASE
-
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _keys_are_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        return patterns
 
     def scaling(self, module: str) -> float:
         """Return the factor in delta_W = scaling * B @ A of one module.

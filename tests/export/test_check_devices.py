@@ -133,7 +133,7 @@ def test_what_is_not_there_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("place", ["_logits", "load_model", "FoldedAndTwins"])
+@pytest.mark.parametrize("place", ["logits_of", "load_model", "FoldedAndTwins"])
 @pytest.mark.parametrize("name", NO_MEMORY)
 def test_out_of_memory_says_what_was_needed_and_what_would_fit(
     name: str,
@@ -167,6 +167,6 @@ def test_another_error_stays_what_it_is(made: Made, tmp_path: Path, monkeypatch:
     def fail(*_: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(check_outputs_module, "_logits", fail)
+    monkeypatch.setattr(check_outputs_module, "logits_of", fail)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         fold_checkpoint(made.path, tmp_path / "out", check_error=True, device="cpu")

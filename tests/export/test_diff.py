@@ -152,6 +152,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         [],
         "trained on owner/other",
     ),
+    "a variant": (lambda f: edit_json(f / CONFIG, lambda c: c.update(use_qalora=True)), [], "use_qalora"),
     "NaN": (
         lambda f: edit_tensors(f / TENSORS, nan_matrices),
         [],

@@ -93,8 +93,8 @@ def test_the_help_shows_examples_that_parse(name: str) -> None:
     assert command(name).examples
     for example in command(name).examples:
         assert example in shown
-        program, verb, *words = shlex.split(example)
-        assert (program, verb) == ("loraover-export", name)
+        program, stage, verb, *words = shlex.split(example)
+        assert (program, stage, verb) == ("loraover", "export", name)
         context = command(name).make_context(name, words)
         assert context.params.get("output", "a command that writes nothing")
 

@@ -129,7 +129,7 @@ def test_a_measurement_that_cannot_be_written_is_in_the_error(
     def fill_the_disk(report: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loraover_serve.parity.run.render", fill_the_disk)
+    monkeypatch.setattr("loraover_serve.parity.run.to_page", fill_the_disk)
     with pytest.raises(UnwrittenReportError, match="No space left") as caught:
         measure_parity(folded, engines=["torch"], output=tmp_path / "out", **SMALL)
     assert caught.value.report.runs[0].blocks == 5
@@ -177,8 +177,8 @@ def test_examples_are_commands_that_can_be_parsed(name: str) -> None:
     found = command(name)
     assert found.examples
     for line in found.examples:
-        program, subcommand, *words = shlex.split(line)
-        assert (program, subcommand) == ("loraover-serve", name)
+        program, stage, subcommand, *words = shlex.split(line)
+        assert (program, stage, subcommand) == ("loraover", "serve", name)
         assert found.make_context(name, words).params
 
 

@@ -110,6 +110,12 @@ SOURCES: dict[str, Source] = {
     "peanut": Source("PEANUT", {"r": 3, "depth": 2, "act_fn": "tanh", "scaling": 0.5}),
     "osf": Source("OSF", {"effective_rank": 28}, error=SINGLE),
     "oft": Source("OFT", {"r": 0, "oft_block_size": 4}, full=True, base="even"),
+    **{
+        f"oft, {terms} terms": Source(
+            "OFT", {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": terms}, full=True, base="even"
+        )
+        for terms in (1, 2, 3, 4)
+    },
     "oft without Neumann": Source(
         "OFT", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}, full=True, base="even"
     ),

@@ -57,6 +57,7 @@ CASES = {
         {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
         AutoModelForSequenceClassification,
     ),
+    "float64": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}, dtype=torch.float64),
     "bfloat16": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}, dtype=torch.bfloat16),
     "float16": Case(tiny_llama, {"target_modules": LINEAR, **PATTERNS}, dtype=torch.float16),
 }

@@ -21,7 +21,7 @@ from loraover.models.device import choose_compute
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.combine.diff_logits import compare_logits
 from loraover_export.combine.diff_report import DiffReport, ModuleDiff
-from loraover_export.combine.sources import deltas_of, read_sources
+from loraover_export.combine.sources import MERGE, deltas_of, read_sources
 from loraover_export.numerics.delta import Delta, check_no_bias, other_tensors
 from loraover_export.numerics.low_rank import (
     Svd,
@@ -31,6 +31,7 @@ from loraover_export.numerics.low_rank import (
     principal_angles,
     product_norm,
 )
+from loraover_export.uniform.refusals import check_fields
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def diff_adapters(
     sources = read_sources([request.first, request.second])
     for adapter in sources.adapters:
         check_no_bias(adapter)
+        check_fields(adapter, MERGE, allowed=("bias", "modules_to_save", "trainable_token_indices"))
     with (
         sources.opened() as opened,
         workers() as threads,

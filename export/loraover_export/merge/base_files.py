@@ -15,6 +15,8 @@ from loraover.models.load import ModelSource
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
+LEFT_BEHIND = (*WEIGHTS, "adapter_config.json", "_certificate.json")
+"""Endings of files that a merged model does not need; with the second, transformers takes it for an adapter."""
 REPLACED = (CONFIG, "README.md", ".gitattributes")
 ALONG = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 """Files of a model on the hub that are fetched."""
@@ -39,7 +41,7 @@ class BaseFiles:
     def along(self) -> list[Path]:
         """Return the files that a merged model needs too, such as those of the tokenizer."""
         found = (path for path in sorted(self.folder.iterdir()) if path.is_file())
-        return [path for path in found if not path.name.endswith(WEIGHTS) and path.name not in REPLACED]
+        return [path for path in found if not path.name.endswith(LEFT_BEHIND) and path.name not in REPLACED]
 
 
 def check_not_gguf(model: str | None) -> None:

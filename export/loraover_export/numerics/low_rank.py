@@ -22,6 +22,7 @@ from torch import Tensor
 
 from loraover.checkpoint.error_bounds import gamma
 from loraover.checkpoint.exact_tensors import Exact
+from loraover.common.errors import FoldError
 from loraover_export.numerics.delta import U64, Delta
 
 OF_NORMS = 1.01
@@ -143,7 +144,12 @@ def truncate_dense(matrix: Tensor, rank: int) -> Truncation:
 
 
 def decompose(b: Tensor, a: Tensor) -> Svd:
-    """Decompose B @ A from its factors, (m, r) and (r, n) in float64."""
+    """Decompose B @ A from its factors, (m, r) and (r, n) in float64.
+
+    Raises:
+        FoldError: the product is beyond the range of float64.
+    """
+    _check_range(float(b.norm()) * float(a.norm()))
     b, a = _balanced(b, a)
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.mT)
@@ -163,7 +169,11 @@ def dense_svd(matrix: Tensor) -> Svd:
 
     It takes some 14 m n min(m, n) multiplications and the memory of four copies of the matrix: seconds for 1024 x 4096,
     and minutes for 4096 x 14336, for each module.
+
+    Raises:
+        FoldError: the matrix is beyond the range of float64.
     """
+    _check_range(float(matrix.norm()))
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     departure = _departure(u) + _departure(vt.mT)
     return Svd(None, u, s, vt.mT, None, OF_NORMS * _residual(matrix, u * s, vt), departure)
@@ -250,6 +260,11 @@ def _balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.where(used, rows / columns, 1.0)
     power = torch.ldexp(used.to(b.dtype), (ratio.log2() / 2).round())
     return b * power, a * torch.where(used, 1 / power, 0.0)[:, None]
+
+
+def _check_range(size: float) -> None:
+    if not math.isfinite(size * size):
+        raise FoldError("delta_W is beyond the range of float64; lower the weights of the sum, or the adapter's alpha.")
 
 
 def _times(basis: Tensor | None, inner: Tensor) -> Tensor:

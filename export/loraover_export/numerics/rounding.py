@@ -32,7 +32,7 @@ def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         FoldError: an element beyond the type's largest number.
     """
-    is_direct = torch.float32 in (x.dtype, dtype)
+    is_direct = torch.float32 in (x.dtype, dtype) or x.dtype == dtype
     rounded = (x if is_direct else _round_to_odd(x)).to(dtype, copy=True)
     if not is_finite(rounded):
         if bool(torch.isnan(x).any()):

@@ -107,7 +107,6 @@ class LoraOutput:
 class _Stored(NamedTuple):
     """One module in the storage type, before it is padded."""
 
-    delta: Delta
     a: Tensor
     b: Tensor
     module: ModuleCertificate
@@ -168,11 +167,11 @@ def _store(approximation: Approximation, dtype: str) -> _Stored:
         storage_error=sum_norm([(change_b, exact_a), (b.double(), change_a)]),
     )
     matrices = [certify(names["A"], a, delta.a), certify(names["B"], b, delta.b)] if delta.rank else []
-    return _Stored(delta, a, b, module, matrices)
+    return _Stored(a, b, module, matrices)
 
 
 def _certificate(target: LoraOutput, stored: Sequence[_Stored], sources: list[SourceRecord]) -> LoraCertificate:
-    if not any(module.delta.rank and module.module.norm for module in stored):
+    if not any(part.module.rank and part.module.norm for part in stored):
         raise ExportError(f"{', '.join(map(str, target.sources))}: {target.if_zero}")
     matrices = [matrix for module in stored for matrix in module.matrices]
     return LoraCertificate(
@@ -181,7 +180,7 @@ def _certificate(target: LoraOutput, stored: Sequence[_Stored], sources: list[So
         sources=sources,
         base_model=target.base_model,
         dtype=target.dtype,
-        rank=max(module.delta.rank for module in stored),
+        rank=max(part.module.rank for part in stored),
         modules=[module.module for module in stored],
         matrices=matrices,
         notes=list(target.notes),
@@ -194,8 +193,8 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
     """Write every file of the folder."""
     tensors = dict(target.others)
     for matrix in stored:
-        missing = certificate.rank - matrix.delta.rank
-        prefix = f"{matrix.delta.module}.lora_{'embedding_' * matrix.delta.embedding}"
+        missing = certificate.rank - matrix.module.rank
+        prefix = f"{matrix.module.module}.lora_{'embedding_' * matrix.module.embedding}"
         tensors[site_key(f"{prefix}A")] = pad(matrix.a, (0, 0, 0, missing)).contiguous()
         tensors[site_key(f"{prefix}B")] = pad(matrix.b, (0, missing)).contiguous()
     save_tensors(tensors, draft / TENSORS_FILE)
@@ -204,7 +203,7 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
         raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
     config = plain_config(
         certificate.rank,
-        [module.delta.module for module in stored],
+        [part.module.module for part in stored],
         base_model=target.base_model,
         revision=target.revision,
         task_type=target.task_type,

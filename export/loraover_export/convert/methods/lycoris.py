@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import first_match
+from loraover.checkpoint.peft_adapter import Patterns, first_match
 from loraover_export.convert.methods.base import LowRank, Method
 from loraover_export.convert.source import MethodConfig, Module
 
@@ -27,8 +27,8 @@ class LycorisFields(MethodConfig):
 
     r: int = Field(8, ge=1)
     alpha: float = 8
-    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    rank_pattern: Patterns[PositiveInt] = Field(default_factory=dict)
+    alpha_pattern: Patterns[float] = Field(default_factory=dict)
 
     def scaling(self, module: str) -> float:
         """Return alpha / r of a module."""

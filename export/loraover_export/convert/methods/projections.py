@@ -49,9 +49,10 @@ class Vera(Method[VeraFields]):
     rank: ClassVar[str] = "r"
 
     def delta(self, module: Module[VeraFields]) -> LowRank:
-        a, b = _projections(module.adapter, *self.shared, rows=module.config.r)
         r = module.config.r
-        return _between(module, a[:r], b, module.tensor("vera_lambda_d", r), "vera_lambda_b")
+        inner = module.tensor("vera_lambda_d", r)  # before anything of a size that only the configuration gives
+        a, b = _projections(module.adapter, *self.shared, rows=r)
+        return _between(module, a[:r], b, inner, "vera_lambda_b")
 
 
 @final
@@ -67,9 +68,10 @@ class Pvera(Method[VeraFields]):
     def delta(self, module: Module[VeraFields]) -> LowRank:
         if module.config.sample_at_inference:
             raise module.refuse("sample_at_inference draws at random in every answer, which no LoRA can do.")
-        a, b = _projections(module.adapter, *self.shared, rows=2 * module.config.r)
         r = module.config.r
-        return _between(module, a[:r], b, module.tensor("pvera_lambda_d", 2 * r)[:r], "pvera_lambda_b")
+        inner = module.tensor("pvera_lambda_d", 2 * r)[:r]
+        a, b = _projections(module.adapter, *self.shared, rows=2 * r)
+        return _between(module, a[:r], b, inner, "pvera_lambda_b")
 
 
 def _projections(adapter: Adapter[VeraFields], name_a: str, name_b: str, rows: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal, final
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from loraover_export.convert.methods.base import Dense, Method, block_diag
@@ -26,7 +27,7 @@ class OftFields(MethodConfig):
     eps: float = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: int = Field(5, ge=1, le=1000)
 
 
 @final
@@ -77,10 +78,16 @@ def _cayley(q: Tensor, config: OftFields) -> Tensor:
     if not config.use_cayley_neumann:
         solved: Tensor = torch.linalg.solve(eye + q, (eye - q).expand_as(q), left=False)
         return solved
-    rotation, power, terms = eye.expand_as(q).clone(), q, config.num_cayley_neumann_terms
-    for i in range(1, terms):
-        rotation += (1 if i == terms - 1 and i > 1 else 2) * power
-        power = power @ q
+    rotation, terms = eye.expand_as(q).clone(), config.num_cayley_neumann_terms
+    if terms > 1:
+        rotation += 2 * q
+    if terms > 2:  # as PEFT does it: 3 terms are the same as 4
+        power = q @ q
+        rotation += 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ q
+            rotation += 2 * power
+        rotation += power @ q
     return rotation
 
 

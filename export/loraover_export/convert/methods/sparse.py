@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import first_match
+from loraover.checkpoint.peft_adapter import Patterns, first_match
 from loraover_export.convert.methods.base import Dense, Method
 from loraover_export.convert.source import MethodConfig, Module
 
@@ -73,7 +73,7 @@ class FourierFields(MethodConfig):
     """Fields of FourierFTConfig that change the delta."""
 
     n_frequency: int = Field(1000, ge=1)
-    n_frequency_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    n_frequency_pattern: Patterns[PositiveInt] = Field(default_factory=dict)
     scaling: float = 150.0
     random_loc_seed: int | None = 777
 

@@ -45,7 +45,7 @@ class TrainableTokens(Method[TokenFields]):
 
 
 def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iterator[Place]:
-    """Yield the embedding, and the head that shares its weight.
+    """Yield the embedding, and the head that shares its weight, unless the head has trained tokens of its own.
 
     Args:
         module: the embedding, or a head with its own weight.
@@ -57,7 +57,7 @@ def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iter
     yield Place(module.path, module.is_embedding, find)
     head = base.name_of(base.model.get_output_embeddings())
     is_input = base.modules[module.path] is base.model.get_input_embeddings()
-    if base.is_tied and is_input and head is not None:
+    if base.is_tied and is_input and head is not None and head not in module.adapter.layout.modules:
         yield Place(head, False, lambda: find().transposed())
 
 
