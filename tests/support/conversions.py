@@ -114,7 +114,7 @@ SOURCES: dict[str, Source] = {
         f"oft, {terms} terms": Source(
             "OFT", {"r": 0, "oft_block_size": 4, "num_cayley_neumann_terms": terms}, full=True, base="even"
         )
-        for terms in (1, 2, 3, 4)
+        for terms in (2, 3, 4)
     },
     "oft without Neumann": Source(
         "OFT", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}, full=True, base="even"

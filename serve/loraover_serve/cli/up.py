@@ -12,7 +12,7 @@ from loraover_serve.cli.options import MODEL, PATH, START_TIMEOUT, VLLM, SplitAt
 @click.command(
     cls=SplitAtDashes,
     options_metavar="[OPTIONS]",
-    examples=["loraover serve up for-vllm", "loraover-serve up shop support --port 8080 -- --max-model-len 2048"],
+    examples=["loraover serve up for-vllm", "loraover serve up shop support --port 8080 -- --max-model-len 2048"],
 )
 @click.argument("adapters", metavar="ADAPTER... [-- VLLM OPTIONS]", nargs=-1, required=True, type=PATH)
 @MODEL
