@@ -27,7 +27,7 @@ class Planned:
         read: key of the base model's tensor that it begins with, in the same shard.
         replaced: key of the adapter's tensor that it begins with instead; None if there is none.
         module: adapted module whose delta is added; None if there is none.
-        layer: that module in the base model, without weights.
+        layer: adapted module of the base model, without weights; None if there is none.
     """
 
     key: str
