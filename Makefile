@@ -145,18 +145,18 @@ study: $(VENV)/.installed
 		--lr-sweep gsm8k=1e-3,3e-3,1e-2 --lr-sweep qnli=3e-4,1e-3,3e-3 --lr-sweep subj=1e-3,3e-3,1e-2 \
 		--seeds 5 --jobs 2 -o docs/study/smollm2
 
-# The study of docs/study/gauge.md, whose protocol it follows: some six hours, resumable. Its finished runs are kept in
+# The study of docs/study/gauge.md, whose protocol it follows: four to six hours, resumable. Its finished runs are kept in
 # docs/study/gauge.
 PLUS := training.loraplus_lr_ratio=4
-EIGEN := lora-over:decomposition=eigen:options={}
+EIGEN := lora-over:decomposition=eigen:options={long: calibration}:$(PLUS)
 study-gauge: export MALLOC_MMAP_MAX_ = 0
 study-gauge: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 study-gauge: $(VENV)/.installed
 	data="$${LORAOVER_DATA:-../shared/data}"; test ! -d "$$data" || \
 		$(BIN)/python docs/study/prepare.py "$$data" runs/study-data
-	$(BIN)/loraover study docs/study/gsm8k-long.yaml docs/study/mbpp.yaml docs/study/svamp.yaml docs/study/qnli-all.yaml \
-		--methods "lora,lora:$(PLUS),$(EIGEN),$(EIGEN):$(PLUS)" \
-		--lr-sweep 1.5e-3,3e-3,6e-3 --lr-sweep "lora:$(PLUS)=7.5e-4,1.5e-3,3e-3" --lr-sweep "$(EIGEN):$(PLUS)=7.5e-4,1.5e-3,3e-3" \
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml docs/study/qnli-all.yaml docs/study/svamp.yaml docs/study/mbpp.yaml \
+		--methods "lora,lora:$(PLUS),$(EIGEN)" --set training.min_lr_rate=0.1 \
+		--lr-sweep 1.5e-3,3e-3,6e-3 --lr-sweep "lora:$(PLUS)=7.5e-4,1.5e-3,3e-3" --lr-sweep "$(EIGEN)=7.5e-4,1.5e-3,3e-3" \
 		--tuning-seeds 1 --seeds 4 --jobs 2 -o docs/study/gauge
 
 # The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
