@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, open_exact
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
+from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, on_base, open_exact
+from loraover.checkpoint.expert_stacks import find_expert_weights
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
 
@@ -150,7 +151,8 @@ def unfolded(
     """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
 
     Each adapted module returns W x + scaling * B(A(x)), where A and B are applied core by core, or as stored if they
-    have no cores. It is for evaluation only: LoRA dropout is not applied.
+    have no cores. It is for evaluation only: LoRA dropout is not applied. Experts that share one parameter get
+    W + scaling * B A instead, from the contraction in float64, rounded once to the type of W.
 
     W x is computed as the base model computes it, the rest in float64, so that the error of this reference does not
     grow with the number of cores. The cores move to the model's device once, and to the CPU if it has no float64.
@@ -170,9 +172,15 @@ def unfolded(
     """
     handles = []
     saved: dict[str, nn.Parameter] = {}
+    source = on_base(source, base)
     adapter = adapter_of(source)
     adapter.check_keeps_base()
-    modules = {name.rpartition(".")[0]: name.rpartition(".")[2].startswith("lora_embedding") for name in adapter.sites}
+    of_experts = {stack.expert(index) for stack in adapter.stacks for index in range(stack.experts)}
+    modules = {
+        module: name.rpartition(".")[2].startswith("lora_embedding")
+        for name in adapter.sites
+        if (module := name.rpartition(".")[0]) not in of_experts
+    }
     widened = _Widened()
     try:
         with ExitStack() as files:
@@ -193,12 +201,36 @@ def unfolded(
                     widened=widened,
                 )
                 handles.append(target.register_forward_hook(delta))
+            saved.update(_adapt_experts(base, exact))
             saved.update(load_others(base, adapter, exact.plain))
         yield base
     finally:
         for handle in handles:
             handle.remove()
         put_parameters(base, saved)
+
+
+@torch.no_grad()
+def _adapt_experts(base: nn.Module, exact: ExactAdapter) -> dict[str, nn.Parameter]:
+    """Add delta_W to the parameters of experts, whose module takes no single expert's inputs, in float64.
+
+    Returns:
+        The parameters that were replaced, by name.
+    """
+    replaced: dict[str, nn.Parameter] = {}
+    weights = find_expert_weights(base)
+    for stack in exact.adapter.stacks:
+        parameter = base.get_parameter(stack.path)
+        adapted = parameter.detach().clone()
+        scaling = exact.adapter.config.scaling(stack.expert(0))
+        for index, weight in enumerate(adapted):
+            a, b = (exact.tensor(site_key(f"{stack.expert(index)}.lora_{matrix}")).value for matrix in "AB")
+            delta = scaling * b @ a
+            delta = delta.mT if weights[stack.path].is_transposed else delta
+            weight.copy_(weight.cpu().double() + delta)
+        replaced[stack.path] = parameter
+        put_parameters(base, {stack.path: nn.Parameter(adapted, requires_grad=False)})
+    return replaced
 
 
 def _pair(exact: ExactAdapter, module: str, is_embedding: bool) -> tuple[_Apply, _Apply]:
@@ -269,9 +301,10 @@ def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict
     """
     parameters = dict(base.named_parameters(remove_duplicate=False))
     others: dict[str, nn.Parameter] = {}
+    matrices = {*adapter.sites.values(), *(part.key for part in adapter.parts.values())}
     for key in plain.keys:
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-        if key in adapter.sites.values() or name.endswith(".lora_B.bias"):
+        if key in matrices or name.endswith(".lora_B.bias"):
             continue
         if name not in parameters or tuple(parameters[name].shape) != plain.shape(key):
             raise CheckpointError(f"{plain.path}: {key} fits no parameter of the base model ({type(base).__name__}).")

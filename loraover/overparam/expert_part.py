@@ -1,0 +1,42 @@
+"""One expert's matrix in a stack of LoRA matrices, as PEFT keeps them for a parameter that holds all experts.
+
+For a parameter (E, m, n), PEFT's `target_parameters` makes one A (E r, n), whose rows are sorted by the expert, and one B
+(m, r E), in whose columns the expert runs fastest: delta_W_e = scaling * B_e @ A_e.
+
+Source: ParamWrapper.get_delta_weight in peft/tuners/lora/layer.py of PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Place of one expert's matrix in a stack.
+
+    Args:
+        matrix: "A", a stack of shape (E r, n), or "B", one of shape (m, r E).
+        expert: Index of the expert.
+        experts: Number E of experts.
+    """
+
+    matrix: Literal["A", "B"]
+    expert: int
+    experts: int
+
+    def of(self, stack: Tensor) -> Tensor:
+        """Return the expert's A (r, n) or B (m, r): a view, whatever the strides of the stack."""
+        if self.matrix == "A":
+            return stack.unflatten(0, (self.experts, -1))[self.expert]
+        return stack.unflatten(1, (-1, self.experts))[..., self.expert]
+
+
+def stack_experts(matrix: Literal["A", "B"], parts: Sequence[Tensor]) -> Tensor:
+    """Return the stack that holds these A or B, one of each expert in order."""
+    return torch.cat(list(parts)) if matrix == "A" else torch.stack(list(parts), dim=-1).flatten(1)
