@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraover.checkpoint.checkpoint import META_FILE, Checkpoint, SiteRecord, read_checkpoint
 from loraover.checkpoint.error_bounds import gamma, unit_roundoff
-from loraover.checkpoint.expert_stacks import find_expert_weights
+from loraover.checkpoint.expert_stacks import ExpertWeight
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base, site_key, site_name
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.threads import one_thread
@@ -132,17 +132,14 @@ def adapter_of(source: Checkpoint | AdapterDir) -> AdapterDir:
     return source.adapter if isinstance(source, Checkpoint) else source
 
 
-def on_base(source: Checkpoint | AdapterDir, model: nn.Module) -> Checkpoint | AdapterDir:
+def on_base(source: Checkpoint | AdapterDir, weights: Mapping[str, ExpertWeight]) -> Checkpoint | AdapterDir:
     """Return a source whose experts' A take the inputs of a base model; see `read_on_base`.
 
     Args:
         source: Checkpoint or plain adapter.
-        model: The base model, on any device, meta included.
+        weights: Parameters of the base model's experts, by path.
     """
-    adapter = adapter_of(source)
-    if not adapter.stacks:
-        return source
-    adapter = read_on_base(adapter, find_expert_weights(model))
+    adapter = read_on_base(adapter_of(source), weights)
     return replace(source, adapter=adapter) if isinstance(source, Checkpoint) else adapter
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, on_base, open_exact
-from loraover.checkpoint.expert_stacks import find_expert_weights
+from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
@@ -172,7 +172,8 @@ def unfolded(
     """
     handles = []
     saved: dict[str, nn.Parameter] = {}
-    source = on_base(source, base)
+    weights = find_expert_weights(base)
+    source = on_base(source, weights)
     adapter = adapter_of(source)
     adapter.check_keeps_base()
     of_experts = {stack.expert(index) for stack in adapter.stacks for index in range(stack.experts)}
@@ -201,7 +202,7 @@ def unfolded(
                     widened=widened,
                 )
                 handles.append(target.register_forward_hook(delta))
-            saved.update(_adapt_experts(base, exact))
+            saved.update(_adapt_experts(base, weights, exact))
             saved.update(load_others(base, adapter, exact.plain))
         yield base
     finally:
@@ -211,14 +212,13 @@ def unfolded(
 
 
 @torch.no_grad()
-def _adapt_experts(base: nn.Module, exact: ExactAdapter) -> dict[str, nn.Parameter]:
+def _adapt_experts(base: nn.Module, weights: Mapping[str, ExpertWeight], exact: ExactAdapter) -> dict[str, nn.Parameter]:
     """Add delta_W to the parameters of experts, whose module takes no single expert's inputs, in float64.
 
     Returns:
         The parameters that were replaced, by name.
     """
     replaced: dict[str, nn.Parameter] = {}
-    weights = find_expert_weights(base)
     for stack in exact.adapter.stacks:
         parameter = base.get_parameter(stack.path)
         adapted = parameter.detach().clone()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
+from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.common.errors import CheckpointError
 from loraover_export.numerics.delta import read_deltas
 
@@ -20,7 +21,7 @@ SQUARE = {"moe_intermediate_size": 32}
 @pytest.mark.parametrize("version", ["0.21.2", "0.18.1", None])
 @pytest.mark.parametrize("sizes", [{}, SQUARE], ids=["oblong", "square"])
 def test_deltas_are_pefts_in_both_layouts(tmp_path: Path, sizes: dict[str, int], version: str | None) -> None:
-    base = tiny_moe(**sizes)
+    base = find_expert_weights(tiny_moe(**sizes))
     deltas = peft_deltas(expert_lora(tiny_moe(**sizes), tmp_path / "adapter"))
     if version != "0.21.2":
         flip(tmp_path / "adapter", version)

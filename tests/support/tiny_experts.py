@@ -15,7 +15,7 @@ from support.plain_adapter import tiny_decoder
 from support.tiny_models import fill_b
 
 EXPERTS = 4
-SIZES = {
+EXPERT_SIZES = {
     "num_experts": EXPERTS,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
@@ -37,7 +37,7 @@ EXPERT_LORA: dict[str, Any] = {
 
 def tiny_moe(**changes: Any) -> Any:
     """Two layers of four experts, hidden size 64; no matrix of an expert is square."""
-    return tiny_decoder("Qwen3Moe", **{**SIZES, **changes})
+    return tiny_decoder("Qwen3Moe", **{**EXPERT_SIZES, **changes})
 
 
 def expert_lora(model: Any, folder: Path, **lora: Any) -> PeftModel:
