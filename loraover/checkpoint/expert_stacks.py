@@ -17,19 +17,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
 from loraover.common.errors import CheckpointError
-from loraover.overparam.expert_part import ExpertPart
+from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, Side
 
-NESTED = ("gate_up_proj", "down_proj")
-"""Parameters of one module in the order in which PEFT wraps them, from the inside."""
-
-Side = Literal["A", "B"]
-SIDES: tuple[Side, Side] = ("A", "B")
 OTHER: Mapping[Side, Side] = {"A": "B", "B": "A"}
 
 PRESENT_LAYOUT = "0.19.0"
@@ -118,7 +112,7 @@ def find_expert_weights(model: nn.Module) -> dict[str, ExpertWeight]:
     found = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and name in NESTED:
+            if parameter.ndim == 3 and name in FUSED:
                 experts, m, n = parameter.shape
                 is_transposed = bool(getattr(module, "is_transposed", False))
                 shape = (n, m) if is_transposed else (m, n)
@@ -148,11 +142,11 @@ def find_stacks(
         parameters = {name for target in targets if (name := _targeted(target, module)) is not None}
         if not parameters or parameters == {"weight"}:  # a matrix, whose pair is an ordinary one
             continue
-        ordered = [name for name in NESTED if name in parameters]
+        ordered = [name for name in FUSED if name in parameters]
         if len(ordered) != len(parameters) or len(paths) != len(parameters):
             raise CheckpointError(
                 f"{where}: {module} has {len(paths)} stacked pairs, and target_parameters names its parameters "
-                f"{', '.join(sorted(parameters))}; expected one pair for each, and no others than {' and '.join(NESTED)}."
+                f"{', '.join(sorted(parameters))}; expected one pair for each, and no others than {' and '.join(FUSED)}."
             )
         for name, path in zip(ordered, sorted(paths, key=len, reverse=True), strict=True):
             r, (rows, columns) = rank(f"{module}.{name}"), pairs[path]

@@ -24,7 +24,7 @@ from loraover.checkpoint.expert_stacks import (
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import read_json
-from loraover.overparam.expert_part import stack_experts
+from loraover.overparam.expert_part import SIDES, stack_experts
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -129,7 +129,7 @@ class AdapterDir:
         found = dict(tensors)
         for stack in self.stacks:
             sites = list(replace(stack, is_flipped=False).sites())
-            for matrix in ("A", "B"):
+            for matrix in SIDES:
                 names = [(site, key) for site, key, part in sites if part.matrix == matrix]
                 parts = [found.pop(site_key(site)) for site, _ in names]
                 found[site_key(names[0][1])] = stack_experts(matrix, parts)

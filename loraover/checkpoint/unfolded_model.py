@@ -5,7 +5,7 @@ It does not use PEFT, so that it can serve as an independent reference for a fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
+from loraover.overparam.expert_part import SIDES
 
 WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
 ONE_HOT_AT_ONCE = 2**24  # numbers of the one-hot rows of an embedding's tokens: 128 MiB in float64
@@ -151,8 +152,8 @@ def unfolded(
     """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
 
     Each adapted module returns W x + scaling * B(A(x)), where A and B are applied core by core, or as stored if they
-    have no cores. It is for evaluation only: LoRA dropout is not applied. Experts that share one parameter get
-    W + scaling * B A instead, from the contraction in float64, rounded once to the type of W.
+    have no cores. It is for evaluation only: LoRA dropout is not applied. Routers, and experts
+    that share one parameter, get W + scaling * B A instead, from the contraction in float64, rounded once to W's type.
 
     W x is computed as the base model computes it, the rest in float64, so that the error of this reference does not
     grow with the number of cores. The cores move to the model's device once, and to the CPU if it has no float64.
@@ -182,12 +183,15 @@ def unfolded(
         for name in adapter.sites
         if (module := name.rpartition(".")[0]) not in of_experts
     }
+    routers = _routers(base, modules)
     widened = _Widened()
     try:
         with ExitStack() as files:
             exact = files.enter_context(open_exact(source))
             others = None if sampled is None else files.enter_context(open_exact(sampled.others))
             for module, is_embedding in modules.items():
+                if module in routers:
+                    continue
                 pair = _pair(exact, module, is_embedding)
                 target = target_module(base, module, pair[0].n, pair[1].m, adapter)
                 bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
@@ -202,7 +206,8 @@ def unfolded(
                     widened=widened,
                 )
                 handles.append(target.register_forward_hook(delta))
-            saved.update(_adapt_experts(base, weights, exact))
+            for name, delta in _deltas(weights, routers, exact):
+                saved |= _add(base, name, delta)
             saved.update(load_others(base, adapter, exact.plain))
         yield base
     finally:
@@ -211,26 +216,43 @@ def unfolded(
         put_parameters(base, saved)
 
 
-@torch.no_grad()
-def _adapt_experts(base: nn.Module, weights: Mapping[str, ExpertWeight], exact: ExactAdapter) -> dict[str, nn.Parameter]:
-    """Add delta_W to the parameters of experts, whose module takes no single expert's inputs, in float64.
+def _routers(base: nn.Module, modules: Iterable[str]) -> set[str]:
+    """Return the adapted modules that are no linear layers, but have a matrix as their weight, as routers have."""
+    return {
+        path
+        for path, module in base.named_modules()
+        if path in modules and type(module).__name__.endswith("Router") and getattr(module, "weight", None) is not None
+    }
 
-    Returns:
-        The parameters that were replaced, by name.
-    """
-    replaced: dict[str, nn.Parameter] = {}
+
+def _deltas(
+    weights: Mapping[str, ExpertWeight], routers: Iterable[str], exact: ExactAdapter
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names of parameters that hooks cannot adapt, with delta_W in their shape, in float64."""
+
+    def delta(module: str) -> Tensor:
+        a, b = (exact.tensor(site_key(f"{module}.lora_{matrix}")).value.double() for matrix in SIDES)
+        return exact.adapter.config.scaling(module) * b @ a
+
+    for module in routers:
+        yield f"{module}.weight", delta(module)
     for stack in exact.adapter.stacks:
-        parameter = base.get_parameter(stack.path)
-        adapted = parameter.detach().clone()
-        scaling = exact.adapter.config.scaling(stack.expert(0))
-        for index, weight in enumerate(adapted):
-            a, b = (exact.tensor(site_key(f"{stack.expert(index)}.lora_{matrix}")).value for matrix in "AB")
-            delta = scaling * b @ a
-            delta = delta.mT if weights[stack.path].is_transposed else delta
-            weight.copy_(weight.cpu().double() + delta)
-        replaced[stack.path] = parameter
-        put_parameters(base, {stack.path: nn.Parameter(adapted, requires_grad=False)})
-    return replaced
+        found = torch.stack([delta(stack.expert(index)) for index in range(stack.experts)])
+        yield stack.path, found.mT if weights[stack.path].is_transposed else found
+
+
+@torch.no_grad()
+def _add(base: nn.Module, name: str, delta: Tensor) -> dict[str, nn.Parameter]:
+    """Add delta_W to a parameter in float64, and return the parameter that this replaced, by its name."""
+    parameter = base.get_parameter(name)
+    if parameter.shape != delta.shape:
+        raise CheckpointError(
+            f"{name} has shape {tuple(parameter.shape)} in the base model, but {tuple(delta.shape)} in the adapter; name "
+            "the model that the adapter was trained on with --model."
+        )
+    adapted = (parameter.cpu().double() + delta).to(parameter.dtype).to(parameter.device)
+    put_parameters(base, {name: nn.Parameter(adapted, requires_grad=False)})
+    return {name: parameter}
 
 
 def _pair(exact: ExactAdapter, module: str, is_embedding: bool) -> tuple[_Apply, _Apply]:

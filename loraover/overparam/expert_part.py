@@ -15,6 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
+
+FUSED = ("gate_up_proj", "down_proj")
+"""Parameters of transformers' modules of experts, in the order in which PEFT wraps them, from the inside."""
+
 
 @dataclass(frozen=True)
 class ExpertPart:
@@ -26,7 +32,7 @@ class ExpertPart:
         experts: Number E of experts.
     """
 
-    matrix: Literal["A", "B"]
+    matrix: Side
     expert: int
     experts: int
 
@@ -37,6 +43,11 @@ class ExpertPart:
         return stack.unflatten(1, (-1, self.experts))[..., self.expert]
 
 
-def stack_experts(matrix: Literal["A", "B"], parts: Sequence[Tensor]) -> Tensor:
+def part_of(part: ExpertPart | None, tensor: Tensor) -> Tensor:
+    """Return one expert's matrix of a stack, or the tensor itself if it is the matrix."""
+    return tensor if part is None else part.of(tensor)
+
+
+def stack_experts(matrix: Side, parts: Sequence[Tensor]) -> Tensor:
     """Return the stack that holds these A or B, one of each expert in order."""
     return torch.cat(list(parts)) if matrix == "A" else torch.stack(list(parts), dim=-1).flatten(1)

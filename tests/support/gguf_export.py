@@ -42,9 +42,8 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
 }
 LORA: dict[str, Mapping[str, Any]] = {
     "Qwen3Moe": {
-        "rank_pattern": {"o_proj": 6, "down_proj": 1},
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "target_parameters": PARAMETERS,
+        "target_parameters": [*PARAMETERS, "mlp.gate.weight"],
     }
 }
 """Options beside UNEVEN that a family needs."""

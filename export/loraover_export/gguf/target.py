@@ -150,7 +150,7 @@ def _name_modules(
     found, others = {}, set()
     for path, module in model.named_modules():
         name = names.get_type_and_name(path)
-        if name is None or not isinstance(module, nn.Linear | nn.Embedding):
+        if name is None or getattr(getattr(module, "weight", None), "ndim", 0) != 2:
             others.add(path)
             continue
         m, n = module.weight.shape
