@@ -126,14 +126,7 @@ class AdapterDir:
         Args:
             tensors: Tensors by the keys of `shapes`, with every expert of a stack or none.
         """
-        found = dict(tensors)
-        for stack in self.stacks:
-            sites = list(replace(stack, is_flipped=False).sites())
-            for matrix in SIDES:
-                names = [(site, key) for site, key, part in sites if part.matrix == matrix]
-                parts = [found.pop(site_key(site)) for site, _ in names]
-                found[site_key(names[0][1])] = stack_experts(matrix, parts)
-        return found
+        return pack_stacks(self.stacks, tensors)
 
     @property
     def tensors_path(self) -> Path:
@@ -149,6 +142,23 @@ class AdapterDir:
                 "B only fit the changed base model. Save the adapter again with PEFT's "
                 "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
             )
+
+
+def pack_stacks(stacks: Sequence[ExpertStack], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in which the matrices of all experts have become stacks, in the layout since PEFT 0.19.
+
+    Args:
+        stacks: The stacks.
+        tensors: Tensors by key, among them A and B of each expert of each stack.
+    """
+    found = dict(tensors)
+    for stack in stacks:
+        sites = list(replace(stack, is_flipped=False).sites())
+        for matrix in SIDES:
+            names = [(site, stored) for site, stored, part in sites if part.matrix == matrix]
+            parts = [found.pop(site_key(site)) for site, _ in names]
+            found[site_key(names[0][1])] = stack_experts(matrix, parts)
+    return found
 
 
 def _parts(stacks: tuple[ExpertStack, ...]) -> dict[str, StoredPart]:

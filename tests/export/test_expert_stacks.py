@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
 from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.common.errors import CheckpointError
+from loraover_export import convert_adapter
 from loraover_export.numerics.delta import read_deltas
 
 from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
@@ -36,3 +40,47 @@ def test_deltas_are_pefts_in_both_layouts(tmp_path: Path, sizes: dict[str, int],
     for path, delta in deltas.items():
         torch.testing.assert_close(found[path], delta.double(), rtol=1e-5, atol=1e-6)
     assert found.keys() - deltas.keys() == {f"model.layers.{i}.self_attn.{m}_proj" for i in range(2) for m in "qv"}
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.18.1"])
+def test_a_conversion_is_read_by_peft(tmp_path: Path, version: str) -> None:
+    """From either layout, two ranks and rsLoRA to PEFT's present stacks of one rank."""
+    base = tiny_moe()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    deltas = peft_deltas(expert_lora(base, tmp_path / "adapter"))
+    if version == "0.18.1":
+        flip(tmp_path / "adapter", version)
+    report = convert_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert report.certificate.passed
+    assert report.exact_rank == report.certificate.rank == 4
+    converted = PeftModel.from_pretrained(tiny_moe(), tmp_path / "out")
+    found = peft_deltas(converted)
+    assert found.keys() == deltas.keys()
+    for path, delta in deltas.items():
+        torch.testing.assert_close(found[path], delta, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "has 2 stacked pairs, and target_parameters names .* gate_up"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.w2"]}, "no others than gate_up_proj and down"),
+        ({"r": 5}, "has 16 rows and lora_B 16 columns, expected equal multiples of 5"),
+    ],
+)
+def test_stacks_that_contradict_the_configuration_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    expert_lora(tiny_moe(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        read_source(tmp_path)
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    expert_lora(tiny_moe(), tmp_path)
+    for other in ({"num_experts": 3}, {"moe_intermediate_size": 40}):
+        with pytest.raises(CheckpointError, match="name the model that the adapter was trained on"):
+            on_base(read_source(tmp_path), find_expert_weights(tiny_moe(**other)))
