@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraover.overparam.sharding import full
 from loraover.overparam.expert_part import SIDES, part_of
+from loraover.overparam.sharding import full
 from loraover.overparam.sites import lora_layers, matrices_of
 
 

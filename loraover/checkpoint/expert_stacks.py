@@ -27,6 +27,7 @@ from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, Side
 OTHER: Mapping[Side, Side] = {"A": "B", "B": "A"}
 
 PRESENT_LAYOUT = "0.19.0"
+
 """First version of PEFT whose A takes a layer's inputs in every model."""
 
 
@@ -146,7 +147,8 @@ def find_stacks(
         if len(ordered) != len(parameters) or len(paths) != len(parameters):
             raise CheckpointError(
                 f"{where}: {module} has {len(paths)} stacked pairs, and target_parameters names its parameters "
-                f"{', '.join(sorted(parameters))}; expected one pair for each, and no others than {' and '.join(FUSED)}."
+                f"{', '.join(sorted(parameters))}; expected one pair for each, and no others than "
+                f"{' and '.join(FUSED)}."
             )
         for name, path in zip(ordered, sorted(paths, key=len, reverse=True), strict=True):
             r, (rows, columns) = rank(f"{module}.{name}"), pairs[path]
@@ -184,24 +186,27 @@ def is_flipped(
     """
     if stack.experts != weight.experts or found not in (weight.shape, weight.shape[::-1]):
         raise CheckpointError(
-            f"{where}: {stack.path} has {stack.experts} experts of shape {found} in the adapter, and {weight.experts} of "
-            f"shape {weight.shape} in the base model; name the model that the adapter was trained on with --model."
+            f"{where}: {stack.path} has {stack.experts} experts of shape {found} in the adapter, and {weight.experts} "
+            f"of shape {weight.shape} in the base model; name the model that the adapter was trained on with --model."
         )
     if weight.is_transposed or weight.shape[0] != weight.shape[1]:
         return found != weight.shape
-    saved = _release(version)
-    if saved is None:
+    is_present = has_present_layout(version)
+    if is_present is None:
         raise CheckpointError(
-            f"{where}: the matrices of {stack.path} are square, {found}, so they fit as they are and transposed, and the "
-            f"adapter does not record the version of PEFT that trained it. PEFT {PRESENT_LAYOUT} swapped A and B: set "
-            "peft_version in adapter_config.json to the version that trained it."
+            f"{where}: the matrices of {stack.path} are square, {found}, so they fit as they are and transposed, and "
+            f"the adapter does not record the version of PEFT that trained it. PEFT {PRESENT_LAYOUT} swapped A and B: "
+            "set peft_version in adapter_config.json to the version that trained it."
         )
-    return saved < Version(PRESENT_LAYOUT)
+    return not is_present
 
 
-def _release(version: str | None) -> Version | None:
-    """Return a recorded version of PEFT without the commit that development versions add; None if there is none."""
+def has_present_layout(version: str | None) -> bool | None:
+    """Return whether a version of PEFT, as adapters record it, takes A for the inputs; None if it does not say."""
+    if version is None:
+        return None
     try:
-        return None if version is None else Version(Version(version.partition("@")[0]).base_version)
+        found = Version(version.partition("@")[0])  # a development version has "@" and a commit
     except InvalidVersion:
         return None
+    return Version(found.base_version) >= Version(PRESENT_LAYOUT)

@@ -19,6 +19,7 @@ from loraover.checkpoint.expert_stacks import (
     ExpertWeight,
     StoredPart,
     find_stacks,
+    has_present_layout,
     is_flipped,
 )
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
@@ -129,6 +130,11 @@ class AdapterDir:
         return pack_stacks(self.stacks, tensors)
 
     @property
+    def has_present_layout(self) -> bool:
+        """Whether a PEFT that takes A of experts for their inputs is recorded to have saved the adapter."""
+        return has_present_layout(self.config.peft_version) is True
+
+    @property
     def tensors_path(self) -> Path:
         """File that holds the tensors."""
         return self.path / TENSORS_FILE
@@ -161,7 +167,7 @@ def pack_stacks(stacks: Sequence[ExpertStack], tensors: Mapping[str, Tensor]) ->
     return found
 
 
-def _parts(stacks: tuple[ExpertStack, ...]) -> dict[str, StoredPart]:
+def _parts(stacks: Sequence[ExpertStack]) -> dict[str, StoredPart]:
     return {
         site_key(site): StoredPart(site_key(stored), part, stack.is_flipped)
         for stack in stacks
@@ -202,7 +208,9 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         dtypes = {key: file.dtype(key) for key in file.keys}
     for key in shapes:
         if site_name(key) is not None and dtypes[key] not in FLOATS:
-            raise CheckpointError(f"{path / TENSORS_FILE}: {key} is {dtypes[key]}, expected one of {', '.join(FLOATS)}.")
+            raise CheckpointError(
+                f"{path / TENSORS_FILE}: {key} is {dtypes[key]}, expected one of {', '.join(FLOATS)}."
+            )
     pairs = {
         name.removesuffix(".lora_A"): (shape[0], shapes.get(site_key(f"{name[:-1]}B"), (0,))[-1])
         for key, shape in shapes.items()

@@ -206,8 +206,8 @@ def unfolded(
                     widened=widened,
                 )
                 handles.append(target.register_forward_hook(delta))
-            for name, delta in _deltas(weights, routers, exact):
-                saved |= _add(base, name, delta)
+            for name, added in _deltas(weights, routers, exact):
+                saved |= _add(base, name, added)
             saved.update(load_others(base, adapter, exact.plain))
         yield base
     finally:
@@ -247,8 +247,8 @@ def _add(base: nn.Module, name: str, delta: Tensor) -> dict[str, nn.Parameter]:
     parameter = base.get_parameter(name)
     if parameter.shape != delta.shape:
         raise CheckpointError(
-            f"{name} has shape {tuple(parameter.shape)} in the base model, but {tuple(delta.shape)} in the adapter; name "
-            "the model that the adapter was trained on with --model."
+            f"{name} has shape {tuple(parameter.shape)} in the base model, but {tuple(delta.shape)} in the adapter; "
+            "name the model that the adapter was trained on with --model."
         )
     adapted = (parameter.cpu().double() + delta).to(parameter.dtype).to(parameter.device)
     put_parameters(base, {name: nn.Parameter(adapted, requires_grad=False)})

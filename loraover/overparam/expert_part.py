@@ -1,7 +1,7 @@
 """One expert's matrix in a stack of LoRA matrices, as PEFT keeps them for a parameter that holds all experts.
 
-For a parameter (E, m, n), PEFT's `target_parameters` makes one A (E r, n), whose rows are sorted by the expert, and one B
-(m, r E), in whose columns the expert runs fastest: delta_W_e = scaling * B_e @ A_e.
+For a parameter (E, m, n), PEFT's `target_parameters` makes one A (E r, n), whose rows are sorted by the expert, and one
+B (m, r E), in whose columns the expert runs fastest: delta_W_e = scaling * B_e @ A_e.
 
 Source: ParamWrapper.get_delta_weight in peft/tuners/lora/layer.py of PEFT 0.21.2.
 """
@@ -39,8 +39,8 @@ class ExpertPart:
     def of(self, stack: Tensor) -> Tensor:
         """Return the expert's A (r, n) or B (m, r): a view, whatever the strides of the stack."""
         if self.matrix == "A":
-            return stack.unflatten(0, (self.experts, -1))[self.expert]
-        return stack.unflatten(1, (-1, self.experts))[..., self.expert]
+            return stack.view(self.experts, -1, stack.shape[1])[self.expert]
+        return stack.view(len(stack), -1, self.experts)[..., self.expert]
 
 
 def part_of(part: ExpertPart | None, tensor: Tensor) -> Tensor:

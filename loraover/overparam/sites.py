@@ -69,13 +69,15 @@ class Site:
 
     def gradient(self) -> Tensor | None:
         """Return the summed gradient of the parameter and its aliases, (m, n), dense; sharded if the parameter is."""
-        gradients = [self.of(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None]
+        gradients = [
+            self.of(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None
+        ]
         dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
         total = sum(dense[1:], dense[0]) if dense else None
         return total if total is None or self.part is None else total.clone()  # clear_gradient overwrites the stack's
 
     def clear_gradient(self) -> None:
-        """Set the gradients of the parameter and its aliases to None; that of an expert's matrix, in its stack, to zero."""
+        """Set the gradients of the parameter and its aliases to None, or to zero in an expert's part of a stack."""
         for parameter in self.holders():
             if self.part is None:
                 parameter.grad = None

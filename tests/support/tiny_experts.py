@@ -70,7 +70,7 @@ def flip(folder: Path, version: str | None) -> None:
 
 
 def peft_deltas(model: Any) -> dict[str, Tensor]:
-    """delta_W of every adapted expert by PEFT's arithmetic, (out_features, in_features), by `module.expert.parameter`."""
+    """delta_W (out_features, in_features) of every adapted expert as PEFT computes it, by `module.expert.parameter`."""
     from peft.tuners.lora.layer import ParamWrapper
 
     found = {}

@@ -43,7 +43,7 @@ def loss(model: Any, step: int) -> Tensor:
 
 def train(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
-        loss(model, step).backward()
+        torch.autograd.backward(loss(model, step))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -60,7 +60,11 @@ def stacked(cores: dict[str, list[Tensor]], over: OverParameterization, names: d
         matrix = group.decomposition.contract([core.unsqueeze(0) for core in cores[name]], *site.shape)[0]
         found.setdefault(names[id(site.parameter)], []).append(matrix)
     return {
-        name: parts[0] if len(parts) == 1 else torch.cat(parts) if "lora_A" in name else torch.stack(parts, -1).flatten(1)
+        name: parts[0]
+        if len(parts) == 1
+        else torch.cat(parts)
+        if "lora_A" in name
+        else torch.stack(parts, -1).flatten(1)
         for name, parts in found.items()
     }
 
@@ -184,7 +188,9 @@ class Fused(nn.Module):
     ("build", "reason"),
     [
         (
-            lambda: with_lora(nn.ModuleDict({"layer": Fused()}), target_modules=[], target_parameters=["layer.kernels"]),
+            lambda: with_lora(
+                nn.ModuleDict({"layer": Fused()}), target_modules=[], target_parameters=["layer.kernels"]
+            ),
             r"layer: LoRA through target_parameters is supported .*, not for kernels",
         ),
         (lambda: with_lora(tiny_moe(), **EXPERT_LORA), "loss_impact .* cannot switch off one expert"),
@@ -193,6 +199,8 @@ class Fused(nn.Module):
 )
 def test_what_needs_a_whole_layer_is_refused(build: Callable[[], Any], reason: str) -> None:
     model = build()
-    probe = Probe(model, lambda model, batch: loss(model, batch), [0])
+    probe = Probe(model, [0], loss)
     with pytest.raises(ConfigError, match=reason):
-        OverParameterization(model, LoraOverConfig(schedule="static", score="loss_impact", budget=Budget(sites=2)), probe=probe)
+        OverParameterization(
+            model, LoraOverConfig(schedule="static", score="loss_impact", budget=Budget(sites=2)), probe=probe
+        )

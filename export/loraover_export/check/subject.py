@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.checkpoint import META_FILE
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE, AdapterConfig, AdapterDir, read_on_base
+from loraover.checkpoint.peft_adapter import (
+    CONFIG_FILE,
+    KEY_PREFIX,
+    TENSORS_FILE,
+    AdapterConfig,
+    AdapterDir,
+    read_on_base,
+)
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.strict_json import read_json

@@ -100,7 +100,7 @@ def _add_family(writer: Any, config: Any, name: str) -> None:
     if name == "qwen3moe":
         if not config.norm_topk_prob:
             raise ExportError(
-                "norm_topk_prob is false, and llama.cpp normalises the weights of the chosen experts of every qwen3moe; "
+                "norm_topk_prob is false, and llama.cpp normalises the weights of chosen experts of every qwen3moe; "
                 "the model cannot be written."
             )
         writer.add_expert_count(config.num_experts)

@@ -138,9 +138,7 @@ def expert_tensors(names: Any, path: str) -> list[str]:
     return found
 
 
-def _name_modules(
-    model: Any, names: Any, family: Family, config: Any
-) -> tuple[dict[str, TargetModule], set[str]]:
+def _name_modules(model: Any, names: Any, family: Family, config: Any) -> tuple[dict[str, TargetModule], set[str]]:
     import gguf
 
     rotated = {

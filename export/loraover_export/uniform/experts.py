@@ -21,9 +21,7 @@ def stack_fields(stacks: Sequence[ExpertStack]) -> dict[str, Any]:
     return {"target_parameters": [stack.path for stack in stacks], "peft_version": PRESENT_LAYOUT}
 
 
-def split_experts(
-    adapter: AdapterDir, projections: Projections
-) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def split_experts(adapter: AdapterDir, projections: Projections) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """Return a function that gives every projection of every expert its pair: experts.3.gate_proj.lora_A, and so on.
 
     Gate and up have the same A, and the upper and the lower half of the rows of B.

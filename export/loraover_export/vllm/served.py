@@ -35,7 +35,8 @@ class ServedModel:
         dtype: data type that the configuration gives, such as "bfloat16"; None if it gives none.
         vocabulary: number of tokens; None if the configuration gives none.
         experts: parameters of its experts, by path.
-        modules: modules by path, and experts like "model.layers.0.mlp.experts.3.down_proj"; empty if vLLM serves no adapters on this architecture.
+        modules: modules by path, and experts like "model.layers.0.mlp.experts.3.down_proj"; empty if vLLM serves no
+            adapters on this architecture.
     """
 
     source: ModelSource
@@ -65,11 +66,10 @@ def read_served(source: ModelSource, supported: Mapping[str, Any] | None = None)
         model = load_skeleton(source)
         experts = find_expert_weights(model)
         modules = {name: _describe(module) for name, module in model.named_modules() if name}
-        modules |= {
-            f"{path.rpartition('.')[0]}.{index}.{path.rpartition('.')[2]}": ServedModule("expert", "expert", weight.shape[::-1])
-            for path, weight in experts.items()
-            for index in range(weight.experts)
-        }
+        for path, weight in experts.items():
+            owner, _, parameter = path.rpartition(".")
+            described = ServedModule("expert", "part of a parameter", weight.shape[::-1])
+            modules |= {f"{owner}.{index}.{parameter}": described for index in range(weight.experts)}
     return ServedModel(
         source=source,
         architecture=architecture,
