@@ -490,7 +490,7 @@ MUTANTS = (
         "gate and up of llama.cpp's experts are swapped",
         "zip(names, b.chunk(len(names), dim=1), strict=True)}",
         "zip(reversed(names), b.chunk(len(names), dim=1), strict=True)}",
-        Selection("test_gguf_families.py", "logits and Qwen3Moe"),
+        Selection("test_gguf_families.py", "logits"),
     ),
 )
 
