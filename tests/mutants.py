@@ -456,6 +456,42 @@ MUTANTS = (
         "stats.t.ppf(0.975, examples - 1)",
         Selection("test_analysis.py", "excludes_zero"),
     ),
+    Mutant(
+        "experts run slowest in the columns of B",
+        "return stack.view(len(stack), -1, self.experts)[..., self.expert]",
+        "return stack.view(len(stack), self.experts, -1)[:, self.expert]",
+        Selection("test_expert_stacks.py", "deltas"),
+    ),
+    Mutant(
+        "square experts of an old PEFT are read as they are",
+        "    return not is_present\n",
+        "    return False\n",
+        Selection("test_expert_stacks.py", "deltas"),
+    ),
+    Mutant(
+        "the gradient of an expert is read after it was cleared",
+        "else total.clone()  # clear_gradient overwrites the stack's",
+        "else total",
+        Selection("test_experts.py", "autograd"),
+    ),
+    Mutant(
+        "experts without cores are taken from the optimizer",
+        "taken[id(site.parameter)] == site.part.experts]",
+        "taken[id(site.parameter)] >= 1]",
+        Selection("test_experts.py", "other_experts"),
+    ),
+    Mutant(
+        "gate and up of vLLM's experts are swapped",
+        "names = (gate, up) if stack.parameter",
+        "names = (up, gate) if stack.parameter",
+        Selection("test_vllm_experts.py", "pairs"),
+    ),
+    Mutant(
+        "gate and up of llama.cpp's experts are swapped",
+        "zip(names, b.chunk(len(names), dim=1), strict=True)}",
+        "zip(reversed(names), b.chunk(len(names), dim=1), strict=True)}",
+        Selection("test_gguf_families.py", "logits"),
+    ),
 )
 
 

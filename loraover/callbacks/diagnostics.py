@@ -34,7 +34,7 @@ def core_numbers(over: OverParameterization) -> dict[str, float]:
         for frame in group.decomposition.frames(group.stacks, *group.shape):
             conditions.append(_condition(frame.cpu().double()))
     cores, matrices = over.num_parameters()
-    everything = sum(site.parameter.numel() for site in over.sites.values())
+    everything = sum(site.size for site in over.sites.values())
     return {
         "centre_norm": math.sqrt(centre),
         "auxiliary_norm": math.sqrt(auxiliary),

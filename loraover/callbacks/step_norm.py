@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loraover.overparam.expert_part import SIDES, part_of
 from loraover.overparam.sharding import full
-from loraover.overparam.sites import lora_layers
+from loraover.overparam.sites import lora_layers, matrices_of
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,24 @@ def factors(model: nn.Module, adapter: str | None = None) -> dict[str, Factors]:
         adapter: PEFT's name of the adapter; None means the first active one.
 
     Returns:
-        The copies by the module's path.
+        The copies by the module's path; experts of one parameter have a path each.
     """
     found = {}
     for module, layer in lora_layers(model).items():
         name = layer.active_adapters[0] if adapter is None else adapter
         if name in layer.lora_A:
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
         elif name in layer.lora_embedding_A:
-            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+            a, b = layer.lora_embedding_A[name].detach(), layer.lora_embedding_B[name].detach()
         else:
             continue
-        found[module] = Factors(_copy(a), _copy(b), layer.scaling[name])
+        for (path, of_a), (_, of_b) in zip(*(matrices_of(module, layer, side) for side in SIDES), strict=True):
+            found[path] = Factors(_copy(part_of(of_a, a)), _copy(part_of(of_b, b)), layer.scaling[name])
     return found
 
 
-def _copy(parameter: Tensor) -> Tensor:
-    return full(parameter.detach()).cpu().to(torch.float64, copy=True)  # an Apple GPU has no float64
+def _copy(matrix: Tensor) -> Tensor:
+    return full(matrix).cpu().to(torch.float64, copy=True)  # an Apple GPU has no float64
 
 
 def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -12,10 +13,14 @@ from torch import Tensor
 
 from loraover.checkpoint.checkpoint import META_FILE, Checkpoint, SiteRecord, read_checkpoint
 from loraover.checkpoint.error_bounds import gamma, unit_roundoff
-from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, site_key, site_name
+from loraover.checkpoint.expert_stacks import ExpertWeight
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base, site_key, site_name
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.threads import one_thread
 from loraover.overparam.decompositions import Decomposition
+
+STACKS = 4
+"""Stacks of experts that stay in memory, so that they are not read again for every expert."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,16 @@ class ExactAdapter:
         self.plain = plain
         self._checkpoint = checkpoint
         self._cores = cores
+        self._stack = lru_cache(maxsize=STACKS)(plain.read)
+
+    def stored(self, key: str) -> Tensor:
+        """Return a tensor by its key as the file holds it; the A or B of one expert is taken from its stack.
+
+        Raises:
+            CheckpointError: The tensor, or another of its stack, holds NaN or infinity.
+        """
+        part = self.adapter.parts.get(key)
+        return self.plain.read(key) if part is None else part.of(self._stack(part.key)).contiguous()
 
     def tensor(self, key: str, *, widen: bool = True) -> Exact:
         """Return a tensor by its key in the adapter's file.
@@ -76,7 +91,7 @@ class ExactAdapter:
         Raises:
             CheckpointError: The tensor holds NaN or infinity, or contradicts its cores.
         """
-        stored = self.plain.read(key)
+        stored = self.stored(key)
         checkpoint, site = self._checkpoint, self._site(site_name(key))
         if checkpoint is None or self._cores is None or site is None:
             value = stored
@@ -93,7 +108,7 @@ class ExactAdapter:
         """Return a matrix by its site's name, without contracting its cores."""
         checkpoint, site = self._checkpoint, self._site(name)
         if checkpoint is None or self._cores is None or site is None:
-            matrix = self.plain.read(site_key(name))
+            matrix = self.stored(site_key(name))
             m, n = matrix.shape
             return Factor(None, (matrix,), m, n)
         decomposition = checkpoint.decomposition.of_site(site.name)
@@ -115,6 +130,17 @@ def read_source(path: Path) -> Checkpoint | AdapterDir:
 def adapter_of(source: Checkpoint | AdapterDir) -> AdapterDir:
     """Return the adapter of a checkpoint, or the plain adapter itself."""
     return source.adapter if isinstance(source, Checkpoint) else source
+
+
+def on_base(source: Checkpoint | AdapterDir, weights: Mapping[str, ExpertWeight]) -> Checkpoint | AdapterDir:
+    """Return a source whose experts' A take the inputs of a base model; see `read_on_base`.
+
+    Args:
+        source: Checkpoint or plain adapter.
+        weights: Parameters of the base model's experts, by path.
+    """
+    adapter = read_on_base(adapter_of(source), weights)
+    return replace(source, adapter=adapter) if isinstance(source, Checkpoint) else adapter
 
 
 @contextmanager

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from torch import Tensor
 
+from loraover.checkpoint.expert_stacks import (
+    PRESENT_LAYOUT,
+    ExpertStack,
+    ExpertWeight,
+    StoredPart,
+    find_stacks,
+    has_present_layout,
+    is_flipped,
+)
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import read_json
+from loraover.overparam.expert_part import SIDES, stack_experts
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -54,6 +66,18 @@ class AdapterConfig(BaseModel):
     use_dora: bool = False
 
     @property
+    def parameters(self) -> list[str]:
+        """Entries of `target_parameters`, which names single parameters, such as those of experts."""
+        found = (self.model_extra or {}).get("target_parameters")
+        return [entry for entry in found if isinstance(entry, str)] if isinstance(found, list) else []
+
+    @property
+    def peft_version(self) -> str | None:
+        """Version of PEFT that saved the adapter; None if it is not recorded, as before PEFT 0.18."""
+        found = (self.model_extra or {}).get("peft_version")
+        return found if isinstance(found, str) else None
+
+    @property
     def keeps_base(self) -> bool:
         """Whether A and B fit the unchanged base weights; some initializations of A and B change these weights."""
         start = (self.model_extra or {}).get("init_lora_weights")
@@ -81,14 +105,34 @@ class AdapterDir:
     Args:
         path: Folder of the adapter.
         config: Contents of `adapter_config.json`.
-        shapes: Shape of every tensor in the file, by key.
+        shapes: Shape of every tensor, by key. The A or B of one expert counts as a tensor, and its stack does not.
         sites: Tensor key of each A and B matrix, by site name such as "model.layers.0.q_proj.lora_A".
+        stacks: Stacked pairs of experts, whose matrices are read from their stacks.
     """
 
     path: Path
     config: AdapterConfig
     shapes: Mapping[str, tuple[int, ...]]
     sites: Mapping[str, str]
+    stacks: tuple[ExpertStack, ...] = ()
+
+    @cached_property
+    def parts(self) -> dict[str, StoredPart]:
+        """Places of the experts' matrices in the file, by their keys."""
+        return _parts(self.stacks)
+
+    def packed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors as PEFT's file holds them: the experts' matrices in stacks, in the layout since PEFT 0.19.
+
+        Args:
+            tensors: Tensors by the keys of `shapes`, with every expert of a stack or none.
+        """
+        return pack_stacks(self.stacks, tensors)
+
+    @property
+    def has_present_layout(self) -> bool:
+        """Whether a PEFT that takes A of experts for their inputs is recorded to have saved the adapter."""
+        return has_present_layout(self.config.peft_version) is True
 
     @property
     def tensors_path(self) -> Path:
@@ -104,6 +148,31 @@ class AdapterDir:
                 "B only fit the changed base model. Save the adapter again with PEFT's "
                 "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
             )
+
+
+def pack_stacks(stacks: Sequence[ExpertStack], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in which the matrices of all experts have become stacks, in the layout since PEFT 0.19.
+
+    Args:
+        stacks: The stacks.
+        tensors: Tensors by key, among them A and B of each expert of each stack.
+    """
+    found = dict(tensors)
+    for stack in stacks:
+        sites = list(replace(stack, is_flipped=False).sites())
+        for matrix in SIDES:
+            names = [(site, stored) for site, stored, part in sites if part.matrix == matrix]
+            parts = [found.pop(site_key(site)) for site, _ in names]
+            found[site_key(names[0][1])] = stack_experts(matrix, parts)
+    return found
+
+
+def _parts(stacks: Sequence[ExpertStack]) -> dict[str, StoredPart]:
+    return {
+        site_key(site): StoredPart(site_key(stored), part, stack.is_flipped)
+        for stack in stacks
+        for site, stored, part in stack.sites()
+    }
 
 
 def site_key(name: str) -> str:
@@ -137,15 +206,71 @@ def read_adapter_dir(path: Path) -> AdapterDir:
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}
         dtypes = {key: file.dtype(key) for key in file.keys}
-    sites = {name: key for key in shapes if (name := site_name(key)) is not None}
-    adapter = AdapterDir(path, config, shapes, sites)
-    _check_pairs(adapter)
-    for key in sites.values():
-        if dtypes[key] not in FLOATS:
+    for key in shapes:
+        if site_name(key) is not None and dtypes[key] not in FLOATS:
             raise CheckpointError(
-                f"{adapter.tensors_path}: {key} is {dtypes[key]}, expected one of {', '.join(FLOATS)}."
+                f"{path / TENSORS_FILE}: {key} is {dtypes[key]}, expected one of {', '.join(FLOATS)}."
             )
+    pairs = {
+        name.removesuffix(".lora_A"): (shape[0], shapes.get(site_key(f"{name[:-1]}B"), (0,))[-1])
+        for key, shape in shapes.items()
+        if (name := site_name(key)) is not None and name.endswith(".lora_A") and len(shape) == 2
+    }
+    stacks = find_stacks(config.parameters, pairs, config.rank, path / TENSORS_FILE)
+    adapter = _expanded(AdapterDir(path, config, shapes, {}), stacks)
+    _check_pairs(adapter)
     return adapter
+
+
+def read_on_base(adapter: AdapterDir, weights: Mapping[str, ExpertWeight]) -> AdapterDir:
+    """Return an adapter whose experts' A take the inputs of the base model, whichever way the file holds them.
+
+    Args:
+        adapter: The adapter, as `read_adapter_dir` returns it.
+        weights: Parameters of the base model's experts, by path.
+
+    Raises:
+        CheckpointError: The base model has no such parameter, or one of another shape; or the file fits as it is and
+            transposed, and does not record which PEFT trained it.
+    """
+    stacks = []
+    for stack in adapter.stacks:
+        if stack.path not in weights:
+            raise CheckpointError(
+                f"{adapter.tensors_path}: the base model has no parameter {stack.path} of experts; name the model that "
+                "the adapter was trained on with --model."
+            )
+        a, b = (adapter.shapes[site_key(f"{stack.expert(0)}.lora_{matrix}")] for matrix in "AB")
+        version = adapter.config.peft_version
+        flipped = is_flipped(stack, weights[stack.path], (b[0], a[1]), version, adapter.tensors_path)
+        stacks.append(replace(stack, is_flipped=flipped != stack.is_flipped))
+    if tuple(stacks) == adapter.stacks:
+        return adapter
+    config = adapter.config.model_copy(update={"peft_version": PRESENT_LAYOUT})  # the layout that `packed` writes
+    with open_tensors(adapter.tensors_path) as file:
+        shapes = {key: file.shape(key) for key in file.keys}
+    return _expanded(replace(adapter, shapes=shapes, config=config), stacks)
+
+
+def _expanded(adapter: AdapterDir, stacks: Sequence[ExpertStack]) -> AdapterDir:
+    """Return an adapter whose `shapes` are still those of the file with its stacks taken apart.
+
+    Patterns name a parameter of all experts, so each expert gets an exact entry in front of them.
+    """
+    parts = _parts(stacks)
+    shapes = {key: part.shape(adapter.shapes[part.key]) for key, part in parts.items()}
+    stored = {part.key for part in parts.values()}
+    shapes = {key: shape for key, shape in adapter.shapes.items() if key not in stored} | shapes
+    config = adapter.config
+    every = {rf"{re.escape(stack.module)}\.\d+\.{stack.parameter}": stack.path for stack in stacks}
+    if config.rank_pattern:
+        ranks = {key: config.rank(path) for key, path in every.items()}
+        config = config.model_copy(update={"rank_pattern": ranks | config.rank_pattern})
+    if config.alpha_pattern:
+        alphas = {k: first_match(config.alpha_pattern, path, config.lora_alpha) for k, path in every.items()}
+        config = config.model_copy(update={"alpha_pattern": alphas | config.alpha_pattern})
+    sites = {name: key for key in shapes if (name := site_name(key)) is not None}
+    return AdapterDir(adapter.path, config, shapes, sites, tuple(stacks))
 
 
 def _check_pairs(adapter: AdapterDir) -> None:

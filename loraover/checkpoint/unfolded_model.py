@@ -5,7 +5,7 @@ It does not use PEFT, so that it can serve as an independent reference for a fol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, open_exact
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
+from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, on_base, open_exact
+from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
+from loraover.overparam.expert_part import SIDES
 
 WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
 ONE_HOT_AT_ONCE = 2**24  # numbers of the one-hot rows of an embedding's tokens: 128 MiB in float64
@@ -150,7 +152,8 @@ def unfolded(
     """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
 
     Each adapted module returns W x + scaling * B(A(x)), where A and B are applied core by core, or as stored if they
-    have no cores. It is for evaluation only: LoRA dropout is not applied.
+    have no cores. It is for evaluation only: LoRA dropout is not applied. Routers, and experts
+    that share one parameter, get W + scaling * B A instead, from the contraction in float64, rounded once to W's type.
 
     W x is computed as the base model computes it, the rest in float64, so that the error of this reference does not
     grow with the number of cores. The cores move to the model's device once, and to the CPU if it has no float64.
@@ -170,15 +173,25 @@ def unfolded(
     """
     handles = []
     saved: dict[str, nn.Parameter] = {}
+    weights = find_expert_weights(base)
+    source = on_base(source, weights)
     adapter = adapter_of(source)
     adapter.check_keeps_base()
-    modules = {name.rpartition(".")[0]: name.rpartition(".")[2].startswith("lora_embedding") for name in adapter.sites}
+    of_experts = {stack.expert(index) for stack in adapter.stacks for index in range(stack.experts)}
+    modules = {
+        module: name.rpartition(".")[2].startswith("lora_embedding")
+        for name in adapter.sites
+        if (module := name.rpartition(".")[0]) not in of_experts
+    }
+    routers = _routers(base, modules)
     widened = _Widened()
     try:
         with ExitStack() as files:
             exact = files.enter_context(open_exact(source))
             others = None if sampled is None else files.enter_context(open_exact(sampled.others))
             for module, is_embedding in modules.items():
+                if module in routers:
+                    continue
                 pair = _pair(exact, module, is_embedding)
                 target = target_module(base, module, pair[0].n, pair[1].m, adapter)
                 bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
@@ -193,12 +206,53 @@ def unfolded(
                     widened=widened,
                 )
                 handles.append(target.register_forward_hook(delta))
+            for name, added in _deltas(weights, routers, exact):
+                saved |= _add(base, name, added)
             saved.update(load_others(base, adapter, exact.plain))
         yield base
     finally:
         for handle in handles:
             handle.remove()
         put_parameters(base, saved)
+
+
+def _routers(base: nn.Module, modules: Iterable[str]) -> set[str]:
+    """Return the adapted modules that are no linear layers, but have a matrix as their weight, as routers have."""
+    return {
+        path
+        for path, module in base.named_modules()
+        if path in modules and type(module).__name__.endswith("Router") and getattr(module, "weight", None) is not None
+    }
+
+
+def _deltas(
+    weights: Mapping[str, ExpertWeight], routers: Iterable[str], exact: ExactAdapter
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names of parameters that hooks cannot adapt, with delta_W in their shape, in float64."""
+
+    def delta(module: str) -> Tensor:
+        a, b = (exact.tensor(site_key(f"{module}.lora_{matrix}")).value.double() for matrix in SIDES)
+        return exact.adapter.config.scaling(module) * b @ a
+
+    for module in routers:
+        yield f"{module}.weight", delta(module)
+    for stack in exact.adapter.stacks:
+        found = torch.stack([delta(stack.expert(index)) for index in range(stack.experts)])
+        yield stack.path, found.mT if weights[stack.path].is_transposed else found
+
+
+@torch.no_grad()
+def _add(base: nn.Module, name: str, delta: Tensor) -> dict[str, nn.Parameter]:
+    """Add delta_W to a parameter in float64, and return the parameter that this replaced, by its name."""
+    parameter = base.get_parameter(name)
+    if parameter.shape != delta.shape:
+        raise CheckpointError(
+            f"{name} has shape {tuple(parameter.shape)} in the base model, but {tuple(delta.shape)} in the adapter; "
+            "name the model that the adapter was trained on with --model."
+        )
+    adapted = (parameter.cpu().double() + delta).to(parameter.dtype).to(parameter.device)
+    put_parameters(base, {name: nn.Parameter(adapted, requires_grad=False)})
+    return {name: parameter}
 
 
 def _pair(exact: ExactAdapter, module: str, is_embedding: bool) -> tuple[_Apply, _Apply]:
@@ -269,9 +323,10 @@ def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict
     """
     parameters = dict(base.named_parameters(remove_duplicate=False))
     others: dict[str, nn.Parameter] = {}
+    matrices = {*adapter.sites.values(), *(part.key for part in adapter.parts.values())}
     for key in plain.keys:
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-        if key in adapter.sites.values() or name.endswith(".lora_B.bias"):
+        if key in matrices or name.endswith(".lora_B.bias"):
             continue
         if name not in parameters or tuple(parameters[name].shape) != plain.shape(key):
             raise CheckpointError(f"{plain.path}: {key} fits no parameter of the base model ({type(base).__name__}).")

@@ -68,7 +68,7 @@ class CoreGroup:
             step: Optimizer steps taken.
             bases: Measured bases by the sites' names, for a decomposition that calibrates.
         """
-        matrices = full(torch.stack([site.parameter.detach() for site in sites]))
+        matrices = full(torch.stack([site.values for site in sites]))
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [_generator(seed, site.name) for site in sites]
         cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
@@ -175,7 +175,7 @@ class CoreGroup:
             for stack, made in zip(self.stacks, fresh.stacks, strict=True):
                 stack[places] = made
         else:
-            held = full(torch.stack([site.parameter.detach() for site in self.sites])).to(self.dtype)
+            held = full(torch.stack([site.values for site in self.sites])).to(self.dtype)
             with full_precision(held.device):
                 centres = self.decomposition.to_centre(self.stacks, held, *self.shape)
             self.stacks[self.centre][places] = centres[places]
@@ -194,7 +194,7 @@ class CoreGroup:
         """Write the contraction into the model's matrices, cast to their dtype."""
         with full_precision(self.stacks[0].device):
             matrices = self.contract()
-        assign([site.parameter for site in self.sites], matrices)
+        assign([site.tensor for site in self.sites], matrices)
         self._written = fingerprints(self._held())
 
     @torch.no_grad()
@@ -205,7 +205,7 @@ class CoreGroup:
     @torch.no_grad()
     def _held(self) -> Tensor:
         """Copy this process's parts of the matrices."""
-        return torch.stack([local(site.parameter) for site in self.sites])
+        return torch.stack([local(site.tensor) for site in self.sites])
 
     def gather(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
         """Take each site's gradient dL/dM, and clear it.

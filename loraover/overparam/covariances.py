@@ -83,6 +83,11 @@ def measured_bases(
         everything: All sites of the model, among them the other matrix of each module.
         eigen: Sources and blocks.
     """
+    if any(site.part is not None for site in chosen):
+        raise ConfigError(
+            "bases from calibration are measured on a layer's inputs, and the module of several experts is one layer; "
+            "leave its sites out, or give eigen the options {short: gradient, long: gradient}."
+        )
     pairs: dict[tuple[str, str], dict[str, Site]] = {}
     for site in everything.values():
         pairs.setdefault((site.module, site.adapter), {})[site.matrix] = site
@@ -195,7 +200,7 @@ def _moment(site: Site, side: Side, blocks: Blocks, pair: Mapping[str, Site], mo
     other = pair.get("B" if site.matrix == "A" else "A")
     if other is None:
         return None
-    directions = full(other.parameter.detach())
+    directions = full(other.values)
     if not bool(directions.any()):
         gradient = other.gradient()
         if gradient is None:

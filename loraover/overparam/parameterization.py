@@ -9,6 +9,7 @@ GradScaler and `zero_grad` therefore see an ordinary LoRA.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,7 @@ class OverParameterization:
         self.followers: dict[CoreGroup, BasisFollower] = {}
         self._late = LateAnswer()
         self._plain_groups: int | None = None
+        self._stacks: list[nn.Parameter] = []  # of experts that all have cores
         self._handles: list[Any] = []
         if inject and self.config.schedule != "dynamic":
             self.schedule.check_ready()
@@ -282,7 +284,7 @@ class OverParameterization:
             The two counts, cores first. Auxiliary cores that follow statistics are not trained: `gauge_numbers`.
         """
         cores = sum(group.stacks[k].numel() for group in self.groups for k in group.trained)
-        matrices = sum(site.parameter.numel() for group in self.groups for site in group.sites)
+        matrices = sum(site.size for group in self.groups for site in group.sites)
         return cores, matrices
 
     def gauge_numbers(self) -> int:
@@ -347,8 +349,6 @@ class OverParameterization:
             parts: dict[int, list[int]] = {}
             for i, site in enumerate(group.sites):
                 parts.setdefault(host[id(site.parameter)], []).append(i)
-                for parameter in site.holders():
-                    optimizer.state.pop(parameter, None)
             divided = [group] if len(parts) == 1 else group.divided(list(parts.values()))
             if group in self.followers and len(parts) > 1:
                 follower = self.followers.pop(group)
@@ -357,9 +357,19 @@ class OverParameterization:
             groups += divided
             hosts += parts
         self.groups, self._hosts = groups, hosts
+        for parameter in self._covered():
+            optimizer.state.pop(parameter, None)
         if type(optimizer) not in ELEMENTWISE:
             for group in self.groups:
                 group.split()
+
+    def _covered(self) -> list[nn.Parameter]:
+        """Parameters all of whose matrices have cores, so that the optimizer leaves them alone."""
+        sites = [site for group in self.groups for site in group.sites]
+        taken = Counter(id(site.parameter) for site in sites if site.part is not None)
+        whole = [site for site in sites if site.part is None or taken[id(site.parameter)] == site.part.experts]
+        self._stacks = [site.parameter for site in whole if site.part is not None and site.part.expert == 0]
+        return [parameter for site in whole for parameter in site.holders()]
 
     def _enter(self, optimizer: Optimizer) -> None:
         """Add the cores to the optimizer, in copies (twins) of the parameter groups of their matrices."""
@@ -394,7 +404,7 @@ class OverParameterization:
     def _carry_moments(self, optimizer: Optimizer, group: CoreGroup) -> None:
         for i, site in enumerate(group.sites):
             carried = carried_moments(
-                optimizer.state.get(site.parameter, {}),
+                site.state(optimizer),
                 group.decomposition,
                 [group.core(k, i).unsqueeze(0) for k in range(len(group.stacks))],
                 site.shape,
@@ -461,6 +471,8 @@ class OverParameterization:
         if score is not None:
             score.observe({name: gradients[name] for name in candidates if name in gradients})
         dense = {group: group.gather(gradients) for group in self.groups}
+        for parameter in self._stacks:
+            parameter.grad = None
         if is_seen and self.followers:
             self._follow({group: stack for group, stack in dense.items() if stack is not None})
         for group, stack in dense.items():

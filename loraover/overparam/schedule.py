@@ -75,7 +75,7 @@ class Schedule:
         self._decomposition: Decomposition = config.make_decomposition()
         self._added = {name: self._decomposition.num_parameters(*s.shape) for name, s in self.candidates.items()}
         for name, site in self.candidates.items():
-            self._added[name] -= site.parameter.numel()
+            self._added[name] -= site.size
         self.score = SCORES[config.score](self.candidates, config.seed or 0)
         if config.budget is not None:
             self._capacity = self._check_budget(config.budget)
@@ -86,7 +86,7 @@ class Schedule:
     def most_parameters(self) -> tuple[int, int]:
         """Largest possible number of parameters of all cores, and of those beyond their matrices' parameters."""
         added = sorted(self._added.values(), reverse=True)
-        cores = sorted((self._added[n] + s.parameter.numel() for n, s in self.candidates.items()), reverse=True)
+        cores = sorted((self._added[n] + s.size for n, s in self.candidates.items()), reverse=True)
         if self.config.budget is None:
             return sum(cores), sum(added)
         if self._counts_sites:
@@ -261,7 +261,7 @@ class Schedule:
             yield
             return
         assert self.probe is not None
-        kept = {name: full(site.parameter.detach()).clone() for name, site in self._sites.items()}
+        kept = {name: full(site.values).clone() for name, site in self._sites.items()}
         try:
             with _mode(self.probe.model, training=True):
                 if not all(matrix.any() for matrix in kept.values()):
@@ -276,11 +276,11 @@ class Schedule:
             yield
         finally:
             for name, matrix in kept.items():
-                assign([self._sites[name].parameter], matrix.unsqueeze(0))
+                assign([self._sites[name].values], matrix.unsqueeze(0))
 
     def _warm_up(self, probe: Probe) -> None:
-        parameters = [parameter for site in self._sites.values() for parameter in site.holders()]
-        optimizer = torch.optim.Adam(parameters, lr=CALIBRATION_RATE)
+        parameters = {id(p): p for site in self._sites.values() for p in site.holders()}
+        optimizer = torch.optim.Adam(list(parameters.values()), lr=CALIBRATION_RATE)
         for step in range(self.config.calibration_steps):
             with torch.enable_grad():
                 torch.autograd.backward(probe.loss(probe.model, probe.batches[step % len(probe.batches)]))

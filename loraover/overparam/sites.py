@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal
 
+from packaging.version import Version
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError, ShapeError
+from loraover.overparam.expert_part import FUSED, ExpertPart, Side, part_of
 from loraover.overparam.sharding import local
 
 # Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
@@ -27,9 +33,10 @@ class Site:
         module: Path of the adapted module in the base model.
         adapter: PEFT's adapter name.
         matrix: "A" (r, in_features) or "B" (out_features, r).
-        parameter: PEFT's parameter, of shape (m, n).
+        parameter: PEFT's parameter, of shape (m, n), or the stack that holds the matrices of all experts.
         aliases: Parameters that are transposed views of the same memory, as PEFT's `ensure_weight_tying` makes
             them for an output layer that is tied to the embedding.
+        part: Place of one expert's matrix in the stack; None if the parameter is the matrix.
     """
 
     name: str
@@ -38,17 +45,44 @@ class Site:
     matrix: Literal["A", "B"]
     parameter: nn.Parameter
     aliases: list[nn.Parameter] = field(default_factory=list)
+    part: ExpertPart | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The matrix (m, n) as the model holds it, or a view of it in its stack; sharded if the parameter is."""
+        return self.of(self.parameter)
+
+    @property
+    def values(self) -> Tensor:
+        """The matrix (m, n), detached."""
+        return self.tensor.detach()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this matrix's part of a tensor that is shaped like the parameter, a view."""
+        return part_of(self.part, tensor)
+
+    def state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimizer's state of this matrix, by the optimizer's own keys."""
+        state = optimizer.state.get(self.parameter, {})
+        shape = self.parameter.shape
+        return {k: self.of(v) if isinstance(v, Tensor) and v.shape == shape else v for k, v in state.items()}
 
     def gradient(self) -> Tensor | None:
         """Return the summed gradient of the parameter and its aliases, (m, n), dense; sharded if the parameter is."""
-        gradients = [(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None]
+        gradients = [
+            self.of(p.grad if p is self.parameter else p.grad.mT) for p in self.holders() if p.grad is not None
+        ]
         dense = [g.to_dense() if g.is_sparse else g for g in gradients if g is not None]
-        return sum(dense[1:], dense[0]) if dense else None
+        total = sum(dense[1:], dense[0]) if dense else None
+        return total if total is None or self.part is None else total.clone()  # clear_gradient overwrites the stack's
 
     def clear_gradient(self) -> None:
-        """Set the gradients of the parameter and its aliases to None."""
+        """Set the gradients of the parameter and its aliases to None, or to zero in an expert's part of a stack."""
         for parameter in self.holders():
-            parameter.grad = None
+            if self.part is None:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                self.part.of(parameter.grad).zero_()
 
     def holders(self) -> tuple[nn.Parameter, ...]:
         """Return all parameters that share the matrix's memory: the parameter and its aliases."""
@@ -72,8 +106,13 @@ class Site:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (m, n) of the matrix."""
-        m, n = self.parameter.shape
+        m, n = self.parameter.shape if self.part is None else self.values.shape
         return m, n
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the matrix."""
+        return math.prod(self.shape)
 
 
 def layer_of(module: str) -> str:
@@ -86,11 +125,13 @@ def layer_of(module: str) -> str:
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Find every trainable A and B matrix of a model, by name, in module order.
 
-    A matrix that several modules share is listed once, under its first module.
+    A matrix that several modules share is listed once, under its first module. A parameter that holds all experts of
+    a layer has a site for each expert's A and B, whose module is named like "model.layers.0.mlp.experts.3.down_proj".
 
     Raises:
         ConfigError: The model has no LoRA layer or no trainable one, or has a LoRA that is not a plain pair of
-            matrices (DoRA and other variants, convolutions, `target_parameters`, nn.MultiheadAttention).
+            matrices (DoRA and other variants, convolutions, nn.MultiheadAttention), or one of experts that is sharded
+            or that a PEFT before 0.19 made.
     """
     sites: dict[str, Site] = {}
     seen: set[int] = set()
@@ -103,14 +144,16 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = f"{module}.{kind}" if adapter == "default" or is_alone else f"{adapter}:{module}.{kind}"
-            if parameter.ndim != 2:
-                raise ShapeError(f"{name}: expected a matrix, found shape {tuple(parameter.shape)}.")
-            pointer = local(parameter).data_ptr()
-            if pointer and pointer in by_memory:
-                _tie(by_memory[pointer], name, parameter)
-                continue
-            sites[name] = by_memory[pointer] = Site(name, module, adapter, matrix, parameter)
+            prefix = "" if adapter == "default" or is_alone else f"{adapter}:"
+            for path, part in matrices_of(module, layer, matrix):
+                site = Site(f"{prefix}{path}.{kind}", path, adapter, matrix, parameter, part=part)
+                if site.parameter.ndim != 2:
+                    raise ShapeError(f"{site.name}: expected a matrix, found shape {tuple(parameter.shape)}.")
+                pointer = local(site.values).data_ptr()
+                if pointer and pointer in by_memory:
+                    _tie(by_memory[pointer], site.name, parameter)
+                    continue
+                sites[site.name] = by_memory[pointer] = site
     if not layers:
         raise ConfigError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)).")
     if not sites:
@@ -131,6 +174,16 @@ def _trained_matrices(layer: Any) -> Iterator[tuple[str, Literal["A", "B"], str,
             parameter = holder if isinstance(holder, nn.Parameter) else holder.weight
             if parameter.requires_grad:
                 yield kind, matrix, adapter, parameter
+
+
+def matrices_of(module: str, layer: Any, matrix: Side) -> list[tuple[str, ExpertPart | None]]:
+    """Return the module's path and the place in the parameter of each matrix that a layer's A or B holds."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not isinstance(layer, ParamWrapper) or layer.parameter_name not in FUSED:
+        return [(module, None)]
+    owner, experts = re.sub(r"(\.base_layer)+$", "", module), layer.num_experts
+    return [(f"{owner}.{e}.{layer.parameter_name}", ExpertPart(matrix, e, experts)) for e in range(experts)]
 
 
 def only_adapter(sites: Iterable[Site]) -> str:
@@ -187,8 +240,6 @@ def _refuse_unsupported(module: str, layer: Any) -> None:
             "Use a LoraConfig without DoRA or other variants."
         )
     reasons = {
-        peft_layer.ParamWrapper: "LoRA through target_parameters (mixture-of-experts weights) is not supported: "
-        "its delta is assembled from slices of A and B. Leave target_parameters out",
         peft_layer._ConvNd: "LoRA of a convolution is not supported: A is a kernel, not a matrix. "
         "Leave the layer out of target_modules",
         peft_layer.MultiheadAttention: "LoRA of nn.MultiheadAttention is not supported: its delta is merged into the "
@@ -197,6 +248,20 @@ def _refuse_unsupported(module: str, layer: Any) -> None:
     for kind, reason in reasons.items():
         if isinstance(layer, kind):
             raise ConfigError(f"{module}: {reason}.")
+    if isinstance(layer, peft_layer.ParamWrapper):
+        _refuse_parameter(module, layer)
+
+
+def _refuse_parameter(module: str, layer: Any) -> None:
+    if layer.parameter_name not in (*FUSED, "weight") or (layer.parameter_name == "weight" and layer.num_experts > 1):
+        raise ConfigError(
+            f"{module}: LoRA through target_parameters is supported for weights that are matrices, and for "
+            f"{' and '.join(FUSED)} of experts, not for {layer.parameter_name}. Leave it out."
+        )
+    if Version(version("peft")) < Version("0.19"):
+        raise ConfigError(f"{module}: PEFT before 0.19 swaps A and B of experts. Install PEFT 0.19 or newer.")
+    if any(hasattr(parameter, "to_local") for parameter in layer.parameters(recurse=True)):
+        raise ConfigError(f"{module}: LoRA of experts is not supported under FSDP2; train on one device or with DDP.")
 
 
 def _tie(site: Site, name: str, parameter: nn.Parameter) -> None:

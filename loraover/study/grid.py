@@ -183,7 +183,7 @@ def matched_rank(recipe: Recipe) -> int:
     model = get_peft_model(load_skeleton(source), LoraConfig(**options))
     sites = find_sites(model)
     _, added = Schedule(recipe.over, sites, steps=None, probe=None).most_parameters
-    matrices = sum(site.parameter.numel() for site in sites.values())
+    matrices = sum(site.size for site in sites.values())
     return -(-recipe.lora.r * (matrices + added) // matrices)
 
 

@@ -251,6 +251,6 @@ def _fold_error(adapter: Path) -> float | None:
         for key in exact.plain.keys:
             found = exact.tensor(key)
             if found.site is not None and found.value.any():
-                error = (exact.plain.read(key).double() - found.value).norm() / found.value.norm()
+                error = (exact.stored(key).double() - found.value).norm() / found.value.norm()
                 worst = max(worst, float(error))
     return worst

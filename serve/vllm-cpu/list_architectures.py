@@ -20,6 +20,7 @@ def describe(cls: type) -> dict[str, object]:
         "embeddings": sorted(cls.embedding_modules),
         "packed": {name: list(parts) for name, parts in cls.packed_modules_mapping.items()},
         "language_model": language_model(cls),
+        "stacked_experts": bool(cls.is_3d_moe_weight),
         "renames": renames(cls),
     }
 

@@ -18,6 +18,7 @@ from loraover_export.gguf.base import write_base
 from loraover_serve.engines.llamacpp import LlamaCpp
 
 from support.plain_adapter import tiny_decoder
+from support.tiny_experts import EXPERT_SIZES, PARAMETERS
 from support.tiny_models import VOCABULARY, fill_b
 
 UNEVEN: dict[str, Any] = {
@@ -36,8 +37,17 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
     "Gemma2": HEAD_SIZE,
     "Gemma3": HEAD_SIZE,
     "Phi3": {"original_max_position_embeddings": 128},
+    "Qwen3Moe": EXPERT_SIZES,
     "Granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
 }
+LORA: dict[str, Mapping[str, Any]] = {
+    "Qwen3Moe": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "target_parameters": [*PARAMETERS, "mlp.gate.weight"],
+    }
+}
+"""Options beside UNEVEN that a family needs."""
+
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(7))
 
 
@@ -79,7 +89,7 @@ def make_gguf(folder: Path, family: str, *, changes: Mapping[str, Any] | None = 
     model.save_pretrained(folder / "base")
     write_base(model, folder / "base.gguf")
     model.name_or_path = str(folder / "base")
-    return GgufMade(folder, adapted(model, folder / "adapter", **lora))
+    return GgufMade(folder, adapted(model, folder / "adapter", **{**LORA.get(family, {}), **lora}))
 
 
 def tiny_base(family: str, **changes: Any) -> Any:

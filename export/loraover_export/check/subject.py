@@ -13,7 +13,14 @@ from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.checkpoint import META_FILE
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE, AdapterConfig, AdapterDir
+from loraover.checkpoint.peft_adapter import (
+    CONFIG_FILE,
+    KEY_PREFIX,
+    TENSORS_FILE,
+    AdapterConfig,
+    AdapterDir,
+    read_on_base,
+)
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.strict_json import read_json
@@ -65,7 +72,7 @@ class Subject:
         path: folder of the adapter.
         config: contents of `adapter_config.json`.
         fields: the fields of the configuration that give rank and scaling; None for other methods than LoRA.
-        shapes: shape of every tensor in the file, by key.
+        shapes: shape of every tensor in the file, by key; of each expert's A and B where the file stacks them.
         lora: the adapter, if it is a plain LoRA that the exports can read.
         unreadable: reason for which the exports cannot read it; None if they can.
         has_cores: whether the folder is a LoRA-Over checkpoint.
@@ -135,16 +142,17 @@ def read_subject(path: Path, model: str | None) -> Subject:
     source = resolve_model(named, *([] if revision is None else [revision]))
     base = load_config(source)
     quantization = getattr(base, "quantization_config", None)
-    lora, unreadable = _read_lora(path, has_cores := (path / META_FILE).exists())
+    served = read_served(source)
+    lora, unreadable = _read_lora(path, has_cores := (path / META_FILE).exists(), served)
     return Subject(
         path=path,
         config=config.model_dump(),
         fields=read_json(path / CONFIG_FILE, AdapterConfig) if config.peft_type == "LORA" else None,
-        shapes=shapes,
+        shapes=shapes if lora is None or not lora.stacks else lora.shapes,
         lora=lora,
         unreadable=unreadable,
         has_cores=has_cores,
-        served=read_served(source),
+        served=served,
         is_causal=_is_causal(base.architectures[0]),
         is_tied=bool(base.get_text_config().tie_word_embeddings),
         quantization=None if quantization is None else _method(quantization),
@@ -152,10 +160,10 @@ def read_subject(path: Path, model: str | None) -> Subject:
     )
 
 
-def _read_lora(path: Path, has_cores: bool) -> tuple[AdapterDir | None, str | None]:
+def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[AdapterDir | None, str | None]:
     """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
     try:
-        return adapter_of(read_source(path)), None
+        return read_on_base(adapter_of(read_source(path)), served.experts), None
     except CheckpointError as error:
         if has_cores:
             raise

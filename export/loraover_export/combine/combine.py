@@ -114,6 +114,7 @@ def combine_adapters(
         task_type=adapters.task_type,
         dtype=request.dtype,
         force=request.force,
+        stacks=adapters.stacks,
         if_zero=CANCEL,
     )
     with adapters.opened() as opened:

@@ -33,6 +33,9 @@ from loraover_export.numerics.low_rank import (
 )
 from loraover_export.uniform.refusals import check_fields
 
+COMPARED = {"bias", "modules_to_save", "trainable_token_indices"}
+"""Fields of parameters that are compared, besides those of A and B."""
+
 
 @dataclass(frozen=True)
 class DiffRequest:
@@ -106,7 +109,7 @@ def diff_adapters(
     sources = read_sources([request.first, request.second])
     for adapter in sources.adapters:
         check_no_bias(adapter)
-        check_fields(adapter, MERGE, allowed=("bias", "modules_to_save", "trainable_token_indices"))
+        check_fields(adapter, MERGE, allowed=COMPARED | ({"target_parameters"} if adapter.stacks else set()))
     with (
         sources.opened() as opened,
         workers() as threads,

@@ -106,6 +106,7 @@ def shrink_adapter(
         task_type=adapter.task_type,
         dtype=request.dtype,
         force=request.force,
+        stacks=adapter.stacks,
     )
     target.check()
     with adapter.opened() as (opened,):

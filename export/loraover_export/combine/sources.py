@@ -10,6 +10,7 @@ from pathlib import Path
 from loraover.checkpoint.base_model import described
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
+from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
 from loraover.common.errors import ExportError
 from loraover_export.numerics.delta import Delta, adapted_modules, read_delta
@@ -39,6 +40,11 @@ class Sources:
     def modules(self) -> list[str]:
         """Paths of the modules that any of the adapters has matrices for."""
         return list(dict.fromkeys(module for adapter in self.adapters for module in adapted_modules(adapter)))
+
+    @property
+    def stacks(self) -> Sequence[ExpertStack]:
+        """Parameters of experts that the adapters change, which are the same in all adapters that change any."""
+        return next((adapter.stacks for adapter in self.adapters if adapter.stacks), ())
 
     @property
     def base_model(self) -> str | None:
@@ -72,6 +78,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     sources = Sources(tuple(paths), tuple(read_source(path) for path in paths))
     for adapter in sources.adapters:
         adapter.check_keeps_base()
+    _check_experts(sources)
     _check_base(sources)
     _check_shapes(sources)
     return sources
@@ -84,7 +91,7 @@ def check_plain(sources: Sources) -> None:
         ExportError: another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
     """
     for adapter in sources.adapters:
-        check_fields(adapter, MERGE)
+        check_fields(adapter, MERGE, allowed={"target_parameters"} if adapter.stacks else ())
         check_tensors(adapter, weight_shapes(adapter), MERGE)
 
 
@@ -107,6 +114,19 @@ def _shape(adapter: AdapterDir, module: str) -> tuple[int, int]:
     kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.sites else "lora_"
     a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in "AB")
     return b[0], a[1]
+
+
+def _check_experts(sources: Sources) -> None:
+    """Refuse experts whose A may be another matrix' B, and stacks that one file cannot hold."""
+    for adapter in sources.adapters:
+        if adapter.stacks and not adapter.has_present_layout:
+            raise ExportError(
+                f"{adapter.path}: adapts experts, and records no PEFT of {PRESENT_LAYOUT} or newer, which swapped "
+                "their A and B. Write it again with loraover-export convert, which compares it with its base model."
+            )
+    wrappers = [{s.path: s.wrapper for s in adapter.stacks} for adapter in sources.adapters if adapter.stacks]
+    if any(found != wrappers[0] for found in wrappers):
+        raise ExportError("the adapters adapt different parameters of experts; combine those that adapt the same.")
 
 
 def _check_base(sources: Sources) -> None:

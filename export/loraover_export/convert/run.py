@@ -17,6 +17,7 @@ from loraover_export.convert.effect import compare_outputs
 from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import AnyMethod, Place, Refused
+from loraover_export.convert.methods.experts import stacks_of
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
 from loraover_export.convert.report import ConvertReport
 from loraover_export.convert.request import ConvertRequest
@@ -161,6 +162,7 @@ def _convert(
         request.force,
         others,
         modules or None,
+        stacks_of(adapter),
         [*carried_notes(others, modules), *_tied_notes(places, adapter)],
     )
     return write_lora(approximations(places, adapter.layout, request.rank, ranks), len(places), target, report)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, open_exact
+from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import sync
@@ -70,6 +70,7 @@ def write_rounded(
     dtype: str,
     *,
     prepare: Callable[[str, Exact], Exact] = lambda key, exact: exact,
+    pack: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     on_tensor: Callable[[int], None] = lambda done: None,
     beside: Sequence[Callable[[Event], None]] = (),
 ) -> list[MatrixCertificate]:
@@ -82,6 +83,7 @@ def write_rounded(
         dtype: fp32, bf16 or fp16.
         prepare: change of an exact tensor before the rounding; returns it with the bound of its new error. Several
             threads call it.
+        pack: change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
         on_tensor: called with the number of tensors so far.
         beside: functions to run at the same time, such as the comparison of checksums. What one of them raises is
             raised before any other error. Each is given an event that is set when it should stop.
@@ -90,6 +92,7 @@ def write_rounded(
     """
     rounded, certificates = round_exact(source, keys, dtype, prepare=prepare, on_tensor=on_tensor, beside=beside)
     file = directory / TENSORS_FILE
+    rounded = (pack or adapter_of(source).packed)(rounded)
     save_tensors(rounded, file)
     with workers() as threads:
         flushed = threads.start(sync, file)  # the disk works while the file is read back

@@ -58,14 +58,14 @@ class FoldedAndTwins:
         self._sites = list(find_sites(self._model).values())
         self._model.requires_grad_(False).eval()
         self.twins = [f"twin{i}" for i in range(twins)]
-        self._matrices = {FOLDED: [site.parameter.detach().clone() for site in self._sites]}
+        self._matrices = {FOLDED: [site.values.clone() for site in self._sites]}
         self._matrices |= _round_twins(self._sites, self.twins, checkpoint, coarser, report)
 
     @torch.no_grad()
     def active(self, name: str) -> Any:
         """Return the model with the matrices of FOLDED, or of one of `twins`."""
         for site, matrix in zip(self._sites, self._matrices[name], strict=True):
-            site.parameter.copy_(matrix)
+            site.values.copy_(matrix)
         return self._model
 
 

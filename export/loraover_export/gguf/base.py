@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.common.errors import ExportError
 from loraover_export.gguf.families import Family, find_family, interleave
+from loraover_export.gguf.target import expert_tensors, tensor_names
 from loraover_export.gguf.write import Written
 
 PLAIN_ROPE = (None, "default")
@@ -95,6 +97,15 @@ def _add_family(writer: Any, config: Any, name: str) -> None:
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if name == "qwen3moe":
+        if not config.norm_topk_prob:
+            raise ExportError(
+                "norm_topk_prob is false, and llama.cpp normalises the weights of chosen experts of every qwen3moe; "
+                "the model cannot be written."
+            )
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
 def _head_size(config: Any) -> int:
@@ -102,13 +113,15 @@ def _head_size(config: Any) -> int:
 
 
 def _tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    import gguf
-
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    names, experts = tensor_names(family, config), find_expert_weights(model)
     for key, parameter in model.named_parameters():
         module, _, part = key.rpartition(".")
         weight = parameter.detach()
+        if key in experts:
+            tensors = expert_tensors(names, key)
+            for name, rows in zip(tensors, weight.chunk(len(tensors), dim=1), strict=True):
+                yield f"{name}.weight", np.ascontiguousarray(rows.float().numpy())
+            continue
         if module.endswith("norm") and family.name.startswith("gemma"):
             weight = weight + 1  # transformers multiplies by 1 + weight
         if family.interleaved and module.endswith(("q_proj", "k_proj")):

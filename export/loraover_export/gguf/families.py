@@ -43,6 +43,7 @@ FAMILIES = {
     "Phi3ForCausalLM": Family("phi3"),
     "Qwen2ForCausalLM": Family("qwen2"),
     "Qwen3ForCausalLM": Family("qwen3"),
+    "Qwen3MoeForCausalLM": Family("qwen3moe"),
     "SmolLM3ForCausalLM": Family("smollm3", interleaved=True),
 }
 """Families by the model class that `config.json` names."""

@@ -200,12 +200,16 @@ def _check_adapter(model: GgufHeader, adapter: GgufHeader) -> None:
 
 
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], *, is_embedding: bool) -> bool:
-    """Whether A (r, in) and B (out, r) fit a weight (out, in); an embedding has A (tokens, r) and B (dimension, r)."""
-    if not len(a) == len(b) == len(weight) == 2:
+    """Whether A (r, in) and B (out, r) fit a weight (out, in); an embedding has A (tokens, r) and B (dimension, r).
+
+    Those of experts have the number of experts in front.
+    """
+    if not (len(a) == len(b) == len(weight) in (2, 3) and a[:-2] == b[:-2] == weight[:-2]):
         return False
+    (a, b), sizes = (a[-2:], b[-2:]), weight[-2:]
     if is_embedding:
-        return (a[0], b[0]) == weight and a[1] == b[1]
-    return (b[0], a[1]) == weight and a[0] == b[1]
+        return (a[0], b[0]) == sizes and a[1] == b[1]
+    return (b[0], a[1]) == sizes and a[0] == b[1]
 
 
 class _FailedError(Exception):

@@ -27,7 +27,7 @@ def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:
         ExportError: an adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
-    check_fields(adapter, MERGE)
+    check_fields(adapter, MERGE, allowed={"target_parameters"} if adapter.stacks else ())
     for site in adapter.sites:
         if site.endswith("A"):
             _check_module(adapter, module_of(site), target)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, publish_file
 from loraover.common.dtypes import short_dtype
@@ -73,6 +73,7 @@ def export_gguf(
     adapter = read_source(request.source)
     base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
     target = read_target(base)
+    adapter = on_base(adapter, target.experts)
     left_out = check_adapter(adapter_of(adapter), target)
     return _publish(request, adapter, target, left_out, report)
 

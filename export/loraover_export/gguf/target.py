@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import site_name
+from loraover.checkpoint.expert_stacks import ExpertStack, ExpertWeight, find_expert_weights
+from loraover.checkpoint.peft_adapter import site_key, site_name
+from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover_export.gguf.families import Family, find_family, interleave
 from loraover_export.uniform.matrices import module_of
@@ -43,6 +46,8 @@ class Target:
         tied: whether its head is its embedding.
         modules: modules that llama.cpp can adapt, by path.
         others: paths of its other modules.
+        experts: parameters of its experts, by path.
+        expert_tensors: llama.cpp's names of the tensors that hold such a parameter, by path. Each holds as many rows.
     """
 
     source: ModelSource
@@ -51,6 +56,25 @@ class Target:
     tied: bool
     modules: Mapping[str, TargetModule]
     others: frozenset[str]
+    experts: Mapping[str, ExpertWeight]
+    expert_tensors: Mapping[str, tuple[str, ...]]
+
+    def pack_experts(self, stack: ExpertStack, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return one parameter's A (E, r, n) and B (E, m, r) by llama.cpp's names of the tensors that they adapt.
+
+        Where llama.cpp keeps gate and up apart, each has a part of the rows of B, and both have the same A.
+
+        Args:
+            stack: the pairs of the experts.
+            matrices: A and B of each expert, by their keys.
+        """
+        a, b = (
+            torch.stack([matrices[site_key(f"{stack.expert(e)}.lora_{matrix}")] for e in range(stack.experts)])
+            for matrix in "AB"
+        )
+        names = self.expert_tensors[stack.path]
+        found = {f"{name}.lora_a": a for name in names}
+        return found | {f"{name}.lora_b": rows for name, rows in zip(names, b.chunk(len(names), dim=1), strict=True)}
 
     def tensor_name(self, site: str) -> str:
         """Return llama.cpp's name of an A or B matrix."""
@@ -80,15 +104,43 @@ def read_target(source: ModelSource) -> Target:
     config = load_config(source)
     architecture = config.architectures[0]
     family = find_family(architecture, source.name)
-    modules, others = _name_modules(load_skeleton(source), family, config)
-    return Target(source, architecture, family, bool(config.tie_word_embeddings), modules, frozenset(others))
+    model, names = load_skeleton(source), tensor_names(family, config)
+    modules, others = _name_modules(model, names, family, config)
+    experts = find_expert_weights(model)
+    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(names, path)) for path in experts}
+    for path, weight in experts.items():
+        owner, _, parameter = path.rpartition(".")
+        for expert in range(weight.experts):
+            modules[f"{owner}.{expert}.{parameter}"] = TargetModule(tensors[path][0], weight.shape, False, None)
+    tied = bool(config.tie_word_embeddings)
+    return Target(source, architecture, family, tied, modules, frozenset(others), experts, tensors)
 
 
-def _name_modules(model: Any, family: Family, config: Any) -> tuple[dict[str, TargetModule], set[str]]:
+def tensor_names(family: Family, config: Any) -> Any:
+    """Return the gguf package's map from names of modules to llama.cpp's."""
     import gguf
 
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    return gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+
+
+def expert_tensors(names: Any, path: str) -> list[str]:
+    """Return llama.cpp's names of the tensors that hold a parameter of experts, in the order of its rows.
+
+    Raises:
+        ExportError: llama.cpp has no such tensors.
+    """
+    owner, _, parameter = path.rpartition(".")
+    parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+    found = [names.get_name(f"{owner}.{part}") for part in parts]
+    if None in found:
+        raise ExportError(f"{path}: llama.cpp has no tensors of these experts; the model cannot be written.")
+    return found
+
+
+def _name_modules(model: Any, names: Any, family: Family, config: Any) -> tuple[dict[str, TargetModule], set[str]]:
+    import gguf
+
     rotated = {
         gguf.MODEL_TENSOR.ATTN_Q: config.num_attention_heads,
         gguf.MODEL_TENSOR.ATTN_K: config.num_key_value_heads,
@@ -96,7 +148,7 @@ def _name_modules(model: Any, family: Family, config: Any) -> tuple[dict[str, Ta
     found, others = {}, set()
     for path, module in model.named_modules():
         name = names.get_type_and_name(path)
-        if name is None or not isinstance(module, nn.Linear | nn.Embedding):
+        if name is None or getattr(getattr(module, "weight", None), "ndim", 0) != 2:
             others.add(path)
             continue
         m, n = module.weight.shape

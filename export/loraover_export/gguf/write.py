@@ -61,7 +61,11 @@ def write_adapter(
         prepare=lambda key, exact: target.lay_out(key, form(key, exact)),
         on_tensor=on_tensor,
     )
-    tensors = {target.tensor_name(site_name(key) or key): matrix for key, matrix in rounded.items()}
+    tensors = {
+        target.tensor_name(site_name(key) or key): matrix for key, matrix in rounded.items() if key not in adapter.parts
+    }
+    for stack in adapter.stacks:
+        tensors |= target.pack_experts(stack, rounded)
     fields: dict[str, str | int | float] = {
         "general.type": "adapter",
         "general.name": name,
@@ -138,6 +142,6 @@ def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mappi
 
 
 def _bytes(matrix: Tensor) -> npt.NDArray[np.uint8]:
-    """Return a matrix's bytes, row by row, in the machine's order, which GGUF shares on every machine that runs it."""
+    """Return a tensor's bytes, row by row, in the machine's order, which GGUF shares on every machine that runs it."""
     raw: npt.NDArray[np.uint8] = matrix.contiguous().view(torch.uint8).numpy()
     return raw

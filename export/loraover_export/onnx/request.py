@@ -16,6 +16,7 @@ from loraover.common.errors import ConfigError, ExportError
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.numerics.delta import other_tensors
+from loraover_export.uniform.refusals import check_no_experts
 
 CHOICES = {"mode": ("merged", "swappable"), "precision": ("fp32", "fp16", "int4"), "device": ("cpu", "cuda")}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -133,6 +134,7 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
     dirs = [adapter_of(source) for source in adapters.values()]
     for adapter in dirs:
         adapter.check_keeps_base()
+        check_no_experts(adapter, "the export to ONNX")
         if request.mode == "swappable":
             check_swappable(adapter)
     tasks = {(adapter.config.model_extra or {}).get("task_type") for adapter in dirs}

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from loraover.checkpoint.base_model import naming
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of
@@ -23,6 +25,7 @@ def write_uniform(
     dtype: str,
     config: dict[str, Any],
     on_tensor: Callable[[int], None] = lambda done: None,
+    pack: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> list[MatrixCertificate]:
     """Write the uniform adapter, and certify each matrix against its exact value.
 
@@ -34,6 +37,7 @@ def write_uniform(
         dtype: fp32, bf16 or fp16.
         config: contents of `adapter_config.json`, from `uniform_config`.
         on_tensor: called after each tensor with the number of tensors so far.
+        pack: change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
 
     Raises:
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
@@ -41,7 +45,7 @@ def write_uniform(
     """
     adapter = adapter_of(source)
     prepare, keys = to_uniform(adapter), adapter.sites.values()
-    certificates = write_rounded(source, keys, directory, dtype, prepare=prepare, on_tensor=on_tensor)
+    certificates = write_rounded(source, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
     write_config(config, directory)
     return certificates
 

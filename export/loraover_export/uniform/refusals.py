@@ -48,6 +48,23 @@ def check_fields(adapter: AdapterDir, remedy: str, *, allowed: Collection[str] =
         )
 
 
+def check_no_experts(adapter: AdapterDir, reader: str) -> None:
+    """Refuse LoRA of experts that share one parameter.
+
+    Args:
+        adapter: the adapter.
+        reader: what cannot read it, as the subject of "applies no LoRA of experts".
+
+    Raises:
+        ExportError: an adapter with stacked pairs.
+    """
+    if adapter.stacks:
+        raise ExportError(
+            f"{adapter.tensors_path}: adapts {adapter.stacks[0].path}, which holds all experts; {reader} applies no "
+            "LoRA of experts. Merge the adapter into the base model with PEFT's merge_and_unload."
+        )
+
+
 def check_tensors(
     adapter: AdapterDir,
     weights: Mapping[str, tuple[int, ...]],

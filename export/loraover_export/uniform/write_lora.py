@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loraover.checkpoint.base_model import base_facts
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
+from loraover.checkpoint.expert_stacks import ExpertStack
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, pack_stacks, site_key
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.errors import ExportError, FoldError
@@ -33,6 +34,7 @@ from loraover_export.uniform.certificate import (
     module_facts,
     record_source,
 )
+from loraover_export.uniform.experts import stack_fields
 from loraover_export.uniform.folder import plain_config
 
 
@@ -80,6 +82,7 @@ class LoraOutput:
         force: replace an adapter of this kind that is already at `output`.
         others: tensors that are written as they are, by their keys in the file.
         modules_to_save: modules that these tensors belong to.
+        stacks: parameters of experts that are adapted; each of their experts is a module.
         notes: what else a reader should know, in words.
         if_zero: message of the error if every delta is zero.
     """
@@ -96,6 +99,7 @@ class LoraOutput:
     force: bool = False
     others: Mapping[str, Tensor] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
+    stacks: Sequence[ExpertStack] = ()
     notes: Sequence[str] = ()
     if_zero: str = "every delta_W is zero, so the adapter would do nothing; train it first."
 
@@ -197,19 +201,21 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
         prefix = f"{matrix.module.module}.lora_{'embedding_' * matrix.module.embedding}"
         tensors[site_key(f"{prefix}A")] = pad(matrix.a, (0, 0, 0, missing)).contiguous()
         tensors[site_key(f"{prefix}B")] = pad(matrix.b, (0, missing)).contiguous()
+    tensors = pack_stacks(target.stacks, tensors)
     save_tensors(tensors, draft / TENSORS_FILE)
     lost = first_difference(draft / TENSORS_FILE, tensors)
     if lost is not None:
         raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
+    experts = {stack.expert(index) for stack in target.stacks for index in range(stack.experts)}
     config = plain_config(
         certificate.rank,
-        [part.module.module for part in stored],
+        [part.module.module for part in stored if part.module.module not in experts],
         base_model=target.base_model,
         revision=target.revision,
         task_type=target.task_type,
         modules_to_save=target.modules_to_save,
     )
-    write_config(config, draft)
+    write_config(config | stack_fields(target.stacks), draft)
     (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
     (draft / "README.md").write_text(_card(target, certificate), encoding="utf-8")
 

@@ -22,6 +22,7 @@ class Architecture(BaseModel):
         packed: modules that vLLM fuses, with the names that adapters use for their parts.
         language_model: prefix, in vLLM's names, of the modules that a multimodal class adapts by default; None for a
             text-only class.
+        stacked_experts: whether vLLM reads LoRA of experts as PEFT stacks it, and not each expert's by itself.
         renames: rules (kind, old, new) that turn a tensor's name in a file into vLLM's, in the order vLLM applies them.
     """
 
@@ -30,6 +31,7 @@ class Architecture(BaseModel):
     embeddings: tuple[str, ...]
     packed: dict[str, tuple[str, ...]]
     language_model: str | None
+    stacked_experts: bool = False
     renames: tuple[tuple[Literal["regex", "substr", "prefix", "suffix"], str, str], ...]
 
     def rename(self, path: str) -> str:
@@ -75,6 +77,15 @@ LATER = {
     )
 }
 """Classes that take adapters since a release after the one of `architectures.json`, read from vLLM's sources."""
+
+
+W123 = {"Lfm2MoeForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM", "PhiMoEForCausalLM"}
+"""Classes whose experts are named w1, w3 and w2, after their checkpoints: `get_expert_mapping` in vLLM's models."""
+
+
+def projections_of(architecture: str) -> tuple[str, str, str]:
+    """Return a class's names of the gate, up and down projections of each expert."""
+    return ("w1", "w3", "w2") if architecture in W123 else ("gate_proj", "up_proj", "down_proj")
 
 
 def architectures_of(version: str | None) -> Architectures:

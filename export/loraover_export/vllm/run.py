@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
@@ -16,15 +16,16 @@ from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.experts import split_experts, stack_fields
 from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
-from loraover_export.vllm.architectures import architectures_of
+from loraover_export.vllm.architectures import Architectures, architectures_of, projections_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate
 from loraover_export.vllm.launch import launch_commands
 from loraover_export.vllm.preflight import PREFLIGHT_FILE, Preflight, preflight
 from loraover_export.vllm.report import VllmReport
 from loraover_export.vllm.request import VllmRequest
-from loraover_export.vllm.served import read_served
+from loraover_export.vllm.served import ServedModel, read_served
 
 
 def export_vllm(
@@ -74,7 +75,10 @@ def export_vllm(
     check_replaceable(request.output, "adapter", CONFIG_FILE, inputs=[request.source], replace=request.force)
     replaces = request.output.exists()
     adapter = read_source(request.source)
-    candidate = _candidate(request, adapter_of(adapter), replaces, report)
+    served, known = _served(request, adapter_of(adapter), report)
+    adapter = on_base(adapter, served.experts)
+    name, address = request.adapter_name, _address(served.source)
+    candidate = Candidate(adapter_of(adapter), served, known, name, address, request.dtype, replaces)
     found = preflight(candidate)
     if not found.passed:
         return VllmReport(preflight=found)
@@ -85,11 +89,10 @@ def export_vllm(
     return VllmReport(preflight=found, certificate=certificate, serve=commands["serve"], load=commands["load"])
 
 
-def _candidate(request: VllmRequest, adapter: AdapterDir, replaces: bool, report: Reporter) -> Candidate:
+def _served(request: VllmRequest, adapter: AdapterDir, report: Reporter) -> tuple[ServedModel, Architectures]:
     source = resolve_base([adapter], request.model, option="--model", say=report.line)
     known = architectures_of(request.vllm_version)
-    served = read_served(source, known.lora)
-    return Candidate(adapter, served, known, request.adapter_name, _address(source), request.dtype, replaces)
+    return read_served(source, known.lora), known
 
 
 def _address(source: ModelSource) -> str:
@@ -116,9 +119,16 @@ def _write(
 ) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
     others = served.modules.keys() - candidate.modules.keys()
-    config = uniform_config(adapter, served.source, name_modules(candidate.modules, others))
+    config = uniform_config(adapter, served.source, name_modules(candidate.modules.keys() - candidate.experts, others))
+    pack = None
+    if adapter.stacks and not (candidate.architecture and candidate.architecture.stacked_experts):
+        projections = projections_of(served.architecture)
+        config["target_modules"] += projections
+        pack = split_experts(adapter, projections)
+    else:
+        config |= stack_fields(adapter.stacks)
     with report.task("writing matrices", len(adapter.sites)) as done:
-        matrices = write_uniform(source, draft, request.dtype, config, done)
+        matrices = write_uniform(source, draft, request.dtype, config, done, pack)
     return VllmCertificate(
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",
         base_model=config["base_model_name_or_path"],

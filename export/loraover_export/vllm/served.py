@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
 from loraover.models.load import ModelSource, load_config, load_skeleton
 
 
@@ -14,12 +15,12 @@ class ServedModule:
     """One module of the served model.
 
     Args:
-        kind: kind of layer that PEFT and vLLM would adapt it as.
+        kind: kind of layer that PEFT and vLLM would adapt it as. One expert's part of a parameter is an "expert".
         type_name: name of its class.
         shape: (in_features, out_features), or (vocabulary, embedding dimension); None for other kinds.
     """
 
-    kind: Literal["linear", "embedding", "other"]
+    kind: Literal["linear", "embedding", "expert", "other"]
     type_name: str
     shape: tuple[int, int] | None = None
 
@@ -33,7 +34,9 @@ class ServedModel:
         architecture: name of the model class that vLLM looks up.
         dtype: data type that the configuration gives, such as "bfloat16"; None if it gives none.
         vocabulary: number of tokens; None if the configuration gives none.
-        modules: modules by path; empty if vLLM serves no adapters on this architecture.
+        experts: parameters of its experts, by path.
+        modules: modules by path, and experts like "model.layers.0.mlp.experts.3.down_proj"; empty if vLLM serves no
+            adapters on this architecture.
     """
 
     source: ModelSource
@@ -41,6 +44,7 @@ class ServedModel:
     dtype: str | None
     vocabulary: int | None
     modules: Mapping[str, ServedModule] = field(default_factory=dict)
+    experts: Mapping[str, ExpertWeight] = field(default_factory=dict)
 
 
 def read_served(source: ModelSource, supported: Mapping[str, Any] | None = None) -> ServedModel:
@@ -57,15 +61,22 @@ def read_served(source: ModelSource, supported: Mapping[str, Any] | None = None)
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     architecture = config.architectures[0]
-    modules = {}
+    modules, experts = {}, {}
     if supported is None or architecture in supported:
-        modules = {name: _describe(module) for name, module in load_skeleton(source).named_modules() if name}
+        model = load_skeleton(source)
+        experts = find_expert_weights(model)
+        modules = {name: _describe(module) for name, module in model.named_modules() if name}
+        for path, weight in experts.items():
+            owner, _, parameter = path.rpartition(".")
+            described = ServedModule("expert", "part of a parameter", weight.shape[::-1])
+            modules |= {f"{owner}.{index}.{parameter}": described for index in range(weight.experts)}
     return ServedModel(
         source=source,
         architecture=architecture,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         vocabulary=getattr(text, "vocab_size", None),
         modules=modules,
+        experts=experts,
     )
 
 

@@ -140,7 +140,7 @@ class GradientScore(Score):
             self._sums[i] = torch.where(there, found, 0.0) + (0.0 if total is None else total)
 
     def _matrices(self, names: Sequence[str]) -> Tensor:
-        return full(torch.stack([self.sites[name].parameter.detach() for name in names])).float()
+        return full(torch.stack([self.sites[name].values for name in names])).float()
 
     def values(self, probe: Probe | None) -> dict[str, float]:
         scores = dict.fromkeys(self.sites, 0.0)

@@ -30,6 +30,10 @@ class LossImpact(Score):
     def values(self, probe: Probe | None) -> dict[str, float]:
         if probe is None:
             raise ConfigError("loss_impact runs the model on calibration batches; give them with `probe`.")
+        if any(site.part is not None for site in self.sites.values()):
+            raise ConfigError(
+                "loss_impact switches layers off, and cannot switch off one expert; choose another score."
+            )
         whole = _loss(probe)
         layers = lora_layers(probe.model)
         impact: dict[tuple[str, str], float] = {}

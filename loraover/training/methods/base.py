@@ -115,7 +115,8 @@ def linear_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
     for path, layer in layers.items():
         base = layer.get_base_layer()
         if not isinstance(base, nn.Linear | Conv1D) or not base.weight.is_floating_point():
-            kind = f"{type(base).__name__} of {base.weight.dtype}"
+            weight = getattr(base, "weight", None)
+            kind = type(base).__name__ + ("" if weight is None else f" of {weight.dtype}")
             raise ConfigError(f"lora.target_modules: {path} is a {kind}; {method} takes linear layers of floats only.")
         if count[id(base.weight)] > 1:
             raise ConfigError(

@@ -25,6 +25,7 @@ from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.prompts import read_prompts
 from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.numerics.delta import other_tensors
+from loraover_export.uniform.refusals import check_no_experts
 from loraover_serve.parity.report.machine import machine, versions
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines import engine_class
@@ -143,6 +144,7 @@ def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRe
     source = read_source(request.adapter)
     layout = adapter_of(source)
     layout.check_keeps_base()
+    check_no_experts(layout, "the check of engines")
     base = resolve_base([layout], request.model, option="--model", say=report.line)
     _check_task(layout, base)
     device = str(choose_device(request.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.command_line import printable
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
@@ -29,6 +29,7 @@ def check_adapters(
         report: receiver of the warnings.
 
     Raises:
+        CheckpointError: LoRA of experts that does not fit the model.
         ConfigError: an adapter that vLLM refuses or would serve wrongly without a message.
     """
     known = architectures_of(version)
@@ -37,7 +38,8 @@ def check_adapters(
     served, platform = read_served(source, known.lora), _platform(version)
     found: dict[Finding, list[str]] = {}
     for name, adapter in adapters.items():
-        checked = preflight(Candidate(adapter, served, known, name, address, None, platform=platform))
+        placed = read_on_base(adapter, served.experts)
+        checked = preflight(Candidate(placed, served, known, name, address, None, platform=platform))
         for finding in checked.findings:
             found.setdefault(finding, []).append(name)
     for finding, names in found.items():

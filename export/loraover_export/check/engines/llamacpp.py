@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
+from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
+from loraover.models.load import ModelSource
 from loraover_export.check.engines.base import (
     CORES,
     OTHER_BASE,
@@ -57,6 +59,11 @@ PEFT_FORM = {
 }
 
 
+def _check(adapter: AdapterDir, base: ModelSource) -> None:
+    target = read_target(base)
+    check_adapter(read_on_base(adapter, target.experts), target)
+
+
 @final
 class LlamaCpp(Engine):
     """llama.cpp, which reads GGUF only."""
@@ -72,7 +79,7 @@ class LlamaCpp(Engine):
             yield Finding(feature="row order", level="note", found=found)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        yield from refused_by(lambda adapter, base: check_adapter(adapter, read_target(base)), subject)
+        yield from refused_by(_check, subject)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "gguf", ending=".gguf")

@@ -57,7 +57,7 @@ class OpenVino(Engine):
     def exported(self, subject: Subject) -> Iterator[Finding]:
         yield from uniform_form(subject)
         if subject.lora is not None:
-            yield from react(subject, UNIFORM_FORM)
+            yield from react(subject, UNIFORM_FORM | ({"experts": IGNORED} if subject.lora.stacks else {}))
 
     def export(self, subject: Subject) -> str:
         return command(subject, "vllm", ending="-uniform")

@@ -17,13 +17,24 @@ from loraover_export.check.subject import Subject
 PEFT_FORM = {
     "method": note("PEFT has this method"),
     "DoRA": note("PEFT has the magnitudes"),
-    "experts": note("PEFT before 0.19 stored these matrices transposed; load it with the release that saved it"),
     "rank": refused("PEFT cannot load matrices of another rank"),
     "key prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
     "missing modules": silent("PEFT ignores their matrices, with a Python warning at most"),
     "other shapes": refused("PEFT cannot load matrices of other shapes"),
     "cores": CORES,
 }
+
+
+def _swapped(subject: Subject) -> Iterator[Finding]:
+    """Yield what PEFT does with experts whose A and B a PEFT before 0.19 saved the other way round."""
+    flipped = [] if subject.lora is None else [stack for stack in subject.lora.stacks if stack.is_flipped]
+    if flipped:
+        shapes = {subject.served.experts[stack.path].shape for stack in flipped}
+        fits = all(m == n for m, n in shapes)
+        found = f"PEFT before 0.19 saved {flipped[0].path} with A and B swapped; " + (
+            "this release applies the transposed matrices" if fits else "this release cannot load them"
+        )
+        yield Finding(feature="experts", level="wrong silently" if fits else "refused", found=found)
 
 
 @final
@@ -34,6 +45,7 @@ class Torch(Engine):
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield from react(subject, PEFT_FORM)
+        yield from _swapped(subject)
         start = initialisation(subject)
         if start is not None and quantised_base(subject) is not None:
             text = f"{start}; PEFT cannot take it from quantised weights"

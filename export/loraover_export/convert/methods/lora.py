@@ -23,6 +23,7 @@ from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import KEPT_BASE, AdapterConfig
 from loraover_export.convert.methods.base import Dense, LowRank, Method, Place
+from loraover_export.convert.methods.experts import expert_places, stacks_of
 from loraover_export.convert.methods.tokens import token_places
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 
@@ -48,10 +49,15 @@ class Lora(Method[LoraFields]):
         *("lora_magnitude_vector", "lora_magnitude_vector.weight", TOKENS),
     )
     embeddings = True
+    inert = frozenset({"target_parameters"})
     rank: ClassVar[str] = "r; PiSSA and OLoRA 2 r; DoRA full"
 
     def places(self, adapter: Adapter[LoraFields]) -> Iterator[Place]:
+        yield from expert_places(adapter)
+        wrappers = {stack.wrapper for stack in stacks_of(adapter)}
         for path, tensors in adapter.layout.modules.items():
+            if path in wrappers:
+                continue
             if TOKENS not in tensors:
                 yield from self.place(adapter, path)
                 continue

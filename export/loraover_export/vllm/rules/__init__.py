@@ -12,7 +12,16 @@ from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.known_faults import known_faults
 from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.rules.config import bias, initialisation, other_parameters, patterns, variant
-from loraover_export.vllm.rules.model import architecture, base_model, modules, no_ops, shapes, targets, vocabulary
+from loraover_export.vllm.rules.model import (
+    architecture,
+    base_model,
+    experts,
+    modules,
+    no_ops,
+    shapes,
+    targets,
+    vocabulary,
+)
 from loraover_export.vllm.rules.tensors import tensors
 from loraover_export.vllm.versions import READ
 
@@ -83,6 +92,7 @@ RULES: dict[str, Callable[[Candidate], Iterator[Problem]]] = {
     "modules": modules,
     "shapes": shapes,
     "targets": targets,
+    "experts": experts,
     "silent no-ops": no_ops,
     "vocabulary": vocabulary,
     "rank": rank,

@@ -27,7 +27,7 @@ TOKEN_HEADS = Versions(since="0.33.0")
 def variant(candidate: Candidate) -> Iterator[Problem]:
     """Fields of PEFT's LoRA variants, and unknown fields; vLLM ignores the latter without a message."""
     for field, value in candidate.config.items():
-        if not value or field in TRAINING_ONLY | JUDGED:
+        if not value or field in TRAINING_ONLY | JUDGED or (field == "target_parameters" and candidate.adapter.stacks):
             continue
         kind = VARIANTS.get(field)
         yield Problem(

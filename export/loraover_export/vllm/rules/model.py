@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from loraover.overparam.expert_part import FUSED
 from loraover_export.vllm.architectures import Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 from loraover_export.vllm.known_faults import known_faults
+
+MERGE = "merge the adapter into the base model with PEFT and serve that"
+EXPORT = "write it with loraover-export vllm"
 
 MAX_VOCABULARY = 258048
 """Tokens that vLLM's LogitsProcessorWithLoRA can hold: vllm/lora/layers/logits_processor.py."""
@@ -122,6 +126,8 @@ def targets(candidate: Candidate) -> Iterator[Problem]:
 def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | None:
     served, mapped = candidate.served_module(path), allowed.rename(candidate.present[path])
     name = mapped.rpartition(".")[2]
+    if served.kind == "expert":
+        return None
     if served.kind == "other":
         return f"a {served.type_name}, neither a linear layer nor an embedding"
     if (served.kind == "embedding") != (path in candidate.embeddings):
@@ -133,6 +139,31 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
     if name in allowed.packed and name not in allowed.packed[name]:
         return f"vLLM expects its parts {', '.join(allowed.packed[name])} instead"
     return None
+
+
+def experts(candidate: Candidate) -> Iterator[Problem]:
+    """LoRA of experts in a form that vLLM's class does not read: vllm/lora/model_manager.py and lora_weights.py."""
+    allowed, adapter = candidate.architecture, candidate.adapter
+    if allowed is None or not adapter.stacks:
+        return
+    kinds: dict[str, set[str]] = {}
+    for stack in adapter.stacks:
+        kinds.setdefault(stack.module, set()).add(stack.parameter)
+    partial = [module for module, parameters in kinds.items() if len(parameters) < len(FUSED)]
+    if partial:
+        yield Problem(
+            f"{listed(partial)}: only one of {' and '.join(FUSED)} is adapted, and vLLM stops unless both are",
+            f"train with both in target_parameters, or {MERGE}",
+        )
+    if candidate.platform == "cpu":
+        yield Problem("vLLM has no LoRA of experts on a CPU", f"serve on a GPU, or {MERGE}")
+    if candidate.dtype is None and not allowed.stacked_experts:
+        yield Problem(
+            f"the file stacks the experts, and vLLM's {candidate.served.architecture} reads a pair for each expert",
+            EXPORT,
+        )
+    elif candidate.dtype is None and any(stack.is_flipped for stack in adapter.stacks):
+        yield Problem("A and B of the experts are swapped, as PEFT before 0.19 saved them", EXPORT, is_silent=True)
 
 
 def no_ops(candidate: Candidate) -> Iterator[Problem]:

@@ -1,0 +1,53 @@
+"""One expert's matrix in a stack of LoRA matrices, as PEFT keeps them for a parameter that holds all experts.
+
+For a parameter (E, m, n), PEFT's `target_parameters` makes one A (E r, n), whose rows are sorted by the expert, and one
+B (m, r E), in whose columns the expert runs fastest: delta_W_e = scaling * B_e @ A_e.
+
+Source: ParamWrapper.get_delta_weight in peft/tuners/lora/layer.py of PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
+
+FUSED = ("gate_up_proj", "down_proj")
+"""Parameters of transformers' modules of experts, in the order in which PEFT wraps them, from the inside."""
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Place of one expert's matrix in a stack.
+
+    Args:
+        matrix: "A", a stack of shape (E r, n), or "B", one of shape (m, r E).
+        expert: Index of the expert.
+        experts: Number E of experts.
+    """
+
+    matrix: Side
+    expert: int
+    experts: int
+
+    def of(self, stack: Tensor) -> Tensor:
+        """Return the expert's A (r, n) or B (m, r): a view, whatever the strides of the stack."""
+        if self.matrix == "A":
+            return stack.view(self.experts, -1, stack.shape[1])[self.expert]
+        return stack.view(len(stack), -1, self.experts)[..., self.expert]
+
+
+def part_of(part: ExpertPart | None, tensor: Tensor) -> Tensor:
+    """Return one expert's matrix of a stack, or the tensor itself if it is the matrix."""
+    return tensor if part is None else part.of(tensor)
+
+
+def stack_experts(matrix: Side, parts: Sequence[Tensor]) -> Tensor:
+    """Return the stack that holds these A or B, one of each expert in order."""
+    return torch.cat(list(parts)) if matrix == "A" else torch.stack(list(parts), dim=-1).flatten(1)

@@ -1,0 +1,118 @@
+"""Adapters of fused experts as ordinary pairs: both of PEFT's layouts, against PEFT's own deltas."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from loraover.checkpoint.exact_tensors import on_base, read_source
+from loraover.checkpoint.expert_stacks import find_expert_weights
+from loraover.common.errors import CheckpointError, ExportError
+from loraover_export import combine_adapters, convert_adapter, diff_adapters, export_onnx, merge_adapter
+from loraover_export.numerics.delta import read_deltas
+from loraover_serve import verify_adapter
+
+from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
+
+SQUARE = {"moe_intermediate_size": 32}
+"""gate_up_proj of each expert is 64 x 64."""
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.18.1", None])
+@pytest.mark.parametrize("sizes", [{}, SQUARE], ids=["oblong", "square"])
+def test_deltas_are_pefts_in_both_layouts(tmp_path: Path, sizes: dict[str, int], version: str | None) -> None:
+    base = find_expert_weights(tiny_moe(**sizes))
+    deltas = peft_deltas(expert_lora(tiny_moe(**sizes), tmp_path / "adapter"))
+    if version != "0.21.2":
+        flip(tmp_path / "adapter", version)
+    if sizes and version is None:
+        with pytest.raises(CheckpointError, match=r"square, \(64, 64\).*does not record the version of PEFT"):
+            on_base(read_source(tmp_path / "adapter"), base)
+        return
+    source = on_base(read_source(tmp_path / "adapter"), base)
+    assert on_base(source, base) == source
+    found = {delta.module: delta.product().value for delta in read_deltas(source)}
+    assert len(deltas) == 2 * 2 * EXPERTS
+    for path, delta in deltas.items():
+        torch.testing.assert_close(found[path], delta.double(), rtol=1e-5, atol=1e-6)
+    assert found.keys() - deltas.keys() == {f"model.layers.{i}.self_attn.{m}_proj" for i in range(2) for m in "qv"}
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.18.1"])
+def test_a_conversion_is_read_by_peft(tmp_path: Path, version: str) -> None:
+    """From either layout, two ranks and rsLoRA to PEFT's present stacks of one rank."""
+    base = tiny_moe()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    deltas = peft_deltas(expert_lora(base, tmp_path / "adapter"))
+    if version == "0.18.1":
+        flip(tmp_path / "adapter", version)
+    report = convert_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert report.certificate.passed
+    assert report.exact_rank == report.certificate.rank == 4
+    converted = PeftModel.from_pretrained(tiny_moe(), tmp_path / "out")
+    found = peft_deltas(converted)
+    assert found.keys() == deltas.keys()
+    for path, delta in deltas.items():
+        torch.testing.assert_close(found[path], delta, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"target_parameters": ["mlp.experts.gate_up_proj"]},
+            "has 2 stacked pairs, and target_parameters names .* gate_up",
+        ),
+        ({"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.w2"]}, "no others than gate_up_proj and down"),
+        ({"r": 5}, "has 16 rows and lora_B 16 columns, expected equal multiples of 5"),
+    ],
+)
+def test_stacks_that_contradict_the_configuration_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    expert_lora(tiny_moe(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        read_source(tmp_path)
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    expert_lora(tiny_moe(), tmp_path)
+    for other in ({"num_experts": 3}, {"moe_intermediate_size": 40}):
+        with pytest.raises(CheckpointError, match="name the model that the adapter was trained on"):
+            on_base(read_source(tmp_path), find_expert_weights(tiny_moe(**other)))
+
+
+def test_sums_and_differences(tmp_path: Path) -> None:
+    """The sum of an adapter with itself at two weights; an old file has to be converted first."""
+    deltas = peft_deltas(expert_lora(tiny_moe(), tmp_path / "one"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    combine_adapters([tmp_path / "one", tmp_path / "two"], tmp_path / "sum", weights=[0.5, -2.0])
+    found = peft_deltas(PeftModel.from_pretrained(tiny_moe(), tmp_path / "sum"))
+    for path, delta in deltas.items():
+        torch.testing.assert_close(found[path], -1.5 * delta, rtol=1e-5, atol=1e-6)
+    assert diff_adapters(tmp_path / "one", tmp_path / "two").difference < 1e-9
+    flip(tmp_path / "two", "0.18.1")
+    with pytest.raises(ExportError, match="Write it again with loraover-export convert"):
+        diff_adapters(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_applies_no_experts_says_so(tmp_path: Path) -> None:
+    base = tiny_moe()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    expert_lora(base, tmp_path / "adapter")
+    with pytest.raises(ExportError, match=r"gate_up_proj, which holds all experts; the export to ONNX"):
+        export_onnx(tmp_path / "adapter", tmp_path / "onnx", mode="merged")
+    with pytest.raises(ExportError, match="the check of engines applies no LoRA of experts"):
+        verify_adapter(tmp_path / "adapter", engines=["torch"])
+    with pytest.raises(ExportError, match="an adapter of single parameters"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")

@@ -1,0 +1,124 @@
+"""LoRA of experts for vLLM: a pair for each expert, or stacks, as the class of the served model reads them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loraover_export import VllmReport, export_vllm
+from loraover_export.vllm.architectures import known_architectures
+
+from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
+from support.tiny_models import token_ids
+from support.vllm_command import vllm_command
+
+READER = Path(__file__).resolve().parents[1] / "support" / "vllm_reader.py"
+KEY = "base_model.model.model.layers.1.mlp.experts"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> tuple[Path, Any]:
+    base = tiny_moe()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    return tmp_path / "adapter", expert_lora(base, tmp_path / "adapter")
+
+
+def export(folder: Path, *, stacked: bool, monkeypatch: pytest.MonkeyPatch, **options: Any) -> VllmReport:
+    """Export for the class of the base, made to read stacks or not."""
+    allowed = known_architectures().lora
+    described = allowed["Qwen3MoeForCausalLM"].model_copy(update={"stacked_experts": stacked})
+    monkeypatch.setitem(allowed, "Qwen3MoeForCausalLM", described)
+    return export_vllm(folder, folder.parent / "out", dtype="fp32", force=True, **options)
+
+
+def product(tensors: dict[str, Tensor], module: str) -> Tensor:
+    return tensors[f"{module}.lora_B.weight"].double() @ tensors[f"{module}.lora_A.weight"].double()
+
+
+def test_the_table_says_what_vllm_reads() -> None:
+    stacked = {name for name, found in known_architectures().lora.items() if found.stacked_experts}
+    assert {"GptOssForCausalLM", "Qwen3VLMoeForConditionalGeneration"} <= stacked
+    assert not stacked & {"Qwen3MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM"}
+
+
+@pytest.mark.parametrize("version", [None, "0.18.0"], ids=["as saved", "flipped"])
+def test_each_expert_gets_its_pairs(
+    adapter: tuple[Path, Any], version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = adapter
+    deltas = peft_deltas(model)
+    if version is not None:
+        flip(folder, version)
+    report = export(folder, stacked=False, monkeypatch=monkeypatch)
+    assert report.passed
+    tensors = load_file(folder.parent / "out" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * (2 * 2 + 2 * EXPERTS * 3)
+    for expert in range(EXPERTS):
+        gate, up, down = (product(tensors, f"{KEY}.{expert}.{name}_proj") for name in ("gate", "up", "down"))
+        module = f"model.layers.1.mlp.experts.{expert}"
+        torch.testing.assert_close(
+            torch.cat([gate, up]), deltas[f"{module}.gate_up_proj"].double(), rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(down, deltas[f"{module}.down_proj"].double(), rtol=1e-5, atol=1e-6)
+    config = json.loads((folder.parent / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    assert "target_parameters" not in config
+
+
+@pytest.mark.parametrize("version", [None, "0.18.0"], ids=["as saved", "flipped"])
+def test_stacks_are_those_of_peft(
+    adapter: tuple[Path, Any], version: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = adapter
+    ids = token_ids(seed=3)
+    expected = model(input_ids=ids).logits.detach()
+    if version is not None:
+        flip(folder, version)
+    assert export(folder, stacked=True, monkeypatch=monkeypatch).passed
+    assert f"{KEY}.base_layer.lora_A.weight" in load_file(folder.parent / "out" / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(folder.parent / "base")
+    served = PeftModel.from_pretrained(base, folder.parent / "out").eval()
+    torch.testing.assert_close(served(input_ids=ids).logits.detach(), expected, rtol=0, atol=1e-5)
+    with served.disable_adapter():
+        assert float((served(input_ids=ids).logits - expected).abs().max()) > 1e-2
+
+
+@pytest.mark.engine
+def test_vllm_loads_the_pairs(adapter: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own loader, with the names that its class of this model expects; no expert's LoRA runs on a CPU."""
+    folder, model = adapter
+    export(folder, stacked=False, monkeypatch=monkeypatch)
+    names = [f"experts.{e}.{name}_proj" for e in range(EXPERTS) for name in ("gate", "up", "down")]
+    asked = {"path": str(folder.parent / "out"), "expected": ["q_proj", "v_proj", *names], "rank": 8}
+    request = {"adapters": [asked], "architectures": ["Qwen3MoeForCausalLM"], "names": {}, "out": str(tmp_path)}
+    python = vllm_command().parent / "python"
+    done = subprocess.run([python, READER], input=json.dumps(request), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["read"] == [None]
+    assert answer["classes"]["Qwen3MoeForCausalLM"]["stacked_experts"] is False
+    found = load_file(tmp_path / "0.safetensors")
+    for path, delta in peft_deltas(model).items():
+        owner, _, parameter = path.rpartition(".")
+        parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+        read = torch.cat([found[f"{owner}.{part}"] for part in parts])
+        torch.testing.assert_close(read, delta.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_half_of_an_expert_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_moe()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    expert_lora(base, tmp_path / "adapter", target_parameters=["mlp.experts.down_proj"])
+    report = export(tmp_path / "adapter", stacked=False, monkeypatch=monkeypatch)
+    assert [finding.rule for finding in report.preflight.findings if finding.level == "error"] == ["experts"]
