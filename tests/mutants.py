@@ -138,6 +138,30 @@ MUTANTS = (
         "return nats",
         Selection("test_federated.py", "two_clients"),
     ),
+    Mutant(
+        "tensorguide-starts-from-another-function",
+        "return Pair(now.b - first.b, now.a)",
+        "return Pair(now.b, now.a)",
+        Selection("test_tensorguide.py", "keeps_the_models_function"),
+    ),
+    Mutant(
+        "tensorguide-reads-b-row-by-row",
+        "vectors[:, at:].reshape(-1, r, layout.out_features).mT",
+        "vectors[:, at:].reshape(-1, layout.out_features, r)",
+        Selection("test_tensorguide.py", "contraction_equals"),
+    ),
+    Mutant(
+        "tensorguide-pulls-back-without-a",
+        'stack_gradients(self.factors("B")), stack_gradients(self.factors("A"))]',
+        'stack_gradients(self.factors("B")), 0 * stack_gradients(self.factors("A"))]',
+        Selection("test_tensorguide.py", "differences_of_the_oracle or micro_batches"),
+    ),
+    Mutant(
+        "tensorguide-resumes-from-its-first-cores",
+        "nn.ModuleList(self.trains).load_state_dict(tensors)",
+        "tensors.clear()",
+        Selection("test_tensorguide.py", "resumes_to_the_same_bits"),
+    ),
     # The optimizer's hooks
     Mutant(
         "hooks-matrix-keeps-its-gradient",

@@ -32,7 +32,7 @@ from loraover.common.command_line import Command
 )
 @click.option(
     "--method",
-    type=click.Choice(["lora", "lora-over", "full", "soma", "lorasc", "federated"]),
+    type=click.Choice(["lora", "lora-over", "full", "soma", "lorasc", "federated", "tensorguide"]),
     help="Train plain LoRA, LoRA-Over, all weights, or by another method, see docs/methods.md.",
 )
 @click.option("--model", help="Base model: folder or hub name.")

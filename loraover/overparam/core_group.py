@@ -70,7 +70,7 @@ class CoreGroup:
         """
         matrices = full(torch.stack([site.values for site in sites]))
         dtype = torch.promote_types(matrices.dtype, torch.float32)
-        generators = [_generator(seed, site.name) for site in sites]
+        generators = [seeded_generator(seed, site.name) for site in sites]
         cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
         if isinstance(decomposition, Eigen) and bases:
             measured = [{side: basis.cpu().double() for side, basis in bases[site.name].items()} for site in sites]
@@ -303,7 +303,7 @@ def _merged(states: Sequence[Mapping[str, Any]], stack: Tensor) -> dict[str, Any
     return merged if all(state.keys() == first.keys() for state in states) else None
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def seeded_generator(seed: int, name: str) -> torch.Generator:
     """Return a generator that depends on the seed and the site alone, not on the process or the group."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "soma": {"method": "soma"},
     "lorasc": {"method": "lorasc"},
     "federated": {"method": "federated"},
+    "tensorguide": {"method": "tensorguide"},
 }
 """What each method sets in a recipe; `lora-matched` also takes the rank at which A and B are as many as the cores."""
 

@@ -1,4 +1,4 @@
-"""Settings of the methods beside LoRA-Over: the keys `soma`, `lorasc` and `federated` of a recipe."""
+"""Settings of the methods beside LoRA-Over: the keys `soma`, `lorasc`, `federated` and `tensorguide`."""
 
 from __future__ import annotations
 
@@ -56,3 +56,15 @@ class FederatedSettings(MethodSettings):
         None, gt=0, allow_inf_nan=False, description="Privacy budget that a run may not exceed; None: no limit."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Delta at which epsilon is stated.")
+
+
+class TensorGuideSettings(MethodSettings):
+    """Settings of `method: tensorguide`, see `loraover.training.methods.tensorguide`."""
+
+    tt_rank: int = Field(8, ge=1, description="Largest bond between two cores of a tensor train.")
+    cores: int = Field(
+        4, ge=2, le=12, description="Number of cores, among which r (in_features + out_features) is divided as factors."
+    )
+    input_seed: int | None = Field(
+        None, ge=0, lt=2**32, description="Seed of the frozen Gaussian inputs; None: training.seed."
+    )

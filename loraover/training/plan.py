@@ -94,7 +94,8 @@ def make_plan(recipe: Recipe) -> Plan:
     examples = None if training.max_steps is not None else _count_examples(recipe)
     steps = recipe.steps(examples or 0)
 
-    model: nn.Module = base
+    model: Any = base
+    method = None
     if recipe.method != "full":
         lora = recipe.lora.model_copy(update={"init_lora_weights": True})  # others decompose weights, which are absent
         task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
@@ -107,6 +108,8 @@ def make_plan(recipe: Recipe) -> Plan:
         schedule = Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
         cores, added = schedule.most_parameters
         gauge = schedule.most_gauge_numbers
+    elif method is not None and (cores := method.count_cores(model)):
+        added = cores - trained // CORE_BYTES
     batch = training.per_device_train_batch_size
     clients = recipe.federated.clients if recipe.method == "federated" else 1
     seen = steps * batch * training.gradient_accumulation_steps * clients

@@ -16,18 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from loraover.checkpoint.peft_adapter import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.overparam.config import LoraOverConfig
-from loraover.training.method_settings import FederatedSettings, LoraScSettings, SomaSettings
+from loraover.training.method_settings import FederatedSettings, LoraScSettings, SomaSettings, TensorGuideSettings
 
 MAX_YAML_BYTES = 2**20
 
 SOAP = "soap"
 """Name of the optimizer that transformers does not have."""
 
-OTHER_METHODS = ("soma", "lorasc", "federated")
+OTHER_METHODS = ("soma", "lorasc", "federated", "tensorguide")
 """Methods whose settings stand under a key with their name."""
 
-PRIVATE_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
-"""Optimizers that method federated can give to its clients."""
+PLAIN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
+"""Optimizers that methods federated and tensorguide take, since they make them themselves."""
 
 RENAMED = {"push_base": "push_model"}
 """New name of each key that has been renamed."""
@@ -193,7 +193,7 @@ class Recipe(_Part):
     model_revision: str | None = Field(
         None, description="Commit or tag on the hub; the run's copy of the recipe names the commit."
     )
-    method: Literal["lora", "lora-over", "full", "soma", "lorasc", "federated"] = Field(
+    method: Literal["lora", "lora-over", "full", "soma", "lorasc", "federated", "tensorguide"] = Field(
         "lora-over",
         description="Plain LoRA, LoRA-Over, full (all weights, for comparison), or a method of docs/methods.md.",
     )
@@ -203,6 +203,7 @@ class Recipe(_Part):
     soma: SomaSettings = Field(SomaSettings(), description="Settings of method soma.")
     lorasc: LoraScSettings = Field(LoraScSettings(), description="Settings of method lorasc.")
     federated: FederatedSettings = Field(FederatedSettings(), description="Settings of method federated.")
+    tensorguide: TensorGuideSettings = Field(TensorGuideSettings(), description="Settings of method tensorguide.")
     training: Training = Field(description="The run, in the terms of transformers' TrainingArguments.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
     tensorboard: bool = Field(False, description="Log to TensorBoard too.")
@@ -244,14 +245,19 @@ class Recipe(_Part):
         return self
 
     @model_validator(mode="after")
-    def _can_be_private(self) -> Recipe:
-        if self.method != "federated":
+    def _suits_a_method_with_its_own_optimizer(self) -> Recipe:
+        if self.method not in ("federated", "tensorguide"):
             return self
         training = self.training
-        if training.optim not in PRIVATE_OPTIMIZERS or training.loraplus_lr_ratio is not None:
-            raise ValueError(f"method federated takes training.optim {', '.join(PRIVATE_OPTIMIZERS)}, without LoRA+")
-        if training.precision != "fp32" or training.gradient_checkpointing:
+        if training.optim not in PLAIN_OPTIMIZERS or training.loraplus_lr_ratio is not None:
+            raise ValueError(f"method {self.method} takes training.optim {', '.join(PLAIN_OPTIMIZERS)}, without LoRA+")
+        if self.method == "federated" and (training.precision != "fp32" or training.gradient_checkpointing):
             raise ValueError("method federated takes training.precision fp32, without gradient_checkpointing")
+        if self.method == "tensorguide" and (training.precision == "fp16" or training.weight_decay):
+            raise ValueError(
+                "method tensorguide takes training.precision fp32 or bf16, and no training.weight_decay: smaller cores "
+                "would not bring B back to zero"
+            )
         return self
 
     @property

@@ -38,7 +38,7 @@ from loraover.training.examples import Examples, load_examples
 from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.hf_trainer import make_trainer
 from loraover.training.methods import make_method
-from loraover.training.methods.base import Method, served_size
+from loraover.training.methods.base import Method, count_trained, served_size
 from loraover.training.push import moved_copy, push, pushed_base
 from loraover.training.recipe import SOAP, Recipe, load_recipe
 from loraover.training.run_folder import (
@@ -268,7 +268,7 @@ def _prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     untrained = factors(model) if recipe.trains_only_products else None
     if method is not None:
         method.start(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over, method)
     _check_trainer(trainer, recipe, len(examples.train.rows), report)

@@ -98,6 +98,8 @@ class RunResult(BaseModel):
             "parameters served": f"{self.lora_parameters:,}",
             "parameters added while training": f"{self.added_parameters:,}",
         }
+        if self.trained_parameters is not None:
+            rows["parameters trained"] = f"{self.trained_parameters:,}"
         if self.served_rank is not None:
             rows["rank and bytes served"] = f"{self.served_rank}, {self.served_bytes:,}"
         if self.served_error is not None:

@@ -1,8 +1,9 @@
-"""SoMA, LoRASC and federated LoRA in NumPy, from the papers' descriptions."""
+"""SoMA, LoRASC, federated LoRA and TensorGuide in NumPy, from the papers' descriptions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,3 +53,25 @@ def gaussian_epsilon(noise_multiplier: float, steps: int, delta: float, orders: 
         epsilon = divergence + np.log1p(-1 / order) - (np.log(delta) + np.log(order)) / (order - 1)
         found = min(found, epsilon)
     return float(found)
+
+
+def train_operands(z: Any, cores: Sequence[Any]) -> list[Any]:
+    """Arguments of NumPy's or PyTorch's einsum for all sums of a tensor train at once: Oseledets 2011, section 4.3."""
+    d = len(cores)
+    operands: list[Any] = [z, list(range(d))]
+    for k, core in enumerate(cores):
+        operands += [core, [2 * d + k, k, d + k, 2 * d + k + 1]]
+    return [*operands, list(range(d, 2 * d))]
+
+
+def guided_pair(z: Matrix, cores: Sequence[Matrix], r: int, in_features: int) -> tuple[Matrix, Matrix]:
+    """A and B_y of a module, number by number: Qi et al. 2025, and the order of the authors' code."""
+    y = np.einsum(*train_operands(z, cores), optimize=True).ravel()
+    a = np.empty((r, in_features))
+    b = np.empty((y.size // r - in_features, r))
+    for j in range(r):
+        for i in range(in_features):
+            a[j, i] = y[i * r + j]
+        for o in range(len(b)):
+            b[o, j] = y[in_features * r + j * len(b) + o]
+    return a, b

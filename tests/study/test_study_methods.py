@@ -25,7 +25,13 @@ pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 
 pytestmark = pytest.mark.process
 
-METHODS = ["lora", "soma:soma.frozen_blocks=1", "lorasc:lorasc.stages=3:lorasc.noise=0.1", "federated:r=2"]
+METHODS = [
+    "lora",
+    "soma:soma.frozen_blocks=1",
+    "lorasc:lorasc.stages=3:lorasc.noise=0.1",
+    "federated:r=2",
+    "tensorguide:tensorguide.tt_rank=2",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,11 +51,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_settings_of_a_method_reach_its_recipe(recipe: Path) -> None:
     rates: dict[str, list[float]] = {method: [1e-3] for method in METHODS}
     runs = {one.method: one.recipe for one in make_grid([str(recipe)], rates, 1, {})}
-    assert [one.method for one in runs.values()] == ["lora", "soma", "lorasc", "federated"]
+    assert [one.method for one in runs.values()] == ["lora", "soma", "lorasc", "federated", "tensorguide"]
     assert runs[METHODS[1]].soma.frozen_blocks == 1
     assert (runs[METHODS[2]].lorasc.stages, runs[METHODS[2]].lorasc.noise) == (3, 0.1)
     assert runs[METHODS[3]].lora.r == 2
-    assert [is_plain(method) for method in METHODS] == [True, False, False, False]
+    assert runs[METHODS[4]].tensorguide.tt_rank == 2
+    assert [is_plain(method) for method in METHODS] == [True, False, False, False, False]
 
 
 def test_the_report_has_the_rank_and_bytes_that_each_method_serves(recipe: Path, tmp_path: Path) -> None:
@@ -57,12 +64,15 @@ def test_the_report_has_the_rank_and_bytes_that_each_method_serves(recipe: Path,
     assert run(cli, [*words, "-o", str(tmp_path / "out")]) == 0
     report = StudyReport.model_validate_json((tmp_path / "out" / "study.json").read_text())
     methods = {result.method: result for result in report.tasks[0].methods}
-    assert {method: methods[method].served_rank for method in METHODS} == dict(zip(METHODS, (4, 8, 12, 2), strict=True))
-    lora, soma, lorasc, federated = (methods[method] for method in METHODS)
+    assert {method: methods[method].served_rank for method in METHODS} == dict(
+        zip(METHODS, (4, 8, 12, 2, 4), strict=True)
+    )
+    lora, soma, lorasc, federated, tensorguide = (methods[method] for method in METHODS)
     assert lora.served_bytes == 4 * lora.served_parameters == 4 * lora.trained_parameters
     assert soma.trained_parameters * 2 == soma.served_parameters == lora.served_parameters  # half of the blocks
     assert lorasc.served_bytes == 3 * (lora.served_bytes or 0)
     assert federated.trained_parameters < federated.served_parameters
+    assert tensorguide.trained_parameters < tensorguide.served_parameters == lora.served_parameters
     table = (tmp_path / "out" / "study.md").read_text()
     assert "| served rank | served bytes |" in table
     assert f"| 12 | {lorasc.served_bytes:,} |" in table

@@ -10,9 +10,15 @@ from loraover.training.methods.base import Method
 from loraover.training.methods.federated import Federated
 from loraover.training.methods.lorasc import LoraSc
 from loraover.training.methods.soma import Soma
+from loraover.training.methods.tensorguide import TensorGuide
 from loraover.training.recipe import Recipe
 
-METHODS: dict[str, type[Method]] = {"soma": Soma, "lorasc": LoraSc, "federated": Federated}
+METHODS: dict[str, type[Method]] = {
+    "soma": Soma,
+    "lorasc": LoraSc,
+    "federated": Federated,
+    "tensorguide": TensorGuide,
+}
 """Classes of the methods, by the recipe's `method`."""
 
 

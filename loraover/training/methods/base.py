@@ -13,13 +13,14 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.sites import lora_layers
 from loraover.reporting.reporter import Reporter
-from loraover.training.recipe import Recipe
+from loraover.training.recipe import Recipe, Training
 from loraover.training.run_result import Privacy
 
 ADAPTER = "default"  # PEFT's name of the only adapter
@@ -66,6 +67,14 @@ class Method(ABC):
         Raises:
             ConfigError: the method cannot train the model.
         """
+
+    def count_cores(self, model: PeftModel) -> int:
+        """Count the numbers that are trained in place of A and B; 0 for a method that trains A or B themselves.
+
+        Raises:
+            ConfigError: the method cannot train the model.
+        """
+        return 0
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return callbacks for the Trainer, which come before the one that seals checkpoints."""
@@ -206,6 +215,20 @@ def truncate(b: Tensor, a: Tensor, rank: int) -> tuple[Pair, float]:
     kept[0][:, : len(root)] = left @ u[:, :rank] * root
     kept[1][: len(root)] = root[:, None] * (vt[:rank] @ right.mT)
     return Pair(*kept), float(values[rank:].norm())
+
+
+def make_optimizer(training: Training, parameters: list[nn.Parameter]) -> Optimizer:
+    """Return the optimizer of a recipe, one of `PLAIN_OPTIMIZERS`, for a method that makes it itself."""
+    options: Any = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    if training.optim == "sgd":
+        return torch.optim.SGD(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=training.optim == "adamw_torch_fused", **options)
+
+
+def count_trained(model: Any, method: Method | None) -> int:
+    """Count the numbers that the optimizer steps: those of the method's cores, or else of the model's parameters."""
+    cores = 0 if method is None else method.count_cores(model)
+    return cores or sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ from transformers import Trainer, get_scheduler
 from loraover.common.errors import ConfigError
 from loraover.overparam.sites import lora_layers
 from loraover.reporting.reporter import Reporter
-from loraover.training.methods.base import ADAPTER, Method
+from loraover.training.methods.base import ADAPTER, Method, make_optimizer
 from loraover.training.recipe import Recipe
 from loraover.training.run_folder import log_measures
 from loraover.training.run_result import Privacy
@@ -159,7 +159,7 @@ class Federated(Method):
             rows = order[k :: self.settings.clients]
             rate = self._rate(len(rows))
             optimizer = DPOptimizer(
-                self._optimizer(trained),
+                make_optimizer(self.recipe.training, trained),
                 noise_multiplier=self.settings.noise_multiplier,
                 max_grad_norm=self.settings.clip,
                 expected_batch_size=rate * len(rows),
@@ -167,13 +167,6 @@ class Federated(Method):
             )
             clients.append(Client(rows, rate, optimizer))
         return clients
-
-    def _optimizer(self, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        training = self.recipe.training
-        options: Any = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-        if training.optim == "sgd":
-            return torch.optim.SGD(trained, **options)
-        return torch.optim.AdamW(trained, fused=training.optim == "adamw_torch_fused", **options)
 
     def _step(
         self, wrapped: Any, loader: Any, client: Client, learning_rate: float, drawing: torch.Generator
