@@ -14,7 +14,7 @@ import torch
 from peft import LoHaConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertModel
 
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, OutputError
@@ -25,7 +25,7 @@ from loraover_export.convert.methods.base import Refused
 
 from support.conversions import SOURCES, fill, make_base, make_source, our_deltas
 from support.refusals import only_error
-from support.tiny_models import token_ids
+from support.tiny_models import tiny_bert, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +203,24 @@ def test_a_classifier_is_taken_over(folder: Path, tmp_path: Path) -> None:
         plain = load().eval()(input_ids=ids).logits
     assert float((found - expected).abs().max()) <= 1e-5
     assert float((plain - expected).abs().max()) >= 1e-2
+
+
+@torch.no_grad()
+def test_an_adapter_without_a_task_stays_so(folder: Path, tmp_path: Path) -> None:
+    """PEFT loads it on a model without a head, which a causal language model's adapter would not fit."""
+    model = tiny_bert()
+    model.bert.save_pretrained(tmp_path / "base")
+    base = BertModel.from_pretrained(tmp_path / "base")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        trained = get_peft_model(base, LoHaConfig(r=2, target_modules=["query"]))
+        fill(trained, "LOHA")
+    trained.save_pretrained(tmp_path / "source")
+    convert_adapter(tmp_path / "source", tmp_path / "out")
+    expected = trained.eval()(input_ids=token_ids()).last_hidden_state
+    loaded = PeftModel.from_pretrained(BertModel.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()
+    assert loaded.peft_config["default"].task_type is None
+    assert float((loaded(input_ids=token_ids()).last_hidden_state - expected).abs().max()) <= 1e-5
 
 
 class TestTheCommand:

@@ -75,7 +75,7 @@ class LoraOutput:
         sources: folders of the adapters that are read.
         base_model: folder or hub name of the base model; None if it is not known.
         revision: commit of the base model on the hub; None for folders.
-        task_type: PEFT's name of the task; None means CAUSAL_LM.
+        task_type: PEFT's name of the task; None if the adapter names none.
         dtype: data type to store the adapter in: fp32, bf16 or fp16.
         force: replace an adapter of this kind that is already at `output`.
         others: tensors that are written as they are, by their keys in the file.
