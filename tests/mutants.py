@@ -271,6 +271,12 @@ MUTANTS = (
         Selection("test_merge.py", "oracles_sum"),
     ),
     Mutant(
+        "merge-trusts-the-shapes-of-the-files",
+        "if shard.shape(key) != tuple(parameter.shape):",
+        "if len(shard.shape(key)) != parameter.ndim:",
+        Selection("test_merge_refused.py", "base_that_cannot"),
+    ),
+    Mutant(
         "low-rank-balances-b-only",
         "a * torch.where(used, 1 / power, 0.0)[:, None]",
         "a * torch.where(used, 1.0, 0.0)[:, None]",
