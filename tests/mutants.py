@@ -437,6 +437,12 @@ MUTANTS = (
         "scaling / (len(a) + 1e-5)",
         Selection("test_convert.py", "delta_is_pefts"),
     ),
+    Mutant(
+        "convert-checks-after-publishing",
+        "        check(draft)\n    return certificate",
+        "    check(target.output)\n    return certificate",
+        Selection("test_convert_refused.py", "check_that_cannot"),
+    ),
     # Data, recipes, plans and studies
     Mutant(
         "format-last-turn-alone",

@@ -117,6 +117,16 @@ def site_name(key: str) -> str | None:
     return name if _SITE_KEY.fullmatch(name) and site_key(name) == key else None
 
 
+def saved_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the number of rows of a classification head that an adapter replaces; None if it replaces none.
+
+    Args:
+        shapes: Shapes of an adapter's tensors, by key.
+    """
+    heads = [key for key in shapes if key.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]
+    return next((shapes[key][0] for key in heads if "lora" not in key), None)
+
+
 def read_adapter_dir(path: Path) -> AdapterDir:
     """Read the configuration and the tensor layout of an adapter.
 

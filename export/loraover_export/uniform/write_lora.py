@@ -113,7 +113,13 @@ class _Stored(NamedTuple):
     matrices: list[MatrixCertificate]
 
 
-def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Reporter = SILENT) -> LoraCertificate:
+def write_lora(
+    work: Iterable[Work],
+    total: int,
+    target: LoraOutput,
+    report: Reporter = SILENT,
+    check: Callable[[Path], object] = lambda draft: None,
+) -> LoraCertificate:
     """Compute modules on threads, round each matrix once, and publish them as a plain PEFT LoRA with a certificate.
 
     The adapter has one rank, to which smaller ones are padded with zeros, and scaling 1, so that every engine reads it
@@ -125,6 +131,7 @@ def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Rep
         total: number of modules, for the progress.
         target: destination.
         report: receiver of progress.
+        check: called with the folder of a certified adapter before it is published; if it raises, nothing is left.
 
     Returns:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
@@ -146,6 +153,7 @@ def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Rep
         if not certificate.passed:
             raise AbandonedError
         _save(target, stored, certificate, draft)
+        check(draft)
     return certificate
 
 
