@@ -438,6 +438,30 @@ MUTANTS = (
         Selection("test_convert.py", "delta_is_pefts"),
     ),
     Mutant(
+        "pissa-start-alike-on-all-machines",
+        "float((residual - (stored.double() - b0 @ a0)).norm()) + apart",
+        "float((residual - (stored.double() - b0 @ a0)).norm())",
+        Selection("test_convert_bounds.py", "another_machine"),
+    ),
+    Mutant(
+        "part-error-halved",
+        "return math.sqrt(2) * e * float(growth.norm())",
+        "return math.sqrt(2) * e * float(growth.norm()) / 2",
+        Selection("test_single_precision.py", "attained"),
+    ),
+    Mutant(
+        "deft-rounding-of-the-sum-alone",
+        "rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * size",
+        "rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * float(a.norm())",
+        Selection("test_convert_bounds.py", "cancel"),
+    ),
+    Mutant(
+        "osf-start-in-float32",
+        "(factor.to(stored.dtype).double() for factor in (start.u, start.s, start.vt))",
+        "(factor.double() for factor in (start.u, start.s, start.vt))",
+        Selection("test_convert_bounds.py", "peft_stores"),
+    ),
+    Mutant(
         "convert-checks-after-publishing",
         "        check(draft)\n    return certificate",
         "    check(target.output)\n    return certificate",

@@ -13,14 +13,11 @@ from loraover.checkpoint.error_bounds import gamma
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.errors import ExportError
 from loraover_export.convert.engines import fit_in_words
-from loraover_export.convert.methods.base import LowRank, Place
+from loraover_export.convert.methods.base import ROUNDINGS, LowRank, Place
 from loraover_export.convert.source import Layout
 from loraover_export.numerics.delta import U64, Delta
 from loraover_export.numerics.low_rank import Svd, decompose, dense_svd, product_norm
 from loraover_export.uniform.write_lora import Approximation, Work
-
-ROUNDINGS = 16
-"""Most roundings of float64 on the way to an element of delta_W, in units of the sum of its dimensions and rank."""
 
 
 def approximations(

@@ -44,7 +44,7 @@ class Approximation:
         delta: the factors, with the scaling in B; its rank may be 0.
         norm: Frobenius norm of the exact delta_W.
         truncation_error: Frobenius norm of what was left out on purpose; 0 if nothing was.
-        arithmetic_bound: bound of the error of the arithmetic in float64, as a Frobenius norm.
+        arithmetic_bound: bound of the error of the arithmetic, as a Frobenius norm.
     """
 
     delta: Delta
