@@ -277,6 +277,18 @@ MUTANTS = (
         Selection("test_merge_refused.py", "base_that_cannot"),
     ),
     Mutant(
+        "low-rank-bound-of-the-factorizations-alone",
+        "bound = self.noise(rank) + OF_NORMS * (1 + self.departure) * product",
+        "bound = self.noise(rank) / 100",
+        Selection("test_low_rank.py", "covers_exact"),
+    ),
+    Mutant(
+        "storage-error-of-b-alone",
+        "sum_norm([(change_b, exact_a), (b.double(), change_a)])",
+        "sum_norm([(change_b, exact_a)])",
+        Selection("test_shrink.py", "error_is_the_tail"),
+    ),
+    Mutant(
         "low-rank-balances-b-only",
         "a * torch.where(used, 1 / power, 0.0)[:, None]",
         "a * torch.where(used, 1.0, 0.0)[:, None]",

@@ -17,6 +17,8 @@ from loraover.common.strict_json import read_json
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+BASE_WEIGHT = ".base_layer.weight"
+"""Ending of the key of an adapted module's frozen weight, which PEFT saves beside an adapted embedding."""
 _SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)")
 
 T = TypeVar("T")
