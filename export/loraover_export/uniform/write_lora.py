@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ def write_lora(
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
 
     Raises:
-        ExportError: every delta_W is zero.
+        ExportError: every delta_W is zero, or two belong to one module.
         FoldError: an element beyond the range of the storage type, or a file that does not hold what was written.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
@@ -179,6 +180,12 @@ def _store(approximation: Approximation, dtype: str) -> _Stored:
 
 
 def _certificate(target: LoraOutput, stored: Sequence[_Stored], sources: list[SourceRecord]) -> LoraCertificate:
+    twice = next((name for name, count in Counter(part.module.module for part in stored).items() if count > 1), None)
+    if twice is not None:
+        raise ExportError(
+            f"{', '.join(map(str, target.sources))}: two deltas belong to {twice}, and an adapter has one for each "
+            "module; the file names the module in two ways, so save the adapter again."
+        )
     if not any(part.module.rank and part.module.norm for part in stored):
         raise ExportError(f"{', '.join(map(str, target.sources))}: {target.if_zero}")
     matrices = [matrix for module in stored for matrix in module.matrices]
