@@ -145,7 +145,7 @@ def replacing(key: str, tensor: Tensor) -> Change:
     return lambda tensors: tensors | {key: tensor}
 
 
-def test_full_rank_needs_leave(folder: Path, tmp_path: Path) -> None:
+def test_full_rank_needs_a_rank_to_truncate_to(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"full rank, 32.*--rank R.*--max-lora-rank 32"):
         convert_adapter(folder / "oft", tmp_path / "out")
     assert not (tmp_path / "out").exists()

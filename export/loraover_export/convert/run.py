@@ -47,13 +47,12 @@ def convert_adapter(
     """Write an adapter of any kind that PEFT trains as a plain LoRA, which every engine reads.
 
     The conversion is exact where delta_W has a finite rank, and computed from the adapter's factors in float64.
-    Otherwise, or with a smaller `rank`, it is the best approximation of that rank, whose error is told.
+    Otherwise, or with a smaller `rank`, it is the best approximation of that rank, with its error in the certificate.
 
     Args:
         source: folder of a PEFT adapter of any kind.
         output: new folder for the LoRA, its certificate and a model card.
-        rank: largest rank of the result, and the leave to lose what does not fit into it; None means exact, or
-            nothing.
+        rank: largest rank of the result; what does not fit into it is lost. None means that the result must be exact.
         model: base model, folder or hub name; None means the adapter's.
         dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
         check_error: also compare logits of the source and of the result, both as PEFT loads them.
@@ -70,8 +69,8 @@ def convert_adapter(
         ConfigError: arguments that cannot be used, or a base model that cannot be read.
         DataError: no usable prompt in the file.
         CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
-        ExportError: an adapter that is no change of weights, changes more than weights, or has a larger rank than asked
-            for without leave.
+        ExportError: an adapter that does not change weights, changes more than weights, or has full rank while `rank`
+            is None.
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """

@@ -58,7 +58,7 @@ class Lora(Method[LoraFields]):
                 continue
             module = adapter.module(path)
             if tensors != {TOKENS}:
-                raise module.refuse("it has a LoRA and single trained tokens, which cannot be told apart afterwards.")
+                raise module.refuse("it has both a LoRA and single trained tokens; train with one of them.")
             yield from token_places(module, TOKENS, _indices(module))
 
     def delta(self, module: Module[LoraFields]) -> LowRank | Dense:

@@ -119,7 +119,7 @@ class Peanut(Method[PeanutFields]):
 
 
 class OsfFields(MethodConfig):
-    """Fields of OSFConfig; the shapes of the tensors tell how many triplets are trained."""
+    """Fields of OSFConfig; the shapes of the tensors show how many triplets are trained."""
 
 
 @final
