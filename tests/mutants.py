@@ -235,8 +235,8 @@ MUTANTS = (
     ),
     Mutant(
         "json-infinite-numbers-pass",
-        "parse_constant=_finite, parse_float=_finite)",
-        "parse_constant=_finite)",
+        "number = _finite if finite else float",
+        "number = float",
         Selection("test_checkpoint_refused.py", "wrong_adapter_config"),
     ),
     # Fold and delta
