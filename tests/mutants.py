@@ -259,8 +259,8 @@ MUTANTS = (
     ),
     Mutant(
         "json-infinite-numbers-pass",
-        "parse_constant=_finite, parse_float=_finite)",
-        "parse_constant=_finite)",
+        "number = _finite if finite else float",
+        "number = float",
         Selection("test_checkpoint_refused.py", "wrong_adapter_config"),
     ),
     # Fold and delta
@@ -293,6 +293,24 @@ MUTANTS = (
         "return weight if isinstance(module, nn.Linear) else weight.mT",
         "return weight.mT if isinstance(module, nn.Embedding) else weight",
         Selection("test_merge.py", "oracles_sum"),
+    ),
+    Mutant(
+        "merge-trusts-the-shapes-of-the-files",
+        "if shard.shape(key) != tuple(parameter.shape):",
+        "if len(shard.shape(key)) != parameter.ndim:",
+        Selection("test_merge_refused.py", "base_that_cannot"),
+    ),
+    Mutant(
+        "low-rank-bound-of-the-factorizations-alone",
+        "bound = self.noise(rank) + OF_NORMS * (1 + self.departure) * product",
+        "bound = self.noise(rank) / 100",
+        Selection("test_low_rank.py", "covers_exact"),
+    ),
+    Mutant(
+        "storage-error-of-b-alone",
+        "sum_norm([(change_b, exact_a), (b.double(), change_a)])",
+        "sum_norm([(change_b, exact_a)])",
+        Selection("test_shrink.py", "error_is_the_tail"),
     ),
     Mutant(
         "low-rank-balances-b-only",
@@ -454,6 +472,36 @@ MUTANTS = (
         "scaling / (module.config.init_r + 1e-5)",
         "scaling / (len(a) + 1e-5)",
         Selection("test_convert.py", "delta_is_pefts"),
+    ),
+    Mutant(
+        "pissa-start-alike-on-all-machines",
+        "float((residual - (stored.double() - b0 @ a0)).norm()) + apart",
+        "float((residual - (stored.double() - b0 @ a0)).norm())",
+        Selection("test_convert_bounds.py", "another_machine"),
+    ),
+    Mutant(
+        "part-error-halved",
+        "return math.sqrt(2) * e * float(growth.norm())",
+        "return math.sqrt(2) * e * float(growth.norm()) / 2",
+        Selection("test_single_precision.py", "attained"),
+    ),
+    Mutant(
+        "deft-rounding-of-the-sum-alone",
+        "rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * size",
+        "rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * float(a.norm())",
+        Selection("test_convert_bounds.py", "cancel"),
+    ),
+    Mutant(
+        "osf-start-in-float32",
+        "(factor.to(stored.dtype).double() for factor in (start.u, start.s, start.vt))",
+        "(factor.double() for factor in (start.u, start.s, start.vt))",
+        Selection("test_convert_bounds.py", "peft_stores"),
+    ),
+    Mutant(
+        "convert-checks-after-publishing",
+        "        check(draft)\n    return certificate",
+        "    check(target.output)\n    return certificate",
+        Selection("test_convert_refused.py", "check_that_cannot"),
     ),
     # Data, recipes, plans and studies
     Mutant(

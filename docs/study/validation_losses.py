@@ -1,6 +1,6 @@
 """Print the validation loss per token of each finished run of a study's folder, also of one that is not complete.
 
-    python docs/study/validation_losses.py docs/study/gauge-trials
+`python docs/study/validation_losses.py docs/study/gauge-trials` prints those of the trials.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ from loraover.overparam.expert_part import SIDES, stack_experts
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+BASE_WEIGHT = ".base_layer.weight"
+"""Ending of the key of an adapted module's frozen weight, which PEFT saves beside an adapted embedding."""
 _SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)")
 
 T = TypeVar("T")
@@ -184,6 +186,16 @@ def site_name(key: str) -> str | None:
     """Return the site that a tensor key in a PEFT adapter file belongs to; None for any other tensor."""
     name = key.removeprefix(KEY_PREFIX).removesuffix(".weight")
     return name if _SITE_KEY.fullmatch(name) and site_key(name) == key else None
+
+
+def saved_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the number of rows of a classification head that an adapter replaces; None if it replaces none.
+
+    Args:
+        shapes: Shapes of an adapter's tensors, by key.
+    """
+    heads = [key for key in shapes if key.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]
+    return next((shapes[key][0] for key in heads if "lora" not in key), None)
 
 
 def read_adapter_dir(path: Path) -> AdapterDir:

@@ -16,8 +16,13 @@ MAX_JSON_BYTES = 64 * 2**20
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def read_json(path: Path, model: type[Model]) -> Model:
+def read_json(path: Path, model: type[Model], *, finite: bool = True) -> Model:
     """Read a JSON file and validate its contents.
+
+    Args:
+        path: The file.
+        model: Type of its contents.
+        finite: Whether NaN and infinity, which Python's JSON has beside numbers, are refused.
 
     Raises:
         CheckpointError: The file is missing, too large or not JSON, or has invalid fields, which are all named.
@@ -29,7 +34,8 @@ def read_json(path: Path, model: type[Model]) -> Model:
         if status.st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {status.st_size} bytes of JSON, expected at most {MAX_JSON_BYTES}.")
         content = path.read_bytes()
-        json.loads(content, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        number = _finite if finite else float
+        json.loads(content, object_pairs_hook=_unique, parse_constant=number, parse_float=number)
         return model.model_validate_json(content, strict=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; expected a folder that holds it.") from error

@@ -174,16 +174,22 @@ def load_config(source: ModelSource) -> Any:
     """Load a model's configuration.
 
     Raises:
-        ConfigError: The configuration is missing, unknown to transformers, or names no architecture.
+        ConfigError: The configuration is missing, unknown to transformers, has fields that transformers cannot use, or
+            names no architecture.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    faults = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
     try:
         config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (*faults, StrictDataclassError) as error:
         raise ConfigError(f"model: {source.origin} has no usable config.json: {error}") from error
-    if not config.architectures:
-        raise ConfigError(f"model: {source.origin}: config.json names no architectures; save the model again.")
+    names = config.architectures
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise ConfigError(
+            f"model: {source.origin}: config.json names no architectures (found {names!r:.80}); save the model again."
+        )
     return config
 
 

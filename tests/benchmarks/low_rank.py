@@ -20,7 +20,7 @@ from torch import Tensor
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover_export import shrink_adapter
-from loraover_export.numerics.low_rank import truncate_dense
+from loraover_export.numerics.low_rank import dense_svd
 
 from benchmarks.folding import LAYERS, LINEARS
 from benchmarks.intervals import median_interval
@@ -67,7 +67,7 @@ def dense_s() -> float:
     """Return the seconds of the truncation of one dense matrix."""
     matrix = torch.randn(*LINEARS[DENSE], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     started = time.perf_counter()
-    truncate_dense(matrix, KEPT)
+    dense_svd(matrix).truncate(KEPT)
     return time.perf_counter() - started
 
 

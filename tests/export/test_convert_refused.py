@@ -14,10 +14,10 @@ import torch
 from peft import LoHaConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertModel
 
 from loraover.common.command_line import run
-from loraover.common.errors import CheckpointError, ConfigError, ExportError, OutputError
+from loraover.common.errors import CheckpointError, ConfigError, DataError, ExportError, OutputError
 from loraover_export import convert_adapter
 from loraover_export.cli import cli
 from loraover_export.convert.methods import METHODS
@@ -25,7 +25,7 @@ from loraover_export.convert.methods.base import Refused
 
 from support.conversions import SOURCES, fill, make_base, make_source, our_deltas
 from support.refusals import only_error
-from support.tiny_models import token_ids
+from support.tiny_models import tiny_bert, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def replacing(key: str, tensor: Tensor) -> Change:
     return lambda tensors: tensors | {key: tensor}
 
 
-def test_full_rank_needs_leave(folder: Path, tmp_path: Path) -> None:
+def test_full_rank_needs_a_rank_to_truncate_to(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"full rank, 32.*--rank R.*--max-lora-rank 32"):
         convert_adapter(folder / "oft", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -184,7 +184,7 @@ def test_a_classifier_is_taken_over(folder: Path, tmp_path: Path) -> None:
     def load() -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            found = AutoModelForSequenceClassification.from_pretrained(folder / "prime", num_labels=2)
+            found = AutoModelForSequenceClassification.from_pretrained(folder / "prime", num_labels=3)
         found.config.pad_token_id = 0
         return found
 
@@ -194,8 +194,10 @@ def test_a_classifier_is_taken_over(folder: Path, tmp_path: Path) -> None:
         model = get_peft_model(load(), config)
         fill(model, "LOHA")
     model.save_pretrained(tmp_path / "source")
-    report = convert_adapter(tmp_path / "source", tmp_path / "out")
+    report = convert_adapter(tmp_path / "source", tmp_path / "out", check_error=True, device="cpu")
     assert any("score of modules_to_save was taken over" in note for note in report.certificate.notes)
+    assert report.outputs is not None
+    assert report.outputs.error.max_logit <= 1e-5
     ids = token_ids()
     with torch.no_grad():
         expected = model.eval()(input_ids=ids).logits
@@ -203,6 +205,46 @@ def test_a_classifier_is_taken_over(folder: Path, tmp_path: Path) -> None:
         plain = load().eval()(input_ids=ids).logits
     assert float((found - expected).abs().max()) <= 1e-5
     assert float((plain - expected).abs().max()) >= 1e-2
+
+
+def test_unreadable_prompts_end_it_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(b"\xff")
+    monkeypatch.setattr(METHODS["LOHA"], "delta", None)
+    with pytest.raises(DataError, match=r"prompts\.txt: cannot be read as UTF-8"):
+        convert_adapter(folder / "loha", tmp_path / "out", check_error=True, prompts=prompts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_check_that_cannot_run_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    """A BERT without a head becomes another class as a causal language model, in which PEFT would find no module."""
+    tiny_bert().bert.save_pretrained(tmp_path / "base")
+    trained = get_peft_model(BertModel.from_pretrained(tmp_path / "base"), LoHaConfig(r=2, target_modules=["query"]))
+    fill(trained, "LOHA")
+    trained.save_pretrained(tmp_path / "source")
+    with pytest.raises(ConfigError, match=r"task_type is None.* has no module encoder\.layer\.0\.attention"):
+        convert_adapter(tmp_path / "source", tmp_path / "out", check_error=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "source"]
+
+
+@torch.no_grad()
+def test_an_adapter_without_a_task_stays_so(folder: Path, tmp_path: Path) -> None:
+    """PEFT loads it on a model without a head, which a causal language model's adapter would not fit."""
+    model = tiny_bert()
+    model.bert.save_pretrained(tmp_path / "base")
+    base = BertModel.from_pretrained(tmp_path / "base")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        trained = get_peft_model(base, LoHaConfig(r=2, target_modules=["query"]))
+        fill(trained, "LOHA")
+    trained.save_pretrained(tmp_path / "source")
+    convert_adapter(tmp_path / "source", tmp_path / "out")
+    expected = trained.eval()(input_ids=token_ids()).last_hidden_state
+    loaded = PeftModel.from_pretrained(BertModel.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()
+    assert loaded.peft_config["default"].task_type is None
+    assert float((loaded(input_ids=token_ids()).last_hidden_state - expected).abs().max()) <= 1e-5
 
 
 class TestTheCommand:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from math import pi
 
 import numpy as np
@@ -25,7 +27,6 @@ from loraover_export.numerics.low_rank import (
     singular_values,
     sum_norm,
     truncate,
-    truncate_dense,
 )
 
 from strategies import matrices, normal, sizes
@@ -82,11 +83,39 @@ def test_a_truncation_has_the_error_of_the_smallest_singular_values(pair: tuple[
 def test_a_dense_matrix_is_truncated_alike(pair: tuple[Tensor, Tensor], rank: int) -> None:
     b, a = pair
     product = torch.from_numpy(dense(b, a))
-    found = truncate_dense(product, rank)
+    found = dense_svd(product).truncate(rank)
     allowed = oracle_error(len(b), a.shape[1], len(a), b, a)
     assert abs(found.error - np.linalg.norm(spectrum(product.numpy())[rank:])) <= found.bound + allowed
     measured = np.linalg.norm(product.numpy() - dense(found.b, found.a))
     assert abs(measured - found.error) <= found.bound + allowed
+
+
+def root(square: Fraction) -> Decimal:
+    with localcontext() as context:
+        context.prec = 60
+        return (Decimal(square.numerator) / Decimal(square.denominator)).sqrt()
+
+
+@pytest.mark.parametrize("form", ["factors", "dense"])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_the_bound_covers_exact_errors(rank: int, form: str) -> None:
+    """Orthogonal columns of ones and minus ones: singular values are known, and errors by fractions, with no slack.
+
+    B = H_8 diag(1, 1/3, 1/7, 1/13) of 8 x 4, A = H_4, so s_i = sqrt(8) sqrt(4) d_i. At rank 4 all is rounding.
+    """
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    a, d = torch.kron(two, two), torch.tensor([1, 1 / 3, 1 / 7, 1 / 13], dtype=torch.float64)
+    b = torch.kron(two, a)[:, :4] * d
+    found = truncate(b, a, rank) if form == "factors" else dense_svd(torch.from_numpy(dense(b, a))).truncate(rank)
+    fractions = np.vectorize(Fraction, otypes=[object])
+    exact_b, exact_a, near_b, near_a = (fractions(x.numpy()) for x in (b, a, found.b, found.a))
+    matrix = exact_b @ exact_a if form == "factors" else fractions(dense(b, a))
+    left = matrix - near_b @ near_a
+    error = abs(root((left * left).sum()) - Decimal(found.error))
+    assert 0 < error <= Decimal(found.bound)
+    assert rank < 4 or Decimal(found.bound) <= 200 * error
+    least = root(sum((32 * Fraction(x) ** 2 for x in d[rank:].tolist()), Fraction()))
+    assert abs(least - Decimal(found.error)) <= Decimal(found.bound)
 
 
 @pytest.mark.parametrize("shape", [(40, 31, 8), (7, 90, 13), (5, 4, 9)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,10 @@ from loraover_export.merge.erasure import NF4, four_bits
 from loraover_export.numerics.rounding import round_nearest
 
 from strategies import normal
-from support.adapters_on_disk import save_base, save_lora
+from support.adapters_on_disk import save_shards
 from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
 from support.merge_cases import CASES, Saved, deltas, long, outputs, save
-from support.refusals import only_error
-from support.tiny_models import fill_b, tiny_llama
+from support.tiny_models import fill_b
 from tolerances import UNIT
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -111,13 +109,7 @@ def test_a_checkpoint_is_merged_from_its_cores(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A base model in several shards with a tokenizer's file, tied and in bfloat16, and an adapter of its head."""
-    base = tmp_path / "base"
-    model = tiny_llama(tie_word_embeddings=True).to(torch.bfloat16)
-    model.save_pretrained(base, max_shard_size="8KB")
-    (base / "tokenizer.json").write_text("{}")
-    (base / "pytorch_model.bin").write_bytes(b"left out")
-    return base, save_lora(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    return save_shards(tmp_path)
 
 
 def test_shards_and_other_files_come_along(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -197,89 +189,12 @@ def test_four_bits_of_rows_that_no_block_divides() -> None:
     assert not four_bits(torch.zeros(2, 5, dtype=torch.float64)).any()
 
 
-def quantised(folder: Path) -> None:
-    edit_json(
-        folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"})
-    )
-
-
-def in_bytes(folder: Path) -> None:
-    edit_tensors(
-        folder / "model.safetensors",
-        lambda found: found.update({k: v.to(torch.uint8) for k, v in found.items() if "q_proj" in k}),
-    )
-
-
-def renamed(folder: Path) -> None:
-    edit_tensors(
-        folder / "model.safetensors",
-        lambda found: [found.update({key.replace("q_proj", "qkv"): found.pop(key)}) for key in list(found)],
-    )
-
-
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def nan_weight(folder: Path) -> None:
-    edit_tensors(
-        folder / "model.safetensors",
-        lambda found: found.update({k: v * float("nan") for k, v in found.items() if "q_proj" in k}),
-    )
-
-
-def truncated(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def narrower(folder: Path) -> None:
-    shutil.rmtree(folder)
-    save_base(folder, lambda: tiny_llama(hidden_size=16))
-
-
-BASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bitsandbytes": (quantised, "is quantised (bitsandbytes), and a sum would be rounded again"),
-    "weights in bytes": (in_bytes, "q_proj.weight is U8, so the model is quantised"),
-    "other names": (renamed, "its files hold no tensor 'model.layers.0.self_attn.q_proj.weight'"),
-    "pickles": (pickled, "it has pytorch_model.bin. Save it again with save_pretrained"),
-    "NaN": (nan_weight, "q_proj.weight holds NaN or infinity"),
-    "truncated": (truncated, "not a complete safetensors file"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "has no usable config.json"),
-    "narrower": (narrower, "features in the base model, but"),
-}
-
-
-@pytest.mark.parametrize("case", BASES)
-def test_a_base_that_cannot_be_used(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change, message = BASES[case]
-    base = save_base(tmp_path / "base")
-    adapter = save_lora(base, tmp_path / "adapter", target_modules=["q_proj"])
-    change(base)
-    before = tree(tmp_path)
-    assert run(cli, ["merge", str(adapter), "-o", str(tmp_path / "out")]) == 2
-    assert message in only_error(capsys.readouterr().err)
-    assert tree(tmp_path) == before
-
-
-ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora"),
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-    "aLoRA": ({"alora_invocation_tokens": [1]}, "an activated LoRA"),
-    "GGUF": ({"base_model_name_or_path": "./model-Q4_K_M.gguf"}, "is a GGUF file"),
-    "no base": ({"base_model_name_or_path": None}, "names no base model"),
-    "a lost base": ({"base_model_name_or_path": "./lost"}, "./lost"),
-}
-
-
-@pytest.mark.parametrize("case", ADAPTERS)
-def test_an_adapter_that_cannot_be_merged(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fields, message = ADAPTERS[case]
-    adapter = save_lora(save_base(tmp_path / "base"), tmp_path / "adapter", target_modules=["q_proj"])
-    edit_json(adapter / CONFIG, lambda config: config.update(fields))
-    assert run(cli, ["merge", str(adapter), "-o", str(tmp_path / "out")]) == 2
-    assert message in only_error(capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()
+def test_an_infinite_limit_of_the_base_is_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """As time_step_limit of models with a state space."""
+    limit = [0.0, float("inf")]
+    edit_json(pair[0] / "config.json", lambda config: config.update(time_step_limit=limit))
+    merge_adapter(pair[1], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == limit
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,16 @@ def save_lora(base: Path, folder: Path, seed: int = 1, dtype: torch.dtype = torc
     return folder
 
 
+def save_shards(folder: Path) -> tuple[Path, Path]:
+    """A base model in several shards with a tokenizer's file, tied and in bfloat16, and an adapter of its head."""
+    base = folder / "base"
+    model = tiny_llama(tie_word_embeddings=True).to(torch.bfloat16)
+    model.save_pretrained(base, max_shard_size="8KB")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "pytorch_model.bin").write_bytes(b"left out")
+    return base, save_lora(base, folder / "adapter", target_modules=["lm_head", "q_proj"])
+
+
 def deltas(folder: Path) -> dict[str, Array]:
     """scaling B A of each module, (out, in), in the words of `adapter_config.json`."""
     return {module: delta.astype(np.float64) for module, delta in merge_cases.deltas(folder).items()}

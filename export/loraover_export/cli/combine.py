@@ -54,7 +54,7 @@ def combine(
     SOURCES are LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs of one base model. The ranks are
     concatenated; where the adapters share directions, the sum has a smaller rank and is written with it.
 
-    Exit code 1: a written matrix failed its check, and nothing was left.
+    Exit code 1: a written matrix failed its check, and nothing was written.
     """
     from rich.console import Console
 

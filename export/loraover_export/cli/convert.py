@@ -75,7 +75,7 @@ def convert(
     others. For kinds of full rank, such as OFT, DoRA and IA3, or to get a smaller rank, ask for an approximation with
     --rank. Kinds that change no weights are refused.
 
-    Exit code 1: a written matrix failed its check, and nothing was left.
+    Exit code 1: a written matrix failed its check, and nothing was written.
     """
     from rich.console import Console
 

@@ -27,7 +27,7 @@ def merge(source: Path, output: Path, model: str | None, force: bool, as_json: b
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. Each sum is computed in float64 and
     rounded once to the data type of the base model's weight. The memory is that of the largest tensor.
 
-    Exit code 1: a written weight failed its check, and nothing was left.
+    Exit code 1: a written weight failed its check, and nothing was written.
     """
     from rich.console import Console
 

@@ -35,7 +35,7 @@ def mlx(source: Path, output: Path, model: str | None, dtype: str, force: bool, 
     file, rsLoRA and patterns included. An adapter that mlx-lm would apply wrongly is refused.
     `loraover-serve verify --engine mlx` compares mlx-lm's answers with PyTorch's.
 
-    Exit code 1: a written matrix failed its check, and nothing was left.
+    Exit code 1: a written matrix failed its check, and nothing was written.
     """
     from rich.console import Console
 

@@ -42,7 +42,7 @@ def shrink(
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. What a module loses is the part of its
     delta that its smallest singular values make up, and no adapter of that rank loses less.
 
-    Exit code 1: a written matrix failed its check, and nothing was left.
+    Exit code 1: a written matrix failed its check, and nothing was written.
     """
     from rich.console import Console
 

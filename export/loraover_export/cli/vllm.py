@@ -46,7 +46,7 @@ def vllm(
     vLLM's loading rules: what vLLM refuses, and what it would serve wrongly without a message.
 
     Exit code 2: the pre-flight found an error, and nothing was written. Exit code 1: a written matrix failed its
-    check, and nothing was left.
+    check, and nothing was written.
     """
     from rich.console import Console
 

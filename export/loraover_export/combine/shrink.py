@@ -129,7 +129,7 @@ def _rank(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter, report
     if max(found) >= largest:
         module = adapter.modules[found.index(max(found))]
         raise ExportError(
-            f"{request.source}: {module} needs all of its rank, {largest}, to keep {share:g} of its squared norm; ask "
+            f"{request.source}: {module} needs all of its rank, {largest}, to keep {share} of its squared norm; ask "
             "for a smaller --energy, or for a --rank."
         )
     return max(found)

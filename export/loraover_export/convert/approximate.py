@@ -10,17 +10,13 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.error_bounds import gamma
-from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.errors import ExportError
 from loraover_export.convert.engines import fit_in_words
-from loraover_export.convert.methods.base import LowRank, Place
+from loraover_export.convert.methods.base import ROUNDINGS, LowRank, Place
 from loraover_export.convert.source import Layout
 from loraover_export.numerics.delta import U64, Delta
 from loraover_export.numerics.low_rank import Svd, decompose, dense_svd, product_norm
 from loraover_export.uniform.write_lora import Approximation, Work
-
-ROUNDINGS = 16
-"""Most roundings of float64 on the way to an element of delta_W, in units of the sum of its dimensions and rank."""
 
 
 def approximations(
@@ -68,7 +64,8 @@ def _exact(place: Place, b: Tensor, a: Tensor, noise: float) -> Approximation:
     """Return factors as they are, or of rank 0 if their product is zero."""
     norm = product_norm(b, a)
     kept = slice(None) if norm else slice(0)
-    return Approximation(_delta(place, b[:, kept], a[kept]), norm, arithmetic_bound=noise)
+    delta = Delta.of_factors(place.path, place.embedding, b[:, kept], a[kept])
+    return Approximation(delta, norm, arithmetic_bound=noise)
 
 
 def _square(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,13 +77,7 @@ def _square(value: Tensor) -> tuple[Tensor, Tensor]:
 
 def _truncated(place: Place, svd: Svd, rank: int, noise: float) -> Approximation:
     kept = svd.truncate(rank)
-    return Approximation(_delta(place, kept.b, kept.a), svd.norm, kept.error, kept.bound + noise)
-
-
-def _delta(place: Place, b: Tensor, a: Tensor) -> Delta:
-    a, b = (factor.contiguous() for factor in (a, b))
-    exact = [Exact(factor, factor.new_zeros(()).expand_as(factor), None) for factor in (a, b)]
-    return Delta(place.path, place.embedding, *exact)
+    return Approximation(kept.delta(place.path, place.embedding), svd.norm, kept.error, kept.bound + noise)
 
 
 def _rounding(found: LowRank) -> float:

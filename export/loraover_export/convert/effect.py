@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.common.errors import ConfigError
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.reporting.reporter import Reporter
 from loraover_export.convert.report import OutputsOfConversion
-from loraover_export.fold.check_outputs import logits_of, pieces, tokens_at_once
+from loraover_export.convert.source import Layout
+from loraover_export.fold.check_outputs import logits_of, pieces
 from loraover_export.fold.deviation import RunningDeviation
-from loraover_export.fold.prompts import read_prompts
+from loraover_export.fold.prompts import Prompts
 
 
 def compare_outputs(
-    source: Path,
+    source: Layout[Any],
     converted: Path,
     base: ModelSource,
-    task_type: str | None,
-    prompts_file: Path | None,
+    prompts: Prompts,
     report: Reporter,
     *,
+    num_labels: int | None,
     device: str,
     compute_dtype: str,
 ) -> OutputsOfConversion:
@@ -30,23 +36,22 @@ def compare_outputs(
     Each has a base model in memory, since some kinds of adapters change the base weights when PEFT loads them.
 
     Args:
-        source: folder of the source.
+        source: the source.
         converted: folder of the written adapter.
         base: the base model.
-        task_type: PEFT's name of the task; None means CAUSAL_LM.
-        prompts_file: text file with one prompt a line; None means a built-in set.
+        prompts: token ids to run.
         report: receiver of progress.
+        num_labels: number of labels of a classification head that the source replaces; None if it replaces none.
         device: device to run on.
         compute_dtype: data type to run in: fp32, bf16, fp16 or fp64.
 
     Raises:
-        ConfigError: a base model that cannot be loaded, or a device that is not there.
-        DataError: no usable prompt in the file.
+        ConfigError: a base model that cannot be loaded for the source's task, or a device that is not there.
     """
     place, _ = choose_compute(device, compute_dtype)
     report.line(f"loading the base model from {base.origin} twice, to {place}, {compute_dtype}")
-    trained, written = (_load(base, folder, task_type, compute_dtype, str(place)) for folder in (source, converted))
-    prompts = read_prompts(base, prompts_file, at_once=tokens_at_once(written.get_base_model()))
+    load = partial(_load, base, source, num_labels, compute_dtype, str(place))
+    trained, written = load(source.path), load(converted)
     error, effect = RunningDeviation(), RunningDeviation()
     tokens, seen = sum(batch.numel() for batch in prompts.batches), 0
     with report.task(f"running the source and the LoRA on {prompts.source}, tokens", tokens) as done:
@@ -70,8 +75,18 @@ def compare_outputs(
     )
 
 
-def _load(base: ModelSource, folder: Path, task_type: str | None, dtype: str, device: str) -> Any:
+def _load(base: ModelSource, source: Layout[Any], num_labels: int | None, dtype: str, device: str, folder: Path) -> Any:
     from peft import PeftModel
 
-    model = load_model(base, dtype=dtype, task_type=task_type, device=device)
+    task = source.config.task_type
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # transformers draws a head that the base model lacks: the same one both times
+        model = load_model(base, dtype=dtype, task_type=task, num_labels=num_labels, device=device)
+    lost = source.modules.keys() - dict(model.named_modules()).keys()
+    if lost:
+        raise ConfigError(
+            f"{source.path / CONFIG_FILE}: task_type is {task!r}, for which the base model is loaded as a "
+            f"{type(model).__name__}, and that has no module {min(lost)}. Write the adapter's task there, or leave out "
+            "--check-error."
+        )
     return PeftModel.from_pretrained(model, str(folder), torch_device=device).eval()

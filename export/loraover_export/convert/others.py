@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX
 from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
 from loraover_export.convert.source import Adapter, Layout
 
 SERVED_HEADS = ("classifier", "score")
 """Modules of `modules_to_save` that engines take: vLLM's rule, and PEFT loads any."""
-
-BASE_WEIGHT = ".base_layer.weight"
 
 
 def check_fields(layout: Layout[Any], method: AnyMethod) -> None:

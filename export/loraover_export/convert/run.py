@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, saved_labels
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import CheckpointError, ExportError
+from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.convert.approximate import approximations
@@ -19,9 +22,11 @@ from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import AnyMethod, Place, Refused
 from loraover_export.convert.methods.experts import stacks_of
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
-from loraover_export.convert.report import ConvertReport
+from loraover_export.convert.report import ConvertReport, OutputsOfConversion
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
+from loraover_export.fold.check_outputs import tokens_at_once
+from loraover_export.fold.prompts import read_prompts
 from loraover_export.uniform.certificate import LoraCertificate
 from loraover_export.uniform.write_lora import LoraOutput, write_lora
 
@@ -43,13 +48,12 @@ def convert_adapter(
     """Write an adapter of any kind that PEFT trains as a plain LoRA, which every engine reads.
 
     The conversion is exact where delta_W has a finite rank, and computed from the adapter's factors in float64.
-    Otherwise, or with a smaller `rank`, it is the best approximation of that rank, whose error is told.
+    Otherwise, or with a smaller `rank`, it is the best approximation of that rank, with its error in the certificate.
 
     Args:
         source: folder of a PEFT adapter of any kind.
         output: new folder for the LoRA, its certificate and a model card.
-        rank: largest rank of the result, and the leave to lose what does not fit into it; None means exact, or
-            nothing.
+        rank: largest rank of the result; what does not fit into it is lost. None means that the result must be exact.
         model: base model, folder or hub name; None means the adapter's.
         dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
         check_error: also compare logits of the source and of the result, both as PEFT loads them.
@@ -64,9 +68,10 @@ def convert_adapter(
 
     Raises:
         ConfigError: arguments that cannot be used, or a base model that cannot be read.
+        DataError: no usable prompt in the file.
         CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
-        ExportError: an adapter that is no change of weights, changes more than weights, or has a larger rank than asked
-            for without leave.
+        ExportError: an adapter that does not change weights, changes more than weights, or has full rank while `rank`
+            is None.
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
@@ -84,22 +89,17 @@ def convert_adapter(
     )
     method, layout = read_method(request.source)
     base = resolve_base([layout], request.model, option="--model", say=report.line)
+    ranks: dict[str, int] = {}
+    outputs: list[OutputsOfConversion] = []
     with open_base(base) as weights, open_adapter(layout, weights) as adapter:
-        ranks: dict[str, int] = {}
-        certificate = _convert(request, method, adapter, base, ranks, report)
+        compare = _comparison(request, adapter, base, report) if request.check_error else None
+
+        def check(draft: Path) -> None:
+            if compare is not None:
+                outputs.append(compare(draft))
+
+        certificate = _convert(request, method, adapter, base, ranks, report, check)
     exact = max(ranks.values())
-    outputs = None
-    if request.check_error and certificate.passed:
-        outputs = compare_outputs(
-            request.source,
-            request.output,
-            base,
-            layout.config.task_type,
-            request.prompts,
-            report,
-            device=request.device,
-            compute_dtype=request.compute_dtype,
-        )
     return ConvertReport(
         method=layout.config.peft_type,
         exact_rank=exact,
@@ -107,7 +107,7 @@ def convert_adapter(
         vllm=fit(certificate.rank),
         engines=fit_in_words(exact),
         certificate=certificate,
-        outputs=outputs,
+        outputs=outputs[0] if outputs else None,
     )
 
 
@@ -137,6 +137,26 @@ def read_method(path: Path) -> tuple[AnyMethod, Layout[Any]]:
     return method, layout
 
 
+def _comparison(
+    request: ConvertRequest, adapter: Adapter[Any], base: ModelSource, report: Reporter
+) -> Callable[[Path], OutputsOfConversion]:
+    """Read the prompts, and return the comparison of a written adapter with the source."""
+    place, _ = choose_compute(request.device, request.compute_dtype)
+    config, layout = adapter.base.model.config, adapter.layout
+    fits = layout.config.task_type != "SEQ_CLS" or config.pad_token_id is not None
+    at_once = tokens_at_once(config, place) if fits else 1  # a classifier finds the last token by the padding
+    return partial(
+        compare_outputs,
+        layout,
+        base=base,
+        prompts=read_prompts(base, request.prompts, at_once=at_once),
+        report=report,
+        num_labels=saved_labels({key: adapter.file.shape(key) for key in layout.others}),
+        device=request.device,
+        compute_dtype=request.compute_dtype,
+    )
+
+
 def _convert(
     request: ConvertRequest,
     method: AnyMethod,
@@ -144,6 +164,7 @@ def _convert(
     base: ModelSource,
     ranks: dict[str, int],
     report: Reporter,
+    check: Callable[[Path], None],
 ) -> LoraCertificate:
     others, modules = carried_tensors(adapter)
     places = list(method.places(adapter))
@@ -165,7 +186,8 @@ def _convert(
         stacks_of(adapter),
         [*carried_notes(others, modules), *_tied_notes(places, adapter)],
     )
-    return write_lora(approximations(places, adapter.layout, request.rank, ranks), len(places), target, report)
+    work = approximations(places, adapter.layout, request.rank, ranks)
+    return write_lora(work, len(places), target, report, check)
 
 
 def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:

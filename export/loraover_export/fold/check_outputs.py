@@ -97,8 +97,7 @@ def _check_outputs(
     base = load_model(source, dtype=compute_dtype, task_type=_task_type(checkpoint), device=device)
     sampled = _sampled(base, checkpoint, folded)
     with unfolded(_sharing_weights(base), checkpoint, sampled=sampled) as reference:
-        at_once = tokens_at_once(base)
-        prompts = read_prompts(source, prompts_file, at_once=at_once)
+        prompts = read_prompts(source, prompts_file, at_once=tokens_at_once(base.config, base.device))
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
         adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS, report)
@@ -140,9 +139,9 @@ def _needs(checkpoint: Checkpoint, source: ModelSource, place: torch.device) -> 
     """Estimate what a check needs: the base model, the folded adapter with its twins and cores, and a prompt."""
     shapes = checkpoint.adapter.shapes
     adapter = sum(prod(shapes[key]) for key in checkpoint.adapter.sites.values())
-    at_once = LOGITS_AT_ONCE[place.type] // load_config(source).get_text_config().vocab_size
+    at_once = tokens_at_once(load_config(source), place)
     copies = 2 + TWINS + 2  # the folded one in PEFT and kept; cores are hardly more numbers, but in float64
-    return Needs.of_model(source, adapters=copies * adapter, tokens=max(1, at_once), logits=4)
+    return Needs.of_model(source, adapters=copies * adapter, tokens=at_once, logits=4)
 
 
 class _Compared:
@@ -182,10 +181,10 @@ def _task_type(checkpoint: Checkpoint) -> str | None:
     return task if isinstance(task, str) else None
 
 
-def tokens_at_once(model: Any) -> int:
-    """Tokens whose logits may be held at once."""
-    vocabulary: int = model.config.get_text_config().vocab_size
-    return max(1, LOGITS_AT_ONCE[model.device.type] // vocabulary)
+def tokens_at_once(config: Any, device: torch.device) -> int:
+    """Tokens whose logits may be held at once, from a model's configuration."""
+    vocabulary: int = config.get_text_config().vocab_size
+    return max(1, LOGITS_AT_ONCE[device.type] // vocabulary)
 
 
 def pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
@@ -193,7 +192,7 @@ def pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
 
     Each piece costs a forward pass over the entire prompt. Models that cannot leave logits out take all at once.
     """
-    at_once = tokens_at_once(model)
+    at_once = tokens_at_once(model.config, model.device)
     if ids.numel() <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         yield None
         return

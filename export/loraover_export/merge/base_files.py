@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
-from loraover.common.errors import ConfigError, ExportError
+from loraover.common.errors import CheckpointError, ConfigError, ExportError
+from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -22,6 +25,24 @@ ALONG = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken",
 """Files of a model on the hub that are fetched."""
 
 UNQUANTISED = "merge into the unquantised model that it was made from, and quantise the result"
+
+
+class _Config(BaseModel):
+    """Contents of `config.json`, with the types of the fields that are read here."""
+
+    model_config = ConfigDict(extra="allow")
+
+    quantization_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | None = None
+
+
+class _Index(BaseModel):
+    """Contents of the index of several shards: the file of each tensor."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+Contents = TypeVar("Contents", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -54,29 +75,45 @@ def open_base(source: ModelSource, stack: ExitStack) -> BaseFiles:
     """Open a base model's files for as long as a stack of contexts lasts.
 
     Raises:
-        ConfigError: no `config.json`, or no safetensors files.
+        ConfigError: no usable `config.json`, no safetensors files, or an index that does not fit them.
         ExportError: a quantised model.
         CheckpointError: a damaged file.
     """
     folder = _folder(source)
-    config = _read_json(folder / CONFIG, source)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
+    config = _read(folder / CONFIG, _Config, source)
+    if config.quantization_config:
+        method = config.quantization_config.get("quant_method", "an unnamed method")
         raise ExportError(f"{source.origin} is quantised ({method}), and a sum would be rounded again; {UNQUANTISED}.")
-    if (folder / INDEX).is_file():
-        names = sorted(set(_read_json(folder / INDEX, source)["weight_map"].values()))
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
-        found = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS))
+    names = _shard_names(folder, source)
+    shards = {name: stack.enter_context(open_tensors(folder / name)) for name in names}
+    counts = Counter(key for shard in shards.values() for key in shard.keys)
+    twice = next((key for key, count in counts.items() if count > 1), None)
+    if twice is not None:
         raise ConfigError(
-            f"model: {source.origin} has no {SINGLE} and no {INDEX}; it has "
-            f"{', '.join(found[:3]) or 'no weights'}. Save it again with save_pretrained."
+            f"model: {source.origin}: several of its files hold a tensor {twice!r}; save it again with save_pretrained."
         )
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ConfigError(f"model: {source.origin}: {INDEX} names {outside[0]!r}, which is not a file of the folder.")
-    return BaseFiles(folder, config, {name: stack.enter_context(open_tensors(folder / name)) for name in names})
+    return BaseFiles(folder, config.model_dump(exclude_unset=True), shards)
+
+
+def _shard_names(folder: Path, source: ModelSource) -> list[str]:
+    """Return the names of the safetensors files of a base model, all of which are there."""
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    if INDEX in present:
+        names = sorted(set(_read(folder / INDEX, _Index, source).weight_map.values()))
+        wrong = [name for name in names if name not in present or not name.endswith(".safetensors")]
+        if wrong:
+            raise ConfigError(
+                f"model: {source.origin}: {INDEX} names {wrong[0]!r:.80}, which is no safetensors file of the folder; "
+                "fetch the model again, or save it with save_pretrained."
+            )
+        return names
+    if SINGLE in present:
+        return [SINGLE]
+    found = sorted(name for name in present if name.endswith(WEIGHTS))
+    raise ConfigError(
+        f"model: {source.origin} has no {SINGLE} and no {INDEX}; it has {', '.join(found[:3]) or 'no weights'}. "
+        "Save it again with save_pretrained."
+    )
 
 
 def _folder(source: ModelSource) -> Path:
@@ -91,9 +128,8 @@ def _folder(source: ModelSource) -> Path:
         raise ConfigError(f"model: the files of {source.origin} cannot be fetched: {error}") from error
 
 
-def _read_json(path: Path, source: ModelSource) -> dict[str, Any]:
+def _read(path: Path, contents: type[Contents], source: ModelSource) -> Contents:
     try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return read_json(path, contents, finite=False)  # some models have an infinite limit in their configuration
+    except CheckpointError as error:
         raise ConfigError(f"model: {source.origin} has no usable {path.name}: {error}") from error
-    return found

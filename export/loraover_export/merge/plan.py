@@ -12,9 +12,9 @@ from torch import nn
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.checkpoint.unfolded_model import target_module
-from loraover.common.errors import CheckpointError, ExportError
+from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
-from loraover_export.merge.base_files import UNQUANTISED, BaseFiles
+from loraover_export.merge.base_files import CONFIG, UNQUANTISED, BaseFiles
 from loraover_export.numerics.delta import adapted_modules
 
 
@@ -71,6 +71,7 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
 
     Raises:
         CheckpointError: an adapter of another base model.
+        ConfigError: a tensor of another shape than `config.json` gives it.
         ExportError: a tensor that is quantised, or that the base model's files hold under another name.
     """
     skeleton = load_skeleton(source)
@@ -82,7 +83,7 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
         shard, read = names.place(name)
         key = (names.own_key(name) or name) if name in tied else read
         layer = None if module is None else skeleton.get_submodule(module)
-        _check_type(base, shard, read, source)
+        _check(base.shards[shard], read, names.parameters[name], source)
         shards[shard][key] = Planned(key, read, replaced, module, layer)
     return Plan({shard: list(tensors.values()) for shard, tensors in shards.items()}, tied)
 
@@ -160,7 +161,12 @@ def _untied(names: _Names, changes: Mapping[str, tuple[str | None, str | None]],
     return list(found)
 
 
-def _check_type(base: BaseFiles, shard: str, key: str, source: ModelSource) -> None:
-    dtype = base.shards[shard].dtype(key)
-    if dtype not in FLOATS:
-        raise ExportError(f"{source.origin}: {key} is {dtype}, so the model is quantised; {UNQUANTISED}.")
+def _check(shard: TensorFile, key: str, parameter: Any, source: ModelSource) -> None:
+    """Refuse a tensor that is quantised, or whose shape is not that of the parameter that it is read for."""
+    if shard.dtype(key) not in FLOATS:
+        raise ExportError(f"{source.origin}: {key} is {shard.dtype(key)}, so the model is quantised; {UNQUANTISED}.")
+    if shard.shape(key) != tuple(parameter.shape):
+        raise ConfigError(
+            f"model: {source.origin}: {key} has shape {shard.shape(key)} in the files, and {CONFIG} makes it "
+            f"{tuple(parameter.shape)}; they do not belong together, so fetch the model again."
+        )

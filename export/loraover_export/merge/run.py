@@ -164,7 +164,8 @@ def _report(request: MergeRequest, base: ModelSource, plan: Plan, merged: Sequen
 def _config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     if not plan.untied:
         return config
-    nested = {key: value | {"tie_word_embeddings": False} for key, value in config.items() if key == "text_config"}
+    inner = config.get("text_config")
+    nested = {"text_config": inner | {"tie_word_embeddings": False}} if inner else {}
     return config | nested | {"tie_word_embeddings": False}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
@@ -33,6 +34,12 @@ class Delta:
     embedding: bool
     a: Exact
     b: Exact
+
+    @classmethod
+    def of_factors(cls, module: str, embedding: bool, b: Tensor, a: Tensor) -> Delta:
+        """Return a delta whose factors have no error: B (out_features, r) and A (r, in_features)."""
+        exact_a, exact_b = (Exact(x.contiguous(), x.new_zeros(()).expand_as(x), None) for x in (a, b))
+        return cls(module, embedding, exact_a, exact_b)
 
     @property
     def rank(self) -> int:

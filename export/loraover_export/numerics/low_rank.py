@@ -50,8 +50,7 @@ class Truncation:
 
     def delta(self, module: str, embedding: bool) -> Delta:
         """Return the factors as the delta of a module."""
-        a, b = (Exact(x, x.new_zeros(()).expand_as(x), None) for x in (self.a, self.b))
-        return Delta(module, embedding, a, b)
+        return Delta.of_factors(module, embedding, self.b, self.a)
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,6 @@ def truncate(b: Tensor, a: Tensor, rank: int) -> Truncation:
         rank: rank of the result, at least 1; at most min(m, n, r) is returned.
     """
     return decompose(b, a).truncate(rank)
-
-
-def truncate_dense(matrix: Tensor, rank: int) -> Truncation:
-    """Return the best approximation of rank `rank` of a matrix that is not given by factors; see `dense_svd`."""
-    return dense_svd(matrix).truncate(rank)
 
 
 def decompose(b: Tensor, a: Tensor) -> Svd:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from loraover.checkpoint.exact_tensors import adapter_of
+from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
@@ -84,7 +84,8 @@ class Export:
         """
         self.report.line(f"loading the base model from {self.inputs.base.origin}")
         self.tokenizer = load_tokenizer(self.inputs.base)
-        labels = next(filter(None, map(_labels, self.inputs.adapters.values())), None)
+        found = (saved_labels(adapter_of(source).shapes) for source in self.inputs.adapters.values())
+        labels = next(filter(None, found), None)
         self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
         for name, source in self.inputs.adapters.items():
             for delta in self.deltas[name]:
@@ -256,10 +257,3 @@ def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxReque
     return replace(
         request, precision=exported.precision, device=exported.device, cache=exported.cache, web=exported.web
     )
-
-
-def _labels(source: Any) -> int | None:
-    """Number of rows of a saved classification head; None if there is none."""
-    shapes = adapter_of(source).shapes
-    heads = [key for key in shapes if key.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]
-    return next((shapes[key][0] for key in heads if "lora" not in key), None)

@@ -51,7 +51,10 @@ class ModuleCertificate(BaseModel):
         description="norm of what a smaller rank left out: the root of the sum of squares of the other singular "
         "values; 0 if nothing was left out"
     )
-    arithmetic_bound: float = Field(description="bound of the error of the arithmetic in float64")
+    arithmetic_bound: float = Field(
+        description="bound of the error of the arithmetic: ours in float64, and PEFT's in float32 where it computes "
+        "the start of the adapter from the base weight"
+    )
     storage_error: float = Field(description="norm of the change of delta_W by rounding A and B to the storage type")
 
     @property

@@ -85,12 +85,12 @@ def plain_config(
         target_modules: paths of the adapted modules, or suffixes of them.
         base_model: folder or hub name of the base model; None if it is not known.
         revision: commit of the base model on the hub; None for folders.
-        task_type: PEFT's name of the task; None means CAUSAL_LM.
+        task_type: PEFT's name of the task; None stays None, with which PEFT loads the adapter on any model.
         modules_to_save: modules whose parameters the adapter replaces.
     """
     return {
         "peft_type": "LORA",
-        "task_type": task_type or "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base_model,
         "revision": revision,
         "inference_mode": True,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, AdapterDir
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX, AdapterDir
 from loraover.common.errors import ExportError
 from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
 
-BASE_WEIGHT = ".base_layer.weight"
 OTHERS = {
     ".lora_B.bias": "a bias of B",
     ".lora_A.bias": "a bias of A",

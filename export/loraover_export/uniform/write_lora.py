@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class Approximation:
         delta: the factors, with the scaling in B; its rank may be 0.
         norm: Frobenius norm of the exact delta_W.
         truncation_error: Frobenius norm of what was left out on purpose; 0 if nothing was.
-        arithmetic_bound: bound of the error of the arithmetic in float64, as a Frobenius norm.
+        arithmetic_bound: bound of the error of the arithmetic, as a Frobenius norm.
     """
 
     delta: Delta
@@ -77,7 +78,7 @@ class LoraOutput:
         sources: folders of the adapters that are read.
         base_model: folder or hub name of the base model; None if it is not known.
         revision: commit of the base model on the hub; None for folders.
-        task_type: PEFT's name of the task; None means CAUSAL_LM.
+        task_type: PEFT's name of the task; None if the adapter names none.
         dtype: data type to store the adapter in: fp32, bf16 or fp16.
         force: replace an adapter of this kind that is already at `output`.
         others: tensors that are written as they are, by their keys in the file.
@@ -117,7 +118,13 @@ class _Stored(NamedTuple):
     matrices: list[MatrixCertificate]
 
 
-def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Reporter = SILENT) -> LoraCertificate:
+def write_lora(
+    work: Iterable[Work],
+    total: int,
+    target: LoraOutput,
+    report: Reporter = SILENT,
+    check: Callable[[Path], object] = lambda draft: None,
+) -> LoraCertificate:
     """Compute modules on threads, round each matrix once, and publish them as a plain PEFT LoRA with a certificate.
 
     The adapter has one rank, to which smaller ones are padded with zeros, and scaling 1, so that every engine reads it
@@ -129,12 +136,13 @@ def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Rep
         total: number of modules, for the progress.
         target: destination.
         report: receiver of progress.
+        check: called with the folder of a certified adapter before it is published; if it raises, nothing is left.
 
     Returns:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
 
     Raises:
-        ExportError: every delta_W is zero.
+        ExportError: every delta_W is zero, or two belong to one module.
         FoldError: an element beyond the range of the storage type, or a file that does not hold what was written.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
@@ -150,6 +158,7 @@ def write_lora(work: Iterable[Work], total: int, target: LoraOutput, report: Rep
         if not certificate.passed:
             raise AbandonedError
         _save(target, stored, certificate, draft)
+        check(draft)
     return certificate
 
 
@@ -175,6 +184,12 @@ def _store(approximation: Approximation, dtype: str) -> _Stored:
 
 
 def _certificate(target: LoraOutput, stored: Sequence[_Stored], sources: list[SourceRecord]) -> LoraCertificate:
+    twice = next((name for name, count in Counter(part.module.module for part in stored).items() if count > 1), None)
+    if twice is not None:
+        raise ExportError(
+            f"{', '.join(map(str, target.sources))}: two deltas belong to {twice}, and an adapter has one for each "
+            "module; the file names the module in two ways, so save the adapter again."
+        )
     if not any(part.module.rank and part.module.norm for part in stored):
         raise ExportError(f"{', '.join(map(str, target.sources))}: {target.if_zero}")
     matrices = [matrix for module in stored for matrix in module.matrices]

@@ -27,6 +27,10 @@ OTHER_KINDS = VARIANTS | {
 """Descriptions of fields that make an adapter another kind, which is refused."""
 
 
+ROUNDINGS = 16
+"""Most roundings of float64 on the way to an element of delta_W, in units of the sum of its dimensions and rank."""
+
+
 @dataclass(frozen=True)
 class LowRank:
     """delta_W = b @ a, in float64.
@@ -34,7 +38,8 @@ class LowRank:
     Args:
         b: left factor, (out_features, k).
         a: right factor, (k, in_features).
-        left_out: Frobenius norm of a part of delta_W that the factors do not hold.
+        left_out: bound of the Frobenius norm of what the factors do not hold of delta_W: parts that were rounded away,
+            or that depend on the machine on which PEFT computes them.
     """
 
     b: Tensor

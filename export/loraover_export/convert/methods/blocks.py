@@ -56,7 +56,7 @@ class Gralora(Method[GraloraFields]):
 
 
 class C3aFields(MethodConfig):
-    """Fields of C3AConfig that change the delta; the shape of a kernel tells its length."""
+    """Fields of C3AConfig that change the delta; the shape of a kernel shows its length."""
 
 
 @final

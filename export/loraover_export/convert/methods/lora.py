@@ -15,6 +15,7 @@ al. 2024, arXiv:2402.09353.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, final
 
@@ -24,12 +25,12 @@ from torch import Tensor
 from loraover.checkpoint.peft_adapter import KEPT_BASE, AdapterConfig
 from loraover_export.convert.methods.base import Dense, LowRank, Method, Place
 from loraover_export.convert.methods.experts import expert_places, stacks_of
+from loraover_export.convert.methods.singular import MERGE_THERE, singular_part
 from loraover_export.convert.methods.tokens import token_places
 from loraover_export.convert.source import Adapter, MethodConfig, Module
+from loraover_export.numerics.single_precision import QR_ROUNDINGS, U32, basis_error
 
 TOKENS = "token_adapter.trainable_tokens_delta"
-GAP = 1e-5
-"""Smallest gap between two singular values, relative to the largest, at which any float32 finds the same subspaces."""
 
 
 class LoraFields(MethodConfig, AdapterConfig):
@@ -63,7 +64,7 @@ class Lora(Method[LoraFields]):
                 continue
             module = adapter.module(path)
             if tensors != {TOKENS}:
-                raise module.refuse("it has a LoRA and single trained tokens, which cannot be told apart afterwards.")
+                raise module.refuse("it has both a LoRA and single trained tokens; train with one of them.")
             yield from token_places(module, TOKENS, _indices(module))
 
     def delta(self, module: Module[LoraFields]) -> LowRank | Dense:
@@ -97,17 +98,25 @@ def _indices(module: Module[LoraFields]) -> list[int]:
 
 
 def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, Tensor, float]:
-    """Return s B_0, A_0, and the norm of what the base's data type rounds away of W - s B_0 A_0.
+    """Return s B_0, A_0, and a bound of their distance from what PEFT takes out of the base weight on any machine.
 
-    The arithmetic is PEFT's, in float32.
+    The arithmetic is PEFT's, in float32. The bound has two parts: what another machine's factorization may find, and
+    what the base's data type rounds away of W - s B_0 A_0.
     """
     stored = module.stored_weight()
     weight = stored.float()
     if start == "olora":
         q, upper = torch.linalg.qr(weight)
         b0, a0 = q[:, :r], upper[:r]
+        norm = float(weight.norm())
+        apart = 2 * basis_error(upper[:r, :r]) * norm + math.sqrt(r) * QR_ROUNDINGS * U32 * norm
+        if not math.isfinite(apart):
+            raise module.refuse(
+                f"the first {r} columns of the base weight are linearly dependent, so the part that the adapter was "
+                f"started from depends on the machine. {MERGE_THERE}"
+            )
     elif start == "pissa":
-        u, values, vt = first_singular(module, weight, r)
+        u, values, vt, apart = singular_part(module, weight, r)
         root = torch.sqrt(values / s)
         b0, a0 = u * root, root[:, None] * vt
     else:
@@ -117,39 +126,7 @@ def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, T
         )
     residual = (weight - s * b0 @ a0).to(stored.dtype).double()
     b0, a0 = b0.double() * s, a0.double()
-    return b0, a0, float((residual - (stored.double() - b0 @ a0)).norm())
-
-
-def first_singular(module: Module[Any], weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first r singular triplets of a float32 matrix: (m, r), (r,) and (r, n), as PEFT finds them.
-
-    Raises:
-        ExportError: the next singular value is so close that another machine would find another subspace.
-    """
-    u, values, vt = _svd(module, weight, r)
-    return u[:, :r], values[:r], vt[:r]
-
-
-def last_singular(module: Module[Any], weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the last k singular triplets of a float32 matrix in float64: (m, k), (k,) and (k, n), as PEFT finds them.
-
-    Raises:
-        ExportError: the singular value before is so close that another machine would find another subspace.
-    """
-    first = min(weight.shape) - k
-    u, values, vt = _svd(module, weight, first)
-    return u[:, first:].double(), values[first:].double(), vt[first:].double()
-
-
-def _svd(module: Module[Any], weight: Tensor, cut: int) -> tuple[Tensor, Tensor, Tensor]:
-    u, values, vt = torch.linalg.svd(weight, full_matrices=False)
-    if 0 < cut < len(values) and float(values[cut - 1] - values[cut]) <= GAP * float(values[0]):
-        raise module.refuse(
-            f"the singular values {cut} and {cut + 1} of the base weight are equal to {GAP:g} of the largest, so the "
-            "part that the adapter was started from depends on the machine. Merge it into the base model with PEFT's "
-            "merge_and_unload, where it was trained."
-        )
-    return u, values, vt
+    return b0, a0, float((residual - (stored.double() - b0 @ a0)).norm()) + apart
 
 
 def _dora(module: Module[Any], product: Tensor) -> Dense:

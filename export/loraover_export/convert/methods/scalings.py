@@ -23,7 +23,7 @@ SMALLEST = 1e-4
 
 
 class Ia3Fields(MethodConfig):
-    """Fields of IA3Config; the shape of a vector tells which side it scales."""
+    """Fields of IA3Config; the shape of a vector shows which side it scales."""
 
 
 @final
@@ -47,7 +47,7 @@ class Ia3(Method[Ia3Fields]):
 
 
 class HiraFields(MethodConfig):
-    """Fields of HiraConfig; the shapes of the tensors tell the rank."""
+    """Fields of HiraConfig; the shapes of the tensors show the rank."""
 
 
 @final
@@ -67,7 +67,7 @@ class Hira(Method[HiraFields]):
 
 
 class GloraFields(MethodConfig):
-    """Fields of GloraConfig; the tensors tell the form of each path."""
+    """Fields of GloraConfig; the tensors show the form of each path."""
 
 
 @final

@@ -90,7 +90,7 @@ class FourierFt(Method[FourierFields]):
         m, n = module.shape
         seed = module.config.random_loc_seed
         if seed is None:
-            raise module.refuse("random_loc_seed is null, so the places of its frequencies are nowhere.")
+            raise module.refuse("random_loc_seed is null, so neither file says where its frequencies are.")
         count = int(first_match(module.config.n_frequency_pattern, module.path, module.config.n_frequency))
         if count > m * n:
             raise module.refuse(f"n_frequency is {count}, more than the weight of {(m, n)} has elements.")

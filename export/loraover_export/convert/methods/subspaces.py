@@ -10,6 +10,7 @@ Sources: PEFT's `DeftLinear`; Zhong et al. 2025, arXiv:2410.01870; Nayak et al. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, final
 
@@ -18,9 +19,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from loraover_export.convert.methods.base import LowRank, Method
-from loraover_export.convert.methods.lora import last_singular
+from loraover.checkpoint.error_bounds import gamma, unit_roundoff
+from loraover_export.convert.methods.base import ROUNDINGS, LowRank, Method
+from loraover_export.convert.methods.singular import MERGE_THERE, singular_part
 from loraover_export.convert.source import MethodConfig, Module
+from loraover_export.numerics.delta import U64
+from loraover_export.numerics.single_precision import basis_error
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -55,13 +59,26 @@ class Deft(Method[DeftFields]):
     def delta(self, module: Module[DeftFields]) -> LowRank:
         m, n = module.shape
         p = module.tensor("deft_P", m, None)
-        q, right = (p, p.relu()) if module.config.decomposition_method == "relu" else (torch.linalg.qr(p)[0],) * 2
-        a = -right.T @ module.weight()
+        q, right, apart = (p, p.relu(), 0.0) if module.config.decomposition_method == "relu" else _basis(module, p)
+        weight = module.weight()
+        r = p.shape[1]
+        a, size = -right.T @ weight, float(right.norm()) * float(weight.norm())
         if not module.config.para:
-            alpha = module.config.alpha
-            scaling = alpha / p.shape[1] if alpha else 1.0
-            a += scaling * module.tensor("deft_R", p.shape[1], n)
-        return LowRank(q, a)
+            scaling = module.config.alpha / r if module.config.alpha else 1.0
+            replaced = scaling * module.tensor("deft_R", r, n)
+            a, size = a + replaced, size + float(replaced.norm())
+        # R and P^T W may cancel, so their rounding is not that of the sum
+        rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * size
+        return LowRank(q, a, rounded + apart * (float(a.norm()) + float(weight.norm())))
+
+
+def _basis(module: Module[DeftFields], p: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return the orthonormal columns of P twice, and how far PEFT's, in float32, may be from them."""
+    q, upper = torch.linalg.qr(p)
+    apart = basis_error(upper) if upper.shape[0] == upper.shape[1] else math.inf
+    if not math.isfinite(apart):
+        raise module.refuse(f"the columns of deft_P are linearly dependent. {MERGE_THERE}")
+    return q, q, apart
 
 
 class PeanutFields(MethodConfig):
@@ -102,7 +119,7 @@ class Peanut(Method[PeanutFields]):
 
 
 class OsfFields(MethodConfig):
-    """Fields of OSFConfig; the shapes of the tensors tell how many triplets are trained."""
+    """Fields of OSFConfig; the shapes of the tensors show how many triplets are trained."""
 
 
 @final
@@ -120,5 +137,11 @@ class Osf(Method[OsfFields]):
         s = module.tensor("osf_svd_params.S_low", None)
         u = module.tensor("osf_svd_params.U_low", m, len(s))
         v = module.tensor("osf_svd_params.V_low", len(s), n)
-        u0, s0, v0 = last_singular(module, module.stored_weight().float(), len(s))
-        return LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]))
+        if len(s) > min(m, n):
+            raise module.refuse(f"it trains {len(s)} singular triplets, and its weight has {min(m, n)}.")
+        stored = module.stored_weight()
+        start = singular_part(module, stored.float(), min(m, n) - len(s), tail=True)
+        # PEFT stores the three factors in the weight's data type; another machine's round differently
+        u0, s0, v0 = (factor.to(stored.dtype).double() for factor in (start.u, start.s, start.vt))
+        rounded = 0.0 if stored.dtype == torch.float32 else 8 * unit_roundoff(stored.dtype) * float(start.s.norm())
+        return LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]), start.apart + rounded)

@@ -45,7 +45,7 @@ class TrainableTokens(Method[TokenFields]):
 
 
 def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iterator[Place]:
-    """Yield the embedding, and the head that shares its weight, unless the head has trained tokens of its own.
+    """Yield the embedding, and the head that shares its weight, unless the head has other trained tokens.
 
     Args:
         module: the embedding, or a head with its own weight.

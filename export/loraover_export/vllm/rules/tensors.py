@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraover.checkpoint.peft_adapter import KEY_PREFIX
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 
-BASE_WEIGHT = ".base_layer.weight"
 KINDS = {
     ".lora_B.bias": "a bias of B",
     ".lora_A.bias": "a bias of A",

@@ -1,0 +1,183 @@
+"""Bounds of conversions: they cover what PEFT finds on another machine, and what cancellation and rounding do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loraover.checkpoint.base_model import resolve_base
+from loraover.common.errors import ExportError
+from loraover_export import convert_adapter
+from loraover_export.convert.base_weights import open_base
+from loraover_export.convert.methods.base import Dense, LowRank
+from loraover_export.convert.run import read_method
+from loraover_export.convert.source import open_adapter
+
+from strategies import normal
+from support.conversions import SOURCES, Source, make_base, make_source
+from support.make_checkpoint import edit_tensors
+
+PATH = "model.layers.1.self_attn.q_proj"
+KEY = f"base_model.model.{PATH}"
+WEIGHTS, TENSORS = "model.safetensors", "adapter_model.safetensors"
+
+
+def made(folder: Path, source: Source, weight: Tensor, dtype: torch.dtype = torch.float32) -> Path:
+    """An adapter on a base model that has a given weight."""
+    base = make_base(folder / "base", source.base)
+    edit_tensors(base / WEIGHTS, lambda found: found.update({f"{PATH}.weight": weight}))
+    edit_tensors(base / WEIGHTS, lambda found: found.update({key: t.to(dtype) for key, t in found.items()}))
+    return make_source(base, folder / "adapter", source)
+
+
+def delta_of(adapter: Path) -> LowRank | Dense:
+    method, layout = read_method(adapter)
+    with (
+        open_base(resolve_base([layout], None, option="--model", say=print)) as base,
+        open_adapter(layout, base) as opened,
+    ):
+        return next(place for place in method.places(opened) if place.path == PATH).delta()
+
+
+def weight_with_gap(gap: float, cut: int) -> Tensor:
+    """A (34, 34) weight whose singular values before and after the cut differ by `gap` of the largest."""
+    s = torch.linspace(1, 0.1, 34, dtype=torch.float64)
+    s[cut:] -= s[cut] - s[cut - 1] + gap
+    found: Tensor = (torch.linalg.qr(normal(1, 34, 34)).Q * s) @ torch.linalg.qr(normal(2, 34, 34)).Q
+    return found.float()
+
+
+@contextmanager
+def another_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Factorizations whose sums run in another order."""
+    svd, qr = torch.linalg.svd, torch.linalg.qr
+    rows = torch.randperm(34, generator=torch.Generator().manual_seed(3))
+
+    def permuted_svd(matrix: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vt = svd(matrix[rows], **options)
+        return u[rows.argsort()], s, vt
+
+    def permuted_qr(matrix: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        q, upper = qr(matrix[rows], **options)
+        return q[rows.argsort()], upper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", permuted_svd)
+        patch.setattr(torch.linalg, "qr", permuted_qr)
+        yield
+
+
+@pytest.mark.parametrize(("name", "cut"), [("pissa", 3), ("olora", 3), ("osf", 28)])
+def test_the_bound_covers_the_start_on_another_machine(
+    name: str, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = made(tmp_path, SOURCES[name], weight_with_gap(2e-4, cut))
+    found = delta_of(adapter)
+    with another_machine(monkeypatch):
+        other = delta_of(adapter)
+    assert isinstance(found, LowRank)
+    assert isinstance(other, LowRank)
+    apart = float((found.b @ found.a - other.b @ other.a).norm())
+    assert 1e-8 < apart <= found.left_out <= 4000 * apart
+    report = convert_adapter(adapter, tmp_path / "out")
+    module = next(module for module in report.certificate.modules if module.module == PATH)
+    assert module.arithmetic_bound >= found.left_out
+
+
+def test_osf_starts_from_what_peft_stores(tmp_path: Path) -> None:
+    """PEFT keeps the factors in the weight's data type; in bfloat16 their product differs much from the weight."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = made(tmp_path, SOURCES["osf"], weight_with_gap(1e-2, 28), torch.bfloat16)
+    found = delta_of(adapter)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, adapter)
+    layer = model.get_submodule(KEY)
+    start = [getattr(layer, f"_osf_{part}_low_init")["default"].double() for part in "USV"]
+    stored = load_file(adapter / TENSORS)
+    u, s, v = (stored[f"{KEY}.osf_svd_params.{part}_low"].double() for part in "USV")
+    expected = (u * s) @ v - (start[0] * start[1]) @ start[2]
+    assert isinstance(found, LowRank)
+    assert float((found.b @ found.a - expected).norm()) <= 1e-12 * float(expected.norm())
+
+
+def repeated(weight: Tensor) -> Tensor:
+    return torch.cat([weight[:, :1], weight[:, :1], weight[:, 2:]], dim=1)
+
+
+UNDETERMINED: dict[str, tuple[str, Tensor, str]] = {
+    "pissa": (
+        "pissa",
+        torch.eye(34),
+        r"values 3 and 4 .* differ by 0.0e\+00 of the largest, and need 2.8e-05",
+    ),
+    "pissa, nearly": ("pissa", weight_with_gap(1e-5, 3), "singular values 3 and 4"),
+    "osf": ("osf", torch.eye(34), "singular values 28 and 29"),
+    "olora": (
+        "olora",
+        repeated(normal(1, 34, 34).float()),
+        "first 3 columns of the base weight are linearly",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNDETERMINED)
+def test_a_start_that_depends_on_the_machine_is_refused(case: str, tmp_path: Path) -> None:
+    name, weight, message = UNDETERMINED[case]
+    with pytest.raises(ExportError, match=f"(?s){message}.*merge_and_unload"):
+        convert_adapter(made(tmp_path, SOURCES[name], weight), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dependent_columns_of_deft_are_refused(tmp_path: Path) -> None:
+    adapter = made(tmp_path, SOURCES["deft of orthonormal columns"], normal(1, 34, 34).float())
+    p = load_file(adapter / TENSORS)[f"{KEY}.deft_P"]
+    edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.deft_P": repeated(p)}))
+    with pytest.raises(ExportError, match="columns of deft_P are linearly dependent"):
+        convert_adapter(adapter, tmp_path / "out")
+
+
+def exact(matrix: Tensor) -> Any:
+    return np.vectorize(Fraction, otypes=[object])(matrix.double().numpy())
+
+
+def exact_norm(matrix: Any) -> float:
+    return sqrt(sum(element * element for element in matrix.ravel()))
+
+
+def test_deft_is_bounded_where_its_terms_cancel(tmp_path: Path) -> None:
+    """R is P^T W rounded to float32, so that the difference is much smaller than the rounding of either."""
+    weight = normal(1, 34, 34).float()
+    adapter = made(tmp_path, SOURCES["deft"], weight)
+    p = load_file(adapter / TENSORS)[f"{KEY}.deft_P"]
+    r = (p.double().relu().mT @ weight.double() * 3 / 2).float()  # alpha / r is 2 / 3
+    edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.deft_R": r}))
+    found = delta_of(adapter)
+    assert isinstance(found, LowRank)
+    truth = exact(p) @ (Fraction(2, 3) * exact(r) - exact(p.relu()).T @ exact(weight))
+    error = exact_norm(exact(found.b) @ exact(found.a) - truth)
+    assert error <= found.left_out <= 1e5 * error
+    assert error > 1e-10 * float((found.b @ found.a).norm())
+
+
+def test_the_bound_of_a_dense_delta_covers_its_rounding(tmp_path: Path) -> None:
+    """The exact delta of HiRA, by fractions; full rank loses nothing else."""
+    adapter = made(tmp_path, SOURCES["hira"], normal(1, 34, 34).float())
+    report = convert_adapter(adapter, tmp_path / "out", rank=34)
+    module = next(module for module in report.certificate.modules if module.module == PATH)
+    found, stored = delta_of(adapter), load_file(adapter / TENSORS)
+    assert isinstance(found, Dense)
+    a, b = (exact(stored[f"{KEY}.hira_{side}"]) for side in "AB")
+    error = exact_norm(exact(found.value) - exact(normal(1, 34, 34).float()) * (b @ a))
+    assert 0 < error <= module.arithmetic_bound <= 1e5 * error

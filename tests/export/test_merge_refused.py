@@ -1,0 +1,164 @@
+"""Base models and adapters that cannot be merged: one message, exit code 2, and nothing at the output."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraover.common.command_line import run
+from loraover_export.cli import cli
+
+from support.adapters_on_disk import save_base, save_lora, save_shards
+from support.make_checkpoint import edit_json, edit_tensors, tree
+from support.refusals import only_error
+from support.tiny_models import tiny_llama
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return save_shards(tmp_path)
+
+
+def quantised(folder: Path) -> None:
+    edit_json(
+        folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"})
+    )
+
+
+def in_bytes(folder: Path) -> None:
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda found: found.update({k: v.to(torch.uint8) for k, v in found.items() if "q_proj" in k}),
+    )
+
+
+def renamed(folder: Path) -> None:
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda found: [found.update({key.replace("q_proj", "qkv"): found.pop(key)}) for key in list(found)],
+    )
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def nan_weight(folder: Path) -> None:
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda found: found.update({k: v * float("nan") for k, v in found.items() if "q_proj" in k}),
+    )
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def narrower(folder: Path) -> None:
+    shutil.rmtree(folder)
+    save_base(folder, lambda: tiny_llama(hidden_size=16))
+
+
+def shorter(folder: Path) -> None:
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda found: found.update({k: v[:-1].contiguous() for k, v in found.items() if "q_proj" in k}),
+    )
+
+
+def with_config(content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "config.json").write_text(content)
+
+
+def with_fields(**fields: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(fields))
+
+
+BASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a list": (with_config("[]"), "has no usable config.json"),
+    "too deep": (with_config("[" * 100_000), "not valid JSON"),
+    "a key twice": (with_config('{"a": 1, "a": 2}'), "the key 'a' occurs twice"),
+    "text for a number": (with_fields(hidden_size="32"), "has no usable config.json"),
+    "no heads": (with_fields(num_attention_heads=0), "has no usable config.json"),
+    "quantised by a list": (with_fields(quantization_config=[4]), "quantization_config: Input should be an object"),
+    "a number for a class": (with_fields(architectures=[3]), "names no architectures (found [3])"),
+    "shorter": (shorter, "q_proj.weight has shape (31, 32) in the files, and config.json makes it (32, 32)"),
+    "bitsandbytes": (quantised, "is quantised (bitsandbytes), and a sum would be rounded again"),
+    "weights in bytes": (in_bytes, "q_proj.weight is U8, so the model is quantised"),
+    "other names": (renamed, "its files hold no tensor 'model.layers.0.self_attn.q_proj.weight'"),
+    "pickles": (pickled, "it has pytorch_model.bin. Save it again with save_pretrained"),
+    "NaN": (nan_weight, "q_proj.weight holds NaN or infinity"),
+    "truncated": (truncated, "not a complete safetensors file"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no usable config.json"),
+    "narrower": (narrower, "features in the base model, but"),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_a_base_that_cannot_be_used(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, message = BASES[case]
+    base = save_base(tmp_path / "base")
+    adapter = save_lora(base, tmp_path / "adapter", target_modules=["q_proj"])
+    change(base)
+    before = tree(tmp_path)
+    assert run(cli, ["merge", str(adapter), "-o", str(tmp_path / "out")]) == 2
+    assert message in only_error(capsys.readouterr().err)
+    assert tree(tmp_path) == before
+
+
+INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no map": (lambda index: index.pop("weight_map"), "weight_map: Field required"),
+    "a list": (lambda index: index.update(weight_map=[1]), "weight_map: Input should be an object"),
+    "a number": (lambda index: index["weight_map"].update(x=3), "weight_map.x: Input should be a valid string"),
+    "lost": (lambda index: index["weight_map"].update(x="a.safetensors"), "'a.safetensors', which is no safetensors"),
+    "outside": (lambda index: index["weight_map"].update(x="../a"), "names '../a', which is no safetensors file"),
+    "the folder": (lambda index: index["weight_map"].update(x=""), "names '', which is no safetensors file"),
+    "too long": (lambda index: index["weight_map"].update(x="a" * 5000), "which is no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_an_index_that_cannot_be_used(
+    case: str, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = INDICES[case]
+    edit_json(pair[0] / "model.safetensors.index.json", change)
+    before = tree(tmp_path)
+    assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "out")]) == 2
+    assert message in only_error(capsys.readouterr().err)
+    assert tree(tmp_path) == before
+
+
+def test_a_tensor_in_two_shards(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of them would keep the weight that the adapter should change."""
+    one, other = sorted(pair[0].glob("*.safetensors"))[:2]
+    edit_tensors(other, lambda found: found.update(load_file(one)))
+    assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "out")]) == 2
+    assert "several of its files hold a tensor 'model.embed_tokens.weight'" in only_error(capsys.readouterr().err)
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": ({"use_dora": True}, "use_dora"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, "an activated LoRA"),
+    "GGUF": ({"base_model_name_or_path": "./model-Q4_K_M.gguf"}, "is a GGUF file"),
+    "no base": ({"base_model_name_or_path": None}, "names no base model"),
+    "a lost base": ({"base_model_name_or_path": "./lost"}, "./lost"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_that_cannot_be_merged(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields, message = ADAPTERS[case]
+    adapter = save_lora(save_base(tmp_path / "base"), tmp_path / "adapter", target_modules=["q_proj"])
+    edit_json(adapter / "adapter_config.json", lambda config: config.update(fields))
+    assert run(cli, ["merge", str(adapter), "-o", str(tmp_path / "out")]) == 2
+    assert message in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
