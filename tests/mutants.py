@@ -274,7 +274,7 @@ MUTANTS = (
         "fold-certificate-judges-the-mean",
         "float(error.div_(bound).amax())",
         "float(error.div_(bound).mean())",
-        Selection("test_fold.py", "certificate"),
+        Selection("test_fold_rejected.py", "certificate_rejects"),
     ),
     Mutant(
         "delta-scaling-of-rslora-is-loras",
