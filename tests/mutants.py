@@ -277,6 +277,12 @@ MUTANTS = (
         Selection("test_fold_rejected.py", "certificate_rejects"),
     ),
     Mutant(
+        "unfolded-router-with-another-class-is-a-linear-layer",
+        "not (layers[path] or isinstance(module, nn.Linear | nn.Embedding | Conv1D))",
+        'type(module).__name__.endswith("Router")',
+        Selection("test_experts.py", "the_folded_adapter_is"),
+    ),
+    Mutant(
         "delta-scaling-of-rslora-is-loras",
         "alpha / math.sqrt(r) if self.use_rslora else alpha / r",
         "alpha / r",
