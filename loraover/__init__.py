@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from loraover.callbacks.diagnostics import DiagnosticsCallback
     from loraover.callbacks.loraover_callback import LoraOverCallback
     from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, seal
-    from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+    from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint
     from loraover.checkpoint.resume import restore
+    from loraover.checkpoint.write_checkpoint import write_checkpoint
     from loraover.evaluation.results import Evaluation
     from loraover.evaluation.run import evaluate
     from loraover.inspection.folder import inspect_folder
@@ -59,7 +60,7 @@ _HOMES = {
     "seal": "callbacks.seal_checkpoints",
     "train": "training.run",
     "trainable_state_dict": "overparam.sharding",
-    "write_checkpoint": "checkpoint.checkpoint",
+    "write_checkpoint": "checkpoint.write_checkpoint",
 }
 
 __all__ = [

@@ -274,7 +274,13 @@ MUTANTS = (
         "fold-certificate-judges-the-mean",
         "float(error.div_(bound).amax())",
         "float(error.div_(bound).mean())",
-        Selection("test_fold.py", "certificate"),
+        Selection("test_fold_rejected.py", "certificate_rejects"),
+    ),
+    Mutant(
+        "unfolded-router-with-another-class-is-a-linear-layer",
+        "not (layers[path] or isinstance(module, nn.Linear | nn.Embedding | Conv1D))",
+        'type(module).__name__.endswith("Router")',
+        Selection("test_experts.py", "the_folded_adapter_is"),
     ),
     Mutant(
         "delta-scaling-of-rslora-is-loras",

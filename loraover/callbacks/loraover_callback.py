@@ -14,8 +14,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loraover.checkpoint.checkpoint import read_checkpoint, write_checkpoint
+from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.resume import restore
+from loraover.checkpoint.write_checkpoint import write_checkpoint
 from loraover.common.errors import CheckpointError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.importance.base import Loss, Probe, model_loss

@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -27,17 +26,12 @@ from torch import Tensor
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.checkpoint.magnitude import magnitude
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir, site_key
-from loraover.checkpoint.tensor_file import TensorFile, open_tensors, save_tensors, sha256_of
-from loraover.common.atomic_output import publish_file, publish_text
+from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.common.strict_json import read_json
-from loraover.common.version import __version__
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.decompositions import Decomposition
-from loraover.overparam.importance import GradientScore
-from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Round
-from loraover.overparam.sharding import world_size
 
 SCHEMA_VERSION = 3
 META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
@@ -241,88 +235,6 @@ class Checkpoint:
                 f"is {stored[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "
                 "changed outside the optimizer step; save the checkpoint again."
             )
-
-
-def write_checkpoint(
-    directory: str | os.PathLike[str], over: OverParameterization, *, step: int, adapter: str = "default"
-) -> None:
-    """Make a LoRA-Over checkpoint of an adapter that PEFT has just saved, by adding the cores to its folder.
-
-    `loraover.json` is written last: a folder without it is an ordinary adapter, a folder with it is complete.
-
-    Args:
-        directory: Folder into which `model.save_pretrained` has saved the adapter as safetensors.
-        over: The cores, on the model that was saved.
-        step: Number of steps taken, which the checkpoint records.
-        adapter: PEFT's name of the adapter that was saved.
-
-    Raises:
-        CheckpointError: The folder holds no adapter in safetensors; or no matrix of the adapter has cores, and no
-            dynamic schedule can give it some later; or A and B are trained in several dtypes.
-        ConfigError: A matrix was changed outside the optimizer step.
-        OutputError: The files cannot be written.
-
-    Example:
-        ```python
-        model.save_pretrained("checkpoint")
-        write_checkpoint("checkpoint", over, step=100)
-        ```
-    """
-    over.check_unchanged()
-    stored = read_adapter_dir(Path(directory))
-    tensors, records, dtypes = _recorded(over, adapter)
-    if len(dtypes) > 1:
-        raise CheckpointError(f"{directory}: the cores have several dtypes ({dtypes}); train A and B in one dtype.")
-    if not dtypes and over.config.schedule != "dynamic":
-        raise CheckpointError(f"{directory}: adapter {adapter!r} has no over-parameterised site to save.")
-    if isinstance(over.schedule.score, GradientScore) and over.schedule.observed is not None:
-        tensors |= {SCORE_PREFIX + key: value for key, value in over.schedule.score.state().items()}
-    publish_file(stored.path / CORES_FILE, lambda draft: save_tensors(tensors, draft))
-    meta = Meta(
-        base_model=stored.config.base_model_name_or_path,
-        step=step,
-        config=over.config,
-        core_dtype="float64" if torch.float64 in dtypes else "float32",
-        sites=records,
-        rounds=over.schedule.rounds,
-        steps=over.steps,
-        optimizer_steps=over.step,
-        optimizer=over.optimizer_class,
-        world_size=world_size(),
-        versions={"loraover": __version__, **{name: version(name) for name in ("torch", "peft", "transformers")}},
-        sha256={name: sha256_of(stored.path / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
-    )
-    publish_text(stored.path / META_FILE, meta.sealed().model_dump_json(indent=1))
-
-
-def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:
-    """Collect the tensors of the cores and their optimizer state, the records of sites, and the cores' dtypes."""
-    tensors: dict[str, Tensor] = {}
-    records: list[SiteRecord] = []
-    dtypes: set[torch.dtype] = set()
-    for group in over.groups:
-        for i, site in enumerate(group.sites):
-            if site.adapter != adapter:
-                continue
-            dtypes.add(group.dtype)
-            m, n = site.shape
-            plain = {}
-            first = [group.sites[group.first_site(k, i)].path for k in range(len(group.stacks))]
-            shares = {k: name for k, name in enumerate(first) if len(group.stacks[k]) < len(group.sites)}
-            record = SiteRecord(name=site.path, m=m, n=n, step=group.step, joined=group.is_joined, shares=shares)
-            if (follower := over.followers.get(group)) is not None:
-                tensors |= {record.gauge_key + key: value for key, value in follower.site_state(i).items()}
-            for k in range(len(group.stacks)):
-                key = record.core_key(k)
-                tensors[key] = group.core(k, i).cpu()
-                state = group.core_state(k, group.owner(k, i)) if k in group.trained else {}
-                for name, value in state.items():
-                    if isinstance(value, Tensor):
-                        tensors[f"{key}.{name}"] = value.detach().cpu().clone()  # 8-bit optimizers share some
-                    else:
-                        plain[f"{key}.{name}"] = value
-            records.append(record.model_copy(update={"state": plain}))
-    return tensors, records, dtypes
 
 
 def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:

@@ -152,8 +152,8 @@ def unfolded(
     """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
 
     Each adapted module returns W x + scaling * B(A(x)), where A and B are applied core by core, or as stored if they
-    have no cores. It is for evaluation only: LoRA dropout is not applied. Routers, and experts
-    that share one parameter, get W + scaling * B A instead, from the contraction in float64, rounded once to W's type.
+    have no cores. It is for evaluation only: LoRA dropout is not applied. Routers, and experts that share one
+    parameter, get W + scaling * B A instead, from the contraction in float64, rounded once to W's type.
 
     W x is computed as the base model computes it, the rest in float64, so that the error of this reference does not
     grow with the number of cores. The cores move to the model's device once, and to the CPU if it has no float64.
@@ -177,34 +177,14 @@ def unfolded(
     source = on_base(source, weights)
     adapter = adapter_of(source)
     adapter.check_keeps_base()
-    of_experts = {stack.expert(index) for stack in adapter.stacks for index in range(stack.experts)}
-    modules = {
-        module: name.rpartition(".")[2].startswith("lora_embedding")
-        for name in adapter.sites
-        if (module := name.rpartition(".")[0]) not in of_experts
-    }
-    routers = _routers(base, modules)
-    widened = _Widened()
+    layers = _layers(adapter)
+    routers = _routers(base, layers)
     try:
         with ExitStack() as files:
             exact = files.enter_context(open_exact(source))
             others = None if sampled is None else files.enter_context(open_exact(sampled.others))
-            for module, is_embedding in modules.items():
-                if module in routers:
-                    continue
-                pair = _pair(exact, module, is_embedding)
-                target = target_module(base, module, pair[0].n, pair[1].m, adapter)
-                bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
-                delta = _Delta(
-                    pair=pair,
-                    sampled=sampled,
-                    others=None if others is None else _pair(others, module, is_embedding),
-                    bias=exact.plain.read(bias_key) if bias_key in exact.plain.keys else None,
-                    scaling=adapter.config.scaling(module),
-                    is_embedding=is_embedding,
-                    dtype=delta_dtype,
-                    widened=widened,
-                )
+            hooked = {module: is_embedding for module, is_embedding in layers.items() if module not in routers}
+            for target, delta in _hooks(base, hooked, exact, delta_dtype, sampled, others):
                 handles.append(target.register_forward_hook(delta))
             for name, added in _deltas(weights, routers, exact):
                 saved |= _add(base, name, added)
@@ -216,13 +196,54 @@ def unfolded(
         put_parameters(base, saved)
 
 
-def _routers(base: nn.Module, modules: Iterable[str]) -> set[str]:
+def _layers(adapter: AdapterDir) -> dict[str, bool]:
+    """Return the adapted modules but for experts, and whether each is adapted as an embedding."""
+    of_experts = {stack.expert(index) for stack in adapter.stacks for index in range(stack.experts)}
+    return {
+        module: name.rpartition(".")[2].startswith("lora_embedding")
+        for name in adapter.sites
+        if (module := name.rpartition(".")[0]) not in of_experts
+    }
+
+
+def _routers(base: nn.Module, layers: Mapping[str, bool]) -> set[str]:
     """Return the adapted modules that are no linear layers, but have a matrix as their weight, as routers have."""
+    from transformers.pytorch_utils import Conv1D
+
     return {
         path
         for path, module in base.named_modules()
-        if path in modules and type(module).__name__.endswith("Router") and getattr(module, "weight", None) is not None
+        if path in layers
+        and not (layers[path] or isinstance(module, nn.Linear | nn.Embedding | Conv1D))
+        and any(name == "weight" and p.ndim == 2 for name, p in module.named_parameters(recurse=False))
     }
+
+
+def _hooks(
+    base: nn.Module,
+    layers: Mapping[str, bool],
+    exact: ExactAdapter,
+    dtype: torch.dtype,
+    sampled: Sampled | None,
+    others: ExactAdapter | None,
+) -> Iterator[tuple[nn.Module, _Delta]]:
+    """Yield each of these modules with the hook that adapts it."""
+    adapter, widened = exact.adapter, _Widened()
+    for module, is_embedding in layers.items():
+        pair = _pair(exact, module, is_embedding)
+        target = target_module(base, module, pair[0].n, pair[1].m, adapter)
+        bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
+        hook = _Delta(
+            pair=pair,
+            sampled=sampled,
+            others=None if others is None else _pair(others, module, is_embedding),
+            bias=exact.plain.read(bias_key) if bias_key in exact.plain.keys else None,
+            scaling=adapter.config.scaling(module),
+            is_embedding=is_embedding,
+            dtype=dtype,
+            widened=widened,
+        )
+        yield target, hook
 
 
 def _deltas(

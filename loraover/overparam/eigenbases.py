@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from loraover.overparam.block_bases import Blocks, Side, eigenvectors, next_eigenvectors, turn
 from loraover.overparam.core_group import CoreGroup, full_precision
-from loraover.overparam.decompositions import Eigen
+from loraover.overparam.decompositions import Decomposition, Eigen
+from loraover.overparam.importance import joint_norm
 from loraover.overparam.moments import LINEAR, SQUARED
+from loraover.overparam.optimizers import BLIND, ROTATED
 from loraover.overparam.sharding import of_first_process
+
+logger = logging.getLogger("loraover")
 
 
 class BasisFollower:
@@ -173,6 +179,89 @@ class BasisFollower:
         self.seen[i] = seen
         self.counted.fill_(self.steps)
         self.due = None if due < 0 else due
+
+
+class Followers(Mapping[CoreGroup, BasisFollower]):
+    """The followers of a run, by the group that each follows; empty unless the decomposition is `eigen`.
+
+    Args:
+        decomposition: Decomposition of the run.
+        names: Names of the model's sites, in an order that a resumed run has too.
+    """
+
+    def __init__(self, decomposition: Decomposition, names: Iterable[str]) -> None:
+        self._decomposition = decomposition
+        self._places = {name: place for place, name in enumerate(names)}
+        self._followers: dict[CoreGroup, BasisFollower] = {}
+
+    def __getitem__(self, group: CoreGroup) -> BasisFollower:
+        return self._followers[group]
+
+    def __iter__(self) -> Iterator[CoreGroup]:
+        return iter(self._followers)
+
+    def __len__(self) -> int:
+        return len(self._followers)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the moments of all followers are."""
+        return sum(follower.numbers for follower in self.values())
+
+    def add(self, group: CoreGroup) -> None:
+        """Follow a new group from now on, if its decomposition is `eigen`."""
+        if isinstance(self._decomposition, Eigen):
+            self._followers[group] = BasisFollower(group)
+
+    def divide(self, group: CoreGroup, parts: Mapping[CoreGroup, Sequence[int]]) -> None:
+        """Follow the parts of a group in its place.
+
+        Args:
+            group: Group that has been divided.
+            parts: Indices of the sites that each part has of it.
+        """
+        if group in self:
+            follower = self._followers.pop(group)
+            self._followers |= {part: follower.divided(part, indices) for part, indices in parts.items()}
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Warn of an optimizer for which bases do nothing, or whose state cannot be turned into another basis."""
+        if isinstance(self._decomposition, Eigen) and type(optimizer).__name__ in BLIND:
+            logger.warning(
+                "%s takes the same step in every basis, so decomposition eigen changes nothing with it",
+                type(optimizer).__name__,
+            )
+        self.stop_unturned(optimizer)
+
+    def stop_unturned(self, optimizer: Optimizer) -> None:
+        """Stop following gradients, with a warning, where the optimizer's state cannot be turned."""
+        following = [follower for follower in self.values() if follower.due is not None]
+        kind = type(optimizer)
+        if following and kind.__name__ not in BLIND and kind not in ROTATED:
+            logger.warning(
+                "%s keeps state that cannot be turned into another basis, so bases do not follow its gradients; "
+                "give eigen the options {short: calibration, long: calibration}, which need no turning",
+                kind.__name__,
+            )
+            for follower in following:
+                follower.stop()
+
+    @torch.no_grad()
+    def observe(self, gradients: Mapping[CoreGroup, Tensor]) -> None:
+        """Take note of one optimizer step's gradients, before it is taken.
+
+        Args:
+            gradients: Gradients dL/dM (G, m, n) of each group whose sites have some.
+        """
+        if not self or not gradients:
+            return
+        # A resumed run may have its groups in another order, in which the norm would round differently.
+        ordered = sorted(gradients.items(), key=lambda item: self._places[item[0].sites[0].name])
+        norm = joint_norm([stack for _, stack in ordered])
+        counts = norm.isfinite() & (norm > 0)
+        for group, stack in gradients.items():
+            if (follower := self.get(group)) is not None:
+                follower.observe(stack / norm.to(stack.device), counts)
 
 
 def _wide(flags: Tensor) -> Tensor:

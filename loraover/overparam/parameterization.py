@@ -8,13 +8,10 @@ GradScaler and `zero_grad` therefore see an ordinary LoRA.
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
@@ -23,16 +20,14 @@ from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup, grouped
 from loraover.overparam.covariances import measured_bases, shared_columns
 from loraover.overparam.decompositions import Eigen
-from loraover.overparam.eigenbases import BasisFollower
+from loraover.overparam.eigenbases import Followers
 from loraover.overparam.fingerprint import LateAnswer
-from loraover.overparam.importance import Probe, joint_norm
-from loraover.overparam.moments import carried_moments
-from loraover.overparam.optimizers import BLIND, ELEMENTWISE, ROTATED, ordinary_optimizer, unwrapped
+from loraover.overparam.importance import Probe
+from loraover.overparam.optimizer_view import OptimizerView
+from loraover.overparam.optimizers import ordinary_optimizer, unwrapped
 from loraover.overparam.schedule import Schedule, calibrating
 from loraover.overparam.sharding import gathered, in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
-
-logger = logging.getLogger("loraover")
 
 
 class OverParameterization:
@@ -57,7 +52,6 @@ class OverParameterization:
         schedule: The choice of sites, with the decisions made so far in `schedule.rounds`.
         step: Number of optimizer steps taken.
         steps: Number of optimizer steps of the run, or None.
-        optimizer: The optimizer that is attached, or None.
 
     Raises:
         ConfigError: The model has no LoRA, or a LoRA variant that is not the product B A; a pattern matches no site;
@@ -94,17 +88,19 @@ class OverParameterization:
         self.groups: list[CoreGroup] = []
         self.step = 0
         self._is_counted = True
-        self.optimizer: Optimizer | None = None
         self.optimizer_class: str | None = None
-        self._hosts: list[int] = []  # each group's parameter group in the optimizer
-        self.followers: dict[CoreGroup, BasisFollower] = {}
+        self.followers = Followers(self.decomposition, self.sites)
         self._late = LateAnswer()
-        self._plain_groups: int | None = None
-        self._stacks: list[nn.Parameter] = []  # of experts that all have cores
+        self._view: OptimizerView | None = None
         self._handles: list[Any] = []
         if inject and self.config.schedule != "dynamic":
             self.schedule.check_ready()
             self._hold_round()
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer that is attached, or None."""
+        return None if self._view is None else self._view.optimizer
 
     @property
     def injected(self) -> dict[str, tuple[CoreGroup, int]]:
@@ -134,17 +130,17 @@ class OverParameterization:
         twice = sorted((self.injected.keys() & set(chosen)) | {n for n in chosen if chosen.count(n) > 1})
         if twice:
             raise ConfigError(f"inject: already over-parameterised: {', '.join(twice[:3])}.")
-        if self.optimizer is not None:
-            self._check_hosts(self.optimizer, chosen)
+        if self._view is not None:
+            self._view.check_holds([self.sites[name] for name in chosen])
         self.check_unchanged()
         bases = self._measured_bases(chosen)
         owners = {} if self.decomposition.trains_all else shared_columns(bases)
         for sites in grouped([self.sites[name] for name in chosen], owners):
             decomposition = self.decomposition.of_site(sites[0].name)
             self._add(CoreGroup.initialised(sites, decomposition, self.config.seed or 0, step, bases))
-        if self.optimizer is not None:
-            self._join(self.optimizer)
-            self._stop_unturned(self.optimizer)
+        if self._view is not None:
+            self.groups = self._view.arranged(self.groups, self.followers)
+            self.followers.stop_unturned(self._view.optimizer)
 
     def inject_as(self, owners: Mapping[str, str], *, step: int) -> None:
         """Over-parameterise sites as a checkpoint has them, whose cores are loaded afterwards.
@@ -162,10 +158,9 @@ class OverParameterization:
     def _add(self, group: CoreGroup) -> None:
         group.write()
         self.groups.append(group)
-        if isinstance(self.decomposition, Eigen):
-            self.followers[group] = BasisFollower(group)
-        if self.optimizer is not None and self.config.carry_moments:
-            self._carry_moments(self.optimizer, group)
+        self.followers.add(group)
+        if self._view is not None and self.config.carry_moments:
+            self._view.carry_moments(group)
 
     def _measured_bases(self, names: Sequence[str]) -> dict[str, Bases]:
         """Bases from calibration batches, where the decomposition asks for them."""
@@ -200,10 +195,15 @@ class OverParameterization:
         if self.optimizer_class not in (None, kind):
             raise ConfigError(f"attach: the run was trained with {self.optimizer_class}, this optimizer is {kind}.")
         self.schedule.check_ready()
-        self._check_hosts(optimizer, dict.fromkeys([*self.injected, *self.schedule.candidates]))
-        self._join(optimizer)
-        self._check_rotations(optimizer)
-        self.optimizer, self.optimizer_class = optimizer, kind
+        if has_cores(optimizer):
+            raise ConfigError(
+                "attach: another OverParameterization trains this optimizer's matrices already; one callback is enough."
+            )
+        view = OptimizerView(optimizer, self.config)
+        view.check_holds([self.sites[name] for name in dict.fromkeys([*self.injected, *self.schedule.candidates])])
+        self.groups = view.arranged(self.groups, self.followers)
+        self.followers.check_optimizer(optimizer)
+        self._view, self.optimizer_class = view, kind
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -271,11 +271,11 @@ class OverParameterization:
 
     def detach(self) -> None:
         """Remove the hooks and the cores from the optimizer without checking the matrices, as `finish` does."""
-        if self.optimizer is not None:
-            self._leave(self.optimizer)
+        if self._view is not None:
+            self._view.leave()
         for handle in self._handles:
             handle.remove()
-        self._handles, self.optimizer = [], None
+        self._handles, self._view = [], None
 
     def num_parameters(self) -> tuple[int, int]:
         """Count the trained parameters of the cores, and the parameters of the matrices that they stand for.
@@ -294,146 +294,56 @@ class OverParameterization:
             The count; 0 for a decomposition whose cores are all trained.
         """
         kept = sum(s.numel() for group in self.groups for k, s in enumerate(group.stacks) if k not in group.trained)
-        return kept + sum(follower.numbers for follower in self.followers.values())
-
-    def _check_hosts(self, optimizer: Optimizer, names: Iterable[str]) -> None:
-        """Raise ConfigError unless this object can train these sites, and scale their rate, through the optimizer."""
-        if self.optimizer is None and has_cores(optimizer):
-            raise ConfigError(
-                "attach: another OverParameterization trains this optimizer's matrices already; one callback is enough."
-            )
-        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        for name in names:
-            identity = id(self.sites[name].parameter)
-            if identity not in rates:
-                raise ConfigError(
-                    f"attach: the optimizer does not hold {name}. Build it, and OverParameterization, after "
-                    "get_peft_model and after fully_shard."
-                )
-            if rates[identity] is None and self.config.aux_lr_scale != 1:
-                raise ConfigError(
-                    f"attach: {type(optimizer).__name__} chooses its own learning rate, which aux_lr_scale = "
-                    f"{self.config.aux_lr_scale} cannot scale; leave it at 1."
-                )
-
-    def _check_rotations(self, optimizer: Optimizer) -> None:
-        """Warn of an optimizer for which bases do nothing, or whose state cannot be turned into another basis."""
-        kind = type(optimizer).__name__
-        if not isinstance(self.decomposition, Eigen):
-            return
-        if kind in BLIND:
-            logger.warning(
-                "%s takes the same step in every basis, so decomposition eigen changes nothing with it", kind
-            )
-        self._stop_unturned(optimizer)
-
-    def _stop_unturned(self, optimizer: Optimizer) -> None:
-        """Stop following gradients, with a warning, where the optimizer's state cannot be turned."""
-        following = [follower for follower in self.followers.values() if follower.due is not None]
-        kind = type(optimizer)
-        if following and kind.__name__ not in BLIND and kind not in ROTATED:
-            logger.warning(
-                "%s keeps state that cannot be turned into another basis, so bases do not follow its gradients; "
-                "give eigen the options {short: calibration, long: calibration}, which need no turning",
-                kind.__name__,
-            )
-            for follower in following:
-                follower.stop()
-
-    def _join(self, optimizer: Optimizer) -> None:
-        """Divide the groups by the parameter groups of their matrices, and choose how the optimizer sees each."""
-        host = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        groups: list[CoreGroup] = []
-        hosts: list[int] = []
-        for group in self.groups:
-            parts: dict[int, list[int]] = {}
-            for i, site in enumerate(group.sites):
-                parts.setdefault(host[id(site.parameter)], []).append(i)
-            divided = [group] if len(parts) == 1 else group.divided(list(parts.values()))
-            if group in self.followers and len(parts) > 1:
-                follower = self.followers.pop(group)
-                for part, indices in zip(divided, parts.values(), strict=True):
-                    self.followers[part] = follower.divided(part, indices)
-            groups += divided
-            hosts += parts
-        self.groups, self._hosts = groups, hosts
-        for parameter in self._covered():
-            optimizer.state.pop(parameter, None)
-        if type(optimizer) not in ELEMENTWISE:
-            for group in self.groups:
-                group.split()
-
-    def _covered(self) -> list[nn.Parameter]:
-        """Parameters all of whose matrices have cores, so that the optimizer leaves them alone."""
-        sites = [site for group in self.groups for site in group.sites]
-        taken = Counter(id(site.parameter) for site in sites if site.part is not None)
-        whole = [site for site in sites if site.part is None or taken[id(site.parameter)] == site.part.experts]
-        self._stacks = [site.parameter for site in whole if site.part is not None and site.part.expert == 0]
-        return [parameter for site in whole for parameter in site.holders()]
-
-    def _enter(self, optimizer: Optimizer) -> None:
-        """Add the cores to the optimizer, in copies (twins) of the parameter groups of their matrices."""
-        self._leave(optimizer)
-        self._plain_groups = len(optimizer.param_groups)
-        twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
-        for index, group in zip(self._hosts, self.groups, strict=True):
-            for k in group.trained:
-                twins.setdefault((index, k == group.centre), []).extend(group.parameters(k))
-            optimizer.state.update(group.state)
-        for (index, is_centre), parameters in twins.items():
-            options = {k: v for k, v in optimizer.param_groups[index].items() if k not in ("params", "param_names")}
-            if not is_centre:
-                if self.config.aux_lr_scale != 1:
-                    options["lr"] = options["lr"] * self.config.aux_lr_scale
-                if "weight_decay" in options and not self.config.decay_auxiliary:
-                    options["weight_decay"] = 0.0
-            optimizer.param_groups.append({"params": parameters, **options})
-
-    def _leave(self, optimizer: Optimizer) -> None:
-        """Remove the cores and their state from the optimizer again."""
-        if self._plain_groups is None:
-            return
-        del optimizer.param_groups[self._plain_groups :]
-        self._plain_groups = None
-        for group in self.groups:
-            for k in group.trained:
-                for parameter in group.parameters(k):
-                    if parameter in optimizer.state:
-                        group.state[parameter] = optimizer.state.pop(parameter)
-
-    def _carry_moments(self, optimizer: Optimizer, group: CoreGroup) -> None:
-        for i, site in enumerate(group.sites):
-            carried = carried_moments(
-                site.state(optimizer),
-                group.decomposition,
-                [group.core(k, i).unsqueeze(0) for k in range(len(group.stacks))],
-                site.shape,
-            )
-            if carried:
-                group.load_core_state(group.centre, i, carried)
-        group.join()
-
-    def _hold_round(self) -> None:
-        """Let the schedule decide, and give the sites that it chooses cores."""
-        found = self.schedule.choose(self.step)
-        if found is not None:
-            self.inject(found.chosen, step=self.step)
+        return kept + self.followers.numbers
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._refuse(self._late.ask([group.differs() for group in self.groups]))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        view = self._attached()
         if closure is None:
-            self._pull_back()
-            self._enter(optimizer)
+            self._pull_back(view)
+            view.enter()
             return None
-        self._enter(optimizer)
-        wrapped = self._wrap(optimizer, closure)
+        view.enter()
+        wrapped = self._wrap(view, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
+    def _wrap(self, view: OptimizerView, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure that evaluates the model at the cores' values and leaves its gradients on the cores."""
+
+        def evaluate() -> Any:
+            for group in self.groups:
+                group.write()
+            loss = closure()
+            view.leave()  # where a gradient is missing, a group is shown in another way from here on
+            self._pull_back(view)
+            view.enter()
+            return loss
+
+        return evaluate
+
+    def _pull_back(self, view: OptimizerView) -> None:
+        """Turn the gradients of matrices into those of cores, and show them to all that follows gradients."""
+        is_seen = self._is_counted and not _is_skipped(view.optimizer)
+        score = self.schedule.observed if is_seen else None
+        self._is_counted = False
+        candidates = [] if score is None else list(self.schedule.candidates)
+        found = {name: self.sites[name].gradient() for name in dict.fromkeys([*candidates, *self.injected])}
+        gradients = gathered({name: gradient for name, gradient in found.items() if gradient is not None})
+        if score is not None:
+            score.observe({name: gradients[name] for name in candidates if name in gradients})
+        dense = {group: group.gather(gradients) for group in self.groups}
+        view.clear_stacked_gradients()
+        if is_seen:
+            self.followers.observe({group: stack for group, stack in dense.items() if stack is not None})
+        for group, stack in dense.items():
+            if stack is not None:
+                group.pull_back(stack)
+
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._leave(optimizer)
+        self._attached().leave()
         for group in self.groups:
             group.clear_gradients()
             if group in self.followers:
@@ -447,51 +357,15 @@ class OverParameterization:
         if self.schedule.is_due(self.step):
             self._hold_round()
 
-    def _wrap(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return a closure that evaluates the model at the cores' values and leaves its gradients on the cores."""
+    def _hold_round(self) -> None:
+        """Let the schedule decide, and give the sites that it chooses cores."""
+        found = self.schedule.choose(self.step)
+        if found is not None:
+            self.inject(found.chosen, step=self.step)
 
-        def evaluate() -> Any:
-            for group in self.groups:
-                group.write()
-            loss = closure()
-            self._leave(optimizer)  # where a gradient is missing, a group is shown in another way from here on
-            self._pull_back()
-            self._enter(optimizer)
-            return loss
-
-        return evaluate
-
-    def _pull_back(self) -> None:
-        is_seen = self._is_counted and not _is_skipped(self.optimizer)
-        score = self.schedule.observed if is_seen else None
-        self._is_counted = False
-        candidates = [] if score is None else list(self.schedule.candidates)
-        found = {name: self.sites[name].gradient() for name in dict.fromkeys([*candidates, *self.injected])}
-        gradients = gathered({name: gradient for name, gradient in found.items() if gradient is not None})
-        if score is not None:
-            score.observe({name: gradients[name] for name in candidates if name in gradients})
-        dense = {group: group.gather(gradients) for group in self.groups}
-        for parameter in self._stacks:
-            parameter.grad = None
-        if is_seen and self.followers:
-            self._follow({group: stack for group, stack in dense.items() if stack is not None})
-        for group, stack in dense.items():
-            if stack is not None:
-                group.pull_back(stack)
-
-    @torch.no_grad()
-    def _follow(self, gradients: Mapping[CoreGroup, Tensor]) -> None:
-        """Show the gradients of a step to what follows them."""
-        if not gradients:
-            return
-        places = {name: place for place, name in enumerate(self.sites)}
-        # A resumed run may have its groups in another order, in which the norm would round differently.
-        ordered = sorted(gradients.items(), key=lambda item: places[item[0].sites[0].name])
-        norm = joint_norm([stack for _, stack in ordered])
-        counts = norm.isfinite() & (norm > 0)
-        for group, stack in gradients.items():
-            if (follower := self.followers.get(group)) is not None:
-                follower.observe(stack / norm.to(stack.device), counts)
+    def _attached(self) -> OptimizerView:
+        assert self._view is not None  # the hooks are there only while an optimizer is attached
+        return self._view
 
 
 def _is_skipped(optimizer: Any) -> bool:

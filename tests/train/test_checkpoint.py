@@ -18,12 +18,10 @@ from torch.optim import SGD, AdamW, RMSprop
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
-from loraover.checkpoint import checkpoint
 from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, Checkpoint
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, site_key, site_name
 from loraover.checkpoint.resume import restore
 from loraover.checkpoint.tensor_file import open_tensors
-from loraover.common import atomic_output as output
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ConfigError, OutputError
 from loraover.overparam.core_group import CoreGroup
@@ -309,8 +307,8 @@ def test_a_save_that_is_cut_off_leaves_no_checkpoint(
             raise OutputError(f"cannot write {path}: No space left on device.")
         publish_file(path, fill)
 
-    for module in (checkpoint, output):
-        monkeypatch.setattr(module, "publish_file", full)
+    for module in ("loraover.checkpoint.write_checkpoint", "loraover.common.atomic_output"):
+        monkeypatch.setattr(f"{module}.publish_file", full)
     with pytest.raises(OutputError, match="No space left"):
         write_checkpoint(fresh, made.over, step=0)
     assert [path.name for path in calls] == [CORES_FILE, META_FILE][:stage]

@@ -98,7 +98,7 @@ def test_whole_stacks_train_as_each_site_by_itself(
     assert all(group.is_joined for group in over.groups)
     assert max(len(group.sites) for group in over.groups) == 2
 
-    monkeypatch.setattr("loraover.overparam.parameterization.ELEMENTWISE", ())
+    monkeypatch.setattr("loraover.overparam.optimizer_view.ELEMENTWISE", ())
     other, apart, optimizer = make(ALL[name], **DECOMPOSED[decomposition])
     alone = train(other, optimizer, range(STEPS))
     assert not any(group.is_joined for group in apart.groups)
@@ -174,7 +174,7 @@ def test_a_split_group_trains_as_if_it_had_never_been_whole(
         return train(model, optimizer, range(3, 6))
 
     whole = trained()
-    monkeypatch.setattr("loraover.overparam.parameterization.ELEMENTWISE", ())
+    monkeypatch.setattr("loraover.overparam.optimizer_view.ELEMENTWISE", ())
     assert same(whole, trained())
 
 

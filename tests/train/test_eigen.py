@@ -228,7 +228,7 @@ def _observed_after_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _each_group_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are not divided by their joint norm."""
-    monkeypatch.setattr("loraover.overparam.parameterization.joint_norm", lambda stacks: torch.ones(()))
+    monkeypatch.setattr("loraover.overparam.eigenbases.joint_norm", lambda stacks: torch.ones(()))
 
 
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {

@@ -197,7 +197,7 @@ def test_a_closure_that_is_called_twice_counts_once(monkeypatch: pytest.MonkeyPa
             closure()
             return super().step(closure)
 
-    monkeypatch.setattr("loraover.overparam.parameterization.ROTATED", (AdamW, Twice))
+    monkeypatch.setattr("loraover.overparam.eigenbases.ROTATED", (AdamW, Twice))
 
     def run(kind: Any, closure: bool) -> dict[str, Tensor]:
         model, over, optimizer = make(lambda p: kind(p, lr=0.0), decomposition="eigen")

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import loraover.callbacks.seal_checkpoints
-import loraover.checkpoint.checkpoint
+import loraover.checkpoint.write_checkpoint
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, last_whole_checkpoint, read_checkpoint
 from loraover.common.threads import one_thread
 from loraover.data.word_problems import split_word_problems
@@ -208,7 +208,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize(
     "place",
-    [(loraover.checkpoint.checkpoint, "save_tensors"), (loraover.callbacks.seal_checkpoints, "seal")],
+    [(loraover.checkpoint.write_checkpoint, "save_tensors"), (loraover.callbacks.seal_checkpoints, "seal")],
     ids=lambda p: p[1],
 )
 def test_a_checkpoint_that_was_being_written_is_not_resumed_from(

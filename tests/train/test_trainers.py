@@ -13,8 +13,8 @@ from torch import Tensor
 from trl.trainer import utils
 
 from loraover.reporting.reporter import ConsoleReporter
+from loraover.training.prepare import prepare
 from loraover.training.recipe import load_recipe
-from loraover.training.run import _prepare
 
 from support.tiny_hub import save_llama, write_recipe
 
@@ -26,7 +26,7 @@ def test_only_labelled_positions_are_projected_and_no_gradient_changes(
 ) -> None:
     recipe = load_recipe(str(write_recipe(tmp_path / "recipe.yaml", save_llama(tmp_path / "base"), method="lora")))
     (tmp_path / "run").mkdir()
-    trainer: Any = _prepare(recipe, tmp_path / "run", ConsoleReporter(Console(file=io.StringIO()))).trainer
+    trainer: Any = prepare(recipe, tmp_path / "run", ConsoleReporter(Console(file=io.StringIO()))).trainer
     batch = next(iter(trainer.get_train_dataloader()))
     labelled = int((batch["labels"][:, 1:] != -100).sum())
     assert 0 < labelled < batch["labels"][:, 1:].numel()

@@ -8,6 +8,7 @@ import click
 
 from loraover.common.command_line import Command, quiet_libraries
 from loraover_export.check.engines import ENGINES
+from loraover_export.cli.options import MODEL, PATH
 
 EXAMPLES = [
     "loraover export check runs/a/adapter",
@@ -16,11 +17,11 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
 @click.option(
     "--engine", "engines", type=click.Choice(list(ENGINES)), multiple=True, help="Engine to judge for (repeatable)."
 )
-@click.option("--model", show_default="the one that the adapter names", help="Base model, folder or hub name.")
+@MODEL
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def check(adapter: Path, engines: tuple[str, ...], model: str | None, as_json: bool) -> int:
     """Say for each engine whether it would refuse ADAPTER or apply it wrongly without a message, and what repairs that.

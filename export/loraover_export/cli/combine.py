@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover.common.command_line import Command, quiet_libraries
 from loraover_export.cli import EXIT_CODES
+from loraover_export.cli.options import PATH, dtype_option
 
 EXAMPLES = [
     "loraover export combine maths code -o both",
@@ -23,8 +24,8 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the adapter.")
+@click.argument("sources", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New folder for the adapter.")
 @click.option(
     "--weights",
     metavar="NUMBERS",
@@ -32,13 +33,7 @@ def _numbers(context: click.Context, option: click.Parameter, value: str | None)
     show_default="1 for each",
     help="Weight of each adapter, with commas between them, such as 0.7,0.3.",
 )
-@click.option(
-    "--dtype",
-    type=DtypeChoice("fp32", "bf16", "fp16"),
-    default="fp32",
-    show_default=True,
-    help="Data type to store the adapter in; PyTorch's names, such as bfloat16, are accepted too.",
-)
+@dtype_option()
 @click.option("--force", is_flag=True, help="Replace the certified adapter that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
 def combine(

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DeviceChoice, DtypeChoice, quiet_libraries
-from loraover.common.dtypes import COMPUTE_DTYPES
-from loraover.models.device import DEVICES
+from loraover.common.command_line import Command, quiet_libraries
+from loraover_export.cli.options import PATH, dtype_option, logits_options
 
 EXAMPLES = [
     "loraover export convert loha -o lora",
@@ -17,8 +16,8 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the LoRA.")
+@click.argument("source", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New folder for the LoRA.")
 @click.option(
     "--rank",
     type=int,
@@ -26,34 +25,9 @@ EXAMPLES = [
     help="Largest rank of the LoRA; what does not fit into it is lost, and the loss is shown.",
 )
 @click.option("--model", show_default="the adapter's base model", help="Base model, folder or hub name.")
-@click.option(
-    "--dtype",
-    type=DtypeChoice("fp32", "bf16", "fp16"),
-    default="fp32",
-    show_default=True,
-    help="Data type to store the LoRA in; PyTorch's names, such as bfloat16, are accepted too.",
-)
+@dtype_option("LoRA")
 @click.option("--check-error", is_flag=True, help="Also compare the LoRA's logits with the source's.")
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    show_default="a built-in set",
-    help="Text file with one prompt a line for --check-error.",
-)
-@click.option(
-    "--device",
-    type=DeviceChoice(*DEVICES),
-    default="auto",
-    show_default="the first that is there of cuda, mps and cpu",
-    help="Device to run the models on for --check-error; cuda:1 names one GPU of several.",
-)
-@click.option(
-    "--compute-dtype",
-    type=DtypeChoice(*COMPUTE_DTYPES),
-    default="fp32",
-    show_default=True,
-    help="Data type to run the models in for --check-error.",
-)
+@logits_options("--check-error")
 @click.option("--force", is_flag=True, help="Replace the certified LoRA that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print ranks and certificate as JSON.")
 def convert(

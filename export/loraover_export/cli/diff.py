@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DeviceChoice, DtypeChoice, quiet_libraries
-from loraover.common.dtypes import COMPUTE_DTYPES
-from loraover.models.device import DEVICES
+from loraover.common.command_line import Command, quiet_libraries
+from loraover_export.cli.options import PATH, logits_options
 
 EXAMPLES = [
     "loraover export diff run-1 run-2",
@@ -17,34 +16,15 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
 @click.option("--logits", is_flag=True, help="Also run both adapters on the base model and compare their logits.")
 @click.option(
     "--model",
     show_default="the one that the adapters name",
     help="Base model to run for --logits, folder or hub name.",
 )
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    show_default="a built-in set",
-    help="Text file with one prompt a line for --logits.",
-)
-@click.option(
-    "--device",
-    type=DeviceChoice(*DEVICES),
-    default="auto",
-    show_default="the first that is there of cuda, mps and cpu",
-    help="Device to run the model on for --logits; cuda:1 names one GPU of several.",
-)
-@click.option(
-    "--compute-dtype",
-    type=DtypeChoice(*COMPUTE_DTYPES),
-    default="fp32",
-    show_default=True,
-    help="Data type to run the model in for --logits.",
-)
+@logits_options("--logits", "model")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON, with every module and angle.")
 def diff(
     first: Path,

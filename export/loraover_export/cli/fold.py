@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DeviceChoice, DtypeChoice, quiet_libraries
-from loraover.common.dtypes import COMPUTE_DTYPES
-from loraover.models.device import DEVICES
+from loraover.common.command_line import Command, quiet_libraries
 from loraover_export.cli import EXIT_CODES
+from loraover_export.cli.options import PATH, dtype_option, logits_options
 
 EXAMPLES = [
     "loraover export fold runs/demo/lora-over/adapter -o folded",
@@ -19,15 +18,9 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES, renamed={"--base": "--model"})
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the adapter.")
-@click.option(
-    "--dtype",
-    type=DtypeChoice("fp32", "bf16", "fp16"),
-    default="fp32",
-    show_default=True,
-    help="Data type to store the adapter in; PyTorch's names, such as bfloat16, are accepted too.",
-)
+@click.argument("checkpoint", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New folder for the adapter.")
+@dtype_option()
 @click.option(
     "--check-error",
     is_flag=True,
@@ -38,26 +31,7 @@ EXAMPLES = [
     show_default="the one that the checkpoint names",
     help="Base model to run for --check-error, folder or hub name.",
 )
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    show_default="a built-in set",
-    help="Text file with one prompt a line for --check-error.",
-)
-@click.option(
-    "--device",
-    type=DeviceChoice(*DEVICES),
-    default="auto",
-    show_default="the first that is there of cuda, mps and cpu",
-    help="Device to run the models on for --check-error; cuda:1 names one GPU of several.",
-)
-@click.option(
-    "--compute-dtype",
-    type=DtypeChoice(*COMPUTE_DTYPES),
-    default="fp32",
-    show_default=True,
-    help="Data type to run the models in for --check-error.",
-)
+@logits_options("--check-error")
 @click.option("--force", is_flag=True, help="Replace the folded adapter that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
 def fold(

@@ -8,6 +8,7 @@ import click
 
 from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
 from loraover_export.cli import EXIT_CODES
+from loraover_export.cli.options import MODEL, PATH
 
 EXAMPLES = [
     "loraover export gguf folded -o adapter.gguf",
@@ -16,9 +17,9 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New file for the adapter.")
-@click.option("--model", show_default="the one that the adapter names", help="Base model, folder or hub name.")
+@click.argument("source", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New file for the adapter.")
+@MODEL
 @click.option(
     "--dtype",
     type=DtypeChoice("fp32", "fp16", "bf16"),
@@ -28,7 +29,7 @@ EXAMPLES = [
 )
 @click.option(
     "--base-gguf",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="GGUF file of the base model, on which llama.cpp runs the adapter for a comparison with PyTorch.",
 )
 @click.option("--threads", type=int, show_default="one for each core", help="Number of threads for llama.cpp.")

@@ -8,6 +8,7 @@ import click
 
 from loraover.common.command_line import Command, quiet_libraries
 from loraover_export.cli import EXIT_CODES
+from loraover_export.cli.options import MODEL, PATH
 
 EXAMPLES = [
     "loraover export merge folded -o merged",
@@ -16,9 +17,9 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the model.")
-@click.option("--model", show_default="the one that the adapter names", help="Base model, folder or hub name.")
+@click.argument("source", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New folder for the model.")
+@MODEL
 @click.option("--force", is_flag=True, help="Replace the merged model that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def merge(source: Path, output: Path, model: str | None, force: bool, as_json: bool) -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover.common.command_line import Command, quiet_libraries
 from loraover_export.cli import EXIT_CODES
+from loraover_export.cli.options import MODEL, PATH, dtype_option
 
 EXAMPLES = [
     "loraover export mlx folded -o mlx-adapter",
@@ -16,16 +17,10 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the adapter.")
-@click.option("--model", show_default="the one that the adapter names", help="Base model, folder or hub name.")
-@click.option(
-    "--dtype",
-    type=DtypeChoice("fp32", "bf16", "fp16"),
-    default="fp32",
-    show_default=True,
-    help="Data type to store the adapter in; PyTorch's names, such as bfloat16, are accepted too.",
-)
+@click.argument("source", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New folder for the adapter.")
+@MODEL
+@dtype_option()
 @click.option("--force", is_flag=True, help="Replace the adapter that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
 def mlx(source: Path, output: Path, model: str | None, dtype: str, force: bool, as_json: bool) -> int:

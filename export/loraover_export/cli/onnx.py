@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DeviceChoice, DtypeChoice, quiet_libraries
-from loraover.common.dtypes import COMPUTE_DTYPES
-from loraover.models.device import DEVICES
+from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
 from loraover_export.cli import EXIT_CODES
+from loraover_export.cli.options import PATH, compute_dtype_option, device_option
 
 EXAMPLES = [
     "loraover export onnx folded -o onnx-merged --mode merged --precision int4",
@@ -20,8 +19,8 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES, renamed={"--base": "--model"})
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the export.")
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New folder for the export.")
 @click.option(
     "--mode",
     required=True,
@@ -58,7 +57,7 @@ EXAMPLES = [
 )
 @click.option(
     "--graph",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of an earlier swappable export whose graph the new adapters are for; only their files are written.",
 )
 @click.option(
@@ -72,20 +71,8 @@ EXAMPLES = [
     show_default=True,
     help="Compare ONNX Runtime's outputs with PyTorch's before anything is left at the output.",
 )
-@click.option(
-    "--check-device",
-    type=DeviceChoice(*DEVICES),
-    default="auto",
-    show_default="the first that is there of cuda, mps and cpu",
-    help="Device that PyTorch runs on for the check; --device is where the graph will run.",
-)
-@click.option(
-    "--compute-dtype",
-    type=DtypeChoice(*COMPUTE_DTYPES),
-    default="fp32",
-    show_default=True,
-    help="Data type that PyTorch runs in for the check.",
-)
+@device_option("--check-device", "Device that PyTorch runs on for the check; --device is where the graph will run.")
+@compute_dtype_option("Data type that PyTorch runs in for the check.")
 @click.option("--force", is_flag=True, help="Replace the ONNX export that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def onnx(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover.common.command_line import Command, quiet_libraries
 from loraover_export.cli import EXIT_CODES
+from loraover_export.cli.options import PATH, dtype_option
 
 EXAMPLES = [
     "loraover export shrink folded -o smaller --rank 16",
@@ -16,8 +17,8 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the adapter.")
+@click.argument("source", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New folder for the adapter.")
 @click.option("--rank", type=int, help="Rank to keep in every module.")
 @click.option(
     "--energy",
@@ -25,13 +26,7 @@ EXAMPLES = [
     help="Share of the squared Frobenius norm that every module keeps at least, such as 0.99; the rank is the smallest "
     "that keeps it in all modules.",
 )
-@click.option(
-    "--dtype",
-    type=DtypeChoice("fp32", "bf16", "fp16"),
-    default="fp32",
-    show_default=True,
-    help="Data type to store the adapter in; PyTorch's names, such as bfloat16, are accepted too.",
-)
+@dtype_option()
 @click.option("--force", is_flag=True, help="Replace the certified adapter that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
 def shrink(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from loraover.common.command_line import Command, DtypeChoice, quiet_libraries
+from loraover.common.command_line import Command, quiet_libraries
+from loraover_export.cli.options import PATH, dtype_option
 
 EXAMPLES = [
     "loraover export vllm folded -o vllm-adapter",
@@ -16,16 +17,10 @@ EXAMPLES = [
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder for the adapter.")
+@click.argument("source", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="New folder for the adapter.")
 @click.option("--model", show_default="the adapter's base model", help="Model to be served, folder or hub name.")
-@click.option(
-    "--dtype",
-    type=DtypeChoice("fp32", "bf16", "fp16"),
-    default="bf16",
-    show_default=True,
-    help="Data type to store the adapter in; PyTorch's names, such as bfloat16, are accepted too.",
-)
+@dtype_option(default="bf16")
 @click.option("--name", show_default="the output folder's name", help="Name by which requests choose the adapter.")
 @click.option("--vllm-version", show_default="0.32.0", help="Release of vLLM whose rules apply, such as 0.33.0.")
 @click.option("--force", is_flag=True, help="Replace the adapter that is already at the output.")

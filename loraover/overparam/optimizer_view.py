@@ -1,0 +1,143 @@
+"""The cores as an optimizer sees them: parameters that it holds in the matrices' place, only while it steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from loraover.common.errors import ConfigError
+from loraover.overparam.config import LoraOverConfig
+from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.eigenbases import Followers
+from loraover.overparam.moments import carried_moments
+from loraover.overparam.optimizers import ELEMENTWISE
+from loraover.overparam.sites import Site
+
+
+class OptimizerView:
+    """The cores in one optimizer.
+
+    Between `enter` and `leave`, the optimizer holds the cores in copies (twins) of the parameter groups of their
+    matrices. At other times its parameter groups and its state are those of an ordinary LoRA, and each group of cores
+    keeps the state of its cores.
+
+    Args:
+        optimizer: Optimizer that holds the matrices, and whose step is an ordinary PyTorch step.
+        config: Configuration that gives the learning rate and the weight decay of auxiliary cores.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: LoraOverConfig) -> None:
+        self.optimizer = optimizer
+        self.config = config
+        self._hosted: list[tuple[int, CoreGroup]] = []  # with the parameter group of the matrices
+        self._stacks: list[nn.Parameter] = []  # of experts that all have cores
+        self._plain_groups: int | None = None
+
+    def check_holds(self, sites: Iterable[Site]) -> None:
+        """Check that cores of these sites can be trained, and their rate be scaled, through the optimizer.
+
+        Raises:
+            ConfigError: The optimizer lacks a site's parameter, or chooses its own rate where one is to be scaled.
+        """
+        rates = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
+        for site in sites:
+            identity = id(site.parameter)
+            if identity not in rates:
+                raise ConfigError(
+                    f"attach: the optimizer does not hold {site.name}. Build it, and OverParameterization, after "
+                    "get_peft_model and after fully_shard."
+                )
+            if rates[identity] is None and self.config.aux_lr_scale != 1:
+                raise ConfigError(
+                    f"attach: {type(self.optimizer).__name__} chooses its own learning rate, which aux_lr_scale = "
+                    f"{self.config.aux_lr_scale} cannot scale; leave it at 1."
+                )
+
+    def carry_moments(self, group: CoreGroup) -> None:
+        """Convert the optimizer's state of the group's matrices into a state of their centre cores."""
+        for i, site in enumerate(group.sites):
+            carried = carried_moments(
+                site.state(self.optimizer),
+                group.decomposition,
+                [group.core(k, i).unsqueeze(0) for k in range(len(group.stacks))],
+                site.shape,
+            )
+            if carried:
+                group.load_core_state(group.centre, i, carried)
+        group.join()
+
+    def arranged(self, groups: Sequence[CoreGroup], followers: Followers) -> list[CoreGroup]:
+        """Divide the groups by the parameter groups of their matrices; the optimizer will see what this returns.
+
+        Args:
+            groups: All cores.
+            followers: What follows the gradients of the groups, which is divided with them.
+
+        Mutates:
+            The optimizer's state of parameters that it leaves alone from now on is dropped.
+        """
+        host = {id(p): i for i, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
+        self._hosted = []
+        for group in groups:
+            parts: dict[int, list[int]] = {}
+            for i, site in enumerate(group.sites):
+                parts.setdefault(host[id(site.parameter)], []).append(i)
+            divided = [group]
+            if len(parts) > 1:
+                divided = group.divided(list(parts.values()))
+                followers.divide(group, dict(zip(divided, parts.values(), strict=True)))
+            self._hosted += zip(parts, divided, strict=True)
+        arranged = [group for _, group in self._hosted]
+        for parameter in self._covered(arranged):
+            self.optimizer.state.pop(parameter, None)
+        if type(self.optimizer) not in ELEMENTWISE:
+            for group in arranged:
+                group.split()
+        return arranged
+
+    def _covered(self, groups: Sequence[CoreGroup]) -> list[nn.Parameter]:
+        """Parameters all of whose matrices have cores, so that the optimizer leaves them alone."""
+        sites = [site for group in groups for site in group.sites]
+        taken = Counter(id(site.parameter) for site in sites if site.part is not None)
+        whole = [site for site in sites if site.part is None or taken[id(site.parameter)] == site.part.experts]
+        self._stacks = [site.parameter for site in whole if site.part is not None and site.part.expert == 0]
+        return [parameter for site in whole for parameter in site.holders()]
+
+    def clear_stacked_gradients(self) -> None:
+        """Set the gradients of expert stacks to None whose matrices all have cores; sites clear only their part."""
+        for parameter in self._stacks:
+            parameter.grad = None
+
+    def enter(self) -> None:
+        """Add the cores and their state to the optimizer, in twins of the parameter groups of their matrices."""
+        self.leave()
+        optimizer = self.optimizer
+        self._plain_groups = len(optimizer.param_groups)
+        twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for index, group in self._hosted:
+            for k in group.trained:
+                twins.setdefault((index, k == group.centre), []).extend(group.parameters(k))
+            optimizer.state.update(group.state)
+        for (index, is_centre), parameters in twins.items():
+            options = {k: v for k, v in optimizer.param_groups[index].items() if k not in ("params", "param_names")}
+            if not is_centre:
+                if self.config.aux_lr_scale != 1:
+                    options["lr"] = options["lr"] * self.config.aux_lr_scale
+                if "weight_decay" in options and not self.config.decay_auxiliary:
+                    options["weight_decay"] = 0.0
+            optimizer.param_groups.append({"params": parameters, **options})
+
+    def leave(self) -> None:
+        """Remove the cores and their state from the optimizer again, if they are there."""
+        if self._plain_groups is None:
+            return
+        del self.optimizer.param_groups[self._plain_groups :]
+        self._plain_groups = None
+        for _, group in self._hosted:
+            for k in group.trained:
+                for parameter in group.parameters(k):
+                    if parameter in self.optimizer.state:
+                        group.state[parameter] = self.optimizer.state.pop(parameter)

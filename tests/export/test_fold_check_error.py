@@ -1,0 +1,258 @@
+"""`fold --check-error`: which folds it accepts, on which prompts it runs them, and in how much memory."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from loraover import LoraOverConfig, read_checkpoint
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.models.load import resolve_model
+from loraover.overparam.decompositions import DECOMPOSITIONS
+from loraover_export.fold import check_outputs as check_outputs_module
+from loraover_export.fold import deviation
+from loraover_export.fold import run as run_fold
+from loraover_export.fold.certificate import judge
+from loraover_export.fold.check_outputs import check_outputs
+from loraover_export.fold.deviation import RunningDeviation
+from loraover_export.fold.fold import write_folded
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+
+from support.fold_cases import DTYPES, LORA, Q_B, certificate, fold, load_base
+from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, tree
+from support.tiny_models import VOCABULARY
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """An MPO checkpoint in fp32 on q_proj and v_proj; tests read it only."""
+    return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True)
+
+
+def test_the_outputs_accept_the_fold(made: Made, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(made.path)
+    write_folded(checkpoint, tmp_path, "fp32")
+    found = check_outputs(checkpoint, tmp_path, "fp32", resolve_model(str(made.base)), None)
+    assert found.passed
+    assert found.adapter_effect > 1e-2
+    assert 0 < found.noise.max_logit < 1e-5
+
+
+@pytest.mark.parametrize("lora", LORA)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_check_error_accepts_every_fold(lora: str, dtype: str, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, **LORA[lora])
+    before = tree(made.path) | tree(made.base)
+    assert fold(made.path, tmp_path / "out", "--check-error", "--dtype", dtype) == 0
+    assert tree(made.path) | tree(made.base) == before
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    assert outputs.error.max_logit <= outputs.bound == certificate(tmp_path / "out").output_bound
+    assert outputs.adapter_effect > 5 * outputs.bound
+    assert outputs.tokens == 8 * 32
+    assert "no tokenizer" in outputs.prompt_source
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize("training", [torch.float64, torch.bfloat16], ids=str)
+def test_check_error_accepts_every_decomposition_and_training_dtype(
+    decomposition: str, training: torch.dtype, tmp_path: Path
+) -> None:
+    made = make_checkpoint(tmp_path, config=LoraOverConfig(decomposition=decomposition, seed=5), dtype=training)
+    assert fold(made.path, tmp_path / "out", "--check-error") == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_check_error_accepts_a_deep_chain(seed: int, tmp_path: Path) -> None:
+    """The reference applies eight cores, the folded adapter two matrices; their difference is not an error of the fold.
+
+    Between the cores, bonds are stretched in some directions and shrunk again, which changes no matrix, and multiplies
+    what a reference in float32 would round away.
+    """
+    config = LoraOverConfig(decomposition="chain", options={"depth": 8}, seed=seed)
+    made = make_checkpoint(tmp_path, config=config, target_modules=LINEAR, tokenizer=True)
+    rng = np.random.default_rng(seed)
+
+    def turn(found: dict[str, Tensor]) -> None:
+        for site in dict.fromkeys(key.rpartition(".core.")[0] for key in found if ".core." in key):
+            for k in range(7):
+                left, right = f"{site}.core.{k}", f"{site}.core.{k + 1}"
+                p, q = (np.linalg.qr(rng.standard_normal((found[left].shape[1],) * 2))[0] for _ in range(2))
+                gauge = torch.from_numpy(p * 2.0 ** rng.integers(-3, 4, len(p)) @ q)
+                found[left] = (found[left].double() @ gauge).float()
+                found[right] = torch.linalg.solve(gauge, found[right].double()).float()
+
+    edit_tensors(made.path / "loraover.safetensors", turn)
+    matrices = {key: torch.from_numpy(matrix).float() for key, matrix in oracle_matrices(made.path).items()}
+    edit_tensors(made.path / "adapter_model.safetensors", lambda found: found.update(matrices))
+    reseal(made.path)
+    assert fold(made.path, tmp_path / "out", "--check-error") == 0
+
+
+def weak_adapter(folder: Path) -> Made:
+    """It changes logits by less than float32 rounds, and by more than nothing."""
+    return make_checkpoint(folder, lora_alpha=1e-6, tokenizer=True)
+
+
+@pytest.mark.parametrize("fate", ["kept", "dropped"])
+def test_check_error_is_inconclusive_of_an_adapter_too_weak_for_it(
+    fate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that does nothing would pass, so neither does. What was certified by itself is left in place."""
+    made = weak_adapter(tmp_path / "made")
+
+    def write(checkpoint: Checkpoint, directory: Path, *rest: Any) -> list[MatrixCertificate]:
+        certificates = write_folded(checkpoint, directory, *rest)
+        if fate == "dropped":
+            edit_tensors(directory / "adapter_model.safetensors", lambda found: found[Q_B].zero_())
+        return certificates
+
+    monkeypatch.setattr(run_fold, "write_folded", write)
+    assert fold(made.path, tmp_path / "out", "--check-error", "--dtype", "bf16") == 3
+    out = capsys.readouterr().out
+    assert "fold inconclusive" in out
+    assert f"wrote {tmp_path / 'out'}" in out
+    found = certificate(tmp_path / "out")
+    assert found.verdict == "inconclusive"
+    assert found.outputs is not None
+    assert 0 < found.outputs.adapter_effect < 2 * found.outputs.bound
+
+
+@pytest.mark.parametrize(
+    ("error", "effect", "verdict"),
+    [(1.0, 2.0, "passed"), (1.0, 1.99, "inconclusive"), (1.01, 9.0, "failed"), (1.01, 0.0, "failed")],
+)
+def test_a_verdict_is_conclusive_if_the_adapters_loss_would_be_noticed(
+    error: float, effect: float, verdict: str
+) -> None:
+    assert judge(error, 1.0, effect) == verdict
+
+
+def test_logits_that_are_no_numbers_fail() -> None:
+    assert judge(float("nan"), 1.0, 9.0) == "failed"
+    found = torch.ones(3, 5)
+    running = RunningDeviation()
+    for other in (found, found.index_fill(1, torch.tensor(2), float("nan")), found):
+        running.add(found, other)
+    assert math.isnan(running.result().max_logit)
+
+
+def test_check_error_needs_room_for_noise(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict is the measured noise's, not a constant: without room above it, the same fold fails."""
+    monkeypatch.setattr("loraover_export.fold.certificate.NOISE_FACTOR", 1e-3)
+    assert fold(made.path, tmp_path / "out", "--check-error") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_the_base_model_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_checkpoint(tmp_path)
+    moved = made.base.rename(tmp_path / "moved")
+    assert fold(made.path, tmp_path / "out", "--check-error") == 2
+    assert str(made.base) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert fold(made.path, tmp_path / "out", "--check-error", "--model", str(moved)) == 0
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    assert outputs.base == f"folder {moved}"
+    assert certificate(tmp_path / "out").base_model == str(made.base)
+
+
+def test_prompts_are_read_one_a_line(made: Made, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the train leaves at nine\n\n   \na farmer has 17 sheep\nred\n")
+    assert fold(made.path, tmp_path / "out", "--check-error", "--prompts", str(prompts)) == 0
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    assert (outputs.prompts, outputs.tokens) == (3, 5 + 5 + 1)
+    assert outputs.prompt_source == "3 of the prompts of prompts.txt"
+
+
+@pytest.fixture
+def live_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of all logits that are held whenever a model has been run."""
+    seen: list[int] = []
+    held: dict[int, int] = {}
+    run_model = check_outputs_module.logits_of
+
+    def counted(*arguments: Any) -> Tensor:
+        found = run_model(*arguments)
+        held[id(found)] = found.numel()
+        weakref.finalize(found, held.pop, id(found))
+        seen.append(sum(held.values()))
+        return found
+
+    monkeypatch.setattr(check_outputs_module, "logits_of", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("count", "batches"), [(2, 1), (30, 8)])
+def test_memory_does_not_grow_with_the_prompts(
+    count: int, batches: int, made: Made, tmp_path: Path, live_logits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most the three twins' logits of as many prompts as run at once, four here."""
+    monkeypatch.setitem(check_outputs_module.LOGITS_AT_ONCE, "cpu", 20 * VOCABULARY)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the train leaves at nine\n" * count)
+    assert fold(made.path, tmp_path / "out", "--check-error", "--prompts", str(prompts), "--device", "cpu") == 0
+    assert len(live_logits) == 6 * batches
+    assert max(live_logits) == 3 * min(4, count) * 5 * VOCABULARY
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    assert (outputs.prompts, outputs.tokens, outputs.compared_tokens) == (count, 5 * count, 5 * count)
+
+
+def test_memory_does_not_grow_with_a_long_prompt(
+    made: Made, tmp_path: Path, live_logits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces give the same figures as one pass, but for the rounding of other sums."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the train leaves at nine and a farmer has 17 sheep red blue " * 3)
+    options = ("--check-error", "--prompts", str(prompts), "--dtype", "bf16", "--device", "cpu")
+    assert fold(made.path, tmp_path / "whole", *options) == 0
+    assert max(live_logits) == 3 * 39 * VOCABULARY
+    live_logits.clear()
+    monkeypatch.setitem(check_outputs_module.LOGITS_AT_ONCE, "cpu", 5 * VOCABULARY)
+    monkeypatch.setattr(deviation, "ELEMENTS_AT_ONCE", 2 * VOCABULARY)
+    assert fold(made.path, tmp_path / "pieces", *options) == 0
+    assert max(live_logits) == 3 * 5 * VOCABULARY
+    assert len(live_logits) == 6 * 8
+    whole, pieces = (certificate(tmp_path / name).outputs for name in ("whole", "pieces"))
+    assert whole is not None
+    assert pieces is not None
+    assert (pieces.prompts, pieces.tokens) == (1, 39)
+    for one, other in ((whole.error, pieces.error), (whole.noise, pieces.noise)):
+        assert one.model_dump() == pytest.approx(other.model_dump(), rel=1e-2)
+    assert pieces.adapter_effect == pytest.approx(whole.adapter_effect, rel=1e-5)
+
+
+def test_the_base_model_is_left_as_it_was_by_an_adapter_with_biases(tmp_path: Path) -> None:
+    """PEFT loads them into the base model, on whose weights the unfolded model and the plain one run too."""
+    made = make_checkpoint(tmp_path, bias="all", base_options={"attention_bias": True}, tokenizer=True)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"
+    edit_tensors(made.path / "adapter_model.safetensors", lambda found: found.update({key: found[key] + 1.0}))
+    reseal(made.path)
+    assert fold(made.path, tmp_path / "out", "--check-error") == 0
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    model = PeftModel.from_pretrained(load_base(made), made.path).eval()
+    ids = torch.tensor([[4, 5, 6]])
+    with torch.no_grad():
+        effect = float((model(input_ids=ids).logits - load_base(made)(input_ids=ids).logits).abs().max())
+    assert outputs.adapter_effect > 0.1 * effect > 10 * outputs.bound
+
+
+def test_the_built_in_prompts_are_the_default(made: Made, tmp_path: Path) -> None:
+    assert fold(made.path, tmp_path / "out", "--check-error") == 0
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    assert (outputs.prompts, outputs.prompt_source) == (8, "8 of the built-in prompts")

@@ -1,0 +1,212 @@
+"""Mutants of the fold that must not pass: one matrix each, or a file, as it would be with a mistake."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.peft_adapter import site_key
+from loraover.checkpoint.tensor_file import save_tensors
+from loraover.overparam.decompositions import Mpo
+from loraover_export.fold import fold as fold_module
+from loraover_export.fold import run as run_fold
+from loraover_export.fold.certificate import FoldCertificate
+from loraover_export.fold.fold import write_folded
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_export.numerics.rounding import round_tensor
+
+from support.fold_cases import DTYPES, Q_A, Q_B, fold
+from support.make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """An MPO checkpoint in fp32 on q_proj and v_proj; tests read it only."""
+    return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True)
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+def flipped(matrix: Tensor) -> Tensor:
+    return matrix.index_put((torch.tensor(2), torch.tensor(1)), -matrix[2, 1])
+
+
+def two_ulps(matrix: Tensor) -> Tensor:
+    """Half a unit is allowed, plus less than one: the bound is relative, so up to a unit at the top of a binade."""
+    element = matrix[2, 1]
+    for _ in range(2):
+        element = torch.nextafter(element, torch.tensor(9.0, dtype=matrix.dtype))
+    return matrix.index_put((torch.tensor(2), torch.tensor(1)), element)
+
+
+MATRIX_MUTANTS: dict[str, tuple[str, Change]] = {
+    "scaled": (Q_B, lambda matrix: matrix * (1.001 if matrix.dtype == torch.float32 else 1.01)),
+    "doubled": (Q_A, lambda matrix: matrix * 2),
+    "one element's sign": (Q_A, flipped),
+    "ranks permuted in A only": (Q_A, lambda matrix: matrix[[1, 0, 2, 3]]),
+    "ranks permuted in B only": (Q_B, lambda matrix: matrix[:, [1, 0, 2, 3]]),
+    "transposed": (Q_A, lambda matrix: matrix.reshape(-1, len(matrix)).T.contiguous()),
+    "zero": (Q_B, torch.zeros_like),
+}
+NAMED_MUTANTS = [*MATRIX_MUTANTS, "core transposed", "another adapter"]
+
+
+@pytest.fixture(scope="module")
+def matrix_mutants(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Change]]:
+    """All of them, with those that need files: a transposed core, and an adapter trained one step further."""
+    copy = tmp_path_factory.mktemp("mutant") / "checkpoint"
+    shutil.copytree(made.path, copy)
+    core = Q_A.removeprefix("base_model.model.").removesuffix(".weight") + ".core.0"
+
+    def transpose(found: dict[str, Tensor]) -> None:
+        found[core] = found[core].T.reshape(found[core].shape)
+
+    edit_tensors(copy / "loraover.safetensors", transpose)
+    other = make_checkpoint(tmp_path_factory.mktemp("other"), steps=3)
+    wrong, further = torch.from_numpy(oracle_matrices(copy)[Q_A]), torch.from_numpy(oracle_matrices(other.path)[Q_A])
+    return MATRIX_MUTANTS | {
+        "core transposed": (Q_A, lambda matrix: wrong.to(matrix.dtype)),
+        "another adapter": (Q_A, lambda matrix: further.to(matrix.dtype)),
+    }
+
+
+def assert_rejected(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> FoldCertificate:
+    before = tree(made.path)
+    assert fold(made.path, tmp_path / "out", "--json", *options) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert tree(made.path) == before
+    out, err = capsys.readouterr()
+    assert "nothing was written" in err
+    found = FoldCertificate.model_validate_json(out)
+    assert found.verdict == "failed"
+    return found
+
+
+@pytest.mark.parametrize("mutant", [*NAMED_MUTANTS, "two units in the last place"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_certificate_rejects_a_wrong_matrix(
+    mutant: str,
+    dtype: str,
+    made: Made,
+    matrix_mutants: dict[str, tuple[str, Change]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    guilty, change = (matrix_mutants | {"two units in the last place": (Q_B, two_ulps)})[mutant]
+    right = round_tensor
+
+    def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
+        matrix = right(key, exact, dtype)
+        return change(matrix) if key == guilty else matrix
+
+    monkeypatch.setattr(fold_module, "round_tensor", wrong)
+    found = assert_rejected(made, tmp_path, capsys, "--dtype", dtype)
+    assert [site_key(m.name) for m in found.matrices if not m.passed] == [guilty]
+
+
+@pytest.mark.parametrize("mutant", NAMED_MUTANTS)
+def test_a_file_that_does_not_hold_the_certified_matrices_is_refused(
+    mutant: str,
+    made: Made,
+    matrix_mutants: dict[str, tuple[str, Change]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    key, change = matrix_mutants[mutant]
+
+    def wrong(tensors: dict[str, Tensor], path: Path) -> None:
+        save_tensors({**tensors, key: change(tensors[key]).contiguous()}, path)
+
+    monkeypatch.setattr(fold_module, "save_tensors", wrong)
+    assert fold(made.path, tmp_path / "out") != 0
+    assert list(tmp_path.iterdir()) == []
+    assert key in capsys.readouterr().err
+
+
+def test_a_contraction_that_is_not_trainings_is_refused(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contract = Mpo.contract
+
+    def wrong(self: Mpo, cores: Any, m: int, n: int) -> Tensor:
+        first, *others = cores
+        return contract(self, [first.mT.reshape(first.shape), *others], m, n)
+
+    monkeypatch.setattr(Mpo, "contract", wrong)
+    assert fold(made.path, tmp_path / "out") == 2
+    assert "contradicts its cores" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_error_rejects_a_contraction_that_is_wrong_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training, fold and certificate agree on it; only the unfolded model, which contracts nothing, does not."""
+    contract = Mpo.contract
+    monkeypatch.setattr(Mpo, "contract", lambda *arguments: 1.01 * contract(*arguments))
+    made = make_checkpoint(tmp_path / "made")
+    (tmp_path / "empty").mkdir()
+    found = assert_rejected(made, tmp_path / "empty", capsys, "--check-error")
+    assert all(m.passed for m in found.matrices)
+
+
+def edit_folded(key: str, change: Change) -> Callable[[Path], None]:
+    file = "adapter_model.safetensors"
+    return lambda folder: edit_tensors(folder / file, lambda found: found.update({key: change(found[key])}))
+
+
+def rescale(folder: Path) -> None:
+    edit_json(folder / "adapter_config.json", lambda config: config.update(lora_alpha=8.01))
+
+
+def forget_rslora(folder: Path) -> None:
+    edit_json(folder / "adapter_config.json", lambda config: config.update(use_rslora=False))
+
+
+OTHER_MUTANTS: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
+    "alpha 8.01": ({}, rescale),
+    "rslora forgotten": ({"use_rslora": True}, forget_rslora),
+    "lora_bias": ({"lora_bias": True}, edit_folded(Q_B.replace("weight", "bias"), lambda bias: bias + 0.01)),
+    "saved head": (
+        {"modules_to_save": ["lm_head"]},
+        edit_folded("base_model.model.lm_head.weight", lambda head: head * 1.001),
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", [*NAMED_MUTANTS, *OTHER_MUTANTS])
+def test_check_error_alone_rejects_a_wrong_adapter(
+    mutant: str,
+    matrix_mutants: dict[str, tuple[str, Change]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The certificates are in order: PEFT runs the adapter, and the unfolded model disagrees."""
+    lora, edit = OTHER_MUTANTS[mutant] if mutant in OTHER_MUTANTS else ({}, edit_folded(*matrix_mutants[mutant]))
+    made = make_checkpoint(tmp_path / "made", **lora)
+    (tmp_path / "empty").mkdir()
+
+    def wrong(checkpoint: Checkpoint, directory: Path, *rest: Any) -> list[MatrixCertificate]:
+        certificates = write_folded(checkpoint, directory, *rest)
+        edit(directory)
+        return certificates
+
+    monkeypatch.setattr(run_fold, "write_folded", wrong)
+    found = assert_rejected(made, tmp_path / "empty", capsys, "--check-error")
+    assert all(m.passed for m in found.matrices)
+    assert found.outputs is not None
+    assert not found.outputs.passed
+    assert found.outputs.error.max_logit > 30 * found.outputs.noise.max_logit

@@ -1,0 +1,125 @@
+"""The elements that a fold writes: each rounded once, at the edges of a type's range too."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from loraover import LoraOverConfig
+
+from support.fold_cases import DTYPES, HALF, Q_A, certificate, fold, tensors
+from support.make_checkpoint import edit_tensors, make_checkpoint, nearest, numpy64, oracle_matrices, reseal
+
+pytestmark = pytest.mark.process
+
+
+@pytest.mark.parametrize("options", [{}, {"modes": {4: (4, 1, 1), 32: (2, 4, 4), 16: (1, 1, 16)}}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_element_is_correctly_rounded(
+    training: torch.dtype, dtype: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    made = make_checkpoint(tmp_path, config=LoraOverConfig(options=options, seed=5), dtype=training)
+    assert fold(made.path, tmp_path / "out", "--dtype", dtype) == 0
+    written = tensors(tmp_path / "out")
+    for key, matrix in oracle_matrices(made.path).items():
+        assert written[key].dtype == DTYPES[dtype]
+        np.testing.assert_array_equal(numpy64(written[key]), nearest(matrix, dtype), err_msg=key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("decomposition", ["svd", "chain"])
+def test_every_element_is_correctly_rounded_in_other_decompositions(
+    decomposition: str, dtype: str, tmp_path: Path
+) -> None:
+    made = make_checkpoint(tmp_path, config=LoraOverConfig(decomposition=decomposition, seed=5))
+    assert fold(made.path, tmp_path / "out", "--dtype", dtype) == 0
+    for key, matrix in oracle_matrices(made.path).items():
+        np.testing.assert_array_equal(numpy64(tensors(tmp_path / "out")[key]), nearest(matrix, dtype), err_msg=key)
+
+
+def with_matrix(folder: Path, values: list[float]) -> Path:
+    """A float64 checkpoint whose first q_proj A starts with these numbers: its only core is the matrix itself."""
+    made = make_checkpoint(
+        folder, config=LoraOverConfig(options={"num_cores": 1}, seed=5), dtype=torch.float64, steps=0
+    )
+    name = Q_A.removeprefix("base_model.model.").removesuffix(".weight")
+
+    numbers = torch.tensor(values, dtype=torch.float64)
+    for file, key in (("loraover.safetensors", f"{name}.core.0"), ("adapter_model.safetensors", Q_A)):
+        edit_tensors(made.path / file, partial(overwrite, key, numbers))
+    reseal(made.path)
+    return made.path
+
+
+def overwrite(key: str, numbers: Tensor, found: dict[str, Tensor]) -> None:
+    found[key].view(-1)[: len(numbers)] = numbers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_near_ties_and_subnormals_round_once(dtype: str, tmp_path: Path) -> None:
+    """Rounding through float32 on the way to bf16 or fp16 gets the near ties wrong."""
+    half, tiny = HALF[dtype], {"fp32": 2.0**-149, "bf16": 2.0**-133, "fp16": 2.0**-24}[dtype]
+    cases = {
+        1 + half: 1.0,
+        1 + 3 * half: 1 + 4 * half,
+        1 + half + 2.0**-45: 1 + 2 * half,
+        1 + half - 2.0**-45: 1.0,
+        1 + 3 * half - 2.0**-45: 1 + 2 * half,
+        -1 - half - 2.0**-45: -1 - 2 * half,
+        tiny: tiny,
+        tiny / 2: 0.0,
+        tiny / 2 * (1 + 2.0**-40): tiny,
+        -1.5 * tiny: -2 * tiny,
+        2.5 * tiny * (1 - 2.0**-40): 2 * tiny,
+        0.49 * tiny: 0.0,
+        1e-300: 0.0,
+        0.0: 0.0,
+    }
+    source = with_matrix(tmp_path, list(cases))
+    assert fold(source, tmp_path / "out", "--dtype", dtype) == 0
+    found = tensors(tmp_path / "out")[Q_A].view(-1)[: len(cases)].double().tolist()
+    assert dict(zip(cases, found, strict=True)) == cases
+    matrix = certificate(tmp_path / "out").matrices[0]
+    assert matrix.name in Q_A
+    assert matrix.flushed_to_zero == 3
+    assert matrix.subnormal == 4
+
+
+def test_fp16_reports_what_its_range_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = with_matrix(tmp_path, [2.0**-24, 3.3e-6, -1e-5, 6.1e-5, 6.2e-5, 2.0**-26, -1e-12])
+    assert fold(source, tmp_path / "out", "--dtype", "fp16") == 0
+    matrix = next(m for m in certificate(tmp_path / "out").matrices if m.name in Q_A)
+    assert (matrix.flushed_to_zero, matrix.subnormal) == (2, 4)
+    written = tensors(tmp_path / "out").items()
+    total = sum(m.subnormal for m in certificate(tmp_path / "out").matrices)
+    assert total == sum(int(((t != 0) & (t.double().abs() < 2.0**-14)).sum()) for _, t in written)
+    assert f"fp16 range: 2 elements became zero, {total} are subnormal" in capsys.readouterr().out
+
+
+LARGEST = {"fp32": 2.0**128 - 2.0**104, "bf16": 2.0**128 - 2.0**120, "fp16": 65504.0}
+FIRST_INFINITE = {"fp32": 2.0**128 - 2.0**103, "bf16": 2.0**128 - 2.0**119, "fp16": 65520.0}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_number_is_kept(dtype: str, tmp_path: Path) -> None:
+    below = np.nextafter(FIRST_INFINITE[dtype], 0.0)
+    assert fold(with_matrix(tmp_path, [LARGEST[dtype], -float(below)]), tmp_path / "out", "--dtype", dtype) == 0
+    assert tensors(tmp_path / "out")[Q_A][0, :2].double().tolist() == [LARGEST[dtype], -LARGEST[dtype]]
+
+
+@pytest.mark.parametrize("value", ["just", "far"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_overflow_is_refused(dtype: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = with_matrix(tmp_path, [1.0, -FIRST_INFINITE[dtype] if value == "just" else 1e300])
+    assert fold(source, tmp_path / "out", "--dtype", dtype) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {Q_A}: an element of")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
