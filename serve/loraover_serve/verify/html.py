@@ -152,22 +152,21 @@ def _suspects(result: EngineResult) -> Figure:
 
 def _distances_table(results: Sequence[EngineResult]) -> Table:
     columns = (
-        *("engine", "version", "verdict", "adapter", "allowed", "effect", "noise", "as", "same text", "largest gap"),
-        *("mixed batch", "positions", "compared", "seconds"),
+        *("engine", "verdict", "adapter", "allowed", "effect", "noise", "as", "same text", "largest gap"),
+        *("mixed batch", "compared", "seconds"),
     )
     rows = [
         (
-            *(r.engine, r.version or "-", r.verdict, short(r.adapter.rms if r.adapter else None), short(r.allowed)),
+            *(r.engine, r.verdict, short(r.adapter.rms if r.adapter else None), short(r.allowed)),
             *(short(r.effect), short(r.base.rms if r.base else None), r.number_format or "-"),
             "-" if r.greedy is None else f"{100 * r.greedy.equal:.0f} %",
             short(r.greedy.gap if r.greedy else None),
             short(r.mixed.base.rms if r.mixed else None),
-            str(r.adapter.positions) if r.adapter else "-",
             *(r.compared or "-", f"{r.seconds:.0f}"),
         )
         for r in results
     ]
-    return Table(columns, rows, ("engine", "version", "verdict", "as", "compared"))
+    return Table(columns, rows, ("engine", "verdict", "as", "compared"))
 
 
 def _suspects_table(result: EngineResult) -> Table:
