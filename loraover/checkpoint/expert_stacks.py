@@ -5,8 +5,11 @@ order, and the file's keys name neither parameter: `M.base_layer.lora_A` belongs
 `M.lora_A` to down_proj. The pair of expert 3 is named after the module `M.3.gate_up_proj` here.
 
 PEFT before 0.19 took the second dimension of every parameter (E, m, n) for its inputs. Where a model stores (experts,
-outputs, inputs), as all but those that call themselves `is_transposed` do, its A and B are those of the transposed
+outputs, inputs), as most but those that call themselves `is_transposed` do, its A and B are those of the transposed
 matrix: delta_W_e = scaling * (B_e @ A_e)^T, which is an ordinary pair again, of A = B_e^T and B = A_e^T.
+
+Llama-4 stores (experts, inputs, outputs) and does not call itself so. PEFT takes its inputs for outputs, and so does
+this module: delta_W_e has the shape of the parameter, and an export that cuts gate from up has to refuse it.
 
 Source: ParamWrapper in peft/tuners/lora/layer.py of PEFT 0.18.0 and 0.21.2; peft pull request 3165.
 """
@@ -154,8 +157,8 @@ def find_stacks(
             r, (rows, columns) = rank(f"{module}.{name}"), pairs[path]
             if rows % r or rows != columns:
                 raise CheckpointError(
-                    f"{where}: {path}.lora_A has {rows} rows and lora_B {columns} columns, expected equal multiples of "
-                    f"{r}, the rank of {module}.{name}."
+                    f"{where}: {path}.lora_A has {rows} rows and lora_B {columns} columns, expected the same "
+                    f"multiple of {r}, the rank of {module}.{name}."
                 )
             stacks.append(ExpertStack(module, name, path, rows // r))
     return stacks

@@ -71,7 +71,7 @@ def test_a_conversion_is_read_by_peft(tmp_path: Path, version: str) -> None:
             "has 2 stacked pairs, and target_parameters names .* gate_up",
         ),
         ({"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.w2"]}, "no others than gate_up_proj and down"),
-        ({"r": 5}, "has 16 rows and lora_B 16 columns, expected equal multiples of 5"),
+        ({"r": 5}, "has 16 rows and lora_B 16 columns, expected the same multiple of 5"),
     ],
 )
 def test_stacks_that_contradict_the_configuration_are_refused(
