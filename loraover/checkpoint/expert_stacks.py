@@ -16,7 +16,6 @@ Source: ParamWrapper in peft/tuners/lora/layer.py of PEFT 0.18.0 and 0.21.2; pef
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
 from loraover.common.errors import CheckpointError
-from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, Side
+from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, Side, unwrapped
 
 OTHER: Mapping[Side, Side] = {"A": "B", "B": "A"}
 
@@ -140,7 +139,7 @@ def find_stacks(
     """
     wrappers: dict[str, list[str]] = {}
     for path in pairs:
-        wrappers.setdefault(re.sub(r"(\.base_layer)+$", "", path), []).append(path)
+        wrappers.setdefault(unwrapped(path), []).append(path)
     stacks = []
     for module, paths in wrappers.items():
         parameters = {name for target in targets if (name := _targeted(target, module)) is not None}

@@ -19,6 +19,7 @@ from loraover_export.numerics.delta import read_deltas
 from loraover_serve import verify_adapter
 
 from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
+from support.tiny_hub import tiny_tokenizer
 
 SQUARE = {"moe_intermediate_size": 32}
 """gate_up_proj of each expert is 64 x 64."""
@@ -61,6 +62,24 @@ def test_a_conversion_is_read_by_peft(tmp_path: Path, version: str) -> None:
     assert found.keys() == deltas.keys()
     for path, delta in deltas.items():
         torch.testing.assert_close(found[path], delta, rtol=1e-5, atol=1e-6)
+
+
+def test_the_logits_of_a_conversion_are_compared(tmp_path: Path) -> None:
+    """PEFT reads the source as it was trained, and refuses or misreads the same source of an older release."""
+    base = tiny_moe()
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    expert_lora(base, tmp_path / "adapter")
+    (tmp_path / "prompts.txt").write_text("hello world\n")
+    asked: dict[str, Any] = {"check_error": True, "prompts": tmp_path / "prompts.txt", "device": "cpu"}
+    outputs = convert_adapter(tmp_path / "adapter", tmp_path / "out", **asked).outputs
+    assert outputs is not None
+    assert outputs.error.max_logit < 1e-4 < 1e-2 < outputs.adapter_effect
+    flip(tmp_path / "adapter", "0.18.1")
+    with pytest.raises(ExportError, match=r"as PEFT before 0\.19\.0 saved them.*Leave out --check-error"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "old", **asked)
+    assert not (tmp_path / "old").exists()
 
 
 @pytest.mark.parametrize(
