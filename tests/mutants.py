@@ -277,9 +277,9 @@ MUTANTS = (
         Selection("test_fold_rejected.py", "certificate_rejects"),
     ),
     Mutant(
-        "unfolded-router-with-another-class-is-a-linear-layer",
-        "not (layers[path] or isinstance(module, nn.Linear | nn.Embedding | Conv1D))",
-        'type(module).__name__.endswith("Router")',
+        "unfolded-router-is-run-as-a-linear-layer",
+        'any(targeted_parameter(target, module) == "weight" for target in self.parameters)',
+        "False",
         Selection("test_experts.py", "the_folded_adapter_is"),
     ),
     Mutant(

@@ -16,7 +16,7 @@ Source: ParamWrapper in peft/tuners/lora/layer.py of PEFT 0.18.0 and 0.21.2; pef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,11 @@ class ExpertStack:
             for index in range(self.experts):
                 part = ExpertPart(stored, index, self.experts)
                 yield f"{self.expert(index)}.lora_{matrix}", f"{self.wrapper}.lora_{stored}", part
+
+
+def expert_paths(stacks: Iterable[ExpertStack]) -> set[str]:
+    """Return the paths by which the pairs of all experts of these stacks are named."""
+    return {stack.expert(index) for stack in stacks for index in range(stack.experts)}
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def find_stacks(
         wrappers.setdefault(unwrapped(path), []).append(path)
     stacks = []
     for module, paths in wrappers.items():
-        parameters = {name for target in targets if (name := _targeted(target, module)) is not None}
+        parameters = {name for target in targets if (name := targeted_parameter(target, module)) is not None}
         if not parameters or parameters == {"weight"}:  # a matrix, whose pair is an ordinary one
             continue
         ordered = [name for name in FUSED if name in parameters]
@@ -154,7 +159,7 @@ def find_stacks(
             )
         for name, path in zip(ordered, sorted(paths, key=len, reverse=True), strict=True):
             r, (rows, columns) = rank(f"{module}.{name}"), pairs[path]
-            if rows % r or rows != columns:
+            if not rows or rows % r or rows != columns:
                 raise CheckpointError(
                     f"{where}: {path}.lora_A has {rows} rows and lora_B {columns} columns, expected the same "
                     f"multiple of {r}, the rank of {module}.{name}."
@@ -163,7 +168,7 @@ def find_stacks(
     return stacks
 
 
-def _targeted(target: str, module: str) -> str | None:
+def targeted_parameter(target: str, module: str) -> str | None:
     """Return the parameter of a module that an entry of `target_parameters` names; None if it names none of it."""
     owner, _, name = target.rpartition(".")
     if owner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loraover import Budget, LoraOverConfig, OverParameterization, read_checkpoint, restore, write_checkpoint
+from loraover.checkpoint.exact_tensors import read_source
 from loraover.checkpoint.unfolded_model import unfolded
-from loraover.common.errors import ConfigError
+from loraover.common.errors import CheckpointError, ConfigError
 from loraover.overparam.importance import Probe
 from loraover_export import fold_checkpoint
 
-from support.tiny_experts import EXPERT_LORA, EXPERTS, PARAMETERS, expert_lora, peft_deltas, tiny_moe
+from support.tiny_experts import EXPERT_LORA, EXPERTS, PARAMETERS, expert_lora, peft_deltas, tiny_llama4, tiny_moe
 from support.tiny_models import lora_matrices, token_ids, trainable, update_norm, with_lora
 
 RATE = 1e-2
@@ -171,6 +173,22 @@ def test_the_folded_adapter_is_the_unfolded_model(tmp_path: Path) -> None:
     plain = tiny_moe()(input_ids=ids).logits.detach()
     torch.testing.assert_close(served(input_ids=ids).logits.detach(), expected, rtol=0, atol=1e-5)
     assert float((expected - plain).abs().max()) > 1e-2
+
+
+def test_a_weight_is_adapted_as_peft_adapts_it(tmp_path: Path) -> None:
+    """Llama-4's router is a linear layer with two outputs; PEFT adds to its weight because the file names it."""
+    model = expert_lora(tiny_llama4(), tmp_path, target_parameters=["feed_forward.router.weight"])
+    ids = token_ids(seed=3)
+    with torch.no_grad(), unfolded(tiny_llama4(), read_source(tmp_path)) as whole:
+        torch.testing.assert_close(whole(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
+    file = tmp_path / "adapter_config.json"
+    expert_lora(tiny_moe(), tmp_path, target_parameters=["mlp.gate.weight"])
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_parameters": None}))
+    with (
+        pytest.raises(CheckpointError, match="is a Qwen3MoeTopKRouter; expected a linear layer or embedding"),
+        unfolded(tiny_moe(), read_source(tmp_path)),
+    ):
+        pass
 
 
 def test_the_norm_of_the_update_is_that_of_all_experts(tmp_path: Path) -> None:
