@@ -144,14 +144,14 @@ def _comparison(
     """Read the prompts, and return the comparison of a written adapter with the source.
 
     Raises:
-        ExportError: experts of an old PEFT, whose A and B the present one swaps.
+        ExportError: experts of an old PEFT, whose A and B the installed one would misread.
     """
     flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
     if flipped is not None:
         raise ExportError(
-            f"{adapter.layout.tensors_path}: {flipped.path} has A and B as PEFT before {PRESENT_LAYOUT} saved them, and "
-            "the present PEFT swaps them when it loads the file, so the logits of the source cannot be computed. Leave "
-            "out --check-error; the certificate does not need it."
+            f"{adapter.layout.tensors_path}: {flipped.path} has A and B as PEFT before {PRESENT_LAYOUT} saved them. The "
+            "installed PEFT reads them in its own layout, so the logits of the source cannot be computed. Leave out "
+            "--check-error; the certificate does not need it."
         )
     place, _ = choose_compute(request.device, request.compute_dtype)
     config, layout = adapter.base.model.config, adapter.layout
