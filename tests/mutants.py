@@ -559,6 +559,12 @@ MUTANTS = (
         Selection("test_experts.py", "other_experts"),
     ),
     Mutant(
+        "the orientation of vLLM's experts is not looked at",
+        "(outputs, hidden) == (2 * down_inputs, down_outputs)",
+        "True",
+        Selection("test_vllm_experts.py", "orientation"),
+    ),
+    Mutant(
         "gate and up of vLLM's experts are swapped",
         "names = (gate, up) if stack.parameter",
         "names = (up, gate) if stack.parameter",

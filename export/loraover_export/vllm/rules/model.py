@@ -152,8 +152,8 @@ def experts(candidate: Candidate) -> Iterator[Problem]:
     unknown = [module for module in kinds if not _has_gates_among_outputs(module, candidate)]
     if unknown:
         yield Problem(
-            f"{listed(unknown)}: the shapes of {' and '.join(FUSED)} are not those of experts whose outputs are gate and "
-            "up; the model stores inputs before outputs without saying so, as Llama-4 does",
+            f"{listed(unknown)}: the shapes of {' and '.join(FUSED)} do not fit each other as (outputs, inputs); the "
+            "model stores inputs before outputs without saying so, as Llama-4 does",
             MERGE,
             is_silent=True,
         )
