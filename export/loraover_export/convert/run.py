@@ -149,9 +149,9 @@ def _comparison(
     flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
     if flipped is not None:
         raise ExportError(
-            f"{adapter.layout.tensors_path}: {flipped.path} has A and B as PEFT before {PRESENT_LAYOUT} saved them. The "
-            "installed PEFT reads them in its own layout, so the logits of the source cannot be computed. Leave out "
-            "--check-error; the certificate does not need it."
+            f"{adapter.layout.tensors_path}: {flipped.path} has A and B as PEFT before {PRESENT_LAYOUT} saved them. "
+            "The installed PEFT reads them in its own layout, so the logits of the source cannot be computed. Leave "
+            "out --check-error; the certificate does not need it."
         )
     place, _ = choose_compute(request.device, request.compute_dtype)
     config, layout = adapter.base.model.config, adapter.layout
