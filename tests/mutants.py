@@ -277,10 +277,10 @@ MUTANTS = (
         Selection("test_fold_rejected.py", "certificate_rejects"),
     ),
     Mutant(
-        "unfolded-router-is-run-as-a-linear-layer",
+        "unfolded-router-that-is-a-linear-layer-gets-a-hook",
         'any(targeted_parameter(target, module) == "weight" for target in self.parameters)',
         "False",
-        Selection("test_experts.py", "the_folded_adapter_is"),
+        Selection("test_experts.py", "as_peft_adapts"),
     ),
     Mutant(
         "delta-scaling-of-rslora-is-loras",

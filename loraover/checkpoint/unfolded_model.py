@@ -179,7 +179,7 @@ def unfolded(
     adapter = adapter_of(source)
     adapter.check_keeps_base()
     layers = _layers(adapter)
-    weights = {m for m, is_embedding in layers.items() if not is_embedding and adapter.config.adapts_weight(m)}
+    weights = _weights(base, layers, adapter, experts)
     try:
         with ExitStack() as files:
             exact = files.enter_context(open_exact(source))
@@ -204,6 +204,27 @@ def _layers(adapter: AdapterDir) -> dict[str, bool]:
         module: name.rpartition(".")[2].startswith("lora_embedding")
         for name in adapter.sites
         if (module := name.rpartition(".")[0]) not in of_experts
+    }
+
+
+def _weights(
+    base: nn.Module, layers: Mapping[str, bool], adapter: AdapterDir, experts: Mapping[str, ExpertWeight]
+) -> set[str]:
+    """Return the modules whose weight PEFT changes: those that `target_parameters` names, and routers beside experts.
+
+    Source: _convert_peft_config_moe in peft/utils/transformers_weight_conversion.py of PEFT 0.21.2, which turns the
+    target module `gate` into the parameter `gate.weight`, because routers were linear layers before transformers 5.
+    """
+    blocks = {path.rpartition(".")[0].rpartition(".")[0] for path in experts}
+    return {
+        path
+        for path, module in base.named_modules()
+        if not layers.get(path, True)
+        and any(name == "weight" and p.ndim == 2 for name, p in module.named_parameters(recurse=False))
+        and (
+            adapter.config.adapts_weight(path)
+            or (path.rpartition(".")[0] in blocks and not isinstance(module, nn.Linear | nn.Embedding))
+        )
     }
 
 
