@@ -277,10 +277,10 @@ MUTANTS = (
         Selection("test_fold_rejected.py", "certificate_rejects"),
     ),
     Mutant(
-        "unfolded-router-with-another-class-is-a-linear-layer",
-        "not (layers[path] or isinstance(module, nn.Linear | nn.Embedding | Conv1D))",
-        'type(module).__name__.endswith("Router")',
-        Selection("test_experts.py", "the_folded_adapter_is"),
+        "unfolded-router-that-is-a-linear-layer-gets-a-hook",
+        'any(targeted_parameter(target, module) == "weight" for target in self.parameters)',
+        "False",
+        Selection("test_experts.py", "as_peft_adapts"),
     ),
     Mutant(
         "delta-scaling-of-rslora-is-loras",
@@ -557,6 +557,12 @@ MUTANTS = (
         "taken[id(site.parameter)] == site.part.experts]",
         "taken[id(site.parameter)] >= 1]",
         Selection("test_experts.py", "other_experts"),
+    ),
+    Mutant(
+        "the orientation of vLLM's experts is not looked at",
+        "(outputs, hidden) == (2 * down_inputs, down_outputs)",
+        "True",
+        Selection("test_vllm_experts.py", "orientation"),
     ),
     Mutant(
         "gate and up of vLLM's experts are swapped",

@@ -5,16 +5,18 @@ order, and the file's keys name neither parameter: `M.base_layer.lora_A` belongs
 `M.lora_A` to down_proj. The pair of expert 3 is named after the module `M.3.gate_up_proj` here.
 
 PEFT before 0.19 took the second dimension of every parameter (E, m, n) for its inputs. Where a model stores (experts,
-outputs, inputs), as all but those that call themselves `is_transposed` do, its A and B are those of the transposed
+outputs, inputs), as most but those that call themselves `is_transposed` do, its A and B are those of the transposed
 matrix: delta_W_e = scaling * (B_e @ A_e)^T, which is an ordinary pair again, of A = B_e^T and B = A_e^T.
+
+Llama-4 stores (experts, inputs, outputs) and does not call itself so. PEFT takes its inputs for outputs, and so does
+this module: delta_W_e has the shape of the parameter, and an export that cuts gate from up has to refuse it.
 
 Source: ParamWrapper in peft/tuners/lora/layer.py of PEFT 0.18.0 and 0.21.2; peft pull request 3165.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
 from loraover.common.errors import CheckpointError
-from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, Side
+from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, Side, unwrapped
 
 OTHER: Mapping[Side, Side] = {"A": "B", "B": "A"}
 
@@ -65,6 +67,11 @@ class ExpertStack:
             for index in range(self.experts):
                 part = ExpertPart(stored, index, self.experts)
                 yield f"{self.expert(index)}.lora_{matrix}", f"{self.wrapper}.lora_{stored}", part
+
+
+def expert_paths(stacks: Iterable[ExpertStack]) -> set[str]:
+    """Return the paths by which the pairs of all experts of these stacks are named."""
+    return {stack.expert(index) for stack in stacks for index in range(stack.experts)}
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,10 @@ def find_stacks(
     """
     wrappers: dict[str, list[str]] = {}
     for path in pairs:
-        wrappers.setdefault(re.sub(r"(\.base_layer)+$", "", path), []).append(path)
+        wrappers.setdefault(unwrapped(path), []).append(path)
     stacks = []
     for module, paths in wrappers.items():
-        parameters = {name for target in targets if (name := _targeted(target, module)) is not None}
+        parameters = {name for target in targets if (name := targeted_parameter(target, module)) is not None}
         if not parameters or parameters == {"weight"}:  # a matrix, whose pair is an ordinary one
             continue
         ordered = [name for name in FUSED if name in parameters]
@@ -152,16 +159,16 @@ def find_stacks(
             )
         for name, path in zip(ordered, sorted(paths, key=len, reverse=True), strict=True):
             r, (rows, columns) = rank(f"{module}.{name}"), pairs[path]
-            if rows % r or rows != columns:
+            if not rows or rows % r or rows != columns:
                 raise CheckpointError(
-                    f"{where}: {path}.lora_A has {rows} rows and lora_B {columns} columns, expected equal multiples of "
-                    f"{r}, the rank of {module}.{name}."
+                    f"{where}: {path}.lora_A has {rows} rows and lora_B {columns} columns, expected the same "
+                    f"multiple of {r}, the rank of {module}.{name}."
                 )
             stacks.append(ExpertStack(module, name, path, rows // r))
     return stacks
 
 
-def _targeted(target: str, module: str) -> str | None:
+def targeted_parameter(target: str, module: str) -> str | None:
     """Return the parameter of a module that an entry of `target_parameters` names; None if it names none of it."""
     owner, _, name = target.rpartition(".")
     if owner:

@@ -18,9 +18,11 @@ from loraover.checkpoint.expert_stacks import (
     ExpertStack,
     ExpertWeight,
     StoredPart,
+    expert_paths,
     find_stacks,
     has_present_layout,
     is_flipped,
+    targeted_parameter,
 )
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.errors import CheckpointError
@@ -95,6 +97,10 @@ class AdapterConfig(BaseModel):
         alpha = first_match(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
+    def adapts_weight(self, module: str) -> bool:
+        """Return whether PEFT adds B A to a module's weight, named in `target_parameters`, for any class of module."""
+        return any(targeted_parameter(target, module) == "weight" for target in self.parameters)
+
     def rank(self, module: str) -> int:
         """Return the rank that the configuration gives one module."""
         return int(first_match(self.rank_pattern, module, self.r))
@@ -122,6 +128,11 @@ class AdapterDir:
     def parts(self) -> dict[str, StoredPart]:
         """Places of the experts' matrices in the file, by their keys."""
         return _parts(self.stacks)
+
+    @property
+    def experts(self) -> set[str]:
+        """Adapted experts, such as "model.layers.0.mlp.experts.3.down_proj"."""
+        return expert_paths(self.stacks)
 
     def packed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors as PEFT's file holds them: the experts' matrices in stacks, in the layout since PEFT 0.19.
@@ -224,9 +235,10 @@ def read_adapter_dir(path: Path) -> AdapterDir:
                 f"{path / TENSORS_FILE}: {key} is {dtypes[key]}, expected one of {', '.join(FLOATS)}."
             )
     pairs = {
-        name.removesuffix(".lora_A"): (shape[0], shapes.get(site_key(f"{name[:-1]}B"), (0,))[-1])
-        for key, shape in shapes.items()
-        if (name := site_name(key)) is not None and name.endswith(".lora_A") and len(shape) == 2
+        name.removesuffix(".lora_A"): (a[0], b[1])
+        for key, a in shapes.items()
+        if (name := site_name(key)) is not None and name.endswith(".lora_A")
+        if len(a) == len(b := shapes.get(site_key(f"{name[:-1]}B"), ())) == 2  # others are refused with all sites
     }
     stacks = find_stacks(config.parameters, pairs, config.rank, path / TENSORS_FILE)
     adapter = _expanded(AdapterDir(path, config, shapes, {}), stacks)
@@ -268,8 +280,17 @@ def _expanded(adapter: AdapterDir, stacks: Sequence[ExpertStack]) -> AdapterDir:
     """Return an adapter whose `shapes` are still those of the file with its stacks taken apart.
 
     Patterns name a parameter of all experts, so each expert gets an exact entry in front of them.
+
+    Raises:
+        CheckpointError: The file holds another pair of one expert beside the stack.
     """
     parts = _parts(stacks)
+    twice = min(parts.keys() & adapter.shapes.keys(), default=None)
+    if twice is not None:
+        raise CheckpointError(
+            f"{adapter.tensors_path}: {twice} and {parts[twice].key} both adapt one expert, expected one of them; "
+            "remove the other."
+        )
     shapes = {key: part.shape(adapter.shapes[part.key]) for key, part in parts.items()}
     stored = {part.key for part in parts.values()}
     shapes = {key: shape for key, shape in adapter.shapes.items() if key not in stored} | shapes

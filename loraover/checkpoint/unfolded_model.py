@@ -152,8 +152,9 @@ def unfolded(
     """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
 
     Each adapted module returns W x + scaling * B(A(x)), where A and B are applied core by core, or as stored if they
-    have no cores. It is for evaluation only: LoRA dropout is not applied. Routers, and experts that share one
-    parameter, get W + scaling * B A instead, from the contraction in float64, rounded once to W's type.
+    have no cores. It is for evaluation only: LoRA dropout is not applied. Parameters of `target_parameters`, such as
+    those of experts and routers, get W + scaling * B A instead, from the contraction in float64, rounded once to W's
+    type.
 
     W x is computed as the base model computes it, the rest in float64, so that the error of this reference does not
     grow with the number of cores. The cores move to the model's device once, and to the CPU if it has no float64.
@@ -173,20 +174,20 @@ def unfolded(
     """
     handles = []
     saved: dict[str, nn.Parameter] = {}
-    weights = find_expert_weights(base)
-    source = on_base(source, weights)
+    experts = find_expert_weights(base)
+    source = on_base(source, experts)
     adapter = adapter_of(source)
     adapter.check_keeps_base()
     layers = _layers(adapter)
-    routers = _routers(base, layers)
+    weights = _weights(base, layers, adapter, experts)
     try:
         with ExitStack() as files:
             exact = files.enter_context(open_exact(source))
             others = None if sampled is None else files.enter_context(open_exact(sampled.others))
-            hooked = {module: is_embedding for module, is_embedding in layers.items() if module not in routers}
+            hooked = {module: is_embedding for module, is_embedding in layers.items() if module not in weights}
             for target, delta in _hooks(base, hooked, exact, delta_dtype, sampled, others):
                 handles.append(target.register_forward_hook(delta))
-            for name, added in _deltas(weights, routers, exact):
+            for name, added in _deltas(experts, weights, exact):
                 saved |= _add(base, name, added)
             saved.update(load_others(base, adapter, exact.plain))
         yield base
@@ -198,7 +199,7 @@ def unfolded(
 
 def _layers(adapter: AdapterDir) -> dict[str, bool]:
     """Return the adapted modules but for experts, and whether each is adapted as an embedding."""
-    of_experts = {stack.expert(index) for stack in adapter.stacks for index in range(stack.experts)}
+    of_experts = adapter.experts
     return {
         module: name.rpartition(".")[2].startswith("lora_embedding")
         for name in adapter.sites
@@ -206,16 +207,24 @@ def _layers(adapter: AdapterDir) -> dict[str, bool]:
     }
 
 
-def _routers(base: nn.Module, layers: Mapping[str, bool]) -> set[str]:
-    """Return the adapted modules that are no linear layers, but have a matrix as their weight, as routers have."""
-    from transformers.pytorch_utils import Conv1D
+def _weights(
+    base: nn.Module, layers: Mapping[str, bool], adapter: AdapterDir, experts: Mapping[str, ExpertWeight]
+) -> set[str]:
+    """Return the modules whose weight PEFT changes: those that `target_parameters` names, and routers beside experts.
 
+    Source: _convert_peft_config_moe in peft/utils/transformers_weight_conversion.py of PEFT 0.21.2, which turns the
+    target module `gate` into the parameter `gate.weight`, because routers were linear layers before transformers 5.
+    """
+    blocks = {path.rpartition(".")[0].rpartition(".")[0] for path in experts}
     return {
         path
         for path, module in base.named_modules()
-        if path in layers
-        and not (layers[path] or isinstance(module, nn.Linear | nn.Embedding | Conv1D))
+        if not layers.get(path, True)
         and any(name == "weight" and p.ndim == 2 for name, p in module.named_parameters(recurse=False))
+        and (
+            adapter.config.adapts_weight(path)
+            or (path.rpartition(".")[0] in blocks and not isinstance(module, nn.Linear | nn.Embedding))
+        )
     }
 
 
@@ -247,19 +256,19 @@ def _hooks(
 
 
 def _deltas(
-    weights: Mapping[str, ExpertWeight], routers: Iterable[str], exact: ExactAdapter
+    experts: Mapping[str, ExpertWeight], modules: Iterable[str], exact: ExactAdapter
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names of parameters that hooks cannot adapt, with delta_W in their shape, in float64."""
+    """Yield the names of these modules' weights and of experts' parameters, with delta_W in their shape, in float64."""
 
     def delta(module: str) -> Tensor:
         a, b = (exact.tensor(site_key(f"{module}.lora_{matrix}")).value.double() for matrix in SIDES)
         return exact.adapter.config.scaling(module) * b @ a
 
-    for module in routers:
+    for module in modules:
         yield f"{module}.weight", delta(module)
     for stack in exact.adapter.stacks:
         found = torch.stack([delta(stack.expert(index)) for index in range(stack.experts)])
-        yield stack.path, found.mT if weights[stack.path].is_transposed else found
+        yield stack.path, found.mT if experts[stack.path].is_transposed else found
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.checkpoint import META_FILE, Meta, read_checkpoint
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig, site_name
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_adapter_dir, site_name
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import read_json
@@ -123,8 +123,10 @@ def _adapter(folder: Path, kind: Kind) -> FolderReport:
 def _adapter_facts(folder: Path) -> AdapterFacts:
     config = read_json(folder / CONFIG_FILE, AdapterConfig)
     with open_tensors(folder / TENSORS_FILE) as file:
-        shapes = {key: file.shape(key) for key in file.keys}
+        stored = {key: file.shape(key) for key in file.keys}
         dtypes = sorted({file.dtype(key) for key in file.keys})
+    has_experts = config.peft_type == "LORA" and config.parameters
+    shapes = read_adapter_dir(folder).shapes if has_experts else stored
     matrices = {name: shapes[key] for key in shapes if (name := site_name(key)) is not None}
     modules = {name.rpartition(".")[0] for name in matrices}
     ranks = {min(shape) for name, shape in matrices.items() if name.endswith("A") and len(shape) == 2}

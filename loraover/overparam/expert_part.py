@@ -8,6 +8,7 @@ Source: ParamWrapper.get_delta_weight in peft/tuners/lora/layer.py of PEFT 0.21.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,11 @@ class ExpertPart:
         if self.matrix == "A":
             return stack.view(self.experts, -1, stack.shape[1])[self.expert]
         return stack.view(len(stack), -1, self.experts)[..., self.expert]
+
+
+def unwrapped(path: str) -> str:
+    """Return a module's path in the base model, without `.base_layer` for each of PEFT's wrappers of parameters."""
+    return re.sub(r"(\.base_layer)+$", "", path)
 
 
 def part_of(part: ExpertPart | None, tensor: Tensor) -> Tensor:

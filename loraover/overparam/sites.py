@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError, ShapeError
-from loraover.overparam.expert_part import FUSED, ExpertPart, Side, part_of
+from loraover.overparam.expert_part import FUSED, ExpertPart, Side, part_of, unwrapped
 from loraover.overparam.sharding import local
 
 # Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
@@ -182,7 +181,7 @@ def matrices_of(module: str, layer: Any, matrix: Side) -> list[tuple[str, Expert
 
     if not isinstance(layer, ParamWrapper) or layer.parameter_name not in FUSED:
         return [(module, None)]
-    owner, experts = re.sub(r"(\.base_layer)+$", "", module), layer.num_experts
+    owner, experts = unwrapped(module), layer.num_experts
     return [(f"{owner}.{e}.{layer.parameter_name}", ExpertPart(matrix, e, experts)) for e in range(experts)]
 
 

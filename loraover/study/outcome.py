@@ -248,7 +248,7 @@ def _fold_error(adapter: Path) -> float | None:
     source = read_checkpoint(adapter)
     worst = 0.0
     with open_exact(source) as exact:
-        for key in exact.plain.keys:
+        for key in exact.adapter.sites.values():
             found = exact.tensor(key)
             if found.site is not None and found.value.any():
                 error = (exact.stored(key).double() - found.value).norm() / found.value.norm()

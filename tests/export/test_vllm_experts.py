@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from loraover_export import VllmReport, export_vllm
 from loraover_export.vllm.architectures import known_architectures
 
-from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
+from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_llama4, tiny_moe
 from support.tiny_models import token_ids
 from support.vllm_command import vllm_command
 
@@ -113,6 +113,25 @@ def test_vllm_loads_the_pairs(adapter: tuple[Path, Any], tmp_path: Path, monkeyp
         parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
         read = torch.cat([found[f"{owner}.{part}"] for part in parts])
         torch.testing.assert_close(read, delta.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_that_hide_their_orientation_are_refused(tmp_path: Path) -> None:
+    """Llama-4's gate and up are columns, which the model does not say; B's rows would be cut in the wrong place."""
+    base = tiny_llama4()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    names = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+    expert_lora(base, tmp_path / "adapter", target_parameters=names)
+    report = export_vllm(tmp_path / "adapter", tmp_path / "out")
+    assert [finding.rule for finding in report.preflight.findings if finding.level == "error"] == ["experts"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_without_adapters_is_named(adapter: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules are not read, so the experts are not looked for in it."""
+    monkeypatch.delitem(known_architectures().lora, "Qwen3MoeForCausalLM")
+    report = export_vllm(adapter[0], adapter[0].parent / "out")
+    assert [finding.rule for finding in report.preflight.findings if finding.level == "error"] == ["architecture"]
 
 
 def test_half_of_an_expert_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

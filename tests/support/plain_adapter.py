@@ -17,7 +17,7 @@ from support.tiny_models import VOCABULARY, fill_b
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma")
 """Decoders that vLLM serves with adapters; `tiny_decoder` makes each."""
 
-TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
 """Configurations of decoders whose family also has images."""
 
 

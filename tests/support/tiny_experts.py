@@ -40,6 +40,12 @@ def tiny_moe(**changes: Any) -> Any:
     return tiny_decoder("Qwen3Moe", **{**EXPERT_SIZES, **changes})
 
 
+def tiny_llama4() -> Any:
+    """Two layers of four experts, whose parameters hold inputs before outputs; the router returns two tensors."""
+    sizes = {"intermediate_size": 48, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}
+    return tiny_decoder("Llama4", num_local_experts=EXPERTS, **sizes)
+
+
 def expert_lora(model: Any, folder: Path, **lora: Any) -> PeftModel:
     """Put an adapter on experts, fill it and save it in `folder`; returns PEFT's model."""
     with torch.random.fork_rng(devices=[]):
@@ -77,6 +83,8 @@ def peft_deltas(model: Any) -> dict[str, Tensor]:
     for path, layer in model.named_modules():
         if isinstance(layer, ParamWrapper):
             module = path.removeprefix("base_model.model.").replace(".base_layer", "")
-            for expert, delta in enumerate(layer.get_delta_weight("default")):
-                found[f"{module}.{expert}.{layer.parameter_name}"] = delta.detach()
+            deltas = layer.get_delta_weight("default").detach()
+            is_transposed = getattr(layer.get_base_layer(), "is_transposed", False)
+            for expert, delta in enumerate(deltas.reshape(layer.num_experts, *deltas.shape[-2:])):
+                found[f"{module}.{expert}.{layer.parameter_name}"] = delta.mT if is_transposed else delta
     return found

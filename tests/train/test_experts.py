@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loraover import Budget, LoraOverConfig, OverParameterization, read_checkpoint, restore, write_checkpoint
+from loraover.checkpoint.exact_tensors import read_source
 from loraover.checkpoint.unfolded_model import unfolded
-from loraover.common.errors import ConfigError
+from loraover.common.errors import CheckpointError, ConfigError
 from loraover.overparam.importance import Probe
 from loraover_export import fold_checkpoint
 
-from support.tiny_experts import EXPERT_LORA, EXPERTS, PARAMETERS, expert_lora, peft_deltas, tiny_moe
+from support.plain_adapter import write_adapter
+from support.tiny_experts import EXPERT_LORA, EXPERTS, PARAMETERS, expert_lora, peft_deltas, tiny_llama4, tiny_moe
 from support.tiny_models import lora_matrices, token_ids, trainable, update_norm, with_lora
 
 RATE = 1e-2
@@ -173,10 +176,44 @@ def test_the_folded_adapter_is_the_unfolded_model(tmp_path: Path) -> None:
     assert float((expected - plain).abs().max()) > 1e-2
 
 
+def test_a_weight_is_adapted_as_peft_adapts_it(tmp_path: Path) -> None:
+    """Llama-4's router is a linear layer with two outputs; PEFT adds to its weight because the file names it."""
+    model = expert_lora(tiny_llama4(), tmp_path, target_parameters=["feed_forward.router.weight"])
+    ids = token_ids(seed=3)
+    with torch.no_grad(), unfolded(tiny_llama4(), read_source(tmp_path)) as whole:
+        torch.testing.assert_close(whole(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_router_may_be_named_as_the_linear_layer_that_it_was(tmp_path: Path) -> None:
+    """PEFT takes the target module `gate` for the parameter; a matrix elsewhere, of an unknown class, is refused."""
+    expert_lora(tiny_moe(), tmp_path / "a", target_parameters=["mlp.gate.weight"])
+    file = tmp_path / "a" / "adapter_config.json"
+    targets = {"target_parameters": None, "target_modules": ["q_proj", "v_proj", "gate"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | targets))
+    ids = token_ids(seed=3)
+    served = PeftModel.from_pretrained(tiny_moe(), tmp_path / "a").eval()
+    with torch.no_grad(), unfolded(tiny_moe(), read_source(tmp_path / "a")) as whole:
+        torch.testing.assert_close(whole(input_ids=ids).logits, served(input_ids=ids).logits, rtol=0, atol=1e-5)
+    write_adapter(tmp_path / "b", {"table": (torch.ones(2, 8), torch.ones(6, 2))})
+    with (
+        pytest.raises(CheckpointError, match="table is a Table; expected a linear layer or embedding"),
+        unfolded(nn.ModuleDict({"table": Table()}), read_source(tmp_path / "b")),
+    ):
+        pass
+
+
 def test_the_norm_of_the_update_is_that_of_all_experts(tmp_path: Path) -> None:
     model = expert_lora(tiny_moe(), tmp_path / "a", target_modules=[])
     squares = [delta.double().square().sum() for delta in peft_deltas(model).values()]
     assert update_norm(model) == pytest.approx(math.sqrt(sum(map(float, squares))), rel=1e-5)
+
+
+class Table(nn.Module):
+    """A layer with a matrix as its weight, which nothing says how to use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6, 8))
 
 
 class Fused(nn.Module):

@@ -20,6 +20,7 @@ from loraover.inspection.folder import SIGNS, read_schedule
 from loraover.reporting.schedule_map import placed
 from loraover_export.onnx.report import OnnxReport
 
+from support.tiny_experts import EXPERTS, expert_lora, tiny_moe
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
 
@@ -207,6 +208,14 @@ def test_what_was_trained_is_described(folders: dict[str, Path], capsys: pytest.
     assert "LORA, rank 4, alpha 8" in shown
     assert "schedule all: 28 over-parameterised matrices" in shown
     assert read_schedule(folders["run"]).step == found.cores.step
+
+
+def test_each_adapted_expert_is_counted(tmp_path: Path) -> None:
+    expert_lora(tiny_moe(), tmp_path)
+    facts = inspect_folder(tmp_path).adapter
+    assert facts is not None
+    assert (facts.ranks, facts.modules) == ([3, 4], 2 * (2 + 2 * EXPERTS))
+    assert facts.targets == ["down_proj", "gate_up_proj", "q_proj", "v_proj"]
 
 
 def test_an_export_shows_its_verdicts(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,16 +117,22 @@ def _shape(adapter: AdapterDir, module: str) -> tuple[int, int]:
 
 
 def _check_experts(sources: Sources) -> None:
-    """Refuse experts whose A may be another matrix' B, and stacks that one file cannot hold."""
+    """Refuse experts whose A and B may be swapped, and adapters whose stacks differ."""
     for adapter in sources.adapters:
         if adapter.stacks and not adapter.has_present_layout:
             raise ExportError(
-                f"{adapter.path}: adapts experts, and records no PEFT of {PRESENT_LAYOUT} or newer, which swapped "
-                "their A and B. Write it again with loraover-export convert, which compares it with its base model."
+                f"{adapter.path}: adapts experts, and was not saved by PEFT {PRESENT_LAYOUT} or newer. Older releases "
+                "stored A and B of experts swapped. Write it again with loraover-export convert, which compares it "
+                "with its base model."
             )
-    wrappers = [{s.path: s.wrapper for s in adapter.stacks} for adapter in sources.adapters if adapter.stacks]
-    if any(found != wrappers[0] for found in wrappers):
-        raise ExportError("the adapters adapt different parameters of experts; combine those that adapt the same.")
+    adapters = [adapter for adapter in sources.adapters if adapter.stacks]
+    stacks = [{stack.path: (stack.wrapper, stack.experts) for stack in adapter.stacks} for adapter in adapters]
+    other = next((adapter for adapter, found in zip(adapters, stacks, strict=True) if found != stacks[0]), None)
+    if other is not None:
+        raise ExportError(
+            f"{adapters[0].path} and {other.path} adapt different parameters of experts, or different numbers of "
+            "experts; combine adapters that adapt the same."
+        )
 
 
 def _check_base(sources: Sources) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, saved_labels
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import CheckpointError, ExportError
@@ -71,7 +72,7 @@ def convert_adapter(
         DataError: no usable prompt in the file.
         CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
         ExportError: an adapter that does not change weights, changes more than weights, or has full rank while `rank`
-            is None.
+            is None; or `check_error` for experts that PEFT before 0.19 saved.
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
@@ -140,7 +141,18 @@ def read_method(path: Path) -> tuple[AnyMethod, Layout[Any]]:
 def _comparison(
     request: ConvertRequest, adapter: Adapter[Any], base: ModelSource, report: Reporter
 ) -> Callable[[Path], OutputsOfConversion]:
-    """Read the prompts, and return the comparison of a written adapter with the source."""
+    """Read the prompts, and return the comparison of a written adapter with the source.
+
+    Raises:
+        ExportError: experts of an old PEFT, whose A and B the installed one would misread.
+    """
+    flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
+    if flipped is not None:
+        raise ExportError(
+            f"{adapter.layout.tensors_path}: {flipped.path} has A and B as PEFT before {PRESENT_LAYOUT} saved them. "
+            "The installed PEFT reads them in its own layout, so the logits of the source cannot be computed. Leave "
+            "out --check-error; the certificate does not need it."
+        )
     place, _ = choose_compute(request.device, request.compute_dtype)
     config, layout = adapter.base.model.config, adapter.layout
     fits = layout.config.task_type != "SEQ_CLS" or config.pad_token_id is not None

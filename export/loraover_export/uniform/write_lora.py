@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loraover.checkpoint.base_model import base_facts
-from loraover.checkpoint.expert_stacks import ExpertStack
+from loraover.checkpoint.expert_stacks import ExpertStack, expert_paths
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, pack_stacks, site_key
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
@@ -221,7 +221,7 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
     lost = first_difference(draft / TENSORS_FILE, tensors)
     if lost is not None:
         raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
-    experts = {stack.expert(index) for stack in target.stacks for index in range(stack.experts)}
+    experts = expert_paths(target.stacks)
     config = plain_config(
         certificate.rank,
         [part.module.module for part in stored if part.module.module not in experts],

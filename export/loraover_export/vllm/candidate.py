@@ -84,11 +84,6 @@ class Candidate:
         return found
 
     @cached_property
-    def experts(self) -> set[str]:
-        """Adapted experts."""
-        return {stack.expert(index) for stack in self.adapter.stacks for index in range(stack.experts)}
-
-    @cached_property
     def embeddings(self) -> set[str]:
         """Modules that are adapted as embeddings."""
         return {module_of(site) for site in self.adapter.sites if site.endswith("lora_embedding_A")}

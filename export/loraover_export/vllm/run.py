@@ -76,7 +76,8 @@ def export_vllm(
     replaces = request.output.exists()
     adapter = read_source(request.source)
     served, known = _served(request, adapter_of(adapter), report)
-    adapter = on_base(adapter, served.experts)
+    if served.architecture in known.lora:  # of others, nothing but the configuration is read
+        adapter = on_base(adapter, served.experts)
     name, address = request.adapter_name, _address(served.source)
     candidate = Candidate(adapter_of(adapter), served, known, name, address, request.dtype, replaces)
     found = preflight(candidate)
@@ -119,7 +120,7 @@ def _write(
 ) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
     others = served.modules.keys() - candidate.modules.keys()
-    config = uniform_config(adapter, served.source, name_modules(candidate.modules.keys() - candidate.experts, others))
+    config = uniform_config(adapter, served.source, name_modules(candidate.modules.keys() - adapter.experts, others))
     pack = None
     if adapter.stacks and not (candidate.architecture and candidate.architecture.stacked_experts):
         projections = projections_of(served.architecture)

@@ -38,7 +38,7 @@ def check_adapters(
     served, platform = read_served(source, known.lora), _platform(version)
     found: dict[Finding, list[str]] = {}
     for name, adapter in adapters.items():
-        placed = read_on_base(adapter, served.experts)
+        placed = read_on_base(adapter, served.experts) if served.architecture in known.lora else adapter
         checked = preflight(Candidate(placed, served, known, name, address, None, platform=platform))
         for finding in checked.findings:
             found.setdefault(finding, []).append(name)

@@ -149,10 +149,19 @@ def experts(candidate: Candidate) -> Iterator[Problem]:
     kinds: dict[str, set[str]] = {}
     for stack in adapter.stacks:
         kinds.setdefault(stack.module, set()).add(stack.parameter)
+    unknown = [module for module in kinds if not _has_gates_among_outputs(module, candidate)]
+    if unknown:
+        yield Problem(
+            f"{listed(unknown)}: the shapes of {' and '.join(FUSED)} do not fit each other as (outputs, inputs); the "
+            "model stores inputs before outputs without saying so, as Llama-4 does",
+            MERGE,
+            is_silent=True,
+        )
     partial = [module for module, parameters in kinds.items() if len(parameters) < len(FUSED)]
     if partial:
         yield Problem(
-            f"{listed(partial)}: only one of {' and '.join(FUSED)} is adapted, and vLLM stops unless both are",
+            f"{listed(partial)}: only one of {' and '.join(FUSED)} is adapted, and vLLM fails to load it unless both "
+            "are adapted",
             f"train with both in target_parameters, or {MERGE}",
         )
     if candidate.platform == "cpu":
@@ -164,6 +173,15 @@ def experts(candidate: Candidate) -> Iterator[Problem]:
         )
     elif candidate.dtype is None and any(stack.is_flipped for stack in adapter.stacks):
         yield Problem("A and B of the experts are swapped, as PEFT before 0.19 saved them", EXPORT, is_silent=True)
+
+
+def _has_gates_among_outputs(module: str, candidate: Candidate) -> bool:
+    """Return whether gate_up_proj of each expert is (2 I, H) and down_proj (H, I), in rows of outputs."""
+    shapes = [weight.shape for name in FUSED if (weight := candidate.served.experts.get(f"{module}.{name}"))]
+    if len(shapes) < len(FUSED):
+        return False
+    (outputs, hidden), (down_outputs, down_inputs) = shapes
+    return (outputs, hidden) == (2 * down_inputs, down_outputs)
 
 
 def no_ops(candidate: Candidate) -> Iterator[Problem]:

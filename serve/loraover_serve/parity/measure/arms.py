@@ -17,6 +17,7 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterD
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import ParityError
 from loraover.models.load import ModelSource
+from loraover_export.uniform.refusals import check_no_experts
 from loraover_serve.parity.samples import ALSO, CONTROL, FOLDED, VANILLA
 
 
@@ -66,8 +67,10 @@ def prepare_arms(
         ParityError: adapters of different ranks or targets, or a checkpoint of other modules.
         ConfigError: an adapter that names no base model.
         CheckpointError: files that cannot be read as an adapter or a checkpoint.
+        ExportError: an adapter of stacked experts.
     """
     first = read_adapter_dir(folded)
+    check_no_experts(first, "the parity measurement")
     if vanilla is None:
         vanilla = make_vanilla(first, scratch / VANILLA, seed)
     second = read_adapter_dir(vanilla)
