@@ -92,7 +92,7 @@ def test_no_order_of_sums_is_farther(shape: tuple[int, int], cut: int, gap: floa
 
 @pytest.mark.parametrize("tail", [False, True])
 def test_where_singular_values_coincide_only_what_turns_is_lost(tail: bool) -> None:
-    """Rotated left and right by a quarter, s u v^T of two equal singular values s moves by sqrt(2) s, and no farther."""
+    """Turned by a quarter, s u v^T of two equal singular values s moves by sqrt(2) s, and no farther."""
     s = torch.tensor([1.0, 0.1, 0.1, 0.01], dtype=torch.float64)
     assert part_error(s, (4, 4), 2, tail=tail) == pytest.approx(math.sqrt(2) * 0.1, rel=1e-3)
     assert part_error(s, (4, 4), 1, tail=tail) < 1e-5
