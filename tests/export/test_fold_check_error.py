@@ -261,7 +261,7 @@ def test_the_built_in_prompts_are_the_default(made: Made, tmp_path: Path) -> Non
 
 def test_check_error_of_a_classifier_takes_the_number_of_labels_from_the_adapter(tmp_path: Path) -> None:
     """The base model has no classification head and no padding token; the adapter brings a head of three labels."""
-    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_llama(pad_token_id=None).save_pretrained(tmp_path / "base")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
