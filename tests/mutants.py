@@ -469,8 +469,8 @@ MUTANTS = (
     ),
     Mutant(
         "pissa-start-kept",
-        "return LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)",
-        "return LowRank(torch.cat([b, b0 * 0], dim=1), torch.cat([a, a0]), left_out)",
+        "found = LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)",
+        "found = LowRank(torch.cat([b, b0 * 0], dim=1), torch.cat([a, a0]), left_out)",
         Selection("test_convert.py", "delta_is_pefts"),
     ),
     Mutant(
@@ -481,15 +481,45 @@ MUTANTS = (
     ),
     Mutant(
         "pissa-start-alike-on-all-machines",
-        "float((residual - (stored.double() - b0 @ a0)).norm()) + apart",
-        "float((residual - (stored.double() - b0 @ a0)).norm())",
+        "float((residual - (stored.double() - b0 @ a0)).norm()) + apart, part",
+        "float((residual - (stored.double() - b0 @ a0)).norm()), part",
         Selection("test_convert_bounds.py", "another_machine"),
     ),
     Mutant(
         "part-error-halved",
-        "return math.sqrt(2) * e * float(growth.norm())",
-        "return math.sqrt(2) * e * float(growth.norm()) / 2",
+        "return f * math.sqrt(k * k + k * (longer - len(values)) + 2 * coupled)",
+        "return f * math.sqrt(k * k + k * (longer - len(values)) + coupled / 2)",
         Selection("test_single_precision.py", "attained"),
+    ),
+    Mutant(
+        "coinciding-triplets-forgotten",
+        "best = min(best, turned[-1] + _separated_part_error(values, longer, place, f, tail))",
+        "best = min(best, _separated_part_error(values, longer, place, f, tail))",
+        Selection("test_single_precision.py", "coincide"),
+    ),
+    Mutant(
+        "any-part-determined",
+        "if part.apart > LARGEST_SHARE * norm:",
+        "if part.apart > 2 * LARGEST_SHARE * norm:",
+        Selection("test_convert_bounds.py", "half"),
+    ),
+    Mutant(
+        "olora-bound-without-scaling",
+        "apart = abs(s) * (2 * basis_error",
+        "apart = (2 * basis_error",
+        Selection("test_convert_bounds.py", "another_machine"),
+    ),
+    Mutant(
+        "fold-check-without-labels",
+        "task_type=task, num_labels=labels, device=device)",
+        "task_type=task, device=device)",
+        Selection("test_fold_check_error.py", "classifier"),
+    ),
+    Mutant(
+        "classifier-in-batches",
+        """if task_type == "SEQ_CLS" and config.pad_token_id is None:""",
+        """if task_type == "SEQ_CLS" and False:""",
+        Selection("test_fold_check_error.py", "classifier"),
     ),
     Mutant(
         "deft-rounding-of-the-sum-alone",

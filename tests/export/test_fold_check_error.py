@@ -12,8 +12,9 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
-from loraover import LoraOverConfig, read_checkpoint
+from loraover import LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.models.load import resolve_model
 from loraover.overparam.decompositions import DECOMPOSITIONS
@@ -27,8 +28,8 @@ from loraover_export.fold.fold import write_folded
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 from support.fold_cases import DTYPES, LORA, Q_B, certificate, fold, load_base
-from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, tree
-from support.tiny_models import VOCABULARY
+from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, save, tree
+from support.tiny_models import VOCABULARY, tiny_llama, with_lora
 
 pytestmark = pytest.mark.process
 
@@ -256,3 +257,17 @@ def test_the_built_in_prompts_are_the_default(made: Made, tmp_path: Path) -> Non
     outputs = certificate(tmp_path / "out").outputs
     assert outputs is not None
     assert (outputs.prompts, outputs.prompt_source) == (8, "8 of the built-in prompts")
+
+
+def test_check_error_of_a_classifier_takes_the_number_of_labels_from_the_adapter(tmp_path: Path) -> None:
+    """The base model has no classification head and no padding token; the adapter brings a head of three labels."""
+    tiny_llama(pad_token_id=None).save_pretrained(tmp_path / "base")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    adapted = with_lora(model, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    save(tmp_path / "made", adapted, OverParameterization(adapted, LoraOverConfig(seed=5)), step=0)
+    assert fold(tmp_path / "made", tmp_path / "out", "--check-error") == 0
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    assert outputs.error.max_logit <= outputs.bound < outputs.adapter_effect / 5

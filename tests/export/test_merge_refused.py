@@ -117,10 +117,13 @@ INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no map": (lambda index: index.pop("weight_map"), "weight_map: Field required"),
     "a list": (lambda index: index.update(weight_map=[1]), "weight_map: Input should be an object"),
     "a number": (lambda index: index["weight_map"].update(x=3), "weight_map.x: Input should be a valid string"),
-    "lost": (lambda index: index["weight_map"].update(x="a.safetensors"), "'a.safetensors', which is no safetensors"),
-    "outside": (lambda index: index["weight_map"].update(x="../a"), "names '../a', which is no safetensors file"),
-    "the folder": (lambda index: index["weight_map"].update(x=""), "names '', which is no safetensors file"),
-    "too long": (lambda index: index["weight_map"].update(x="a" * 5000), "which is no safetensors file"),
+    "lost": (
+        lambda index: index["weight_map"].update(x="a.safetensors"),
+        "'a.safetensors', which is not a safetensors",
+    ),
+    "outside": (lambda index: index["weight_map"].update(x="../a"), "names '../a', which is not a safetensors file"),
+    "the folder": (lambda index: index["weight_map"].update(x=""), "names '', which is not a safetensors file"),
+    "too long": (lambda index: index["weight_map"].update(x="a" * 5000), "which is not a safetensors file"),
 }
 
 

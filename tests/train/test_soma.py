@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "all blocks": ({"soma.frozen_blocks": 2}, "has 2 blocks; freeze at most 1"),
     "more blocks than there are": ({"soma.frozen_blocks": 3}, "frozen_blocks is 3, and .* has 2 blocks"),
     "a rank beyond the weights": ({"lora.r": 33}, "has 16 singular values|has 32 singular values"),
-    "an embedding": ({"lora.target_modules": ["embed_tokens"], "soma.frozen_blocks": 0}, "is a Embedding"),
+    "an embedding": ({"lora.target_modules": ["embed_tokens"], "soma.frozen_blocks": 0}, "has type Embedding"),
     "another start": ({"lora.init_lora_weights": "pissa"}, "chooses its first A and B itself"),
     "two weight decays": ({"training.weight_decay": 0.1}, "soma.weight_decay in place of"),
     "another method": ({"method": "lora"}, "soma holds settings of method soma, found method lora"),

@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a train that compresses nothing": ({"tensorguide.tt_rank": 4}, r"q_proj are 4 x \(32 \+ 32\) = 256 .* have 320,"),
     "no bond": ({"tensorguide.tt_rank": 0}, "greater than or equal to 1"),
     "one core": ({"tensorguide.cores": 1}, "greater than or equal to 2"),
-    "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding"),
+    "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "embed_tokens has type Embedding"),
     "another start": ({"lora.init_lora_weights": "pissa"}, "chooses its first A and B itself"),
     "a decay": ({"training.weight_decay": 0.1}, "no training.weight_decay"),
     "fp16": ({"training.precision": "fp16"}, "precision fp32 or bf16"),

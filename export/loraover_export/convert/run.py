@@ -155,13 +155,11 @@ def _comparison(
         )
     place, _ = choose_compute(request.device, request.compute_dtype)
     config, layout = adapter.base.model.config, adapter.layout
-    fits = layout.config.task_type != "SEQ_CLS" or config.pad_token_id is not None
-    at_once = tokens_at_once(config, place) if fits else 1  # a classifier finds the last token by the padding
     return partial(
         compare_outputs,
         layout,
         base=base,
-        prompts=read_prompts(base, request.prompts, at_once=at_once),
+        prompts=read_prompts(base, request.prompts, at_once=tokens_at_once(config, place, layout.config.task_type)),
         report=report,
         num_labels=saved_labels({key: adapter.file.shape(key) for key in layout.others}),
         device=request.device,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels
 from loraover.checkpoint.unfolded_model import Sampled, multiplications, unfolded
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
@@ -94,10 +94,11 @@ def _check_outputs(
     compute_dtype: str,
 ) -> OutputCertificate:
     report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
-    base = load_model(source, dtype=compute_dtype, task_type=_task_type(checkpoint), device=device)
+    task, labels = _task_type(checkpoint), saved_labels(checkpoint.adapter.shapes)
+    base = load_model(source, dtype=compute_dtype, task_type=task, num_labels=labels, device=device)
     sampled = _sampled(base, checkpoint, folded)
     with unfolded(_sharing_weights(base), checkpoint, sampled=sampled) as reference:
-        prompts = read_prompts(source, prompts_file, at_once=tokens_at_once(base.config, base.device))
+        prompts = read_prompts(source, prompts_file, at_once=tokens_at_once(base.config, base.device, task))
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
         adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS, report)
@@ -181,8 +182,13 @@ def _task_type(checkpoint: Checkpoint) -> str | None:
     return task if isinstance(task, str) else None
 
 
-def tokens_at_once(config: Any, device: torch.device) -> int:
-    """Tokens whose logits may be held at once, from a model's configuration."""
+def tokens_at_once(config: Any, device: torch.device, task_type: str | None = None) -> int:
+    """Tokens whose logits may be held at once, from a model's configuration.
+
+    A classifier without a padding token gets 1, so that each prompt runs alone: it finds the last token by the padding.
+    """
+    if task_type == "SEQ_CLS" and config.pad_token_id is None:
+        return 1
     vocabulary: int = config.get_text_config().vocab_size
     return max(1, LOGITS_AT_ONCE[device.type] // vocabulary)
 

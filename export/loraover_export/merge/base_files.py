@@ -103,8 +103,8 @@ def _shard_names(folder: Path, source: ModelSource) -> list[str]:
         wrong = [name for name in names if name not in present or not name.endswith(".safetensors")]
         if wrong:
             raise ConfigError(
-                f"model: {source.origin}: {INDEX} names {wrong[0]!r:.80}, which is no safetensors file of the folder; "
-                "fetch the model again, or save it with save_pretrained."
+                f"model: {source.origin}: {INDEX} names {wrong[0]!r:.80}, which is not a safetensors file in the "
+                "folder; fetch the model again, or save it with save_pretrained."
             )
         return names
     if SINGLE in present:

@@ -126,7 +126,9 @@ def linear_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
         if not isinstance(base, nn.Linear | Conv1D) or not base.weight.is_floating_point():
             weight = getattr(base, "weight", None)
             kind = type(base).__name__ + ("" if weight is None else f" of {weight.dtype}")
-            raise ConfigError(f"lora.target_modules: {path} is a {kind}; {method} takes linear layers of floats only.")
+            raise ConfigError(
+                f"lora.target_modules: {path} has type {kind}; {method} takes linear layers of floats only."
+            )
         if count[id(base.weight)] > 1:
             raise ConfigError(
                 f"lora.target_modules: {path} shares its weight with another module, so {method} cannot change it "

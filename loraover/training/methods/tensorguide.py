@@ -283,7 +283,7 @@ class TensorGuide(Method):
             if ADAPTER not in layer.lora_A or layer.lora_A[ADAPTER].weight.ndim != 2:
                 kind = type(layer.get_base_layer()).__name__
                 raise ConfigError(
-                    f"lora.target_modules: {path} is a {kind}; tensorguide takes linear layers only, leave it out."
+                    f"lora.target_modules: {path} has type {kind}; tensorguide takes linear layers only, leave it out."
                 )
             r, in_features = layer.lora_A[ADAPTER].weight.shape
             found[path] = layer, make_layout(self.settings, path, r, in_features, len(layer.lora_B[ADAPTER].weight))

@@ -25,7 +25,7 @@ from torch import Tensor
 from loraover.checkpoint.peft_adapter import KEPT_BASE, AdapterConfig
 from loraover_export.convert.methods.base import Dense, LowRank, Method, Place
 from loraover_export.convert.methods.experts import expert_places, stacks_of
-from loraover_export.convert.methods.singular import MERGE_THERE, singular_part
+from loraover_export.convert.methods.singular import MERGE_THERE, Part, determined, singular_part
 from loraover_export.convert.methods.tokens import token_places
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 from loraover_export.numerics.single_precision import QR_ROUNDINGS, U32, basis_error
@@ -81,8 +81,9 @@ class Lora(Method[LoraFields]):
             return LowRank(b, a)
         if kind != "lora_":
             raise module.refuse(f"init_lora_weights is {start!r}, which embeddings do not have.")
-        b0, a0, left_out = _start(module, start, len(a), s)
-        return LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)
+        b0, a0, left_out, part = _start(module, start, len(a), s)
+        found = LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)
+        return found if part is None else determined(module, part, found)
 
 
 def _indices(module: Module[LoraFields]) -> list[int]:
@@ -97,28 +98,29 @@ def _indices(module: Module[LoraFields]) -> list[int]:
     return found
 
 
-def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, Tensor, float]:
-    """Return s B_0, A_0, and a bound of their distance from what PEFT takes out of the base weight on any machine.
+def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, Tensor, float, Part | None]:
+    """Return s B_0, A_0, a bound of their distance from what PEFT takes out of the base weight, and PiSSA's part.
 
     The arithmetic is PEFT's, in float32. The bound has two parts: what another machine's factorization may find, and
     what the base's data type rounds away of W - s B_0 A_0.
     """
+    part = None
     stored = module.stored_weight()
     weight = stored.float()
     if start == "olora":
         q, upper = torch.linalg.qr(weight)
         b0, a0 = q[:, :r], upper[:r]
         norm = float(weight.norm())
-        apart = 2 * basis_error(upper[:r, :r]) * norm + math.sqrt(r) * QR_ROUNDINGS * U32 * norm
+        apart = abs(s) * (2 * basis_error(upper[:r, :r]) * norm + math.sqrt(r) * QR_ROUNDINGS * U32 * norm)
         if not math.isfinite(apart):
             raise module.refuse(
                 f"the first {r} columns of the base weight are linearly dependent, so the part that the adapter was "
                 f"started from depends on the machine. {MERGE_THERE}"
             )
     elif start == "pissa":
-        u, values, vt, apart = singular_part(module, weight, r)
-        root = torch.sqrt(values / s)
-        b0, a0 = u * root, root[:, None] * vt
+        part = singular_part(weight, r)
+        root, apart = torch.sqrt(part.s / s), part.apart
+        b0, a0 = part.u * root, root[:, None] * part.vt
     else:
         raise module.refuse(
             f"init_lora_weights is {start!r}, whose first A and B cannot be found from the base model alone. Save the "
@@ -126,7 +128,7 @@ def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, T
         )
     residual = (weight - s * b0 @ a0).to(stored.dtype).double()
     b0, a0 = b0.double() * s, a0.double()
-    return b0, a0, float((residual - (stored.double() - b0 @ a0)).norm()) + apart
+    return b0, a0, float((residual - (stored.double() - b0 @ a0)).norm()) + apart, part
 
 
 def _dora(module: Module[Any], product: Tensor) -> Dense:

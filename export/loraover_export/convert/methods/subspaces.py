@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from loraover.checkpoint.error_bounds import gamma, unit_roundoff
 from loraover_export.convert.methods.base import ROUNDINGS, LowRank, Method
-from loraover_export.convert.methods.singular import MERGE_THERE, singular_part
+from loraover_export.convert.methods.singular import MERGE_THERE, determined, singular_part
 from loraover_export.convert.source import MethodConfig, Module
 from loraover_export.numerics.delta import U64
 from loraover_export.numerics.single_precision import basis_error
@@ -140,8 +140,9 @@ class Osf(Method[OsfFields]):
         if len(s) > min(m, n):
             raise module.refuse(f"it trains {len(s)} singular triplets, and its weight has {min(m, n)}.")
         stored = module.stored_weight()
-        start = singular_part(module, stored.float(), min(m, n) - len(s), tail=True)
+        start = singular_part(stored.float(), min(m, n) - len(s), tail=True)
         # PEFT stores the three factors in the weight's data type; another machine's round differently
         u0, s0, v0 = (factor.to(stored.dtype).double() for factor in (start.u, start.s, start.vt))
         rounded = 0.0 if stored.dtype == torch.float32 else 8 * unit_roundoff(stored.dtype) * float(start.s.norm())
-        return LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]), start.apart + rounded)
+        delta = LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]), start.apart + rounded)
+        return determined(module, start, delta)
