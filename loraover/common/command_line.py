@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
@@ -29,6 +29,7 @@ from loraover.common.quiet import ignore_idle_warnings
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 INTERRUPTED = "Interrupted. No partial output was left."
+INTERRUPTED_CODE = 130
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
     "lm_eval": "eval",
@@ -165,7 +166,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         except BaseException as error:
             if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
                 print(INTERRUPTED, file=sys.stderr)
-                return 130
+                return INTERRUPTED_CODE
             return _explain(error)
     return result if isinstance(result, int) else 0
 
@@ -217,9 +218,20 @@ def entry_point(command: click.Command) -> Callable[[], Any]:
     """Return the function that a console script calls."""
 
     def main() -> None:
-        sys.exit(run(command))
+        code = run(command)
+        if code == INTERRUPTED_CODE:
+            _end_at_once(code)
+        sys.exit(code)
 
     return main
+
+
+def _end_at_once(code: int) -> None:
+    """End the process without the interpreter's clearing up: with PyTorch that takes seconds of a user who waits."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader has gone
+            stream.flush()
+    os._exit(code)
 
 
 def quiet_libraries() -> None:

@@ -124,7 +124,7 @@ def test_what_was_finished_before_ctrl_c_is_kept_and_gone_on_from(folder: Path, 
     assert process.stdout is not None
     assert any(line.rstrip() == f"{folder / 'a'}:" for line in process.stdout)  # the base model is finished
     os.kill(process.pid, signal.SIGINT)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=120)
     assert process.returncode == 130, shown
     assert "exact_match" in shown
     begun = json.loads(out.read_text())["results"]

@@ -75,7 +75,7 @@ def test_it_prints_a_request_that_works_and_stops_when_it_is_asked(
     assert words[-3:] == ["--max-model-len", "64", "-h"]
     assert words[words.index("--max-lora-rank") + 1] == "8"
     running.send_signal(ending)
-    assert running.wait(30) == 130
+    assert running.wait(120) == 130
     assert_stopped(tmp_path)
 
 
@@ -83,7 +83,7 @@ def test_a_server_that_dies_is_an_error(running: subprocess.Popen[str], tmp_path
     read_until(running, "Ctrl-C")
     server = int((tmp_path / "pids").read_text().split()[0])
     os.kill(server, signal.SIGKILL)
-    assert running.wait(30) == 2
+    assert running.wait(120) == 2
     assert "ended by itself" in read_until(running, "ended by itself")
     time.sleep(0.1)
     assert_stopped(tmp_path)

@@ -69,7 +69,7 @@ def started(adapter: Path, folder: Path, *words: str, **environment: str) -> Ite
                 break
         yield shown
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130, shown
+        assert process.wait(120) == 130, shown
     finally:
         alarm.cancel()
         process.kill()
