@@ -74,10 +74,9 @@ $(RUN)/folded/adapter_config.json:
 check: lint
 	$(PYTEST) --hypothesis-profile quick -m "not process and not engine and not statistical and not matrix"
 
-# Every test but those marked matrix, which test-engines runs. The environments are made side by side.
+# Every test but those marked matrix, which test-engines runs. The environments are made side by side, and lint needs one.
 test:
-	$(MAKE) --jobs 3 installed
-	$(MAKE) lint
+	$(MAKE) --jobs 4 installed lint
 	$(PYTEST)
 
 installed: $(VENV)/.installed vllm debian-packages

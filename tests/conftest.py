@@ -65,6 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
 
 
-def _turn(item: pytest.Item) -> int:
+def _turn(item: pytest.Item) -> tuple[bool, int]:
+    """Groups of files first, since one worker runs all of a group; then the marks, slowest first."""
     marks = [i for i, name in enumerate(SLOW_FIRST) if item.get_closest_marker(name) is not None]
-    return min(marks, default=len(SLOW_FIRST))
+    return item.path.name not in TOGETHER, min(marks, default=len(SLOW_FIRST))

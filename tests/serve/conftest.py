@@ -1,4 +1,4 @@
-"""One vLLM server for all tests that need one: starting it takes most of a minute; and one tiny model with its fold."""
+"""What tests of serving share: one vLLM server, which starts in most of a minute; one tiny model; a quick builder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
+from loraover_export.onnx import genai
 from loraover_serve.parity.judge import bootstrap
 
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
+from support.onnx_export import ForkedBuilder
 from support.serving import Served, serving
 
 
@@ -33,3 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer resamples, which are enough for rates over thousands of bootstraps."""
     monkeypatch.setattr(bootstrap, "RESAMPLES", 999)
+
+
+@pytest.fixture
+def quick_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builder of decoder graphs runs in a fork, which spares each graph 6 s of imports."""
+    monkeypatch.setattr(genai, "BuilderProcess", ForkedBuilder)

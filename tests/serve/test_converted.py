@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from loraover.models.load import ModelSource, load_model, load_tokenizer, resolv
 from loraover_export import ConvertReport, convert_adapter
 from loraover_serve import verify_adapter
 from loraover_serve.verify.faults import LEAKS
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
 
-from support.serving import MODEL
-from support.vllm_command import leaks_in_mixed_batches, vllm_command
+from support.serving import MODEL, Served
+from support.vllm_command import leaks_in_mixed_batches
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +44,6 @@ TRAINED: dict[str, tuple[str, dict[str, Any], int]] = {
 class Converted:
     """The converted adapters: their folders, and what their conversions reported."""
 
-    source: ModelSource
     folders: dict[str, Path]
     reports: dict[str, ConvertReport]
 
@@ -76,29 +73,12 @@ def train(source: ModelSource, folder: Path, kind: str, options: dict[str, Any])
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     folder, source = tmp_path_factory.mktemp("converted"), resolve_model(MODEL)
-    made = Converted(source, {}, {})
+    made = Converted({}, {})
     for name, (kind, options, _) in TRAINED.items():
         trained = train(source, folder / "trained" / name, kind, options)
         made.folders[name] = folder / name
         made.reports[name] = convert_adapter(trained, folder / name, check_error=True, device="cpu")
     return made
-
-
-@pytest.fixture(scope="module")
-def server(converted: Converted, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    """One vLLM with all of them."""
-    config = VllmServerConfig(
-        model=converted.source.location,
-        adapters=converted.folders,
-        max_lora_rank=16,
-        max_loras=len(converted.folders),
-        dtype="bfloat16",
-        options=("--max-model-len", "512", "--enforce-eager"),
-        environment={"VLLM_CPU_KVCACHE_SPACE": "2"},
-    )
-    log = tmp_path_factory.mktemp("server") / "vllm.log"
-    with serve_vllm(config, log, executable=str(vllm_command())) as client:
-        yield client
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -115,18 +95,19 @@ def test_the_conversion_computes_what_was_trained(name: str, converted: Converte
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_vllm_serves_it_as_trained(name: str, converted: Converted, server: VllmServer, tmp_path: Path) -> None:
+def test_vllm_serves_it_as_trained(name: str, converted: Converted, served: Served, tmp_path: Path) -> None:
     """vLLM before 0.33 has a fault in mixed batches on a CPU, which `verify` names where it shows."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(text.split("\n")[0] + "\n" for text in TEXTS))
-    report = verify_adapter(
-        converted.folders[name],
-        endpoint=server.url,
-        served_name=name,
-        base_name=converted.source.location,
-        prompts=prompts,
-        new_tokens=4,
-    )
+    with served.loaded(name, converted.folders[name]):
+        report = verify_adapter(
+            converted.folders[name],
+            endpoint=served.client.url,
+            served_name=name,
+            base_name=served.source.location,
+            prompts=prompts,
+            new_tokens=4,
+        )
     (found,) = report.engines
     print(f"\n{name}: {found.verdict}: {found.reason}")
     allowed = {("as trained", None)} | ({("differs", LEAKS)} if leaks_in_mixed_batches() else set())

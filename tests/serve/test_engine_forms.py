@@ -17,13 +17,11 @@ import pytest
 
 from loraover.common.errors import LoraOverError
 from loraover_export import check_adapter
-from loraover_export.onnx import genai
 from loraover_serve.verify.judge import Answers
 from loraover_serve.verify.run import ask
 
 from support.compatibility import FEATURES, FORMS, OURS, PEFT, Cell, record_cell
 from support.engine_forms import MATRIX_ENGINES, PEFT_FORM, Running, present, skip_unless_installed
-from support.onnx_export import ForkedBuilder
 from support.verified import Case, make_case, save_adapter, save_base
 from support.vllm_command import leaks_in_mixed_batches
 
@@ -87,6 +85,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield Running(tmp_path_factory.mktemp("servers"), until)
 
 
+@pytest.mark.usefixtures("quick_builder")
 @pytest.mark.parametrize(("engine", "form", "feature"), CELLS)
 def test_an_engine_is_right_or_known_to_be_wrong(
     engine: str,
@@ -95,10 +94,8 @@ def test_an_engine_is_right_or_known_to_be_wrong(
     cases: Cases,
     running: Running,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     skip_unless_installed(engine)
-    monkeypatch.setattr(genai, "BuilderProcess", ForkedBuilder)
     cell = judged(engine, form, feature, cases.of(feature), running, tmp_path)
     print(f"\n{cell}")
     record_cell(cell)

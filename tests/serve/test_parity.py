@@ -407,6 +407,7 @@ def weakened(adapter: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.usefixtures("quick_builder")
 def test_a_run_on_onnx(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, folded = tmp_path / "out", weakened(made.path.parent / "folded", tmp_path / "weak")
     more = ["--adapter", str(folded), "--num-prompts", "10", "--json", "--output", str(out)]

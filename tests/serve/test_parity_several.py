@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.judge.analysis import overall, results
-from loraover_serve.parity.judge.outputs import compare_outputs
+from loraover_serve.parity.judge.outputs import Outputs, Reference, compare_outputs
 from loraover_serve.parity.judge.several import compare_together
 from loraover_serve.parity.measure import several
 from loraover_serve.parity.measure.arms import make_vanilla
 from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.several import SeveralAdapters, adapter_of, answers_alone
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, MIXED, SWITCHING, VANILLA, Measurement
 
 from support.clockwork import ARMS, Clockwork
 from support.make_checkpoint import Made
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.engine
 
 REQUESTS = [Request((1, 2, 3), 4)]
 NEW_TOKENS, AT_ONCE, WAVES = 4, 4, 4
+PAIR = (FOLDED, "adapter2")
 
 
 def words(made: Made, *more: str) -> list[str]:
@@ -97,7 +99,7 @@ def test_waves_and_batches_go_to_the_adapters_in_turn() -> None:
             return [Sample(arm, block, first + i, 0.0, (1.0, 2.0), (0, 1)) for i in range(len(requests))]
 
     engine = Recording()
-    shared = SeveralAdapters(engine, (FOLDED, "adapter2"), 2, engine.together)
+    shared = SeveralAdapters(engine, PAIR, 2, engine.together)
     assert shared.arms == (*ARMS, SWITCHING, MIXED)
     requests = REQUESTS * 4
     expected = {
@@ -110,39 +112,69 @@ def test_waves_and_batches_go_to_the_adapters_in_turn() -> None:
         samples = shared.run(arm, 3, 4, requests)
         assert asked == waves
         assert [(s.arm, s.block, s.request) for s in samples] == [(arm, 3, i) for i in range(4, 8)]
-    assert MIXED not in SeveralAdapters(engine, (FOLDED, "adapter2"), 1, engine.together).arms
-    assert set(answers_alone(engine, (FOLDED, "adapter2"), requests, range(4), 2)) == {
-        (name, i) for name in (FOLDED, "adapter2") for i in range(4)
-    }
+    assert MIXED not in SeveralAdapters(engine, PAIR, 1, engine.together).arms
+    assert set(answers_alone(engine, PAIR, requests, range(4), 2)) == {(name, i) for name in PAIR for i in range(4)}
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_batches_of_several_adapters_on_vllm_are_answered_by_each(wrong: bool, served: Served) -> None:
-    """Requests for two adapters in one batch get the right weights; a batch that one of them answers is found."""
+@dataclass(frozen=True)
+class Answered:
+    """Answers of the real vLLM with two adapters, and what they are compared with.
+
+    Args:
+        engine: the engine that answered.
+        requests: the requests.
+        run: answers of every arm.
+        alone: answers of each adapter alone.
+        references: both adapters in PyTorch.
+        floor: comparison of the run's other arms.
+    """
+
+    engine: VllmEngine
+    requests: Sequence[Request]
+    run: Measurement
+    alone: Mapping[tuple[str, int], Sample]
+    references: Mapping[str, Reference]
+    floor: Outputs
+
+    def verdicts(self, run: Measurement) -> dict[tuple[str, str], bool]:
+        """Whether each adapter's answers in a run agree with PyTorch's, by arm and adapter."""
+        answered_by = partial(adapter_of, PAIR, AT_ONCE)
+        compared = compare_together(run, self.requests, answered_by, self.alone, self.references, self.floor)
+        for t in compared:
+            print(f"\n{t.arm} {t.adapter}: {t.alone_equal:.0%} equal, {t.distance.logprob_rms} nats, agree {t.agree}")
+        return {(t.arm, t.adapter): t.agree for t in compared}
+
+
+@pytest.fixture(scope="module")
+def answered(served: Served) -> Answered:
     models = {BASE: served.source.location, VANILLA: "vanilla", CONTROL: "vanilla", FOLDED: "folded"}
     engine = VllmEngine(served.client, models | {"adapter2": "vanilla"}, 120)
-    names = (FOLDED, "adapter2")
-
-    def one_for_all(
-        models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
-    ) -> list[Sample]:
-        return engine.run_each([FOLDED] * len(models), arm, block, first, requests)
-
     requests = [Request(tuple(prompt), NEW_TOKENS) for prompt in served.prompts]
-    shared = SeveralAdapters(engine, names, AT_ONCE, one_for_all if wrong else engine.run_each)
-    found = measure(shared, requests, concurrency=AT_ONCE, blocks=1, seed=0, waves=WAVES, warm_up=0)
-    alone = answers_alone(engine, names, requests, range(WAVES * AT_ONCE), AT_ONCE)
+    shared = SeveralAdapters(engine, PAIR, AT_ONCE, engine.run_each)
+    run = measure(shared, requests, concurrency=AT_ONCE, blocks=1, seed=0, waves=WAVES, warm_up=0)
+    alone = answers_alone(engine, PAIR, requests, range(WAVES * AT_ONCE), AT_ONCE)
     base = served.base().float()
     references = {
         FOLDED: partial(unfolded, base, read_adapter_dir(served.adapters["folded"])),
         "adapter2": partial(unfolded, base, read_adapter_dir(served.adapters["vanilla"])),
     }
-    floor = compare_outputs(found, requests, references[FOLDED], FOLDED, references["adapter2"], WAVES * AT_ONCE)
-    answered_by = partial(adapter_of, names, AT_ONCE)
-    compared = compare_together(found, requests, answered_by, alone, references, floor)
-    for t in compared:
-        print(f"\n{t.arm} {t.adapter}: {t.alone_equal:.0%} equal, {t.distance.logprob_rms} nats, agree {t.agree}")
-    verdicts = {(t.arm, t.adapter): t.agree for t in compared}
-    assert verdicts == {(arm, name): True for arm in (SWITCHING, MIXED) for name in names} | {
-        (MIXED, "adapter2"): not wrong
-    }
+    floor = compare_outputs(run, requests, references[FOLDED], FOLDED, references["adapter2"], WAVES * AT_ONCE)
+    return Answered(engine, requests, run, alone, references, floor)
+
+
+def test_batches_of_several_adapters_on_vllm_are_answered_by_each(answered: Answered) -> None:
+    """Requests for two adapters in one batch get the right weights."""
+    assert answered.verdicts(answered.run) == {(arm, name): True for arm in (SWITCHING, MIXED) for name in PAIR}
+
+
+def test_batches_that_one_adapter_answers_on_vllm_are_found(answered: Answered) -> None:
+    def one_for_all(
+        models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
+    ) -> list[Sample]:
+        return answered.engine.run_each([FOLDED] * len(models), arm, block, first, requests)
+
+    wrong = SeveralAdapters(answered.engine, PAIR, AT_ONCE, one_for_all)
+    mixed = wrong.run(MIXED, 0, 0, answered.requests[: WAVES * AT_ONCE])
+    others = (sample for sample in answered.run.samples if sample.arm != MIXED)
+    verdicts = answered.verdicts(replace(answered.run, samples=(*others, *mixed)))
+    assert verdicts == {(arm, name): (arm, name) != (MIXED, "adapter2") for arm in (SWITCHING, MIXED) for name in PAIR}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from loraover.common.command_line import run
@@ -25,8 +22,7 @@ from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
-from loraover_serve.vllm.serve import example_request, serve_adapters
-from loraover_serve.vllm.server import VllmServer, next_free_port
+from loraover_serve.vllm.server import VllmServer
 
 from support.delaying_proxy import delaying
 from support.make_checkpoint import Made
@@ -165,25 +161,6 @@ def test_vllms_own_benchmark_runs_beside_ours(tiny_run: tuple[ParityReport, list
     for figures in ({c.measure: c.ours for c in checks}, {c.measure: c.bench_serve for c in checks}):
         assert 0 < figures["time per output token"] <= figures["end-to-end latency"]
         assert 0 < figures["time to first token"] <= figures["end-to-end latency"]
-
-
-def test_adapters_are_served_from_python_and_nothing_is_left_afterwards(made: Made, tmp_path: Path) -> None:
-    folded, log = made.path.parent / "folded", tmp_path / "log"
-    port = next_free_port("127.0.0.1", 18000)  # other tests take vLLM's default, and vLLM is slow to take it
-    with serve_adapters([folded], vllm=vllm_command(), port=port, log=log, options=["--enforce-eager"]) as server:
-        assert server.names == ("folded",)
-        assert server.ask("folded", "the train leaves", max_tokens=4) != ""
-        curl = f"{example_request(server)} --silent"
-        answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
-        assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
-        started = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-    assert len(started) > 1
-    assert not [process for process in started if runs(process)]
-
-
-def runs(process: psutil.Process) -> bool:
-    """Whether a process has not ended; one that waits for its parent to ask has."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_the_servers_memory_is_that_of_all_its_processes(served: Served) -> None:

@@ -6,8 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from loraover_serve.vllm import serve as serving
 from loraover_serve.vllm.client import VllmClient
 from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm
 
+from support.children import Child
 from support.make_checkpoint import make_checkpoint
 from support.vllm_stand_in import stand_in
 
@@ -52,28 +51,14 @@ def taken(host: str = "127.0.0.1") -> Iterator[int]:
 @contextmanager
 def started(adapter: Path, folder: Path, *words: str, **environment: str) -> Iterator[str]:
     """What `up` prints until it is ready, on both streams."""
-    command = [sys.executable, "-m", "loraover_serve.cli", "up", str(adapter), "--vllm", stand_in(folder, "answers")]
-    command += ["--log", str(folder / "log"), *words]
-    surroundings = os.environ | {"PYTHONUNBUFFERED": "1"} | environment
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=surroundings, cwd=folder
-    )
-    alarm = threading.Timer(60, process.kill)
-    alarm.start()
+    command = ["up", str(adapter), "--vllm", stand_in(folder, "answers"), "--log", str(folder / "log"), *words]
+    child = Child(lambda: run(cli, command), prepare=lambda: os.environ.update(environment))
     try:
-        assert process.stdout is not None
-        shown = ""
-        for line in process.stdout:
-            shown += line
-            if "Ctrl-C stops it" in line:
-                break
-        yield shown
-        process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 130, shown
+        yield child.read_until("Ctrl-C stops it")
     finally:
-        alarm.cancel()
-        process.kill()
-        process.wait()
+        os.kill(child.pid, signal.SIGINT)
+        ended = child.end()
+    assert ended.code == 130, ended.output
 
 
 def curl(shown: str, **environment: str) -> str:

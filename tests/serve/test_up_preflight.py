@@ -119,3 +119,15 @@ def test_a_command_without_a_version_gets_the_tables_rules(adapter: Path, start:
 def test_the_version_of_a_command(tmp_path: Path) -> None:
     assert vllm_version(stand_in(tmp_path, "answers")) == VERSION
     assert vllm_version(stand_in(tmp_path, "hides its version")) is None
+
+
+@pytest.mark.parametrize(
+    ("imports", "found"), [("from vllm.cli import main", "9.8.7+cpu"), ("from wrapper import main", "1.2.3")]
+)
+def test_an_installers_script_is_not_run_for_its_version(imports: str, found: str, tmp_path: Path) -> None:
+    python, script = tmp_path / "python3", tmp_path / "vllm"
+    python.write_text('#!/bin/sh\ntest "$1" = -I && echo 9.8.7+cpu || echo 1.2.3\n')
+    script.write_text(f"#!{python}\nimport sys\n{imports}\n")
+    for file in (python, script):
+        file.chmod(0o755)
+    assert vllm_version(str(script)) == found

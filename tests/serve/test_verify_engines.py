@@ -20,7 +20,7 @@ from support.engine_forms import skip_unless_installed
 from support.make_checkpoint import Made
 from support.verified import FAULTS, Case, make_case, plant, save_adapter, save_base
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("quick_builder")]
 
 HERE = ("torch", "onnx", "llamacpp")
 """Engines that run in this process: a new one is a name here."""

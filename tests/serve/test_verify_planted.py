@@ -18,7 +18,6 @@ from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.common.errors import EngineError
 from loraover_export.gguf import run as gguf_run
 from loraover_export.mlx.run import export_mlx
-from loraover_export.onnx import genai
 from loraover_serve import EngineResult
 from loraover_serve.verify.engines import mlx, openvino
 from loraover_serve.verify.engines.base import Setting
@@ -29,7 +28,6 @@ from loraover_serve.verify.run import ask, verify_engine
 from support.compatibility import PEFT
 from support.engine_forms import Running, present, skip_unless_installed
 from support.gguf_export import rewrite
-from support.onnx_export import ForkedBuilder
 from support.verified import FAULTS, WRONG_PREFIX, Case, Tensors, make_case, plant, save_adapter, save_base
 
 pytestmark = pytest.mark.engine
@@ -62,13 +60,11 @@ def as_peft_saved_it(engine: str, wrong: Path, case: Case, running: Running, scr
     return case.court.judge(engine, None, answers, 0.0)
 
 
+@pytest.mark.usefixtures("quick_builder")
 @pytest.mark.parametrize("engine", READERS)
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_a_wrong_prefix_is_named(
-    engine: str, case: Case, running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_prefix_is_named(engine: str, case: Case, running: Running, tmp_path: Path) -> None:
     skip_unless_installed(engine)
-    monkeypatch.setattr(genai, "BuilderProcess", ForkedBuilder)
     wrong = plant(WRONG_PREFIX, case.adapter, tmp_path / "wrong")
     found = as_peft_saved_it(engine, wrong, case, running, tmp_path)
     assert (found.verdict, found.fault) == ("differs", NOT_APPLIED), found.reason

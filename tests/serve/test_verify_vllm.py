@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.verify.faults import LEAKS
 
+from support.agreement import PROMPTS
 from support.serving import Served
 from support.verified import save_adapter, save_base
 from support.vllm_command import leaks_in_mixed_batches, vllm_command
@@ -18,8 +18,10 @@ from support.vllm_command import leaks_in_mixed_batches, vllm_command
 pytestmark = pytest.mark.engine
 
 
-def verify(served: Served, adapter: Path, name: str) -> EngineResult:
-    report = verify_adapter(adapter, endpoint=served.client.url, served_name=name, base_name=served.source.location)
+def verify(served: Served, adapter: Path, name: str, **options: Any) -> EngineResult:
+    report = verify_adapter(
+        adapter, endpoint=served.client.url, served_name=name, base_name=served.source.location, **options
+    )
     (found,) = report.engines
     print(f"\n{name}: {found.verdict}: {found.reason}")
     return found
@@ -37,15 +39,6 @@ def assert_as_trained(found: EngineResult) -> None:
     assert (found.verdict, found.fault) in allowed, found.reason
     assert found.adapter.rms <= found.allowed
     assert found.mixed.adapter.rms <= found.allowed
-
-
-@contextmanager
-def loaded(served: Served, name: str) -> Iterator[None]:
-    served.client.load_adapter(name, served.guests[name])
-    try:
-        yield
-    finally:
-        served.client.unload_adapter(name)
 
 
 def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
@@ -76,13 +69,16 @@ def test_an_exported_checkpoint_is_served_as_its_unfolded_model(served: Served) 
 
 @pytest.mark.matrix
 def test_a_wrong_prefix_is_named(served: Served) -> None:
-    with loaded(served, "misplaced"):
+    with served.loaded("misplaced", served.guests["misplaced"]):
         found = verify(served, served.adapters["vanilla"], "misplaced")
     assert (found.verdict, found.fault) == ("differs", "served as base")
 
 
-def test_a_wrong_scaling_is_named(served: Served) -> None:
-    with loaded(served, "doubled"):
-        found = verify(served, served.adapters["vanilla"], "doubled")
+def test_a_wrong_scaling_is_named(served: Served, tmp_path: Path) -> None:
+    """From two prompts, since PyTorch runs each of them with every suspected fault."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:2]))
+    with served.loaded("doubled", served.guests["doubled"]):
+        found = verify(served, served.adapters["vanilla"], "doubled", prompts=prompts, new_tokens=4)
     assert (found.verdict, found.fault) == ("differs", "wrong scaling")
     assert "times 2" in found.reason

@@ -22,13 +22,14 @@ class Child:
     """A command in a forked process; `prepare` runs in there first."""
 
     def __init__(self, command: Callable[[], int], *, prepare: Callable[[], object] = lambda: None) -> None:
-        self._read, write = os.pipe()
+        read, write = os.pipe()
         sys.stdout.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child can say that it was interrupted
         self.pid = os.fork()
         if self.pid:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             os.close(write)
+            self._output = os.fdopen(read)
             return
         code = 99
         try:
@@ -46,9 +47,18 @@ class Child:
         finally:
             os._exit(code)
 
+    def read_until(self, words: str) -> str:
+        """Output up to the line with these words, or all of it if there is none; `end` has the rest."""
+        lines: list[str] = []
+        for line in self._output:
+            lines.append(line)
+            if words in line:
+                break
+        return "".join(lines)
+
     def end(self) -> Ended:
-        with os.fdopen(self._read) as pipe:
-            output = pipe.read()
+        with self._output:
+            output = self._output.read()
         _, status = os.waitpid(self.pid, 0)
         return Ended(os.waitstatus_to_exitcode(status), output)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -211,6 +212,7 @@ class ForkedBuilder:
         pass
 
     def run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        import_module(BUILDER)  # once, for all forks
         child = Child(lambda: _run_builder(arguments), prepare=_prepare_fork)
         try:
             ended = child.end()

@@ -52,6 +52,15 @@ class Served:
     def base(self) -> Any:
         return load_model(self.source, dtype="bf16")
 
+    @contextmanager
+    def loaded(self, name: str, folder: Path) -> Iterator[None]:
+        """Serve one more adapter for the length of the block."""
+        self.client.load_adapter(name, folder)
+        try:
+            yield
+        finally:
+            self.client.unload_adapter(name)
+
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Served]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -23,6 +28,9 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover_export.cli import cli
 from loraover_export.gguf.base import write_base
+from loraover_serve import serve_adapters
+from loraover_serve.vllm.serve import example_request
+from loraover_serve.vllm.server import VllmServer
 
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.tiny_hub import save_llama, save_t5
@@ -253,8 +261,29 @@ def test_serving_from_python(
         monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", probe.getsockname()[1])
     run_script("export_vllm", folded, tmp_path / "mine")
     capsys.readouterr()
+    started: list[psutil.Process] = []
+
+    @contextmanager
+    def asked_once_more(adapter: Path) -> Iterator[VllmServer]:
+        """At the end of the script's block: the request that users are shown, and the server's processes."""
+        with serve_adapters(adapter) as server:
+            yield server
+            assert server.names == ("mine",)
+            curl = f"{example_request(server)} --silent"
+            answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
+            assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
+            started.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
+
+    monkeypatch.setattr("loraover_serve.serve_adapters", asked_once_more)
     run_script("serve", tmp_path / "mine")
     assert capsys.readouterr().out.strip(), "an answer"
+    assert len(started) > 1
+    assert not [process for process in started if runs(process)], "nothing is left afterwards"
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; one that waits for its parent to ask has."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.engine

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +37,8 @@ KEY_VARIABLE = "VLLM_API_KEY"
 
 CPU_CACHE_GIB = 4  # for keys and values; vLLM's own default is most of the machine's memory
 _VERSION = re.compile(r"\d+\.\d+\S*")
+_SCRIPT = re.compile(rb"#!(/\S*python\S*)\n.*^from vllm\.", re.DOTALL | re.MULTILINE)
+_INSTALLED = "from importlib.metadata import version; print(version('vllm'))"
 _ERROR = re.compile(r"\w(Error|Exception): \S")
 
 
@@ -247,18 +250,36 @@ def _not_started(executable: str, error: OSError) -> EngineError:
 
 
 def vllm_version(executable: str) -> str | None:
-    """Version that a command `vllm` prints, such as "0.32.0+cpu"; None if it prints none.
+    """Version of a command `vllm`, such as "0.32.0+cpu"; None if it prints none.
+
+    The command takes ten seconds to say it. The metadata of the Python that an installer's script names say the same.
 
     Raises:
         EngineError: a command that does not exist.
     """
-    command = [executable, "--version"]
+    python = _python_of(executable)
+    installed = None if python is None else _printed_version([python, "-I", "-c", _INSTALLED])
+    return installed or _printed_version([executable, "--version"])
+
+
+def _python_of(executable: str) -> str | None:
+    """The Python that runs a script which imports vLLM; None: another kind of command."""
+    found = shutil.which(executable)
+    if found is None:
+        return None
+    with suppress(OSError), Path(found).open("rb") as file:
+        script = _SCRIPT.match(file.read(4096))
+        return None if script is None else os.fsdecode(script[1])
+    return None
+
+
+def _printed_version(command: Sequence[str]) -> str | None:
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=VERSION_S
         )
     except OSError as error:
-        raise _not_started(executable, error) from error
+        raise _not_started(command[0], error) from error
     except subprocess.TimeoutExpired:
         return None
     words = done.stdout.split()
