@@ -8,5 +8,5 @@ COPY loraover loraover
 COPY export export
 COPY serve serve
 COPY docs docs
-RUN python -m venv .venv && .venv/bin/pip install --no-cache-dir ".[train,export,serve]" && touch .venv/.installed
+RUN python -m venv .venv && .venv/bin/pip install --no-cache-dir ".[train,export,serve]" && touch .venv/.demo-installed
 CMD ["make", "demo"]

@@ -398,6 +398,19 @@ MUTANTS = (
         "change >= APPLIED * (noise or 0.0)",
         Selection("test_parity.py", "weak_adapter"),
     ),
+    # Earlier graphs of ONNX Runtime
+    Mutant(
+        "serve-builds-a-graph-although-one-is-given",
+        "names=names, graph=graph, check=False)",
+        "names=names, check=False)",
+        Selection("test_earlier_graph.py", "runs_the_earlier_graph"),
+    ),
+    Mutant(
+        "serve-takes-a-graph-without-a-cache",
+        "if earlier.web or not earlier.cache:",
+        "if earlier.web:",
+        Selection("test_earlier_graph.py", "refused_first"),
+    ),
     # Verification
     Mutant(
         "verify-no-noise-is-allowed",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -14,6 +16,7 @@ from click.shell_completion import get_completion_class
 from loraover.cli import cli
 from loraover.common.command_line import Command, LazyGroup, run
 
+ROOT = Path(__file__).parents[1]
 FRAGMENTS = ("Of ", "That ", "For ", "Likewise")
 """Beginnings of a help text that says nothing alone."""
 
@@ -53,6 +56,15 @@ def parse(line: str) -> None:
         assert inner is not None
         found, context = inner, click.Context(inner, parent=context, info_name=name)
     found.parse_args(context, words)
+
+
+def test_make_runs_command_lines_that_parse() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^\t@?\$\(BIN\)/(loraover(?:-\w+)? .*)", makefile, flags=re.MULTILINE)
+    stages = {" ".join(line.split()[:3]) for line in lines}
+    assert {"loraover export fold", "loraover serve verify", "loraover serve parity"} <= stages
+    for line in lines:
+        parse(line.partition("||")[0])
 
 
 def test_every_stage_has_its_commands() -> None:

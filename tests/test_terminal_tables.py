@@ -139,3 +139,12 @@ def test_runs_side_by_side_take_several_lines_but_lose_nothing() -> None:
     assert max(map(len, shown.splitlines())) <= COLUMNS
     assert shown.count("base model") == 1, "what all runs have in common"
     assert "…" not in shown
+
+
+def test_a_run_whose_start_was_not_measured_shows_its_end() -> None:
+    console, end = Tables(), Measures(examples=32, loss=0.5, exact_match=0.75)
+    runs = {"one": run_result(), "other": run_result().model_copy(update={"before": None, "after": end})}
+    show_runs(runs, console)
+    rows = {line.split()[0]: line for line in console.file.getvalue().splitlines() if line.split()}  # type: ignore[attr-defined]
+    assert rows["before"].count("loss") == 1
+    assert rows["after"].count("loss") == 2

@@ -110,8 +110,8 @@ class RunResult(BaseModel):
             rows["numbers in bases and moments"] = f"{self.gauge_numbers:,}"
         if self.update_norm is not None:
             rows["norm of delta(B A)"] = f"{self.update_norm:.4g}"
-        if self.before is not None and self.after is not None:
-            rows |= {"before": str(self.before), "after": str(self.after)}
+        measured = {"before": self.before, "after": self.after}
+        rows |= {name: str(measures) for name, measures in measured.items() if measures is not None}
         return rows
 
 

@@ -18,7 +18,7 @@ from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import read_json
 from loraover.models.device import choose_compute, choose_device
-from loraover.models.load import load_config, load_model, load_tokenizer
+from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.prompts import BUILT_IN_PROMPTS
@@ -238,20 +238,35 @@ class Export:
         )
 
 
-def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxRequest:
-    """Return the request with the settings of the earlier graph that adapters are added to.
+def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
+    """Read the report of a swappable export whose graph further adapters are for.
+
+    Args:
+        graph: folder of the export.
+        base: base model of the adapters.
 
     Raises:
-        ExportError: a graph of another base model.
+        CheckpointError: no report of an ONNX export in the folder.
+        ExportError: a merged export, or a graph of another base model.
     """
     exported = read_json(graph / REPORT_FILE, OnnxReport)
     if exported.mode != "swappable":
         raise ExportError(f"{graph} is a {exported.mode} export; adapters can be added to a swappable one only.")
-    if exported.base_model != inputs.base.name:
+    if exported.base_model != base.name:
         raise ExportError(
-            f"{graph} is a graph of {exported.base_model}, but the adapters belong to {inputs.base.name}; export a "
-            "graph of that model, or name a copy of it with --model."
+            f"{graph} is a graph of {exported.base_model}, but the adapters belong to {base.name}; export a graph of "
+            "that model, or name a copy of it with --model."
         )
+    return exported
+
+
+def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxRequest:
+    """Return the request with the settings of the earlier graph that adapters are added to.
+
+    Raises:
+        ExportError: a graph of another base model, or one in another form than the request's.
+    """
+    exported = read_earlier(graph, inputs.base)
     if request.web and not exported.web:
         raise ExportError(f"{graph} was exported without --web; leave it out, or export another graph with it.")
     return replace(

@@ -19,6 +19,12 @@ VLLM = click.option(
     show_default=True,
     help="Command that starts vLLM, in any environment.",
 )
+GRAPH = click.option(
+    "--graph",
+    type=PATH,
+    show_default="graphs that are built for the run",
+    help="Folder of an earlier swappable ONNX export, whose graph ONNX Runtime runs with the adapters.",
+)
 START_TIMEOUT = click.option(
     "--start-timeout",
     "start_timeout_s",

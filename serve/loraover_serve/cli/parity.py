@@ -10,7 +10,7 @@ import click
 from loraover.common.command_line import DeviceChoice, DtypeChoice
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.models.device import DEVICES
-from loraover_serve.cli.options import MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
+from loraover_serve.cli.options import GRAPH, MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
 from loraover_serve.engines import ENGINES
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("-o", "--output", type=PATH, help="New folder for parity.json, parity.html and vLLM's logs.")
 @MODEL
 @VLLM
+@GRAPH
 @click.option(
     "--workload",
     type=click.Choice(["fixed", "mixed", "file"]),
@@ -159,6 +160,7 @@ def parity(
     output: Path | None,
     model: str | None,
     vllm: str,
+    graph: Path | None,
     workload: WorkloadKind,
     prompts: Path | None,
     prompt_tokens: int,
@@ -201,6 +203,7 @@ def parity(
             output=output,
             model=model,
             vllm=vllm,
+            graph=graph,
             workload=workload,
             prompts=prompts,
             prompt_tokens=prompt_tokens,

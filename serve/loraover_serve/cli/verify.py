@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from loraover.models.device import DEVICES
-from loraover_serve.cli.options import MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
+from loraover_serve.cli.options import GRAPH, MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
 from loraover_serve.verify.engines import ENGINES
 
 
@@ -60,6 +60,7 @@ from loraover_serve.verify.engines import ENGINES
     show_default="one in F32 that is written for the comparison",
     help="GGUF file of the base model for llama.cpp, quantised or not.",
 )
+@GRAPH
 @click.option(
     "--timeout",
     "timeout_s",
@@ -87,6 +88,7 @@ def verify(
     device: str,
     vllm: str,
     base_gguf: Path | None,
+    graph: Path | None,
     timeout_s: float,
     start_timeout_s: float,
     output: Path | None,
@@ -123,6 +125,7 @@ def verify(
         device=device,
         vllm=vllm,
         base_gguf=base_gguf,
+        graph=graph,
         timeout_s=timeout_s,
         start_timeout_s=start_timeout_s,
         output=output,

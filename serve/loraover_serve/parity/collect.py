@@ -155,7 +155,8 @@ class Collector:
                 done(count)
 
     def _measure(self, name: str, measured: Measured) -> None:
-        start = started(name, self.arms, self.requests, self.folder, self.launch, self.report.line, **self._compute)
+        say, graph = self.report.line, self.request.graph
+        start = started(name, self.arms, self.requests, self.folder, self.launch, say, graph=graph, **self._compute)
         with start as engines:
             for engine in engines:
                 for concurrency in self.request.concurrencies(name):

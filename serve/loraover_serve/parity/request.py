@@ -57,6 +57,7 @@ class ParityRequest:
     device: str = "auto"
     compute_dtype: str = "fp32"
     options: tuple[str, ...] = ()
+    graph: Path | None = None
 
     def __post_init__(self) -> None:
         faults = [*self._range_faults(), *self._engine_faults(), *option_faults(self.options, SET_BY_PARITY)]
@@ -89,6 +90,8 @@ class ParityRequest:
         for option, given in (("--engine", self.engines), ("--max-concurrency", self.max_concurrency)):
             if len(set(given)) < len(given):
                 yield f"{option} names one twice: {', '.join(map(str, given))}; name each once."
+        if self.graph is not None and "onnx" not in self.engines:
+            yield "--graph is for ONNX Runtime; add --engine onnx."
         if self.options and "vllm" not in self.engines:
             yield "the words after -- are for vLLM, which is not measured; add --engine vllm."
         if self.max_concurrency != (1,) and "vllm" not in self.engines:
@@ -130,6 +133,7 @@ class ParityRequest:
         words += ["--prompt-tokens", str(self.prompt_tokens), "--new-tokens", str(self.new_tokens)]
         words += [] if self.prompts is None else ["--prompts", str(self.prompts)]
         words += [] if self.model is None else ["--model", self.model]
+        words += [] if self.graph is None else ["--graph", str(self.graph)]
         if "vllm" in self.engines:
             words += ["--memory", str(self.memory), "--vllm", self.vllm, "--start-timeout", str(self.start_timeout_s)]
         words += ["--timeout", str(self.timeout_s), "--device", self.device, "--compute-dtype", self.compute_dtype]

@@ -42,6 +42,7 @@ def measure_parity(
     output: str | Path | None = None,
     model: str | None = None,
     vllm: str | Path | None = None,
+    graph: str | Path | None = None,
     workload: WorkloadKind = "fixed",
     prompts: str | Path | None = None,
     prompt_tokens: int = 32,
@@ -78,6 +79,8 @@ def measure_parity(
         output: new folder for `parity.json`, `parity.html` and vLLM's logs; None writes nothing.
         model: base model, folder or hub name; None means the one that the adapter names.
         vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
+        graph: folder of an earlier swappable ONNX export of the same base model. ONNX Runtime is then measured on its
+            graph alone; None builds a swappable graph and a merged one for each adapter, and measures both modes.
         workload: "fixed" for prompts of one length, "mixed" for log-normal lengths, "file" for the lines of `prompts`.
         prompts: UTF-8 text file with one prompt in each line.
         prompt_tokens: length of a prompt, in tokens; the median if `workload` is "mixed".
@@ -96,10 +99,10 @@ def measure_parity(
 
     Raises:
         ConfigError: arguments that cannot be used, or an adapter that names no base model.
-        CheckpointError: files that cannot be read as an adapter or a checkpoint.
+        CheckpointError: files that cannot be read as an adapter, a checkpoint or an ONNX export.
         DataError: a file of prompts that cannot be read.
         EngineError: an engine that failed before one block of requests was complete.
-        ExportError: a model that cannot be written as an ONNX graph.
+        ExportError: a model that cannot be written as an ONNX graph, or a `graph` that adapters cannot be run on.
         OutputError: an output that exists or cannot be written.
         ParityError: adapters of different ranks or targets.
         UnwrittenReportError: an output that could not be written after the measurement; `error.report` has the report.
@@ -129,6 +132,7 @@ def measure_parity(
         device=device,
         compute_dtype=compute_dtype,
         options=tuple(options),
+        graph=_path(graph),
     )
     return _run(request, report)
 
@@ -180,6 +184,10 @@ def _measured_report(request: ParityRequest, logs: Path, reporter: Reporter) -> 
             seed=request.seed,
             say=reporter.line,
         )
+        if request.graph is not None:
+            from loraover_serve.engines.onnx_graphs import check_graph
+
+            check_graph(request.graph, arms.base)
         collector = Collector(
             request,
             arms,

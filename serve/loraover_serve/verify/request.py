@@ -38,6 +38,7 @@ class VerifyRequest:
     start_timeout_s: float
     output: Path | None
     base_gguf: Path | None = None
+    graph: Path | None = None
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ class VerifyRequest:
             yield from option_faults(self.options, SET_BY_VERIFY)
         if self.base_gguf is not None and "llamacpp" not in self.engines:
             yield "--base-gguf is for llama.cpp; add --engine llamacpp."
+        if self.graph is not None and "onnx" not in self.asked:
+            yield "--graph is for ONNX Runtime; add --engine onnx."
 
     def _endpoint_faults(self) -> Iterator[str]:
         if (self.endpoint is None) != (self.served_name is None):
@@ -90,6 +93,7 @@ class VerifyRequest:
             "--model": self.model,
             "--prompts": self.prompts,
             "--base-gguf": self.base_gguf,
+            "--graph": self.graph,
             "--output": self.output,
         }
         words += [word for option, value in values.items() if value is not None for word in (option, str(value))]

@@ -55,6 +55,7 @@ def verify_adapter(
     device: str = "cpu",
     vllm: str | Path | None = None,
     base_gguf: str | Path | None = None,
+    graph: str | Path | None = None,
     timeout_s: float = 120,
     start_timeout_s: float = 600,
     output: str | Path | None = None,
@@ -86,6 +87,8 @@ def verify_adapter(
         vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
         base_gguf: GGUF file of the base model for llama.cpp, quantised or not; None means that one in F32 is written to
             the temporary folder.
+        graph: folder of an earlier swappable ONNX export of the same base model, whose graph ONNX Runtime runs; None
+            builds one in the temporary folder.
         timeout_s: seconds without output before giving up on a server.
         start_timeout_s: seconds that vLLM, mlx-lm or OpenVINO may take until the first answers.
         output: new folder for `verify.json`, `verify.html`, its figures and engines' logs; None keeps the logs of
@@ -96,10 +99,10 @@ def verify_adapter(
     Raises:
         ConfigError: arguments that cannot be used, a task that is not a causal language model, or a base model that
             cannot be loaded.
-        CheckpointError: files that cannot be read as an adapter or a checkpoint.
+        CheckpointError: files that cannot be read as an adapter, a checkpoint or an ONNX export.
         DataError: a file of prompts that cannot be read.
         EngineError: an engine that is not installed, or every engine failed; the message names the logs that are kept.
-        ExportError: an adapter that cannot be exported for the only engine.
+        ExportError: an adapter that cannot be exported for the only engine, or a `graph` that it cannot be run on.
         OutputError: an output that exists or cannot be written.
     """
     request = VerifyRequest(
@@ -118,6 +121,7 @@ def verify_adapter(
         start_timeout_s=start_timeout_s,
         output=None if output is None else Path(output),
         base_gguf=None if base_gguf is None else Path(base_gguf),
+        graph=None if graph is None else Path(graph),
         options=tuple(options),
     )
     _check_possible(request)
@@ -147,6 +151,10 @@ def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRe
     check_no_experts(layout, "the check of engines")
     base = resolve_base([layout], request.model, option="--model", say=report.line)
     _check_task(layout, base)
+    if request.graph is not None:
+        from loraover_serve.engines.onnx_graphs import check_graph
+
+        check_graph(request.graph, base)
     device = str(choose_device(request.device))
     subject = make_subject(source, base)
     found = read_prompts(base, request.prompts)
@@ -186,6 +194,7 @@ def _setting(
         served_name=request.served_name,
         base_name=request.base_name,
         base_gguf=request.base_gguf,
+        graph=request.graph,
         report=report,
     )
 

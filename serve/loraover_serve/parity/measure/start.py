@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.common.errors import EngineError
 from loraover.models.device import choose_device
 from loraover.models.load import load_model
 from loraover.models.memory import Needs, memory_explained
@@ -62,8 +61,9 @@ def started(
     *,
     device: str,
     compute_dtype: str,
+    graph: Path | None = None,
 ) -> Iterator[Sequence[Engine]]:
-    """Start the engines of one name; "onnx" starts two, with merged and with swappable adapters.
+    """Start the engines of one name; "onnx" starts two, with merged and with swappable adapters, if no graph is given.
 
     Args:
         engine: "vllm", "onnx" or "torch".
@@ -74,18 +74,19 @@ def started(
         say: receiver of lines of progress.
         device: device that PyTorch runs on.
         compute_dtype: data type that PyTorch runs in.
+        graph: folder of an earlier swappable ONNX export, whose graph "onnx" runs; None builds every graph.
 
     Raises:
         ConfigError: memory that does not suffice for PyTorch; the message says what would fit.
         EngineError: a server that does not start.
-        ExportError: a model that cannot be written as an ONNX graph.
+        ExportError: a model that cannot be written as an ONNX graph, or an earlier graph that adapters do not fit.
     """
     if engine == "vllm":
         say("starting vLLM")
         with started_vllm(arms.adapters, arms, requests, folder, launch) as running:
             yield [running]
     elif engine == "onnx":
-        yield _onnx(arms, folder, say)
+        yield _onnx(arms, folder, graph, say)
     else:
         from loraover_serve.engines.torch import torch_engine
 
@@ -138,49 +139,22 @@ def _named(adapter: Path, copy: Path) -> Path:
     return copy
 
 
-def _onnx(arms: Arms, folder: Path, say: Callable[[str], None]) -> list[Engine]:
+def _onnx(arms: Arms, folder: Path, graph: Path | None, say: Callable[[str], None]) -> list[Engine]:
     from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
+    from loraover_serve.engines.onnx_graphs import merged_arm, swappable_arms
 
-    say("building ONNX graphs")
+    say("building ONNX graphs" if graph is None else f"writing the adapters for the graph in {graph}")
     sources = {arm: path for arm, path in arms.adapters.items() if arm != CONTROL}
-    swappable = _exported(arms, sources, "swappable", folder)
-    sources[BASE] = make_idle(read_adapter_dir(arms.adapters[VANILLA]), folder / "idle")  # merges into the base model
-    merged = {arm: _exported(arms, {arm: path}, "merged", folder) for arm, path in sources.items()}
-    loaded = {arm: swappable / f"{arm}.onnx_adapter" for arm in arms.adapters if arm != CONTROL}
-    return [
-        OnnxEngine(
-            "onnx merged",
-            {
-                BASE: OnnxArm(merged[BASE]),
-                VANILLA: OnnxArm(merged[VANILLA]),
-                CONTROL: OnnxArm(merged[VANILLA], session=1),
-                FOLDED: OnnxArm(merged[FOLDED]),
-                **{arm: OnnxArm(merged[arm]) for arm in arms.also},
-            },
-        ),
-        OnnxEngine(
-            "onnx swappable",
-            {
-                BASE: OnnxArm(swappable),
-                VANILLA: OnnxArm(swappable, loaded[VANILLA]),
-                CONTROL: OnnxArm(swappable, loaded[VANILLA]),
-                FOLDED: OnnxArm(swappable, loaded[FOLDED]),
-                **{arm: OnnxArm(swappable, loaded[arm]) for arm in arms.also},
-            },
-        ),
-    ]
-
-
-def _exported(arms: Arms, sources: Mapping[str, Path], mode: str, folder: Path) -> Path:
-    """Export a graph, without comparing its outputs with PyTorch's, and return its folder."""
-    from loraover_export.onnx.run import export_onnx
-
-    output = folder / "-".join((mode, *sources))
-    paths, names = tuple(sources.values()), tuple(sources)
-    result = export_onnx(paths, output, mode=mode, model=arms.base.location, names=names, check=False)
-    if result.verdict == "failed":
-        raise EngineError(f"{output}: a matrix of the ONNX export is not within its error bound.")
-    return output
+    swappable = swappable_arms(sources, folder / "swappable", arms.base, graph)
+    swappable |= {BASE: OnnxArm(swappable[VANILLA].graph), CONTROL: swappable[VANILLA]}
+    modes = {"onnx swappable": swappable}
+    if graph is None:
+        sources[BASE] = make_idle(read_adapter_dir(arms.adapters[VANILLA]), folder / "idle")  # merges into the base
+        merged = {arm: merged_arm(path, folder / f"merged-{arm}", arms.base) for arm, path in sources.items()}
+        merged[CONTROL] = replace(merged[VANILLA], session=1)
+        modes = {"onnx merged": merged, **modes}
+    order = (BASE, VANILLA, CONTROL, FOLDED, *arms.also)  # of loading, which changes speed by some percent
+    return [OnnxEngine(name, {arm: found[arm] for arm in order}) for name, found in modes.items()]
 
 
 def pytorch_needs(arms: Arms, tokens: int) -> Needs:

@@ -37,6 +37,7 @@ class Setting:
         served_name: name by which that server serves the adapter.
         base_name: name by which that server serves the base model; None finds it out.
         base_gguf: GGUF file of the base model for llama.cpp; None writes one in F32.
+        graph: folder of an earlier swappable ONNX export, whose graph ONNX Runtime runs; None builds one.
         report: receiver of progress.
     """
 
@@ -55,6 +56,7 @@ class Setting:
     served_name: str | None = None
     base_name: str | None = None
     base_gguf: Path | None = None
+    graph: Path | None = None
     report: Reporter = SILENT
 
 

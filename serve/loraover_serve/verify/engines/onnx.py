@@ -1,14 +1,11 @@
-"""onnxruntime-genai in this process, on graphs that are exported for the comparison."""
+"""onnxruntime-genai in this process, on graphs that are built for the comparison or on an earlier export's graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from loraover.common.errors import EngineError
-from loraover.reporting.reporter import SILENT
 from loraover_export.numerics.delta import other_tensors
 from loraover_serve.engines.distributions import ONNX_GENAI, installed_version
 from loraover_serve.parity.measure.arms import make_idle
@@ -40,14 +37,19 @@ class Onnx(LogitEngine):
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
         from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
+        from loraover_serve.engines.onnx_graphs import merged_arm, swappable_arms
 
-        if _fits_swappable(setting):
-            graph = _export(setting, setting.adapter, "swappable")
-            arms = {BASE: OnnxArm(graph), ADAPTER: OnnxArm(graph, graph / f"{ADAPTER}.onnx_adapter")}
+        name, scratch = setting.adapter.name, setting.scratch
+        if setting.graph is not None or _fits_swappable(setting):
+            place = "building the swappable ONNX graph of" if setting.graph is None else f"using {setting.graph} for"
+            setting.report.line(f"{place} {name}")
+            arms = swappable_arms({ADAPTER: setting.adapter}, scratch / "swappable", setting.base, setting.graph)
+            arms[BASE] = OnnxArm(arms[ADAPTER].graph)
         else:
-            idle = make_idle(setting.layout, setting.scratch / "idle")  # merges into the base model
+            setting.report.line(f"building the merged ONNX graphs of {name} and of the base model")
+            idle = make_idle(setting.layout, scratch / "idle")  # merges into the base model
             folders = {BASE: idle, ADAPTER: setting.adapter}
-            arms = {arm: OnnxArm(_export(setting, folder, "merged")) for arm, folder in folders.items()}
+            arms = {arm: merged_arm(folder, scratch / f"merged-{arm}", setting.base) for arm, folder in folders.items()}
         yield cls(OnnxEngine("onnx", arms))
 
     def logits(self, arm: str, tokens: Sequence[int]) -> Any:
@@ -61,16 +63,3 @@ def _fits_swappable(setting: Setting) -> bool:
     """Whether a swappable graph holds the adapter: it takes A and B of linear layers, and nothing else."""
     embeddings = any(name.rpartition(".")[2].startswith("lora_embedding") for name in setting.layout.sites)
     return not embeddings and not other_tensors(setting.layout)
-
-
-def _export(setting: Setting, source: Path, mode: str) -> Path:
-    """Export a graph, without the export's own comparison with PyTorch, and return its folder."""
-    from loraover_export.onnx.run import export_onnx
-
-    setting.report.line(f"building the {mode} ONNX graph of {source.name}")
-    output = setting.scratch / f"{mode}-{source.name}"
-    model = setting.base.location
-    found = export_onnx(source, output, mode=mode, model=model, names=(ADAPTER,), check=False, report=SILENT)
-    if found.verdict == "failed":
-        raise EngineError(f"onnx: a matrix of the {mode} export is not within its error bound.")
-    return output
