@@ -18,7 +18,7 @@ export LORAOVER_OPENVINO ?= $(abspath $(OPENVINO_VENV))/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino vllm-architectures lint \
-	docs bench schedules study study-gauge study-smoke clean
+	docs bench schedules study study-gauge study-papers study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages.
 demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
@@ -157,6 +157,22 @@ study-gauge: $(VENV)/.installed
 		--methods "lora,lora:$(PLUS),$(EIGEN)" --set training.min_lr_rate=0.1 \
 		--lr-sweep 1.5e-3,3e-3,6e-3 --lr-sweep "lora:$(PLUS)=7.5e-4,1.5e-3,3e-3" --lr-sweep "$(EIGEN)=7.5e-4,1.5e-3,3e-3" \
 		--tuning-seeds 1 --seeds 4 --jobs 2 -o docs/study/gauge
+
+# The study of docs/study/papers.md, whose protocol it follows: resumable. Runs that it shares with the gauge's study are copied
+# from there where they are finished, so it should come after that one. Its finished runs are kept in docs/study/papers.
+FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.precision=fp32
+study-papers: export MALLOC_MMAP_MAX_ = 0
+study-papers: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+study-papers: $(VENV)/.installed
+	data="$${LORAOVER_DATA:-../shared/data}"; test ! -d "$$data" || \
+		$(BIN)/python docs/study/prepare.py "$$data" runs/study-data
+	cd docs/study/gauge && find runs/gsm8k-long -path '*/seed-[012]/outcome.json' | while read -r found; do \
+		test -e "../papers/$$found" || { mkdir -p "../papers/$${found%/*}" && cp "$$found" "../papers/$$found"; }; done
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml \
+		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" --set training.min_lr_rate=0.1 \
+		--lr-sweep 1.5e-3,3e-3,6e-3 --lr-sweep "lora:$(PLUS)=7.5e-4,1.5e-3,3e-3" --lr-sweep "$(EIGEN)=7.5e-4,1.5e-3,3e-3" \
+		--lr-sweep tensorguide=2.5e-3,5e-3,1e-2 --lr-sweep soma=7.5e-4,1.5e-3,3e-3 --lr-sweep "$(FEDERATED)=1e-3,3e-3,1e-2" \
+		--tuning-seeds 1 --seeds 3 --jobs 2 -o docs/study/papers
 
 # The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 schedules: $(VENV)/.installed

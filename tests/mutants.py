@@ -578,6 +578,12 @@ MUTANTS = (
         Selection("test_analysis.py", "excludes_zero"),
     ),
     Mutant(
+        "study-shows-what-the-first-run-knows-of-its-rank",
+        "served_rank=max(_known(outcome.served_rank for outcome in outcomes), default=None)",
+        "served_rank=outcomes[0].served_rank",
+        Selection("test_report.py", "older_version"),
+    ),
+    Mutant(
         "experts run slowest in the columns of B",
         "return stack.view(len(stack), -1, self.experts)[..., self.expert]",
         "return stack.view(len(stack), self.experts, -1)[:, self.expert]",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
+from typing import TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +17,8 @@ from loraover.study.outcome import Outcome
 from loraover.study.tuning import by_method, losses_of, tokens_of, tune
 
 ALPHA = 0.05
+
+Number = TypeVar("Number", int, float)
 
 
 class MethodResult(BaseModel):
@@ -153,17 +156,18 @@ def _method(
         sensitivity=tuned,
         trained_parameters=outcomes[0].trained_parameters,
         served_parameters=outcomes[0].served_parameters,
-        served_rank=outcomes[0].served_rank,
-        served_bytes=outcomes[0].served_bytes,
+        served_rank=max(_known(outcome.served_rank for outcome in outcomes), default=None),
+        served_bytes=max(_known(outcome.served_bytes for outcome in outcomes), default=None),
         step_seconds=median(seconds) if seconds else None,
-        peak_bytes=max((outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None), default=None),
+        peak_bytes=max(_known(outcome.peak_bytes for outcome in outcomes), default=None),
         update_norm=fmean(updates) if updates else None,
         step_norm=fmean(norms) if norms else None,
         fold_error=max(errors) if errors else None,
     )
 
 
-def _known(values: Iterable[float | None]) -> list[float]:
+def _known(values: Iterable[Number | None]) -> list[Number]:
+    """Return the values that were measured; outcomes of older versions lack some."""
     return [value for value in values if value is not None]
 
 

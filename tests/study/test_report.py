@@ -214,6 +214,17 @@ def test_a_rate_that_diverged_is_no_better_than_a_bad_one(tmp_path: Path) -> Non
     assert "| infinite (1 of 3 rates failed) |" in to_markdown(report_of([task]))
 
 
+def test_a_run_of_an_older_version_does_not_hide_what_the_others_serve(tmp_path: Path) -> None:
+    runs = grid_of(tmp_path, ["lora", "lora-over"])
+    outcomes = {run: made_up(run, MIDDLE[RATES.index(run.rate)]) for run in runs}
+    for run in runs:
+        if run.method == "lora-over" and run.seed > 0:
+            outcomes[run] = outcomes[run].model_copy(update={"served_rank": 8, "served_bytes": 4096})
+    (task,) = task_results(runs, outcomes, SEEDS)
+    assert [(result.served_rank, result.served_bytes) for result in task.methods] == [(None, None), (8, 4096)]
+    assert "| 8 | 4,096 |" in to_markdown(report_of([task]))
+
+
 def test_outcomes_on_different_examples_are_not_compared(tmp_path: Path) -> None:
     runs = grid_of(tmp_path, ["lora", "lora-over"])
     outcomes = {run: made_up(run, 1.0) for run in runs}

@@ -1,0 +1,68 @@
+"""The studies that the Makefile plans: what they compare, and the runs that one of them takes from the other."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover.study.grid import Run, make_grid
+from loraover.study.outcome import digest
+from loraover.study.request import StudyRequest
+from loraover.study.runner import DEFAULTS
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("make") is None, reason="needs make")]
+
+
+def planned(target: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Run], int]:
+    """All runs that a target of the Makefile asks for, and the number of its tuning seeds."""
+    dry = ["make", "--dry-run", "--no-print-directory", target]
+    printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (line,) = [line for line in printed.replace("\\\n", " ").splitlines() if "loraover study" in line]
+    asked = Mock()
+    monkeypatch.setattr("loraover.study.runner.run_study", asked)
+    monkeypatch.setattr("loraover.study.show.show_study", Mock())
+    monkeypatch.chdir(ROOT)
+    assert run(cli, shlex.split(line)[1:]) == 0
+    options: Any = asked.call_args.kwargs
+    request = StudyRequest(
+        asked.call_args.args[0], tuple(options["methods"]), options["lr_sweep"], options["seeds"], options["settings"]
+    )
+    shared = DEFAULTS | dict(request.settings)
+    return make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates), options["tuning_seeds"]
+
+
+def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    (gauge, tuning), (papers, same) = (planned(name, monkeypatch) for name in ("study-gauge", "study-papers"))
+    assert (tuning, same) == (1, 1)  # or the further seeds would be trained at other rates
+    known = {one.folder: digest(one.recipe) for one in gauge}
+    shared = [one for one in papers if one.folder in known]
+    assert all(digest(one.recipe) == known[one.folder] for one in shared)
+    methods = {one.method: one.recipe.method for one in papers}
+    taken = {one.method for one in shared}
+    assert [methods[method] for method in methods if method in taken] == ["lora", "lora", "lora-over"]
+    others = [methods[method] for method in methods if method not in taken]
+    assert others == ["lora-over", "tensorguide", "soma", "lorasc", "federated"]
+    rates = {method: len({one.rate for one in papers if one.method == method}) for method in methods}
+    assert set(rates.values()) == {3}
+    assert len(shared) == 3 * 3 * 3
+
+
+def test_federated_keeps_to_its_budget_and_to_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    federated = pytest.importorskip("loraover.training.methods.federated", reason="pip install 'loraover[private]'")
+    pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+    runs, _ = planned("study-papers", monkeypatch)
+    one = next(one.recipe for one in runs if one.recipe.method == "federated")
+    batch, plain = one.training.per_device_train_batch_size, runs[0].recipe.training
+    assert batch * one.federated.clients == plain.per_device_train_batch_size
+    federated.Federated(one).check(plain.max_steps, 1979)
+    assert one.federated.epsilon == 8.0
