@@ -18,7 +18,7 @@ export LORAOVER_OPENVINO ?= $(abspath $(OPENVINO_VENV))/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino vllm-architectures lint \
-	docs bench schedules study study-gauge study-papers study-smoke clean
+	docs bench schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages.
 demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
@@ -132,47 +132,63 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks $(BENCH)
 
-# The study that docs/study/ reports. Its runs are kept in docs/study/smollm2, so it judges them again; without them it
-# takes two and a half hours, and the data that docs/study/prepare.py names, in $$LORAOVER_DATA. glibc would give the
-# memory of each step back to the kernel and have it cleared for the next one, which takes a fifth of a step.
-study: export MALLOC_MMAP_MAX_ = 0
-study: export MALLOC_TRIM_THRESHOLD_ = 100000000000
-study: $(VENV)/.installed
+# Studies are resumable, and keep their finished runs in docs/study. glibc would give the memory of each step back to the kernel
+# and have it cleared for the next one, which takes a fifth of a step.
+STUDIES := study study-gauge study-gauge-arms study-gauge-steps study-gauge-long study-papers
+$(STUDIES): export MALLOC_MMAP_MAX_ = 0
+$(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 100000000000
+$(STUDIES): study-data
+
+study-data: $(VENV)/.installed
 	data="$${LORAOVER_DATA:-../shared/data}"; test ! -d "$$data" || \
 		$(BIN)/python docs/study/prepare.py "$$data" runs/study-data
+
+# The study that docs/study/ reports, which judges its kept runs again; without them it takes two and a half hours.
+study:
 	$(BIN)/loraover study docs/study/gsm8k.yaml docs/study/qnli.yaml docs/study/subj.yaml --methods lora,lora-over \
 		--lr-sweep gsm8k=1e-3,3e-3,1e-2 --lr-sweep qnli=3e-4,1e-3,3e-3 --lr-sweep subj=1e-3,3e-3,1e-2 \
 		--seeds 5 --jobs 2 -o docs/study/smollm2
 
-# The study of docs/study/gauge.md, whose protocol it follows: four to six hours, resumable. Its finished runs are kept in
-# docs/study/gauge.
+# The studies of docs/study/gauge.md, which has their protocols and hours.
 PLUS := training.loraplus_lr_ratio=4
-EIGEN := lora-over:decomposition=eigen:options={long: calibration}:$(PLUS)
-study-gauge: export MALLOC_MMAP_MAX_ = 0
-study-gauge: export MALLOC_TRIM_THRESHOLD_ = 100000000000
-study-gauge: $(VENV)/.installed
-	data="$${LORAOVER_DATA:-../shared/data}"; test ! -d "$$data" || \
-		$(BIN)/python docs/study/prepare.py "$$data" runs/study-data
-	$(BIN)/loraover study docs/study/gsm8k-long.yaml docs/study/qnli-all.yaml docs/study/svamp.yaml docs/study/mbpp.yaml \
-		--methods "lora,lora:$(PLUS),$(EIGEN)" --set training.min_lr_rate=0.1 \
-		--lr-sweep 1.5e-3,3e-3,6e-3 --lr-sweep "lora:$(PLUS)=7.5e-4,1.5e-3,3e-3" --lr-sweep "$(EIGEN)=7.5e-4,1.5e-3,3e-3" \
-		--tuning-seeds 1 --seeds 4 --jobs 2 -o docs/study/gauge
+AXES := lora-over:decomposition=eigen:options
+EIGEN := $(AXES)={long: calibration}:$(PLUS)
+GAUGE_TASKS := $(foreach task,gsm8k-long qnli-all svamp mbpp,docs/study/$(task).yaml)
+FAST := 1.5e-3,3e-3,6e-3
+GAUGE := --set training.min_lr_rate=0.1 --lr-sweep 7.5e-4,1.5e-3,3e-3 --lr-sweep lora=$(FAST) --tuning-seeds 1 --jobs 2
+study-gauge:
+	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) --seeds 4 -o docs/study/gauge
 
-# The study of docs/study/papers.md, whose protocol it follows: resumable. Runs that it shares with the gauge's study are copied
-# from there where they are finished, so it should come after that one. Its finished runs are kept in docs/study/papers.
+# Copies those finished runs of study-gauge that the study in a folder has not: $(call adopt,FOLDER,TASKS,SEEDS).
+adopt = cd docs/study/gauge/runs && find $(2) -path '*/seed-[$(3)]/outcome.json' | while read -r found; do \
+	test -e "../../$(1)/runs/$$found" || { mkdir -p "../../$(1)/runs/$${found%/*}" && cp "$$found" "../../$(1)/runs/$$found"; }; done
+
+SOAP := training.optim=soap:training.optim_args={max_precondition_dim: 1024}
+QUARTER := schedule=static:budget={fraction: 0.25}:score
+study-gauge-arms:
+	$(call adopt,gauge-arms,gsm8k-long,01)
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),lora:$(PLUS):$(SOAP),lora-over,$(EIGEN)$(strip \
+		),$(AXES)={long: calibration},$(AXES)={}:$(PLUS),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS)$(strip \
+		),$(EIGEN):$(QUARTER)=fisher,$(EIGEN):$(QUARTER)=random" --ruler lora:r=16 $(GAUGE) --lr-sweep lora-over=$(FAST) \
+		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" --seeds 2 -o docs/study/gauge-arms
+
+study-gauge-steps:
+	$(call adopt,gauge-steps,*,0123)
+	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN):training.max_steps=80" $(GAUGE) \
+		--seeds 4 -o docs/study/gauge-steps
+
+study-gauge-long:
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \
+		--set training.max_steps=300 --seeds 2 -o docs/study/gauge-long
+
+# The study of docs/study/papers.md, whose protocol it follows. It should come after study-gauge, whose runs it shares.
 FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.precision=fp32
-study-papers: export MALLOC_MMAP_MAX_ = 0
-study-papers: export MALLOC_TRIM_THRESHOLD_ = 100000000000
-study-papers: $(VENV)/.installed
-	data="$${LORAOVER_DATA:-../shared/data}"; test ! -d "$$data" || \
-		$(BIN)/python docs/study/prepare.py "$$data" runs/study-data
-	cd docs/study/gauge && find runs/gsm8k-long -path '*/seed-[012]/outcome.json' | while read -r found; do \
-		test -e "../papers/$$found" || { mkdir -p "../papers/$${found%/*}" && cp "$$found" "../papers/$$found"; }; done
+study-papers:
+	$(call adopt,papers,gsm8k-long,012)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml \
-		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" --set training.min_lr_rate=0.1 \
-		--lr-sweep 1.5e-3,3e-3,6e-3 --lr-sweep "lora:$(PLUS)=7.5e-4,1.5e-3,3e-3" --lr-sweep "$(EIGEN)=7.5e-4,1.5e-3,3e-3" \
-		--lr-sweep tensorguide=2.5e-3,5e-3,1e-2 --lr-sweep soma=7.5e-4,1.5e-3,3e-3 --lr-sweep "$(FEDERATED)=1e-3,3e-3,1e-2" \
-		--tuning-seeds 1 --seeds 3 --jobs 2 -o docs/study/papers
+		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" $(GAUGE) --lr-sweep lora-over=$(FAST) \
+		--lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2 --lr-sweep "$(FEDERATED)=1e-3,3e-3,1e-2" --seeds 3 \
+		-o docs/study/papers
 
 # The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 schedules: $(VENV)/.installed

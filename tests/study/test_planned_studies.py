@@ -34,11 +34,17 @@ def planned(target: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Run], in
     monkeypatch.chdir(ROOT)
     assert run(cli, shlex.split(line)[1:]) == 0
     options: Any = asked.call_args.kwargs
+    fields = {"seeds", "settings", "tuning_seeds", "rulers"}
     request = StudyRequest(
-        asked.call_args.args[0], tuple(options["methods"]), options["lr_sweep"], options["seeds"], options["settings"]
+        asked.call_args.args[0],
+        tuple(options["methods"]),
+        options["lr_sweep"],
+        **{name: value for name, value in options.items() if name in fields},
     )
     shared = DEFAULTS | dict(request.settings)
-    return make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates), options["tuning_seeds"]
+    return make_grid(
+        request.recipes, request.rates, request.seeds, shared, request.task_rates
+    ), request.tuning_seeds or 0
 
 
 def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +61,20 @@ def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are(mon
     rates = {method: len({one.rate for one in papers if one.method == method}) for method in methods}
     assert set(rates.values()) == {3}
     assert len(shared) == 3 * 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("target", "shared", "new"),
+    [("study-gauge-arms", 3 * 3, 8 * 3), ("study-gauge-steps", 4 * 2 * 3, 4 * 3), ("study-gauge-long", 0, 3 * 3)],
+)
+def test_a_further_study_of_the_gauge_shares_the_runs_that_are_the_same(
+    target: str, shared: int, new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (gauge, tuning), (further, same) = (planned(name, monkeypatch) for name in ("study-gauge", target))
+    known = {(one.folder, digest(one.recipe)) for one in gauge}
+    sweep = [(one.folder, digest(one.recipe)) in known for one in further if one.seed == 0]
+    assert (tuning, same) == (1, 1)
+    assert (sum(sweep), len(sweep)) == (shared, shared + new)
 
 
 def test_federated_keeps_to_its_budget_and_to_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
