@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraover.common.command_line import DeviceChoice, DtypeChoice
-from loraover.common.dtypes import COMPUTE_DTYPES
-from loraover.models.device import DEVICES
+from loraover_export.cli.options import compute_dtype_option, device_option
 from loraover_serve.cli.options import GRAPH, MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
 from loraover_serve.engines import ENGINES
 
@@ -128,20 +126,10 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="Seconds without output before giving up on the server.",
 )
 @START_TIMEOUT
-@click.option(
-    "--device",
-    type=DeviceChoice(*DEVICES),
-    default="auto",
-    show_default="the first that is there of cuda, mps and cpu",
-    help="Device that PyTorch runs on: the engine torch, and the models that answers are compared with.",
+@device_option(
+    "--device", "Device that PyTorch runs on: the engine torch, and the models that answers are compared with."
 )
-@click.option(
-    "--compute-dtype",
-    type=DtypeChoice(*COMPUTE_DTYPES),
-    default="fp32",
-    show_default=True,
-    help="Data type that PyTorch runs in.",
-)
+@compute_dtype_option("Data type that PyTorch runs in.")
 @click.option("--seed", default=0, show_default=True, help="Seed of random weights, lengths and order.")
 @click.option("--allow-unequal", is_flag=True, help="Compare adapters of different ranks or targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, without the samples.")
