@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import yaml
@@ -17,9 +13,6 @@ from loraover.study.grid import is_plain, make_grid
 from loraover.study.outcome import execute
 from loraover.study.report import StudyReport
 from loraover.training.recipe import load_recipe
-
-from support.forked_training import ForkedTraining
-from support.tiny_hub import save_llama, write_recipe
 
 pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 
@@ -32,20 +25,6 @@ METHODS = [
     "federated:r=2",
     "tensorguide:tensorguide.tt_rank=2",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forked() -> Iterator[None]:
-    forking = SimpleNamespace(Popen=ForkedTraining, DEVNULL=subprocess.DEVNULL)
-    with patch("loraover.study.outcome.subprocess", forking):
-        yield
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    evaluation = {"examples": 12, "exact_match": False}
-    return write_recipe(folder / "words.yaml", save_llama(folder / "llama"), evaluation=evaluation)
 
 
 def test_settings_of_a_method_reach_its_recipe(recipe: Path) -> None:
