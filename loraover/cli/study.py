@@ -39,8 +39,8 @@ from loraover.common.command_line import Command
     metavar="[NAME=]RATES",
     default=["3e-4,1e-3,3e-3"],
     show_default=True,
-    help="Learning rates to try, separated by commas: of the method or task NAME (a task is a recipe's name), or "
-    "without NAME of all other methods. Can be repeated.",
+    help="Learning rates to try, separated by commas: of the method or task NAME (a task is a recipe's name), of one "
+    "method on one task (TASK/METHOD), or without NAME of all other methods. Can be repeated.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds, from 0.")
 @click.option(

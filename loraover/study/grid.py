@@ -97,7 +97,8 @@ def make_grid(
             `lora`.
         seeds: Number of seeds, from 0.
         settings: Values of recipe keys that all runs share, by dotted key.
-        task_rates: Learning rates of all methods on a task, by its name, in place of the methods' rates.
+        task_rates: Learning rates on a task in place of the methods' rates: of one method, by "TASK/METHOD", or of all
+            others, by "TASK".
         rulers: Those of the methods that are shown only, see `Run`.
 
     Raises:
@@ -105,12 +106,13 @@ def make_grid(
     """
     if not any(is_plain(method) for method in rates if method not in rulers):
         raise ConfigError(f"--methods: a study compares with plain LoRA; add {' or '.join(PLAIN)}.")
+    special = task_rates or {}
     own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
     runs = []
     for seed in range(seeds):
         for (recipe, method), chosen in own.items():
             task = Path(recipe).stem
-            for rate in (task_rates or {}).get(task, rates[method]):
+            for rate in special.get(f"{task}/{method}", special.get(task, rates[method])):
                 values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
                 runs.append(Run(task, method, rate, seed, load_recipe(recipe, values), method in rulers))
     _check(runs)

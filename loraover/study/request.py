@@ -22,8 +22,8 @@ class StudyRequest:
     Args:
         recipes: Names of recipes that ship, or YAML files; each is a task.
         methods: Names of `METHODS`, each with settings where wanted, see `make_grid`.
-        lr_sweep: Learning rates by name: of a method, of a task (a recipe's name, for all methods on that task), or
-            under the empty name of all other methods.
+        lr_sweep: Learning rates by name: of a method on a task ("TASK/METHOD"), of a task (a recipe's name, for its
+            other methods), of a method, or under the empty name of all other methods.
         seeds: Number of seeds, from 0.
         settings: Values of recipe keys that all runs share, by dotted key.
         tuning_seeds: Number of seeds that choose the rates; None: all.
@@ -59,14 +59,15 @@ class StudyRequest:
             raise ConfigError(
                 f"--lr-sweep names {both[0]!r}, which is a method and a recipe; give the recipe another name."
             )
-        if unknown := sorted(named - {*self.trained, *self.tasks}):
+        pairs = {f"{task}/{method}": (task, method) for task in self.tasks for method in self.trained}
+        if unknown := sorted(named - {*self.trained, *self.tasks, *pairs}):
             raise ConfigError(
-                f"--lr-sweep names {unknown[0]!r}, which is none of --methods and --ruler, and not a recipe's name."
+                f"--lr-sweep names {unknown[0]!r}, which is none of --methods and --ruler, not a recipe's name, and "
+                "not RECIPE/METHOD."
             )
-        if set(self.task_rates) < set(self.tasks):
-            for method, rates in self.rates.items():
-                if not rates:
-                    raise ConfigError(f"--lr-sweep gives no rates for {method!r}.")
+        for pair, (task, method) in pairs.items():
+            if not (pair in named or task in named or self.rates[method]):
+                raise ConfigError(f"--lr-sweep gives no rates for {method!r}.")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -80,14 +81,14 @@ class StudyRequest:
 
     @property
     def rates(self) -> dict[str, tuple[float, ...]]:
-        """Learning rates of each method and ruler, where its task has none."""
+        """Learning rates of each method and ruler, where `task_rates` has none."""
         common = self.lr_sweep.get("", ())
         return {method: self.lr_sweep.get(method, common) for method in self.trained}
 
     @property
     def task_rates(self) -> dict[str, tuple[float, ...]]:
-        """Learning rates of all methods on a task, by its name."""
-        return {task: self.lr_sweep[task] for task in self.tasks if task in self.lr_sweep}
+        """Learning rates of the tasks that have their own, by task or "TASK/METHOD"."""
+        return {name: rates for name, rates in self.lr_sweep.items() if name and name not in self.trained}
 
     def command(self, output: Path) -> str:
         """Command line of this study."""

@@ -76,8 +76,8 @@ def run_study(
         output: Folder of the study: new, or one to continue.
         methods: Names of `loraover.study.grid.METHODS`, with settings where wanted, such as
             "lora-over:schedule=dynamic:budget={fraction: 0.25}".
-        lr_sweep: Learning rates of every method; or rates by the name of a method or of a task, and under the empty
-            name those of all other methods.
+        lr_sweep: Learning rates of every method; or rates by the name of a method, of a task or of both
+            ("TASK/METHOD"), and under the empty name those of all other methods.
         seeds: Number of seeds, from 0.
         tuning_seeds: Number of seeds, from 0, that choose each method's rate; None: all.
         rulers: Methods that are trained and shown, but are neither baselines nor compared in the verdict.

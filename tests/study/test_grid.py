@@ -176,3 +176,24 @@ def test_a_task_may_have_a_sweep_of_its_own(recipe: Path) -> None:
         asked(["lora", "lora-over"], [str(recipe), "other"], **{recipe.stem: (1e-4,)})
     found = asked(["lora"], [str(recipe), "other"], lora=(1e-3,), **{recipe.stem: (1e-4,)})
     assert (found.rates, found.task_rates) == ({"lora": (1e-3,)}, {recipe.stem: (1e-4,)})
+
+
+def test_a_method_may_have_a_sweep_of_its_own_on_one_task(recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_bytes(recipe.read_bytes())
+    own = f"{recipe.stem}/lora-over"
+    found = asked(
+        ["lora", "lora-over"], [str(recipe), str(other)], others=(1e-3,), other=(1e-2,), **{own: (1e-4, 3e-4)}
+    )
+    runs = make_grid([str(recipe), str(other)], found.rates, 1, {}, found.task_rates)
+    assert [(run.task, run.method, run.rate) for run in runs] == [
+        (recipe.stem, "lora", 1e-3),
+        (recipe.stem, "lora-over", 1e-4),
+        (recipe.stem, "lora-over", 3e-4),
+        ("other", "lora", 1e-2),
+        ("other", "lora-over", 1e-2),
+    ]
+    with pytest.raises(ConfigError, match="not RECIPE/METHOD"):
+        asked(["lora"], [str(recipe)], others=(1e-3,), **{own: (1e-4,)})
+    with pytest.raises(ConfigError, match="no rates for 'lora-over'"):
+        asked(["lora", "lora-over"], [str(recipe), str(other)], lora=(1e-3,), **{own: (1e-4,)})
