@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from click.shell_completion import get_completion_class
 
 from loraover.cli import cli
-from loraover.common.command_line import Command, LazyGroup, run
+from loraover.common.command_line import INTERRUPTED, Command, LazyGroup, run
 
 ROOT = Path(__file__).parents[1]
 FRAGMENTS = ("Of ", "That ", "For ", "Likewise")
@@ -160,3 +161,16 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupted_process_shows_its_output_and_ends_without_clearing_up() -> None:
+    code = (
+        "import atexit, click\nfrom loraover.common.command_line import entry_point\n"
+        "atexit.register(print, 'cleared up')\n"
+        "def work():\n    print('shown')\n    raise KeyboardInterrupt\n"
+        "entry_point(click.Command('work', callback=work))()\n"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=buffered)
+    assert (ended.returncode, ended.stdout) == (130, "shown\n")
+    assert ended.stderr.strip() == INTERRUPTED
