@@ -1,4 +1,4 @@
-"""LoRA-Over: train adapters with more capacity, ship plain LoRA."""
+"""LoRA-Over: train adapters with extra parameters, ship plain LoRA."""
 
 from __future__ import annotations
 

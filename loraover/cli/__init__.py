@@ -20,7 +20,7 @@ COMMANDS = {
 @click.group(cls=LazyGroup, commands_at=COMMANDS, plugins="loraover.commands", renamed={"schedule": "inspect"})
 @click.version_option(package_name="loraover")
 def cli() -> None:
-    """Train LoRA adapters with extra capacity during training, and ship plain LoRA."""
+    """Train LoRA adapters with extra parameters during training, and ship plain LoRA."""
 
 
 main = entry_point(cli)
