@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
@@ -21,6 +20,7 @@ from loraover.common.errors import CheckpointError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.importance.base import Loss, Probe, model_loss
 from loraover.overparam.parameterization import OverParameterization
+from loraover.overparam.random_state import seeded
 from loraover.overparam.schedule import runs_model
 from loraover.overparam.sharding import trainable_state_dict, world_size
 from loraover.overparam.sites import find_sites, only_adapter
@@ -227,7 +227,7 @@ def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> 
     """
     size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
     dataset = dataloader.dataset
-    with torch.random.fork_rng(devices=[]):  # a dataset may draw crops, a collator masks
+    with seeded(seed, []):  # a dataset may draw crops, a collator masks
         if hasattr(dataset, "__len__"):
             chosen = random.Random(seed).sample(range(len(dataset)), min(count * size, len(dataset)))
             rows = [dataset[i] for i in chosen]

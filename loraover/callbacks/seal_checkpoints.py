@@ -14,14 +14,13 @@ from typing import Any
 from pydantic import BaseModel, Field
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_text, sync
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.strict_json import read_json
 from loraover.overparam.parameterization import has_cores
 from loraover.overparam.sharding import wait_for_all
-
-SEAL_FILE = "complete.json"
 
 
 class Seal(BaseModel):

@@ -35,6 +35,8 @@ from loraover.overparam.schedule import Round
 
 SCHEMA_VERSION = 3
 META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
+SEAL_FILE = "complete.json"
+"""Marks a Trainer's checkpoint as complete, see `SealCheckpoints`."""
 HASHED_LATER = (TENSORS_FILE, CORES_FILE)
 SCORE_PREFIX = "score."
 

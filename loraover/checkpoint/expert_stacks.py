@@ -24,9 +24,9 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
 from loraover.common.errors import CheckpointError
-from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, Side, unwrapped
+from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, MatrixName, without_base_layers
 
-OTHER: Mapping[Side, Side] = {"A": "B", "B": "A"}
+OTHER: Mapping[MatrixName, MatrixName] = {"A": "B", "B": "A"}
 
 PRESENT_LAYOUT = "0.19.0"
 
@@ -144,7 +144,7 @@ def find_stacks(
     """
     wrappers: dict[str, list[str]] = {}
     for path in pairs:
-        wrappers.setdefault(unwrapped(path), []).append(path)
+        wrappers.setdefault(without_base_layers(path), []).append(path)
     stacks = []
     for module, paths in wrappers.items():
         parameters = {name for target in targets if (name := targeted_parameter(target, module)) is not None}

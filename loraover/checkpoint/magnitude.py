@@ -1,4 +1,4 @@
-"""The numbers that rounding errors of a contraction are relative to."""
+"""Contraction of absolute core values, which bounds the rounding errors."""
 
 from __future__ import annotations
 

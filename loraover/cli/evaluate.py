@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 @click.option(
     "--apply-chat-template/--no-apply-chat-template",
     default=None,
-    help="Put questions into the tokenizer's chat template, or not. Default: if it has one.",
+    help="Put questions into the tokenizer's chat template, or not. Default: yes if the tokenizer has one.",
 )
 @click.option("--allow-code-execution", is_flag=True, help="Run code that the model writes, in a sandbox.")
 @click.option("--judge-url", help="Address of the OpenAI-compatible server of the judge, the model that rates answers.")

@@ -37,7 +37,7 @@ from loraover.common.command_line import Command
 )
 @click.option("--model", help="Base model: folder or hub name.")
 @click.option("--data", help="Training data: JSONL file, folder, hub name, or 'word-problems' (built in).")
-@click.option("--test-data", help="Held-out data: JSONL file, folder or hub name.")
+@click.option("--test-data", help="Held-out data: JSONL file, folder, hub name, or 'word-problems' (built in).")
 @click.option("--steps", type=int, help="Number of optimizer steps, in place of epochs.")
 @click.option("--learning-rate", type=float, help="Peak learning rate.")
 @click.option("--seed", type=int, help="Seed of weights, data order and built-in data.")
@@ -116,7 +116,7 @@ def train(
     try:
         result = run(loaded, folder, resume=resume, report=report, command=typed)
     except KeyboardInterrupt:
-        if folder.exists():
+        if folder.exists() and loaded.can_resume:
             again = [*words, "--resume", *(() if output is not None else ("-o", str(folder)))]
             click.echo(f"To continue from the last complete checkpoint: {shlex.join(['loraover', *again])}", err=True)
         raise

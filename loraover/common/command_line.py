@@ -28,7 +28,7 @@ from loraover.common.quiet import ignore_idle_warnings
 # Keeps it private which models a user trains; huggingface_hub reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-INTERRUPTED = "Interrupted. No partial output was left."
+INTERRUPTED = "Interrupted. No incomplete file was left."
 INTERRUPTED_CODE = 130
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),

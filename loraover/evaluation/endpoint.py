@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -17,6 +17,8 @@ REQUEST_TIMEOUT_S = 300.0
 UNFIT = {400, 413, 422}
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
 PAUSES_S = (1.0, 4.0)
+
+T = TypeVar("T")
 
 
 class UnansweredError(EngineError):
@@ -79,7 +81,7 @@ class Endpoint:
             EngineError: the server refused, or did not answer repeated requests.
         """
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0} | ({"stop": list(stop)} if stop else {})
-        return self._insist("/completions", {"model": model, **body}, "text")
+        return self._ask(lambda: _text(self._request("/completions", {"model": model, **body}), "text"))
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
         """Ask for the answer to a conversation.
@@ -94,7 +96,8 @@ class Endpoint:
             EngineError: see `complete`.
         """
         body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
-        return self._insist("/chat/completions", {"model": model, **body}, "message", "content")
+        request = {"model": model, **body}
+        return self._ask(lambda: _text(self._request("/chat/completions", request), "message", "content"))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """Send a request, again after a pause where that may help, and return the JSON of the answer.
@@ -106,14 +109,7 @@ class Endpoint:
         Raises:
             EngineError: see `complete`.
         """
-        for pause in PAUSES_S:
-            try:
-                return self._request(path, body)
-            except UnansweredError:
-                if self._is_closed:
-                    raise
-                time.sleep(pause)
-        return self._request(path, body)
+        return self._ask(lambda: self._request(path, body))
 
     def models(self) -> list[str]:
         """Names of the models that the server lists; none if it has no such list.
@@ -134,14 +130,16 @@ class Endpoint:
         except (ValueError, LookupError, TypeError):
             return []
 
-    def _insist(self, path: str, body: dict[str, Any], *keys: str) -> str:
-        """Text under these keys of the first choice; the request is repeated after a pause where that may help."""
+    def _ask(self, ask: Callable[[], T]) -> T:
+        """Return what `ask` returns, which is called again after a pause where that may help."""
         for pause in PAUSES_S:
             try:
-                return _text(self._request(path, body), *keys)
+                return ask()
             except UnansweredError:
+                if self._is_closed:
+                    raise
                 time.sleep(pause)
-        return _text(self._request(path, body), *keys)
+        return ask()
 
     def _request(self, path: str, body: dict[str, Any]) -> Any:
         try:

@@ -54,6 +54,10 @@ class EvaluationRequest:
             raise ConfigError("--endpoint needs --endpoint-model for each model it serves, and takes no --adapter.")
         if self.endpoint is None and self.endpoint_models:
             raise ConfigError("--endpoint-model names models of an --endpoint; add its address.")
+        if self.endpoint is None and self.endpoint_key_variable is not None:
+            raise ConfigError("--endpoint-key-variable is for an --endpoint; add its address.")
+        if self.judge_url is None and self.judge_key_variable is not None:
+            raise ConfigError("--judge-key-variable is for a judge; add --judge-url and --judge-model.")
 
     def options(self) -> Options:
         """What tasks read.

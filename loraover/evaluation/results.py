@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import binomtest
 
 from loraover.evaluation.base import Example
+from loraover.reporting.reporter import print_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,10 +81,10 @@ def show_evaluation(found: Evaluation, console: Console) -> None:
         table.add_row(*map(escape, row))
     console.print(table)
     settings = "; ".join(f"{name}: {value}" for name, value in found.settings.items())
-    console.print(f"{found.model_origin}; {settings}", soft_wrap=True, markup=False, highlight=False)
+    print_line(console, f"{found.model_origin}; {settings}")
     for result in found.results:
         if result.failure is not None:
-            console.print(f"{result.name} failed: {result.failure}", soft_wrap=True, markup=False, highlight=False)
+            print_line(console, f"{result.name} failed: {result.failure}")
 
 
 def result_rows(found: Evaluation) -> tuple[list[str], list[list[str]]]:

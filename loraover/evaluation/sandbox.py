@@ -122,6 +122,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     Raises:
         ConfigError: this system cannot hold the program.
     """
+    bubblewrap = _bubblewrap()
     python = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
     user = _unused_user()
     request = json.dumps({"program": program, "user": user, "limits": _rlimits(limits, user)}).encode()
@@ -133,7 +134,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
         calls.write(_filter())
         calls.seek(0)
         process = subprocess.Popen(
-            [*_sandbox(python, user, limits, calls.fileno()), python, "-I", "-S", "-B", "-c", RUNNER],
+            [bubblewrap, *_sandbox(python, user, limits, calls.fileno()), python, "-I", "-S", "-B", "-c", RUNNER],
             stdin=subprocess.PIPE,
             stdout=answer,
             stderr=complaint,
@@ -185,8 +186,8 @@ def _bubblewrap() -> str:
 
 
 def _sandbox(python: str, user: int | None, limits: Limits, calls: int) -> list[str]:
-    """The command that runs the command after it without the host's network, processes and files."""
-    words = [_bubblewrap(), "--die-with-parent", "--seccomp", str(calls)]
+    """bubblewrap's arguments that run the command after them without the host's network, processes and files."""
+    words = ["--die-with-parent", "--seccomp", str(calls)]
     words += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     if user is None:
         words += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]

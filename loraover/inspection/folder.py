@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.checkpoint.checkpoint import META_FILE, Meta, read_checkpoint
+from loraover.checkpoint.checkpoint import META_FILE, SEAL_FILE, Meta, open_checkpoint, read_checkpoint
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_adapter_dir, site_name
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
@@ -22,7 +22,7 @@ from loraover.inspection.next_steps import next_steps
 from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, Kind, OnnxFacts, RunFacts, VllmFacts
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import METRICS_FILE, PRODUCTS, RECIPE_FILE, TRAINER_FOLDER
+from loraover.training.run_folder import METRICS_FILE, PRODUCTS, RECIPE_FILE, TRAINER_FOLDER, step_of
 from loraover.training.run_result import RUN_FILE, read_run
 
 FOLD_FILE, PREFLIGHT_FILE, VLLM_FILE = "fold_certificate.json", "preflight.json", "vllm_certificate.json"
@@ -99,7 +99,7 @@ def read_schedule(path: str | Path) -> Meta:
     folder = Path(path)
     if recognise(folder) == "run":
         folder = folder / "adapter"
-    return read_checkpoint(folder).meta
+    return open_checkpoint(folder).meta
 
 
 def _adapter(folder: Path, kind: Kind) -> FolderReport:
@@ -164,14 +164,12 @@ def _run(folder: Path) -> FolderReport:
     recipe = load_recipe(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else None
     trained = next((folder / name for name in PRODUCTS if (folder / name / CONFIG_FILE).is_file()), None)
     made = None if trained is None else _adapter(trained, recognise(trained))
-    steps = [
-        int(number)
-        for checkpoint in (folder / TRAINER_FOLDER).glob("checkpoint-*")
-        if (number := checkpoint.name.removeprefix("checkpoint-")).isdecimal()
-    ]
+    whole = [seal.parent for seal in (folder / TRAINER_FOLDER).glob(f"checkpoint-*/{SEAL_FILE}")]
+    steps = [step_of(found) for found in whole if found.name.removeprefix("checkpoint-").isdecimal()]
     run = RunFacts(
         state="finished" if result is not None else "unfinished" if failure is None else "failed",
         method=None if recipe is None else recipe.method,
+        can_resume=recipe is not None and recipe.can_resume,
         model=None if recipe is None else recipe.model,
         data=None if recipe is None else recipe.data.train,
         checkpoint_step=max(steps, default=None),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.version import __version__
+from loraover.models.device import total_memory
 
 ENGINE_GROUP = "loraover.doctor"
 """Entry points in this group are functions that return the engines of a package."""
@@ -152,21 +153,14 @@ def _version(name: str) -> str | None:
 def _devices() -> list[Device]:
     import torch
 
-    found = [Device(kind="cpu", name=f"{platform.machine()}, {os.cpu_count()} cores", memory_bytes=_memory())]
+    name = f"{platform.machine()}, {os.cpu_count()} cores"
+    found = [Device(kind="cpu", name=name, memory_bytes=total_memory("cpu"))]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         found.append(Device(kind="cuda", name=properties.name, memory_bytes=properties.total_memory))
     if torch.backends.mps.is_available():
         found.append(Device(kind="mps", name="Apple GPU", memory_bytes=torch.mps.recommended_max_memory()))
     return found
-
-
-def _memory() -> int | None:
-    """Memory of this machine in bytes."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
 
 
 def _hub() -> str:

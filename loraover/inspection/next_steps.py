@@ -36,6 +36,8 @@ def _of_run(report: FolderReport, path: Path) -> list[NextStep]:
     if report.run.method is None:
         return []
     recipe = str(path / RECIPE_FILE)
+    if not report.run.can_resume:
+        return [_step("Start the run again", "loraover", "train", recipe, "-o", str(beside(path, "again")))]
     return [_step("Continue the run", "loraover", "train", recipe, "-o", str(path), "--resume")]
 
 

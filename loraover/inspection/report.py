@@ -51,6 +51,7 @@ class RunFacts(_Fact):
     method: str | None = Field(None, description="Method of the recipe; None: no recipe is left.")
     model: str | None = Field(None, description="Base model of the recipe.")
     data: str | None = Field(None, description="Training data of the recipe.")
+    can_resume: bool = Field(False, description="Whether a run with this recipe can be continued.")
     checkpoint_step: int | None = Field(None, description="Step of the newest checkpoint to resume from.")
     last_loss: float | None = Field(None, description="Last training loss of the log, in nats per token.")
     result: RunResult | None = Field(None, description="Result of a finished run.")

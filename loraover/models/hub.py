@@ -25,13 +25,25 @@ def pinned_commit(name: str, revision: str | None, kind: Literal["model", "datas
         HubUnreachableError: The hub cannot be reached, and its cache holds no copy.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = ["config.json", "README.md"]
     try:
         folder = snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns)
+    except LocalEntryNotFoundError as error:  # before huggingface-hub 1, one of the HfHubHTTPErrors below
+        raise _unreachable(kind, name) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it: {error}") from error
     except OSError as error:
-        raise HubUnreachableError(f"{kind} {name!r}: the hub cannot be reached and its cache holds no copy.") from error
+        raise _unreachable(kind, name) from error
     return Path(folder).name
+
+
+def _unreachable(kind: str, name: str) -> HubUnreachableError:
+    return HubUnreachableError(f"{kind} {name!r}: the hub cannot be reached and its cache holds no copy.")

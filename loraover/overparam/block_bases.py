@@ -21,7 +21,7 @@ RIDGE = 1e-7
 class Blocks(NamedTuple):
     """How a side is divided: `number` blocks, the first `full` of them of length `size`, the others one shorter.
 
-    A shorter block is kept with one row and column of padding, which is a direction of its own, the last one.
+    A shorter block is kept with one row and column of padding, which is a separate direction, always the last.
     """
 
     number: int

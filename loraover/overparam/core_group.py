@@ -276,7 +276,7 @@ def stacked(gradients: Mapping[str, Tensor], sites: Sequence[Site]) -> Tensor:
 
 
 def _part(state: Mapping[str, Any], whole: Tensor, i: int) -> dict[str, Any]:
-    """What an optimizer's state of a stack says of the i-th core."""
+    """State of the i-th core, taken from the state of its stack."""
     part: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Tensor):

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Side = Literal["A", "B"]
-SIDES: tuple[Side, Side] = ("A", "B")
+MatrixName = Literal["A", "B"]
+SIDES: tuple[MatrixName, MatrixName] = ("A", "B")
 
 FUSED = ("gate_up_proj", "down_proj")
 """Parameters of transformers' modules of experts, in the order in which PEFT wraps them, from the inside."""
@@ -33,7 +33,7 @@ class ExpertPart:
         experts: Number E of experts.
     """
 
-    matrix: Side
+    matrix: MatrixName
     expert: int
     experts: int
 
@@ -44,7 +44,7 @@ class ExpertPart:
         return stack.view(len(stack), -1, self.experts)[..., self.expert]
 
 
-def unwrapped(path: str) -> str:
+def without_base_layers(path: str) -> str:
     """Return a module's path in the base model, without `.base_layer` for each of PEFT's wrappers of parameters."""
     return re.sub(r"(\.base_layer)+$", "", path)
 
@@ -54,6 +54,6 @@ def part_of(part: ExpertPart | None, tensor: Tensor) -> Tensor:
     return tensor if part is None else part.of(tensor)
 
 
-def stack_experts(matrix: Side, parts: Sequence[Tensor]) -> Tensor:
+def stack_experts(matrix: MatrixName, parts: Sequence[Tensor]) -> Tensor:
     """Return the stack that holds these A or B, one of each expert in order."""
     return torch.cat(list(parts)) if matrix == "A" else torch.stack(list(parts), dim=-1).flatten(1)

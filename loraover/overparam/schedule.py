@@ -73,9 +73,10 @@ class Schedule:
         self.probe = probe
         self._waits = False
         self._decomposition: Decomposition = config.make_decomposition()
-        self._added = {name: self._decomposition.num_parameters(*s.shape) for name, s in self.candidates.items()}
-        for name, site in self.candidates.items():
-            self._added[name] -= site.size
+        self._added = {
+            name: self._decomposition.of_site(name).num_parameters(*site.shape) - site.size
+            for name, site in self.candidates.items()
+        }
         self.score = SCORES[config.score](self.candidates, config.seed or 0)
         if config.budget is not None:
             self._capacity = self._check_budget(config.budget)
@@ -356,7 +357,8 @@ def _round_steps(config: LoraOverConfig, steps: int) -> list[int]:
     found = [max(1, round(steps * fraction)) for fraction in fractions]
     if len(set(found)) < config.rounds or found[-1] >= steps:
         raise ConfigError(
-            f"{config.rounds} rounds from {config.start:g} to {config.end:g} of {steps} steps come after steps "
-            f"{', '.join(map(str, found))}; they must differ and precede the last step: use fewer rounds or more steps."
+            f"{config.rounds} rounds from {config.start:g} to {config.end:g} of {steps} steps would take place after "
+            f"steps {', '.join(map(str, found))}; they must differ and come before the last step. Use fewer rounds or "
+            "more steps."
         )
     return found

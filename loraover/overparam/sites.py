@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError, ShapeError
-from loraover.overparam.expert_part import FUSED, ExpertPart, Side, part_of, unwrapped
+from loraover.overparam.expert_part import FUSED, ExpertPart, MatrixName, part_of, without_base_layers
 from loraover.overparam.sharding import local
 
 # Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
@@ -175,13 +175,13 @@ def _trained_matrices(layer: Any) -> Iterator[tuple[str, Literal["A", "B"], str,
                 yield kind, matrix, adapter, parameter
 
 
-def matrices_of(module: str, layer: Any, matrix: Side) -> list[tuple[str, ExpertPart | None]]:
+def matrices_of(module: str, layer: Any, matrix: MatrixName) -> list[tuple[str, ExpertPart | None]]:
     """Return the module's path and the place in the parameter of each matrix that a layer's A or B holds."""
     from peft.tuners.lora.layer import ParamWrapper
 
     if not isinstance(layer, ParamWrapper) or layer.parameter_name not in FUSED:
         return [(module, None)]
-    owner, experts = unwrapped(module), layer.num_experts
+    owner, experts = without_base_layers(module), layer.num_experts
     return [(f"{owner}.{e}.{layer.parameter_name}", ExpertPart(matrix, e, experts)) for e in range(experts)]
 
 

@@ -14,7 +14,7 @@ from loraover.common.errors import ConfigError
 from loraover.models.load import load_skeleton, resolve_model
 from loraover.training.recipe import OTHER_METHODS, Recipe, load_recipe, parse_override
 
-METHODS: dict[str, dict[str, Any]] = {
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "rslora": {"method": "lora", "lora.use_rslora": True},
     "dora": {"method": "lora", "lora.use_dora": True},
@@ -33,7 +33,9 @@ METHODS: dict[str, dict[str, Any]] = {
 PLAIN = ("lora", "lora+", "lora-matched")
 """Methods that train plain A and B; the others are compared with the best of these, whatever its rank or training."""
 
-VARIANTS = {key.removeprefix("lora.") for settings in METHODS.values() for key in settings if key.startswith("lora.")}
+VARIANTS = {
+    key.removeprefix("lora.") for settings in METHOD_SETTINGS.values() for key in settings if key.startswith("lora.")
+}
 VARIANTS |= {"training.optim"}
 """Settings with which plain LoRA counts as another method."""
 
@@ -91,7 +93,7 @@ def make_grid(
 
     Args:
         recipes: Names of recipes that ship, or YAML files.
-        rates: Learning rates of each method. A method is a name of `METHODS`, with settings where wanted, as in
+        rates: Learning rates of each method. A method is a name of `METHOD_SETTINGS`, with settings where wanted, as in
             "lora-over:schedule=dynamic:budget={fraction: 0.25}". A setting that begins with an entry of `RECIPE_PARTS`
             is a key of the recipe; the other settings of lora-over are keys of `over`, those of other methods keys of
             `lora`.
@@ -145,8 +147,8 @@ def is_plain(method: str) -> bool:
 
 def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any]:
     name, *own = split_outside_brackets(method, ":")
-    if name not in METHODS:
-        raise ConfigError(f"--methods: {name!r} is none of {', '.join(METHODS)}.")
+    if name not in METHOD_SETTINGS:
+        raise ConfigError(f"--methods: {name!r} is none of {', '.join(METHOD_SETTINGS)}.")
     part = "over" if name == "lora-over" else "lora"
     given = {key if key.startswith(RECIPE_PARTS) else f"{part}.{key}": value for key, value in map(parse_override, own)}
     for key, option in SWEPT.items():
@@ -155,8 +157,8 @@ def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any
     if name == "lora-matched":
         if "lora.r" in given:
             raise ConfigError("--methods: lora-matched chooses its rank; write lora:r=N for another one.")
-        given["lora.r"] = matched_rank(load_recipe(recipe, shared | METHODS[name] | given))
-    return METHODS[name] | given
+        given["lora.r"] = matched_rank(load_recipe(recipe, shared | METHOD_SETTINGS[name] | given))
+    return METHOD_SETTINGS[name] | given
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
@@ -176,15 +178,15 @@ def matched_rank(recipe: Recipe) -> int:
 
     LoRA-Over trains all matrices, and the numbers that the cores of the schedule have beyond those of their matrices.
     """
-    from peft import LoraConfig, get_peft_model
-
     from loraover.overparam.schedule import Schedule
     from loraover.overparam.sites import find_sites
+    from loraover.training.adapter import with_adapter
 
-    options = recipe.lora.model_dump() | {"init_lora_weights": False}
     source = resolve_model(recipe.model, recipe.model_revision)
-    model = get_peft_model(load_skeleton(source), LoraConfig(**options))
-    sites = find_sites(model)
+    base = load_skeleton(source)
+    lora = recipe.lora.model_copy(update={"init_lora_weights": False})
+    task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    sites = find_sites(with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source))
     _, added = Schedule(recipe.over, sites, steps=None, probe=None).most_parameters
     matrices = sum(site.size for site in sites.values())
     return -(-recipe.lora.r * (matrices + added) // matrices)

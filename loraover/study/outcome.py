@@ -26,7 +26,7 @@ from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.strict_json import read_json
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
-from loraover.training.run_folder import HELD_OUT_FILE, METRICS_FILE, PRODUCTS, RECIPE_FILE
+from loraover.training.run_folder import HELD_OUT_FILE, METRICS_FILE, RECIPE_FILE
 from loraover.training.run_result import RUN_FILE, read_run
 
 OUTCOME_FILE = "outcome.json"
@@ -139,13 +139,11 @@ def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
     publish_text(asked, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
     has_begun = (folder / RECIPE_FILE).is_file()
-    if recipe.can_resume and has_begun and not any((folder / name).exists() for name in PRODUCTS):
+    if recipe.can_resume and has_begun:
         command.append("--resume")
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     else:
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # killed before there was anything to resume, or while it wrote its result
+        shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import TypeVar
@@ -70,7 +69,7 @@ class StudyReport(BaseModel):
     tuning_seeds: int | None = Field(None, description="Number of these that chose the learning rates; None: all.")
     runs: int = Field(description="Number of finished runs.")
     tasks: list[TaskResult] = Field(description="Results on each task.")
-    words: list[str] = Field(description="Verdicts in sentences.")
+    words: list[str] = Field(description="A sentence for each comparison.")
     command: str = Field(description="Command line of the study.")
     versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     hardware: str = Field(description="Machines that trained.")
@@ -195,53 +194,14 @@ def _with_p(result: MethodResult, p: float | None) -> MethodResult:
 
 
 def words(tasks: Sequence[TaskResult]) -> list[str]:
-    """Say whether LoRA-Over beats tuned plain LoRA, then compare each method on each task in a sentence."""
-    lines = [_overall(tasks)]
+    """Compare each method on each task in a sentence."""
+    lines = []
     for task in tasks:
         if task.baseline is None:
             lines.append(f"{task.task}: every plain LoRA failed at every rate, so nothing is compared.")
         compared = [result for result in task.methods if result.method not in task.rulers]
         lines += [_sentence(task, result) for result in compared if result.difference is not None]
     return lines
-
-
-def _overall(tasks: Sequence[TaskResult]) -> str:
-    """First sentence; a task on which LoRA-Over failed at every rate, and plain LoRA did not, counts as worse."""
-    settings: dict[str, list[Difference]] = {}
-    failed: Counter[str] = Counter()
-    for task in tasks:
-        for result in task.methods:
-            if is_over(task, result.method) and result.difference is not None:
-                settings.setdefault(result.method, []).append(result.difference)
-        if task.baseline is not None:
-            failed.update(method for method in task.failed if is_over(task, method))
-    for method in failed:
-        settings.setdefault(method, [])
-    if not settings:
-        return "Whether LoRA-Over beats a tuned plain LoRA is unknown yet: a comparison needs both, and two seeds."
-    better = {method: sum(map(is_better, found)) for method, found in settings.items()}
-    worse = {method: sum(map(is_worse, found)) + failed[method] for method, found in settings.items()}
-    counts = "; ".join(
-        f"{method} is better on {better[method]}, worse on {worse[method]} of {len(found) + failed[method]}"
-        + (f" ({failed[method]} failed at every rate)" if failed[method] else "")
-        for method, found in settings.items()
-    )
-    if any(better[method] == len(found) + failed[method] for method, found in settings.items()):
-        verdict = "LoRA-Over beats tuned plain LoRA here"
-    elif any(better[method] and not worse[method] for method in settings):
-        verdict = "LoRA-Over beats tuned plain LoRA on some tasks here and loses on none"
-    elif any(better.values()):
-        verdict = "LoRA-Over beats tuned plain LoRA on some tasks and loses to it on others"
-    else:
-        verdict = "LoRA-Over does not beat tuned plain LoRA here"
-    several = " (nothing corrects for the number of settings)" if len(settings) > 1 and any(better.values()) else ""
-    at_end = [
-        task.task
-        for task in tasks
-        if any(r.method == task.baseline and not r.sensitivity.is_bracketed for r in task.methods)
-    ]
-    edge = f", but the sweep did not bracket plain LoRA's best rate on {', '.join(at_end)}" if at_end else ""
-    return f"{verdict}: of the tasks, {counts}{several}{edge}."
 
 
 def is_over(task: TaskResult, method: str) -> bool:

@@ -21,7 +21,7 @@ class StudyRequest:
 
     Args:
         recipes: Names of recipes that ship, or YAML files; each is a task.
-        methods: Names of `METHODS`, each with settings where wanted, see `make_grid`.
+        methods: Names of `METHOD_SETTINGS`, each with settings where wanted, see `make_grid`.
         lr_sweep: Learning rates by name: of a method on a task ("TASK/METHOD"), of a task (a recipe's name, for its
             other methods), of a method, or under the empty name of all other methods.
         seeds: Number of seeds, from 0.

@@ -24,7 +24,7 @@ from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
 from loraover.study.report import StudyReport, task_results, words
 from loraover.study.request import DEFAULT_SWEEP, StudyRequest
 from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_markdown
-from loraover.study.tuning import Plan, hours_left, plan_runs
+from loraover.study.tuning import RunPlan, hours_left, plan_runs
 from loraover.training.recipe import Recipe
 
 DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagnostics": True}
@@ -74,7 +74,7 @@ def run_study(
     Args:
         recipes: Names of recipes that ship, or YAML files; each is a task.
         output: Folder of the study: new, or one to continue.
-        methods: Names of `loraover.study.grid.METHODS`, with settings where wanted, such as
+        methods: Names of `loraover.study.grid.METHOD_SETTINGS`, with settings where wanted, such as
             "lora-over:schedule=dynamic:budget={fraction: 0.25}".
         lr_sweep: Learning rates of every method; or rates by the name of a method, of a task or of both
             ("TASK/METHOD"), and under the empty name those of all other methods.
@@ -273,7 +273,7 @@ def make_report(
     )
 
 
-def _is_done(seed: int, plan: Plan, outcomes: Mapping[Run, Outcome]) -> bool:
+def _is_done(seed: int, plan: RunPlan, outcomes: Mapping[Run, Outcome]) -> bool:
     """Whether a seed has runs, and all of them have finished."""
     mine = [run for run in plan.runs if run.seed == seed]
     return bool(mine) and all(run in outcomes for run in mine)

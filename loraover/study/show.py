@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from loraover.study.report import MethodResult, StudyReport, TaskResult
+from loraover.study.verdict import verdict_of
 
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
 COLUMNS = (
@@ -18,13 +19,14 @@ END_NOTE = " (end): the best rate is at an end of the sweep."
 
 def show_study(report: StudyReport, folder: Path, console: Console) -> None:
     """Print what the figures say, and which files hold them."""
-    for line in (*report.words, f"wrote {folder / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"):
+    written = f"wrote {folder / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"
+    for line in (verdict_of(report).sentence, *report.words, written):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def to_markdown(report: StudyReport) -> str:
     """Markdown with the verdict in sentences, and a table for each task."""
-    lines = [f"- {line}" for line in report.words]
+    lines = [f"- {line}" for line in (verdict_of(report).sentence, *report.words)]
     if not report.is_whole:
         lines.append(f"- {unfinished(report)}")
     for task in report.tasks:

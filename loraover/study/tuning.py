@@ -16,7 +16,7 @@ from loraover.study.grid import FEWEST_EXAMPLES, Run
 from loraover.study.outcome import Outcome
 
 
-class Plan(NamedTuple):
+class RunPlan(NamedTuple):
     """Runs that a study needs.
 
     Args:
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
         return Counter(run.task for run in self.runs if run not in outcomes) + self.undecided
 
 
-def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds: int | None) -> Plan:
+def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds: int | None) -> RunPlan:
     """List the runs that a study needs, as far as its rates are chosen.
 
     The first seeds are trained at every rate. A method's further seeds are trained at its chosen rate only; if a run
@@ -53,7 +53,7 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
     """
     seeds = len({run.seed for run in grid})
     if tuning_seeds is None or tuning_seeds >= seeds:
-        return Plan(list(grid), Counter())
+        return RunPlan(list(grid), Counter())
     rates: dict[tuple[str, str], float] = {}
     undecided: Counter[str] = Counter()
     for task, methods in by_method(grid).items():
@@ -64,7 +64,7 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
             elif found := tune(runs, outcomes, tuning_seeds, tokens):
                 rates[task, method] = found.best_rate
     runs = [run for run in grid if run.seed < tuning_seeds or rates.get((run.task, run.method)) == run.rate]
-    return Plan(runs, undecided)
+    return RunPlan(runs, undecided)
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:

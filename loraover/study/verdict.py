@@ -111,6 +111,8 @@ def verdict_of(report: StudyReport) -> Verdict:
         return Verdict("open", "unknown", NOTHING)
     names = {method: "LoRA-Over" if len(settings) == 1 else method for method in settings}
     sentences = [setting.sentence(names[method]) for method, setting in settings.items()]
+    if len(settings) > 1 and any(setting.below for setting in settings.values()):
+        sentences.append("Nothing corrects for the number of settings.")
     if edges := _unbracketed(report.tasks):
         sentences.append(f"The sweep did not bracket plain LoRA's best rate on {_list(edges)}.")
     if not report.is_whole:

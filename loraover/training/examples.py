@@ -49,7 +49,12 @@ def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
         return Examples(train_rows, None)
     if data.test is None and Path(data.train).is_file():
         raise DataError(f"{data.train} is one file; name held-out data in data.test, or set evaluation.examples to 0.")
-    same = data.test in (None, data.train)
-    revision = train_rows.revision if same else None
+    if data.test == BUILT_IN:
+        rows = split_word_problems(0, wanted, recipe.training.seed)[1]
+        origin = f"built-in word problems, seed {recipe.training.seed}"
+        return Examples(train_rows, Rows([as_chat(row) if chat else row for row in rows], origin))
+    revision = data.revision if train_rows.revision is None else None
+    if data.test in (None, data.train):
+        revision = train_rows.revision
     test_rows = load_rows(data.test or data.train, split=data.test_split, revision=revision, limit=wanted, **common)
     return Examples(train_rows, test_rows)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
@@ -15,11 +17,11 @@ from loraover.callbacks.diagnostics import DiagnosticsCallback
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.common.errors import ConfigError, DataError
-from loraover.reporting.reporter import Reporter
 from loraover.training.examples import Examples
 from loraover.training.methods.base import Method
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import SOAP, Recipe
+from loraover.training.run_folder import TRAINER_FOLDER
 
 PRECISION = {
     "fp32": {"bf16": False, "fp16": False},
@@ -35,7 +37,7 @@ def make_trainer(
     examples: Examples,
     output: Path,
     is_seq2seq: bool,
-    report: Reporter,
+    progress: TrainingProgress,
     over: LoraOverCallback | None,
     method: Method | None,
 ) -> Trainer:
@@ -48,7 +50,7 @@ def make_trainer(
         examples: Training and held-out rows.
         output: The run's folder.
         is_seq2seq: Whether the model is an encoder-decoder.
-        report: Receiver of progress.
+        progress: Writer of the run's log.
         over: Owner of the cores; None for other methods.
         method: What is done beside plain LoRA; None for plain LoRA, LoRA-Over and full fine-tuning.
 
@@ -63,14 +65,15 @@ def make_trainer(
     options = recipe.training.model_dump(exclude=ours, exclude_none=True)
     options |= PRECISION[recipe.training.precision]
     if recipe.training.warmup_ratio:
-        options["warmup_steps"] = recipe.training.warmup_ratio  # transformers 5: below 1, a share of all steps
+        takes_share = Version(transformers.__version__) >= Version("5")
+        options["warmup_steps" if takes_share else "warmup_ratio"] = recipe.training.warmup_ratio
     if recipe.training.min_lr_rate:
         options |= {
             "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr_rate": recipe.training.min_lr_rate},
         }
     options |= {
-        "output_dir": str(output / "trainer"),
+        "output_dir": str(output / TRAINER_FOLDER),
         "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
         "report_to": ["tensorboard"] if recipe.tensorboard else "none",
         "disable_tqdm": True,
@@ -81,7 +84,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] = [] if over is None else [over]
     callbacks += [] if method is None else method.callbacks()
     callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics and recipe.trains_only_products else []
-    callbacks += [TrainingProgress(report, output / "metrics.jsonl"), SealCheckpoints()]
+    callbacks += [progress, SealCheckpoints()]
     if is_seq2seq:
         trainer = _seq2seq_trainer(recipe, model, tokenizer, options, train_set, eval_set, callbacks)
     else:
@@ -90,7 +93,7 @@ def make_trainer(
         _project_labelled_positions_only()
         trainer = SFTTrainer(
             model,
-            SFTConfig(max_length=recipe.training.max_length, completion_only_loss=True, **options),
+            _arguments(SFTConfig, options | {"max_length": recipe.training.max_length, "completion_only_loss": True}),
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
@@ -99,6 +102,14 @@ def make_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _arguments(kind: Any, options: dict[str, Any]) -> Any:
+    """Make the trainer's arguments."""
+    try:
+        return kind(**options)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"training: {kind.__name__} refuses it: {error}") from error
 
 
 def _project_labelled_positions_only() -> None:
@@ -178,7 +189,7 @@ def _seq2seq_trainer(
     columns = ["prompt", "completion"]
     return Seq2SeqTrainer(
         model,
-        Seq2SeqTrainingArguments(**options),
+        _arguments(Seq2SeqTrainingArguments, options),
         train_dataset=train_set.map(encode, remove_columns=columns),
         eval_dataset=None if eval_set is None else eval_set.map(encode, remove_columns=columns),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),

@@ -25,9 +25,10 @@ from loraover.training.examples import Examples, load_examples
 from loraover.training.hf_trainer import make_trainer
 from loraover.training.methods import make_method
 from loraover.training.methods.base import Method, count_trained
+from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import SOAP, Recipe
-from loraover.training.run_folder import write_recipe
+from loraover.training.run_folder import METRICS_FILE, write_recipe
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Prepared:
         model: What the trainer trains.
         untrained: A and B of every module before training; None where more than their product is trained.
         trainer: Trainer of transformers or TRL.
+        progress: Writer of its log, and of its steps.
         callback: Owner of the cores while training; None unless the method is LoRA-Over.
         method: What is done beside plain LoRA; None for plain LoRA, LoRA-Over and full fine-tuning.
         trained: Numbers in the parameters that the optimizer has before any cores.
@@ -53,6 +55,7 @@ class Prepared:
     model: PreTrainedModel | PeftModel
     untrained: dict[str, Factors] | None
     trainer: Trainer
+    progress: TrainingProgress
     callback: LoraOverCallback | None
     method: Method | None
     trained: int
@@ -100,13 +103,14 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         method.start(model)
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
-    trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, report, over, method)
+    progress = TrainingProgress(report, output / METRICS_FILE)
+    trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, progress, over, method)
     _check_trainer(trainer, recipe, len(examples.train.rows), report)
     if method is not None:
         method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
-    return Prepared(source, tokenizer, examples, model, untrained, trainer, over, method, trained, named)
+    return Prepared(source, tokenizer, examples, model, untrained, trainer, progress, over, method, trained, named)
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -152,7 +156,8 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, rows: int, report: Reporter
 
 def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
     """The recipe with the commits of model and data that the run uses."""
-    data = recipe.data.model_copy(update={"revision": examples.train.revision})
+    held_out = None if examples.test is None else examples.test.revision
+    data = recipe.data.model_copy(update={"revision": examples.train.revision or held_out})
     return recipe.model_copy(update={"model": source.name, "model_revision": source.revision, "data": data})
 
 

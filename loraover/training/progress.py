@@ -15,8 +15,10 @@ from loraover.reporting.reporter import Reporter
 class TrainingProgress(TrainerCallback):
     """Shows the Trainer's steps and writes its log, with the schedule's decisions, to a JSONL file.
 
+    Set `advance` to a function that is called with the number of steps taken so far.
+
     Args:
-        report: Receiver of steps and losses.
+        report: Receiver of losses.
         metrics: The JSONL file; lines are appended.
     """
 
@@ -24,18 +26,15 @@ class TrainingProgress(TrainerCallback):
         self.report = report
         self.metrics = metrics
         self._written = 0
-        self._task: Any = None
-        self._advance: Callable[[int], None] = lambda done: None
+        self.advance: Callable[[int], None] = lambda done: None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._written = len(state.log_history)
-        self._task = self.report.task("training steps", state.max_steps)
-        self._advance = self._task.__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._advance(state.global_step)
+        self.advance(state.global_step)
         self._write(state)
 
     def on_log(
@@ -55,8 +54,3 @@ class TrainingProgress(TrainerCallback):
         with self.metrics.open("a") as file:
             file.writelines(json.dumps({"step": row["step"], **row}) + "\n" for row in rows)
         self._written += len(rows)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._task.__exit__(None, None, None)

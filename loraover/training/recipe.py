@@ -52,7 +52,9 @@ class Data(_Part):
     train_split: str = Field("train", description="Split to train on.")
     test_split: str = Field("test", description="Split to measure on.")
     revision: str | None = Field(
-        None, description="Commit or tag on the hub; the run's copy of the recipe names the commit."
+        None,
+        description="Commit or tag of the training data on the hub, or of the held-out data if only they are there; "
+        "the run's copy of the recipe names the commit.",
     )
     format: Literal[
         "auto",
@@ -74,7 +76,8 @@ class Data(_Part):
         description="Regular expression by column; only rows in which every expression is found are read.",
     )
     chat: bool | None = Field(
-        None, description="Whether to write examples in the tokenizer's chat template; None: if it has one."
+        None,
+        description="Whether to write examples in the tokenizer's chat template; None: yes if the tokenizer has one.",
     )
     train_examples: int | None = Field(None, ge=1, description="Number of training examples; None: all.")
     test_examples: int | None = Field(None, ge=1, description="Largest number of held-out examples; None: no limit.")
@@ -226,7 +229,7 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _can_be_stepped(self) -> Recipe:
         if self.training.optim == SOAP and self.method != "lora":
-            raise ValueError(f"training.optim {SOAP} trains method lora, found {self.method}")
+            raise ValueError(f"training.optim {SOAP} works only with method lora, not with {self.method}")
         return self
 
     @model_validator(mode="after")
@@ -234,7 +237,9 @@ class Recipe(_Part):
         for method in OTHER_METHODS:
             part = getattr(self, method)
             if method != self.method and part != type(part)():
-                raise ValueError(f"{method} holds settings of method {method}, found method {self.method}")
+                raise ValueError(
+                    f"the key {method} is only for method {method}, and this recipe's method is {self.method}"
+                )
         if self.method in OTHER_METHODS and (self.lora.use_dora or self.lora.init_lora_weights is not True):
             raise ValueError(
                 f"method {self.method} chooses its first A and B itself: leave out lora.use_dora and "

@@ -120,7 +120,7 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
         left_out = None if run.method is None else run.method.finish(run.model)
         after = _measure(run, recipe, output, report, AFTER)
         result = _result(run, recipe, timed, before, after, left_out)
-        _publish(run, recipe, output, result, command)
+        _publish(run, recipe, output, result, command, resume)
     except BaseException as error:
         has_stepped = run is not None and run.trainer.state.global_step > 0
         record_failure(output, error, has_stepped=has_stepped, is_resumed=resume)
@@ -168,10 +168,10 @@ def _result(
     )
 
 
-def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
-    """Write the adapter folder, then the run's result."""
+def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str, resume: bool) -> None:
+    """Write the adapter folder, then the run's result; a process that was killed between them has left a folder."""
     card = _card(recipe, result, run.source, command)
-    with publish_directory(product(recipe, output)) as draft:
+    with publish_directory(product(recipe, output), replace=resume) as draft:
         run.model.save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
         if run.over is not None:
@@ -206,10 +206,11 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
     step = step_of(checkpoint)
     if checkpoint is None or step < steps:
         started = time.perf_counter()
-        if run.method is None:
-            run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        else:
-            run.method.train(run.trainer, checkpoint, steps, report)
+        with report.task("training steps", steps) as run.progress.advance:
+            if run.method is None:
+                run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            else:
+                run.method.train(run.trainer, checkpoint, steps, run.progress)
         return Timed(run.trainer.state.global_step - step, time.perf_counter() - started)
     if isinstance(run.model, PeftModel):
         set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))

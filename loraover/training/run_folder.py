@@ -34,8 +34,8 @@ def product(recipe: Recipe, output: Path) -> Path:
 
 
 def is_finished(output: Path) -> bool:
-    """Whether a run has ended with something trained."""
-    return any((output / name).exists() for name in (*PRODUCTS, RUN_FILE))
+    """Whether a run has a result, which is written last."""
+    return (output / RUN_FILE).exists()
 
 
 def new_run_folder(recipe: str, root: Path = RUNS) -> Path:
@@ -105,7 +105,7 @@ def claim(output: Path, *, resume: bool) -> None:
             (output / TRAINER_FOLDER).mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"cannot write {output}: {error.strerror}.") from error
-    elif any((output / name).exists() for name in PRODUCTS):
+    elif is_finished(output):
         raise ConfigError(f"{output}: the run is finished already; it holds what was trained.")
     elif not (output / RECIPE_FILE).is_file():
         raise ConfigError(f"{output}: holds no run to resume.")

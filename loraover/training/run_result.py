@@ -115,7 +115,7 @@ class RunResult(BaseModel):
         return rows
 
 
-def read_run(folder: Path) -> RunResult:
+def read_run(folder: str | Path) -> RunResult:
     """Read the result of a finished run.
 
     Args:
@@ -124,4 +124,4 @@ def read_run(folder: Path) -> RunResult:
     Raises:
         CheckpointError: no run there, or one that is not finished.
     """
-    return read_json(folder / RUN_FILE, RunResult)
+    return read_json(Path(folder) / RUN_FILE, RunResult)

@@ -12,6 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover.training.run_result import RunResult
 
 if TYPE_CHECKING:
@@ -20,20 +22,20 @@ if TYPE_CHECKING:
 
 
 def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
-    """Print what all runs have in common, a line each, and one column of the rest for each run, by the run's name."""
+    """Print a line for each value that all runs share, then a table of the others with one column for each run."""
     facts = {run: result.facts() for run, result in results.items()}
     names = dict.fromkeys(name for found in facts.values() for name in found)
     common = {name: {found.get(name, "") for found in facts.values()} for name in names}
     shared = [name for name in names if len(facts) > 1 and len(common[name]) == 1]
     for name in shared:
-        console.print(f"{name}: {common[name].pop()}", markup=False, highlight=False)
+        print_line(console, f"{name}: {common[name].pop()}")
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("")
     for run in results:
         table.add_column(escape(run), overflow="fold")
     for name in names:
         if name not in shared:
-            table.add_row(name, *(escape(found.get(name, "")) for found in facts.values()))
+            table.add_row(name, *(escape(printable(found.get(name, ""))) for found in facts.values()))
     console.print(table)
 
 

@@ -333,6 +333,8 @@ def test_a_caller_has_what_was_finished_before_an_interruption(folder: Path, mon
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"judge_model": "m"}, "go together"),
         ({"endpoint": "http://localhost:1"}, "--endpoint-model"),
+        ({"endpoint_key_variable": "KEY"}, "add its address"),
+        ({"judge_key_variable": "KEY"}, "add --judge-url"),
     ],
 )
 def test_a_request_is_checked_where_it_is_made(options: dict[str, Any], message: str) -> None:

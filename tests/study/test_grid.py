@@ -63,6 +63,11 @@ def test_a_matched_rank_counts_what_the_schedule_can_inject(recipe: Path) -> Non
     assert rank(options=wide, schedule="static", budget={"fraction": 0.5}) < everything
 
 
+def test_a_matched_rank_needs_modules_that_are_there(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="lora: PEFT refuses it"):
+        matched_rank(load_recipe(str(recipe), {"lora.target_modules": ["absent"]}))
+
+
 def test_lora_matched_takes_no_rank(recipe: Path) -> None:
     with pytest.raises(ConfigError, match="lora:r=N"):
         make_grid([str(recipe)], {"lora-matched:r=64": [1e-3]}, 1, {})

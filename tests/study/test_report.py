@@ -18,6 +18,7 @@ from loraover.study.outcome import DIVERGED, OUT_OF_MEMORY, Outcome
 from loraover.study.report import StudyReport, TaskResult, task_results, words
 from loraover.study.runner import make_report
 from loraover.study.show import to_markdown
+from loraover.study.verdict import verdict_of
 
 from support.tiny_hub import write_recipe
 
@@ -53,19 +54,21 @@ def judged(runs: list[Run], losses: Losses, more: Mapping[str, Losses] | None = 
 
 
 @pytest.mark.parametrize(
-    ("over", "verdict", "overall"),
+    ("over", "verdict", "word"),
     [
-        (0.9, "lora-over beats lora", "LoRA-Over beats tuned plain LoRA here"),
-        (1.1, "lora-over does not beat lora: it is worse", "LoRA-Over does not beat tuned plain LoRA here"),
-        (1.0, "lora-over and lora cannot be told apart", "LoRA-Over does not beat tuned plain LoRA here"),
+        (0.9, "lora-over beats lora", "better"),
+        (1.1, "lora-over does not beat lora: it is worse", "worse"),
+        (1.0, "lora-over and lora cannot be told apart", "cannot be told apart"),
     ],
 )
-def test_the_words_are_those_of_the_figures(over: float, verdict: str, overall: str, tmp_path: Path) -> None:
+def test_the_words_are_those_of_the_figures(over: float, verdict: str, word: str, tmp_path: Path) -> None:
     (task,) = tasks = judged(grid_of(tmp_path, ["lora", "lora-over"]), {"lora": MIDDLE, "lora-over": (1.2, over, 1.2)})
-    first, second = words(tasks)
-    assert first.startswith(f"{overall}: of the tasks, lora-over is better on ")
-    assert second.startswith(f"task0: {verdict}, each at its own tuned rate")
-    assert "end of the sweep" not in second
+    (line,) = words(tasks)
+    assert line.startswith(f"task0: {verdict}, each at its own tuned rate")
+    assert "end of the sweep" not in line
+    found = verdict_of(report_of(tasks))
+    assert found.word == word
+    assert to_markdown(report_of(tasks)).startswith(f"- {found.sentence}\n- {line}")
     assert task.methods[1].difference is not None
     assert task.methods[1].difference.mean == pytest.approx(over - 1, abs=0.01)
 
@@ -101,13 +104,13 @@ def grid_of_any(folder: Path, methods: list[str]) -> list[Run]:
 def test_a_best_rate_at_an_end_is_marked_of_both(tmp_path: Path) -> None:
     runs = grid_of(tmp_path, ["lora", "lora-over"])
     tasks = judged(runs, {"lora": (1.2, 1.1, 1.0), "lora-over": (1.0, 1.1, 1.2)})
-    assert "the best rate of lora and of lora-over is at an end of the sweep" in words(tasks)[1]
+    assert "the best rate of lora and of lora-over is at an end of the sweep" in words(tasks)[0]
     report = report_of(tasks)
     assert "| lora | 0.01 (end) |" in to_markdown(report)
     assert "| lora-over | 0.0001 (end) |" in to_markdown(report)
     assert "0.01 (end)" in to_page(report).html
     (task,) = judged(runs, {"lora": (1.2, 1.1, 1.0), "lora-over": MIDDLE})
-    assert "the best rate of lora is at an end of the sweep" in words([task])[1]
+    assert "the best rate of lora is at an end of the sweep" in words([task])[0]
 
 
 def test_p_values_are_holms_over_tasks_for_each_method(tmp_path: Path) -> None:
@@ -122,9 +125,6 @@ def test_p_values_are_holms_over_tasks_for_each_method(tmp_path: Path) -> None:
         raw, corrected = ([p_of(task, method) for task in tasks] for tasks in (alone, together))
         assert corrected == pytest.approx(holm(raw))
         assert corrected != pytest.approx(raw)
-    assert words(together)[0].startswith(
-        "LoRA-Over beats tuned plain LoRA on some tasks here and loses on none: of the "
-    )
 
 
 def test_holm_counts_the_task_on_which_a_method_failed(tmp_path: Path) -> None:
@@ -147,12 +147,8 @@ def test_a_task_on_which_every_rate_failed_counts_as_worse(tmp_path: Path) -> No
     outcomes |= {run: Outcome(recipe="", failure=DIVERGED) for run in lost}
     tasks = task_results(runs, outcomes, SEEDS)
     assert tasks[1].failed == ["lora-over"]
-    assert words(tasks)[0] == (
-        "LoRA-Over beats tuned plain LoRA on some tasks and loses to it on others: of the tasks, lora-over is better "
-        "on 1, worse on 1 of 2 (1 failed at every rate), but the sweep did not bracket plain LoRA's best rate on "
-        "task0, task1."
-    )
-    assert words(tasks[1:])[0].startswith("LoRA-Over does not beat tuned plain LoRA here")
+    assert verdict_of(report_of(tasks)).word == "better on some tasks, worse on others"
+    assert verdict_of(report_of(tasks[1:])).word == "worse"
 
 
 def p_of(task: TaskResult, method: str) -> float:
@@ -166,10 +162,7 @@ def test_a_gain_here_and_a_loss_there_is_no_win(tmp_path: Path) -> None:
     tasks = judged(
         runs, {"lora": MIDDLE, "lora-over": (1.2, 0.8, 1.2)}, {"task1": {"lora": MIDDLE, "lora-over": (1.3, 1.2, 1.3)}}
     )
-    assert words(tasks)[0] == (
-        "LoRA-Over beats tuned plain LoRA on some tasks and loses to it on others: of the tasks, lora-over is better "
-        "on 1, worse on 1 of 2."
-    )
+    assert verdict_of(report_of(tasks)).word == "better on some tasks, worse on others"
 
 
 def failed(runs: list[Run], failures: Mapping[tuple[str, float], str], losses: Losses) -> dict[Run, Outcome]:
@@ -187,9 +180,9 @@ def test_nothing_stands_in_for_a_plain_lora_that_diverged(tmp_path: Path) -> Non
     (task,) = tasks = task_results(runs, outcomes, SEEDS)
     assert (task.baseline, [result.method for result in task.methods]) == (None, ["lora-over"])
     assert len(task.failures) == len(RATES) * SEEDS
-    assert "is unknown yet" in words(tasks)[0]
-    assert "every plain LoRA failed at every rate" in words(tasks)[1]
+    assert words(tasks) == ["task0: every plain LoRA failed at every rate, so nothing is compared."]
     report = report_of(tasks)
+    assert verdict_of(report).word == "unknown"
     assert "| baseline |" not in to_markdown(report)
     assert "there is no baseline" in to_page(report).html
 

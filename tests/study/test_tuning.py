@@ -21,6 +21,7 @@ from loraover.study.request import StudyRequest
 from loraover.study.runner import Where, finished, make_report, run_grid
 from loraover.study.show import to_markdown
 from loraover.study.tuning import hours_left, plan_runs
+from loraover.study.verdict import verdict_of
 from loraover.training.recipe import Recipe
 
 from support.tiny_hub import write_recipe
@@ -188,7 +189,7 @@ def test_a_ruler_is_shown_and_neither_a_baseline_nor_in_the_verdict(
     assert ruler.difference is not None
     assert ruler.difference.mean == pytest.approx(-0.5, abs=0.01)
     assert not any(RULER in line for line in report.words)
-    assert report.words[0].startswith("LoRA-Over beats tuned plain LoRA here")
+    assert verdict_of(report).word == "better"
     assert f"| {RULER} (ruler) |" in to_markdown(report)
     assert f"{RULER} (ruler)" in to_page(report).html
 
@@ -200,9 +201,9 @@ def test_a_ruler_of_lora_over_decides_nothing(tmp_path: Path) -> None:
     even = {run: outcome_of(run, lambda *_: 1.0) for run in runs if run.method != ruler}
     better = {run: Outcome(recipe="", nats=[1.0] * EXAMPLES, tokens=[TOKENS] * EXAMPLES) for run in runs}
     for rulers in (better, dict.fromkeys(runs, Outcome(recipe="", failure=DIVERGED))):
-        (first, *_) = make_report(runs, rulers | even, "").words
-        assert first.startswith("LoRA-Over does not beat tuned plain LoRA here: of the tasks, lora-over is better on 0")
-        assert ruler not in first
+        verdict = verdict_of(make_report(runs, rulers | even, ""))
+        assert verdict.word == "cannot be told apart"
+        assert ruler not in verdict.sentence
 
 
 def test_a_ruler_does_not_stand_in_for_a_baseline(tmp_path: Path) -> None:

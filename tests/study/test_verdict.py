@@ -108,8 +108,7 @@ def text(gap: tuple[float, float], name: str) -> str:
             "open",
             "depends on the setting",
             f"lora-over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). lora-over:r=1's loss is above a "
-            "tuned "
-            f"plain LoRA's ({text(ABOVE, 'a')}).",
+            f"tuned plain LoRA's ({text(ABOVE, 'a')}). Nothing corrects for the number of settings.",
         ),
         (
             [task("a", BELOW, is_bracketed=False)],

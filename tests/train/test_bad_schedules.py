@@ -102,11 +102,11 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "more rounds than steps": (
         {"schedule": "dynamic", "budget": Budget(sites=6), "rounds": 6, "end": 0.9},
-        "6 rounds from 0.1 to 0.9 of 4 steps come after steps 1, 1, 2, 2, 3, 4; they must differ",
+        "6 rounds from 0.1 to 0.9 of 4 steps would take place after steps 1, 1, 2, 2, 3, 4; they must differ",
     ),
     "a round after the last step": (
         {"schedule": "dynamic", "budget": Budget(sites=6), "rounds": 2, "end": 0.9},
-        "come after steps 1, 4; they must differ and precede the last",
+        "after steps 1, 4; they must differ and come before the last",
     ),
     "dynamic without the number of steps": (
         {"schedule": "dynamic", "budget": Budget(sites=2), "steps": None},

@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from loraover.checkpoint.error_bounds import gamma, unit_roundoff
 from loraover.overparam.decompositions import DECOMPOSITIONS, Mpo, contraction_order, make_decomposition
-from loraover.overparam.decompositions.contraction_order import PASS, Chain, Step, cheapest_order
+from loraover.overparam.decompositions.contraction_order import PASS, CoreShapes, Step, cheapest_order
 
 SHAPES = [(16, 2048), (2048, 16), (576, 8), (12, 30), (7, 13), (1, 64)]
 CORES = [1, 2, 3, 4]
 
 
-def every_order(chain: Chain, start: int, end: int) -> Iterator[tuple[Step, ...]]:
+def every_order(chain: CoreShapes, start: int, end: int) -> Iterator[tuple[Step, ...]]:
     """All sequences of steps, written apart from the search."""
     if start == end:
         yield ()
@@ -29,7 +29,7 @@ def every_order(chain: Chain, start: int, end: int) -> Iterator[tuple[Step, ...]
         yield from ((Step(cut, end, False), *rest) for rest in every_order(chain, start, cut))
 
 
-def cost(chain: Chain, steps: tuple[Step, ...], tokens: int) -> int:
+def cost(chain: CoreShapes, steps: tuple[Step, ...], tokens: int) -> int:
     """Multiplications and passes, by multiplying the sizes of the legs that each step touches."""
     start, end, total = 0, len(chain.rows), 0
     for first, last, from_left in steps:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loraover import read_checkpoint
-from loraover.callbacks.seal_checkpoints import SEAL_FILE, Seal, last_whole_checkpoint
+from loraover.callbacks.seal_checkpoints import Seal, last_whole_checkpoint
+from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import read_json

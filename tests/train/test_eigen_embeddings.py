@@ -17,6 +17,7 @@ from support.make_checkpoint import adamw, make_checkpoint, reopened, train
 OPTIONS: dict[str, dict[str, Any]] = {
     "gradient": {"block": 12},
     "calibration": {"short": "calibration", "long": "calibration", "block": 12},
+    "trained": {"short": "calibration", "long": "calibration", "block": 12, "train_auxiliary": True},
 }
 
 
@@ -28,6 +29,7 @@ def test_the_axis_of_tokens_has_no_basis(source: str, tmp_path: Path) -> None:
     group, i = made.over.injected[name]
     r, _ = group.shape
     assert [tuple(group.core(k, i).shape) for k in range(len(group.stacks))] == [(r, r), group.shape]
+    assert made.over.schedule.most_parameters[0] == made.over.num_parameters()[0]
     assert list(made.over.followers[group].blocks) == (["rows"] if source == "gradient" else [])
 
     found = read_checkpoint(made.path)

@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another optimizer": ({"training.optim": "adafactor"}, "takes training.optim adamw_torch_fused, adamw_torch, sgd"),
     "LoRA+": ({"training.loraplus_lr_ratio": 4}, "without LoRA+"),
     "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "is an embedding, whose B federated cannot train"),
-    "another method": ({"method": "lora"}, "federated holds settings of method federated, found method lora"),
+    "another method": ({"method": "lora"}, "federated is only for method federated, and this recipe's method is lora"),
 }
 
 

@@ -282,15 +282,26 @@ def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest
     assert "[bold]" in shown
 
 
+def test_a_run_that_cannot_be_continued_is_started_again(folders: dict[str, Path], tmp_path: Path) -> None:
+    recipe = (folders["run"] / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("method: lora-over", "method: federated"))
+    (step,) = inspect_folder(tmp_path).next_steps
+    assert "--resume" not in step.command
+    assert step.command.startswith(f"loraover train {tmp_path}/recipe.yaml -o ")
+
+
 def test_an_unfinished_run_says_how_to_continue(folders: dict[str, Path], tmp_path: Path) -> None:
     recipe = (folders["run"] / "recipe.yaml").read_text()
     folder = tmp_path / "with space"
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe)
     (folder / "metrics.jsonl").write_text('{"loss": 2.5}\n{"loss": NaN}\n[1]\n' + "[" * 100_000 + '\n{"lo')
+    for name in ("checkpoint-1/complete.json", "checkpoint-2/model.safetensors"):
+        (folder / "trainer" / name).parent.mkdir(parents=True)
+        (folder / "trainer" / name).write_text("")
     found = inspect_folder(folder)
     assert found.run is not None
-    assert (found.run.state, found.run.last_loss) == ("unfinished", 2.5)
+    assert (found.run.state, found.run.last_loss, found.run.checkpoint_step) == ("unfinished", 2.5, 1)
     assert [step.command for step in found.next_steps] == [
         f"loraover train '{folder}/recipe.yaml' -o '{folder}' --resume"
     ]

@@ -203,7 +203,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
     "no pace": ({"lorasc.pace": 0}, "greater than 0"),
     "DoRA": ({"lora.use_dora": True}, "chooses its first A and B itself"),
-    "another method": ({"method": "lora-over"}, "lorasc holds settings of method lorasc, found method lora-over"),
+    "another method": (
+        {"method": "lora-over"},
+        "lorasc is only for method lorasc, and this recipe's method is lora-over",
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from loraover import read_checkpoint
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.cli import cli
+from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.command_line import run
 from loraover.common.threads import one_thread
 from loraover.training.recipe import load_recipe
@@ -217,19 +218,26 @@ def test_an_epoch_is_resumed_where_it_stopped(
     assert whole.after == cut.after
 
 
+@pytest.mark.parametrize("name", ["adapter", "run.json"])
 def test_a_run_that_was_stopped_after_its_last_step_is_finished(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    """It was stopped before one of the two things that it leaves, of which the second makes it finished."""
+    publish: Any = {"adapter": publish_directory, "run.json": publish_text}[name]
+
+    def interrupt(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise KeyboardInterrupt
+        return publish(path, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("loraover.training.run._publish", interrupt)
+        patch.setattr(f"loraover.training.run.{publish.__name__}", interrupt)
         assert train("glue-qnli-t5-base", bases, tmp_path) == 130
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("took another step"))
         assert train("glue-qnli-t5-base", bases, tmp_path, "--resume") == 0
     assert read_run(tmp_path / "run").steps == STEPS
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_an_example_without_room_for_its_completion_takes_no_part_in_the_epoch(

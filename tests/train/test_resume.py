@@ -21,7 +21,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import loraover.callbacks.seal_checkpoints
 import loraover.training.run
-from loraover.callbacks.seal_checkpoints import SEAL_FILE, SealCheckpoints, last_whole_checkpoint, seal
+from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, seal
+from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.cli import cli
 from loraover.common.command_line import INTERRUPTED, run
 from loraover.common.threads import one_thread

@@ -111,8 +111,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown option": ({"training.optim_args": {"max_precond_dim": 8}}, "'max_precond_dim' is none of betas, "),
     "an impossible option": ({"training.optim_args": {"precondition_frequency": 0}}, "SOAP refuses them"),
     "options of another optimizer": ({"training.optim": "sgd"}, "optim_args belongs to optim soap, not to sgd"),
-    "cores": ({"method": "lora-over"}, "soap trains method lora, found lora-over"),
-    "all weights": ({"method": "full"}, "soap trains method lora, found full"),
+    "cores": ({"method": "lora-over"}, "soap works only with method lora, not with lora-over"),
+    "all weights": ({"method": "full"}, "soap works only with method lora, not with full"),
 }
 
 

@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an embedding": ({"lora.target_modules": ["embed_tokens"], "soma.frozen_blocks": 0}, "has type Embedding"),
     "another start": ({"lora.init_lora_weights": "pissa"}, "chooses its first A and B itself"),
     "two weight decays": ({"training.weight_decay": 0.1}, "soma.weight_decay in place of"),
-    "another method": ({"method": "lora"}, "soma holds settings of method soma, found method lora"),
+    "another method": ({"method": "lora"}, "soma is only for method soma, and this recipe's method is lora"),
     "a misspelt key": ({"soma.frozen_block": 1}, "did you mean 'frozen_blocks'"),
 }
 

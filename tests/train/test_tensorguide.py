@@ -277,7 +277,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp16": ({"training.precision": "fp16"}, "precision fp32 or bf16"),
     "an optimizer of matrices": ({"training.optim": "adafactor"}, "tensorguide takes training.optim adamw_torch_fused"),
     "LoRA+": ({"training.loraplus_lr_ratio": 4.0}, "without LoRA"),
-    "another method": ({"method": "lora"}, "tensorguide holds settings of method tensorguide, found method lora"),
+    "another method": (
+        {"method": "lora"},
+        "tensorguide is only for method tensorguide, and this recipe's method is lora",
+    ),
 }
 
 

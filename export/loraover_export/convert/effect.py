@@ -12,7 +12,7 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.errors import ConfigError
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
-from loraover.overparam.expert_part import unwrapped
+from loraover.overparam.expert_part import without_base_layers
 from loraover.reporting.reporter import Reporter
 from loraover_export.convert.report import OutputsOfConversion
 from loraover_export.convert.source import Layout
@@ -83,7 +83,7 @@ def _load(base: ModelSource, source: Layout[Any], num_labels: int | None, dtype:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # transformers draws a head that the base model lacks: the same one both times
         model = load_model(base, dtype=dtype, task_type=task, num_labels=num_labels, device=device)
-    lost = {unwrapped(path) for path in source.modules} - dict(model.named_modules()).keys()
+    lost = {without_base_layers(path) for path in source.modules} - dict(model.named_modules()).keys()
     if lost:
         raise ConfigError(
             f"{source.path / CONFIG_FILE}: task_type is {task!r}, for which the base model is loaded as a "

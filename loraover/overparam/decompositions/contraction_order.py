@@ -31,7 +31,7 @@ class Step(NamedTuple):
     from_left: bool
 
 
-class Chain(NamedTuple):
+class CoreShapes(NamedTuple):
     """Shapes of K cores; core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
 
     rows: tuple[int, ...]
@@ -83,13 +83,13 @@ class Order(NamedTuple):
     largest: int
 
 
-def cheapest_order(chain: Chain, tokens: int) -> Order:
+def cheapest_order(chain: CoreShapes, tokens: int) -> Order:
     """Return the order that costs least; tokens are rounded up to a power of two, so that few orders are searched."""
     return _searched(chain, 1 << max(0, tokens - 1).bit_length())
 
 
 @lru_cache(maxsize=4096)
-def _searched(chain: Chain, tokens: int) -> Order:
+def _searched(chain: CoreShapes, tokens: int) -> Order:
     """Search by dynamic programming over the range of cores that remain, from none to all of them."""
     count = len(chain.rows)
     best = {(at, at): Order((), 0, 0, prod(chain.rows)) for at in range(count + 1)}
@@ -106,7 +106,7 @@ def _searched(chain: Chain, tokens: int) -> Order:
     return best[0, count]
 
 
-def apply_chain(chain: Chain, cores: Sequence[Tensor], x: Tensor) -> Tensor:
+def apply_chain(chain: CoreShapes, cores: Sequence[Tensor], x: Tensor) -> Tensor:
     """Return the activations times the matrix that the cores represent, without forming it.
 
     Args:

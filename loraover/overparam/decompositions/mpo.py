@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraover.common.errors import ShapeError
 from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, Ratio, random_coisometry
-from loraover.overparam.decompositions.contraction_order import Chain, apply_chain, cheapest_order
+from loraover.overparam.decompositions.contraction_order import CoreShapes, apply_chain, cheapest_order
 
 Modes = Mapping[int, tuple[StrictInt, ...]]
 
@@ -33,9 +33,9 @@ class MpoLayout(NamedTuple):
         return self.bonds[k], self.rows[k], self.columns[k], self.bonds[k + 1]
 
     @property
-    def chain(self) -> Chain:
+    def chain(self) -> CoreShapes:
         """Shapes of the cores, for orders of contraction."""
-        return Chain(self.rows, self.columns, self.bonds)
+        return CoreShapes(self.rows, self.columns, self.bonds)
 
     def num_parameters(self) -> int:
         """Number of parameters of all cores."""

@@ -1,6 +1,7 @@
 """Methods beside plain LoRA and LoRA-Over, which end as plain LoRAs on the original base model.
 
-A new method is one file with a class, one line here, and its settings in `loraover.training.method_settings`.
+A new method is one file with a class, one line here, its settings in `loraover.training.method_settings`, and its name
+in `Recipe` and in the option `--method`.
 """
 
 from __future__ import annotations

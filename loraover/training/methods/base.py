@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.sites import lora_layers
-from loraover.reporting.reporter import Reporter
+from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe, Training
 from loraover.training.run_result import Privacy
 
@@ -91,7 +91,7 @@ class Method(ABC):
             ConfigError: a setting that does not fit.
         """
 
-    def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, report: Reporter) -> None:
+    def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, progress: TrainingProgress) -> None:
         """Take all steps, or those that are left after a checkpoint."""
         if checkpoint is not None:
             self.restore(checkpoint)

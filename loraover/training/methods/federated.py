@@ -47,6 +47,7 @@ from loraover.common.errors import ConfigError
 from loraover.overparam.sites import lora_layers
 from loraover.reporting.reporter import Reporter
 from loraover.training.methods.base import ADAPTER, Method, make_optimizer
+from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe
 from loraover.training.run_folder import log_measures
 from loraover.training.run_result import Privacy
@@ -105,12 +106,13 @@ class Federated(Method):
         if spent > asked.epsilon:
             fit = steps_within(asked.epsilon, asked.noise_multiplier, rate, steps, asked.delta)
             raise ConfigError(
-                f"federated.epsilon is {asked.epsilon:g}, but {steps} steps, each on {rate:.3g} of its rows with "
-                f"noise_multiplier {asked.noise_multiplier:g}, spend {spent:.3g} at delta {asked.delta:g}. {fit} steps "
-                "would fit: set training.max_steps, or raise federated.noise_multiplier or federated.epsilon."
+                f"federated.epsilon is {asked.epsilon:g}, but {steps} steps, each of which draws a row with "
+                f"probability {rate:.3g}, at noise_multiplier {asked.noise_multiplier:g}, spend {spent:.3g} at delta "
+                f"{asked.delta:g}. {fit} steps would fit: set training.max_steps, or raise federated.noise_multiplier "
+                "or federated.epsilon."
             )
 
-    def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, report: Reporter) -> None:
+    def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, progress: TrainingProgress) -> None:
         from opacus.grad_sample import GradSampleModule
 
         loader = trainer.get_train_dataloader()
@@ -121,7 +123,7 @@ class Federated(Method):
         drawing = torch.Generator().manual_seed(self.recipe.training.seed)
         rates = _learning_rates(trainer, steps)
         losses: list[float] = []
-        with warnings.catch_warnings(), report.task("training steps", steps) as advance:
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook is firing")  # inputs of the first B need no gradient
             for begun in range(0, steps, self.settings.local_steps):
                 mine = rates[begun : begun + self.settings.local_steps]
@@ -135,8 +137,8 @@ class Federated(Method):
                         total += b.detach().cpu().double() * (len(client.rows) / len(loader.dataset))
                 _copy(average, trained)
                 trainer.state.global_step = begun + len(mine)
-                losses = self._log(trainer, begun, steps, mine[-1], losses, clients, report)
-                advance(trainer.state.global_step)
+                losses = self._log(trainer, begun, steps, mine[-1], losses, clients, progress.report)
+                progress.advance(trainer.state.global_step)
         wrapped.to_standard_module()
         self.privacy = self._guarantee(clients, steps)
 

@@ -44,12 +44,12 @@ from loraover.overparam.core_group import full_precision, seeded_generator
 from loraover.overparam.decompositions.mpo import balanced_factors
 from loraover.overparam.sharding import assign
 from loraover.overparam.sites import lora_layers
-from loraover.reporting.reporter import Reporter
 from loraover.training.method_settings import TensorGuideSettings
 from loraover.training.methods.base import ADAPTER, Method, Pair, make_optimizer
+from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe
 
-CORES_FILE = "tensorguide.safetensors"
+TRAINS_FILE = "tensorguide.safetensors"
 
 INPUT_MODE = 2
 """Size of each mode of the Gaussian input, the n_k."""
@@ -235,11 +235,11 @@ class TensorGuide(Method):
     def callbacks(self) -> list[TrainerCallback]:
         return [_SavedCores(self)]
 
-    def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, report: Reporter) -> None:
+    def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, progress: TrainingProgress) -> None:
         for trains in self.trains:
             trains.to(trains.factors("A")[0].device)
         trainer.optimizer = self.attach(make_optimizer(self.recipe.training, self.trained()))
-        super().train(trainer, checkpoint, steps, report)
+        super().train(trainer, checkpoint, steps, progress)
 
     def trained(self) -> list[nn.Parameter]:
         """Return the cores of all trains."""
@@ -261,12 +261,12 @@ class TensorGuide(Method):
         return optimizer
 
     def restore(self, checkpoint: Path) -> None:
-        tensors = load_file(checkpoint / CORES_FILE)
+        tensors = load_file(checkpoint / TRAINS_FILE)
         nn.ModuleList(self.trains).load_state_dict(tensors)
 
     def save(self, checkpoint: Path) -> None:
         """Add the cores, those of the start and the inputs to a checkpoint."""
-        save_file(nn.ModuleList(self.trains).state_dict(), checkpoint / CORES_FILE)
+        save_file(nn.ModuleList(self.trains).state_dict(), checkpoint / TRAINS_FILE)
 
     def finish(self, model: PeftModel) -> None:
         for trains in self.trains:
