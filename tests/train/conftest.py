@@ -10,15 +10,7 @@ from typing import Any
 
 import pytest
 
-from loraover.common.threads import one_thread
-
 from support.tiny_hub import save_llama, save_t5, write_recipe
-
-
-@pytest.fixture(scope="module")
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from loraover.checkpoint.error_bounds import orthogonality_error
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
-from loraover.common.threads import one_thread
 from loraover.overparam.block_bases import Blocks, eigenvectors
 from loraover.overparam.eigenbases import BasisFollower
 from loraover_export.cli import cli
@@ -55,12 +54,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "neither": {"short": "none", "long": "none"},
 }
 QKVO = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def made_of(folder: Path, kind: str, **options: Any) -> Made:

@@ -21,7 +21,7 @@ from loraover.training.run_result import RUN_FILE
 from support.make_checkpoint import tree
 from support.train_command import STEPS, train
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 NO_MEMORY: dict[str, Callable[[], object]] = {
     "PyTorch": lambda: torch.empty(2**60, dtype=torch.uint8),

@@ -27,7 +27,7 @@ from support.tiny_hub import save_llama, write_recipe
 
 pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 PREFIX = "base_model.model."
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from loraover import OverParameterization
 from loraover.common.errors import ConfigError
-from loraover.common.threads import one_thread
 from loraover.overparam import fingerprint
 from loraover.overparam.fingerprint import LateAnswer, fingerprints
 
@@ -22,13 +21,6 @@ from strategies import SEEDS, normal
 from support.hooked_run import make, train
 from support.make_checkpoint import save
 from support.speed import examples
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
 
 # Fingerprints
 

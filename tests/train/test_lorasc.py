@@ -27,7 +27,7 @@ from oracles.methods import slow_sum
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_llama
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 RANK, SCALING, STAGES, PACE = 4, 2.0, 3, 0.6
 PREFIX = "base_model.model."

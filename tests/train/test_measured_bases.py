@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch.optim import AdamW
 
 from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint, write_checkpoint
 from loraover.common.errors import ConfigError
-from loraover.common.threads import one_thread
 from loraover.overparam import covariances
 from loraover.overparam.block_bases import Blocks
 from loraover.overparam.decompositions import Eigen
@@ -32,13 +31,6 @@ from support.measured import (
     measured,
 )
 from support.tiny_models import lora_matrices, token_ids, trainable
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
 
 # What is measured
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,6 @@ import loraover.models.load
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
-from loraover.common.threads import one_thread
 from loraover.models.hub import HubUnreachableError
 from loraover.models.load import load_model, resolve_model
 from loraover.training.plan import Plan, kept_bytes, make_plan
@@ -28,12 +26,6 @@ from loraover.training.run_result import read_run
 from support.tiny_hub import save_llama, save_t5, write_recipe
 from support.tiny_models import with_lora
 from support.versions import needs_meta_models
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

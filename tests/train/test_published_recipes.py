@@ -15,7 +15,6 @@ from loraover import read_checkpoint
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.common.threads import one_thread
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
@@ -49,12 +48,6 @@ SIZES = {"mnli": 392_702, "sst2": 67_349, "cola": 8_551, "qnli": 104_743, "mrpc"
 EXAMPLES = 40
 STEPS = 2
 """40 examples in batches of 32: the second step is smaller."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

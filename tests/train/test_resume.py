@@ -24,7 +24,6 @@ import loraover.training.run
 from loraover.callbacks.seal_checkpoints import SEAL_FILE, SealCheckpoints, last_whole_checkpoint, seal
 from loraover.cli import cli
 from loraover.common.command_line import INTERRUPTED, run
-from loraover.common.threads import one_thread
 from loraover.training.failure import read_failure
 from loraover.training.progress import TrainingProgress
 from loraover.training.run_result import read_run
@@ -39,12 +38,6 @@ STOP = 6
 """Checkpoints are written at 2, 4, 6 and 7, and 5 steps make an epoch: a run that stops in step 6 resumes from 4."""
 
 KINDS = [("llama", "lora"), ("llama", "lora-over"), ("t5", "lora-over")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from oracles.methods import minor_part, soma
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, token_ids
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 RANK, SCALING = 4, 2.0
 PREFIX = "base_model.model."

@@ -32,7 +32,7 @@ from oracles.methods import guided_pair, train_operands
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 RANK = 4
 PREFIX = "base_model.model."

@@ -36,7 +36,7 @@ from support.tiny_hub import EOS, tiny_tokenizer, write_recipe
 from support.tiny_models import lora_matrices, update_norm
 from support.train_command import METHODS, STEPS, TURNS, data_file, train
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 MODELS = {"llama": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM}
 

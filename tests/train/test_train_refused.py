@@ -19,7 +19,7 @@ from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_llama
 from support.train_command import METHODS, TURNS, data_file, train
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 MARK = "was-here"
 CODE = f"""
