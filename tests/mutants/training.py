@@ -171,7 +171,7 @@ TRAINING = (
         "resume-seal-is-not-compared",
         "sha256_of(folder / name) == digest for name, digest",
         "digest for name, digest",
-        Selection("test_resume.py", "seal_covers"),
+        Selection("test_seal.py", "seal_covers"),
     ),
     # Output and JSON
     Mutant(
