@@ -21,8 +21,6 @@ from loraover.study.show import to_markdown
 
 from support.tiny_hub import write_recipe
 
-pytestmark = pytest.mark.statistical
-
 RATES = (1e-4, 1e-3, 1e-2)
 SEEDS, EXAMPLES = 5, 40
 TOKENS = 20

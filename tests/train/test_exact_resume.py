@@ -30,7 +30,6 @@ from loraover.overparam.importance.sensitivity import Sensitivity
 from loraover.overparam.schedule import Round
 
 from support.children import Child
-from support.tiny_hub import save_llama
 from support.tiny_models import token_ids
 from support.versions import needs_order_of_batches
 
@@ -132,11 +131,6 @@ def outcome(training: Training, base: Path, output: Path) -> Outcome:
     last = output / f"checkpoint-{STEPS}"
     tensors = load_file(output / "adapter" / "adapter_model.safetensors") | load_file(last / "loraover.safetensors")
     return Outcome(losses, read_checkpoint(last).meta.rounds, tensors)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module", params=TRAININGS)

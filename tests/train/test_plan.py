@@ -23,15 +23,9 @@ from loraover.training.plan import Plan, kept_bytes, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
-from support.tiny_hub import save_llama, save_t5, write_recipe
+from support.tiny_hub import write_recipe
 from support.tiny_models import with_lora
 from support.versions import needs_meta_models
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {"llama": save_llama(folder / "llama"), "t5": save_t5(folder / "t5")}
 
 
 @pytest.fixture
@@ -48,6 +42,7 @@ def plan(recipe: Path | str, capsys: pytest.CaptureFixture[str], *options: objec
     return Plan.model_validate_json(capsys.readouterr().out)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("over", [{}, {"schedule": "dynamic", "budget": {"fraction": 0.5}, "rounds": 2}])
 def test_a_plan_counts_what_a_run_trains(
