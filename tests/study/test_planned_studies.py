@@ -36,16 +36,16 @@ def planned(target: str) -> tuple[list[Run], int]:
         patch.setattr("loraover.study.show.show_study", Mock())
         patch.chdir(ROOT)
         assert run(cli, shlex.split(line)[1:]) == 0
-    options: Any = asked.call_args.kwargs
-    fields = {"seeds", "settings", "tuning_seeds", "rulers"}
-    request = StudyRequest(
-        asked.call_args.args[0],
-        tuple(options["methods"]),
-        options["lr_sweep"],
-        **{name: value for name, value in options.items() if name in fields},
-    )
-    shared = DEFAULTS | dict(request.settings)
-    runs = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates)
+        options: Any = asked.call_args.kwargs
+        fields = {"seeds", "settings", "tuning_seeds", "rulers"}
+        request = StudyRequest(
+            asked.call_args.args[0],
+            tuple(options["methods"]),
+            options["lr_sweep"],
+            **{name: value for name, value in options.items() if name in fields},
+        )
+        shared = DEFAULTS | dict(request.settings)
+        runs = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates)
     return runs, request.tuning_seeds or 0
 
 
