@@ -110,6 +110,12 @@ TRAINING = (
         "return False",
         Selection("test_schedules.py", "scaler_skips"),
     ),
+    Mutant(
+        "late-answer-is-never-read",
+        "before, self._asked = self._asked, _ask(differs)",
+        "before, self._asked = None, _ask(differs)",
+        Selection("test_fingerprints.py", "answers_late"),
+    ),
     # Moments and shards
     Mutant(
         "moments-squares-are-carried-like-means",
@@ -226,6 +232,12 @@ TRAINING = (
         Selection("test_mt_bench.py", "ratings_are_read"),
     ),
     # Data, recipes, plans and studies
+    Mutant(
+        "held-out-data-beside-word-problems-are-passed-over",
+        "if data.test in (None, BUILT_IN):",
+        "if wanted or data.test is None:",
+        Selection("test_training_rows.py", "beside_word_problems"),
+    ),
     Mutant(
         "format-last-turn-alone",
         "for i in turns:",
