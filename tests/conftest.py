@@ -8,6 +8,7 @@ place for each test among parallel workers (pytest-xdist).
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -15,13 +16,13 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-from support.speed import PROFILES
+from support.speed import PROFILES, scaled
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in PROFILES:
-    hypothesis.settings.register_profile(name, deadline=None)
+    hypothesis.settings.register_profile(name, deadline=None, max_examples=scaled(100, name))
 hypothesis.settings.load_profile("full")
 
 SLOW_FIRST = ("matrix", "engine", "statistical", "process")
@@ -41,8 +42,10 @@ TOGETHER = {
         "vLLM",
     ),
     **dict.fromkeys(("test_api.py", "test_up.py", "test_up_address.py", "test_up_preflight.py"), "port 8000"),
+    **dict.fromkeys(("test_compare.py", "test_learnt.py", "test_train.py"), "trained runs"),
+    **dict.fromkeys(("test_resume.py", "test_resume_refused.py"), "halted runs"),
 }
-"""Files that share a server or a port, and so a worker."""
+"""Files that share a server, a port or runs, and so a worker."""
 
 
 class FilesTogether(LoadScopeScheduling):
@@ -59,6 +62,14 @@ class FilesTogether(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
     return FilesTogether(config, log)
+
+
+def pytest_configure() -> None:
+    lost = TOGETHER.keys() - {path.name for path in Path(__file__).parent.rglob("test_*.py")}
+    if lost:
+        raise pytest.UsageError(
+            f"TOGETHER in {__file__} names {', '.join(sorted(lost))}: no such file; rename it there."
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

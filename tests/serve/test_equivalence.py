@@ -26,7 +26,7 @@ from loraover_serve.parity.judge.equivalence import (
     holm_levels,
 )
 
-pytestmark = [pytest.mark.statistical, pytest.mark.usefixtures("few_resamples")]
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 MARGIN, ALPHA = 0.05, 0.05
 LIMIT = math.log(1.05)
@@ -125,20 +125,24 @@ def most(rate: float) -> float:
     return float(stats.binom.ppf(0.999, EXPERIMENTS, rate)) / EXPERIMENTS
 
 
+@pytest.mark.statistical
 def test_equal_arms_are_seldom_called_different() -> None:
     assert np.mean([c.verdict == "different" for c in experiments(0.0, seed=1)]) <= most(ALPHA)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("sign", [1, -1])
 def test_arms_just_beyond_the_margin_are_seldom_called_equivalent(sign: int) -> None:
     assert np.mean([c.verdict == "equivalent" for c in experiments(sign * LIMIT * 1.001, seed=2)]) <= most(ALPHA)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("sign", [1, -1])
 def test_arms_just_within_the_margin_are_seldom_called_different(sign: int) -> None:
     assert np.mean([c.verdict == "different" for c in experiments(sign * LIMIT * 0.999, seed=3)]) <= most(ALPHA)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("mean", [0.0, 0.12])
 def test_intervals_cover_at_their_rate(mean: float) -> None:
     intervals = [c.interval(0.95) for c in experiments(mean, seed=4)]
@@ -147,16 +151,19 @@ def test_intervals_cover_at_their_rate(mean: float) -> None:
     assert covered <= most(0.95)
 
 
+@pytest.mark.statistical
 def test_a_large_difference_is_found() -> None:
     assert np.mean([c.verdict == "different" for c in experiments(math.log(1.20), seed=5)]) > 0.95
 
 
+@pytest.mark.statistical
 def test_a_test_that_ignores_the_spread_is_caught() -> None:
     """The mutant that compares means with the margin: it calls arms just beyond it equivalent half of the time."""
     draws = np.random.default_rng(2).normal(LIMIT * 1.001, SPREAD, (EXPERIMENTS, BLOCKS))
     assert np.mean(np.abs(draws.mean(axis=1)) < LIMIT) > most(ALPHA)
 
 
+@pytest.mark.statistical
 def test_the_number_of_blocks_that_would_do_does() -> None:
     needed = blocks_needed(SPREAD, margin=MARGIN)
     assert needed is not None
@@ -181,6 +188,7 @@ def test_values_without_spread_are_decided() -> None:
     assert [found[name].verdict for name in found] == ["equivalent", "different"]
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("blocks", [MIN_BLOCKS, 40])
 def test_intervals_of_skewed_ratios_cover_better_than_students(blocks: int) -> None:
     """Where pauses make some blocks much slower, t intervals are too short at one end."""
@@ -192,6 +200,7 @@ def test_intervals_of_skewed_ratios_cover_better_than_students(blocks: int) -> N
     assert covered > student.mean() + 0.01
 
 
+@pytest.mark.statistical
 def test_skewed_ratios_beyond_the_margin_are_less_often_called_equivalent_than_by_student() -> None:
     """With 12 blocks the rate still exceeds alpha, because a sample may lack the rare long pauses."""
     draw = np.random.default_rng(9)
@@ -201,6 +210,7 @@ def test_skewed_ratios_beyond_the_margin_are_less_often_called_equivalent_than_b
     assert found <= 0.14 < 0.16 <= student
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("share", [0.0, 0.7])
 def test_intervals_of_quantiles_cover_whatever_times_in_a_block_share(share: float) -> None:
     """Two copies of a value carry no more information than one; resampled singly, they make intervals too short."""
@@ -220,6 +230,7 @@ def test_a_quantile_of_unequal_blocks_is_that_of_all_their_values() -> None:
     assert quantile_intervals([[2.0, 2.0], [2.0]], [0.5]) == [(2.0, 2.0)]
 
 
+@pytest.mark.statistical
 def test_the_bootstrap_of_a_large_run_fits_in_memory() -> None:
     draw = np.random.default_rng(0)
     tracemalloc.start()

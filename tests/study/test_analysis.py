@@ -12,8 +12,6 @@ from scipy import stats
 
 from loraover.study.analysis import Halves, Losses, difference, mean_loss, sensitivity
 
-pytestmark = pytest.mark.statistical
-
 
 def made_up(
     draw: np.random.Generator, true: float, seeds: int = 5, examples: int = 60, of_seeds: float = 0.01
@@ -26,6 +24,7 @@ def made_up(
     return baseline + gap * tokens, baseline, tokens
 
 
+@pytest.mark.statistical
 def test_intervals_cover_over_seeds_and_examples_together() -> None:
     draw = np.random.default_rng(0)
     experiments, covered = 300, 0
@@ -35,6 +34,7 @@ def test_intervals_cover_over_seeds_and_examples_together() -> None:
     assert covered >= stats.binom.ppf(1e-3, experiments, 0.95)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("of_seeds", [0.01, 0.3])
 def test_no_difference_is_seldom_called_one(seeds: int, of_seeds: float) -> None:

@@ -79,22 +79,24 @@ def test_a_run_without_its_outcome_is_no_run_of_another_recipe(
 def test_a_run_goes_on_while_its_study_is_killed_and_is_waited_for(recipe: Path, tmp_path: Path) -> None:
     """Two processes never write one run: the second study gets what the first one's process makes."""
     folder = tmp_path / "run"
-    asked = one_run(recipe, **{"training.max_steps": 40, "training.save_steps": 5, "evaluation.before": False})
+    asked = one_run(recipe, **{"training.max_steps": 200, "training.save_steps": 10, "evaluation.before": False})
     code = (
         "import sys\nfrom pathlib import Path\nfrom loraover.training.recipe import Recipe\n"
         "from loraover.study.outcome import execute\n"
         "execute(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), threads=1)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, asked.model_dump_json(), str(folder)])
-    deadline = time.monotonic() + 120
-    while not (folder / "trainer" / "checkpoint-5" / "complete.json").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    first = folder / "trainer" / "checkpoint-10" / "complete.json"
+    while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     parent.kill()
     parent.wait()
+    assert first.exists()
     assert not (folder / "run.json").exists()
     found = execute(asked, folder, threads=1)
     assert found.failure is None
-    assert read_run(folder).timed_steps == 40  # in one process
+    assert read_run(folder).timed_steps == 200  # in one process
 
 
 def test_seconds_are_those_of_the_steps_that_were_timed(finished_run: Path, recipe: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,32 +24,33 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("make") is None, reason="needs make")]
 
 
-def planned(target: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Run], int]:
+@cache
+def planned(target: str) -> tuple[list[Run], int]:
     """All runs that a target of the Makefile asks for, and the number of its tuning seeds."""
     dry = ["make", "--dry-run", "--no-print-directory", target]
     printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     (line,) = [line for line in printed.replace("\\\n", " ").splitlines() if "loraover study" in line]
     asked = Mock()
-    monkeypatch.setattr("loraover.study.runner.run_study", asked)
-    monkeypatch.setattr("loraover.study.show.show_study", Mock())
-    monkeypatch.chdir(ROOT)
-    assert run(cli, shlex.split(line)[1:]) == 0
-    options: Any = asked.call_args.kwargs
-    fields = {"seeds", "settings", "tuning_seeds", "rulers"}
-    request = StudyRequest(
-        asked.call_args.args[0],
-        tuple(options["methods"]),
-        options["lr_sweep"],
-        **{name: value for name, value in options.items() if name in fields},
-    )
-    shared = DEFAULTS | dict(request.settings)
-    return make_grid(
-        request.recipes, request.rates, request.seeds, shared, request.task_rates
-    ), request.tuning_seeds or 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loraover.study.runner.run_study", asked)
+        patch.setattr("loraover.study.show.show_study", Mock())
+        patch.chdir(ROOT)
+        assert run(cli, shlex.split(line)[1:]) == 0
+        options: Any = asked.call_args.kwargs
+        fields = {"seeds", "settings", "tuning_seeds", "rulers"}
+        request = StudyRequest(
+            asked.call_args.args[0],
+            tuple(options["methods"]),
+            options["lr_sweep"],
+            **{name: value for name, value in options.items() if name in fields},
+        )
+        shared = DEFAULTS | dict(request.settings)
+        runs = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates)
+    return runs, request.tuning_seeds or 0
 
 
-def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    (gauge, tuning), (papers, same) = (planned(name, monkeypatch) for name in ("study-gauge", "study-papers"))
+def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are() -> None:
+    (gauge, tuning), (papers, same) = (planned(name) for name in ("study-gauge", "study-papers"))
     assert (tuning, same) == (1, 1)  # or the further seeds would be trained at other rates
     known = {one.folder: digest(one.recipe) for one in gauge}
     shared = [one for one in papers if one.folder in known]
@@ -67,20 +69,18 @@ def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are(mon
     ("target", "shared", "new"),
     [("study-gauge-arms", 3 * 3, 8 * 3), ("study-gauge-steps", 4 * 2 * 3 + 7, 4 * 3), ("study-gauge-long", 0, 3 * 3)],
 )
-def test_a_further_study_of_the_gauge_shares_the_runs_that_are_the_same(
-    target: str, shared: int, new: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (gauge, tuning), (further, same) = (planned(name, monkeypatch) for name in ("study-gauge", target))
+def test_a_further_study_of_the_gauge_shares_the_runs_that_are_the_same(target: str, shared: int, new: int) -> None:
+    (gauge, tuning), (further, same) = (planned(name) for name in ("study-gauge", target))
     known = {(one.folder, digest(one.recipe)) for one in gauge}
     sweep = [(one.folder, digest(one.recipe)) in known for one in further if one.seed == 0]
     assert (tuning, same) == (1, 1)
     assert (sum(sweep), len(sweep)) == (shared, shared + new)
 
 
-def test_federated_keeps_to_its_budget_and_to_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_federated_keeps_to_its_budget_and_to_the_rows_of_the_others() -> None:
     federated = pytest.importorskip("loraover.training.methods.federated", reason="pip install 'loraover[private]'")
     pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
-    runs, _ = planned("study-papers", monkeypatch)
+    runs, _ = planned("study-papers")
     one = next(one.recipe for one in runs if one.recipe.method == "federated")
     batch, plain = one.training.per_device_train_batch_size, runs[0].recipe.training
     assert batch * one.federated.clients == plain.per_device_train_batch_size

@@ -22,8 +22,6 @@ from loraover.study.verdict import verdict_of
 
 from support.tiny_hub import write_recipe
 
-pytestmark = pytest.mark.statistical
-
 RATES = (1e-4, 1e-3, 1e-2)
 SEEDS, EXAMPLES = 5, 40
 TOKENS = 20

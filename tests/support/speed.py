@@ -11,6 +11,11 @@ PROFILES = {"quick": 0.2, "full": 1.0, "deep": 20.0}
 FEWEST = 5
 
 
+def scaled(number: int, profile: str) -> int:
+    """Examples in a profile, of a property that has that many in "full"."""
+    return max(min(FEWEST, number), round(number * PROFILES[profile]))
+
+
 def examples(number: int, **options: Any) -> settings:
     """Settings of a property that `make test` tries on that many examples; deadlines are off, as clocks are noisy.
 
@@ -18,5 +23,5 @@ def examples(number: int, **options: Any) -> settings:
         number: Examples of the profile "full".
         options: Other settings of Hypothesis.
     """
-    factor = PROFILES[settings.get_current_profile_name()]
-    return settings(max_examples=max(min(FEWEST, number), round(number * factor)), deadline=None, **options)
+    profile = settings.get_current_profile_name()
+    return settings(max_examples=scaled(number, profile), deadline=None, **options)

@@ -52,11 +52,18 @@ def net_batch(seed: int = 0, rows: int = 4, dtype: torch.dtype = torch.float32) 
     return x, y
 
 
+def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean squared error on a batch of `net_batch`."""
+    x, y = batch
+    loss: Tensor = (model(x) - y).square().mean()
+    return loss
+
+
 def net_loss(model: nn.Module, seed: int = 0, rows: int = 4) -> Any:
     """Mean squared error on `net_batch`."""
     parameter = next(model.parameters())
     x, y = (tensor.to(parameter.device) for tensor in net_batch(seed, rows, parameter.dtype))
-    return (model(x) - y).square().mean()
+    return batch_loss(model, (x, y))
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:

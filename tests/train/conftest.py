@@ -1,29 +1,28 @@
-"""Tiny base models, and no network."""
+"""Tiny base models, runs that several files look at, and no network."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loraover.common.threads import one_thread
-
+from support.resumed_run import KINDS, STEPS, stopped
+from support.rows import Write, lines
 from support.tiny_hub import save_llama, save_t5, write_recipe
+from support.train_command import METHODS, train
+from support.trained_run import MODELS, Trained, watched
 
 
-@pytest.fixture(scope="module")
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def reached() -> Iterator[list[Any]]:
-    """Addresses that the main thread tried to reach; every attempt fails, as without a network."""
+@contextmanager
+def without_network() -> Iterator[list[Any]]:
+    """Addresses that the main thread tries to reach in the block; every attempt fails."""
     addresses: list[Any] = []
 
     def refuse(*address: Any, **_: Any) -> Any:
@@ -37,6 +36,12 @@ def reached() -> Iterator[list[Any]]:
         yield addresses
 
 
+@pytest.fixture(scope="module")
+def reached() -> Iterator[list[Any]]:
+    with without_network() as addresses:
+        yield addresses
+
+
 @pytest.fixture
 def no_network(reached: list[Any]) -> Iterator[None]:
     yield
@@ -44,8 +49,9 @@ def no_network(reached: list[Any]) -> Iterator[None]:
     assert found == []
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of base models, which tests only read."""
     folder = tmp_path_factory.mktemp("bases")
     return {
         "llama": save_llama(folder / "llama"),
@@ -54,6 +60,76 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.fixture(scope="session")
+def base(bases: dict[str, Path]) -> Path:
+    return bases["llama"]
+
+
 @pytest.fixture
-def recipe(bases: dict[str, Path], tmp_path: Path) -> Path:
-    return write_recipe(tmp_path / "recipe.yaml", bases["llama"])
+def recipe(base: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", base)
+
+
+@pytest.fixture(scope="session")
+def trained(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Trained]:
+    """Both kinds of model, by both methods, from one recipe."""
+    runs = {}
+    for kind in MODELS:
+        folder = tmp_path_factory.mktemp(kind)
+        recipe = write_recipe(folder / "recipe.yaml", bases[kind])
+        for method in METHODS:
+            with without_network() as addresses, watched() as seen, redirect_stdout(io.StringIO()) as printed:
+                assert train(recipe, folder / method, "--method", method, "--json") == 0
+            assert addresses == []
+            trainer, start = seen[0]
+            runs[kind, method] = Trained(kind, method, bases[kind], folder / method, trainer, start, printed.getvalue())
+    return runs
+
+
+@pytest.fixture(scope="session")
+def recipes(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """A recipe of each kind; dropout, decay and a schedule make a step depend on all that a checkpoint must hold."""
+    folder = tmp_path_factory.mktemp("recipes")
+    return {
+        (kind, method): write_recipe(
+            folder / f"{kind}-{method}.yaml",
+            bases[kind],
+            method=method,
+            lora={"lora_dropout": 0.2},
+            training={"max_steps": STEPS, "weight_decay": 0.1, "warmup_steps": 1, "lr_scheduler_type": "linear"},
+            evaluation={"exact_match": False},
+        )
+        for kind, method in KINDS
+    }
+
+
+@pytest.fixture(scope="session")
+def whole(recipes: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Folders of a run of each of these recipes, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs = {}
+    for kind, recipe in recipes.items():
+        runs[kind] = folder / "-".join(kind)
+        assert train(recipe, runs[kind]) == 0
+    return runs
+
+
+@pytest.fixture(scope="session")
+def halted(recipes: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Folders of a run of each of these recipes, interrupted in step `STOP`; copy one before you change it."""
+    folder = tmp_path_factory.mktemp("halted")
+    return {kind: stopped(recipe, folder / "-".join(kind)) for kind, recipe in recipes.items()}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes rows, or raw bytes, to a file; gzipped where its name says so."""
+
+    def written(name: str, *rows: Any, raw: bytes | None = None) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        content = lines(*rows) if raw is None else raw
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return path
+
+    return written

@@ -21,6 +21,7 @@ from loraover.training.recipe import load_recipe
 
 from support.make_checkpoint import Made, adamw, make_checkpoint, reopened
 from support.tiny_models import (
+    batch_loss,
     lora_matrices,
     net_batch,
     net_loss,
@@ -32,12 +33,6 @@ from support.tiny_models import (
 )
 
 BATCHES = [net_batch(seed) for seed in range(2)]
-
-
-def batch_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    loss: Tensor = (model(x) - y).square().mean()
-    return loss
 
 
 # Configurations that contradict themselves

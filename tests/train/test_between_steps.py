@@ -36,9 +36,6 @@ from support.tiny_models import (
     with_lora,
 )
 
-pytestmark = pytest.mark.usefixtures("single_thread")
-
-
 # What is visible between steps
 
 

@@ -28,8 +28,6 @@ from support.speed import examples
 from support.tiny_models import tiny_net
 from tolerances import UNDERFLOW, UNIT, gamma, isometry_error
 
-pytestmark = pytest.mark.usefixtures("single_thread")
-
 LENGTHS, LARGEST = st.integers(1, 150), st.sampled_from([1, 2, 3, 5, 7, 16, 64])
 SIDES: list[Side] = ["rows", "columns"]
 DTYPES = [torch.float64, torch.float32]

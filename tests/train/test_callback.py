@@ -38,7 +38,7 @@ from support.tiny_models import (
     with_lora,
 )
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread")]
+pytestmark = pytest.mark.process
 
 
 def test_the_three_lines_of_a_users_script(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from support.tiny_models import (
     trainable,
 )
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread")]
+pytestmark = pytest.mark.process
 
 
 # Resuming

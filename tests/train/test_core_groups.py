@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.common.threads import one_thread
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover.overparam.optimizers import ELEMENTWISE
@@ -46,12 +45,6 @@ DECOMPOSED: dict[str, dict[str, Any]] = {
     "eigen": {"decomposition": "eigen", "options": {"block": 3}},
 }
 by_decomposition = pytest.mark.parametrize("decomposition", DECOMPOSED)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 # Whole stacks, and each site by itself

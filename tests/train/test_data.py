@@ -1,12 +1,8 @@
-"""Training data from files and the hub: every format, and faults that name the row."""
+"""Training data from files: every format, and faults that name the row."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,56 +10,13 @@ import pytest
 from datasets import ReadInstruction
 
 import loraover.data.sources
-from loraover.common.errors import ConfigError, DataError, LoraOverError
-from loraover.data.sources import MAX_LINE_BYTES, Rows, load_rows
+from loraover.data.sources import MAX_LINE_BYTES
 from loraover.evaluation.final_number import final_number
-from loraover.models.hub import HubUnreachableError
-from loraover.training.recipe import Recipe
 
 from support.real_data import real_data
+from support.rows import GSM8K, MESSAGES, PAIR, TURNS, Write, fault, lines, load
 
-PAIR = {"prompt": "1+1?", "completion": " 2"}
-GSM8K = {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "1+1?"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": "And 2+2?"},
-    {"role": "assistant", "content": "4"},
-]
-MESSAGES = {"messages": TURNS}
 AS_CHAT = {"prompt": [{"role": "user", "content": "1+1?"}], "completion": [{"role": "assistant", "content": "2"}]}
-
-Write = Callable[..., Path]
-
-
-def lines(*rows: Any) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def load(source: object, *, split: str = "train", limit: int | None = None, **options: Any) -> Rows:
-    chosen: dict[str, Any] = {"subset": None, "revision": None, "format": "auto", "chat": False} | options
-    return load_rows(str(source), split=split, limit=limit, **chosen)
-
-
-def fault(source: object, **options: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        load(source, **options)
-    return str(caught.value)
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes rows, or raw bytes, to a file; gzipped where its name says so."""
-
-    def written(name: str, *rows: Any, raw: bytes | None = None) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        content = lines(*rows) if raw is None else raw
-        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-        return path
-
-    return written
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
@@ -294,140 +247,6 @@ def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(
 ) -> None:
     monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: pytest.fail("asked the hub"))
     assert "no such file or folder" in fault(source)
-
-
-class Hub:
-    """Data sets by name, in place of the hub."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **sets: list[Any]) -> None:
-        self.sets = {name.replace("__", "/"): rows for name, rows in sets.items()}
-        self.asked: list[tuple[str, str | None]] = []
-        self.loaded: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(loraover.data.sources, "pinned_commit", self.pinned_commit)
-        monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
-
-    def commit(self, name: str) -> str:
-        return f"{name.encode().hex():0<40}"[:40]
-
-    def pinned_commit(self, name: str, revision: str | None, kind: str) -> str:
-        self.asked.append((name, revision))
-        if name not in self.sets or revision not in (None, "v1", self.commit(name)):
-            raise ConfigError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it.")
-        return self.commit(name)
-
-    def load_dataset(self, name: str, subset: str | None, *, split: str, revision: str) -> list[Any]:
-        self.loaded.append((name, subset, split, revision))
-        return self.sets[name]
-
-
-def test_a_hub_name_is_read_at_its_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, owner__data=[GSM8K])
-    rows = load("owner/data", subset="main", split="dev", revision="v1")
-    commit = hub.commit("owner/data")
-    assert hub.asked == [("owner/data", "v1")]
-    assert hub.loaded == [("owner/data", "main", "dev", commit)]
-    assert rows.revision == commit
-    assert commit[:12] in rows.origin
-    assert rows.rows[0]["completion"].endswith("#### 2")
-
-
-def test_without_a_hub_a_local_file_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object) -> str:
-        raise HubUnreachableError("the hub cannot be reached.")
-
-    monkeypatch.setattr(loraover.data.sources, "pinned_commit", unreachable)
-    message = fault("owner/data")
-    assert "owner/data" in message
-    assert "--data FILE" in message
-
-
-@pytest.mark.parametrize(
-    "error", [ValueError("Unknown split"), FileNotFoundError("no file"), datasets.exceptions.DatasetGenerationError()]
-)
-def test_a_hub_set_that_cannot_be_loaded_is_refused(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> Any:
-        raise error
-
-    Hub(monkeypatch, owner__data=[GSM8K])
-    monkeypatch.setattr(datasets, "load_dataset", broken)
-    assert "owner/data" in fault("owner/data")
-
-
-def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": "owner/model",
-            "data": {"train": str(train), **data},
-            "training": {"max_steps": 1, "seed": 5},
-            "evaluation": {"examples": examples},
-        }
-    )
-
-
-def examples_of(made: Recipe, *, chat: bool = False) -> Any:
-    from loraover.training.examples import load_examples
-
-    return load_examples(made, chat=chat)
-
-
-def test_held_out_rows_come_from_another_file(write: Write) -> None:
-    train, test = write("train.jsonl", PAIR, PAIR, PAIR), write("other.jsonl", GSM8K, GSM8K, GSM8K)
-    examples = examples_of(recipe(train, test=str(test), train_examples=2))
-    assert examples.train.rows == [PAIR, PAIR]
-    assert [row["prompt"] for row in examples.test.rows] == ["Question: 1+1?\nAnswer:"] * 2
-
-
-def test_held_out_rows_come_from_the_other_split(write: Write) -> None:
-    folder = write("folder/train.jsonl", PAIR).parent
-    write("folder/dev.jsonl", GSM8K, GSM8K)
-    examples = examples_of(recipe(folder, test_split="dev", test_examples=1, examples=5))
-    assert [row["prompt"] for row in examples.test.rows] == ["Question: 1+1?\nAnswer:"]
-
-
-def test_one_file_cannot_be_trained_and_measured_on(write: Write) -> None:
-    train = write("train.jsonl", PAIR)
-    with pytest.raises(DataError, match="held-out"):
-        examples_of(recipe(train))
-    assert examples_of(recipe(train, examples=0)).test is None
-
-
-def test_the_held_out_split_is_read_at_the_commit_of_the_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, owner__data=[GSM8K])
-    examples_of(recipe("owner/data", revision="v1"))
-    assert [load[2:] for load in hub.loaded] == [(s, hub.commit("owner/data")) for s in ("train", "test")]
-
-
-def test_another_hub_set_is_not_asked_for_the_commit_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, owner__data=[GSM8K], owner__other=[PAIR])
-    examples = examples_of(recipe("owner/data", test="owner/other"))
-    assert examples.test.revision == hub.commit("owner/other")
-
-
-def test_word_problems_follow_the_run_seed() -> None:
-    made = recipe("word-problems", train_examples=4)
-    examples = examples_of(made)
-    assert (len(examples.train.rows), len(examples.test.rows)) == (4, 2)
-    assert examples == examples_of(made)
-    assert "seed 5" in examples.train.origin
-
-
-def test_word_problems_obey_the_limit_on_held_out_rows() -> None:
-    examples = examples_of(recipe("word-problems", train_examples=4, test_examples=1, examples=3))
-    assert len(examples.test.rows) == 1
-
-
-def test_word_problems_become_chat_messages_where_chat_is_asked_for() -> None:
-    rows = examples_of(recipe("word-problems", train_examples=4), chat=True).train.rows
-    assert all(row["prompt"][0]["role"] == "user" for row in rows)
-    assert all(row["completion"][0]["role"] == "assistant" for row in rows)
-
-
-def test_held_out_data_beside_word_problems_is_used_or_refused(write: Write) -> None:
-    other = write("other.jsonl", PAIR)
-    examples = None
-    with contextlib.suppress(LoraOverError):
-        examples = examples_of(recipe("word-problems", test=str(other), train_examples=4))
-    assert examples is None or examples.test.rows == [PAIR]
 
 
 @pytest.mark.parametrize(("name", "count"), [("gsm8k/train.jsonl.gz", 7473), ("gsm8k/test.jsonl", 1000)])

@@ -42,8 +42,6 @@ from support.decomposition_cases import (
 )
 from tolerances import UNDERFLOW, UNIT, chain_terms, gamma
 
-pytestmark = pytest.mark.usefixtures("single_thread")
-
 
 def test_every_decomposition_has_an_oracle_and_a_strategy() -> None:
     assert set(DECOMPOSITIONS) == set(ORACLES) == set(OPTIONS)

@@ -13,7 +13,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, OutputError
 from loraover.training.run_folder import new_run_folder, newest_unfinished
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers import Trainer, TrainingArguments
 from loraover import DiagnosticsCallback, LoraOverCallback, LoraOverConfig, OverParameterization
 from loraover.callbacks.diagnostics import PREFIX, core_numbers
 from loraover.callbacks.step_norm import factors, step_norm
-from loraover.common.threads import one_thread
 
 from support.tiny_models import tiny_llama, tiny_net, token_ids, with_lora
 
@@ -25,12 +23,6 @@ pytestmark = pytest.mark.process
 
 DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 STEPS = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def trained(folder: Path, over: LoraOverCallback | None, adapter: str = "default", **changes: Any) -> Trainer:

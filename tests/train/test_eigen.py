@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.common.threads import one_thread
 from loraover.overparam import block_bases, eigenbases
 from loraover.overparam.block_bases import turn
 from loraover.overparam.eigenbases import BasisFollower
@@ -85,12 +84,6 @@ CASES = [
     ),
 ]
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def backward(model: nn.Module, step: int, case: Case) -> float:

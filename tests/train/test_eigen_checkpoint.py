@@ -1,71 +1,39 @@
-"""Checkpoints of eigen: resumed bit for bit, folded, and refused where their bases cannot be those of a run."""
+"""Checkpoints of eigen: resumed bit for bit, folded, and left behind at the end of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.optim import AdamW, NAdam
 from transformers import AutoModelForCausalLM
 
-from loraover import LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.checkpoint.error_bounds import orthogonality_error
+from loraover import OverParameterization, read_checkpoint
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.command_line import run
-from loraover.common.errors import CheckpointError
-from loraover.common.threads import one_thread
-from loraover.overparam.block_bases import Blocks, eigenvectors
 from loraover.overparam.eigenbases import BasisFollower
 from loraover_export.cli import cli
 from loraover_export.fold.certificate import FoldCertificate
 
-from strategies import normal
+from support.eigen_checkpoint import OPTIONS, V, made_of
 from support.hooked_run import same
 from support.make_checkpoint import (
     LINEAR,
     Made,
     adamw,
     cores_of,
-    edit_json,
-    edit_tensors,
     logits,
-    make_checkpoint,
     nearest,
     numpy64,
     oracle_matrices,
     reopened,
-    reseal,
     save,
     train,
 )
 from support.tiny_models import lora_matrices
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "gradient": {"block": 12},
-    "calibration": {"short": "calibration", "long": "calibration", "block": 12},
-    "both": {"long": "calibration", "block": 12, "growth": 1, "refresh": 2},
-    "carried": {"second_moments": "carried", "growth": 1},
-    "trained": {"short": "calibration", "long": "calibration", "train_auxiliary": True},
-    "once": {"growth": None, "refresh": 3},
-    "neither": {"short": "none", "long": "none"},
-}
-QKVO = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-def made_of(folder: Path, kind: str, **options: Any) -> Made:
-    config = LoraOverConfig(decomposition="eigen", options=OPTIONS[kind], seed=5)
-    return make_checkpoint(folder, config=config, **({"steps": 3} | QKVO | options))
 
 
 def follower_states(over: OverParameterization) -> dict[str, Any]:
@@ -90,8 +58,10 @@ def assert_alike(one: Made, other: Made) -> None:
 # Resumed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", OPTIONS)
+RESUMED = [*((kind, torch.float32) for kind in OPTIONS), ("both", torch.float64), ("both", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), RESUMED, ids=str)
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     made = made_of(tmp_path, kind, dtype=dtype)
     resumed = reopened(made, adamw)
@@ -226,151 +196,6 @@ def test_the_unfolded_forward_is_the_adapters(tmp_path: Path) -> None:
         found = logits(model)
     assert (found - made.logits()).abs().max() < 1e-5
     assert (found - plain).abs().max() > 1e-2
-
-
-# Refused
-
-CORE = "model.layers.0.self_attn.q_proj.lora_A"
-Change = Callable[[dict[str, Tensor]], object]
-
-
-def damaged(made: Made, change: Change) -> None:
-    """Edit the cores, and put what they contract to into the adapter, so that only the bases are wrong."""
-    edit_tensors(made.path / "loraover.safetensors", change)
-    matrices = {key: torch.from_numpy(matrix).float() for key, matrix in oracle_matrices(made.path).items()}
-    edit_tensors(made.path / "adapter_model.safetensors", lambda tensors: tensors.update(matrices))
-    reseal(made.path)
-
-
-def _scaled(cores: dict[str, Tensor]) -> None:
-    cores[f"{CORE}.core.2"] *= 2
-
-
-def _one_bit(cores: dict[str, Tensor]) -> None:
-    cores[f"{CORE}.core.2"][5, 3] += 2.0**-10
-
-
-def _two_equal_columns(cores: dict[str, Tensor]) -> None:
-    cores[f"{CORE}.core.0"][:, 1] = cores[f"{CORE}.core.0"][:, 0]
-
-
-def _zero(cores: dict[str, Tensor]) -> None:
-    cores[f"{CORE}.core.0"].zero_()
-
-
-def _padding_mixed_in(cores: dict[str, Tensor]) -> None:
-    """Orthogonal, but a turn would lose what it moves into the padding: 32 = 11 + 11 + 10."""
-    basis = cores[f"{CORE}.core.2"].view(3, 11, 11)
-    basis[2] = torch.linalg.qr(normal(0, 11, 11).float())[0]
-
-
-@pytest.mark.parametrize(
-    "change", [_scaled, _one_bit, _two_equal_columns, _zero, _padding_mixed_in], ids=lambda change: change.__name__
-)
-def test_bases_that_are_not_orthogonal_are_refused(change: Change, tmp_path: Path) -> None:
-    made = made_of(tmp_path, "gradient")
-    damaged(made, change)
-    with pytest.raises(CheckpointError, match=rf"the bases of {CORE} are not orthogonal: V\^T V is \S+ away"):
-        reopened(made, adamw)
-    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "folded")]) == 0  # a contraction needs no more
-
-
-def test_trained_bases_need_not_be_orthogonal(tmp_path: Path) -> None:
-    made = made_of(tmp_path, "trained")
-    damaged(made, _scaled)
-    reopened(made, adamw)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("size", [1, 2, 8, 64, 256])
-def test_the_bound_of_orthogonality_holds_with_room_and_is_not_loose(size: int, dtype: torch.dtype) -> None:
-    factor = normal(size, 1, 1, size, size).to(dtype)
-    basis = eigenvectors(factor @ factor.mT, Blocks(1, size, 1)).double()
-    error = float((basis.mT @ basis - torch.eye(size)).abs().max())
-    assert error <= orthogonality_error(size, dtype) / 2
-    assert orthogonality_error(size, dtype) < (1e-2 if dtype == torch.float32 else 1e-11)
-
-
-def shares(name: str, value: dict[str, str]) -> Callable[[dict[str, Any]], None]:
-    def change(meta: dict[str, Any]) -> None:
-        next(site for site in meta["sites"] if site["name"] == name)["shares"] = value
-
-    return change
-
-
-V, OUT, B = (f"model.layers.0.self_attn.{rest}" for rest in ("v_proj.lora_A", "o_proj.lora_A", "q_proj.lora_B"))
-HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "another core": (shares(V, {"0": CORE}), f"{V}: shares: core 0 cannot be shared"),
-    "the centre": (shares(V, {"1": CORE}), f"{V}: shares: core 1 cannot be shared"),
-    "no such core": (shares(V, {"7": CORE}), f"{V}: shares: core 7 cannot be shared"),
-    "a negative core": (shares(V, {"-1": CORE}), f"{V}: shares: core -1 cannot be shared"),
-    "no such site": (shares(V, {"2": "nothing"}), f"{V}: shares: there is no site 'nothing'"),
-    "another shape": (shares(V, {"2": B}), f"{V}: shares: {B} has another shape or step"),
-    "one that holds none": (shares(V, {"2": OUT}), f"{V}: shares: {OUT} does not hold it itself"),
-    "a circle": (shares(CORE, {"2": V}), "does not hold it itself"),
-    "a number": (shares(V, {"2": 3}), r"sites\.\d+\.shares"),  # type: ignore[dict-item]
-    "a key that is none": (shares(V, {"two": CORE}), r"sites\.\d+\.shares"),
-    "absent": (lambda meta: meta["sites"][0].pop("shares"), r"sites\.0\.shares"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_shares_that_no_run_writes_are_refused(case: str, tmp_path: Path) -> None:
-    made = made_of(tmp_path, "both")
-    change, message = HOSTILE[case]
-    edit_json(made.path / "loraover.json", change)
-    reseal(made.path)
-    with pytest.raises(CheckpointError, match=message):
-        read_checkpoint(made.path)
-
-
-@pytest.mark.parametrize("kind", ["gradient", "trained"])
-def test_what_follows_gradients_or_is_trained_is_not_shared(kind: str, tmp_path: Path) -> None:
-    made = made_of(tmp_path, kind)
-    edit_json(made.path / "loraover.json", shares(V, {"2": CORE}))
-    edit_json(made.path / "loraover.json", shares(CORE, {"2": CORE}))
-    reseal(made.path)
-    with pytest.raises(CheckpointError, match="shares: core 2 cannot be shared"):
-        read_checkpoint(made.path)
-
-
-def test_a_core_of_another_decomposition_is_not_shared(tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path)
-    edit_json(made.path / "loraover.json", shares(V, {"2": CORE}))
-    reseal(made.path)
-    with pytest.raises(CheckpointError, match="shares: core 2 cannot be shared"):
-        read_checkpoint(made.path)
-
-
-GAUGE: dict[str, tuple[Change, str]] = {
-    "no counts": (lambda t: t.pop(f"{CORE}.gauge.counts"), "no tensor"),
-    "no moment": (lambda t: t.pop(f"{CORE}.gauge.moment.rows"), "no tensor"),
-    "another shape": (
-        lambda t: t.update({f"{CORE}.gauge.moment.rows": torch.ones(3, 3)}),
-        r"gauge\.moment\.rows is torch\.float32 \(3, 3\), expected torch\.float32 \(1, 4, 4\)",
-    ),
-    "another type": (lambda t: t.update({f"{CORE}.gauge.started.rows": torch.ones(())}), r"expected torch\.bool"),
-    "short counts": (
-        lambda t: t.update({f"{CORE}.gauge.counts": torch.tensor([1, 1])}),
-        r"expected \S+ \(3,\)",
-    ),
-    "counts without a shape": (lambda t: t.update({f"{CORE}.gauge.counts": torch.tensor(3)}), r"expected torch\.int64"),
-    "not finite": (lambda t: t[f"{CORE}.gauge.moment.rows"].fill_(torch.nan), "holds NaN"),
-    "state of a basis": (
-        lambda t: t.update({f"{CORE}.core.0.exp_avg": torch.ones(4, 4)}),
-        r"core\.0 has optimizer state \(exp_avg\), but is not trained",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", GAUGE)
-def test_moments_that_bases_cannot_follow_are_refused(case: str, tmp_path: Path) -> None:
-    made = made_of(tmp_path, "gradient")
-    change, message = GAUGE[case]
-    edit_tensors(made.path / "loraover.safetensors", change)
-    reseal(made.path)
-    with pytest.raises(CheckpointError, match=message):
-        reopened(made, adamw)
 
 
 # The end of a run

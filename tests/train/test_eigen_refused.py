@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,6 @@ from torch.optim import SGD, AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
 from loraover.common.errors import ConfigError
-from loraover.common.threads import one_thread
 from loraover.overparam import eigenbases
 from loraover.overparam.decompositions import Eigen, make_decomposition
 from loraover.overparam.optimizers import BLIND, ROTATED
@@ -24,12 +23,6 @@ from support.precision import restore_default_precision
 from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable, with_lora
 
 BASES: Any = eigenbases  # its imports are replaced here
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 # Options

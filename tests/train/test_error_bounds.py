@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
+from loraover.checkpoint.error_bounds import gamma, orthogonality_error, smallest_subnormal, unit_roundoff
+from loraover.overparam.block_bases import Blocks, eigenvectors
 
 import tolerances
+from strategies import normal
 from support.speed import examples
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -77,3 +79,13 @@ def test_gamma_refuses_where_there_is_no_bound(terms: int) -> None:
     assert gamma(255, 2.0**-8) == 255
     with pytest.raises(ValueError, match=f"no rounding bound for {terms} operations"):
         gamma(terms, 2.0**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 8, 64, 256])
+def test_the_bound_of_orthogonality_holds_with_room_and_is_not_loose(size: int, dtype: torch.dtype) -> None:
+    factor = normal(size, 1, 1, size, size).to(dtype)
+    basis = eigenvectors(factor @ factor.mT, Blocks(1, size, 1)).double()
+    error = float((basis.mT @ basis - torch.eye(size)).abs().max())
+    assert error <= orthogonality_error(size, dtype) / 2
+    assert orthogonality_error(size, dtype) < (1e-2 if dtype == torch.float32 else 1e-11)

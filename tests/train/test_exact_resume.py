@@ -7,7 +7,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -25,13 +25,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 import loraover.callbacks.seal_checkpoints
 import loraover.checkpoint.write_checkpoint
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, last_whole_checkpoint, read_checkpoint
-from loraover.common.threads import one_thread
 from loraover.data.word_problems import split_word_problems
 from loraover.overparam.importance.sensitivity import Sensitivity
 from loraover.overparam.schedule import Round
 
 from support.children import Child
-from support.tiny_hub import save_llama
 from support.tiny_models import token_ids
 from support.versions import needs_order_of_batches
 
@@ -133,17 +131,6 @@ def outcome(training: Training, base: Path, output: Path) -> Outcome:
     last = output / f"checkpoint-{STEPS}"
     tensors = load_file(output / "adapter" / "adapter_model.safetensors") | load_file(last / "loraover.safetensors")
     return Outcome(losses, read_checkpoint(last).meta.rounds, tensors)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module", params=TRAININGS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -15,7 +15,6 @@ from torch.func import functional_call
 from torch.optim import SGD, AdamW, Optimizer
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.common.threads import one_thread
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import DECOMPOSITIONS, make_decomposition
 
@@ -62,12 +61,6 @@ IN_THE_GRAPH = [name for name in DECOMPOSITIONS if make_decomposition(name).trai
 
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
 CASES = [Case(*values) for values in product(OPTIMIZERS, IN_THE_GRAPH, (False, True), (False, True), DEVICES)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def beside(case: Case) -> dict[str, Tensor]:

@@ -33,7 +33,6 @@ from loraover_serve.vllm.serve import example_request
 from loraover_serve.vllm.server import VllmServer
 
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
-from support.tiny_hub import save_llama, save_t5
 from support.tiny_models import lora_matrices
 from support.vllm_command import vllm_command
 
@@ -101,12 +100,6 @@ class Ran:
     def load_adapter(self) -> PeftModel:
         kind = AutoModelForSeq2SeqLM if self.example.base == "t5" else AutoModelForCausalLM
         return PeftModel.from_pretrained(kind.from_pretrained(self.base), str(self.adapter))
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {"llama": save_llama(folder / "llama"), "t5": save_t5(folder / "t5")}
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,11 @@ from torch.optim import SGD, AdamW
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover.common.errors import ConfigError
-from loraover.common.threads import one_thread
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
 from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable
 
 WRITTEN = "second.lora_B"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def run(steps: int = 2, optimizer: Any = AdamW, **config: Any) -> tuple[Any, OverParameterization, Any]:

@@ -23,18 +23,11 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run_result import Privacy, RunResult
 
 from oracles.methods import clipped_mean, gaussian_epsilon
-from support.tiny_hub import save_llama, write_recipe
+from support.tiny_hub import write_recipe
 
 pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
-
-PREFIX = "base_model.model."
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("federated") / "llama")
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 
 def make(path: Path, base: Path, **settings: Any) -> Path:

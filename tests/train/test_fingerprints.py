@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,15 @@ from torch import Tensor
 
 from loraover import OverParameterization
 from loraover.common.errors import ConfigError
-from loraover.common.threads import one_thread
 from loraover.overparam import fingerprint
 from loraover.overparam.fingerprint import LateAnswer, fingerprints
 
 from strategies import SEEDS, normal
+from support.apple import apple_gpu
 from support.hooked_run import make, train
 from support.make_checkpoint import save
 from support.speed import examples
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
+from support.tiny_models import tiny_net
 
 # Fingerprints
 
@@ -181,8 +175,16 @@ def test_a_processor_answers_at_once() -> None:
     assert answer.settle() is None
 
 
-def test_a_device_that_answers_late_is_read_at_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flags' own path, by tensors that claim to be elsewhere."""
-    asked = fingerprint._ask([torch.tensor([False, True]), torch.tensor([False])])
-    assert fingerprint._read(asked) == [[False, True], [False]]
-    assert fingerprint._read(fingerprint._ask([torch.tensor([False])])) is None
+def test_a_device_that_answers_late_is_read_at_the_next_question() -> None:
+    """The flags' own path, on a stand-in for an Apple GPU."""
+
+    def there(*flags: bool) -> Tensor:
+        return torch.tensor(flags, device="mps")
+
+    answer = LateAnswer()
+    with apple_gpu(tiny_net()):
+        assert answer.ask([there(False, True), there(False)]) is None
+        assert answer.ask([there(False)]) == [[False, True], [False]]
+        assert answer.ask([there(True)]) is None
+        assert answer.settle() == [[True]]
+        assert answer.settle() is None

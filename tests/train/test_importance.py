@@ -23,7 +23,7 @@ from loraover.overparam.sites import find_sites, lora_layers
 from oracles import scores as oracle
 from support.make_checkpoint import numpy64
 from support.speed import examples
-from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
+from support.tiny_models import batch_loss, lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNIT, binomial_deviation, gamma
 
 ORACLES: dict[str, Callable[[Sequence[oracle.Step], str], float]] = {
@@ -191,12 +191,6 @@ def test_random_is_decided_by_seed_and_name_alone() -> None:
 # The loss without a module's update
 
 BATCHES = [net_batch(seed, dtype=torch.float64) for seed in range(3)]
-
-
-def batch_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    loss: Tensor = (model(x) - y).square().mean()
-    return loss
 
 
 @torch.no_grad()

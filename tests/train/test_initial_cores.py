@@ -40,9 +40,6 @@ from support.decomposition_cases import (
 )
 from tolerances import UNDERFLOW, UNIT, chain_terms, gamma, isometry_error, round_trip_error
 
-pytestmark = pytest.mark.usefixtures("single_thread")
-
-
 EDGE_SHAPES = [(1, 1), (1, 7), (13, 1), (7, 5), (31, 576), (97, 2)]
 
 

@@ -28,9 +28,6 @@ from support.tiny_models import (
     trainable,
 )
 
-pytestmark = pytest.mark.usefixtures("single_thread")
-
-
 # Injection during a run
 
 

@@ -16,7 +16,7 @@ from loraover.common.errors import ConfigError, OutputError
 from loraover.common.quiet import LOGGERS
 from loraover.reporting.reporter import ConsoleReporter
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 
 def test_every_public_name_can_be_had() -> None:

@@ -5,37 +5,29 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError
-from loraover.training.adapter import with_adapter
 from loraover.training.methods.base import Pair, get_pair, get_weight, truncate
 from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
-from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
 from oracles.methods import slow_sum
-from support.tiny_hub import save_llama, write_recipe
+from support.make_checkpoint import numpy64
+from support.methods import PREFIX, RANK, SCALING, started
+from support.tiny_hub import write_recipe
 from support.tiny_models import tiny_llama
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
-RANK, SCALING, STAGES, PACE = 4, 2.0, 3, 0.6
-PREFIX = "base_model.model."
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("lorasc") / "llama")
+STAGES, PACE = 3, 0.6
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +63,10 @@ def served(folder: Path) -> dict[str, Any]:
     paths = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     return {
         path: adapter.config.scaling(path)
-        * double(tensors[f"{PREFIX}{path}.lora_B.weight"])
-        @ double(tensors[f"{PREFIX}{path}.lora_A.weight"])
+        * numpy64(tensors[f"{PREFIX}{path}.lora_B.weight"])
+        @ numpy64(tensors[f"{PREFIX}{path}.lora_A.weight"])
         for path in paths
     }
-
-
-def double(tensor: Tensor) -> Any:
-    return tensor.detach().double().numpy()
 
 
 @pytest.mark.parametrize("pace", [0.25, 0.6, 1.0])
@@ -94,7 +82,7 @@ def test_the_result_is_the_sum_of_the_slow_updates(run: tuple[Path, list[dict[st
     assert len(stages) == STAGES
     assert len(found) == 14
     for path, update in found.items():
-        fast = [SCALING * double(stage[path].b) @ double(stage[path].a) for stage in stages]
+        fast = [SCALING * numpy64(stage[path].b) @ numpy64(stage[path].a) for stage in stages]
         assert all(np.abs(one).max() > 1e-4 for one in fast)
         np.testing.assert_allclose(update, slow_sum(fast, PACE), rtol=0, atol=1e-6)
     result = read_run(folder)
@@ -140,19 +128,10 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def started(**settings: Any) -> tuple[Any, LoraSc]:
-    recipe = load_recipe("demo", {"method": "lorasc", "lorasc": settings, "lora.r": RANK, "lora.lora_alpha": 8})
-    method = LoraSc(recipe)
-    source: Any = SimpleNamespace(name="base", revision=None)
-    model = with_adapter(tiny_llama(), recipe, "CAUSAL_LM", source, method)
-    method.start(model)
-    return model, method
-
-
 def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
     noises = []
     for noise in (0.0, 0.2):
-        _, method = started(noise=noise, pace=PACE)
+        _, method = started("lorasc", tiny_llama(), noise=noise, pace=PACE)
         fast: list[dict[str, Any]] = []
         for _ in range(2):
             method.begin_fast_lora()
@@ -160,13 +139,13 @@ def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
                 assert not b.any()
                 b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(1)))
             method.end_stage()
-            fast.append({path: SCALING * double(pair.b) @ double(pair.a) for path, pair in method.ended[-1].items()})
+            fast.append({path: SCALING * numpy64(pair.b) @ numpy64(pair.a) for path, pair in method.ended[-1].items()})
         method.set_base()
         left = {
-            path: double(get_weight(layer) - method.original.kept[path]) - slow_sum([one[path] for one in fast], PACE)
+            path: numpy64(get_weight(layer) - method.original.kept[path]) - slow_sum([one[path] for one in fast], PACE)
             for path, layer in method.layers.items()
         }
-        bound = {path: noise / 2 * double(method.original.kept[path]).std() for path in left}
+        bound = {path: noise / 2 * numpy64(method.original.kept[path]).std() for path in left}
         assert all(np.abs(left[path]).max() <= 1.01 * bound[path] + 1e-5 for path in left)
         noises.append(left)
         before = {path: get_weight(layer).clone() for path, layer in method.layers.items()}
@@ -178,7 +157,7 @@ def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
 
 
 def test_the_end_leaves_the_base_as_it_was() -> None:
-    model, method = started(stages=1)
+    model, method = started("lorasc", tiny_llama(), stages=1)
     method.set_base()
     assert all(not torch.equal(get_weight(layer), method.original.kept[p]) for p, layer in method.layers.items())
     method.finish(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
-from loraover.common.threads import one_thread
 from loraover.overparam import covariances
 from loraover.overparam.block_bases import Side
 
@@ -26,12 +24,6 @@ from support.measured import (
     measured,
 )
 from support.tiny_models import lora_matrices, tiny_llama, tiny_net, token_ids, trainable, with_lora
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def test_a_dynamic_schedule_measures_when_it_injects(monkeypatch: pytest.MonkeyPatch) -> None:

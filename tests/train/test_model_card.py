@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from loraover.reporting.model_card import model_card, plain
 
-pytestmark = pytest.mark.process
-
 FACTS = {"method": "lora", "base model": "folder /models/base"}
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -34,9 +34,6 @@ from support.tiny_models import (
     trainable,
 )
 
-pytestmark = pytest.mark.usefixtures("single_thread")
-
-
 # Optimizers
 
 

@@ -16,8 +16,6 @@ from loraover.common.errors import OutputError
 from support.make_checkpoint import tree
 from support.output_drafts import ENDINGS, fill, kind, publish, raiser
 
-pytestmark = pytest.mark.process
-
 
 @pytest.fixture
 def umask() -> Iterator[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,28 +17,15 @@ import loraover.models.load
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
-from loraover.common.threads import one_thread
 from loraover.models.hub import HubUnreachableError
 from loraover.models.load import load_model, resolve_model
 from loraover.training.plan import Plan, kept_bytes, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
-from support.tiny_hub import save_llama, save_t5, write_recipe
+from support.tiny_hub import write_recipe
 from support.tiny_models import with_lora
 from support.versions import needs_meta_models
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {"llama": save_llama(folder / "llama"), "t5": save_t5(folder / "t5")}
 
 
 @pytest.fixture
@@ -56,6 +42,7 @@ def plan(recipe: Path | str, capsys: pytest.CaptureFixture[str], *options: objec
     return Plan.model_validate_json(capsys.readouterr().out)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("over", [{}, {"schedule": "dynamic", "budget": {"fraction": 0.5}, "rounds": 2}])
 def test_a_plan_counts_what_a_run_trains(

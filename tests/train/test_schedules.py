@@ -26,16 +26,10 @@ from loraover.overparam.sites import find_sites
 
 from oracles import scores as oracle
 from support.make_checkpoint import adamw, cores_of, make_checkpoint, numpy64, reopened, save, train
-from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
+from support.tiny_models import batch_loss, lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNIT, gamma
 
 BATCHES = [net_batch(seed) for seed in range(3)]
-
-
-def batch_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    loss: Tensor = (model(x) - y).square().mean()
-    return loss
 
 
 def static(model: nn.Module, loss: Callable[[Any, Any], Tensor] = batch_loss, **config: Any) -> Schedule:

@@ -22,7 +22,7 @@ from support.tiny_hub import save_llama, write_recipe
 
 pytest.importorskip("pytorch_optimizer", reason="pip install 'loraover[soap]'")
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 Array = NDArray[np.float64]
 

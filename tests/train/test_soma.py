@@ -14,31 +14,23 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError
-from loraover.training.adapter import with_adapter
 from loraover.training.methods.base import get_weight, linear_layers
-from loraover.training.methods.soma import AnnealedWeightDecay, Soma, find_blocks, split
-from loraover.training.recipe import load_recipe
+from loraover.training.methods.soma import AnnealedWeightDecay, find_blocks, split
 from loraover.training.run_result import RunResult, read_run
 
 from oracles.methods import minor_part, soma
-from support.tiny_hub import save_llama, write_recipe
+from support.make_checkpoint import numpy64
+from support.methods import PREFIX, RANK, SCALING, started
+from support.tiny_hub import write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, token_ids
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
-
-RANK, SCALING = 4, 2.0
-PREFIX = "base_model.model."
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("soma") / "llama")
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +46,12 @@ def make(path: Path, base: Path, **parts: Any) -> Path:
     return write_recipe(path, base, **(settings | parts))
 
 
-def double(tensor: Tensor) -> Any:
-    return tensor.detach().double().numpy()
-
-
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
 def test_the_split_is_the_part_of_the_smallest_singular_values(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b, a = split(weight, 2, scaling=0.5)
     assert (b.shape, a.shape) == ((shape[0], 2), (2, shape[1]))
-    np.testing.assert_allclose(0.5 * double(b @ a), minor_part(double(weight), 2), rtol=0, atol=1e-11)
+    np.testing.assert_allclose(0.5 * numpy64(b @ a), minor_part(numpy64(weight), 2), rtol=0, atol=1e-11)
     torch.testing.assert_close((b**2).sum(0), (a**2).sum(1))  # each factor has a root of the singular values
 
 
@@ -71,14 +59,14 @@ def test_the_split_is_the_part_of_the_smallest_singular_values(shape: tuple[int,
 def test_the_start_keeps_the_models_function_and_changes_its_weights(make_base: Any) -> None:
     base: PreTrainedModel = make_base()
     expected, weights = base(token_ids()).logits, {n: p.clone() for n, p in base.named_parameters()}
-    model, method = started(base)
+    model, method = started("soma", base)
     assert torch.allclose(model(token_ids()).logits, expected, atol=1e-5)
     changed = 0
     for path, layer in linear_layers(model, "soma").items():
         old = weights[f"{path}.weight"]
         old = old if old.shape == get_weight(layer).shape and make_base is tiny_llama else old.mT
         np.testing.assert_allclose(
-            double(get_weight(layer)), double(old) - minor_part(double(old), RANK), rtol=0, atol=1e-6
+            numpy64(get_weight(layer)), numpy64(old) - minor_part(numpy64(old), RANK), rtol=0, atol=1e-6
         )
         changed += 1
     assert changed >= 4
@@ -90,15 +78,6 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if "lora_" not in name]
 
 
-def started(base: PreTrainedModel, **settings: Any) -> tuple[PeftModel, Soma]:
-    recipe = load_recipe("demo", {"method": "soma", "soma": settings, "lora.r": RANK, "lora.lora_alpha": 8})
-    method = Soma(recipe)
-    source: Any = SimpleNamespace(name="base", revision=None)
-    model = with_adapter(base, recipe, "CAUSAL_LM", source, method)
-    method.start(model)
-    return model, method
-
-
 def test_the_result_is_the_exact_update_of_the_original_base(base: Path, whole: Path) -> None:
     weights = load_file(base / "model.safetensors")
     trained = load_file(whole / "trainer" / "checkpoint-4" / "adapter_model.safetensors")
@@ -108,10 +87,10 @@ def test_the_result_is_the_exact_update_of_the_original_base(base: Path, whole: 
     assert all(path.startswith("model.layers.1.") for path in paths)  # the first of two blocks is frozen
     for path in paths:
         a, b, wide_a, wide_b = (
-            double(tensors[f"{PREFIX}{path}.lora_{name}.weight"]) for tensors in (trained, served) for name in "AB"
+            numpy64(tensors[f"{PREFIX}{path}.lora_{name}.weight"]) for tensors in (trained, served) for name in "AB"
         )
         assert (len(a), len(wide_a)) == (RANK, 2 * RANK)
-        expected = soma(double(weights[f"{path}.weight"]), a, b, SCALING)
+        expected = soma(numpy64(weights[f"{path}.weight"]), a, b, SCALING)
         assert np.abs(expected).max() > 1e-3
         np.testing.assert_allclose(SCALING * wide_b @ wide_a, expected, rtol=0, atol=1e-6)
 
@@ -169,7 +148,7 @@ def test_the_weight_decay_falls_along_a_cosine() -> None:
 def test_a_third_of_the_blocks_is_frozen_by_default() -> None:
     base = tiny_llama(num_hidden_layers=7)
     assert find_blocks(base) == ("model.layers", 7)
-    model, _ = started(base)
+    model, _ = started("soma", base)
     assert {path.split(".")[2] for path in linear_layers(model, "soma")} == {"2", "3", "4", "5", "6"}
 
 
@@ -199,7 +178,5 @@ def test_an_encoder_decoder_is_refused(bases: dict[str, Path], tmp_path: Path) -
 
 def test_a_weight_that_two_modules_share_is_refused() -> None:
     base = tiny_llama(tie_word_embeddings=True)
-    recipe = load_recipe("demo", {"method": "soma", "lora.r": RANK, "lora.target_modules": ["lm_head"]})
-    source: Any = SimpleNamespace(name="base", revision=None)
     with pytest.raises(ConfigError, match="lm_head shares its weight"):
-        Soma(recipe).start(with_adapter(base, recipe, "CAUSAL_LM", source, Soma(recipe)))
+        started("soma", base, options={"lora.target_modules": ["lm_head"]})

@@ -28,7 +28,7 @@ from support.stand_ins import NAME, RECORD, adapter_config, as_stand_in, largest
 from support.tiny_hub import save_llama, write_recipe
 from support.train_command import METHODS, train
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch.func import functional_call
 
@@ -19,28 +18,21 @@ import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError
 from loraover.overparam.sites import lora_layers
-from loraover.training.adapter import with_adapter
 from loraover.training.method_settings import TensorGuideSettings
 from loraover.training.methods.base import get_pair
-from loraover.training.methods.tensorguide import Layout, TensorGuide, contract, draw_cores, make_layout, split
+from loraover.training.methods.tensorguide import Layout, contract, draw_cores, make_layout, split
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 from loraover_export import export_vllm
 
 from oracles.methods import guided_pair, train_operands
-from support.tiny_hub import save_llama, write_recipe
+from support.make_checkpoint import numpy64
+from support.methods import PREFIX, RANK, started
+from support.tiny_hub import write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
-
-RANK = 4
-PREFIX = "base_model.model."
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("tensorguide") / "llama")
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +43,12 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
+guided = partial(started, "tensorguide", tt_rank=2)
+
+
 def make(path: Path, base: Path, **settings: Any) -> Path:
     settings = {"tt_rank": 2} | settings
     return write_recipe(path, base, method="tensorguide", tensorguide=settings, evaluation={"exact_match": False})
-
-
-def started(base: Any, task: str = "CAUSAL_LM", **settings: Any) -> tuple[PeftModel, TensorGuide]:
-    settings = {"tt_rank": 2} | settings
-    recipe = load_recipe("demo", {"method": "tensorguide", "tensorguide": settings, "lora.r": RANK})
-    method = TensorGuide(recipe)
-    source: Any = SimpleNamespace(name="base", revision=None)
-    model = with_adapter(base, recipe, task, source, method)
-    method.start(model)
-    return model, method
-
-
-def double(tensor: Any) -> Any:
-    return tensor.detach().double().numpy()
 
 
 def drawn(r: int, in_features: int, out_features: int, seed: int = 0, **settings: Any) -> tuple[Layout, Any, list[Any]]:
@@ -94,8 +75,8 @@ def test_the_contraction_equals_the_oracle(shape: tuple[int, int, int], settings
     pair = split(contract(cores, torch.stack([first[0], second[0]])), layout)
     for g, (z, own) in enumerate((first, second)):
         a, b = guided_pair(z.numpy(), [core.numpy() for core in own], *shape[:2])
-        np.testing.assert_allclose(double(pair.a[g]), a, rtol=0, atol=1e-13)
-        np.testing.assert_allclose(double(pair.b[g]), b, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(numpy64(pair.a[g]), a, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(numpy64(pair.b[g]), b, rtol=0, atol=1e-13)
 
 
 def test_the_first_a_has_the_variance_of_pefts() -> None:
@@ -113,14 +94,14 @@ def test_the_first_a_has_the_variance_of_pefts() -> None:
 def test_the_start_keeps_the_models_function_with_both_factors_alive(make_base: Any, task: str) -> None:
     inputs = {"input_ids": token_ids()} | ({"labels": token_ids(1)} if task == "SEQ_2_SEQ_LM" else {})
     expected = make_base()(**inputs).logits
-    model, method = started(make_base(), task)
+    model, method = guided(make_base(), task=task)
     assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)  # PEFT's sums of T5 round differently
     for trains in method.trains:
         shape = trains.layout
         for g, layer in enumerate(trains.layers):
-            cores = [double(core[g]) for core in trains.cores]
-            a, b = guided_pair(double(trains.inputs[g]), cores, shape.r, shape.in_features)
-            np.testing.assert_allclose(double(get_pair(layer).a), a, rtol=0, atol=1e-6)
+            cores = [numpy64(core[g]) for core in trains.cores]
+            a, b = guided_pair(numpy64(trains.inputs[g]), cores, shape.r, shape.in_features)
+            np.testing.assert_allclose(numpy64(get_pair(layer).a), a, rtol=0, atol=1e-6)
             assert not get_pair(layer).b.any()
             assert min(np.abs(a).max(), np.abs(b).max()) > 1e-2
 
@@ -129,7 +110,7 @@ SEEDS: list[dict[str, Any]] = [{}, {}, {"input_seed": 7}]
 
 
 def test_modules_have_inputs_and_cores_of_their_own_by_the_seeds() -> None:
-    (_, first), (_, again), (_, other) = (started(tiny_llama(), **s) for s in SEEDS)
+    (_, first), (_, again), (_, other) = (guided(tiny_llama(), **s) for s in SEEDS)
     q, q_again, q_other = (method.trains[0] for method in (first, again, other))
     assert len(q.layers) == 4  # q_proj and o_proj of two layers
     assert not torch.equal(q.inputs[0], q.inputs[1])
@@ -141,7 +122,7 @@ def test_modules_have_inputs_and_cores_of_their_own_by_the_seeds() -> None:
 
 def test_gradients_of_the_cores_equal_differences_of_the_oracle() -> None:
     """The train is linear in each core, so that central differences are exact up to rounding, whatever the step."""
-    _, method = started(tiny_llama().double())
+    _, method = guided(tiny_llama().double())
     generator = torch.Generator().manual_seed(3)
     trains = next(t for t in method.trains if t.layout.in_features != t.layout.out_features)
     shape, a_each, b_each = trains.layout, trains.factors("A"), trains.factors("B")
@@ -149,11 +130,11 @@ def test_gradients_of_the_cores_equal_differences_of_the_oracle() -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     trains.pull_back()
     g = len(trains.layers) - 1
-    da, db = double(a_each[g].grad), double(b_each[g].grad)
-    cores = [double(core[g]).copy() for core in trains.cores]
+    da, db = numpy64(a_each[g].grad), numpy64(b_each[g].grad)
+    cores = [numpy64(core[g]).copy() for core in trains.cores]
 
     def loss() -> float:
-        a, b = guided_pair(double(trains.inputs[g]), cores, shape.r, shape.in_features)
+        a, b = guided_pair(numpy64(trains.inputs[g]), cores, shape.r, shape.in_features)
         return float((a * da).sum() + (b * db).sum())
 
     for k, core in enumerate(cores):
@@ -168,7 +149,7 @@ def test_gradients_of_the_cores_equal_differences_of_the_oracle() -> None:
 
 
 def test_a_step_over_micro_batches_is_that_of_autograd_through_the_trains() -> None:
-    model, method = started(tiny_llama().double())
+    model, method = guided(tiny_llama().double())
     optimizer = method.attach(torch.optim.SGD(method.trained(), lr=0.5))
     before = [core.detach().clone().requires_grad_() for core in method.trained()]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -197,18 +178,18 @@ def test_a_step_over_micro_batches_is_that_of_autograd_through_the_trains() -> N
 def test_the_result_is_what_the_cores_give_rounded_once(whole: Path) -> None:
     kept = load_file(whole / "trainer" / "checkpoint-4" / "tensorguide.safetensors")
     served = load_file(whole / "adapter" / "adapter_model.safetensors")
-    model, method = started(tiny_llama())
+    model, method = guided(tiny_llama())
     assert {a.shape for key, a in served.items() if "lora_A" in key} == {(RANK, 32), (RANK, 48)}
     paths = {id(layer): path for path, layer in lora_layers(model).items()}
     for n, trains in enumerate(method.trains):
         r, width, modes = trains.layout.r, trains.layout.in_features, range(len(trains.layout.modes))
         for g, layer in enumerate(trains.layers):
-            z = double(kept[f"{n}.inputs"][g])
+            z = numpy64(kept[f"{n}.inputs"][g])
             (a, b), (_, b0) = (
-                guided_pair(z, [double(kept[f"{n}.{name}.{k}"][g]) for k in modes], r, width)
+                guided_pair(z, [numpy64(kept[f"{n}.{name}.{k}"][g]) for k in modes], r, width)
                 for name in ("cores", "first")
             )
-            found = [double(served[f"{PREFIX}{paths[id(layer)]}.lora_{name}.weight"]) for name in "AB"]
+            found = [numpy64(served[f"{PREFIX}{paths[id(layer)]}.lora_{name}.weight"]) for name in "AB"]
             np.testing.assert_allclose(found[0], a, rtol=2.0**-24, atol=1e-14)
             np.testing.assert_allclose(found[1], b - b0, rtol=2.0**-24, atol=1e-14)
             assert np.linalg.matrix_rank(found[1] @ found[0], tol=1e-6) == RANK

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,89 +13,23 @@ import pytest
 import torch
 import transformers
 import yaml
-from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
 
 import loraover_export.cli
 from loraover import read_checkpoint
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
-from loraover.common.provenance import hardware, peak_bytes
-from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import RunResult, read_run
 
-from support.tiny_hub import EOS, tiny_tokenizer, write_recipe
+from support.make_checkpoint import tree
+from support.tiny_hub import write_recipe
 from support.tiny_models import lora_matrices, update_norm
-from support.train_command import METHODS, STEPS, TURNS, data_file, train
+from support.train_command import METHODS, STEPS, data_file, train
+from support.trained_run import MODELS, Trained, losses, metrics
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
-
-MODELS = {"llama": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run.
-
-    Args:
-        trainer: as it was left.
-        start: A and B when training began.
-        printed: standard output of `train --json`.
-    """
-
-    kind: str
-    method: str
-    base: Path
-    folder: Path
-    trainer: Any
-    start: dict[str, Tensor]
-    printed: str
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-    @property
-    def result(self) -> RunResult:
-        return read_run(self.folder)
-
-    def load(self, adapter: Path | None = None) -> Any:
-        """The base model, with the trained adapter as PEFT reads it."""
-        base = MODELS[self.kind].from_pretrained(self.base)
-        return PeftModel.from_pretrained(base, str(adapter or self.adapter)).eval()
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[list[tuple[Any, dict[str, Tensor]]]]:
-    """Each trainer whose training starts in the block, with A and B at that moment."""
-    seen: list[tuple[Any, dict[str, Tensor]]] = []
-    train = transformers.Trainer.train
-
-    def watching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append((self, lora_matrices(self.model)))
-        return train(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.Trainer, "train", watching)
-        yield seen
-
-
-@pytest.fixture(scope="module")
-def trained(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Trained]:
-    """Both kinds of model, by both methods, from one recipe."""
-    runs = {}
-    for kind in MODELS:
-        folder = tmp_path_factory.mktemp(kind)
-        recipe = write_recipe(folder / "recipe.yaml", bases[kind])
-        for method in METHODS:
-            with watched() as seen, contextlib.redirect_stdout(io.StringIO()) as printed:
-                assert train(recipe, folder / method, "--method", method, "--json") == 0
-            trainer, start = seen[0]
-            runs[kind, method] = Trained(kind, method, bases[kind], folder / method, trainer, start, printed.getvalue())
-    return runs
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture(params=[(kind, method) for kind in MODELS for method in METHODS], ids="-".join)
@@ -113,18 +42,6 @@ def over(request: pytest.FixtureRequest, trained: dict[tuple[str, str], Trained]
     return trained[request.param, "lora-over"]
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in metrics(folder) if "loss" in row}
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 # What a run leaves
 
 
@@ -135,7 +52,7 @@ def test_a_run_folder_holds_what_it_should(done: Trained) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= adapter
     assert ({"loraover.json", "loraover.safetensors"} <= adapter) is (done.method == "lora-over")
     assert not [path for path in done.adapter.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    assert not list(done.folder.rglob("*.tmp"))
+    assert not [*done.folder.rglob("*.tmp"), *done.folder.rglob("*tfevents*")]
     checkpoints = {path.name for path in (done.folder / "trainer").glob("checkpoint-*")}
     assert checkpoints == {"checkpoint-2", "checkpoint-4"}
 
@@ -148,24 +65,6 @@ def test_the_command_says_where_the_result_is(
     assert train(recipe, out, "--method", method, "--steps", 1, "--set", "evaluation.before=false") == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{name}: {out / name}"
     assert (out / name / "README.md").is_file()
-
-
-def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
-    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 12345)
-    assert hardware().endswith(" threads, some GPU")
-    assert peak_bytes() == 12345
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak begins with its parent's")
-def test_the_memory_of_a_parent_is_not_its_childs() -> None:
-    child = "from loraover.common.provenance import peak_bytes; print(peak_bytes())"
-    code = (
-        f"import subprocess, sys; x = bytearray(2**30); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2**30
 
 
 def test_the_result_is_what_happened(done: Trained) -> None:
@@ -262,121 +161,6 @@ def test_the_model_card_states_the_facts(done: Trained) -> None:
         assert f" {value}" in card
 
 
-# What is learnt
-
-
-def text_of(tokenizer: Any, ids: Tensor) -> str:
-    text: str = tokenizer.decode(ids[ids != tokenizer.pad_token_id])
-    return text
-
-
-def examples_in_batch(trainer: Any) -> list[tuple[str, str, str]]:
-    """Text of the input, of what carries a label, and of what carries none, of each example of the first batch."""
-    tokenizer = trainer.processing_class
-    found = []
-    for batch in [next(iter(trainer.get_train_dataloader())), next(iter(trainer.get_eval_dataloader()))]:
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            learnt = labels != -100
-            rest = ids
-            if len(ids) == len(labels) and torch.equal(ids[learnt], labels[learnt]):
-                rest = ids[~learnt]
-            found.append((text_of(tokenizer, ids), tokenizer.decode(labels[learnt]), text_of(tokenizer, rest)))
-    return found
-
-
-def word_problem_texts() -> dict[str, str]:
-    rows, held_out = split_word_problems(20, 4, 0)
-    return {row["prompt"].lower(): row["completion"].lower() for row in rows + held_out}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_the_completion_is_learnt(method: str, trained: dict[tuple[str, str], Trained]) -> None:
-    completions = word_problem_texts()
-    found = examples_in_batch(trained["llama", method].trainer)
-    assert len(found) == 8
-    for whole, learnt, rest in found:
-        assert learnt == completions[rest] + EOS
-        assert whole == rest + learnt
-
-
-def test_an_encoder_decoder_reads_the_prompt_and_learns_the_completion(
-    trained: dict[tuple[str, str], Trained],
-) -> None:
-    completions = word_problem_texts()
-    found = examples_in_batch(trained["t5", "lora-over"].trainer)
-    assert len(found) == 8
-    for whole, learnt, _ in found:
-        assert learnt == completions[whole.removesuffix(EOS)] + EOS
-
-
-@pytest.mark.parametrize("chat", [None, True])
-def test_chat_turns_are_learnt_one_by_one(chat: bool | None, bases: dict[str, Path], tmp_path: Path) -> None:
-    file = data_file(tmp_path / "chat.jsonl", *[{"messages": TURNS}] * 4)
-    data = {"train": str(file), "test": str(file), "chat": chat}
-    recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
-    with watched() as seen:
-        assert train(recipe, tmp_path / "out") == 0
-    found = {(learnt, rest) for _, learnt, rest in examples_in_batch(seen[0][0])}
-    assert found == {
-        (f"2{EOS}", "<user>1+1?<assistant>"),
-        (f"#### 4{EOS}", f"<user>1+1?<assistant>2{EOS}<user>and 2+2?<assistant>"),
-    }
-
-
-@pytest.mark.parametrize(("chat", "prompt"), [(None, "<user>1+1?<assistant>"), (False, "1+1?")])
-def test_text_goes_through_the_chat_template_unless_told_otherwise(
-    chat: bool | None, prompt: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    file = data_file(tmp_path / "text.jsonl", *[{"prompt": "1+1?", "completion": "2"}] * 4)
-    data = {"train": str(file), "test": str(file), "chat": chat}
-    recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
-    with watched() as seen:
-        assert train(recipe, tmp_path / "out") == 0
-    assert {(learnt, rest) for _, learnt, rest in examples_in_batch(seen[0][0])} == {(f"2{EOS}", prompt)}
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_both_methods_start_from_the_same_adapter(kind: str, trained: dict[tuple[str, str], Trained]) -> None:
-    plain, cores = trained[kind, "lora"], trained[kind, "lora-over"]
-    assert plain.start.keys() == cores.start.keys()
-    assert all(torch.equal(plain.start[name], cores.start[name]) for name in plain.start)
-    assert all(matrix.any() == ("lora_A" in name) for name, matrix in plain.start.items())
-    assert plain.result.before == cores.result.before
-    assert losses(cores.folder)[1] == pytest.approx(losses(plain.folder)[1], rel=1e-5)
-    assert losses(cores.folder)[4] != losses(plain.folder)[4]
-
-
-def test_another_seed_starts_from_another_adapter(trained: dict[tuple[str, str], Trained], tmp_path: Path) -> None:
-    first = trained["llama", "lora"]
-    with watched() as seen:
-        assert train(first.folder / "recipe.yaml", tmp_path / "out", "--seed", 1, "--steps", 1) == 0
-    name = next(name for name in first.start if "lora_A" in name)
-    assert not torch.equal(seen[0][1][name], first.start[name])
-
-
-def test_the_held_out_loss_is_the_mean_over_completion_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Of all examples together, however they are batched: long answers count by their length."""
-    rows = [{"prompt": f"say {n}.", "completion": "7" * n} for n in (1, 2, 40)]
-    file = data_file(tmp_path / "rows.jsonl", *rows)
-    model = MODELS["llama"].from_pretrained(bases["llama"]).eval()
-    tokenizer = tiny_tokenizer()
-    token_losses: list[Tensor] = []
-    for row in rows:
-        prompt, completion = tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"] + EOS).input_ids
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        token_losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none"))
-    expected = float(torch.cat(token_losses).mean())
-    assert abs(expected - float(torch.stack([t.mean() for t in token_losses]).mean())) > 1e-3
-    data = {"train": str(file), "test": str(file)}
-    training = {"max_steps": 1, "per_device_train_batch_size": 2}
-    recipe = write_recipe(tmp_path / "recipe.yaml", bases["llama"], data=data, training=training)
-    assert train(recipe, tmp_path / "out") == 0
-    before = read_run(tmp_path / "out").before
-    assert before is not None
-    assert before.loss == pytest.approx(expected, rel=1e-5)
-
-
 # The command
 
 
@@ -456,48 +240,6 @@ def test_progress_is_printed_without_json(recipe: Path, tmp_path: Path, capfd: p
     assert "\x1b" not in printed
 
 
-def test_compare_shows_runs_side_by_side(
-    trained: dict[tuple[str, str], Trained], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
-    runs = [trained["llama", method] for method in METHODS]
-    assert run(cli, ["compare", *(str(r.folder) for r in runs)]) == 0
-    printed = capsys.readouterr().out
-    rows = {line.strip().split("  ")[0]: line for line in printed.splitlines() if line.strip()}
-    for one in runs:
-        assert str(one.folder) in printed
-        assert f"{one.result.added_parameters:,}" in rows["parameters added while training"]
-        assert str(one.result.after) in rows["after"]
-    assert rows["method"].split()[1:] == list(METHODS)
-
-
-def test_compare_prints_json(trained: dict[tuple[str, str], Trained], capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [trained["llama", method] for method in METHODS]
-    assert run(cli, ["compare", "--json", *(str(r.folder) for r in runs)]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert {path: RunResult.model_validate(values) for path, values in printed.items()} == {
-        str(r.folder): r.result for r in runs
-    }
-
-
-@pytest.mark.parametrize("change", [{"schema_version": 99}, {"unknown": 1}, {"steps": "many"}])
-def test_compare_refuses_a_result_that_it_does_not_know(
-    change: dict[str, Any],
-    trained: dict[tuple[str, str], Trained],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    values = trained["llama", "lora"].result.model_dump(mode="json")
-    (tmp_path / "run.json").write_text(json.dumps(values | change))
-    assert run(cli, ["compare", str(tmp_path)]) == 2
-    assert next(iter(change)) in capsys.readouterr().err
-
-
-def test_compare_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["compare", str(tmp_path)]) == 2
-    assert "run.json" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "link to an empty folder"])
 def test_an_output_that_exists_is_left_alone(
     kind: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -534,10 +276,6 @@ def test_tensorboard_writes_events_into_the_run(recipe: Path, tmp_path: Path, mo
             found |= {event.step: event.value for event in events.Scalars("train/loss")}
     assert found == pytest.approx(losses(tmp_path / "out"), rel=1e-6)
     assert list((tmp_path / "elsewhere").iterdir()) == []
-
-
-def test_no_events_are_written_unless_asked_for(done: Trained) -> None:
-    assert not list(done.folder.rglob("*tfevents*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has both precisions")

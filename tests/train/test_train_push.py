@@ -14,7 +14,7 @@ from loraover.training.run_result import read_run
 
 from support.train_command import STEPS, train
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("single_thread", "no_network")]
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 
 @pytest.fixture

@@ -1,0 +1,204 @@
+"""Faults of `loraover_export`: folds, merges, conversions and the writers of each format."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant, Selection
+
+EXPORT = (
+    # Fold and delta
+    Mutant(
+        "fold-rounds-twice",
+        "(wide.abs_() > x.abs()).to(torch.int32)).bitwise_or_(inexact)",
+        "(wide.abs_() > x.abs()).to(torch.int32))",
+        Selection("test_rounding.py", "known_number or around_every_tie"),
+    ),
+    Mutant(
+        "fold-certificate-judges-the-mean",
+        "float(error.div_(bound).amax())",
+        "float(error.div_(bound).mean())",
+        Selection("test_fold_rejected.py", "certificate_rejects"),
+    ),
+    Mutant(
+        "delta-bound-ignores-the-error-of-a",
+        "a.bound + gamma(self.rank, U64) * size])",
+        "gamma(self.rank, U64) * size])",
+        Selection("test_delta.py", "errors_of_both_factors"),
+    ),
+    Mutant(
+        "merge-transposes-no-conv1d",
+        "return weight if isinstance(module, nn.Linear) else weight.mT",
+        "return weight.mT if isinstance(module, nn.Embedding) else weight",
+        Selection("test_merge.py", "oracles_sum"),
+    ),
+    Mutant(
+        "merge-trusts-the-shapes-of-the-files",
+        "if shard.shape(key) != tuple(parameter.shape):",
+        "if len(shard.shape(key)) != parameter.ndim:",
+        Selection("test_merge_refused.py", "base_that_cannot"),
+    ),
+    Mutant(
+        "low-rank-bound-of-the-factorizations-alone",
+        "bound = self.noise(rank) + OF_NORMS * (1 + self.departure) * product",
+        "bound = self.noise(rank) / 100",
+        Selection("test_low_rank.py", "covers_exact"),
+    ),
+    Mutant(
+        "storage-error-of-b-alone",
+        "sum_norm([(change_b, exact_a), (b.double(), change_a)])",
+        "sum_norm([(change_b, exact_a)])",
+        Selection("test_shrink.py", "error_is_the_tail"),
+    ),
+    Mutant(
+        "low-rank-balances-b-only",
+        "a * torch.where(used, 1 / power, 0.0)[:, None]",
+        "a * torch.where(used, 1.0, 0.0)[:, None]",
+        Selection("test_low_rank.py", "smallest_singular_values"),
+    ),
+    Mutant(
+        "combine-ignores-the-sign-of-a-weight",
+        "scale(delta.b, weight)) for delta, weight in weighted",
+        "scale(delta.b, abs(weight))) for delta, weight in weighted",
+        Selection("test_combine.py", "many_kinds"),
+    ),
+    Mutant(
+        "merge-says-that-weights-are-still-tied",
+        'return config | nested | {"tie_word_embeddings": False}',
+        "return config | nested",
+        Selection("test_merge_files.py", "untied_where"),
+    ),
+    Mutant(
+        "merge-counts-what-rounding-kept",
+        "squares[rounded == before]",
+        "squares[rounded != before]",
+        Selection("test_merge_files.py", "erased"),
+    ),
+    # vLLM and ONNX
+    Mutant(
+        "uniform-pads-b-in-front",
+        "_padded(scaled, (0, r - exact.value.shape[1]))",
+        "_padded(scaled, (r - exact.value.shape[1], 0))",
+        Selection("test_vllm_uniform.py", "delta_is_the_sources"),
+    ),
+    Mutant(
+        "vllm-largest-vocabulary-is-refused",
+        "size > MAX_VOCABULARY",
+        "size >= MAX_VOCABULARY",
+        Selection("test_vllm_preflight.py", "vocabulary_beyond"),
+    ),
+    Mutant(
+        "onnx-padding-rolls-on",
+        'add("Sub", [order, count], "order-count")',
+        'add("Add", [order, count], "order-count")',
+        Selection("test_onnx_padding.py", "mended_graph"),
+    ),
+    Mutant(
+        "onnx-any-matrix-of-the-shape-is-taken",
+        "if not np.array_equal(held, drawn[name].mT.numpy().astype(held.dtype)):",
+        "if name in places:",
+        Selection("test_onnx_swappable.py", "oracles_matrices"),
+    ),
+    # Conversions
+    Mutant(
+        "loha-columns-out-of-step",
+        "a = (b1[:, None, :] * b2[None, :, :]).flatten(end_dim=1)",
+        "a = (b1[None, :, :] * b2[:, None, :]).flatten(end_dim=1)",
+        Selection("test_convert.py", "delta_is_pefts"),
+    ),
+    Mutant(
+        "hra-reflections-in-reverse",
+        "t[:i, i] = -2 * t[:i, :i] @ gram[:i, i]",
+        "t[i, :i] = -2 * t[:i, :i] @ gram[:i, i]",
+        Selection("test_convert.py", "compact_form"),
+    ),
+    Mutant(
+        "pissa-start-kept",
+        "found = LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)",
+        "found = LowRank(torch.cat([b, b0 * 0], dim=1), torch.cat([a, a0]), left_out)",
+        Selection("test_convert.py", "delta_is_pefts"),
+    ),
+    Mutant(
+        "adalora-scaled-by-remaining-ranks",
+        "scaling / (module.config.init_r + 1e-5)",
+        "scaling / (len(a) + 1e-5)",
+        Selection("test_convert.py", "delta_is_pefts"),
+    ),
+    Mutant(
+        "pissa-start-alike-on-all-machines",
+        "float((residual - (stored.double() - b0 @ a0)).norm()) + apart, part",
+        "float((residual - (stored.double() - b0 @ a0)).norm()), part",
+        Selection("test_convert_bounds.py", "another_machine"),
+    ),
+    Mutant(
+        "part-error-halved",
+        "return f * math.sqrt(k * k + k * (longer - len(values)) + 2 * coupled)",
+        "return f * math.sqrt(k * k + k * (longer - len(values)) + coupled / 2)",
+        Selection("test_single_precision.py", "attained"),
+    ),
+    Mutant(
+        "coinciding-triplets-forgotten",
+        "best = min(best, turned[-1] + _separated_part_error(values, longer, place, f, tail))",
+        "best = min(best, _separated_part_error(values, longer, place, f, tail))",
+        Selection("test_single_precision.py", "coincide"),
+    ),
+    Mutant(
+        "any-part-determined",
+        "if part.apart > LARGEST_SHARE * norm:",
+        "if part.apart > 2 * LARGEST_SHARE * norm:",
+        Selection("test_convert_bounds.py", "half"),
+    ),
+    Mutant(
+        "olora-bound-without-scaling",
+        "apart = abs(s) * (2 * basis_error",
+        "apart = (2 * basis_error",
+        Selection("test_convert_bounds.py", "another_machine"),
+    ),
+    Mutant(
+        "fold-check-without-labels",
+        "task_type=task, num_labels=labels, device=device)",
+        "task_type=task, device=device)",
+        Selection("test_fold_check_error.py", "classifier"),
+    ),
+    Mutant(
+        "classifier-in-batches",
+        """if task_type == "SEQ_CLS" and config.pad_token_id is None:""",
+        """if task_type == "SEQ_CLS" and False:""",
+        Selection("test_fold_check_error.py", "classifier"),
+    ),
+    Mutant(
+        "deft-rounding-of-the-sum-alone",
+        "rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * size",
+        "rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * float(a.norm())",
+        Selection("test_convert_bounds.py", "cancel"),
+    ),
+    Mutant(
+        "osf-start-in-float32",
+        "(factor.to(stored.dtype).double() for factor in (start.u, start.s, start.vt))",
+        "(factor.double() for factor in (start.u, start.s, start.vt))",
+        Selection("test_convert_bounds.py", "peft_stores"),
+    ),
+    Mutant(
+        "convert-checks-after-publishing",
+        "        check(draft)\n    return certificate",
+        "    check(target.output)\n    return certificate",
+        Selection("test_convert_refused.py", "check_that_cannot"),
+    ),
+    # Experts
+    Mutant(
+        "the orientation of vLLM's experts is not looked at",
+        "(outputs, hidden) == (2 * down_inputs, down_outputs)",
+        "True",
+        Selection("test_vllm_experts.py", "orientation"),
+    ),
+    Mutant(
+        "gate and up of vLLM's experts are swapped",
+        "names = (gate, up) if stack.parameter",
+        "names = (up, gate) if stack.parameter",
+        Selection("test_vllm_experts.py", "pairs"),
+    ),
+    Mutant(
+        "gate and up of llama.cpp's experts are swapped",
+        "zip(names, b.chunk(len(names), dim=1), strict=True)}",
+        "zip(reversed(names), b.chunk(len(names), dim=1), strict=True)}",
+        Selection("test_gguf_families.py", "logits"),
+    ),
+)

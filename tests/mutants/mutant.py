@@ -1,0 +1,50 @@
+"""A fault of the product, the tests that should notice it, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Outcome = Literal["killed", "survived", "broken"]
+
+
+class Selection(NamedTuple):
+    """Tests, by the name of their file, wherever below `tests/` it lies, and pytest's `-k` expression."""
+
+    file: str
+    only: str = ""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Args:
+        name: what is wrong with it.
+        old: source that occurs exactly once in the product, so that no path has to be named.
+        new: what stands there instead.
+        tests: tests that should fail.
+    """
+
+    name: str
+    old: str
+    new: str
+    tests: Selection
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant.
+
+    Args:
+        seconds: duration of its tests.
+        note: the first test that failed, or why the mutant shows nothing.
+    """
+
+    name: str
+    outcome: Outcome
+    seconds: float
+    note: str

@@ -1,0 +1,83 @@
+"""Faults of `loraover_serve`: parity and verification."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant, Selection
+
+SERVING = (
+    # Parity
+    Mutant(
+        "parity-one-side-shows-equivalence",
+        "max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))",
+        "min(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))",
+        Selection("test_equivalence.py", "sleep_data or p_value"),
+    ),
+    Mutant(
+        "parity-bootstrap-of-the-population",
+        "variance = (square - mean**2) / (n - 1)",
+        "variance = (square - mean**2) / n",
+        Selection("test_equivalence.py", "bootstrap_of_students"),
+    ),
+    Mutant(
+        "design-forth-and-forth",
+        "orders.append(forth + forth[::-1])",
+        "orders.append(forth + forth)",
+        Selection("test_parity.py", "drift"),
+    ),
+    Mutant(
+        "outputs-noise-of-zero-hides-no-adapter",
+        "change > APPLIED * (noise or 0.0)",
+        "change >= APPLIED * (noise or 0.0)",
+        Selection("test_parity.py", "weak_adapter"),
+    ),
+    # Earlier graphs of ONNX Runtime
+    Mutant(
+        "serve-builds-a-graph-although-one-is-given",
+        "names=names, graph=graph, check=False)",
+        "names=names, check=False)",
+        Selection("test_earlier_graph.py", "runs_the_earlier_graph"),
+    ),
+    Mutant(
+        "serve-takes-a-graph-without-a-cache",
+        "if earlier.web or not earlier.cache:",
+        "if earlier.web:",
+        Selection("test_earlier_graph.py", "refused_first"),
+    ),
+    # Verification
+    Mutant(
+        "verify-no-noise-is-allowed",
+        "return sensitivity * noise.rms * (1 + SURE * math.sqrt(2) * relative) + FLOOR",
+        "return FLOOR",
+        Selection("test_verify.py", "coarser_base_model"),
+    ),
+    Mutant(
+        "verify-noise-of-the-adapted-model",
+        "noise = distance(answers.base, reference.base)",
+        "noise = distance(answers.adapter, reference.adapter)",
+        Selection("test_verify.py", "planted_fault"),
+    ),
+    Mutant(
+        "verify-scalings-are-divided-the-other-way",
+        "rule(subject.config, len(delta.a), delta.scaling) / delta.scaling",
+        "delta.scaling / rule(subject.config, len(delta.a), delta.scaling)",
+        Selection("test_verify.py", "planted_fault"),
+    ),
+    Mutant(
+        "verify-greedy-tokens-are-not-compared",
+        "greedy.gap > greedy.allowed",
+        "greedy.gap < 0",
+        Selection("test_verify.py", "other_tokens"),
+    ),
+    Mutant(
+        "verify-weak-adapter-passes",
+        "if effect <= APPLIED * allowed:",
+        "if effect < 0:",
+        Selection("test_verify.py", "below_the_noise"),
+    ),
+    Mutant(
+        "verify-mixed-batch-beside-itself",
+        "zip(mixed[arm], apart[arm], strict=True)",
+        "zip(mixed[arm], mixed[arm], strict=True)",
+        Selection("test_verify_endpoint.py", "mixed_batch"),
+    ),
+)

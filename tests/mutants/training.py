@@ -1,0 +1,296 @@
+"""Faults of `loraover`: training, checkpoints, evaluation and studies."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant, Selection
+
+TRAINING = (
+    # The algebra of cores
+    Mutant(
+        "mpo-rows-before-columns",
+        "[1 + 2 * k for k in range(count)] + [2 + 2 * k for k in range(count)]",
+        "[2 + 2 * k for k in range(count)] + [1 + 2 * k for k in range(count)]",
+        Selection("test_decompositions.py", "contraction_equals_the_oracle"),
+    ),
+    Mutant(
+        "mpo-random-gauge-is-the-identity",
+        'self.gauge == "identity" and rows == columns',
+        "rows == columns",
+        Selection("test_initial_cores.py", "another_seed"),
+    ),
+    Mutant(
+        "mpo-centre-takes-the-matrix-as-it-lies",
+        "tensors = _interleave(matrices, layout).reshape(",
+        "tensors = matrices.reshape(",
+        Selection("test_moments.py", "transposed_jacobian"),
+    ),
+    # Methods beside LoRA-Over
+    Mutant(
+        "soma-splits-off-the-largest-triplets",
+        "return Pair(u[:, -r:] * root, root[:, None] * vt[-r:])",
+        "return Pair(u[:, :r] * root, root[:, None] * vt[:r])",
+        Selection("test_soma.py", "the_split"),
+    ),
+    Mutant(
+        "soma-serves-the-start-twice",
+        "torch.cat([b, -b0.to(b)], dim=1)",
+        "torch.cat([b, b0.to(b)], dim=1)",
+        Selection("test_soma.py", "exact_update"),
+    ),
+    Mutant(
+        "lorasc-forgets-the-last-average",
+        "(1 - pace) ** (stages - t) for",
+        "(1 - pace) ** (stages - t - 1) for",
+        Selection("test_lorasc.py", "weights_of_the_stages"),
+    ),
+    Mutant(
+        "lorasc-loses-ended-stages-in-checkpoints",
+        "for t, stage in enumerate(self.ended)\n            for path, pair",
+        "for t, stage in enumerate(self.ended[:0])\n            for path, pair",
+        Selection("test_lorasc.py", "resumes_to_the_same_bits"),
+    ),
+    Mutant(
+        "federated-average-ignores-the-numbers-of-rows",
+        "* (len(client.rows) / len(loader.dataset))",
+        "/ len(clients)",
+        Selection("test_federated.py", "two_clients"),
+    ),
+    Mutant(
+        "federated-rows-of-many-tokens-weigh-more",
+        "return nats / (labels != -100).sum(1).clamp_min(1)",
+        "return nats",
+        Selection("test_federated.py", "two_clients"),
+    ),
+    Mutant(
+        "tensorguide-starts-from-another-function",
+        "return Pair(now.b - first.b, now.a)",
+        "return Pair(now.b, now.a)",
+        Selection("test_tensorguide.py", "keeps_the_models_function"),
+    ),
+    Mutant(
+        "tensorguide-reads-b-row-by-row",
+        "vectors[:, at:].reshape(-1, r, layout.out_features).mT",
+        "vectors[:, at:].reshape(-1, layout.out_features, r)",
+        Selection("test_tensorguide.py", "contraction_equals"),
+    ),
+    Mutant(
+        "tensorguide-pulls-back-without-a",
+        'stack_gradients(self.factors("B")), stack_gradients(self.factors("A"))]',
+        'stack_gradients(self.factors("B")), 0 * stack_gradients(self.factors("A"))]',
+        Selection("test_tensorguide.py", "differences_of_the_oracle or micro_batches"),
+    ),
+    Mutant(
+        "tensorguide-resumes-from-its-first-cores",
+        "nn.ModuleList(self.trains).load_state_dict(tensors)",
+        "tensors.clear()",
+        Selection("test_tensorguide.py", "resumes_to_the_same_bits"),
+    ),
+    # The optimizer's hooks
+    Mutant(
+        "hooks-matrix-keeps-its-gradient",
+        "site.clear_gradient()",
+        "site.gradient()",
+        Selection("test_between_steps.py", "gradient"),
+    ),
+    Mutant(
+        "hooks-cores-keep-their-gradients",
+        "group.clear_gradients()",
+        "group.contract()",
+        Selection("test_between_steps.py", "left_on_the_cores or skipped_for_infinity"),
+    ),
+    Mutant(
+        "hooks-closure-sees-the-last-steps-matrices",
+        "group.write()\n            loss = closure()",
+        "group.contract()\n            loss = closure()",
+        Selection("test_optimizers.py", "every_evaluation"),
+    ),
+    Mutant(
+        "hooks-skipped-step-counts",
+        'return bool(getattr(optimizer, "found_inf", False))',
+        "return False",
+        Selection("test_schedules.py", "scaler_skips"),
+    ),
+    Mutant(
+        "late-answer-is-never-read",
+        "before, self._asked = self._asked, _ask(differs)",
+        "before, self._asked = None, _ask(differs)",
+        Selection("test_fingerprints.py", "answers_late"),
+    ),
+    # Moments and shards
+    Mutant(
+        "moments-squares-are-carried-like-means",
+        "squared=key in SQUARED",
+        "squared=key in LINEAR",
+        Selection("test_moments.py", "carried_moments_are_those"),
+    ),
+    Mutant(
+        "shards-changed-everywhere-or-nowhere",
+        "dist.ReduceOp.MAX",
+        "dist.ReduceOp.MIN",
+        Selection("test_fsdp.py", "changed_in_one_process"),
+    ),
+    # Schedules, budgets and scores
+    Mutant(
+        "schedule-rounds-end-too-soon",
+        "* k / (config.rounds - 1) for k in",
+        "* k / config.rounds for k in",
+        Selection("test_budgets.py", "rounds_come_evenly"),
+    ),
+    Mutant(
+        "budget-group-is-not-charged",
+        "below[group] -= self._cost(name)",
+        "below[group] -= 0",
+        Selection("test_budgets.py", "within_one_site"),
+    ),
+    Mutant(
+        "score-smoothing-the-wrong-way",
+        "before.lerp(now, 1 - SMOOTHING)",
+        "before.lerp(now, SMOOTHING)",
+        Selection("test_importance.py", "what_its_source_defines"),
+    ),
+    # Checkpoints, read and resumed from
+    Mutant(
+        "checkpoint-without-a-digest-passes",
+        "if meta.digest != digest_of(",
+        "if meta.digest and meta.digest != digest_of(",
+        Selection("test_checkpoint.py", "lacks_a_seal"),
+    ),
+    Mutant(
+        "checkpoint-file-without-a-checksum-passes",
+        "found != self.meta.sha256.get(name) and",
+        "found != self.meta.sha256.get(name, found) and",
+        Selection("test_checkpoint.py", "lacks_a_seal"),
+    ),
+    Mutant(
+        "checkpoint-contradiction-of-less-than-one-passes",
+        "if excess.amax() > 0:",
+        "if excess.amax() > 1:",
+        Selection("test_checkpoint.py", "contradict"),
+    ),
+    Mutant(
+        "resume-makes-new-cores-of-the-matrix",
+        "group.core(k, i).copy_(core[0])",
+        "group.core(k, i).copy_(group.core(k, i))",
+        Selection("test_checkpoint.py", "uninterrupted"),
+    ),
+    Mutant(
+        "resume-seal-is-not-compared",
+        "sha256_of(folder / name) == digest for name, digest",
+        "digest for name, digest",
+        Selection("test_seal.py", "seal_covers"),
+    ),
+    # Output and JSON
+    Mutant(
+        "output-name-before-content",
+        "sync(draft)\n            draft.replace(target)",
+        "draft.replace(target)\n            sync(target)",
+        Selection("test_output.py"),
+    ),
+    Mutant(
+        "json-infinite-numbers-pass",
+        "number = _finite if finite else float",
+        "number = float",
+        Selection("test_checkpoint_refused.py", "wrong_adapter_config"),
+    ),
+    # Adapters, as PEFT reads them
+    Mutant(
+        "unfolded-router-that-is-a-linear-layer-gets-a-hook",
+        'any(targeted_parameter(target, module) == "weight" for target in self.parameters)',
+        "False",
+        Selection("test_experts.py", "as_peft_adapts"),
+    ),
+    Mutant(
+        "delta-scaling-of-rslora-is-loras",
+        "alpha / math.sqrt(r) if self.use_rslora else alpha / r",
+        "alpha / r",
+        Selection("test_delta.py", "stored_matrices"),
+    ),
+    # Multiple testing
+    Mutant(
+        "holm-adjusted-values-may-fall",
+        "largest = max(largest, (len(p_values) - position) * p_values[i])",
+        "largest = (len(p_values) - position) * p_values[i]",
+        Selection("test_equivalence.py", "holms_correction"),
+    ),
+    # Evaluation
+    Mutant(
+        "answer-behind-the-first-mark",
+        'text.rpartition("####")[2]',
+        'text.partition("####")[2]',
+        Selection("test_answers.py", "final_number"),
+    ),
+    Mutant(
+        "code-runs-without-consent",
+        "if not options.allow_code_execution:",
+        "if options.allow_code_execution is None:",
+        Selection("test_humaneval.py", "consent"),
+    ),
+    Mutant(
+        "judge-rates-zero",
+        "if found is None or not 1 <= float(found[1]) <= 10:",
+        "if found is None or not 0 <= float(found[1]) <= 10:",
+        Selection("test_mt_bench.py", "ratings_are_read"),
+    ),
+    # Data, recipes, plans and studies
+    Mutant(
+        "held-out-data-beside-word-problems-are-passed-over",
+        "if data.test in (None, BUILT_IN):",
+        "if wanted or data.test is None:",
+        Selection("test_training_rows.py", "beside_word_problems"),
+    ),
+    Mutant(
+        "format-last-turn-alone",
+        "for i in turns:",
+        "for i in turns[-1:]:",
+        Selection("test_data.py", "assistant_turn"),
+    ),
+    Mutant(
+        "recipe-steps-across-epochs",
+        "math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))",
+        "math.ceil(self.num_train_epochs * batches / self.gradient_accumulation_steps)",
+        Selection("test_recipe.py", "steps_of_epochs"),
+    ),
+    Mutant(
+        "plan-one-moment",
+        "optimizer_states=2 * (trained + added * CORE_BYTES)",
+        "optimizer_states=2 * trained + added * CORE_BYTES",
+        Selection("test_plan.py", "counts_what_a_run_trains"),
+    ),
+    Mutant(
+        "study-interval-counts-examples-as-seeds",
+        "stats.t.ppf(0.975, seeds - 1)",
+        "stats.t.ppf(0.975, examples - 1)",
+        Selection("test_analysis.py", "excludes_zero"),
+    ),
+    Mutant(
+        "study-shows-what-the-first-run-knows-of-its-rank",
+        "served_rank=max(_known(outcome.served_rank for outcome in outcomes), default=None)",
+        "served_rank=outcomes[0].served_rank",
+        Selection("test_report.py", "older_version"),
+    ),
+    # Experts
+    Mutant(
+        "experts run slowest in the columns of B",
+        "return stack.view(len(stack), -1, self.experts)[..., self.expert]",
+        "return stack.view(len(stack), self.experts, -1)[:, self.expert]",
+        Selection("test_expert_stacks.py", "deltas"),
+    ),
+    Mutant(
+        "square experts of an old PEFT are read as they are",
+        "    return not is_present\n",
+        "    return False\n",
+        Selection("test_expert_stacks.py", "deltas"),
+    ),
+    Mutant(
+        "the gradient of an expert is read after it was cleared",
+        "else total.clone()  # clear_gradient overwrites the stack's",
+        "else total",
+        Selection("test_experts.py", "autograd"),
+    ),
+    Mutant(
+        "experts without cores are taken from the optimizer",
+        "taken[id(site.parameter)] == site.part.experts]",
+        "taken[id(site.parameter)] >= 1]",
+        Selection("test_experts.py", "other_experts"),
+    ),
+)

@@ -1,0 +1,83 @@
+"""Runs that are interrupted on purpose, and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loraover.training.progress import TrainingProgress
+from loraover.training.run_result import read_run
+
+from support.train_command import train
+from support.trained_run import metrics
+
+STEPS = 7
+STOP = 6
+"""Checkpoints are written at 2, 4, 6 and 7, and 5 steps make an epoch: a run that stops in step 6 resumes from 4."""
+
+KINDS = [("llama", "lora"), ("llama", "lora-over"), ("t5", "lora-over")]
+
+
+@contextlib.contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Ctrl-C when that step has been taken, before it is logged or saved."""
+    on_step_end = TrainingProgress.on_step_end
+
+    def interrupt(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        on_step_end(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingProgress, "on_step_end", interrupt)
+        yield
+
+
+@contextlib.contextmanager
+def steps_taken() -> Iterator[list[int]]:
+    on_step_end = TrainingProgress.on_step_end
+    taken: list[int] = []
+
+    def note(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        taken.append(state.global_step)
+        on_step_end(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingProgress, "on_step_end", note)
+        yield taken
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float, float]]:
+    """Loss, norm of the gradient and learning rate of each step; a step that is there twice is an error."""
+    rows = [row for row in metrics(folder) if "loss" in row]
+    found = {row["step"]: (row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Losses, adapter, cores and measures, bit for bit."""
+    assert losses(folder) == losses(reference)
+    names = {path.name for path in (reference / "adapter").glob("*.safetensors")}
+    assert {path.name for path in (folder / "adapter").glob("*.safetensors")} == names
+    for name in names:
+        found, expected = (load_file(f / "adapter" / name) for f in (folder, reference))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    left, right = (
+        read_run(f).model_dump(exclude={"train_seconds", "timed_steps", "peak_bytes"}) for f in (folder, reference)
+    )
+    assert left == right
+
+
+def stopped(recipe: Path, out: Path, step: int = STOP) -> Path:
+    """A run that was interrupted in that step."""
+    with interrupted_at(step):
+        assert train(recipe, out) == 130
+    return out

@@ -1,0 +1,131 @@
+"""What `loraover train` learns from: completions alone, from the same start by each method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraover.data.word_problems import split_word_problems
+from loraover.training.run_result import read_run
+
+from support.tiny_hub import EOS, tiny_tokenizer, write_recipe
+from support.train_command import METHODS, TURNS, data_file, train
+from support.trained_run import MODELS, Trained, losses, watched
+
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
+
+
+def text_of(tokenizer: Any, ids: Tensor) -> str:
+    text: str = tokenizer.decode(ids[ids != tokenizer.pad_token_id])
+    return text
+
+
+def examples_in_batch(trainer: Any) -> list[tuple[str, str, str]]:
+    """Text of the input, of what carries a label, and of what carries none, of each example of the first batch."""
+    tokenizer = trainer.processing_class
+    found = []
+    for batch in [next(iter(trainer.get_train_dataloader())), next(iter(trainer.get_eval_dataloader()))]:
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            learnt = labels != -100
+            rest = ids
+            if len(ids) == len(labels) and torch.equal(ids[learnt], labels[learnt]):
+                rest = ids[~learnt]
+            found.append((text_of(tokenizer, ids), tokenizer.decode(labels[learnt]), text_of(tokenizer, rest)))
+    return found
+
+
+def word_problem_texts() -> dict[str, str]:
+    rows, held_out = split_word_problems(20, 4, 0)
+    return {row["prompt"].lower(): row["completion"].lower() for row in rows + held_out}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_completion_is_learnt(method: str, trained: dict[tuple[str, str], Trained]) -> None:
+    completions = word_problem_texts()
+    found = examples_in_batch(trained["llama", method].trainer)
+    assert len(found) == 8
+    for whole, learnt, rest in found:
+        assert learnt == completions[rest] + EOS
+        assert whole == rest + learnt
+
+
+def test_an_encoder_decoder_reads_the_prompt_and_learns_the_completion(
+    trained: dict[tuple[str, str], Trained],
+) -> None:
+    completions = word_problem_texts()
+    found = examples_in_batch(trained["t5", "lora-over"].trainer)
+    assert len(found) == 8
+    for whole, learnt, _ in found:
+        assert learnt == completions[whole.removesuffix(EOS)] + EOS
+
+
+@pytest.mark.parametrize("chat", [None, True])
+def test_chat_turns_are_learnt_one_by_one(chat: bool | None, bases: dict[str, Path], tmp_path: Path) -> None:
+    file = data_file(tmp_path / "chat.jsonl", *[{"messages": TURNS}] * 4)
+    data = {"train": str(file), "test": str(file), "chat": chat}
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
+    with watched() as seen:
+        assert train(recipe, tmp_path / "out") == 0
+    found = {(learnt, rest) for _, learnt, rest in examples_in_batch(seen[0][0])}
+    assert found == {
+        (f"2{EOS}", "<user>1+1?<assistant>"),
+        (f"#### 4{EOS}", f"<user>1+1?<assistant>2{EOS}<user>and 2+2?<assistant>"),
+    }
+
+
+@pytest.mark.parametrize(("chat", "prompt"), [(None, "<user>1+1?<assistant>"), (False, "1+1?")])
+def test_text_goes_through_the_chat_template_unless_told_otherwise(
+    chat: bool | None, prompt: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    file = data_file(tmp_path / "text.jsonl", *[{"prompt": "1+1?", "completion": "2"}] * 4)
+    data = {"train": str(file), "test": str(file), "chat": chat}
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
+    with watched() as seen:
+        assert train(recipe, tmp_path / "out") == 0
+    assert {(learnt, rest) for _, learnt, rest in examples_in_batch(seen[0][0])} == {(f"2{EOS}", prompt)}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_both_methods_start_from_the_same_adapter(kind: str, trained: dict[tuple[str, str], Trained]) -> None:
+    plain, cores = trained[kind, "lora"], trained[kind, "lora-over"]
+    assert plain.start.keys() == cores.start.keys()
+    assert all(torch.equal(plain.start[name], cores.start[name]) for name in plain.start)
+    assert all(matrix.any() == ("lora_A" in name) for name, matrix in plain.start.items())
+    assert plain.result.before == cores.result.before
+    assert losses(cores.folder)[1] == pytest.approx(losses(plain.folder)[1], rel=1e-5)
+    assert losses(cores.folder)[4] != losses(plain.folder)[4]
+
+
+def test_another_seed_starts_from_another_adapter(trained: dict[tuple[str, str], Trained], tmp_path: Path) -> None:
+    first = trained["llama", "lora"]
+    with watched() as seen:
+        assert train(first.folder / "recipe.yaml", tmp_path / "out", "--seed", 1, "--steps", 1) == 0
+    name = next(name for name in first.start if "lora_A" in name)
+    assert not torch.equal(seen[0][1][name], first.start[name])
+
+
+def test_the_held_out_loss_is_the_mean_over_completion_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Of all examples together, however they are batched: long answers count by their length."""
+    rows = [{"prompt": f"say {n}.", "completion": "7" * n} for n in (1, 2, 40)]
+    file = data_file(tmp_path / "rows.jsonl", *rows)
+    model = MODELS["llama"].from_pretrained(bases["llama"]).eval()
+    tokenizer = tiny_tokenizer()
+    token_losses: list[Tensor] = []
+    for row in rows:
+        prompt, completion = tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"] + EOS).input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        token_losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none"))
+    expected = float(torch.cat(token_losses).mean())
+    assert abs(expected - float(torch.stack([t.mean() for t in token_losses]).mean())) > 1e-3
+    data = {"train": str(file), "test": str(file)}
+    training = {"max_steps": 1, "per_device_train_batch_size": 2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases["llama"], data=data, training=training)
+    assert train(recipe, tmp_path / "out") == 0
+    before = read_run(tmp_path / "out").before
+    assert before is not None
+    assert before.loss == pytest.approx(expected, rel=1e-5)

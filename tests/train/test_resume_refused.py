@@ -1,0 +1,98 @@
+"""Requests to resume that are refused, and leave what is there as it was."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.make_checkpoint import tree
+from support.train_command import train
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def recipe(recipes: dict[tuple[str, str], Path]) -> Path:
+    return recipes["llama", "lora-over"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--seed", "3"], "training"),
+        (["--learning-rate", "0.5"], "training"),
+        (["--method", "lora"], "method"),
+        (["--set", "lora.r=8"], "lora"),
+        (["--set", "over.decomposition=svd"], "over"),
+        (["--set", "data.train_examples=24"], "data"),
+    ],
+    ids=str,
+)
+def test_another_recipe_does_not_resume_the_run(
+    options: list[str],
+    named: str,
+    recipe: Path,
+    halted: dict[Any, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = Path(shutil.copytree(halted["llama", "lora-over"], tmp_path / "out"))
+    before = tree(out)
+    assert train(recipe, out, "--resume", *options) == 2
+    error = capsys.readouterr().err
+    assert "another recipe" in error
+    assert f"({named} differ)" in error
+    assert tree(out) == before
+
+
+def test_a_finished_run_is_not_resumed(
+    recipe: Path, whole: dict[Any, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = whole["llama", "lora-over"]
+    before = tree(out)
+    assert train(recipe, out, "--resume") == 2
+    assert "finished already" in capsys.readouterr().err
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a file", "other files"])
+def test_what_is_no_run_is_not_resumed(
+    there: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    match there:
+        case "an empty folder":
+            out.mkdir()
+        case "a file":
+            out.write_text("mine")
+        case "other files":
+            out.mkdir()
+            (out / "mine").write_text("mine")
+    before = tree(tmp_path)
+    assert train(recipe, out, "--resume") == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+    assert out.exists() == (there != "nothing")
+
+
+@pytest.mark.parametrize("content", ["", "a: ["])
+def test_a_run_whose_recipe_is_damaged_is_not_resumed(
+    content: str, recipe: Path, halted: dict[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(halted["llama", "lora-over"], tmp_path / "out"))
+    (out / "recipe.yaml").write_text(content)
+    assert train(recipe, out, "--resume") == 2
+    assert str(out / "recipe.yaml") in capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_not_started_over_by_mistake(
+    recipe: Path, halted: dict[Any, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = halted["llama", "lora-over"]
+    before = tree(out)
+    assert train(recipe, out) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert tree(out) == before

@@ -1,0 +1,147 @@
+"""The rows that a recipe trains on and holds out: from the hub at pinned commits, from files, or built in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import pytest
+
+import loraover.data.sources
+from loraover.common.errors import ConfigError, DataError
+from loraover.models.hub import HubUnreachableError
+from loraover.training.recipe import Recipe
+
+from support.rows import GSM8K, PAIR, Write, fault, load
+
+
+class Hub:
+    """Data sets by name, in place of the hub."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **sets: list[Any]) -> None:
+        self.sets = {name.replace("__", "/"): rows for name, rows in sets.items()}
+        self.asked: list[tuple[str, str | None]] = []
+        self.loaded: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(loraover.data.sources, "pinned_commit", self.pinned_commit)
+        monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
+
+    def commit(self, name: str) -> str:
+        return f"{name.encode().hex():0<40}"[:40]
+
+    def pinned_commit(self, name: str, revision: str | None, kind: str) -> str:
+        self.asked.append((name, revision))
+        if name not in self.sets or revision not in (None, "v1", self.commit(name)):
+            raise ConfigError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it.")
+        return self.commit(name)
+
+    def load_dataset(self, name: str, subset: str | None, *, split: str, revision: str) -> list[Any]:
+        self.loaded.append((name, subset, split, revision))
+        return self.sets[name]
+
+
+def test_a_hub_name_is_read_at_its_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, owner__data=[GSM8K])
+    rows = load("owner/data", subset="main", split="dev", revision="v1")
+    commit = hub.commit("owner/data")
+    assert hub.asked == [("owner/data", "v1")]
+    assert hub.loaded == [("owner/data", "main", "dev", commit)]
+    assert rows.revision == commit
+    assert commit[:12] in rows.origin
+    assert rows.rows[0]["completion"].endswith("#### 2")
+
+
+def test_without_a_hub_a_local_file_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> str:
+        raise HubUnreachableError("the hub cannot be reached.")
+
+    monkeypatch.setattr(loraover.data.sources, "pinned_commit", unreachable)
+    message = fault("owner/data")
+    assert "owner/data" in message
+    assert "--data FILE" in message
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Unknown split"), FileNotFoundError("no file"), datasets.exceptions.DatasetGenerationError()]
+)
+def test_a_hub_set_that_cannot_be_loaded_is_refused(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Any:
+        raise error
+
+    Hub(monkeypatch, owner__data=[GSM8K])
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    assert "owner/data" in fault("owner/data")
+
+
+def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": "owner/model",
+            "data": {"train": str(train), **data},
+            "training": {"max_steps": 1, "seed": 5},
+            "evaluation": {"examples": examples},
+        }
+    )
+
+
+def examples_of(made: Recipe, *, chat: bool = False) -> Any:
+    from loraover.training.examples import load_examples
+
+    return load_examples(made, chat=chat)
+
+
+def test_held_out_rows_come_from_another_file(write: Write) -> None:
+    train, test = write("train.jsonl", PAIR, PAIR, PAIR), write("other.jsonl", GSM8K, GSM8K, GSM8K)
+    examples = examples_of(recipe(train, test=str(test), train_examples=2))
+    assert examples.train.rows == [PAIR, PAIR]
+    assert [row["prompt"] for row in examples.test.rows] == ["Question: 1+1?\nAnswer:"] * 2
+
+
+def test_held_out_rows_come_from_the_other_split(write: Write) -> None:
+    folder = write("folder/train.jsonl", PAIR).parent
+    write("folder/dev.jsonl", GSM8K, GSM8K)
+    examples = examples_of(recipe(folder, test_split="dev", test_examples=1, examples=5))
+    assert [row["prompt"] for row in examples.test.rows] == ["Question: 1+1?\nAnswer:"]
+
+
+def test_one_file_cannot_be_trained_and_measured_on(write: Write) -> None:
+    train = write("train.jsonl", PAIR)
+    with pytest.raises(DataError, match="held-out"):
+        examples_of(recipe(train))
+    assert examples_of(recipe(train, examples=0)).test is None
+
+
+def test_the_held_out_split_is_read_at_the_commit_of_the_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, owner__data=[GSM8K])
+    examples_of(recipe("owner/data", revision="v1"))
+    assert [load[2:] for load in hub.loaded] == [(s, hub.commit("owner/data")) for s in ("train", "test")]
+
+
+def test_another_hub_set_is_not_asked_for_the_commit_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, owner__data=[GSM8K], owner__other=[PAIR])
+    examples = examples_of(recipe("owner/data", test="owner/other"))
+    assert examples.test.revision == hub.commit("owner/other")
+
+
+def test_word_problems_follow_the_run_seed() -> None:
+    made = recipe("word-problems", train_examples=4)
+    examples = examples_of(made)
+    assert (len(examples.train.rows), len(examples.test.rows)) == (4, 2)
+    assert examples == examples_of(made)
+    assert "seed 5" in examples.train.origin
+
+
+def test_word_problems_obey_the_limit_on_held_out_rows() -> None:
+    examples = examples_of(recipe("word-problems", train_examples=4, test_examples=1, examples=3))
+    assert len(examples.test.rows) == 1
+
+
+def test_word_problems_become_chat_messages_where_chat_is_asked_for() -> None:
+    rows = examples_of(recipe("word-problems", train_examples=4), chat=True).train.rows
+    assert all(row["prompt"][0]["role"] == "user" for row in rows)
+    assert all(row["completion"][0]["role"] == "assistant" for row in rows)
+
+
+def test_held_out_data_beside_word_problems_are_used(write: Write) -> None:
+    other = write("other.jsonl", PAIR)
+    examples = examples_of(recipe("word-problems", test=str(other), train_examples=4))
+    assert examples.test.rows == [PAIR]
