@@ -28,16 +28,6 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("adapters") / "adapter", base)
-
-
-@pytest.fixture(scope="module")
 def graph(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A graph that was exported with another adapter, of other ranks."""
     folder = tmp_path_factory.mktemp("exports")

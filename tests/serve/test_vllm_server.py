@@ -96,7 +96,7 @@ def test_a_server_that_is_no_use_says_why(mode: str, words: list[str], tmp_path:
         config(tmp_path),
         tmp_path / "log",
         executable=stand_in(tmp_path, mode),
-        startup_timeout_s=10 if mode in ("silent", "hangs") else 60,
+        startup_timeout_s=4 if mode in ("silent", "hangs") else 60,
     )
     with pytest.raises(EngineError) as caught, server:
         pytest.fail("the block ran")
