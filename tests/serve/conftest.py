@@ -11,6 +11,7 @@ import pytest
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.onnx import genai
+from loraover_serve.engines.elsewhere import Elsewhere
 from loraover_serve.parity.judge import bootstrap
 
 from support.engine_forms import Running
@@ -66,6 +67,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Servers and graphs, made when a test first needs them."""
     with ExitStack() as until:
         yield Running(tmp_path_factory.mktemp("servers"), until)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+    """mlx-lm's runner in this environment, which holds no mlx-lm."""
+    monkeypatch.delenv("LORAOVER_HERE", raising=False)
+    return Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx")
 
 
 @pytest.fixture

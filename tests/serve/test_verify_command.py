@@ -90,10 +90,9 @@ def test_a_failure_is_kept_beside_the_others(adapter: Path, monkeypatch: pytest.
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """mlx-lm's runner in this environment, which holds no mlx-lm."""
-    monkeypatch.delenv("LORAOVER_HERE", raising=False)
-    monkeypatch.setattr(mlx, "MLX", Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx"))
+def failing(here: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm fails."""
+    monkeypatch.setattr(mlx, "MLX", here)
 
 
 @pytest.mark.process
