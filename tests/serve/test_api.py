@@ -64,8 +64,6 @@ def test_adapters_are_served_during_a_block(
         assert server.url.startswith("http://127.0.0.1:")
         assert server.names == ("folded",)
         assert server.ask("folded", "The train leaves at", max_tokens=3) == "xxx"
-        with pytest.raises(EngineError):
-            server.unload_adapter("unknown")
     assert_stopped(tmp_path)
     assert '"--max-model-len", "64"' in log.read_text()
     assert capfd.readouterr() == ("", "")

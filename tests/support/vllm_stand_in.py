@@ -105,6 +105,9 @@ class Handler(BaseHTTPRequestHandler):
         if not self.may_pass():
             return
         mode, seen = self.server.mode, self.server.seen
+        if mode == "hangs up" and self.path == "/version":
+            self.close_connection = True
+            return
         self.server.seen = True
         if mode == "busy" and seen:
             time.sleep(2)
@@ -130,8 +133,6 @@ class Handler(BaseHTTPRequestHandler):
         mode = self.server.mode
         if mode == "fails late" or (mode == "fails on b" and body["model"] == "b"):
             self.reply(500, {"error": "head_dim 8 is not supported"})
-        elif mode == "hangs up" and self.path == "/v1/load_lora_adapter":
-            self.close_connection = True
         else:
             self.complete(body, mode if next(self.server.completions) > self.server.after else "answers")
 
