@@ -36,7 +36,8 @@ class UnwrittenReportError(OutputError):
 
     Args:
         message: reason why the output could not be written.
-        report: the `ParityReport` or `VerifyReport`; the folder `report.kept` holds it as a file, with engines' logs.
+        report: the `ParityReport` or `VerifyReport`. The folder `report.kept` holds it as a file, with engines' logs;
+            None means that it could not be written there either.
     """
 
     def __init__(self, message: str, report: Any) -> None:
