@@ -18,8 +18,8 @@ import grimp
 
 FIGURE = Path(__file__).with_name("rooms.svg")
 PACKAGES = {"loraover": "#3b7dd8", "loraover_export": "#2e9e6b", "loraover_serve": "#d9822b"}
-COLUMNS = {"loraover": (0, 470), "loraover_export": (470, 840), "loraover_serve": (840, 1010)}
-WIDTH, BOX, HEIGHT, ROW = 1010, 150, 44, 90
+COLUMNS = {"loraover": (0, 260), "loraover_export": (260, 790), "loraover_serve": (790, 1010)}
+WIDTH, BOX, HEIGHT, ROW = 1010, 100, 44, 90
 Arrows = dict[str, set[str]]
 
 

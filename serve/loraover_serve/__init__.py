@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraover_serve.comparison.report import UnwrittenReportError
     from loraover_serve.engines.sample import Sample
     from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
     from loraover_serve.parity.judge.outputs import Answer, Distance, Outputs
     from loraover_serve.parity.measure.cross_check import CrossCheck
     from loraover_serve.parity.measure.memory import PeakMemory
-    from loraover_serve.parity.report.parity_report import ParityReport, UnwrittenReportError
+    from loraover_serve.parity.report.parity_report import ParityReport
     from loraover_serve.parity.run import measure_parity
     from loraover_serve.parity.samples import Measurement
     from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect, VerifyReport
@@ -38,7 +39,7 @@ _HOMES = {
     "Streamed": "vllm.client",
     "Suspect": "verify.report",
     "Throughput": "parity.judge.analysis",
-    "UnwrittenReportError": "parity.report.parity_report",
+    "UnwrittenReportError": "comparison.report",
     "VerifyReport": "verify.report",
     "VllmServer": "vllm.server",
     "measure_parity": "parity.run",

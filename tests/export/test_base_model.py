@@ -200,11 +200,13 @@ def test_requests_record_every_option() -> None:
 def test_a_parity_report_records_every_option() -> None:
     words = ["--adapter", "f", "--baseline", "v", "--checkpoint", "c", "--engine", "vllm", "--engine", "torch"]
     words += ["--num-prompts", "40", "--max-concurrency", "1,4", "--margin", "0.1", "-o", "out", "--model", "m"]
-    words += ["--vllm", "bin/vllm", "--workload", "file", "--prompts", "p", "--prompt-tokens", "5", "--new-tokens", "6"]
-    words += ["--memory", "3", "--cross-check", "--timeout", "7", "--start-timeout", "8", "--seed", "9"]
-    words += ["--device", "cpu", "--compute-dtype", "bf16", "--allow-unequal", "--", "--max-num-seqs", "4"]
-    values = parsed(command(serve_cli, "parity"), list(words))
+    words += ["--vllm", "bin/vllm", "--new-tokens", "6", "--memory", "3", "--cross-check", "--timeout", "7"]
+    words += ["--start-timeout", "8", "--seed", "9", "--device", "cpu", "--compute-dtype", "bf16", "--allow-unequal"]
     defaults = {p.name: p.default for p in command(serve_cli, "parity").params}
-    assert all(value != defaults.get(name) for name, value in values.items())
-    again = shlex.split(ParityRequest(**values).command())
-    assert parsed(command(serve_cli, "parity"), again[2:]) == values
+    changed: set[str] = set()
+    for workload in (["--workload", "mixed", "--prompt-tokens", "5"], ["--workload", "file", "--prompts", "p"]):
+        values = parsed(command(serve_cli, "parity"), [*words, *workload, "--", "--max-num-seqs", "4"])
+        changed |= {name for name, value in values.items() if value != defaults.get(name)}
+        again = shlex.split(ParityRequest(**values).command())
+        assert parsed(command(serve_cli, "parity"), again[2:]) == values
+    assert changed == values.keys()

@@ -18,7 +18,7 @@ from loraover.checkpoint.unfolded_model import unfolded
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_export import export_gguf
 from loraover_export.gguf.base import write_base
-from loraover_serve.engines.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCpp
 
 from support.agreement import PROMPTS
 from support.compatibility import record

@@ -1,19 +1,24 @@
-"""What tests of serving share: one vLLM server, which starts in most of a minute; one tiny model; a quick builder."""
+"""What tests of serving share: one vLLM server, which starts in most of a minute; tiny models; a quick builder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.onnx import genai
+from loraover_serve.engines.elsewhere import Elsewhere
 from loraover_serve.parity.judge import bootstrap
 
+from support.engine_forms import Running
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.onnx_export import ForkedBuilder
 from support.serving import Served, serving
+from support.verified import Case, make_case, save_adapter, save_base
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +34,46 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     made = make_checkpoint(folder, tokenizer=True, base_options=SERVABLE)
     assert run(cli, ["fold", str(made.path), "-o", str(folder / "folded")]) == 0
     return made
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of a tiny Llama, written for vLLM to the folder `shop`."""
+    folder = tmp_path_factory.mktemp("for vLLM")
+    assert run(cli, ["vllm", str(make_checkpoint(folder).path), "-o", str(folder / "shop")]) == 0
+    return folder / "shop"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, which tests leave as it is."""
+    return save_base(tmp_path_factory.mktemp("bases") / "base")
+
+
+@pytest.fixture(scope="session")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of this model, which tests leave as it is."""
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "adapter", base)
+
+
+@pytest.fixture(scope="session")
+def case(base: Path, adapter: Path) -> Case:
+    """These two, with the judge of engines that serve them."""
+    return make_case(base, adapter)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Servers and graphs, made when a test first needs them."""
+    with ExitStack() as until:
+        yield Running(tmp_path_factory.mktemp("servers"), until)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+    """mlx-lm's runner in this environment, which holds no mlx-lm."""
+    monkeypatch.delenv("LORAOVER_HERE", raising=False)
+    return Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
-from loraover_export import export_onnx
 from loraover_export.onnx import genai
 from loraover_serve import VerifyReport, measure_parity, verify_adapter
 from loraover_serve.cli import cli
@@ -21,20 +20,10 @@ from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 from loraover_serve.verify.faults import OTHER_BASE
 
-from support.onnx_export import ForkedBuilder
+from support.onnx_export import export
 from support.verified import save_adapter, save_base
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("adapters") / "adapter", base)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +34,7 @@ def graph(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(adapter: Path, output: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genai, "BuilderProcess", ForkedBuilder)
-        export_onnx(adapter, output, mode="swappable", check=False)
+    assert export(adapter, output, "--mode", "swappable", "--no-check") == 0
     return output
 
 

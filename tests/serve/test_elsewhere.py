@@ -12,21 +12,17 @@ import pytest
 from loraover.common.errors import EngineError
 from loraover_serve.engines.elsewhere import MLX, OPENVINO, Elsewhere, Runner, tail
 
-HERE = Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx")
-"""mlx-lm's runner in this environment, which holds no mlx-lm."""
 ARGUMENTS: dict[str, Any] = {"model": "nowhere", "settings": {}, "adapters": {"base": None}}
 
 
 @pytest.fixture
-def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
-    monkeypatch.delenv("LORAOVER_HERE", raising=False)
-    with HERE.run(ARGUMENTS, tmp_path / "log", 60) as runner:
+def running(here: Elsewhere, tmp_path: Path) -> Iterator[Runner]:
+    with here.run(ARGUMENTS, tmp_path / "log", 60) as runner:
         yield runner
 
 
-def test_an_engine_in_this_environment_needs_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LORAOVER_HERE", raising=False)
-    assert (HERE.python(), HERE.version(), HERE.install()) == (sys.executable, pytest.__version__, None)
+def test_an_engine_in_this_environment_needs_no_variable(here: Elsewhere) -> None:
+    assert (here.python(), here.version(), here.install()) == (sys.executable, pytest.__version__, None)
 
 
 @pytest.mark.parametrize("engine", [MLX, OPENVINO], ids=lambda engine: engine.name)
@@ -59,20 +55,21 @@ def test_a_process_that_ended_is_reported(running: Runner) -> None:
 
 
 @pytest.mark.process
-def test_a_silent_process_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LORAOVER_HERE", raising=False)
+def test_a_silent_process_is_given_up(here: Elsewhere, tmp_path: Path) -> None:
     with (
-        HERE.run(ARGUMENTS, tmp_path / "log", 1e-4) as running,
+        here.run(ARGUMENTS, tmp_path / "log", 1e-4) as running,
         pytest.raises(EngineError, match=r"mlx: no answer within 0.0001 s; raise --start-timeout"),
     ):
         running.ask("version")
 
 
-def test_a_python_that_is_gone_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_that_is_gone_cannot_be_started(
+    here: Elsewhere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "python").write_text("no program")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("LORAOVER_HERE", str(tmp_path / "python"))
-    with pytest.raises(EngineError, match="cannot be started"), HERE.run(ARGUMENTS, tmp_path / "log", 1):
+    with pytest.raises(EngineError, match="cannot be started"), here.run(ARGUMENTS, tmp_path / "log", 1):
         pass
 
 

@@ -6,8 +6,6 @@ docs/compatibility.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -77,12 +75,6 @@ class Cases:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     return Cases(tmp_path_factory.mktemp("forms"))
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with ExitStack() as until:
-        yield Running(tmp_path_factory.mktemp("servers"), until)
 
 
 @pytest.mark.usefixtures("quick_builder")

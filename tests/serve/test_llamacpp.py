@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraover.common.errors import EngineError
 from loraover_export.gguf.header import read_header
-from loraover_serve.engines.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCpp
 
 from support.gguf_export import IDS, GgufMade, apart, export, make_gguf, rewrite
 from support.speed import examples

@@ -15,28 +15,17 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, EngineError
-from loraover_export.cli import cli as export_cli
 from loraover_serve.cli import cli
 from loraover_serve.vllm import serve as serving
 from loraover_serve.vllm.client import VllmClient
 from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm
 
 from support.children import Child
-from support.make_checkpoint import make_checkpoint
 from support.vllm_stand_in import stand_in
 
 pytestmark = pytest.mark.process
 
 KEY = "a-key-of-the-tests"
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of a tiny Llama, written for vLLM."""
-    folder = tmp_path_factory.mktemp("address")
-    made = make_checkpoint(folder)
-    assert run(export_cli, ["vllm", str(made.path), "-o", str(folder / "shop")]) == 0
-    return folder / "shop"
 
 
 @contextmanager
@@ -49,9 +38,9 @@ def taken(host: str = "127.0.0.1") -> Iterator[int]:
 
 
 @contextmanager
-def started(adapter: Path, folder: Path, *words: str, **environment: str) -> Iterator[str]:
+def started(shop: Path, folder: Path, *words: str, **environment: str) -> Iterator[str]:
     """What `up` prints until it is ready, on both streams."""
-    command = ["up", str(adapter), "--vllm", stand_in(folder, "answers"), "--log", str(folder / "log"), *words]
+    command = ["up", str(shop), "--vllm", stand_in(folder, "answers"), "--log", str(folder / "log"), *words]
     child = Child(lambda: run(cli, command), prepare=lambda: os.environ.update(environment))
     try:
         yield child.read_until("Ctrl-C stops it")
@@ -67,8 +56,8 @@ def curl(shown: str, **environment: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, env=os.environ | environment).stdout
 
 
-def test_a_key_in_the_environment_is_asked_for_and_sent(adapter: Path, tmp_path: Path) -> None:
-    with started(adapter, tmp_path, VLLM_API_KEY=KEY) as shown:
+def test_a_key_in_the_environment_is_asked_for_and_sent(shop: Path, tmp_path: Path) -> None:
+    with started(shop, tmp_path, VLLM_API_KEY=KEY) as shown:
         assert "ready: " in shown
         assert KEY not in shown
         assert KEY not in (tmp_path / "log").read_text()
@@ -80,9 +69,9 @@ def test_a_key_in_the_environment_is_asked_for_and_sent(adapter: Path, tmp_path:
     ("host", "key", "warns"), [("0.0.0.0", "", True), ("0.0.0.0", KEY, False), ("localhost", "", False)]
 )
 def test_a_host_beyond_loopback_without_a_key_is_warned_of(
-    host: str, key: str, warns: bool, adapter: Path, tmp_path: Path
+    host: str, key: str, warns: bool, shop: Path, tmp_path: Path
 ) -> None:
-    with started(adapter, tmp_path, "--host", host, VLLM_API_KEY=key) as shown:
+    with started(shop, tmp_path, "--host", host, VLLM_API_KEY=key) as shown:
         assert ("anyone who reaches 0.0.0.0 can use this server; set VLLM_API_KEY" in shown) == warns
         assert f'"--host", "{host}"' in (tmp_path / "log").read_text()
         assert "ready: http://127.0.0.1:" in shown or host == "localhost"
@@ -91,7 +80,7 @@ def test_a_host_beyond_loopback_without_a_key_is_warned_of(
 
 @pytest.mark.parametrize("is_taken", [True, False])
 def test_the_next_free_port_is_used_and_named(
-    is_taken: bool, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    is_taken: bool, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     used: list[Any] = []
 
@@ -105,7 +94,7 @@ def test_the_next_free_port_is_used_and_named(
     with taken() as port:
         first = port if is_taken else next_free_port("127.0.0.1", port + 1)
         monkeypatch.setattr(serving, "FIRST_PORT", first)
-        assert run(cli, ["up", str(adapter), "--vllm", stand_in(tmp_path, "answers")]) == 130
+        assert run(cli, ["up", str(shop), "--vllm", stand_in(tmp_path, "answers")]) == 130
     shown = capsys.readouterr().err
     if is_taken:
         assert used[0] > first
@@ -124,10 +113,8 @@ def test_a_port_taken_on_one_address_is_not_free_on_all() -> None:
         assert next_free_port("0.0.0.0", port) > port
 
 
-def test_a_host_of_another_machine_is_refused(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["up", str(adapter), "--vllm", stand_in(tmp_path, "answers"), "--host", "192.0.2.1"]
+def test_a_host_of_another_machine_is_refused(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["up", str(shop), "--vllm", stand_in(tmp_path, "answers"), "--host", "192.0.2.1"]
     assert run(cli, words) == 2
     assert "192.0.2.1 cannot be listened on" in capsys.readouterr().err
     assert not (tmp_path / "pids").exists()

@@ -17,14 +17,7 @@ from loraover_serve.verify.rounding import FORMATS
 from loraover_serve.verify.run import verify_engine
 
 from support.make_checkpoint import Made
-from support.verified import FAULTS, WRONG_PREFIX, Case, Planted, make_case, plant, save_adapter, save_base
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("verified")
-    base = save_base(folder / "base")
-    return make_case(base, save_adapter(folder / "adapter", base))
+from support.verified import FAULTS, WRONG_PREFIX, Case, Planted, make_case, plant, save_base
 
 
 def as_pytorch(case: Case) -> Answers:

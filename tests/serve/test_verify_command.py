@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -24,16 +26,6 @@ from support.refusals import only_error
 from support.verified import FAULTS, Served, plant, save_adapter, save_base
 
 BRIEF: dict[str, Any] = {"new_tokens": 3}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("adapters") / "adapter", base)
 
 
 def verify(*words: str | Path) -> int:
@@ -98,10 +90,9 @@ def test_a_failure_is_kept_beside_the_others(adapter: Path, monkeypatch: pytest.
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """mlx-lm's runner in this environment, which holds no mlx-lm."""
-    monkeypatch.delenv("LORAOVER_HERE", raising=False)
-    monkeypatch.setattr(mlx, "MLX", Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx"))
+def failing(here: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm fails."""
+    monkeypatch.setattr(mlx, "MLX", here)
 
 
 @pytest.mark.process
@@ -189,11 +180,29 @@ def test_a_missing_vllm_is_found(adapter: Path) -> None:
         ({"engines": ["onnx"], "base_gguf": "base.gguf"}, "--base-gguf is for llama.cpp; add --engine llamacpp"),
         ({"engines": ["vllm"], "options": ["--port=1"]}, "--port cannot be given to vLLM here: verify sets it"),
         ({"new_tokens": 0, "timeout_s": 0}, r"--new-tokens is 0.*--timeout is 0"),
+        ({"device": "gpu"}, "device is 'gpu', expected one of auto, cpu"),
     ],
 )
 def test_arguments_are_checked_first(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         verify_adapter("no such folder", **arguments)
+
+
+def test_a_report_that_cannot_be_written_is_shown_and_kept(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill_the_disk(report: VerifyReport) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("loraover_serve.verify.run.to_page", fill_the_disk)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert verify(adapter, "--engine", "torch", "--json", "-o", tmp_path / "out") == 2
+    shown = capsys.readouterr()
+    assert "No space left" in shown.err
+    (kept,) = tmp_path.glob("loraover-verify-kept-*")
+    assert f"The report is kept in {kept}." in " ".join(shown.err.split())
+    assert json.loads(shown.out) == json.loads((kept / "verify.json").read_text())
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_other_tasks_are_refused_with_what_to_use(adapter: Path, base: Path, tmp_path: Path) -> None:

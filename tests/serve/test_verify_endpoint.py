@@ -27,13 +27,6 @@ KEY_VARIABLE = "THE_SERVERS_KEY"
 NAMES = ("base", "shop")
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("served")
-    base = save_base(folder / "base")
-    return make_case(base, save_adapter(folder / "adapter", base))
-
-
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "PAUSES_S", ())

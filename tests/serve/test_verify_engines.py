@@ -38,13 +38,6 @@ TELLING = ("scaling dropped", "not loaded", "transposed", "permutation dropped")
 """Faults that every run plants; `make test-engines` plants all."""
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("engines")
-    base = save_base(folder / "base")
-    return make_case(base, save_adapter(folder / "adapter", base))
-
-
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> str:
     """Name of an engine; skips the test if it is not installed."""

@@ -14,22 +14,15 @@ from loraover.common.errors import EngineError, ExportError
 from loraover.models.load import load_model, resolve_model
 from loraover_export.gguf import target
 from loraover_export.gguf.base import write_base
+from loraover_export.gguf.llamacpp import LlamaCpp
 from loraover_export.uniform import matrices
 from loraover_serve import EngineResult, verify_adapter
-from loraover_serve.engines import llamacpp
 from loraover_serve.verify.run import verify_engine
 
 from support.plain_adapter import tiny_decoder
-from support.verified import Case, make_case, save_adapter, save_base
+from support.verified import Case, save_base
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("llamacpp")
-    base = save_base(folder / "base")
-    return make_case(base, save_adapter(folder / "adapter", base))
 
 
 def gguf_of(model: Path, output: Path) -> Path:
@@ -52,8 +45,8 @@ def no_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole: Any = llamacpp.LlamaCpp
-    monkeypatch.setattr(llamacpp, "LlamaCpp", lambda base, adapter: whole(base))
+    started = "loraover_serve.verify.engines.llamacpp.LlamaCpp"
+    monkeypatch.setattr(started, lambda base, adapter: LlamaCpp(base))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,19 +37,6 @@ READERS = ["torch", "onnx", pytest.param("vllm", marks=pytest.mark.matrix)]
 
 def without_peft_prefix(tensors: Tensors) -> Tensors:
     return {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("planted")
-    base = save_base(folder / "base")
-    return make_case(base, save_adapter(folder / "adapter", base))
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with ExitStack() as until:
-        yield Running(tmp_path_factory.mktemp("servers"), until)
 
 
 def as_peft_saved_it(engine: str, wrong: Path, case: Case, running: Running, scratch: Path) -> EngineResult:

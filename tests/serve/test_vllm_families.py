@@ -22,7 +22,8 @@ pytestmark = pytest.mark.matrix
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_served_as_peft_computes_it(family: str, tmp_path: Path) -> None:
+def test_a_family_is_served_as_peft_computes_it(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     adapter, base = make_adapter(tmp_path, family), tmp_path / "base"
     tiny_tokenizer().save_pretrained(base)
     assert run(cli, ["vllm", str(adapter), "-o", str(tmp_path / "out"), "--dtype", "fp32"]) == 0
@@ -30,9 +31,7 @@ def test_a_family_is_served_as_peft_computes_it(family: str, tmp_path: Path) -> 
         model=str(base),
         adapters={"adapter": tmp_path / "out"},
         max_lora_rank=8,
-        dtype="float32",
-        options=("--max-model-len", "128", "--enforce-eager"),
-        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
+        options=("--dtype", "float32", "--max-model-len", "128", "--enforce-eager"),
     )
     prompts: list[list[int]] = token_ids(batch=8, length=12).tolist()
     with serve_vllm(config, tmp_path / "log", executable=str(vllm_command())) as client:

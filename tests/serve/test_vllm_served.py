@@ -18,6 +18,7 @@ from loraover_serve.vllm.client import Completion
 from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record
 from support.serving import ADAPTERS, Served
+from support.vllm_loading import load_adapter, unload_adapter
 
 pytestmark = pytest.mark.engine
 
@@ -103,19 +104,19 @@ def test_a_wrong_adapter_is_seen(name: str, served: Served, noise: Agreement, va
 
 def test_adapters_come_and_go_while_the_server_runs(served: Served, tmp_path: Path) -> None:
     client, folder = served.client, served.adapters["vanilla"]
-    client.load_adapter("guest", folder)
+    load_adapter(client, "guest", folder)
     assert "guest" in client.models()
     assert client.complete("guest", served.prompts[0], max_tokens=4).token_ids
     with pytest.raises(EngineError, match="already been loaded"):
-        client.load_adapter("guest", folder)
-    client.unload_adapter("guest")
+        load_adapter(client, "guest", folder)
+    unload_adapter(client, "guest")
     assert "guest" not in client.models()
     with pytest.raises(EngineError, match="404"):
         client.complete("guest", served.prompts[0], max_tokens=4)
     with pytest.raises(EngineError, match="404"):
-        client.unload_adapter("guest")
+        unload_adapter(client, "guest")
     with pytest.raises(EngineError, match="404"):
-        client.load_adapter("guest", tmp_path / "nothing")
+        load_adapter(client, "guest", tmp_path / "nothing")
 
 
 def test_two_adapters_share_a_batch_and_equal_what_they_were_made_from(served: Served, noise: Agreement) -> None:

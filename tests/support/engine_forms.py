@@ -33,10 +33,13 @@ from loraover_serve.verify.engines import ENDPOINT, engine_class, mlx, openvino
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.engines.llamacpp import LlamaCppEngine
 from loraover_serve.verify.engines.onnx import Onnx
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
+from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 
 from support.compatibility import PEFT
-from support.vllm_command import vllm_command
+from support.vllm_loading import ENABLE_LORA, load_adapter, serving_loader, unload_adapter
+
+TINY = ("--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--no-enable-prefix-caching")
+"""Options of a vLLM server of a tiny model."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,9 @@ class Running:
 
     def vllm(self, base: str) -> VllmServer:
         if base not in self.servers:
-            config = VllmServerConfig(
-                model=base,
-                max_lora_rank=8,
-                dtype="float32",
-                runtime_loading=True,
-                options=("--max-model-len", "128", "--enforce-eager", "--no-enable-prefix-caching"),
-                environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
-            )
+            config = VllmServerConfig(base, options=(*ENABLE_LORA, *TINY))
             log = self.folder / f"vllm-{len(self.servers)}.log"
-            self.servers[base] = self.until.enter_context(serve_vllm(config, log, executable=str(vllm_command())))
+            self.servers[base] = self.until.enter_context(serving_loader(config, log))
         return self.servers[base]
 
 
@@ -134,7 +130,7 @@ def ours_in_vllm(setting: Setting, running: Running) -> AbstractContextManager[V
 def _served(setting: Setting, adapter: Path, running: Running) -> Iterator[VerifyEngine]:
     """The running server, with an adapter loaded for the length of the block."""
     server, name = running.vllm(setting.base.location), setting.scratch.name
-    server.load_adapter(name, adapter)
+    load_adapter(server, name, adapter)
     try:
         asked = replace(setting, endpoint=server.url, served_name=name, base_name=setting.base.location)
         with engine_class(ENDPOINT).start(asked) as engine:
@@ -142,7 +138,7 @@ def _served(setting: Setting, adapter: Path, running: Running) -> Iterator[Verif
             yield engine
     finally:
         with suppress(EngineError):
-            server.unload_adapter(name)
+            unload_adapter(server, name)
 
 
 @contextmanager

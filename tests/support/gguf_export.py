@@ -15,7 +15,7 @@ from torch import Tensor
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.gguf.base import write_base
-from loraover_serve.engines.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCpp
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, PARAMETERS

@@ -19,10 +19,11 @@ from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover.common.command_line import run
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_export.cli import cli
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
+from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 
 from support.agreement import PROMPTS
 from support.vllm_command import vllm_command
+from support.vllm_loading import load_adapter, serving_loader, unload_adapter
 
 ADAPTERS = ("vanilla", "folded")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -55,17 +56,18 @@ class Served:
     @contextmanager
     def loaded(self, name: str, folder: Path) -> Iterator[None]:
         """Serve one more adapter for the length of the block."""
-        self.client.load_adapter(name, folder)
+        load_adapter(self.client, name, folder)
         try:
             yield
         finally:
-            self.client.unload_adapter(name)
+            unload_adapter(self.client, name)
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Served]:
     """Make the adapters in `folder` and serve them."""
-    command, source = vllm_command(), resolve_model(MODEL)
+    vllm_command()  # skips the tests before anything is made
+    source = resolve_model(MODEL)
     adapters = {"vanilla": vanilla(source, folder / "vanilla"), "folded": folded(source, folder / "folded")}
     sources = adapters | {"folded": folder / "checkpoint"}
     guests = {
@@ -79,12 +81,9 @@ def serving(folder: Path) -> Iterator[Served]:
         adapters=adapters,
         max_lora_rank=16,
         max_loras=2,
-        dtype="bfloat16",
-        runtime_loading=True,
-        options=("--max-model-len", "512", "--enforce-eager"),
-        environment={"VLLM_CPU_KVCACHE_SPACE": "2"},
+        options=("--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"),
     )
-    with serve_vllm(config, folder / "vllm.log", executable=str(command)) as client:
+    with serving_loader(config, folder / "vllm.log", cache_gib=2) as client:
         yield Served(client, source, adapters, sources, guests, [tokenizer(text).input_ids for text in PROMPTS])
 
 

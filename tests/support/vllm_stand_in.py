@@ -20,6 +20,7 @@ from support.vllm_stand_in import main
 main({mode!r}, {folder!r}, {after})
 """
 HANG_S = 600
+PATIENCE_S = 10
 VERSION = "0.32.0+cpu"
 
 
@@ -39,9 +40,19 @@ def stand_in(folder: Path, mode: str, *, after: int = 0) -> str:
 
 
 def assert_stopped(folder: Path) -> None:
+    """Wait until every process of a stand-in has ended, or fail; those that were just killed may take a moment."""
+    deadline = time.monotonic() + PATIENCE_S
     for pid in map(int, (folder / "pids").read_text().split()):
-        status = Path(f"/proc/{pid}/status")
-        assert not status.exists() or "State:\tZ" in status.read_text(), f"{pid} still runs"
+        while is_running(pid):
+            assert time.monotonic() < deadline, f"{pid} still runs"
+            time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def main(mode: str, folder: str, after: int) -> None:
@@ -94,6 +105,9 @@ class Handler(BaseHTTPRequestHandler):
         if not self.may_pass():
             return
         mode, seen = self.server.mode, self.server.seen
+        if mode == "hangs up" and self.path == "/version":
+            self.close_connection = True
+            return
         self.server.seen = True
         if mode == "busy" and seen:
             time.sleep(2)
@@ -119,8 +133,6 @@ class Handler(BaseHTTPRequestHandler):
         mode = self.server.mode
         if mode == "fails late" or (mode == "fails on b" and body["model"] == "b"):
             self.reply(500, {"error": "head_dim 8 is not supported"})
-        elif mode == "hangs up" and self.path == "/v1/load_lora_adapter":
-            self.close_connection = True
         else:
             self.complete(body, mode if next(self.server.completions) > self.server.after else "answers")
 

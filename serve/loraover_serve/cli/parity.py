@@ -174,7 +174,7 @@ def parity(
     """
     from loraover.common.command_line import quiet_libraries
     from loraover.reporting.reporter import ConsoleReporter
-    from loraover_serve.parity.report.parity_report import UnwrittenReportError
+    from loraover_serve.comparison.report import UnwrittenReportError
     from loraover_serve.parity.run import measure_parity
 
     quiet_libraries()

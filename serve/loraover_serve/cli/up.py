@@ -65,4 +65,4 @@ def up(
     ) as server:
         click.echo(f"ready: {server.url}\n\n{example_request(server)}\n\nCtrl-C stops it")
         server.wait()
-    raise EngineError(f"vLLM ended by itself; see {log}.")
+    raise EngineError(f"vLLM ended or reported a failure; see {log}.")

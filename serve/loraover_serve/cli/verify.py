@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from loraover.common.command_line import DeviceChoice
 from loraover.models.device import DEVICES
 from loraover_serve.cli.options import GRAPH, MODEL, PATH, START_TIMEOUT, VLLM, SplitAtDashes
 from loraover_serve.verify.engines import ENGINES
+
+if TYPE_CHECKING:
+    from loraover_serve.verify.report import VerifyReport
 
 
 @click.command(
@@ -45,10 +50,11 @@ from loraover_serve.verify.engines import ENGINES
     type=click.IntRange(1),
     default=8,
     show_default=True,
-    help="Number of tokens of PyTorch's greedy answers after which engines are compared.",
+    help="Length of PyTorch's greedy answers, in tokens; servers are compared at each of these tokens.",
 )
 @click.option(
     "--device",
+    type=DeviceChoice(*DEVICES),
     default="cpu",
     show_default=True,
     help=f"Device that PyTorch runs on: {', '.join(DEVICES)}, or one GPU such as cuda:1.",
@@ -97,44 +103,54 @@ def verify(
     """Verify that engines answer as an adapter was trained, and name the likely fault if one does not.
 
     ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. An engine gets it in the form
-    that it needs, and answers the same prompts as PyTorch. What it is off by on the base model is its noise.
+    that it needs, and answers the same prompts as PyTorch. Its distance from PyTorch on the base model is its noise.
 
     Words after -- are passed to `vllm serve`, except options that this command sets itself.
 
     Exit code 0: as trained; 1: an engine differs; 3: inconclusive, since the adapter moves the answers less than the
     noise; 2: unusable request, or an engine that failed.
     """
-    from rich.console import Console
-
     from loraover.common.command_line import quiet_libraries
     from loraover.reporting.reporter import ConsoleReporter
+    from loraover_serve.comparison.report import UnwrittenReportError
     from loraover_serve.verify.run import verify_adapter
-    from loraover_serve.verify.show import show_report
 
     quiet_libraries()
-    report = verify_adapter(
-        adapter,
-        engines=engines,
-        endpoint=endpoint,
-        served_name=served_name,
-        base_name=base_name,
-        endpoint_key_variable=endpoint_key_variable,
-        model=model,
-        prompts=prompts,
-        new_tokens=new_tokens,
-        device=device,
-        vllm=vllm,
-        base_gguf=base_gguf,
-        graph=graph,
-        timeout_s=timeout_s,
-        start_timeout_s=start_timeout_s,
-        output=output,
-        options=options,
-        report=ConsoleReporter(),
-    )
-    show_report(report, Console(stderr=as_json))
-    if as_json:
-        print(report.model_dump_json(indent=1))
+    try:
+        report = verify_adapter(
+            adapter,
+            engines=engines,
+            endpoint=endpoint,
+            served_name=served_name,
+            base_name=base_name,
+            endpoint_key_variable=endpoint_key_variable,
+            model=model,
+            prompts=prompts,
+            new_tokens=new_tokens,
+            device=device,
+            vllm=vllm,
+            base_gguf=base_gguf,
+            graph=graph,
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
+            output=output,
+            options=options,
+            report=ConsoleReporter(),
+        )
+    except UnwrittenReportError as error:
+        _show(error.report, as_json)
+        raise
+    _show(report, as_json)
     if output is not None:
         click.echo(f"wrote {output}", err=as_json)
     return report.exit_code
+
+
+def _show(report: VerifyReport, as_json: bool) -> None:
+    from rich.console import Console
+
+    from loraover_serve.verify.show import show_report
+
+    show_report(report, Console(stderr=as_json))
+    if as_json:
+        print(report.model_dump_json(indent=1))

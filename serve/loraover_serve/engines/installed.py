@@ -33,12 +33,7 @@ def find_engines() -> list[InstalledEngine]:
     export = "pip install 'loraover[export]'"
     return [
         InstalledEngine("PyTorch with PEFT", installed_version(["peft"]), "folded adapters", "pip install loraover"),
-        InstalledEngine(
-            "vLLM",
-            vllm_installed(),
-            "adapters that `loraover-export vllm` writes",
-            "make vllm" if shutil.which("nvidia-smi") is None else "pip install 'loraover[vllm]'",
-        ),
+        InstalledEngine("vLLM", vllm_installed(), "adapters that `loraover-export vllm` writes", vllm_hint()),
         InstalledEngine("ONNX Runtime", installed_version(ONNX), "ONNX graphs of any model", export),
         InstalledEngine(
             "llama.cpp",
@@ -52,6 +47,11 @@ def find_engines() -> list[InstalledEngine]:
             "OpenVINO GenAI", OPENVINO.version(), "adapters that `loraover-export vllm` writes", OPENVINO.hint
         ),
     ]
+
+
+def vllm_hint() -> str:
+    """Command line that installs vLLM on this machine."""
+    return "make vllm" if shutil.which("nvidia-smi") is None else "pip install 'loraover[vllm]'"
 
 
 def vllm_installed() -> str | None:

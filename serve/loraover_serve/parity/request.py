@@ -16,6 +16,9 @@ from loraover_serve.parity.measure.several import ROUNDS
 from loraover_serve.parity.measure.workload import WorkloadKind
 from loraover_serve.vllm.serve import SET_BY_SERVE, option_faults
 
+PROMPT_TOKENS = 32
+"""Length of a prompt if none is given, in tokens."""
+
 _CACHE_OFF = "the prefix cache is always off, or a later arm would reuse an earlier one's work"
 SET_BY_PARITY = (
     dict.fromkeys(SET_BY_SERVE, "parity sets it, alike for every arm")
@@ -82,6 +85,8 @@ class ParityRequest:
             yield f"--workload is {self.workload!r}, expected one of {', '.join(get_args(WorkloadKind))}."
         if (self.workload == "file") != (self.prompts is not None):
             yield "--workload file and --prompts go together; give both or neither."
+        if self.workload == "file" and self.prompt_tokens != PROMPT_TOKENS:
+            yield "--prompt-tokens is for prompts of the built-in text; leave it out with --workload file."
 
     def _engine_faults(self) -> Iterator[str]:
         unknown = [engine for engine in self.engines if engine not in ENGINES]
@@ -92,6 +97,8 @@ class ParityRequest:
                 yield f"{option} names one twice: {', '.join(map(str, given))}; name each once."
         if self.graph is not None and "onnx" not in self.engines:
             yield "--graph is for ONNX Runtime; add --engine onnx."
+        if self.cross_check and "vllm" not in self.engines:
+            yield "--cross-check is for vLLM, which is not measured; add --engine vllm."
         if self.options and "vllm" not in self.engines:
             yield "the words after -- are for vLLM, which is not measured; add --engine vllm."
         if self.max_concurrency != (1,) and "vllm" not in self.engines:

@@ -13,6 +13,7 @@ from loraover.common.provenance import today
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
 from loraover.reporting.reporter import SILENT, Reporter
+from loraover_serve.comparison.report import UnwrittenReportError, machine, versions
 from loraover_serve.engines.sample import Request
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
@@ -20,8 +21,7 @@ from loraover_serve.parity.measure.arms import Arms, prepare_arms
 from loraover_serve.parity.measure.start import LOG_FILE, Launch
 from loraover_serve.parity.measure.workload import WorkloadKind, make_requests
 from loraover_serve.parity.report.html import HTML_FILE, to_page
-from loraover_serve.parity.report.machine import machine, versions
-from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport, UnwrittenReportError
+from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 from loraover_serve.vllm.command import vllm_command
@@ -40,7 +40,7 @@ def measure_parity(
     max_concurrency: Sequence[int] = (1,),
     margin: float = 0.05,
     output: str | Path | None = None,
-    model: str | None = None,
+    model: str | Path | None = None,
     vllm: str | Path | None = None,
     graph: str | Path | None = None,
     workload: WorkloadKind = "fixed",
@@ -98,8 +98,10 @@ def measure_parity(
         report: receiver of progress.
 
     Raises:
-        ConfigError: arguments that cannot be used, or an adapter that names no base model.
-        CheckpointError: files that cannot be read as an adapter, a checkpoint or an ONNX export.
+        ConfigError: arguments that cannot be used, an adapter that names no base model, or a task that is not a causal
+            language model.
+        CheckpointError: files that cannot be read as an adapter, a checkpoint or an ONNX export, or an adapter that
+            only fits a changed base model.
         DataError: a file of prompts that cannot be read.
         EngineError: an engine that failed before one block of requests was complete.
         ExportError: a model that cannot be written as an ONNX graph, or a `graph` that adapters cannot be run on.
@@ -117,7 +119,7 @@ def measure_parity(
         max_concurrency=tuple(max_concurrency),
         margin=margin,
         output=_path(output),
-        model=model,
+        model=None if model is None else str(model),
         vllm=vllm_command(vllm),
         workload=workload,
         prompts=_path(prompts),

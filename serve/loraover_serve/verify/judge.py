@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from loraover.common.errors import EngineError
-from loraover_serve.parity.judge.outputs import APPLIED, SURE
+from loraover_serve.comparison.thresholds import APPLIED, SURE
 from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Rows
 from loraover_serve.verify.faults import FAULTS, IN_BASE, OTHER_BASE, Candidate, Subject, rescaled
 from loraover_serve.verify.mixed import compare_mixed, mixed_fault

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -121,6 +122,11 @@ class VerifyReport(Model):
     versions: dict[str, str] = Field(description="versions of packages")
     hardware: str = Field(description="processor, memory and system")
     date: str | None = Field(default=None, description="day of the verification, in UTC; None in older files")
+    kept: Path | None = Field(
+        default=None,
+        exclude=True,
+        description="folder of the report, if the output could not be written; not in files",
+    )
 
     @property
     def exit_code(self) -> int:

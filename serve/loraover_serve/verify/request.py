@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.common.errors import ConfigError
+from loraover.models.device import choose_device
 from loraover_serve.verify.engines import ENDPOINT, ENGINES, engine_class
 from loraover_serve.vllm.serve import SET_BY_SERVE, option_faults
 
@@ -50,6 +51,7 @@ class VerifyRequest:
                 faults.append(f"--{option} is {seconds}, expected 1 second at least.")
         if faults:
             raise ConfigError(" ".join(faults))
+        choose_device(self.device)
 
     def _engine_faults(self) -> Iterator[str]:
         unknown = [engine for engine in self.engines if engine not in ENGINES]

@@ -15,18 +15,18 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import target_module
-from loraover.common.atomic_output import check_writable, publish_directory, publish_file
-from loraover.common.errors import ConfigError, EngineError, LoraOverError
+from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
+from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError
 from loraover.common.provenance import today
 from loraover.evaluation.endpoint import Endpoint
 from loraover.models.device import choose_device
-from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_skeleton
+from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.prompts import read_prompts
 from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.numerics.delta import other_tensors
-from loraover_export.uniform.refusals import check_no_experts
-from loraover_serve.parity.report.machine import machine, versions
+from loraover_serve.comparison.adapters import check_plain, check_task
+from loraover_serve.comparison.report import UnwrittenReportError, machine, versions
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines import engine_class
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
@@ -39,6 +39,9 @@ from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
 from loraover_serve.vllm.command import vllm_command
 from loraover_serve.vllm.server import signals_as_interrupts
+
+KEPT_PREFIX = "loraover-verify-kept-"
+"""Beginning of the names of temporary folders that outlive a verification."""
 
 
 def verify_adapter(
@@ -82,7 +85,7 @@ def verify_adapter(
         endpoint_key_variable: environment variable with that server's key; None sends none.
         model: base model, folder or hub name; None means the one that the adapter names.
         prompts: UTF-8 text file with one prompt in each line; None means eight built-in prompts.
-        new_tokens: number of tokens of PyTorch's greedy answers after which engines are compared.
+        new_tokens: length of PyTorch's greedy answers, in tokens; servers are compared at each of these tokens.
         device: device that PyTorch runs on: "cpu", "cuda", "mps", "auto", or one GPU such as "cuda:1".
         vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
         base_gguf: GGUF file of the base model for llama.cpp, quantised or not; None means that one in F32 is written to
@@ -104,6 +107,7 @@ def verify_adapter(
         EngineError: an engine that is not installed, or every engine failed; the message names the logs that are kept.
         ExportError: an adapter that cannot be exported for the only engine, or a `graph` that it cannot be run on.
         OutputError: an output that exists or cannot be written.
+        UnwrittenReportError: an output that could not be written after the verification; `error.report` has the report.
     """
     request = VerifyRequest(
         adapter=Path(adapter),
@@ -147,10 +151,9 @@ def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRe
     """Ask PyTorch, then each engine, and write the report; if every engine failed, raise the first one's error."""
     source = read_source(request.adapter)
     layout = adapter_of(source)
-    layout.check_keeps_base()
-    check_no_experts(layout, "the check of engines")
+    check_plain(layout, "the check of engines")
     base = resolve_base([layout], request.model, option="--model", say=report.line)
-    _check_task(layout, base)
+    check_task(layout, base, "verify")
     if request.graph is not None:
         from loraover_serve.engines.onnx_graphs import check_graph
 
@@ -270,9 +273,8 @@ def _with_logs(message: str, folder: Path, output: Path | None) -> str:
     if not logs:
         return message.replace(f"{folder}/", "")
     if output is None:
-        output = Path(tempfile.mkdtemp(prefix="loraover-verify-kept-"))
-        for log in logs:
-            publish_file(output / log.name, partial(shutil.copyfile, log))
+        output = Path(tempfile.mkdtemp(prefix=KEPT_PREFIX))
+        _copy(logs, output)
     text = message.replace(str(folder), str(output))
     unnamed = [place for place in (str(output / log.name) for log in logs) if place not in text]
     return f"{text} (log: {', '.join(unnamed)})" if unnamed else text
@@ -315,17 +317,6 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
     return Answers(base, adapter, greedy, engine.mixed(questions))  # last, since its faults may stay in a cache
 
 
-def _check_task(layout: AdapterDir, base: ModelSource) -> None:
-    """Raise ConfigError unless the adapter is one of a causal language model."""
-    task = (layout.config.model_extra or {}).get("task_type")
-    if task in (None, "CAUSAL_LM") and not is_encoder_decoder(base):
-        return
-    raise ConfigError(
-        f"{layout.path}: {base.name} with task_type {task!r} is not a causal language model, and verify compares next "
-        "tokens. `loraover-export onnx` exports such a model and compares ONNX Runtime's outputs with PyTorch's."
-    )
-
-
 def _fitting(prompts: Sequence[tuple[int, ...]], base: ModelSource, new_tokens: int) -> list[tuple[int, ...]]:
     """The prompts, cut to what the base model takes together with an answer."""
     limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None)
@@ -337,9 +328,31 @@ def _fitting(prompts: Sequence[tuple[int, ...]], base: ModelSource, new_tokens: 
 
 
 def _write(report: VerifyReport, output: Path, adapter: Path, logs: Sequence[Path]) -> None:
-    """Publish report, page and engines' logs."""
-    with publish_directory(output, outside=adapter) as draft:
-        (draft / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        to_page(report).write(draft / HTML_FILE)
-        for log in logs:
-            shutil.copyfile(log, draft / log.name)
+    """Publish report, page and engines' logs; if that fails, keep report and logs in a temporary folder."""
+    text = report.model_dump_json(indent=1) + "\n"
+    try:
+        with publish_directory(output, outside=adapter) as draft:
+            (draft / REPORT_FILE).write_text(text, encoding="utf-8")
+            to_page(report).write(draft / HTML_FILE)
+            for log in logs:
+                shutil.copyfile(log, draft / log.name)
+    except OutputError as error:
+        kept = _kept(text, logs)
+        message = str(error) if kept is None else f"{error} The report is kept in {kept}."
+        raise UnwrittenReportError(message, report.model_copy(update={"kept": kept})) from error
+
+
+def _kept(text: str, logs: Sequence[Path]) -> Path | None:
+    """A new temporary folder with the report and the logs; None if they cannot be written there either."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=KEPT_PREFIX))
+        publish_text(folder / REPORT_FILE, text)
+        _copy(logs, folder)
+    except OSError:
+        return None
+    return folder
+
+
+def _copy(logs: Sequence[Path], folder: Path) -> None:
+    for log in logs:
+        publish_file(folder / log.name, partial(shutil.copyfile, log))

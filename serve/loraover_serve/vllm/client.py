@@ -1,4 +1,4 @@
-"""Requests to a vLLM server: completions, and adapters loaded and unloaded while it runs."""
+"""Requests to a vLLM server: completions, at once or piece by piece, and its models, version and health."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -175,30 +174,6 @@ class VllmClient:
         if len(logprobs) != len(ids):
             raise EngineError(f"{model}: {len(logprobs)} logprobs arrived with {len(ids)} tokens.")
         return Streamed(text, tuple(ids), tuple(logprobs), start, tuple(times))
-
-    def load_adapter(self, name: str, path: Path) -> None:
-        """Load an adapter into the running server.
-
-        Args:
-            name: name that requests will use.
-            path: folder of the adapter, on the server's machine.
-
-        Raises:
-            EngineError: a name in use, a folder that is missing or refused, or a server that was started without
-                permission to load adapters.
-        """
-        self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path.absolute())})
-
-    def unload_adapter(self, name: str) -> None:
-        """Unload an adapter from the running server.
-
-        Args:
-            name: name that requests use.
-
-        Raises:
-            EngineError: an adapter that is not loaded.
-        """
-        self._request("/v1/unload_lora_adapter", {"lora_name": name})
 
     def _request(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = REQUEST_TIMEOUT_S) -> Any:
         with self._open(path, body, timeout_s) as response:

@@ -80,7 +80,7 @@ class ServeRequest:
 def serve_adapters(
     adapters: Sequence[str | Path] | str | Path,
     *,
-    model: str | None = None,
+    model: str | Path | None = None,
     vllm: str | Path | None = None,
     host: str = LOOPBACK,
     port: int | None = None,
@@ -122,7 +122,7 @@ def serve_adapters(
     folders = [adapters] if isinstance(adapters, str | Path) else adapters
     request = ServeRequest(
         adapters=tuple(map(Path, folders)),
-        model=model,
+        model=None if model is None else str(model),
         vllm=vllm_command(vllm),
         host=host,
         port=port,

@@ -51,33 +51,27 @@ class VllmServerConfig:
         adapters: folder of each adapter, by the name that requests use.
         max_lora_rank: one of vLLM's allowed values, at least as large as every adapter's rank.
         max_loras: number of adapters that one batch may use.
-        dtype: type of weights and activations, as vLLM spells it; adapters are cast to it.
         revision: commit of the model on the hub.
         host: address or name that the server listens on.
-        runtime_loading: whether anyone who reaches the server may load and unload adapters over HTTP.
         options: further words of the command line.
-        environment: variables for the server, added to this process's environment.
     """
 
     model: str
     adapters: Mapping[str, Path] = field(default_factory=dict)
     max_lora_rank: int = 16
     max_loras: int = 1
-    dtype: str = "auto"
     revision: str | None = None
     host: str = LOOPBACK
-    runtime_loading: bool = False
     options: Sequence[str] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, executable: str, port: int) -> list[str]:
         """The command line of a server that listens on `port`."""
         lora = ["--enable-lora", "--max-loras", str(self.max_loras), "--max-lora-rank", str(self.max_lora_rank)]
         modules = [lora_module(name, path) for name, path in self.adapters.items()]
         return [
-            *(executable, "serve", self.model, "--host", self.host, "--port", str(port), "--dtype", self.dtype),
+            *(executable, "serve", self.model, "--host", self.host, "--port", str(port)),
             *(["--revision", self.revision] if self.revision is not None else []),
-            *(lora if self.adapters or self.runtime_loading else []),
+            *(lora if self.adapters else []),
             *(["--lora-modules", *modules] if modules else []),
             *self.options,
         ]
@@ -89,9 +83,7 @@ class VllmServerConfig:
             given["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_CACHE_GIB)
         if Path(self.model).is_dir():
             given["HF_HUB_OFFLINE"] = "1"
-        if self.runtime_loading:
-            given["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        return {**os.environ, **given, **self.environment}
+        return {**os.environ, **given}
 
     def api_key(self) -> str | None:
         """The key that the server asks for, from its environment; None if it asks for none.

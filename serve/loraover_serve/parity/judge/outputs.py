@@ -17,13 +17,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover_serve.comparison.thresholds import APPLIED, SURE
 from loraover_serve.engines.base import engine_errors
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 
-SURE = 5  # standard errors by which an estimate may be off
 ROUNDING = 1e-3  # nats by which float32's rounding sets apart two engines that otherwise compute alike
-APPLIED = 3  # an applied adapter changes logprobs by more than this multiple of two copies' noise
 
 Reference = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields a model in PyTorch."""

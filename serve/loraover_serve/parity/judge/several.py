@@ -13,7 +13,7 @@ from loraover_serve.parity.samples import MIXED, SWITCHING, Measurement
 
 
 class Together(BaseModel):
-    """Answers of one adapter to requests that it shared a run or a batch with other adapters."""
+    """Answers of one adapter to requests that ran in turn, or in one batch, with those of other adapters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.checkpoint import read_checkpoint
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir
-from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
+from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ParityError
 from loraover.models.load import ModelSource
-from loraover_export.uniform.refusals import check_no_experts
+from loraover_serve.comparison.adapters import check_plain, check_task, write_like
 from loraover_serve.parity.samples import ALSO, CONTROL, FOLDED, VANILLA
 
 
@@ -65,16 +65,18 @@ def prepare_arms(
 
     Raises:
         ParityError: adapters of different ranks or targets, or a checkpoint of other modules.
-        ConfigError: an adapter that names no base model.
-        CheckpointError: files that cannot be read as an adapter or a checkpoint.
+        ConfigError: an adapter that names no base model, or one of another task than causal language modelling.
+        CheckpointError: files that cannot be read as an adapter or a checkpoint, or A and B of a changed base model.
         ExportError: an adapter of stacked experts.
     """
     first = read_adapter_dir(folded)
-    check_no_experts(first, "the parity measurement")
+    others = {ALSO.format(i): read_adapter_dir(path) for i, path in enumerate(also, 2)}
+    given = [first, *([] if vanilla is None else [read_adapter_dir(vanilla)]), *others.values()]
+    for adapter in given:
+        check_plain(adapter, "the parity measurement")
     if vanilla is None:
         vanilla = make_vanilla(first, scratch / VANILLA, seed)
     second = read_adapter_dir(vanilla)
-    others = {ALSO.format(i): read_adapter_dir(path) for i, path in enumerate(also, 2)}
     for name, other in {"vanilla one": second, **others}.items():
         if first.shapes != other.shapes and not allow_unequal:
             raise ParityError(
@@ -83,11 +85,14 @@ def prepare_arms(
             )
     if checkpoint is not None and read_checkpoint(checkpoint).adapter.sites.keys() != first.sites.keys():
         raise ParityError(f"{checkpoint} adapts other modules than {folded}; name the checkpoint that was folded.")
+    base = resolve_base([first], model, option="--model", say=say)
+    for adapter in given:
+        check_task(adapter, base, "parity")
     control = scratch / CONTROL
     shutil.copytree(vanilla, control)
     adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: folded.resolve()}
     adapters |= {name: other.path.resolve() for name, other in others.items()}
-    return Arms(adapters, resolve_base([first], model, option="--model", say=say), checkpoint, tuple(others))
+    return Arms(adapters, base, checkpoint, tuple(others))
 
 
 def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
@@ -113,21 +118,7 @@ def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
                 drawn = torch.randn(matrix.shape, generator=generator) * float(matrix.double().square().mean().sqrt())
             tensors[key] = drawn.to(matrix.dtype)
         tensors |= {key: file.read(key) for key in file.keys if key not in tensors}
-    return _write(tensors, like, folder)
-
-
-def make_idle(like: AdapterDir, folder: Path) -> Path:
-    """Write a LoRA with the ranks and targets of another whose A and B are zero, so that it changes nothing."""
-    with open_tensors(like.tensors_path) as file:
-        tensors = {key: torch.zeros_like(file.read(key)) for key in like.sites.values()}
-    return _write(tensors, like, folder)
-
-
-def _write(tensors: dict[str, Tensor], like: AdapterDir, folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    save_tensors(tensors, folder / TENSORS_FILE)
-    shutil.copyfile(like.path / CONFIG_FILE, folder / CONFIG_FILE)
-    return folder
+    return write_like(like, tensors, folder)
 
 
 def _difference(folded: AdapterDir, other: AdapterDir, name: str) -> str:

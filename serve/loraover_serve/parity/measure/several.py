@@ -11,7 +11,7 @@ from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import MIXED, SWITCHING
 
 ROUNDS = 2
-"""Times that each adapter has its turn in a run: an arm with one adapter takes it up once in as many waves."""
+"""Turns that each adapter gets in a run."""
 
 Together = Callable[[Sequence[str], str, int, int, Sequence[Request]], list[Sample]]
 """Answers each request with the arm of its own: arms, name in the samples, block, first index, requests."""

@@ -15,10 +15,11 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.models.device import choose_device
 from loraover.models.load import load_model
 from loraover.models.memory import Needs, memory_explained
+from loraover_serve.comparison.adapters import make_idle
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request
 from loraover_serve.parity.judge.outputs import Reference
-from loraover_serve.parity.measure.arms import Arms, make_idle
+from loraover_serve.parity.measure.arms import Arms
 from loraover_serve.parity.measure.memory import Watch
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA
 from loraover_serve.vllm.serve import read_named, server_config

@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover.common.errors import OutputError
 from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
 from loraover_serve.parity.judge.outputs import Outputs
 from loraover_serve.parity.judge.several import Together
@@ -59,16 +58,3 @@ class ParityReport(BaseModel):
     def exit_code(self) -> int:
         """0 equivalent, 1 different, 3 inconclusive, 2 failed."""
         return EXIT_CODES[self.verdict]
-
-
-class UnwrittenReportError(OutputError):
-    """A finished measurement whose output could not be written.
-
-    Args:
-        message: reason why the output could not be written.
-        report: the measurement; the folder `report.kept` holds it as `parity.json`, with vLLM's logs.
-    """
-
-    def __init__(self, message: str, report: ParityReport) -> None:
-        super().__init__(message)
-        self.report = report

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import load_model
+from loraover_export.gguf.llamacpp import LlamaCpp
 from loraover_serve.engines.distributions import LLAMA_CPP, installed_version
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines.base import LogitEngine, Setting, VerifyEngine
-
-if TYPE_CHECKING:
-    from loraover_serve.engines.llamacpp import LlamaCpp
 
 
 @final
@@ -38,7 +36,6 @@ class LlamaCppEngine(LogitEngine):
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
         from loraover_export.gguf.run import export_gguf
-        from loraover_serve.engines.llamacpp import LlamaCpp
 
         output = setting.scratch / f"{ADAPTER}.gguf"
         exported = export_gguf(setting.adapter, output, model=setting.base.location)

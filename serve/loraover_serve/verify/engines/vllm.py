@@ -11,7 +11,7 @@ from typing import final
 from loraover.common.errors import ExportError
 from loraover.models.load import load_tokenizer
 from loraover_export.vllm.run import export_vllm
-from loraover_serve.engines.installed import find_engines
+from loraover_serve.engines.installed import vllm_hint
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.engines.endpoint import OpenAiEngine
@@ -32,8 +32,7 @@ class Vllm(OpenAiEngine):
     def install(cls, vllm: str) -> str | None:
         if shutil.which(vllm) is not None:
             return None
-        known = next(engine.install for engine in find_engines() if engine.name == "vLLM")
-        return f"{known}, or name the command that starts it with --vllm or LORAOVER_VLLM (found no {vllm})"
+        return f"{vllm_hint()}, or name the command that starts it with --vllm or LORAOVER_VLLM (found no {vllm})"
 
     @classmethod
     @contextmanager

@@ -1,0 +1,65 @@
+"""Adapters that engines are compared on: which of a user's they can be, and how others are written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir
+from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.common.errors import ConfigError
+from loraover.models.load import ModelSource, is_encoder_decoder
+from loraover_export.uniform.refusals import check_no_experts
+
+
+def check_plain(adapter: AdapterDir, reader: str) -> None:
+    """Refuse an adapter that changes the base weights, or that adapts stacked experts.
+
+    Args:
+        adapter: the adapter.
+        reader: what cannot read it, as the subject of "applies no LoRA of experts".
+
+    Raises:
+        CheckpointError: an adapter whose A and B only fit a changed base model.
+        ExportError: an adapter of stacked experts.
+    """
+    adapter.check_keeps_base()
+    check_no_experts(adapter, reader)
+
+
+def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
+    """Refuse an adapter that is not one of a causal language model.
+
+    Args:
+        adapter: the adapter.
+        base: its base model.
+        command: the command that compares next tokens.
+
+    Raises:
+        ConfigError: another task.
+    """
+    task = (adapter.config.model_extra or {}).get("task_type")
+    if task in (None, "CAUSAL_LM") and not is_encoder_decoder(base):
+        return
+    raise ConfigError(
+        f"{adapter.path}: {base.name} with task_type {task!r} is not a causal language model, and {command} compares "
+        "next tokens. `loraover-export onnx` exports such a model and compares ONNX Runtime's outputs with PyTorch's."
+    )
+
+
+def make_idle(like: AdapterDir, folder: Path) -> Path:
+    """Write a LoRA with the ranks and targets of another whose A and B are zero, so that it changes nothing."""
+    with open_tensors(like.tensors_path) as file:
+        tensors = {key: torch.zeros_like(file.read(key)) for key in like.sites.values()}
+    return write_like(like, tensors, folder)
+
+
+def write_like(like: AdapterDir, tensors: dict[str, Tensor], folder: Path) -> Path:
+    """Write an adapter with the configuration of another to a new folder, and return the folder."""
+    folder.mkdir(parents=True)
+    save_tensors(tensors, folder / TENSORS_FILE)
+    shutil.copyfile(like.path / CONFIG_FILE, folder / CONFIG_FILE)
+    return folder

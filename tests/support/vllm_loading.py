@@ -1,0 +1,36 @@
+"""A vLLM server with little memory for its cache, which loads adapters while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from loraover_serve.vllm.client import VllmClient
+from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
+
+from support.vllm_command import vllm_command
+
+ENABLE_LORA = ("--enable-lora", "--max-loras", "1", "--max-lora-rank", "8")
+"""Options of a server that is started without an adapter."""
+
+
+@contextmanager
+def serving_loader(config: VllmServerConfig, log: Path, *, cache_gib: int = 1) -> Iterator[VllmServer]:
+    """Serve a model during a block, with so many GiB for keys and values."""
+    with ExitStack() as until:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+            patch.setenv("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
+            server = until.enter_context(serve_vllm(config, log, executable=str(vllm_command())))
+        yield server
+
+
+def load_adapter(server: VllmClient, name: str, folder: Path) -> None:
+    server._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
+
+
+def unload_adapter(server: VllmClient, name: str) -> None:
+    server._request("/v1/unload_lora_adapter", {"lora_name": name})
