@@ -51,8 +51,6 @@ def _outputs(outputs: OutputCertificate, verdict: CheckVerdict) -> str:
     if not error <= bound:
         return f"{text}."
     if verdict == "inconclusive":
-        return (
-            f"{text}, but the adapter moves no logit by more than {short(effect)}, less than {POWER:g} times that, so "
-            "an adapter that does nothing would pass as well."
-        )
+        moved = f"by more than {short(effect)}, less than {POWER:g} times that" if effect else "at all"
+        return f"{text}, but the adapter moves no logit {moved}, so an adapter that does nothing would pass as well."
     return f"{text} and the adapter itself moves them by up to {short(effect)}."

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_export.fold.certificate import CheckVerdict, judge
@@ -59,8 +60,8 @@ class GraphCheck(BaseModel):
 
     @property
     def error(self) -> float:
-        """Largest error over all shapes."""
-        return max(case.max_logit for case in self.cases)
+        """Largest error over all shapes; NaN if one is NaN, which no bound accepts."""
+        return float(np.max([case.max_logit for case in self.cases]))
 
     @property
     def bound(self) -> float:
