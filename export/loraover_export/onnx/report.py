@@ -34,7 +34,9 @@ class Greedy(BaseModel):
 
     tokens: int = Field(description="number of tokens compared")
     first_difference: int | None = Field(description="position of the first token that differs; None if all are equal")
-    gap: float | None = Field(description="difference of PyTorch's logits of the two tokens there")
+    gap: float | None = Field(
+        description="difference of PyTorch's logits for the two tokens at first_difference; None if all are equal"
+    )
 
 
 class GraphCheck(BaseModel):
