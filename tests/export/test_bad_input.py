@@ -16,6 +16,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
+from loraover_export.fold import check_outputs
 
 from support.checkpoint_damage import (
     CORES,
@@ -213,8 +214,14 @@ def test_a_checkpoint_without_a_base_model_asks_for_one(source: Path, refused: C
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe\x00"], ids=str)
 def test_prompts_that_cannot_be_used_are_named(
-    content: bytes | None, source: Path, tmp_path: Path, refused: Callable[..., str]
+    content: bytes | None,
+    source: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Before the base model is loaded."""
+    monkeypatch.setattr(check_outputs, "load_model", None)
     prompts = tmp_path / "prompts.txt"
     if content is not None:
         prompts.write_bytes(content)

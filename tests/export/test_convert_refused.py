@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from transformers import AutoModelForSequenceClassification, BertModel
 
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, DataError, ExportError, OutputError
-from loraover_export import convert_adapter
+from loraover_export import LoraCertificate, convert_adapter
 from loraover_export.cli import cli
 from loraover_export.convert.methods import METHODS
-from loraover_export.convert.methods.base import Refused
+from loraover_export.convert.methods.base import LowRank, Refused
 
 from support.conversions import SOURCES, fill, make_base, make_source, our_deltas
 from support.refusals import only_error
@@ -256,7 +257,10 @@ class TestTheCommand:
         found = json.loads(capfd.readouterr().out)
         assert (found["method"], found["exact_rank"], found["truncated"]) == ("OFT", 32, True)
         assert found["vllm"] == {"takes": True, "max_lora_rank": 8, "largest": 512}
-        assert 0 < found["outputs"]["error"]["max_logit"] < found["outputs"]["adapter_effect"]
+        assert found["certificate"]["asked"] == {"rank": "8"}
+        outputs = found["certificate"]["outputs"]
+        assert 0 < outputs["error"]["max_logit"] < outputs["adapter_effect"]
+        assert (outputs["noise"], found["certificate"]["output_bound"]) == (None, None)  # an approximation is no fault
 
     def test_an_exact_conversion_keeps_logits(
         self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -266,9 +270,42 @@ class TestTheCommand:
         assert "LOHA: exact, of rank 9" in shown
         assert "vLLM takes it with --max-lora-rank 16" in shown
         assert "at 100.00%" in shown
+        found = LoraCertificate.model_validate_json((tmp_path / "out" / "lora_certificate.json").read_bytes())
+        assert found.outputs is not None
+        assert found.output_bound is not None
+        assert 0 < found.outputs.error.max_logit <= found.output_bound < found.outputs.adapter_effect / 2
+        assert f"allowed {found.output_bound:.2e}" in shown
         assert {path.name for path in (tmp_path / "out").iterdir()} == {
             *("adapter_config.json", "adapter_model.safetensors", "lora_certificate.json", "README.md")
         }
+
+    def test_an_exact_conversion_that_loses_logits_is_not_left_behind(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """Each matrix is within its bound of the factors, which are wrong themselves."""
+        right: Any = METHODS["LOHA"]
+        delta = right.delta
+
+        def wrong(module: Any) -> LowRank:
+            found: LowRank = delta(module)
+            return replace(found, b=1.001 * found.b)
+
+        monkeypatch.setattr(right, "delta", wrong)
+        assert run(cli, ["convert", str(folder / "loha"), "-o", str(tmp_path / "out"), "--check-error", "--json"]) == 1
+        out, err = capfd.readouterr()
+        certificate = json.loads(out)["certificate"]
+        assert certificate["verdict"] == "failed"
+        assert all(matrix["worst_to_bound"] <= 1 for matrix in certificate["matrices"])
+        assert "nothing was written: the logits are further from the source's" in err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_check_that_sees_too_little_is_inconclusive(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("loraover_export.uniform.certificate.NOISE_FACTOR", 1e9)
+        assert run(cli, ["convert", str(folder / "loha"), "-o", str(tmp_path / "out"), "--check-error"]) == 3
+        assert "certificate inconclusive" in capfd.readouterr().out
+        assert (tmp_path / "out").is_dir()
 
     def test_one_message(self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert run(cli, ["convert", str(folder / "oft"), "-o", str(tmp_path / "out")]) == 2

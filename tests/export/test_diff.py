@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export import diff_adapters, shrink_adapter
 from loraover_export.cli import cli
+from loraover_export.combine import diff_logits
 from loraover_export.combine.diff import compare_deltas
 from loraover_export.fold.prompts import read_prompts
 from loraover_export.numerics.delta import Delta
@@ -32,6 +34,7 @@ from support.adapters_on_disk import Array, deltas, save_base, save_lora
 from support.make_checkpoint import edit_json, edit_tensors
 from support.refusals import only_error
 from support.speed import examples
+from support.tiny_models import with_lora
 from tolerances import UNIT
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -121,6 +124,25 @@ def test_logits_are_pefts(made: Path) -> None:
         assert effect.max_logit > 100 * allowed
 
 
+@torch.no_grad()
+def test_logits_of_classifiers_are_pefts(made: Path, tmp_path: Path) -> None:
+    """Each adapter brings its head of three labels, which the base model lacks."""
+    load = partial(AutoModelForSequenceClassification.from_pretrained, made / "base", num_labels=3)
+    models = []
+    for seed, name in enumerate(("one", "other")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            models.append(with_lora(load(), target_modules=["q_proj"], task_type="SEQ_CLS"))
+        models[-1].save_pretrained(tmp_path / name)
+    report = diff_adapters(tmp_path / "one", tmp_path / "other", logits=True, device="cpu")
+    assert report.logits is not None
+    prompts = read_prompts(resolve_model(str(made / "base"))).batches
+    one, other = (torch.cat([model.eval()(input_ids=ids).logits for ids in prompts]) for model in models)
+    allowed = 256 * UNIT[torch.float32] * float(one.abs().max())
+    assert report.logits.difference.max_logit == pytest.approx(float((one - other).abs().max()), abs=allowed)
+    assert report.logits.difference.max_logit > 100 * allowed
+
+
 def test_other_parameters_are_named(made: Path, tmp_path: Path) -> None:
     assert diff_adapters(made / "head", made / "one").other_tensors == ["lm_head.weight"]
     assert diff_adapters(made / "head", made / "head").other_tensors == []
@@ -158,6 +180,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         [],
         "holds NaN or infinity",
     ),
+    "another task": (
+        lambda f: edit_json(f / CONFIG, lambda found: found.update(task_type="SEQ_CLS")),
+        ["--logits", "--device", "cpu"],
+        "different tasks (CAUSAL_LM, SEQ_CLS)",
+    ),
     "no logits": (lambda f: None, ["--prompts", "x.txt"], "are for --logits"),
     "no prompts": (
         lambda f: None,
@@ -168,7 +195,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input(case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a model is loaded."""
+    monkeypatch.setattr(diff_logits, "load_model", None)
     change, options, message = REFUSED[case]
     other = shutil.copytree(made / "other", tmp_path / "other")
     change(other)

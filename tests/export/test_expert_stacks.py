@@ -187,9 +187,9 @@ def test_what_applies_no_experts_says_so(tmp_path: Path) -> None:
     expert_lora(base, tmp_path / "adapter")
     with pytest.raises(ExportError, match=r"gate_up_proj, which holds all experts; the export to ONNX"):
         export_onnx(tmp_path / "adapter", tmp_path / "onnx", mode="merged")
-    with pytest.raises(ExportError, match="the check of engines applies no LoRA of experts"):
+    with pytest.raises(ExportError, match="the check of engines does not support LoRA on experts"):
         verify_adapter(tmp_path / "adapter", engines=["torch"])
-    with pytest.raises(ExportError, match="the parity measurement applies no LoRA of experts"):
+    with pytest.raises(ExportError, match="the parity measurement does not support LoRA on experts"):
         measure_parity(tmp_path / "adapter")
     with pytest.raises(ExportError, match="an adapter of single parameters"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")

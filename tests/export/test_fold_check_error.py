@@ -130,13 +130,21 @@ def test_check_error_is_inconclusive_of_an_adapter_too_weak_for_it(
 
 
 @pytest.mark.parametrize(
-    ("error", "effect", "verdict"),
-    [(1.0, 2.0, "passed"), (1.0, 1.99, "inconclusive"), (1.01, 9.0, "failed"), (1.01, 0.0, "failed")],
+    ("error", "bound", "effect", "verdict"),
+    [
+        (1.0, 1.0, 2.0, "passed"),
+        (1.0, 1.0, 1.99, "inconclusive"),
+        (1.0, 1.0, math.nan, "inconclusive"),
+        (1.01, 1.0, 9.0, "failed"),
+        (1.01, 1.0, 0.0, "failed"),
+        (0.0, 0.0, 1e-9, "passed"),
+        (0.0, 0.0, 0.0, "inconclusive"),
+    ],
 )
 def test_a_verdict_is_conclusive_if_the_adapters_loss_would_be_noticed(
-    error: float, effect: float, verdict: str
+    error: float, bound: float, effect: float, verdict: str
 ) -> None:
-    assert judge(error, 1.0, effect) == verdict
+    assert judge(error, bound, effect) == verdict
 
 
 def test_logits_that_are_no_numbers_fail() -> None:

@@ -37,20 +37,10 @@ LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5"
             "than 4e-5, less than 2 times that, so an adapter that does nothing would pass as well.",
         ),
         (
-            fold_certificate("failed", error=0.5),
-            "bad",
-            f"The folded adapter does not compute what was trained. {WITHIN} Logits differ by at most 0.5, where "
-            "rounding "
-            "explains 3e-5.",
-        ),
-        (
-            fold_certificate("failed", worst=1.015, error=None),
-            "bad",
-            "The folded adapter does not compute what was trained. 4 of 60 matrices have an element beyond its "
-            "rounding "
-            "bound; the worst error is 1.01 times its bound, in model.layers.0.self_attn.q_proj.lora_A. Outputs were "
-            "not "
-            "compared; --check-error does that.",
+            fold_certificate("inconclusive", effect=0.0),
+            "open",
+            f"The fold is right as far as this check can see. {WITHIN} {LOGITS}, but the adapter moves no logit at "
+            "all, so an adapter that does nothing would pass as well.",
         ),
     ],
 )

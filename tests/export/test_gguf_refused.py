@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraover_export.gguf import llamacpp
+from loraover_export.gguf import check, run
 from loraover_export.gguf.base import write_base
 
 from support.gguf_export import GgufMade, adapted, export, large_weights, make_gguf, tiny_base
@@ -161,12 +161,14 @@ def test_an_output_that_exists_is_kept(source: Path, tmp_path: Path, refused: Re
     refused(source, output=tmp_path / "no" / "out.gguf", named=(str(tmp_path / "no"),))
 
 
-def test_force_replaces_an_adapter(source: Path, tmp_path: Path) -> None:
-    assert export(source, tmp_path / "out.gguf") == 0
-    first = (tmp_path / "out.gguf").read_bytes()
-    assert export(source, tmp_path / "out.gguf", "--force", "--dtype", "bf16") == 0
-    assert len((tmp_path / "out.gguf").read_bytes()) < len(first)
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "out.gguf"}
+def test_force_replaces_an_adapter(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "my adapter.gguf"
+    assert export(source, output) == 0
+    first = output.read_bytes()
+    assert export(source, output, "--force", "--dtype", "bf16") == 0
+    assert len(output.read_bytes()) < len(first)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "my adapter.gguf"}
+    assert f"run it: llama-server -m BASE.gguf --lora '{output}'" in capsys.readouterr().out
 
 
 def test_force_keeps_a_base_model(made: GgufMade, source: Path, tmp_path: Path, refused: Refused) -> None:
@@ -176,7 +178,9 @@ def test_force_keeps_a_base_model(made: GgufMade, source: Path, tmp_path: Path, 
     )
 
 
-@pytest.mark.parametrize("options", [("--threads", "0"), ("--dtype", "q8_0")])
+@pytest.mark.parametrize(
+    "options", [("--threads", "2"), ("--threads", "0", "--base-gguf", "base.gguf"), ("--dtype", "q8_0")]
+)
 def test_options_that_cannot_be_used(options: tuple[str, ...], source: Path, tmp_path: Path) -> None:
     assert export(source, tmp_path / "out.gguf", *options) == 2
     assert not (tmp_path / "out.gguf").exists()
@@ -204,9 +208,12 @@ def test_a_base_of_another_kind_is_named(made: GgufMade, source: Path, tmp_path:
 def test_an_engine_that_is_not_installed_is_named(
     made: GgufMade, source: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before the model is loaded and run in PyTorch."""
+
     def missing() -> Any:
         raise ModuleNotFoundError("No module named 'llama_cpp_py_sync'", name="llama_cpp_py_sync")
 
-    monkeypatch.setattr(llamacpp, "_library", missing)
+    monkeypatch.setattr(run, "load_library", missing)
+    monkeypatch.setattr(check, "load_model", None)
     message = refused(source, "--base-gguf", str(made.base_gguf))
     assert message == "this needs llama_cpp_py_sync: pip install 'loraover[llamacpp]'"

@@ -24,9 +24,9 @@ from loraover_export.numerics.low_rank import (
     factor_noise,
     principal_angles,
     product_norm,
+    rank_of_energy,
     singular_values,
     sum_norm,
-    truncate,
 )
 
 from strategies import matrices, normal, sizes
@@ -63,7 +63,7 @@ def factors(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 def test_a_truncation_has_the_error_of_the_smallest_singular_values(pair: tuple[Tensor, Tensor], rank: int) -> None:
     b, a = pair
     (m, r), n = b.shape, a.shape[1]
-    product, found = dense(b, a), truncate(b, a, rank)
+    product, found = dense(b, a), decompose(b, a).truncate(rank)
     values, allowed = spectrum(product), oracle_error(m, n, r, b, a)
     kept = min(rank, m, n, r)
     assert found.b.shape == (m, kept)
@@ -106,7 +106,9 @@ def test_the_bound_covers_exact_errors(rank: int, form: str) -> None:
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     a, d = torch.kron(two, two), torch.tensor([1, 1 / 3, 1 / 7, 1 / 13], dtype=torch.float64)
     b = torch.kron(two, a)[:, :4] * d
-    found = truncate(b, a, rank) if form == "factors" else dense_svd(torch.from_numpy(dense(b, a))).truncate(rank)
+    found = (
+        decompose(b, a).truncate(rank) if form == "factors" else dense_svd(torch.from_numpy(dense(b, a))).truncate(rank)
+    )
     fractions = np.vectorize(Fraction, otypes=[object])
     exact_b, exact_a, near_b, near_a = (fractions(x.numpy()) for x in (b, a, found.b, found.a))
     matrix = exact_b @ exact_a if form == "factors" else fractions(dense(b, a))
@@ -125,7 +127,7 @@ def test_the_rank_of_an_energy_is_the_smallest(shape: tuple[int, int, int], shar
     b, a = normal(1, m, r) * 2.0 ** -torch.arange(r), normal(2, r, n)
     squares = spectrum(dense(b, a)) ** 2
     kept = np.cumsum(squares) / squares.sum()
-    rank = decompose(b, a).rank_of_energy(share)
+    rank = rank_of_energy(decompose(b, a).s, share)
     assert kept[rank - 1] >= share - 1e-12
     assert rank == 1 or kept[rank - 2] < share + 1e-12
 
@@ -188,8 +190,8 @@ def wrong_core(b: Tensor, a: Tensor) -> low_rank.Truncation:
 
 MUTANTS: dict[str, Callable[[Tensor, Tensor], low_rank.Truncation]] = {
     "core of R_b R_a": wrong_core,
-    "ranks permuted in B": lambda b, a: truncate(b.flip(1), a, 2),
-    "in bfloat16": lambda b, a: truncate(b.bfloat16().double(), a, 2),
+    "ranks permuted in B": lambda b, a: decompose(b.flip(1), a).truncate(2),
+    "in bfloat16": lambda b, a: decompose(b.bfloat16().double(), a).truncate(2),
 }
 
 
@@ -198,7 +200,7 @@ def test_the_oracle_rejects(mutant: str) -> None:
     b, a = normal(1, 12, 5), normal(2, 5, 9)
     found = MUTANTS[mutant](b, a)
     measured = float(np.linalg.norm(dense(b, a) - dense(found.b, found.a)))
-    allowed = truncate(b, a, 2).bound + oracle_error(12, 9, 5, b, a)
+    allowed = decompose(b, a).truncate(2).bound + oracle_error(12, 9, 5, b, a)
     assert abs(measured - np.linalg.norm(spectrum(dense(b, a))[2:])) > 1e3 * allowed
 
 
@@ -206,6 +208,6 @@ def test_a_large_dense_matrix_is_never_formed(monkeypatch: pytest.MonkeyPatch) -
     """The dense matrix would take 8 TiB."""
     size = 2**20
     b, a = normal(1, size, 2), normal(2, 2, size)
-    found = truncate(b, a, 1)
+    found = decompose(b, a).truncate(1)
     assert found.error > 0
-    assert dense_svd(found.singular_values.diag()).rank_of_energy(0.4) == 1
+    assert rank_of_energy(dense_svd(found.singular_values.diag()).s, 0.4) == 1

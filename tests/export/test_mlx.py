@@ -125,14 +125,13 @@ def test_settings_at_the_top_level_are_not_lost(base: Path, tmp_path: Path) -> N
     assert lost_settings(resolve_model(str(moved))) == {}
 
 
-def test_an_output_is_replaced_only_if_it_is_an_adapter(adapter: Path, tmp_path: Path) -> None:
+def test_an_output_is_replaced_only_if_it_is_an_export(adapter: Path, tmp_path: Path) -> None:
     export_mlx(adapter, tmp_path / "out")
     with pytest.raises(OutputError):
         export_mlx(adapter, tmp_path / "out")
     export_mlx(adapter, tmp_path / "out", force=True, dtype="fp16")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
-    with pytest.raises(OutputError, match="holds no adapter"):
+    shutil.copytree(adapter, tmp_path / "other")
+    with pytest.raises(OutputError, match="holds no adapter for mlx-lm"):
         export_mlx(adapter, tmp_path / "other", force=True)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import BartConfig, BartForConditionalGeneration
 
 from support.make_checkpoint import edit_json, edit_tensors, save_tokenizer
-from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
+from support.onnx_export import VOCABULARY, OnnxMade, export, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
-from support.tiny_models import tiny_bert, tiny_gpt2
+from support.tiny_models import tiny_bert, tiny_gpt2, tiny_t5
 
 pytestmark = pytest.mark.engine
 
@@ -137,6 +139,25 @@ def test_a_classifier_takes_no_int4(tmp_path: Path, refused: Refused) -> None:
     config = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(tmp_path / "base")}
     adapter = write_adapter(tmp_path / "adapter", matrices, **config)
     refused(adapter, *MERGED, "--precision", "int4", named=("BertForSequenceClassification", "fp32 or fp16"))
+
+
+def seq2seq_adapter(folder: Path, base: Any) -> Path:
+    base.save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    config = {"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": str(folder / "base")}
+    return write_adapter(folder / "adapter", {"anything": (torch.ones(2, 32), torch.ones(32, 2))}, **config)
+
+
+def test_t5_without_a_cache_is_refused(tmp_path: Path, refused: Refused) -> None:
+    adapter = seq2seq_adapter(tmp_path, tiny_t5())
+    refused(adapter, *MERGED, "--no-cache", named=("--no-cache is for decoder models", "t5"))
+
+
+def test_encoder_decoder_models_other_than_t5_are_refused(tmp_path: Path, refused: Refused) -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, **sizes, **heads))
+    refused(seq2seq_adapter(tmp_path, bart), *MERGED, named=("'bart'", "t5, mt5, umt5"))
 
 
 # Files of the adapter

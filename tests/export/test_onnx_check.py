@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest, round_tensor
 from loraover_export.onnx import export as export_module
 from loraover_export.onnx import swappable
+from loraover_export.onnx.check import largest
 from loraover_export.onnx.kinds import decoder
 from loraover_export.onnx.kinds.decoder import Decoder
-from loraover_export.onnx.report import OnnxReport
+from loraover_export.onnx.report import CaseError, GraphCheck, OnnxReport
 from loraover_export.onnx.session import GraphSession
 
 from support.make_checkpoint import tree
@@ -269,6 +271,15 @@ def test_a_text_that_ends_too_soon_is_rejected(monkeypatch: pytest.MonkeyPatch, 
     check = rejected("merged").checks[-1]
     assert check.greedy is not None
     assert check.greedy.first_difference == 3
+
+
+def test_logits_that_are_no_numbers_are_rejected() -> None:
+    """Python's `max` would keep the 1e-6 before the NaN."""
+    cases = [CaseError(case=str(error), max_logit=error, mean_logit=error) for error in (1e-6, math.nan, 1e-6)]
+    check = GraphCheck(adapter="a", cases=cases, noise=1e-6, noise_of="", adapter_effect=1.0, greedy=None)
+    assert check.verdict == "failed"
+    zero = torch.zeros(2)
+    assert math.isnan(largest([zero, zero, zero], [zero, zero + math.nan, zero]))
 
 
 @pytest.mark.parametrize("mode", MODES)

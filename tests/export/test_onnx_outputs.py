@@ -44,6 +44,13 @@ def test_a_graph_of_another_base_model_is_named(made: OnnxMade, graph: Path, tmp
     )
 
 
+@pytest.mark.parametrize("options", [("--precision", "fp16"), ("--device", "cuda"), ("--no-cache",)])
+def test_a_graph_of_other_settings_is_named(
+    options: tuple[str, ...], made: OnnxMade, graph: Path, refused: Refused
+) -> None:
+    refused(made.folder / "second", *SWAPPABLE, "--graph", str(graph), *options, named=(str(graph), " ".join(options)))
+
+
 def test_an_adapter_of_another_width_is_named(made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused) -> None:
     """Even if nothing is checked, and it claims the graph's base model."""
     adapter = write_adapter(

@@ -20,7 +20,7 @@ COMMANDS = {
     "mlx": "loraover_export.cli.mlx:mlx",
 }
 EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
-"""Exit code of each verdict of a fold, or an export to ONNX, GGUF or MLX."""
+"""Exit code of each verdict of a fold, a conversion, or an export to ONNX, GGUF or MLX."""
 
 
 @click.group(cls=LazyGroup, commands_at=COMMANDS)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from loraover.common.command_line import Command, quiet_libraries
+from loraover_export.cli import EXIT_CODES
 from loraover_export.cli.options import PATH, dtype_option, logits_options
 
 EXAMPLES = [
@@ -26,7 +27,11 @@ EXAMPLES = [
 )
 @click.option("--model", show_default="the adapter's base model", help="Base model, folder or hub name.")
 @dtype_option("LoRA")
-@click.option("--check-error", is_flag=True, help="Also compare the LoRA's logits with the source's.")
+@click.option(
+    "--check-error",
+    is_flag=True,
+    help="Also compare the LoRA's logits with the source's; an exact LoRA has to keep them but for rounding.",
+)
 @logits_options("--check-error")
 @click.option("--force", is_flag=True, help="Replace the certified LoRA that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print ranks and certificate as JSON.")
@@ -49,7 +54,9 @@ def convert(
     others. For kinds of full rank, such as OFT, DoRA and IA3, or to get a smaller rank, ask for an approximation with
     --rank. Kinds that change no weights are refused.
 
-    Exit code 1: a written matrix failed its check, and nothing was written.
+    Exit code 1: a matrix or, with --check-error, the logits of an exact LoRA failed their check, and nothing was
+    written. Exit code 3: the LoRA was written, but it changes logits too little for --check-error to distinguish it
+    from an adapter that does nothing.
     """
     from rich.console import Console
 
@@ -75,4 +82,4 @@ def convert(
     show_report(result, output, console)
     if as_json:
         print(result.model_dump_json(indent=1))
-    return 0 if result.passed else 1
+    return EXIT_CODES[result.certificate.verdict]

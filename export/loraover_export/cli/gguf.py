@@ -32,7 +32,9 @@ EXAMPLES = [
     type=PATH,
     help="GGUF file of the base model, on which llama.cpp runs the adapter for a comparison with PyTorch.",
 )
-@click.option("--threads", type=int, show_default="one for each core", help="Number of threads for llama.cpp.")
+@click.option(
+    "--threads", type=int, show_default="one for each core", help="Number of threads for llama.cpp, with --base-gguf."
+)
 @click.option("--force", is_flag=True, help="Replace the GGUF adapter that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def gguf(

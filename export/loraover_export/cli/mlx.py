@@ -21,7 +21,7 @@ EXAMPLES = [
 @click.option("-o", "--output", required=True, type=PATH, help="New folder for the adapter.")
 @MODEL
 @dtype_option()
-@click.option("--force", is_flag=True, help="Replace the adapter that is already at the output.")
+@click.option("--force", is_flag=True, help="Replace the adapter for mlx-lm that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as JSON.")
 def mlx(source: Path, output: Path, model: str | None, dtype: str, force: bool, as_json: bool) -> int:
     """Write SOURCE as an adapter for mlx-lm, and show how to run it.

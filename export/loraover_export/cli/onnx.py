@@ -46,7 +46,7 @@ EXAMPLES = [
     "--cache/--no-cache",
     default=True,
     show_default=True,
-    help="Give a language model's graph a KV cache, or leave it out.",
+    help="Give a decoder model's graph a KV cache, or leave it out.",
 )
 @click.option(
     "--name",

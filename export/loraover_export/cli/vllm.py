@@ -23,7 +23,7 @@ EXAMPLES = [
 @dtype_option(default="bf16")
 @click.option("--name", show_default="the output folder's name", help="Name by which requests choose the adapter.")
 @click.option("--vllm-version", show_default="0.32.0", help="Release of vLLM whose rules apply, such as 0.33.0.")
-@click.option("--force", is_flag=True, help="Replace the adapter that is already at the output.")
+@click.option("--force", is_flag=True, help="Replace the adapter for vLLM that is already at the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print pre-flight report, certificate and commands as JSON.")
 def vllm(
     source: Path,

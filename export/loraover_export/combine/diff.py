@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.exact_tensors import ExactAdapter
+from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
 from loraover.common.threads import workers
 from loraover.models.device import choose_compute
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.combine.diff_logits import compare_logits
-from loraover_export.combine.diff_report import DiffReport, ModuleDiff
-from loraover_export.combine.sources import MERGE, deltas_of, read_sources
+from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
+from loraover_export.combine.sources import MERGE, Sources, deltas_of, read_sources
+from loraover_export.fold.prompts import read_prompts
 from loraover_export.numerics.delta import Delta, check_no_bias, other_tensors
 from loraover_export.numerics.low_rank import (
     Svd,
@@ -92,7 +94,8 @@ def diff_adapters(
         report: receiver of progress.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
+        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or adapters of different tasks
+            with `logits`.
         CheckpointError: an adapter that cannot be trusted, or that holds NaN.
         ExportError: adapters of different base models.
         DataError: a file of prompts that cannot be used.
@@ -110,6 +113,7 @@ def diff_adapters(
     for adapter in sources.adapters:
         check_no_bias(adapter)
         check_fields(adapter, MERGE, allowed=COMPARED | ({"target_parameters"} if adapter.stacks else set()))
+    compare = _comparison(request, sources, report) if request.logits else None
     with (
         sources.opened() as opened,
         workers() as threads,
@@ -120,12 +124,6 @@ def diff_adapters(
             modules.append(module)
             done(len(modules))
         others = _others(opened)
-    outputs = None
-    if request.logits:
-        base = resolve_base(sources.adapters, request.model, option="--model", say=report.line)
-        outputs = compare_logits(
-            sources.read, base, request.prompts, report, device=request.device, compute_dtype=request.compute_dtype
-        )
     return DiffReport(
         first=str(request.first),
         second=str(request.second),
@@ -134,9 +132,37 @@ def diff_adapters(
         difference=math.hypot(*(m.difference for m in modules)),
         modules=modules,
         other_tensors=others,
-        logits=outputs,
+        logits=None if compare is None else compare(),
         versions=environment(),
         hardware=hardware(),
+    )
+
+
+def _comparison(request: DiffRequest, sources: Sources, report: Reporter) -> Callable[[], LogitDiff]:
+    """Read the prompts, and return the comparison of the adapters' logits.
+
+    Raises:
+        ConfigError: adapters of different tasks.
+    """
+    named = ((adapter.config.model_extra or {}).get("task_type") for adapter in sources.adapters)
+    tasks = {task for task in named if task is not None}
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"--logits: the adapters were trained for different tasks ({', '.join(sorted(tasks))}), whose logits "
+            "cannot be compared; leave it out."
+        )
+    base = resolve_base(sources.adapters, request.model, option="--model", say=report.line)
+    labels = (saved_labels(adapter.shapes) for adapter in sources.adapters)
+    return partial(
+        compare_logits,
+        sources.read,
+        base,
+        read_prompts(base, request.prompts),
+        report,
+        task_type=sources.task_type,
+        num_labels=next(filter(None, labels), None),
+        device=request.device,
+        compute_dtype=request.compute_dtype,
     )
 
 

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
@@ -16,16 +11,19 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.combine.diff_report import LogitDiff
+from loraover_export.fold.check_outputs import logits_of
 from loraover_export.fold.deviation import RunningDeviation
-from loraover_export.fold.prompts import read_prompts
+from loraover_export.fold.prompts import Prompts
 
 
 def compare_logits(
     adapters: Sequence[Checkpoint | AdapterDir],
     source: ModelSource,
-    prompts_file: Path | None,
+    prompts: Prompts,
     report: Reporter = SILENT,
     *,
+    task_type: str | None = None,
+    num_labels: int | None = None,
     device: str = "auto",
     compute_dtype: str = "fp32",
 ) -> LogitDiff:
@@ -34,30 +32,31 @@ def compare_logits(
     Args:
         adapters: the two adapters; cores are applied as they are, and A and B of plain adapters as stored.
         source: the base model.
-        prompts_file: text file with one prompt a line; None means a built-in set.
+        prompts: token ids to run.
         report: receiver of progress.
+        task_type: PEFT's name of the adapters' task; None means CAUSAL_LM.
+        num_labels: number of labels of a classification head that an adapter replaces; None if none does.
         device: device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
         compute_dtype: data type to run in: fp32, bf16, fp16 or fp64.
 
     Raises:
         CheckpointError: the base model is not the one that an adapter was trained on.
         ConfigError: a base model that cannot be loaded, or a device that is not there.
-        DataError: no usable prompt in the file.
     """
     place, _ = choose_compute(device, compute_dtype)
     report.line(f"loading the base model from {source.origin} to {place}, {compute_dtype}")
-    base = load_model(source, dtype=compute_dtype, device=str(place))
-    prompts = read_prompts(source, prompts_file)
+    base = load_model(source, dtype=compute_dtype, task_type=task_type, num_labels=num_labels, device=str(place))
     difference, effects = RunningDeviation(), (RunningDeviation(), RunningDeviation())
     tokens = sum(ids.numel() for ids in prompts.batches)
     done = 0
     with report.task(f"running the base model and both adapters on {prompts.source}, tokens", tokens) as advance:
-        for ids in prompts.batches:
-            plain = _logits(base, ids)
+        for batch in prompts.batches:
+            ids = batch.to(place)
+            plain = logits_of(base, ids, None)
             found = []
             for adapter in adapters:
                 with unfolded(base, adapter) as adapted:
-                    found.append(_logits(adapted, ids))
+                    found.append(logits_of(adapted, ids, None))
             for effect, logits in zip(effects, found, strict=True):
                 effect.add(logits, plain)
             difference.add(found[0], found[1])
@@ -72,9 +71,3 @@ def compare_logits(
         difference=difference.result(),
         effects=(effects[0].result(), effects[1].result()),
     )
-
-
-@torch.no_grad()
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    found: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return found.flatten(0, -2)

@@ -20,7 +20,9 @@ class ModuleDiff(BaseModel):
         description="principal angles between the column spaces of the deltas, in degrees, the smallest first; empty "
         "if one of them is zero or missing"
     )
-    row_angles: list[float] = Field(description="principal angles between the row spaces, likewise")
+    row_angles: list[float] = Field(
+        description="principal angles between the row spaces of the deltas, in degrees, the smallest first"
+    )
 
     @property
     def relative_difference(self) -> float:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_export.combine.diff_report import DiffReport, LogitDiff
 from loraover_export.uniform.show import fill_table
 
@@ -18,10 +18,12 @@ def show_diff(report: DiffReport, console: Console) -> None:
     """Print the modules that differ most, the totals, and the logits if they were compared."""
     _show_modules(report, console)
     if report.other_tensors:
-        _line(console, f"{len(report.other_tensors)} other parameters differ: {', '.join(report.other_tensors[:3])}")
+        print_line(
+            console, f"{len(report.other_tensors)} other parameters differ: {', '.join(report.other_tensors[:3])}"
+        )
     if report.logits is not None:
         _show_logits(report.logits, console)
-    _line(
+    print_line(
         console,
         f"norms of the adapters {report.norms[0]:.4g} and {report.norms[1]:.4g}, norm of their difference "
         f"{report.difference:.4g}: {report.relative_difference:.2%} of the larger",
@@ -64,7 +66,3 @@ def _show_logits(logits: LogitDiff, console: Console) -> None:
     for label, d in (("first to second", logits.difference), *effects):
         table.add_row(label, f"{d.max_logit:.2e}", f"{d.mean_logit:.2e}", f"{d.max_kl:.2e}", f"{d.top1_agreement:.2%}")
     console.print(table)
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.errors import ConfigError
@@ -14,11 +16,15 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
 from loraover.reporting.reporter import Reporter
-from loraover_export.convert.report import OutputsOfConversion
 from loraover_export.convert.source import Layout
-from loraover_export.fold.check_outputs import logits_of, pieces
+from loraover_export.fold.check_outputs import largest_of, logits_of, pieces
 from loraover_export.fold.deviation import RunningDeviation
 from loraover_export.fold.prompts import Prompts
+from loraover_export.numerics.rounding import STORAGE_DTYPES
+from loraover_export.uniform.certificate import OutputsOfConversion
+
+MOVED = 0.25
+"""Share of numbers that a twin moves by one or two units in the last place: 0.7 units in root mean square."""
 
 
 def compare_outputs(
@@ -28,13 +34,17 @@ def compare_outputs(
     prompts: Prompts,
     report: Reporter,
     *,
+    is_exact: bool,
+    dtype: str,
     num_labels: int | None,
     device: str,
     compute_dtype: str,
 ) -> OutputsOfConversion:
     """Run the source and the converted adapter on the same prompts, and compare every logit.
 
-    Each has a base model in memory, since some kinds of adapters change the base weights when PEFT loads them.
+    An exact conversion is compared with the noise of rounding as well: the distance of either from its twin. Each model
+    has a base model in memory, since some kinds of adapters change the base weights when PEFT loads them; only the
+    converted adapter and its twin share one.
 
     Args:
         source: the source.
@@ -42,25 +52,36 @@ def compare_outputs(
         base: the base model.
         prompts: token ids to run.
         report: receiver of progress.
+        is_exact: whether the conversion left nothing out, so that its logits have to be the source's.
+        dtype: data type that the adapter is stored in: fp32, bf16 or fp16.
         num_labels: number of labels of a classification head that the source replaces; None if it replaces none.
         device: device to run on.
-        compute_dtype: data type to run in: fp32, bf16, fp16 or fp64.
+        compute_dtype: data type to run the models in: fp32, bf16, fp16 or fp64.
 
     Raises:
         ConfigError: a base model that cannot be loaded for the source's task, or a device that is not there.
     """
     place, _ = choose_compute(device, compute_dtype)
-    report.line(f"loading the base model from {base.origin} twice, to {place}, {compute_dtype}")
+    times = "three times" if is_exact else "twice"
+    report.line(f"loading the base model from {base.origin} {times}, to {place}, {compute_dtype}")
     load = partial(_load, base, source, num_labels, compute_dtype, str(place))
-    trained, written = load(source.path), load(converted)
-    error, effect = RunningDeviation(), RunningDeviation()
+    (trained, _), (written, matrices) = load(source.path), load(converted)
+    trained_twin = load(source.path, is_twin=True)[0] if is_exact else None
+    elsewhere = list(_moved(matrices, STORAGE_DTYPES[dtype])) if is_exact else []
+    error, effect, noises = RunningDeviation(), RunningDeviation(), [RunningDeviation(), RunningDeviation()]
     tokens, seen = sum(batch.numel() for batch in prompts.batches), 0
     with report.task(f"running the source and the LoRA on {prompts.source}, tokens", tokens) as done:
         for ids in prompts.batches:
             placed = ids.to(place)
             for positions in pieces(written.get_base_model(), ids):
                 expected = logits_of(trained, placed, positions)
-                error.add(expected, logits_of(written, placed, positions))
+                found = logits_of(written, placed, positions)
+                error.add(expected, found)
+                if trained_twin is not None:
+                    noises[0].add(expected, logits_of(trained_twin, placed, positions))
+                    _exchange(matrices, elsewhere)
+                    noises[1].add(found, logits_of(written, placed, positions))
+                    _exchange(matrices, elsewhere)
                 with written.disable_adapter():
                     effect.add(expected, logits_of(written, placed, positions))
             seen += ids.numel()
@@ -72,16 +93,27 @@ def compare_outputs(
         tokens=tokens,
         prompt_source=prompts.source,
         error=error.result(),
+        noise=largest_of([noise.result() for noise in noises]) if is_exact else None,
         adapter_effect=effect.result().max_logit,
     )
 
 
-def _load(base: ModelSource, source: Layout[Any], num_labels: int | None, dtype: str, device: str, folder: Path) -> Any:
+def _load(
+    base: ModelSource,
+    source: Layout[Any],
+    num_labels: int | None,
+    dtype: str,
+    device: str,
+    folder: Path,
+    *,
+    is_twin: bool = False,
+) -> tuple[Any, list[nn.Parameter]]:
+    """Load an adapter on a base model, and return the parameters that PEFT added; a twin has all of them moved."""
     from peft import PeftModel
 
     task = source.config.task_type
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # transformers draws a head that the base model lacks: the same one both times
+        torch.manual_seed(0)  # transformers draws a head that the base model lacks: the same one each time
         model = load_model(base, dtype=dtype, task_type=task, num_labels=num_labels, device=device)
     lost = {without_base_layers(path) for path in source.modules} - dict(model.named_modules()).keys()
     if lost:
@@ -90,4 +122,37 @@ def _load(base: ModelSource, source: Layout[Any], num_labels: int | None, dtype:
             f"{type(model).__name__}, and that has no module {min(lost)}. Write the adapter's task there, or leave out "
             "--check-error."
         )
-    return PeftModel.from_pretrained(model, str(folder), torch_device=device).eval()
+    before = {id(parameter) for parameter in model.parameters()}
+    if is_twin:
+        _move(list(model.parameters()))
+    adapted = PeftModel.from_pretrained(model, str(folder), torch_device=device).eval()
+    added = [parameter for parameter in adapted.parameters() if id(parameter) not in before]
+    if is_twin:
+        _move(added)
+    return adapted, added
+
+
+def _move(parameters: list[nn.Parameter]) -> None:
+    """Replace parameters by moved ones; PEFT computes parts of some kinds in float32, so no unit is smaller."""
+    for parameter, found in zip(parameters, _moved(parameters, torch.float32), strict=True):
+        parameter.data = found
+
+
+def _moved(parameters: list[nn.Parameter], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield numbers of which some are moved by eps times themselves, one or two units in the last place.
+
+    The eps is that of `dtype`, or of the numbers' own type if that is coarser.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        found = parameter.detach().clone()
+        if found.is_floating_point():
+            eps = max(torch.finfo(dtype).eps, torch.finfo(found.dtype).eps)
+            draw = torch.rand(found.shape, generator=generator)
+            found.mul_(1 + eps * ((draw < MOVED / 2).to(found) - (draw > 1 - MOVED / 2).to(found)))
+        yield found
+
+
+def _exchange(parameters: list[nn.Parameter], others: list[Tensor]) -> None:
+    for k, parameter in enumerate(parameters):
+        parameter.data, others[k] = others[k], parameter.data

@@ -23,13 +23,13 @@ from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import AnyMethod, Place, Refused
 from loraover_export.convert.methods.experts import stacks_of
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
-from loraover_export.convert.report import ConvertReport, OutputsOfConversion
+from loraover_export.convert.report import ConvertReport
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
 from loraover_export.fold.check_outputs import tokens_at_once
 from loraover_export.fold.prompts import read_prompts
-from loraover_export.uniform.certificate import LoraCertificate
-from loraover_export.uniform.write_lora import LoraOutput, write_lora
+from loraover_export.uniform.certificate import LoraCertificate, OutputsOfConversion
+from loraover_export.uniform.write_lora import Check, LoraOutput, write_lora
 
 
 def convert_adapter(
@@ -57,7 +57,8 @@ def convert_adapter(
         rank: largest rank of the result; what does not fit into it is lost. None means that the result must be exact.
         model: base model, folder or hub name; None means the adapter's.
         dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
-        check_error: also compare logits of the source and of the result, both as PEFT loads them.
+        check_error: also compare logits of the source and of the result, both as PEFT loads them; an exact result has
+            to keep them but for rounding.
         prompts: text file with one prompt a line for `check_error`; None means a built-in set.
         device: device to run the models on for `check_error`.
         compute_dtype: data type to run the models in for `check_error`.
@@ -65,7 +66,9 @@ def convert_adapter(
         report: receiver of progress.
 
     Returns:
-        The ranks and the certificate. If `passed` is false, nothing was written.
+        The ranks and the certificate. If the certificate's verdict is "failed", nothing was written. If it is
+        "inconclusive", the adapter was written, but it changes logits too little for `check_error` to distinguish it
+        from an adapter that does nothing.
 
     Raises:
         ConfigError: arguments that cannot be used, or a base model that cannot be read.
@@ -91,13 +94,15 @@ def convert_adapter(
     method, layout = read_method(request.source)
     base = resolve_base([layout], request.model, option="--model", say=report.line)
     ranks: dict[str, int] = {}
-    outputs: list[OutputsOfConversion] = []
     with open_base(base) as weights, open_adapter(layout, weights) as adapter:
         compare = _comparison(request, adapter, base, report) if request.check_error else None
 
-        def check(draft: Path) -> None:
-            if compare is not None:
-                outputs.append(compare(draft))
+        def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
+            if compare is None:
+                return certificate
+            outputs = compare(draft, is_exact=request.rank is None or max(ranks.values()) <= request.rank)
+            found = {"outputs": outputs, "output_bound": outputs.bound}
+            return certificate.model_copy(update=found | {"verdict": outputs.verdict or certificate.verdict})
 
         certificate = _convert(request, method, adapter, base, ranks, report, check)
     exact = max(ranks.values())
@@ -108,7 +113,6 @@ def convert_adapter(
         vllm=fit(certificate.rank),
         engines=fit_in_words(exact),
         certificate=certificate,
-        outputs=outputs[0] if outputs else None,
     )
 
 
@@ -140,8 +144,8 @@ def read_method(path: Path) -> tuple[AnyMethod, Layout[Any]]:
 
 def _comparison(
     request: ConvertRequest, adapter: Adapter[Any], base: ModelSource, report: Reporter
-) -> Callable[[Path], OutputsOfConversion]:
-    """Read the prompts, and return the comparison of a written adapter with the source.
+) -> Callable[..., OutputsOfConversion]:
+    """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
 
     Raises:
         ExportError: experts of an old PEFT, whose A and B the installed one would misread.
@@ -161,6 +165,7 @@ def _comparison(
         base=base,
         prompts=read_prompts(base, request.prompts, at_once=tokens_at_once(config, place, layout.config.task_type)),
         report=report,
+        dtype=request.dtype,
         num_labels=saved_labels({key: adapter.file.shape(key) for key in layout.others}),
         device=request.device,
         compute_dtype=request.compute_dtype,
@@ -174,7 +179,7 @@ def _convert(
     base: ModelSource,
     ranks: dict[str, int],
     report: Reporter,
-    check: Callable[[Path], None],
+    check: Check,
 ) -> LoraCertificate:
     others, modules = carried_tensors(adapter)
     places = list(method.places(adapter))
@@ -184,7 +189,7 @@ def _convert(
         request.output,
         request.command(),
         f"Plain LoRA from a {config.peft_type} adapter",
-        {} if request.rank is None else {"--rank": str(request.rank)},
+        {} if request.rank is None else {"rank": str(request.rank)},
         [request.source],
         config.base_model_name_or_path if is_named else base.name,
         config.revision if is_named else base.revision,

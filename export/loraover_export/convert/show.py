@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_export.convert.report import ConvertReport
+from loraover_export.fold.certificate import POWER
 from loraover_export.uniform.show import show_lora
 
 
@@ -20,12 +21,18 @@ def show_report(report: ConvertReport, output: Path, console: Console) -> None:
     ]
     outputs = report.outputs
     if outputs is not None:
+        allowed = "" if outputs.bound is None else f", allowed {outputs.bound:.2e}"
         lines.append(
             f"logits on {outputs.prompt_source}, {outputs.tokens} tokens, {outputs.compute_dtype} on {outputs.device}: "
-            f"largest difference from the source {outputs.error.max_logit:.2e}, largest KL "
+            f"largest difference from the source {outputs.error.max_logit:.2e}{allowed}, largest KL "
             f"{outputs.error.max_kl:.2e} nats, the same most likely token at {outputs.error.top1_agreement:.2%}; the "
             f"source moves logits by up to {outputs.adapter_effect:.3g}"
         )
+    if outputs is not None and outputs.verdict == "inconclusive":
+        lines.append(
+            f"The source moves no logit by {POWER:g} times the allowed error, so this check cannot distinguish the "
+            "LoRA from an adapter that does nothing. Try --prompts with texts that it was trained for, or --dtype fp32."
+        )
     for line in lines:
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, line)
     show_lora(report.certificate, output, console)

@@ -77,16 +77,16 @@ def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
     """Return the verdict on a logit error.
 
     It is inconclusive where the error is within its bound, but an adapter that does nothing could be within it as
-    well: where the adapter changes no logit by POWER times the bound.
+    well: where the adapter changes no logit, or none by POWER times the bound.
 
     Args:
         error: largest logit error; NaN fails.
         bound: largest allowed error.
-        adapter_effect: largest change of a logit that the adapter makes to the base model.
+        adapter_effect: largest change of a logit that the adapter makes to the base model; NaN proves nothing.
     """
     if not error <= bound:
         return "failed"
-    return "inconclusive" if adapter_effect < POWER * bound else "passed"
+    return "passed" if adapter_effect > 0 and adapter_effect >= POWER * bound else "inconclusive"
 
 
 class FoldCertificate(BaseModel):

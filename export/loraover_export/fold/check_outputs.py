@@ -93,12 +93,13 @@ def _check_outputs(
     device: str,
     compute_dtype: str,
 ) -> OutputCertificate:
-    report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
     task, labels = _task_type(checkpoint), saved_labels(checkpoint.adapter.shapes)
+    at_once = tokens_at_once(load_config(source), torch.device(device), task)
+    prompts = read_prompts(source, prompts_file, at_once=at_once)
+    report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
     base = load_model(source, dtype=compute_dtype, task_type=task, num_labels=labels, device=device)
     sampled = _sampled(base, checkpoint, folded)
     with unfolded(_sharing_weights(base), checkpoint, sampled=sampled) as reference:
-        prompts = read_prompts(source, prompts_file, at_once=tokens_at_once(base.config, base.device, task))
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
         adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS, report)
@@ -121,7 +122,7 @@ def _check_outputs(
         compared_tokens=seen,
         prompt_source=prompts.source,
         error=compared.error.result(),
-        noise=_largest([noise.result() for noise in compared.noises]),
+        noise=largest_of([noise.result() for noise in compared.noises]),
         twins=TWINS,
         adapter_effect=compared.effect.result().max_logit,
     )
@@ -163,7 +164,8 @@ class _Compared:
             noise.add(one, other)
 
 
-def _largest(noises: list[Deviation]) -> Deviation:
+def largest_of(noises: list[Deviation]) -> Deviation:
+    """Return the largest of each distance, and the smallest agreement."""
     return Deviation(
         **{name: max(getattr(n, name) for n in noises) for name in ("max_logit", "mean_logit", "max_kl", "mean_kl")},
         top1_agreement=min(n.top1_agreement for n in noises),

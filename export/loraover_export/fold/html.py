@@ -22,7 +22,7 @@ def to_page(certificate: FoldCertificate, command: str) -> Page:
     """Make the page of a fold; every text is escaped.
 
     Args:
-        certificate: the certificate.
+        certificate: the certificate of a fold that did not fail.
         command: command line of the fold.
     """
     outputs = certificate.outputs
@@ -92,7 +92,7 @@ def _matrices(matrices: Sequence[MatrixCertificate]) -> Figure:
         Row(
             kind,
             f"{len(found)} {'matrix' if len(found) == 1 else 'matrices'}, worst {short(max(found))}",
-            [Point(v, "subject" if v <= 1 else "bad") for v in {round(v, 2): v for v in sorted(found)}.values()],
+            [Point(v, "subject") for v in {round(v, 2): v for v in sorted(found)}.values()],
         )
         for kind, found in sorted(kinds.items(), key=lambda item: -max(item[1]))
     ]

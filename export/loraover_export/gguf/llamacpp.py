@@ -37,12 +37,13 @@ class LlamaCpp:
         threads: Number of threads; None means one for each core.
 
     Raises:
-        EngineError: llama.cpp is not installed or cannot load a file, or the adapter is for another model.
+        ModuleNotFoundError: llama-cpp-py-sync is not installed.
+        EngineError: llama.cpp cannot load a file, or the adapter is for another model.
     """
 
     def __init__(self, base: Path, adapter: Path | None = None, threads: int | None = None) -> None:
         check_pair(base, adapter)
-        self._ffi, self._lib = _library()
+        self._ffi, self._lib = load_library()
         self._threads = threads or os.cpu_count() or 1
         self._base = base
         self._close = ExitStack()
@@ -226,7 +227,13 @@ _LOADED: list[Any] = []
 """The binding, the library and the callback that receives its log; libllama logs for the whole process."""
 
 
-def _library() -> tuple[Any, Any]:
+def load_library() -> tuple[Any, Any]:
+    """Load libllama once for the process, and return its binding (cffi) and the library.
+
+    Raises:
+        ModuleNotFoundError: llama-cpp-py-sync is not installed.
+        EngineError: its library cannot be loaded.
+    """
     if not _LOADED:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 

@@ -36,7 +36,7 @@ class GgufCheck(BaseModel):
     )
     adapter_effect: float = Field(description="largest change that the adapter makes to a logit in PyTorch")
 
-    arithmetic: float = Field(description="share of that change which the engine's arithmetic may cost")
+    arithmetic: float = Field(description="allowed error from the engine's arithmetic, as a share of adapter_effect")
 
     @property
     def bound(self) -> float:

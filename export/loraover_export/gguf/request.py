@@ -15,7 +15,8 @@ class GgufRequest:
     """Arguments of `export_gguf`, where each is described.
 
     Raises:
-        ConfigError: a number of threads below 1, or an output without a name that can be printed.
+        ConfigError: a number of threads below 1, or one without `base_gguf`; or an output without a name that can be
+            printed.
     """
 
     source: Path
@@ -27,6 +28,8 @@ class GgufRequest:
     force: bool = False
 
     def __post_init__(self) -> None:
+        if self.threads is not None and self.base_gguf is None:
+            raise ConfigError("--threads is for the run in llama.cpp; use it with --base-gguf.")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"--threads is {self.threads}, expected 1 or more.")
         if not self.output.name.isprintable() or not self.output.stem.strip():

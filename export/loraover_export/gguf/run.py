@@ -13,7 +13,7 @@ from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.gguf.check import Reference, check_adapter_file, make_reference
-from loraover_export.gguf.llamacpp import check_pair
+from loraover_export.gguf.llamacpp import check_pair, load_library
 from loraover_export.gguf.refusals import check_adapter
 from loraover_export.gguf.report import GgufReport, judge_export
 from loraover_export.gguf.request import GgufRequest
@@ -55,6 +55,7 @@ def export_gguf(
         CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
         ExportError: a model family that is not known here, or an adapter that llama.cpp cannot apply.
         EngineError: a GGUF file of the base model that llama.cpp cannot run.
+        ModuleNotFoundError: `base_gguf` is given, and llama-cpp-py-sync is not installed.
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
@@ -70,6 +71,7 @@ def export_gguf(
     request.check_output()
     if request.base_gguf is not None:
         check_pair(request.base_gguf, None)
+        load_library()
     adapter = read_source(request.source)
     base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
     target = read_target(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -28,7 +29,7 @@ def show_report(report: GgufReport, output: Path, console: Console) -> None:
     if report.verdict == "not checked":
         print_line(console, "llama.cpp was not run; --base-gguf FILE compares its logits with PyTorch's")
     print_line(console, f"wrote {output}")
-    print_line(console, f"run it: llama-server -m BASE.gguf --lora {output}")
+    print_line(console, f"run it: {shlex.join(['llama-server', '-m', 'BASE.gguf', '--lora', str(output)])}")
 
 
 def _show_check(check: GgufCheck, console: Console) -> None:

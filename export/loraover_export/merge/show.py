@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_export.merge.report import MergeReport
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.show import fill_table
@@ -20,21 +20,21 @@ def show_merge(report: MergeReport, output: Path, console: Console) -> None:
     """Print the weights that lost most of their delta, the totals, the verdict, and where the model is."""
     _show_weights(report, console)
     dtypes = ", ".join(sorted({weight.dtype for weight in report.weights}))
-    _line(
+    print_line(
         console,
         f"rounding to {dtypes} erased {report.stored.erased:.2%} of the adapter (squared norm in elements that stay as "
         f"they were), with an error of {report.stored.error:.1%} of its norm",
     )
-    _line(
+    print_line(
         console,
         f"a 4-bit quantiser (NF4) would erase {report.four_bit.erased:.2%}, with an error of "
         f"{report.four_bit.error:.1%} of the adapter's norm; up to 256 rows of each weight were tried",
     )
     if report.untied:
-        _line(console, f"no longer tied: {', '.join(report.untied)}")
+        print_line(console, f"no longer tied: {', '.join(report.untied)}")
     facts = ", ".join(f"{k} {v}" for k, v in matrix_facts([weight.matrix for weight in report.weights]).items())
-    _line(console, f"merge {report.verdict}: {facts}", "green" if report.passed else "red")
-    _line(console, f"wrote {output}" if report.passed else "nothing was written: a weight failed its check")
+    print_line(console, f"merge {report.verdict}: {facts}", "green" if report.passed else "red")
+    print_line(console, f"wrote {output}" if report.passed else "nothing was written: a weight failed its check")
 
 
 def _show_weights(report: MergeReport, console: Console) -> None:
@@ -43,7 +43,8 @@ def _show_weights(report: MergeReport, console: Console) -> None:
         box=SIMPLE,
         padding=(0, 1, 0, 0),
         title=f"Largest losses of the adapter, {len(worst)} of {len(report.weights)} weights",
-        caption="Shares of the delta. Erased: squared norm in elements that do not change. Error: of the delta's norm.",
+        caption="Erased: share of the delta's squared norm in elements that did not change. "
+        "Error: relative to the delta's norm.",
     )
     rows = (
         (
@@ -59,7 +60,3 @@ def _show_weights(report: MergeReport, console: Console) -> None:
     )
     fill_table(table, ("weight", "dtype", "delta\n/ W", "erased", "error", "4-bit\nerased", "4-bit\nerror"), rows)
     console.print(table)
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import ExactAdapter
 from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, FLOATS, TensorFile, open_tensors
-from loraover.common.errors import FoldError
 from loraover.common.threads import Workers
+from loraover_export.fold.fold import not_kept
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
 from loraover_export.merge.erasure import Lost, lost_by_four_bits, lost_by_rounding
 from loraover_export.merge.plan import Planned
@@ -119,7 +119,5 @@ def _write(file: BinaryIO, tensor: Tensor, key: str) -> None:
     while rest:
         piece = os.pread(file.fileno(), COPIED_AT_ONCE, start)
         if not piece or piece != rest[: len(piece)]:
-            raise FoldError(
-                f"{key}: the file does not hold what was written to it; check the disk, or write elsewhere."
-            )
+            raise not_kept(key)
         start, rest = start + len(piece), rest[len(piece) :]

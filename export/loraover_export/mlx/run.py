@@ -9,7 +9,7 @@ from pathlib import Path
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
@@ -55,7 +55,7 @@ def export_mlx(
         output: new folder for the adapter, its certificate and a model card.
         model: base model, folder or hub name; None means the one that the adapter names.
         dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
-        force: replace an adapter that is already at `output`.
+        force: replace an adapter for mlx-lm that is already at `output`.
         report: receiver of progress.
 
     Returns:
@@ -69,7 +69,9 @@ def export_mlx(
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
     request = MlxRequest(Path(source), Path(output), None if model is None else str(model), short_dtype(dtype), force)
-    check_replaceable(request.output, "adapter", CONFIG_FILE, inputs=[request.source], replace=request.force)
+    check_replaceable(
+        request.output, "adapter for mlx-lm", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
+    )
     adapter = read_source(request.source)
     base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
     target = read_target(base)

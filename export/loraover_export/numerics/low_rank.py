@@ -92,10 +92,6 @@ class Svd:
     def _noise_of(self, error: float) -> float:
         return OF_NORMS * (self.residual + (self.departure + gamma(len(self.s) + 2, U64)) * error)
 
-    def rank_of_energy(self, share: float) -> int:
-        """Return the smallest rank, at least 1, that keeps a share of the squared Frobenius norm."""
-        return rank_of_energy(self.s, share)
-
     def numerical_rank(self, noise: float = 0.0) -> int:
         """Return the smallest rank whose error cannot be distinguished from rounding; 0 for a matrix of rounding only.
 
@@ -124,21 +120,10 @@ class Svd:
         return Truncation(b, a, self.s, self.error(rank), bound)
 
 
-def truncate(b: Tensor, a: Tensor, rank: int) -> Truncation:
-    """Return the best approximation of rank `rank` of B @ A.
-
-    It takes some 6 (m + n) r^2 multiplications, where a dense SVD takes some 14 m n min(m, n).
-
-    Args:
-        b: B, (m, r), in float64.
-        a: A, (r, n), in float64.
-        rank: rank of the result, at least 1; at most min(m, n, r) is returned.
-    """
-    return decompose(b, a).truncate(rank)
-
-
 def decompose(b: Tensor, a: Tensor) -> Svd:
     """Decompose B @ A from its factors, (m, r) and (r, n) in float64.
+
+    It takes some 6 (m + n) r^2 multiplications, where a dense SVD takes some 14 m n min(m, n).
 
     Raises:
         FoldError: the product is beyond the range of float64.

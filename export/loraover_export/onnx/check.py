@@ -155,8 +155,8 @@ def _converted(model: Any, compute: Compute) -> Iterator[Any]:
 
 
 def largest(one: list[Tensor], other: list[Tensor]) -> float:
-    """Return the largest absolute difference of two lists of logits."""
-    return max(float(difference.abs().max()) for difference in _differences(one, other))
+    """Return the largest absolute difference of two lists of logits; NaN if one is NaN."""
+    return float(torch.stack([difference.abs().max() for difference in _differences(one, other)]).max())
 
 
 def run_cases(kind: GraphKind, run: GraphRunner, cases: list[Case]) -> list[Tensor]:

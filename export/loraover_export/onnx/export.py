@@ -60,8 +60,8 @@ class Export:
         report: receiver of progress.
 
     Raises:
-        ConfigError: no such base model, or a task that no graph is made for.
-        ExportError: an earlier graph that has another base model.
+        ConfigError: no such base model, a task that no graph is made for, or an option that does not fit it.
+        ExportError: an earlier graph that has another base model or form, or an encoder-decoder model that is no T5.
     """
 
     def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path, report: Reporter = SILENT) -> None:
@@ -73,8 +73,22 @@ class Export:
         self.task = inputs.task_type or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
         if self.task not in KINDS:
             raise ConfigError(f"task_type is {self.task!r}, expected one of {', '.join(KINDS)}.")
+        if KINDS[self.task] is Seq2Seq:
+            self._check_seq2seq(config.model_type)
         self.kind = KINDS[self.task]() if self.request.cache else Stateless()
         self.deltas = {name: list(read_deltas(source)) for name, source in inputs.adapters.items()}
+
+    def _check_seq2seq(self, model_type: str) -> None:
+        if model_type not in Seq2Seq.model_types:
+            raise ExportError(
+                f"{self.inputs.base.origin}: model_type is {model_type!r}; of encoder-decoder models, only "
+                f"{', '.join(Seq2Seq.model_types)} can be exported to ONNX."
+            )
+        if not self.request.cache:
+            raise ConfigError(
+                f"--no-cache is for decoder models; {self.inputs.base.origin} is an encoder-decoder model "
+                f"({model_type}), whose graphs always have a cache. Leave it out."
+            )
 
     def load(self) -> None:
         """Load the base model and its tokenizer, and check that every adapter fits.
@@ -269,6 +283,15 @@ def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxReque
     exported = read_earlier(graph, inputs.base)
     if request.web and not exported.web:
         raise ExportError(f"{graph} was exported without --web; leave it out, or export another graph with it.")
+    for field in ("precision", "device"):
+        asked, found = getattr(request, field), getattr(exported, field)
+        if asked not in (getattr(OnnxRequest, field), found):  # a default is taken as not asked for
+            raise ExportError(
+                f"{graph} was exported with --{field} {found}, not {asked}; leave --{field} {asked} out, or export "
+                "another graph with it."
+            )
+    if exported.cache and not request.cache:
+        raise ExportError(f"{graph} was exported with a cache; leave out --no-cache, or export another graph with it.")
     return replace(
         request, precision=exported.precision, device=exported.device, cache=exported.cache, web=exported.web
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_export.fold.certificate import CheckVerdict, judge
@@ -33,7 +34,9 @@ class Greedy(BaseModel):
 
     tokens: int = Field(description="number of tokens compared")
     first_difference: int | None = Field(description="position of the first token that differs; None if all are equal")
-    gap: float | None = Field(description="difference of PyTorch's logits of the two tokens there")
+    gap: float | None = Field(
+        description="difference of PyTorch's logits for the two tokens at first_difference; None if all are equal"
+    )
 
 
 class GraphCheck(BaseModel):
@@ -59,8 +62,8 @@ class GraphCheck(BaseModel):
 
     @property
     def error(self) -> float:
-        """Largest error over all shapes."""
-        return max(case.max_logit for case in self.cases)
+        """Largest error over all shapes; NaN if one is NaN, which no bound accepts."""
+        return float(np.max([case.max_logit for case in self.cases]))
 
     @property
     def bound(self) -> float:

@@ -46,9 +46,10 @@ def export_onnx(
         precision: number format of the graph's weights: "fp32", "fp16" or "int4"; or PyTorch's names of the first two.
         device: device to build the graph for: "cpu" or "cuda".
         model: base model, folder or hub name; None means the one that the adapters name.
-        cache: give a language model's graph a KV cache.
+        cache: give a decoder model's graph a KV cache; an encoder-decoder model always has one.
         names: names of the adapters' files, in the order of `sources`; empty means the names of their folders.
-        graph: folder of an earlier swappable export whose graph the new adapters are for; only their files are written.
+        graph: folder of an earlier swappable export whose graph the new adapters are for; only their files are
+            written, and `precision`, `device` and `cache` are those of that export.
         web: form for onnxruntime-web: the LoRA inputs of a swappable graph are required, and adapters are safetensors
             files.
         check: compare ONNX Runtime's outputs with those of the unfolded PyTorch model.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Event
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
+from loraover_export.fold.certificate import NOISE_FACTOR, CheckVerdict, Deviation, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "lora_certificate.json"
@@ -68,13 +68,49 @@ class ModuleCertificate(BaseModel):
         return self.error_bound / (self.norm or 1.0)
 
 
+class OutputsOfConversion(BaseModel):
+    """Logits of the written adapter against those of its source, both as PEFT loads them.
+
+    The yardstick is the noise of rounding: the distance of either from its *twin*, the same adapter in which some
+    numbers, and for the source some weights of the base model, were moved at random by one or two units in the last
+    place.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(description="base model that was run, in words")
+    device: str = Field(description="device that the models ran on: cpu, cuda, one GPU such as cuda:1, or mps")
+    compute_dtype: str = Field(description="data type that the models ran in: fp32, bf16, fp16 or fp64")
+    tokens: int = Field(description="number of tokens in all prompts")
+    prompt_source: str = Field(description="where the prompts come from, in words")
+    error: Deviation = Field(description="distance of the written adapter from the source")
+    noise: Deviation | None = Field(
+        description="larger distance of the source and of the written adapter from their twins; None for an "
+        "approximation, whose logits differ by more than rounding"
+    )
+    adapter_effect: float = Field(description="largest change of a logit that the source makes to the base model")
+
+    @property
+    def bound(self) -> float | None:
+        """Largest allowed logit error, NOISE_FACTOR times the noise; None for an approximation."""
+        return None if self.noise is None else NOISE_FACTOR * self.noise.max_logit
+
+    @property
+    def verdict(self) -> CheckVerdict | None:
+        """Verdict on the largest logit error; None for an approximation."""
+        return None if self.bound is None else judge(self.error.max_logit, self.bound, self.adapter_effect)
+
+
 class LoraCertificate(BaseModel):
     """Errors of a plain LoRA that was made from other adapters, and the contents of `lora_certificate.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    verdict: Literal["passed", "failed"]
+    verdict: CheckVerdict = Field(
+        description='"passed" if every matrix is within its bound, and the logits too if they were compared; '
+        '"inconclusive" if the adapter moves logits too little for that comparison'
+    )
     asked: dict[str, str] = Field(description="what was asked for, by the names of the command's options")
     sources: list[SourceRecord] = Field(description="adapters that were read, in the order of the command line")
     base_model: str | None = Field(description="base model that the adapter names; None if it names none")
@@ -83,12 +119,16 @@ class LoraCertificate(BaseModel):
     modules: list[ModuleCertificate] = Field(description="one certificate for each delta_W")
     matrices: list[MatrixCertificate] = Field(description="one certificate for each A and each B")
     notes: list[str] = Field(description="what else a reader should know, in words")
+    outputs: OutputsOfConversion | None = Field(
+        default=None, description="logits against those of the source; None if they were not compared"
+    )
+    output_bound: float | None = Field(default=None, description="largest allowed logit error; None if there is none")
     versions: dict[str, str] = Field(description="versions of Python and packages, by name")
     hardware: str = Field(description="processor and accelerator of the machine, in words")
 
     @property
     def passed(self) -> bool:
-        """Whether every element of A and B is within its bound."""
+        """Whether the verdict is "passed"."""
         return self.verdict == "passed"
 
 

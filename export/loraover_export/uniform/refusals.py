@@ -52,15 +52,16 @@ def check_no_experts(adapter: AdapterDir, reader: str) -> None:
 
     Args:
         adapter: the adapter.
-        reader: what cannot read it, as the subject of "applies no LoRA of experts".
+        reader: what cannot read it, as the subject of "does not support LoRA".
 
     Raises:
         ExportError: an adapter with stacked pairs.
     """
     if adapter.stacks:
         raise ExportError(
-            f"{adapter.tensors_path}: adapts {adapter.stacks[0].path}, which holds all experts; {reader} applies no "
-            "LoRA of experts. Merge the adapter into the base model with PEFT's merge_and_unload."
+            f"{adapter.tensors_path}: adapts {adapter.stacks[0].path}, which holds all experts; {reader} does not "
+            "support LoRA on experts that share one parameter. Merge the adapter into the base model with PEFT's "
+            "merge_and_unload."
         )
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.certificate import LoraCertificate, ModuleCertificate
 
@@ -21,17 +22,22 @@ def show_lora(certificate: LoraCertificate, output: Path, console: Console) -> N
     """Print the modules with the largest errors, the verdict, and where the adapter is."""
     _show_modules(certificate, console)
     for note in certificate.notes:
-        _line(console, note)
+        print_line(console, note)
     cancelled = [module.module for module in certificate.modules if module.rank == 0]
     if cancelled:
-        _line(console, f"{len(cancelled)} modules have a delta of zero: {', '.join(cancelled[:3])}", "yellow")
+        print_line(console, f"{len(cancelled)} modules have a delta of zero: {', '.join(cancelled[:3])}", "yellow")
     facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(certificate.matrices).items())
-    _line(
+    print_line(
         console,
         f"certificate {certificate.verdict}: rank {certificate.rank}, {certificate.dtype}, {facts}",
-        "green" if certificate.passed else "red",
+        {"passed": "green", "failed": "red"}.get(certificate.verdict, "yellow"),
     )
-    _line(console, f"wrote {output}" if certificate.passed else "nothing was written: a matrix failed its check")
+    if certificate.verdict != "failed":
+        print_line(console, f"wrote {output}")
+    elif all(matrix.passed for matrix in certificate.matrices):
+        print_line(console, "nothing was written: the logits are further from the source's than rounding explains")
+    else:
+        print_line(console, "nothing was written: a matrix failed its check")
 
 
 def _show_modules(certificate: LoraCertificate, console: Console) -> None:
@@ -68,7 +74,3 @@ def _cells(module: ModuleCertificate) -> tuple[str, ...]:
         f"{module.storage_error / norm:.1e}",
         f"{module.relative_error_bound:.1e}",
     )
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)

@@ -16,13 +16,13 @@ from loraover.checkpoint.expert_stacks import ExpertStack, expert_paths
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, pack_stacks, site_key
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
-from loraover.common.errors import ExportError, FoldError
+from loraover.common.errors import ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.threads import workers
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.fold import write_config
+from loraover_export.fold.fold import not_kept, write_config
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.low_rank import factor_noise, product_norm, sum_norm
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify, matrix_facts
@@ -31,6 +31,7 @@ from loraover_export.uniform.certificate import (
     CERTIFICATE_FILE,
     LoraCertificate,
     ModuleCertificate,
+    OutputsOfConversion,
     SourceRecord,
     module_facts,
     record_source,
@@ -64,6 +65,9 @@ class Approximation:
 
 Work = Callable[[], Approximation]
 """Computation of one module's factors, which a thread runs."""
+
+Check = Callable[[Path, LoraCertificate], LoraCertificate]
+"""Check of a written adapter: from its folder and its certificate to the certificate that is published."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def write_lora(
     total: int,
     target: LoraOutput,
     report: Reporter = SILENT,
-    check: Callable[[Path], object] = lambda draft: None,
+    check: Check = lambda draft, certificate: certificate,
 ) -> LoraCertificate:
     """Compute modules on threads, round each matrix once, and publish them as a plain PEFT LoRA with a certificate.
 
@@ -136,7 +140,7 @@ def write_lora(
         total: number of modules, for the progress.
         target: destination.
         report: receiver of progress.
-        check: called with the folder of a certified adapter before it is published; if it raises, nothing is left.
+        check: called with an adapter whose matrices passed, before it is published; if it raises, nothing is left.
 
     Returns:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
@@ -158,7 +162,11 @@ def write_lora(
         if not certificate.passed:
             raise AbandonedError
         _save(target, stored, certificate, draft)
-        check(draft)
+        certificate = check(draft, certificate)
+        if certificate.verdict == "failed":
+            raise AbandonedError
+        (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
+        (draft / "README.md").write_text(_card(target, certificate), encoding="utf-8")
     return certificate
 
 
@@ -209,7 +217,7 @@ def _certificate(target: LoraOutput, stored: Sequence[_Stored], sources: list[So
 
 
 def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertificate, draft: Path) -> None:
-    """Write every file of the folder."""
+    """Write tensors and configuration."""
     tensors = dict(target.others)
     for matrix in stored:
         missing = certificate.rank - matrix.module.rank
@@ -220,7 +228,7 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
     save_tensors(tensors, draft / TENSORS_FILE)
     lost = first_difference(draft / TENSORS_FILE, tensors)
     if lost is not None:
-        raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
+        raise not_kept(lost)
     experts = expert_paths(target.stacks)
     config = plain_config(
         certificate.rank,
@@ -231,8 +239,6 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
         modules_to_save=target.modules_to_save,
     )
     write_config(config | stack_fields(target.stacks), draft)
-    (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
-    (draft / "README.md").write_text(_card(target, certificate), encoding="utf-8")
 
 
 def _card(target: LoraOutput, certificate: LoraCertificate) -> str:
@@ -243,8 +249,16 @@ def _card(target: LoraOutput, certificate: LoraCertificate) -> str:
         "stored as": certificate.dtype,
         **module_facts(certificate.modules),
         **matrix_facts(certificate.matrices),
+        **_output_facts(certificate.outputs),
         **base_facts(target.base_model, None),
         **{f"note {k}": note for k, note in enumerate(certificate.notes, 1)},
     }
     licence = None if target.base_model is None else known_licence(target.base_model, target.revision)
     return model_card(target.title, target.base_model, facts, target.command, licence=licence)
+
+
+def _output_facts(outputs: OutputsOfConversion | None) -> dict[str, str]:
+    if outputs is None:
+        return {}
+    allowed = "" if outputs.bound is None else f", allowed {outputs.bound:.2e}"
+    return {"largest logit error": f"{outputs.error.max_logit:.2e}{allowed}"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
@@ -49,7 +49,7 @@ def export_vllm(
         name: name by which requests choose the adapter; None means the output folder's name.
         vllm_version: release of vLLM whose rules apply, such as "0.33.0"; None means the release of
             `architectures.json`, 0.32.0.
-        force: replace an adapter that is already at `output`.
+        force: replace an adapter for vLLM that is already at `output`.
         report: receiver of progress.
 
     Returns:
@@ -72,7 +72,9 @@ def export_vllm(
         vllm_version,
         force,
     )
-    check_replaceable(request.output, "adapter", CONFIG_FILE, inputs=[request.source], replace=request.force)
+    check_replaceable(
+        request.output, "adapter for vLLM", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
+    )
     replaces = request.output.exists()
     adapter = read_source(request.source)
     served, known = _served(request, adapter_of(adapter), report)

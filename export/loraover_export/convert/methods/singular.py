@@ -32,7 +32,7 @@ class Part(NamedTuple):
         s: singular values, (k,).
         vt: right singular vectors, (k, in_features).
         apart: bound of the Frobenius norm by which u diag(s) vt may differ on another machine.
-        cut: number of the singular values before the cut, among which the part's are, or are not.
+        cut: number of singular values before the cut; the part has either these or all others.
         gap: difference of the singular values on both sides of the cut, relative to the largest.
     """
 

@@ -17,7 +17,7 @@ KEY_VALUE = ("key", "value")
 
 
 class Seq2Seq(GraphKind):
-    """T5 and similar models.
+    """T5 and the models that have its layers.
 
     Encoder graph: input_ids, attention_mask -> cross.N.key, cross.N.value.
     Decoder graph: decoder_input_ids, attention_mask (the encoder's), cross.N.*, past_key_values.N.* -> logits,
@@ -25,6 +25,8 @@ class Seq2Seq(GraphKind):
     """
 
     graphs = ("encoder.onnx", "decoder.onnx")
+    model_types = ("t5", "mt5", "umt5")
+    """Types of the models whose layers and configurations this file knows, by transformers' names."""
 
     def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
         set_precision(model, plan.precision)
