@@ -177,10 +177,10 @@ EXPORT = (
         Selection("test_convert_bounds.py", "peft_stores"),
     ),
     Mutant(
-        "convert-checks-after-publishing",
-        "        check(draft)\n    return certificate",
-        "    check(target.output)\n    return certificate",
-        Selection("test_convert_refused.py", "check_that_cannot"),
+        "convert-publishes-what-failed",
+        '        certificate = check(draft, certificate)\n        if certificate.verdict == "failed":\n            raise',
+        "        certificate = check(draft, certificate)\n        if not certificate.verdict:\n            raise",
+        Selection("test_convert_refused.py", "loses_logits"),
     ),
     # Experts
     Mutant(

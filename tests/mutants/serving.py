@@ -22,13 +22,13 @@ SERVING = (
         "design-forth-and-forth",
         "orders.append(forth + forth[::-1])",
         "orders.append(forth + forth)",
-        Selection("test_parity.py", "drift"),
+        Selection("test_parity_design.py", "drift"),
     ),
     Mutant(
         "outputs-noise-of-zero-hides-no-adapter",
         "change > APPLIED * (noise or 0.0)",
         "change >= APPLIED * (noise or 0.0)",
-        Selection("test_parity.py", "weak_adapter"),
+        Selection("test_parity_design.py", "weak_adapter"),
     ),
     # Earlier graphs of ONNX Runtime
     Mutant(
