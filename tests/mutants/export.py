@@ -178,8 +178,8 @@ EXPORT = (
     ),
     Mutant(
         "convert-publishes-what-failed",
-        '        certificate = check(draft, certificate)\n        if certificate.verdict == "failed":\n            raise',
-        "        certificate = check(draft, certificate)\n        if not certificate.verdict:\n            raise",
+        'check(draft, certificate)\n        if certificate.verdict == "failed":\n            raise',
+        "check(draft, certificate)\n        if not certificate.verdict:\n            raise",
         Selection("test_convert_refused.py", "loses_logits"),
     ),
     # Experts
