@@ -182,6 +182,18 @@ EXPORT = (
         "check(draft, certificate)\n        if not certificate.verdict:\n            raise",
         Selection("test_convert_refused.py", "loses_logits"),
     ),
+    Mutant(
+        "check-of-an-idle-adapter-passes",
+        '"passed" if adapter_effect > 0 and adapter_effect >=',
+        '"passed" if adapter_effect >=',
+        Selection("test_fold_check_error.py", "conclusive_if"),
+    ),
+    Mutant(
+        "onnx-later-nan-is-lost",
+        "float(np.max([case.max_logit for case in self.cases]))",
+        "max(case.max_logit for case in self.cases)",
+        Selection("test_onnx_check.py", "no_numbers"),
+    ),
     # Experts
     Mutant(
         "the orientation of vLLM's experts is not looked at",
