@@ -34,7 +34,7 @@ def product(recipe: Recipe, output: Path) -> Path:
 
 
 def is_finished(output: Path) -> bool:
-    """Whether a run has a result, which is written last."""
+    """Whether a run has a result, which is written last; what was trained may have been moved away since."""
     return (output / RUN_FILE).exists()
 
 
@@ -105,7 +105,7 @@ def claim(output: Path, *, resume: bool) -> None:
             (output / TRAINER_FOLDER).mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"cannot write {output}: {error.strerror}.") from error
-    elif is_finished(output):
+    elif is_finished(output) and any((output / name).exists() for name in PRODUCTS):
         raise ConfigError(f"{output}: the run is finished already; it holds what was trained.")
     elif not (output / RECIPE_FILE).is_file():
         raise ConfigError(f"{output}: holds no run to resume.")

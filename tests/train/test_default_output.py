@@ -51,9 +51,9 @@ def test_a_file_in_the_place_of_all_runs_is_refused(here: Path) -> None:
 
 def test_the_newest_unfinished_run_has_the_highest_number() -> None:
     begun(Path("runs/demo-2"))
-    newest = begun(Path("runs/demo-10"))
+    begun(Path("runs/demo-9"))
+    newest = begun(Path("runs/demo-10"), "adapter")  # killed before its result
     begun(Path("runs/demo-11"), "run.json")
-    begun(Path("runs/demo-12"), "adapter")
     begun(Path("runs/demo-extra-13"))
     Path("runs/demo-14").mkdir()
     assert newest_unfinished("demo.yaml") == newest
