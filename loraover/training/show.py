@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from loraover.common.command_line import printable
-from loraover.reporting.reporter import print_line
 from loraover.training.run_result import RunResult
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
     common = {name: {found.get(name, "") for found in facts.values()} for name in names}
     shared = [name for name in names if len(facts) > 1 and len(common[name]) == 1]
     for name in shared:
-        print_line(console, f"{name}: {common[name].pop()}")
+        console.print(printable(f"{name}: {common[name].pop()}"), markup=False, highlight=False)
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("")
     for run in results:

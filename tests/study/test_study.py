@@ -82,8 +82,7 @@ def test_a_study_that_was_killed_is_finished(killed: Path) -> None:
     assert over.step_norm is not None
     assert over.peak_bytes is not None
     assert over.peak_bytes > 2**27
-    assert report.words[0].startswith("LoRA-Over ")
-    assert report.words[1].startswith("words: lora-over ")
+    assert report.words[0].startswith("words: lora-over ")
 
 
 def test_a_killed_study_reports_what_an_uninterrupted_one_does(killed: Path, recipe: Path, tmp_path: Path) -> None:
