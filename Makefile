@@ -157,7 +157,7 @@ GAUGE_TASKS := $(foreach task,gsm8k-long qnli-all svamp mbpp,docs/study/$(task).
 SLOW := 7.5e-4,1.5e-3,3e-3
 FAST := 1.5e-3,3e-3,6e-3
 GAUGE := --set training.min_lr_rate=0.1 --lr-sweep $(SLOW) --lr-sweep lora=$(FAST) --tuning-seeds 1 --jobs 2
-LOWER := --lr-sweep qnli-all/lora=1.9e-4,3.75e-4,7.5e-4,$(FAST) --lr-sweep "qnli-all/lora:$(PLUS)=9.4e-5,1.9e-4,3.75e-4,$(SLOW)" \
+LOWER := --lr-sweep qnli-all/lora=1.9e-4,3.75e-4,7.5e-4,$(FAST) --lr-sweep "qnli-all/lora:$(PLUS)=4.7e-5,9.4e-5,1.9e-4,3.75e-4,$(SLOW)" \
 	--lr-sweep "svamp/lora:$(PLUS)=3.75e-4,$(SLOW)"
 study-gauge:
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) $(LOWER) \

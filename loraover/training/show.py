@@ -34,7 +34,7 @@ def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
         table.add_column(escape(run), overflow="fold")
     for name in names:
         if name not in shared:
-            table.add_row(name, *(escape(printable(found.get(name, ""))) for found in facts.values()))
+            table.add_row(name, *(escape(printable(found.get(name, "-"))) for found in facts.values()))
     console.print(table)
 
 
