@@ -145,3 +145,22 @@ def test_held_out_data_beside_word_problems_are_used(write: Write) -> None:
     other = write("other.jsonl", PAIR)
     examples = examples_of(recipe("word-problems", test=str(other), train_examples=4))
     assert examples.test.rows == [PAIR]
+
+
+def test_word_problems_are_held_out_beside_a_file(write: Write) -> None:
+    examples = examples_of(recipe(write("train.jsonl", PAIR), test="word-problems"))
+    assert examples.train.rows == [PAIR]
+    assert len(examples.test.rows) == 2
+    assert examples.test.revision is None
+    assert "built-in word problems" in examples.test.origin
+
+
+@pytest.mark.parametrize("is_built_in", [False, True])
+def test_held_out_rows_on_the_hub_have_the_revision_where_training_rows_are_local(
+    is_built_in: bool, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch, owner__data=[GSM8K])
+    train = "word-problems" if is_built_in else write("train.jsonl", PAIR)
+    examples = examples_of(recipe(train, test="owner/data", revision="v1"))
+    assert hub.asked == [("owner/data", "v1")]
+    assert examples.test.revision == hub.commit("owner/data")
