@@ -53,7 +53,7 @@ class Data(_Part):
     test_split: str = Field("test", description="Split to measure on.")
     revision: str | None = Field(
         None,
-        description="Commit or tag of the training data on the hub, else of the held-out data; the run's copy names it.",
+        description="Commit or tag of the training data on the hub, else of the held-out data; the run's copy has it.",
     )
     format: Literal[
         "auto",
