@@ -134,7 +134,7 @@ bench: $(VENV)/.installed
 
 # Studies are resumable, and keep their finished runs in docs/study. glibc would give the memory of each step back to the kernel
 # and have it cleared for the next one, which takes a fifth of a step.
-STUDIES := study study-gauge study-gauge-arms study-gauge-steps study-gauge-long study-papers
+STUDIES := study study-gauge study-gauge-arms study-gauge-steps study-gauge-long study-gauge-rates study-papers
 $(STUDIES): export MALLOC_MMAP_MAX_ = 0
 $(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 100000000000
 $(STUDIES): study-data
@@ -179,11 +179,17 @@ study-gauge-arms:
 study-gauge-steps:
 	$(call adopt,gauge-steps,*,0123)
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN):training.max_steps=80" $(GAUGE) $(LOWER) \
-		--seeds 4 -o docs/study/gauge-steps
+		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=1.9e-4,3.75e-4,7.5e-4" --seeds 4 -o docs/study/gauge-steps
 
 study-gauge-long:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \
 		--set training.max_steps=300 --seeds 2 -o docs/study/gauge-long
+
+study-gauge-rates:
+	$(call adopt,gauge-rates,gsm8k-long,01)
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \
+		--lr-sweep "gsm8k-long/lora:$(PLUS)=4.5e-4,$(SLOW),4.5e-3" --lr-sweep "gsm8k-long/$(EIGEN)=4.5e-4,$(SLOW),4.5e-3" \
+		--lr-sweep gsm8k-long/lora=9e-4,$(FAST),9e-3 --seeds 2 -o docs/study/gauge-rates
 
 # The study of docs/study/papers.md, whose protocol it follows. It should come after study-gauge, whose runs it shares.
 FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.precision=fp32
