@@ -68,11 +68,13 @@ def example_losses(model: Any, batches: Iterable[dict[str, Any]]) -> list[Scored
     """
     was_training = model.training
     model.eval()
-    shift = 0 if model.config.is_encoder_decoder else 1  # a causal model does not predict its first label
+    is_causal = not model.config.is_encoder_decoder
     found = []
     for batch in batches:
-        labels = batch["labels"][:, shift:]
-        logits = model(**batch).logits[:, : labels.shape[1]].float()
+        labels = batch["labels"][:, is_causal:]  # a causal model does not predict its first label
+        # Given labels, a causal model under TRL 1.9 returns no logits; an encoder-decoder makes its input of them.
+        inputs = {name: value for name, value in batch.items() if name != "labels"} if is_causal else batch
+        logits = model(**inputs).logits[:, : labels.shape[1]].float()
         nats = cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").cpu().double().sum(1)
         found += [Scored(*pair) for pair in zip(nats.tolist(), (labels != -100).sum(1).tolist(), strict=True)]
     model.train(was_training)

@@ -25,6 +25,9 @@ from support.make_checkpoint import edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
 from support.tiny_hub import tiny_tokenizer
+from support.versions import needs_expert_stacks
+
+pytestmark = needs_expert_stacks
 
 SQUARE = {"moe_intermediate_size": 32}
 """gate_up_proj of each expert is 64 x 64."""

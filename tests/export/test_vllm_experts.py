@@ -19,7 +19,10 @@ from loraover_export.vllm.architectures import known_architectures
 
 from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_llama4, tiny_moe
 from support.tiny_models import token_ids
+from support.versions import needs_expert_stacks
 from support.vllm_command import vllm_command
+
+pytestmark = needs_expert_stacks
 
 READER = Path(__file__).resolve().parents[1] / "support" / "vllm_reader.py"
 KEY = "base_model.model.model.layers.1.mlp.experts"

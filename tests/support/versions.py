@@ -16,6 +16,10 @@ needs_meta_models = pytest.mark.skipif(
 needs_order_of_batches = pytest.mark.skipif(
     Version("5.17") > TRANSFORMERS, reason="transformers before 5.17 shuffles anew if it resumes in a later epoch"
 )
+needs_expert_stacks = pytest.mark.skipif(
+    Version("5") > TRANSFORMERS or Version("0.19") > PEFT,
+    reason="transformers before 5 stacks no experts, and PEFT before 0.19 swaps their A and B",
+)
 needs_tied_lora = pytest.mark.skipif(Version("0.19") > PEFT, reason="PEFT before 0.19 ties no LoRA matrices")
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}

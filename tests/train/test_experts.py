@@ -25,6 +25,9 @@ from loraover_export import fold_checkpoint
 from support.plain_adapter import write_adapter
 from support.tiny_experts import EXPERT_LORA, EXPERTS, PARAMETERS, expert_lora, peft_deltas, tiny_llama4, tiny_moe
 from support.tiny_models import lora_matrices, token_ids, trainable, update_norm, with_lora
+from support.versions import needs_expert_stacks
+
+pytestmark = needs_expert_stacks
 
 RATE = 1e-2
 FIRST = ["*.experts.0.*", "*.experts.1.*"]

@@ -23,6 +23,7 @@ from loraover_export.onnx.report import OnnxReport
 from support.tiny_experts import EXPERTS, expert_lora, tiny_moe
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
+from support.versions import needs_expert_stacks
 
 pytestmark = pytest.mark.process
 
@@ -210,6 +211,7 @@ def test_what_was_trained_is_described(folders: dict[str, Path], capsys: pytest.
     assert read_schedule(folders["run"]).step == found.cores.step
 
 
+@needs_expert_stacks
 def test_each_adapted_expert_is_counted(tmp_path: Path) -> None:
     expert_lora(tiny_moe(), tmp_path)
     facts = inspect_folder(tmp_path).adapter
