@@ -189,6 +189,25 @@ def test_flags_reach_the_recipe(bases: dict[str, Path], tmp_path: Path) -> None:
     assert after.exact_match is None
 
 
+@pytest.mark.parametrize(
+    ("capability", "precision", "is_slow"), [("AVX2", "bf16", True), ("AVX2", "fp32", False), ("AVX512", "bf16", False)]
+)
+def test_bf16_on_a_cpu_without_instructions_for_it_is_reported(
+    capability: str,
+    precision: str,
+    is_slow: bool,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    settings = (f"training.precision={precision}", "evaluation.examples=0")
+    assert train(recipe, tmp_path / "out", "--steps", 1, *(part for one in settings for part in ("--set", one))) == 0
+    assert (f"this CPU ({capability}) has no instructions" in capsys.readouterr().out) is is_slow
+
+
 def test_nothing_is_measured_without_held_out_data(recipe: Path, tmp_path: Path) -> None:
     assert train(recipe, tmp_path / "out", "--set", "evaluation.examples=0") == 0
     result = read_run(tmp_path / "out")
