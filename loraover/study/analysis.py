@@ -19,7 +19,7 @@ from scipy import optimize, stats
 Losses = NDArray[np.float64]
 """Shape (seeds, examples): nats of each completion."""
 
-DRAWS = 4000
+LEVEL = 0.05
 POWER = 0.8
 """Probability with which a study would show a difference that it could have seen."""
 BASIN = 0.01
@@ -34,6 +34,9 @@ class Difference(BaseModel):
     mean: float = Field(description="Mean difference; below 0: better than the baseline.")
     interval: tuple[float, float] = Field(description="95 % interval, over seeds and examples together.")
     p: float = Field(description="Two-sided p value, Holm-adjusted over tasks.")
+    detectable: float | None = Field(
+        None, description="Smallest true difference that four of five such studies would show; None in older files."
+    )
 
 
 class RateSensitivity(BaseModel):
@@ -86,48 +89,73 @@ def mean_loss(losses: Losses, tokens: Losses) -> float:
     return float(losses.sum() / (len(losses) * tokens.sum()))
 
 
-def difference(method: Losses, baseline: Losses, tokens: Losses, seed: int = 0) -> Difference:
+@dataclass(frozen=True)
+class Spread:
+    """Variances of a mean difference that come from the seeds and from the examples, which every seed answers.
+
+    Half the width of an interval is sqrt(sum_i t_i^2 V_i), where t_i is Student's quantile with the degrees of freedom
+    of V_i (Banerjee 1960, Sankhya 22, 357). It is Student's interval if one variance is zero, and otherwise covers a
+    little more often than its level says. The noise of single answers is in both variances, so it counts twice.
+
+    Args:
+        variances: V of seeds and of examples.
+        freedom: Their degrees of freedom.
+    """
+
+    variances: tuple[float, float]
+    freedom: tuple[int, int]
+
+    def half(self, level: float) -> float:
+        """Half the width of the interval that leaves out a share `level`."""
+        quantiles = stats.t.isf(level / 2, self.freedom)
+        return float(np.hypot(*(quantiles * np.sqrt(self.variances))))
+
+    def p(self, mean: float) -> float:
+        """Smallest level at which the interval around a mean leaves out zero."""
+        if mean == 0:
+            return 1.0
+        if self.half(_SMALLEST_P) <= abs(mean):
+            return 0.0
+        log = optimize.brentq(lambda log: self.half(math.exp(log)) - abs(mean), math.log(_SMALLEST_P), 0.0)
+        return math.exp(log)
+
+    def detectable(self) -> float:
+        """Smallest true mean that a test at `LEVEL` would find with a probability of `POWER`.
+
+        Computed as for Student's t with as many degrees of freedom as give the interval its width.
+        """
+        error = math.sqrt(sum(self.variances))
+        if error == 0:
+            return 0.0
+        low, high = sorted(self.freedom)
+        limit = min(self.half(LEVEL) / error, float(stats.t.isf(LEVEL / 2, low)))
+        freedom = optimize.brentq(lambda f: stats.t.isf(LEVEL / 2, f) - limit, low, high + 1)
+        return error * float(optimize.brentq(lambda m: stats.nct.sf(limit, freedom, m) - POWER, 0.0, 10 * limit))
+
+
+_SMALLEST_P = 1e-30
+
+
+def difference(method: Losses, baseline: Losses, tokens: Losses) -> Difference:
     """Compare a method with the baseline, paired by seed and example.
 
-    The standard error comes from the pigeonhole bootstrap: seeds and examples are drawn again independently of each
-    other, since every seed answers the same examples (Owen 2007, doi:10.1214/07-AOAS122). From n, n - 1 are drawn, so
-    that the variances of seeds and examples are unbiased; the noise of single answers counts more than once, which
-    makes the interval too wide rather than too narrow. It is a t interval with one degree of freedom less than seeds.
+    Seeds and examples are both drawn from more than there are, so the variance of the mean is the sum of two: that of
+    the seeds' means, and that of the examples' means as of a ratio of nats to tokens.
 
     Args:
         method: Nats of the method, shape (seeds, examples); at least 2 of each.
         baseline: Nats of the baseline, of the same shape.
         tokens: Tokens of each completion, shape (examples,).
-        seed: Seed of the bootstrap.
     """
     gaps = method - baseline
     seeds, examples = gaps.shape
-    draw = np.random.default_rng(seed)
-    of_seeds = draw.multinomial(seeds - 1, np.full(seeds, 1 / seeds), DRAWS)
-    of_examples = draw.multinomial(examples - 1, np.full(examples, 1 / examples), DRAWS)
-    means = np.einsum("ds,se,de->d", of_seeds, gaps, of_examples) / ((seeds - 1) * (of_examples @ tokens))
-    mean, error = mean_loss(gaps, tokens), float(means.std(ddof=1))
-    if error == 0.0:
-        return Difference(mean=mean, interval=(mean, mean), p=1.0 if mean == 0 else 0.0)
-    half = float(stats.t.ppf(0.975, seeds - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, seeds - 1))
-    return Difference(mean=mean, interval=(mean - half, mean + half), p=p)
-
-
-def detectable(found: Difference, seeds: int) -> float:
-    """Smallest true difference, in nats per token, that a study of this spread would show.
-
-    A two-sided t test at a level of 5 % would find it with a probability of `POWER`.
-
-    Args:
-        found: The measured difference, whose interval has the standard error.
-        seeds: Number of seeds.
-    """
-    freedom = seeds - 1
-    limit = float(stats.t.ppf(0.975, freedom))
-    error = (found.interval[1] - found.interval[0]) / (2 * limit)
-    shift = optimize.brentq(lambda mean: stats.nct.sf(limit, freedom, mean) - POWER, 0.0, 10 * limit)
-    return error * float(shift)
+    mean = mean_loss(gaps, tokens)
+    of_seeds = gaps.sum(1) / tokens.sum()
+    of_examples = (gaps.mean(0) - mean * tokens) / tokens.mean()
+    variances = float(of_seeds.var(ddof=1)) / seeds, float(of_examples.var(ddof=1)) / examples
+    spread = Spread(variances, (seeds - 1, examples - 1))
+    half = spread.half(LEVEL)
+    return Difference(mean=mean, interval=(mean - half, mean + half), p=spread.p(mean), detectable=spread.detectable())
 
 
 def sensitivity(

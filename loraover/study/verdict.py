@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraover.reporting.html_page import Tone, Verdict
-from loraover.study.analysis import Difference, detectable
+from loraover.study.analysis import Difference
 from loraover.study.report import StudyReport, TaskResult, is_better, is_over, is_worse
 
 NOTHING = "Not known yet whether LoRA-Over beats a tuned plain LoRA: a comparison needs both, and two seeds."
@@ -47,18 +47,16 @@ def changes(report: StudyReport) -> list[Change]:
         change
         for task in report.tasks
         for result in task.methods
-        if result.difference is not None
-        and (change := _change(task, result.method, result.difference, report.seeds)) is not None
+        if result.difference is not None and (change := _change(task, result.method, result.difference)) is not None
     ]
 
 
-def _change(task: TaskResult, method: str, found: Difference, seeds: int) -> Change | None:
+def _change(task: TaskResult, method: str, found: Difference) -> Change | None:
     loss = next((result.test_loss for result in task.methods if result.method == task.baseline), 0.0)
-    if loss <= 0:
+    if loss <= 0 or found.detectable is None:
         return None
     low, high = (100 * end / loss for end in found.interval)
-    seen = 100 * detectable(found, seeds) / loss
-    return Change(task.task, method, found, 100 * found.mean / loss, (low, high), seen)
+    return Change(task.task, method, found, 100 * found.mean / loss, (low, high), 100 * found.detectable / loss)
 
 
 @dataclass

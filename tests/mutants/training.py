@@ -258,9 +258,9 @@ TRAINING = (
     ),
     Mutant(
         "study-interval-counts-examples-as-seeds",
-        "stats.t.ppf(0.975, seeds - 1)",
-        "stats.t.ppf(0.975, examples - 1)",
-        Selection("test_analysis.py", "excludes_zero"),
+        "Spread(variances, (seeds - 1, examples - 1))",
+        "Spread(variances, (examples - 1, examples - 1))",
+        Selection("test_analysis.py", "ratio_over_examples"),
     ),
     Mutant(
         "study-shows-what-the-first-run-knows-of-its-rank",

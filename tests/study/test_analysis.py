@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from loraover.study.analysis import Halves, Losses, difference, mean_loss, sensitivity
+from loraover.study.analysis import Halves, Losses, Spread, difference, mean_loss, sensitivity
 
 
 def made_up(
@@ -45,26 +45,78 @@ def test_no_difference_is_seldom_called_one(seeds: int, of_seeds: float) -> None
     assert called <= stats.binom.ppf(1 - 1e-3, experiments, 0.05)
 
 
+FREEDOM = (3, 99)
+
+
+def spreads(draw: np.random.Generator, variances: tuple[float, float], count: int) -> list[Spread]:
+    """Spreads as four seeds and a hundred examples of known variances give them."""
+    found = [v * draw.chisquare(f, count) / f for v, f in zip(variances, FREEDOM, strict=True)]
+    return [
+        Spread((float(of_seeds), float(of_examples)), FREEDOM) for of_seeds, of_examples in zip(*found, strict=True)
+    ]
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("variances", [(0.0, 1.0), (0.1, 1.0), (1.0, 1.0), (10.0, 1.0), (1.0, 0.0)])
+def test_intervals_are_hardly_wider_than_they_must_be(variances: tuple[float, float]) -> None:
+    """Few seeds widen an interval only as far as it is seeds that make the difference."""
+    draw, experiments = np.random.default_rng(5), 4000
+    means = np.sqrt(sum(variances)) * draw.standard_normal(experiments)
+    halves = [spread.half(0.05) for spread in spreads(draw, variances, experiments)]
+    missed = int((np.abs(means) > halves).sum())
+    assert stats.binom.ppf(1e-3, experiments, 0.02) <= missed <= stats.binom.ppf(1 - 1e-3, experiments, 0.05)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("variances", [(0.0, 1.0), (1.0, 1.0), (1.0, 0.0)])
+def test_a_difference_that_a_study_could_see_is_found_in_four_of_five(variances: tuple[float, float]) -> None:
+    draw, experiments = np.random.default_rng(6), 4000
+    shift = Spread(variances, FREEDOM).detectable()
+    means = shift + np.sqrt(sum(variances)) * draw.standard_normal(experiments)
+    halves = [spread.half(0.05) for spread in spreads(draw, variances, experiments)]
+    assert (means > halves).mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_variances_are_those_of_seeds_and_of_a_ratio_over_examples() -> None:
+    """The jackknife over examples, and Student's interval where all examples differ alike."""
+    method, baseline, tokens = made_up(np.random.default_rng(7), 0.01, seeds=4, examples=40, of_seeds=0.0)
+    gaps = method - baseline
+    left_out = [mean_loss(np.delete(gaps, i, 1), np.delete(tokens, i)) for i in range(40)]
+    of_examples = 39 * np.var(left_out)
+    of_seeds = np.var([mean_loss(row[None], tokens) for row in gaps], ddof=1) / 4
+    wide = sum(stats.t.ppf(0.975, f) ** 2 * v for f, v in ((3, of_seeds), (39, of_examples)))
+    low, high = difference(method, baseline, tokens).interval
+    assert high - low == pytest.approx(2 * math.sqrt(wide), rel=0.02)
+    alike = np.array([[0.1], [0.2], [0.4]]) * tokens
+    student = stats.ttest_1samp([0.1, 0.2, 0.4], 0.0)
+    found = difference(alike, np.zeros_like(alike), tokens)
+    assert found.p == pytest.approx(student.pvalue, rel=1e-6)
+    assert found.interval == pytest.approx(tuple(student.confidence_interval(0.95)))
+
+
 def test_a_large_difference_is_found_with_its_sign() -> None:
     found = difference(*made_up(np.random.default_rng(2), -0.2))
     assert found.p < 0.01
     assert found.interval[1] < 0
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_an_interval_excludes_zero_where_p_is_below_a_twentieth(seeds: int) -> None:
-    """Both are of a t distribution with one degree of freedom less than there are seeds, whatever the examples."""
-    found = difference(*made_up(np.random.default_rng(4), 0.01, seeds))
-    low, high = found.interval
-    t = 2 * found.mean / (high - low) * stats.t.ppf(0.975, seeds - 1)
-    assert found.p == pytest.approx(2 * stats.t.sf(t, seeds - 1), rel=1e-9)
-    assert low + high == pytest.approx(2 * found.mean)
+@given(st.floats(1e-6, 1e3), st.floats(0, 1e3), st.floats(0, 1e3), st.integers(1, 9), st.integers(1, 200))
+def test_an_interval_of_level_p_ends_at_zero(
+    mean: float, of_seeds: float, of_examples: float, seeds: int, examples: int
+) -> None:
+    spread = Spread((of_seeds, of_examples), (seeds, examples))
+    p = spread.p(mean)
+    assert p == spread.p(-mean)
+    if p:
+        assert spread.half(p) == pytest.approx(mean, rel=1e-6, abs=1e-8)
+    else:
+        assert spread.half(1e-30) <= mean
 
 
 def test_equal_methods_differ_by_nothing() -> None:
     _, baseline, tokens = made_up(np.random.default_rng(3), 0.0)
     found = difference(baseline, baseline, tokens)
-    assert (found.mean, found.interval, found.p) == (0.0, (0.0, 0.0), 1.0)
+    assert (found.mean, found.interval, found.p, found.detectable) == (0.0, (0.0, 0.0), 1.0, 0.0)
 
 
 def test_the_mean_counts_tokens() -> None:

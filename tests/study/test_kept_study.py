@@ -26,7 +26,7 @@ def test_the_kept_report_is_that_of_the_kept_runs() -> None:
             assert (result.method, result.rate) == (known.method, known.rate)
             assert result.test_loss == pytest.approx(known.test_loss)
             if result.difference is not None and known.difference is not None:
-                assert result.difference.interval == pytest.approx(known.difference.interval, rel=0.1)
+                assert result.difference.interval == pytest.approx(known.difference.interval)
 
 
 def test_the_docs_quote_it() -> None:
