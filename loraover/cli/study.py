@@ -21,15 +21,15 @@ from loraover.common.command_line import Command
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
 @click.option(
     "--methods",
-    help="Methods to compare, separated by commas, see docs/study/. Default: plain LoRA at two sizes, LoRA-Over of all "
-    "matrices, and of a quarter of them chosen by score and by chance.",
+    help="Methods to compare, separated by commas, see docs/study/. Default: plain LoRA, plain LoRA with as many "
+    "trained numbers as LoRA-Over, LoRA-Over of all matrices, and of a quarter of them chosen by score and by chance.",
 )
 @click.option(
     "--ruler",
     "rulers",
     multiple=True,
     metavar="METHOD",
-    help="Method to train and show, such as lora:r=16, which is neither a baseline nor compared in the verdict. Can be "
+    help="Method to show for scale, such as lora:r=16. It is not a baseline and does not count in the verdict. Can be "
     "repeated.",
 )
 @click.option(
@@ -39,10 +39,16 @@ from loraover.common.command_line import Command
     metavar="[NAME=]RATES",
     default=["3e-4,1e-3,3e-3"],
     show_default=True,
-    help="Learning rates to try, separated by commas: of the method or task NAME (a task is a recipe's name), of one "
-    "method on one task (TASK/METHOD), or without NAME of all other methods. Can be repeated.",
+    help="Learning rates to try, separated by commas. NAME limits them to one method (lora), one task (a recipe's "
+    "name) or one method on one task (demo/lora). Rates without NAME apply to all others. Can be repeated.",
 )
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Number of seeds, from 0.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Number of seeds, which are 0, 1, 2 and so on.",
+)
 @click.option(
     "--tuning-seeds",
     type=click.IntRange(1),

@@ -17,7 +17,7 @@ from loraover.common.command_line import Command
     examples=[
         "loraover train demo",
         "loraover train gsm8k-smollm2 --method lora --learning-rate 1e-3 -o runs/plain",
-        "loraover train demo --set over.decomposition=svd --plan",
+        "loraover train demo --set over.decomposition=svd --set over.options={} --plan",
         "loraover train demo --resume",
     ],
     renamed={"--base": "--push-model"},
@@ -33,12 +33,12 @@ from loraover.common.command_line import Command
 @click.option(
     "--method",
     type=click.Choice(["lora", "lora-over", "full", "soma", "lorasc", "federated", "tensorguide"]),
-    help="Train plain LoRA, LoRA-Over, all weights, or by another method, see docs/methods.md.",
+    help="Method in place of the recipe's: plain LoRA, LoRA-Over, all weights (full), or one of docs/methods.md.",
 )
 @click.option("--model", help="Base model: folder or hub name.")
 @click.option("--data", help="Training data: JSONL file, folder, hub name, or 'word-problems' (built in).")
 @click.option("--test-data", help="Held-out data: JSONL file, folder, hub name, or 'word-problems' (built in).")
-@click.option("--steps", type=int, help="Number of optimizer steps, in place of epochs.")
+@click.option("--steps", type=int, help="Number of optimizer steps, in place of the recipe's steps or epochs.")
 @click.option("--learning-rate", type=float, help="Peak learning rate.")
 @click.option("--seed", type=int, help="Seed of weights, data order and built-in data.")
 @click.option(
@@ -46,10 +46,10 @@ from loraover.common.command_line import Command
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Value of any other key of the recipe, such as over.decomposition=svd. Can be repeated.",
+    help="Value of any other key of the recipe, such as training.weight_decay=0.01. Can be repeated.",
 )
 @click.option(
-    "--push-model", help="Base model that a pushed adapter names in place of the stand-in that it was trained on."
+    "--push-model", help="Base model that an adapter names on the hub, if it was trained on a local copy of that model."
 )
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder from its last complete checkpoint.")
 @click.option("--plan", is_flag=True, help="Print memory, steps and tokens that the run would need, and train nothing.")

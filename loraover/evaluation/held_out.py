@@ -51,6 +51,15 @@ def exact_match(
     return sum(one is not None and one == other for one, other in zip(found, wanted, strict=True)) / len(rows)
 
 
+def any_number(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether the completion of any example has a number to compare.
+
+    Args:
+        rows: Examples with `completion`, each a text or chat messages.
+    """
+    return any(final_number(_content(row["completion"])) is not None for row in rows)
+
+
 class Scored(NamedTuple):
     """Negative log-likelihood of one completion, in nats, and its number of tokens."""
 

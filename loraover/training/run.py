@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.errors import ConfigError, DataError, DivergedError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
-from loraover.evaluation.held_out import exact_match, example_losses, token_loss
+from loraover.evaluation.held_out import any_number, exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
@@ -28,7 +28,7 @@ from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.methods.base import served_size
 from loraover.training.prepare import Prepared, planned_steps, prepare
 from loraover.training.push import moved_copy, push
-from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.recipe import EvaluationSettings, Recipe, load_recipe
 from loraover.training.run_folder import (
     HELD_OUT_FILE,
     METRICS_FILE,
@@ -224,6 +224,28 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
     return Timed(0, 0.0)
 
 
+def _accuracy(
+    run: Prepared, rows: Sequence[dict[str, Any]], asked: EvaluationSettings, report: Reporter, when: str
+) -> float | None:
+    """Measure exact match; None, with a line that says why, if numbers are compared and no held-out row has one."""
+    if asked.answer == "number" and not any_number(rows):
+        report.line(
+            "no held-out completion has a number, so exact match is not measured; set evaluation.answer to text to "
+            "compare texts"
+        )
+        return None
+    with report.task(f"held-out answers {when}", len(rows)) as advance:
+        return exact_match(
+            run.model,
+            run.tokenizer,
+            rows,
+            max_new_tokens=asked.max_new_tokens,
+            batch_size=asked.batch_size,
+            answer=asked.answer,
+            on_batch=advance,
+        )
+
+
 def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str) -> Measures | None:
     """Measure loss and exact match on the held-out rows, and log them."""
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
@@ -237,18 +259,7 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
             "no held-out example has room for its completion within training.max_length = "
             f"{recipe.training.max_length}; raise it."
         )
-    accuracy = None
-    if recipe.evaluation.exact_match:
-        with report.task(f"held-out answers {when}", len(rows)) as advance:
-            accuracy = exact_match(
-                run.model,
-                run.tokenizer,
-                rows,
-                max_new_tokens=recipe.evaluation.max_new_tokens,
-                batch_size=recipe.evaluation.batch_size,
-                answer=recipe.evaluation.answer,
-                on_batch=advance,
-            )
+    accuracy = _accuracy(run, rows, recipe.evaluation, report, when) if recipe.evaluation.exact_match else None
     measures = Measures(examples=fitting, loss=loss, exact_match=accuracy)
     if fitting < len(rows):
         report.line(

@@ -189,6 +189,20 @@ def test_flags_reach_the_recipe(bases: dict[str, Path], tmp_path: Path) -> None:
     assert after.exact_match is None
 
 
+@pytest.mark.parametrize(("answer", "is_measured"), [("number", False), ("text", True)])
+def test_answers_without_numbers_are_not_judged_by_numbers(
+    answer: str, is_measured: bool, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "Is it?", "completion": " yes"}, {"prompt": "Is it not?", "completion": " no"}]
+    test_file = data_file(tmp_path / "test.jsonl", *rows)
+    asked = ("--test-data", test_file, "--set", f"evaluation.answer={answer}", "--steps", 1)
+    assert train(recipe, tmp_path / "out", *asked) == 0
+    after = read_run(tmp_path / "out").after
+    assert after is not None
+    assert (after.exact_match is not None) is is_measured
+    assert ("no held-out completion has a number" in capsys.readouterr().out) is not is_measured
+
+
 @pytest.mark.parametrize(
     ("capability", "precision", "is_slow"), [("AVX2", "bf16", True), ("AVX2", "fp32", False), ("AVX512", "bf16", False)]
 )

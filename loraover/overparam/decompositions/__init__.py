@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -40,19 +41,20 @@ def make_decomposition(name: str, options: Mapping[str, Any] | None = None) -> D
     try:
         return _READER.validate_python({"name": name, **given})
     except ValidationError as error:
-        faults = [_fault(fault) for fault in error.errors(include_url=False)]
+        faults = [_fault(fault, name) for fault in error.errors(include_url=False)]
         more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
         raise ConfigError(f"{name}: {'; '.join(faults[:MAX_FAULTS])}{more}.") from error
 
 
-def _fault(fault: ErrorDetails) -> str:
+def _fault(fault: ErrorDetails, name: str) -> str:
     """Describe a fault: the option, what was found and what was expected."""
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])  # the sentence of our own validator
     option, *within = fault["loc"][1:]  # behind the decomposition's name
     place = str(option) + "".join(f"[{key}]" for key in within if key != "[key]")
     if fault["type"] == "unexpected_keyword_argument":
-        return f"{place!r} is not an option"
+        known = ", ".join(field.name for field in fields(DECOMPOSITIONS[name]) if field.name != "name")
+        return f"{place!r} is not an option; {f'the options are {known}' if known else 'there are none'}"
     return f"{place} is {fault['input']!r:.80}, but {fault['msg'].removeprefix('Input ')}"
 
 
