@@ -196,7 +196,8 @@ FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:train
 study-papers:
 	$(call adopt,papers,gsm8k-long,012)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml \
-		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" $(GAUGE) --lr-sweep lora-over=$(FAST) \
+		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" $(GAUGE) \
+		--lr-sweep lora-over=$(FAST),1.2e-2 \
 		--lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2 --lr-sweep "$(FEDERATED)=1e-3,3e-3,1e-2" --seeds 3 \
 		-o docs/study/papers
 
