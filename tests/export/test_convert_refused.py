@@ -24,7 +24,7 @@ from loraover_export.cli import cli
 from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import LowRank, Refused
 
-from support.conversions import SOURCES, fill, make_base, make_source, our_deltas
+from support.conversions import SOURCES, Source, fill, make_base, make_source, our_deltas
 from support.refusals import only_error
 from support.tiny_models import tiny_bert, token_ids
 
@@ -144,6 +144,47 @@ def test_a_tensor_of_another_shape_never_passes(kind: str, bases: Callable[[str]
 
 def replacing(key: str, tensor: Tensor) -> Change:
     return lambda tensors: tensors | {key: tensor}
+
+
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr"])
+def test_a_rank_that_the_file_contradicts_is_refused(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """PEFT refuses it too; the scaling would be another."""
+    adapter = make_source(bases(SOURCES[name].base), tmp_path / "whole", SOURCES[name])
+    source = changed(adapter, tmp_path / "source", r=8)
+    with pytest.raises(CheckpointError, match=r"expected \(.*8.*\) for the base model and the rank in adapter_config"):
+        convert_adapter(source, tmp_path / "out")
+
+
+LORAS: dict[str, tuple[Source, str]] = {
+    **{
+        f"dora of {start}": (
+            Source("LORA", {"r": 3, "use_dora": True, "init_lora_weights": start}),
+            f"both use_dora and init_lora_weights '{start}'.*merge_and_unload",
+        )
+        for start in ("pissa", "olora")
+    },
+    "olora of a square Conv1D": (
+        Source(
+            "LORA",
+            {"r": 3, "init_lora_weights": "olora", "target_modules": ["attn.c_proj"], "fan_in_fan_out": True},
+            base="gpt2",
+        ),
+        "OLoRA of a Conv1D is not converted.*merge_and_unload",
+    ),
+    "trained tokens beside a lora of a tied head": (
+        Source("LORA", {"r": 2, "target_modules": ["lm_head"], "trainable_token_indices": [3, 5, 9]}, base="tied"),
+        "trained tokens, and lm_head, which shares its weight, has a LoRA; train with one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_lora_of_another_weight_is_refused(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    source, words = LORAS[name]
+    adapter = make_source(bases(source.base), tmp_path / "source", source)
+    with pytest.raises(ExportError, match=words):
+        convert_adapter(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_full_rank_needs_a_rank_to_truncate_to(folder: Path, tmp_path: Path) -> None:

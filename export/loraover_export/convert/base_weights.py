@@ -48,7 +48,7 @@ class BaseWeights:
         return {
             path: _shape(module)
             for path, module in self.modules.items()
-            if type(module).__name__ == "Conv1D" or is_linear(module) or is_embedding(module)
+            if is_conv1d(module) or is_linear(module) or is_embedding(module)
         }
 
     @property
@@ -71,7 +71,7 @@ class BaseWeights:
         with self._lock:  # files are opened once
             key = self._key(f"{path}.weight")
         weight = self._tensors[key].read(key)
-        weight = weight.T if type(self.modules[path]).__name__ == "Conv1D" else weight
+        weight = weight.T if is_conv1d(self.modules[path]) else weight
         if not weight.is_floating_point() or tuple(weight.shape) != self.shapes[path]:
             raise ConfigError(
                 f"model: {self.source.origin}: {key} is {weight.dtype} of shape {tuple(weight.shape)}, expected "
@@ -117,6 +117,11 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def is_conv1d(module: Any) -> bool:
+    """Whether a module is a linear layer of transformers that keeps its weight transposed, (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
 def is_embedding(module: Any) -> bool:
     """Whether a module is an embedding of PyTorch."""
     from torch import nn
@@ -126,4 +131,4 @@ def is_embedding(module: Any) -> bool:
 
 def _shape(module: Any) -> tuple[int, int]:
     m, n = module.weight.shape
-    return (n, m) if type(module).__name__ == "Conv1D" else (m, n)
+    return (n, m) if is_conv1d(module) else (m, n)

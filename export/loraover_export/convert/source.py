@@ -18,7 +18,7 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FI
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.strict_json import read_json
-from loraover_export.convert.base_weights import BaseWeights, is_embedding
+from loraover_export.convert.base_weights import BaseWeights, is_conv1d, is_embedding
 
 
 class MethodConfig(BaseModel):
@@ -170,6 +170,11 @@ class Module(Generic[Config]):
         return is_embedding(self.adapter.base.modules[self.path])
 
     @property
+    def is_conv1d(self) -> bool:
+        """Whether it is a Conv1D, whose weight is stored transposed."""
+        return is_conv1d(self.adapter.base.modules[self.path])
+
+    @property
     def has_bias(self) -> bool:
         """Whether the base model's layer has a bias."""
         return getattr(self.adapter.base.modules[self.path], "bias", None) is not None
@@ -199,8 +204,9 @@ class Module(Generic[Config]):
         ):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise CheckpointError(
-                f"{where} has shape {tuple(found.shape)}, expected ({wanted}); name the model that the adapter was "
-                "trained on with --model. Convolutions are not converted."
+                f"{where} has shape {tuple(found.shape)}, expected ({wanted}) for the base model and the rank "
+                f"in {CONFIG_FILE}; name the model that the adapter was trained on with --model. Convolutions are not "
+                "converted."
             )
         return found
 

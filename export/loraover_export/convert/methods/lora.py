@@ -7,7 +7,8 @@ delta_W = s B A - s B_0 A_0 on the original base model, of rank 2 r. PEFT makes 
 it loads such an adapter, and so does this file. PiSSA: the first r singular triplets of W; OLoRA: the first r columns
 of Q and rows of R in W = Q R. Both products depend on W only.
 
-DoRA: W' = m (W + s B A) / ||W + s B A||, with the norm of each row; delta_W = W' - W, of full rank.
+DoRA: W' = m (W + s B A) / ||W + s B A||, with the norm of each row; delta_W = W' - W, of full rank. PEFT can combine it
+with PiSSA and OLoRA, which is refused here.
 
 Sources: Hu et al. 2021, arXiv:2106.09685; Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775; Liu et
 al. 2024, arXiv:2402.09353.
@@ -38,6 +39,12 @@ class LoraFields(MethodConfig, AdapterConfig):
 
     init_lora_weights: bool | str | None = True
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    @property
+    def taken_out(self) -> str | None:
+        """Initialization whose A and B PEFT takes out of the base weight; None if the base weight stays as it is."""
+        start = self.init_lora_weights
+        return start if isinstance(start, str) and start.lower() not in KEPT_BASE else None
 
 
 @final
@@ -72,16 +79,26 @@ class Lora(Method[LoraFields]):
         s = module.config.scaling(module.path)
         kind, ending = ("lora_embedding_", "") if module.has("lora_embedding_A") else ("lora_", ".weight")
         m, n = (n, m) if module.has("lora_embedding_A") else (m, n)
-        a = module.tensor(f"{kind}A{ending}", None, n)
-        b = module.tensor(f"{kind}B{ending}", m, len(a)) * s
+        start, r = module.config.taken_out, module.config.rank(module.path)
+        if start == "olora" and module.is_conv1d:
+            raise module.refuse(
+                "OLoRA of a Conv1D is not converted: PEFT factors its weight as it is stored, (in, out), and takes the "
+                f"product out of it as if it were (out, in). {MERGE_THERE}"
+            )
+        a = module.tensor(f"{kind}A{ending}", r, n)
+        b = module.tensor(f"{kind}B{ending}", m, r) * s
+        if module.config.use_dora and start is not None:
+            raise module.refuse(
+                f"it has both use_dora and init_lora_weights {start!r}, so its DoRA is of what the start left of the "
+                f"base weight, which is not converted. {MERGE_THERE}"
+            )
         if module.config.use_dora:
             return _dora(module, b @ a)
-        start = module.config.init_lora_weights
-        if not isinstance(start, str) or start.lower() in KEPT_BASE:
+        if start is None:
             return LowRank(b, a)
         if kind != "lora_":
             raise module.refuse(f"init_lora_weights is {start!r}, which embeddings do not have.")
-        b0, a0, left_out, part = _start(module, start, len(a), s)
+        b0, a0, left_out, part = _start(module, start, r, s)
         found = LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)
         return found if part is None else determined(module, part, found)
 

@@ -30,9 +30,13 @@ class LycorisFields(MethodConfig):
     rank_pattern: Patterns[PositiveInt] = Field(default_factory=dict)
     alpha_pattern: Patterns[float] = Field(default_factory=dict)
 
+    def rank(self, module: str) -> int:
+        """Return the rank that the configuration gives one module."""
+        return int(first_match(self.rank_pattern, module, self.r))
+
     def scaling(self, module: str) -> float:
         """Return alpha / r of a module."""
-        return first_match(self.alpha_pattern, module, self.alpha) / first_match(self.rank_pattern, module, self.r)
+        return first_match(self.alpha_pattern, module, self.alpha) / self.rank(module)
 
 
 @final
@@ -45,11 +49,9 @@ class LoHa(Method[LycorisFields]):
     rank: ClassVar[str] = "r^2"
 
     def delta(self, module: Module[LycorisFields]) -> LowRank:
-        m, n = module.shape
-        a1 = module.tensor("hada_w1_a", m, None)
-        a2 = module.tensor("hada_w2_a", m, None)
-        b1 = module.tensor("hada_w1_b", a1.shape[1], n)
-        b2 = module.tensor("hada_w2_b", a2.shape[1], n)
+        (m, n), r = module.shape, module.config.rank(module.path)
+        a1, a2 = (module.tensor(f"hada_w{i}_a", m, r) for i in (1, 2))
+        b1, b2 = (module.tensor(f"hada_w{i}_b", r, n) for i in (1, 2))
         b = (a1[:, :, None] * a2[:, None, :]).flatten(start_dim=1)
         a = (b1[:, None, :] * b2[None, :, :]).flatten(end_dim=1)
         return LowRank(b * module.config.scaling(module.path), a)
@@ -78,9 +80,10 @@ class LoKr(Method[LycorisFields]):
 def _factors(module: Module[LycorisFields], name: str) -> tuple[Tensor, Tensor]:
     """Return P and Q with W = P Q and as few columns of P as the shape or the file allows."""
     if not module.has(name):
-        p = module.tensor(f"{name}_a", None, None)
-        q = module.tensor(f"{name}_b", p.shape[1], None)
-        if p.shape[1] <= min(len(p), q.shape[1]):
+        r = module.config.rank(module.path)
+        p = module.tensor(f"{name}_a", None, r)
+        q = module.tensor(f"{name}_b", r, None)
+        if r <= min(len(p), q.shape[1]):
             return p, q
         w = p @ q
     else:

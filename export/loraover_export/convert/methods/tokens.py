@@ -51,14 +51,24 @@ def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iter
         module: the embedding, or a head with its own weight.
         name: name of the tensor with the new rows.
         indices: the trained tokens, in the order of the rows.
+
+    Raises:
+        ExportError: the head has a LoRA, to which PEFT adds the new rows.
     """
     base = module.adapter.base
     find = partial(_rows, module, name, indices)
     yield Place(module.path, module.is_embedding, find)
     head = base.name_of(base.model.get_output_embeddings())
     is_input = base.modules[module.path] is base.model.get_input_embeddings()
-    if base.is_tied and is_input and head is not None and head not in module.adapter.layout.modules:
+    if not base.is_tied or not is_input or head is None:
+        return
+    of_head = module.adapter.layout.modules.get(head)
+    if of_head is None:
         yield Place(head, False, lambda: find().transposed())
+    elif name not in of_head:
+        raise module.refuse(
+            f"it has trained tokens, and {head}, which shares its weight, has a LoRA; train with one of them."
+        )
 
 
 def _rows(module: Module[Any], name: str, indices: Sequence[int]) -> LowRank:
