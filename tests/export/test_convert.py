@@ -24,7 +24,8 @@ from loraover_export.convert.methods.base import INERT, OTHER_KINDS, Refused
 from loraover_export.convert.methods.householder import _compact
 
 from oracles import conversions as oracle
-from support.conversions import BASES, SOURCES, make_base, make_source, our_deltas, peft_deltas
+from support.conversions import BASES, SOURCES, Source, make_base, make_source, our_deltas, peft_deltas
+from support.make_checkpoint import edit_tensors
 
 TIED = "trained tokens of a tied model"
 """PEFT's merge adds the LoRAs of the embedding and of the head to the one weight that they share."""
@@ -139,6 +140,31 @@ def test_a_full_rank_adapter_is_exact_at_full_rank(made: Make, tmp_path: Path) -
     written = peft_deltas(adapter.base, tmp_path / "lora")
     for path, delta in adapter.deltas.items():
         assert float((written[path] - delta).norm()) <= STORED * float(delta.norm())
+
+
+ZERO: dict[str, tuple[Source, str, int | None, int]] = {
+    "of low rank": (
+        Source("LORA", {"r": 2, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 9}}),
+        "lora_B",
+        None,
+        2,
+    ),
+    "of full rank": (Source("HIRA", {"r": 2, "target_modules": ["q_proj", "k_proj"]}, base="even"), "hira_B", 16, 16),
+}
+
+
+@pytest.mark.parametrize("case", ZERO)
+def test_a_delta_of_zero_has_rank_0(case: str, tmp_path: Path) -> None:
+    """Its factors had a larger rank than that of all others, and leaving them out loses nothing."""
+    source, name, asked, rank = ZERO[case]
+    adapter = make_source(make_base(tmp_path / "base", source.base), tmp_path / "source", source)
+    edit_tensors(
+        adapter / "adapter_model.safetensors",
+        lambda found: found.update({key: 0 * t for key, t in found.items() if f"q_proj.{name}" in key}),
+    )
+    report = convert_adapter(adapter, tmp_path / "lora", rank=asked)
+    assert not report.truncated
+    assert report.exact_rank == report.certificate.rank == rank
 
 
 class TestOracles:

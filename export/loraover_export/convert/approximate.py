@@ -43,26 +43,27 @@ def _approximate(place: Place, layout: Layout[Any], rank: int | None, ranks: dic
         b, a = found.b, found.a
         if len(a) > min(len(b), a.shape[1]):
             b, a = _square(b @ a)
-        ranks[place.path] = len(a)
-        if rank is not None and len(a) > rank:
+        norm = product_norm(b, a)
+        exact = ranks[place.path] = len(a) if norm else 0
+        if rank is not None and exact > rank:
             return _truncated(place, decompose(b, a), rank, noise)
-        return _exact(place, b, a, noise)
-    exact = ranks[place.path] = min(found.value.shape)
-    if rank is None:
+        return _exact(place, b, a, norm, noise)
+    norm = float(found.value.norm())
+    exact = ranks[place.path] = min(found.value.shape) if norm else 0
+    if rank is None and exact:
         raise ExportError(
             f"{layout.tensors_path}: {place.path}: this {layout.config.peft_type} adapter changes the weight by a "
             f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with --rank R; its error is "
             f"shown. With rank {exact}, {fit_in_words(exact)}."
         )
     noise = gamma(ROUNDINGS * sum(found.value.shape), U64) * found.size
-    if exact <= rank:
-        return _exact(place, *_square(found.value), noise)
-    return _truncated(place, dense_svd(found.value), rank, noise)
+    if rank is not None and exact > rank:
+        return _truncated(place, dense_svd(found.value), rank, noise)
+    return _exact(place, *_square(found.value), norm, noise)
 
 
-def _exact(place: Place, b: Tensor, a: Tensor, noise: float) -> Approximation:
-    """Return factors as they are, or of rank 0 if their product is zero."""
-    norm = product_norm(b, a)
+def _exact(place: Place, b: Tensor, a: Tensor, norm: float, noise: float) -> Approximation:
+    """Return factors as they are, or of rank 0 if the norm of their product is zero."""
     kept = slice(None) if norm else slice(0)
     delta = Delta.of_factors(place.path, place.embedding, b[:, kept], a[kept])
     return Approximation(delta, norm, arithmetic_bound=noise)
