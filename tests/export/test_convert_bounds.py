@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from math import sqrt
@@ -209,6 +209,82 @@ def test_deft_is_bounded_where_its_terms_cancel(tmp_path: Path) -> None:
     error = exact_norm(exact(found.b) @ exact(found.a) - truth)
     assert error <= found.left_out <= 1e5 * error
     assert error > 1e-10 * float((found.b @ found.a).norm())
+
+
+def in_pairs(matrix: Tensor) -> Tensor:
+    """The matrix with each second column almost the column before it."""
+    found = matrix.clone()
+    found[:, 1::2] = found[:, ::2] * (1 + 2.0**-20)
+    return found
+
+
+def differences(count: int) -> Tensor:
+    """Columns (34, count), each a sum of differences of the pairs in a matrix of `in_pairs`, times some numbers."""
+    numbers = normal(5, 17, count).float()
+    return torch.stack([numbers, -numbers], dim=1).reshape(34, count)
+
+
+def exact_reflections(adapter: Path, weight: Tensor) -> Any:
+    turned = exact(weight)
+    for u in exact(load_file(adapter / TENSORS)[f"{KEY}.hra_u"]).T:
+        turned = turned - np.outer(turned @ u, u) * (2 / (u @ u))
+    return turned - exact(weight)
+
+
+def exact_network(adapter: Path, weight: Tensor) -> Any:
+    file = load_file(adapter / TENSORS)
+    a, b, encoder, decoder = (
+        exact(file[f"{KEY}.peanut_{name}.weight"]) for name in ("A", "B", "encoders.0", "decoders.0")
+    )
+
+    def relu(x: Any) -> Any:
+        return x * (x > 0)
+
+    first = relu(exact(weight).T @ a.T)
+    return b @ (relu(relu(first @ encoder.T) @ decoder.T) + first).T * Fraction(1, 2)
+
+
+PEANUT_OF_RELU = Source("PEANUT", {"r": 3, "depth": 1, "act_fn": "relu", "scaling": 0.5})
+CANCELLING: dict[str, tuple[Source, Tensor, dict[str, Tensor], Callable[[Path, Tensor], Any]]] = {
+    "hra": (
+        SOURCES["hra"],
+        in_pairs(normal(1, 34, 34).float()),
+        {"hra_u": differences(4)},
+        exact_reflections,
+    ),
+    "peanut": (
+        PEANUT_OF_RELU,
+        in_pairs(normal(1, 34, 34).float()).T.contiguous(),
+        {"peanut_A.weight": differences(3).T.contiguous()},
+        exact_network,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANCELLING)
+def test_products_with_the_weight_are_bounded_where_their_terms_cancel(case: str, tmp_path: Path) -> None:
+    source, weight, tensors, truth_of = CANCELLING[case]
+    adapter = made(tmp_path, source, weight)
+    edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.{name}": new for name, new in tensors.items()}))
+    found, truth = delta_of(adapter), truth_of(adapter, weight)
+    assert isinstance(found, LowRank)
+    error = exact_norm(exact(found.b) @ exact(found.a) - truth)
+    assert 1e-12 * exact_norm(truth) < error <= found.left_out <= 1e5 * error
+
+
+def test_hira_is_bounded_where_its_terms_cancel(tmp_path: Path) -> None:
+    weight = normal(1, 34, 34).float()
+    adapter = made(tmp_path, SOURCES["hira"], weight)
+    large, small = 1000 * normal(2, 34).float(), normal(3, 34).float()
+    a, b = torch.stack([large, small, -large - small]), normal(4, 34, 1).float().expand(34, 3).contiguous()
+    edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.hira_A": a, f"{KEY}.hira_B": b}))
+    report = convert_adapter(adapter, tmp_path / "out", rank=34)
+    module = next(module for module in report.certificate.modules if module.module == PATH)
+    found = delta_of(adapter)
+    assert isinstance(found, Dense)
+    truth = exact(weight) * (exact(b) @ exact(a))
+    error = exact_norm(exact(found.value) - truth)
+    assert 1e-12 * exact_norm(truth) < error <= module.arithmetic_bound <= 1e5 * error
 
 
 def test_the_bound_of_a_dense_delta_covers_its_rounding(tmp_path: Path) -> None:

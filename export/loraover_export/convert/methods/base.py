@@ -57,7 +57,7 @@ class Dense:
 
     Args:
         value: the matrix.
-        operands: Frobenius norm of what it is a difference of, such as the base weight; 0 if it is none.
+        operands: Frobenius norm of what may cancel in it, such as the base weight; 0 if nothing does.
     """
 
     value: Tensor

@@ -14,8 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraover_export.convert.methods.base import LowRank, Method
+from loraover.checkpoint.error_bounds import gamma
+from loraover_export.convert.methods.base import ROUNDINGS, LowRank, Method
 from loraover_export.convert.source import MethodConfig, Module
+from loraover_export.numerics.delta import U64
 
 
 class HraFields(MethodConfig):
@@ -35,13 +37,15 @@ class Hra(Method[HraFields]):
     needs_weights = True
 
     def delta(self, module: Module[HraFields]) -> LowRank:
-        u = module.tensor("hra_u", module.shape[1], module.config.r)
+        (m, n), r = module.shape, module.config.r
+        u = module.tensor("hra_u", n, r)
         if not bool((u.norm(dim=0) > 0).all()):
             raise module.refuse("a column of hra_u is zero and has no direction; train the adapter again.")
-        u, t = (
-            (_orthonormal(u), 2 * torch.eye(u.shape[1], dtype=u.dtype)) if module.config.gram_schmidt else _compact(u)
-        )
-        return LowRank(-(module.weight() @ u) @ t, u.T.contiguous())
+        u, t = (_orthonormal(u), 2 * torch.eye(r, dtype=u.dtype)) if module.config.gram_schmidt else _compact(u)
+        weight = module.weight()
+        # the terms of W U may cancel, so their rounding is not that of the factors
+        size = float(weight.norm()) * float(u.norm()) * float(t.norm()) * float(u.norm())
+        return LowRank(-(weight @ u) @ t, u.T.contiguous(), gamma(ROUNDINGS * (m + n + r), U64) * size)
 
 
 def _compact(u: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,9 @@ class Hira(Method[HiraFields]):
     def delta(self, module: Module[HiraFields]) -> Dense:
         m, n = module.shape
         a = module.tensor("hira_A", None, n)
-        return Dense(module.weight() * (module.tensor("hira_B", m, len(a)) @ a))
+        b, weight = module.tensor("hira_B", m, len(a)), module.weight()
+        terms = weight.abs() * (b.abs() @ a.abs())  # those of B A may cancel
+        return Dense(weight * (b @ a), float(terms.norm()))
 
 
 class GloraFields(MethodConfig):

@@ -37,6 +37,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activations of transformers' ACT2FN that PEANuT can have here, by name."""
 
+STEEPEST = 1.2
+"""Bound of the slope of each activation; the largest is 1.13, of GELU."""
+
 
 class DeftFields(MethodConfig):
     """Fields of DeftConfig that change the delta."""
@@ -103,19 +106,30 @@ class Peanut(Method[PeanutFields]):
     needs_weights = True
 
     def delta(self, module: Module[PeanutFields]) -> LowRank:
-        m = module.shape[0]
+        m, n = module.shape
         f = ACTIVATIONS.get(module.config.act_fn)
         if f is None:
             raise module.refuse(f"act_fn is {module.config.act_fn!r}, expected one of {', '.join(ACTIVATIONS)}.")
         a = module.tensor("peanut_A.weight", None, m)
         r = len(a)
-        hidden, kept = f(module.weight().T @ a.T), []
+        rounding, kept = gamma(ROUNDINGS * (m + n + r), U64), []
+
+        def layer(x: Tensor, apart: float, matrix: Tensor) -> tuple[Tensor, float]:
+            """Return f(x M^T), and a bound of the Frobenius norm of its rounding, from that of x."""
+            found, size = f(x @ matrix.T), float(matrix.norm())
+            linear = (apart + rounding * float(x.norm())) * size  # the terms of x M^T may cancel
+            return found, STEEPEST * linear + rounding * float(found.norm())
+
+        hidden, apart = layer(module.weight().T, 0.0, a)
         for i in range(module.config.depth):
-            kept.append(hidden)
-            hidden = f(hidden @ module.tensor(f"peanut_encoders.{i}.weight", r, r).T)
+            kept.append((hidden, apart))
+            hidden, apart = layer(hidden, apart, module.tensor(f"peanut_encoders.{i}.weight", r, r))
         for i in range(module.config.depth):
-            hidden = f(hidden @ module.tensor(f"peanut_decoders.{i}.weight", r, r).T) + kept.pop()
-        return LowRank(module.tensor("peanut_B.weight", m, r) * module.config.scaling, hidden.T.contiguous())
+            hidden, apart = layer(hidden, apart, module.tensor(f"peanut_decoders.{i}.weight", r, r))
+            skipped, skipped_apart = kept.pop()
+            hidden, apart = hidden + skipped, apart + skipped_apart
+        b = module.tensor("peanut_B.weight", m, r) * module.config.scaling
+        return LowRank(b, hidden.T.contiguous(), apart * float(b.norm()))
 
 
 class OsfFields(MethodConfig):
