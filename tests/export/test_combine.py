@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,7 +25,8 @@ from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.command_line import INTERRUPTED, run
-from loraover_export import combine_adapters
+from loraover.common.errors import ExportError
+from loraover_export import combine_adapters, shrink_adapter
 from loraover_export.cli import cli
 from loraover_export.combine.combine import add_deltas
 from loraover_export.numerics.delta import Delta, read_deltas
@@ -37,7 +38,7 @@ from support.adapters_on_disk import deltas, save_base, save_lora
 from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
 from support.refusals import one_message
 from support.speed import examples
-from support.tiny_models import token_ids
+from support.tiny_models import fill_b, token_ids
 from tolerances import UNIT
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,6 +124,9 @@ def test_one_adapter_keeps_its_delta_exactly(name: str, made: Path, tmp_path: Pa
     combine_adapters([source], tmp_path / "out", weights=[1.0])
     stored, written = load_file(source / TENSORS), load_file(tmp_path / "out" / TENSORS)
     for key, tensor in written.items():
+        if key.endswith("base_layer.weight"):
+            assert torch.equal(tensor, stored[key])
+            continue
         before = stored[key].float()
         rank = before.shape[0 if "_A" in key else 1]
         factor = 1.0 if "_A" in key else alpha / (rank**0.5 if name == "rslora" else rank)
@@ -130,6 +134,58 @@ def test_one_adapter_keeps_its_delta_exactly(name: str, made: Path, tmp_path: Pa
         assert torch.equal(kept, factor * before)
         assert int(tensor.count_nonzero()) == int(kept.count_nonzero()) > 0
     assert any("embed" in key for key in written) == (name == "embedding")
+
+
+@pytest.fixture
+def resized(made: Path, tmp_path: Path) -> Any:
+    """A PEFT model of 66 tokens on a base model of 64, saved as "resized"; its file has the only copy of two rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_pretrained(made / "base")
+        model.resize_token_embeddings(66)
+        options = {"target_modules": ["embed_tokens", "lm_head"], "task_type": "CAUSAL_LM"}
+        peft = get_peft_model(model, LoraConfig(r=4, **options))
+    fill_b(peft, 1)
+    peft.save_pretrained(tmp_path / "resized")
+    return peft
+
+
+@torch.no_grad()
+def test_rows_of_new_tokens_are_taken_over(resized: Any, made: Path, tmp_path: Path) -> None:
+    certificate = combine_adapters([tmp_path / "resized"], tmp_path / "out")
+    shrink_adapter(tmp_path / "resized", tmp_path / "smaller", rank=2)
+    assert any("taken over as they are: base_model.model.lm_head.base_layer" in note for note in certificate.notes)
+    stored = load_file(tmp_path / "resized" / TENSORS)
+    for folder in ("out", "smaller"):
+        held = {key: t for key, t in load_file(tmp_path / folder / TENSORS).items() if "base_layer" in key}
+        assert held.keys() == {key for key in stored if "base_layer" in key}
+        assert all(torch.equal(tensor, stored[key]) for key, tensor in held.items())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        other = AutoModelForCausalLM.from_pretrained(made / "base")
+        other.resize_token_embeddings(66)
+    ids = torch.tensor([[5, 64, 65, 9]])
+    plain = other(input_ids=ids).logits
+    expected = resized.eval()(input_ids=ids).logits
+    found = PeftModel.from_pretrained(other, tmp_path / "out").eval()(input_ids=ids).logits
+    allowed = 256 * UNIT[torch.float32] * float(expected.abs().max())
+    assert float((found - expected)[..., 64:].abs().max()) <= allowed
+    assert float((plain - expected)[..., 64:].abs().max()) > 1000 * allowed
+
+
+def test_different_rows_of_one_embedding_are_refused(made: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(made / "embedding", tmp_path / "other")
+    edit_tensors(other / TENSORS, lambda found: next(t for key, t in found.items() if "base_layer" in key)[3].add_(1))
+    with pytest.raises(ExportError, match=r"hold different weights as .*embed_tokens\.base_layer"):
+        combine_adapters([made / "embedding", other], tmp_path / "out")
+    assert combine_adapters([made / "embedding", made / "embedding"], tmp_path / "out").passed
+
+
+def test_an_untrained_adapter_is_called_so(made: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(made / "one", tmp_path / "one")
+    edit_tensors(source / TENSORS, lambda found: found.update({k: 0 * v for k, v in found.items() if "lora_B" in k}))
+    with pytest.raises(ExportError, match="the adapters are untrained, or their weights cancel; train the adapters"):
+        combine_adapters([source], tmp_path / "out")
 
 
 def test_a_checkpoint_is_read_from_its_cores(tmp_path: Path) -> None:
@@ -236,11 +292,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "another revision": (lambda f: edit_json(f / CONFIG, lambda c: c.update(revision="abc")), [], "@abc"),
     "another shape": (to_other_shape, [], "q_proj is 32 x 32 in"),
     "NaN": (to_nan, [], "holds NaN or infinity"),
-    "cancelling": (lambda f: None, ["--weights=0.3,-0.3"], "the weights cancel"),
+    "cancelling": (lambda f: None, ["--weights=0.3,-0.3"], "their weights cancel"),
     "cancelling by rounding": (
         lambda f: edit_json(f / CONFIG, lambda c: c.update(lora_alpha=10)),
         ["--weights=0.6,-0.3"],
-        "the weights cancel",
+        "their weights cancel",
     ),
     "a weight too many": (lambda f: None, ["--weights=1,1,1"], "--weights has 3 numbers for 2 adapters"),
     "a weight of zero": (lambda f: None, ["--weights=1,0"], "--weights: 0.0 cannot be used"),

@@ -13,15 +13,15 @@ from loraover.checkpoint.exact_tensors import Exact, ExactAdapter
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import ConfigError
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.combine.sources import check_plain, deltas_of, read_sources
+from loraover_export.combine.sources import check_plain, deltas_of, held_notes, held_weights, read_sources
 from loraover_export.numerics.delta import Delta, scale
 from loraover_export.numerics.low_rank import concatenate, decompose, factor_noise
 from loraover_export.uniform.certificate import LoraCertificate
 from loraover_export.uniform.write_lora import Approximation, LoraOutput, write_lora
 
-CANCEL = (
-    "the weights cancel: the sum of the deltas is zero to rounding in every module, so the adapter would do nothing; "
-    "change --weights."
+ZERO = (
+    "the sum of the deltas is zero to rounding in every module, so the adapter would do nothing: the adapters are "
+    "untrained, or their weights cancel; train the adapters, or change --weights."
 )
 
 
@@ -74,7 +74,7 @@ def combine_adapters(
     The delta of each module is the sum of weight * scaling * B @ A over the adapters, exactly: their ranks are
     concatenated, and the weights multiply B. Where adapters share directions, such as two that began with the same A,
     the rank of the sum is smaller; it is then written with that rank. What this drops is rounding, and the certificate
-    bounds it. A single adapter keeps its A and B.
+    bounds it. A single adapter keeps its A and B. Base weights that a file holds beside A and B are taken over.
 
     Args:
         sources: folders of LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs.
@@ -90,7 +90,7 @@ def combine_adapters(
     Raises:
         ConfigError: weights that cannot be used.
         CheckpointError: an adapter that cannot be trusted, or that holds NaN.
-        ExportError: adapters of different base models, adapters that are more than A and B, or weights that cancel.
+        ExportError: adapters of different base models, adapters that are more than A and B, or a sum of zero.
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
@@ -103,6 +103,7 @@ def combine_adapters(
     )
     adapters = read_sources(request.sources)
     check_plain(adapters)
+    held = held_weights(adapters)
     target = LoraOutput(
         output=request.output,
         command=request.command(),
@@ -114,8 +115,10 @@ def combine_adapters(
         task_type=adapters.task_type,
         dtype=request.dtype,
         force=request.force,
+        others=held,
         stacks=adapters.stacks,
-        if_zero=CANCEL,
+        notes=held_notes(held),
+        if_zero=ZERO,
     )
     with adapters.opened() as opened:
         work = [partial(_combined, opened, request.weights, module) for module in adapters.modules]

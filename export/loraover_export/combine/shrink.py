@@ -15,7 +15,7 @@ from loraover.common.dtypes import short_dtype
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.threads import workers
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.combine.sources import Sources, check_plain, read_sources
+from loraover_export.combine.sources import Sources, check_plain, held_notes, held_weights, read_sources
 from loraover_export.numerics.delta import read_delta
 from loraover_export.numerics.low_rank import decompose, factor_noise, rank_of_energy, singular_values
 from loraover_export.uniform.certificate import LoraCertificate
@@ -95,6 +95,7 @@ def shrink_adapter(
     request = ShrinkRequest(Path(source), Path(output), rank, energy, short_dtype(dtype), force)
     adapter = read_sources([request.source])
     check_plain(adapter)
+    held = held_weights(adapter)
     target = LoraOutput(
         output=request.output,
         command=request.command(),
@@ -106,7 +107,9 @@ def shrink_adapter(
         task_type=adapter.task_type,
         dtype=request.dtype,
         force=request.force,
+        others=held,
         stacks=adapter.stacks,
+        notes=held_notes(held),
     )
     target.check()
     with adapter.opened() as (opened,):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from loraover.checkpoint.base_model import described
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
+from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
-from loraover_export.numerics.delta import Delta, adapted_modules, read_delta
+from loraover_export.numerics.delta import Delta, adapted_modules, other_tensors, read_delta
 from loraover_export.uniform.refusals import check_fields, check_tensors
 
 MERGE = "merge it into its base model with `loraover-export merge`"
@@ -85,7 +88,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
 
 
 def check_plain(sources: Sources) -> None:
-    """Refuse adapters that are more than A and B; copies of frozen base weights in their files are left out.
+    """Refuse adapters that are more than A and B, and the base weights of `held_weights`.
 
     Raises:
         ExportError: another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
@@ -93,6 +96,35 @@ def check_plain(sources: Sources) -> None:
     for adapter in sources.adapters:
         check_fields(adapter, MERGE, allowed={"target_parameters"} if adapter.stacks else ())
         check_tensors(adapter, weight_shapes(adapter), MERGE)
+
+
+def held_weights(sources: Sources) -> dict[str, Tensor]:
+    """Return the base weights that the files hold, by their keys; PEFT loads them over those of the base model.
+
+    PEFT saves them beside adapted embeddings. Where the vocabulary was resized, no other file holds the new rows.
+
+    Raises:
+        ExportError: two adapters hold different weights for one module.
+    """
+    found: dict[str, tuple[Tensor, Path]] = {}
+    for adapter in sources.adapters:
+        with open_tensors(adapter.tensors_path) as file:
+            for key in other_tensors(adapter).values():
+                weight = file.read(key)
+                first, path = found.setdefault(key, (weight, adapter.path))
+                if first.shape != weight.shape or bool((first != weight).any()):
+                    raise ExportError(
+                        f"{path} and {adapter.path} hold different weights as {key}, and their deltas fit one only. "
+                        "Train them on the same base model, with the same rows for new tokens."
+                    )
+    return {key: weight for key, (weight, _) in found.items()}
+
+
+def held_notes(held: Mapping[str, Tensor]) -> list[str]:
+    """Return what a reader should know about base weights that were taken over."""
+    if not held:
+        return []
+    return [f"base weights that the sources hold were taken over as they are: {', '.join(held)}"]
 
 
 def weight_shapes(adapter: AdapterDir) -> dict[str, tuple[int, int]]:
