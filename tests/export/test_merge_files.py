@@ -21,8 +21,9 @@ from loraover.common.command_line import INTERRUPTED, run
 from loraover.models.load import load_model, load_tokenizer, resolve_model
 from loraover_export import MergeReport, merge_adapter
 from loraover_export.cli import cli
-from loraover_export.merge import arithmetic, stream
-from loraover_export.merge.erasure import NF4, four_bits
+from loraover_export.merge import arithmetic, erasure, stream
+from loraover_export.merge.erasure import NF4, Erasure, Lost, four_bits, lost_by_four_bits
+from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest
 
 from strategies import normal
@@ -169,6 +170,25 @@ def test_small_deltas_are_said_to_be_erased(pair: tuple[Path, Path], tmp_path: P
     assert report.stored.error == pytest.approx((error / total) ** 0.5, rel=1e-9)
     assert 0.1 < report.stored.erased < 0.9
     assert 0.01 < report.four_bit.erased < 0.9 < report.four_bit.error
+
+
+def test_every_row_counts_where_some_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tall weight of equal rows loses much, and a low one little: the sample has to weigh them by their heights."""
+
+    def of_both() -> Erasure:
+        both = Lost()
+        for seed, height, size in ((1, 2000, 1e-3), (2, 100, 1.0)):
+            row, a = normal(seed, 1, 64), normal(seed + 2, 1, 64)
+            delta = Delta.of_factors("m", False, torch.full((height, 1), size, dtype=torch.float64), a)
+            both.add(lost_by_four_bits(row.expand(height, 64), delta))
+        return both.result()
+
+    found = of_both()
+    monkeypatch.setattr(erasure, "ROWS", 10**6)
+    expected = of_both()
+    assert found.erased == pytest.approx(expected.erased, rel=1e-9)
+    assert found.error == pytest.approx(expected.error, rel=1e-9)
+    assert 1e-6 < expected.erased < expected.error < 1
 
 
 def test_the_quantiser_is_bitsandbytes() -> None:

@@ -75,7 +75,7 @@ def lost_by_four_bits(weight: Tensor, delta: Delta) -> Lost:
     """Return what quantising W + delta_W instead of W leaves of delta_W: Q(W + delta_W) - Q(W) is compared with it.
 
     Q is the 4-bit NormalFloat with one scale, the largest absolute value, for each 64 elements of a row, as in
-    bitsandbytes. It is tried on at most ROWS rows.
+    bitsandbytes. It is tried on at most ROWS rows, and their sums are scaled to all rows.
 
     Args:
         weight: W before the merge, (out_features, in_features).
@@ -84,10 +84,11 @@ def lost_by_four_bits(weight: Tensor, delta: Delta) -> Lost:
     rows = slice(0, None, math.ceil(len(weight) / ROWS))
     before, change = weight[rows].double(), delta.rows(rows).product().value
     old, new = four_bits(before), four_bits(before + change)
+    each = len(weight) / len(before)  # rows of the weight that each of these rows stands for
     lost = Lost()
-    lost.squares = float(change.square().sum())
-    lost.erased = float(change[new == old].square().sum())
-    lost.errors = float((new - old - change).square().sum())
+    lost.squares = each * float(change.square().sum())
+    lost.erased = each * float(change[new == old].square().sum())
+    lost.errors = each * float((new - old - change).square().sum())
     return lost
 
 
