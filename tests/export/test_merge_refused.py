@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from loraover.common.command_line import run
+from loraover.common.errors import FoldError
+from loraover_export import merge_adapter
 from loraover_export.cli import cli
 
 from support.adapters_on_disk import save_base, save_lora, save_shards
@@ -145,6 +147,15 @@ def test_a_tensor_in_two_shards(pair: tuple[Path, Path], tmp_path: Path, capsys:
     edit_tensors(other, lambda found: found.update(load_file(one)))
     assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "out")]) == 2
     assert "several of its files hold a tensor 'model.embed_tokens.weight'" in only_error(capsys.readouterr().err)
+
+
+def test_a_sum_beyond_the_base_models_type_names_the_weight(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.float16)
+    adapter = save_lora(base, tmp_path / "adapter", target_modules=["q_proj"], lora_alpha=1e9)
+    words = r"layers\.0\.self_attn\.q_proj\.weight: an element .* float16 .* in bfloat16 or float32 first"
+    with pytest.raises(FoldError, match=words):
+        merge_adapter(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import ExactAdapter
 from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, FLOATS, TensorFile, open_tensors
+from loraover.common.errors import FoldError
 from loraover.common.threads import Workers
 from loraover_export.fold.fold import not_kept
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
@@ -56,7 +57,13 @@ def write_shard(
         file.write(_header(source, tensors))
         for planned in tensors:
             if planned.changes:
-                tensor, merged = _changed(planned, source, adapter, threads)
+                try:
+                    tensor, merged = _changed(planned, source, adapter, threads)
+                except FoldError as error:
+                    raise FoldError(
+                        f"{planned.key}: {error} A merged weight keeps the base model's type; save the base model in "
+                        "bfloat16 or float32 first, and merge into that."
+                    ) from error
                 _write(file, tensor, planned.key)
                 found += [] if merged is None else [merged]
             else:

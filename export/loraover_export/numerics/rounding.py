@@ -39,7 +39,7 @@ def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
             raise FoldError("NaN among the elements; the training that made them had diverged.")
         raise FoldError(
             f"an element of {x.abs().max():.4g} exceeds the largest {str(dtype).removeprefix('torch.')} number, "
-            f"{torch.finfo(dtype).max:.4g}; fold to a wider type."
+            f"{torch.finfo(dtype).max:.4g}; a wider type holds it."
         )
     return rounded
 
