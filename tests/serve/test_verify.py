@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from loraover.common.errors import EngineError
+from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.verify.answers import Expected, Row
 from loraover_serve.verify.faults import IN_BASE, NOT_APPLIED, OTHER_BASE
 from loraover_serve.verify.judge import FLOOR, Answers, allowed_distance, distance
 from loraover_serve.verify.report import LogprobDistance
-from loraover_serve.verify.rounding import FORMATS
 from loraover_serve.verify.run import verify_engine
 
 from support.make_checkpoint import Made

@@ -19,11 +19,11 @@ from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.models.load import ModelSource, resolve_model
 from loraover.reporting.reporter import SILENT
 from loraover_export.fold.prompts import read_prompts
+from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.verify.engines.base import Setting
 from loraover_serve.verify.faults import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.judge import Court
 from loraover_serve.verify.reference import make_reference
-from loraover_serve.verify.rounding import FORMATS
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 

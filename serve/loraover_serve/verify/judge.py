@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from loraover.common.errors import EngineError
+from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.comparison.thresholds import APPLIED, SURE
 from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Rows
 from loraover_serve.verify.faults import FAULTS, IN_BASE, OTHER_BASE, Candidate, Subject, rescaled
 from loraover_serve.verify.mixed import compare_mixed, mixed_fault
 from loraover_serve.verify.reference import Reference
 from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect
-from loraover_serve.verify.rounding import FORMATS
 from loraover_serve.verify.variants import Variants
 
 FLOOR = 1e-4  # nats by which float32's rounding alone may set apart two computations

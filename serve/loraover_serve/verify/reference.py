@@ -15,10 +15,10 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.models.load import ModelSource, load_model
 from loraover.reporting.reporter import Reporter
+from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.engines.sample import Request
 from loraover_serve.engines.torch import TorchEngine, Within, torch_engine
 from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Question, Row, window_rows
-from loraover_serve.verify.rounding import FORMATS, rounding
 
 
 @dataclass(frozen=True)

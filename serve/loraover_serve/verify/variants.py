@@ -17,9 +17,9 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import load_others, put_parameters, target_module
 from loraover.models.load import ModelSource, load_model
 from loraover_export.numerics.delta import read_deltas
+from loraover_serve.comparison.rounding import Format, rounding
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.verify.answers import Expected, Question, window_rows
-from loraover_serve.verify.rounding import Format, rounding
 
 
 @dataclass(frozen=True)
