@@ -113,6 +113,16 @@ def test_a_port_taken_on_one_address_is_not_free_on_all() -> None:
         assert next_free_port("0.0.0.0", port) > port
 
 
+def test_a_port_of_a_vllm_that_loads_its_model_is_not_free() -> None:
+    """vLLM binds its port with both options, and listens when the model is loaded."""
+    with socket.socket() as loading:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            loading.setsockopt(socket.SOL_SOCKET, option, 1)
+        loading.bind(("127.0.0.1", 0))
+        port = loading.getsockname()[1]
+        assert next_free_port("127.0.0.1", port) > port
+
+
 def test_a_host_of_another_machine_is_refused(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["up", str(shop), "--vllm", stand_in(tmp_path, "answers"), "--host", "192.0.2.1"]
     assert run(cli, words) == 2

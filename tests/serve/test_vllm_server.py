@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from loraover.common.errors import EngineError
 from loraover_serve.vllm import server as vllm_server
+from loraover_serve.vllm.client import VllmClient
 from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
 from support.vllm_stand_in import assert_stopped, stand_in
@@ -103,6 +105,19 @@ def test_a_server_that_is_no_use_says_why(mode: str, words: list[str], tmp_path:
     assert all(word in str(caught.value) for word in words)
     if mode != "ends":
         assert_stopped(tmp_path)
+
+
+def test_another_server_on_the_port_does_not_answer_for_one_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(pid: int) -> AbstractContextManager[None]:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return nullcontext()
+
+    monkeypatch.setattr(VllmClient, "is_healthy", lambda client: True)
+    server = serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "ends"), watch=ended)
+    with pytest.raises(EngineError, match="ended with code 1"), server:
+        pytest.fail("the block ran")
 
 
 def test_what_is_no_http_at_first_is_waited_for(tmp_path: Path) -> None:

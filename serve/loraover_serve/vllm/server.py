@@ -170,7 +170,7 @@ def serve_vllm(
         OutputError: a log that cannot be written.
     """
     key = config.api_key()
-    port = _free_port(config.host, port or 0)
+    port = free_port(config.host) if port is None else _named_port(config.host, port)
     with signals_as_interrupts(), _opened(log) as output:
         try:
             process = subprocess.Popen(
@@ -224,17 +224,22 @@ def _opened(log: Path) -> BinaryIO:
 def _await_answers(
     client: VllmClient, names: Sequence[str], process: subprocess.Popen[bytes], log: Path, deadline: float
 ) -> None:
+    _check_runs(process, log)  # first, since another server on the port would answer in its place
     while not client.is_healthy():
-        if process.poll() is not None:
-            raise EngineError(f"vllm serve ended with code {process.returncode}; {_end_of(log)}")
         if time.monotonic() > deadline:
             raise EngineError(f"vllm serve did not come up in time; {_end_of(log)}")
         time.sleep(POLL_S)
+        _check_runs(process, log)
     for name in names:
         try:
             client.complete(name, [1], max_tokens=1, timeout_s=max(deadline - time.monotonic(), POLL_S))
         except EngineError as error:
             raise EngineError(f"vllm serve is up, but {name!r} does not answer: {error} {_end_of(log)}") from error
+
+
+def _check_runs(process: subprocess.Popen[bytes], log: Path) -> None:
+    if process.poll() is not None:
+        raise EngineError(f"vllm serve ended with code {process.returncode}; {_end_of(log)}")
 
 
 def _not_started(executable: str, error: OSError) -> EngineError:
@@ -297,18 +302,39 @@ def next_free_port(host: str, first: int) -> int:
     raise EngineError(f"no port from {first} to {LAST_PORT} is free on {host}.")
 
 
-def _free_port(host: str, wanted: int) -> int:
-    """The wanted port, or any free one if that is 0."""
+def free_port(host: str) -> int:
+    """Any free port of a host.
+
+    Args:
+        host: address or name that a server is to listen on.
+
+    Raises:
+        EngineError: a host that is not this machine.
+    """
+    return _named_port(host, 0)
+
+
+def _named_port(host: str, port: int) -> int:
+    """The port, or any free one if it is 0; one that was used a moment ago (TIME_WAIT) can be named again."""
     try:
-        return _bound(host, wanted)
+        return _bound(host, port, reuse=port != 0)
     except OSError as error:
-        raise EngineError(f"port {wanted} cannot be used on {host}: {error.strerror}; choose another.") from error
+        raise EngineError(f"port {port} cannot be used on {host}: {error.strerror}; choose another.") from error
 
 
-def _bound(host: str, port: int) -> int:
-    """The port that a server gets when it asks for this one; the address family is chosen as vLLM does."""
+def _bound(host: str, port: int, *, reuse: bool = False) -> int:
+    """The port that a server gets when it asks for this one; the address family is chosen as vLLM does.
+
+    vLLM binds its port, with SO_REUSEADDR and SO_REUSEPORT, long before it listens. A probe with SO_REUSEADDR succeeds
+    beside it, and then two servers would share the port.
+
+    Args:
+        host: address or name that a server is to listen on.
+        port: the port; 0 means any free one.
+        reuse: whether to set SO_REUSEADDR.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
         probe.bind((host, port))
         found: int = probe.getsockname()[1]
         return found

@@ -16,7 +16,7 @@ from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.engines.endpoint import OpenAiEngine
 from loraover_serve.vllm.serve import serve_adapters
-from loraover_serve.vllm.server import KEY_VARIABLE
+from loraover_serve.vllm.server import KEY_VARIABLE, LOOPBACK, free_port
 
 LOG_FILE = "vllm.log"
 ROOM = 8  # tokens by which the server's largest length exceeds the longest request
@@ -45,6 +45,7 @@ class Vllm(OpenAiEngine):
             folder,
             model=setting.base.location,
             vllm=setting.vllm,
+            port=free_port(LOOPBACK),  # not vLLM's usual one, which a server that starts meanwhile would take as well
             log=setting.scratch / LOG_FILE,
             start_timeout_s=setting.start_timeout_s,
             options=options,
