@@ -30,6 +30,12 @@ SERVING = (
         "change >= APPLIED * (noise or 0.0)",
         Selection("test_parity_design.py", "weak_adapter"),
     ),
+    Mutant(
+        "outputs-the-floor-needs-no-ground",
+        "agrees(mine[VANILLA], plain[BASE], sensitivity)",
+        "agrees(mine[VANILLA], mine[VANILLA], sensitivity)",
+        Selection("test_parity.py", "scales_all_adapters"),
+    ),
     # Earlier graphs of ONNX Runtime
     Mutant(
         "serve-builds-a-graph-although-one-is-given",

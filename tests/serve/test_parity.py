@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,28 @@ from safetensors.torch import load_file, save_file
 from loraover import LoraOverConfig
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, read_adapter_dir
 from loraover.common.command_line import run
+from loraover.common.errors import OutputError
+from loraover_serve import UnwrittenReportError, measure_parity
 from loraover_serve.cli import cli
+from loraover_serve.engines import torch as torch_engines
+from loraover_serve.engines.base import Engine
+from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.torch import torch_engine
+from loraover_serve.parity import run as parity_run
 from loraover_serve.parity.judge import outputs
 from loraover_serve.parity.measure.arms import make_vanilla
 from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
+from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA
 
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
+from support.tiny_models import VOCABULARY
 
 pytestmark = pytest.mark.engine
 
 MIB = 2**20
 ALLOCATES = "block = b'x' * (100 << 20); print(len(block), flush=True); input()"
+BRIEF: dict[str, Any] = {"prompt_tokens": 5, "new_tokens": 4}
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATES!r}], start_new_session=True)"
 
 
@@ -122,6 +133,56 @@ def test_answers_unlike_the_unfolded_models_are_different(made: Made, tmp_path: 
     assert report.verdict == "different"
     assert "further from PyTorch" in report.reason
     assert [o.agree for o in report.outputs] == [False]
+
+
+class Ignoring(Engine):
+    """An engine that ignores adapters, and changes the last token of the first answer that counts."""
+
+    name = "torch"
+
+    def __init__(self, engine: Engine) -> None:
+        self.arms, self._engine = engine.arms, engine
+
+    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+        samples = [replace(sample, arm=arm) for sample in self._engine.run(BASE, block, first, requests)]
+        if arm == BASE or block != 1:
+            return samples
+        *ids, last = samples[0].token_ids
+        return [replace(samples[0], token_ids=(*ids, (last + 1) % VOCABULARY)), *samples[1:]]
+
+
+def scaled(adapter: Path, copy: Path, factor: float) -> Path:
+    """Copy an adapter, and multiply its B."""
+    shutil.copytree(adapter, copy)
+    tensors = load_file(copy / TENSORS_FILE)
+    save_file({n: factor * t if "lora_B" in n else t for n, t in tensors.items()}, copy / TENSORS_FILE)
+    return copy
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 2.0, 4.0])
+def test_an_engine_that_scales_all_adapters_fails_the_run(
+    factor: float, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaling(load: Any, adapters: Mapping[str, Path], checkpoint: Path | None) -> Engine:
+        wrong = {arm: scaled(path, tmp_path / f"scaled-{arm}", factor) for arm, path in adapters.items()}
+        return torch_engine(load, wrong, checkpoint)
+
+    monkeypatch.setattr(torch_engines, "torch_engine", scaling)
+    report = measure_parity(made.path.parent / "folded", engines=["torch"], num_prompts=10, **BRIEF)
+    (found,) = report.outputs
+    assert found.misapplied == (factor != 1)
+    assert found.agree == (factor == 1)
+    assert (report.verdict == "failed") == (factor != 1)
+    assert ("torch applies adapters wrongly" in report.reason) == (factor != 1)
+
+
+def test_an_engine_that_ignores_adapters_and_changes_a_token_fails_the_run(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engines, "torch_engine", lambda *given: Ignoring(torch_engine(*given)))
+    report = measure_parity(made.path.parent / "folded", engines=["torch"], num_prompts=10, **BRIEF)
+    assert (report.verdict, report.outputs[0].unapplied) == ("failed", [VANILLA, CONTROL, FOLDED])
+    assert report.outputs[0].vanilla.equal < 1
 
 
 @pytest.mark.parametrize("lora", [{"r": 2}, {"target_modules": ["q_proj", "k_proj"]}])

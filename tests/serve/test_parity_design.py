@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.judge.analysis import latencies, log_ratios, overall, results, throughputs
-from loraover_serve.parity.judge.outputs import Distance, agrees, is_applied
+from loraover_serve.parity.judge.outputs import Distance, agrees, is_base, is_changed
 from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.design import block_orders
 from loraover_serve.parity.measure.memory import mean_interval
@@ -165,8 +165,35 @@ def test_the_prompts_of_a_file_come_over_and_over(tmp_path: Path) -> None:
 def test_a_weak_adapter_is_seen_by_its_logprobs(change: float, noise: float, found: bool) -> None:
     base = [Sample("base", 1, 0, 0.0, (1.0, 2.0), (5, 6), (-1.0, -2.0))]
     arm = [Sample(FOLDED, 1, 0, 0.0, (1.0, 2.0), (5, 6), (-1.0, -2.0 - change))]
-    assert is_applied(base, arm, noise) is found
-    assert is_applied(base, [Sample(FOLDED, 1, 0, 0.0, (1.0, 2.0), (5, 7))], noise)
+    assert is_changed(base, arm, noise) is found
+    assert is_changed(base, [Sample(FOLDED, 1, 0, 0.0, (1.0, 2.0), (5, 7))], noise)
+
+
+@pytest.mark.parametrize(
+    ("adapted", "plain", "found"),
+    [
+        (0.01, 0.5, False),
+        (0.5, 0.01, True),
+        (0.029, 0.01, False),  # the models are within three times the noise
+        (0.5, 0.5, True),  # an adapter at half its strength
+    ],
+)
+@pytest.mark.parametrize("part", ["logprob_rms", "largest_gap"])
+def test_answers_that_are_nearer_to_the_base_model_are_the_base_models(
+    part: str, adapted: float, plain: float, found: bool
+) -> None:
+    silent = NEAR.model_copy(update={"logprob_rms": None})
+
+    def off(nats: float) -> Distance:
+        return (silent if part == "largest_gap" else NEAR).model_copy(update={part: nats})
+
+    assert is_base(off(adapted), off(plain), off(0.01)) is found
+
+
+def test_the_floor_may_exceed_the_base_models_noise_by_the_sensitivity() -> None:
+    floor = NEAR.model_copy(update={"logprob_rms": 0.04, "largest_gap": 0.15})
+    assert not agrees(floor, NEAR)
+    assert agrees(floor, NEAR, factor=4.0)
 
 
 def test_fewer_than_three_servers_make_no_interval() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -154,11 +155,16 @@ def answered(served: Served) -> Answered:
     run = measure(shared, requests, concurrency=AT_ONCE, blocks=1, seed=0, waves=WAVES, warm_up=0)
     alone = answers_alone(engine, PAIR, requests, range(WAVES * AT_ONCE), AT_ONCE)
     base = served.base().float()
-    references = {
+    references: dict[str, Reference] = {
         FOLDED: partial(unfolded, base, read_adapter_dir(served.adapters["folded"])),
         "adapter2": partial(unfolded, base, read_adapter_dir(served.adapters["vanilla"])),
     }
-    floor = compare_outputs(run, requests, references[FOLDED], FOLDED, references["adapter2"], WAVES * AT_ONCE)
+    arms: dict[str, Reference] = {
+        BASE: lambda: nullcontext(base),
+        VANILLA: references["adapter2"],
+        FOLDED: references[FOLDED],
+    }
+    floor = compare_outputs(run, requests, arms, FOLDED, WAVES * AT_ONCE)
     return Answered(engine, requests, run, alone, references, floor)
 
 

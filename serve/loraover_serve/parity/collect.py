@@ -35,7 +35,7 @@ from loraover_serve.parity.measure.start import (
     started_vllm,
 )
 from loraover_serve.parity.request import ParityRequest
-from loraover_serve.parity.samples import BASE, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import BASE, FOLDED, Measurement
 
 if TYPE_CHECKING:
     from loraover_serve.engines.vllm import VllmEngine
@@ -144,9 +144,7 @@ class Collector:
         runs = measured.testable
         with self.report.task("comparing outputs with PyTorch, runs", len(runs)) as done:
             for count, run in enumerate(runs, 1):
-                found = compare_outputs(
-                    run, self.requests, models[FOLDED], folded_name, models[VANILLA], COMPARED_PROMPTS
-                )
+                found = compare_outputs(run, self.requests, models, folded_name, COMPARED_PROMPTS)
                 measured.outputs.append(found)
                 if alone := measured.alone.get((run.engine, run.concurrency)):
                     mine = {name: models[name] for name in self._several}

@@ -230,7 +230,14 @@ def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, st
         return "failed", measured.failure
     for o in measured.outputs:
         if o.unapplied:
-            return "failed", f"{o.engine} does not apply {', '.join(o.unapplied)}: it answers as the base model"
+            arms = ", ".join(o.unapplied)
+            return "failed", f"{o.engine} does not apply {arms}: its answers are nearer to the base model's"
+        if o.misapplied:
+            return (
+                "failed",
+                f"{o.engine} applies adapters wrongly: the answers of the vanilla adapter are further from PyTorch's "
+                "than the noise of the base model explains",
+            )
     apart = [o.engine for o in measured.outputs if not o.agree]
     if apart:
         return (

@@ -3,12 +3,16 @@
 The folded adapter is compared with PyTorch's *unfolded* model, the vanilla adapter with PyTorch's vanilla adapter. The
 second comparison shows how far the engine is from PyTorch without any folding: the noise floor. The folded adapter's
 answers *agree* if they are as near to PyTorch's as that, within the error of an estimate from so many tokens.
+
+An engine that applies every adapter wrongly has a floor as wrong as the folded adapter's answers. The base model's
+noise therefore has to explain the floor: the distance of its answers from PyTorch's base model, times `sensitivity`,
+the ratio by which coarser arithmetic in PyTorch moves the vanilla adapter's logprobs more than the base model's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,13 +20,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
+from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.comparison.thresholds import APPLIED, SURE
 from loraover_serve.engines.base import engine_errors
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
 
 ROUNDING = 1e-3  # nats by which float32's rounding sets apart two engines that otherwise compute alike
+
+ADAPTED = (VANILLA, CONTROL, FOLDED)
+"""Arms with an adapter."""
 
 Reference = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields a model in PyTorch."""
@@ -76,24 +85,55 @@ class Outputs(BaseModel):
         "returns no logprobs"
     )
     unapplied: list[str] = Field(
-        description="arms whose adapter is not applied: tokens and, up to noise, logprobs are the base model's"
+        description="arms whose adapter is not applied: tokens and, up to noise, logprobs are the base model's, or "
+        "they are nearer to PyTorch's base model than to PyTorch's adapted model"
     )
     folded: Distance = Field(description="distance of the folded adapter's answers from PyTorch's")
     vanilla: Distance = Field(description="distance of the vanilla adapter's answers from PyTorch's: the noise floor")
-    agree: bool = Field(description="whether the folded adapter's distance is within the noise floor")
+    agree: bool = Field(
+        description="whether the folded adapter's distance is within the noise floor, and the floor within the base "
+        "model's noise"
+    )
+    base: Distance | None = Field(
+        default=None,
+        description="distance of the base model's answers from PyTorch's, which has to explain the noise floor; None "
+        "in older files",
+    )
+    sensitivity: float = Field(
+        default=1.0,
+        description="ratio by which coarser arithmetic moves the vanilla adapter's logprobs more than the base "
+        "model's in PyTorch, at least 1",
+    )
+    misapplied: bool = Field(
+        default=False,
+        description="whether the vanilla adapter's distance exceeds what the base model's noise explains: the engine "
+        "applies adapters wrongly",
+    )
+
+    def rows(self) -> list[tuple[str, Distance, str]]:
+        """Arm, distance and verdict in words of each arm that was compared with PyTorch."""
+        found = [
+            (FOLDED, self.folded, "agrees" if self.agree else "too far"),
+            (VANILLA, self.vanilla, "too far" if self.misapplied else "noise floor"),
+        ]
+        return found if self.base is None else [*found, (BASE, self.base, "noise")]
 
 
 def compare_outputs(
-    run: Measurement, requests: Sequence[Request], folded: Reference, folded_name: str, vanilla: Reference, prompts: int
+    run: Measurement,
+    requests: Sequence[Request],
+    references: Mapping[str, Reference],
+    folded_name: str,
+    prompts: int,
 ) -> Outputs:
     """Compare the answers to the first prompts of a run with PyTorch's.
 
     Args:
         run: the samples.
         requests: the requests of the run.
-        folded: model that the folded adapter should answer like.
-        folded_name: name of that model, in words.
-        vanilla: model of the vanilla adapter.
+        references: models in PyTorch that the base model, the vanilla and the folded adapter should answer like, by
+            the name of the arm.
+        folded_name: name of the folded adapter's model, in words.
         prompts: number of prompts to compare.
 
     Raises:
@@ -101,11 +141,25 @@ def compare_outputs(
     """
     answers = {arm: _answers(run, arm, prompts) for arm in {sample.arm for sample in run.samples}}
     firsts = {arm: first for arm, (first, _) in answers.items()}
-    with engine_errors("PyTorch"), folded() as model:
-        distance = distance_of(folded_name, model, requests, firsts[FOLDED])
-    with engine_errors("PyTorch"), vanilla() as model:
-        floor = distance_of("the vanilla adapter", model, requests, firsts[VANILLA])
+
+    def distances(name: str, model: Any, *arms: str) -> dict[str, Distance]:
+        return {arm: distance_of(name, model, requests, firsts[arm]) for arm in arms}
+
+    with engine_errors("PyTorch"), references[BASE]() as model:
+        plain = distances("the base model", model, BASE, *ADAPTED)
+        least = _moved(model, requests, firsts[BASE])
+    with engine_errors("PyTorch"), references[VANILLA]() as model:
+        mine = distances("the vanilla adapter", model, VANILLA, CONTROL)
+        most = _moved(model, requests, firsts[VANILLA])
+    with engine_errors("PyTorch"), references[FOLDED]() as model:
+        mine |= distances(folded_name, model, FOLDED)
     noise = logprob_rms(firsts[VANILLA], firsts[CONTROL])
+    sensitivity = max(1.0, most / least) if least > 0 else 1.0
+    is_sound = agrees(mine[VANILLA], plain[BASE], sensitivity)
+
+    def is_applied(arm: str) -> bool:
+        return is_changed(firsts[BASE], firsts[arm], noise) and not is_base(mine[arm], plain[arm], plain[BASE])
+
     return Outputs(
         engine=run.engine,
         concurrency=run.concurrency,
@@ -114,10 +168,13 @@ def compare_outputs(
         repeats_equal=equal_share(*answers[FOLDED]),
         vanilla_equal=equal_share(firsts[FOLDED], firsts[VANILLA]),
         noise_rms=noise,
-        unapplied=[arm for arm in (VANILLA, CONTROL, FOLDED) if not is_applied(firsts[BASE], firsts[arm], noise)],
-        folded=distance,
-        vanilla=floor,
-        agree=agrees(distance, floor),
+        unapplied=[arm for arm in ADAPTED if not is_applied(arm)],
+        folded=mine[FOLDED],
+        vanilla=mine[VANILLA],
+        agree=is_sound and agrees(mine[FOLDED], mine[VANILLA]),
+        base=plain[BASE],
+        sensitivity=sensitivity,
+        misapplied=not is_sound,
     )
 
 
@@ -155,7 +212,7 @@ def _alike(one: Sample, other: Sample) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(one.token_ids))
 
 
-def is_applied(base: Sequence[Sample], arm: Sequence[Sample], noise: float | None) -> bool:
+def is_changed(base: Sequence[Sample], arm: Sequence[Sample], noise: float | None) -> bool:
     """Whether an adapter changes the base model's answers: a token, or the logprobs beyond noise.
 
     Args:
@@ -169,19 +226,59 @@ def is_applied(base: Sequence[Sample], arm: Sequence[Sample], noise: float | Non
     return change is not None and change > APPLIED * (noise or 0.0)
 
 
+def is_base(adapted: Distance, plain: Distance, ground: Distance) -> bool:
+    """Whether answers to requests for an adapter are those of the base model, up to noise.
+
+    They are if they are nearer to the base model in PyTorch than to the adapter. Where the two models are no further
+    apart than the noise lets see, this is not asked.
+
+    Args:
+        adapted: distance of the answers from the adapter in PyTorch.
+        plain: distance of the answers from the base model in PyTorch.
+        ground: distance of the base model's answers from the base model in PyTorch.
+    """
+    mine, others, noise = adapted.logprob_rms, plain.logprob_rms, ground.logprob_rms
+    if mine is None or others is None or noise is None:
+        mine, others, noise = adapted.largest_gap, plain.largest_gap, ground.largest_gap
+    return max(mine, others) > APPLIED * noise and others <= mine
+
+
 @torch.inference_mode()
-def _judge(model: Any, requests: Sequence[Request], sample: Sample) -> tuple[Answer, list[float]]:
-    """Distance of one answer from PyTorch's model, and the differences of its tokens' logprobs."""
+def _next_logits(model: Any, requests: Sequence[Request], sample: Sample) -> Tensor:
+    """Logits of a model in PyTorch before each token of an answer, (tokens, vocabulary), in float64."""
     prompt = requests[sample.request % len(requests)].prompt
     ids = torch.tensor([[*prompt, *sample.token_ids]], device=model.device)
-    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].cpu().double()
-    chosen = logits.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
-    gaps = logits.amax(-1) - chosen
+    logits: Tensor = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].cpu().double()
+    return logits
+
+
+def _chosen(logits: Tensor, sample: Sample) -> Tensor:
+    """Values of an answer's tokens, (tokens,)."""
+    return logits.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+
+
+def _judge(model: Any, requests: Sequence[Request], sample: Sample) -> tuple[Answer, list[float]]:
+    """Distance of one answer from PyTorch's model, and the differences of its tokens' logprobs."""
+    logits = _next_logits(model, requests, sample)
+    gaps = logits.amax(-1) - _chosen(logits, sample)
     parted = gaps.nonzero()[:, 0].tolist()
-    scores = (chosen - logits.logsumexp(-1)).tolist()
+    scores = _chosen(logits.log_softmax(-1), sample).tolist()
     differences = [served - score for served, score in zip(sample.logprobs, scores, strict=False)]
     gap = float(gaps[parted[0]]) if parted else None
     return Answer(request=sample.request, gap=gap, logprob_rms=_rms(differences)), differences
+
+
+def _moved(model: Any, requests: Sequence[Request], samples: Sequence[Sample]) -> float:
+    """RMS change of the logprobs of answers' tokens by arithmetic that is coarser than the model's, in nats."""
+    coarser = FORMATS["int8" if model.dtype == torch.bfloat16 else "bf16"]
+
+    def scores() -> Tensor:
+        found = [_chosen(_next_logits(model, requests, s).log_softmax(-1), s) for s in samples]
+        return torch.cat([each[: len(s.logprobs) or None] for each, s in zip(found, samples, strict=True)])
+
+    exact = scores()
+    with rounding(model, coarser):
+        return float((scores() - exact).square().mean().sqrt())
 
 
 def _rms(differences: Sequence[float] | NDArray[np.float64]) -> float | None:
@@ -213,20 +310,21 @@ def distance_of(reference: str, model: Any, requests: Sequence[Request], samples
     )
 
 
-def agrees(found: Distance, floor: Distance) -> bool:
-    """Whether a distance is within the noise floor.
+def agrees(found: Distance, floor: Distance, factor: float = 1.0) -> bool:
+    """Whether a distance is within a noise floor.
 
     The RMS difference of logprobs may exceed the floor's by the error of the two estimates. Where texts first differ,
     the gap may be the floor's largest, or that of two logits that are each off by the floor's largest difference.
 
     Args:
-        found: distance of the folded adapter.
-        floor: distance of the vanilla adapter.
+        found: a distance, such as that of the folded adapter.
+        floor: the distance that noise explains, such as that of the vanilla adapter.
+        factor: ratio by which noise moves the answers of `found` more than those of `floor`.
     """
-    gap = max(floor.largest_gap, 2 * (floor.logprob_largest or 0.0))
+    gap = factor * max(floor.largest_gap, 2 * (floor.logprob_largest or 0.0))
     if found.largest_gap > gap + ROUNDING:
         return False
     if found.logprob_rms is None or floor.logprob_rms is None:
         return True
-    allowed = floor.logprob_rms + SURE * math.hypot(found.logprob_error or 0.0, floor.logprob_error or 0.0)
-    return found.logprob_rms <= allowed + ROUNDING
+    error = math.hypot(found.logprob_error or 0.0, factor * (floor.logprob_error or 0.0))
+    return found.logprob_rms <= factor * floor.logprob_rms + SURE * error + ROUNDING

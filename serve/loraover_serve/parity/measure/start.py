@@ -174,14 +174,14 @@ def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[dict[str
         compute_dtype: data type to run in.
 
     Returns:
-        The model of each adapter by the name of its arm, where the folded one's is the unfolded checkpoint if there is
-        one; and the folded one's name.
+        The base model and the model of each adapter by the names of their arms, where the folded one's is the unfolded
+        checkpoint if there is one; and the folded one's name.
     """
     from loraover.checkpoint.checkpoint import read_checkpoint
     from loraover.checkpoint.unfolded_model import unfolded
 
     base = load_model(arms.base, dtype=compute_dtype, device=device)
-    found: dict[str, Reference] = {}
+    found: dict[str, Reference] = {BASE: lambda: nullcontext(base)}
     for arm in (VANILLA, FOLDED, *arms.also):
         found[arm] = partial(unfolded, base, read_adapter_dir(arms.adapters[arm]))
     if arms.checkpoint is None:

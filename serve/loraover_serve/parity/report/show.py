@@ -104,9 +104,8 @@ def _outputs_table(report: ParityReport) -> Table:
     for column in ("engine", "arm", "equal texts", "largest gap", "logprobs", "verdict"):
         table.add_column(column, no_wrap=True)
     for o in report.outputs:
-        for arm, d in (("folded", o.folded), ("vanilla", o.vanilla)):
+        for arm, d, verdict in o.rows():
             rms = "-" if d.logprob_rms is None else f"{d.logprob_rms:.1e}"
-            verdict = ("agrees" if o.agree else "too far") if arm == "folded" else "noise floor"
             table.add_row(_place(o), arm, f"{d.equal:.0%}", f"{d.largest_gap:.1e}", rms, verdict)
     return table
 

@@ -79,15 +79,15 @@ def memory_table(report: ParityReport) -> Table:
 
 
 def answers_table(report: ParityReport) -> Table:
-    """Answers of the folded and the vanilla adapter beside PyTorch's."""
+    """Answers of the folded adapter, the vanilla one and the base model beside PyTorch's."""
     rows = [
         (
             *(o.engine, str(o.concurrency), arm, d.reference, str(o.prompts), f"{100 * d.equal:.0f} %"),
             *(f"{d.largest_gap:.2g}", _nats(d.logprob_rms)),
-            "noise floor" if arm == VANILLA else "agrees" if o.agree else "too far",
+            verdict,
         )
         for o in report.outputs
-        for arm, d in ((FOLDED, o.folded), (VANILLA, o.vanilla))
+        for arm, d, verdict in o.rows()
     ]
     columns = (
         *("engine", "at once", "arm", "compared with", "prompts", "equal texts", "largest gap", "logprobs"),

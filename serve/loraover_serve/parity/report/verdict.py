@@ -26,8 +26,8 @@ def verdict_of(report: ParityReport) -> Verdict:
     are_wrong = not all([o.agree for o in report.outputs] + [t.agree for t in report.together])
     parts = (answers, speed, cost) if are_wrong else (speed, answers, cost)
     if report.verdict == "failed":
-        is_applied = not any(outputs.unapplied for outputs in report.outputs)
-        before = ("Before that:", *parts) if is_applied and speed else ()
+        are_sound = not any(outputs.unapplied or outputs.misapplied for outputs in report.outputs)
+        before = ("Before that:", *parts) if are_sound and speed else ()
         parts = (f"The measurement failed: {_stop(report.reason)}", *before)
     return Verdict(TONES[report.verdict], report.verdict, " ".join(filter(None, parts)))
 
