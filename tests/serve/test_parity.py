@@ -35,6 +35,7 @@ from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA
 
+from support.clockwork import whole_report
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.tiny_models import VOCABULARY
 
@@ -255,6 +256,28 @@ def test_what_was_measured_is_shown_and_kept_where_the_page_cannot_be_written(
     report = ParityReport.model_validate_json((Path(kept) / "parity.json").read_text())
     assert json.loads(shown.out) == json.loads(report.model_dump_json(exclude={"runs"}))
     assert len(report.runs[0].samples) == 5 * 2 * 4
+
+
+def test_a_full_temporary_folder_does_not_lose_the_report(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(path: Path, text: str) -> None:
+        raise OutputError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(parity_run, "_measured_report", lambda *given: whole_report())
+    monkeypatch.setattr(parity_run, "publish_text", fill_the_disk)
+    made_report = measure_parity(made.path.parent / "folded", output=tmp_path / "out")
+    kept = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
+    assert kept.verdict == made_report.verdict
+
+    def fill_this_one_too(report: ParityReport) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(parity_run, "to_page", fill_this_one_too)
+    with pytest.raises(UnwrittenReportError, match="No space left") as caught:
+        measure_parity(made.path.parent / "folded", output=tmp_path / "other")
+    assert (caught.value.report.verdict, caught.value.report.kept) == (made_report.verdict, None)
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(

@@ -202,15 +202,26 @@ def _measured_report(request: ParityRequest, logs: Path, reporter: Reporter) -> 
 
 
 def _write(report: ParityReport, output: Path, adapter: Path, kept: Path) -> None:
-    """Publish report, page and logs; `kept` already has the samples if that fails."""
-    publish_text(kept / REPORT_FILE, report.model_dump_json() + "\n")
+    """Publish report, page and logs; if that fails, keep the report with the logs in `kept`."""
+    text = report.model_dump_json() + "\n"
     try:
         with publish_directory(output, outside=adapter) as draft:
+            (draft / REPORT_FILE).write_text(text, encoding="utf-8")
             to_page(report).write(draft / HTML_FILE)
-            for file in kept.iterdir():
-                shutil.copyfile(file, draft / file.name)
+            for log in kept.iterdir():
+                shutil.copyfile(log, draft / log.name)
     except OutputError as error:
-        raise UnwrittenReportError(str(error), report.model_copy(update={"kept": kept})) from error
+        place = kept if _is_kept(text, kept) else None
+        raise UnwrittenReportError(str(error), report.model_copy(update={"kept": place})) from error
+
+
+def _is_kept(text: str, folder: Path) -> bool:
+    """Write the report to a temporary folder; False if it cannot be written there either."""
+    try:
+        publish_text(folder / REPORT_FILE, text)
+    except OutputError:
+        return False
+    return True
 
 
 def _requests(request: ParityRequest, arms: Arms) -> list[Request]:
