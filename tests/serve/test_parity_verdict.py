@@ -84,7 +84,7 @@ def test_the_kept_report_says_it_in_a_line() -> None:
             "inconclusive",
             [SAME, result(FOLDED, 1.04, "inconclusive")],
             "Too short to tell whether it is as fast as plain LoRA: +4.0 % per token, 95 % interval +3.0 to +6.0, not "
-            "surely within 5 %; about 80 requests would be enough.",
+            "surely within 5 %; about 80 requests would be enough if the two are equally fast.",
         ),
         (
             "inconclusive",
@@ -98,7 +98,8 @@ def test_the_kept_report_says_it_in_a_line() -> None:
             [result(CONTROL, 1.04, "inconclusive", needed=30), result(FOLDED, 1.0)],
             "Too short to tell, or this machine is too noisy: two copies of one adapter differ by +4.0 % per token, "
             "95 % "
-            "interval +3.0 to +6.0, not surely within 5 %; about 60 requests would be enough.",
+            "interval +3.0 to +6.0, not surely within 5 %; about 60 requests would be enough if the two are equally "
+            "fast.",
         ),
         (
             "failed",

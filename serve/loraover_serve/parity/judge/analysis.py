@@ -191,7 +191,9 @@ def _requests(found: Sequence[Result]) -> int:
 
 
 def requests_needed(found: Sequence[Result]) -> str:
-    """Number of requests that would decide an inconclusive comparison, in words.
+    """Number of requests that would decide each inconclusive comparison of equally fast arms, in words.
+
+    The probability of 90 % is that of one comparison: with several, more requests are needed to decide all at once.
 
     Args:
         found: the comparisons that `results` returns.
@@ -207,7 +209,7 @@ def requests_needed(found: Sequence[Result]) -> str:
     most = max(filter(None, needed))
     if most <= _requests(found):
         return "a ratio lies too near the margin to decide"
-    return f"about {most} requests would be enough"
+    return f"about {most} requests would be enough if the two are equally fast"
 
 
 def latencies(runs: Sequence[Measurement]) -> list[Latency]:
