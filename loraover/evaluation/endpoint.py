@@ -17,6 +17,7 @@ REQUEST_TIMEOUT_S = 300.0
 UNFIT = {400, 413, 422}
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
 PAUSES_S = (1.0, 4.0)
+SECRET_CHARACTERS = 8  # a shorter key, such as "token", can be a part of any text
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ class Endpoint:
             EngineError: the server refused, or did not answer repeated requests.
         """
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0} | ({"stop": list(stop)} if stop else {})
-        return self._ask(lambda: _text(self._request("/completions", {"model": model, **body}), "text"))
+        return self._ask(lambda: self._text(self._request("/completions", {"model": model, **body}), "text"))
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
         """Ask for the answer to a conversation.
@@ -97,7 +98,7 @@ class Endpoint:
         """
         body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
         request = {"model": model, **body}
-        return self._ask(lambda: _text(self._request("/chat/completions", request), "message", "content"))
+        return self._ask(lambda: self._text(self._request("/chat/completions", request), "message", "content"))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """Send a request, again after a pause where that may help, and return the JSON of the answer.
@@ -126,7 +127,7 @@ class Endpoint:
                 self.hidden(f"{self.url}/models: the server answered {answer.status_code}: {answer.text:.300}")
             )
         try:
-            return [self.hidden(str(model["id"])) for model in answer.json()["data"]] if answer.is_success else []
+            return [str(model["id"]) for model in answer.json()["data"]] if answer.is_success else []
         except (ValueError, LookupError, TypeError):
             return []
 
@@ -146,7 +147,7 @@ class Endpoint:
             with self._client.stream("POST", self.url + path, content=json.dumps(body)) as response:
                 if not response.is_success:
                     raise self._refusal(path, response)
-                return json.loads(self.hidden(response.read().decode(errors="replace")))
+                return json.loads(response.read().decode(errors="replace"))
         except httpx2.HTTPError as error:
             raise UnansweredError(self.hidden(f"{self.url}{path}: no answer: {error}")) from None
         except (ValueError, RecursionError) as error:
@@ -158,8 +159,22 @@ class Endpoint:
         return kind(self.hidden(f"{self.url}{path}: the server answered {status}: {explanation(response)}"))
 
     def hidden(self, text: str) -> str:
-        """The text with the key replaced: servers may repeat it, and their words are shown and kept."""
+        """A message with the key replaced, since servers may repeat it."""
         return text.replace(self._key, "***") if self._key else text
+
+    def _text(self, answer: Any, *keys: str) -> str:
+        """Text of an answer, which is kept: without a key that it repeats, unless the key could be part of any word.
+
+        Half a character, which JSON can hold but a file cannot, becomes a question mark.
+        """
+        try:
+            found = answer["choices"][0]
+            for key in keys:
+                found = found[key]
+        except (LookupError, TypeError) as error:
+            raise UnansweredError(self.hidden(f"the server's answer holds no text: {answer!r:.300}")) from error
+        text = found.encode(errors="replace").decode() if isinstance(found, str) else ""  # null: an empty answer
+        return text if len(self._key) < SECRET_CHARACTERS else self.hidden(text)
 
 
 def _host(url: str) -> str:
@@ -179,14 +194,3 @@ def _host(url: str) -> str:
     raise ConfigError(
         f"{shown} is not the address of a server; expected e.g. http://localhost:8000/v1, without user or query."
     )
-
-
-def _text(answer: Any, *keys: str) -> str:
-    """Text of an answer; half a character, which JSON can hold but a file cannot, becomes a question mark."""
-    try:
-        found = answer["choices"][0]
-        for key in keys:
-            found = found[key]
-    except (LookupError, TypeError) as error:
-        raise UnansweredError(f"the server's answer holds no text: {answer!r:.300}") from error
-    return found.encode(errors="replace").decode() if isinstance(found, str) else ""  # null: an empty answer

@@ -160,6 +160,13 @@ def test_a_key_that_an_answer_repeats_is_hidden(monkeypatch: pytest.MonkeyPatch)
         assert Endpoint(server.url, "MY_KEY").chat("m", HELLO, max_tokens=4) == "you sent ***"
 
 
+@pytest.mark.parametrize("key", ["123", "text", "choices"])
+def test_a_key_that_is_an_ordinary_word_changes_no_answer(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with openai_server(lambda body: f"it is {key}") as server:
+        assert Endpoint(server.url, "MY_KEY").complete("m", "one", max_tokens=4) == f"it is {key}"
+
+
 def test_a_key_is_not_carried_to_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-sesame")
     with openai_server(lambda body: 307) as server:

@@ -143,16 +143,21 @@ def test_the_base_models_name_can_be_found_or_given(case: Case, ask: Callable[..
         ask(served, ("a", "b"))
 
 
+@pytest.mark.parametrize("key", ["a-secret", "12", "token"])
 def test_the_key_is_sent_and_never_shown(
-    case: Case, ask: Callable[..., EngineResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    key: str, case: Case, ask: Callable[..., EngineResult], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "a-secret")
+    """A short key may be a part of the answers' numbers and words, which it must not change."""
+    monkeypatch.setenv(KEY_VARIABLE, key)
     served = right(case)
     with openai_server(served, NAMES) as server:
-        verify_engine("endpoint", setting(case, server.url, tmp_path, key_variable=KEY_VARIABLE), case.court)
-        assert {headers["Authorization"] for headers in server.headers} == {"Bearer a-secret"}
+        found = verify_engine("endpoint", setting(case, server.url, tmp_path, key_variable=KEY_VARIABLE), case.court)
+        assert found.verdict == "as trained"
+        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
     with pytest.raises(EngineError, match=r"answered 401: refused, for Bearer \*\*\*"):
         ask(lambda body: 401, key_variable=KEY_VARIABLE)
+    with pytest.raises(EngineError, match=r"base was asked, and '\*\*\*' answered"):
+        ask(_changed(case, answer={"model": key}), key_variable=KEY_VARIABLE)
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(ConfigError, match="no environment variable of the name that was given is set"):
         ask(served, key_variable=KEY_VARIABLE)

@@ -116,9 +116,9 @@ class OpenAiEngine(VerifyEngine):
             choice = dict(answer["choices"][0])
             speaker = answer.get("model")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise EngineError(f"{name}: the server's answer holds no completion: {answer!r:.300}") from error
+            raise self._error(f"{name}: the server's answer holds no completion: {answer!r:.300}") from error
         if speaker not in (None, name):
-            raise EngineError(f"{name} was asked, and {speaker!r} answered; is the adapter loaded under that name?")
+            raise self._error(f"{name} was asked, and {speaker!r} answered; is the adapter loaded under that name?")
         return choice
 
     def _first_logprobs(self, arm: str, choice: Mapping[str, Any]) -> dict[int, float]:
@@ -132,7 +132,7 @@ class OpenAiEngine(VerifyEngine):
                 f"logprobs={TOP}, or verify with an engine that runs here (--engine)."
             )
         if not found or not all(math.isfinite(value) for value in found.values()):
-            raise EngineError(
+            raise self._error(
                 f"{self.names[arm]}: the logprobs are not those of the base model's tokens: {pairs!r:.300}"
             )
         return found
@@ -142,8 +142,12 @@ class OpenAiEngine(VerifyEngine):
         """Turn the errors of an answer that has another form into one that shows it."""
         try:
             yield
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise EngineError(f"{self.names[arm]}: the server's answer cannot be read: {choice!r:.300}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise self._error(f"{self.names[arm]}: the server's answer cannot be read: {choice!r:.300}") from error
+
+    def _error(self, message: str) -> EngineError:
+        """An error about an answer, which may repeat the key."""
+        return EngineError(self.endpoint.hidden(message))
 
     @staticmethod
     def _pairs(choice: Mapping[str, Any]) -> list[tuple[Any, Any]]:
@@ -208,8 +212,9 @@ class EndpointEngine(OpenAiEngine):
             engine.names[BASE] = others[0]
         absent = [name for name in engine.names.values() if listed and name not in listed]
         if absent:
+            served = engine.endpoint.hidden(", ".join(listed))
             raise ConfigError(
-                f"{engine.endpoint.url} serves {', '.join(listed)}, and not {', '.join(absent)}; name the adapter with "
+                f"{engine.endpoint.url} serves {served}, and not {', '.join(absent)}; name the adapter with "
                 "--served-name and its base model with --base-name."
             )
         try:
