@@ -128,6 +128,19 @@ def test_an_answer_longer_than_the_window_is_compared(tmp_path: Path) -> None:
     with openai_server(right(long), NAMES) as server:
         found = verify_engine("endpoint", setting(long, server.url, tmp_path), long.court)
     assert found.verdict == "as trained"
+    companions = [body["max_tokens"] for body in server.bodies if len(body["prompt"]) == 1]
+    assert set(companions) == {16}, "an answer that is not streamed must be short, or a slow server seems silent"
+
+
+def test_a_server_that_fails_in_mixed_batches_is_judged_by_the_rest(
+    case: Case, ask: Callable[..., EngineResult]
+) -> None:
+    served = right(case)
+    found = ask(lambda body: 500 if len(body["prompt"]) == 1 else served(body))
+    assert (found.verdict, found.mixed) == ("as trained", None)
+    assert found.unmixed is not None
+    assert "the server answered 500" in found.unmixed
+    assert found.reason.endswith(f"; mixed batches were not compared: {found.unmixed}")
 
 
 def test_fields_that_a_server_refuses_are_left_out(case: Case, ask: Callable[..., EngineResult]) -> None:

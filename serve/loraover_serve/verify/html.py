@@ -63,7 +63,9 @@ def verdict_of(report: VerifyReport) -> Verdict:
     results = _worst_first(report.engines)
     passed = [result for result in results if result.verdict == "as trained"]
     sentences = [_sentence(result) for result in results if result.verdict != "as trained"]
-    return Verdict(TONES[report.verdict], report.verdict, " ".join(sentences + ([_passed(passed)] if passed else [])))
+    sentences += [_passed(passed)] if passed else []
+    sentences += [f"{r.engine}: mixed batches were not compared: {_ended(r.unmixed)}" for r in passed if r.unmixed]
+    return Verdict(TONES[report.verdict], report.verdict, " ".join(sentences))
 
 
 def _worst_first(results: Iterable[EngineResult]) -> list[EngineResult]:

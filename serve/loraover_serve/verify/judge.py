@@ -47,12 +47,14 @@ class Answers:
         adapter: logprobs of the adapter.
         greedy: tokens of the adapter's greedy answer to each prompt.
         mixed: logprobs of each arm, asked for together; None if the engine takes one request at a time.
+        unmixed: reason why the requests that were sent together failed; None if they did not.
     """
 
     base: Rows
     adapter: Rows
     greedy: Sequence[tuple[int, ...]]
     mixed: Mapping[str, Rows] | None = None
+    unmixed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Court:
             "allowed": allowed,
             "greedy": greedy,
             "mixed": mixed,
+            "unmixed": answers.unmixed,
             "seconds": seconds,
         }
         leak = distance(answers.base, reference.adapter).rms
@@ -122,6 +125,8 @@ class Court:
             within = _within(found, noise, effect, allowed, greedy, number_format)
             if within["verdict"] != "differs" and mixed is not None:
                 within = mixed_fault(mixed, allowed) or within
+            if answers.unmixed is not None:
+                within["reason"] += f"; mixed batches were not compared: {answers.unmixed}"
             return EngineResult(**within, **facts)
         suspects = self._suspects(answers.adapter, found, allowed)
         nearest = suspects[0]

@@ -97,6 +97,9 @@ class EngineResult(Model):
     mixed: MixedBatch | None = Field(
         default=None, description="answers in mixed batches; None if the engine takes one request at a time"
     )
+    unmixed: str | None = Field(
+        default=None, description="reason why mixed batches could not be compared; None if they were, or need not be"
+    )
     suspects: list[Suspect] = Field(default=[], description="faults that were compared, the nearest first")
     seconds: float = Field(description="seconds to export, start and ask the engine")
 

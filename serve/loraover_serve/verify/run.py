@@ -308,13 +308,18 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
         reference: PyTorch's answers, whose questions are asked.
 
     Raises:
-        EngineError: a request that failed.
+        EngineError: a request that failed, other than one of those that are sent together.
     """
     questions = reference.questions
     base, adapter = (engine.rows(arm, questions) for arm in (BASE, ADAPTER))
     prompts = [question.prompt for question in questions]
     greedy = engine.greedy(ADAPTER, prompts, len(questions[0].continuation))
-    return Answers(base, adapter, greedy, engine.mixed(questions))  # last, since its faults may stay in a cache
+    try:
+        mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
+    except EngineError as error:  # what was answered before is judged all the same
+        return Answers(base, adapter, greedy, unmixed=str(error))
+    return Answers(base, adapter, greedy, mixed)
+
 
 
 def _fitting(prompts: Sequence[tuple[int, ...]], base: ModelSource, new_tokens: int) -> list[tuple[int, ...]]:

@@ -23,7 +23,7 @@ from loraover_serve.verify.answers import ADAPTER, BASE, Question, Row
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 
 AT_ONCE = 4  # requests in flight
-COMPANIONS = 2  # answers of the other arm that are generated meanwhile, so that batches are mixed
+COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
 TOP = 20  # logprobs of each token: the most that vLLM gives unless it is started with --max-logprobs
 _NUMBERED = re.compile(r"token_id:(\d+)")
 Asked = TypeVar("Asked")
@@ -60,12 +60,13 @@ class OpenAiEngine(VerifyEngine):
 
     @contextmanager
     def _company(self, arm: str, questions: Sequence[Question]) -> Iterator[None]:
-        """Keep an arm generating, in answers as long as the longest question, so that others share its batches.
+        """Keep an arm generating, in one short answer after the other, so that others share its batches.
 
-        The block begins when each companion has had an answer: the first one of an arm can take a server long.
+        The block begins when each companion has had an answer: the first one of an arm can take a server long. Answers
+        are short, since a server sends nothing before an answer is complete, and may be given up as silent meanwhile.
         """
-        longest = max(len(question.tokens) for question in questions)
-        prompt, tokens = questions[0].prompt[:1], max(longest - 1, 1)
+        longest = max(len(question.tokens) for question in questions)  # of which the server certainly takes as many
+        prompt, tokens = questions[0].prompt[:1], max(min(COMPANION_TOKENS, longest - 1), 1)
         enough, begun = Event(), [Event() for _ in range(COMPANIONS)]
 
         def generate(mine: Event) -> None:
