@@ -52,7 +52,7 @@ SERVING = (
     # Verification
     Mutant(
         "verify-no-noise-is-allowed",
-        "return sensitivity * noise.rms * (1 + SURE * math.sqrt(2) * relative) + FLOOR",
+        "return sensitivity * noise.rms * (1 + sure_errors(noise.positions) * math.sqrt(2) * relative) + FLOOR",
         "return FLOOR",
         Selection("test_verify.py", "coarser_base_model"),
     ),

@@ -13,8 +13,8 @@ from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.verify.answers import Expected, Row
 from loraover_serve.verify.engines import vllm
-from loraover_serve.verify.faults import IN_BASE, NOT_APPLIED, OTHER_BASE
-from loraover_serve.verify.judge import FLOOR, Answers, allowed_distance, distance
+from loraover_serve.verify.faults import IN_BASE, NOT_APPLIED, OTHER_BASE, permuted
+from loraover_serve.verify.judge import FLOOR, Answers, allowed_distance, distance, sure_errors
 from loraover_serve.verify.report import LogprobDistance
 from loraover_serve.verify.run import verify_engine
 from loraover_serve.vllm.serve import FIRST_PORT
@@ -130,6 +130,36 @@ def test_other_tokens_than_the_logprobs_say_differ(case: Case) -> None:
     assert "generates other tokens" in found.reason
 
 
+def test_answers_that_stop_early_are_not_the_same_text(case: Case) -> None:
+    answers, questions = as_pytorch(case), case.court.reference.questions
+    short = replace(answers, greedy=[question.continuation[:1] for question in questions])
+
+    def equal(ends: set[int], answers: Answers) -> float:
+        court = replace(case.court, reference=replace(case.court.reference, ends=frozenset(ends)))
+        found = court.judge("an engine", None, answers, 1.0)
+        assert found.verdict == "as trained"
+        assert found.greedy is not None
+        return found.greedy.equal
+
+    assert (equal(set(), answers), equal(set(), short)) == (1, 0)
+    assert equal({question.continuation[0] for question in questions}, short) == 1, "the end of the text"
+    assert equal({question.continuation[1] for question in questions}, short) == 1, "an end that is left out"
+
+
+def test_answers_without_ids_are_said_not_to_be_compared(case: Case) -> None:
+    answers = as_pytorch(case)
+    found = case.court.judge("an engine", None, replace(answers, greedy=[()] * len(answers.greedy)), 1.0)
+    assert (found.verdict, found.greedy) == ("as trained", None)
+    assert "generated answers were not compared" in found.reason
+
+
+def test_rows_that_are_not_heads_times_even_are_not_permuted(case: Case) -> None:
+    subject = case.court.subject
+    rows = len(next(delta.b for module, delta in subject.deltas.items() if module.endswith("q_proj")))
+    assert len(list(permuted(subject))) == 2
+    assert list(permuted(replace(subject, heads={"q_proj": rows + 1, "k_proj": rows}))) == []
+
+
 def test_an_unknown_fault_has_no_name(case: Case) -> None:
     answers = as_pytorch(case)
     shuffled = [replace(row, logprobs=row.logprobs[::-1].copy()) for row in answers.adapter]
@@ -149,9 +179,21 @@ def test_answers_that_are_not_finite_or_of_another_vocabulary_are_errors(case: C
 
 
 def test_the_allowed_distance_follows_the_noise() -> None:
-    noise = LogprobDistance(rms=0.1, error=0.01, largest=1.0, positions=64)
-    assert allowed_distance(noise, 1.5) == pytest.approx(1.5 * 0.1 * (1 + 5 * 2**0.5 * 0.1) + FLOOR)
+    noise = LogprobDistance(rms=0.1, error=0.01, largest=1.0, positions=10**6)
+    assert allowed_distance(noise, 1.5) == pytest.approx(1.5 * 0.1 * (1 + 5 * 2**0.5 * 0.1) + FLOOR, rel=1e-5)
     assert allowed_distance(LogprobDistance(rms=0.0, error=0.0, largest=0.0, positions=64), 1.5) == FLOOR
+    assert 5 < sure_errors(64) < 6
+    assert sure_errors(2) > 10**5
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 5, 8, 64])
+def test_equal_noise_at_few_positions_does_not_differ(positions: int) -> None:
+    """Of 300 sound engines, each with the same noise in both arms, none is judged to differ."""
+    draw = np.random.default_rng(positions)
+    for _ in range(300):
+        noise, found = (LogprobDistance.of(list(draw.normal(0, 0.02, (positions, 20)))) for _ in range(2))
+        assert noise.error > 0
+        assert found.rms <= allowed_distance(noise, 1.0)
 
 
 def test_noise_alone_rarely_differs(case: Case) -> None:

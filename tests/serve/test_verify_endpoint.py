@@ -200,6 +200,10 @@ def _changed(case: Case, **changes: Any) -> Callable[[dict[str, Any]], bytes]:
         ({"choice": {"logprobs": {"content": [{"id": 5, "logprob": None}]}}}, "the server's answer cannot be read"),
         ({"choice": {"logprobs": ["text"]}}, "the server's answer cannot be read"),
         ({"choice": {"token_ids": ["a"]}}, "the server's answer cannot be read"),
+        ({"choice": {"logprobs": {"top_logprobs": [{f"token_id:{9 * '987'}": -1.0}]}}}, "answer cannot be read"),
+        ({"choice": {"logprobs": {"content": [{"id": 10**25, "logprob": -1.0}]}}}, "answer cannot be read"),
+        ({"choice": {"token_ids": [72]}}, "generates the token 72, and the base model has 72"),
+        ({"choice": {"token_ids": [-1]}}, "generates the token -1, and the base model has 72"),
         ({"answer": {"choices": ["text"]}}, "holds no completion"),
     ],
 )

@@ -111,7 +111,11 @@ def permuted(subject: Subject) -> Iterator[Candidate]:
     llama.cpp and Meta's own files keep the two halves of a head interleaved for rotary embeddings, transformers keeps
     them apart. Source: `permute` in llama.cpp's convert_hf_to_gguf.py.
     """
-    mine = {m: d for m, d in subject.deltas.items() if m.rpartition(".")[2] in subject.heads}
+    mine = {
+        module: delta
+        for module, delta in subject.deltas.items()
+        if (heads := subject.heads.get(module.rpartition(".")[2])) and len(delta.b) % (2 * heads) == 0
+    }
     if not mine:
         return
     for words, order in (("lack the row order of the", (-1, 2)), ("have a row order that is not that of the", (2, -1))):

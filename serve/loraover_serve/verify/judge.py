@@ -3,9 +3,11 @@
 Let n be the RMS distance of the engine's base model from PyTorch's, from so many positions that its relative standard
 error is s. The adapter's distance may be
 
-    allowed = sensitivity * n * (1 + SURE * sqrt(2) * s) + FLOOR,
+    allowed = sensitivity * n * (1 + k * sqrt(2) * s) + FLOOR,
 
-since it is an estimate with the same relative error, and rounding moves the adapted model by `sensitivity` more.
+since it is an estimate with the same relative error, and rounding moves the adapted model by `sensitivity` more. If s
+were known, k = SURE would be exceeded by chance once in 3.5 million. It is estimated from the same positions, so k is
+the quantile of Student's t with that probability.
 A larger distance *differs*. A smaller one is *as trained* if the adapter moves logprobs by more than APPLIED times
 that, so that an adapter at two thirds of its strength would be seen, and *inconclusive* otherwise.
 """
@@ -14,10 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
@@ -33,6 +37,7 @@ FLOOR = 1e-4  # nats by which float32's rounding alone may set apart two computa
 EXACT = 10 * FLOOR  # noise below which the engine computes in float32
 COARSER = 2  # times the distance of a number format, up to which noise is that format's
 EXPLAINED = 0.1  # share of the adapter's distance that may remain if a fault explains it
+FEW_POSITIONS = 30  # with fewer, the unknown error makes the allowed distance clearly larger
 FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are run on all prompts
 FACTORS = (2.0, 4.0, 8.0, 16.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
@@ -86,6 +91,7 @@ class Court:
         reference = self.reference
         for rows in (answers.base, answers.adapter, *(answers.mixed or {}).values()):
             _check(engine, rows, reference.base.vocabulary)
+        _check_tokens(engine, answers.greedy, reference.base.vocabulary)
         noise = distance(answers.base, reference.base)
         found = distance(answers.adapter, reference.adapter)
         allowed = allowed_distance(noise, reference.sensitivity)
@@ -188,7 +194,15 @@ def between(rows: Rows, one: Expected, other: Expected) -> float:
 def allowed_distance(noise: LogprobDistance, sensitivity: float) -> float:
     """Largest distance of the adapter, in nats, that the noise explains; see the head of this module."""
     relative = noise.error / noise.rms if noise.rms else 0.0
-    return sensitivity * noise.rms * (1 + SURE * math.sqrt(2) * relative) + FLOOR
+    return sensitivity * noise.rms * (1 + sure_errors(noise.positions) * math.sqrt(2) * relative) + FLOOR
+
+
+def sure_errors(positions: int) -> float:
+    """Standard errors by which an estimate may be off if its error is estimated from so many positions.
+
+    It is SURE for many positions. Two positions have one degree of freedom; a single one is treated like two.
+    """
+    return float(stats.t.isf(stats.norm.sf(SURE), max(positions - 1, 1)))
 
 
 def _check(engine: str, rows: Rows, vocabulary: int) -> None:
@@ -205,9 +219,18 @@ def _check(engine: str, rows: Rows, vocabulary: int) -> None:
             )
 
 
+def _check_tokens(engine: str, answers: Sequence[tuple[int, ...]], vocabulary: int) -> None:
+    unknown = [token for tokens in answers for token in tokens if not 0 <= token < vocabulary]
+    if unknown:
+        raise EngineError(
+            f"{engine}: generates the token {unknown[0]}, and the base model has {vocabulary}; it serves another "
+            "model. Name the base model with --model."
+        )
+
+
 def _greedy(found: Sequence[tuple[int, ...]], reference: Reference, allowed: float) -> Greedy | None:
-    """Greedy answers beside PyTorch's; those that the engine does not identify are left out."""
-    gaps = []
+    """Greedy answers beside PyTorch's; those of which the engine identifies no token are left out."""
+    gaps, equal = [], 0
     for index, (question, tokens) in enumerate(zip(reference.questions, found, strict=True)):
         pairs = enumerate(zip(question.continuation, tokens, strict=False))
         parted = next((i for i, (expected, token) in pairs if expected != token), None)
@@ -216,9 +239,16 @@ def _greedy(found: Sequence[tuple[int, ...]], reference: Reference, allowed: flo
             gaps.append(float(logprobs[question.continuation[parted]] - logprobs[tokens[parted]]))
         elif tokens:
             gaps.append(0.0)
-    if not gaps:
-        return None
-    return Greedy(equal=sum(gap == 0 for gap in gaps) / len(gaps), gap=max(gaps), allowed=allowed)
+            equal += _is_complete(tokens, question.continuation, reference.ends)
+    return Greedy(equal=equal / len(gaps), gap=max(gaps), allowed=allowed) if gaps else None
+
+
+def _is_complete(tokens: tuple[int, ...], expected: tuple[int, ...], ends: AbstractSet[int]) -> bool:
+    """Whether the beginning of the expected answer is all of it, or all before the end of the text.
+
+    Servers stop at the end of the text, which PyTorch's answers continue, and return its token or leave it out.
+    """
+    return len(tokens) >= len(expected) or tokens[-1] in ends or expected[len(tokens)] in ends
 
 
 def _within(
@@ -241,11 +271,14 @@ def _within(
             f"the adapter moves logprobs by {effect:.2g} nats, and differences up to {allowed:.2g} are noise on this "
             "engine; a wrong adapter would pass as well"
         )
+        if noise.positions < FEW_POSITIONS:
+            reason += f"; {noise.positions} positions are few: give more prompts or a larger --new-tokens"
         return {"verdict": "inconclusive", "reason": reason}
     coarse = "" if number_format == "fp32" else f", as much as {number_format} arithmetic would"
+    hidden = "; generated answers were not compared, since the engine returns no token ids" if greedy is None else ""
     reason = (
         f"off by {found.rms:.2g} nats, where the adapter moves logprobs by {effect:.2g} and the engine's base model is "
-        f"off by {noise.rms:.2g}{coarse}"
+        f"off by {noise.rms:.2g}{coarse}{hidden}"
     )
     return {"verdict": "as trained", "reason": reason}
 

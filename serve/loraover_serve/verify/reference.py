@@ -13,7 +13,7 @@ import numpy as np
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import unfolded
-from loraover.models.load import ModelSource, load_model
+from loraover.models.load import ModelSource, load_config, load_model
 from loraover.reporting.reporter import Reporter
 from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.engines.sample import Request
@@ -32,6 +32,7 @@ class Reference:
         adapter: logprobs of the adapted model.
         sensitivity: ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's,
             at least 1.
+        ends: ids of the tokens that end a text.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Reference:
     base: Expected
     adapter: Expected
     sensitivity: float
+    ends: frozenset[int] = frozenset()
 
 
 def make_reference(
@@ -78,7 +80,14 @@ def make_reference(
     coarse = partial(rounding, format_=FORMATS["bf16"])
     moved = {arm: _rms(plain[arm], _rows(engine, arm, questions, within=coarse)) for arm in (BASE, ADAPTER)}
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
-    return Reference(name, questions, Expected(plain[BASE]), Expected(plain[ADAPTER]), sensitivity)
+    expected = {arm: Expected(plain[arm]) for arm in (BASE, ADAPTER)}
+    return Reference(name, questions, expected[BASE], expected[ADAPTER], sensitivity, _ends(base))
+
+
+def _ends(base: ModelSource) -> frozenset[int]:
+    """Ids of the tokens that end a text, by the model's configuration."""
+    found = getattr(load_config(base).get_text_config(), "eos_token_id", None)
+    return frozenset(found) if isinstance(found, list) else frozenset() if found is None else frozenset({found})
 
 
 def _unfolded_engine(source: Checkpoint, load: Callable[[], Any]) -> TorchEngine:

@@ -27,7 +27,7 @@ class LogprobDistance(Model):
     """Distance of an engine's logprobs from a model's in PyTorch, or from its own."""
 
     rms: float = Field(description="RMS difference of logprobs, in nats")
-    error: float = Field(description="standard error of rms, in nats")
+    error: float = Field(description="standard error of rms, in nats; with a single position rms itself")
     largest: float = Field(description="largest difference of a logprob, in nats")
     positions: int = Field(description="number of positions at which next tokens were compared")
 
@@ -36,8 +36,9 @@ class LogprobDistance(Model):
         """Summarise differences of logprobs, one array for each position."""
         squares = [float(np.mean(np.square(each))) for each in differences]
         rms = math.sqrt(np.mean(squares))
-        # the root divides the standard error of the mean square by 2 rms
-        error = float(np.std(squares)) / math.sqrt(len(squares)) / (2 * rms) if rms else 0.0
+        # the root divides the standard error of the mean square by 2 rms; one position does not show its error
+        spread = float(np.std(squares, ddof=1)) if len(squares) > 1 else 2 * rms**2
+        error = spread / math.sqrt(len(squares)) / (2 * rms) if rms else 0.0
         largest = max(float(np.abs(each).max()) for each in differences)
         return cls(rms=rms, error=error, largest=largest, positions=len(squares))
 

@@ -93,7 +93,8 @@ class OpenAiEngine(VerifyEngine):
     def _row(self, arm: str, questions: Sequence[Question], index: int, position: int) -> Row:
         choice = self._complete(arm, questions[index].tokens[: position + 1], 1)
         found = self._first_logprobs(arm, choice)
-        ids, values = np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float32)
+        with self._readable(arm, choice):  # an id may have more digits than any integer type
+            ids, values = np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float32)
         return Row(index, position, values, ids)
 
     def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
