@@ -78,6 +78,26 @@ def test_the_worst_of_several_engines_counts(base: Path, adapter: Path, tmp_path
     assert "Suspected faults: endpoint" in (tmp_path / "out" / "verify.html").read_text()
 
 
+def test_an_odd_answer_leaves_the_results_of_the_others(adapter: Path) -> None:
+    def odd(body: dict[str, Any]) -> bytes:
+        choice = {"logprobs": {"top_logprobs": [{f"token_id:{10**25}": -1.0}]}}
+        return json.dumps({"model": body["model"], "choices": [choice]}).encode()
+
+    with openai_server(odd) as server:
+        report = verify_adapter(adapter, engines=["torch"], endpoint=server.url, served_name="shop", **BRIEF)
+    assert [result.verdict for result in report.engines] == ["as trained", "failed"]
+    assert "the server's answer cannot be read" in report.engines[1].reason
+
+
+def test_prompts_that_are_cut_are_counted(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The train leaves at nine.\n" + "the train leaves " * 60 + "\n")
+    assert verify(adapter, "--engine", "torch", "--prompts", prompts, "-o", tmp_path / "out") == 0
+    assert "prompts that were cut to their first 125 tokens: 1" in capsys.readouterr().err
+    report = VerifyReport.model_validate_json((tmp_path / "out" / "verify.json").read_text())
+    assert report.prompt_source == "2 of the prompts of prompts.txt, 1 of them cut to their first 125 tokens"
+
+
 def test_a_failure_is_kept_beside_the_others(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loraover.evaluation.endpoint.PAUSES_S", ())
     with openai_server(lambda body: 500) as server:

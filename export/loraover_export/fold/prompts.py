@@ -28,19 +28,29 @@ BUILT_IN_PROMPTS = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids to compare outputs on, each of shape (prompts, tokens), and where they come from, in words."""
+    """Token ids to compare outputs on.
+
+    Args:
+        batches: token ids, each of shape (prompts, tokens).
+        source: origin of the prompts, in words.
+        cut: number of prompts of which only the first tokens are used.
+    """
 
     batches: tuple[Tensor, ...]
     source: str
+    cut: int = 0
 
 
-def read_prompts(source: ModelSource, file: Path | None = None, *, at_once: int = 1) -> Prompts:
+def read_prompts(
+    source: ModelSource, file: Path | None = None, *, at_once: int = 1, longest: int = MAX_TOKENS
+) -> Prompts:
     """Return token ids: of a file's lines, of a built-in set, or at random if the model has no tokenizer.
 
     Args:
         source: the base model, with its tokenizer.
         file: text file with one prompt a line; None means a built-in set.
         at_once: largest number of tokens in a batch of several prompts of one length.
+        longest: number of tokens to which longer prompts are cut.
 
     Raises:
         DataError: no usable prompt in the file.
@@ -55,19 +65,21 @@ def read_prompts(source: ModelSource, file: Path | None = None, *, at_once: int 
         name = f"the prompts of {file.name}"
     try:
         tokenizer = load_tokenizer(source)
-        encoded = [tokenizer(line, return_tensors="pt").input_ids[:, :MAX_TOKENS] for line in lines]
+        encoded = [tokenizer(line, return_tensors="pt").input_ids for line in lines]
     except ConfigError:
         if file is not None:
             raise
         encoded = []
     fewest = 1 if file is not None else 2  # transformers makes tokenizers without a vocabulary for some classes
-    prompts = [ids for ids in encoded if ids.numel() >= fewest]
+    prompts = [ids[:, :longest] for ids in encoded if ids.numel() >= fewest]
     if prompts:
-        return Prompts(_batches(prompts, at_once), f"{len(prompts)} of {name}")
+        cut = sum(ids.numel() > longest for ids in encoded)
+        shown = f", {cut} of them cut to their first {longest} tokens" if cut else ""
+        return Prompts(_batches(prompts, at_once), f"{len(prompts)} of {name}{shown}", cut)
     if file is not None:
         raise DataError(f"{file}: holds no prompt; expected one a line.")
     vocabulary = load_config(source).get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (8, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocabulary, (8, 32), generator=torch.Generator().manual_seed(0))[:, :longest]
     source_name = "8 random token sequences (the base model has no tokenizer)"
     return Prompts(_batches(list(torch.split(ids, 1)), at_once), source_name)
 

@@ -44,7 +44,12 @@ if TYPE_CHECKING:
 )
 @click.option("--endpoint-key-variable", help="Environment variable that holds the key of the server at --endpoint.")
 @MODEL
-@click.option("--prompts", type=PATH, show_default="eight built-in prompts", help="UTF-8 text file, one prompt a line.")
+@click.option(
+    "--prompts",
+    type=PATH,
+    show_default="eight built-in prompts",
+    help="UTF-8 text file, one prompt a line; the first 256 tokens of each are used.",
+)
 @click.option(
     "--new-tokens",
     type=click.IntRange(1),

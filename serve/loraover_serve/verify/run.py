@@ -22,7 +22,7 @@ from loraover.evaluation.endpoint import Endpoint
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.prompts import read_prompts
+from loraover_export.fold.prompts import MAX_TOKENS, read_prompts
 from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.numerics.delta import other_tensors
 from loraover_serve.comparison.adapters import check_plain, check_task
@@ -84,7 +84,8 @@ def verify_adapter(
             other name that the server lists.
         endpoint_key_variable: environment variable with that server's key; None sends none.
         model: base model, folder or hub name; None means the one that the adapter names.
-        prompts: UTF-8 text file with one prompt in each line; None means eight built-in prompts.
+        prompts: UTF-8 text file with one prompt in each line, of which the first 256 tokens are used; None means eight
+            built-in prompts.
         new_tokens: length of PyTorch's greedy answers, in tokens; servers are compared at each of these tokens.
         device: device that PyTorch runs on: "cpu", "cuda", "mps", "auto", or one GPU such as "cuda:1".
         vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
@@ -160,8 +161,11 @@ def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRe
         check_graph(request.graph, base)
     device = str(choose_device(request.device))
     subject = make_subject(source, base)
-    found = read_prompts(base, request.prompts)
-    prompts = _fitting([tuple(batch[0].tolist()) for batch in found.batches], base, request.new_tokens)
+    longest = _longest(base, request.new_tokens)
+    found = read_prompts(base, request.prompts, longest=longest)
+    if found.cut:
+        report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
+    prompts = [tuple(batch[0].tolist()) for batch in found.batches]
     reference = make_reference(source, base, prompts, request.new_tokens, device, report)
     court = Court(reference, Variants(source, base, device, reference.questions), subject)
     results, failures = _verify_all(request, _setting(request, layout, base, prompts, scratch, report), court)
@@ -321,15 +325,18 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
     return Answers(base, adapter, greedy, mixed)
 
 
+def _longest(base: ModelSource, new_tokens: int) -> int:
+    """Largest number of tokens of a prompt: what the base model takes together with an answer, and MAX_TOKENS at most.
 
-def _fitting(prompts: Sequence[tuple[int, ...]], base: ModelSource, new_tokens: int) -> list[tuple[int, ...]]:
-    """The prompts, cut to what the base model takes together with an answer."""
+    Raises:
+        ConfigError: a base model that does not take such answers.
+    """
     limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None)
     if limit is None:
-        return list(prompts)
+        return MAX_TOKENS
     if limit <= new_tokens:
         raise ConfigError(f"--new-tokens is {new_tokens}, and {base.name} takes {limit} tokens; choose a smaller one.")
-    return [prompt[: limit - new_tokens] for prompt in prompts]
+    return min(MAX_TOKENS, int(limit) - new_tokens)
 
 
 def _write(report: VerifyReport, output: Path, adapter: Path, logs: Sequence[Path]) -> None:
