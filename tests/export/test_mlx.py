@@ -11,20 +11,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from loraover.common.command_line import run
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import resolve_model
-from loraover_export import MlxReport, export_mlx
+from loraover_export import MlxReport, check_adapter, export_mlx
 from loraover_export.cli import cli
 from loraover_export.fold import fold as fold_module
-from loraover_export.mlx.target import lost_settings
+from loraover_export.mlx.target import SAME_NAMES, lost_settings, read_target
 from loraover_export.numerics.rounding import round_tensor
 
 from support.gguf_export import adapted, tiny_base
 from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint, tree
 from support.refusals import only_error
+from support.tiny_models import tiny_bart, tiny_neox, with_lora
+
+ATTENTION = frozenset(f"self_attn.{name}_proj" for name in "qkvo")
+GATED = ATTENTION | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+IN_MLX: dict[str, frozenset[str]] = dict.fromkeys(SAME_NAMES, GATED) | {
+    "Glm4ForCausalLM": ATTENTION | {"mlp.gate_up_proj", "mlp.down_proj"},
+    "Phi3ForCausalLM": frozenset({"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}),
+    "PhiForCausalLM": ATTENTION - {"self_attn.o_proj"} | {"self_attn.dense", "mlp.fc1", "mlp.fc2"},
+    "Starcoder2ForCausalLM": ATTENTION | {"mlp.c_fc", "mlp.c_proj"},
+}
+"""Linear layers in a layer of each class, as mlx-lm's model files name them."""
 
 LAYERS = "base_model.model.model.layers"
 SCALES = {"r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}}
@@ -173,6 +185,26 @@ def test_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:
     tiny_base("Llama", num_hidden_layers=1).save_pretrained(tmp_path / "flat")
     with pytest.raises(ExportError, match=r"adapts model.layers.1.* which is neither a linear layer nor an embedding"):
         export_mlx(adapter, tmp_path / "out", model=tmp_path / "flat")
+
+
+@pytest.mark.parametrize("architecture", SAME_NAMES)
+def test_the_modules_of_a_known_class_have_mlx_lms_names(architecture: str, tmp_path: Path) -> None:
+    config = getattr(transformers, architecture).config_class(num_hidden_layers=1, architectures=[architecture])
+    config.save_pretrained(tmp_path)
+    inner = {f"model.layers.0.{name}" for name in IN_MLX[architecture]}
+    assert set(read_target(resolve_model(str(tmp_path))).shapes) <= inner | {"model.embed_tokens", "lm_head"}
+
+
+@pytest.mark.parametrize("base", [tiny_neox, tiny_bart])
+def test_a_class_with_other_names_is_refused(base: Callable[[], Any], tmp_path: Path) -> None:
+    model = base()
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    with_lora(model).save_pretrained(tmp_path / "in")
+    with pytest.raises(ExportError, match=f"is a {type(model).__name__}. Whether mlx-lm"):
+        export_mlx(tmp_path / "in", tmp_path / "out")
+    exported = check_adapter(tmp_path / "in", engines="mlx").engines[0].exported
+    assert (exported.verdict, [finding.feature for finding in exported.findings]) == ("refused", ["export"])
 
 
 def test_a_tied_embedding_is_refused(adapter: Path, tmp_path: Path) -> None:

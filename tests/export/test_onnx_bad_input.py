@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BartConfig, BartForConditionalGeneration
 
 from support.make_checkpoint import edit_json, edit_tensors, save_tokenizer
-from support.onnx_export import VOCABULARY, OnnxMade, export, tiny_base, tiny_lora
+from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
-from support.tiny_models import tiny_bert, tiny_gpt2, tiny_t5
+from support.tiny_models import tiny_bart, tiny_bert, tiny_gpt2, tiny_t5
 
 pytestmark = pytest.mark.engine
 
@@ -154,10 +153,7 @@ def test_t5_without_a_cache_is_refused(tmp_path: Path, refused: Refused) -> None
 
 
 def test_encoder_decoder_models_other_than_t5_are_refused(tmp_path: Path, refused: Refused) -> None:
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    bart = BartForConditionalGeneration(BartConfig(vocab_size=VOCABULARY, **sizes, **heads))
-    refused(seq2seq_adapter(tmp_path, bart), *MERGED, named=("'bart'", "t5, mt5, umt5"))
+    refused(seq2seq_adapter(tmp_path, tiny_bart()), *MERGED, named=("'bart'", "t5, mt5, umt5"))
 
 
 # Files of the adapter

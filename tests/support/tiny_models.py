@@ -9,10 +9,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -89,6 +93,18 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )
     return _seeded(GPT2LMHeadModel, config, seed)
+
+
+def tiny_neox(seed: int = 0) -> GPTNeoXForCausalLM:
+    """Its layers lie below gpt_neox, and its head is embed_out."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return _seeded(GPTNeoXForCausalLM, GPTNeoXConfig(vocab_size=VOCABULARY, **sizes), seed)
+
+
+def tiny_bart(seed: int = 0) -> BartForConditionalGeneration:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return _seeded(BartForConditionalGeneration, BartConfig(vocab_size=VOCABULARY, **sizes, **heads), seed)
 
 
 def tiny_t5(seed: int = 0) -> T5ForConditionalGeneration:

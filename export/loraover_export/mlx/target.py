@@ -16,6 +16,31 @@ from loraover_export.uniform.refusals import check_fields, check_shape, check_te
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with mlx_lm.convert"
 
+SAME_NAMES = (
+    "Cohere2ForCausalLM",
+    "CohereForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GemmaForCausalLM",
+    "Glm4ForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Olmo2ForCausalLM",
+    "Phi3ForCausalLM",
+    "PhiForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "SmolLM3ForCausalLM",
+    "StableLmForCausalLM",
+    "Starcoder2ForCausalLM",
+)
+"""Model classes whose linear layers and embeddings have the same paths in mlx-lm.
+
+Source: mlx_lm/models of ml-explore/mlx-lm at d78bf58e217c, in the module of each class's `model_type`.
+"""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -43,8 +68,10 @@ def read_target(source: ModelSource) -> Target:
 
     Raises:
         ConfigError: no usable configuration.
+        ExportError: a model class whose paths were not compared with mlx-lm's.
     """
     config = load_config(source)
+    _check_names(config.architectures[0], source.name)
     found = {
         path: module
         for path, module in load_skeleton(source).named_modules()
@@ -58,6 +85,16 @@ def read_target(source: ModelSource) -> Target:
         {path: tuple(module.weight.shape) for path, module in found.items()},
         frozenset(path for path, module in found.items() if isinstance(module, nn.Embedding)),
     )
+
+
+def _check_names(architecture: str, model: str) -> None:
+    if architecture not in SAME_NAMES:
+        known = ", ".join(name.removesuffix("ForCausalLM") for name in SAME_NAMES)
+        raise ExportError(
+            f"{model} is a {architecture}. Whether mlx-lm gives its modules the same names is not known here, and it "
+            "refuses other names, or before 0.32.2 ignores them silently; known are "
+            f"{known}. {MERGE[0].upper()}{MERGE[1:]}."
+        )
 
 
 def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:

@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import OTHER_BASE, Engine, command, react, refused, refused_by
+from loraover_export.check.engines.base import OTHER_BASE, Engine, command, react, refused_by
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.mlx.target import check_adapter, read_target
 
-MLX_FORM = {
-    "task": refused("mlx-lm runs causal language models only"),
-    "quantised base": OTHER_BASE,
-}
+MLX_FORM = {"quantised base": OTHER_BASE}
 
 
 @final
