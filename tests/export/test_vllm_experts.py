@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from loraover_export import VllmReport, export_vllm
 from loraover_export.vllm.architectures import known_architectures
 
+from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_llama4, tiny_moe
 from support.tiny_models import token_ids
 from support.versions import needs_expert_stacks
@@ -128,6 +129,20 @@ def test_experts_that_hide_their_orientation_are_refused(tmp_path: Path) -> None
     report = export_vllm(tmp_path / "adapter", tmp_path / "out")
     assert [finding.rule for finding in report.preflight.findings if finding.level == "error"] == ["experts"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "MiniMaxM2"])
+def test_experts_below_a_module_of_another_name_are_refused(family: str, tmp_path: Path) -> None:
+    base = tiny_decoder(family, num_local_experts=EXPERTS)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    expert_lora(base, tmp_path / "adapter")
+    described = known_architectures().lora[f"{family}ForCausalLM"]
+    assert described.rename("model.layers.0.mlp.experts.0.w1") == "model.layers.0.mlp.experts.0.w1"
+    report = export_vllm(tmp_path / "adapter", tmp_path / "out")
+    (error,) = [finding for finding in report.preflight.findings if finding.level == "error"]
+    assert error.rule == "experts"
+    assert "below block_sparse_moe" in error.found
 
 
 def test_a_class_without_adapters_is_named(adapter: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:

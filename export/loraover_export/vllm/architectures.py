@@ -79,8 +79,20 @@ LATER = {
 """Classes that take adapters since a release after the one of `architectures.json`, read from vLLM's sources."""
 
 
-W123 = {"Lfm2MoeForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM", "PhiMoEForCausalLM"}
+W123 = {"Lfm2MoeForCausalLM"}
 """Classes whose experts are named w1, w3 and w2, after their checkpoints: `get_expert_mapping` in vLLM's models."""
+
+EXPERTS_BELOW = {
+    "Gemma4ForCausalLM": "moe",
+    "Gemma4ForConditionalGeneration": "moe",
+    "Gemma4UnifiedForConditionalGeneration": "moe",
+    "MiniMaxM2ForCausalLM": "block_sparse_moe",
+    "MixtralForCausalLM": "block_sparse_moe",
+}
+"""Module of each layer that holds the experts in vLLM, for classes where transformers 5 gives it another name.
+
+None of them renames the module in an adapter. Source: vLLM's models, and vllm-project/vllm 41754 and 50252 for Gemma 4.
+"""
 
 
 def projections_of(architecture: str) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loraover.overparam.expert_part import FUSED
-from loraover_export.vllm.architectures import Architecture
+from loraover_export.vllm.architectures import EXPERTS_BELOW, Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 from loraover_export.vllm.known_faults import known_faults
 
@@ -149,6 +149,14 @@ def experts(candidate: Candidate) -> Iterator[Problem]:
     kinds: dict[str, set[str]] = {}
     for stack in adapter.stacks:
         kinds.setdefault(stack.module, set()).add(stack.parameter)
+    below = EXPERTS_BELOW.get(candidate.served.architecture)
+    if below is not None:
+        yield Problem(
+            f"{listed(list(kinds))}: vLLM's {candidate.served.architecture} has its experts below {below}, and ignores "
+            "matrices below an unknown prefix",
+            MERGE,
+            is_silent=True,
+        )
     unknown = [module for module in kinds if not _has_gates_among_outputs(module, candidate)]
     if unknown:
         yield Problem(
