@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from loraover.common.errors import LoraOverError, OutputError
@@ -49,12 +49,9 @@ def publish_directory(
     target = Path(destination).absolute()
     _settle_replaced(target)
     check_free(target, outside=outside, replace=replace)
-    made = [parent for parent in target.parents if not parent.exists()]
-    published = False
     draft = target.parent
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _drafted(target) as draft:
+        with _parents_made(target), _drafted(target) as draft:
             yield draft
             mode = _file_mode(draft)
             for path in sorted(draft.rglob("*")):
@@ -63,9 +60,7 @@ def publish_directory(
                 sync(path)
             sync(draft)
             _put_in_place(draft, target, replace)
-        published = True
-        for folder in (target.parent, *(parent.parent for parent in made)):
-            sync(folder)
+            sync(target.parent)
     except AbandonedError:
         return
     except Exception as error:
@@ -73,10 +68,6 @@ def publish_directory(
         if failure is None or not _is_about(failure, draft):
             raise
         raise _output_error(target, failure) from error
-    finally:
-        for parent in () if published else made:
-            with suppress(OSError):
-                parent.rmdir()
 
 
 class AbandonedError(Exception):
@@ -106,6 +97,22 @@ def _put_in_place(draft: Path, target: Path, replace: bool) -> None:
                 aside.rename(target)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _parents_made(target: Path) -> Iterator[None]:
+    """Make the missing folders above `target` for a block: kept and synced after it, removed if it raises."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    for parent in made:
+        sync(parent.parent)
 
 
 @contextmanager
@@ -176,20 +183,21 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object]) -> None:
+def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object], *, parents: bool = False) -> None:
     """Replace one file, completely or not at all.
 
     Args:
         path: The file.
         fill: Function that writes the new content to the temporary path that it is given. If it raises
             `AbandonedError`, the file stays as it was.
+        parents: Whether to make missing parents, which are removed if the file is not written.
 
     Raises:
         OutputError: The file cannot be written.
     """
     target = Path(path).absolute()
     try:
-        with _drafted(target) as folder:
+        with _parents_made(target) if parents else nullcontext(), _drafted(target) as folder:
             draft = folder / target.name
             fill(draft)
             sync(draft)
@@ -208,14 +216,14 @@ def publish_text(path: str | os.PathLike[str], text: str) -> None:
     publish_file(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def check_file_writable(path: str | os.PathLike[str]) -> None:
+def check_file_writable(path: str | os.PathLike[str], *, parents: bool = False) -> None:
     """Raise OutputError unless `publish_file` can write there; no file is left behind."""
 
     def begin(draft: Path) -> None:
         draft.touch()
         raise AbandonedError
 
-    publish_file(path, begin)
+    publish_file(path, begin, parents=parents)
 
 
 def check_free(target: Path, *, outside: Path | None = None, replace: bool = False) -> None:

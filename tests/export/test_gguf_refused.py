@@ -158,7 +158,19 @@ def test_an_output_that_exists_is_kept(source: Path, tmp_path: Path, refused: Re
     (tmp_path / "folder.gguf").mkdir()
     refused(source, "--force", output=tmp_path / "folder.gguf", named=("is a folder",))
     refused(source, output=source / "out.gguf", named=("lies inside the input",))
-    refused(source, output=tmp_path / "no" / "out.gguf", named=(str(tmp_path / "no"),))
+    refused(source, output=tmp_path / "out.gguf" / "inner.gguf", named=(str(tmp_path / "out.gguf"),))
+
+
+def test_missing_folders_are_made_for_an_output_and_removed_without_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "new" / "folder" / "out.gguf"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "judge_export", lambda matrices, check: "failed")
+        assert export(source, output) == 1
+    assert not (tmp_path / "new").exists()
+    assert export(source, output) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["out.gguf"]
 
 
 def test_force_replaces_an_adapter(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loraover.common.atomic_output import check_free, publish_directory, publish_file
+from loraover.common.atomic_output import check_file_writable, check_free, publish_directory, publish_file
 from loraover.common.errors import OutputError
 
 from support.make_checkpoint import tree
@@ -269,6 +269,24 @@ def test_a_file_that_cannot_be_there_is_an_output_error(name: str, tmp_path: Pat
     with pytest.raises(OutputError):
         publish_file(tmp_path / name, lambda draft: draft.write_text("new"))
     assert tree(tmp_path) == before
+
+
+def test_missing_parents_of_a_file_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "file"
+    check_file_writable(target, parents=True)
+    assert tree(tmp_path) == {}
+    publish_file(target, lambda draft: draft.write_text("new"), parents=True)
+    assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize("ending", ENDINGS, ids=kind)
+def test_parents_of_a_file_that_is_not_filled_are_removed(ending: BaseException, tmp_path: Path) -> None:
+    def write(draft: Path) -> None:
+        raise ending
+
+    with pytest.raises(type(ending)):
+        publish_file(tmp_path / "a" / "b" / "file", write, parents=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_message_about_one_failure(tmp_path: Path) -> None:

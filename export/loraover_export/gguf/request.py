@@ -47,7 +47,7 @@ class GgufRequest:
                 )
         else:
             check_free(target, outside=self.source)
-        check_file_writable(target)
+        check_file_writable(target, parents=True)
 
 
 def _is_adapter(path: Path) -> bool:

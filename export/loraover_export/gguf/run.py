@@ -95,7 +95,7 @@ def _publish(
         if made[0].verdict == "failed":
             raise AbandonedError
 
-    publish_file(request.output, fill)
+    publish_file(request.output, fill, parents=True)
     return made[0]
 
 
