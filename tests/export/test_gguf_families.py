@@ -51,6 +51,11 @@ def test_logits_are_pefts(made: GgufMade, report: GgufReport) -> None:
     assert report.check.weight_types == ["F32"]
 
 
+def test_heads_that_are_rotated_in_part(tmp_path: Path) -> None:
+    made = make_gguf(tmp_path, "Phi3", changes={"partial_rotary_factor": 0.75})
+    assert apart(engine_logits(made.base_gguf), made.base_logits()) <= allowed(made)
+
+
 def test_a_lost_module_would_be_seen(made: GgufMade) -> None:
     """The logits of the test above depend on every adapted module by much more than it allows."""
     whole = made.logits()

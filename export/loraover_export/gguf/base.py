@@ -39,13 +39,14 @@ def write_base(model: Any, path: Path) -> Path:
     config = model.config.get_text_config()
     name = type(model).__name__
     family = find_family(name, model.name_or_path or name)
-    theta = _rope_theta(config, model.name_or_path or name)
+    rope = _rope(config, model.name_or_path or name)
     with closing(gguf.GGUFWriter(path, family.name)) as writer:
         writer.add_type("model")
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         writer.add_string("tokenizer.ggml.model", "no_vocab")
-        writer.add_rope_freq_base(theta)
+        writer.add_rope_freq_base(float(rope["rope_theta"]))
         _add_sizes(writer, config)
+        writer.add_rope_dimension_count(_rotated(config, rope, family.name))
         _add_family(writer, config, family.name)
         for key, weight in _tensors(model, config, family):
             writer.add_tensor(key, weight.view(Written))
@@ -55,17 +56,24 @@ def write_base(model: Any, path: Path) -> Path:
     return path
 
 
-def _rope_theta(config: Any, model: str) -> float:
+def _rope(config: Any, model: str) -> dict[str, Any]:
     rope = getattr(config, "rope_parameters", None)  # since transformers 5
     if rope is None:
-        rope = {"rope_theta": config.rope_theta} | (getattr(config, "rope_scaling", None) or {})
-    rope = rope.get("full_attention", rope)
-    if rope.get("rope_type") not in PLAIN_ROPE:
+        factor = getattr(config, "partial_rotary_factor", 1.0)
+        rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": factor}
+        rope |= getattr(config, "rope_scaling", None) or {}
+    found: dict[str, Any] = rope.get("full_attention", rope)
+    if found.get("rope_type") not in PLAIN_ROPE:
         raise ExportError(
-            f"{model} has rotary embeddings of the type {rope['rope_type']!r}, which are not written here; convert the "
-            "model with llama.cpp, and name the file with --base-gguf."
+            f"{model} has rotary embeddings of the type {found['rope_type']!r}, which are not written here; convert "
+            "the model with llama.cpp, and name the file with --base-gguf."
         )
-    return float(rope["rope_theta"])
+    return found
+
+
+def _rotated(config: Any, rope: dict[str, Any], name: str) -> int:
+    """Return the number of elements of a head that are rotated; of these families, only Phi3 can leave out some."""
+    return int(_head_size(config) * (rope.get("partial_rotary_factor", 1.0) if name == "phi3" else 1.0))
 
 
 def _add_sizes(writer: Any, config: Any) -> None:
@@ -79,7 +87,6 @@ def _add_sizes(writer: Any, config: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(size)
     writer.add_value_length(size)
-    writer.add_rope_dimension_count(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
