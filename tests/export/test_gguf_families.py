@@ -14,7 +14,7 @@ from loraover_export import GgufReport, export_gguf
 from loraover_export.gguf.families import FAMILIES
 
 from support.compatibility import record
-from support.gguf_export import GgufMade, adapted, apart, engine_logits, logits, make_gguf
+from support.gguf_export import GgufMade, adapted, apart, engine_logits, logits, make_gguf, read_tensors
 
 pytestmark = pytest.mark.engine
 
@@ -54,6 +54,13 @@ def test_logits_are_pefts(made: GgufMade, report: GgufReport) -> None:
 def test_heads_that_are_rotated_in_part(tmp_path: Path) -> None:
     made = make_gguf(tmp_path, "Phi3", changes={"partial_rotary_factor": 0.75})
     assert apart(engine_logits(made.base_gguf), made.base_logits()) <= allowed(made)
+
+
+def test_a_router_alone(tmp_path: Path) -> None:
+    """It is named by its weight, as the experts are, and its pair is that of a linear layer."""
+    made = make_gguf(tmp_path, "Qwen3Moe", target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
+    assert export_gguf(made.adapter, tmp_path / "out.gguf", base_gguf=made.base_gguf, threads=1).verdict == "passed"
+    assert any("ffn_gate_inp" in name for name in read_tensors(tmp_path / "out.gguf"))
 
 
 def test_a_lost_module_would_be_seen(made: GgufMade) -> None:

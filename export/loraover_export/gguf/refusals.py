@@ -27,12 +27,19 @@ def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:
         ExportError: an adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
-    check_fields(adapter, MERGE, allowed={"target_parameters"} if adapter.stacks else ())
+    check_fields(adapter, MERGE, allowed={"target_parameters"} if _has_target_parameters(adapter) else ())
     for site in adapter.sites:
         if site.endswith("A"):
             _check_module(adapter, module_of(site), target)
     weights = {path: module.shape for path, module in target.modules.items()}
     return check_tensors(adapter, weights, MERGE, OTHERS | NORM)
+
+
+def _has_target_parameters(adapter: AdapterDir) -> bool:
+    """Return whether the file has pairs for all `target_parameters`: stacks, or the pair of a module's weight."""
+    entries = (adapter.config.model_extra or {}).get("target_parameters") or []
+    paths = {stack.path for stack in adapter.stacks} | {f"{module_of(site)}.weight" for site in adapter.sites}
+    return all(any(path == entry or path.endswith(f".{entry}") for path in paths) for entry in entries)
 
 
 def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
