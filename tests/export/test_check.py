@@ -199,6 +199,17 @@ def test_commands_that_mend_are_commands_of_ours(reports: dict[str, CheckReport]
                 command.make_context(name, list(words))
 
 
+def test_an_export_lies_beside_the_folder_that_a_user_is_in(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = changed(source, tmp_path / "in", lambda folder: None)
+    monkeypatch.chdir(folder)
+    for check in check_adapter(".").engines:
+        words = shlex.split(check.export)
+        assert words[2] == str(folder)
+        assert Path(words[words.index("-o") + 1]).parent == tmp_path
+
+
 def test_the_text_fits_80_columns_and_names_the_export(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +219,8 @@ def test_the_text_fits_80_columns_and_names_the_export(
     assert run(cli, ["check", "in", "--model", str(source.parent / "base")]) == 1
     assert tree(tmp_path) == before
     out = capsys.readouterr().out
-    assert "loraover-export gguf in -o in.gguf" in out
+    folder = Path("in").resolve()
+    assert f"loraover-export gguf {folder} -o {folder}.gguf" in out
     assert "llamacpp  wrong silently  right " in out
     commands_and_paths = ("loraover-export", str(source.parent))
     assert all(len(line) <= 80 or any(part in line for part in commands_and_paths) for line in out.splitlines())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from loraover.models.load import ModelSource
 from loraover_export.check.features import FEATURES, MORE_THAN_AB
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
+from loraover_export.uniform.export_command import export_command
 
 
 @dataclass(frozen=True)
@@ -106,17 +106,9 @@ def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subj
 
 
 def command(subject: Subject, *words: str, ending: str) -> str:
-    """Return an export command for the adapter, such as "loraover-export gguf a -o a.gguf".
-
-    Args:
-        subject: the adapter.
-        words: name of the command, then options.
-        ending: ending of the output's name.
-    """
-    path = str(subject.path)
+    """Return `export_command` for the adapter, with the base model that the user named."""
     model = [] if subject.model is None else ["--model", subject.model]
-    name, *options = words
-    return shlex.join(["loraover-export", name, path, "-o", f"{path.rstrip('/')}{ending}", *options, *model])
+    return export_command(subject.path, *words, *model, ending=ending)
 
 
 def _findings(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterable[Finding]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
+from loraover_export.uniform.export_command import export_command
 from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 from loraover_export.vllm.versions import Versions
@@ -96,11 +95,5 @@ def patterns(candidate: Candidate) -> Iterator[Problem]:
         yield Problem(
             f"{fields} gives {len(own)} of {len(candidate.modules)} modules another rank or scaling ({listed(own)}); "
             "engines and releases read that differently, some wrongly without a message",
-            f"write it for vLLM and serve that: {export_command(candidate.adapter.path)}",
+            f"write it for vLLM and serve that: {export_command(candidate.adapter.path, 'vllm', ending='-vllm')}",
         )
-
-
-def export_command(folder: Path) -> str:
-    """Return the command that writes an adapter in the form that every engine reads the same way."""
-    path = folder.resolve()
-    return shlex.join(["loraover-export", "vllm", str(path), "-o", f"{path}-vllm"])
