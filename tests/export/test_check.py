@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from loraover_export.cli import COMMANDS, cli
 from support.check_cases import CASES, EXPECTED, Change, both, embedding, head
 from support.make_checkpoint import SERVABLE, edit_json, edit_tensors, make_checkpoint, tree
 from support.plain_adapter import make_adapter
-from support.tiny_models import tiny_bert, tiny_gpt2
+from support.tiny_models import tiny_bart, tiny_bert, tiny_gpt2, tiny_llama, with_lora
 from support.vllm_damage import DAMAGES, Q0, TENSORS, config
 
 PLAIN = {"rank_pattern": {}, "r": 4, "lora_alpha": 4}
@@ -171,6 +173,19 @@ def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
     verdicts = {check.engine: check.as_it_is.verdict for check in check_adapter(tmp_path / "in").engines}
     assert verdicts["vllm"] == verdicts["onnx"] == verdicts["openvino"] == "refused"
     assert verdicts["torch"] == "right"
+
+
+@pytest.mark.parametrize("base", [tiny_bart, tiny_llama])
+def test_the_onnx_export_has_no_graph_for_every_task(base: Callable[[], Any], tmp_path: Path) -> None:
+    model = base()
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    task = "SEQ_2_SEQ_LM" if base is tiny_bart else "FEATURE_EXTRACTION"
+    with_lora(model, task_type=task).save_pretrained(tmp_path / "in")
+    exported = check_adapter(tmp_path / "in", engines="onnx").engines[0].exported
+    (finding,) = exported.findings
+    assert exported.verdict == "refused"
+    assert ("'bart'" if base is tiny_bart else f"task_type is {task!r}") in finding.found
 
 
 def test_a_family_that_the_table_of_row_orders_lacks(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import read_json
 from loraover.models.device import choose_compute, choose_device
-from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
+from loraover.models.load import ModelSource, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.prompts import BUILT_IN_PROMPTS
@@ -36,6 +36,7 @@ from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, jud
 from loraover_export.onnx.request import Inputs, OnnxRequest
 from loraover_export.onnx.session import has_provider
 from loraover_export.onnx.swappable import markers, write_adapter, write_swappable
+from loraover_export.onnx.tasks import find_task
 
 KINDS: dict[str, type[GraphKind]] = {
     "CAUSAL_LM": Decoder,
@@ -69,26 +70,14 @@ class Export:
         self.request = request if request.graph is None else _as_exported(request, inputs, request.graph)
         if self.request.web and self.request.precision == "int4":
             report.line(WEB_INT4)
-        config = load_config(inputs.base)
-        self.task = inputs.task_type or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
-        if self.task not in KINDS:
-            raise ConfigError(f"task_type is {self.task!r}, expected one of {', '.join(KINDS)}.")
-        if KINDS[self.task] is Seq2Seq:
-            self._check_seq2seq(config.model_type)
+        self.task = find_task(inputs.task_type, inputs.base)
+        if KINDS[self.task] is Seq2Seq and not self.request.cache:
+            raise ConfigError(
+                f"--no-cache is for decoder models; {inputs.base.origin} is an encoder-decoder model, whose graphs "
+                "always have a cache. Leave it out."
+            )
         self.kind = KINDS[self.task]() if self.request.cache else Stateless()
         self.deltas = {name: list(read_deltas(source)) for name, source in inputs.adapters.items()}
-
-    def _check_seq2seq(self, model_type: str) -> None:
-        if model_type not in Seq2Seq.model_types:
-            raise ExportError(
-                f"{self.inputs.base.origin}: model_type is {model_type!r}; of encoder-decoder models, only "
-                f"{', '.join(Seq2Seq.model_types)} can be exported to ONNX."
-            )
-        if not self.request.cache:
-            raise ConfigError(
-                f"--no-cache is for decoder models; {self.inputs.base.origin} is an encoder-decoder model "
-                f"({model_type}), whose graphs always have a cache. Leave it out."
-            )
 
     def load(self) -> None:
         """Load the base model and its tokenizer, and check that every adapter fits.

@@ -137,12 +137,17 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
         check_no_experts(adapter, "the export to ONNX")
         if request.mode == "swappable":
             check_swappable(adapter)
-    tasks = {(adapter.config.model_extra or {}).get("task_type") for adapter in dirs}
+    tasks = set(map(task_type, dirs))
     if len(tasks) > 1:
         raise ExportError(f"the sources were trained for different tasks ({', '.join(sorted(map(str, tasks)))}).")
-    task = tasks.pop()
     base = resolve_base(dirs, request.model, option="--model", say=say)
-    return Inputs(adapters, base, task if isinstance(task, str) else None)
+    return Inputs(adapters, base, tasks.pop())
+
+
+def task_type(adapter: AdapterDir) -> str | None:
+    """Return PEFT's name of the task that an adapter was trained for; None if it names none."""
+    task = (adapter.config.model_extra or {}).get("task_type")
+    return task if isinstance(task, str) else None
 
 
 def check_swappable(adapter: AdapterDir) -> None:

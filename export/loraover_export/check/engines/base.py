@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.common.errors import CheckpointError, ExportError
+from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource
 from loraover_export.check.features import FEATURES, MORE_THAN_AB
 from loraover_export.check.report import Finding, Level
@@ -101,7 +101,7 @@ def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subj
         return
     try:
         check(subject.lora, subject.served.source)
-    except (CheckpointError, ExportError) as error:
+    except (CheckpointError, ConfigError, ExportError) as error:
         yield Finding(feature="export", level="refused", found=str(error))
 
 

@@ -25,8 +25,6 @@ class Seq2Seq(GraphKind):
     """
 
     graphs = ("encoder.onnx", "decoder.onnx")
-    model_types = ("t5", "mt5", "umt5")
-    """Types of the models whose layers and configurations this file knows, by transformers' names."""
 
     def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
         set_precision(model, plan.precision)

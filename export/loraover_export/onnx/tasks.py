@@ -1,0 +1,35 @@
+"""The tasks and models that ONNX graphs are made for."""
+
+from __future__ import annotations
+
+from loraover.common.errors import ConfigError, ExportError
+from loraover.models.load import ModelSource, load_config
+
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
+"""Tasks by PEFT's names."""
+
+SEQ2SEQ_MODELS = ("t5", "mt5", "umt5")
+"""Types of the encoder-decoder models whose layers `Seq2Seq` knows, by transformers' names."""
+
+
+def find_task(named: str | None, base: ModelSource) -> str:
+    """Return the task of a graph, one of `TASKS`.
+
+    Args:
+        named: PEFT's name of the task; None if the adapters name none, and the base model decides.
+        base: the base model.
+
+    Raises:
+        ConfigError: a task that no graph is made for, or no usable configuration.
+        ExportError: an encoder-decoder model that is no T5.
+    """
+    config = load_config(base)
+    task = named or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
+    if task not in TASKS:
+        raise ConfigError(f"task_type is {task!r}, expected one of {', '.join(TASKS)}.")
+    if task == "SEQ_2_SEQ_LM" and config.model_type not in SEQ2SEQ_MODELS:
+        raise ExportError(
+            f"{base.origin}: model_type is {config.model_type!r}; of encoder-decoder models, only "
+            f"{', '.join(SEQ2SEQ_MODELS)} can be exported to ONNX."
+        )
+    return task
