@@ -111,7 +111,8 @@ def time_graph(source: Path, output: Path, options: dict[str, Any]) -> float:
     from loraover_export import export_onnx
 
     started = time.perf_counter()
-    export_onnx(source, output, names=["adapter"], check=False, force=True, **options)
+    names = ["adapter"] if options["mode"] == "swappable" else []
+    export_onnx(source, output, names=names, check=False, force=True, **options)
     return time.perf_counter() - started
 
 

@@ -141,7 +141,7 @@ def recorded(folder: Path) -> list[str]:
     [
         ("fold", ("--dtype", "bf16", "--model", "{copy}", "--prompts", "{prompts}")),
         ("vllm", ("--dtype", "fp32", "--model", "{copy}", "--name", "other name")),
-        ("onnx", ("--model", "{copy}", "--name", "it", "--no-cache")),
+        ("onnx", ("--model", "{copy}", "--no-cache")),
     ],
 )
 def test_a_recorded_command_gives_the_same_again(

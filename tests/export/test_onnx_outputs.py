@@ -51,6 +51,24 @@ def test_a_graph_of_other_settings_is_named(
     refused(made.folder / "second", *SWAPPABLE, "--graph", str(graph), *options, named=(str(graph), " ".join(options)))
 
 
+@pytest.mark.parametrize(("field", "found", "asked"), [("precision", "int4", "fp32"), ("device", "cuda", "cpu")])
+def test_a_setting_that_is_usual_without_a_graph_is_compared(
+    field: str, found: str, asked: str, made: OnnxMade, graph: Path, refused: Refused
+) -> None:
+    edit_json(graph / "onnx_report.json", lambda content: content.update({field: found}))
+    options = (*SWAPPABLE, "--graph", str(graph), f"--{field}", asked)
+    refused(made.folder / "second", *options, named=(f"exported with --{field} {found}, not {asked}",))
+
+
+def test_the_recorded_command_names_what_the_graph_has(made: OnnxMade, graph: Path, tmp_path: Path) -> None:
+    edit_json(graph / "onnx_report.json", lambda content: content.update(precision="int4"))
+    assert export(made.folder / "second", tmp_path / "out", *SWAPPABLE, "--graph", str(graph), "--no-check") == 0
+    assert "--precision int4 --device cpu" in (tmp_path / "out" / "README.md").read_text()
+    report = read_report(tmp_path / "out")
+    assert report.precision == "int4"
+    assert (report.check_device, report.compute_dtype, report.checked_on) == (None, None, None)
+
+
 def test_an_adapter_of_another_width_is_named(made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused) -> None:
     """Even if nothing is checked, and it claims the graph's base model."""
     adapter = write_adapter(

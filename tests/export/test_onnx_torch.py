@@ -232,7 +232,8 @@ def test_bert_merged_with_its_classifier(bert: Bert, tmp_path: Path) -> None:
 
 
 def test_bert_swappable(bert: Bert, tmp_path: Path) -> None:
-    exported("BERT", bert.folder / "plain", tmp_path / "out", "--mode", "swappable")
+    report = exported("BERT", bert.folder / "plain", tmp_path / "out", "--mode", "swappable")
+    assert not report.cache
     graph = tmp_path / "out" / "model.onnx"
     found = errors(Graph(graph, tmp_path / "out" / "plain.onnx_adapter"), bert.plain)
     assert max(found.values()) <= 1, found

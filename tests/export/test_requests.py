@@ -52,6 +52,7 @@ WRONG: dict[str, tuple[tuple[Path, ...], dict[str, Any], str]] = {
     "one name": ((FIRST, Path("x/first")), {"mode": "swappable"}, "'first'.* --name"),
     "spaces": ((Path("my first adapter"),), {"mode": "swappable"}, "'my first adapter'.* --name"),
     "mode": ((FIRST,), {"mode": "fused"}, "--mode: found 'fused', expected one of merged, swappable"),
+    "a name of no file": ((FIRST,), {"mode": "merged", "names": ("a",)}, "--name .* --mode swappable"),
     "precision": ((FIRST,), {"mode": "merged", "precision": "bf16"}, "--precision: .*'bf16'.* fp32, fp16, int4"),
     "device": ((FIRST,), {"mode": "merged", "device": "tpu"}, "--device: .*'tpu'.* cpu, cuda"),
 }
@@ -68,6 +69,10 @@ def test_arguments_that_contradict_one_another_are_refused(case: str) -> None:
 def test_a_name_that_is_no_file_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"cannot be the name of an adapter's file.* --name"):
         OnnxRequest((FIRST,), OUT, "swappable", names=(name,))
+
+
+def test_a_merged_graph_has_no_adapter_to_name() -> None:
+    assert OnnxRequest((Path("my first adapter"),), OUT, "merged").adapter_names == ("my first adapter",)
 
 
 def test_library_functions_refuse_what_their_requests_refuse(tmp_path: Path) -> None:

@@ -30,15 +30,13 @@ EXAMPLES = [
 @click.option(
     "--precision",
     type=DtypeChoice("fp32", "fp16", "int4"),
-    default="fp32",
-    show_default=True,
+    show_default="that of --graph, else fp32",
     help="Number format of the graph's weights.",
 )
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
+    show_default="that of --graph, else cpu",
     help="Device to build the graph for.",
 )
 @click.option("--model", show_default="the one that the adapters name", help="Base model, folder or hub name.")
@@ -53,7 +51,7 @@ EXAMPLES = [
     "names",
     multiple=True,
     show_default="the names of the sources' folders",
-    help="Name of an adapter's file; repeat it in the order of SOURCE.",
+    help="Name of a swappable adapter's file; repeat it in the order of SOURCE.",
 )
 @click.option(
     "--graph",
@@ -79,8 +77,8 @@ def onnx(
     sources: tuple[Path, ...],
     output: Path,
     mode: str,
-    precision: str,
-    device: str,
+    precision: str | None,
+    device: str | None,
     model: str | None,
     cache: bool,
     names: tuple[str, ...],

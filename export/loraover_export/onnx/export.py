@@ -67,8 +67,11 @@ class Export:
 
     def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path, report: Reporter = SILENT) -> None:
         self.inputs, self.draft, self.report = inputs, draft, report
-        self.request = request if request.graph is None else _as_exported(request, inputs, request.graph)
-        if self.request.web and self.request.precision == "int4":
+        if request.graph is not None:
+            request = _as_exported(request, request.graph, read_earlier(request.graph, inputs.base))
+        self.plan = GraphPlan(request.precision or "fp32", request.device or "cpu")
+        self.request = replace(request, precision=self.plan.precision, device=self.plan.device)
+        if self.request.web and self.plan.precision == "int4":
             report.line(WEB_INT4)
         self.task = find_task(inputs.task_type, inputs.base)
         if KINDS[self.task] is Seq2Seq and not self.request.cache:
@@ -129,7 +132,7 @@ class Export:
                     self.model,
                     source,
                     cases,
-                    self.request.precision,
+                    self.plan.precision,
                     merged=self.request.mode == "merged",
                     compute=Compute(device, dtype),
                 )
@@ -142,7 +145,7 @@ class Export:
         adapters = sum(prod(shape) for each in shapes for shape in each.values())
         tokens = max(case.ids.numel() for case in cases)
         copies = 2 if choose_device(self.request.check_device).type == "cpu" else 1
-        widest = 8 if self.request.precision == "fp32" else 4  # the noise is that of float32 against a wider run
+        widest = 8 if self.plan.precision == "fp32" else 4  # the noise is that of float32 against a wider run
         return Needs.of_model(
             self.inputs.base, adapters=adapters, tokens=tokens, copies=copies, logits=3, at_least=widest
         )
@@ -165,16 +168,16 @@ class Export:
             every = {delta.module: delta for deltas in self.deltas.values() for delta in deltas}
             rank = max(delta.rank for delta in every.values())
             drawn = markers(every.values(), rank)
-            self._export(GraphPlan(request.precision, request.device, drawn, rank), self.draft)
-            dtype = "fp16" if request.precision == "fp16" else "fp32"
+            self._export(replace(self.plan, markers=drawn, rank=rank), self.draft)
+            dtype = "fp16" if self.plan.precision == "fp16" else "fp32"
             layout = write_swappable(self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype, web=request.web)
             return self._write_adapters(layout), None
         found_base = None
-        if request.check and request.precision == "int4":
+        if request.check and self.plan.precision == "int4":
             found_base = self._quantised_base(cases)
         ((name, source),) = self.inputs.adapters.items()
         certificates = merge(self.model, source, self.deltas[name])
-        self._export(GraphPlan(request.precision, request.device), self.draft)
+        self._export(self.plan, self.draft)
         return certificates, found_base
 
     def _export(self, plan: GraphPlan, out: Path) -> None:
@@ -189,8 +192,8 @@ class Export:
     def _quantised_base(self, cases: list[Case]) -> list[torch.Tensor]:
         folder = self.draft / ".base"
         folder.mkdir()
-        self._export(GraphPlan("int4", self.request.device), folder)
-        logits = run_cases(self.kind, self.kind.runner(folder, self.request.device, None), cases)
+        self._export(self.plan, folder)
+        logits = run_cases(self.kind, self.kind.runner(folder, self.plan.device, None), cases)
         shutil.rmtree(folder)
         return logits
 
@@ -205,8 +208,8 @@ class Export:
         self, cases: list[Case], references: dict[str | None, Reference], found_base: list[torch.Tensor] | None
     ) -> list[GraphCheck]:
         folder = self.request.graph or self.draft
-        if found_base is None and self.request.precision == "int4":
-            found_base = run_cases(self.kind, self.kind.runner(folder, self.request.device, None), cases)
+        if found_base is None and self.plan.precision == "int4":
+            found_base = run_cases(self.kind, self.kind.runner(folder, self.plan.device, None), cases)
         checks = []
         for name, reference in references.items():
             if self.request.mode == "merged" and name is None:
@@ -214,9 +217,7 @@ class Export:
             self.report.line(f"running the graph in ONNX Runtime, {'no adapter' if name is None else name}")
             adapter = None if name is None or self.request.mode == "merged" else self.draft / name
             known = None if name is None else found_base
-            found = check_graph(
-                self.kind, folder, self.request.device, adapter, cases, reference, references[None], known
-            )
+            found = check_graph(self.kind, folder, self.plan.device, adapter, cases, reference, references[None], known)
             checks += [check.model_copy(update={"adapter": name}) for check in found]
         return checks
 
@@ -225,13 +226,13 @@ class Export:
         return OnnxReport(
             verdict=judge_export(checks, matrices),
             mode=request.mode,
-            precision=request.precision,
-            device=request.device,
-            cache=request.cache,
+            precision=self.plan.precision,
+            device=self.plan.device,
+            cache=not isinstance(self.kind, Stateless),
             web=request.web,
-            check_device=str(choose_device(request.check_device)),
-            compute_dtype=request.compute_dtype,
-            checked_on=request.device if has_provider(request.device) else "cpu",
+            check_device=str(choose_device(request.check_device)) if request.check else None,
+            compute_dtype=request.compute_dtype if request.check else None,
+            checked_on=self._checked_on() if request.check else None,
             base_model=self.inputs.base.name,
             adapters={name: str(source.path) for name, source in self.inputs.adapters.items()},
             checks=checks,
@@ -239,6 +240,9 @@ class Export:
             versions=environment("onnx", "onnxruntime", "onnxruntime-genai"),
             hardware=hardware(),
         )
+
+    def _checked_on(self) -> str:
+        return self.plan.device if has_provider(self.plan.device) else "cpu"
 
 
 def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
@@ -263,18 +267,17 @@ def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
     return exported
 
 
-def _as_exported(request: OnnxRequest, inputs: Inputs, graph: Path) -> OnnxRequest:
+def _as_exported(request: OnnxRequest, graph: Path, exported: OnnxReport) -> OnnxRequest:
     """Return the request with the settings of the earlier graph that adapters are added to.
 
     Raises:
-        ExportError: a graph of another base model, or one in another form than the request's.
+        ExportError: a graph in another form than the request's.
     """
-    exported = read_earlier(graph, inputs.base)
     if request.web and not exported.web:
         raise ExportError(f"{graph} was exported without --web; leave it out, or export another graph with it.")
     for field in ("precision", "device"):
         asked, found = getattr(request, field), getattr(exported, field)
-        if asked not in (getattr(OnnxRequest, field), found):  # a default is taken as not asked for
+        if asked not in (None, found):
             raise ExportError(
                 f"{graph} was exported with --{field} {found}, not {asked}; leave --{field} {asked} out, or export "
                 "another graph with it."

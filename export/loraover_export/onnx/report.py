@@ -103,10 +103,12 @@ class OnnxReport(BaseModel):
     precision: Literal["fp32", "fp16", "int4"] = Field(description="number format of the graph's weights")
     device: Literal["cpu", "cuda"] = Field(description="device that the graph was built for")
     cache: bool = Field(description="whether a language model's graph has a KV cache")
-    checked_on: str = Field(description="device that ONNX Runtime ran the checks on, cpu or cuda")
+    checked_on: str | None = Field(description="device of ONNX Runtime's checks, cpu or cuda; None without a check")
     web: bool = Field(default=False, description="whether graph and adapters are for onnxruntime-web")
-    check_device: str = Field(default="cpu", description="device that PyTorch ran the checks on: cpu, cuda or mps")
-    compute_dtype: str = Field(default="fp32", description="data type that PyTorch ran the checks in")
+    check_device: str | None = Field(
+        default="cpu", description="device of PyTorch's checks: cpu, cuda or mps; None without a check"
+    )
+    compute_dtype: str | None = Field(default="fp32", description="data type of PyTorch's checks; None without a check")
     base_model: str = Field(description="folder or hub name of the base model")
     adapters: dict[str, str] = Field(description="folder of each adapter, by its name")
     checks: list[GraphCheck] = Field(description="outputs against PyTorch's; empty without a check")

@@ -33,8 +33,8 @@ class OnnxRequest:
     sources: tuple[Path, ...]
     output: Path
     mode: str
-    precision: str = "fp32"
-    device: str = "cpu"
+    precision: str | None = None
+    device: str | None = None
     model: str | None = None
     cache: bool = True
     names: tuple[str, ...] = ()
@@ -47,8 +47,9 @@ class OnnxRequest:
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"--{name}: found {getattr(self, name)!r}, expected one of {', '.join(known)}.")
+            found = getattr(self, name)
+            if found is not None and found not in known:
+                raise ConfigError(f"--{name}: found {found!r}, expected one of {', '.join(known)}.")
         if not self.sources:
             raise ConfigError("SOURCE: expected one adapter at least, found none.")
         if self.mode == "merged" and len(self.sources) != 1:
@@ -62,11 +63,14 @@ class OnnxRequest:
                 "--web makes the LoRA inputs of a swappable graph required; use it with --mode swappable. A merged "
                 "graph runs in onnxruntime-web as it is."
             )
-        if self.web and self.device != "cpu":
+        if self.web and self.device not in (None, "cpu"):
             raise ConfigError(f"--web is for onnxruntime-web's CPU operators, found --device {self.device}.")
+        if self.names and self.mode != "swappable":
+            raise ConfigError("--name names the files of swappable adapters; use it with --mode swappable.")
         if self.names and len(self.names) != len(self.sources):
             raise ConfigError(f"--name is given {len(self.names)} times for {len(self.sources)} sources.")
-        _check_names(self.adapter_names)
+        if self.mode == "swappable":
+            _check_names(self.adapter_names)
         if self.check:
             choose_compute(self.check_device, self.compute_dtype)
         elif (self.check_device, self.compute_dtype) != ("auto", "fp32"):
@@ -74,13 +78,14 @@ class OnnxRequest:
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """Names of the adapters' files, in the order of the sources."""
+        """Names of the adapters, which are those of a swappable graph's files, in the order of the sources."""
         return self.names or tuple(source.resolve().name for source in self.sources)
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
         words = ["loraover-export", "onnx", *map(str, self.sources), "-o", str(self.output), "--mode", self.mode]
-        words += ["--precision", self.precision, "--device", self.device]
+        words += [] if self.precision is None else ["--precision", self.precision]
+        words += [] if self.device is None else ["--device", self.device]
         words += [] if self.model is None else ["--model", self.model]
         words += [word for name in self.names for word in ("--name", name)]
         words += [] if self.graph is None else ["--graph", str(self.graph)]

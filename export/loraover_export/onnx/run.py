@@ -23,8 +23,8 @@ def export_onnx(
     output: str | Path,
     *,
     mode: str,
-    precision: str = "fp32",
-    device: str = "cpu",
+    precision: str | None = None,
+    device: str | None = None,
     model: str | Path | None = None,
     cache: bool = True,
     names: Sequence[str] = (),
@@ -44,12 +44,13 @@ def export_onnx(
         mode: "merged" adds the adapter to the graph's weights; "swappable" writes a graph that takes A and B as
             inputs, and a file with them for each adapter.
         precision: number format of the graph's weights: "fp32", "fp16" or "int4"; or PyTorch's names of the first two.
-        device: device to build the graph for: "cpu" or "cuda".
+            None means that of `graph`, else "fp32".
+        device: device to build the graph for: "cpu" or "cuda"; None means that of `graph`, else "cpu".
         model: base model, folder or hub name; None means the one that the adapters name.
-        cache: give a decoder model's graph a KV cache; an encoder-decoder model always has one.
-        names: names of the adapters' files, in the order of `sources`; empty means the names of their folders.
+        cache: give a decoder model's graph a KV cache; an encoder-decoder model always has one, a classifier none.
+        names: names of a swappable graph's adapters, in the order of `sources`; empty means those of their folders.
         graph: folder of an earlier swappable export whose graph the new adapters are for; only their files are
-            written, and `precision`, `device` and `cache` are those of that export.
+            written, and `precision`, `device` and `cache` have to be those of that export.
         web: form for onnxruntime-web: the LoRA inputs of a swappable graph are required, and adapters are safetensors
             files.
         check: compare ONNX Runtime's outputs with those of the unfolded PyTorch model.
@@ -77,7 +78,7 @@ def export_onnx(
         tuple(map(Path, folders)),
         Path(output),
         mode,
-        SHORT.get(precision, precision),
+        None if precision is None else SHORT.get(precision, precision),
         device,
         None if model is None else str(model),
         cache,
@@ -93,11 +94,12 @@ def export_onnx(
     check_replaceable(request.output, "ONNX export", REPORT_FILE, inputs=read, replace=request.force)
     inputs = read_inputs(request, report.line)
     with publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft:
-        result = Export(request, inputs, draft, report).run()
+        export = Export(request, inputs, draft, report)
+        result = export.run()
         if result.verdict == "failed":
             raise AbandonedError
         (draft / REPORT_FILE).write_text(result.model_dump_json(indent=1) + "\n")
-        (draft / "README.md").write_text(_card(request, inputs, result), encoding="utf-8")
+        (draft / "README.md").write_text(_card(export.request, inputs, result), encoding="utf-8")
     return result
 
 

@@ -74,7 +74,7 @@ def _export(
     adapters: Mapping[str, Path], output: Path, mode: str, base: ModelSource, graph: Path | None = None
 ) -> None:
     """Export adapters without the export's own comparison with PyTorch."""
-    paths, names = tuple(adapters.values()), tuple(adapters)
+    paths, names = tuple(adapters.values()), tuple(adapters) if mode == "swappable" else ()
     found = export_onnx(paths, output, mode=mode, model=base.name, names=names, graph=graph, check=False)
     if found.verdict == "failed":
         raise EngineError(f"onnx: a matrix of the {mode} export is not within its error bound.")
