@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from inspect import signature
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -53,7 +53,7 @@ def _fault(fault: ErrorDetails, name: str) -> str:
     option, *within = fault["loc"][1:]  # behind the decomposition's name
     place = str(option) + "".join(f"[{key}]" for key in within if key != "[key]")
     if fault["type"] == "unexpected_keyword_argument":
-        known = ", ".join(field.name for field in fields(DECOMPOSITIONS[name]) if field.name != "name")
+        known = ", ".join(option for option in signature(DECOMPOSITIONS[name]).parameters if option != "name")
         return f"{place!r} is not an option; {f'the options are {known}' if known else 'there are none'}"
     return f"{place} is {fault['input']!r:.80}, but {fault['msg'].removeprefix('Input ')}"
 
