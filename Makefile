@@ -62,9 +62,9 @@ demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
 # Does the folded adapter cost on the real vLLM what the plain one costs? (A short run: exit 3 says that it was too short.)
 demo-vllm: vllm $(RUN)/folded/adapter_config.json
 	rm -rf $(RUN)/parity-vllm
-	$(BIN)/loraover-export vllm $(RUN)/lora/adapter -o $(RUN)/vllm-vanilla --force
-	$(BIN)/loraover-export vllm $(RUN)/lora-over/adapter -o $(RUN)/vllm-folded --force
-	$(BIN)/loraover-serve parity --adapter $(RUN)/vllm-folded --baseline $(RUN)/vllm-vanilla \
+	$(BIN)/loraover export vllm $(RUN)/lora/adapter -o $(RUN)/vllm-vanilla --force
+	$(BIN)/loraover export vllm $(RUN)/lora-over/adapter -o $(RUN)/vllm-folded --force
+	$(BIN)/loraover serve parity --adapter $(RUN)/vllm-folded --baseline $(RUN)/vllm-vanilla \
 		--checkpoint $(RUN)/lora-over/adapter --engine vllm --num-prompts 40 -o $(RUN)/parity-vllm || test $$? -eq 3
 
 $(RUN)/folded/adapter_config.json:

@@ -43,4 +43,4 @@ for step in range(options.steps):
 
 over.finish()
 model.save_pretrained(options.output)  # a plain LoRA
-write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover-export fold`
+write_checkpoint(options.output, over, step=options.steps)  # and its cores, for `loraover export fold`

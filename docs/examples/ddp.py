@@ -43,5 +43,5 @@ for step in range(options.steps):
 over.finish()
 if rank == 0:
     lora.save_pretrained(options.output)  # already a plain LoRA
-    write_checkpoint(options.output, over, step=options.steps)  # and its cores, for loraover-export fold to prove it
+    write_checkpoint(options.output, over, step=options.steps)  # and its cores, for loraover export fold to prove it
 distributed.destroy_process_group()

@@ -47,5 +47,5 @@ over.finish()
 adapter = trainable_state_dict(model)  # unsharded matrices; every process takes part
 if rank == 0:
     model.save_pretrained(options.output, state_dict=adapter)  # already a plain LoRA
-    write_checkpoint(options.output, over, step=options.steps)  # and its cores, for loraover-export fold to prove it
+    write_checkpoint(options.output, over, step=options.steps)  # and its cores, for loraover export fold to prove it
 distributed.destroy_process_group()

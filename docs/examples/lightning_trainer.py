@@ -49,4 +49,4 @@ loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=DataCollatorFor
 tuned = Tuned()
 Trainer(max_steps=options.steps, logger=False, enable_checkpointing=False).fit(tuned, loader)
 tuned.model.save_pretrained(options.output)  # a plain LoRA
-write_checkpoint(options.output, tuned.over, step=options.steps)  # and its cores, for `loraover-export fold`
+write_checkpoint(options.output, tuned.over, step=options.steps)  # and its cores, for `loraover export fold`

@@ -1,4 +1,4 @@
-"""`loraover-export check`: for each engine, the verdict on every kind of adapter, in both forms."""
+"""`loraover export check`: for each engine, the verdict on every kind of adapter, in both forms."""
 
 from __future__ import annotations
 
@@ -205,8 +205,8 @@ def test_vllm_needs_an_option_for_a_larger_rank(reports: dict[str, CheckReport])
 def test_commands_that_mend_are_commands_of_ours(reports: dict[str, CheckReport]) -> None:
     for report in reports.values():
         for check in report.engines:
-            program, name, *words = shlex.split(check.export)
-            assert program == "loraover-export"
+            program, group, name, *words = shlex.split(check.export)
+            assert (program, group) == ("loraover", "export")
             if name != "fold":
                 assert name in COMMANDS
                 command = cli.get_command(None, name)  # type: ignore[arg-type]
@@ -235,9 +235,9 @@ def test_the_text_fits_80_columns_and_names_the_export(
     assert tree(tmp_path) == before
     out = capsys.readouterr().out
     folder = Path("in").resolve()
-    assert f"loraover-export gguf {folder} -o {folder}.gguf" in out
+    assert f"loraover export gguf {folder} -o {folder}.gguf" in out
     assert "llamacpp  wrong silently  right " in out
-    commands_and_paths = ("loraover-export", str(source.parent))
+    commands_and_paths = ("loraover export", str(source.parent))
     assert all(len(line) <= 80 or any(part in line for part in commands_and_paths) for line in out.splitlines())
 
 

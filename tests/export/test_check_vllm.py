@@ -1,4 +1,4 @@
-"""The verdicts of `loraover-export check` on vLLM, beside what vLLM's own loader does with the same adapters."""
+"""The verdicts of `loraover export check` on vLLM, beside what vLLM's own loader does with the same adapters."""
 
 from __future__ import annotations
 

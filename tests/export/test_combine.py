@@ -305,7 +305,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "a saved module": (
         lambda f: edit_json(f / CONFIG, lambda c: c.update(modules_to_save=["lm_head"])),
         [],
-        "merge it into its base model with `loraover-export merge`",
+        "merge it into its base model with `loraover export merge`",
     ),
     "a changed base": (
         lambda f: edit_json(f / CONFIG, lambda c: c.update(init_lora_weights="pissa")),

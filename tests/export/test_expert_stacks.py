@@ -171,7 +171,7 @@ def test_sums_and_differences(tmp_path: Path) -> None:
         torch.testing.assert_close(found[path], -1.5 * delta, rtol=1e-5, atol=1e-6)
     assert diff_adapters(tmp_path / "one", tmp_path / "two").difference < 1e-9
     flip(tmp_path / "two", "0.18.1")
-    with pytest.raises(ExportError, match="Write it again with loraover-export convert"):
+    with pytest.raises(ExportError, match="Write it again with loraover export convert"):
         diff_adapters(tmp_path / "one", tmp_path / "two")
 
 

@@ -70,5 +70,5 @@ def test_the_card_names_the_base_its_licence_the_command_and_the_figures(tmp_pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'license: "apache-2.0"' in card
     assert f'base_model: "{made.base}"' in card
-    assert f"loraover-export fold {made.path} -o {tmp_path / 'out'} --dtype bf16" in card
+    assert f"loraover export fold {made.path} -o {tmp_path / 'out'} --dtype bf16" in card
     assert "8 of 8 within their bounds" in card

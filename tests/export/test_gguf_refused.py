@@ -1,4 +1,4 @@
-"""`loraover-export gguf` on what llama.cpp would apply wrongly, in part or not at all: one message, and no file."""
+"""`loraover export gguf` on what llama.cpp would apply wrongly, in part or not at all: one message, and no file."""
 
 from __future__ import annotations
 

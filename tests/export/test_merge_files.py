@@ -128,7 +128,7 @@ def test_shards_and_other_files_come_along(pair: tuple[Path, Path], tmp_path: Pa
     assert not (out / "pytorch_model.bin").exists()
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert json.loads((out / "merge_certificate.json").read_text()) == report.model_dump(mode="json")
-    assert f"loraover-export merge {adapter} -o {out}" in (out / "README.md").read_text()
+    assert f"loraover export merge {adapter} -o {out}" in (out / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert torch.equal(model.model.embed_tokens.weight, AutoModelForCausalLM.from_pretrained(base).lm_head.weight)

@@ -1,4 +1,4 @@
-"""`loraover-export mlx`: the written form, its certificate, and what is refused."""
+"""`loraover export mlx`: the written form, its certificate, and what is refused."""
 
 from __future__ import annotations
 

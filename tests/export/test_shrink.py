@@ -173,4 +173,4 @@ def test_the_command_shows_what_each_module_loses(
     assert "…" not in err
     assert json.loads((tmp_path / "out" / "lora_certificate.json").read_text()) == json.loads(out)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"loraover-export shrink {made / 'plain'} -o {tmp_path / 'out'} --rank 2 --dtype fp32" in card
+    assert f"loraover export shrink {made / 'plain'} -o {tmp_path / 'out'} --rank 2 --dtype fp32" in card

@@ -1,4 +1,4 @@
-"""`loraover-serve up`, with a stand-in for vLLM that starts at once."""
+"""`loraover serve up`, with a stand-in for vLLM that starts at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where `loraover-serve up` listens, and the key that it asks for, with a stand-in for vLLM."""
+"""Where `loraover serve up` listens, and the key that it asks for, with a stand-in for vLLM."""
 
 from __future__ import annotations
 

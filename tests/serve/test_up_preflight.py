@@ -1,4 +1,4 @@
-"""`loraover-serve up` refuses adapters that vLLM would serve wrongly, before anything starts."""
+"""`loraover serve up` refuses adapters that vLLM would serve wrongly, before anything starts."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_what_the_export_mends_is_refused_with_its_command(
     code, shown = start(folder)
     assert code == 2
     assert f"error: vLLM was not started: {folder.name}: patterns: {field} gives" in shown
-    command = shown[shown.index("loraover-export ") :].splitlines()[0]
-    assert run(export_cli, shlex.split(command)[1:]) == 0
+    command = shown[shown.index("loraover export ") :].splitlines()[0]
+    assert run(export_cli, shlex.split(command)[2:]) == 0
     assert start(Path(f"{folder}-vllm"))[0] == 0
 
 

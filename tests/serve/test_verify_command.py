@@ -1,4 +1,4 @@
-"""`loraover-serve verify` and `verify_adapter`: output, exit codes, and requests that cannot be carried out."""
+"""`loraover serve verify` and `verify_adapter`: output, exit codes, and requests that cannot be carried out."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_other_tasks_are_refused_with_what_to_use(adapter: Path, base: Path, tmp
     classifier = shutil.copytree(adapter, tmp_path / "classifier")
     config = json.loads((classifier / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
     (classifier / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"'SEQ_CLS' is not a causal language model.*`loraover-export onnx`"):
+    with pytest.raises(ConfigError, match=r"'SEQ_CLS' is not a causal language model.*`loraover export onnx`"):
         verify_adapter(classifier, engines=["torch"])
 
 

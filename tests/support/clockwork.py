@@ -119,7 +119,7 @@ def whole_report() -> ParityReport:
         adapters={FOLDED: "folded", VANILLA: "random weights", CONTROL: "a copy of the vanilla adapter"},
         workload={"kind": "fixed", "requests": 40, "prompt_tokens": 32, "new_tokens": 3},
         seed=0,
-        command="loraover-serve parity --adapter " + "a-rather-long-folder-name/" * 9 + "folded --engine vllm",
+        command="loraover serve parity --adapter " + "a-rather-long-folder-name/" * 9 + "folded --engine vllm",
         versions={"python": "3.12.3", "torch": "2.13.0", "vllm": "0.32.0"},
         hardware="a processor of some name with several cores",
     )

@@ -87,7 +87,7 @@ Presented = Callable[[Setting, Running], AbstractContextManager[VerifyEngine]]
 
 
 def uniform(setting: Setting) -> Path:
-    """The adapter as `loraover-export vllm` writes it, which is meant to be right on every engine."""
+    """The adapter as `loraover export vllm` writes it, which is meant to be right on every engine."""
     folder = setting.scratch / "uniform"
     report = export_vllm(setting.adapter, folder, model=setting.base.location, dtype="fp32")
     if not report.passed:

@@ -1,4 +1,4 @@
-"""`loraover-export gguf` on tiny models: their bases as folders and GGUF files, adapters, and llama.cpp's logits."""
+"""`loraover export gguf` on tiny models: their bases as folders and GGUF files, adapters, and llama.cpp's logits."""
 
 from __future__ import annotations
 

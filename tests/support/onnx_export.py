@@ -1,4 +1,4 @@
-"""`loraover-export onnx` on small models: bases with a tokenizer, adapters, and a builder that starts at once."""
+"""`loraover export onnx` on small models: bases with a tokenizer, adapters, and a builder that starts at once."""
 
 from __future__ import annotations
 

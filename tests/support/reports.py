@@ -72,7 +72,7 @@ def verification(*results: EngineResult) -> VerifyReport:
         prompt_source="the built-in prompts",
         new_tokens=8,
         device="cpu",
-        command="loraover-serve verify " + "a-rather-long-folder-name/" * 9 + "adapter --engine onnx",
+        command="loraover serve verify " + "a-rather-long-folder-name/" * 9 + "adapter --engine onnx",
         versions={"python": "3.12.3", "torch": "2.13.0"},
         hardware="a processor of some name with several cores",
         date=DAY,
@@ -199,7 +199,7 @@ REPORTS = {
     ),
     "fold": Made(
         "Fold: ",
-        lambda: fold_page(fold_certificate(), "loraover-export fold checkpoint -o folded --check-error"),
+        lambda: fold_page(fold_certificate(), "loraover export fold checkpoint -o folded --check-error"),
         lambda: fold_page(hostile(fold_certificate(), (*RUN_KEYS, "name", "base", "prompt_source")), HOSTILE),
     ),
     "inspect": Made("Folder: ", _inspected, lambda: _inspected(is_hostile=True)),

@@ -291,7 +291,7 @@ def test_check_from_python(made: Made, capsys: pytest.CaptureFixture[str]) -> No
     run_script("check", made.path)
     lines = capsys.readouterr().out.splitlines()
     assert "vllm: right" in lines
-    assert f"mlx: refused; loraover-export mlx {made.path} -o {made.path}-mlx" in lines
+    assert f"mlx: refused; loraover export mlx {made.path} -o {made.path}-mlx" in lines
 
 
 def test_convert_from_python(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-// Load and swap LoRA adapters in a graph of `loraover-export onnx --mode swappable --web`, in a browser or in node.
+// Load and swap LoRA adapters in a graph of `loraover export onnx --mode swappable --web`, in a browser or in node.
 import * as ort from "onnxruntime-web";
 
 const TYPES = { F32: ["float32", Float32Array], F16: ["float16", Uint16Array] };
@@ -43,7 +43,7 @@ export class LoraGraph {
   adapter(buffer, name) {
     const { metadata, tensors } = readSafetensors(buffer, name);
     const refuse = (found) => {
-      throw new Error(`${name} ${found}; export the adapter for this graph: loraover-export onnx ... --web --graph`);
+      throw new Error(`${name} ${found}; export the adapter for this graph: loraover export onnx ... --web --graph`);
     };
     if (metadata.base_model !== this.baseModel) refuse(`is for ${metadata.base_model}, not for ${this.baseModel}`);
     for (const [input, { type, dims }] of Object.entries(this.base)) {

@@ -1,4 +1,4 @@
-"""The command `loraover-export check`."""
+"""The command `loraover export check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `loraover-export combine`."""
+"""The command `loraover export combine`."""
 
 from __future__ import annotations
 

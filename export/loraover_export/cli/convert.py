@@ -1,4 +1,4 @@
-"""The command `loraover-export convert`."""
+"""The command `loraover export convert`."""
 
 from __future__ import annotations
 

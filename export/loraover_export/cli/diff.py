@@ -1,4 +1,4 @@
-"""The command `loraover-export diff`."""
+"""The command `loraover export diff`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `loraover-export fold`."""
+"""The command `loraover export fold`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `loraover-export gguf`."""
+"""The command `loraover export gguf`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `loraover-export merge`."""
+"""The command `loraover export merge`."""
 
 from __future__ import annotations
 

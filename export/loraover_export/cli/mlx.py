@@ -1,4 +1,4 @@
-"""The command `loraover-export mlx`."""
+"""The command `loraover export mlx`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mlx(source: Path, output: Path, model: str | None, dtype: str, force: bool, 
 
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. The scaling of every module is in the
     file, rsLoRA and patterns included. An adapter that mlx-lm would apply wrongly is refused.
-    `loraover-serve verify --engine mlx` compares mlx-lm's answers with PyTorch's.
+    `loraover serve verify --engine mlx` compares mlx-lm's answers with PyTorch's.
 
     Exit code 1: a written matrix failed its check, and nothing was written.
     """

@@ -1,4 +1,4 @@
-"""The command `loraover-export onnx`."""
+"""The command `loraover export onnx`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `loraover-export shrink`."""
+"""The command `loraover export shrink`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `loraover-export vllm`."""
+"""The command `loraover export vllm`."""
 
 from __future__ import annotations
 

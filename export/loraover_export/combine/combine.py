@@ -56,7 +56,7 @@ class CombineRequest:
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover-export", "combine", *map(str, self.sources), "-o", str(self.output)]
+        words = ["loraover", "export", "combine", *map(str, self.sources), "-o", str(self.output)]
         return shlex.join([*words, f"--weights={self.listed_weights()}", "--dtype", self.dtype])
 
 

@@ -51,7 +51,7 @@ class ShrinkRequest:
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover-export", "shrink", str(self.source), "-o", str(self.output)]
+        words = ["loraover", "export", "shrink", str(self.source), "-o", str(self.output)]
         words += [word for name, value in self.asked().items() for word in (f"--{name}", value)]
         return shlex.join([*words, "--dtype", self.dtype])
 

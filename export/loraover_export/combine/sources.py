@@ -19,7 +19,7 @@ from loraover.common.errors import ExportError
 from loraover_export.numerics.delta import Delta, adapted_modules, other_tensors, read_delta
 from loraover_export.uniform.refusals import check_fields, check_tensors
 
-MERGE = "merge it into its base model with `loraover-export merge`"
+MERGE = "merge it into its base model with `loraover export merge`"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _check_experts(sources: Sources) -> None:
         if adapter.stacks and not adapter.has_present_layout:
             raise ExportError(
                 f"{adapter.path}: adapts experts, and was not saved by PEFT {PRESENT_LAYOUT} or newer. Older releases "
-                "stored A and B of experts swapped. Write it again with loraover-export convert, which compares it "
+                "stored A and B of experts swapped. Write it again with loraover export convert, which compares it "
                 "with its base model."
             )
     adapters = [adapter for adapter in sources.adapters if adapter.stacks]

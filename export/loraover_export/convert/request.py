@@ -41,7 +41,7 @@ class ConvertRequest:
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover-export", "convert", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
+        words = ["loraover", "export", "convert", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
         words += [] if self.rank is None else ["--rank", str(self.rank)]
         words += [] if self.model is None else ["--model", self.model]
         words += ["--check-error"] if self.check_error else []

@@ -39,7 +39,7 @@ class FoldRequest:
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover-export", "fold", str(self.checkpoint), "-o", str(self.output), "--dtype", self.dtype]
+        words = ["loraover", "export", "fold", str(self.checkpoint), "-o", str(self.output), "--dtype", self.dtype]
         words += ["--check-error"] if self.check_error else []
         words += [] if self.model is None else ["--model", self.model]
         words += [] if self.prompts is None else ["--prompts", str(self.prompts)]

@@ -46,7 +46,7 @@ class MergeRequest:
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover-export", "merge", str(self.source), "-o", str(self.output)]
+        words = ["loraover", "export", "merge", str(self.source), "-o", str(self.output)]
         return shlex.join([*words, *([] if self.model is None else ["--model", self.model])])
 
 

@@ -35,7 +35,7 @@ class MlxRequest:
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover-export", "mlx", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
+        words = ["loraover", "export", "mlx", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
         return shlex.join([*words, *([] if self.model is None else ["--model", self.model])])
 
 

@@ -83,7 +83,7 @@ class OnnxRequest:
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover-export", "onnx", *map(str, self.sources), "-o", str(self.output), "--mode", self.mode]
+        words = ["loraover", "export", "onnx", *map(str, self.sources), "-o", str(self.output), "--mode", self.mode]
         words += [] if self.precision is None else ["--precision", self.precision]
         words += [] if self.device is None else ["--device", self.device]
         words += [] if self.model is None else ["--model", self.model]

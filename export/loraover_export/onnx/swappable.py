@@ -223,7 +223,7 @@ def _place(layout: SwappableLayout, name: str, features: int) -> AdapterInput:
     if place is None:
         raise ExportError(
             f"the graph has no input for {name}; it was exported for other target modules. Export one graph for all "
-            "your adapters: loraover-export onnx A B ... --mode swappable."
+            "your adapters: loraover export onnx A B ... --mode swappable."
         )
     if place.features != features:
         raise ExportError(

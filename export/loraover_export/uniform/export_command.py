@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def export_command(folder: Path, *words: str, ending: str) -> str:
-    """Return an export command for an adapter, such as "loraover-export gguf /a -o /a.gguf".
+    """Return an export command for an adapter, such as "loraover export gguf /a -o /a.gguf".
 
     Args:
         folder: folder of the adapter; its path is resolved, so that the output lies beside it and not in it.
@@ -16,4 +16,4 @@ def export_command(folder: Path, *words: str, ending: str) -> str:
     """
     path = folder.resolve()
     name, *options = words
-    return shlex.join(["loraover-export", name, str(path), "-o", f"{path}{ending}", *options])
+    return shlex.join(["loraover", "export", name, str(path), "-o", f"{path}{ending}", *options])

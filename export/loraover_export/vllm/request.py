@@ -37,7 +37,7 @@ class VllmRequest:
 
     def command(self) -> str:
         """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover-export", "vllm", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
+        words = ["loraover", "export", "vllm", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
         words += [] if self.model is None else ["--model", self.model]
         words += [] if self.vllm_version is None else ["--vllm-version", self.vllm_version]
         return shlex.join([*words, *([] if self.name is None else ["--name", self.name])])

@@ -1,4 +1,4 @@
-"""The command `loraover-serve parity`."""
+"""The command `loraover serve parity`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `loraover-serve up`."""
+"""The command `loraover serve up`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def up(
 ) -> None:
     """Start vLLM with adapters, and print a request that works.
 
-    Each ADAPTER is a folder that `loraover-export vllm` has written; requests address the adapter by the folder's name.
+    Each ADAPTER is a folder that `loraover export vllm` has written; requests address the adapter by the folder's name.
     Adapters that vLLM would refuse, or would serve wrongly without a message, are refused before it starts.
 
     The server is ready when the base model and each adapter have answered. Ctrl-C, SIGTERM and SIGHUP stop it. If the

@@ -1,4 +1,4 @@
-"""The command `loraover-serve verify`."""
+"""The command `loraover serve verify`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
         return
     raise ConfigError(
         f"{adapter.path}: {base.name} with task_type {task!r} is not a causal language model, and {command} compares "
-        "next tokens. `loraover-export onnx` exports such a model and compares ONNX Runtime's outputs with PyTorch's."
+        "next tokens. `loraover export onnx` exports such a model and compares ONNX Runtime's outputs with PyTorch's."
     )
 
 

@@ -33,18 +33,18 @@ def find_engines() -> list[InstalledEngine]:
     export = "pip install 'loraover[export]'"
     return [
         InstalledEngine("PyTorch with PEFT", installed_version(["peft"]), "folded adapters", "pip install loraover"),
-        InstalledEngine("vLLM", vllm_installed(), "adapters that `loraover-export vllm` writes", vllm_hint()),
+        InstalledEngine("vLLM", vllm_installed(), "adapters that `loraover export vllm` writes", vllm_hint()),
         InstalledEngine("ONNX Runtime", installed_version(ONNX), "ONNX graphs of any model", export),
         InstalledEngine(
             "llama.cpp",
             installed_version(LLAMA_CPP),
-            "adapters that `loraover-export gguf` writes",
+            "adapters that `loraover export gguf` writes",
             "pip install 'loraover[llamacpp]'",
         ),
         InstalledEngine("ONNX Runtime GenAI", installed_version(ONNX_GENAI), "ONNX graphs of language models", export),
-        InstalledEngine("mlx-lm", MLX.version(), "adapters that `loraover-export mlx` writes", MLX.hint),
+        InstalledEngine("mlx-lm", MLX.version(), "adapters that `loraover export mlx` writes", MLX.hint),
         InstalledEngine(
-            "OpenVINO GenAI", OPENVINO.version(), "adapters that `loraover-export vllm` writes", OPENVINO.hint
+            "OpenVINO GenAI", OPENVINO.version(), "adapters that `loraover export vllm` writes", OPENVINO.hint
         ),
     ]
 

@@ -129,7 +129,7 @@ class ParityRequest:
 
     def command(self) -> str:
         """The command line, for the report."""
-        words = ["loraover-serve", "parity", "--adapter", str(self.adapter)]
+        words = ["loraover", "serve", "parity", "--adapter", str(self.adapter)]
         words += [] if self.baseline is None else ["--baseline", str(self.baseline)]
         words += [] if self.checkpoint is None else ["--checkpoint", str(self.checkpoint)]
         words += [word for folder in self.also_adapters for word in ("--also-adapter", str(folder))]

@@ -85,7 +85,7 @@ class VerifyRequest:
 
     def command(self) -> str:
         """The command line, for the report; it names the variable with the key, and not the key."""
-        words = ["loraover-serve", "verify", str(self.adapter)]
+        words = ["loraover", "serve", "verify", str(self.adapter)]
         words += [word for engine in self.asked if engine in ENGINES for word in ("--engine", engine)]
         values = {
             "--endpoint": self.endpoint,

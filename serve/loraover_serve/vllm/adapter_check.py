@@ -1,4 +1,4 @@
-"""The pre-flight of `loraover-export vllm`, on adapters that are served without an export."""
+"""The pre-flight of `loraover export vllm`, on adapters that are served without an export."""
 
 from __future__ import annotations
 

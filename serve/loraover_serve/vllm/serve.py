@@ -1,4 +1,4 @@
-"""Serve adapters with vLLM during a block, after the checks of `loraover-export vllm`."""
+"""Serve adapters with vLLM during a block, after the checks of `loraover export vllm`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp: PEFT's form through its converter, the exported form through `loraover-export gguf`.
+"""llama.cpp: PEFT's form through its converter, the exported form through `loraover export gguf`.
 
 Source: convert_lora_to_gguf.py and src/llama-adapter.cpp of ggml-org/llama.cpp, the former at 0b03adaa632b; the scaling
 and the norms were measured on build b11739 (`llama-cpp-py-sync` 0.11739).

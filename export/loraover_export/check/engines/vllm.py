@@ -26,7 +26,7 @@ NO_LORA = {
 HEAD_LEAKS = note("on a CPU, vLLM before 0.33 applies it to requests for the base model as well")
 
 DTYPE = "bf16"
-"""Storage type that `loraover-export vllm` writes by default."""
+"""Storage type that `loraover export vllm` writes by default."""
 
 
 @final
@@ -71,7 +71,7 @@ def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
 
 
 def uniform_form(subject: Subject) -> Iterator[Finding]:
-    """Yield what keeps `loraover-export vllm` from writing the uniform form, which other engines read as well."""
+    """Yield what keeps `loraover export vllm` from writing the uniform form, which other engines read as well."""
     if subject.lora is None:
         yield from more_than_ab(subject)
         return

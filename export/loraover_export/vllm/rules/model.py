@@ -11,7 +11,7 @@ from loraover_export.vllm.candidate import Candidate, Problem, listed
 from loraover_export.vllm.known_faults import known_faults
 
 MERGE = "merge the adapter into the base model with PEFT and serve that"
-EXPORT = "write it with loraover-export vllm"
+EXPORT = "write it with loraover export vllm"
 
 MAX_VOCABULARY = 258048
 """Tokens that vLLM's LogitsProcessorWithLoRA can hold: vllm/lora/layers/logits_processor.py."""

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI in an environment of its own, with the adapter in the form that `loraover-export vllm` writes.
+"""OpenVINO GenAI in an environment of its own, with the adapter in the form that `loraover export vllm` writes.
 
 It gives no logits. The scores of 20 beams of one token are the logprobs of the 20 likeliest next tokens.
 """

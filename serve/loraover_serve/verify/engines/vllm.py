@@ -1,4 +1,4 @@
-"""vLLM, started for the comparison with the adapter in the form that `loraover-export vllm` writes."""
+"""vLLM, started for the comparison with the adapter in the form that `loraover export vllm` writes."""
 
 from __future__ import annotations
 
