@@ -181,20 +181,20 @@ def test_requests_record_every_option() -> None:
     fold += ["--device", "cpu", "--compute-dtype", "bf16"]
     values = parsed(command(cli, "fold"), list(fold))
     words = shlex.split(FoldRequest(**values, force=True).command())
-    assert parsed(command(cli, "fold"), words[2:]) == values
+    assert parsed(command(cli, "fold"), words[3:]) == values
     vllm = ["source", "-o", "out", "--model", "m", "--dtype", "fp16", "--name", "x y", "--vllm-version", "0.33.0"]
     values = parsed(command(cli, "vllm"), list(vllm))
     words = shlex.split(VllmRequest(**values, force=True).command())
-    assert parsed(command(cli, "vllm"), words[2:]) == values
+    assert parsed(command(cli, "vllm"), words[3:]) == values
     onnx = ["a", "b", "-o", "out", "--mode", "swappable", "--precision", "int4", "--device", "cuda", "--model", "m"]
     onnx += ["--no-cache", "--name", "x", "--name", "y", "--graph", "g", "--no-check"]
     values = parsed(command(cli, "onnx"), list(onnx))
     words = shlex.split(OnnxRequest(**values, force=True).command())
-    assert parsed(command(cli, "onnx"), words[2:]) == values
+    assert parsed(command(cli, "onnx"), words[3:]) == values
     onnx = ["a", "-o", "out", "--mode", "merged", "--check-device", "cpu", "--compute-dtype", "bf16"]
     values = parsed(command(cli, "onnx"), list(onnx))
     words = shlex.split(OnnxRequest(**values, force=True).command())
-    assert parsed(command(cli, "onnx"), words[2:]) == values
+    assert parsed(command(cli, "onnx"), words[3:]) == values
 
 
 def test_a_parity_report_records_every_option() -> None:
@@ -208,5 +208,5 @@ def test_a_parity_report_records_every_option() -> None:
         values = parsed(command(serve_cli, "parity"), [*words, *workload, "--", "--max-num-seqs", "4"])
         changed |= {name for name, value in values.items() if value != defaults.get(name)}
         again = shlex.split(ParityRequest(**values).command())
-        assert parsed(command(serve_cli, "parity"), again[2:]) == values
+        assert parsed(command(serve_cli, "parity"), again[3:]) == values
     assert changed == values.keys()

@@ -162,7 +162,7 @@ def test_a_checkpoint_is_read_by_its_matrices(tmp_path: Path) -> None:
         assert check.exported.verdict == "right"
         if check.engine != "mlx":
             assert "cores" in {finding.feature for finding in check.as_it_is.findings}
-    assert shlex.split(report.engines[-1].export)[1] == "fold"
+    assert shlex.split(report.engines[-1].export)[2] == "fold"
 
 
 def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_an_export_lies_beside_the_folder_that_a_user_is_in(
     monkeypatch.chdir(folder)
     for check in check_adapter(".").engines:
         words = shlex.split(check.export)
-        assert words[2] == str(folder)
+        assert words[3] == str(folder)
         assert Path(words[words.index("-o") + 1]).parent == tmp_path
 
 

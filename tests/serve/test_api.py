@@ -102,7 +102,7 @@ def test_parity_reports_its_progress_and_writes_its_output(folded: Path, made: M
     assert report.lines[0] == f"loading PyTorch with PEFT to {choose_device()}, fp32"
     assert (found.device, found.compute_dtype) == (str(choose_device()), "fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    again = shlex.split(found.command)[2:]
+    again = shlex.split(found.command)[3:]
     read = command("parity").make_context("parity", again).params
     assert (read["model"], read["output"]) == (str(made.base), tmp_path / "out")
 

@@ -62,7 +62,7 @@ def test_verify_runs_the_earlier_graph(no_builder: None, adapter: Path, graph: P
     assert [(found.engine, found.verdict) for found in report.engines] == [("onnx", "as trained")]
     command = cli.get_command(click.Context(cli), "verify")
     assert command is not None
-    assert command.make_context("verify", shlex.split(report.command)[2:]).params["graph"] == graph
+    assert command.make_context("verify", shlex.split(report.command)[3:]).params["graph"] == graph
 
 
 def test_weights_of_another_base_model_are_found_in_the_graph(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_verification_is_shown_and_written(adapter: Path, tmp_path: Path, caps
     words = shlex.split(report.command)
     command = cli.get_command(click.Context(cli), "verify")
     assert command is not None
-    assert command.make_context("verify", words[2:]).params["output"] == tmp_path / "out"
+    assert command.make_context("verify", words[3:]).params["output"] == tmp_path / "out"
 
 
 def test_the_report_can_be_printed_as_json(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
