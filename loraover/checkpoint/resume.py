@@ -106,8 +106,9 @@ def _load_site(
             key.removeprefix(prefix): value for key, value in record.state.items() if key.startswith(prefix)
         }
         for key in file.keys_below(prefix):
-            tensor = file.read(key)
-            state[key.removeprefix(prefix)] = tensor if tensor.ndim == 0 else tensor.to(group.core(k, i).device)
+            name = key.removeprefix(prefix)
+            # As PyTorch's load_state_dict does; the device of `step` is known once an optimizer is attached.
+            state[name] = file.read(key) if name == "step" else file.read(key).to(group.core(k, i).device)
         if state and k not in group.trained:
             raise CheckpointError(
                 f"{checkpoint.path}: {record.core_key(k)} has optimizer state ({next(iter(state))}), but is not "

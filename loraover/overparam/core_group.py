@@ -164,6 +164,12 @@ class CoreGroup:
         self.split()
         self.state[self._each[k][i]] = dict(state)
 
+    def move_step_counts(self) -> None:
+        """Move the optimizer's `step` of each core to their device, where fused and capturable optimizers count."""
+        for state in self.state.values():
+            if isinstance(step := state.get("step"), Tensor):
+                state["step"] = step.to(self.stacks[0].device)
+
     @torch.no_grad()
     def renew(self, places: Sequence[int], seed: int) -> None:
         """Make the cores of some sites anew from the matrices that the model holds, and drop their optimizer state.

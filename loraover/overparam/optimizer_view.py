@@ -96,6 +96,9 @@ class OptimizerView:
         if type(self.optimizer) not in ELEMENTWISE:
             for group in arranged:
                 group.split()
+        for index, group in self._hosted:
+            if any(self.optimizer.param_groups[index].get(option) for option in ("fused", "capturable")):
+                group.move_step_counts()
         return arranged
 
     def _covered(self, groups: Sequence[CoreGroup]) -> list[nn.Parameter]:

@@ -64,6 +64,7 @@ LORA: dict[str, dict[str, Any]] = {
 }
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": lambda p: AdamW(p, lr=1e-2, amsgrad=True),
+    "adamw-fused": lambda p: AdamW(p, lr=1e-2, fused=True),
     "sgd": lambda p: SGD(p, lr=1e-2, momentum=0.9),
     "rmsprop": lambda p: RMSprop(p, lr=1e-3, centered=True),
 }
@@ -195,6 +196,21 @@ def test_resuming_without_optimizer_state_is_noticed(tmp_path: Path, monkeypatch
     for each in (made, resumed):
         train(each.model, each.optimizer, range(2, 4))
     assert not torch.equal(resumed.logits(), made.logits())
+
+
+@pytest.mark.parametrize(("option", "device"), [("fused", "meta"), ("capturable", "meta"), ("foreach", "cpu")])
+def test_a_resumed_step_count_lies_where_the_optimizer_looks_for_it(option: str, device: str, tmp_path: Path) -> None:
+    """The stacks of cores lie on another device than the file's tensors, as they do on a GPU."""
+    made = make_checkpoint(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(made.base)
+    model: Any = PeftModel.from_pretrained(base, made.path, is_trainable=True)
+    over = OverParameterization(model, made.over.config, inject=False)
+    restore(over, read_checkpoint(made.path))
+    for group in over.groups:
+        group.stacks = [stack.to("meta") for stack in group.stacks]
+    over.attach(AdamW([p for p in model.parameters() if p.requires_grad], **{option: True}))
+    states = [state for group in over.groups for state in group.state.values()]
+    assert {state["step"].device.type for state in states} == {device}
 
 
 def test_sites_injected_at_different_steps_resume_in_their_own_groups(tmp_path: Path) -> None:
