@@ -19,6 +19,7 @@ from torch import Tensor
 from loraover.common.errors import ConfigError
 from loraover.common.memory import is_out_of_memory
 from loraover.overparam.block_bases import Bases, Blocks, Side, eigenvectors
+from loraover.overparam.core_group import full_precision
 from loraover.overparam.decompositions import Eigen
 from loraover.overparam.importance import Probe
 from loraover.overparam.sharding import full, of_first_process
@@ -26,10 +27,14 @@ from loraover.overparam.sites import Site, lora_layers
 
 
 class _Moments:
-    """C_in and C_out of one layer, block by block: (count, size, size)."""
+    """C_in and C_out of one layer, block by block: (count, size, size), float32.
 
-    def __init__(self, inputs: Blocks, outputs: Blocks) -> None:
-        self.blocks = {"A": inputs, "B": outputs}
+    Args:
+        blocks: Division of the inputs by "A", of the outputs by "B"; a matrix that is not trained is absent.
+    """
+
+    def __init__(self, blocks: Mapping[str, Blocks]) -> None:
+        self.blocks = blocks
         self.sums: dict[str, Tensor] = {}
 
     @property
@@ -38,9 +43,12 @@ class _Moments:
         return sum(blocks.number * blocks.size**2 for blocks in self.blocks.values())
 
     def add(self, matrix: str, x: Tensor) -> None:
-        """Add the tokens x, (tokens, length): inputs for A, gradients of outputs for B."""
+        """Add the tokens x, (tokens, length), if the matrix is trained: inputs for A, gradients of outputs for B."""
+        if matrix not in self.blocks:
+            return
         split = self.blocks[matrix].split(x).transpose(0, 1)
-        moment = split.mT @ split
+        with full_precision(x.device):  # the model may be running under autocast
+            moment = split.mT @ split
         self.sums[matrix] = self.sums[matrix] + moment if matrix in self.sums else moment
 
     def along(self, matrix: str, directions: Tensor) -> Tensor | None:
@@ -48,7 +56,8 @@ class _Moments:
         if matrix not in self.sums:
             return None
         split = self.blocks[matrix].split(directions.to(self.sums[matrix])).transpose(0, 1)  # (count, r, size)
-        return (split @ self.sums[matrix] @ split.mT).sum(0)
+        with full_precision(split.device):
+            return (split @ self.sums[matrix] @ split.mT).sum(0)
 
 
 class _Pass:
@@ -94,7 +103,7 @@ def measured_bases(
     moments = {}
     for site in chosen:
         pair = pairs[site.module, site.adapter]
-        moments[site.module] = _Moments(*(_feature_blocks(pair.get(matrix), eigen) for matrix in ("A", "B")))
+        moments[site.module] = _Moments({matrix: _feature_blocks(trained, eigen) for matrix, trained in pair.items()})
     layers = lora_layers(probe.model)
     try:
         _run(probe, {layers[module]: found for module, found in moments.items()})
@@ -130,10 +139,8 @@ def _run(probe: Probe, layers: Mapping[Any, _Moments]) -> None:
                 torch.autograd.backward(loss)
 
 
-def _feature_blocks(site: Site | None, eigen: Eigen) -> Blocks:
+def _feature_blocks(site: Site, eigen: Eigen) -> Blocks:
     """Blocks of the side of a matrix that is not the rank."""
-    if site is None:
-        return Blocks.of(1, 1)
     side: Side = "columns" if site.matrix == "A" else "rows"
     m, n = site.shape
     return eigen.of_site(site.name).blocks(side, m, n) or Blocks.of(n if side == "columns" else m, eigen.block)
@@ -197,9 +204,13 @@ def _moment(site: Site, side: Side, blocks: Blocks, pair: Mapping[str, Site], mo
     """The second moment of a side, block by block; None where nothing was seen."""
     if side == ("columns" if site.matrix == "A" else "rows"):
         return moments.sums.get(site.matrix)
-    other = pair.get("B" if site.matrix == "A" else "A")
-    if other is None:
-        return None
+    partner = "B" if site.matrix == "A" else "A"
+    if partner not in pair:
+        raise ConfigError(
+            f"{site.name}: the basis of its side of length r is measured through {partner} of the same module, which "
+            "is frozen or belongs to another module; give eigen the option short: gradient, or train both."
+        )
+    other = pair[partner]
     directions = full(other.values)
     if not bool(directions.any()):
         gradient = other.gradient()

@@ -31,6 +31,7 @@ from support.measured import (
     measured,
 )
 from support.tiny_models import lora_matrices, token_ids, trainable
+from tolerances import UNDERFLOW, UNIT, gamma
 
 # What is measured
 
@@ -186,6 +187,76 @@ def test_padding_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_counts_as_often_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     once = moments_of(llama(), BATCHES[:1], monkeypatch)
     assert_close(moments_of(llama(), BATCHES[:1] * 3, monkeypatch), {key: 3 * total for key, total in once.items()})
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_covariances_are_float32_under_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of inputs whose squares sum up to more than float16 holds."""
+    model = llama()
+    with torch.no_grad():
+        for layer in model.get_base_model().model.layers:
+            layer.input_layernorm.weight *= 50
+    tokens: dict[tuple[Any, str], list[Tensor]] = {}
+    turned: list[tuple[Any, str, Tensor, Tensor]] = []
+    add, along = covariances._Moments.add, covariances._Moments.along
+
+    def added(self: Any, matrix: str, x: Tensor) -> None:
+        tokens.setdefault((self, matrix), []).append(x.double())
+        add(self, matrix, x)
+
+    def asked(self: Any, matrix: str, directions: Tensor) -> Tensor | None:
+        result = along(self, matrix, directions)
+        assert result is not None
+        turned.append((self, matrix, directions, result))
+        return result
+
+    monkeypatch.setattr(covariances._Moments, "add", added)
+    monkeypatch.setattr(covariances._Moments, "along", asked)
+    with torch.autocast("cpu", dtype):
+        measured(model)
+    assert len(tokens) == len(turned) == 28
+    for (moments, matrix), batches in tokens.items():
+        x, blocks = torch.cat(batches), moments.blocks[matrix]
+        exact, size = (blocks.diagonal(rows.mT @ rows) for rows in (x, x.abs()))
+        bound = gamma(len(x) + len(batches), UNIT[torch.float32]) * size + UNDERFLOW[torch.float32]
+        assert ((moments.sums[matrix] - exact).abs() <= bound).all()
+    for moments, matrix, directions, result in turned:
+        blocks, sums = moments.blocks[matrix], moments.sums[matrix].double()
+        w = blocks.split(directions.double()).transpose(0, 1)
+        exact, size = ((v @ c @ v.mT).sum(0) for v, c in ((w, sums), (w.abs(), sums.abs())))
+        bound = gamma(2 * blocks.size + blocks.number, UNIT[torch.float32]) * size + UNDERFLOW[torch.float32]
+        assert ((result - exact).abs() <= bound).all()
+
+
+# A frozen matrix
+
+
+def half_frozen(frozen: str) -> Any:
+    model = llama()
+    for name, parameter in model.named_parameters():
+        if f"lora_{frozen}" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_the_long_side_is_measured_without_the_other_matrix(frozen: str) -> None:
+    model, name = half_frozen(frozen), f"{LAYER}.q_proj"
+    recorded = Recorded(model, BATCHES)
+    over = measured(model, short="gradient")
+    matrix = "B" if frozen == "A" else "A"
+    basis, division = basis_of(over, f"{name}.lora_{matrix}", "rows" if matrix == "B" else "columns")
+    assert_diagonalises(basis, recorded.covariance(name, matrix), division)
+
+
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_the_short_side_is_refused_without_the_other_matrix(frozen: str) -> None:
+    message = rf"q_proj\.lora_.: the basis of its side of length r is measured through {frozen} of .* short: gradient"
+    with pytest.raises(ConfigError, match=message):
+        measured(half_frozen(frozen))
 
 
 # Refused
