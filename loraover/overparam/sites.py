@@ -129,8 +129,8 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
     Raises:
         ConfigError: The model has no LoRA layer or no trainable one, or has a LoRA that is not a plain pair of
-            matrices (DoRA and other variants, convolutions, nn.MultiheadAttention), or one of experts that is sharded
-            or that a PEFT before 0.19 made.
+            matrices (DoRA and other variants, AdaLoRA, convolutions, nn.MultiheadAttention), or one of experts that is
+            sharded or that a PEFT before 0.19 made.
     """
     sites: dict[str, Site] = {}
     seen: set[int] = set()
@@ -230,6 +230,7 @@ def _peft_model(model: nn.Module) -> nn.Module:
 
 
 def _refuse_unsupported(module: str, layer: Any) -> None:
+    from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.lora import layer as peft_layer
 
     if layer.lora_variant:
@@ -243,6 +244,8 @@ def _refuse_unsupported(module: str, layer: Any) -> None:
         "Leave the layer out of target_modules",
         peft_layer.MultiheadAttention: "LoRA of nn.MultiheadAttention is not supported: its delta is merged into the "
         "weights during the forward. Leave the layer out of target_modules",
+        AdaLoraLayer: "AdaLoRA trains B diag(E) A, which is not a plain product B A. Train with a LoraConfig; "
+        "`loraover export convert` makes a plain LoRA of an AdaLoRA that is trained already",
     }
     for kind, reason in reasons.items():
         if isinstance(layer, kind):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import SGD
@@ -271,10 +271,14 @@ class Image(nn.Module):
         (lambda: tiny_net(use_dora=True), r"first: DoraLinearVariant is not a plain product"),
         (lambda: with_lora(Image(), target_modules=["conv", "linear"]), r"conv: LoRA of a convolution"),
         (lambda: with_lora(Image(), target_modules=["attention"]), r"attention: LoRA of nn\.MultiheadAttention"),
+        (
+            lambda: get_peft_model(tiny_llama(), AdaLoraConfig(target_modules=["q_proj"], total_step=9)),
+            r"q_proj: AdaLoRA trains B diag\(E\) A, .* Train with a LoraConfig",
+        ),
         (tiny_llama, r"has no LoRA layers; wrap it with peft\.get_peft_model"),
         (lambda: get_peft_model(tiny_llama(), LoraConfig(inference_mode=True)), "none of .* requires a gradient"),
     ],
-    ids=["dora", "conv2d", "multihead", "no-lora", "frozen"],
+    ids=["dora", "conv2d", "multihead", "adalora", "no-lora", "frozen"],
 )
 def test_what_is_not_a_trainable_plain_lora_is_refused(build: Callable[[], Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
