@@ -31,7 +31,10 @@ class Budget(BaseModel):
 
     sites: int | None = Field(None, ge=1, description="Largest number of A and B matrices that get cores.")
     fraction: float | None = Field(
-        None, gt=0, le=1, description="Largest share of the candidate matrices that get cores, between 0 and 1."
+        None,
+        gt=0,
+        le=1,
+        description="Share of the candidate matrices that get cores, rounded to a number of matrices, at least one.",
     )
     parameters: int | None = Field(
         None, ge=1, description="Largest number of parameters that the cores have beyond those of their matrices."
