@@ -26,9 +26,9 @@ class BasisFollower:
     """Running second moments of a group's gradients, and its bases, which are turned after them.
 
     A basis starts as the identity or where calibration has put it. Once a site has had enough gradients to span a
-    block, its basis becomes the eigenvectors of the moment; later refreshes take one step of QR iteration from the
-    present basis, so that columns keep their order and sign. Each turn leaves M and the exact part of the optimizer's
-    state as they are.
+    block, its basis becomes the eigenvectors of the moment. Later refreshes sort the present columns by their estimated
+    eigenvalues, and the optimizer's squares with them, and take one step of QR iteration, in which columns keep their
+    sign. Each turn leaves M and the exact part of the optimizer's state as they are.
 
     Args:
         group: Group whose decomposition is `eigen`.

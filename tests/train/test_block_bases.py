@@ -219,6 +219,13 @@ def test_eigenvectors_stay_where_they_are(length: int, largest: int, seed: int) 
     assert (found - vectors).abs().max() < 1e-10 * blocks.size
 
 
+def test_columns_are_sorted_by_their_eigenvalues_first() -> None:
+    moment = torch.diag(torch.tensor([1.0, 3.0, 2.0])).reshape(1, 1, 3, 3)
+    found, order = next_eigenvectors(moment, torch.eye(3).reshape(1, 1, 3, 3), Blocks.of(3, 3))
+    assert order.tolist() == [[[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]]
+    assert torch.equal(found, order)
+
+
 def test_iteration_converges_to_the_eigenvectors() -> None:
     blocks = Blocks.of(11, 6)
     moment = moments(blocks, "full", 3, torch.float64)
