@@ -226,7 +226,7 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Warn of an optimizer for which bases do nothing, or whose state cannot be turned into another basis."""
-        if isinstance(self._decomposition, Eigen) and type(optimizer).__name__ in BLIND:
+        if isinstance(self._decomposition, Eigen) and type(optimizer) in BLIND:
             logger.warning(
                 "%s takes the same step in every basis, so decomposition eigen changes nothing with it",
                 type(optimizer).__name__,
@@ -237,7 +237,7 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
         """Stop following gradients, with a warning, where the optimizer's state cannot be turned."""
         following = [follower for follower in self.values() if follower.due is not None]
         kind = type(optimizer)
-        if following and kind.__name__ not in BLIND and kind not in ROTATED:
+        if following and kind not in (*BLIND, *ROTATED):
             logger.warning(
                 "%s keeps state that cannot be turned into another basis, so bases do not follow its gradients; "
                 "give eigen the options {short: calibration, long: calibration}, which need no turning",
