@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
-from loraover.checkpoint.magnitude import magnitude
+from loraover.checkpoint.magnitude import lost_to_underflow, magnitude
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir, site_key
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
 from loraover.common.errors import CheckpointError, LoraOverError
@@ -194,7 +194,7 @@ class Checkpoint:
             cores.append(core.unsqueeze(0))
         return tuple(cores)
 
-    def contract(self, cores: Iterable[Tensor], site: SiteRecord) -> tuple[Tensor, Tensor]:
+    def contract(self, cores: Sequence[Tensor], site: SiteRecord) -> tuple[Tensor, Tensor]:
         """Contract the cores of one matrix in float64.
 
         Args:
@@ -205,30 +205,34 @@ class Checkpoint:
             The contraction (m, n), and a bound of the contraction of the cores' absolute values, which scales error
             bounds.
         """
-        cores = list(cores)
         decomposition = self.decomposition.of_site(site.name)
         matrix = decomposition.contract([core.double() for core in cores], site.m, site.n)[0]
         return matrix.contiguous(), magnitude(decomposition, cores, site.m, site.n)[0]
 
-    def check_stored(self, stored: Tensor, matrix: Tensor, magnitude: Tensor, site: SiteRecord) -> None:
-        """Check that a stored matrix can be the contraction that training wrote.
+    def check_stored(self, stored: Tensor, cores: Sequence[Tensor], site: SiteRecord) -> tuple[Tensor, Tensor]:
+        """Contract the cores of one matrix, and check that its stored values can be what training wrote.
 
         Training contracts in the cores' dtype, on any device and in any order, and then casts. The first of these two
-        steps changes an element by at most gamma_k(u_core) * |C_1| ... |C_K|, the second by at most u_stored * |M|.
+        steps changes an element by at most gamma_k(u_core) * |C_1| ... |C_K|, the second by at most u_stored * |M|. A
+        device may also set what lies below float32's normal range to zero.
 
         Args:
             stored: The matrix (m, n) as the adapter's file holds it.
-            matrix: Float64 contraction (m, n), as `contract` returns it.
-            magnitude: Bound of the contraction of the cores' absolute values, as `contract` returns it.
+            cores: Cores of the matrix, as `read_cores` returns them.
             site: Record of the matrix.
+
+        Returns:
+            What `contract` returns.
 
         Raises:
             CheckpointError: An element of the stored matrix is further from the contraction than this.
         """
         terms = self.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
-        contraction = gamma(terms, unit_roundoff(getattr(torch, self.meta.core_dtype)))
+        matrix, magnitude = self.contract(cores, site)
+        contraction = gamma(terms, unit_roundoff(cores[0].dtype))
+        lost = lost_to_underflow(terms, cores) if cores[0].dtype == torch.float32 else 0.0
         cast = unit_roundoff(stored.dtype)
-        allowed = (magnitude * (contraction * (1 + cast))).add_(matrix.abs(), alpha=cast)
+        allowed = (magnitude * contraction).add_(lost).mul_(1 + cast).add_(matrix.abs(), alpha=cast)
         excess = (stored.double() - matrix).abs_().sub_(allowed).sub_(smallest_subnormal(stored.dtype))
         if excess.amax() > 0:
             row, column = divmod(int(excess.argmax()), site.n)
@@ -237,6 +241,7 @@ class Checkpoint:
                 f"is {stored[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "
                 "changed outside the optimizer step; save the checkpoint again."
             )
+        return matrix, magnitude
 
 
 def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:

@@ -99,8 +99,7 @@ class ExactAdapter:
                 value = stored.double() if widen or stored.dtype == torch.float64 else stored.float()
             return Exact(value, value.new_zeros(()).expand_as(value), None)
         with one_thread():
-            value, magnitude = checkpoint.contract(checkpoint.read_cores(self._cores, site), site)
-            checkpoint.check_stored(stored, value, magnitude, site)
+            value, magnitude = checkpoint.check_stored(stored, checkpoint.read_cores(self._cores, site), site)
         terms = checkpoint.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
         return Exact(value, magnitude.mul_(gamma(terms, unit_roundoff(torch.float64))), site)
 

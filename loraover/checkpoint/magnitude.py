@@ -40,7 +40,7 @@ def magnitude(decomposition: Decomposition, cores: Sequence[Tensor], m: int, n: 
     dtype, lost = cores[0].dtype, 0.0
     computed = None
     if dtype == torch.float32:
-        lost = _lost_to_underflow(terms, [float(size.amax()) for size in sizes])
+        lost = lost_to_underflow(terms, cores)
         if lost <= LARGEST_LOSS and is_full_precision(cores[0].device):
             computed = decomposition.contract(sizes, m, n)
     if computed is None or not bool(torch.isfinite(computed.amax())):
@@ -50,17 +50,17 @@ def magnitude(decomposition: Decomposition, cores: Sequence[Tensor], m: int, n: 
     return computed.double().contiguous().add_(lost).mul_(raised)
 
 
-def _lost_to_underflow(terms: int, largest: Sequence[float]) -> float:
-    """Return a bound of what an element of a float32 magnitude can lose below the normal range, or infinity.
+def lost_to_underflow(terms: int, cores: Sequence[Tensor]) -> float:
+    """Return a bound of what an element of a float32 contraction can lose below the normal range.
 
     Each of K cores lies on at most N = (k / (K - 1))^(K - 1) paths to an element, and each product on a path loses at
     most the smallest normal number, times the numbers that follow it on the path.
 
     Args:
         terms: Terms k of the contraction.
-        largest: Largest absolute value in each core.
+        cores: Cores of the matrices.
     """
-    products = max(len(largest) - 1, 1)
-    exponent = 1 + log2(len(largest)) + products * log2(terms / products)
-    exponent += sum(max(0.0, log2(size)) for size in largest if size > 0) - 126
-    return 2.0**exponent if exponent < 0 else inf
+    products = max(len(cores) - 1, 1)
+    exponent = 1 + log2(len(cores)) + products * log2(terms / products) - 126
+    exponent += sum(log2(max(1.0, float(core.abs().amax()))) for core in cores)
+    return 2.0**exponent if exponent < 1024 else inf

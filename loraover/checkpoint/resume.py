@@ -53,8 +53,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
                 cores = checkpoint.read_cores(file, site)
                 _check_orthogonal(checkpoint, cores, site)
                 held = over.sites[site.name].values
-                matrix, magnitude = checkpoint.contract(cores, site)
-                checkpoint.check_stored(full(held).cpu(), matrix, magnitude, site)
+                checkpoint.check_stored(full(held).cpu(), cores, site)
             over.inject_as({site.name: site.owner for site in sites}, step=step)
         for name, (group, i) in over.injected.items():
             _load_site(checkpoint, file, checkpoint.sites[name], over, group, i)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,29 @@ def test_resuming_a_model_whose_matrices_contradict_the_cores_is_refused(matrix:
     reseal(made.path)
     with pytest.raises(CheckpointError, match=rf"{key} contradicts its cores: element \(1, 1\)"):
         reopened(made, OPTIMIZERS["adamw"])
+
+
+def test_stored_products_may_be_flushed_to_zero_but_differ_by_no_more(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path)
+    checkpoint = read_checkpoint(made.path)
+    site, decomposition = checkpoint.meta.sites[0], checkpoint.decomposition
+    with open_tensors(checkpoint.cores_path) as file:
+        first, *others = checkpoint.read_cores(file, site)
+    cores = [first * 2.0**-125, *others]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes no subnormals to zero")
+    try:
+        stored = decomposition.contract(cores, site.m, site.n)[0]
+    finally:
+        torch.set_flush_denormal(False)
+    matrix, _ = checkpoint.check_stored(stored, cores, site)
+    assert (stored != matrix.float()).any()
+    sums, terms = len(cores) - 1, decomposition.contraction_terms(site.m, site.n)
+    largest = prod(max(1.0, float(core.abs().max())) for core in cores)
+    lost = 2 * len(cores) * (terms / sums) ** sums * largest * 2.0**-126
+    checkpoint.check_stored((matrix + 0.99 * lost).float(), cores, site)
+    with pytest.raises(CheckpointError, match="contradicts its cores"):
+        checkpoint.check_stored((matrix + 1.01 * lost).float(), cores, site)
 
 
 def test_resealing_nothing_changes_nothing(tmp_path: Path) -> None:
