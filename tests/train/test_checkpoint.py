@@ -209,7 +209,8 @@ def test_a_resumed_step_count_lies_where_the_optimizer_looks_for_it(option: str,
     restore(over, read_checkpoint(made.path))
     for group in over.groups:
         group.stacks = [stack.to("meta") for stack in group.stacks]
-    over.attach(AdamW([p for p in model.parameters() if p.requires_grad], **{option: True}))
+    options: dict[str, Any] = {option: True}
+    over.attach(AdamW([p for p in model.parameters() if p.requires_grad], **options))
     states = [state for group in over.groups for state in group.state.values()]
     assert {state["step"].device.type for state in states} == {device}
 
