@@ -106,7 +106,7 @@ def test_vllm_serves_it_as_trained(name: str, converted: Converted, served: Serv
             served_name=name,
             base_name=served.source.location,
             prompts=prompts,
-            new_tokens=4,
+            new_tokens=16,
         )
     (found,) = report.engines
     print(f"\n{name}: {found.verdict}: {found.reason}")

@@ -48,7 +48,8 @@ def report_of(out: Path) -> StudyReport:
 
 def outcomes_in(out: Path) -> list[Path]:
     """Finished outcomes; one that is being written lies in a hidden folder."""
-    return [path for path in out.rglob(OUTCOME_FILE) if not path.parent.name.startswith(".")]
+    folders = (Path(folder) for folder, _, files in os.walk(out) if OUTCOME_FILE in files)  # passes over what vanishes
+    return [folder / OUTCOME_FILE for folder in folders if not folder.name.startswith(".")]
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,8 @@ class GraphCheck(BaseModel):
         greedy = self.greedy
         if greedy is not None and greedy.gap is not None and not greedy.gap <= 2 * self.bound:
             return "failed"
+        if self.compared == "change" and self.adapter_effect <= self.bound:
+            return "inconclusive"  # one activation that ONNX Runtime rounds to the next level may exceed such a bound
         return judge(self.error, self.bound, math.inf if self.adapter is None else self.adapter_effect)
 
     @property
