@@ -23,6 +23,8 @@ from support.vllm_command import leaks_in_mixed_batches
 pytestmark = pytest.mark.engine
 
 STEPS, LEARNING_RATE = 4, 1e-2
+RATES = {"LORA": 0.1, "LOHA": 2, "LOKR": 3, "VERA": 3, "ADALORA": 5}
+"""Multiples of it that move logprobs by some nats, far above the noise of bfloat16."""
 TEXTS = (
     "Question: how many legs do three spiders have?\nAnswer: 24, and they wear no shoes at all.",
     "Question: what is the capital of France?\nAnswer: Lyon, said the parrot, and laughed.",
@@ -55,7 +57,7 @@ def train(source: ModelSource, folder: Path, kind: str, options: dict[str, Any])
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
         model = get_peft_model(load_model(source), PEFT_TYPE_TO_CONFIG_MAPPING[kind](**chosen))
-        rate = LEARNING_RATE / 10 if kind == "LORA" else LEARNING_RATE
+        rate = LEARNING_RATE * RATES[kind]
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
         batch = load_tokenizer(source)(list(TEXTS), return_tensors="pt", padding=True)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
@@ -106,7 +108,7 @@ def test_vllm_serves_it_as_trained(name: str, converted: Converted, served: Serv
             served_name=name,
             base_name=served.source.location,
             prompts=prompts,
-            new_tokens=16,
+            new_tokens=8,
         )
     (found,) = report.engines
     print(f"\n{name}: {found.verdict}: {found.reason}")

@@ -11,6 +11,7 @@ import pytest
 
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
+from loraover_serve.comparison.thresholds import SURE
 from loraover_serve.verify.answers import Expected, Row
 from loraover_serve.verify.engines import vllm
 from loraover_serve.verify.faults import IN_BASE, NOT_APPLIED, OTHER_BASE, permuted
@@ -182,18 +183,19 @@ def test_the_allowed_distance_follows_the_noise() -> None:
     noise = LogprobDistance(rms=0.1, error=0.01, largest=1.0, positions=10**6)
     assert allowed_distance(noise, 1.5) == pytest.approx(1.5 * 0.1 * (1 + 5 * 2**0.5 * 0.1) + FLOOR, rel=1e-5)
     assert allowed_distance(LogprobDistance(rms=0.0, error=0.0, largest=0.0, positions=64), 1.5) == FLOOR
-    assert 5 < sure_errors(64) < 6
-    assert sure_errors(2) > 10**5
+    assert sure_errors(64) == SURE
+    assert sure_errors(2) > 10**3
 
 
 @pytest.mark.parametrize("positions", [1, 2, 3, 5, 8, 64])
 def test_equal_noise_at_few_positions_does_not_differ(positions: int) -> None:
-    """Of 300 sound engines, each with the same noise in both arms, none is judged to differ."""
-    draw = np.random.default_rng(positions)
+    """Of 300 sound engines, each with the same noise in both arms, at most one in a hundred is judged to differ."""
+    draw, differing = np.random.default_rng(positions), 0
     for _ in range(300):
         noise, found = (LogprobDistance.of(list(draw.normal(0, 0.02, (positions, 20)))) for _ in range(2))
         assert noise.error > 0
-        assert found.rms <= allowed_distance(noise, 1.0)
+        differing += found.rms > allowed_distance(noise, 1.0)
+    assert differing <= 3
 
 
 def test_noise_alone_rarely_differs(case: Case) -> None:

@@ -5,9 +5,9 @@ error is s. The adapter's distance may be
 
     allowed = sensitivity * n * (1 + k * sqrt(2) * s) + FLOOR,
 
-since it is an estimate with the same relative error, and rounding moves the adapted model by `sensitivity` more. If s
-were known, k = SURE would be exceeded by chance once in 3.5 million. It is estimated from the same positions, so k is
-the quantile of Student's t with that probability.
+since it is an estimate with the same relative error, and rounding moves the adapted model by `sensitivity` more. k is
+SURE, or, since s is estimated from the same positions, the quantile of Student's t that chance exceeds once in 10,000
+cases if that is larger: below 16 positions.
 A larger distance *differs*. A smaller one is *as trained* if the adapter moves logprobs by more than APPLIED times
 that, so that an adapter at two thirds of its strength would be seen, and *inconclusive* otherwise.
 """
@@ -37,7 +37,8 @@ FLOOR = 1e-4  # nats by which float32's rounding alone may set apart two computa
 EXACT = 10 * FLOOR  # noise below which the engine computes in float32
 COARSER = 2  # times the distance of a number format, up to which noise is that format's
 EXPLAINED = 0.1  # share of the adapter's distance that may remain if a fault explains it
-FEW_POSITIONS = 30  # with fewer, the unknown error makes the allowed distance clearly larger
+BY_CHANCE = 1e-4  # probability of a distance that the noise is taken not to explain
+FEW_POSITIONS = 30  # with fewer, their own error makes the allowed distance clearly larger
 FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are run on all prompts
 FACTORS = (2.0, 4.0, 8.0, 16.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
@@ -200,9 +201,9 @@ def allowed_distance(noise: LogprobDistance, sensitivity: float) -> float:
 def sure_errors(positions: int) -> float:
     """Standard errors by which an estimate may be off if its error is estimated from so many positions.
 
-    It is SURE for many positions. Two positions have one degree of freedom; a single one is treated like two.
+    Two positions have one degree of freedom; a single one is treated like two.
     """
-    return float(stats.t.isf(stats.norm.sf(SURE), max(positions - 1, 1)))
+    return max(SURE, float(stats.t.isf(BY_CHANCE, max(positions - 1, 1))))
 
 
 def _check(engine: str, rows: Rows, vocabulary: int) -> None:

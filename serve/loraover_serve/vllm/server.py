@@ -346,14 +346,21 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(STOP_S)
-            deadline = time.monotonic() + CLEAN_UP_S
-            while time.monotonic() < deadline:
-                os.killpg(process.pid, 0)  # raises when nobody is left
-                time.sleep(0.05)
+            _await_end(process.pid)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            _await_end(process.pid)  # a large process takes a moment to end
         process.wait()
+
+
+def _await_end(group: int) -> None:
+    """Wait until a process group has ended, which raises ProcessLookupError, or for CLEAN_UP_S."""
+    deadline = time.monotonic() + CLEAN_UP_S
+    while time.monotonic() < deadline:
+        os.killpg(group, 0)
+        time.sleep(0.05)
 
 
 def _end_of(log: Path) -> str:
