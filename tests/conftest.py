@@ -1,12 +1,14 @@
 """What every test stands on.
 
-One thread, since tensors are tiny and waiting threads slow one another down. Ctrl-C, which a script that runs the suite
-in its background would have it ignore, with every process that it starts. A Hypothesis profile for each speed. And a
-place for each test among parallel workers (pytest-xdist).
+One thread, since tensors are tiny and waiting threads slow one another down. Few garbage collections, since one that
+begins in deep recursion, such as JSON of a thousand brackets, makes another test's finalizers fail there. Ctrl-C, which
+a script that runs the suite in its background would have it ignore, with every process that it starts. A Hypothesis
+profile for each speed. And a place for each test among parallel workers (pytest-xdist).
 """
 
 from __future__ import annotations
 
+import gc
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from xdist.scheduler import LoadScopeScheduling
 from support.speed import PROFILES, scaled
 
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 5, 2)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in PROFILES:
