@@ -166,8 +166,8 @@ EXPORT = (
     ),
     Mutant(
         "deft-rounding-of-the-sum-alone",
-        "rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * size",
-        "rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * float(a.norm())",
+        "rounded = rounding(m, n, r) * float(q.norm()) * size",
+        "rounded = rounding(m, n, r) * float(q.norm()) * float(a.norm())",
         Selection("test_convert_bounds.py", "cancel"),
     ),
     Mutant(

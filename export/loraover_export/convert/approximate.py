@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.error_bounds import gamma
 from loraover.common.errors import ExportError
 from loraover_export.convert.engines import fit_in_words
-from loraover_export.convert.methods.base import ROUNDINGS, LowRank, Place
+from loraover_export.convert.methods.base import LowRank, Place, rounding
 from loraover_export.convert.source import Layout
-from loraover_export.numerics.delta import U64, Delta
+from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.low_rank import Svd, decompose, dense_svd, product_norm
 from loraover_export.uniform.write_lora import Approximation, Work
 
@@ -39,8 +38,8 @@ def _approximate(place: Place, layout: Layout[Any], rank: int | None, ranks: dic
     if not all(bool(torch.isfinite(factor).all()) for factor in factors):
         raise ExportError(f"{layout.tensors_path}: {place.path}: delta_W is not finite; train the adapter again.")
     if isinstance(found, LowRank):
-        noise = found.left_out + _rounding(found)
         b, a = found.b, found.a
+        noise = found.left_out + rounding(len(b), a.shape[1], len(a)) * float(b.norm()) * float(a.norm())
         if len(a) > min(len(b), a.shape[1]):
             b, a = _square(b @ a)
         norm = product_norm(b, a)
@@ -56,7 +55,7 @@ def _approximate(place: Place, layout: Layout[Any], rank: int | None, ranks: dic
             f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with --rank R; its error is "
             f"shown. With rank {exact}, {fit_in_words(exact)}."
         )
-    noise = gamma(ROUNDINGS * sum(found.value.shape), U64) * found.size
+    noise = rounding(*found.value.shape) * found.size
     if rank is not None and exact > rank:
         return _truncated(place, dense_svd(found.value), rank, noise)
     return _exact(place, *_square(found.value), norm, noise)
@@ -79,9 +78,3 @@ def _square(value: Tensor) -> tuple[Tensor, Tensor]:
 def _truncated(place: Place, svd: Svd, rank: int, noise: float) -> Approximation:
     kept = svd.truncate(rank)
     return Approximation(kept.delta(place.path, place.embedding), svd.norm, kept.error, kept.bound + noise)
-
-
-def _rounding(found: LowRank) -> float:
-    """Return a bound of the Frobenius norm of the rounding in factors that were computed in float64."""
-    terms = ROUNDINGS * (len(found.b) + found.a.shape[1] + len(found.a))
-    return gamma(terms, U64) * float(found.b.norm()) * float(found.a.norm())

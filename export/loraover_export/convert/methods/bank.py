@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraover_export.convert.methods.base import LowRank, Method
+from loraover_export.convert.methods.base import LowRank, Method, rounding
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -50,24 +50,30 @@ class VbLora(Method[VbLoraFields]):
                 f"vblora_vector_bank has shape {found}, whose vectors do not make a weight of {(m, n)}."
             )
         length = bank.shape[1]
-        a = _mixed(module, bank, "vblora_logits_A", None, n // length).flatten(start_dim=1)
-        b = _mixed(module, bank, "vblora_logits_B", m // length, len(a)).transpose(1, 2).reshape(m, len(a))
-        return LowRank(b, a)
+        a, a_size = _mixed(module, bank, "vblora_logits_A", None, n // length)
+        a = a.flatten(start_dim=1)
+        b, b_size = _mixed(module, bank, "vblora_logits_B", m // length, len(a))
+        b = b.transpose(1, 2).reshape(m, len(a))
+        return LowRank(b, a, rounding(m, n, len(a)) * b_size * a_size)
 
 
-def _mixed(module: Module[VbLoraFields], bank: Tensor, name: str, rows: int | None, columns: int) -> Tensor:
-    """Return the vectors in the places of the logits, (rows, columns, length)."""
+def _mixed(
+    module: Module[VbLoraFields], bank: Tensor, name: str, rows: int | None, columns: int
+) -> tuple[Tensor, float]:
+    """Return the vectors in the places of the logits, (rows, columns, length), and their norm if no terms cancelled."""
     k = module.config.topk
     if module.has(f"{name}_topk_indices"):
         indices = module.tensor(f"{name}_topk_indices", rows, columns, k).long()
         weights = module.tensor(f"{name}_topk_weights", *indices.shape[:2], k - 1)
-        weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
+        last, sizes = 1 - weights.sum(-1, keepdim=True), weights.abs()
+        weights, sizes = torch.cat([weights, last], dim=-1), torch.cat([sizes, 1 + sizes.sum(-1, keepdim=True)], dim=-1)
     else:
         if k > len(bank):
             raise module.refuse(f"topk is {k}, and the bank has {len(bank)} vectors.")
         top, indices = module.tensor(name, rows, columns, len(bank)).topk(k, dim=-1)
-        weights = top.softmax(-1)
+        weights = sizes = top.softmax(-1)
     if int(indices.min()) < 0 or int(indices.max()) >= len(bank):
         raise module.refuse(f"{name}_topk_indices names a vector that the bank does not have; the file is damaged.")
-    mixed: Tensor = (weights.unsqueeze(-1) * bank[indices]).sum(-2)
-    return mixed
+    vectors = bank[indices]
+    mixed: Tensor = (weights.unsqueeze(-1) * vectors).sum(-2)
+    return mixed, float((sizes.unsqueeze(-1) * vectors.abs()).sum(-2).norm())

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Generic
 import torch
 from torch import Tensor
 
+from loraover.checkpoint.error_bounds import gamma
 from loraover_export.convert.source import Adapter, Config, Module
+from loraover_export.numerics.delta import U64
 from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
 
 INERT = TRAINING_ONLY | {
@@ -29,6 +31,15 @@ OTHER_KINDS = VARIANTS | {
 
 ROUNDINGS = 16
 """Most roundings of float64 on the way to an element of delta_W, in units of the sum of its dimensions and rank."""
+
+
+def rounding(*lengths: int) -> float:
+    """Return a bound of the rounding in a matrix, in units of the norm of all that is added up in it.
+
+    Args:
+        lengths: the matrix's dimensions, and the rank of what makes it.
+    """
+    return gamma(ROUNDINGS * sum(lengths), U64)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraover.checkpoint.error_bounds import gamma
-from loraover_export.convert.methods.base import ROUNDINGS, LowRank, Method
+from loraover_export.convert.methods.base import LowRank, Method, rounding
 from loraover_export.convert.source import MethodConfig, Module
-from loraover_export.numerics.delta import U64
 
 
 class HraFields(MethodConfig):
@@ -45,7 +43,7 @@ class Hra(Method[HraFields]):
         weight = module.weight()
         # the terms of W U may cancel, so their rounding is not that of the factors
         size = float(weight.norm()) * float(u.norm()) * float(t.norm()) * float(u.norm())
-        return LowRank(-(weight @ u) @ t, u.T.contiguous(), gamma(ROUNDINGS * (m + n + r), U64) * size)
+        return LowRank(-(weight @ u) @ t, u.T.contiguous(), rounding(m, n, r) * size)
 
 
 def _compact(u: Tensor) -> tuple[Tensor, Tensor]:

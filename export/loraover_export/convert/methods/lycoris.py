@@ -18,7 +18,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import Patterns, first_match
-from loraover_export.convert.methods.base import LowRank, Method
+from loraover_export.convert.methods.base import LowRank, Method, rounding
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -67,26 +67,34 @@ class LoKr(Method[LycorisFields]):
     rank: ClassVar[str] = "rank(w1) rank(w2), mostly min(shape of w1) r"
 
     def delta(self, module: Module[LycorisFields]) -> LowRank:
-        (p1, q1), (p2, q2) = _factors(module, "lokr_w1"), _factors(module, "lokr_w2")
+        (p1, q1, apart1), (p2, q2, apart2) = _factors(module, "lokr_w1"), _factors(module, "lokr_w2")
         made = len(p1) * len(p2), q1.shape[1] * q2.shape[1]
         if made != module.shape:
             raise module.refuse(
                 f"the Kronecker product has shape {made}, the base model's weight {module.shape}; name "
                 "the model that the adapter was trained on with --model."
             )
-        return LowRank(torch.kron(p1, p2) * module.config.scaling(module.path), torch.kron(q1, q2))
+        size1, size2 = (float(p.norm()) * float(q.norm()) for p, q in ((p1, q1), (p2, q2)))
+        scaling = module.config.scaling(module.path)
+        left_out = abs(scaling) * (apart1 * (size2 + apart2) + size1 * apart2)
+        return LowRank(torch.kron(p1, p2) * scaling, torch.kron(q1, q2), left_out)
 
 
-def _factors(module: Module[LycorisFields], name: str) -> tuple[Tensor, Tensor]:
-    """Return P and Q with W = P Q and as few columns of P as the shape or the file allows."""
+def _factors(module: Module[LycorisFields], name: str) -> tuple[Tensor, Tensor, float]:
+    """Return P and Q with W = P Q and as few columns of P as the shape or the file allows, and a bound of their error.
+
+    The bound is of the Frobenius norm, for a W that is a product itself: its terms may cancel.
+    """
+    apart = 0.0
     if not module.has(name):
         r = module.config.rank(module.path)
         p = module.tensor(f"{name}_a", None, r)
         q = module.tensor(f"{name}_b", r, None)
         if r <= min(len(p), q.shape[1]):
-            return p, q
-        w = p @ q
+            return p, q, apart
+        w, apart = p @ q, rounding(len(p), q.shape[1], r) * float(p.norm()) * float(q.norm())
     else:
         w = module.tensor(name, None, None)
     m, n = w.shape
-    return (w, torch.eye(n, dtype=w.dtype)) if n <= m else (torch.eye(m, dtype=w.dtype), w)
+    eye = torch.eye(min(m, n), dtype=w.dtype)
+    return (w, eye, apart) if n <= m else (eye, w, apart)

@@ -55,4 +55,5 @@ class Miss(Method[MissFields]):
         if m % r or n % r or d.shape != (m // r, r, r):
             raise module.refuse(f"miss_block has shape {tuple(d.shape)}, which does not fit blocks of {module.shape}.")
         blocks = module.weight().reshape(m // r, r, n // r, r).permute(2, 0, 1, 3)  # (n / r, m / r, r, r)
-        return Dense((blocks @ d + d).permute(1, 2, 0, 3).reshape(m, n))
+        terms = blocks.abs() @ d.abs() + d.abs()  # which may cancel
+        return Dense((blocks @ d + d).permute(1, 2, 0, 3).reshape(m, n), float(terms.norm()))

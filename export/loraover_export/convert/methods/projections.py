@@ -134,7 +134,9 @@ class RandLora(Method[RandLoraFields]):
         inner = (lam[:, :, None] * a[:r, :1, : min(m, n)] * gamma).flatten(end_dim=1)  # (r bases, smaller)
         outer = b[: max(m, n), :bases, :r].flatten(start_dim=1)  # (larger, bases r), in another order, as in PEFT
         product = outer @ inner  # (larger, smaller)
-        return Dense(module.config.randlora_alpha / module.config.r * (product if n <= m else product.T))
+        scaling = module.config.randlora_alpha / r
+        terms = abs(scaling) * float(outer.norm()) * float(inner.norm())  # which may cancel
+        return Dense(scaling * (product if n <= m else product.T), terms)
 
 
 def _random_bases(adapter: Adapter[RandLoraFields]) -> tuple[Tensor, Tensor]:

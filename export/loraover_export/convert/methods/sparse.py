@@ -61,12 +61,13 @@ class Supertuning(Method[SupertuningFields]):
         m, n = module.shape
         values = module.tensor("supertuning_values", None)
         places = module.tensor("supertuning_indices", len(values)).long()
-        delta = _scattered(module, places // n, places % n, values)
+        delta, terms = _scattered(module, places // n, places % n, values), 0.0
         r, alpha = module.config.r, module.config.lora_alpha
         if r is not None and alpha is not None:
             b = module.tensor("supertuning_lora_B.weight", m, r)
-            delta += alpha / r * (b @ module.tensor("supertuning_lora_A.weight", r, n))
-        return Dense(delta)
+            b, a = alpha / r * b, module.tensor("supertuning_lora_A.weight", r, n)
+            delta, terms = delta + b @ a, float(delta.norm()) + float(b.norm()) * float(a.norm())  # which may cancel
+        return Dense(delta, terms)
 
 
 class FourierFields(MethodConfig):
@@ -96,7 +97,8 @@ class FourierFt(Method[FourierFields]):
             raise module.refuse(f"n_frequency is {count}, more than the weight of {(m, n)} has elements.")
         places = torch.randperm(m * n, generator=torch.Generator().manual_seed(seed))[:count]
         spectrum = _scattered(module, places // n, places % n, module.tensor("fourierft_spectrum", count))
-        return Dense(torch.fft.ifft2(spectrum).real * module.config.scaling)
+        matrix = torch.fft.ifft2(spectrum) * module.config.scaling
+        return Dense(matrix.real, float(matrix.norm()))  # which is rounded where the real part is zero
 
 
 def _scattered(module: Module[Any], rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:

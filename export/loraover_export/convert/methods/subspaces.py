@@ -19,11 +19,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from loraover.checkpoint.error_bounds import gamma, unit_roundoff
-from loraover_export.convert.methods.base import ROUNDINGS, LowRank, Method
+from loraover.checkpoint.error_bounds import unit_roundoff
+from loraover_export.convert.methods.base import LowRank, Method, rounding
 from loraover_export.convert.methods.singular import MERGE_THERE, determined, singular_part
 from loraover_export.convert.source import MethodConfig, Module
-from loraover_export.numerics.delta import U64
 from loraover_export.numerics.single_precision import basis_error
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -71,7 +70,7 @@ class Deft(Method[DeftFields]):
             replaced = scaling * module.tensor("deft_R", r, n)
             a, size = a + replaced, size + float(replaced.norm())
         # R and P^T W may cancel, so their rounding is not that of the sum
-        rounded = gamma(ROUNDINGS * (m + n + r), U64) * float(q.norm()) * size
+        rounded = rounding(m, n, r) * float(q.norm()) * size
         return LowRank(q, a, rounded + apart * (float(a.norm()) + float(weight.norm())))
 
 
@@ -112,13 +111,13 @@ class Peanut(Method[PeanutFields]):
             raise module.refuse(f"act_fn is {module.config.act_fn!r}, expected one of {', '.join(ACTIVATIONS)}.")
         a = module.tensor("peanut_A.weight", None, m)
         r = len(a)
-        rounding, kept = gamma(ROUNDINGS * (m + n + r), U64), []
+        relative, kept = rounding(m, n, r), []
 
         def layer(x: Tensor, apart: float, matrix: Tensor) -> tuple[Tensor, float]:
             """Return f(x M^T), and a bound of the Frobenius norm of its rounding, from that of x."""
             found, size = f(x @ matrix.T), float(matrix.norm())
-            linear = (apart + rounding * float(x.norm())) * size  # the terms of x M^T may cancel
-            return found, STEEPEST * linear + rounding * float(found.norm())
+            linear = (apart + relative * float(x.norm())) * size  # the terms of x M^T may cancel
+            return found, STEEPEST * linear + relative * float(found.norm())
 
         hidden, apart = layer(module.weight().T, 0.0, a)
         for i in range(module.config.depth):
