@@ -2,8 +2,7 @@
 
     .venv/bin/python docs/study/intervals.py
 
-Beside the rule of `loraover.study.analysis` stands the earlier one, with Student's t of S - 1 degrees of freedom for all
-of the error.
+Beside the rule of `loraover.study.analysis` stands the earlier one, with S - 1 degrees of freedom for all of the error.
 """
 
 from __future__ import annotations
