@@ -15,9 +15,21 @@ COMMANDS = {
     "recipes": "loraover.cli.recipes:recipes",
     "doctor": "loraover.cli.doctor:doctor",
 }
+EXAMPLES = [
+    "loraover train demo --method lora-over -o runs/demo",
+    "loraover export fold runs/demo/adapter -o folded --check-error",
+    "loraover export vllm folded -o for-vllm",
+    "loraover serve up for-vllm",
+]
 
 
-@click.group(cls=LazyGroup, commands_at=COMMANDS, plugins="loraover.commands", renamed={"schedule": "inspect"})
+@click.group(
+    cls=LazyGroup,
+    commands_at=COMMANDS,
+    plugins="loraover.commands",
+    renamed={"schedule": "inspect"},
+    examples=EXAMPLES,
+)
 @click.version_option(package_name="loraover")
 def cli() -> None:
     """Train LoRA adapters with extra parameters during training, and ship plain LoRA."""

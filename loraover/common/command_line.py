@@ -69,19 +69,30 @@ class DeviceChoice(_NameChoice):
         return value if kind == "cuda" and index.isdecimal() else super().convert(value, param, ctx)
 
 
-class Command(click.Command):
+class _WithExamples(click.Command):
+    """A command that shows complete command lines under "Examples" below its help."""
+
+    def __init__(self, *args: Any, examples: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = tuple(examples)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for line in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        super().format_epilog(ctx, formatter)
+
+
+class Command(_WithExamples):
     """A command with examples below its help, which refuses old spellings of its options by naming the new ones.
 
     Args:
-        examples: Complete command lines, shown under "Examples" in the help.
+        examples: Complete command lines.
         renamed: New spelling of each option that has been renamed, for instance `{"--base": "--model"}`.
     """
 
-    def __init__(
-        self, *args: Any, examples: Sequence[str], renamed: Mapping[str, str] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.examples = tuple(examples)
         self.renamed = dict(renamed or {})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -91,17 +102,12 @@ class Command(click.Command):
                 raise click.UsageError(f"{name} is now called {self.renamed[name]}.", ctx)
         return super().parse_args(ctx, args)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Examples"):
-            for line in self.examples:
-                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
-        super().format_epilog(ctx, formatter)
 
-
-class LazyGroup(click.Group):
+class LazyGroup(_WithExamples, click.Group):
     """A group of commands, each of which is imported only when it is needed.
 
     Args:
+        examples: Complete command lines.
         commands_at: Place of each command, as "module:attribute", by the command's name.
         plugins: Group of entry points that add commands of packages that depend on this one.
         renamed: New name of each command that has been renamed, by its old name.

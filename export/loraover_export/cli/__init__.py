@@ -19,11 +19,17 @@ COMMANDS = {
     "gguf": "loraover_export.cli.gguf:gguf",
     "mlx": "loraover_export.cli.mlx:mlx",
 }
+EXAMPLES = [
+    "loraover export check my-lora",
+    "loraover export fold runs/demo/adapter -o folded --check-error",
+    "loraover export convert oft -o lora --rank 64 --check-error",
+    "loraover export onnx folded -o onnx-merged --mode merged",
+]
 EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
 """Exit code of each verdict of a fold, a conversion, or an export to ONNX, GGUF or MLX."""
 
 
-@click.group(cls=LazyGroup, commands_at=COMMANDS)
+@click.group(cls=LazyGroup, commands_at=COMMANDS, examples=EXAMPLES)
 @click.version_option(package_name="loraover")
 def cli() -> None:
     """Fold LoRA-Over checkpoints into plain LoRA adapters, and export adapters for many engines."""
