@@ -1,14 +1,17 @@
 """What every test stands on.
 
-One thread, since tensors are tiny and waiting threads slow one another down. Few garbage collections, since one that
-begins in deep recursion, such as JSON of a thousand brackets, makes another test's finalizers fail there. Ctrl-C, which
-a script that runs the suite in its background would have it ignore, with every process that it starts. A Hypothesis
-profile for each speed. And a place for each test among parallel workers (pytest-xdist).
+- One thread, since tensors are tiny and waiting threads slow one another down. No thread is bound to a core: vLLM would
+  bind each of its servers to the first one.
+- Few garbage collections, since one that begins in deep recursion, such as JSON of a thousand brackets, makes another
+  test's finalizers fail there.
+- Ctrl-C, which a script that runs the suite in its background would have it ignore, with every process that it starts.
+- A Hypothesis profile for each speed, and a place for each test among parallel workers (pytest-xdist).
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from xdist.scheduler import LoadScopeScheduling
 from support.speed import PROFILES, scaled
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 gc.set_threshold(20_000, 5, 2)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
