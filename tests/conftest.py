@@ -4,6 +4,7 @@
   bind each of its servers to the first one.
 - Few garbage collections, since one that begins in deep recursion, such as JSON of a thousand brackets, makes another
   test's finalizers fail there.
+- A lock of progress bars for each process, since a child that is killed while it holds a shared one stops all others.
 - Ctrl-C, which a script that runs the suite in its background would have it ignore, with every process that it starts.
 - A Hypothesis profile for each speed, and a place for each test among parallel workers (pytest-xdist).
 """
@@ -19,6 +20,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from tqdm.std import TqdmDefaultWriteLock
 from xdist.scheduler import LoadScopeScheduling
 
 from support.speed import PROFILES, scaled
@@ -27,6 +29,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 gc.set_threshold(20_000, 5, 2)
+TqdmDefaultWriteLock.mp_lock = None
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in PROFILES:
@@ -70,6 +73,11 @@ class FilesTogether(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether:
     return FilesTogether(config, log)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, since servers and processes that start leave a core idle."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_configure() -> None:
