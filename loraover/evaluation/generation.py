@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from loraover.common.errors import EngineError
 
 
 @torch.no_grad()
@@ -29,6 +32,9 @@ def greedy_answers(
         batch_size: Number of prompts continued together, left-padded.
         stop: Texts after which an answer may end; it may also be longer.
         on_batch: Called with the number of prompts that are done.
+
+    Raises:
+        EngineError: The model's scores of the next token are not finite.
     """
     was_training = model.training
     model.eval()
@@ -49,6 +55,7 @@ def greedy_answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([FiniteScores()]),
             **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
         )
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
@@ -66,3 +73,15 @@ def prompt_text(prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+
+class FiniteScores(LogitsProcessor):
+    """Raises EngineError where the likeliest token has no finite score, and any token would be generated."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not bool(scores.amax(-1).isfinite().all()):  # a forced token leaves the others at minus infinity
+            raise EngineError(
+                "the model's scores of the next token hold NaN or infinity, so they mean no answer; check its weights, "
+                "or compute in fp32."
+            )
+        return scores

@@ -7,12 +7,13 @@ chat template if the model has one, and GSM8K's answers are compared as numbers.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.common.errors import DataError
+from loraover.common.errors import DataError, EngineError
 from loraover.evaluation.base import (
     Example,
     Keep,
@@ -102,6 +103,11 @@ class HarnessTask(Task):
             answer, expected = sample["filtered_resps"][0], str(final_number(sample["doc"]["answer"]))
             return Example(number, sample["exact_match"], answer, expected)
         scores = [response[0] for response in sample["filtered_resps"]]
+        if not all(map(math.isfinite, scores)):  # the largest of them would be the first label
+            raise EngineError(
+                f"question {number}: the log-likelihoods of its answers are {scores}, expected finite numbers; check "
+                "the model's weights, or compute in fp32."
+            )
         answer = self.labels[scores.index(max(scores))]
         expected = self.labels[sample["doc"]["label"]]
         return Example(number, float(answer == expected), answer, expected)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig
+from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, DataError
 from loraover.common.strict_json import read_json
 from loraover.evaluation.parallel import in_parallel
@@ -163,7 +164,7 @@ def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtyp
 
     Raises:
         ConfigError: no such model.
-        CheckpointError: the folder holds no adapter, or one for another model.
+        CheckpointError: the folder holds no adapter, or one for another model, or one with NaN or infinity.
     """
     import torch
 
@@ -180,6 +181,9 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    with open_tensors(adapter / TENSORS_FILE) as tensors:
+        for key in tensors.keys:
+            tensors.read(key)  # which refuses NaN and infinity: any answer could come of them
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
         loaded = wrapped.load_adapter(

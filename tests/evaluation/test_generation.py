@@ -5,11 +5,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loraover.common.errors import EngineError
 from loraover.evaluation.generation import greedy_answers
+
+from support.tiny_hub import tiny_tokenizer
+from support.tiny_models import tiny_llama
 
 TOKENS = ["<pad>", "</s>", "\u2581", "\u2581def", ":", "\n", "return", "\u2581x"]
 ANSWER = ["\u2581", "\u2581", "\u2581", "\u2581", "return", "\u2581x", "</s>"]
@@ -38,3 +43,12 @@ class Writes(torch.nn.Module):
 def test_an_answer_keeps_its_indentation() -> None:
     answers = greedy_answers(Writes(), as_llama_2s(), ["def :", "def"], max_new_tokens=7, batch_size=2)
     assert answers == ["    return x"] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_give_no_answer(value: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = value
+    with pytest.raises(EngineError, match="scores of the next token hold NaN or infinity"):
+        greedy_answers(model, tiny_tokenizer(), ["what?"], max_new_tokens=2, batch_size=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraover.cli import cli
@@ -231,6 +233,35 @@ def test_a_choice_is_the_likelier_answer(models: tuple[Path, Path], tmp_path: Pa
         assert example["answer"] == ("entailment" if is_yes else "not_entailment")
         assert example["score"] == float(example["answer"] == row["label"])
     assert found["measures"]["acc"] == sum(example["score"] for example in found["examples"]) / 3
+
+
+@pytest.mark.parametrize("task", ["qnli", "gsm8k"])
+def test_a_model_with_nan_has_no_figure(
+    models: tuple[Path, Path], task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, _ = models
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    data = written(tmp_path / "rows.jsonl", {"qnli": PAIRS, "gsm8k": SUMS}[task])
+    assert run(cli, ["eval", str(tmp_path / "base"), "--task", task, "--data", data, "--max-new-tokens", "2"]) == 2
+    message = {"qnli": "question 1: the log-likelihoods of its answers are [nan, nan]", "gsm8k": "hold NaN"}[task]
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_with_nan_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = models
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    shutil.copytree(adapter, tmp_path / "adapter")
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    out, data = tmp_path / "out.json", written(tmp_path / "pairs.jsonl", PAIRS)
+    words = [str(base), "--adapter", str(tmp_path / "adapter"), "--task", "qnli", "--data", data, "-o", str(out)]
+    assert run(cli, ["eval", *words]) == 1
+    failed = json.loads(out.read_text())["results"][1]
+    assert "holds NaN or infinity" in failed["failure"]
+    assert failed["examples"] == []
 
 
 @pytest.mark.parametrize(
