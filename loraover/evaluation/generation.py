@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from peft import PeftModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from loraover.common.errors import EngineError
+
+TOKEN_IDS = ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
 
 
 @torch.no_grad()
@@ -49,15 +53,16 @@ def greedy_answers(
             padding_side="left",
             add_special_tokens=not is_chat,
         ).to(model.device)
-        generated = model.generate(
-            input_ids=encoded.input_ids,
-            attention_mask=encoded.attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([FiniteScores()]),
-            **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
-        )
+        with greedy_settings(model):
+            generated = model.generate(
+                input_ids=encoded.input_ids,
+                attention_mask=encoded.attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                logits_processor=LogitsProcessorList([FiniteScores()]),
+                **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
+            )
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
         if not model.config.is_encoder_decoder:  # decoded alone, a continuation may lose its first space (LLaMA 2)
             asked = tokenizer.batch_decode(encoded.input_ids, skip_special_tokens=True)
@@ -73,6 +78,23 @@ def prompt_text(prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+
+@contextmanager
+def greedy_settings(model: Any) -> Iterator[None]:
+    """Leave only token ids in a model's generation settings while this is open.
+
+    A repetition penalty, beams, suppressed tokens or a smallest length, which many models' folders set, would make the
+    answers other than greedy. They cannot be put aside by arguments: transformers fills in what these leave open.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = inner.generation_config
+    ids = {f"{name}_token_id": getattr(own, f"{name}_token_id") for name in TOKEN_IDS}
+    inner.generation_config = GenerationConfig(**ids)
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 class FiniteScores(LogitsProcessor):

@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LogitsProcessorList
 
 from loraover.common.errors import DataError
-from loraover.evaluation.generation import FiniteScores
+from loraover.evaluation.generation import FiniteScores, greedy_settings
 
 
 class HarnessModel(HFLM):
@@ -33,7 +33,8 @@ class HarnessModel(HFLM):
         return super().loglikelihood(requests, **named)
 
     def _model_generate(self, *arguments: Any, **named: Any) -> Any:
-        return super()._model_generate(*arguments, logits_processor=LogitsProcessorList([FiniteScores()]), **named)
+        with greedy_settings(self.model):
+            return super()._model_generate(*arguments, logits_processor=LogitsProcessorList([FiniteScores()]), **named)
 
     def _check_room(self, request: Any, tokens: int) -> None:
         if tokens > self.max_length:

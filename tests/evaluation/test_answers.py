@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from loraover.evaluation.final_number import final_number
 from loraover.evaluation.held_out import exact_match
@@ -128,6 +129,7 @@ class Parrot:
         self.training = True
         self.modes: list[bool] = []
         self.device = torch.device("cpu")
+        self.generation_config = GenerationConfig()
         self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
 
     def train(self, mode: bool = True) -> None:

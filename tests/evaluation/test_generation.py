@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from loraover.common.errors import EngineError
 from loraover.evaluation.generation import greedy_answers
 
 from support.tiny_hub import tiny_tokenizer
-from support.tiny_models import tiny_llama
+from support.tiny_models import tiny_llama, with_lora
 
 TOKENS = ["<pad>", "</s>", "\u2581", "\u2581def", ":", "\n", "return", "\u2581x"]
 ANSWER = ["\u2581", "\u2581", "\u2581", "\u2581", "return", "\u2581x", "</s>"]
@@ -33,6 +33,7 @@ class Writes(torch.nn.Module):
     """A model that goes on with `ANSWER`."""
 
     config = SimpleNamespace(is_encoder_decoder=False)
+    generation_config = GenerationConfig()
     device = "cpu"
 
     def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -52,3 +53,27 @@ def test_scores_that_are_not_finite_give_no_answer(value: float) -> None:
         model.lm_head.weight[7] = value
     with pytest.raises(EngineError, match="scores of the next token hold NaN or infinity"):
         greedy_answers(model, tiny_tokenizer(), ["what?"], max_new_tokens=2, batch_size=1)
+
+
+NOT_GREEDY = {
+    "repetition_penalty": 9.0,
+    "no_repeat_ngram_size": 1,
+    "num_beams": 3,
+    "suppress_tokens": list(range(20, 60)),
+}
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+@pytest.mark.parametrize("name", NOT_GREEDY)
+def test_the_settings_of_a_models_folder_do_not_change_greedy_answers(name: str, is_adapted: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(seed=3)
+    model = with_lora(model, task_type="CAUSAL_LM") if is_adapted else model
+    ids = tokenizer("what is", return_tensors="pt").input_ids
+    for _ in range(12):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    greedy = tokenizer.decode(ids[0, 7:], skip_special_tokens=True)
+    inner = model.get_base_model() if is_adapted else model
+    inner.generation_config = own = GenerationConfig(**{name: NOT_GREEDY[name]})
+    assert greedy_answers(model, tokenizer, ["what is"], max_new_tokens=12, batch_size=1) == [greedy]
+    assert inner.generation_config is own

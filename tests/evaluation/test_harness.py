@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from loraover.cli import cli
 from loraover.common.command_line import run
@@ -80,6 +80,21 @@ def test_gsm8k_is_what_the_model_generates(models: tuple[Path, Path], is_chat: b
     assert [[example["answer"] for example in result["examples"]] for result in found] == expected
     assert [example["expected"] for example in found[0]["examples"]] == ["0", "2", "4"]
     assert [result["name"] for result in found] == ["base", str(adapter)]
+
+
+def test_the_harness_answers_are_greedy_whatever_the_models_folder_sets(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = models
+    data = written(tmp_path / "sums.jsonl", SUMS)
+    shutil.copytree(base, tmp_path / "base")
+    settings = GenerationConfig.from_pretrained(base)
+    settings.update(repetition_penalty=9.0, num_beams=3, suppress_tokens=list(range(20, 60)))
+    settings.save_pretrained(tmp_path / "base")
+    words = ["--adapter", str(adapter), "--task", "gsm8k", "--data", data, "--max-new-tokens", "12"]
+    plain, changed = (results([str(f), *words], f.parent / "sums.json") for f in (base, tmp_path / "base"))
+    for one, other in zip(plain, changed, strict=True):
+        assert one["examples"] == other["examples"]
 
 
 @pytest.mark.parametrize(
