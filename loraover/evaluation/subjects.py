@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, DataError
-from loraover.common.strict_json import read_json
 from loraover.evaluation.parallel import in_parallel
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model
 
@@ -195,23 +193,3 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         if keys:
             raise CheckpointError(f"{adapter}: {fault} {keys[0]}; is it an adapter of this model?")
     return wrapped.eval()
-
-
-def adapter_digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's configuration and tensors.
-
-    Args:
-        adapter: The adapter's folder.
-
-    Raises:
-        CheckpointError: not an adapter directory with safetensors.
-    """
-    read_json(adapter / CONFIG_FILE, AdapterConfig)
-    digest = hashlib.sha256()
-    try:
-        for name in (CONFIG_FILE, TENSORS_FILE):
-            with (adapter / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    except OSError as error:
-        raise CheckpointError(f"{adapter / name}: cannot be read: {error.strerror}.") from error
-    return digest.hexdigest()

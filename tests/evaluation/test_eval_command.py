@@ -211,6 +211,18 @@ def test_results_of_other_versions_are_not_mixed_in(
     assert "holds another evaluation (versions differ)" in capsys.readouterr().err
 
 
+def test_results_of_another_base_model_in_the_same_folder_are_not_mixed_in(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out.json"
+    command = ["eval", str(save_llama(base)), *words(folder, out)[2:]]
+    assert run(cli, command) == 0
+    save_llama(base, seed=1)
+    capsys.readouterr()
+    assert run(cli, command) == 2
+    assert "holds another evaluation (model_digest differ)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("task", "name"),
     [("gsm8k", "openai/gsm8k"), ("qnli", "nyu-mll/glue"), ("humaneval", "openai/openai_humaneval"), ("mtbench", "")],
@@ -294,6 +306,7 @@ def test_the_function_prints_nothing_and_returns_what_is_written(
     )
     assert capfd.readouterr() == ("", "")
     assert found == Evaluation.model_validate_json(out.read_text())
+    assert found.model_digest is not None
     assert seen == [1, 2, 3]
     assert found.results[2].failure is not None
     questions = ["--data", str(folder / "questions.jsonl"), "--batch-size", "8", "--dtype", "fp32"]
