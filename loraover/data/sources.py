@@ -53,8 +53,8 @@ def load_rows(
 
     Args:
         source: File (`.jsonl`, `.jsonl.gz` or `.json`), folder with `<split>.jsonl`, or hub name.
-        split: Split of a folder or of a data set on the hub, or a slice of one such as "train[:95%]". It is not used
-            for a file.
+        split: Split of a folder or of a data set on the hub, or a slice of one such as "train[:95%]". A file has no
+            splits: a name is not used, and a slice is refused.
         subset: Name of the data set's configuration on the hub.
         revision: Branch, tag or commit on the hub.
         limit: Number of examples to read; None reads all.
@@ -101,10 +101,17 @@ def read_raw(source: str, *, split: str, subset: str | None = None, revision: st
     """Open a data source; the arguments are those of `load_rows`.
 
     Raises:
-        DataError: The source does not exist, or, while rows are read, is not JSON.
+        DataError: The source does not exist, or is a file of which a slice is asked for, or, while rows are read, is
+            not JSON.
     """
     path = Path(source)
     if path.is_file():
+        name, bracket, _ = split.partition("[")
+        if bracket:
+            raise DataError(
+                f"{source}: is one file, of which the slice {split!r} is not taken. To read the complete file, set the "
+                f"split to {name!r}; to take the slice, put the file into a folder as {name}.jsonl and name the folder."
+            )
         return RawRows(_read_file(path), f"file {path.name}")
     if path.is_dir():
         return _read_folder(path, split)
