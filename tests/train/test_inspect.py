@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from collections.abc import Callable
@@ -10,14 +11,16 @@ from typing import Any
 
 import click
 import pytest
+from rich.console import Console
 from torch.optim import AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, inspect_folder, read_checkpoint, write_checkpoint
+from loraover.checkpoint.checkpoint import Meta
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.inspection.folder import SIGNS, read_schedule
-from loraover.reporting.schedule_map import placed
+from loraover.reporting.schedule_map import placed, show_schedule
 from loraover_export.onnx.report import OnnxReport
 
 from support.tiny_experts import EXPERTS, expert_lora, tiny_moe
@@ -281,6 +284,23 @@ def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\\x1b[2Jbase" in shown
+    assert "[bold]" in shown
+
+
+def odd_round(dynamic: Path, **scores: float) -> Meta:
+    """The checkpoint's metadata with one more matrix of each name in its first round."""
+    meta = read_checkpoint(dynamic).meta
+    first = meta.rounds[0]
+    return meta.model_copy(update={"rounds": [first.model_copy(update={"scores": first.scores | scores})]})
+
+
+def test_names_of_matrices_cannot_steer_the_terminal(dynamic: Path) -> None:
+    meta = odd_round(dynamic, **{"\x1b]0;mine\x07.x\x1b[2J[bold].lora_A": 1.0})
+    console = Console(file=io.StringIO(), width=400)
+    show_schedule(meta, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in shown
+    assert "\\x1b]0;mine\\x07" in shown
     assert "[bold]" in shown
 
 
