@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
-from loraover.common.errors import CheckpointError, DataError
+from loraover.common.errors import CheckpointError
 from loraover.evaluation.parallel import in_parallel
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model
 
@@ -79,7 +79,6 @@ class InMemory(Subject):
     def _answers(self, prompts: Sequence[Any], max_new_tokens: int, stop: Sequence[str], report: Reporter) -> list[str]:
         from loraover.evaluation.generation import greedy_answers
 
-        self._check_room(prompts)
         with report.task("answers", len(prompts)) as advance:
             return greedy_answers(
                 self.model,
@@ -90,19 +89,6 @@ class InMemory(Subject):
                 stop=stop,
                 on_batch=advance,
             )
-
-    def _check_room(self, prompts: Sequence[Any]) -> None:
-        """Raise DataError if a prompt leaves no room for an answer."""
-        from loraover.evaluation.generation import prompt_text
-
-        context = getattr(self.model.config, "max_position_embeddings", None)  # T5 has none
-        for number, prompt in enumerate(prompts, 1):
-            count = len(self.tokenizer(prompt_text(prompt, self.tokenizer)).input_ids)
-            if context is not None and count >= context:
-                raise DataError(
-                    f"question {number}: its {count} tokens leave no room in the model's context of {context}; leave "
-                    "it out of --data, or take a model with a longer context."
-                )
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from loraover.common.errors import EngineError
+from loraover.common.errors import DataError, EngineError
 from loraover.evaluation.generation import greedy_answers
 
 from support.tiny_hub import tiny_tokenizer
-from support.tiny_models import tiny_llama, with_lora
+from support.tiny_models import tiny_gpt2, tiny_llama, with_lora
 
 TOKENS = ["<pad>", "</s>", "\u2581", "\u2581def", ":", "\n", "return", "\u2581x"]
 ANSWER = ["\u2581", "\u2581", "\u2581", "\u2581", "return", "\u2581x", "</s>"]
@@ -77,3 +77,16 @@ def test_the_settings_of_a_models_folder_do_not_change_greedy_answers(name: str,
     inner.generation_config = own = GenerationConfig(**{name: NOT_GREEDY[name]})
     assert greedy_answers(model, tokenizer, ["what is"], max_new_tokens=12, batch_size=1) == [greedy]
     assert inner.generation_config is own
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    """GPT-2 has a learnt embedding for each position, and none beyond."""
+    model, tokenizer = tiny_gpt2(), tiny_tokenizer()
+    context = model.config.max_position_embeddings
+    model.generation_config.eos_token_id = None
+    prompts = ["a" * (context - 5), "b", "c" * (context - 1)]
+    answers = greedy_answers(model, tokenizer, prompts, max_new_tokens=9, batch_size=2)
+    alone = greedy_answers(model, tokenizer, prompts, max_new_tokens=5, batch_size=2)
+    assert answers == alone
+    with pytest.raises(DataError, match=f"question 4: its {context} tokens leave no room .* context of {context}"):
+        greedy_answers(model, tokenizer, [*prompts, "d" * context], max_new_tokens=9, batch_size=4)
