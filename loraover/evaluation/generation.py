@@ -14,6 +14,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from loraover.common.errors import DataError, EngineError
 
 TOKEN_IDS = ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
+AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+"""Transformers 4 cleans up by default, which takes the space from " ." and " n't"; code and prompts need it."""
 
 
 @torch.no_grad()
@@ -64,9 +66,9 @@ def greedy_answers(
                 logits_processor=LogitsProcessorList([FiniteScores()]),
                 **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
             )
-        found = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        found = tokenizer.batch_decode(generated, **AS_WRITTEN)
         if not model.config.is_encoder_decoder:  # decoded alone, a continuation may lose its first space (LLaMA 2)
-            asked = tokenizer.batch_decode(encoded.input_ids, skip_special_tokens=True)
+            asked = tokenizer.batch_decode(encoded.input_ids, **AS_WRITTEN)
             found = [text[len(prompt) :] for text, prompt in zip(found, asked, strict=True)]
         answers += found
         on_batch(len(answers))

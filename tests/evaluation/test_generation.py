@@ -16,8 +16,8 @@ from loraover.evaluation.generation import greedy_answers
 from support.tiny_hub import tiny_tokenizer
 from support.tiny_models import tiny_gpt2, tiny_llama, with_lora
 
-TOKENS = ["<pad>", "</s>", "\u2581", "\u2581def", ":", "\n", "return", "\u2581x"]
-ANSWER = ["\u2581", "\u2581", "\u2581", "\u2581", "return", "\u2581x", "</s>"]
+TOKENS = ["<pad>", "</s>", "\u2581", "\u2581def", ":", "\n", "return", "\u2581x", "\u2581."]
+ANSWER = ["\u2581", "\u2581", "\u2581", "\u2581", "return", "\u2581x", "\u2581.", "</s>"]
 
 
 def as_llama_2s() -> Any:
@@ -41,9 +41,12 @@ class Writes(torch.nn.Module):
         return torch.cat([input_ids, answer.expand(len(input_ids), -1)], dim=1)
 
 
-def test_an_answer_keeps_its_indentation() -> None:
-    answers = greedy_answers(Writes(), as_llama_2s(), ["def :", "def"], max_new_tokens=7, batch_size=2)
-    assert answers == ["    return x"] * 2
+@pytest.mark.parametrize("cleans_up", [False, True])
+def test_an_answer_keeps_its_indentation(cleans_up: bool) -> None:
+    tokenizer = as_llama_2s()
+    tokenizer.clean_up_tokenization_spaces = cleans_up
+    answers = greedy_answers(Writes(), tokenizer, ["def :", "def"], max_new_tokens=7, batch_size=2)
+    assert answers == ["    return x ."] * 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
