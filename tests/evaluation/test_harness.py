@@ -138,6 +138,24 @@ def test_an_endpoint_without_logprobs_cannot_be_asked_for_choices(
     assert "the endpoint gave no usable answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+@pytest.mark.parametrize("task", ["gsm8k", "qnli"])
+@pytest.mark.parametrize("content", [b"<html>", b"[]"])
+def test_an_answer_that_cannot_be_read_is_the_endpoints_fault(
+    content: bytes,
+    task: str,
+    batch_size: str,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = written(tmp_path / "rows.jsonl", {"qnli": PAIRS, "gsm8k": SUMS}[task])
+    with openai_server(lambda body: content) as server:
+        words = [str(models[0]), "--task", task, "--data", data, "--endpoint", server.url, "--endpoint-model", "one"]
+        assert run(cli, ["eval", *words, "--batch-size", batch_size]) == 2
+    assert "the endpoint gave no usable answer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("batch_size", ["1", "8"])
 def test_a_key_that_is_refused_is_shown_nowhere(batch_size: str, models: tuple[Path, Path], tmp_path: Path) -> None:
     """In a process of its own: asyncio says at its end what nobody has waited for."""
