@@ -22,7 +22,7 @@ class MapCell:
     Args:
         layer: Number of the layer, or "-" outside of layers; see `layer_of`.
         kind: Path of the module in its layer, e.g. "self_attn.q_proj", or its complete path outside of layers.
-        matrix: "A" or "B".
+        matrix: "A" or "B"; another name's last letter, or nothing, which the map leaves out.
     """
 
     layer: str
@@ -47,12 +47,12 @@ def place_of(name: str) -> MapCell:
     module, _, matrix = name.rpartition(".lora_")
     parts = module.split(".")
     below = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
-    return MapCell(layer_of(module), ".".join(parts[below:]), matrix[-1])
+    return MapCell(layer_of(module), ".".join(parts[below:]), matrix[-1:])
 
 
 def _order(layer: str) -> tuple[str, int]:
     stack, _, number = layer.rpartition(" ")
-    return ("" if stack == "encoder" else stack), int(number) if number.isdigit() else -1
+    return ("" if stack == "encoder" else stack), int(number) if number.isdecimal() else -1
 
 
 def show_schedule(meta: Meta, console: Console) -> None:

@@ -20,6 +20,7 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.inspection.folder import SIGNS, read_schedule
+from loraover.reporting.schedule_figures import plot_schedule
 from loraover.reporting.schedule_map import placed, show_schedule
 from loraover_export.onnx.report import OnnxReport
 
@@ -292,6 +293,15 @@ def odd_round(dynamic: Path, **scores: float) -> Meta:
     meta = read_checkpoint(dynamic).meta
     first = meta.rounds[0]
     return meta.model_copy(update={"rounds": [first.model_copy(update={"scores": first.scores | scores})]})
+
+
+def test_odd_names_and_extreme_scores_can_be_shown(dynamic: Path, tmp_path: Path) -> None:
+    names = ("oddname.lora_", "", "layers.\N{SUPERSCRIPT TWO}.x.lora_A", "var(--zz).lora_B")
+    for i, scores in enumerate((dict.fromkeys(names, 1e308), {"a.lora_A": -1e308, "b.lora_A": 1e308, "c": 1e308})):
+        meta = odd_round(dynamic, **scores)
+        show_schedule(meta, Console(file=io.StringIO()))
+        plot_schedule(meta, tmp_path / f"{i}.svg")
+        assert "nan" not in (tmp_path / f"{i}.svg").read_text()
 
 
 def test_names_of_matrices_cannot_steer_the_terminal(dynamic: Path) -> None:
