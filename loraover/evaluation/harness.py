@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.common.errors import DataError, EngineError
+from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover.evaluation.base import (
     Example,
     Keep,
@@ -56,6 +56,14 @@ class HarnessTask(Task):
     labels: tuple[str, ...] = ()
     max_new_tokens: int = 400
     packages: tuple[str, ...] = ("lm-eval",)
+
+    def check(self, options: Options) -> None:
+        super().check(options)
+        if self.labels and options.max_new_tokens is not None:
+            raise ConfigError(
+                f"--max-new-tokens: {self.name} compares the likelihoods of its labels and generates nothing; leave it "
+                "out."
+            )
 
     def read(self, options: Options) -> Questions:
         name, subset, split = self.hub

@@ -98,6 +98,10 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
         (["--endpoint-model", "m", "--endpoint", "http://[::1"], "not the address of a server"),
         (["--apply-chat-template"], "no chat template"),
         (["--judge-url", "http://localhost:1"], "go together"),
+        (["--judge-url", "http://localhost:1", "--judge-model", "m"], "are for --task mtbench"),
+        (["--endpoint-model", "m", "--endpoint", "http://localhost:1", "--dtype", "bf16"], "--dtype is for models in"),
+        (["--task", "qnli"], "--max-new-tokens: qnli compares the likelihoods"),
+        (["--task", "humaneval", "--apply-chat-template"], "prompts of humaneval are always plain text"),
         (["--task", "humaneval"], "--allow-code-execution"),
         (["--task", "mtbench"], "needs --data FOLDER"),
     ):
@@ -239,7 +243,7 @@ def test_a_task_without_its_data_says_what_to_download_and_where_to_put_it(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("loraover.evaluation.humaneval.check_sandbox", lambda: None)
-    judge = ["--judge-url", "http://localhost:1", "--judge-model", "m"]
+    judge = ["--judge-url", "http://localhost:1", "--judge-model", "m"] if task == "mtbench" else []
     assert run(cli, ["eval", str(folder / "base"), "--task", task, "--allow-code-execution", *judge]) == 2
     said = capsys.readouterr().err
     if task == "mtbench":
