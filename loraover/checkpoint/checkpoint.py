@@ -28,6 +28,7 @@ from loraover.checkpoint.magnitude import lost_to_underflow, magnitude
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir, site_key
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
 from loraover.common.errors import CheckpointError, LoraOverError
+from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.decompositions import Decomposition
@@ -274,9 +275,9 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     can run beside the work.
     """
     path = Path(directory)
-    if not path.is_dir():
+    if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a LoRA-Over checkpoint.")
-    if not (path / META_FILE).is_file():
+    if kind_of(path / META_FILE) != "file":
         with open_tensors(path / TENSORS_FILE):
             pass
         raise CheckpointError(

@@ -26,6 +26,7 @@ from loraover.checkpoint.expert_stacks import (
 )
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.errors import CheckpointError
+from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover.overparam.expert_part import SIDES, stack_experts
 
@@ -215,8 +216,9 @@ def read_adapter_dir(path: Path) -> AdapterDir:
     Raises:
         CheckpointError: The folder holds no adapter, or one that is not a LoRA of plain products B A; it has no LoRA
             matrices; or the shapes of A and B contradict each other or the configuration.
+        ConfigError: The path is too long, or a folder on it may not be entered.
     """
-    if not path.is_dir():
+    if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
     config = read_json(path / CONFIG_FILE, AdapterConfig)
     if config.peft_type != "LORA":

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from loraover.common.errors import ConfigError, DataError
+from loraover.common.paths import kind_of
 from loraover.data.formats import Row, read_row
 from loraover.models.hub import pinned_commit
 
@@ -53,8 +54,8 @@ def load_rows(
 
     Args:
         source: File (`.jsonl`, `.jsonl.gz` or `.json`), folder with `<split>.jsonl`, or hub name.
-        split: Split of a folder or of a data set on the hub, or a slice of one such as "train[:95%]". It is not used
-            for a file.
+        split: Split of a folder or of a data set on the hub, or a slice of one such as "train[:95%]". A file has no
+            splits: a name is not used, and a slice is refused.
         subset: Name of the data set's configuration on the hub.
         revision: Branch, tag or commit on the hub.
         limit: Number of examples to read; None reads all.
@@ -101,12 +102,21 @@ def read_raw(source: str, *, split: str, subset: str | None = None, revision: st
     """Open a data source; the arguments are those of `load_rows`.
 
     Raises:
-        DataError: The source does not exist, or, while rows are read, is not JSON.
+        DataError: The source does not exist, or is a file of which a slice is asked for, or, while rows are read, is
+            not JSON.
+        ConfigError: The path is too long, or a folder on it may not be entered.
     """
     path = Path(source)
-    if path.is_file():
+    kind = kind_of(path)
+    if kind == "file":
+        name, bracket, _ = split.partition("[")
+        if bracket:
+            raise DataError(
+                f"{source}: is one file, of which the slice {split!r} is not taken. To read the complete file, set the "
+                f"split to {name!r}; to take the slice, put the file into a folder as {name}.jsonl and name the folder."
+            )
         return RawRows(_read_file(path), f"file {path.name}")
-    if path.is_dir():
+    if kind == "folder":
         return _read_folder(path, split)
     is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
     if not is_name or path.suffix in (".jsonl", ".json", ".gz"):
@@ -129,7 +139,8 @@ def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:
 def _read_folder(folder: Path, split: str) -> RawRows:
     name, bracket, _ = split.partition("[")
     file = next(
-        (folder / f"{name}{end}" for end in (".jsonl", ".jsonl.gz") if (folder / f"{name}{end}").is_file()), None
+        (folder / f"{name}{end}" for end in (".jsonl", ".jsonl.gz") if kind_of(folder / f"{name}{end}") == "file"),
+        None,
     )
     if file is None:
         raise DataError(f"{folder}: holds no {name}.jsonl or {name}.jsonl.gz.")
@@ -184,7 +195,7 @@ def is_hub_name(source: str) -> bool:
     """Whether a source is looked for on the hub: it has the form of a hub name, and no local file has this name."""
     path = Path(source)
     looks_local = source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".gz")
-    return source.count("/") <= 1 and not looks_local and not path.exists()
+    return source.count("/") <= 1 and not looks_local and kind_of(path) is None
 
 
 def count_hub_rows(name: str, split: str, subset: str | None, revision: str | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+from loraover.common.errors import DataError
+
 NAMES = ("Ada", "Ben", "Chloe", "Dev", "Elif", "Femi", "Grace", "Hugo", "Ines", "Jun", "Kofi", "Lena")
 THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "stickers")
 STORIES = (
@@ -30,6 +32,8 @@ def word_problems(seed: int) -> Iterator[dict[str, str]]:
 
 
 HELD_OUT_SEED = 0
+DISTINCT = 638_976
+"""Number of different problems: 12 names, 8 things and 6,656 pairs of numbers with their stories."""
 
 
 def split_word_problems(train: int, held_out: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -44,7 +48,15 @@ def split_word_problems(train: int, held_out: int, seed: int) -> tuple[list[dict
 
     Returns:
         The training rows and the held-out rows.
+
+    Raises:
+        DataError: There are not so many different problems.
     """
+    if train + held_out > DISTINCT:
+        raise DataError(
+            f"word-problems: {train} training and {held_out} held-out examples are asked for, but there are only "
+            f"{DISTINCT} different problems; lower data.train_examples."
+        )
     tests = _distinct(held_out, HELD_OUT_SEED, set())
     return _distinct(train, seed, {row["prompt"] for row in tests}), tests
 

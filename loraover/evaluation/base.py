@@ -93,8 +93,17 @@ class Task(ABC):
     max_new_tokens: int
     packages: tuple[str, ...] = ()
 
-    def check(self, options: Options) -> None:  # noqa: B027, most tasks need nothing
-        """Raise ConfigError if an option is missing; nothing has been loaded yet."""
+    def check(self, options: Options) -> None:
+        """Check the options before anything is loaded.
+
+        Args:
+            options: What the user asked for.
+
+        Raises:
+            ConfigError: an option is missing, or is one that would do nothing in this task.
+        """
+        if options.judge is not None:
+            raise ConfigError("--judge-url and --judge-model are for --task mtbench; no answer of this task is rated.")
 
     @abstractmethod
     def read(self, options: Options) -> Questions:

@@ -7,12 +7,13 @@ chat template if the model has one, and GSM8K's answers are compared as numbers.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.common.errors import DataError
+from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover.evaluation.base import (
     Example,
     Keep,
@@ -55,6 +56,14 @@ class HarnessTask(Task):
     labels: tuple[str, ...] = ()
     max_new_tokens: int = 400
     packages: tuple[str, ...] = ("lm-eval",)
+
+    def check(self, options: Options) -> None:
+        super().check(options)
+        if self.labels and options.max_new_tokens is not None:
+            raise ConfigError(
+                f"--max-new-tokens: {self.name} compares the likelihoods of its labels and generates nothing; leave it "
+                "out."
+            )
 
     def read(self, options: Options) -> Questions:
         name, subset, split = self.hub
@@ -102,6 +111,11 @@ class HarnessTask(Task):
             answer, expected = sample["filtered_resps"][0], str(final_number(sample["doc"]["answer"]))
             return Example(number, sample["exact_match"], answer, expected)
         scores = [response[0] for response in sample["filtered_resps"]]
+        if not all(map(math.isfinite, scores)):  # the largest of them would be the first label
+            raise EngineError(
+                f"question {number}: the log-likelihoods of its answers are {scores}, expected finite numbers; check "
+                "the model's weights, or compute in fp32."
+            )
         answer = self.labels[scores.index(max(scores))]
         expected = self.labels[sample["doc"]["label"]]
         return Example(number, float(answer == expected), answer, expected)

@@ -10,7 +10,7 @@ from aiohttp import ClientError
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from requests import RequestException
 
-from loraover.common.errors import EngineError
+from loraover.common.errors import EngineError, LoraOverError
 from loraover.evaluation.endpoint import Endpoint
 
 FAULTS = (
@@ -19,7 +19,10 @@ FAULTS = (
     TimeoutError,
     LookupError,
     TypeError,
-)  # the last two: an answer without logprobs
+    ValueError,
+    AttributeError,
+    AssertionError,
+)  # the last five: an answer that is not JSON, or that lacks what was asked for, such as logprobs
 
 
 class HarnessClient(LocalCompletionsAPI):
@@ -54,6 +57,8 @@ class HarnessClient(LocalCompletionsAPI):
     def _faults_without_key(self) -> Iterator[None]:
         try:
             yield
+        except LoraOverError:
+            raise
         except FAULTS as error:
             fault = self._endpoint.hidden(f"{type(error).__name__}: {error}")
             raise EngineError(f"{self.base_url}: the endpoint gave no usable answer: {fault}") from None

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
+from transformers import LogitsProcessorList
 
 from loraover.common.errors import DataError
+from loraover.evaluation.generation import FiniteScores, greedy_settings
 
 
 class HarnessModel(HFLM):
@@ -15,6 +17,7 @@ class HarnessModel(HFLM):
 
     Raises:
         DataError: a question and its answer exceed the model's context; nothing has been asked yet.
+        EngineError: the model's scores of the next token are not finite.
     """
 
     def generate_until(self, requests: Sequence[Any], **named: Any) -> Any:
@@ -28,6 +31,10 @@ class HarnessModel(HFLM):
         for request in requests:
             self._check_room(request, len(self.tok_encode("".join(request.args))) - 1)  # the last one is not read
         return super().loglikelihood(requests, **named)
+
+    def _model_generate(self, *arguments: Any, **named: Any) -> Any:
+        with greedy_settings(self.model):
+            return super()._model_generate(*arguments, logits_processor=LogitsProcessorList([FiniteScores()]), **named)
 
     def _check_room(self, request: Any, tokens: int) -> None:
         if tokens > self.max_length:

@@ -50,6 +50,9 @@ class HumanEval(Task):
     limits: Limits = field(default_factory=Limits)
 
     def check(self, options: Options) -> None:
+        super().check(options)
+        if options.apply_chat_template:
+            raise ConfigError("--apply-chat-template: the prompts of humaneval are always plain text; leave it out.")
         if not options.allow_code_execution:
             raise ConfigError(
                 "humaneval runs code that a model writes, in a sandbox. To agree, add --allow-code-execution."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.common.errors import ConfigError, DataError, EngineError
+from loraover.common.paths import kind_of
 from loraover.data.formats import ALPACA, ALPACA_TURN
 from loraover.evaluation.base import (
     Example,
@@ -52,7 +53,7 @@ class MtBench(Task):
     max_new_tokens: int = 1024
 
     def check(self, options: Options) -> None:
-        if options.data is None or not Path(options.data).is_dir():
+        if options.data is None or kind_of(options.data) != "folder":
             raise ConfigError(
                 f"mtbench needs --data FOLDER with {QUESTIONS}, {PROMPTS} and {REFERENCES[0]}, as in "
                 "fastchat/llm_judge/data of github.com/lm-sys/FastChat."

@@ -52,6 +52,8 @@ class EvaluationRequest:
             raise ConfigError("--judge-url and --judge-model go together.")
         if self.endpoint is not None and (not self.endpoint_models or self.adapters):
             raise ConfigError("--endpoint needs --endpoint-model for each model it serves, and takes no --adapter.")
+        if self.endpoint is not None and self.dtype != "fp32":
+            raise ConfigError("--dtype is for models in memory; the server of --endpoint chooses its own.")
         if self.endpoint is None and self.endpoint_models:
             raise ConfigError("--endpoint-model names models of an --endpoint; add its address.")
         if self.endpoint is None and self.endpoint_key_variable is not None:

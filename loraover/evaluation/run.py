@@ -18,10 +18,11 @@ from loraover.common.quiet import quiet_libraries_within
 from loraover.common.strict_json import read_json
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
+from loraover.evaluation.digests import adapter_digest, model_digest
 from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
-from loraover.evaluation.subjects import Served, Subject, adapter_digest, in_memory
+from loraover.evaluation.subjects import Served, Subject, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 from loraover.reporting.reporter import SILENT, Reporter
 
@@ -148,6 +149,8 @@ def _evaluate(
     engine = f"PyTorch, {request.dtype}" if server is None else f"endpoint {server.url}"
     settings = {"engine": engine, "answers": "greedy"} | _settings(task, options, tokenizer, request.batch_size)
     found = _empty(request, source, questions, settings, command)
+    if output is not None:  # what is in the file may be another model's, which the same folder held
+        found = found.model_copy(update={"model_digest": model_digest(source, weights=server is None)})
     names, keys = {c.name for c in candidates}, {c.key for c in candidates}
     known = {key: result for key, result in _known(found, output).items() if key in keys or key[0] not in names}
     for candidate in candidates:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig
-from loraover.common.errors import CheckpointError, DataError
-from loraover.common.strict_json import read_json
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.errors import CheckpointError
 from loraover.evaluation.parallel import in_parallel
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model
 
@@ -80,7 +79,6 @@ class InMemory(Subject):
     def _answers(self, prompts: Sequence[Any], max_new_tokens: int, stop: Sequence[str], report: Reporter) -> list[str]:
         from loraover.evaluation.generation import greedy_answers
 
-        self._check_room(prompts)
         with report.task("answers", len(prompts)) as advance:
             return greedy_answers(
                 self.model,
@@ -91,19 +89,6 @@ class InMemory(Subject):
                 stop=stop,
                 on_batch=advance,
             )
-
-    def _check_room(self, prompts: Sequence[Any]) -> None:
-        """Raise DataError if a prompt leaves no room for an answer."""
-        from loraover.evaluation.generation import prompt_text
-
-        context = getattr(self.model.config, "max_position_embeddings", None)  # T5 has none
-        for number, prompt in enumerate(prompts, 1):
-            count = len(self.tokenizer(prompt_text(prompt, self.tokenizer)).input_ids)
-            if context is not None and count >= context:
-                raise DataError(
-                    f"question {number}: its {count} tokens leave no room in the model's context of {context}; leave "
-                    "it out of --data, or take a model with a longer context."
-                )
 
 
 @dataclass(frozen=True)
@@ -163,7 +148,7 @@ def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtyp
 
     Raises:
         ConfigError: no such model.
-        CheckpointError: the folder holds no adapter, or one for another model.
+        CheckpointError: the folder holds no adapter, or one for another model, or one with NaN or infinity.
     """
     import torch
 
@@ -180,6 +165,9 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    with open_tensors(adapter / TENSORS_FILE) as tensors:
+        for key in tensors.keys:
+            tensors.read(key)  # which refuses NaN and infinity: any answer could come of them
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
         loaded = wrapped.load_adapter(
@@ -191,23 +179,3 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         if keys:
             raise CheckpointError(f"{adapter}: {fault} {keys[0]}; is it an adapter of this model?")
     return wrapped.eval()
-
-
-def adapter_digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's configuration and tensors.
-
-    Args:
-        adapter: The adapter's folder.
-
-    Raises:
-        CheckpointError: not an adapter directory with safetensors.
-    """
-    read_json(adapter / CONFIG_FILE, AdapterConfig)
-    digest = hashlib.sha256()
-    try:
-        for name in (CONFIG_FILE, TENSORS_FILE):
-            with (adapter / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    except OSError as error:
-        raise CheckpointError(f"{adapter / name}: cannot be read: {error.strerror}.") from error
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from loraover.checkpoint.checkpoint import META_FILE, SEAL_FILE, Meta, open_chec
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_adapter_dir, site_name
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
+from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover.inspection.next_steps import next_steps
 from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, Kind, OnnxFacts, RunFacts, VllmFacts
@@ -53,7 +54,8 @@ def inspect_folder(path: str | Path) -> FolderReport:
 
     Raises:
         CheckpointError: no such folder, none of these kinds, or a file in it that cannot be read.
-        ConfigError: the folder is a run, and its recipe cannot be read.
+        ConfigError: the folder is a run, and its recipe cannot be read; or the path is too long, or the folder may not
+            be entered.
     """
     folder = Path(path)
     kind = recognise(folder)
@@ -77,11 +79,12 @@ def recognise(folder: Path) -> Kind:
 
     Raises:
         CheckpointError: no such folder, or none of the kinds.
+        ConfigError: the path is too long, or the folder may not be entered.
     """
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         raise CheckpointError(f"{folder}: no such folder; expected a run, a checkpoint, an adapter or an export.")
     for kind, names in SIGNS.items():
-        if any((folder / name).is_file() for name in names):
+        if any(kind_of(folder / name) == "file" for name in names):
             return kind
     known = ", ".join(f"{names[0]} ({kind})" for kind, names in SIGNS.items())
     raise CheckpointError(f"{folder}: holds no file that this command knows: {known}.")

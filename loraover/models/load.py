@@ -8,6 +8,7 @@ from typing import Any
 
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
+from loraover.common.paths import kind_of
 from loraover.models.device import choose_device
 from loraover.models.hub import HubUnreachableError, pinned_commit
 from loraover.models.stand_in import STAND_INS, StandIn, find_stand_in, make_stand_in
@@ -74,7 +75,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         CheckpointError: The record of a stand-in cannot be read.
     """
     stand_in = find_stand_in(name)
-    if Path(name).is_dir():
+    if kind_of(name) == "folder":
         origin = f"folder {name}" if stand_in is None else str(stand_in)
         return ModelSource(name, str(Path(name)), None, origin, stand_in)
     if stand_in is not None:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.atomic_output import publish_directory
 from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 
 STAND_IN_FILE = "loraover_stand_in.json"
@@ -80,9 +81,9 @@ def find_stand_in(name: str) -> StandIn | None:
         CheckpointError: The record cannot be read.
     """
     folder = Path(name)
-    with suppress(PermissionError):
-        if folder.is_dir():
-            return read_json(folder / STAND_IN_FILE, StandIn) if (folder / STAND_IN_FILE).is_file() else None
+    with suppress(ConfigError):
+        if kind_of(folder) == "folder":
+            return read_json(folder / STAND_IN_FILE, StandIn) if kind_of(folder / STAND_IN_FILE) == "file" else None
     return next((known for known in STAND_INS.values() if known.folder.name == folder.name), None)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from loraover.checkpoint.checkpoint import Meta
 from loraover.common.atomic_output import publish_text
@@ -89,7 +89,7 @@ def _scores(meta: Meta) -> list[Figure]:
             place = place_of(name)
             found.setdefault(place.kind, {}).setdefault(place.matrix, {}).setdefault(each.step, []).append(score)
     means = {
-        kind: {matrix: [(float(step), fmean(s)) for step, s in sorted(steps.items())] for matrix, steps in by.items()}
+        kind: {matrix: [(float(step), _mean(s)) for step, s in sorted(steps.items())] for matrix, steps in by.items()}
         for kind, by in found.items()
     }
     values = [value for by in means.values() for points in by.values() for _, value in points]
@@ -99,6 +99,11 @@ def _scores(meta: Meta) -> list[Figure]:
     x = Axis.around("optimizer steps", steps)
     y = Axis.around(f"{meta.config.score}, mean over matrices without cores", values, is_log=min(values) > 0)
     return [_kind_scores(kind, by, Axis(x.label, x.low, x.high, ticks=steps), y) for kind, by in means.items()]
+
+
+def _mean(scores: Sequence[float]) -> float:
+    """Return the mean, also where the sum would be infinite."""
+    return math.fsum(score / len(scores) for score in scores)
 
 
 def _kind_scores(kind: str, by_matrix: Mapping[str, Sequence[tuple[float, float]]], x: Axis, y: Axis) -> Figure:

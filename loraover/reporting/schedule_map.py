@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loraover.checkpoint.checkpoint import Meta
+from loraover.common.command_line import printable
 from loraover.overparam.sites import layer_of
 
 
@@ -21,7 +22,7 @@ class MapCell:
     Args:
         layer: Number of the layer, or "-" outside of layers; see `layer_of`.
         kind: Path of the module in its layer, e.g. "self_attn.q_proj", or its complete path outside of layers.
-        matrix: "A" or "B".
+        matrix: "A" or "B"; another name's last letter, or nothing, which the map leaves out.
     """
 
     layer: str
@@ -46,12 +47,12 @@ def place_of(name: str) -> MapCell:
     module, _, matrix = name.rpartition(".lora_")
     parts = module.split(".")
     below = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
-    return MapCell(layer_of(module), ".".join(parts[below:]), matrix[-1])
+    return MapCell(layer_of(module), ".".join(parts[below:]), matrix[-1:])
 
 
 def _order(layer: str) -> tuple[str, int]:
     stack, _, number = layer.rpartition(" ")
-    return ("" if stack == "encoder" else stack), int(number) if number.isdigit() else -1
+    return ("" if stack == "encoder" else stack), int(number) if number.isdecimal() else -1
 
 
 def show_schedule(meta: Meta, console: Console) -> None:
@@ -86,11 +87,17 @@ def _map(rounds: Mapping[MapCell, int | None]) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("layer")
     for kind in kinds:
-        table.add_column("\n".join([*escape(kind).split("."), "A B"]), justify="center", vertical="bottom")
+        parts = [_shown(part) for part in kind.split(".")]
+        table.add_column("\n".join([*parts, "A B"]), justify="center", vertical="bottom")
     for layer in dict.fromkeys(place.layer for place in rounds):
         pairs = ([_cell(rounds.get(MapCell(layer, kind, matrix), 0)) for matrix in "AB"] for kind in kinds)
-        table.add_row(layer, *(" ".join(pair) for pair in pairs))
+        table.add_row(_shown(layer), *(" ".join(pair) for pair in pairs))
     return table
+
+
+def _shown(name: str) -> str:
+    """Return a part of a name in a file, which can neither mark up nor steer the terminal."""
+    return escape(printable(name))
 
 
 def _cell(number: int | None) -> str:

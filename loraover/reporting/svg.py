@@ -52,11 +52,15 @@ class Figure:
 
     def file(self) -> str:
         """Return the picture for a file: with the colours of a light page, and its ground."""
-        colored = re.sub(r"var\(--(\w+)\)", lambda found: PALETTE[found[1]].light, self.svg)
+        colored = re.sub(r'style="[^"]*"', _with_colors, self.svg)  # a text has no such quotation marks
         head, end, rest = colored.partition(">")
         ground = f'<rect width="100%" height="100%" fill="{PALETTE["paper"].light}"/>'
         named = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         return f"{named}{end}{ground}{rest}\n"
+
+
+def _with_colors(style: re.Match[str]) -> str:
+    return re.sub(r"var\(--(\w+)\)", lambda found: PALETTE[found[1]].light, style[0])
 
 
 def number(value: float) -> str:
@@ -199,11 +203,16 @@ class Axis:
 
     @classmethod
     def around(cls, label: str, values: Sequence[float], *, is_log: bool = False, pad: float = 0.06) -> Axis:
-        """Return an axis on which all values have room; a logarithmic one leaves out values that are not positive."""
-        found = [math.log10(v) if is_log else v for v in values if math.isfinite(v) and (v > 0 or not is_log)]
+        """Return an axis on which all values have room; a logarithmic one leaves out values that are not positive.
+
+        Values beyond 1e300, whose differences are infinite in floating point, lie outside.
+        """
+        most = 300.0 if is_log else 1e300
+        scaled = [math.log10(v) if is_log else v for v in values if math.isfinite(v) and (v > 0 or not is_log)]
+        found = [max(-most, min(most, value)) for value in scaled]
         low, high = (min(found), max(found)) if found else (0.0, 1.0)
         room = pad * (high - low) or (0.5 if is_log else 0.5 * abs(high) or 1.0)
-        first, last = (10**end if is_log else end for end in (low - room, high + room))
+        first, last = (10 ** max(-most, min(most, end)) if is_log else end for end in (low - room, high + room))
         return cls(label, first, last, is_log=is_log)
 
     def share(self, value: float) -> float:

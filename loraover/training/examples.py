@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loraover.common.errors import DataError
-from loraover.data.formats import as_chat
+from loraover.data.formats import Row, as_chat
 from loraover.data.sources import BUILT_IN, Rows, load_rows
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
@@ -17,10 +18,17 @@ WORD_PROBLEMS = 2000  # training examples where a recipe gives no number
 
 @dataclass(frozen=True)
 class Examples:
-    """Training and held-out rows with prompt and completion, and their origin."""
+    """Training and held-out rows with prompt and completion, and their origin.
+
+    Args:
+        train: Training rows.
+        test: Held-out rows; None: nothing is measured.
+        shared: Number of held-out rows that are also training rows.
+    """
 
     train: Rows
     test: Rows | None
+    shared: int = 0
 
 
 def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
@@ -31,8 +39,28 @@ def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
         chat: Whether to write text as chat messages.
 
     Raises:
-        DataError: see `load_rows`; or held-out data are missing.
+        DataError: see `load_rows`; or held-out data are missing, or are all trained on.
     """
+    found = _load(recipe, chat=chat)
+    if found.test is None:
+        return found
+    held_out = [_content(row) for row in found.test.rows]
+    trained = set(held_out).intersection(map(_content, found.train.rows))
+    shared = sum(content in trained for content in held_out)
+    if shared == len(held_out):
+        raise DataError(
+            f"all {shared} held-out examples are also trained on, so they measure only what was memorised. Name other "
+            "data in data.test, or other splits in data.train_split and data.test_split, or set evaluation.examples "
+            "to 0."
+        )
+    return replace(found, shared=shared)
+
+
+def _content(row: Row) -> str:
+    return json.dumps([row["prompt"], row["completion"]], sort_keys=True)
+
+
+def _load(recipe: Recipe, *, chat: bool) -> Examples:
     data = recipe.data
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
     common: dict[str, Any] = {"subset": data.subset, "format": data.format, "chat": chat, "keep": data.keep}

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from loraover.checkpoint.peft_adapter import KEPT_BASE
 from loraover.common.errors import ConfigError
+from loraover.common.paths import kind_of
 from loraover.overparam.config import LoraOverConfig
 from loraover.training.method_settings import FederatedSettings, LoraScSettings, SomaSettings, TensorGuideSettings
 
@@ -328,7 +329,7 @@ def _read(name: str) -> dict[str, Any]:
 
     if name in recipe_names():
         content = recipe_text(name).encode()
-    elif Path(name).is_file() and Path(name).stat().st_size <= MAX_YAML_BYTES:
+    elif kind_of(name) == "file" and Path(name).stat().st_size <= MAX_YAML_BYTES:
         content = Path(name).read_bytes()
     else:
         raise ConfigError(f"recipe {name!r}: no such YAML file (of at most {MAX_YAML_BYTES} bytes){_near(name)}")

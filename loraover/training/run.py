@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ from loraover.training.run_folder import (
 from loraover.training.run_result import RUN_FILE, Measures, RunResult
 
 BEFORE, AFTER = "before training", "after training"
+_LOWER = "Lower the learning rate of {:g}"
 
 
 class Timed(NamedTuple):
@@ -78,7 +80,8 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError, OutputError: The request cannot be used; the message says what was
             found and what was expected. A run that is refused before its first step leaves no folder.
-        DivergedError: Weights are no longer finite at the end, or in the checkpoint to resume from.
+        DivergedError: Weights are no longer finite at the end, or in the checkpoint to resume from; or the held-out
+            loss or the norm of the change is not.
     """
     output = Path(output)
     loaded = load_recipe(recipe, overrides)
@@ -141,6 +144,9 @@ def _result(
 ) -> RunResult:
     cores, matrices = (0, 0) if run.over is None else run.over.num_parameters()
     served = served_size(run.model)
+    change = None if run.untrained is None else step_norm(run.untrained, factors(run.model))
+    if change is not None:
+        _check_finite(change, "the norm of delta(B A)", _LOWER.format(recipe.training.learning_rate))
     return RunResult(
         method=recipe.method,
         model=recipe.model,
@@ -160,7 +166,7 @@ def _result(
         privacy=None if run.method is None else run.method.privacy,
         added_parameters=cores - matrices,
         gauge_numbers=0 if run.over is None else run.over.gauge_numbers(),
-        update_norm=None if run.untrained is None else step_norm(run.untrained, factors(run.model)),
+        update_norm=change,
         before=before,
         after=after,
         versions=environment(),
@@ -246,6 +252,14 @@ def _accuracy(
         )
 
 
+def _check_finite(value: float, what: str, advice: str) -> None:
+    """Raise DivergedError for a figure that `run.json` cannot hold."""
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"{what} is {value}, expected a finite number. {advice}, or set training.precision to fp32."
+        )
+
+
 def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str) -> Measures | None:
     """Measure loss and exact match on the held-out rows, and log them."""
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
@@ -259,6 +273,10 @@ def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when
             "no held-out example has room for its completion within training.max_length = "
             f"{recipe.training.max_length}; raise it."
         )
+    advice = _LOWER.format(recipe.training.learning_rate)
+    _check_finite(
+        loss, f"the held-out loss {when}", advice if when == AFTER else f"Check the weights of {recipe.model}"
+    )
     accuracy = _accuracy(run, rows, recipe.evaluation, report, when) if recipe.evaluation.exact_match else None
     measures = Measures(examples=fitting, loss=loss, exact_match=accuracy)
     if fitting < len(rows):

@@ -15,7 +15,7 @@ RUN_FILE = "run.json"
 class Measures(BaseModel):
     """Held-out measures at one moment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     examples: int = Field(description="Number of held-out examples behind the loss.")
     loss: float = Field(description="Nats per completion token.")
@@ -31,7 +31,7 @@ class Measures(BaseModel):
 class Privacy(BaseModel):
     """Guarantee of differential privacy for one training example, see `loraover.training.methods.federated`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     epsilon: float | None = Field(description="Epsilon that the run has spent; None: no noise, so no guarantee.")
     delta: float = Field(description="Delta at which epsilon is stated.")
@@ -50,7 +50,7 @@ class Privacy(BaseModel):
 class RunResult(BaseModel):
     """Contents of `run.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
     method: str = Field(description="Method of the recipe, such as lora or lora-over.")

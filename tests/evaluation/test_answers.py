@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from loraover.evaluation.final_number import final_number
 from loraover.evaluation.held_out import exact_match
@@ -30,7 +31,16 @@ from support.tiny_hub import BOS, tiny_tokenizer
         ("The answer is:\n-42", "-42"),
         ("####72", "72"),
         ("5 + 3 = 8 #### 8", "8"),
-        ("#### 8 apples, not 9", "8"),
+        ("12 #### none", "12"),
+        ("#### 18 eggs.", "18"),
+        ("9 + 9 = #### 18\nQuestion: next one 5", "18"),
+        ("#### 18\r\nQuestion: next one 5", "18"),
+        ("#### Step 1: add\n3 + 4 = 7\nThe answer is 7.", "7"),
+        ("The answer is **18**.\n\n#### Check\nAll good.", "18"),
+        ("#### 3. Add up\nTotal: 18", "18"),
+        ("#### 3.Sum\nTotal: 18", "18"),
+        ("##### 3\nTotal: 18", "18"),
+        ("#### 3 steps of two\nTotal: 18\n#### 18\n#### Step 2", "18"),
         ("#### 1 then #### 2", "2"),
         ("It is 7.", "7"),
         ("It is 7.5.", "7.5"),
@@ -72,7 +82,7 @@ def test_the_final_number(text: str, number: str) -> None:
     assert final_number(text) == Decimal(number)
 
 
-@pytest.mark.parametrize("text", ["", "none", "####", "12 #### none", "-", "$", ".", ",", "#### -", "½"])
+@pytest.mark.parametrize("text", ["", "none", "####", "-", "$", ".", ",", "#### -", "½"])
 def test_text_without_a_number_has_none(text: str) -> None:
     assert final_number(text) is None
 
@@ -128,6 +138,7 @@ class Parrot:
         self.training = True
         self.modes: list[bool] = []
         self.device = torch.device("cpu")
+        self.generation_config = GenerationConfig()
         self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
 
     def train(self, mode: bool = True) -> None:

@@ -98,6 +98,10 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
         (["--endpoint-model", "m", "--endpoint", "http://[::1"], "not the address of a server"),
         (["--apply-chat-template"], "no chat template"),
         (["--judge-url", "http://localhost:1"], "go together"),
+        (["--judge-url", "http://localhost:1", "--judge-model", "m"], "are for --task mtbench"),
+        (["--endpoint-model", "m", "--endpoint", "http://localhost:1", "--dtype", "bf16"], "--dtype is for models in"),
+        (["--task", "qnli"], "--max-new-tokens: qnli compares the likelihoods"),
+        (["--task", "humaneval", "--apply-chat-template"], "prompts of humaneval are always plain text"),
         (["--task", "humaneval"], "--allow-code-execution"),
         (["--task", "mtbench"], "needs --data FOLDER"),
     ):
@@ -211,6 +215,18 @@ def test_results_of_other_versions_are_not_mixed_in(
     assert "holds another evaluation (versions differ)" in capsys.readouterr().err
 
 
+def test_results_of_another_base_model_in_the_same_folder_are_not_mixed_in(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out.json"
+    command = ["eval", str(save_llama(base)), *words(folder, out)[2:]]
+    assert run(cli, command) == 0
+    save_llama(base, seed=1)
+    capsys.readouterr()
+    assert run(cli, command) == 2
+    assert "holds another evaluation (model_digest differ)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("task", "name"),
     [("gsm8k", "openai/gsm8k"), ("qnli", "nyu-mll/glue"), ("humaneval", "openai/openai_humaneval"), ("mtbench", "")],
@@ -227,7 +243,7 @@ def test_a_task_without_its_data_says_what_to_download_and_where_to_put_it(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("loraover.evaluation.humaneval.check_sandbox", lambda: None)
-    judge = ["--judge-url", "http://localhost:1", "--judge-model", "m"]
+    judge = ["--judge-url", "http://localhost:1", "--judge-model", "m"] if task == "mtbench" else []
     assert run(cli, ["eval", str(folder / "base"), "--task", task, "--allow-code-execution", *judge]) == 2
     said = capsys.readouterr().err
     if task == "mtbench":
@@ -294,6 +310,7 @@ def test_the_function_prints_nothing_and_returns_what_is_written(
     )
     assert capfd.readouterr() == ("", "")
     assert found == Evaluation.model_validate_json(out.read_text())
+    assert found.model_digest is not None
     assert seen == [1, 2, 3]
     assert found.results[2].failure is not None
     questions = ["--data", str(folder / "questions.jsonl"), "--batch-size", "8", "--dtype", "fp32"]

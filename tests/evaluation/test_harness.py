@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from loraover.cli import cli
 from loraover.common.command_line import run
@@ -80,6 +82,21 @@ def test_gsm8k_is_what_the_model_generates(models: tuple[Path, Path], is_chat: b
     assert [result["name"] for result in found] == ["base", str(adapter)]
 
 
+def test_the_harness_answers_are_greedy_whatever_the_models_folder_sets(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = models
+    data = written(tmp_path / "sums.jsonl", SUMS)
+    shutil.copytree(base, tmp_path / "base")
+    settings = GenerationConfig.from_pretrained(base)
+    settings.update(repetition_penalty=9.0, num_beams=3, suppress_tokens=list(range(20, 60)))
+    settings.save_pretrained(tmp_path / "base")
+    words = ["--adapter", str(adapter), "--task", "gsm8k", "--data", data, "--max-new-tokens", "12"]
+    plain, changed = (results([str(f), *words], f.parent / "sums.json") for f in (base, tmp_path / "base"))
+    for one, other in zip(plain, changed, strict=True):
+        assert one["examples"] == other["examples"]
+
+
 @pytest.mark.parametrize(
     ("answer", "is_right"),
     [
@@ -118,6 +135,24 @@ def test_an_endpoint_without_logprobs_cannot_be_asked_for_choices(
     with openai_server(lambda body: " yes") as server:
         words = [str(models[0]), "--task", "qnli", "--data", data, "--endpoint", server.url, "--endpoint-model", "one"]
         assert run(cli, ["eval", *words]) == 2
+    assert "the endpoint gave no usable answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+@pytest.mark.parametrize("task", ["gsm8k", "qnli"])
+@pytest.mark.parametrize("content", [b"<html>", b"[]"])
+def test_an_answer_that_cannot_be_read_is_the_endpoints_fault(
+    content: bytes,
+    task: str,
+    batch_size: str,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = written(tmp_path / "rows.jsonl", {"qnli": PAIRS, "gsm8k": SUMS}[task])
+    with openai_server(lambda body: content) as server:
+        words = [str(models[0]), "--task", task, "--data", data, "--endpoint", server.url, "--endpoint-model", "one"]
+        assert run(cli, ["eval", *words, "--batch-size", batch_size]) == 2
     assert "the endpoint gave no usable answer" in capsys.readouterr().err
 
 
@@ -233,6 +268,36 @@ def test_a_choice_is_the_likelier_answer(models: tuple[Path, Path], tmp_path: Pa
     assert found["measures"]["acc"] == sum(example["score"] for example in found["examples"]) / 3
 
 
+@pytest.mark.parametrize("task", ["qnli", "gsm8k"])
+def test_a_model_with_nan_has_no_figure(
+    models: tuple[Path, Path], task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, _ = models
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    data = written(tmp_path / "rows.jsonl", {"qnli": PAIRS, "gsm8k": SUMS}[task])
+    few = ["--max-new-tokens", "2"] if task == "gsm8k" else []
+    assert run(cli, ["eval", str(tmp_path / "base"), "--task", task, "--data", data, *few]) == 2
+    message = {"qnli": "question 1: the log-likelihoods of its answers are [nan, nan]", "gsm8k": "hold NaN"}[task]
+    assert message in capsys.readouterr().err
+
+
+def test_an_adapter_with_nan_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = models
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    shutil.copytree(adapter, tmp_path / "adapter")
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    out, data = tmp_path / "out.json", written(tmp_path / "pairs.jsonl", PAIRS)
+    words = [str(base), "--adapter", str(tmp_path / "adapter"), "--task", "qnli", "--data", data, "-o", str(out)]
+    assert run(cli, ["eval", *words]) == 1
+    failed = json.loads(out.read_text())["results"][1]
+    assert "holds NaN or infinity" in failed["failure"]
+    assert failed["examples"] == []
+
+
 @pytest.mark.parametrize(
     ("task", "rows", "answer", "room"), [("gsm8k", SUMS, "", 256 - 12), ("qnli", PAIRS, " yes", 256 + 1)]
 )
@@ -259,8 +324,7 @@ def test_a_question_beyond_the_models_context_is_named(
             "--data",
             data,
             "--no-apply-chat-template",
-            "--max-new-tokens",
-            "12",
+            *(["--max-new-tokens", "12"] if task == "gsm8k" else []),
         ]
         assert run(cli, words) == code
     assert "question 2: it needs 257 tokens with its answer, but the model's context has 256" in capsys.readouterr().err

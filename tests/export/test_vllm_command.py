@@ -182,6 +182,8 @@ def test_the_card_names_base_licence_command_and_figures(source: Path, tmp_path:
         ("---\nlicense: ''\n---\n", None),
         ("---\n- a\n---\n", None),
         ("---\n: [\n---\n", None),
+        ("---\nlicense: mit\ndate: 2024-02-30\n---\n", None),
+        ("---\nlicense: mit\nyes: !!bool maybe\nat: !!timestamp soon\n---\n", None),
         ("---\nlicense: !!python/object/apply:os.getcwd []\n---\n", None),
         ("---\nlicense: mit\n", None),
     ],

@@ -215,8 +215,8 @@ TRAINING = (
     # Evaluation
     Mutant(
         "answer-behind-the-first-mark",
-        'text.rpartition("####")[2]',
-        'text.partition("####")[2]',
+        'written = found[-1]["number"]',
+        'written = found[0]["number"]',
         Selection("test_answers.py", "final_number"),
     ),
     Mutant(

@@ -77,6 +77,9 @@ def test_a_slice_is_the_hubs(write: Write) -> None:
     assert [row["prompt"] for row in load(folder, split="train[95%:]").rows] == ["11"]
     for split in ("train[", "train[:200%]", "train[:x]", "train[:2]+train[4:]"):
         assert "is not a slice of its 12 rows" in fault(folder, split=split), split
+    assert "is one file, of which the slice 'train[:95%]' is not taken" in fault(
+        folder / "train.jsonl", split="train[:95%]"
+    )
 
 
 def test_rows_are_counted_as_lines(write: Write) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.tensor_file import NonFiniteError
 from loraover.common.errors import CheckpointError, ConfigError, DivergedError, OutputError
 from loraover.training.failure import FAILURE_FILE, Failure, failure_of, has_no_work, read_failure
-from loraover.training.run_result import RUN_FILE
+from loraover.training.run_result import RUN_FILE, Measures
 
 from support.make_checkpoint import tree
 from support.train_command import STEPS, train
@@ -79,6 +80,39 @@ def test_a_rate_that_is_far_too_large_diverges(method: str, recipe: Path, tmp_pa
     assert "learning rate 1e+30" in found.message
     assert not (out / RUN_FILE).exists()
     assert not (out / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ("token_loss", "the held-out loss after training is inf, expected a finite number. Lower the learning rate"),
+        ("step_norm", "the norm of delta(B A) is inf, expected a finite number. Lower the learning rate"),
+    ],
+)
+def test_a_figure_that_is_not_finite_is_not_written(
+    figure: str, message: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(f"loraover.training.run.{figure}", lambda *_: math.inf)
+    assert train(recipe, out, "--set", "evaluation.before=false") == 2
+    found = read_failure(out)
+    assert found is not None
+    assert found.kind == "diverged"
+    assert message in found.message
+    assert not (out / RUN_FILE).exists()
+
+
+def test_a_base_model_whose_loss_is_not_a_number_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraover.training.run.token_loss", lambda scored: math.nan)
+    assert train(recipe, tmp_path / "out") == 2
+    assert "the held-out loss before training is nan, expected a finite number. Check" in capsys.readouterr().err
+
+
+def test_a_result_holds_finite_numbers_only() -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        Measures(examples=1, loss=math.nan)
 
 
 @pytest.mark.parametrize("steps", [3, 4])

@@ -76,5 +76,20 @@ def test_a_file_has_the_colours_of_paper_and_an_escaped_text() -> None:
     assert 'xmlns="http://www.w3.org/2000/svg"' in figure.file()
 
 
+def test_a_text_that_looks_like_a_colour_stays_a_text() -> None:
+    drawing = Drawing(100, 20)
+    drawing.text(0, 10, "var(--zz) style='var(--zz)'")
+    assert "var(--zz)" in drawing.figure("f", 'style="var(--zz)').file()
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+@pytest.mark.parametrize("values", [[-1e308, 1e308], [1e308], [5e-324, 1e308], [1e-320]])
+def test_an_axis_of_extreme_values_can_be_drawn(values: list[float], is_log: bool) -> None:
+    axis = Axis.around("x", values, is_log=is_log)
+    assert axis.low < axis.high
+    assert len(axis.marks()) <= 12
+    assert all(math.isfinite(axis.share(value)) for value in values)
+
+
 def test_small_figures_are_short() -> None:
     assert [short(value) for value in (None, 0.0, 1.234e-7, 0.1234)] == ["-", "0", "1.2e-7", "0.12"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from collections.abc import Callable
@@ -10,14 +11,17 @@ from typing import Any
 
 import click
 import pytest
+from rich.console import Console
 from torch.optim import AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, inspect_folder, read_checkpoint, write_checkpoint
+from loraover.checkpoint.checkpoint import Meta
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.inspection.folder import SIGNS, read_schedule
-from loraover.reporting.schedule_map import placed
+from loraover.reporting.schedule_figures import plot_schedule
+from loraover.reporting.schedule_map import placed, show_schedule
 from loraover_export.onnx.report import OnnxReport
 
 from support.tiny_experts import EXPERTS, expert_lora, tiny_moe
@@ -281,6 +285,32 @@ def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\\x1b[2Jbase" in shown
+    assert "[bold]" in shown
+
+
+def odd_round(dynamic: Path, **scores: float) -> Meta:
+    """The checkpoint's metadata with one more matrix of each name in its first round."""
+    meta = read_checkpoint(dynamic).meta
+    first = meta.rounds[0]
+    return meta.model_copy(update={"rounds": [first.model_copy(update={"scores": first.scores | scores})]})
+
+
+def test_odd_names_and_extreme_scores_can_be_shown(dynamic: Path, tmp_path: Path) -> None:
+    names = ("oddname.lora_", "", "layers.\N{SUPERSCRIPT TWO}.x.lora_A", "var(--zz).lora_B")
+    for i, scores in enumerate((dict.fromkeys(names, 1e308), {"a.lora_A": -1e308, "b.lora_A": 1e308, "c": 1e308})):
+        meta = odd_round(dynamic, **scores)
+        show_schedule(meta, Console(file=io.StringIO()))
+        plot_schedule(meta, tmp_path / f"{i}.svg")
+        assert "nan" not in (tmp_path / f"{i}.svg").read_text()
+
+
+def test_names_of_matrices_cannot_steer_the_terminal(dynamic: Path) -> None:
+    meta = odd_round(dynamic, **{"\x1b]0;mine\x07.x\x1b[2J[bold].lora_A": 1.0})
+    console = Console(file=io.StringIO(), width=400)
+    show_schedule(meta, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b" not in shown
+    assert "\\x1b]0;mine\\x07" in shown
     assert "[bold]" in shown
 
 

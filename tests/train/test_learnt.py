@@ -66,7 +66,9 @@ def test_an_encoder_decoder_reads_the_prompt_and_learns_the_completion(
 @pytest.mark.parametrize("chat", [None, True])
 def test_chat_turns_are_learnt_one_by_one(chat: bool | None, bases: dict[str, Path], tmp_path: Path) -> None:
     file = data_file(tmp_path / "chat.jsonl", *[{"messages": TURNS}] * 4)
-    data = {"train": str(file), "test": str(file), "chat": chat}
+    other = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "3"}]
+    test = data_file(tmp_path / "test.jsonl", {"messages": TURNS}, {"messages": other})
+    data = {"train": str(file), "test": str(test), "chat": chat}
     recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
     with watched() as seen:
         assert train(recipe, tmp_path / "out") == 0
@@ -74,6 +76,7 @@ def test_chat_turns_are_learnt_one_by_one(chat: bool | None, bases: dict[str, Pa
     assert found == {
         (f"2{EOS}", "<user>1+1?<assistant>"),
         (f"#### 4{EOS}", f"<user>1+1?<assistant>2{EOS}<user>and 2+2?<assistant>"),
+        (f"3{EOS}", "<user>1+1?<assistant>"),
     }
 
 
@@ -82,11 +85,15 @@ def test_text_goes_through_the_chat_template_unless_told_otherwise(
     chat: bool | None, prompt: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     file = data_file(tmp_path / "text.jsonl", *[{"prompt": "1+1?", "completion": "2"}] * 4)
-    data = {"train": str(file), "test": str(file), "chat": chat}
+    test = data_file(tmp_path / "test.jsonl", *[{"prompt": "1+1?", "completion": answer} for answer in "23"])
+    data = {"train": str(file), "test": str(test), "chat": chat}
     recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
     with watched() as seen:
         assert train(recipe, tmp_path / "out") == 0
-    assert {(learnt, rest) for _, learnt, rest in examples_in_batch(seen[0][0])} == {(f"2{EOS}", prompt)}
+    assert {(learnt, rest) for _, learnt, rest in examples_in_batch(seen[0][0])} == {
+        (f"2{EOS}", prompt),
+        (f"3{EOS}", prompt),
+    }
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -122,7 +129,7 @@ def test_the_held_out_loss_is_the_mean_over_completion_tokens(bases: dict[str, P
         token_losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none"))
     expected = float(torch.cat(token_losses).mean())
     assert abs(expected - float(torch.stack([t.mean() for t in token_losses]).mean())) > 1e-3
-    data = {"train": str(file), "test": str(file)}
+    data = {"test": str(file)}
     training = {"max_steps": 1, "per_device_train_batch_size": 2}
     recipe = write_recipe(tmp_path / "recipe.yaml", bases["llama"], data=data, training=training)
     assert train(recipe, tmp_path / "out") == 0

@@ -66,9 +66,10 @@ def kind(recipe: str) -> str:
 
 
 def train(recipe: str, bases: dict[str, Path], folder: Path, *options: object, base: str | None = None) -> int:
-    """Train the recipe in `folder`/run on the tiny model and on the slice of its data, with no key changed."""
-    for name, count in (("train", EXAMPLES), ("test", 4)):
-        rows = [SLICES[recipe] | {"idx": i} for i in range(count)]
+    """Train the recipe in `folder`/run on the tiny model, and on files in place of the splits of its data."""
+    held_out = {key: f"{value} today" if value == TEXT else value for key, value in SLICES[recipe].items()}
+    for name, count, row in (("train", EXAMPLES, SLICES[recipe]), ("test", 4, held_out)):
+        rows = [row | {"idx": i} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     local = [
         "--model",
@@ -77,6 +78,7 @@ def train(recipe: str, bases: dict[str, Path], folder: Path, *options: object, b
         folder / "train.jsonl",
         "--test-data",
         folder / "test.jsonl",
+        *("--set", "data.train_split=train", "--set", "data.test_split=test"),
     ]
     return run(cli, ["train", recipe, "-o", str(folder / "run"), *map(str, [*local, *options])])
 

@@ -164,9 +164,10 @@ def test_the_model_card_states_the_facts(done: Trained) -> None:
 # The command
 
 
-def test_flags_reach_the_recipe(bases: dict[str, Path], tmp_path: Path) -> None:
-    rows = [{"prompt": "1+1?", "completion": "2"}] * 4
-    train_file, test_file = (data_file(tmp_path / f"{name}.jsonl", *rows) for name in ("train", "test"))
+def test_flags_reach_the_recipe(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "1+1?", "completion": "2"}
+    train_file = data_file(tmp_path / "train.jsonl", *[row] * 4)
+    test_file = data_file(tmp_path / "test.jsonl", row, row | {"prompt": "3-1?"})
     options = {
         "--method": "lora",
         "--model": bases["llama"],
@@ -187,6 +188,7 @@ def test_flags_reach_the_recipe(bases: dict[str, Path], tmp_path: Path) -> None:
     after = read_run(tmp_path / "out").after
     assert after is not None
     assert after.exact_match is None
+    assert "1 of 2 held-out examples are also trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("answer", "is_measured"), [("number", False), ("text", True)])

@@ -91,7 +91,7 @@ CHAT_ROWS = [{"messages": TURNS}] * 4
 
 def with_rows(folder: Path, *rows: dict[str, Any], **options: Any) -> dict[str, Any]:
     file = str(data_file(folder / "rows.jsonl", *rows))
-    return {"data": {"train": file, "test": file} | options}
+    return {"data": {"train": file, "test": "word-problems"} | options}
 
 
 REFUSED: dict[str, tuple[Refused, str]] = {
@@ -108,6 +108,10 @@ REFUSED: dict[str, tuple[Refused, str]] = {
     "messages without a template": (lambda t, b: with_rows(t, *CHAT_ROWS), "chat template"),
     "messages for an encoder-decoder": (lambda t, b: {"model": str(b["t5"])} | with_rows(t, *CHAT_ROWS), "T5|t5"),
     "prompts that fill the length": (lambda t, b: with_rows(t, *LONG), "max_length"),
+    "held-out rows that are all trained on": (
+        lambda t, b: {"data": dict.fromkeys(("train", "test"), with_rows(t, *LONG)["data"]["train"])},
+        "all 4 held-out examples are also trained on",
+    ),
     "an unknown optimizer": (lambda t, b: {"training": {"optim": "adamv"}}, "adamv"),
     "an unknown schedule": (lambda t, b: {"training": {"lr_scheduler_type": "cosin"}}, "cosin"),
     "a schedule that needs more": (

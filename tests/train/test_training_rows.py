@@ -110,9 +110,19 @@ def test_one_file_cannot_be_trained_and_measured_on(write: Write) -> None:
     assert examples_of(recipe(train, examples=0)).test is None
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_held_out_rows_that_are_trained_on_are_counted_and_refused_if_all_are(chat: bool, write: Write) -> None:
+    other, same = PAIR | {"prompt": "2-1?"}, PAIR | {"completion": " two"}
+    train = write("train.jsonl", PAIR, other)
+    counted = examples_of(recipe(train, test=str(write("test.jsonl", same, PAIR, PAIR)), examples=3), chat=chat)
+    assert counted.shared == 2
+    with pytest.raises(DataError, match="all 2 held-out examples are also trained on"):
+        examples_of(recipe(train, test=str(write("test.jsonl", PAIR, PAIR, same))), chat=chat)
+
+
 def test_the_held_out_split_is_read_at_the_commit_of_the_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, owner__data=[GSM8K])
-    examples_of(recipe("owner/data", revision="v1"))
+    hub = Hub(monkeypatch, owner__data=[GSM8K, GSM8K | {"question": "2-1?"}])
+    examples_of(recipe("owner/data", revision="v1", train_examples=1))
     assert [load[2:] for load in hub.loaded] == [(s, hub.commit("owner/data")) for s in ("train", "test")]
 
 

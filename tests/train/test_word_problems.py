@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraover.data.word_problems import NAMES, STORIES, THINGS, split_word_problems, word_problems
+from loraover.common.errors import DataError
+from loraover.data.word_problems import DISTINCT, NAMES, STORIES, THINGS, split_word_problems, word_problems
 from loraover.evaluation.final_number import final_number
 
 from support.speed import examples
@@ -45,6 +46,15 @@ GOLDEN = {
         },
     ],
 }
+
+
+def test_more_problems_than_there_are_is_refused() -> None:
+    plus, minus = 56 * 35, sum(len(range(3, a)) for a in range(20, 100))
+    times = divided = 11 * 8
+    assert len(NAMES) * len(THINGS) * (plus + minus + times + divided) == DISTINCT
+    with pytest.raises(DataError, match="only 638976 different problems"):
+        split_word_problems(DISTINCT - 3, 4, 0)
+
 
 SEEDS = st.integers(0, 2**32 - 1)
 QUESTION = re.compile(r"Question: (?P<story>.+)\nAnswer:")

@@ -1,0 +1,58 @@
+"""Digests by which an evaluation recognises the models that it has asked already."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig
+from loraover.checkpoint.tensor_file import sha256_of
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.strict_json import read_json
+from loraover.models.load import ModelSource
+
+WEIGHTS = ".safetensors"
+TEXTS = (".json", ".jinja", ".model", ".txt")  # configuration, chat template, tokenizer
+
+
+def adapter_digest(adapter: Path) -> str:
+    """SHA-256 of an adapter's configuration and tensors.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Raises:
+        CheckpointError: not an adapter directory with safetensors.
+    """
+    read_json(adapter / CONFIG_FILE, AdapterConfig)
+    digest = hashlib.sha256()
+    try:
+        for name in (CONFIG_FILE, TENSORS_FILE):
+            digest.update(bytes.fromhex(sha256_of(adapter / name)))
+    except OSError as error:
+        raise CheckpointError(f"{adapter / name}: cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def model_digest(source: ModelSource, *, weights: bool) -> str:
+    """Commit of a base model on the hub, or SHA-256 over the names and the SHA-256 of the files in its folder.
+
+    Only files of which answers depend are read: the configurations, the tokenizer, the chat template and the weights.
+
+    Args:
+        source: The base model.
+        weights: Whether the weights are read, which takes seconds; a server has its own.
+
+    Raises:
+        ConfigError: a file of the folder cannot be read.
+    """
+    if source.revision is not None:
+        return source.revision
+    digest, endings = hashlib.sha256(), (*TEXTS, WEIGHTS) if weights else TEXTS
+    try:
+        for path in sorted(Path(source.location).iterdir()):
+            if path.suffix in endings and path.is_file():
+                digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    except OSError as error:
+        raise ConfigError(f"model: {source.origin} cannot be read: {error}.") from error
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""Paths that the system cannot look at: too long, or below a folder that may not be entered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover import inspect_folder, read_checkpoint
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.errors import ConfigError
+from loraover.common.paths import kind_of
+from loraover.data.sources import read_raw
+from loraover.models.load import resolve_model
+from loraover.models.stand_in import find_stand_in
+from loraover.training.recipe import load_recipe
+
+LONG = "x" * 300
+READERS: dict[str, Callable[[str], Any]] = {
+    "inspect": inspect_folder,
+    "model": resolve_model,
+    "data": lambda name: read_raw(name, split="train"),
+    "recipe": load_recipe,
+    "adapter": lambda name: read_adapter_dir(Path(name)),
+    "checkpoint": read_checkpoint,
+}
+
+
+def test_a_path_leads_to_a_file_a_folder_or_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    found = [kind_of(tmp_path / name) for name in ("file", "", "none", "file/below", "pipe", "null\0")]
+    assert found == ["file", "folder", None, None, None, None]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_path_that_is_too_long_is_refused(reader: str) -> None:
+    with pytest.raises(ConfigError, match="xxx: cannot be looked at: File name too long"):
+        READERS[reader](f"./{LONG}")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_folder_that_may_not_be_entered_is_refused(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own entry can be looked at, and nothing in it; root, whom no folder keeps out, may run the tests."""
+    look = os.stat
+
+    def refused(path: Any, *arguments: Any, **named: Any) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}{os.sep}"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(ConfigError, match=r"in/it.*: cannot be looked at: Permission denied"):
+        READERS[reader](str(tmp_path / "in" / "it"))
+
+
+def test_no_stand_in_lies_where_nobody_can_look() -> None:
+    assert find_stand_in(LONG) is None
