@@ -29,6 +29,9 @@ OTHER_METHODS = ("soma", "lorasc", "federated", "tensorguide")
 PLAIN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
 """Optimizers that methods federated and tensorguide take, since they make them themselves."""
 
+MEASURED_STARTS = {"eva": "the activations", "lora_ga": "the gradients"}
+"""What PEFT computes each of these starts of A and B from, by calls of its own that a run does not make."""
+
 RENAMED = {"push_base": "push_model"}
 """New name of each key that has been renamed."""
 
@@ -110,6 +113,16 @@ class Lora(_Part):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression, which PEFT expects: {error}") from error
         return value
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _can_be_made(cls, start: bool | str) -> bool | str:
+        if isinstance(start, str) and start.lower() in MEASURED_STARTS:
+            raise ValueError(
+                f"{start!r} computes A and B from {MEASURED_STARTS[start.lower()]} of training batches, which loraover "
+                "train does not measure, so PEFT would start otherwise; give another start, such as true or 'pissa'"
+            )
+        return start
 
 
 class Training(_Part):

@@ -159,6 +159,14 @@ def test_a_run_warms_up_for_steps_or_for_a_share_of_them(write: Write) -> None:
     assert "training.warmup_ratio" in fault(write(changed(training={"max_steps": 3, "warmup_ratio": 1})))
 
 
+@pytest.mark.parametrize("start", ["eva", "lora_ga"])
+def test_a_start_that_needs_measures_of_the_data_is_refused(start: str, write: Write) -> None:
+    """PEFT would draw A as for a plain LoRA, or leave it as it was."""
+    values = changed(method="lora", lora={"init_lora_weights": start})
+    assert "lora.init_lora_weights" in (message := fault(write(values)))
+    assert "which loraover train does not measure" in message
+
+
 class BegunError(Exception):
     """A training that has begun; its argument is the number of steps that the trainer counted."""
 
