@@ -113,6 +113,15 @@ def test_a_setting_that_a_study_cannot_take_is_refused(method: str, message: str
 
 
 @pytest.mark.parametrize(
+    ("key", "option"),
+    [("training.learning_rate", "--lr-sweep"), ("training.seed", "--seeds"), ("method", "--methods")],
+)
+def test_what_a_study_varies_is_no_setting_of_all_runs(key: str, option: str, recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--set sets {key}, which a study varies; use {option}"):
+        make_grid([str(recipe)], {"lora": [1e-3]}, 1, {key: 7})
+
+
+@pytest.mark.parametrize(
     ("method", "expected"),
     [
         *((method, True) for method in ("lora", "lora+", "lora-matched", "lora:r=64", "lora:lora.r=64")),
