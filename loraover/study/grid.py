@@ -183,7 +183,15 @@ def matched_rank(recipe: Recipe) -> int:
     """Smallest rank at which a plain LoRA has as many numbers as LoRA-Over with the recipe's `over` can train.
 
     LoRA-Over trains all matrices, and the numbers that the cores of the schedule have beyond those of their matrices.
+
+    Raises:
+        ConfigError: `lora.rank_pattern` gives modules a rank that `lora.r` does not change.
     """
+    if recipe.lora.rank_pattern:
+        raise ConfigError(
+            "--methods: lora-matched chooses lora.r, and the modules of lora.rank_pattern would keep their ranks; "
+            "leave out one of the two."
+        )
     from loraover.overparam.schedule import Schedule
     from loraover.overparam.sites import find_sites
     from loraover.training.adapter import with_adapter

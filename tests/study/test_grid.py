@@ -73,6 +73,12 @@ def test_lora_matched_takes_no_rank(recipe: Path) -> None:
         make_grid([str(recipe)], {"lora-matched:r=64": [1e-3]}, 1, {})
 
 
+def test_lora_matched_takes_no_ranks_by_module(recipe: Path) -> None:
+    """They would stay as they are, and the numbers trained would be too few."""
+    with pytest.raises(ConfigError, match=r"modules of lora.rank_pattern would keep their ranks"):
+        make_grid([str(recipe)], {"lora-matched": [1e-3]}, 1, {"lora.rank_pattern": {"q_proj": 2}})
+
+
 def test_every_method_makes_a_recipe(recipe: Path) -> None:
     methods = ["lora", "rslora", "dora", "pissa", "lora+", "lora-matched", "full", "lora-over:decomposition=svd"]
     grid = make_grid([str(recipe)], {method: [1e-3] for method in methods}, 1, {})
