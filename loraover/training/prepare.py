@@ -79,7 +79,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         ConfigError: The recipe does not fit its model, its data or this machine.
         DataError: The data cannot be read, or no example can be learned from.
     """
-    _check_names(recipe)
+    check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
     report.line(f"base model: {source.origin}")
     _note_slow_precision(recipe, report)
@@ -114,7 +114,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     return Prepared(source, tokenizer, examples, model, untrained, trainer, progress, over, method, trained, named)
 
 
-def _check_names(recipe: Recipe) -> None:
+def check_names(recipe: Recipe) -> None:
     """Check before anything is loaded what the recipe's types do not.
 
     Raises:

@@ -168,6 +168,8 @@ class Training(_Part):
             raise ValueError("give one of max_steps and num_train_epochs, the other null or not at all")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give one of warmup_steps and warmup_ratio")
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError("lr_scheduler_type constant has no warmup; take constant_with_warmup")
         if self.min_lr_rate and self.lr_scheduler_type != "cosine":
             raise ValueError(f"min_lr_rate belongs to lr_scheduler_type cosine, not to {self.lr_scheduler_type}")
         if self.optim_args and self.optim != SOAP:
@@ -270,6 +272,10 @@ class Recipe(_Part):
             raise ValueError(f"method {self.method} takes training.optim {', '.join(PLAIN_OPTIMIZERS)}, without LoRA+")
         if self.method == "federated" and (training.precision != "fp32" or training.gradient_checkpointing):
             raise ValueError("method federated takes training.precision fp32, without gradient_checkpointing")
+        unused = {"training.max_grad_norm": training.max_grad_norm == 1, "tensorboard": not self.tensorboard}
+        unused["training.save_total_limit"] = training.save_total_limit == 2
+        if self.method == "federated" and (given := [key for key, is_default in unused.items() if not is_default]):
+            raise ValueError(f"method federated does not use {', '.join(given)}; leave it out")
         if self.method == "tensorguide" and (training.precision == "fp16" or training.weight_decay):
             raise ValueError(
                 "method tensorguide takes training.precision fp32 or bf16, and no training.weight_decay: smaller cores "

@@ -167,6 +167,14 @@ def test_a_start_that_needs_measures_of_the_data_is_refused(start: str, write: W
     assert "which loraover train does not measure" in message
 
 
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 1}, {"warmup_ratio": 0.1}])
+def test_a_constant_rate_has_no_warmup(warmup: dict[str, float], write: Write) -> None:
+    """transformers would leave the warmup out."""
+    training = {"max_steps": 3, "lr_scheduler_type": "constant"} | warmup
+    assert "take constant_with_warmup" in fault(write(changed(training=training)))
+    load_recipe(write(changed(training=training | {"lr_scheduler_type": "constant_with_warmup"})))
+
+
 class BegunError(Exception):
     """A training that has begun; its argument is the number of steps that the trainer counted."""
 

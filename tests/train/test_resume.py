@@ -79,7 +79,7 @@ def test_a_run_interrupted_after_its_last_step_takes_no_more(
 ) -> None:
     """Its rate does not end at zero, so that a step too many shows."""
     recipe = recipes[kind]
-    constant = ("--set", "training.lr_scheduler_type=constant")
+    constant = ("--set", "training.lr_scheduler_type=constant_with_warmup")
     assert train(recipe, tmp_path / "whole", *constant) == 0
     measure = loraover.training.run._measure
 
