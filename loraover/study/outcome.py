@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -23,6 +22,7 @@ from loraover.checkpoint.checkpoint import META_FILE, read_checkpoint
 from loraover.checkpoint.exact_tensors import open_exact
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
+from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import read_json
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
@@ -102,9 +102,8 @@ def _alone(folder: Path) -> Iterator[int]:
 
     A study therefore waits for a training process whose study was killed, and two studies of one folder take turns.
     """
-    with folder.with_suffix(folder.suffix + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+    with hold_lock(folder.with_suffix(folder.suffix + ".lock"), wait=True) as lock:
+        yield lock
 
 
 def _asked(folder: Path) -> Path:

@@ -102,7 +102,11 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
             f"--resume: a run of method {recipe.method} keeps no checkpoints, since a step taken twice with other "
             "noise would spend privacy that is not accounted for. Start a new run in another folder."
         )
-    claim(output, resume=resume)
+    with claim(output, resume=resume):
+        return _train_alone(recipe, output, resume, report, command)
+
+
+def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:
     run = None
     try:
         run = prepare(recipe, output, report)

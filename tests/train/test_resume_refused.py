@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from loraover.common.errors import ConfigError
+from loraover.common.file_lock import hold_lock, is_locked
+from loraover.training.run_folder import LOCK_FILE
+
 from support.make_checkpoint import tree
 from support.train_command import train
 
@@ -56,6 +60,29 @@ def test_a_finished_run_is_not_resumed(
     assert train(recipe, out, "--resume") == 2
     assert "finished already" in capsys.readouterr().err
     assert tree(out) == before
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(
+    recipe: Path, halted: dict[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(halted["llama", "lora-over"], tmp_path / "out"))
+    before = tree(out)
+    with hold_lock(out / LOCK_FILE, wait=False):  # a second opening of a file conflicts within one process, too
+        assert train(recipe, out, "--resume") == 2
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert tree(out) == before
+
+
+def test_a_run_is_locked_while_it_is_trained(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def refuse(*_: Any) -> None:
+        held.append(is_locked(tmp_path / "out" / LOCK_FILE))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("loraover.training.run.prepare", refuse)
+    assert train(recipe, tmp_path / "out") == 2
+    assert held == [True]
 
 
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "a file", "other files"])
