@@ -26,6 +26,7 @@ from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import read_json
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.row_digests import read_digests
 from loraover.training.run_folder import HELD_OUT_FILE, METRICS_FILE, RECIPE_FILE
 from loraover.training.run_result import RUN_FILE, read_run
 
@@ -59,6 +60,8 @@ class Outcome(BaseModel):
     update_norm: float | None = Field(None, description="Frobenius norm of the change of scaling * B A.")
     step_norm: float | None = Field(None, description="Norm of the change of B A in one step, mean over logged steps.")
     fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
+    train_rows: str | None = Field(None, description="SHA-256 of the training rows; None in older files.")
+    test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None in older files.")
 
     @model_validator(mode="after")
     def _are_pairs(self) -> Outcome:
@@ -202,6 +205,7 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
         return Outcome(recipe=digest(recipe), failure=DIVERGED)
     logged = (json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines())
     norms = [row["loraover/step_norm"] for row in logged if "loraover/step_norm" in row]
+    rows = read_digests(folder)
     return Outcome(
         recipe=digest(recipe),
         nats=[nats for nats, _ in scored],
@@ -218,6 +222,8 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
         update_norm=result.update_norm,
         step_norm=sum(norms) / len(norms) if norms else None,
         fold_error=_fold_error(folder / "adapter"),
+        train_rows=None if rows is None else rows.train,
+        test_rows=None if rows is None else rows.test,
     )
 
 

@@ -28,6 +28,7 @@ from loraover.training.methods.base import Method, count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import SOAP, Recipe
+from loraover.training.row_digests import keep_digests
 from loraover.training.run_folder import METRICS_FILE, write_recipe
 
 
@@ -77,7 +78,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
 
     Raises:
         ConfigError: The recipe does not fit its model, its data or this machine.
-        DataError: The data cannot be read, or no example can be learned from.
+        DataError: The data cannot be read, have changed since a run that is resumed, or hold no example to learn from.
     """
     check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
@@ -94,6 +95,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         )
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
     write_recipe(output, _pinned(recipe, source, examples))
+    keep_digests(output, examples)
 
     set_seed(recipe.training.seed)
     task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"

@@ -1,6 +1,7 @@
 """The folder of a run: which files it has, who may begin one, and which one can be continued.
 
 OUT/recipe.yaml       the recipe, with hub revisions pinned, and the folder of a stand-in for the hub's model
+OUT/data.json         digests of the training and held-out rows
 OUT/metrics.jsonl     one object per logging step and measure
 OUT/trainer/          sealed checkpoints to resume from
 OUT/trainer/lock      locked while a process trains the run

@@ -13,7 +13,8 @@ from loraover.common.file_lock import hold_lock, is_locked
 from loraover.training.run_folder import LOCK_FILE
 
 from support.make_checkpoint import tree
-from support.train_command import train
+from support.resumed_run import interrupted_at
+from support.train_command import data_file, train
 
 pytestmark = pytest.mark.process
 
@@ -50,6 +51,24 @@ def test_another_recipe_does_not_resume_the_run(
     assert "another recipe" in error
     assert f"({named} differ)" in error
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_changed_data_do_not_resume_the_run(
+    kind: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{number}+1?", "completion": f" {number + 1}"} for number in range(8)]
+    train_data, test_data = (data_file(tmp_path / f"{name}.jsonl", *rows) for name in ("train", "test"))
+    options = ("--data", train_data, "--test-data", test_data, "--set", "data.train_examples=null")
+    with interrupted_at(3):
+        assert train(recipe, tmp_path / "out", *options) == 130
+    before = tree(tmp_path / "out")
+    data_file(tmp_path / f"{kind}.jsonl", rows[1], *rows[1:])
+    assert train(recipe, tmp_path / "out", *options, "--resume") == 2
+    named = {"train": "other training rows", "test": "other held-out rows"}[kind]
+    assert named in (error := capsys.readouterr().err)
+    assert f"file {kind}.jsonl" in error
+    assert tree(tmp_path / "out") == before
 
 
 def test_a_finished_run_is_not_resumed(
