@@ -24,6 +24,7 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import read_json
+from loraover.study.conversations import check_held_out
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.row_digests import read_digests
@@ -80,6 +81,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
 
     Raises:
         ConfigError: the run was begun with another recipe.
+        DataError: the held-out data cannot be read, or hold several turns of one conversation.
         OutputError: the folder cannot be made.
         LoraOverError: the run failed for another reason than its rate or its size.
     """
@@ -92,7 +94,11 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         if found is not None:
             return found
         _check_begun(recipe, folder)
-        last = "" if _has_ended(folder) else _train(recipe, folder, threads, lock)
+        if _has_ended(folder):
+            last = ""
+        else:
+            check_held_out(recipe)
+            last = _train(recipe, folder, threads, lock)
         outcome = _outcome(recipe, folder, last)
         folder.mkdir(exist_ok=True)
         publish_text(folder / OUTCOME_FILE, outcome.model_dump_json() + "\n")
