@@ -39,6 +39,7 @@ from loraover.training.run_folder import (
     product,
     step_of,
     trim_metrics,
+    with_commits,
 )
 from loraover.training.run_result import RUN_FILE, Measures, RunResult
 
@@ -103,7 +104,8 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
             "noise would spend privacy that is not accounted for. Start a new run in another folder."
         )
     with claim(output, resume=resume):
-        return _train_alone(recipe, output, resume, report, command)
+        asked = with_commits(recipe, output) if resume else recipe
+        return _train_alone(asked, output, resume, report, command)
 
 
 def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:

@@ -131,6 +131,31 @@ def _check_unfinished(output: Path) -> None:
         raise ConfigError(f"{output}: holds no run to resume.")
 
 
+def with_commits(recipe: Recipe, output: Path) -> Recipe:
+    """Take the hub's commits from the run in a folder where a recipe with the same model or data names none.
+
+    A commit that the hub has got since then does not keep the run from being continued.
+
+    Args:
+        recipe: The recipe as it was asked for.
+        output: The run's folder, which holds the recipe that the run began with.
+
+    Raises:
+        ConfigError: the folder's recipe cannot be read.
+    """
+    begun = _read_yaml(output / RECIPE_FILE)
+    if recipe.model_revision is None and begun.get("model") == recipe.model:
+        recipe = recipe.model_copy(update={"model_revision": begun.get("model_revision")})
+    data, kept = recipe.data, begun.get("data")
+    if (
+        data.revision is None
+        and isinstance(kept, dict)
+        and (kept.get("train"), kept.get("test")) == (data.train, data.test)
+    ):
+        recipe = recipe.model_copy(update={"data": data.model_copy(update={"revision": kept.get("revision")})})
+    return recipe
+
+
 def write_recipe(output: Path, recipe: Recipe) -> None:
     """Keep a run's recipe in its folder.
 
