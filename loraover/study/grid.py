@@ -42,8 +42,8 @@ VARIANTS |= {"training.optim"}
 RECIPE_PARTS = ("data.", "lora.", "over.", "training.", *(f"{method}." for method in OTHER_METHODS))
 """Beginnings of the settings that are keys of the recipe as they stand."""
 
-SWEPT = {"training.learning_rate": "--lr-sweep", "training.seed": "--seeds"}
-"""Options that set what no method may set."""
+SWEPT = {"training.learning_rate": "--lr-sweep", "training.seed": "--seeds", "method": "--methods"}
+"""Options that set what neither a method nor `--set` may set."""
 
 QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
 DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
@@ -104,10 +104,12 @@ def make_grid(
         rulers: Those of the methods that are shown only, see `Run`.
 
     Raises:
-        ConfigError: an unknown method, a recipe that does not take a setting, or a grid that compares nothing.
+        ConfigError: an unknown method, a recipe that does not take a setting, a setting that a study varies, or a grid
+            that compares nothing.
     """
     if not any(is_plain(method) for method in rates if method not in rulers):
         raise ConfigError(f"--methods: a study compares with plain LoRA; add {' or '.join(PLAIN)}.")
+    _refuse_swept(settings, "--set sets")
     special = task_rates or {}
     own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
     runs = []
@@ -151,14 +153,18 @@ def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any
         raise ConfigError(f"--methods: {name!r} is none of {', '.join(METHOD_SETTINGS)}.")
     part = "over" if name == "lora-over" else "lora"
     given = {key if key.startswith(RECIPE_PARTS) else f"{part}.{key}": value for key, value in map(parse_override, own)}
-    for key, option in SWEPT.items():
-        if key in given:
-            raise ConfigError(f"--methods: {method} sets {key}, which a study varies; use {option}.")
+    _refuse_swept(given, f"--methods: {method} sets")
     if name == "lora-matched":
         if "lora.r" in given:
             raise ConfigError("--methods: lora-matched chooses its rank; write lora:r=N for another one.")
         given["lora.r"] = matched_rank(load_recipe(recipe, shared | METHOD_SETTINGS[name] | given))
     return METHOD_SETTINGS[name] | given
+
+
+def _refuse_swept(settings: Collection[str], who: str) -> None:
+    for key, option in SWEPT.items():
+        if key in settings:
+            raise ConfigError(f"{who} {key}, which a study varies; use {option}.")
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
@@ -177,7 +183,15 @@ def matched_rank(recipe: Recipe) -> int:
     """Smallest rank at which a plain LoRA has as many numbers as LoRA-Over with the recipe's `over` can train.
 
     LoRA-Over trains all matrices, and the numbers that the cores of the schedule have beyond those of their matrices.
+
+    Raises:
+        ConfigError: `lora.rank_pattern` gives modules a rank that `lora.r` does not change.
     """
+    if recipe.lora.rank_pattern:
+        raise ConfigError(
+            "--methods: lora-matched chooses lora.r, and the modules of lora.rank_pattern would keep their ranks; "
+            "leave out one of the two."
+        )
     from loraover.overparam.schedule import Schedule
     from loraover.overparam.sites import find_sites
     from loraover.training.adapter import with_adapter

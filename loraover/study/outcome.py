@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -23,9 +22,12 @@ from loraover.checkpoint.checkpoint import META_FILE, read_checkpoint
 from loraover.checkpoint.exact_tensors import open_exact
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
+from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import read_json
+from loraover.study.conversations import check_held_out
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.row_digests import read_digests
 from loraover.training.run_folder import HELD_OUT_FILE, METRICS_FILE, RECIPE_FILE
 from loraover.training.run_result import RUN_FILE, read_run
 
@@ -59,6 +61,8 @@ class Outcome(BaseModel):
     update_norm: float | None = Field(None, description="Frobenius norm of the change of scaling * B A.")
     step_norm: float | None = Field(None, description="Norm of the change of B A in one step, mean over logged steps.")
     fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
+    train_rows: str | None = Field(None, description="SHA-256 of the training rows; None in older files.")
+    test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None in older files.")
 
     @model_validator(mode="after")
     def _are_pairs(self) -> Outcome:
@@ -77,6 +81,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
 
     Raises:
         ConfigError: the run was begun with another recipe.
+        DataError: the held-out data cannot be read, or hold several turns of one conversation.
         OutputError: the folder cannot be made.
         LoraOverError: the run failed for another reason than its rate or its size.
     """
@@ -89,7 +94,11 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         if found is not None:
             return found
         _check_begun(recipe, folder)
-        last = "" if _has_ended(folder) else _train(recipe, folder, threads, lock)
+        if _has_ended(folder):
+            last = ""
+        else:
+            check_held_out(recipe)
+            last = _train(recipe, folder, threads, lock)
         outcome = _outcome(recipe, folder, last)
         folder.mkdir(exist_ok=True)
         publish_text(folder / OUTCOME_FILE, outcome.model_dump_json() + "\n")
@@ -102,9 +111,8 @@ def _alone(folder: Path) -> Iterator[int]:
 
     A study therefore waits for a training process whose study was killed, and two studies of one folder take turns.
     """
-    with folder.with_suffix(folder.suffix + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+    with hold_lock(folder.with_suffix(folder.suffix + ".lock"), wait=True) as lock:
+        yield lock
 
 
 def _asked(folder: Path) -> Path:
@@ -203,6 +211,7 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
         return Outcome(recipe=digest(recipe), failure=DIVERGED)
     logged = (json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines())
     norms = [row["loraover/step_norm"] for row in logged if "loraover/step_norm" in row]
+    rows = read_digests(folder)
     return Outcome(
         recipe=digest(recipe),
         nats=[nats for nats, _ in scored],
@@ -219,6 +228,8 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
         update_norm=result.update_norm,
         step_norm=sum(norms) / len(norms) if norms else None,
         fold_error=_fold_error(folder / "adapter"),
+        train_rows=None if rows is None else rows.train,
+        test_rows=None if rows is None else rows.test,
     )
 
 

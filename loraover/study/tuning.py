@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loraover.common.errors import LoraOverError
+from loraover.data.sources import BUILT_IN
 from loraover.study.analysis import Halves, Losses, RateSensitivity, mean_loss, sensitivity
 from loraover.study.grid import FEWEST_EXAMPLES, Run
 from loraover.study.outcome import Outcome
@@ -49,8 +50,9 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
         tuning_seeds: Number of seeds that choose the rates; None: all.
 
     Raises:
-        LoraOverError: runs of one task were not judged on the same examples.
+        LoraOverError: runs of one task were not judged on the same examples, or see `check_rows`.
     """
+    check_rows(outcomes)
     seeds = len({run.seed for run in grid})
     if tuning_seeds is None or tuning_seeds >= seeds:
         return RunPlan(list(grid), Counter())
@@ -65,6 +67,36 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
                 rates[task, method] = found.best_rate
     runs = [run for run in grid if run.seed < tuning_seeds or rates.get((run.task, run.method)) == run.rate]
     return RunPlan(runs, undecided)
+
+
+def check_rows(outcomes: Mapping[Run, Outcome]) -> None:
+    """Check by their digests that runs which should have had the same rows had them; older outcomes have no digest.
+
+    Runs of one task share their held-out rows. Those with the same settings of `data` share their training rows, but
+    for the built-in word problems, which are made anew for each seed.
+
+    Args:
+        outcomes: Outcomes of the runs that are finished.
+
+    Raises:
+        LoraOverError: two runs had different rows.
+    """
+    first: dict[tuple[str, ...], tuple[Run, str]] = {}
+    for run, outcome in outcomes.items():
+        data = run.recipe.data
+        seed = str(run.seed) if data.train == BUILT_IN else ""
+        for digest, key in (
+            (outcome.test_rows, (run.task, "held-out")),
+            (outcome.train_rows, (run.task, "training", data.model_dump_json(), seed)),
+        ):
+            if digest is None:
+                continue
+            other, expected = first.setdefault(key, (run, digest))
+            if digest != expected:
+                raise LoraOverError(
+                    f"{run.folder} and {other.folder} had different {key[1]} rows, so they cannot be compared; were "
+                    "the data changed? Start a new study."
+                )
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:

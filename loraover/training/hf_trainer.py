@@ -132,14 +132,18 @@ def _optimizer(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
 
 
 def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
-    """AdamW with a higher rate for B (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
-    if not isinstance(model, PeftModel) or not recipe.training.optim.startswith("adamw_torch"):
+    """AdamW with a higher rate for B (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+
+    Embeddings' A and B have the learning rate itself; PEFT's default for them is 1e-6, whatever the recipe asks for.
+    """
+    if not isinstance(model, PeftModel) or recipe.training.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ConfigError("training.loraplus_lr_ratio needs a LoRA and optim adamw_torch or adamw_torch_fused.")
     return create_loraplus_optimizer(
         model,
         torch.optim.AdamW,
         lr=recipe.training.learning_rate,
         loraplus_lr_ratio=recipe.training.loraplus_lr_ratio,
+        loraplus_lr_embedding=recipe.training.learning_rate,
         loraplus_weight_decay=recipe.training.weight_decay,
         fused=recipe.training.optim == "adamw_torch_fused",
     )

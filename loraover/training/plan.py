@@ -21,6 +21,7 @@ from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
 from loraover.training.examples import WORD_PROBLEMS
 from loraover.training.methods import make_method
+from loraover.training.prepare import check_names
 from loraover.training.recipe import Recipe
 
 CORE_BYTES = 4  # float32
@@ -85,6 +86,7 @@ def make_plan(recipe: Recipe) -> Plan:
             answers.
         DataError: local data that cannot be read.
     """
+    check_names(recipe)
     training = recipe.training
     source = resolve_model(recipe.model, recipe.model_revision)
     precision = "bf16" if training.precision == "bf16" else "fp32"

@@ -28,6 +28,7 @@ from loraover.training.methods.base import Method, count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import SOAP, Recipe
+from loraover.training.row_digests import keep_digests
 from loraover.training.run_folder import METRICS_FILE, write_recipe
 
 
@@ -77,9 +78,9 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
 
     Raises:
         ConfigError: The recipe does not fit its model, its data or this machine.
-        DataError: The data cannot be read, or no example can be learned from.
+        DataError: The data cannot be read, have changed since a run that is resumed, or hold no example to learn from.
     """
-    _check_names(recipe)
+    check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
     report.line(f"base model: {source.origin}")
     _note_slow_precision(recipe, report)
@@ -96,6 +97,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     if examples.shared and examples.test is not None:
         report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
     write_recipe(output, _pinned(recipe, source, examples))
+    keep_digests(output, examples)
 
     set_seed(recipe.training.seed)
     task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
@@ -116,7 +118,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     return Prepared(source, tokenizer, examples, model, untrained, trainer, progress, over, method, trained, named)
 
 
-def _check_names(recipe: Recipe) -> None:
+def check_names(recipe: Recipe) -> None:
     """Check before anything is loaded what the recipe's types do not.
 
     Raises:

@@ -30,6 +30,9 @@ OTHER_METHODS = ("soma", "lorasc", "federated", "tensorguide")
 PLAIN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
 """Optimizers that methods federated and tensorguide take, since they make them themselves."""
 
+MEASURED_STARTS = {"eva": "the activations", "lora_ga": "the gradients"}
+"""What PEFT computes each of these starts of A and B from, by calls of its own that a run does not make."""
+
 RENAMED = {"push_base": "push_model"}
 """New name of each key that has been renamed."""
 
@@ -112,6 +115,16 @@ class Lora(_Part):
                 raise ValueError(f"{pattern!r} is not a regular expression, which PEFT expects: {error}") from error
         return value
 
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _can_be_made(cls, start: bool | str) -> bool | str:
+        if isinstance(start, str) and start.lower() in MEASURED_STARTS:
+            raise ValueError(
+                f"{start!r} computes A and B from {MEASURED_STARTS[start.lower()]} of training batches, which loraover "
+                "train does not measure, so PEFT would start otherwise; give another start, such as true or 'pissa'"
+            )
+        return start
+
 
 class Training(_Part):
     """The run, in the terms of transformers' TrainingArguments."""
@@ -156,6 +169,8 @@ class Training(_Part):
             raise ValueError("give one of max_steps and num_train_epochs, the other null or not at all")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give one of warmup_steps and warmup_ratio")
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError("lr_scheduler_type constant has no warmup; take constant_with_warmup")
         if self.min_lr_rate and self.lr_scheduler_type != "cosine":
             raise ValueError(f"min_lr_rate belongs to lr_scheduler_type cosine, not to {self.lr_scheduler_type}")
         if self.optim_args and self.optim != SOAP:
@@ -258,6 +273,10 @@ class Recipe(_Part):
             raise ValueError(f"method {self.method} takes training.optim {', '.join(PLAIN_OPTIMIZERS)}, without LoRA+")
         if self.method == "federated" and (training.precision != "fp32" or training.gradient_checkpointing):
             raise ValueError("method federated takes training.precision fp32, without gradient_checkpointing")
+        unused = {"training.max_grad_norm": training.max_grad_norm == 1, "tensorboard": not self.tensorboard}
+        unused["training.save_total_limit"] = training.save_total_limit == 2
+        if self.method == "federated" and (given := [key for key, is_default in unused.items() if not is_default]):
+            raise ValueError(f"method federated does not use {', '.join(given)}; leave it out")
         if self.method == "tensorguide" and (training.precision == "fp16" or training.weight_decay):
             raise ValueError(
                 "method tensorguide takes training.precision fp32 or bf16, and no training.weight_decay: smaller cores "

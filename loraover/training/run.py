@@ -40,6 +40,7 @@ from loraover.training.run_folder import (
     product,
     step_of,
     trim_metrics,
+    with_commits,
 )
 from loraover.training.run_result import RUN_FILE, Measures, RunResult
 
@@ -105,7 +106,12 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
             f"--resume: a run of method {recipe.method} keeps no checkpoints, since a step taken twice with other "
             "noise would spend privacy that is not accounted for. Start a new run in another folder."
         )
-    claim(output, resume=resume)
+    with claim(output, resume=resume):
+        asked = with_commits(recipe, output) if resume else recipe
+        return _train_alone(asked, output, resume, report, command)
+
+
+def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:
     run = None
     try:
         run = prepare(recipe, output, report)
@@ -158,9 +164,9 @@ def _result(
         train_seconds=timed.seconds,
         timed_steps=timed.steps,
         peak_bytes=peak_bytes(),
-        lora_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-        served_rank=None if served is None else served[0],
-        served_bytes=None if served is None else served[1],
+        lora_parameters=sum(p.numel() for p in run.model.parameters()) if served is None else served.numbers,
+        served_rank=None if served is None else served.rank,
+        served_bytes=None if served is None else served.bytes,
         served_error=left_out,
         trained_parameters=run.trained + cores - matrices,
         privacy=None if run.method is None else run.method.privacy,

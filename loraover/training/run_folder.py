@@ -1,8 +1,10 @@
 """The folder of a run: which files it has, who may begin one, and which one can be continued.
 
 OUT/recipe.yaml       the recipe, with hub revisions pinned, and the folder of a stand-in for the hub's model
+OUT/data.json         digests of the training and held-out rows
 OUT/metrics.jsonl     one object per logging step and measure
 OUT/trainer/          sealed checkpoints to resume from
+OUT/trainer/lock      locked while a process trains the run
 OUT/adapter/          the trained adapter; a LoRA-Over checkpoint if that was the method; OUT/model/ for `full`
 OUT/held_out.json     [nats, tokens] of each held-out completion after training
 OUT/run.json          measures before and after, sizes, origins, versions
@@ -12,12 +14,15 @@ OUT/failure.json      why there is no run.json, if the run failed
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from loraover.common.atomic_output import check_free, publish_text
 from loraover.common.errors import ConfigError, OutputError
+from loraover.common.file_lock import hold_lock, is_locked
 from loraover.training.failure import has_no_work
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import RUN_FILE
@@ -25,6 +30,7 @@ from loraover.training.run_result import RUN_FILE
 RUNS = Path("runs")
 RECIPE_FILE, METRICS_FILE, HELD_OUT_FILE = "recipe.yaml", "metrics.jsonl", "held_out.json"
 TRAINER_FOLDER = "trainer"
+LOCK_FILE = f"{TRAINER_FOLDER}/lock"
 PRODUCTS = ("adapter", "model")
 
 
@@ -64,7 +70,7 @@ def new_run_folder(recipe: str, root: Path = RUNS) -> Path:
 
 
 def newest_unfinished(recipe: str, root: Path = RUNS) -> Path:
-    """Find the run of a recipe with the highest number that has begun and has not finished.
+    """Find the run of a recipe with the highest number that has begun, has not finished, and is not being trained.
 
     Args:
         recipe: Name or path of the recipe.
@@ -80,13 +86,16 @@ def newest_unfinished(recipe: str, root: Path = RUNS) -> Path:
         if folder.name.startswith(stem) and (number := folder.name.removeprefix(stem)).isdecimal()
     ]
     begun = [pair for pair in numbered if (pair[1] / RECIPE_FILE).is_file() and not is_finished(pair[1])]
-    if not begun:
-        raise ConfigError(f"--resume: {root}/ holds no unfinished run of {stem[:-1]}; name the run's folder with -o.")
-    return max(begun)[1]
+    waiting = [pair for pair in begun if not is_locked(pair[1] / LOCK_FILE)]
+    if not waiting:
+        why = "; the one there is being trained by another process" if begun else "; name the run's folder with -o"
+        raise ConfigError(f"--resume: {root}/ holds no unfinished run of {stem[:-1]} to continue{why}.")
+    return max(waiting)[1]
 
 
-def claim(output: Path, *, resume: bool) -> None:
-    """Make the folder of a new run, or check that there is a run to continue.
+@contextmanager
+def claim(output: Path, *, resume: bool) -> Iterator[None]:
+    """Make the folder of a new run, or check that there is a run to continue; hold its lock for a block.
 
     A folder that is empty, or holds nothing but a failure before the first step, counts as free.
 
@@ -95,20 +104,56 @@ def claim(output: Path, *, resume: bool) -> None:
         resume: Whether a run in it is to be continued.
 
     Raises:
-        ConfigError: with `resume`: no run there, or one that is finished.
+        ConfigError: with `resume`: no run there, one that is finished, or one that another process trains.
         OutputError: the folder is in use, or cannot be written.
     """
-    if not resume:
-        if not has_no_work(output):
-            check_free(output.absolute())
+    if resume:
+        _check_unfinished(output)
+    elif not has_no_work(output):
+        check_free(output.absolute())
+    with ExitStack() as stack:
         try:
-            (output / TRAINER_FOLDER).mkdir(parents=True)
+            (output / TRAINER_FOLDER).mkdir(parents=True, exist_ok=resume)
+            stack.enter_context(hold_lock(output / LOCK_FILE, wait=False))
+        except BlockingIOError as error:
+            raise ConfigError(f"{output}: the run is being trained by another process.") from error
         except OSError as error:
             raise OutputError(f"cannot write {output}: {error.strerror}.") from error
-    elif is_finished(output) and any((output / name).exists() for name in PRODUCTS):
+        if resume:
+            _check_unfinished(output)  # the process that held the lock may have finished the run meanwhile
+        yield
+
+
+def _check_unfinished(output: Path) -> None:
+    if is_finished(output) and any((output / name).exists() for name in PRODUCTS):
         raise ConfigError(f"{output}: the run is finished already; it holds what was trained.")
-    elif not (output / RECIPE_FILE).is_file():
+    if not (output / RECIPE_FILE).is_file():
         raise ConfigError(f"{output}: holds no run to resume.")
+
+
+def with_commits(recipe: Recipe, output: Path) -> Recipe:
+    """Take the hub's commits from the run in a folder where a recipe with the same model or data names none.
+
+    A commit that the hub has got since then does not keep the run from being continued.
+
+    Args:
+        recipe: The recipe as it was asked for.
+        output: The run's folder, which holds the recipe that the run began with.
+
+    Raises:
+        ConfigError: the folder's recipe cannot be read.
+    """
+    begun = _read_yaml(output / RECIPE_FILE)
+    if recipe.model_revision is None and begun.get("model") == recipe.model:
+        recipe = recipe.model_copy(update={"model_revision": begun.get("model_revision")})
+    data, kept = recipe.data, begun.get("data")
+    if (
+        data.revision is None
+        and isinstance(kept, dict)
+        and (kept.get("train"), kept.get("test")) == (data.train, data.test)
+    ):
+        recipe = recipe.model_copy(update={"data": data.model_copy(update={"revision": kept.get("revision")})})
+    return recipe
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:

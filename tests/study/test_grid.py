@@ -73,6 +73,12 @@ def test_lora_matched_takes_no_rank(recipe: Path) -> None:
         make_grid([str(recipe)], {"lora-matched:r=64": [1e-3]}, 1, {})
 
 
+def test_lora_matched_takes_no_ranks_by_module(recipe: Path) -> None:
+    """They would stay as they are, and the numbers trained would be too few."""
+    with pytest.raises(ConfigError, match=r"modules of lora.rank_pattern would keep their ranks"):
+        make_grid([str(recipe)], {"lora-matched": [1e-3]}, 1, {"lora.rank_pattern": {"q_proj": 2}})
+
+
 def test_every_method_makes_a_recipe(recipe: Path) -> None:
     methods = ["lora", "rslora", "dora", "pissa", "lora+", "lora-matched", "full", "lora-over:decomposition=svd"]
     grid = make_grid([str(recipe)], {method: [1e-3] for method in methods}, 1, {})
@@ -110,6 +116,15 @@ def test_a_setting_may_be_any_key_of_a_recipe(recipe: Path) -> None:
 def test_a_setting_that_a_study_cannot_take_is_refused(method: str, message: str, recipe: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         make_grid([str(recipe)], {method: [1e-3]}, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [("training.learning_rate", "--lr-sweep"), ("training.seed", "--seeds"), ("method", "--methods")],
+)
+def test_what_a_study_varies_is_no_setting_of_all_runs(key: str, option: str, recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--set sets {key}, which a study varies; use {option}"):
+        make_grid([str(recipe)], {"lora": [1e-3]}, 1, {key: 7})
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from loraover.training.failure import FAILURE_FILE, Failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run_result import read_run
 
+from support.train_command import data_file
+
 pytestmark = pytest.mark.process
 
 
@@ -201,6 +203,19 @@ def test_a_run_that_was_killed_says_so(
     assert not (folder / OUTCOME_FILE).exists()
     monkeypatch.undo()
     assert execute(one_run(recipe), folder, threads=1).failure is None
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_held_out_turns_of_one_conversation_are_refused(
+    turns: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn is an example, and they would lie in both halves."""
+    told = [{"role": role, "content": str(i)} for i in range(turns) for role in ("user", "assistant")]
+    talks = [[{"role": "system", "content": f"talk {number}"}, *told] for number in range(4)]
+    held_out = data_file(tmp_path / "test.jsonl", *({"messages": talk} for talk in talks))
+    monkeypatch.setattr(outcome_module, "_train", lambda *_: "trained")
+    with pytest.raises(LoraOverError, match="trained$" if turns == 1 else "example 2 is a later turn"):
+        execute(one_run(recipe, **{"data.test": str(held_out)}), tmp_path / "run", threads=1)
 
 
 def test_another_default_of_a_decomposition_is_another_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

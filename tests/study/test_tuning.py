@@ -115,6 +115,23 @@ def test_all_seeds_judge_and_the_tuning_seeds_show_the_rates(grid: list[Run], ma
         assert over.difference.interval[1] < 0
 
 
+def test_runs_with_other_rows_are_not_compared(grid: list[Run]) -> None:
+    """Neither with other held-out rows, nor with other training rows of one seed; older outcomes do not say theirs."""
+    outcomes = {run: outcome_of(run, loss_of) for run in grid}
+    one, other = (run for run in grid if (run.task, run.rate, run.seed) == ("task0", 1e-3, 0) and run.method != RULER)
+
+    def judged(**rows: str) -> None:
+        outcomes[one] = outcomes[one].model_copy(update={"test_rows": "a", "train_rows": "b"})
+        outcomes[other] = outcomes[one].model_copy(update=rows)
+        make_report(grid, outcomes, "")
+
+    judged()
+    with pytest.raises(LoraOverError, match=r"lora-over.*had different held-out rows.*were the data changed"):
+        judged(test_rows="c")
+    with pytest.raises(LoraOverError, match="had different training rows"):
+        judged(train_rows="c")
+
+
 @pytest.mark.parametrize("lasts", [7, 36, 41])
 def test_a_study_that_was_stopped_continues_in_either_stage(
     lasts: int, grid: list[Run], machine: Machine, tmp_path: Path

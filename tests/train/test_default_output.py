@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +14,8 @@ import pytest
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, OutputError
-from loraover.training.run_folder import new_run_folder, newest_unfinished
+from loraover.common.file_lock import hold_lock
+from loraover.training.run_folder import LOCK_FILE, claim, new_run_folder, newest_unfinished
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -23,8 +27,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def begun(folder: Path, *files: str) -> Path:
-    folder.mkdir(parents=True)
     for name in ("recipe.yaml", *files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return folder
 
@@ -59,6 +63,26 @@ def test_the_newest_unfinished_run_has_the_highest_number() -> None:
     assert newest_unfinished("demo.yaml") == newest
     with pytest.raises(ConfigError, match="no unfinished run of other"):
         newest_unfinished("other")
+
+
+def test_a_run_that_is_being_trained_is_not_the_newest_unfinished_one() -> None:
+    waiting, trained = (begun(Path(f"runs/demo-{number}"), "trainer/lock") for number in (1, 2))
+    with hold_lock(trained / LOCK_FILE, wait=False):
+        assert newest_unfinished("demo") == waiting
+        with hold_lock(waiting / LOCK_FILE, wait=False), pytest.raises(ConfigError, match="trained by another process"):
+            newest_unfinished("demo")
+    assert newest_unfinished("demo") == trained
+
+
+def test_without_locks_a_run_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = begun(Path("runs/demo-1"), "trainer/lock")
+    assert newest_unfinished("demo") == folder
+    with claim(folder, resume=True):
+        pass
 
 
 def test_a_run_is_told_its_folder_and_continued_without_it(

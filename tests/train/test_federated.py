@@ -184,6 +184,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "half precision": ({"training.precision": "bf16"}, "training.precision fp32"),
     "another optimizer": ({"training.optim": "adafactor"}, "takes training.optim adamw_torch_fused, adamw_torch, sgd"),
     "LoRA+": ({"training.loraplus_lr_ratio": 4}, "without LoRA+"),
+    "clipping of the mean": ({"training.max_grad_norm": 0.5}, "does not use training.max_grad_norm; leave it out"),
+    "checkpoints": ({"training.save_total_limit": 1}, "does not use training.save_total_limit; leave it out"),
+    "TensorBoard": ({"tensorboard": True}, "does not use tensorboard; leave it out"),
     "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "is an embedding, whose B federated cannot train"),
     "another method": ({"method": "lora"}, "federated is only for method federated, and this recipe's method is lora"),
 }

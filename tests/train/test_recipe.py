@@ -159,6 +159,22 @@ def test_a_run_warms_up_for_steps_or_for_a_share_of_them(write: Write) -> None:
     assert "training.warmup_ratio" in fault(write(changed(training={"max_steps": 3, "warmup_ratio": 1})))
 
 
+@pytest.mark.parametrize("start", ["eva", "lora_ga"])
+def test_a_start_that_needs_measures_of_the_data_is_refused(start: str, write: Write) -> None:
+    """PEFT would draw A as for a plain LoRA, or leave it as it was."""
+    values = changed(method="lora", lora={"init_lora_weights": start})
+    assert "lora.init_lora_weights" in (message := fault(write(values)))
+    assert "which loraover train does not measure" in message
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 1}, {"warmup_ratio": 0.1}])
+def test_a_constant_rate_has_no_warmup(warmup: dict[str, float], write: Write) -> None:
+    """transformers would leave the warmup out."""
+    training = {"max_steps": 3, "lr_scheduler_type": "constant"} | warmup
+    assert "take constant_with_warmup" in fault(write(changed(training=training)))
+    load_recipe(write(changed(training=training | {"lr_scheduler_type": "constant_with_warmup"})))
+
+
 class BegunError(Exception):
     """A training that has begun; its argument is the number of steps that the trainer counted."""
 

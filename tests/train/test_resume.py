@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 
@@ -20,6 +21,8 @@ from loraover.callbacks.seal_checkpoints import last_whole_checkpoint, seal
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.common.command_line import INTERRUPTED
 from loraover.training.failure import read_failure
+from loraover.training.recipe import load_recipe
+from loraover.training.run_folder import with_commits, write_recipe
 
 from support.resumed_run import KINDS, assert_same_run, interrupted_at, losses, steps_taken, stopped
 from support.train_command import train
@@ -79,7 +82,7 @@ def test_a_run_interrupted_after_its_last_step_takes_no_more(
 ) -> None:
     """Its rate does not end at zero, so that a step too many shows."""
     recipe = recipes[kind]
-    constant = ("--set", "training.lr_scheduler_type=constant")
+    constant = ("--set", "training.lr_scheduler_type=constant_with_warmup")
     assert train(recipe, tmp_path / "whole", *constant) == 0
     measure = loraover.training.run._measure
 
@@ -232,6 +235,31 @@ def test_an_interruption_while_a_checkpoint_is_sealed_costs_that_checkpoint_only
     assert last_whole_checkpoint(out / "trainer") == out / "trainer" / "checkpoint-4"
     assert train(recipe, out, "--resume") == 0
     assert_same_run(out, whole["llama", "lora-over"])
+
+
+def test_a_run_is_continued_at_its_commits_when_the_hub_has_newer_ones(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{number}+1?", "completion": f" {number + 1}"} for number in range(20)]
+    newest = ["old"]
+    monkeypatch.setattr("loraover.data.sources.pinned_commit", lambda name, revision, kind: revision or newest[-1])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, **_: rows)
+    options = ("--data", "owner/data", "--steps", "3")
+    with interrupted_at(3):
+        assert train(recipe, tmp_path / "out", *options) == 130
+    newest.append("new")
+    assert train(recipe, tmp_path / "out", *options, "--resume") == 0
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["data"]["revision"] == "old"
+
+
+def test_commits_are_those_of_the_same_model_and_data(tmp_path: Path) -> None:
+    begun = load_recipe("demo", {"model_revision": "m", "data.revision": "d"})
+    write_recipe(tmp_path, begun)
+    assert with_commits(load_recipe("demo"), tmp_path) == begun
+    named = load_recipe("demo", {"model_revision": "other", "data.revision": "other"})
+    assert with_commits(named, tmp_path) == named
+    others = load_recipe("demo", {"model": "owner/other", "data.test": "owner/other"})
+    assert with_commits(others, tmp_path) == others
 
 
 def test_the_recipe_of_the_run_folder_resumes_it(

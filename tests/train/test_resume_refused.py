@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from loraover.common.errors import ConfigError
+from loraover.common.file_lock import hold_lock, is_locked
+from loraover.training.run_folder import LOCK_FILE
+
 from support.make_checkpoint import tree
-from support.train_command import train
+from support.resumed_run import interrupted_at
+from support.train_command import data_file, train
 
 pytestmark = pytest.mark.process
 
@@ -48,6 +53,24 @@ def test_another_recipe_does_not_resume_the_run(
     assert tree(out) == before
 
 
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_changed_data_do_not_resume_the_run(
+    kind: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{number}+1?", "completion": f" {number + 1}"} for number in range(8)]
+    train_data, test_data = (data_file(tmp_path / f"{name}.jsonl", *rows) for name in ("train", "test"))
+    options = ("--data", train_data, "--test-data", test_data, "--set", "data.train_examples=null")
+    with interrupted_at(3):
+        assert train(recipe, tmp_path / "out", *options) == 130
+    before = tree(tmp_path / "out")
+    data_file(tmp_path / f"{kind}.jsonl", rows[1], *rows[1:])
+    assert train(recipe, tmp_path / "out", *options, "--resume") == 2
+    named = {"train": "other training rows", "test": "other held-out rows"}[kind]
+    assert named in (error := capsys.readouterr().err)
+    assert f"file {kind}.jsonl" in error
+    assert tree(tmp_path / "out") == before
+
+
 def test_a_finished_run_is_not_resumed(
     recipe: Path, whole: dict[Any, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +79,29 @@ def test_a_finished_run_is_not_resumed(
     assert train(recipe, out, "--resume") == 2
     assert "finished already" in capsys.readouterr().err
     assert tree(out) == before
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(
+    recipe: Path, halted: dict[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(halted["llama", "lora-over"], tmp_path / "out"))
+    before = tree(out)
+    with hold_lock(out / LOCK_FILE, wait=False):  # a second opening of a file conflicts within one process, too
+        assert train(recipe, out, "--resume") == 2
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert tree(out) == before
+
+
+def test_a_run_is_locked_while_it_is_trained(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def refuse(*_: Any) -> None:
+        held.append(is_locked(tmp_path / "out" / LOCK_FILE))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("loraover.training.run.prepare", refuse)
+    assert train(recipe, tmp_path / "out") == 2
+    assert held == [True]
 
 
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "a file", "other files"])

@@ -47,7 +47,7 @@ def over(request: pytest.FixtureRequest, trained: dict[tuple[str, str], Trained]
 
 def test_a_run_folder_holds_what_it_should(done: Trained) -> None:
     names = {path.name for path in done.folder.iterdir()}
-    assert names == {"recipe.yaml", "metrics.jsonl", "held_out.json", "run.json", "trainer", "adapter"}
+    assert names == {"recipe.yaml", "data.json", "metrics.jsonl", "held_out.json", "run.json", "trainer", "adapter"}
     adapter = {path.name for path in done.adapter.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= adapter
     assert ({"loraover.json", "loraover.safetensors"} <= adapter) is (done.method == "lora-over")

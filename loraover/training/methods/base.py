@@ -233,11 +233,27 @@ def count_trained(model: Any, method: Method | None) -> int:
     return cores or sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@torch.no_grad()
-def served_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the largest rank of a model's adapter, and the bytes of its trained tensors; None without an adapter."""
-    layers = lora_layers(model)
+class ServedSize(NamedTuple):
+    """Size of an adapter as it is served: its largest rank, and the numbers and bytes of all its tensors."""
+
+    rank: int
+    numbers: int
+    bytes: int
+
+
+def served_size(model: nn.Module) -> ServedSize | None:
+    """Measure a model's adapter: A, B and magnitudes, whether they were trained or not; None without an adapter."""
+    layers = lora_layers(model).values()
     if not layers:
         return None
-    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return max(layer.r[ADAPTER] for layer in layers.values()), size
+    parts = [
+        part
+        for layer in layers
+        for name in {*layer.adapter_layer_names}  # PEFT names an embedding's magnitude twice
+        for part in getattr(layer, name).parameters()
+    ]
+    return ServedSize(
+        rank=max(layer.r[ADAPTER] for layer in layers),
+        numbers=sum(part.numel() for part in parts),
+        bytes=sum(part.numel() * part.element_size() for part in parts),
+    )

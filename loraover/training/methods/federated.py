@@ -143,8 +143,7 @@ class Federated(Method):
         self.privacy = self._guarantee(clients, steps)
 
     def finish(self, model: PeftModel) -> None:
-        for layer in lora_layers(model).values():
-            layer.lora_A[ADAPTER].weight.requires_grad_(True)  # it is served, and counted, with B
+        """Leave A and the averaged B as they are: they are the plain LoRA."""
 
     def _rate(self, rows: int) -> float:
         return min(1.0, self.batch / rows)

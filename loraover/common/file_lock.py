@@ -1,0 +1,51 @@
+"""A lock on a file, which one process holds at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors by which a file system says that it has no locks."""
+
+
+@contextmanager
+def hold_lock(path: Path, *, wait: bool) -> Iterator[int]:
+    """Hold the lock of a file for a block; a file system without locks lets everyone in.
+
+    The lock is released when the process ends, even if it is killed. A process that inherits the descriptor holds the
+    lock, too.
+
+    Args:
+        path: The file, which is made if it is missing.
+        wait: Whether to wait for another process that holds the lock.
+
+    Yields:
+        Descriptor of the locked file.
+
+    Raises:
+        BlockingIOError: without `wait`, another process holds the lock.
+        OSError: the file cannot be made.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield file.fileno()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file; a file that is missing is not locked."""
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,73 @@
+"""Digests of the rows that a run uses, by which data that have changed are told: `data.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.common.atomic_output import publish_text
+from loraover.common.errors import DataError
+from loraover.common.strict_json import read_json
+from loraover.data.formats import Row
+from loraover.training.examples import Examples
+
+DATA_FILE = "data.json"
+
+
+class RowDigests(BaseModel):
+    """Contents of `data.json`: SHA-256 of rows with prompt and completion, as they are read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str = Field(description="SHA-256 of the training rows.")
+    test: str | None = Field(description="SHA-256 of the held-out rows; None: there are none.")
+
+
+def digest_rows(rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of rows, one line of JSON each."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return total.hexdigest()
+
+
+def keep_digests(output: Path, examples: Examples) -> None:
+    """Write the digests of a run's rows into its folder, or compare them where the run is resumed.
+
+    Args:
+        output: The run's folder.
+        examples: Rows of the run.
+
+    Raises:
+        DataError: the run was begun with other rows.
+        CheckpointError: the digests in the folder cannot be read.
+    """
+    test = None if examples.test is None else digest_rows(examples.test.rows)
+    found = RowDigests(train=digest_rows(examples.train.rows), test=test)
+    begun = read_digests(output)
+    if begun is None:
+        publish_text(output / DATA_FILE, found.model_dump_json(indent=1) + "\n")
+    elif begun != found:
+        kind, rows = ("held-out", examples.test) if begun.train == found.train else ("training", examples.train)
+        origin = "" if rows is None else f" ({rows.origin})"
+        raise DataError(
+            f"{output}: the run was begun with other {kind} rows than the data hold now{origin}; put the earlier data "
+            "back, or start a new run."
+        )
+
+
+def read_digests(folder: Path) -> RowDigests | None:
+    """Read the digests of a run's rows; None in the folder of an older run.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    path = folder / DATA_FILE
+    return read_json(path, RowDigests) if path.is_file() else None
