@@ -204,18 +204,23 @@ def log_measures(output: Path, step: int, **measures: float | None) -> None:
 
 
 def trim_metrics(output: Path, checkpoint: Path | None) -> None:
-    """Remove from the log what came after the checkpoint that a run resumes from, and lines that were cut off."""
+    """Remove from the log what a run that resumes from a checkpoint logs again, and lines that were cut off.
+
+    These are the lines of later steps, and the measures after training.
+    """
     path = output / METRICS_FILE
     if not path.is_file():
         return
     step = step_of(checkpoint)
-    kept = [line for line in path.read_text().splitlines() if 0 <= _logged_step(line) <= step]
+    kept = [line for line in path.read_text().splitlines() if _stays(line, step)]
     publish_text(path, "".join(line + "\n" for line in kept))
 
 
-def _logged_step(line: str) -> int:
-    """Step of a line of the log; -1 for a line that was cut off."""
+def _stays(line: str, step: int) -> bool:
+    """Whether a line of the log is complete, not of a later step, and not of the measures after training."""
     try:
-        return int(json.loads(line)["step"])
+        row = json.loads(line)
+        logged = int(row["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return -1
+        return False
+    return 0 <= logged <= step and (logged == 0 or "eval_loss" not in row)

@@ -112,6 +112,15 @@ def test_metrics_of_a_resumed_run_tell_each_thing_once(
     assert told[0] == told[1]
 
 
+def test_a_run_that_was_killed_before_its_result_logs_its_measures_once(
+    recipe: Path, whole: dict[Any, Path], tmp_path: Path
+) -> None:
+    kept = whole["llama", "lora-over"]
+    out = Path(shutil.copytree(kept, tmp_path / "out", ignore=shutil.ignore_patterns("run.json", "adapter")))
+    assert train(recipe, out, "--resume") == 0
+    assert metrics(out) == metrics(kept)
+
+
 @pytest.mark.parametrize("tail", ['{"step": 5, "lo', "\0\0\0\0"])
 def test_metrics_that_were_cut_off_are_mended(
     tail: str, recipe: Path, whole: dict[Any, Path], halted: dict[Any, Path], tmp_path: Path
