@@ -45,9 +45,8 @@ def greedy_answers(
         DataError: A prompt leaves no room in the model's context; nothing has been answered yet.
         EngineError: The model's scores of the next token are not finite.
     """
-    texts = [prompt_text(prompt, tokenizer) for prompt in prompts]
-    adds = all(isinstance(prompt, str) for prompt in prompts)  # a chat template writes special tokens by itself
-    rooms = _rooms(model, tokenizer, texts, adds)
+    rooms = answer_rooms(model, tokenizer, prompts)
+    texts, adds = _as_texts(prompts, tokenizer)
     was_training = model.training
     model.eval()
     answers: list[str] = []
@@ -76,8 +75,18 @@ def greedy_answers(
     return answers
 
 
-def _rooms(model: Any, tokenizer: Any, texts: Sequence[str], adds: bool) -> list[float]:
-    """Largest number of tokens in the answer to each prompt, as far as the model's context limits it."""
+def answer_rooms(model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, Any]]]) -> list[float]:
+    """Largest number of tokens in the answer to each prompt, as far as the model's context limits it.
+
+    Args:
+        model: A causal model or an encoder-decoder.
+        tokenizer: Its tokenizer.
+        prompts: Only texts, or only chats, to which the tokenizer's template is applied.
+
+    Raises:
+        DataError: A prompt leaves no room.
+    """
+    texts, adds = _as_texts(prompts, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None)  # T5 and Bloom have no such limit
     if context is None:
         return [math.inf] * len(texts)
@@ -90,6 +99,11 @@ def _rooms(model: Any, tokenizer: Any, texts: Sequence[str], adds: bool) -> list
             )
     is_apart = model.config.is_encoder_decoder  # the decoder's answer takes no room in the encoder
     return [math.inf if is_apart else context - count for count in counts]
+
+
+def _as_texts(prompts: Sequence[str | list[dict[str, Any]]], tokenizer: Any) -> tuple[list[str], bool]:
+    """Return the texts of prompts, and whether special tokens are added; a chat template writes them by itself."""
+    return [prompt_text(prompt, tokenizer) for prompt in prompts], all(isinstance(prompt, str) for prompt in prompts)
 
 
 def prompt_text(prompt: str | list[dict[str, Any]], tokenizer: Any) -> str:

@@ -20,6 +20,7 @@ from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.errors import ConfigError, DataError, DivergedError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
+from loraover.evaluation.generation import answer_rooms
 from loraover.evaluation.held_out import any_number, exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
@@ -115,6 +116,8 @@ def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, c
     run = None
     try:
         run = prepare(recipe, output, report)
+        if run.examples.test is not None and recipe.evaluation.exact_match:  # refused now, not after the last step
+            answer_rooms(run.model, run.tokenizer, [row["prompt"] for row in run.examples.test.rows])
         before = _measure(run, recipe, output, report, BEFORE)
         checkpoint = last_whole_checkpoint(output / TRAINER_FOLDER) if resume else None
         (output / FAILURE_FILE).unlink(missing_ok=True)

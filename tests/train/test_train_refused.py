@@ -84,7 +84,8 @@ def lacks(folder: Path, *names: str) -> Path:
     return folder
 
 
-LONG = [{"prompt": "why? " * 40, "completion": "42"}] * 8
+PAIR = {"prompt": "why? ", "completion": "42"}
+LONG = [PAIR | {"prompt": "why? " * 40}] * 8
 Refused = Callable[[Path, dict[str, Path]], dict[str, Any]]
 CHAT_ROWS = [{"messages": TURNS}] * 4
 
@@ -111,6 +112,13 @@ REFUSED: dict[str, tuple[Refused, str]] = {
     "held-out rows that are all trained on": (
         lambda t, b: {"data": dict.fromkeys(("train", "test"), with_rows(t, *LONG)["data"]["train"])},
         "all 4 held-out examples are also trained on",
+    ),
+    "a held-out prompt that fills the context": (
+        lambda t, b: {
+            "data": {"train": "word-problems", "test": str(data_file(t / "rows.jsonl", PAIR | {"prompt": "a" * 600}))},
+            "evaluation": {"exact_match": True, "before": False},
+        },
+        "question 1: its 600 tokens leave no room",
     ),
     "an unknown optimizer": (lambda t, b: {"training": {"optim": "adamv"}}, "adamv"),
     "an unknown schedule": (lambda t, b: {"training": {"lr_scheduler_type": "cosin"}}, "cosin"),
