@@ -168,11 +168,13 @@ def answered(served: Served) -> Answered:
     return Answered(engine, requests, run, alone, references, floor)
 
 
+@pytest.mark.matrix
 def test_batches_of_several_adapters_on_vllm_are_answered_by_each(answered: Answered) -> None:
     """Requests for two adapters in one batch get the right weights."""
     assert answered.verdicts(answered.run) == {(arm, name): True for arm in (SWITCHING, MIXED) for name in PAIR}
 
 
+@pytest.mark.matrix
 def test_batches_that_one_adapter_answers_on_vllm_are_found(answered: Answered) -> None:
     def one_for_all(
         models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]

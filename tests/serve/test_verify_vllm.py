@@ -74,6 +74,7 @@ def test_a_wrong_prefix_is_named(served: Served) -> None:
     assert (found.verdict, found.fault) == ("differs", "served as base")
 
 
+@pytest.mark.matrix
 def test_a_wrong_scaling_is_named(served: Served, tmp_path: Path) -> None:
     """From two prompts, since PyTorch runs each of them with every suspected fault."""
     prompts = tmp_path / "prompts.txt"

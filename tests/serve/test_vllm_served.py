@@ -67,7 +67,7 @@ def assert_no_further_apart(found: Agreement, noise: Agreement) -> None:
     assert max(found.gaps, default=0.0) <= 2 * noise.largest, f"{found}; base model: {noise}"
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [pytest.param("vanilla", marks=pytest.mark.matrix), "folded"])
 def test_peft_agrees_with_the_served_adapter(name: str, served: Served, noise: Agreement) -> None:
     completions = generate(served, name)
     found = compare(peft(served, served.adapters[name]), served, completions)
@@ -89,7 +89,7 @@ def test_an_embedding_and_a_tied_head_are_adapted(served: Served, noise: Agreeme
     assert effect.rms > 2 * allowed(len(found.differences), noise)
 
 
-@pytest.mark.parametrize("name", ["misplaced", "doubled"])
+@pytest.mark.parametrize("name", ["misplaced", pytest.param("doubled", marks=pytest.mark.matrix)])
 def test_a_wrong_adapter_is_seen(name: str, served: Served, noise: Agreement, vanilla: Any) -> None:
     completions = as_guest(served, name)
     found = compare(vanilla, served, completions)

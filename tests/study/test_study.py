@@ -248,6 +248,7 @@ def test_a_run_reserves_a_gpu_where_a_cluster_has_any(
     assert reserved == [{"num_cpus": 1, "num_gpus": gpus}]
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers take two cores")
 def test_two_workers_of_ray_run_a_study(recipe: Path, tmp_path: Path) -> None:
     more = ["--ray", "local", "--lr-sweep", "1e-2", "--seeds", "1"]

@@ -57,13 +57,15 @@ def test_another_recipe_does_not_resume_the_run(
 def test_changed_data_do_not_resume_the_run(
     kind: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"prompt": f"{number}+1?", "completion": f" {number + 1}"} for number in range(8)]
-    train_data, test_data = (data_file(tmp_path / f"{name}.jsonl", *rows) for name in ("train", "test"))
+    rows = [{"prompt": f"{number}+1?", "completion": f" {number + 1}"} for number in range(16)]
+    train_data, test_data = (
+        data_file(tmp_path / f"{name}.jsonl", *part) for name, part in (("train", rows[:8]), ("test", rows[8:]))
+    )
     options = ("--data", train_data, "--test-data", test_data, "--set", "data.train_examples=null")
     with interrupted_at(3):
         assert train(recipe, tmp_path / "out", *options) == 130
     before = tree(tmp_path / "out")
-    data_file(tmp_path / f"{kind}.jsonl", rows[1], *rows[1:])
+    data_file(tmp_path / f"{kind}.jsonl", *{"train": rows[1:8], "test": rows[9:]}[kind])
     assert train(recipe, tmp_path / "out", *options, "--resume") == 2
     named = {"train": "other training rows", "test": "other held-out rows"}[kind]
     assert named in (error := capsys.readouterr().err)
