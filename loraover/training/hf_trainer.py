@@ -20,7 +20,8 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.training.examples import Examples
 from loraover.training.methods.base import Method
 from loraover.training.progress import TrainingProgress
-from loraover.training.recipe import SOAP, Recipe
+from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import SOAP
 from loraover.training.run_folder import TRAINER_FOLDER
 
 PRECISION = {

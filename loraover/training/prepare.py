@@ -27,7 +27,8 @@ from loraover.training.methods import make_method
 from loraover.training.methods.base import Method, count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
-from loraover.training.recipe import SOAP, Recipe
+from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import SOAP
 from loraover.training.row_digests import keep_digests
 from loraover.training.run_folder import METRICS_FILE, write_recipe
 

@@ -30,7 +30,8 @@ from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.methods.base import served_size
 from loraover.training.prepare import Prepared, planned_steps, prepare
 from loraover.training.push import moved_copy, push
-from loraover.training.recipe import EvaluationSettings, Recipe, load_recipe
+from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.recipe_parts import EvaluationSettings
 from loraover.training.run_folder import (
     HELD_OUT_FILE,
     METRICS_FILE,

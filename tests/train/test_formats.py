@@ -11,7 +11,8 @@ import pytest
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import FORMATS
 from loraover.data.sources import load_rows
-from loraover.training.recipe import Data, Recipe, load_recipe
+from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.recipe_parts import Data
 
 from support.real_data import real_data
 

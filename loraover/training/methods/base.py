@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from loraover.common.errors import ConfigError
 from loraover.overparam.sites import lora_layers
 from loraover.training.progress import TrainingProgress
-from loraover.training.recipe import Recipe, Training
+from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import Training
 from loraover.training.run_result import Privacy
 
 ADAPTER = "default"  # PEFT's name of the only adapter
