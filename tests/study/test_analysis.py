@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -100,6 +100,7 @@ def test_a_large_difference_is_found_with_its_sign() -> None:
     assert found.interval[1] < 0
 
 
+@example(mean=1e-6, of_seeds=62.0, of_examples=2.0, seeds=4, examples=1)
 @given(st.floats(1e-6, 1e3), st.floats(0, 1e3), st.floats(0, 1e3), st.integers(1, 9), st.integers(1, 200))
 def test_an_interval_of_level_p_ends_at_zero(
     mean: float, of_seeds: float, of_examples: float, seeds: int, examples: int
@@ -108,7 +109,8 @@ def test_an_interval_of_level_p_ends_at_zero(
     p = spread.p(mean)
     assert p == spread.p(-mean)
     if p:
-        assert spread.half(p) == pytest.approx(mean, rel=1e-6, abs=1e-8)
+        error = math.sqrt(of_seeds + of_examples)
+        assert spread.half(p) == pytest.approx(mean, rel=1e-6, abs=1e-7 * error), "quantiles near 0 are less accurate"
     else:
         assert spread.half(1e-30) <= mean
 
