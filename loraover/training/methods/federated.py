@@ -237,8 +237,8 @@ def row_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the mean loss of each row over its completion tokens, in nats, for a causal model."""
     labels = batch["labels"][:, 1:]
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1].float()
-    nats = cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").sum(1)
-    return nats / (labels != -100).sum(1).clamp_min(1)
+    nats = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return nats.view_as(labels).sum(1) / (labels != -100).sum(1).clamp_min(1)
 
 
 def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
