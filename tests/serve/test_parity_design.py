@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from loraover_serve.comparison.thresholds import root_mean
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.judge.analysis import latencies, log_ratios, overall, results, throughputs
@@ -32,6 +33,17 @@ KEPT = Path(__file__).resolve().parents[2] / "docs" / "parity"
 NEAR = Distance(
     reference="", equal=1.0, largest_gap=0.0, logprob_rms=0.01, logprob_error=0.001, logprob_largest=0.05, answers=[]
 )
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=30))
+def test_the_error_of_a_root_mean_square_is_that_of_the_jackknife(squares: list[float]) -> None:
+    rms, error = root_mean(squares)
+    n, total = len(squares), sum(squares)
+    without = [(total - square) / (n - 1) for square in squares]
+    jackknife = math.sqrt((n - 1) / n * sum((mean - total / n) ** 2 for mean in without))  # of the mean square
+    assert rms == pytest.approx(math.sqrt(total / n))
+    assert error == pytest.approx(jackknife / (2 * rms), rel=1e-6, abs=1e-9)
+    assert root_mean(squares[:1]) == pytest.approx((math.sqrt(squares[0]),) * 2)
 
 
 def judged(engine: Engine, blocks: int = 20) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+
+from loraover_serve.comparison.thresholds import root_mean
 
 REPORT_FILE = "verify.json"
 Verdict = Literal["as trained", "differs", "inconclusive", "failed"]
@@ -35,10 +36,7 @@ class LogprobDistance(Model):
     def of(cls, differences: Sequence[NDArray[np.float64]]) -> LogprobDistance:
         """Summarise differences of logprobs, one array for each position."""
         squares = [float(np.mean(np.square(each))) for each in differences]
-        rms = math.sqrt(np.mean(squares))
-        # the root divides the standard error of the mean square by 2 rms; one position does not show its error
-        spread = float(np.std(squares, ddof=1)) if len(squares) > 1 else 2 * rms**2
-        error = spread / math.sqrt(len(squares)) / (2 * rms) if rms else 0.0
+        rms, error = root_mean(squares)
         largest = max(float(np.abs(each).max()) for each in differences)
         return cls(rms=rms, error=error, largest=largest, positions=len(squares))
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loraover_serve.comparison.rounding import FORMATS, rounding
-from loraover_serve.comparison.thresholds import APPLIED, SURE
+from loraover_serve.comparison.thresholds import APPLIED, SURE, root_mean
 from loraover_serve.engines.base import engine_errors
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
@@ -64,7 +64,9 @@ class Distance(BaseModel):
     logprob_rms: float | None = Field(
         description="RMS difference of logprobs in nats; None if the engine returns no logprobs"
     )
-    logprob_error: float | None = Field(description="standard error of logprob_rms, in nats")
+    logprob_error: float | None = Field(
+        description="standard error of logprob_rms, in nats; with a single token logprob_rms itself"
+    )
     logprob_largest: float | None = Field(description="largest difference of logprobs, in nats")
     answers: list[Answer] = Field(description="distance of the answer to each prompt")
 
@@ -296,9 +298,7 @@ def distance_of(reference: str, model: Any, requests: Sequence[Request], samples
     """
     answers, apart = zip(*(_judge(model, requests, sample) for sample in samples), strict=True)
     differences = np.concatenate(apart)
-    rms = _rms(differences)
-    # standard error of the mean square: deviation of the squares / sqrt(tokens); the root divides it by 2 rms
-    error = float(np.std(differences**2) / math.sqrt(len(differences)) / (2 * rms)) if rms else None
+    rms, error = root_mean(differences**2) if len(differences) else (None, None)
     return Distance(
         reference=reference,
         equal=sum(answer.gap is None for answer in answers) / len(answers),
