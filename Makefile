@@ -163,21 +163,22 @@ study-gauge:
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) $(LOWER) \
 		--lr-sweep "qnli-all/$(EIGEN)=1.9e-4,3.75e-4,$(SLOW)" --seeds 4 -o docs/study/gauge
 
-# Copies those finished runs of study-gauge that the study in a folder has not: $(call adopt,FOLDER,TASKS,SEEDS).
-adopt = cd docs/study/gauge/runs && find $(2) -path '*/seed-[$(3)]/outcome.json' | while read -r found; do \
-	test -e "../../$(1)/runs/$$found" || { mkdir -p "../../$(1)/runs/$${found%/*}" && cp "$$found" "../../$(1)/runs/$$found"; }; done
+# Copies those finished runs of a study that another has not: $(call adopt,FROM,TO,TASKS,SEEDS).
+adopt = cd docs/study/$(1)/runs && find $(3) -path '*/seed-[$(4)]/outcome.json' | while read -r found; do \
+	test -e "../../$(2)/runs/$$found" || { mkdir -p "../../$(2)/runs/$${found%/*}" && cp "$$found" "../../$(2)/runs/$$found"; }; done
 
 SOAP := training.optim=soap:training.optim_args={max_precondition_dim: 1024}
 QUARTER := schedule=static:budget={fraction: 0.25}:score
 study-gauge-arms:
-	$(call adopt,gauge-arms,gsm8k-long,01)
+	$(call adopt,gauge,gauge-arms,gsm8k-long,01)
+	$(call adopt,papers,gauge-arms,gsm8k-long/lora-over,01)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),lora:$(PLUS):$(SOAP),lora-over,$(EIGEN)$(strip \
 		),$(AXES)={long: calibration},$(AXES)={}:$(PLUS),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS)$(strip \
-		),$(EIGEN):$(QUARTER)=fisher,$(EIGEN):$(QUARTER)=random" --ruler lora:r=16 $(GAUGE) --lr-sweep lora-over=$(FAST) \
+		),$(EIGEN):$(QUARTER)=fisher,$(EIGEN):$(QUARTER)=random" --ruler lora:r=16 $(GAUGE) --lr-sweep lora-over=$(FAST),1.2e-2 \
 		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" --seeds 2 -o docs/study/gauge-arms
 
 study-gauge-steps:
-	$(call adopt,gauge-steps,*,0123)
+	$(call adopt,gauge,gauge-steps,*,0123)
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN):training.max_steps=80" $(GAUGE) $(LOWER) \
 		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=1.9e-4,3.75e-4,7.5e-4" --seeds 4 -o docs/study/gauge-steps
 
@@ -186,7 +187,7 @@ study-gauge-long:
 		--set training.max_steps=300 --seeds 2 -o docs/study/gauge-long
 
 study-gauge-rates:
-	$(call adopt,gauge-rates,gsm8k-long,01)
+	$(call adopt,gauge,gauge-rates,gsm8k-long,01)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \
 		--lr-sweep "gsm8k-long/lora:$(PLUS)=4.5e-4,$(SLOW),4.5e-3" --lr-sweep "gsm8k-long/$(EIGEN)=4.5e-4,$(SLOW),4.5e-3" \
 		--lr-sweep gsm8k-long/lora=9e-4,$(FAST),9e-3 --seeds 2 -o docs/study/gauge-rates
@@ -194,7 +195,7 @@ study-gauge-rates:
 # The study of docs/study/papers.md, whose protocol it follows. It should come after study-gauge, whose runs it shares.
 FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.precision=fp32
 study-papers:
-	$(call adopt,papers,gsm8k-long,012)
+	$(call adopt,gauge,papers,gsm8k-long,012)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml \
 		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" $(GAUGE) \
 		--lr-sweep lora-over=$(FAST),1.2e-2 \
