@@ -61,7 +61,8 @@ def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are() -
     others = [methods[method] for method in methods if method not in taken]
     assert others == ["lora-over", "tensorguide", "soma", "lorasc", "federated"]
     rates = {method: len({one.rate for one in papers if one.method == method}) for method in methods}
-    assert [rates.pop(name) for name in ("lora-over", "tensorguide", "soma")] == [4] * 3  # the largest of 3 was best
+    grown = ["lora-over", "tensorguide", "soma", next(name for name in methods if methods[name] == "federated")]
+    assert [rates.pop(name) for name in grown] == [4] * 4  # the largest of 3 was best
     assert set(rates.values()) == {3}
     assert len(shared) == 3 * 3 * 3
 
