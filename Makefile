@@ -134,7 +134,7 @@ bench: $(VENV)/.installed
 
 # Studies are resumable, and keep their finished runs in docs/study. glibc would give the memory of each step back to the kernel
 # and have it cleared for the next one, which takes a fifth of a step.
-STUDIES := study study-gauge study-gauge-arms study-gauge-steps study-gauge-long study-gauge-rates study-papers
+STUDIES := study study-gauge study-gauge-arms study-gauge-options study-gauge-steps study-gauge-long study-gauge-rates study-papers
 $(STUDIES): export MALLOC_MMAP_MAX_ = 0
 $(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 100000000000
 $(STUDIES): study-data
@@ -176,6 +176,14 @@ study-gauge-arms:
 		),$(AXES)={long: calibration},$(AXES)={}:$(PLUS),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS)$(strip \
 		),$(EIGEN):$(QUARTER)=fisher,$(EIGEN):$(QUARTER)=random" --ruler lora:r=16 $(GAUGE) --lr-sweep lora-over=$(FAST),1.2e-2 \
 		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" --seeds 2 -o docs/study/gauge-arms
+
+study-gauge-options:
+	$(call adopt,gauge,gauge-options,gsm8k-long,0)
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN)$(strip \
+		),$(AXES)={long: calibration, block: 32}:$(PLUS),$(AXES)={long: calibration, block: 192}:$(PLUS)$(strip \
+		),$(AXES)={long: calibration, growth: null, refresh: 10}:$(PLUS),$(AXES)={long: calibration, second_moments: carried}:$(PLUS)$(strip \
+		),$(AXES)={long: calibration, short: none}:$(PLUS),$(EIGEN):calibration_batches=16" \
+		--set training.min_lr_rate=0.1 --lr-sweep 1.5e-3 --seeds 1 --tuning-seeds 1 --jobs 2 -o docs/study/gauge-options
 
 study-gauge-steps:
 	$(call adopt,gauge,gauge-steps,*,0123)
