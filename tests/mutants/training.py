@@ -57,8 +57,8 @@ TRAINING = (
     ),
     Mutant(
         "federated-rows-of-many-tokens-weigh-more",
-        "return nats / (labels != -100).sum(1).clamp_min(1)",
-        "return nats",
+        "return nats.view_as(labels).sum(1) / (labels != -100).sum(1).clamp_min(1)",
+        "return nats.view_as(labels).sum(1)",
         Selection("test_federated.py", "two_clients"),
     ),
     Mutant(
