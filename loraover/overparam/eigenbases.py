@@ -120,12 +120,9 @@ class BasisFollower:
         self._turn(turns, squares)
 
     def _next_due(self) -> int | None:
-        growth = self.eigen.growth
-        if growth is None:
-            return None if all(bool(started.all()) for started in self.started.values()) else 2 * self.steps
-        if growth == 1:
-            return self.steps + self.eigen.refresh
-        return max(self.steps + 1, ceil(self.steps * growth))
+        if self.eigen.growth is not None:
+            return self.eigen.next_refresh(self.steps)
+        return None if all(bool(started.all()) for started in self.started.values()) else 2 * self.steps
 
     def _basis(self, side: Side, blocks: Blocks) -> Tensor:
         k = self.eigen.basis_core(side, *self.group.shape)

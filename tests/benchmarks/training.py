@@ -29,6 +29,7 @@ from loraover.common.command_line import quiet_libraries
 from loraover.common.provenance import peak_bytes
 from loraover.models.load import load_model, resolve_model
 from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.decompositions.eigen import Eigen
 from loraover.overparam.sites import find_sites
 
 from benchmarks.clock import find_device, timed
@@ -37,14 +38,19 @@ from benchmarks.intervals import median_ratio
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BATCH, LENGTH, RANK = 4, 64, 8
 PLAIN, NAIVE = "LoRA", "naive autograd"
-TURNS = {PLAIN: 1, "mpo": 1, "eigen": 2, NAIVE: 5}
+EIGEN: dict[str, dict[str, str]] = {"eigen": {}, "eigen, long side measured": {"long": "calibration"}}
+"""Options of eigen: the default, and those of the study."""
+TURNS = {PLAIN: 1, "mpo": 1, **dict.fromkeys(EIGEN, 2), NAIVE: 5}
 """How often each arm takes a step: in every round, in every second one, and so on."""
-CONFIGS = {"mpo": LoraOverConfig(), "eigen": LoraOverConfig(decomposition="eigen", options={"refresh": 10**6})}
+CONFIGS = {"mpo": LoraOverConfig()} | {
+    arm: LoraOverConfig(decomposition="eigen", options={**options, "refresh": 10**6}) for arm, options in EIGEN.items()
+}
 """LoRA-Over with each gauge; the bases of eigen are followed and not refreshed, which is timed by itself."""
 LIMIT = "products alone"
+PEERS = (PLAIN, "mpo", LIMIT)
 SQUARE = 2048
 """Size of the matrices whose product gives the rate of the machine."""
-WARM_UP, MEMORY_STEPS = 1, 3
+WARM_UP, MEMORY_STEPS, CALIBRATION_BATCHES = 1, 3, 4
 WHOLE_RUN = 300
 """Optimizer steps with which the cost of bases is compared."""
 
@@ -100,8 +106,13 @@ def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
             parametrize.register_parametrization(owner, "weight", Contraction(group), unsafe=True)
         optimizer = optimizer_of(model)
     if arm in CONFIGS:
-        OverParameterization(model, CONFIGS[arm]).attach(optimizer)
+        over_parameterize(arm, model, ids).attach(optimizer)
     return step_of(model, optimizer, ids)
+
+
+def over_parameterize(arm: str, model: Any, ids: Tensor) -> OverParameterization:
+    probe = Probe(model, [{"input_ids": ids, "labels": ids}] * CALIBRATION_BATCHES)
+    return OverParameterization(model, CONFIGS[arm], probe=probe)
 
 
 def time_steps(base: nn.Module, ids: Tensor, rounds: int) -> dict[str, dict[int, float]]:
@@ -121,10 +132,12 @@ def time_steps(base: nn.Module, ids: Tensor, rounds: int) -> dict[str, dict[int,
     return {arm: {number: s for number, s in found.items() if number >= 0} for arm, found in seconds.items()}
 
 
-def basis_seconds(base: nn.Module, ids: Tensor) -> dict[str, float]:
-    """Seconds of the first bases of all sites, of a later refresh, and of a calibration on four batches."""
+def basis_seconds(arm: str, base: nn.Module, ids: Tensor) -> dict[str, float]:
+    """Seconds of what the bases of an arm cost beside its steps: each part, and all parts of a run."""
     model, optimizer = add_lora(base)
-    over = OverParameterization(model, CONFIGS["eigen"]).attach(optimizer)
+    made: list[OverParameterization] = []
+    injection = timed(lambda: made.append(over_parameterize(arm, model, ids)), ids.device).whole
+    over = made[0].attach(optimizer)
     step = step_of(model, optimizer, ids)
     for _ in range(2):
         step()
@@ -134,16 +147,23 @@ def basis_seconds(base: nn.Module, ids: Tensor) -> dict[str, float]:
         for follower in followers:
             follower.refresh()
 
-    found = {}
+    found = {"injection, with its calibration": injection}
     for name in ("first bases", "a refresh"):
         for follower in followers:
             follower.seen.fill_(10**6)  # as if the gradients had spanned every block
             follower.due = follower.steps
         found[name] = timed(refresh, ids.device).whole
-    over.detach()
-    config = LoraOverConfig(decomposition="eigen", options={"long": "calibration"})
-    probe = Probe(model, [{"input_ids": ids, "labels": ids}] * 4)
-    return found | {"calibration": timed(lambda: OverParameterization(model, config, probe=probe), ids.device).whole}
+    number = number_of_refreshes()
+    whole = injection + found["first bases"] + (number - 1) * found["a refresh"]
+    return found | {f"all of these, with {number} refreshes": whole}
+
+
+def number_of_refreshes() -> int:
+    """How many refreshes eigen has by default in a whole run."""
+    due, found = Eigen().refresh, 0
+    while due <= WHOLE_RUN:
+        due, found = Eigen().next_refresh(due), found + 1
+    return found
 
 
 def load() -> tuple[nn.Module, Tensor]:
@@ -168,7 +188,7 @@ def measure(rounds: int = 60) -> Iterator[Table]:
     base, ids = load()
     seconds = time_steps(base, ids, rounds)
     yield step_table(seconds, memory)
-    yield basis_table(basis_seconds(base, ids), median(seconds[PLAIN].values()))
+    yield basis_table({arm: basis_seconds(arm, base, ids) for arm in EIGEN}, median(seconds[PLAIN].values()))
 
 
 def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, int]) -> Table:
@@ -179,25 +199,26 @@ def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, 
         title=f"SmolLM2-135M, {BATCH} x {LENGTH} tokens, r = {RANK}, all linear layers",
         caption=f"Paired steps: {steps}. Limit: {LIMIT}.",
     )
-    for column in ("", "median", "step / LoRA [95 %]", "step / limit [95 %]", "peak memory", "/ LoRA"):
+    for column in ("", "median", *(f"step / {peer} [95 %]" for peer in PEERS), "peak memory", "/ LoRA"):
         table.add_column(column, justify="right" if column else "left")
     for arm, found in seconds.items():
         ratios = [
-            median_ratio(list(found.values()), [seconds[peer][number] for number in found]).shown(3)
-            for peer in (PLAIN, LIMIT)
+            median_ratio(list(found.values()), [seconds[peer][number] for number in found]).shown(3) for peer in PEERS
         ]
         used = [f"{memory[arm] / 2**20:.0f} MiB", f"{memory[arm] / memory[PLAIN]:.3f}"] if arm in memory else ["", ""]
         table.add_row(arm, f"{median(found.values()):.3f} s", *ratios, *used)
     return table
 
 
-def basis_table(seconds: Mapping[str, float], plain: float) -> Table:
+def basis_table(seconds: Mapping[str, Mapping[str, float]], plain: float) -> Table:
     """Show what the bases of eigen cost beside whole runs of plain LoRA."""
-    table = Table(box=SIMPLE, title="Bases of eigen, each timed once")
-    for column in ("", "seconds", f"share of {WHOLE_RUN} steps of LoRA"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, taken in seconds.items():
-        table.add_row(name, f"{taken:.2f}", f"{taken / (WHOLE_RUN * plain):.2%}")
+    caption = f"Each part timed once. In brackets, its share of {WHOLE_RUN} steps of LoRA."
+    table = Table("", box=SIMPLE, title="Bases of eigen", caption=caption)
+    for arm in seconds:
+        table.add_column(arm, justify="right")
+    for name in seconds["eigen"]:
+        parts = (found[name] for found in seconds.values())
+        table.add_row(name, *(f"{taken:.2f} s ({taken / (WHOLE_RUN * plain):.2%})" for taken in parts))
     return table
 
 

@@ -29,9 +29,10 @@ class Rule:
     """How bases follow gradients, and AdamW's constants.
 
     Args:
-        short: whether the shorter side (the rows of a square matrix) has a basis, of one block.
+        short: whether the shorter side (the rows of a square matrix) has a basis.
         long: whether the longer side has one.
-        block: largest block of the longer side.
+        block: largest block of the longer side, and of a shorter one above `whole`.
+        whole: largest shorter side that is one block.
         refresh: steps until the first refresh.
         growth: factor from one refresh to the next; 1: every `refresh` steps; None: each basis once.
         decay: share of the running moments that stays.
@@ -41,6 +42,7 @@ class Rule:
     short: bool = True
     long: bool = True
     block: int = 64
+    whole: int = 256
     refresh: int = 1
     growth: float | None = 1.5
     decay: float = 0.95
@@ -106,8 +108,8 @@ class EigenAdamW:
         for name, value in matrices.items():
             m, n = value.shape
             has_rows, has_columns = (rule.short, rule.long) if m <= n else (rule.long, rule.short)
-            rows = Basis.identity(m, m if m <= n else rule.block) if has_rows else None
-            columns = Basis.identity(n, rule.block if m <= n else n) if has_columns else None
+            rows = Basis.identity(m, m if m <= min(n, rule.whole) else rule.block) if has_rows else None
+            columns = Basis.identity(n, n if n < m and n <= rule.whole else rule.block) if has_columns else None
             made[name] = Matrix(value.copy(), rows, columns, np.zeros_like(value), np.zeros_like(value))
         return cls(rule, made, due=rule.refresh)
 

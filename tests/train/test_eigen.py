@@ -16,7 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.overparam import block_bases, eigenbases
-from loraover.overparam.block_bases import turn
+from loraover.overparam.block_bases import Blocks, turn
+from loraover.overparam.decompositions import eigen
+from loraover.overparam.decompositions.eigen import Eigen
 from loraover.overparam.eigenbases import BasisFollower
 
 from oracles.contraction import Array
@@ -163,6 +165,14 @@ def test_a_run_is_the_oracles(case: Case) -> None:
     ours = found(case)
     assert all(np.abs(matrices[-1] - matrices[0]).max() > 1e-2 for matrices in ours.values())
     assert deviation(ours, expected(case)) < TOLERANCE
+
+
+def test_a_shorter_side_that_is_long_is_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Eigen().blocks("rows", 256, 400) == Blocks.of(256, 256)
+    assert Eigen().blocks("rows", 257, 400) == Blocks.of(257, 64)
+    monkeypatch.setattr(eigen, "WHOLE_SHORT_SIDE", 4)
+    case = Case("divided", {"block": 3}, Rule(block=3, whole=4), net={"r": 5})
+    assert deviation(found(case), expected(case)) < TOLERANCE
 
 
 def test_bases_change_what_is_learned() -> None:

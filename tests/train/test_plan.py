@@ -69,6 +69,21 @@ def test_a_plan_counts_what_a_run_trains(
         assert (found.cores, found.optimizer_states) == (held, states)
 
 
+@pytest.mark.process
+def test_a_plan_counts_bases_and_their_moments(
+    bases: dict[str, Path], configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = {"decomposition": "eigen", "options": {"block": 16}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases["llama"], over=over, evaluation={"examples": 0})
+    half = plan(recipe, capsys, "--set", "over.budget={fraction: 0.5}", "--set", "over.schedule=static")
+    found = plan(recipe, capsys, "--model", configs["llama"])
+    assert run(cli, ["train", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    result = read_run(tmp_path / "run")
+    assert found.gauge == 4 * result.gauge_numbers > 0
+    assert found.cores == found.adapter == 4 * result.lora_parameters
+    assert found.gauge / 2 <= half.gauge < found.gauge
+
+
 @pytest.mark.parametrize(("method", "trained"), [("lora", "adapter"), ("full", "weights")])
 def test_a_plan_without_cores_has_the_moments_of_what_is_trained(
     method: str, trained: str, configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

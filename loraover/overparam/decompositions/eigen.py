@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
+from math import ceil
 from typing import Annotated, Literal, final
 
 import torch
@@ -78,6 +79,11 @@ class Eigen(Decomposition):
                 is_followed = self.source(side, m, n) == "gradient"
                 found += blocks.number * blocks.size**2 * (2 if is_followed else 1)
         return found
+
+    def next_refresh(self, step: int) -> int:
+        """The step of the refresh after one at `step`, where there is a growth."""
+        assert self.growth is not None
+        return step + self.refresh if self.growth == 1 else max(step + 1, ceil(step * self.growth))
 
     def source(self, side: Side, m: int, n: int) -> Source:
         """Where the basis of a side of an m x n matrix comes from."""
