@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from loraover.common.errors import DataError
-from loraover.data.formats import Row
 from loraover.data.sources import BUILT_IN
+from loraover.data.turns import later_turn
 from loraover.training.examples import load_examples
 from loraover.training.recipe import Recipe
 
@@ -27,16 +25,10 @@ def check_held_out(recipe: Recipe) -> None:
         return
     data = recipe.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
     held_out = load_examples(recipe.model_copy(update={"data": data}), chat=True).test
-    for number, (one, following) in enumerate(pairwise([] if held_out is None else held_out.rows), 1):
-        if _continues(one, following):
-            raise DataError(
-                f"{recipe.data.test or recipe.data.train}: held-out example {number + 1} is a later turn of the "
-                f"conversation of example {number}. A study chooses rates on one half of the examples and judges on "
-                "the other, so its held-out conversations may have only one turn of the assistant."
-            )
-
-
-def _continues(one: Row, following: Row) -> bool:
-    """Whether an example's prompt begins with all messages of another example."""
-    messages = [*one["prompt"], *one["completion"]]
-    return list(following["prompt"][: len(messages)]) == messages
+    later = None if held_out is None else later_turn(held_out.rows)
+    if later is not None:
+        raise DataError(
+            f"{recipe.data.test or recipe.data.train}: held-out example {later + 1} is a later turn of the "
+            f"conversation of example {later}. A study chooses rates on one half of the examples and judges on "
+            "the other, so its held-out conversations may have only one turn of the assistant."
+        )

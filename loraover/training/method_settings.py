@@ -56,6 +56,12 @@ class FederatedSettings(MethodSettings):
         None, gt=0, allow_inf_nan=False, description="Privacy budget that a run may not exceed; None: no limit."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Delta at which epsilon is stated.")
+    noise_seed: int | None = Field(
+        None,
+        ge=0,
+        description="Seed of the noise and of the draws of rows, with which a run can be repeated; who knows it can "
+        "compute the noise. None: the operating system's random numbers.",
+    )
 
 
 class TensorGuideSettings(MethodSettings):

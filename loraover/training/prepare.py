@@ -94,6 +94,8 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         raise DataError(
             f"{recipe.data.train}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
         )
+    if method is not None:
+        method.check_rows(examples.train.rows)
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
     if examples.shared and examples.test is not None:
         report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")

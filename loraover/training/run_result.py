@@ -40,11 +40,15 @@ class Privacy(BaseModel):
     clients: int = Field(description="Number of clients with disjoint examples.")
     sample_rate: float = Field(description="Probability with which a step draws an example of the smallest client.")
     accountant: str = Field(description="What computed epsilon.")
+    has_noise_seed: bool = Field(
+        False, description="Whether federated.noise_seed gives the noise, so that epsilon presumes a secret seed."
+    )
 
     def __str__(self) -> str:
         if self.epsilon is None:
             return "none: no noise was added"
-        return f"epsilon {self.epsilon:.4g} at delta {self.delta:g}, for one example"
+        found = f"epsilon {self.epsilon:.4g} at delta {self.delta:g}, for one example"
+        return found + (", as long as federated.noise_seed is secret" if self.has_noise_seed else "")
 
 
 class RunResult(BaseModel):

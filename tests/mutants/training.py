@@ -56,6 +56,18 @@ TRAINING = (
         Selection("test_federated.py", "two_clients"),
     ),
     Mutant(
+        "federated-draws-all-rows",
+        "drawn = client.rows[torch.rand(len(client.rows), generator=drawing) < client.rate]",
+        "drawn = client.rows",
+        Selection("test_federated.py", "draws_some_rows"),
+    ),
+    Mutant(
+        "federated-noise-from-the-recipe",
+        "np.random.SeedSequence(self.settings.noise_seed)",
+        "np.random.SeedSequence(self.settings.noise_seed or 0)",
+        Selection("test_federated.py", "comes_from_the_system"),
+    ),
+    Mutant(
         "federated-rows-of-many-tokens-weigh-more",
         "return nats.view_as(labels).sum(1) / (labels != -100).sum(1).clamp_min(1)",
         "return nats.view_as(labels).sum(1)",

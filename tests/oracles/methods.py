@@ -45,11 +45,22 @@ def clipped_mean(gradients: Sequence[Sequence[Matrix]], clip: float) -> list[Mat
     return [t / len(gradients) for t in total]
 
 
-def gaussian_epsilon(noise_multiplier: float, steps: int, delta: float, orders: Sequence[float]) -> float:
-    """Epsilon of the Gaussian mechanism without sampling: its Renyi divergence, converted by Balle et al. 2020."""
+def gaussian_epsilon(noise: float, rate: float, steps: int, delta: float, orders: Sequence[float]) -> float:
+    """Epsilon of the sampled Gaussian mechanism: Renyi divergences as sums on a grid, converted by Balle et al. 2020.
+
+    Args:
+        noise: Standard deviation as a multiple of the largest norm.
+        rate: Probability with which a step draws a row.
+        steps: Number of steps.
+        delta: Delta of the guarantee.
+        orders: Orders of the divergences, of which the best counts.
+    """
+    x, width = np.linspace(-20 * noise, max(orders) + 20 * noise, 200_001, retstep=True)
+    log_density = -((x / noise) ** 2) / 2 - np.log(noise * np.sqrt(2 * np.pi))
+    log_ratio = np.logaddexp(np.log1p(-rate) if rate < 1 else -np.inf, np.log(rate) + (2 * x - 1) / (2 * noise**2))
     found = np.inf
     for order in orders:
-        divergence = steps * order / (2 * noise_multiplier**2)
+        divergence = steps * (np.logaddexp.reduce(log_density + order * log_ratio) + np.log(width)) / (order - 1)
         epsilon = divergence + np.log1p(-1 / order) - (np.log(delta) + np.log(order)) / (order - 1)
         found = min(found, epsilon)
     return float(found)

@@ -69,6 +69,7 @@ PINNED: dict[str, dict[str, Any]] = {
         "noise_multiplier": 1.0,
         "epsilon": None,
         "delta": 1e-05,
+        "noise_seed": None,
     },
     "TensorGuideSettings": {"tt_rank": 8, "cores": 4, "input_seed": None},
     "Training": {

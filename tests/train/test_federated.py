@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Trainer
 
 import loraover
 from loraover.common.errors import ConfigError
@@ -23,7 +23,8 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run_result import Privacy, RunResult
 
 from oracles.methods import clipped_mean, gaussian_epsilon
-from support.tiny_hub import write_recipe
+from support.tiny_hub import save_llama, tiny_tokenizer, write_recipe
+from support.tiny_models import VOCABULARY
 
 pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 
@@ -58,9 +59,10 @@ def matrices(output: Path, name: str) -> dict[str, Tensor]:
     return {key: value for key, value in tensors.items() if f"lora_{name}" in key}
 
 
-def test_two_clients_without_noise_are_clipped_steps_and_an_average(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("local_steps", [1, 2])
+def test_two_clients_without_noise_are_clipped_steps_and_averages(local_steps: int, base: Path, tmp_path: Path) -> None:
     clip, rate, steps, rows = 0.21, 0.5, 2, 7
-    recipe = make(tmp_path / "r.yaml", base, clients=2, local_steps=steps, clip=clip, noise_multiplier=0)
+    recipe = make(tmp_path / "r.yaml", base, clients=2, local_steps=local_steps, clip=clip, noise_multiplier=0)
     result, trainer = train(
         recipe,
         tmp_path / "out",
@@ -77,13 +79,15 @@ def test_two_clients_without_noise_are_clipped_steps_and_an_average(base: Path, 
     names = list(matrices(tmp_path / "out", "B"))
     norms: list[float] = []
     average = [np.zeros(tuple(b.shape)) for b in matrices(tmp_path / "out", "B").values()]
-    for client in (order[::2], order[1::2]):
-        values = [np.zeros_like(total) for total in average]
-        for _ in range(steps):
-            gradients = [row_gradient(model, names, values, loader, row) for row in client]
-            norms += [math.sqrt(sum(float((g**2).sum()) for g in row)) for row in gradients]
-            values = [v - rate * g for v, g in zip(values, clipped_mean(gradients, clip), strict=True)]
-        average = [total + v * len(client) / rows for total, v in zip(average, values, strict=True)]
+    for _ in range(steps // local_steps):
+        shared, average = average, [np.zeros_like(total) for total in average]
+        for client in (order[::2], order[1::2]):
+            values = shared
+            for _ in range(local_steps):
+                gradients = [row_gradient(model, names, values, loader, row) for row in client]
+                norms += [math.sqrt(sum(float((g**2).sum()) for g in row)) for row in gradients]
+                values = [v - rate * g for v, g in zip(values, clipped_mean(gradients, clip), strict=True)]
+            average = [total + v * len(client) / rows for total, v in zip(average, values, strict=True)]
     assert min(norms) < clip < max(norms)
     for found, expected in zip(matrices(tmp_path / "out", "B").values(), average, strict=True):
         np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=2e-6)
@@ -112,9 +116,20 @@ def row_gradient(model: Any, names: list[str], values: list[Any], loader: Any, r
     return [g.numpy() for g in torch.autograd.grad(loss, mine)]
 
 
-def test_every_step_adds_noise_of_the_stated_size(base: Path, tmp_path: Path) -> None:
+def test_every_step_draws_some_rows_and_adds_noise_of_the_stated_size(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gradients are clipped to almost nothing, and the noise multiplier is so large that B is the noise."""
-    recipe = make(tmp_path / "r.yaml", base, clients=1, clip=1e-3, noise_multiplier=1e4)
+    drawn: list[int] = []
+
+    def watched(self: Federated, *rest: Any) -> list[float]:
+        losses = step(self, *rest)
+        drawn.append(len(losses))
+        return losses
+
+    step = Federated._step
+    monkeypatch.setattr(Federated, "_step", watched)
+    recipe = make(tmp_path / "r.yaml", base, clients=1, clip=1e-3, noise_multiplier=1e4, noise_seed=0)
     train(
         recipe,
         tmp_path / "out",
@@ -123,8 +138,12 @@ def test_every_step_adds_noise_of_the_stated_size(base: Path, tmp_path: Path) ->
         training__lr_scheduler_type="constant",
         training__max_steps=9,
         training__per_device_train_batch_size=1,
-        training__gradient_accumulation_steps=2,  # two of 20 rows on average: some steps draw none, some several
+        training__gradient_accumulation_steps=2,  # two of 20 rows on average
     )
+    assert len(drawn) == 9
+    assert min(drawn) == 0
+    assert max(drawn) > 2
+    assert sum(drawn) == pytest.approx(18, abs=3 * math.sqrt(9 * 20 * 0.1 * 0.9))
     noise = torch.cat([b.flatten() for b in matrices(tmp_path / "out", "B").values()])
     assert float(noise.std()) == pytest.approx(10 / 2 * 3, rel=0.05)  # sigma C / batch, nine times
     assert abs(float(noise.mean())) < 1
@@ -151,22 +170,31 @@ def test_clients_train_and_the_run_says_what_it_has_spent(base: Path, tmp_path: 
     assert any(b.any() for b in matrices(tmp_path / "out", "B").values())
 
 
-def test_the_same_seed_gives_the_same_bits(base: Path, tmp_path: Path) -> None:
+def test_noise_comes_from_the_system_unless_a_seed_is_given(base: Path, tmp_path: Path) -> None:
     recipe = make(tmp_path / "r.yaml", base, clients=2)
-    for name in ("one", "two"):
-        train(recipe, tmp_path / name, training__max_steps=2)
-    one, two = (matrices(tmp_path / name, "B") for name in ("one", "two"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    seeds = {"one": 3, "two": 3, "secret": None, "again": None}
+    ran = {
+        name: train(recipe, tmp_path / name, training__max_steps=2, federated__noise_seed=seed)[0]
+        for name, seed in seeds.items()
+    }
+    first = {name: next(iter(matrices(tmp_path / name, "B").values())) for name in ran}
+    assert torch.equal(first["one"], first["two"])
+    assert not any(torch.equal(first["one"], first[name]) for name in ("secret", "again"))
+    assert not torch.equal(first["secret"], first["again"])
+    assert "as long as federated.noise_seed is secret" in ran["one"].facts()["differential privacy"]
+    assert "secret" not in ran["secret"].facts()["differential privacy"]
 
 
-@pytest.mark.parametrize("steps", [1, 20])
-def test_epsilon_without_sampling_is_that_of_the_gaussian_mechanism(steps: int) -> None:
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps"), [(2.0, 1.0, 1), (2.0, 1.0, 20), (1.0, 0.4, 20), (0.45, 2 / 494, 100)]
+)
+def test_epsilon_is_that_of_the_sampled_gaussian_mechanism(noise: float, rate: float, steps: int) -> None:
     from opacus.accountants import RDPAccountant
 
-    expected = gaussian_epsilon(2.0, steps, 1e-5, RDPAccountant.DEFAULT_ALPHAS)
-    assert epsilon_of(2.0, 1.0, steps, 1e-5) == pytest.approx(expected, rel=1e-9)
-    assert epsilon_of(0.0, 1.0, steps, 1e-5) == math.inf
-    assert epsilon_of(2.0, 1.0, 0, 1e-5) == 0
+    expected = gaussian_epsilon(noise, rate, steps, 1e-5, RDPAccountant.DEFAULT_ALPHAS)
+    assert epsilon_of(noise, rate, steps, 1e-5) == pytest.approx(expected, rel=1e-6)
+    assert epsilon_of(0.0, rate, steps, 1e-5) == math.inf
+    assert epsilon_of(noise, rate, 0, 1e-5) == 0
 
 
 def test_a_budget_that_the_run_would_exceed_is_refused_with_the_steps_that_fit(base: Path, tmp_path: Path) -> None:
@@ -181,6 +209,10 @@ def test_a_budget_that_the_run_would_exceed_is_refused_with_the_steps_that_fit(b
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "clients without rows": ({"federated.clients": 21}, "clients is 21, and there are 20 training examples"),
     "a budget without noise": ({"federated.noise_multiplier": 0, "federated.epsilon": 1}, "spend inf .* 0 steps would"),
+    "a guarantee that allows everything": (
+        {"federated.delta": 0.05},
+        "delta is 0.05, and there are 20 training examples",
+    ),
     "half precision": ({"training.precision": "bf16"}, "training.precision fp32"),
     "another optimizer": ({"training.optim": "adafactor"}, "takes training.optim adamw_torch_fused, adamw_torch, sgd"),
     "LoRA+": ({"training.loraplus_lr_ratio": 4}, "without LoRA+"),
@@ -199,6 +231,36 @@ def test_what_federated_cannot_train_is_refused(
     with pytest.raises(ConfigError, match=message):
         loraover.train(make(tmp_path / "r.yaml", base, clients=2), tmp_path / "out", overrides=changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_turns_of_one_conversation_are_refused(base: Path, tmp_path: Path) -> None:
+    said = ["how many?", "two", "and then?", "four"]
+    messages = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (messages[:2], messages)))
+    chat = save_llama(tmp_path / "chat", chat=True)
+    with pytest.raises(ConfigError, match=r"example 3 is a later turn of the conversation of example 2"):
+        train(
+            make(tmp_path / "r.yaml", chat, clients=2),
+            tmp_path / "out",
+            data={"train": str(rows)},
+            evaluation__examples=0,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_whose_inputs_are_no_rows_is_refused(tmp_path: Path) -> None:
+    """OPT gives all tokens of a batch to its feed-forward layers as if each were a row."""
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=VOCABULARY, num_attention_heads=2, max_position_embeddings=256, **sizes)
+    base = tmp_path / "opt"
+    OPTForCausalLM(config).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    recipe = make(tmp_path / "r.yaml", base, clients=2)
+    with pytest.raises(ConfigError, match=r"lora.target_modules: .*fc1.* gradients for \d+ rows"):
+        train(recipe, tmp_path / "out", lora__target_modules=["fc1"], training__max_steps=2)
+    result, _ = train(recipe, tmp_path / "other", lora__target_modules=["q_proj"], training__max_steps=2)
+    assert result.steps == 2
 
 
 def test_an_encoder_decoder_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from loraover.common.errors import ConfigError
+from loraover.data.formats import Row
 from loraover.overparam.sites import lora_layers
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe
@@ -37,7 +38,7 @@ class Pair(NamedTuple):
 class Method(ABC):
     """A method of training, made for one run.
 
-    A run calls `lora_options`, `start`, `check`, `train` (or `restore`) and `finish`, in this order.
+    A run calls `check_rows`, `lora_options`, `start`, `check`, `train` (or `restore`) and `finish`, in this order.
 
     Args:
         recipe: The recipe of the run.
@@ -80,6 +81,16 @@ class Method(ABC):
     def callbacks(self) -> list[TrainerCallback]:
         """Return callbacks for the Trainer, which come before the one that seals checkpoints."""
         return []
+
+    def check_rows(self, rows: Sequence[Row]) -> None:  # noqa: B027, most methods need nothing
+        """Check the training rows, before the model is loaded.
+
+        Args:
+            rows: Prompts and completions.
+
+        Raises:
+            ConfigError: rows that the method cannot take.
+        """
 
     def check(self, steps: int, examples: int) -> None:  # noqa: B027, most methods need nothing
         """Check the settings against the size of the run, before its first step.

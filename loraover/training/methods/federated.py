@@ -12,10 +12,12 @@ which averages of A and B separately would not be. The result is a plain LoRA of
 Opacus computes the gradients of single rows, clips them and adds the noise, and its RDP accountant states epsilon for
 the given delta: for one row of one client, against someone who sees the averages of all rounds and every other row.
 Rows are disjoint, so a row is touched by its client's steps only, and the run's epsilon is that of the client with the
-fewest rows. A row's loss is the mean over its tokens, so that no row's gradient depends on another row.
+fewest rows. A row's loss is the mean over its tokens, so that no row's gradient depends on another row. Epsilon
+compares a run with one in which a row has no gradient: how many rows there are counts as known.
 
-The guarantee covers B only. It does not cover the losses in the log and in `run.json`. It also presumes that the seed
-is secret: `recipe.yaml` holds it, and PyTorch's generator, which draws the noise, is not made for cryptography.
+The guarantee covers B only. It does not cover the losses in the log and in `run.json`. The seeds of the noise and of
+the draws come from the operating system, but PyTorch's generator, which draws the noise, is not made for cryptography:
+on a CPU its seed has 32 bits, all of which can be tried.
 
 Source: Kang et al. 2024, arXiv:2411.07806. The abstract and an overview (objective, clients, only one of the two
 matrices updated) were read. The paper's equations and its theorem on epsilon were not, and no public code was found.
@@ -31,11 +33,13 @@ AdamW, or SGD if `training.optim` is sgd.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
@@ -44,6 +48,8 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, get_scheduler
 
 from loraover.common.errors import ConfigError
+from loraover.data.formats import Row
+from loraover.data.turns import later_turn
 from loraover.overparam.sites import lora_layers
 from loraover.reporting.reporter import Reporter
 from loraover.training.methods.base import ADAPTER, Method, make_optimizer
@@ -92,12 +98,26 @@ class Federated(Method):
                 )
             layer.lora_A[ADAPTER].weight.requires_grad_(False)
 
+    def check_rows(self, rows: Sequence[Row]) -> None:
+        later = later_turn(rows)
+        if later is not None:
+            raise ConfigError(
+                f"{self.recipe.data.train}: example {later + 1} is a later turn of the conversation of example "
+                f"{later}. federated states epsilon for one example, so a conversation may have only one turn of the "
+                "assistant."
+            )
+
     def check(self, steps: int, examples: int) -> None:
         asked = self.settings
         if asked.clients > examples:
             raise ConfigError(
                 f"federated.clients is {asked.clients}, and there are {examples} training examples, so some clients "
                 "would have no rows; lower it."
+            )
+        if asked.noise_multiplier and asked.delta * examples >= 1:
+            raise ConfigError(
+                f"federated.delta is {asked.delta:g}, and there are {examples} training examples. Such a guarantee "
+                f"would allow one of them to be published as it is; set delta well below {1 / examples:.2g}."
             )
         if asked.epsilon is None:
             return
@@ -119,8 +139,10 @@ class Federated(Method):
         model = trainer.model.train()
         wrapped = GradSampleModule(model, loss_reduction="sum")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        clients = self._make_clients(trained, len(loader.dataset))
-        drawing = torch.Generator().manual_seed(self.recipe.training.seed)
+        seeds = np.random.SeedSequence(self.settings.noise_seed).generate_state(2, np.uint64).tolist()
+        drawing = torch.Generator().manual_seed(seeds[0])
+        noise = torch.Generator(trained[0].device).manual_seed(seeds[1])
+        clients = self._make_clients(trained, len(loader.dataset), noise)
         rates = _learning_rates(trainer, steps)
         losses: list[float] = []
         with warnings.catch_warnings():
@@ -148,13 +170,11 @@ class Federated(Method):
     def _rate(self, rows: int) -> float:
         return min(1.0, self.batch / rows)
 
-    def _make_clients(self, trained: list[torch.nn.Parameter], examples: int) -> list[Client]:
+    def _make_clients(self, trained: list[torch.nn.Parameter], examples: int, noise: torch.Generator) -> list[Client]:
         """Divide the rows at random, in numbers that differ by one at most."""
         from opacus.optimizers import DPOptimizer
 
-        seed = self.recipe.training.seed
-        order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
-        noise = torch.Generator(trained[0].device).manual_seed(seed + 1)
+        order = torch.randperm(examples, generator=torch.Generator().manual_seed(self.recipe.training.seed))
         clients = []
         for k in range(self.settings.clients):
             rows = order[k :: self.settings.clients]
@@ -184,6 +204,7 @@ class Federated(Method):
                 batch = loader.collate_fn([loader.dataset[i] for i in piece.tolist()])
                 each = row_losses(wrapped, send_to_device(batch, optimizer.params[0].device))
                 torch.autograd.backward(each.sum())
+                _check_single_rows(wrapped, len(piece))
                 losses += each.tolist()
             else:  # a step without rows still adds its noise
                 for b in optimizer.params:
@@ -230,6 +251,7 @@ class Federated(Method):
             clients=asked.clients,
             sample_rate=rate,
             accountant=self._accountant,
+            has_noise_seed=asked.noise_seed is not None,
         )
 
 
@@ -239,6 +261,18 @@ def row_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1].float()
     nats = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return nats.view_as(labels).sum(1) / (labels != -100).sum(1).clamp_min(1)
+
+
+def _check_single_rows(wrapped: Any, rows: int) -> None:
+    """Raise ConfigError if what would be clipped are not the gradients of single rows."""
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and (parameter.grad_sample is None or len(parameter.grad_sample) != rows):
+            found = 0 if parameter.grad_sample is None else len(parameter.grad_sample)
+            raise ConfigError(
+                f"lora.target_modules: {name.removeprefix('_module.')} has {found} gradients for {rows} rows. The "
+                "model does not give this module its inputs by rows, so federated cannot clip the gradients of single "
+                "rows; leave the module out."
+            )
 
 
 def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
