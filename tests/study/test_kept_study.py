@@ -1,40 +1,70 @@
-"""The study that `docs/study/` reports is what its kept runs say."""
+"""The studies that `docs/study/` reports are what their kept runs say."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from loraover.study.grid import make_grid
-from loraover.study.report import StudyReport
-from loraover.study.runner import DEFAULTS, finished, make_report
+from loraover.study.report import StudyReport, TaskResult
+from loraover.study.runner import finished, make_report
+
+from support.planned import planned
 
 DOCS = Path(__file__).parents[2] / "docs" / "study"
-RATES = {"gsm8k": (1e-3, 3e-3, 1e-2), "qnli": (3e-4, 1e-3, 3e-3), "subj": (1e-3, 3e-3, 1e-2)}
-SEEDS = 5
+FOLDERS = {"study": "smollm2", "study-gauge": "gauge"}
 
 
-def test_the_kept_report_is_that_of_the_kept_runs() -> None:
-    recipes = [str(DOCS / f"{task}.yaml") for task in RATES]
-    grid = make_grid(recipes, {"lora": (), "lora-over": ()}, SEEDS, dict(DEFAULTS), RATES)
-    report = make_report(grid, finished(grid, DOCS / "smollm2"), "")
-    kept = StudyReport.model_validate_json((DOCS / "smollm2" / "study.json").read_text())
+def kept(folder: str) -> StudyReport:
+    return StudyReport.model_validate_json((DOCS / folder / "study.json").read_text())
+
+
+def percent(task: TaskResult) -> list[float]:
+    """Difference of the last method to the baseline, and the ends of its interval, in per cent of the baseline."""
+    difference = task.methods[-1].difference
+    (baseline,) = (one.test_loss for one in task.methods if one.method == task.baseline)
+    assert difference is not None
+    return [100 * value / baseline for value in (difference.mean, *difference.interval)]
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", FOLDERS)
+def test_the_kept_report_is_that_of_the_kept_runs(target: str) -> None:
+    grid, tuning_seeds = planned(target)
+    report = make_report(grid, finished(grid, DOCS / FOLDERS[target]), "", tuning_seeds or None)
     assert report.is_whole
-    for task, kept_task in zip(report.tasks, kept.tasks, strict=True):
-        for result, known in zip(task.methods, kept_task.methods, strict=True):
+    for task, known_task in zip(report.tasks, kept(FOLDERS[target]).tasks, strict=True):
+        assert task.baseline == known_task.baseline
+        for result, known in zip(task.methods, known_task.methods, strict=True):
             assert (result.method, result.rate) == (known.method, known.rate)
             assert result.test_loss == pytest.approx(known.test_loss)
             if result.difference is not None and known.difference is not None:
                 assert result.difference.interval == pytest.approx(known.difference.interval)
 
 
-def test_the_docs_quote_it() -> None:
+def test_the_docs_quote_the_study_of_mpo() -> None:
     quoted = (DOCS / "README.md").read_text()
-    kept = StudyReport.model_validate_json((DOCS / "smollm2" / "study.json").read_text())
-    for task in kept.tasks:
+    for task in kept("smollm2").tasks:
         for result in task.methods:
             assert f"{result.test_loss:.4f} ({result.deviation:.4f})" in quoted
             if result.difference is not None:
                 low, high = result.difference.interval
                 assert f"{result.difference.mean:+.4f} [{low:+.4f}, {high:+.4f}]" in quoted
+
+
+def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
+    quoted, readme = ((DOCS / name).read_text() for name in ("gauge.md", "../../README.md"))
+    for task in kept("gauge").tasks:
+        mean, low, high = percent(task)
+        row = f"{mean:+.1f} % | {_rounded(low)} to {_rounded(high)} %"
+        assert f"| {row} |" in quoted
+        losses = " | ".join(f"{result.test_loss:.4f}" for result in task.methods)
+        assert f"| {losses} | {row} |" in readme
+        for result in task.methods:
+            assert f"{result.test_loss:.4f} ({result.deviation:.4f})" in quoted.replace("**", "")
+
+
+def _rounded(value: float) -> str:
+    return f"{value:+.1f}" if abs(value) < 10 else f"{value:+.0f}"

@@ -1,0 +1,45 @@
+"""The studies that the Makefile plans, without running them."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover.study.grid import Run, make_grid
+from loraover.study.request import StudyRequest
+from loraover.study.runner import DEFAULTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@cache
+def planned(target: str) -> tuple[list[Run], int]:
+    """All runs that a target of the Makefile asks for, and the number of its tuning seeds, 0 for all."""
+    dry = ["make", "--dry-run", "--no-print-directory", target]
+    printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (line,) = [line for line in printed.replace("\\\n", " ").splitlines() if "loraover study" in line]
+    asked = Mock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loraover.study.runner.run_study", asked)
+        patch.setattr("loraover.study.show.show_study", Mock())
+        patch.chdir(ROOT)
+        assert run(cli, shlex.split(line)[1:]) == 0
+        options: Any = asked.call_args.kwargs
+        fields = {"seeds", "settings", "tuning_seeds", "rulers"}
+        request = StudyRequest(
+            asked.call_args.args[0],
+            tuple(options["methods"]),
+            options["lr_sweep"],
+            **{name: value for name, value in options.items() if name in fields},
+        )
+        shared = DEFAULTS | dict(request.settings)
+        runs = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates)
+    return runs, request.tuning_seeds or 0
