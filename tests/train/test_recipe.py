@@ -175,6 +175,11 @@ def test_a_constant_rate_has_no_warmup(warmup: dict[str, float], write: Write) -
     load_recipe(write(changed(training=training | {"lr_scheduler_type": "constant_with_warmup"})))
 
 
+def test_only_a_cosine_ends_at_a_share_of_its_peak(write: Write) -> None:
+    training = {"max_steps": 3, "lr_scheduler_type": "linear", "min_lr_rate": 0.1}
+    assert "min_lr_rate belongs to lr_scheduler_type cosine, not to linear" in fault(write(changed(training=training)))
+
+
 class BegunError(Exception):
     """A training that has begun; its argument is the number of steps that the trainer counted."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -15,6 +16,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 
+import loraover
 import loraover_export.cli
 from loraover import read_checkpoint
 from loraover.cli import cli
@@ -101,6 +103,14 @@ def test_the_result_counts_parameters(done: Trained) -> None:
     }
     added = sum(tensor.numel() for tensor in cores.values()) - done.result.lora_parameters
     assert done.result.added_parameters == added > 0
+
+
+def test_the_rate_falls_along_a_cosine_to_a_share_of_its_peak(recipe: Path, tmp_path: Path) -> None:
+    asked = {"learning_rate": 1e-3, "min_lr_rate": 0.1, "max_steps": 4, "logging_steps": 1}
+    loraover.train(recipe, tmp_path / "out", overrides={f"training.{key}": value for key, value in asked.items()})
+    found = [row["learning_rate"] for row in metrics(tmp_path / "out") if "loss" in row]
+    expected = [1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 4)) / 2) for step in range(4)]
+    assert found == pytest.approx(expected)
 
 
 def test_every_step_is_in_the_metrics(done: Trained) -> None:

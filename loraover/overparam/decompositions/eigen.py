@@ -29,7 +29,8 @@ class Eigen(Decomposition):
     The optimizer steps the centre core Z, of M's shape. With U and V from the eigenvectors of E[G G^T] and E[G^T G],
     where G = dL/dM, Adam's scaling of single elements of Z is SOAP's preconditioning of M, block-diagonal on the longer
     side; with V from the covariance of a layer's inputs or of its output's gradients, measured before the first step,
-    it is K-FAC's eigenbasis. It adds no trained number: what it changes are the axes that Adam scales.
+    it is K-FAC's eigenbasis. What it changes are the axes that Adam scales. It adds no trained number, unless
+    `train_auxiliary` is set.
 
     A basis is kept as (count * size, size), its blocks below one another. A shorter side of at most 256 is one block.
 
@@ -43,7 +44,8 @@ class Eigen(Decomposition):
         decay: Share of the running mean of second moments that stays at each step.
         second_moments: What happens to the optimizer's squared gradients at a later refresh: "kept" as they are, or
             "carried" by the squares of the rotation. The first refresh always carries them.
-        train_auxiliary: Let the optimizer step U and V too, from where calibration has put them.
+        train_auxiliary: Let the optimizer step U and V too, from where calibration has put them; they do not stay
+            orthogonal.
     Source: Vyas et al. 2024 (SOAP), arXiv:2409.11321, algorithm 3; George et al. 2018 (EKFAC), arXiv:1806.03884.
     """
 
