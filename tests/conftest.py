@@ -44,6 +44,7 @@ TOGETHER = {
         (
             "test_converted.py",
             "test_engine_forms.py",
+            "test_methods_served.py",
             "test_parity_several.py",
             "test_parity_vllm.py",
             "test_verify_vllm.py",

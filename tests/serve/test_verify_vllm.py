@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from loraover_serve import EngineResult, verify_adapter
-from loraover_serve.verify.faults import LEAKS
 
 from support.agreement import PROMPTS
 from support.serving import Served
 from support.verified import save_adapter, save_base
-from support.vllm_command import leaks_in_mixed_batches, vllm_command
+from support.vllm_command import assert_as_trained, vllm_command
 
 pytestmark = pytest.mark.engine
 
@@ -25,20 +24,6 @@ def verify(served: Served, adapter: Path, name: str, **options: Any) -> EngineRe
     (found,) = report.engines
     print(f"\n{name}: {found.verdict}: {found.reason}")
     return found
-
-
-def assert_as_trained(found: EngineResult) -> None:
-    """The adapter is as trained; vLLM before 0.33 has a fault in mixed batches on a CPU, which is named if it shows.
-
-    Whether requests share a batch is the server's choice. The cells of test_engine_forms.py expect the fault.
-    """
-    assert found.adapter is not None
-    assert found.allowed is not None
-    assert found.mixed is not None
-    allowed = {("as trained", None)} | ({("differs", LEAKS)} if leaks_in_mixed_batches() else set())
-    assert (found.verdict, found.fault) in allowed, found.reason
-    assert found.adapter.rms <= found.allowed
-    assert found.mixed.adapter.rms <= found.allowed
 
 
 def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
