@@ -188,7 +188,7 @@ study-gauge-options:
 study-gauge-steps:
 	$(call adopt,gauge,gauge-steps,*,0123)
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN):training.max_steps=80" $(GAUGE) $(LOWER) \
-		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=1.9e-4,3.75e-4,7.5e-4" --seeds 4 -o docs/study/gauge-steps
+		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=9.4e-5,1.9e-4,3.75e-4,7.5e-4" --seeds 4 -o docs/study/gauge-steps
 
 study-gauge-long:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \

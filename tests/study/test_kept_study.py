@@ -7,25 +7,29 @@ from pathlib import Path
 
 import pytest
 
+from loraover.study.analysis import Difference
 from loraover.study.report import StudyReport, TaskResult
 from loraover.study.runner import finished, make_report
 
 from support.planned import planned
 
 DOCS = Path(__file__).parents[2] / "docs" / "study"
-FOLDERS = {"study": "smollm2", "study-gauge": "gauge"}
+FOLDERS = {"study": "smollm2", "study-gauge": "gauge", "study-papers": "papers"}
 
 
 def kept(folder: str) -> StudyReport:
     return StudyReport.model_validate_json((DOCS / folder / "study.json").read_text())
 
 
-def percent(task: TaskResult) -> list[float]:
-    """Difference of the last method to the baseline, and the ends of its interval, in per cent of the baseline."""
-    difference = task.methods[-1].difference
+def shown(task: TaskResult, difference: Difference) -> str:
+    """A difference to the baseline and its interval, in per cent of the baseline."""
     (baseline,) = (one.test_loss for one in task.methods if one.method == task.baseline)
-    assert difference is not None
-    return [100 * value / baseline for value in (difference.mean, *difference.interval)]
+    mean, low, high = (_rounded(100 * value / baseline) for value in (difference.mean, *difference.interval))
+    return f"{mean} % | {low} to {high} %"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:+.1f}" if abs(value) < 10 else f"{value:+.0f}"
 
 
 @pytest.mark.process
@@ -57,8 +61,9 @@ def test_the_docs_quote_the_study_of_mpo() -> None:
 def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
     quoted, readme = ((DOCS / name).read_text() for name in ("gauge.md", "../../README.md"))
     for task in kept("gauge").tasks:
-        mean, low, high = percent(task)
-        row = f"{mean:+.1f} % | {_rounded(low)} to {_rounded(high)} %"
+        difference = task.methods[-1].difference
+        assert difference is not None
+        row = shown(task, difference)
         assert f"| {row} |" in quoted
         losses = " | ".join(f"{result.test_loss:.4f}" for result in task.methods)
         assert f"| {losses} | {row} |" in readme
@@ -66,5 +71,12 @@ def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
             assert f"{result.test_loss:.4f} ({result.deviation:.4f})" in quoted.replace("**", "")
 
 
-def _rounded(value: float) -> str:
-    return f"{value:+.1f}" if abs(value) < 10 else f"{value:+.0f}"
+def test_the_docs_quote_the_study_of_other_methods() -> None:
+    quoted = (DOCS / "papers.md").read_text()
+    (task,) = kept("papers").tasks
+    for result in task.methods:
+        difference = result.difference
+        beside = "| |" if difference is None else f"{shown(task, difference)} | {difference.p:.2g}"
+        assert result.served_bytes is not None
+        numbers = f"{result.trained_parameters:,} | {result.served_rank} | {result.served_bytes / 1e6:.1f} |"
+        assert f"| {result.test_loss:.4f} ({result.deviation:.4f}) | {beside} | {numbers}" in quoted
