@@ -38,7 +38,7 @@ class Plan(BaseModel):
     adapter: int = Field(description="Bytes of A and B.")
     cores: int = Field(description="Largest number of bytes of the cores: all that the schedule can inject.")
     gauge: int = Field(description="Largest number of bytes of bases that are not trained, and of their moments.")
-    gradients: int = Field(description="Bytes of the gradients of everything trained: A and B with their cores.")
+    gradients: int = Field(description="Bytes of the gradients of everything trained, of single rows too.")
     optimizer_states: int = Field(description="Bytes of AdamW's two moments, in the type of their parameters.")
     activations: int | None = Field(
         description="Estimated bytes of activations, see `ASSUMPTION`; None: they depend on the values."
@@ -104,7 +104,12 @@ def make_plan(recipe: Recipe) -> Plan:
         with torch.device("meta"):
             method = make_method(recipe, is_seq2seq=is_seq2seq)
             model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source, method)
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
+    adapter = trained = _bytes(p for p in model.parameters() if p.requires_grad)
+    clients = rows = 1
+    if method is not None and recipe.method == "federated":
+        method.start(model)  # freezes A
+        trained = _bytes(p for p in model.parameters() if p.requires_grad)
+        clients, rows = recipe.federated.clients, 1 + training.per_device_train_batch_size
     cores = added = gauge = 0
     if recipe.method == "lora-over":
         schedule = Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
@@ -113,7 +118,6 @@ def make_plan(recipe: Recipe) -> Plan:
     elif method is not None and (cores := method.count_cores(model)):
         added = cores - trained // CORE_BYTES
     batch = training.per_device_train_batch_size
-    clients = recipe.federated.clients if recipe.method == "federated" else 1
     seen = steps * batch * training.gradient_accumulation_steps * clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
@@ -121,10 +125,10 @@ def make_plan(recipe: Recipe) -> Plan:
         model=source.origin,
         method=recipe.method,
         weights=weights,
-        adapter=0 if recipe.method == "full" else trained,
+        adapter=0 if recipe.method == "full" else adapter,
         cores=cores * CORE_BYTES,
         gauge=gauge * CORE_BYTES,
-        gradients=trained + cores * CORE_BYTES,
+        gradients=rows * trained + cores * CORE_BYTES,
         optimizer_states=2 * (trained + added * CORE_BYTES) * clients,
         activations=_activations(model, recipe),
         steps=steps,

@@ -24,7 +24,7 @@ from loraover.training.run_result import Privacy, RunResult
 
 from oracles.methods import clipped_mean, gaussian_epsilon
 from support.tiny_hub import save_llama, tiny_tokenizer, write_recipe
-from support.tiny_models import VOCABULARY
+from support.tiny_models import VOCABULARY, lora_matrices, tiny_llama, with_lora
 
 pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 
@@ -283,6 +283,10 @@ def test_a_plan_counts_the_rows_and_moments_of_all_clients(base: Path, tmp_path:
     plans = [make_plan(load_recipe(make(tmp_path / "r.yaml", base, clients=clients))) for clients in (1, 3)]
     assert [plan.examples for plan in plans] == [16, 48]
     assert plans[1].optimizer_states == 3 * plans[0].optimizer_states
+    matrices = lora_matrices(with_lora(tiny_llama(), r=4, target_modules="all-linear"))
+    trained = 4 * sum(matrix.numel() for name, matrix in matrices.items() if "lora_B" in name)
+    assert plans[0].optimizer_states == 2 * trained
+    assert plans[0].gradients == 5 * trained  # of a sum and of each of 4 rows
 
 
 def test_opacus_that_is_missing_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
