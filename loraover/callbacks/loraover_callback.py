@@ -18,7 +18,9 @@ from loraover.checkpoint.resume import restore
 from loraover.checkpoint.write_checkpoint import write_checkpoint
 from loraover.common.errors import CheckpointError
 from loraover.overparam.config import LoraOverConfig
+from loraover.overparam.eigenbases import with_measured_bases
 from loraover.overparam.importance.base import Loss, Probe, model_loss
+from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.random_state import seeded
 from loraover.overparam.schedule import runs_model
@@ -81,6 +83,7 @@ class LoraOverCallback(TrainerCallback):
         only_adapter(find_sites(model).values())
         if self.over is not None:
             self.over.detach()  # an interrupted run has left it attached, and the Trainer has kept the optimizer
+        self.config = with_measured_bases(self.config, ordinary_optimizer(optimizer))
         config = self._seeded(args.seed)
         probe = None
         if runs_model(config):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loraover.overparam.block_bases import Blocks, Side, eigenvectors, next_eigenvectors, turn
+from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup, full_precision
 from loraover.overparam.decompositions import Decomposition, Eigen
 from loraover.overparam.importance import joint_norm
@@ -259,6 +260,28 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
         for group, stack in gradients.items():
             if (follower := self.get(group)) is not None:
                 follower.observe(stack / norm.to(stack.device), counts)
+
+
+def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOverConfig:
+    """Return a configuration whose bases of `eigen` are measured before the run where they could not follow gradients.
+
+    Args:
+        config: Configuration of a run.
+        optimizer: PyTorch's optimizer of the run.
+    """
+    eigen, kind = config.make_decomposition(), type(optimizer)
+    if not isinstance(eigen, Eigen) or kind in (*BLIND, *ROTATED):
+        return config
+    changed = {side: "calibration" for side in ("short", "long") if getattr(eigen, side) == "gradient"}
+    if changed:
+        logger.warning(
+            "%s keeps state that cannot be turned into another basis, so the bases of eigen are measured before the "
+            "run and do not follow its gradients: its options are %s",
+            kind.__name__,
+            options := {**config.options, **changed},
+        )
+        return config.model_copy(update={"options": options})
+    return config
 
 
 def _wide(flags: Tensor) -> Tensor:

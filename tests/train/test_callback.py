@@ -67,6 +67,29 @@ def test_the_three_lines_of_a_users_script(tmp_path: Path) -> None:
             assert torch.equal(site.parameter, matrix)
 
 
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_torch"])
+def test_bases_are_measured_where_the_optimizers_state_cannot_be_turned(
+    optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LoraOverConfig(decomposition="eigen", options={"block": 8})
+    args = arguments(tmp_path / "run", optim=optim)
+    callback = LoraOverCallback(config)
+    Trainer(model := llama(), args, train_dataset=DATA, callbacks=[callback]).train()
+    is_turned = optim == "adamw_torch"
+    said = "Adafactor keeps state that cannot be turned into another basis, so the bases of eigen are measured"
+    assert (said in caplog.text) is not is_turned
+    assert callback.over is not None
+    followed = [follower.blocks for follower in callback.over.followers.values()]
+    assert all(bool(blocks) is is_turned for blocks in followed)
+    kept = read_checkpoint(tmp_path / "run").meta.config.options
+    assert kept == config.options if is_turned else kept == {"block": 8, "short": "calibration", "long": "calibration"}
+    for group in callback.over.groups:
+        for basis in (stack for k, stack in enumerate(group.stacks) if k != group.centre):
+            blocks = basis.reshape(-1, basis.shape[-1], basis.shape[-1])
+            assert not any(torch.equal(block, torch.eye(len(block))) for block in blocks)
+    assert_holds(model, tmp_path / "run")
+
+
 def test_fold_takes_what_training_leaves_and_says_what_a_plain_lora_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
