@@ -28,6 +28,7 @@ from support.tiny_models import tiny_llama
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 STAGES, PACE = 3, 0.6
+STAGE_OF_STEP = [0, 0, 1, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,10 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
 
 def make(path: Path, base: Path, **settings: Any) -> Path:
     stages = {"stages": STAGES, "pace": PACE} | settings
-    return write_recipe(path, base, method="lorasc", lorasc=stages, evaluation={"exact_match": False})
+    training = {"max_steps": len(STAGE_OF_STEP), "save_steps": 1, "save_total_limit": len(STAGE_OF_STEP)}
+    return write_recipe(
+        path, base, method="lorasc", lorasc=stages, training=training, evaluation={"exact_match": False}
+    )
 
 
 def train(recipe: Path, output: Path, **options: Any) -> tuple[Path, list[dict[str, Pair]]]:
@@ -120,11 +124,15 @@ def test_a_truncation_beyond_the_rank_is_exact() -> None:
 def test_a_run_that_was_killed_resumes_to_the_same_bits(
     run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
 ) -> None:
-    for name, lost, steps in (("middle", "checkpoint-4", 2), ("end", "nothing", 0)):
-        shutil.copytree(run[0], tmp_path / name, ignore=shutil.ignore_patterns("adapter", "run.json", lost))
-        resumed = loraover.train(tmp_path / name / "recipe.yaml", tmp_path / name, resume=True)
-        assert resumed.timed_steps == steps
-        found, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / name, run[0]))
+    """From checkpoint 4 a stage begins, from 3 it is half over, and at 5 nothing is left."""
+    whole, total = run[0], len(STAGE_OF_STEP)
+    for kept in (3, 4, 5):
+        lost = [f"checkpoint-{step}" for step in range(kept + 1, total + 1)]
+        folder = tmp_path / str(kept)
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("adapter", "run.json", *lost))
+        resumed = loraover.train(folder / "recipe.yaml", folder, resume=True)
+        assert resumed.timed_steps == total - kept
+        found, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, whole))
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
@@ -177,7 +185,7 @@ def test_an_encoder_decoder_trains(bases: dict[str, Path], tmp_path: Path) -> No
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "more stages than steps": ({"lorasc.stages": 5}, "stages is 5, and the run has 4 optimizer steps"),
+    "more stages than steps": ({"lorasc.stages": 6}, "stages is 6, and the run has 5 optimizer steps"),
     "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
     "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
     "no pace": ({"lorasc.pace": 0}, "greater than 0"),
