@@ -50,6 +50,24 @@ TRAINING = (
         Selection("test_lorasc.py", "resumes_to_the_same_bits"),
     ),
     Mutant(
+        "lorasc-first-stage-has-no-noise",
+        "        self.method.set_base()",
+        "        pass",
+        Selection("test_lorasc.py", "stage_trains_on"),
+    ),
+    Mutant(
+        "lorasc-stages-train-on-the-first-base",
+        "            method.set_base()\n            optimizer",
+        "            optimizer",
+        Selection("test_lorasc.py", "stage_trains_on"),
+    ),
+    Mutant(
+        "lorasc-stages-keep-the-moments",
+        "            optimizer.state.clear()",
+        "            pass",
+        Selection("test_lorasc.py", "optimizer_starts_again"),
+    ),
+    Mutant(
         "federated-average-ignores-the-numbers-of-rows",
         "* (len(client.rows) / len(loader.dataset))",
         "/ len(clients)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from loraover.training.methods.base import Pair, get_pair, get_weight, truncate
 from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
 from loraover.training.run_result import read_run
 
-from oracles.methods import slow_sum
+from oracles.methods import Matrix, slow_sum
 from support.make_checkpoint import numpy64
-from support.methods import PREFIX, RANK, SCALING, started
+from support.methods import PREFIX, RANK, SCALING, started, watched_steps
 from support.tiny_hub import write_recipe
 from support.tiny_models import tiny_llama
 
@@ -136,7 +137,84 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
+@dataclass
+class Step:
+    """What one optimizer step of a real run sees and does, each by (module, "A" or "B")."""
+
+    weights: dict[str, Matrix]
+    before: dict[tuple[str, str], Matrix]
+    gradients: dict[tuple[str, str], Matrix]
+    rate: float
+    after: dict[tuple[str, str], Matrix] = field(default_factory=dict)
+
+
+def watched_run(recipe: Path, output: Path) -> list[Step]:
+    steps: list[Step] = []
+
+    def watch(method: LoraSc, optimizer: Any, is_taken: bool) -> None:
+        factors = {
+            (path, name): getattr(layer, f"lora_{name}")["default"].weight
+            for path, layer in method.layers.items()
+            for name in "AB"
+        }
+        values = {key: numpy64(factor).copy() for key, factor in factors.items()}
+        if is_taken:
+            steps[-1].after = values
+            return
+        weights = {path: numpy64(get_weight(layer)).copy() for path, layer in method.layers.items()}
+        gradients = {key: numpy64(factor.grad).copy() for key, factor in factors.items()}
+        steps.append(Step(weights, values, gradients, optimizer.param_groups[0]["lr"]))
+
+    with watched_steps("lorasc", watch):
+        loraover.train(recipe, output)
+    return steps
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_a_stage_trains_on_the_slow_updates_and_its_noise(base: Path, tmp_path: Path, noise: float) -> None:
+    steps = watched_run(make(tmp_path / "r.yaml", base, noise=noise), tmp_path / "out")
+    assert len(steps) == len(STAGE_OF_STEP)
+    original = load_file(base / "model.safetensors")
+    for path in steps[0].weights:
+        weight, fast = numpy64(original[f"{path}.weight"]), list[Matrix]()
+        noises = []
+        for step, stage in zip(steps, STAGE_OF_STEP, strict=True):
+            while len(fast) < stage:
+                last = steps[STAGE_OF_STEP.index(stage) - 1].after
+                fast.append(SCALING * last[path, "B"] @ last[path, "A"])
+                assert np.abs(fast[-1]).max() > 1e-4
+            slow = slow_sum(fast, PACE) if fast else np.zeros_like(weight)
+            noises.append(step.weights[path] - weight - slow)
+        bound = noise / 2 * weight.std()
+        assert all(np.abs(left).max() <= 1.001 * bound + 1e-6 for left in noises)
+        if noise:  # uniform, of this width, drawn once for each stage
+            assert all(left.std() == pytest.approx(2 * bound / math.sqrt(12), rel=0.1) for left in noises)
+            np.testing.assert_allclose(noises[1], noises[0], rtol=0, atol=1e-6)
+            np.testing.assert_allclose(noises[3], noises[2], rtol=0, atol=1e-6)
+            assert all(abs(np.corrcoef(noises[s].ravel(), noises[0].ravel())[0, 1]) < 0.2 for s in (2, 4))
+
+
+def test_the_optimizer_starts_again_in_each_stage(base: Path, tmp_path: Path) -> None:
+    """Each stage is Adam from its first step on: Kingma and Ba 2015, algorithm 1, on a new A and a zero B."""
+    steps = watched_run(make(tmp_path / "r.yaml", base), tmp_path / "out")
+    for key in steps[0].before:
+        mean = square = value = np.zeros(())
+        for at, step in enumerate(steps):
+            began = STAGE_OF_STEP.index(STAGE_OF_STEP[at])
+            if at == began:
+                value = step.before[key]
+                mean = square = np.zeros_like(value)
+                assert at == 0 or not np.allclose(value, steps[at - 1].after[key])
+                assert bool(value.any()) == (key[1] == "A")
+            np.testing.assert_allclose(step.before[key], value, rtol=0, atol=1e-6)
+            mean = 0.9 * mean + 0.1 * step.gradients[key]
+            square = 0.999 * square + 0.001 * step.gradients[key] ** 2
+            taken = at - began + 1
+            value = value - step.rate * (mean / (1 - 0.9**taken)) / (np.sqrt(square / (1 - 0.999**taken)) + 1e-8)
+            np.testing.assert_allclose(step.after[key], value, rtol=0, atol=1e-6)
+
+
+def test_the_base_holds_the_slow_updates_and_one_draw_of_noise() -> None:
     noises = []
     for noise in (0.0, 0.2):
         _, method = started("lorasc", tiny_llama(), noise=noise, pace=PACE)
