@@ -24,7 +24,8 @@ from oracles.methods import Matrix, slow_sum
 from support.make_checkpoint import numpy64
 from support.methods import PREFIX, RANK, SCALING, started, watched_steps
 from support.tiny_hub import write_recipe
-from support.tiny_models import tiny_llama
+from support.tiny_models import fill_b, tiny_llama
+from tolerances import UNIT
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -91,7 +92,8 @@ def test_the_result_is_the_sum_of_the_slow_updates(run: tuple[Path, list[dict[st
         assert all(np.abs(one).max() > 1e-4 for one in fast)
         np.testing.assert_allclose(update, slow_sum(fast, PACE), rtol=0, atol=1e-6)
     result = read_run(folder)
-    assert (result.served_rank, result.served_error) == (STAGES * RANK, None)
+    assert result.served_rank == STAGES * RANK
+    assert 0 < (result.served_error or 0) < 1e-5
     assert result.trained_parameters == result.lora_parameters // STAGES
     assert result.before is not None
     assert result.after is not None
@@ -133,6 +135,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(
         shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("adapter", "run.json", *lost))
         resumed = loraover.train(folder / "recipe.yaml", folder, resume=True)
         assert resumed.timed_steps == total - kept
+        assert resumed.served_error == read_run(whole).served_error
         found, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, whole))
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -240,6 +243,28 @@ def test_the_base_holds_the_slow_updates_and_one_draw_of_noise() -> None:
         assert not np.allclose(*[fast[t]["model.layers.0.self_attn.q_proj"] for t in (0, 1)])
     for path, value in noises[1].items():  # uniform, of this width
         assert value.std() == pytest.approx(bound[path] * 2 / math.sqrt(12), rel=0.1)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_error_has_the_rounding_of_the_last_stages_base(rank: int | None) -> None:
+    """The same base weights in float32 hold the same sum with the same noise, rounded 2^16 times less."""
+    held, errors = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        model, method = started("lorasc", tiny_llama().bfloat16().to(dtype), stages=2, noise=0.2, pace=PACE, rank=rank)
+        method.begin_fast_lora()
+        method.set_base()
+        fill_b(model, seed=1)
+        method.end_stage()
+        method.begin_fast_lora()
+        method.set_base()
+        fill_b(model, seed=2)
+        held.append(np.concatenate([numpy64(get_weight(layer)).ravel() for layer in method.layers.values()]))
+        errors.append(method.finish(model))
+    rounding = np.linalg.norm(held[0] - held[1])
+    assert math.sqrt(errors[0] ** 2 - errors[1] ** 2) == pytest.approx(rounding, rel=1e-3)
+    assert rounding > 1e-3
+    if rank is None:  # a sum of 8 products, a scaling and two sums
+        assert errors[1] < 16 * UNIT[torch.float32] * np.linalg.norm(held[1])
 
 
 def test_the_end_leaves_the_base_as_it_was() -> None:
