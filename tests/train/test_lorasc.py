@@ -19,13 +19,15 @@ from loraover.common.errors import ConfigError
 from loraover.training.methods.base import Pair, get_pair, get_weight, truncate
 from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
 from loraover.training.run_result import read_run
+from loraover_export import combine_adapters, shrink_adapter
 
 from oracles.methods import Matrix, slow_sum
 from support.make_checkpoint import numpy64
 from support.methods import PREFIX, RANK, SCALING, started, watched_steps
+from support.plain_adapter import write_adapter
 from support.tiny_hub import write_recipe
 from support.tiny_models import fill_b, tiny_llama
-from tolerances import UNIT
+from tolerances import UNIT, gamma
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -64,15 +66,7 @@ def train(recipe: Path, output: Path, **options: Any) -> tuple[Path, list[dict[s
 
 def served(folder: Path) -> dict[str, Any]:
     """scaling * B A of every module of a run's adapter, in float64."""
-    adapter = read_adapter_dir(folder / "adapter")
-    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    paths = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
-    return {
-        path: adapter.config.scaling(path)
-        * numpy64(tensors[f"{PREFIX}{path}.lora_B.weight"])
-        @ numpy64(tensors[f"{PREFIX}{path}.lora_A.weight"])
-        for path in paths
-    }
+    return products(folder / "adapter")[0]
 
 
 @pytest.mark.parametrize("pace", [0.25, 0.6, 1.0])
@@ -100,7 +94,7 @@ def test_the_result_is_the_sum_of_the_slow_updates(run: tuple[Path, list[dict[st
     assert result.after.loss < result.before.loss
 
 
-def test_a_smaller_rank_is_the_best_one_and_its_error_is_measured(
+def test_a_smaller_rank_is_the_best_one_as_of_shrink_and_its_error_is_measured(
     base: Path, run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
 ) -> None:
     whole = served(run[0])
@@ -114,6 +108,44 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_measured(
     assert result.served_rank == RANK
     assert result.served_error == pytest.approx(math.sqrt(square), rel=1e-4)
     assert square > 1e-6
+    assert shrink_adapter(run[0] / "adapter", tmp_path / "shrunk", rank=RANK).verdict == "passed"
+    check_same_products(folder / "adapter", tmp_path / "shrunk")
+
+
+def test_the_result_is_what_combine_makes_of_the_stages(
+    run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
+) -> None:
+    folder, stages = run
+    for t, stage in enumerate(stages):
+        write_adapter(tmp_path / str(t), {path: (pair.a, pair.b) for path, pair in stage.items()})
+    sources = [tmp_path / str(t) for t in range(STAGES)]
+    weights = [1 - (1 - PACE) ** (STAGES - t) for t in range(STAGES)]
+    assert combine_adapters(sources, tmp_path / "sum", weights=weights).verdict == "passed"
+    check_same_products(folder / "adapter", tmp_path / "sum")
+
+
+def check_same_products(first: Path, second: Path) -> None:
+    """Compare scaling * B A of two adapters, which are equal but for the roundings of their factors to float32."""
+    (one, bound), (other, other_bound) = (products(folder) for folder in (first, second))
+    assert one.keys() == other.keys()
+    for path, product in one.items():
+        allowed = gamma(3, UNIT[torch.float32]) * (bound[path] + other_bound[path])
+        assert (np.abs(product - other[path]) <= allowed).all()
+        assert np.abs(product).max() > 1e-3
+
+
+def products(adapter: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """scaling * B A of every module in float64, and scaling * |B| |A|, which bounds the effect of roundings."""
+    config = read_adapter_dir(adapter).config
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    found, bound = {}, {}
+    for key in tensors:
+        if "lora_A" in key:
+            path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            b, a = numpy64(tensors[key.replace("lora_A", "lora_B")]), numpy64(tensors[key])
+            found[path] = config.scaling(path) * b @ a
+            bound[path] = config.scaling(path) * np.abs(b) @ np.abs(a)
+    return found, bound
 
 
 def test_a_truncation_beyond_the_rank_is_exact() -> None:
