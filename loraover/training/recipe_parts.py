@@ -78,7 +78,7 @@ class Lora(Part):
     )
     init_lora_weights: bool | str = Field(True, description="Start of A and B, as PEFT spells it, such as 'pissa'.")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="Other ranks, by pattern of module names.")
-    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="Other alphas, by pattern of module names."
     )
 
