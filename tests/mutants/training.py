@@ -38,6 +38,12 @@ TRAINING = (
         Selection("test_soma.py", "exact_update"),
     ),
     Mutant(
+        "soma-weight-decay-never-starts",
+        "return [AnnealedWeightDecay(settings.weight_decay, settings.final_weight_decay)]",
+        "return []",
+        Selection("test_soma.py", "weight_decay"),
+    ),
+    Mutant(
         "lorasc-forgets-the-last-average",
         "(1 - pace) ** (stages - t) for",
         "(1 - pace) ** (stages - t - 1) for",
