@@ -44,6 +44,12 @@ TRAINING = (
         Selection("test_soma.py", "weight_decay"),
     ),
     Mutant(
+        "soma-measures-the-rounding-of-one-module",
+        "square += float((wide(get_weight(layer)) - exact)",
+        "square = float((wide(get_weight(layer)) - exact)",
+        Selection("test_served_update.py", "serves_what_it_trained"),
+    ),
+    Mutant(
         "lorasc-forgets-the-last-average",
         "(1 - pace) ** (stages - t) for",
         "(1 - pace) ** (stages - t - 1) for",
