@@ -284,7 +284,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"lora.r": 1, "tensorguide.cores": 7},
         "64 numbers, which have 6 prime",
     ),
-    "a train that compresses nothing": ({"tensorguide.tt_rank": 4}, r"q_proj are 4 x \(32 \+ 32\) = 256 .* have 320,"),
+    "a train that compresses nothing": (
+        {"tensorguide.tt_rank": 4},
+        r"q_proj are 4 x \(32 \+ 32\) = 256 .* have 320, .* change tensorguide.cores or lora.r, or leave the module",
+    ),
     "no bond": ({"tensorguide.tt_rank": 0}, "greater than or equal to 1"),
     "one core": ({"tensorguide.cores": 1}, "greater than or equal to 2"),
     "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "embed_tokens has type Embedding"),
