@@ -78,7 +78,7 @@ class Lora(Part):
     )
     init_lora_weights: bool | str = Field(True, description="Start of A and B, as PEFT spells it, such as 'pissa'.")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="Other ranks, by pattern of module names.")
-    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="Other alphas, by pattern of module names."
     )
 
@@ -121,7 +121,7 @@ class Training(Part):
     )
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps in which the learning rate rises.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of all steps, in place of warmup_steps.")
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight decay, decoupled in AdamW.")
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Largest gradient norm; 0: no clipping.")
     optim: str = Field("adamw_torch_fused", description="Optimizer, as transformers spells it, or soap.")
     optim_args: dict[str, bool | int | float | str | None] = Field(

@@ -38,6 +38,18 @@ TRAINING = (
         Selection("test_soma.py", "exact_update"),
     ),
     Mutant(
+        "soma-weight-decay-never-starts",
+        "return [AnnealedWeightDecay(settings.weight_decay, settings.final_weight_decay)]",
+        "return []",
+        Selection("test_soma.py", "weight_decay"),
+    ),
+    Mutant(
+        "soma-measures-the-rounding-of-one-module",
+        "square += float((wide(get_weight(layer)) - exact)",
+        "square = float((wide(get_weight(layer)) - exact)",
+        Selection("test_served_update.py", "serves_what_it_trained"),
+    ),
+    Mutant(
         "lorasc-forgets-the-last-average",
         "(1 - pace) ** (stages - t) for",
         "(1 - pace) ** (stages - t - 1) for",
@@ -48,6 +60,24 @@ TRAINING = (
         "for t, stage in enumerate(self.ended)\n            for path, pair",
         "for t, stage in enumerate(self.ended[:0])\n            for path, pair",
         Selection("test_lorasc.py", "resumes_to_the_same_bits"),
+    ),
+    Mutant(
+        "lorasc-first-stage-has-no-noise",
+        "        self.method.set_base()",
+        "        pass",
+        Selection("test_lorasc.py", "stage_trains_on"),
+    ),
+    Mutant(
+        "lorasc-stages-train-on-the-first-base",
+        "            method.set_base()\n            optimizer",
+        "            optimizer",
+        Selection("test_lorasc.py", "stage_trains_on"),
+    ),
+    Mutant(
+        "lorasc-stages-keep-the-moments",
+        "            optimizer.state.clear()",
+        "            pass",
+        Selection("test_lorasc.py", "optimizer_starts_again"),
     ),
     Mutant(
         "federated-average-ignores-the-numbers-of-rows",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from loraover.training.adapter import with_adapter
 from loraover.training.methods import METHODS
@@ -42,3 +44,27 @@ def started(
     model = with_adapter(base, recipe, task, source, method)
     method.start(model)
     return model, method
+
+
+Watch = Callable[[Any, Any, bool], None]
+"""Called with the method, the optimizer, and whether it has taken the step."""
+
+
+@contextmanager
+def watched_steps(name: str, watch: Watch) -> Iterator[None]:
+    """Let `watch` see every optimizer step of the block's runs, before and after it."""
+    callbacks = METHODS[name].callbacks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(METHODS[name], "callbacks", lambda self: [*callbacks(self), _Watcher(self, watch)])
+        yield
+
+
+class _Watcher(TrainerCallback):
+    def __init__(self, method: Any, watch: Watch) -> None:
+        self.method, self.watch = method, watch
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.watch(self.method, optimizer, False)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.watch(self.method, optimizer, True)

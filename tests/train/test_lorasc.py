@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ from loraover.common.errors import ConfigError
 from loraover.training.methods.base import Pair, get_pair, get_weight, truncate
 from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
 from loraover.training.run_result import read_run
+from loraover_export import combine_adapters, shrink_adapter
 
-from oracles.methods import slow_sum
+from oracles.methods import Matrix, slow_sum
 from support.make_checkpoint import numpy64
-from support.methods import PREFIX, RANK, SCALING, started
+from support.methods import PREFIX, RANK, SCALING, started, watched_steps
+from support.plain_adapter import write_adapter
 from support.tiny_hub import write_recipe
-from support.tiny_models import tiny_llama
+from support.tiny_models import fill_b, tiny_llama
+from tolerances import UNIT, gamma
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
 STAGES, PACE = 3, 0.6
+STAGE_OF_STEP = [0, 0, 1, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,10 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
 
 def make(path: Path, base: Path, **settings: Any) -> Path:
     stages = {"stages": STAGES, "pace": PACE} | settings
-    return write_recipe(path, base, method="lorasc", lorasc=stages, evaluation={"exact_match": False})
+    training = {"max_steps": len(STAGE_OF_STEP), "save_steps": 1, "save_total_limit": len(STAGE_OF_STEP)}
+    return write_recipe(
+        path, base, method="lorasc", lorasc=stages, training=training, evaluation={"exact_match": False}
+    )
 
 
 def train(recipe: Path, output: Path, **options: Any) -> tuple[Path, list[dict[str, Pair]]]:
@@ -58,15 +66,7 @@ def train(recipe: Path, output: Path, **options: Any) -> tuple[Path, list[dict[s
 
 def served(folder: Path) -> dict[str, Any]:
     """scaling * B A of every module of a run's adapter, in float64."""
-    adapter = read_adapter_dir(folder / "adapter")
-    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    paths = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
-    return {
-        path: adapter.config.scaling(path)
-        * numpy64(tensors[f"{PREFIX}{path}.lora_B.weight"])
-        @ numpy64(tensors[f"{PREFIX}{path}.lora_A.weight"])
-        for path in paths
-    }
+    return products(folder / "adapter")[0]
 
 
 @pytest.mark.parametrize("pace", [0.25, 0.6, 1.0])
@@ -86,14 +86,15 @@ def test_the_result_is_the_sum_of_the_slow_updates(run: tuple[Path, list[dict[st
         assert all(np.abs(one).max() > 1e-4 for one in fast)
         np.testing.assert_allclose(update, slow_sum(fast, PACE), rtol=0, atol=1e-6)
     result = read_run(folder)
-    assert (result.served_rank, result.served_error) == (STAGES * RANK, None)
+    assert result.served_rank == STAGES * RANK
+    assert 0 < (result.served_error or 0) < 1e-5
     assert result.trained_parameters == result.lora_parameters // STAGES
     assert result.before is not None
     assert result.after is not None
     assert result.after.loss < result.before.loss
 
 
-def test_a_smaller_rank_is_the_best_one_and_its_error_is_measured(
+def test_a_smaller_rank_is_the_best_one_as_of_shrink_and_its_error_is_measured(
     base: Path, run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
 ) -> None:
     whole = served(run[0])
@@ -107,6 +108,44 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_measured(
     assert result.served_rank == RANK
     assert result.served_error == pytest.approx(math.sqrt(square), rel=1e-4)
     assert square > 1e-6
+    assert shrink_adapter(run[0] / "adapter", tmp_path / "shrunk", rank=RANK).verdict == "passed"
+    check_same_products(folder / "adapter", tmp_path / "shrunk")
+
+
+def test_the_result_is_what_combine_makes_of_the_stages(
+    run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
+) -> None:
+    folder, stages = run
+    for t, stage in enumerate(stages):
+        write_adapter(tmp_path / str(t), {path: (pair.a, pair.b) for path, pair in stage.items()})
+    sources = [tmp_path / str(t) for t in range(STAGES)]
+    weights = [1 - (1 - PACE) ** (STAGES - t) for t in range(STAGES)]
+    assert combine_adapters(sources, tmp_path / "sum", weights=weights).verdict == "passed"
+    check_same_products(folder / "adapter", tmp_path / "sum")
+
+
+def check_same_products(first: Path, second: Path) -> None:
+    """Compare scaling * B A of two adapters, which are equal but for the roundings of their factors to float32."""
+    (one, bound), (other, other_bound) = (products(folder) for folder in (first, second))
+    assert one.keys() == other.keys()
+    for path, product in one.items():
+        allowed = gamma(3, UNIT[torch.float32]) * (bound[path] + other_bound[path])
+        assert (np.abs(product - other[path]) <= allowed).all()
+        assert np.abs(product).max() > 1e-3
+
+
+def products(adapter: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """scaling * B A of every module in float64, and scaling * |B| |A|, which bounds the effect of roundings."""
+    config = read_adapter_dir(adapter).config
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    found, bound = {}, {}
+    for key in tensors:
+        if "lora_A" in key:
+            path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            b, a = numpy64(tensors[key.replace("lora_A", "lora_B")]), numpy64(tensors[key])
+            found[path] = config.scaling(path) * b @ a
+            bound[path] = config.scaling(path) * np.abs(b) @ np.abs(a)
+    return found, bound
 
 
 def test_a_truncation_beyond_the_rank_is_exact() -> None:
@@ -120,15 +159,97 @@ def test_a_truncation_beyond_the_rank_is_exact() -> None:
 def test_a_run_that_was_killed_resumes_to_the_same_bits(
     run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
 ) -> None:
-    for name, lost, steps in (("middle", "checkpoint-4", 2), ("end", "nothing", 0)):
-        shutil.copytree(run[0], tmp_path / name, ignore=shutil.ignore_patterns("adapter", "run.json", lost))
-        resumed = loraover.train(tmp_path / name / "recipe.yaml", tmp_path / name, resume=True)
-        assert resumed.timed_steps == steps
-        found, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / name, run[0]))
+    """From checkpoint 4 a stage begins, from 3 it is half over, and at 5 nothing is left."""
+    whole, total = run[0], len(STAGE_OF_STEP)
+    for kept in (3, 4, 5):
+        lost = [f"checkpoint-{step}" for step in range(kept + 1, total + 1)]
+        folder = tmp_path / str(kept)
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("adapter", "run.json", *lost))
+        resumed = loraover.train(folder / "recipe.yaml", folder, resume=True)
+        assert resumed.timed_steps == total - kept
+        assert resumed.served_error == read_run(whole).served_error
+        found, expected = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, whole))
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
+@dataclass
+class Step:
+    """What one optimizer step of a real run sees and does, each by (module, "A" or "B")."""
+
+    weights: dict[str, Matrix]
+    before: dict[tuple[str, str], Matrix]
+    gradients: dict[tuple[str, str], Matrix]
+    rate: float
+    after: dict[tuple[str, str], Matrix] = field(default_factory=dict)
+
+
+def watched_run(recipe: Path, output: Path) -> list[Step]:
+    steps: list[Step] = []
+
+    def watch(method: LoraSc, optimizer: Any, is_taken: bool) -> None:
+        factors = {
+            (path, name): getattr(layer, f"lora_{name}")["default"].weight
+            for path, layer in method.layers.items()
+            for name in "AB"
+        }
+        values = {key: numpy64(factor).copy() for key, factor in factors.items()}
+        if is_taken:
+            steps[-1].after = values
+            return
+        weights = {path: numpy64(get_weight(layer)).copy() for path, layer in method.layers.items()}
+        gradients = {key: numpy64(factor.grad).copy() for key, factor in factors.items()}
+        steps.append(Step(weights, values, gradients, optimizer.param_groups[0]["lr"]))
+
+    with watched_steps("lorasc", watch):
+        loraover.train(recipe, output)
+    return steps
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_a_stage_trains_on_the_slow_updates_and_its_noise(base: Path, tmp_path: Path, noise: float) -> None:
+    steps = watched_run(make(tmp_path / "r.yaml", base, noise=noise), tmp_path / "out")
+    assert len(steps) == len(STAGE_OF_STEP)
+    original = load_file(base / "model.safetensors")
+    for path in steps[0].weights:
+        weight, fast = numpy64(original[f"{path}.weight"]), list[Matrix]()
+        noises = []
+        for step, stage in zip(steps, STAGE_OF_STEP, strict=True):
+            while len(fast) < stage:
+                last = steps[STAGE_OF_STEP.index(stage) - 1].after
+                fast.append(SCALING * last[path, "B"] @ last[path, "A"])
+                assert np.abs(fast[-1]).max() > 1e-4
+            slow = slow_sum(fast, PACE) if fast else np.zeros_like(weight)
+            noises.append(step.weights[path] - weight - slow)
+        bound = noise / 2 * weight.std()
+        assert all(np.abs(left).max() <= 1.001 * bound + 1e-6 for left in noises)
+        if noise:  # uniform, of this width, drawn once for each stage
+            assert all(left.std() == pytest.approx(2 * bound / math.sqrt(12), rel=0.1) for left in noises)
+            np.testing.assert_allclose(noises[1], noises[0], rtol=0, atol=1e-6)
+            np.testing.assert_allclose(noises[3], noises[2], rtol=0, atol=1e-6)
+            assert all(abs(np.corrcoef(noises[s].ravel(), noises[0].ravel())[0, 1]) < 0.2 for s in (2, 4))
+
+
+def test_the_optimizer_starts_again_in_each_stage(base: Path, tmp_path: Path) -> None:
+    """Each stage is Adam from its first step on: Kingma and Ba 2015, algorithm 1, on a new A and a zero B."""
+    steps = watched_run(make(tmp_path / "r.yaml", base), tmp_path / "out")
+    for key in steps[0].before:
+        mean = square = value = np.zeros(())
+        for at, step in enumerate(steps):
+            began = STAGE_OF_STEP.index(STAGE_OF_STEP[at])
+            if at == began:
+                value = step.before[key]
+                mean = square = np.zeros_like(value)
+                assert at == 0 or not np.allclose(value, steps[at - 1].after[key])
+                assert bool(value.any()) == (key[1] == "A")
+            np.testing.assert_allclose(step.before[key], value, rtol=0, atol=1e-6)
+            mean = 0.9 * mean + 0.1 * step.gradients[key]
+            square = 0.999 * square + 0.001 * step.gradients[key] ** 2
+            taken = at - began + 1
+            value = value - step.rate * (mean / (1 - 0.9**taken)) / (np.sqrt(square / (1 - 0.999**taken)) + 1e-8)
+            np.testing.assert_allclose(step.after[key], value, rtol=0, atol=1e-6)
+
+
+def test_the_base_holds_the_slow_updates_and_one_draw_of_noise() -> None:
     noises = []
     for noise in (0.0, 0.2):
         _, method = started("lorasc", tiny_llama(), noise=noise, pace=PACE)
@@ -156,6 +277,28 @@ def test_a_stage_trains_on_the_slow_updates_and_its_noise() -> None:
         assert value.std() == pytest.approx(bound[path] * 2 / math.sqrt(12), rel=0.1)
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_error_has_the_rounding_of_the_last_stages_base(rank: int | None) -> None:
+    """The same base weights in float32 hold the same sum with the same noise, rounded 2^16 times less."""
+    held, errors = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        model, method = started("lorasc", tiny_llama().bfloat16().to(dtype), stages=2, noise=0.2, pace=PACE, rank=rank)
+        method.begin_fast_lora()
+        method.set_base()
+        fill_b(model, seed=1)
+        method.end_stage()
+        method.begin_fast_lora()
+        method.set_base()
+        fill_b(model, seed=2)
+        held.append(np.concatenate([numpy64(get_weight(layer)).ravel() for layer in method.layers.values()]))
+        errors.append(method.finish(model))
+    rounding = np.linalg.norm(held[0] - held[1])
+    assert math.sqrt(errors[0] ** 2 - errors[1] ** 2) == pytest.approx(rounding, rel=1e-3)
+    assert rounding > 1e-3
+    if rank is None:  # a sum of 8 products, a scaling and two sums
+        assert errors[1] < 16 * UNIT[torch.float32] * np.linalg.norm(held[1])
+
+
 def test_the_end_leaves_the_base_as_it_was() -> None:
     model, method = started("lorasc", tiny_llama(), stages=1)
     method.set_base()
@@ -177,7 +320,7 @@ def test_an_encoder_decoder_trains(bases: dict[str, Path], tmp_path: Path) -> No
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "more stages than steps": ({"lorasc.stages": 5}, "stages is 5, and the run has 4 optimizer steps"),
+    "more stages than steps": ({"lorasc.stages": 6}, "stages is 6, and the run has 5 optimizer steps"),
     "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
     "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
     "no pace": ({"lorasc.pace": 0}, "greater than 0"),

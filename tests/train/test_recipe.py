@@ -85,7 +85,7 @@ def test_all_faults_are_reported_at_once(write: Write) -> None:
             {
                 "method": "qlora",
                 "data": {"train": "word-problems", "train_examples": 0},
-                "lora": {"r": "eight", "lora_alpha": -1},
+                "lora": {"r": "eight", "lora_alpha": -1, "alpha_pattern": {"q_proj": 0, "k_proj": -1, "v_proj": 0.1}},
                 "training": {"max_steps": 5, "learning_rate": float("nan"), "save_total_limit": 0, "batch": 8},
                 "evaluation": {"examples": -1},
                 "ouput": 3,
@@ -98,6 +98,8 @@ def test_all_faults_are_reported_at_once(write: Write) -> None:
         "data.train_examples:",
         "lora.r:",
         "lora.lora_alpha:",
+        "lora.alpha_pattern.q_proj:",
+        "lora.alpha_pattern.k_proj:",
         "training.learning_rate:",
         "training.save_total_limit:",
         "training.batch: unknown key",

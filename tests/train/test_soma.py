@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,12 @@ import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError
 from loraover.training.methods.base import get_weight, linear_layers
-from loraover.training.methods.soma import AnnealedWeightDecay, find_blocks, split
+from loraover.training.methods.soma import find_blocks, split
 from loraover.training.run_result import RunResult, read_run
 
 from oracles.methods import minor_part, soma
 from support.make_checkpoint import numpy64
-from support.methods import PREFIX, RANK, SCALING, started
+from support.methods import PREFIX, RANK, SCALING, started, watched_steps
 from support.tiny_hub import write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, token_ids
 
@@ -132,17 +131,18 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(whole: Path, tmp_path: P
     assert lines[0] == lines[1]
 
 
-def test_the_weight_decay_falls_along_a_cosine() -> None:
-    callback, found = AnnealedWeightDecay(0.05, 1e-5), []
-    optimizer = SimpleNamespace(param_groups=[{"weight_decay": 0.0}, {"weight_decay": 0.0}])
-    for step in range(9):
-        state: Any = SimpleNamespace(global_step=step, max_steps=8)
-        none: Any = None
-        callback.on_step_begin(none, state, none, optimizer=optimizer)
-        assert optimizer.param_groups[0] == optimizer.param_groups[1]
-        found.append(optimizer.param_groups[0]["weight_decay"])
-    expected = 1e-5 + (0.05 - 1e-5) * (1 + np.cos(np.pi * np.arange(9) / 8)) / 2
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+def test_the_weight_decay_of_a_run_falls_along_a_cosine(base: Path, tmp_path: Path) -> None:
+    found: list[set[float]] = []
+
+    def watch(_: Any, optimizer: Any, is_taken: bool) -> None:
+        if not is_taken:
+            found.append({group["weight_decay"] for group in optimizer.param_groups})
+
+    with watched_steps("soma", watch):
+        loraover.train(make(tmp_path / "r.yaml", base), tmp_path / "out")
+    assert all(len(step) == 1 for step in found)
+    expected = 1e-5 + (0.05 - 1e-5) * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2
+    np.testing.assert_allclose([step.pop() for step in found], expected, rtol=1e-12)
 
 
 def test_a_third_of_the_blocks_is_frozen_by_default() -> None:

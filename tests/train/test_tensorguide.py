@@ -20,7 +20,7 @@ from loraover.common.errors import ConfigError
 from loraover.overparam.sites import lora_layers
 from loraover.training.method_settings import TensorGuideSettings
 from loraover.training.methods.base import get_pair
-from loraover.training.methods.tensorguide import Layout, contract, draw_cores, make_layout, split
+from loraover.training.methods.tensorguide import Layout, TensorGuide, contract, draw_cores, make_layout, split
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
@@ -31,6 +31,7 @@ from support.make_checkpoint import numpy64
 from support.methods import PREFIX, RANK, started
 from support.tiny_hub import write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids
+from tolerances import UNIT, gamma
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -195,6 +196,40 @@ def test_the_result_is_what_the_cores_give_rounded_once(whole: Path) -> None:
             assert np.linalg.matrix_rank(found[1] @ found[0], tol=1e-6) == RANK
 
 
+def test_a_run_in_bf16_serves_what_it_trained(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The A and B of the last step, contracted in float32, are those served but for the contraction's roundings."""
+    trained: dict[str, Any] = {}
+    finish = TensorGuide.finish
+
+    def watching(self: TensorGuide, model: Any) -> None:
+        paths = {id(layer): path for path, layer in lora_layers(model).items()}
+        for trains in self.trains:
+            r, width, z = trains.layout.r, trains.layout.in_features, np.abs(numpy64(trains.inputs))
+            terms = sum(2 * bond + 1 for bond in trains.layout.bonds) + 2
+            for g, layer in enumerate(trains.layers):
+                assert layer.get_base_layer().weight.dtype == torch.bfloat16
+                (a, b), (_, b0) = (
+                    guided_pair(z[g], [np.abs(numpy64(core[g])) for core in cores], r, width)
+                    for cores in (trains.cores, trains.first)
+                )
+                allowed = [gamma(terms, UNIT[torch.float32]) * bound for bound in (a, b + b0)]
+                values = [numpy64(get_pair(layer).a).copy(), numpy64(get_pair(layer).b).copy()]
+                trained[paths[id(layer)]] = values, allowed
+        finish(self, model)
+
+    monkeypatch.setattr(TensorGuide, "finish", watching)
+    recipe = make(tmp_path / "r.yaml", base)
+    result = loraover.train(recipe, tmp_path / "out", overrides={"training.precision": "bf16"})
+    assert result.served_error is None
+    served = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(trained) == 14
+    for path, each in trained.items():
+        for name, value, allowed in zip("AB", *each, strict=True):
+            found = numpy64(served[f"{PREFIX}{path}.lora_{name}.weight"])
+            assert np.abs(found).max() > 1e-3
+            assert (np.abs(found - value) <= allowed).all()
+
+
 def test_the_result_is_a_smaller_training_of_a_plain_lora(base: Path, whole: Path, tmp_path: Path) -> None:
     adapter = read_adapter_dir(whole / "adapter")
     adapter.check_keeps_base()
@@ -249,7 +284,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"lora.r": 1, "tensorguide.cores": 7},
         "64 numbers, which have 6 prime",
     ),
-    "a train that compresses nothing": ({"tensorguide.tt_rank": 4}, r"q_proj are 4 x \(32 \+ 32\) = 256 .* have 320,"),
+    "a train that compresses nothing": (
+        {"tensorguide.tt_rank": 4},
+        r"q_proj are 4 x \(32 \+ 32\) = 256 .* have 320, .* change tensorguide.cores or lora.r, or leave the module",
+    ),
     "no bond": ({"tensorguide.tt_rank": 0}, "greater than or equal to 1"),
     "one core": ({"tensorguide.cores": 1}, "greater than or equal to 2"),
     "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "embed_tokens has type Embedding"),

@@ -8,7 +8,8 @@ adds the slow LoRA to the weights for the next stage (s is LoRA's scaling, a the
 
 Without the noise, W_T - W = sum_t c_t s B_t A_t with c_t = 1 - (1 - a)^(T - t + 1): a plain LoRA of rank T r, exactly,
 whose factors are those of the stages side by side. `lorasc.rank` asks for its best approximation of a smaller rank,
-whose error is measured.
+whose error is measured. So is the rounding of W_{T-1} + E_T to the base model's data type: the last fast LoRA trains on
+rounded weights, and the result leaves the rounding out. The error is the root of the sum of squares of both.
 
 Source: Li et al. 2024, EMNLP Findings, arXiv:2407.01491. Its abstract and the caption of its figure 1 were read (fast
 LoRA on a noisy backbone, "a portion of the learned fast LoRA is weighted and merged into the slow LoRA", slow LoRA
@@ -116,30 +117,39 @@ class LoraSc(Method):
             b.zero_()
 
     @torch.no_grad()
-    def set_base(self) -> None:
-        """Put the sum of the slow LoRAs so far, and the noise of the present stage, onto the base weights."""
+    def set_base(self) -> float:
+        """Put the sum of the slow LoRAs so far, and the noise of the present stage, onto the base weights.
+
+        Returns:
+            Frobenius norm, over all modules, of the rounding of this sum to the weights' data type.
+        """
         generator = self._generator("noise")
+        square = 0.0
         for path, layer in self.layers.items():
             original = self.original.kept[path]
-            value = original.float()
+            value, exact = original.float(), original.double()
             if self.settings.noise:
                 drawn = torch.rand(value.shape, generator=generator) - 0.5
-                value = value + self.settings.noise * original.float().std() * drawn
+                noise = self.settings.noise * original.float().std() * drawn
+                value, exact = value + noise, exact + noise
             if self.ended:
                 b, a = self._sum(path)
                 value = value + layer.scaling[ADAPTER] * (b @ a)
-            get_weight(layer).copy_(value)
+                exact = exact + layer.scaling[ADAPTER] * (b.double() @ a.double())
+            weight = get_weight(layer).copy_(value)
+            square += float((weight.cpu().double() - exact).square().sum())
+        return math.sqrt(square)
 
-    def finish(self, model: PeftModel) -> float | None:
-        if len(self.ended) < self.settings.stages:
-            self.end_stage()
+    def finish(self, model: PeftModel) -> float:
+        rounding = self.set_base()  # of the last stage, which a run that resumes after its last step has not set
+        self.end_stage()
         self.original.restore()
         rank = self.settings.rank
         if rank is None:
             set_pairs(self.layers, {path: self._sum(path) for path in self.layers})
             widen(model, len(self.ended))
-            return None
-        pairs, square = {}, 0.0
+            return rounding
+        pairs, square = {}, rounding**2
         for path, layer in self.layers.items():
             b, a = self._sum(path)
             pairs[path], error = truncate(b.double() * layer.scaling[ADAPTER], a.double(), rank)

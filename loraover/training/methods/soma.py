@@ -5,7 +5,8 @@ With the singular value decomposition W = U S V^T of a base weight and its r sma
     B_0 = U_r (S_r / s)^1/2,   A_0 = (S_r / s)^1/2 V_r^T,   W_res = W - s B_0 A_0
 
 where s is LoRA's scaling. Training starts from A_0 and B_0 on the frozen W_res, so the function of the model is that of
-the base model at the start. The first blocks get no LoRA. Decoupled weight decay falls along a cosine.
+the base model at the start. The first blocks get no LoRA. The weight decay falls along a cosine.
+AdamW decouples it from the gradient, and SGD adds it to the gradient.
 
 The result is a plain LoRA of rank 2 r on W, not on W_res: delta_W = s [B, -B_0] [A; A_0]. It leaves out the rounding of
 W_res to the base model's data type only, whose norm is measured. A_0 and B_0 are computed in float64 from the base

@@ -96,7 +96,8 @@ def make_layout(settings: TensorGuideSettings, path: str, r: int, in_features: i
     if layout.num_parameters() >= size:
         raise ConfigError(
             f"tensorguide.tt_rank is {settings.tt_rank}, and {place}, while a train with modes {modes} would have "
-            f"{layout.num_parameters()}, so that it compresses nothing; lower it, or raise tensorguide.cores."
+            f"{layout.num_parameters()}, so that it compresses nothing; lower it, change tensorguide.cores or lora.r, "
+            "or leave the module out of lora.target_modules."
         )
     return layout
 
