@@ -125,11 +125,11 @@ class Federated(Method):
         spent = epsilon_of(asked.noise_multiplier, rate, steps, asked.delta)
         if spent > asked.epsilon:
             fit = steps_within(asked.epsilon, asked.noise_multiplier, rate, steps, asked.delta)
+            advice = f"{fit} steps would fit: set training.max_steps, or raise" if fit else "No step would fit: raise"
             raise ConfigError(
                 f"federated.epsilon is {asked.epsilon:g}, but {steps} steps, each of which draws a row with "
                 f"probability {rate:.3g}, at noise_multiplier {asked.noise_multiplier:g}, spend {spent:.3g} at delta "
-                f"{asked.delta:g}. {fit} steps would fit: set training.max_steps, or raise federated.noise_multiplier "
-                "or federated.epsilon."
+                f"{asked.delta:g}. {advice} federated.noise_multiplier or federated.epsilon."
             )
 
     def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, progress: TrainingProgress) -> None:
