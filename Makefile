@@ -186,7 +186,7 @@ study-gauge-options:
 		--set training.min_lr_rate=0.1 --lr-sweep 1.5e-3 --seeds 1 --tuning-seeds 1 --jobs 2 -o docs/study/gauge-options
 
 study-gauge-steps:
-	$(call adopt,gauge,gauge-steps,*,0123)
+	$(call adopt,gauge,gauge-steps,*/lora */lora_training*,0123)
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN):training.max_steps=80" $(GAUGE) $(LOWER) \
 		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=9.4e-5,1.9e-4,3.75e-4,7.5e-4" --seeds 4 -o docs/study/gauge-steps
 
