@@ -71,6 +71,16 @@ def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
             assert f"{result.test_loss:.4f} ({result.deviation:.4f})" in quoted.replace("**", "")
 
 
+def test_the_docs_quote_the_study_of_80_steps() -> None:
+    quoted = (DOCS / "gauge.md").read_text()
+    for task in kept("gauge-steps").tasks:
+        plain, _, ours = task.methods
+        assert ours.difference is not None
+        assert task.baseline == plain.method
+        losses = " | ".join(f"{result.test_loss:.4f} ({result.deviation:.4f})" for result in (plain, ours))
+        assert f"| {losses} | {shown(task, ours.difference)} |" in quoted
+
+
 def test_the_docs_quote_the_study_of_other_methods() -> None:
     quoted = (DOCS / "papers.md").read_text()
     (task,) = kept("papers").tasks
