@@ -59,8 +59,8 @@ class FederatedSettings(MethodSettings):
     noise_seed: int | None = Field(
         None,
         ge=0,
-        description="Seed of the noise and of the draws of rows, with which a run can be repeated; who knows it can "
-        "compute the noise. None: the operating system's random numbers.",
+        description="Seed of the noise and of the draws of rows, with which a run can be repeated. Whoever knows it "
+        "can compute the noise. None: a seed from the operating system, which is not kept.",
     )
 
 

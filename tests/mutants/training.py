@@ -86,6 +86,12 @@ TRAINING = (
         Selection("test_federated.py", "two_clients"),
     ),
     Mutant(
+        "eigen-bases-stay-where-state-cannot-be-turned",
+        'changed = {side: "calibration" for side in ("short", "long") if getattr(eigen, side) == "gradient"}',
+        "changed: dict[str, str] = {}",
+        Selection("test_callback.py", "bases_are_measured"),
+    ),
+    Mutant(
         "federated-draws-all-rows",
         "drawn = client.rows[torch.rand(len(client.rows), generator=drawing) < client.rate]",
         "drawn = client.rows",

@@ -83,7 +83,7 @@ class Eigen(Decomposition):
         return found
 
     def next_refresh(self, step: int) -> int:
-        """The step of the refresh after one at `step`, where there is a growth."""
+        """The step of the refresh that follows one at `step`, if `growth` is not None."""
         assert self.growth is not None
         return step + self.refresh if self.growth == 1 else max(step + 1, ceil(step * self.growth))
 
