@@ -2,7 +2,7 @@
 
 No centre core exists here: what the product keeps in rotated axes (the matrix, the first moment) is kept as it is, and
 each step is turned into the bases and back. Signs of eigenvectors are left as LAPACK gives them, since Adam's step does
-not depend on them.
+not depend on them. Only where the bases are stepped too are there three factors, each dense and with a mask.
 
 Source: Vyas et al. 2024 (SOAP), arXiv:2409.11321, algorithms 3 and 4; Loshchilov and Hutter 2019 (AdamW),
 arXiv:1711.05101, algorithm 2.
@@ -37,6 +37,7 @@ class Rule:
         growth: factor from one refresh to the next; 1: every `refresh` steps; None: each basis once.
         decay: share of the running moments that stays.
         carried: whether later refreshes carry second moments by squares, rather than keep them with their directions.
+        ratio: B's rate as a multiple of A's.
     """
 
     short: bool = True
@@ -50,11 +51,19 @@ class Rule:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    ratio: float = 1.0
+
+    def rate(self, name: str, rate: float) -> float:
+        """The rate of a matrix where A has `rate`."""
+        return rate * (self.ratio if name.endswith("lora_B") else 1)
 
 
 @dataclass
 class Basis:
-    """One side's blocks: their running moments and eigenvectors; started once the latter have been computed."""
+    """One side's blocks: their running moments and eigenvectors; started once the latter have been computed.
+
+    A basis that was measured before the run has no moments, and stays as it is.
+    """
 
     blocks: list[Array]
     vectors: list[Array]
@@ -64,6 +73,10 @@ class Basis:
     def identity(cls, length: int, largest: int) -> Basis:
         sizes = [len(part) for part in np.array_split(np.arange(length), ceil(length / largest))]
         return cls([np.zeros((size, size)) for size in sizes], [np.eye(size) for size in sizes])
+
+    @property
+    def is_measured(self) -> bool:
+        return not self.blocks
 
     def dense(self) -> Array:
         return _diagonal(self.vectors)
@@ -103,13 +116,19 @@ class EigenAdamW:
     refreshes: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, matrices: Mapping[str, Array], rule: Rule) -> EigenAdamW:
+    def of(
+        cls, matrices: Mapping[str, Array], rule: Rule, measured: Mapping[str, Mapping[str, list[Array]]] | None = None
+    ) -> EigenAdamW:
+        """Matrices in identity bases, or in those that were measured, block by block: `rows` and `columns` by name."""
         made = {}
         for name, value in matrices.items():
             m, n = value.shape
             has_rows, has_columns = (rule.short, rule.long) if m <= n else (rule.long, rule.short)
             rows = Basis.identity(m, m if m <= min(n, rule.whole) else rule.block) if has_rows else None
             columns = Basis.identity(n, n if n < m and n <= rule.whole else rule.block) if has_columns else None
+            for side, blocks in (measured or {}).get(name, {}).items():
+                basis = Basis([], blocks, started=True)
+                rows, columns = (basis, columns) if side == "rows" else (rows, basis)
             made[name] = Matrix(value.copy(), rows, columns, np.zeros_like(value), np.zeros_like(value))
         return cls(rule, made, due=rule.refresh)
 
@@ -120,7 +139,7 @@ class EigenAdamW:
         for name, matrix in self.matrices.items():
             if np.isfinite(norm) and norm > 0:
                 self._observe(matrix, gradients[name] / norm)
-            self._adamw(matrix, gradients[name], rate)
+            self._adamw(matrix, gradients[name], self.rule.rate(name, rate))
         if self.steps >= self.due:
             self.refreshes.append(self.steps)
             for matrix in self.matrices.values():
@@ -137,7 +156,7 @@ class EigenAdamW:
             return
         matrix.seen += 1
         for basis, along in ((matrix.rows, gradient), (matrix.columns, gradient.T)):
-            if basis is not None:
+            if basis is not None and not basis.is_measured:
                 parts = np.split(along, np.cumsum([len(block) for block in basis.blocks])[:-1])
                 for block, part in zip(basis.blocks, parts, strict=True):
                     block[:] = self.rule.decay * block + (1 - self.rule.decay) * part @ part.T
@@ -154,9 +173,9 @@ class EigenAdamW:
 
     def _refresh(self, matrix: Matrix) -> None:
         m, n = matrix.value.shape
-        if matrix.rows is not None:
+        if matrix.rows is not None and not matrix.rows.is_measured:
             matrix.second = (matrix.second.T @ self._turned(matrix, matrix.rows, n)).T
-        if matrix.columns is not None:
+        if matrix.columns is not None and not matrix.columns.is_measured:
             matrix.second = matrix.second @ self._turned(matrix, matrix.columns, m)
 
     def _turned(self, matrix: Matrix, basis: Basis, other: int) -> Array:
@@ -181,6 +200,43 @@ class EigenAdamW:
             basis.vectors[k] = new
         basis.started = True
         return _diagonal(carriers)
+
+
+class SteppedFactors:
+    """A matrix U Z V^T of which AdamW steps all three factors, the bases at a rate of their own and without decay.
+
+    Args:
+        value: the matrix M, (m, n).
+        rows: blocks of U.
+        columns: blocks of V.
+    """
+
+    def __init__(self, value: Array, rows: list[Array], columns: list[Array]) -> None:
+        u, v = _diagonal(rows), _diagonal(columns)
+        self.factors = [u, u.T @ value @ v, v]
+        inside = [_diagonal([np.ones_like(block) for block in blocks]) for blocks in (rows, columns)]
+        self._masks = [inside[0], np.ones_like(value), inside[1]]
+        self._first = [np.zeros_like(factor) for factor in self.factors]
+        self._second = [np.zeros_like(factor) for factor in self.factors]
+        self._steps = 0
+
+    @property
+    def value(self) -> Array:
+        u, z, v = self.factors
+        return u @ z @ v.T
+
+    def step(self, gradient: Array, rate: float, aux_scale: float, rule: Rule) -> None:
+        """One step, with dL/dM; the bases have `aux_scale` times the rate."""
+        (u, z, v), (beta1, beta2) = self.factors, rule.betas
+        self._steps += 1
+        each = [gradient @ v @ z.T, u.T @ gradient @ v, gradient.T @ u @ z]
+        for k, scale in enumerate((aux_scale, 1.0, aux_scale)):
+            g = each[k] * self._masks[k]
+            self._first[k] = beta1 * self._first[k] + (1 - beta1) * g
+            self._second[k] = beta2 * self._second[k] + (1 - beta2) * g**2
+            mean, square = self._first[k] / (1 - beta1**self._steps), self._second[k] / (1 - beta2**self._steps)
+            kept = 1 - rate * rule.weight_decay if k == 1 else 1
+            self.factors[k] = kept * self.factors[k] - scale * rate * mean / (np.sqrt(square) + rule.eps)
 
 
 def qr_iteration(
