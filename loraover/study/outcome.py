@@ -63,6 +63,9 @@ class Outcome(BaseModel):
     fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
     train_rows: str | None = Field(None, description="SHA-256 of the training rows; None in older files.")
     test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None in older files.")
+    model_revision: str | None = Field(
+        None, description="Commit of the base model on the hub; None for a folder, and in older files."
+    )
 
     @model_validator(mode="after")
     def _are_pairs(self) -> Outcome:
@@ -230,6 +233,7 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
         fold_error=_fold_error(folder / "adapter"),
         train_rows=None if rows is None else rows.train,
         test_rows=None if rows is None else rows.test,
+        model_revision=load_recipe(str(folder / RECIPE_FILE)).model_revision,
     )
 
 

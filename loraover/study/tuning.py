@@ -50,9 +50,9 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
         tuning_seeds: Number of seeds that choose the rates; None: all.
 
     Raises:
-        LoraOverError: runs of one task were not judged on the same examples, or see `check_rows`.
+        LoraOverError: runs of one task were not judged on the same examples, or see `check_inputs`.
     """
-    check_rows(outcomes)
+    check_inputs(outcomes)
     seeds = len({run.seed for run in grid})
     if tuning_seeds is None or tuning_seeds >= seeds:
         return RunPlan(list(grid), Counter())
@@ -69,33 +69,35 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
     return RunPlan(runs, undecided)
 
 
-def check_rows(outcomes: Mapping[Run, Outcome]) -> None:
-    """Check by their digests that runs which should have had the same rows had them; older outcomes have no digest.
+def check_inputs(outcomes: Mapping[Run, Outcome]) -> None:
+    """Check that runs which should have had the same rows and base model had them; older outcomes do not say theirs.
 
     Runs of one task share their held-out rows. Those with the same settings of `data` share their training rows, but
-    for the built-in word problems, which are made anew for each seed.
+    for the built-in word problems, which are made anew for each seed. A model of the hub has one commit throughout.
 
     Args:
         outcomes: Outcomes of the runs that are finished.
 
     Raises:
-        LoraOverError: two runs had different rows.
+        LoraOverError: two runs had different rows, or different commits of one model.
     """
     first: dict[tuple[str, ...], tuple[Run, str]] = {}
     for run, outcome in outcomes.items():
-        data = run.recipe.data
+        data, model, asked = run.recipe.data, run.recipe.model, run.recipe.model_revision
         seed = str(run.seed) if data.train == BUILT_IN else ""
-        for digest, key in (
-            (outcome.test_rows, (run.task, "held-out")),
-            (outcome.train_rows, (run.task, "training", data.model_dump_json(), seed)),
+        changed = "were the data changed? Start a new study"
+        moved = "start a new study whose recipes name one of them as model_revision"
+        for found, key, what, advice in (
+            (outcome.test_rows, (run.task,), "held-out rows", changed),
+            (outcome.train_rows, (run.task, data.model_dump_json(), seed), "training rows", changed),
+            (outcome.model_revision, (model, str(asked)), f"commits of the base model {model}", moved),
         ):
-            if digest is None:
+            if found is None:
                 continue
-            other, expected = first.setdefault(key, (run, digest))
-            if digest != expected:
+            other, expected = first.setdefault((what, *key), (run, found))
+            if found != expected:
                 raise LoraOverError(
-                    f"{run.folder} and {other.folder} had different {key[1]} rows, so they cannot be compared; were "
-                    "the data changed? Start a new study."
+                    f"{run.folder} and {other.folder} had different {what}, so they cannot be compared; {advice}."
                 )
 
 

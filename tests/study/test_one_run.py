@@ -111,6 +111,15 @@ def test_seconds_are_those_of_the_steps_that_were_timed(finished_run: Path, reci
     assert execute(one_run(recipe), folder, threads=1).step_seconds is None
 
 
+def test_the_commit_of_a_model_is_the_one_that_the_run_pinned(finished_run: Path, recipe: Path, tmp_path: Path) -> None:
+    folder = copy_of(finished_run, tmp_path / "run", "outcome.json")
+    assert execute(one_run(recipe), folder, threads=1).model_revision is None
+    (folder / "outcome.json").unlink()
+    pinned = load_recipe(str(folder / "recipe.yaml"), {"model_revision": "c0ffee"})
+    (folder / "recipe.yaml").write_text(pinned.model_dump_json())
+    assert execute(one_run(recipe), folder, threads=1).model_revision == "c0ffee"
+
+
 def test_a_loss_that_is_no_number_is_a_divergence(finished_run: Path, recipe: Path, tmp_path: Path) -> None:
     folder = copy_of(finished_run, tmp_path / "run")
     scored = json.loads((folder / "held_out.json").read_text())

@@ -132,6 +132,19 @@ def test_runs_with_other_rows_are_not_compared(grid: list[Run]) -> None:
         judged(train_rows="c")
 
 
+def test_runs_on_other_commits_of_a_model_are_not_compared(grid: list[Run]) -> None:
+    outcomes = {run: outcome_of(run, loss_of) for run in grid}
+    one, other = grid[0], grid[-1]
+    outcomes[one] = outcomes[one].model_copy(update={"model_revision": "a"})
+    outcomes[other] = outcomes[other].model_copy(update={"model_revision": "a"})
+    make_report(grid, outcomes, "")
+    outcomes[other] = outcomes[other].model_copy(update={"model_revision": "b"})
+    with pytest.raises(
+        LoraOverError, match=r"had different commits of the base model .* name one of them as model_rev"
+    ):
+        make_report(grid, outcomes, "")
+
+
 @pytest.mark.parametrize("lasts", [7, 36, 41])
 def test_a_study_that_was_stopped_continues_in_either_stage(
     lasts: int, grid: list[Run], machine: Machine, tmp_path: Path
