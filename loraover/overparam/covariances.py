@@ -21,6 +21,7 @@ from loraover.common.memory import is_out_of_memory
 from loraover.overparam.block_bases import Bases, Blocks, Side, eigenvectors
 from loraover.overparam.core_group import full_precision
 from loraover.overparam.decompositions import Eigen
+from loraover.overparam.decompositions.eigen import MAX_BLOCK
 from loraover.overparam.importance import Probe
 from loraover.overparam.sharding import full, of_first_process
 from loraover.overparam.sites import Site, lora_layers
@@ -37,10 +38,10 @@ class _Moments:
         self.blocks = blocks
         self.sums: dict[str, Tensor] = {}
 
-    @property
-    def numbers(self) -> int:
-        """How many numbers both moments are."""
-        return sum(blocks.number * blocks.size**2 for blocks in self.blocks.values())
+    def mebibytes(self, block: int = MAX_BLOCK) -> float:
+        """Memory of both moments, in MiB; with `block`, if no block were larger."""
+        divided = [Blocks.of(blocks.length, min(blocks.size, block)) for blocks in self.blocks.values()]
+        return sum(blocks.number * blocks.size**2 for blocks in divided) * 4 / 2**20
 
     def add(self, matrix: str, x: Tensor) -> None:
         """Add the tokens x, (tokens, length), if the matrix is trained: inputs for A, gradients of outputs for B."""
@@ -112,11 +113,13 @@ def measured_bases(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        kept = sum(found.numbers for found in moments.values()) * 4 / 2**20
+        block = max(1, eigen.block // 2)
+        kept, smaller = (sum(found.mebibytes(at_most) for found in moments.values()) for at_most in (MAX_BLOCK, block))
         raise ConfigError(
             "calibration ran out of memory: it needs a forward and a backward pass of one batch, as a training step "
-            f"does, and {kept:.1f} MiB for the moments of {len(moments)} layers. Use smaller batches, gradient "
-            "checkpointing, a smaller block, or long: gradient, which measures during training."
+            f"does, and {kept:.1f} MiB for the moments of {len(moments)} layers, or {smaller:.1f} MiB with block: "
+            f"{block}. Use smaller batches, gradient checkpointing, a smaller block, or long: gradient, which measures "
+            "during training."
         ) from error
     finally:
         probe.model.zero_grad()

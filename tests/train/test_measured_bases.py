@@ -308,8 +308,11 @@ def test_running_out_of_memory_says_what_is_needed(error: Exception, monkeypatch
     model = llama()
     monkeypatch.setattr(covariances._Moments, "add", out)
     # Per layer, blocks of 16 x 16 of both sides, float32: q and o 4 of them, k and v 3, gate, up and down 5.
-    size = f"{2 * (2 * 4 + 2 * 3 + 3 * 5) * 16**2 * 4 / 2**20:.1f}"
-    needed = rf"ran out of memory: .* one batch, .* and {size} MiB for the moments of 14 layers\. Use smaller batches"
+    size = 2 * (2 * 4 + 2 * 3 + 3 * 5) * 16**2 * 4 / 2**20
+    needed = (
+        rf"ran out of memory: .* one batch, .* and {size:.1f} MiB for the moments of 14 layers, "
+        rf"or {size / 2:.1f} MiB with block: 8\. Use smaller batches"
+    )
     with pytest.raises(ConfigError, match=needed) as refusal:
         measured(model)
     assert refusal.value.__cause__ is error

@@ -17,6 +17,8 @@ from loraover.overparam.decompositions.base import Decomposition
 
 Source = Literal["gradient", "calibration", "none"]
 
+MAX_BLOCK = 4096
+
 WHOLE_SHORT_SIDE = 256
 """Largest shorter side whose basis is one block."""
 
@@ -51,7 +53,7 @@ class Eigen(Decomposition):
 
     short: Source = "gradient"
     long: Source = "gradient"
-    block: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
+    block: Annotated[int, Field(strict=True, ge=1, le=MAX_BLOCK)] = 64
     refresh: Annotated[int, Field(strict=True, ge=1)] = 1
     growth: Annotated[float, Field(strict=True, ge=1, le=1000)] | None = 1.5
     decay: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.95
