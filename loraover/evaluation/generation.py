@@ -119,15 +119,23 @@ def greedy_settings(model: Any) -> Iterator[None]:
 
     A repetition penalty, beams, suppressed tokens or a smallest length, which many models' folders set, would make the
     answers other than greedy. They cannot be put aside by arguments: transformers fills in what these leave open.
+    A mixture of experts does not compute the loss of its routers, which TRL asks for and which cannot be computed from
+    a cache.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     own = inner.generation_config
     ids = {f"{name}_token_id": getattr(own, f"{name}_token_id") for name in TOKEN_IDS}
     inner.generation_config = GenerationConfig(**ids)
+    config = inner.config.get_text_config()
+    asks_routers = getattr(config, "output_router_logits", None)
+    if asks_routers:
+        config.output_router_logits = False
     try:
         yield
     finally:
         inner.generation_config = own
+        if asks_routers:
+            config.output_router_logits = True
 
 
 class FiniteScores(LogitsProcessor):

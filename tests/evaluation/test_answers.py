@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from loraover.evaluation.final_number import final_number
 from loraover.evaluation.held_out import exact_match
@@ -139,7 +138,7 @@ class Parrot:
         self.modes: list[bool] = []
         self.device = torch.device("cpu")
         self.generation_config = GenerationConfig()
-        self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
+        self.config = PretrainedConfig(is_encoder_decoder=is_encoder_decoder)
 
     def train(self, mode: bool = True) -> None:
         self.training = mode

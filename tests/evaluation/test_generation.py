@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from loraover.common.errors import DataError, EngineError
 from loraover.evaluation.generation import greedy_answers
 
+from support.tiny_experts import tiny_moe
 from support.tiny_hub import tiny_tokenizer
 from support.tiny_models import tiny_gpt2, tiny_llama, with_lora
 
@@ -32,7 +32,7 @@ def as_llama_2s() -> Any:
 class Writes(torch.nn.Module):
     """A model that goes on with `ANSWER`."""
 
-    config = SimpleNamespace(is_encoder_decoder=False)
+    config = PretrainedConfig()
     generation_config = GenerationConfig()
     device = "cpu"
 
@@ -80,6 +80,15 @@ def test_the_settings_of_a_models_folder_do_not_change_greedy_answers(name: str,
     inner.generation_config = own = GenerationConfig(**{name: NOT_GREEDY[name]})
     assert greedy_answers(model, tokenizer, ["what is"], max_new_tokens=12, batch_size=1) == [greedy]
     assert inner.generation_config is own
+
+
+def test_routers_whose_loss_is_asked_for_do_not_change_answers() -> None:
+    """TRL asks a mixture of experts for it during training; it cannot be computed from a cache."""
+    tokenizer, model = tiny_tokenizer(), tiny_moe()
+    expected = greedy_answers(model, tokenizer, ["what", "why is"], max_new_tokens=4, batch_size=2)
+    model.config.output_router_logits = True
+    assert greedy_answers(model, tokenizer, ["what", "why is"], max_new_tokens=4, batch_size=2) == expected
+    assert model.config.output_router_logits
 
 
 def test_an_answer_ends_where_the_context_does() -> None:
