@@ -148,7 +148,8 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                 site = Site(f"{prefix}{path}.{kind}", path, adapter, matrix, parameter, part=part)
                 if site.parameter.ndim != 2:
                     raise ShapeError(f"{site.name}: expected a matrix, found shape {tuple(parameter.shape)}.")
-                pointer = local(site.values).data_ptr()
+                held = local(site.values)
+                pointer = 0 if held.is_meta else held.data_ptr()
                 if pointer and pointer in by_memory:
                     _tie(by_memory[pointer], site.name, parameter)
                     continue

@@ -29,6 +29,11 @@ def with_adapter(
     base.name_or_path = source.name
     options = recipe.lora.model_dump() | ({} if method is None else method.lora_options(base))
     try:
-        return get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **options))
+        model = get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **options))
     except ValueError as error:
         raise ConfigError(f"lora: PEFT refuses it: {error}") from error
+    adapted = [f".{name}" for name in model.base_model.targeted_parameter_names]
+    for entry in recipe.lora.target_parameters or ():  # of an entry without effect, PEFT warns only
+        if not any(name.endswith(f".{entry}") for name in adapted):
+            raise ConfigError(f"lora.target_parameters: {entry!r} names no parameter of {source.name}.")
+    return model

@@ -91,6 +91,8 @@ class Recipe(Part):
                 f"method {self.method} chooses its first A and B itself: leave out lora.use_dora and "
                 "lora.init_lora_weights"
             )
+        if self.method in OTHER_METHODS and self.lora.target_parameters:
+            raise ValueError(f"method {self.method} adapts modules only: leave out lora.target_parameters")
         if self.method == "soma" and self.training.weight_decay:
             raise ValueError("method soma takes soma.weight_decay in place of training.weight_decay")
         return self

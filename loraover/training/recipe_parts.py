@@ -72,6 +72,11 @@ class Lora(Part):
     target_modules: str | list[str] = Field(
         "all-linear", description="Adapted modules: 'all-linear', a list of endings of names, or a regular expression."
     )
+    target_parameters: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Adapted parameters that are no module's weight, such as those of experts: endings of their names.",
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) in place of alpha / r.")
     use_dora: bool = Field(
         False, description="Train DoRA; its update is more than a product B A, so it cannot be over-parameterised."

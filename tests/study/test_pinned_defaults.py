@@ -36,6 +36,7 @@ PINNED: dict[str, dict[str, Any]] = {
         "lora_alpha": 16,
         "lora_dropout": 0.0,
         "target_modules": "all-linear",
+        "target_parameters": None,
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,

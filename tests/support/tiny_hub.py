@@ -10,6 +10,7 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from support.tiny_experts import tiny_moe
 from support.tiny_models import VOCABULARY, tiny_llama, tiny_t5
 
 PAD, BOS, EOS, UNKNOWN = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -56,6 +57,11 @@ def save_llama(folder: Path, *, chat: bool = False, seed: int = 0, adds: str = "
 def save_t5(folder: Path, *, seed: int = 0) -> Path:
     """Two layers on either side, d_model 32; returns `folder`."""
     return _save(folder, tiny_t5(seed), tiny_tokenizer(adds=f"$A {EOS}"))
+
+
+def save_moe(folder: Path) -> Path:
+    """A Qwen3-MoE of two layers with four experts each; returns `folder`."""
+    return _save(folder, tiny_moe(max_position_embeddings=256), tiny_tokenizer())
 
 
 def write_recipe(path: Path, model: Path | str, **parts: Any) -> Path:
