@@ -10,7 +10,8 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from support.tiny_experts import tiny_moe
+from support.plain_adapter import tiny_decoder
+from support.tiny_experts import EXPERT_SIZES
 from support.tiny_models import VOCABULARY, tiny_llama, tiny_t5
 
 PAD, BOS, EOS, UNKNOWN = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -59,9 +60,14 @@ def save_t5(folder: Path, *, seed: int = 0) -> Path:
     return _save(folder, tiny_t5(seed), tiny_tokenizer(adds=f"$A {EOS}"))
 
 
+def save_decoder(folder: Path, family: str, **changes: Any) -> Path:
+    """Two layers of that family, hidden size 64, with `changes` of its configuration; returns `folder`."""
+    return _save(folder, tiny_decoder(family, **({"max_position_embeddings": 256} | changes)), tiny_tokenizer())
+
+
 def save_moe(folder: Path) -> Path:
     """A Qwen3-MoE of two layers with four experts each; returns `folder`."""
-    return _save(folder, tiny_moe(max_position_embeddings=256), tiny_tokenizer())
+    return save_decoder(folder, "Qwen3Moe", **EXPERT_SIZES)
 
 
 def write_recipe(path: Path, model: Path | str, **parts: Any) -> Path:
