@@ -170,12 +170,12 @@ adopt = cd docs/study/$(1)/runs && find $(3) -path '*/seed-[$(4)]/outcome.json' 
 SOAP := training.optim=soap:training.optim_args={max_precondition_dim: 1024}
 QUARTER := schedule=static:budget={fraction: 0.25}:score
 study-gauge-arms:
-	$(call adopt,gauge,gauge-arms,gsm8k-long,01)
-	$(call adopt,papers,gauge-arms,gsm8k-long/lora-over,01)
+	$(call adopt,gauge,gauge-arms,gsm8k-long,0)
+	$(call adopt,papers,gauge-arms,gsm8k-long/lora-over,0)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),lora:$(PLUS):$(SOAP),lora-over,$(EIGEN)$(strip \
 		),$(AXES)={long: calibration},$(AXES)={}:$(PLUS),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS)$(strip \
 		),$(EIGEN):$(QUARTER)=fisher,$(EIGEN):$(QUARTER)=random" --ruler lora:r=16 $(GAUGE) --lr-sweep lora-over=$(FAST),1.2e-2 \
-		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" --seeds 2 -o docs/study/gauge-arms
+		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" --seeds 1 -o docs/study/gauge-arms
 
 study-gauge-options:
 	$(call adopt,gauge,gauge-options,gsm8k-long,0)
