@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,30 +128,41 @@ def _project_labelled_positions_only() -> None:
 
 def _optimizer(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
     """Make an optimizer that the Trainer does not know; None: the Trainer makes its own."""
-    if recipe.training.loraplus_lr_ratio is not None:
-        return _loraplus(recipe, model)
-    return _soap(recipe, model) if recipe.training.optim == SOAP else None
+    training = recipe.training
+    if training.optim == SOAP:
+        try:
+            return _with_rates(recipe, model, _soap(recipe), training.optim_args)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"training.optim_args: SOAP refuses them: {error}") from error
+    if training.loraplus_lr_ratio is None:
+        return None
+    if not isinstance(model, PeftModel) or training.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise ConfigError("training.loraplus_lr_ratio needs a LoRA and optim adamw_torch, adamw_torch_fused or soap.")
+    return _with_rates(recipe, model, torch.optim.AdamW, {"fused": training.optim == "adamw_torch_fused"})
 
 
-def _loraplus(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
-    """AdamW with a higher rate for B (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any]) -> Any:
+    """Make an optimizer, if the recipe asks for it with a higher rate for B (LoRA+, Hayou et al., arXiv:2402.12354).
 
     Embeddings' A and B have the learning rate itself; PEFT's default for them is 1e-6, whatever the recipe asks for.
     """
-    if not isinstance(model, PeftModel) or recipe.training.optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise ConfigError("training.loraplus_lr_ratio needs a LoRA and optim adamw_torch or adamw_torch_fused.")
+    training = recipe.training
+    rate, decay = training.learning_rate, training.weight_decay
+    if training.loraplus_lr_ratio is None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return kind(trained, lr=rate, weight_decay=decay, **options)
     return create_loraplus_optimizer(
         model,
-        torch.optim.AdamW,
-        lr=recipe.training.learning_rate,
-        loraplus_lr_ratio=recipe.training.loraplus_lr_ratio,
-        loraplus_lr_embedding=recipe.training.learning_rate,
-        loraplus_weight_decay=recipe.training.weight_decay,
-        fused=recipe.training.optim == "adamw_torch_fused",
+        kind,
+        lr=rate,
+        loraplus_lr_ratio=training.loraplus_lr_ratio,
+        loraplus_lr_embedding=rate,
+        loraplus_weight_decay=decay,
+        **options,
     )
 
 
-def _soap(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
+def _soap(recipe: Recipe) -> Any:
     """SOAP (Vyas et al. 2024, arXiv:2409.11321) as pytorch-optimizer has it; its first step only measures."""
     try:
         import pytorch_optimizer
@@ -159,15 +171,7 @@ def _soap(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
     known = sorted({*inspect.signature(pytorch_optimizer.SOAP).parameters} - {"params", "lr", "weight_decay", "kwargs"})
     if unknown := sorted({*recipe.training.optim_args} - {*known}):
         raise ConfigError(f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}.")
-    try:
-        return pytorch_optimizer.SOAP(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=recipe.training.learning_rate,
-            weight_decay=recipe.training.weight_decay,
-            **recipe.training.optim_args,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training.optim_args: SOAP refuses them: {error}") from error
+    return pytorch_optimizer.SOAP
 
 
 def _seq2seq_trainer(

@@ -16,6 +16,7 @@ from torch import nn
 
 import loraover
 from loraover.common.errors import ConfigError
+from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
 from support.tiny_hub import save_llama, write_recipe
@@ -37,15 +38,17 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_soap_trains_and_resumes_to_the_same_bits(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ratio", [None, 4.0], ids=["one rate", "LoRA+"])
+def test_soap_trains_and_resumes_to_the_same_bits(ratio: float | None, recipe: Path, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    loraover.train(recipe, whole)
+    asked = load_recipe(recipe, {"training.loraplus_lr_ratio": ratio})
+    loraover.train(asked, whole)
     before, after = read_run(whole).before, read_run(whole).after
     assert before is not None
     assert after is not None
     assert after.loss < before.loss
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("adapter", "run.json", "checkpoint-4"))
-    assert loraover.train(recipe, resumed, resume=True).timed_steps == 2
+    assert loraover.train(asked, resumed, resume=True).timed_steps == 2
     found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (resumed, whole))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -107,7 +110,6 @@ def test_the_update_of_a_matrix_is_the_papers() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "LoRA+": ({"training.loraplus_lr_ratio": 4}, "loraplus_lr_ratio needs a LoRA and optim adamw_torch"),
     "an unknown option": ({"training.optim_args": {"max_precond_dim": 8}}, "'max_precond_dim' is none of betas, "),
     "an impossible option": ({"training.optim_args": {"precondition_frequency": 0}}, "SOAP refuses them"),
     "options of another optimizer": ({"training.optim": "sgd"}, "optim_args belongs to optim soap, not to sgd"),
