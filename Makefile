@@ -178,7 +178,7 @@ study-gauge-arms:
 		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" --seeds 1 -o docs/study/gauge-arms
 
 study-gauge-options:
-	$(call adopt,gauge,gauge-options,gsm8k-long,0)
+	$(call adopt,gauge,gauge-options,gsm8k-long/*ratio=4/lr-0.0015,0)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN)$(strip \
 		),$(AXES)={long: calibration, block: 32}:$(PLUS),$(AXES)={long: calibration, block: 192}:$(PLUS)$(strip \
 		),$(AXES)={long: calibration, growth: null, refresh: 10}:$(PLUS),$(AXES)={long: calibration, second_moments: carried}:$(PLUS)$(strip \

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loraover.study.analysis import Difference
+from loraover.study.analysis import Difference, Halves
+from loraover.study.outcome import Outcome
 from loraover.study.report import StudyReport, TaskResult
 from loraover.study.runner import finished, make_report
 
@@ -69,6 +70,24 @@ def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
         assert f"| {losses} | {row} |" in readme
         for result in task.methods:
             assert f"{result.test_loss:.4f} ({result.deviation:.4f})" in quoted.replace("**", "")
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_docs_quote_the_options_of_eigen() -> None:
+    quoted = (DOCS / "gauge.md").read_text()
+    grid, _ = planned("study-gauge-options")
+    losses = {run.method: validation_loss(found) for run, found in finished(grid, DOCS / "gauge-options").items()}
+    assert len(losses) == len(grid)
+    plus, ours, *others = losses.values()
+    for loss in (*others, plus):
+        assert f"| {loss:.4f} | {100 * (loss / ours - 1):+.2f} % |" in quoted
+    assert f"| {ours:.4f} | |" in quoted
+
+
+def validation_loss(outcome: Outcome) -> float:
+    half = Halves(len(outcome.tokens)).validation
+    return sum(outcome.nats[half]) / sum(outcome.tokens[half])
 
 
 def test_the_docs_quote_the_study_of_80_steps() -> None:

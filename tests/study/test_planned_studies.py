@@ -7,8 +7,17 @@ import shutil
 import pytest
 
 from loraover.study.outcome import digest
+from loraover.training.hf_trainer import _optimizer
 
 from support.planned import planned
+from support.tiny_models import tiny_llama, with_lora
+
+STUDIES = [
+    "study",
+    "study-gauge",
+    "study-papers",
+    *(f"study-gauge-{kind}" for kind in ("arms", "options", "steps", "long", "rates")),
+]
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("make") is None, reason="needs make")]
 
@@ -48,6 +57,14 @@ def test_a_further_study_of_the_gauge_takes_the_runs_that_are_the_same(target: s
     sweep = [(one.folder, digest(one.recipe)) in known for one in further if one.seed == 0]
     assert (tuning, same) == (1, 1)
     assert (sum(sweep), len(sweep)) == (shared, shared + new)
+
+
+@pytest.mark.parametrize("target", STUDIES)
+def test_every_method_has_an_optimizer_that_takes_its_settings(target: str) -> None:
+    for recipe in {run.method: run.recipe for run in planned(target)[0]}.values():
+        if recipe.training.optim == "soap":
+            pytest.importorskip("pytorch_optimizer", reason="pip install 'loraover[soap]'")
+        _optimizer(recipe, with_lora(tiny_llama()))
 
 
 def test_federated_keeps_to_its_budget_and_to_the_rows_of_the_others() -> None:
