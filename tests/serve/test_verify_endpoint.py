@@ -120,6 +120,7 @@ def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:
     for name in NAMES:
         assert {tuple(body["prompt"]) for body in scored if body["model"] == name} == expected
     assert not any("prompt_logprobs" in body or body.get("echo") for body in server.bodies)
+    assert {(body["temperature"], body["repetition_penalty"]) for body in server.bodies} == {(0, 1)}
 
 
 def test_an_answer_longer_than_the_window_is_compared(tmp_path: Path) -> None:

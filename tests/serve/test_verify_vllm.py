@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from loraover_serve import EngineResult, verify_adapter
 
@@ -28,6 +29,7 @@ def verify(served: Served, adapter: Path, name: str, **options: Any) -> EngineRe
 
 def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
+    GenerationConfig(repetition_penalty=5.0).save_pretrained(base)  # as Qwen2.5's 1.1, which vLLM takes for its default
     adapter = save_adapter(tmp_path / "adapter", base)
     options = ("--dtype", "float32", "--enforce-eager")
     report = verify_adapter(adapter, engines=["vllm"], vllm=vllm_command(), options=options, output=tmp_path / "out")

@@ -16,6 +16,8 @@ from loraover.common.http import explanation, http_client
 
 REQUEST_TIMEOUT_S = 600.0
 HEALTH_TIMEOUT_S = 10.0
+GREEDY = {"temperature": 0, "repetition_penalty": 1.0}
+"""Put aside what the folder of many base models sets, and vLLM takes for its default."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class VllmClient:
         Raises:
             EngineError: a model that does not exist, or a server that failed or stayed silent.
         """
-        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **GREEDY}
         answer = self._request("/v1/completions", body, timeout_s)
         with _readable(model, answer):
             _check_addressee(model, answer)
@@ -239,7 +241,7 @@ def _greedy_body(model: str, prompt: list[int] | list[list[int]], max_tokens: in
         "model": model,
         "prompt": prompt,
         "max_tokens": max_tokens,
-        "temperature": 0,
+        **GREEDY,
         "ignore_eos": True,
         "logprobs": 0,
         "return_token_ids": True,

@@ -110,8 +110,9 @@ class OpenAiEngine(VerifyEngine):
         name = self.names[arm]
         plain = {"model": name, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
         more = {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
+        penalty = {"repetition_penalty": 1.0}  # many base models' folders set another, which vLLM takes for its default
         try:
-            answer = self.endpoint.post("/completions", plain | more)
+            answer = self.endpoint.post("/completions", plain | more | penalty)
         except UnfitRequestError:
             answer = self.endpoint.post("/completions", plain)
         try:
