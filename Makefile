@@ -195,10 +195,10 @@ study-gauge-long:
 		--set training.max_steps=300 --seeds 2 -o docs/study/gauge-long
 
 study-gauge-rates:
-	$(call adopt,gauge,gauge-rates,gsm8k-long,01)
+	$(call adopt,gauge,gauge-rates,gsm8k-long,0)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \
 		--lr-sweep "gsm8k-long/lora:$(PLUS)=4.5e-4,$(SLOW),4.5e-3" --lr-sweep "gsm8k-long/$(EIGEN)=4.5e-4,$(SLOW),4.5e-3" \
-		--lr-sweep gsm8k-long/lora=9e-4,$(FAST),9e-3 --seeds 2 -o docs/study/gauge-rates
+		--lr-sweep gsm8k-long/lora=9e-4,$(FAST),9e-3 --seeds 1 -o docs/study/gauge-rates
 
 # The study of docs/study/papers.md, whose protocol it follows. It should come after study-gauge, whose runs it shares.
 FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.precision=fp32

@@ -85,6 +85,21 @@ def test_the_docs_quote_the_options_of_eigen() -> None:
     assert f"| {ours:.4f} | |" in quoted
 
 
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_docs_quote_the_losses_by_rate() -> None:
+    quoted = (DOCS / "gauge.md").read_text()
+    grid, _ = planned("study-gauge-rates")
+    losses: dict[str, dict[float, float]] = {}
+    for run, found in finished(grid, DOCS / "gauge-rates").items():
+        losses.setdefault(run.method, {})[run.rate] = validation_loss(found)
+    assert sum(map(len, losses.values())) == len(grid)
+    for by_rate in losses.values():
+        best = min(by_rate.values())
+        cells = [f"{loss:.4f} ({100 * (loss / best - 1):+.1f} %)" for _, loss in sorted(by_rate.items())]
+        assert f"| {' | '.join(cells).replace(' (+0.0 %)', '')} |" in quoted
+
+
 def validation_loss(outcome: Outcome) -> float:
     half = Halves(len(outcome.tokens)).validation
     return sum(outcome.nats[half]) / sum(outcome.tokens[half])
