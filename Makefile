@@ -182,7 +182,9 @@ study-gauge-options:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN)$(strip \
 		),$(AXES)={long: calibration, block: 32}:$(PLUS),$(AXES)={long: calibration, block: 192}:$(PLUS)$(strip \
 		),$(AXES)={long: calibration, growth: null, refresh: 10}:$(PLUS),$(AXES)={long: calibration, second_moments: carried}:$(PLUS)$(strip \
-		),$(AXES)={long: calibration, short: none}:$(PLUS),$(EIGEN):calibration_batches=16" \
+		),$(AXES)={long: calibration, short: none}:$(PLUS),$(EIGEN):calibration_batches=16$(strip \
+		),$(AXES)={short: calibration, long: calibration}:$(PLUS)$(strip \
+		),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS):aux_lr_scale=0.1" \
 		--set training.min_lr_rate=0.1 --lr-sweep 1.5e-3 --seeds 1 --tuning-seeds 1 --jobs 2 -o docs/study/gauge-options
 
 study-gauge-steps:
