@@ -35,5 +35,8 @@ def with_adapter(
     adapted = [f".{name}" for name in model.base_model.targeted_parameter_names]
     for entry in recipe.lora.target_parameters or ():  # of an entry without effect, PEFT warns only
         if not any(name.endswith(f".{entry}") for name in adapted):
-            raise ConfigError(f"lora.target_parameters: {entry!r} names no parameter of {source.name}.")
+            raise ConfigError(
+                f"lora.target_parameters: {entry!r} names no parameter of {source.name}; give the end of a "
+                "name, such as mlp.experts.down_proj."
+            )
     return model

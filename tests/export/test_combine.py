@@ -13,31 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig
-from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.command_line import INTERRUPTED, run
 from loraover.common.errors import ExportError
 from loraover_export import combine_adapters, shrink_adapter
 from loraover_export.cli import cli
-from loraover_export.combine.combine import add_deltas
-from loraover_export.numerics.delta import Delta, read_deltas
+from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.uniform import write_lora as write_module
 
-from strategies import matrices, sizes
 from support.adapters_on_disk import deltas, save_base, save_lora
 from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
 from support.refusals import one_message
-from support.speed import examples
 from support.tiny_models import fill_b, token_ids
 from tolerances import UNIT
 
@@ -199,38 +193,6 @@ def test_a_checkpoint_is_read_from_its_cores(tmp_path: Path) -> None:
         a, b = (exact[f"base_model.model.{module.module}.lora_{matrix}.weight"] for matrix in "AB")
         assert np.linalg.norm(found[module.module] - 0.75 * 2 * (b @ a)) <= module.error_bound + 1e-14 * module.norm
     assert set(certificate.sources[0].sha256) == {CONFIG, TENSORS, "loraover.json", "loraover.safetensors"}
-
-
-@st.composite
-def sums(draw: Any) -> list[tuple[Delta, float]]:
-    """Deltas of one module; some share their A or their B, or are the same."""
-    m, n = draw(sizes()), draw(sizes())
-    found: list[tuple[Delta, float]] = []
-    for _ in range(draw(st.integers(1, 3))):
-        r = draw(sizes())
-        a, b = draw(matrices(r, n))[0], draw(matrices(m, r))[0]
-        if found and draw(st.sampled_from([True, False])):
-            a = found[0][0].a.value
-            b = draw(matrices(m, len(a)))[0]
-        zeros = [x.new_zeros(()).expand_as(x) for x in (a, b)]
-        weight = draw(st.sampled_from([1.0, -1.0, 0.3, 2.0**-20, 1e6]))
-        found.append((Delta("m", False, Exact(a, zeros[0], None), Exact(b, zeros[1], None)), weight))
-    return found
-
-
-@examples(80)
-@given(weighted=sums())
-def test_the_sum_is_within_its_bound_and_has_no_needless_rank(weighted: list[tuple[Delta, float]]) -> None:
-    found = add_deltas(weighted)
-    pieces = [weight * (delta.b.value.numpy() @ delta.a.value.numpy()) for delta, weight in weighted]
-    size = sum(abs(w) * float(d.b.value.norm() * d.a.value.norm()) for d, w in weighted)
-    product = found.delta.b.value.double().numpy() @ found.delta.a.value.double().numpy()
-    distance = float(np.linalg.norm(product - sum(pieces)))
-    assert distance <= found.arithmetic_bound + 200 * UNIT[torch.float64] * size + 1e-300
-    assert found.arithmetic_bound <= 1e-11 * size + 1e-300
-    if len(weighted) > 1:
-        m, n = product.shape
-        assert found.delta.rank <= min(m, n, sum(delta.rank for delta, _ in weighted))
 
 
 def test_equal_subspaces_are_merged(made: Path, tmp_path: Path) -> None:

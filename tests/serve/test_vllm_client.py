@@ -6,13 +6,15 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from loraover.common.errors import EngineError
 from loraover_serve.vllm.client import VllmClient
+
+from support.openai_server import openai_server
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
@@ -51,6 +53,21 @@ def event(text: str, tokens: Sequence[int]) -> bytes:
     choice = {"text": text, "token_ids": tokens, "logprobs": {"token_logprobs": [-0.5] * len(tokens)}}
     piece = json.dumps({"model": "m", "choices": [choice]}, ensure_ascii=False)
     return f"data: {piece}\n\n".encode()
+
+
+def test_every_answer_is_asked_for_as_the_likeliest_one() -> None:
+    """Whatever the folder of the base model makes a server's default."""
+    with openai_server(lambda body: "so") as server:
+        client = VllmClient(server.url)
+        asks: list[Callable[[], object]] = [
+            lambda: client.ask("m", "one"),
+            lambda: client.complete("m", [1], max_tokens=1),
+            lambda: client.stream("m", [1], max_tokens=1, timeout_s=5),
+        ]
+        for ask in asks:
+            with suppress(EngineError):  # the stand-in's answers name no model and no tokens
+                ask()
+    assert [(body["temperature"], body["repetition_penalty"]) for body in server.bodies] == 3 * [(0, 1)]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)

@@ -17,7 +17,7 @@ from loraover.common.http import explanation, http_client
 REQUEST_TIMEOUT_S = 600.0
 HEALTH_TIMEOUT_S = 10.0
 GREEDY = {"temperature": 0, "repetition_penalty": 1.0}
-"""Put aside what the folder of many base models sets, and vLLM takes for its default."""
+"""The likeliest token at each position, without the repetition penalty that many base models' folders set."""
 
 
 @dataclass(frozen=True)

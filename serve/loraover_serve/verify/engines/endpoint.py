@@ -25,6 +25,7 @@ from loraover_serve.verify.engines.base import Setting, VerifyEngine
 AT_ONCE = 4  # requests in flight
 COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
 TOP = 20  # logprobs of each token: the most that vLLM gives unless it is started with --max-logprobs
+NO_PENALTY = {"repetition_penalty": 1.0}  # many base models' folders set another, which vLLM takes for its default
 _NUMBERED = re.compile(r"token_id:(\d+)")
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -110,9 +111,8 @@ class OpenAiEngine(VerifyEngine):
         name = self.names[arm]
         plain = {"model": name, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
         more = {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
-        penalty = {"repetition_penalty": 1.0}  # many base models' folders set another, which vLLM takes for its default
         try:
-            answer = self.endpoint.post("/completions", plain | more | penalty)
+            answer = self.endpoint.post("/completions", plain | more | NO_PENALTY)
         except UnfitRequestError:
             answer = self.endpoint.post("/completions", plain)
         try:
