@@ -70,7 +70,10 @@ def test_a_plan_counts_them(whole: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"lora": {"target_parameters": ["experts.gate"]}}, "target_parameters: 'experts.gate' names no parameter of"),
+        (
+            {"lora": {"target_parameters": [*PARAMETERS, "experts.gate"]}},
+            "target_parameters: 'experts.gate' names no parameter of",
+        ),
         ({"lora": {"target_parameters": []}}, "at least 1 item"),
         ({"lora": {"lora_dropout": 0.1}}, "PEFT refuses it: .* lora_dropout"),
         ({"method": "lorasc"}, "method lorasc adapts modules only: leave out lora.target_parameters"),
