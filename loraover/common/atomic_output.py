@@ -92,11 +92,13 @@ def _put_in_place(draft: Path, target: Path, replace: bool) -> None:
         try:
             target.rename(aside)
             draft.rename(target)
+            shutil.rmtree(aside, ignore_errors=True)
         except BaseException:
-            if aside.exists() and not target.exists():
+            if target.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            elif aside.exists():
                 aside.rename(target)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -135,7 +137,11 @@ def _drafted(target: Path) -> Iterator[Path]:
                 break
             yield draft
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+        except BaseException:  # such as Ctrl-C in the midst of it
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
 
 
 def _settle_replaced(target: Path) -> None:
