@@ -139,7 +139,9 @@ def run_grid(
     outcomes = finished(grid, folder)
     seconds: dict[str, list[float]] = {}
     plan = plan_runs(grid, outcomes, tuning_seeds)
-    report.line(f"{plan.left(outcomes).total()} runs to do, {len(outcomes)} finished already")
+    left_now = plan.left(outcomes)
+    begin = f"{left_now.total()} runs to do, {len(outcomes)} finished already"
+    report.line(begin + _estimate(hours_left(left_now, _seconds_trained(outcomes), where.jobs)))
     with report.task("runs", plan.total) as advance:
         advance(len(outcomes))
         while left := [run for run in plan.runs if run not in outcomes]:
@@ -163,6 +165,16 @@ def _ending(run: Run, outcome: Outcome) -> str:
 
 def _estimate(hours: float | None) -> str:
     return "" if not hours else f"; about {hours:.1f} h left"
+
+
+def _seconds_trained(outcomes: Mapping[Run, Outcome]) -> dict[str, list[float]]:
+    """Seconds of training by task: steps times a step's time, without loading and evaluation, which is not kept."""
+    seconds: dict[str, list[float]] = {}
+    for run, outcome in outcomes.items():
+        steps = run.recipe.training.max_steps
+        if steps is not None and outcome.failure is None and outcome.step_seconds is not None:
+            seconds.setdefault(run.task, []).append(steps * outcome.step_seconds)
+    return seconds
 
 
 def finished(grid: Sequence[Run], folder: Path) -> dict[Run, Outcome]:

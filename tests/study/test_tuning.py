@@ -268,6 +268,16 @@ def test_the_number_of_runs_comes_first_and_the_hours_with_each_run(
     assert again.lines == ["0 runs to do, 54 finished already"]
 
 
+def test_a_study_that_goes_on_begins_with_its_hours(grid: list[Run], machine: Machine, tmp_path: Path) -> None:
+    before = tmp_path / "out" / grid[0].folder
+    before.mkdir(parents=True)
+    outcome = outcome_of(grid[0], loss_of).model_copy(update={"step_seconds": 900.0})  # of four steps
+    (before / OUTCOME_FILE).write_text(outcome.model_dump_json())
+    shown = Lines()
+    study(grid, tmp_path / "out", shown)
+    assert shown.lines[0] == "53 runs to do, 1 finished already; about 53.0 h left"
+
+
 def test_the_losses_of_the_test_half_are_not_shown(grid: list[Run], machine: Machine, tmp_path: Path) -> None:
     shown, run = Lines(), grid[0]
     study(grid, tmp_path / "out", shown)
