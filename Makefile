@@ -175,7 +175,8 @@ study-gauge-arms:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),lora:$(PLUS):$(SOAP),lora-over,$(EIGEN)$(strip \
 		),$(AXES)={long: calibration},$(AXES)={}:$(PLUS),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS)$(strip \
 		),$(EIGEN):$(QUARTER)=fisher,$(EIGEN):$(QUARTER)=random" --ruler lora:r=16 $(GAUGE) --lr-sweep lora-over=$(FAST),1.2e-2 \
-		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" --seeds 1 -o docs/study/gauge-arms
+		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" \
+		--lr-sweep "gsm8k-long/lora:$(PLUS):$(SOAP)=$(SLOW),6e-3" --seeds 1 -o docs/study/gauge-arms
 
 study-gauge-options:
 	$(call adopt,gauge,gauge-options,gsm8k-long/*ratio=4/lr-0.0015,0)
@@ -193,8 +194,8 @@ study-gauge-steps:
 		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=9.4e-5,1.9e-4,3.75e-4,7.5e-4" --seeds 4 -o docs/study/gauge-steps
 
 study-gauge-long:
-	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \
-		--set training.max_steps=300 --seeds 2 -o docs/study/gauge-long
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN),lora" --set training.min_lr_rate=0.1 \
+		--lr-sweep 1.5e-3 --lr-sweep lora=3e-3 --set training.max_steps=300 --seeds 2 --tuning-seeds 1 --jobs 2 -o docs/study/gauge-long
 
 study-gauge-rates:
 	$(call adopt,gauge,gauge-rates,gsm8k-long,0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -77,7 +78,8 @@ def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
 def test_the_docs_quote_the_options_of_eigen() -> None:
     quoted = (DOCS / "gauge.md").read_text()
     grid, _ = planned("study-gauge-options")
-    losses = {run.method: validation_loss(found) for run, found in finished(grid, DOCS / "gauge-options").items()}
+    found = finished(grid, DOCS / "gauge-options")
+    losses = {run.method: loss_of(outcome, "validation") for run, outcome in found.items()}
     assert len(losses) == len(grid)
     plus, ours, *others = losses.values()
     for loss in (*others, plus):
@@ -92,7 +94,7 @@ def test_the_docs_quote_the_losses_by_rate() -> None:
     grid, _ = planned("study-gauge-rates")
     losses: dict[str, dict[float, float]] = {}
     for run, found in finished(grid, DOCS / "gauge-rates").items():
-        losses.setdefault(run.method, {})[run.rate] = validation_loss(found)
+        losses.setdefault(run.method, {})[run.rate] = loss_of(found, "validation")
     assert sum(map(len, losses.values())) == len(grid)
     for by_rate in losses.values():
         best = min(by_rate.values())
@@ -100,9 +102,25 @@ def test_the_docs_quote_the_losses_by_rate() -> None:
         assert f"| {' | '.join(cells).replace(' (+0.0 %)', '')} |" in quoted
 
 
-def validation_loss(outcome: Outcome) -> float:
-    half = Halves(len(outcome.tokens)).validation
-    return sum(outcome.nats[half]) / sum(outcome.tokens[half])
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_docs_quote_the_arms_of_eigen() -> None:
+    quoted = (DOCS / "gauge.md").read_text()
+    grid, _ = planned("study-gauge-arms")
+    arms: dict[str, dict[float, Outcome]] = {run.method: {} for run in grid}
+    for run, found in finished(grid, DOCS / "gauge-arms").items():
+        arms[run.method][run.rate] = found
+    for by_rate in arms.values():
+        losses = {rate: loss_of(found, "validation") for rate, found in by_rate.items()}
+        best = min(losses, key=losses.__getitem__)
+        cells = [f"{losses[rate]:.4f}" if rate in losses else "" for rate in sorted({run.rate for run in grid})]
+        row = "".join(f"| {cell} " if cell else "| " for cell in [*cells, f"{loss_of(by_rate[best], 'test'):.4f}"])
+        assert f"{row}|" in quoted
+
+
+def loss_of(outcome: Outcome, half: Literal["validation", "test"]) -> float:
+    rows: slice = getattr(Halves(len(outcome.tokens)), half)
+    return sum(outcome.nats[rows]) / sum(outcome.tokens[rows])
 
 
 def test_the_docs_quote_the_study_of_80_steps() -> None:
