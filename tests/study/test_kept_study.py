@@ -118,6 +118,20 @@ def test_the_docs_quote_the_arms_of_eigen() -> None:
         assert f"{row}|" in quoted
 
 
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_docs_quote_the_losses_after_300_steps() -> None:
+    quoted = (DOCS / "gauge.md").read_text()
+    arms, long = (finished(planned(f"study-gauge-{kind}")[0], DOCS / f"gauge-{kind}") for kind in ("arms", "long"))
+    short = {(run.method, run.rate, run.seed): found for run, found in arms.items()}
+    assert long
+    for run, after in long.items():
+        before = short[run.method, run.rate, run.seed]
+        halves: tuple[Literal["validation", "test"], ...] = ("validation", "test")
+        cells = [f"{loss_of(found, half):.4f}" for half in halves for found in (before, after)]
+        assert f"| {' | '.join(cells)} |" in quoted
+
+
 def loss_of(outcome: Outcome, half: Literal["validation", "test"]) -> float:
     rows: slice = getattr(Halves(len(outcome.tokens)), half)
     return sum(outcome.nats[rows]) / sum(outcome.tokens[rows])
