@@ -17,6 +17,8 @@ from support.planned import planned
 
 DOCS = Path(__file__).parents[2] / "docs" / "study"
 FOLDERS = {"study": "smollm2", "study-gauge": "gauge", "study-papers": "papers"}
+Half = Literal["validation", "test"]
+HALVES: tuple[Half, ...] = ("validation", "test")
 
 
 def kept(folder: str) -> StudyReport:
@@ -79,12 +81,13 @@ def test_the_docs_quote_the_options_of_eigen() -> None:
     quoted = (DOCS / "gauge.md").read_text()
     grid, _ = planned("study-gauge-options")
     found = finished(grid, DOCS / "gauge-options")
-    losses = {run.method: loss_of(outcome, "validation") for run, outcome in found.items()}
+    losses = {run.method: [loss_of(outcome, half) for half in HALVES] for run, outcome in found.items()}
     assert len(losses) == len(grid)
     plus, ours, *others = losses.values()
-    for loss in (*others, plus):
-        assert f"| {loss:.4f} | {100 * (loss / ours - 1):+.2f} % |" in quoted
-    assert f"| {ours:.4f} | |" in quoted
+    for row in (*others, plus):
+        cells = [f"{loss:.4f} | {100 * (loss / of_ours - 1):+.2f} %" for loss, of_ours in zip(row, ours, strict=True)]
+        assert f"| {' | '.join(cells)} |" in quoted
+    assert "".join(f"| {loss:.4f} | " for loss in ours).rstrip() in quoted
 
 
 @pytest.mark.process
@@ -127,12 +130,11 @@ def test_the_docs_quote_the_losses_after_300_steps() -> None:
     assert long
     for run, after in long.items():
         before = short[run.method, run.rate, run.seed]
-        halves: tuple[Literal["validation", "test"], ...] = ("validation", "test")
-        cells = [f"{loss_of(found, half):.4f}" for half in halves for found in (before, after)]
+        cells = [f"{loss_of(found, half):.4f}" for half in HALVES for found in (before, after)]
         assert f"| {' | '.join(cells)} |" in quoted
 
 
-def loss_of(outcome: Outcome, half: Literal["validation", "test"]) -> float:
+def loss_of(outcome: Outcome, half: Half) -> float:
     rows: slice = getattr(Halves(len(outcome.tokens)), half)
     return sum(outcome.nats[rows]) / sum(outcome.tokens[rows])
 
