@@ -96,7 +96,8 @@ def measured_bases(
     if any(site.part is not None for site in chosen):
         raise ConfigError(
             "bases from calibration are measured on a layer's inputs, and the module of several experts is one layer; "
-            "leave its sites out, or give eigen the options {short: gradient, long: gradient}."
+            "leave its sites out, or give eigen the options {short: gradient, long: gradient}, or none in place of "
+            "gradient if the optimizer's state cannot be turned."
         )
     pairs: dict[tuple[str, str], dict[str, Site]] = {}
     for site in everything.values():
@@ -107,9 +108,9 @@ def measured_bases(
         moments[site.module] = _Moments({matrix: _feature_blocks(trained, eigen) for matrix, trained in pair.items()})
     layers = lora_layers(probe.model)
     try:
-        _run(probe, {layers[module]: found for module, found in moments.items()})
+        has_loss = _run(probe, {layers[module]: found for module, found in moments.items()})
         with torch.no_grad():
-            return _bases(chosen, pairs, moments, eigen)
+            bases = _bases(chosen, pairs, moments, eigen)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -123,6 +124,12 @@ def measured_bases(
         ) from error
     finally:
         probe.model.zero_grad()
+    if not has_loss:
+        raise ConfigError(
+            "calibration: no batch has a finite loss, so there are no gradients to measure. A batch whose labels are "
+            "all -100 has none; check the labels and the truncation of the training data."
+        )
+    return bases
 
 
 def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:
@@ -131,8 +138,9 @@ def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:
     return {name: first.setdefault(id(found["columns"]), name) for name, found in bases.items() if "columns" in found}
 
 
-def _run(probe: Probe, layers: Mapping[Any, _Moments]) -> None:
-    """Forward and backward passes of all batches, with their moments added up."""
+def _run(probe: Probe, layers: Mapping[Any, _Moments]) -> bool:
+    """Run forward and backward passes of all batches, add up their moments, and say if some loss was finite."""
+    has_loss = False
     with _observed(layers) as running:
         for batch in probe.batches:
             running.begin(batch)
@@ -140,6 +148,8 @@ def _run(probe: Probe, layers: Mapping[Any, _Moments]) -> None:
                 loss = probe.loss(probe.model, batch)
                 running.is_forward = False
                 torch.autograd.backward(loss)
+            has_loss = has_loss or bool(loss.isfinite().all())
+    return has_loss
 
 
 def _feature_blocks(site: Site, eigen: Eigen) -> Blocks:
@@ -211,7 +221,8 @@ def _moment(site: Site, side: Side, blocks: Blocks, pair: Mapping[str, Site], mo
     if partner not in pair:
         raise ConfigError(
             f"{site.name}: the basis of its side of length r is measured through {partner} of the same module, which "
-            "is frozen or belongs to another module; give eigen the option short: gradient, or train both."
+            "is frozen or belongs to another module; train both, or give eigen the option short: gradient, or short: "
+            "none if the optimizer's state cannot be turned."
         )
     other = pair[partner]
     directions = full(other.values)

@@ -38,7 +38,7 @@ def _weights(count: int, device: torch.device) -> Tensor:
 
 
 class _Asked(NamedTuple):
-    """A question to an accelerator that has not been answered yet."""
+    """A question to a GPU that has not been answered yet."""
 
     differs: list[Tensor]
     answers: list[Tensor]
@@ -46,10 +46,10 @@ class _Asked(NamedTuple):
 
 
 class LateAnswer:
-    """Whether any of some flags is set, without waiting for the device that holds them.
+    """Whether any of some flags is set, without waiting for a CUDA device that holds them.
 
-    A CPU answers at once. An accelerator's answer is copied in the background and read when the next question is
-    asked: by then it has long arrived, so nothing waits.
+    A CPU answers at once. The answer of a CUDA device is copied in the background and read when the next question is
+    asked: by then it has long arrived, so nothing waits. Other devices' answers are read then too, but copying waits.
     """
 
     def __init__(self) -> None:

@@ -86,6 +86,20 @@ TRAINING = (
         Selection("test_federated.py", "two_clients"),
     ),
     Mutant(
+        "eigen-turns-the-rounded-matrices",
+        "centre = group.stacks[group.centre]\n",
+        "centre = group.stacks[group.centre]\n"
+        "        values = torch.stack([site.values for site in group.sites]).to(centre)\n"
+        "        centre.copy_(self.eigen.to_centre(group.stacks, values, *group.shape))\n",
+        Selection("test_block_bases.py", "a_refresh_keeps_every_matrix"),
+    ),
+    Mutant(
+        "calibration-is-silent-without-a-label",
+        "if not has_loss:",
+        "if False:",
+        Selection("test_measured_bases.py", "all_masked"),
+    ),
+    Mutant(
         "eigen-bases-stay-where-state-cannot-be-turned",
         'changed = {side: "calibration" for side in ("short", "long") if getattr(eigen, side) == "gradient"}',
         "changed: dict[str, str] = {}",

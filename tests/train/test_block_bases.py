@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim import Adagrad, Adam, AdamW, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +23,8 @@ from loraover.overparam.block_bases import RIDGE, Blocks, Side, eigenvectors, ne
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import Eigen
 from loraover.overparam.eigenbases import BasisFollower
+from loraover.overparam.moments import LINEAR, SQUARED
+from loraover.overparam.optimizers import ROTATED
 from loraover.overparam.sites import Site
 
 from oracles.contraction import block_diagonal
@@ -258,6 +263,9 @@ def test_a_refresh_keeps_every_matrix(
     follower = BasisFollower(group)
     if split:
         group.split()
+    with torch.no_grad():  # as after a step, so that the model's matrices are rounded
+        group.stacks[group.centre].add_(0.01 * normal(seed + 9, count, m, n).to(group.dtype))
+        group.write()
     before = group.contract()
     for step in range(6):
         gradients = normal(seed + 10 + step, count, m, n).to(dtype)
@@ -273,6 +281,49 @@ def test_a_refresh_keeps_every_matrix(
     assert (group.contract() - before).norm() <= error * before.norm()
     back = eigen.to_centre(group.stacks, group.contract(), m, n)
     assert (back - group.stacks[group.centre]).norm() <= error * before.norm()
+
+
+@pytest.mark.parametrize("kind", ROTATED)
+def test_a_refresh_turns_the_state_of_every_optimizer_whose_state_can_be_turned(
+    kind: Any,
+) -> None:
+    """Means of gradients stay as they are in the matrix's own axes, and squares keep their sum."""
+    eigen = Eigen(block=5, growth=1, second_moments="carried")
+    group = group_of(eigen, 4, 12, 3, 0, torch.float64)
+    (centre,) = group.parameters(group.centre)
+    options: dict[str, Any] = {"amsgrad": True} if kind in (Adam, AdamW) else {}
+    options |= {"momentum": 0.9, "centered": True} if kind is RMSprop else {}
+    optimizer = kind([centre], lr=1e-2, **options)
+    group.state = optimizer.state
+    follower = BasisFollower(group)
+    checked: Counter[str] = Counter()
+    for step in range(6):
+        gradients = normal(step, 3, 4, 12)
+        centre.grad = eigen.to_centre(group.stacks, gradients, 4, 12).clone()
+        optimizer.step()
+        follower.observe(gradients / gradients.norm(), torch.tensor(True))
+        before = {key: value.clone() for key, value in group.state[centre].items() if value.shape == centre.shape}
+        stacks = [stack.detach().clone() for stack in group.stacks]
+        follower.refresh()
+        for key, old in before.items():
+            new = group.state[centre][key]
+            if key in LINEAR:
+                old, new = (
+                    in_own_axes(eigen, group, cores, moment) for cores, moment in ((stacks, old), (group.stacks, new))
+                )
+                assert (new - old).norm() <= 1e-12 * old.norm()
+            else:
+                assert key in SQUARED
+                assert (new.sum((1, 2)) - old.sum((1, 2))).abs().max() <= 1e-12 * old.sum()
+            checked[key] += 1
+    assert set(checked.values()) == {6}
+    assert len(checked) == {Adam: 3, AdamW: 3, RMSprop: 3, Adagrad: 1}.get(kind, 2)
+
+
+def in_own_axes(eigen: Eigen, group: CoreGroup, cores: Sequence[Tensor], moment: Tensor) -> Tensor:
+    """A moment of Z as one of the matrices: U m V^T."""
+    given = [moment if k == group.centre else core for k, core in enumerate(cores)]
+    return eigen.contract(given, *group.shape)
 
 
 @pytest.mark.parametrize("options", [{}, {"block": 3}, {"short": "none"}, {"short": "none", "long": "none"}], ids=str)

@@ -267,6 +267,18 @@ def test_batches_without_labels_are_refused() -> None:
         measured(llama(), [{"input_ids": token_ids()}])
 
 
+def test_batches_whose_labels_are_all_masked_are_refused_unless_another_has_one() -> None:
+    model, masked = llama(), {"input_ids": token_ids(), "labels": torch.full_like(token_ids(), -100)}
+    before = lora_matrices(model)
+    with pytest.raises(ConfigError, match=r"no batch has a finite loss, .* labels are all -100"):
+        measured(model, [masked, masked])
+    assert same(lora_matrices(model), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    over, name = measured(model, [masked, BATCHES[0]]), f"{LAYER}.q_proj.lora_B"
+    alone = measured(llama(), [BATCHES[0]])
+    assert torch.equal(basis_of(over, name, "rows")[0], basis_of(alone, name, "rows")[0])
+
+
 @pytest.mark.parametrize("probe", ["none", "empty"])
 def test_calibration_without_batches_is_refused(probe: str) -> None:
     model = llama()

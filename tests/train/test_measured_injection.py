@@ -41,12 +41,12 @@ def test_a_dynamic_schedule_measures_when_it_injects(monkeypatch: pytest.MonkeyP
     )
     over = OverParameterization(model, config, steps=10, probe=Probe(model, BATCHES))
     over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
-    times: list[int] = []
+    recorded: dict[int, Recorded] = {}
     measure = covariances._run
 
-    def watched(*args: Any) -> None:
-        times.append(over.step)
-        measure(*args)
+    def watched(*args: Any) -> bool:
+        recorded[over.step] = Recorded(model, BATCHES)
+        return measure(*args)
 
     monkeypatch.setattr(covariances, "_run", watched)
     for step in range(8):
@@ -56,7 +56,12 @@ def test_a_dynamic_schedule_measures_when_it_injects(monkeypatch: pytest.MonkeyP
         before = lora_matrices(model)
         optimizer.step()
         assert not any(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
-    assert times == [3, 6]
+    assert list(recorded) == [held.step for held in over.schedule.rounds] == [3, 6]
+    for held, found in zip(over.schedule.rounds, recorded.values(), strict=True):
+        for name in held.chosen:
+            module, matrix = name.rsplit(".lora_", 1)
+            basis, division = basis_of(over, name, "columns" if matrix == "A" else "rows")
+            assert_diagonalises(basis, found.covariance(module, matrix), division)
     assert len(over.injected) == 28
     shared = [group for group in over.groups if len(group.stacks[-1]) < len(group.sites)]
     assert shared

@@ -306,10 +306,15 @@ def test_a_model_that_inductor_compiles_trains_as_an_eager_one() -> None:
 # Saved and resumed
 
 
-@pytest.mark.parametrize("score", ["fisher", "sensitivity", "random"])
+EIGEN: dict[str, Any] = {"decomposition": "eigen", "options": {"block": 16, "refresh": 2, "growth": 1}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"score": "fisher"}, {"score": "sensitivity"}, {"score": "random"}, EIGEN], ids=str
+)
 @pytest.mark.parametrize("saved_at", [1, 3, 6])
-def test_every_decision_survives_a_checkpoint(score: str, saved_at: int, tmp_path: Path) -> None:
-    config = LoraOverConfig(schedule="dynamic", score=score, budget=Budget(sites=5), rounds=2, start=0.2, seed=5)
+def test_every_decision_survives_a_checkpoint(settings: dict[str, Any], saved_at: int, tmp_path: Path) -> None:
+    config = LoraOverConfig(schedule="dynamic", budget=Budget(sites=5), rounds=2, start=0.2, seed=5, **settings)
     made = make_checkpoint(tmp_path, config=config, steps=saved_at, total=10)
     found = read_checkpoint(made.path).meta
     assert found.rounds == made.over.schedule.rounds
