@@ -26,7 +26,7 @@ from loraover_export import diff_adapters, shrink_adapter
 from loraover_export.cli import cli
 from loraover_export.combine import diff_logits
 from loraover_export.combine.diff import compare_deltas
-from loraover_export.fold.prompts import read_prompts
+from loraover_export.logits.prompts import read_prompts
 from loraover_export.numerics.delta import Delta
 
 from strategies import matrices, sizes

@@ -19,12 +19,14 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.models.load import resolve_model
 from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover_export.fold import check_outputs as check_outputs_module
-from loraover_export.fold import deviation
 from loraover_export.fold import run as run_fold
-from loraover_export.fold.certificate import judge
 from loraover_export.fold.check_outputs import check_outputs
-from loraover_export.fold.deviation import RunningDeviation
 from loraover_export.fold.fold import write_folded
+from loraover_export.logits import deviation
+from loraover_export.logits import pieces as pieces_module
+from loraover_export.logits.deviation import RunningDeviation
+from loraover_export.logits.judge import judge
+from loraover_export.logits.pieces import logits_of
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 from support.fold_cases import DTYPES, LORA, Q_B, certificate, fold, load_base
@@ -191,7 +193,7 @@ def live_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Elements of all logits that are held whenever a model has been run."""
     seen: list[int] = []
     held: dict[int, int] = {}
-    run_model = check_outputs_module.logits_of
+    run_model = logits_of
 
     def counted(*arguments: Any) -> Tensor:
         found = run_model(*arguments)
@@ -209,7 +211,7 @@ def test_memory_does_not_grow_with_the_prompts(
     count: int, batches: int, made: Made, tmp_path: Path, live_logits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most the three twins' logits of as many prompts as run at once, four here."""
-    monkeypatch.setitem(check_outputs_module.LOGITS_AT_ONCE, "cpu", 20 * VOCABULARY)
+    monkeypatch.setitem(pieces_module.LOGITS_AT_ONCE, "cpu", 20 * VOCABULARY)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the train leaves at nine\n" * count)
     assert fold(made.path, tmp_path / "out", "--check-error", "--prompts", str(prompts), "--device", "cpu") == 0
@@ -230,7 +232,7 @@ def test_memory_does_not_grow_with_a_long_prompt(
     assert fold(made.path, tmp_path / "whole", *options) == 0
     assert max(live_logits) == 3 * 39 * VOCABULARY
     live_logits.clear()
-    monkeypatch.setitem(check_outputs_module.LOGITS_AT_ONCE, "cpu", 5 * VOCABULARY)
+    monkeypatch.setitem(pieces_module.LOGITS_AT_ONCE, "cpu", 5 * VOCABULARY)
     monkeypatch.setattr(deviation, "ELEMENTS_AT_ONCE", 2 * VOCABULARY)
     assert fold(made.path, tmp_path / "pieces", *options) == 0
     assert max(live_logits) == 3 * 5 * VOCABULARY

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loraover_export.fold import fold as fold_module
 from loraover_export.fold.certificate import FoldCertificate
+from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
 
 from support.fold_cases import FILES, certificate, fold
@@ -43,7 +43,7 @@ def test_a_fold_that_fails_leaves_the_older_adapter(
     assert fold(made.path, tmp_path / "out") == 0
     before = tree(tmp_path)
     right = round_tensor
-    monkeypatch.setattr(fold_module, "round_tensor", lambda *arguments: 2 * right(*arguments))
+    monkeypatch.setattr(rounded_adapter, "round_tensor", lambda *arguments: 2 * right(*arguments))
     assert fold(made.path, tmp_path / "out", "--force") == 1
     assert tree(tmp_path) == before
 

@@ -15,10 +15,10 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.overparam.decompositions import Mpo
-from loraover_export.fold import fold as fold_module
 from loraover_export.fold import run as run_fold
 from loraover_export.fold.certificate import FoldCertificate
 from loraover_export.fold.fold import write_folded
+from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounding import round_tensor
 
@@ -110,7 +110,7 @@ def test_the_certificate_rejects_a_wrong_matrix(
         matrix = right(key, exact, dtype)
         return change(matrix) if key == guilty else matrix
 
-    monkeypatch.setattr(fold_module, "round_tensor", wrong)
+    monkeypatch.setattr(rounded_adapter, "round_tensor", wrong)
     found = assert_rejected(made, tmp_path, capsys, "--dtype", dtype)
     assert [site_key(m.name) for m in found.matrices if not m.passed] == [guilty]
 
@@ -129,7 +129,7 @@ def test_a_file_that_does_not_hold_the_certified_matrices_is_refused(
     def wrong(tensors: dict[str, Tensor], path: Path) -> None:
         save_tensors({**tensors, key: change(tensors[key]).contiguous()}, path)
 
-    monkeypatch.setattr(fold_module, "save_tensors", wrong)
+    monkeypatch.setattr(rounded_adapter, "save_tensors", wrong)
     assert fold(made.path, tmp_path / "out") != 0
     assert list(tmp_path.iterdir()) == []
     assert key in capsys.readouterr().err

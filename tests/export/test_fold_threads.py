@@ -16,7 +16,7 @@ import torch
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.common.errors import CheckpointError
 from loraover_export import fold_checkpoint
-from loraover_export.fold import fold as fold_module
+from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.matrix_certificate import certify
 
 from support.checkpoint_damage import CONFIG, CORES, TENSORS
@@ -65,7 +65,7 @@ def test_an_exception_in_a_thread_is_the_callers(
         assert threading.current_thread() is not threading.main_thread()
         raise LookupError(f"a fault in {place}")
 
-    monkeypatch.setattr(fold_module, place, fail)
+    monkeypatch.setattr(rounded_adapter, place, fail)
     with pytest.raises(LookupError, match=f"^a fault in {place}$"):
         fold_checkpoint(made.path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -120,7 +120,7 @@ def test_the_checksum_of_a_slow_disk_is_waited_for(
 
     last = "model.layers.1.self_attn.v_proj.lora_B"
     monkeypatch.setattr(Checkpoint, "check_sum", late)
-    monkeypatch.setattr(fold_module, "certify", certified)
+    monkeypatch.setattr(rounded_adapter, "certify", certified)
     assert fold_checkpoint(source, tmp_path / "out").passed
     assert (tmp_path / "out" / TENSORS).is_file()
 

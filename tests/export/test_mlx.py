@@ -19,8 +19,8 @@ from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import resolve_model
 from loraover_export import MlxReport, check_adapter, export_mlx
 from loraover_export.cli import cli
-from loraover_export.fold import fold as fold_module
 from loraover_export.mlx.target import SAME_NAMES, lost_settings, read_target
+from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
 
 from support.gguf_export import adapted, tiny_base
@@ -148,7 +148,7 @@ def test_an_output_is_replaced_only_if_it_is_an_export(adapter: Path, tmp_path: 
 
 
 def test_a_failed_certificate_leaves_nothing(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fold_module, "round_tensor", lambda *given: 1.01 * round_tensor(*given))
+    monkeypatch.setattr(rounded_adapter, "round_tensor", lambda *given: 1.01 * round_tensor(*given))
     before = tree(tmp_path)
     assert run(cli, ["mlx", str(adapter), "-o", str(tmp_path / "out")]) == 1
     assert tree(tmp_path) == before

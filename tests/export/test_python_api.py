@@ -23,7 +23,7 @@ from loraover_export import (
     fold_checkpoint,
 )
 from loraover_export.cli import cli
-from loraover_export.fold import fold as fold_module
+from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.onnx import genai
 
@@ -107,7 +107,7 @@ def test_a_report_is_what_the_output_holds(made: Made, tmp_path: Path) -> None:
 def test_a_fold_that_fails_is_a_verdict_and_leaves_nothing(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold_module, "round_tensor", lambda *arguments: 2 * round_tensor(*arguments))
+    monkeypatch.setattr(rounded_adapter, "round_tensor", lambda *arguments: 2 * round_tensor(*arguments))
     assert fold_checkpoint(made.path, tmp_path / "out").verdict == "failed"
     assert list(tmp_path.iterdir()) == []
     found = export_vllm(made.path, tmp_path / "out")

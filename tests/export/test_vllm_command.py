@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import loraover_export.fold.fold as fold_module
 from loraover.common.command_line import run
 from loraover.models.licence import known_licence
 from loraover_export.cli import cli
+from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.launch import lora_module
@@ -265,7 +265,7 @@ def test_a_failed_certificate_is_exit_code_1(
     def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
         return right(key, exact, dtype) * (1.02 if "lora_B" in key else 1)
 
-    monkeypatch.setattr(fold_module, "round_tensor", wrong)
+    monkeypatch.setattr(rounded_adapter, "round_tensor", wrong)
     assert export(source, tmp_path / "out") == 1
     out = capsys.readouterr().out
     assert "certificate failed" in out
@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_what_was_there(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(fold_module, "save_tensors", full)
+    monkeypatch.setattr(rounded_adapter, "save_tensors", full)
     capsys.readouterr()
     assert export(source, tmp_path / "out", *(["--force"] if force else [])) == 2
     assert f"error: cannot write {tmp_path / 'out'}: No space left on device" in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_a_mutant_changes_delta(mutant: str, tmp_path: Path, monkeypatch: pytest
 def test_the_certificate_rejects_what_was_not_rounded_right(
     mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loraover_export.fold.fold as fold_module
+    from loraover_export.numerics import rounded_adapter
 
     right = round_tensor
 
@@ -178,7 +178,7 @@ def test_the_certificate_rejects_what_was_not_rounded_right(
     source = write_adapter(
         tmp_path / "in", matrices(5, (4, 2, 3), torch.float32), rank_pattern={"layers.1.q_proj": 2, "up_proj": 3}
     )
-    monkeypatch.setattr(fold_module, "round_tensor", wrong)
+    monkeypatch.setattr(rounded_adapter, "round_tensor", wrong)
     _, _, certificates = written(source, tmp_path / "out", "fp32")
     assert not all(certificate.passed for certificate in certificates)
 

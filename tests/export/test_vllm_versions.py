@@ -19,7 +19,7 @@ from loraover_export.cli import cli
 from loraover_export.vllm.architectures import architectures_of, known_architectures
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.known_faults import known_faults
-from loraover_export.vllm.preflight import Finding, preflight
+from loraover_export.vllm.preflight import Violation, preflight
 from loraover_export.vllm.served import read_served
 from loraover_export.vllm.versions import Versions
 
@@ -76,7 +76,7 @@ def candidate(folder: Path, architecture: str, *paths: str, shape: str | None = 
     return Candidate(read_adapter_dir(adapter), served, known, "name", str(folder / "base"), "bf16")
 
 
-def errors(judged: Candidate) -> dict[str, Finding]:
+def errors(judged: Candidate) -> dict[str, Violation]:
     return {finding.rule: finding for finding in preflight(judged).findings if finding.level == "error"}
 
 

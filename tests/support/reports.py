@@ -17,8 +17,9 @@ from loraover.reporting.html_page import Page
 from loraover.reporting.schedule_figures import schedule_figures
 from loraover.study.html import to_page as study_page
 from loraover.study.report import StudyReport
-from loraover_export.fold.certificate import Deviation, FoldCertificate, OutputCertificate
+from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.html import to_page as fold_page
+from loraover_export.logits.deviation import Deviation
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_serve.parity.report.html import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page

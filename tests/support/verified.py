@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.models.load import ModelSource, resolve_model
 from loraover.reporting.reporter import SILENT
-from loraover_export.fold.prompts import read_prompts
+from loraover_export.logits.prompts import read_prompts
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.verify.engines.base import Setting
 from loraover_serve.verify.faults import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED

@@ -19,7 +19,11 @@ EXAMPLES = [
 @click.command(cls=Command, examples=EXAMPLES)
 @click.argument("adapter", type=PATH)
 @click.option(
-    "--engine", "engines", type=click.Choice(list(ENGINES)), multiple=True, help="Engine to judge for (repeatable)."
+    "--engine",
+    "engines",
+    type=click.Choice(list(ENGINES)),
+    multiple=True,
+    help="Engine to judge for (repeatable).",
 )
 @MODEL
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -23,7 +23,7 @@ from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.combine.diff_logits import compare_logits
 from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
 from loraover_export.combine.sources import MERGE, Sources, deltas_of, read_sources
-from loraover_export.fold.prompts import read_prompts
+from loraover_export.logits.prompts import read_prompts
 from loraover_export.numerics.delta import Delta, check_no_bias, other_tensors
 from loraover_export.numerics.low_rank import (
     Svd,

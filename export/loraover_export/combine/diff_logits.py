@@ -11,9 +11,9 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.combine.diff_report import LogitDiff
-from loraover_export.fold.check_outputs import logits_of
-from loraover_export.fold.deviation import RunningDeviation
-from loraover_export.fold.prompts import Prompts
+from loraover_export.logits.deviation import RunningDeviation
+from loraover_export.logits.pieces import logits_of
+from loraover_export.logits.prompts import Prompts
 
 
 def compare_logits(

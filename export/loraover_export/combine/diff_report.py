@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.fold.certificate import Deviation
+from loraover_export.logits.deviation import Deviation
 
 
 class ModuleDiff(BaseModel):

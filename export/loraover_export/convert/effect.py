@@ -17,9 +17,9 @@ from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
 from loraover.reporting.reporter import Reporter
 from loraover_export.convert.source import Layout
-from loraover_export.fold.check_outputs import largest_of, logits_of, pieces
-from loraover_export.fold.deviation import RunningDeviation
-from loraover_export.fold.prompts import Prompts
+from loraover_export.logits.deviation import RunningDeviation, largest_of
+from loraover_export.logits.pieces import logits_of, pieces
+from loraover_export.logits.prompts import Prompts
 from loraover_export.numerics.rounding import STORAGE_DTYPES
 from loraover_export.uniform.certificate import OutputsOfConversion
 

@@ -26,8 +26,8 @@ from loraover_export.convert.others import carried_notes, carried_tensors, check
 from loraover_export.convert.report import ConvertReport
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
-from loraover_export.fold.check_outputs import tokens_at_once
-from loraover_export.fold.prompts import read_prompts
+from loraover_export.logits.pieces import tokens_at_once
+from loraover_export.logits.prompts import read_prompts
 from loraover_export.uniform.certificate import LoraCertificate, OutputsOfConversion
 from loraover_export.uniform.write_lora import Check, LoraOutput, write_lora
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from loraover.reporting.reporter import print_line
 from loraover_export.convert.report import ConvertReport
-from loraover_export.fold.certificate import POWER
+from loraover_export.logits.judge import POWER
 from loraover_export.uniform.show import show_lora
 
 

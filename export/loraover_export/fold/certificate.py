@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover_export.logits.deviation import Deviation
+from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "fold_certificate.json"
-NOISE_FACTOR = 3.0
-POWER = 2.0
-"""Multiple of the allowed error by which an adapter must change some logit, so that its loss would be noticed."""
-
-CheckVerdict = Literal["passed", "failed", "inconclusive"]
-
-
-class Deviation(BaseModel):
-    """Distance of one model's outputs from another's, over all positions of all prompts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_logit: float = Field(description="largest absolute difference of two logits")
-    mean_logit: float = Field(description="mean absolute difference of logits")
-    max_kl: float = Field(description="largest KL(unfolded || other) of a position, in nats")
-    mean_kl: float = Field(description="mean KL(unfolded || other) of the positions, in nats")
-    top1_agreement: float = Field(description="share of positions with the same most likely token")
 
 
 class OutputCertificate(BaseModel):
@@ -71,22 +54,6 @@ class OutputCertificate(BaseModel):
     def passed(self) -> bool:
         """Whether the verdict is "passed"."""
         return self.verdict == "passed"
-
-
-def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
-    """Return the verdict on a logit error.
-
-    It is inconclusive where the error is within its bound, but an adapter that does nothing could be within it as
-    well: where the adapter changes no logit, or none by POWER times the bound.
-
-    Args:
-        error: largest logit error; NaN fails.
-        bound: largest allowed error.
-        adapter_effect: largest change of a logit that the adapter makes to the base model; NaN proves nothing.
-    """
-    if not error <= bound:
-        return "failed"
-    return "passed" if adapter_effect > 0 and adapter_effect >= POWER * bound else "inconclusive"
 
 
 class FoldCertificate(BaseModel):

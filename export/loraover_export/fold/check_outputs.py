@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain, combinations
 from math import prod
@@ -21,16 +20,14 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.certificate import Deviation, OutputCertificate
-from loraover_export.fold.deviation import RunningDeviation
-from loraover_export.fold.prompts import read_prompts
+from loraover_export.fold.certificate import OutputCertificate
 from loraover_export.fold.twins import FOLDED, FoldedAndTwins
+from loraover_export.logits.deviation import RunningDeviation, largest_of
+from loraover_export.logits.pieces import logits_of, pieces, tokens_at_once
+from loraover_export.logits.prompts import read_prompts
 from loraover_export.numerics.delta import other_tensors
 
 TWINS = 3
-LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27, "mps": 2**26}
-"""Logits of what runs at once, by device: 64 MiB in float32 on the CPU. At most four such pieces are held."""
-
 CORES_AT_MOST = 8.0
 """Cores may take so many times the base model's multiplications; where they take more, tokens are sampled."""
 
@@ -164,14 +161,6 @@ class _Compared:
             noise.add(one, other)
 
 
-def largest_of(noises: list[Deviation]) -> Deviation:
-    """Return the largest of each distance, and the smallest agreement."""
-    return Deviation(
-        **{name: max(getattr(n, name) for n in noises) for name in ("max_logit", "mean_logit", "max_kl", "mean_kl")},
-        top1_agreement=min(n.top1_agreement for n in noises),
-    )
-
-
 def _sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:
     """Return a second model on the same tensors, but with copies of the named ones, of which it may lack some."""
     tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
@@ -182,38 +171,3 @@ def _sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:
 def _task_type(checkpoint: Checkpoint) -> str | None:
     task = (checkpoint.adapter.config.model_extra or {}).get("task_type")
     return task if isinstance(task, str) else None
-
-
-def tokens_at_once(config: Any, device: torch.device, task_type: str | None = None) -> int:
-    """Tokens whose logits may be held at once, from a model's configuration.
-
-    A classifier without a padding token gets 1, so that each prompt runs alone: it finds the last token by the padding.
-    """
-    if task_type == "SEQ_CLS" and config.pad_token_id is None:
-        return 1
-    vocabulary: int = config.get_text_config().vocab_size
-    return max(1, LOGITS_AT_ONCE[device.type] // vocabulary)
-
-
-def pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
-    """Positions whose logits are compared together, at most LOGITS_AT_ONCE elements; None means all.
-
-    Each piece costs a forward pass over the entire prompt. Models that cannot leave logits out take all at once.
-    """
-    at_once = tokens_at_once(model.config, model.device)
-    if ids.numel() <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        yield None
-        return
-    yield from torch.split(torch.arange(ids.shape[1], device=model.device), at_once)
-
-
-@torch.no_grad()
-def logits_of(model: Any, ids: Tensor, positions: Tensor | None) -> Tensor:
-    """Logits of prompts of one length, (positions, vocabulary)."""
-    extra: dict[str, Tensor] = {}
-    if model.config.is_encoder_decoder:
-        extra["decoder_input_ids"] = ids
-    if positions is not None:
-        extra["logits_to_keep"] = positions
-    logits: Tensor = model(input_ids=ids, **extra).logits
-    return logits.reshape(-1, logits.shape[-1])

@@ -16,12 +16,14 @@ from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.certificate import CERTIFICATE_FILE, CheckVerdict, FoldCertificate, OutputCertificate
+from loraover_export.fold.certificate import CERTIFICATE_FILE, FoldCertificate, OutputCertificate
 from loraover_export.fold.check_outputs import check_outputs
-from loraover_export.fold.fold import write_config, write_folded
+from loraover_export.fold.fold import write_folded
 from loraover_export.fold.html import HTML_FILE, to_page
 from loraover_export.fold.request import FoldRequest
+from loraover_export.logits.judge import CheckVerdict
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
+from loraover_export.numerics.rounded_adapter import write_config
 
 
 def fold_checkpoint(

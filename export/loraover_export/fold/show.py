@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loraover_export.fold.certificate import POWER, FoldCertificate, OutputCertificate
+from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
+from loraover_export.logits.judge import POWER
 
 WORST_SHOWN = 8
 

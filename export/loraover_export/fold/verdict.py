@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from loraover.reporting.html_page import Tone, Verdict
 from loraover.reporting.svg import short
-from loraover_export.fold.certificate import POWER, CheckVerdict, FoldCertificate, OutputCertificate
+from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
+from loraover_export.logits.judge import POWER, CheckVerdict
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 TONES: dict[CheckVerdict, Tone] = {"passed": "good", "inconclusive": "open"}

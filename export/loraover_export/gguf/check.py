@@ -18,12 +18,12 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
-from loraover_export.fold.fold import write_config, write_rounded
-from loraover_export.fold.prompts import Prompts, read_prompts
 from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCpp
 from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
+from loraover_export.logits.prompts import Prompts, read_prompts
+from loraover_export.numerics.rounded_adapter import write_config, write_rounded
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ MERGE = "merge the adapter into the base model with PEFT, and convert that with 
 NORM = {"norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them"}
 
 
-def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:
+def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
     """Check that llama.cpp can run an adapter on its base model.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.fold.certificate import CheckVerdict, judge
+from loraover_export.logits.judge import CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 NOISE_FACTOR = 6.0

@@ -14,7 +14,7 @@ from loraover.common.provenance import environment, hardware
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.gguf.check import Reference, check_adapter_file, make_reference
 from loraover_export.gguf.llamacpp import check_pair, load_library
-from loraover_export.gguf.refusals import check_adapter
+from loraover_export.gguf.refusals import refuse_or_leave_out
 from loraover_export.gguf.report import GgufReport, judge_export
 from loraover_export.gguf.request import GgufRequest
 from loraover_export.gguf.target import Target, read_target
@@ -76,7 +76,7 @@ def export_gguf(
     base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
     target = read_target(base)
     adapter = on_base(adapter, target.experts)
-    left_out = check_adapter(adapter_of(adapter), target)
+    left_out = refuse_or_leave_out(adapter_of(adapter), target)
     return _publish(request, adapter, target, left_out, report)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from loraover.reporting.reporter import print_line
-from loraover_export.fold.certificate import POWER
 from loraover_export.gguf.report import GgufCheck, GgufReport
+from loraover_export.logits.judge import POWER
 from loraover_export.numerics.matrix_certificate import matrix_facts
 
 

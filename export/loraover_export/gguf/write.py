@@ -16,9 +16,9 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir, site_name
 from loraover.common.errors import FoldError
-from loraover_export.fold.fold import not_kept, round_exact
 from loraover_export.gguf.target import Target
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_export.numerics.rounded_adapter import not_kept, round_exact
 from loraover_export.uniform.matrices import largest_rank, to_uniform
 
 GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}

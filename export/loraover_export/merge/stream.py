@@ -15,12 +15,12 @@ from loraover.checkpoint.exact_tensors import ExactAdapter
 from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, FLOATS, TensorFile, open_tensors
 from loraover.common.errors import FoldError
 from loraover.common.threads import Workers
-from loraover_export.fold.fold import not_kept
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
 from loraover_export.merge.erasure import Lost, lost_by_four_bits, lost_by_rounding
 from loraover_export.merge.plan import Planned
 from loraover_export.merge.report import MergedWeight
 from loraover_export.numerics.delta import read_delta
+from loraover_export.numerics.rounded_adapter import not_kept
 from loraover_export.numerics.rounding import round_nearest
 
 ALIGNMENT = 8

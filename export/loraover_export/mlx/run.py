@@ -17,7 +17,7 @@ from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport
-from loraover_export.mlx.target import Target, check_adapter, lost_settings, read_target
+from loraover_export.mlx.target import Target, lost_settings, read_target, refuse_or_leave_out
 from loraover_export.mlx.write import write_adapter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.matrices import largest_rank, module_of
@@ -75,7 +75,7 @@ def export_mlx(
     adapter = read_source(request.source)
     base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
     target = read_target(base)
-    left_out = check_adapter(adapter_of(adapter), target)
+    left_out = refuse_or_leave_out(adapter_of(adapter), target)
     made: list[MlxReport] = []
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
         made.append(_write(request, adapter, target, draft, left_out, report))

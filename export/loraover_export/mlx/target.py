@@ -97,7 +97,7 @@ def _check_names(architecture: str, model: str) -> None:
         )
 
 
-def check_adapter(adapter: AdapterDir, target: Target) -> list[str]:
+def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
     """Check that mlx-lm can apply an adapter to its base model.
 
     Args:

@@ -15,9 +15,9 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import Exact, adapter_of
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
-from loraover_export.fold.fold import not_kept, round_exact
 from loraover_export.mlx.target import Target
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_export.numerics.rounded_adapter import not_kept, round_exact
 from loraover_export.uniform.matrices import largest_rank, module_of, to_uniform
 
 TENSORS_FILE = "adapters.safetensors"

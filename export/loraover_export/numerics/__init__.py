@@ -1,1 +1,1 @@
-"""Arithmetic that all exports share: rounding to nearest, the delta of a module, the certificate of a matrix."""
+"""Arithmetic that all exports share: rounding, the delta of a module, certificates, and adapters rounded once."""

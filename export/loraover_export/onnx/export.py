@@ -21,7 +21,7 @@ from loraover.models.device import choose_compute, choose_device
 from loraover.models.load import ModelSource, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.prompts import BUILT_IN_PROMPTS
+from loraover_export.logits.prompts import BUILT_IN_PROMPTS
 from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate

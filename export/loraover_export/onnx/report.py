@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.fold.certificate import CheckVerdict, judge
+from loraover_export.logits.judge import CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 REPORT_FILE = "onnx_report.json"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loraover_export.fold.certificate import POWER
+from loraover_export.logits.judge import POWER
 from loraover_export.onnx.report import GraphCheck, OnnxReport
 
 CAPTION = "largest errors of logits; effect: the adapter's change of a logit"

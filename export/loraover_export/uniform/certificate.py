@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
-from loraover_export.fold.certificate import NOISE_FACTOR, CheckVerdict, Deviation, judge
+from loraover_export.logits.deviation import Deviation
+from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "lora_certificate.json"

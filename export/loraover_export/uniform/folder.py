@@ -14,8 +14,8 @@ from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
-from loraover_export.fold.fold import write_config, write_rounded
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover_export.numerics.rounded_adapter import write_config, write_rounded
 from loraover_export.uniform.matrices import largest_rank, to_uniform
 
 

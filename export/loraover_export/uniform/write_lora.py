@@ -22,10 +22,10 @@ from loraover.common.threads import workers
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.fold import not_kept, write_config
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.low_rank import factor_noise, product_norm, sum_norm
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify, matrix_facts
+from loraover_export.numerics.rounded_adapter import not_kept, write_config
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.uniform.certificate import (
     CERTIFICATE_FILE,

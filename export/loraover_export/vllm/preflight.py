@@ -13,7 +13,7 @@ from loraover_export.vllm.rules import RULES
 PREFLIGHT_FILE = "preflight.json"
 
 
-class Finding(BaseModel):
+class Violation(BaseModel):
     """One violated rule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +38,7 @@ class Preflight(BaseModel):
     rank: int = Field(description="largest rank of a module")
     max_lora_rank: int | None = Field(description="value for vLLM's --max-lora-rank; None if the rank is too large")
     rules: dict[str, Literal["passed", "warning", "error"]] = Field(description="outcome of each rule, by its name")
-    findings: list[Finding] = Field(description="violated rules")
+    findings: list[Violation] = Field(description="violated rules")
 
     @property
     def passed(self) -> bool:
@@ -63,8 +63,8 @@ def preflight(candidate: Candidate) -> Preflight:
     )
 
 
-def _finding(rule: str, problem: Problem) -> Finding:
-    return Finding(
+def _finding(rule: str, problem: Problem) -> Violation:
+    return Violation(
         rule=rule, level="warning" if problem.is_warning else "error", found=problem.found, remedy=problem.remedy
     )
 

@@ -33,7 +33,7 @@ Rule = Callable[[AdapterConfig, int, float], float]
 
 
 @dataclass(frozen=True)
-class Subject:
+class RightAdapter:
     """The adapter whose faults are looked for.
 
     Args:
@@ -50,7 +50,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class FaultyAdapter:
     """An adapter that an engine may have served instead.
 
     Args:
@@ -66,12 +66,12 @@ class Candidate:
     with_others: bool = True
 
 
-def not_applied(subject: Subject) -> Iterator[Candidate]:
+def not_applied(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """Nothing of the adapter is applied: it is not loaded, or its tensors have a prefix that the engine ignores."""
-    yield Candidate(NOT_APPLIED, "the adapter is not loaded, or its tensors' names do not match", {}, False)
+    yield FaultyAdapter(NOT_APPLIED, "the adapter is not loaded, or its tensors' names do not match", {}, False)
 
 
-def scaled(subject: Subject) -> Iterator[Candidate]:
+def scaled(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """A rule other than PEFT's for the factor in scaling * B @ A."""
     rules: dict[str, Rule] = {
         "the scaling is left out": lambda config, r, s: 1.0,
@@ -94,18 +94,18 @@ def scaled(subject: Subject) -> Iterator[Candidate]:
         if key not in seen:
             seen.add(key)
             deltas = {module: delta.times(factors[module]) for module, delta in subject.deltas.items()}
-            yield Candidate(SCALED, f"{words} (times {_range(key)})", deltas)
+            yield FaultyAdapter(SCALED, f"{words} (times {_range(key)})", deltas)
 
 
-def transposed(subject: Subject) -> Iterator[Candidate]:
+def transposed(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """delta_W of square modules transposed, which no shape check notices."""
     square = {m: d for m, d in subject.deltas.items() if d.a.shape[1] == d.b.shape[0] and not d.is_embedding}
     if square:
         turned = {m: LowRank(d.b.mT, d.a.mT, d.scaling) for m, d in square.items()}
-        yield Candidate(TRANSPOSED, "delta_W of every square module is transposed", {**subject.deltas, **turned})
+        yield FaultyAdapter(TRANSPOSED, "delta_W of every square module is transposed", {**subject.deltas, **turned})
 
 
-def permuted(subject: Subject) -> Iterator[Candidate]:
+def permuted(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """Rows of q_proj and k_proj in an order that differs from the base weights'.
 
     llama.cpp and Meta's own files keep the two halves of a head interleaved for rotary embeddings, transformers keeps
@@ -121,10 +121,10 @@ def permuted(subject: Subject) -> Iterator[Candidate]:
     for words, order in (("lack the row order of the", (-1, 2)), ("have a row order that is not that of the", (2, -1))):
         moved = {m: replace(d, b=_reordered(d.b, subject.heads[m.rpartition(".")[2]], order)) for m, d in mine.items()}
         detail = f"B of q_proj and k_proj {words} engine's base weights"
-        yield Candidate(PERMUTED, detail, {**subject.deltas, **moved})
+        yield FaultyAdapter(PERMUTED, detail, {**subject.deltas, **moved})
 
 
-def left_out(subject: Subject) -> Iterator[Candidate]:
+def left_out(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """Modules of one kind are not adapted, or all embeddings, all of attention, or all but attention."""
     kinds = {m: m.rpartition(".")[2] for m in subject.deltas}
     groups = {f"{kind} is not adapted": {kind} for kind in dict.fromkeys(kinds.values())}
@@ -136,22 +136,22 @@ def left_out(subject: Subject) -> Iterator[Candidate]:
     for words, lacking in groups.items():
         if frozenset(lacking) not in seen:
             seen.add(frozenset(lacking))
-            yield Candidate(LEFT_OUT, words, {m: d for m, d in subject.deltas.items() if kinds[m] not in lacking})
+            yield FaultyAdapter(LEFT_OUT, words, {m: d for m, d in subject.deltas.items() if kinds[m] not in lacking})
     if subject.others:
-        yield Candidate(LEFT_OUT, "fully trained parameters (modules_to_save) are ignored", subject.deltas, False)
+        yield FaultyAdapter(LEFT_OUT, "fully trained parameters (modules_to_save) are ignored", subject.deltas, False)
 
 
-def rounded(subject: Subject) -> Iterator[Candidate]:
+def rounded(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """A and B rounded to a coarser number format."""
     for name, format_ in FORMATS.items():
         deltas = {
             m: replace(d, a=format_.weights(d.a), b=format_.weights(d.b / (d.scaling or 1.0)) * (d.scaling or 1.0))
             for m, d in subject.deltas.items()
         }
-        yield Candidate(ROUNDED, f"A and B are rounded to {name}", deltas)
+        yield FaultyAdapter(ROUNDED, f"A and B are rounded to {name}", deltas)
 
 
-FAULTS: tuple[Callable[[Subject], Iterator[Candidate]], ...] = (
+FAULTS: tuple[Callable[[RightAdapter], Iterator[FaultyAdapter]], ...] = (
     not_applied,
     scaled,
     transposed,
@@ -162,10 +162,10 @@ FAULTS: tuple[Callable[[Subject], Iterator[Candidate]], ...] = (
 """All faults that are looked for; a new one is a function above and a name here."""
 
 
-def rescaled(subject: Subject, factor: float) -> Candidate:
+def rescaled(subject: RightAdapter, factor: float) -> FaultyAdapter:
     """The adapter with every delta multiplied by one factor."""
     deltas = {module: delta.times(factor) for module, delta in subject.deltas.items()}
-    return Candidate(SCALED, f"every delta_W is multiplied by {factor:.3g}", deltas)
+    return FaultyAdapter(SCALED, f"every delta_W is multiplied by {factor:.3g}", deltas)
 
 
 def _reordered(b: Tensor, heads: int, order: tuple[int, int]) -> Tensor:

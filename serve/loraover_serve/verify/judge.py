@@ -27,7 +27,7 @@ from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.comparison.thresholds import APPLIED, SURE
 from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Rows
-from loraover_serve.verify.faults import FAULTS, IN_BASE, OTHER_BASE, Candidate, Subject, rescaled
+from loraover_serve.verify.faults import FAULTS, IN_BASE, OTHER_BASE, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.mixed import compare_mixed, mixed_fault
 from loraover_serve.verify.reference import Reference
 from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect
@@ -75,7 +75,7 @@ class Court:
 
     reference: Reference
     variants: Variants
-    subject: Subject
+    subject: RightAdapter
 
     def judge(self, engine: str, version: str | None, answers: Answers, seconds: float) -> EngineResult:
         """Compare an engine's answers with PyTorch's, and look for a fault if they differ.
@@ -154,14 +154,14 @@ class Court:
         """The nearest faults on all prompts, and then the others on the first ones, where they are further."""
         few = [row for row in rows if row.question < FEW]
 
-        def rms(candidate: Candidate, rows: Rows, prompts: int | None) -> float:
+        def rms(candidate: FaultyAdapter, rows: Rows, prompts: int | None) -> float:
             expected = self.variants.adapted(candidate.deltas, with_others=candidate.with_others, prompts=prompts)
             return distance(rows, expected).rms
 
-        def screened(candidate: Candidate) -> tuple[float, Candidate]:
+        def screened(candidate: FaultyAdapter) -> tuple[float, FaultyAdapter]:
             return rms(candidate, few, FEW), candidate
 
-        def nearest(candidates: Sequence[tuple[float, Candidate]]) -> list[Suspect]:
+        def nearest(candidates: Sequence[tuple[float, FaultyAdapter]]) -> list[Suspect]:
             return [_suspect(each, rms(each, rows, None), found, allowed) for _, each in candidates]
 
         candidates = sorted(map(screened, self._candidates()), key=lambda pair: pair[0])
@@ -172,7 +172,7 @@ class Court:
         suspects.sort(key=lambda each: each.rms)
         return suspects + [_suspect(each, far, found, allowed) for far, each in candidates[NEAREST:]]
 
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self) -> list[FaultyAdapter]:
         return [candidate for fault in FAULTS for candidate in fault(self.subject)]
 
 
@@ -298,12 +298,12 @@ def _unexplained(nearest: Suspect, found: LogprobDistance, allowed: float) -> st
     )
 
 
-def _suspect(candidate: Candidate, rms: float, found: LogprobDistance, allowed: float) -> Suspect:
+def _suspect(candidate: FaultyAdapter, rms: float, found: LogprobDistance, allowed: float) -> Suspect:
     explains = rms <= max(allowed, EXPLAINED * found.rms)
     return Suspect(fault=candidate.fault, detail=candidate.detail, rms=rms, explains=explains)
 
 
-def _fitted(screened: Callable[[float], tuple[float, Candidate]], unscaled: float) -> tuple[float, Candidate]:
+def _fitted(screened: Callable[[float], tuple[float, FaultyAdapter]], unscaled: float) -> tuple[float, FaultyAdapter]:
     """The factor on every delta_W that explains the answers best: the best of a grid, then a golden-section search.
 
     Args:

@@ -22,15 +22,15 @@ from loraover.evaluation.endpoint import Endpoint
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover.reporting.reporter import SILENT, Reporter
-from loraover_export.fold.prompts import MAX_TOKENS, read_prompts
 from loraover_export.gguf.llamacpp import check_pair
+from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_export.numerics.delta import other_tensors
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.report import UnwrittenReportError, machine, versions
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines import engine_class
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
-from loraover_serve.verify.faults import Subject
+from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import Answers, Court
 from loraover_serve.verify.reference import Reference, make_reference
@@ -227,7 +227,7 @@ def _report(
     )
 
 
-def make_subject(source: Checkpoint | AdapterDir, base: ModelSource) -> Subject:
+def make_subject(source: Checkpoint | AdapterDir, base: ModelSource) -> RightAdapter:
     """The adapter whose faults are looked for, with what its base model's configuration says of its heads.
 
     Raises:
@@ -241,7 +241,7 @@ def make_subject(source: Checkpoint | AdapterDir, base: ModelSource) -> Subject:
     queries = getattr(text, "num_attention_heads", None)  # GPT-2 and others have no heads for keys of their own
     keys = getattr(text, "num_key_value_heads", None) or queries
     heads = {} if queries is None else {"q_proj": queries, "k_proj": keys}
-    return Subject(layout.config, deltas, heads, bool(other_tensors(layout)))
+    return RightAdapter(layout.config, deltas, heads, bool(other_tensors(layout)))
 
 
 def _verify_all(

@@ -12,7 +12,7 @@ from loraover.reporting.reporter import Reporter
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.known_faults import Platform
-from loraover_export.vllm.preflight import Finding, preflight
+from loraover_export.vllm.preflight import Violation, preflight
 from loraover_export.vllm.served import read_served
 
 
@@ -36,7 +36,7 @@ def check_adapters(
     if version is None:
         report.line(f"the command vllm prints no version; the rules of {known.version} are applied")
     served, platform = read_served(source, known.lora), _platform(version)
-    found: dict[Finding, list[str]] = {}
+    found: dict[Violation, list[str]] = {}
     for name, adapter in adapters.items():
         placed = read_on_base(adapter, served.experts) if served.architecture in known.lora else adapter
         checked = preflight(Candidate(placed, served, known, name, address, None, platform=platform))
@@ -50,7 +50,7 @@ def check_adapters(
         raise ConfigError(f"vLLM was not started: {'; '.join(errors)}")
 
 
-def _described(finding: Finding, names: list[str]) -> str:
+def _described(finding: Violation, names: list[str]) -> str:
     return f"{', '.join(names)}: {finding.rule}: {finding.found}; remedy: {finding.remedy}"
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loraover_export.check.engines.base import Engine
+    from loraover_export.check.engines.base import EngineRules
 
 ENGINES = {
     "vllm": "vllm:Vllm",
@@ -19,8 +19,8 @@ ENGINES = {
 """Module and class of each engine, by the name that `--engine` takes."""
 
 
-def engine_of(name: str) -> Engine:
+def engine_of(name: str) -> EngineRules:
     """Import and make one of `ENGINES`."""
     module, _, attribute = ENGINES[name].partition(":")
-    found: type[Engine] = getattr(import_module(f"{__name__}.{module}"), attribute)
+    found: type[EngineRules] = getattr(import_module(f"{__name__}.{module}"), attribute)
     return found()

@@ -50,8 +50,8 @@ UNREADABLE = ("method", "DoRA", "rank", "key prefix")
 """Features of adapters that the exports cannot read, but some engines can."""
 
 
-class Engine(ABC):
-    """One engine.
+class EngineRules(ABC):
+    """What one engine does with adapters.
 
     Args:
         reader: program that reads the adapter, with the release whose sources or runs the reactions come from.

@@ -14,7 +14,7 @@ from loraover.models.load import ModelSource
 from loraover_export.check.engines.base import (
     CORES,
     OTHER_BASE,
-    Engine,
+    EngineRules,
     command,
     note,
     react,
@@ -25,7 +25,7 @@ from loraover_export.check.engines.base import (
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.gguf.families import FAMILIES
-from loraover_export.gguf.refusals import check_adapter
+from loraover_export.gguf.refusals import refuse_or_leave_out
 from loraover_export.gguf.target import read_target
 from loraover_export.vllm.candidate import listed
 
@@ -61,11 +61,11 @@ PEFT_FORM = {
 
 def _check(adapter: AdapterDir, base: ModelSource) -> None:
     target = read_target(base)
-    check_adapter(read_on_base(adapter, target.experts), target)
+    refuse_or_leave_out(read_on_base(adapter, target.experts), target)
 
 
 @final
-class LlamaCpp(Engine):
+class LlamaCpp(EngineRules):
     """llama.cpp, which reads GGUF only."""
 
     reader = "llama.cpp, its converter"

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import OTHER_BASE, Engine, command, react, refused_by
+from loraover_export.check.engines.base import OTHER_BASE, EngineRules, command, react, refused_by
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.mlx.target import check_adapter, read_target
+from loraover_export.mlx.target import read_target, refuse_or_leave_out
 
 MLX_FORM = {"quantised base": OTHER_BASE}
 
 
 @final
-class Mlx(Engine):
+class Mlx(EngineRules):
     """mlx-lm."""
 
     reader = "mlx-lm 0.32.2"
@@ -33,7 +33,7 @@ class Mlx(Engine):
     def exported(self, subject: Subject) -> Iterator[Finding]:
         if subject.lora is not None:
             yield from react(subject, MLX_FORM)
-        yield from refused_by(lambda adapter, base: check_adapter(adapter, read_target(base)), subject)
+        yield from refused_by(lambda adapter, base: refuse_or_leave_out(adapter, read_target(base)), subject)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "mlx", ending="-mlx")

@@ -14,7 +14,7 @@ from loraover.common.errors import ExportError
 from loraover_export.check.engines.base import (
     CORES,
     OTHER_BASE,
-    Engine,
+    EngineRules,
     command,
     more_than_ab,
     note,
@@ -62,7 +62,7 @@ MERGEABLE = ("biases", "modules_to_save", "trained vocabulary", "norms")
 
 
 @final
-class Onnx(Engine):
+class Onnx(EngineRules):
     """ONNX Runtime and onnxruntime-genai."""
 
     reader = "onnxruntime-genai 0.18"

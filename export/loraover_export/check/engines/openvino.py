@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import CORES, OTHER_BASE, Engine, command, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, OTHER_BASE, EngineRules, command, note, react, refused, silent
 from loraover_export.check.engines.vllm import uniform_form
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
@@ -46,7 +46,7 @@ UNIFORM_FORM = {name: PEFT_FORM[name] for name in ("task", "embedding", "quantis
 
 
 @final
-class OpenVino(Engine):
+class OpenVino(EngineRules):
     """OpenVINO GenAI."""
 
     reader = "OpenVINO GenAI 2026.4"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import CORES, Engine, command, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, EngineRules, command, note, react, refused, silent
 from loraover_export.check.engines.vllm import uniform_form
 from loraover_export.check.features import initialisation, quantised_base
 from loraover_export.check.report import Finding
@@ -38,7 +38,7 @@ def _swapped(subject: Subject) -> Iterator[Finding]:
 
 
 @final
-class Torch(Engine):
+class Torch(EngineRules):
     """PEFT, as a script with transformers uses it."""
 
     reader = "PEFT 0.21.2"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import CORES, Engine, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, EngineRules, command, more_than_ab, note, react, refused, silent
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
 from loraover_export.vllm.architectures import known_architectures
@@ -30,7 +30,7 @@ DTYPE = "bf16"
 
 
 @final
-class Vllm(Engine):
+class Vllm(EngineRules):
     """vLLM, which reads PEFT's form itself."""
 
     def __init__(self) -> None:

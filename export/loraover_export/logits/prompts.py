@@ -1,4 +1,4 @@
-"""Prompts on which the folded adapter and the unfolded model are compared."""
+"""Prompts on which two models are compared."""
 
 from __future__ import annotations
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import final
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64
-from loraover_export.fold.certificate import Deviation
 
 ELEMENTS_AT_ONCE = 2**20
 """Logits that are compared at once: 8 MiB in float64, and a comparison holds about six such tensors."""
+
+
+class Deviation(BaseModel):
+    """Distance of one model's outputs from another's, over all positions of all prompts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_logit: float = Field(description="largest absolute difference of two logits")
+    mean_logit: float = Field(description="mean absolute difference of logits")
+    max_kl: float = Field(description="largest KL(unfolded || other) of a position, in nats")
+    mean_kl: float = Field(description="mean KL(unfolded || other) of the positions, in nats")
+    top1_agreement: float = Field(description="share of positions with the same most likely token")
 
 
 @final
@@ -52,3 +64,11 @@ class RunningDeviation:
             mean_kl=float(self._sums[1]) / self._positions,
             top1_agreement=self._same / self._positions,
         )
+
+
+def largest_of(noises: list[Deviation]) -> Deviation:
+    """Return the largest of each distance, and the smallest agreement."""
+    return Deviation(
+        **{name: max(getattr(n, name) for n in noises) for name in ("max_logit", "mean_logit", "max_kl", "mean_kl")},
+        top1_agreement=min(n.top1_agreement for n in noises),
+    )

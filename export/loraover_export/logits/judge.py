@@ -1,0 +1,27 @@
+"""The verdict on a logit error: the rule that every comparison of logits has."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+NOISE_FACTOR = 3.0
+POWER = 2.0
+"""Multiple of the allowed error by which an adapter must change some logit, so that its loss would be noticed."""
+
+CheckVerdict = Literal["passed", "failed", "inconclusive"]
+
+
+def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
+    """Return the verdict on a logit error.
+
+    It is inconclusive where the error is within its bound, but an adapter that does nothing could be within it as
+    well: where the adapter changes no logit, or none by POWER times the bound.
+
+    Args:
+        error: largest logit error; NaN fails.
+        bound: largest allowed error.
+        adapter_effect: largest change of a logit that the adapter makes to the base model; NaN proves nothing.
+    """
+    if not error <= bound:
+        return "failed"
+    return "passed" if adapter_effect > 0 and adapter_effect >= POWER * bound else "inconclusive"

@@ -1,0 +1,48 @@
+"""Logits of a model on prompts, in pieces that memory can hold."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27, "mps": 2**26}
+"""Logits of what runs at once, by device: 64 MiB in float32 on the CPU. At most four such pieces are held."""
+
+
+def tokens_at_once(config: Any, device: torch.device, task_type: str | None = None) -> int:
+    """Tokens whose logits may be held at once, from a model's configuration.
+
+    A classifier without a padding token gets 1, so that each prompt runs alone: it finds the last token by the padding.
+    """
+    if task_type == "SEQ_CLS" and config.pad_token_id is None:
+        return 1
+    vocabulary: int = config.get_text_config().vocab_size
+    return max(1, LOGITS_AT_ONCE[device.type] // vocabulary)
+
+
+def pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
+    """Positions whose logits are compared together, at most LOGITS_AT_ONCE elements; None means all.
+
+    Each piece costs a forward pass over the entire prompt. Models that cannot leave logits out take all at once.
+    """
+    at_once = tokens_at_once(model.config, model.device)
+    if ids.numel() <= at_once or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        yield None
+        return
+    yield from torch.split(torch.arange(ids.shape[1], device=model.device), at_once)
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor, positions: Tensor | None) -> Tensor:
+    """Logits of prompts of one length, (positions, vocabulary)."""
+    extra: dict[str, Tensor] = {}
+    if model.config.is_encoder_decoder:
+        extra["decoder_input_ids"] = ids
+    if positions is not None:
+        extra["logits_to_keep"] = positions
+    logits: Tensor = model(input_ids=ids, **extra).logits
+    return logits.reshape(-1, logits.shape[-1])

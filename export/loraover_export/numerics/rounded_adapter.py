@@ -1,0 +1,120 @@
+"""Tensors of an adapter, each rounded once from its exact value, certified, written and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from torch import Tensor
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, adapter_of, open_exact
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
+from loraover.checkpoint.tensor_file import first_difference, save_tensors
+from loraover.common.atomic_output import sync
+from loraover.common.errors import FoldError
+from loraover.common.threads import workers
+from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
+from loraover_export.numerics.rounding import round_tensor
+
+
+def write_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Write `adapter_config.json` into a folder."""
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_rounded(
+    source: Checkpoint | AdapterDir,
+    keys: Iterable[str],
+    directory: Path,
+    dtype: str,
+    *,
+    prepare: Callable[[str, Exact], Exact] = lambda key, exact: exact,
+    pack: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    on_tensor: Callable[[int], None] = lambda done: None,
+    beside: Sequence[Callable[[Event], None]] = (),
+) -> list[MatrixCertificate]:
+    """Write tensors of an adapter, each rounded once from its exact value, and certify the A and B matrices.
+
+    Args:
+        source: the checkpoint or adapter that holds the exact values.
+        keys: keys of the tensors, in the order of the certificates.
+        directory: an empty folder.
+        dtype: fp32, bf16 or fp16.
+        prepare: change of an exact tensor before the rounding; returns it with the bound of its new error. Several
+            threads call it.
+        pack: change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
+        on_tensor: called with the number of tensors so far.
+        beside: functions to run at the same time, such as the comparison of checksums. What one of them raises is
+            raised before any other error. Each is given an event that is set when it should stop.
+
+    Returns and raises as `write_folded` does.
+    """
+    rounded, certificates = round_exact(source, keys, dtype, prepare=prepare, on_tensor=on_tensor, beside=beside)
+    file = directory / TENSORS_FILE
+    rounded = (pack or adapter_of(source).packed)(rounded)
+    save_tensors(rounded, file)
+    with workers() as threads:
+        flushed = threads.start(sync, file)  # the disk works while the file is read back
+        lost = first_difference(file, rounded)
+        flushed.result()
+    if lost is not None:
+        raise not_kept(lost)
+    return certificates
+
+
+def round_exact(
+    source: Checkpoint | AdapterDir,
+    keys: Iterable[str],
+    dtype: str,
+    *,
+    prepare: Callable[[str, Exact], Exact],
+    on_tensor: Callable[[int], None],
+    beside: Sequence[Callable[[Event], None]] = (),
+) -> tuple[dict[str, Tensor], list[MatrixCertificate]]:
+    """Round tensors of an adapter once from their exact values, and certify the A and B matrices.
+
+    Args and errors are those of `write_rounded`.
+
+    Returns:
+        The rounded tensors by key, and one certificate for each A and B.
+    """
+    rounded: dict[str, Tensor] = {}
+    certificates = []
+    with open_exact(source) as opened, workers() as threads:
+        others = [threads.start(function, threads.ending) for function in beside]
+        folds = {key: threads.start(_round_and_certify, opened, key, dtype, prepare) for key in keys}
+        try:
+            for key, fold in folds.items():
+                rounded[key], certificate = fold.result()
+                certificates += [] if certificate is None else [certificate]
+                on_tensor(len(rounded))
+        except Exception:
+            _wait(others)  # a damaged file explains every other error
+            raise
+        _wait(others)
+    return rounded, certificates
+
+
+def _wait(futures: Iterable[Future[None]]) -> None:
+    """Wait until functions have ended, and raise what the first of them has raised."""
+    for future in futures:
+        future.result()
+
+
+def _round_and_certify(
+    opened: ExactAdapter, key: str, dtype: str, prepare: Callable[[str, Exact], Exact]
+) -> tuple[Tensor, MatrixCertificate | None]:
+    exact = prepare(key, opened.tensor(key, widen=False))
+    rounded = round_tensor(key, exact.value, dtype)
+    name = site_name(key)
+    return rounded, None if name is None else certify(name, rounded, exact)
+
+
+def not_kept(name: str) -> FoldError:
+    """Return the error for a tensor or field that a file does not hold as it was written."""
+    return FoldError(f"{name}: the file does not hold what was written to it; check the disk, or write elsewhere.")
