@@ -125,9 +125,12 @@ def test_other_experts_train_as_without_cores(tmp_path: Path) -> None:
         assert torch.equal(group.contract()[i], over.sites[name].values)
 
 
-@pytest.mark.parametrize("sites", [["*"], FIRST], ids=["all", "half"])
-def test_a_resumed_run_is_the_whole_one(tmp_path: Path, sites: list[str]) -> None:
-    config = LoraOverConfig(seed=0, sites=sites)
+EIGEN: dict[str, Any] = {"decomposition": "eigen", "options": {"block": 8, "growth": 1}}
+
+
+@pytest.mark.parametrize("settings", [{}, {"sites": FIRST}, EIGEN], ids=["all", "half", "eigen"])
+def test_a_resumed_run_is_the_whole_one(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = LoraOverConfig(seed=0, **settings)
     model = moe(tmp_path / "a")
     over = OverParameterization(model, config)
     optimizer = adamw(model)
@@ -225,6 +228,13 @@ class Fused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.kernels = nn.Parameter(torch.ones(2, 4, 4))
+
+
+def test_bases_of_experts_are_not_measured(tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition="eigen", options={"long": "calibration"})
+    model = moe(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"several experts is one layer; .* \{short: gradient, long: gradient\}"):
+        OverParameterization(model, config, probe=Probe(model, [0], loss))
 
 
 @pytest.mark.parametrize(
