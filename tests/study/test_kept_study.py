@@ -113,6 +113,7 @@ def test_the_docs_quote_the_arms_of_eigen() -> None:
     arms: dict[str, dict[float, Outcome]] = {run.method: {} for run in grid}
     for run, found in finished(grid, DOCS / "gauge-arms").items():
         arms[run.method][run.rate] = found
+    assert sum(map(len, arms.values())) == len(grid)
     for by_rate in arms.values():
         losses = {rate: loss_of(found, "validation") for rate, found in by_rate.items()}
         best = min(losses, key=losses.__getitem__)
