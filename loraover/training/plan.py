@@ -71,8 +71,8 @@ class Plan(BaseModel):
 ASSUMPTION = (
     "Activations are what autograd keeps of one micro-batch of full length: all logits (TRL computes them in parts), "
     "but no attention scores, as with fused attention. Cores are all that the schedule can inject, optimizer states "
-    "AdamW's. Fragmentation and the buffers of libraries come on top, and before the first step calibration holds the "
-    "moments of all layers' inputs and outputs."
+    "AdamW's. Fragmentation and the buffers of libraries come on top; where bases are measured, so do "
+    "the moments of all layers' inputs and outputs before the first step."
 )
 
 
