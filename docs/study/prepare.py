@@ -1,12 +1,13 @@
-"""Write the studies' data as prompt and completion: rows of GSM8K, MBPP, SVAMP, QNLI and SUBJ.
+"""Write the studies' data as prompt and completion: rows of GSM8K, MBPP, SVAMP, QNLI, MNLI and SUBJ.
 
     python docs/study/prepare.py DATA OUT
 
-DATA holds gsm8k/train.jsonl.gz and test.jsonl (question, answer), glue/qnli_train.jsonl and qnli_dev.jsonl
-(sentence1, sentence2, label), glue_like/subj_train.jsonl and subj_dev.jsonl (sentence, label), instruct/mbpp.jsonl
-(text, test_list, code) and instruct/svamp_rationales.jsonl (instruction, input, output). GSM8K's answers lose their
-calculator marks. Rows longer than a limit are left out, so that a step takes a few seconds on one core. Where one file
-holds all rows, the first ones train and the last ones test.
+DATA holds gsm8k/train.jsonl.gz and test.jsonl (question, answer), glue/qnli_train.jsonl, qnli_dev.jsonl,
+mnli_train.jsonl and mnli_dev.jsonl (sentence1, sentence2, label), glue_like/subj_train.jsonl and subj_dev.jsonl
+(sentence, label), instruct/mbpp.jsonl (text, test_list, code) and instruct/svamp_rationales.jsonl (instruction, input,
+output). GSM8K's answers lose their calculator marks. Rows longer than a limit are left out, so that a step takes a few
+seconds on one core. Where one file holds all rows, the first ones train and the last ones test; in the replication
+(mbpp-rest), all that do not train test.
 """
 
 from __future__ import annotations
@@ -29,21 +30,30 @@ class Task(NamedTuple):
     prompt: Callable[[Row], str]
     completion: Callable[[Row], str]
     train_rows: int | None = None  # of a file that holds both
+    test_characters: tuple[int, int] | None = None  # limits of all rows that do not train, in place of the last ones
+    apart: str | None = None  # column whose values in training rows no test row has
 
 
-def gsm8k(max_characters: int) -> Task:
-    return Task(
-        "gsm8k/train.jsonl.gz",
-        "gsm8k/test.jsonl",
-        max_characters,
-        lambda row: f"Question: {row['question']}\nAnswer:",
-        lambda row: " " + re.sub("<<.*?>>", "", row["answer"]),
-    )
-
+GSM8K = Task(
+    "gsm8k/train.jsonl.gz",
+    "gsm8k/test.jsonl",
+    280,
+    lambda row: f"Question: {row['question']}\nAnswer:",
+    lambda row: " " + re.sub("<<.*?>>", "", row["answer"]),
+)
+MBPP = Task(
+    "instruct/mbpp.jsonl",
+    "instruct/mbpp.jsonl",
+    400,
+    lambda row: f"{row['text']}\nYour code should pass this test:\n{row['test_list'][0]}\n",
+    lambda row: row["code"].replace("\r\n", "\n"),
+    train_rows=600,
+)
 
 TASKS = {
-    "gsm8k": gsm8k(280),
-    "gsm8k-long": gsm8k(360),
+    "gsm8k": GSM8K,
+    "gsm8k-long": GSM8K._replace(max_characters=360),
+    "gsm8k-500": GSM8K._replace(max_characters=500, test_characters=(361, 700)),
     "qnli": Task(
         "glue/qnli_train.jsonl",
         "glue/qnli_dev.jsonl",
@@ -58,13 +68,17 @@ TASKS = {
         lambda row: f"Sentence: {row['sentence']}\nSubjective or objective?",
         lambda row: f" {row['label']}",
     ),
-    "mbpp": Task(
-        "instruct/mbpp.jsonl",
-        "instruct/mbpp.jsonl",
+    "mbpp": MBPP,
+    "mbpp-rest": MBPP._replace(test_characters=(0, 1200)),
+    "mnli": Task(
+        "glue/mnli_train.jsonl",
+        "glue/mnli_dev.jsonl",
         400,
-        lambda row: f"{row['text']}\nYour code should pass this test:\n{row['test_list'][0]}\n",
-        lambda row: row["code"].replace("\r\n", "\n"),
-        train_rows=600,
+        lambda row: (
+            f"Premise: {row['sentence1']}\nHypothesis: {row['sentence2']}\nEntailment, neutral or contradiction?"
+        ),
+        lambda row: f" {row['label']}",
+        apart="sentence1",
     ),
     "svamp": Task(
         "instruct/svamp_rationales.jsonl",
@@ -77,21 +91,35 @@ TASKS = {
 }
 
 
-def read(path: Path, task: Task, part: slice) -> list[Row]:
+def read(path: Path) -> list[Row]:
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = map(json.loads, text.decode().splitlines()[part])
-    found = [{"prompt": task.prompt(row), "completion": task.completion(row)} for row in rows]
-    return [row for row in found if len(row["prompt"] + row["completion"]) <= task.max_characters]
+    return [json.loads(line) for line in text.decode().splitlines()]
+
+
+def split(task: Task, data: Path) -> tuple[list[Row], list[Row]]:
+    """Training and test rows of a task."""
+
+    def within(rows: list[Row], low: int, high: int) -> list[Row]:
+        return [row for row in rows if low <= len(task.prompt(row) + task.completion(row)) <= high]
+
+    rows, held_out = read(data / task.train), read(data / task.test)
+    train = within(rows[: task.train_rows], 0, task.max_characters)
+    if task.test_characters is None:
+        first = task.train_rows or 0 if task.train == task.test else 0
+        test = within(held_out[first:], 0, task.max_characters)
+    else:
+        test = within([row for row in held_out if row not in train], *task.test_characters)
+    used = set() if task.apart is None else {row[task.apart] for row in train}
+    return train, [row for row in test if task.apart is None or row[task.apart] not in used]
 
 
 def main(data: Path, out: Path) -> None:
     for name, task in TASKS.items():
         (out / name).mkdir(parents=True, exist_ok=True)
-        parts = (slice(task.train_rows), slice(task.train_rows if task.train == task.test else 0, None))
-        for split, source, part in zip(("train", "test"), (task.train, task.test), parts, strict=True):
-            rows = read(data / source, task, part)
-            path = out / name / f"{split}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for part, rows in zip(("train", "test"), split(task, data), strict=True):
+            path = out / name / f"{part}.jsonl"
+            made = [{"prompt": task.prompt(row), "completion": task.completion(row)} for row in rows]
+            path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
             print(f"{path}: {len(rows)} rows")
 
 
