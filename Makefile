@@ -163,55 +163,49 @@ study-gauge:
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) $(LOWER) \
 		--lr-sweep "qnli-all/$(EIGEN)=1.9e-4,3.75e-4,$(SLOW)" --seeds 4 -o docs/study/gauge
 
-# Copies those finished runs of a study that another has not: $(call adopt,FROM,TO,TASKS,SEEDS).
-adopt = cd docs/study/$(1)/runs && find $(3) -path '*/seed-[$(4)]/outcome.json' | while read -r found; do \
-	test -e "../../$(2)/runs/$$found" || { mkdir -p "../../$(2)/runs/$${found%/*}" && cp "$$found" "../../$(2)/runs/$$found"; }; done
-
 SOAP := training.optim=soap:training.optim_args={max_precondition_dim: 1024}
 QUARTER := schedule=static:budget={fraction: 0.25}:score
 study-gauge-arms:
-	$(call adopt,gauge,gauge-arms,gsm8k-long,0)
-	$(call adopt,papers,gauge-arms,gsm8k-long/lora-over,0)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),lora:$(PLUS):$(SOAP),lora-over,$(EIGEN)$(strip \
 		),$(AXES)={long: calibration},$(AXES)={}:$(PLUS),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS)$(strip \
 		),$(EIGEN):$(QUARTER)=fisher,$(EIGEN):$(QUARTER)=random" --ruler lora:r=16 $(GAUGE) --lr-sweep lora-over=$(FAST),1.2e-2 \
 		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" \
-		--lr-sweep "gsm8k-long/lora:$(PLUS):$(SOAP)=$(SLOW),6e-3" --seeds 1 -o docs/study/gauge-arms
+		--lr-sweep "gsm8k-long/lora:$(PLUS):$(SOAP)=$(SLOW),6e-3" --seeds 1 --reuse docs/study/gauge --reuse docs/study/papers \
+		-o docs/study/gauge-arms
 
 study-gauge-options:
-	$(call adopt,gauge,gauge-options,gsm8k-long/*ratio=4/lr-0.0015,0)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN)$(strip \
 		),$(AXES)={long: calibration, block: 32}:$(PLUS),$(AXES)={long: calibration, block: 192}:$(PLUS)$(strip \
 		),$(AXES)={long: calibration, growth: null, refresh: 10}:$(PLUS),$(AXES)={long: calibration, second_moments: carried}:$(PLUS)$(strip \
 		),$(AXES)={long: calibration, short: none}:$(PLUS),$(EIGEN):calibration_batches=16$(strip \
 		),$(AXES)={short: calibration, long: calibration}:$(PLUS)$(strip \
 		),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS):aux_lr_scale=0.1" \
-		--set training.min_lr_rate=0.1 --lr-sweep 1.5e-3 --seeds 1 --tuning-seeds 1 --jobs 2 -o docs/study/gauge-options
+		--set training.min_lr_rate=0.1 --lr-sweep 1.5e-3 --seeds 1 --tuning-seeds 1 --jobs 2 \
+		--reuse docs/study/gauge -o docs/study/gauge-options
 
 study-gauge-steps:
-	$(call adopt,gauge,gauge-steps,*/lora */lora_training*,0123)
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN):training.max_steps=80" $(GAUGE) $(LOWER) \
-		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=9.4e-5,1.9e-4,3.75e-4,7.5e-4" --seeds 4 -o docs/study/gauge-steps
+		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=9.4e-5,1.9e-4,3.75e-4,7.5e-4" --seeds 4 \
+		--reuse docs/study/gauge -o docs/study/gauge-steps
 
 study-gauge-long:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN),lora" --set training.min_lr_rate=0.1 \
 		--lr-sweep 1.5e-3 --lr-sweep lora=3e-3 --set training.max_steps=300 --seeds 2 --tuning-seeds 1 --jobs 2 -o docs/study/gauge-long
 
 study-gauge-rates:
-	$(call adopt,gauge,gauge-rates,gsm8k-long,0)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \
 		--lr-sweep "gsm8k-long/lora:$(PLUS)=4.5e-4,$(SLOW),4.5e-3" --lr-sweep "gsm8k-long/$(EIGEN)=4.5e-4,$(SLOW),4.5e-3" \
-		--lr-sweep gsm8k-long/lora=9e-4,$(FAST),9e-3 --seeds 1 -o docs/study/gauge-rates
+		--lr-sweep gsm8k-long/lora=9e-4,$(FAST),9e-3 --seeds 1 --reuse docs/study/gauge \
+		-o docs/study/gauge-rates
 
 # The study of docs/study/papers.md, whose protocol it follows. It should come after study-gauge, whose runs it shares.
 FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.precision=fp32
 study-papers:
-	$(call adopt,gauge,papers,gsm8k-long,012)
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml \
 		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" $(GAUGE) \
 		--lr-sweep lora-over=$(FAST),1.2e-2 \
 		--lr-sweep soma=$(SLOW),6e-3 --lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2,2e-2 --lr-sweep "$(FEDERATED)=1e-3,3e-3,1e-2,3e-2,1e-1" --seeds 3 \
-		-o docs/study/papers
+		--reuse docs/study/gauge -o docs/study/papers
 
 # The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 schedules: $(VENV)/.installed

@@ -8,17 +8,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from loraover.common.strict_json import read_json
 from loraover.study.analysis import Halves
-from loraover.study.outcome import OUTCOME_FILE, Outcome
+from loraover.study.kept_runs import read_kept
 
 
 def main(folder: Path) -> None:
-    for file in sorted(folder.rglob(OUTCOME_FILE)):
-        found = read_json(file, Outcome)
+    for found in read_kept(folder):
         half = Halves(len(found.tokens)).validation
         loss = found.failure or f"{sum(found.nats[half]) / sum(found.tokens[half]):.4f}"
-        print(loss, file.parent.relative_to(folder / "runs"))
+        print(loss, found.run)
 
 
 if __name__ == "__main__":

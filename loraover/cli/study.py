@@ -70,6 +70,14 @@ from loraover.common.command_line import Command
 )
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Number of runs at the same time.")
 @click.option("--ray", help="Address of a Ray cluster for the runs, or 'local' for one on this machine.")
+@click.option(
+    "--reuse",
+    multiple=True,
+    metavar="STUDY",
+    type=click.Path(path_type=Path),
+    help="Folder of another study, whose finished runs with the same recipe count as runs of this one. Can be "
+    "repeated.",
+)
 @click.option("--report-only", is_flag=True, help="Judge the runs that are finished, and train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def study(
@@ -83,6 +91,7 @@ def study(
     settings: tuple[str, ...],
     jobs: int,
     ray: str | None,
+    reuse: tuple[Path, ...],
     report_only: bool,
     as_json: bool,
 ) -> None:
@@ -113,6 +122,7 @@ def study(
         settings=dict(parse_override(setting) for setting in settings),
         jobs=jobs,
         ray=ray,
+        reuse=reuse,
         report_only=report_only,
         report=ConsoleReporter(console),
         command=shlex.join(["loraover", *sys.argv[1:]]),

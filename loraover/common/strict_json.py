@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,26 +28,45 @@ def read_json(path: Path, model: type[Model], *, finite: bool = True) -> Model:
     Raises:
         CheckpointError: The file is missing, too large or not JSON, or has invalid fields, which are all named.
     """
+    return _parse(_read(path), model, str(path), _finite if finite else float)
+
+
+def read_json_lines(path: Path, model: type[Model]) -> list[Model]:
+    """Read a file of one JSON object a line, and validate each.
+
+    Args:
+        path: The file.
+        model: Type of a line.
+
+    Raises:
+        CheckpointError: As in `read_json`; the message has the line's number.
+    """
+    lines = enumerate(_read(path).splitlines(), start=1)
+    return [_parse(line, model, f"{path}, line {number}", _finite) for number, line in lines]
+
+
+def _read(path: Path) -> bytes:
     try:
         status = path.stat()
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise CheckpointError(f"{path}: expected a file, found a device or a pipe.")
         if status.st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {status.st_size} bytes of JSON, expected at most {MAX_JSON_BYTES}.")
-        content = path.read_bytes()
-        number = _finite if finite else float
-        json.loads(content, object_pairs_hook=_unique, parse_constant=number, parse_float=number)
-        return model.model_validate_json(content, strict=True)
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; expected a folder that holds it.") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def _parse(content: bytes, model: type[Model], place: str, number: Callable[[str], float]) -> Model:
+    try:
+        json.loads(content, object_pairs_hook=_unique, parse_constant=number, parse_float=number)
+        return model.model_validate_json(content, strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {describe(error)}") from error
+        raise CheckpointError(f"{place}: {describe(error)}") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+        raise CheckpointError(f"{place}: not valid JSON: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

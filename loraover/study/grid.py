@@ -76,9 +76,14 @@ class Run:
     is_ruler: bool = False
 
     @property
+    def name(self) -> str:
+        """Name in the study's `runs.jsonl`."""
+        return f"{self.task}/{_slug(self.method)}/lr-{self.rate:g}/seed-{self.seed}"
+
+    @property
     def folder(self) -> Path:
         """Path below the study's folder."""
-        return Path("runs") / self.task / _slug(self.method) / f"lr-{self.rate:g}" / f"seed-{self.seed}"
+        return Path("runs") / self.name
 
 
 def make_grid(

@@ -1,4 +1,4 @@
-"""One finished run of a study: `outcome.json`."""
+"""One run of a study: trained in a process, and its outcome read from what the process left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from loraover.checkpoint.exact_tensors import open_exact
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
-from loraover.common.strict_json import read_json
 from loraover.study.conversations import check_held_out
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
@@ -31,7 +30,6 @@ from loraover.training.row_digests import read_digests
 from loraover.training.run_folder import HELD_OUT_FILE, METRICS_FILE, RECIPE_FILE
 from loraover.training.run_result import RUN_FILE, read_run
 
-OUTCOME_FILE = "outcome.json"
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
 FAILURES = {"diverged": DIVERGED, "out_of_memory": OUT_OF_MEMORY}
 """Words for the kinds of failure that are due to the method."""
@@ -61,7 +59,7 @@ class Outcome(BaseModel):
     update_norm: float | None = Field(None, description="Frobenius norm of the change of scaling * B A.")
     step_norm: float | None = Field(None, description="Norm of the change of B A in one step, mean over logged steps.")
     fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
-    train_rows: str | None = Field(None, description="SHA-256 of the training rows; None in older files.")
+    train_rows: str | None = Field(None, description="SHA-256 of the training rows; None: the run kept none.")
     test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None in older files.")
     model_revision: str | None = Field(
         None, description="Commit of the base model on the hub; None for a folder, and in older files."
@@ -79,7 +77,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
 
     Args:
         recipe: The recipe of the run.
-        folder: The run's folder; the outcome is written there, and a second call returns it.
+        folder: The run's folder; from what it holds, a second call reads the outcome without training again.
         threads: Number of threads of the process.
 
     Raises:
@@ -93,19 +91,13 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
     except OSError as error:
         raise OutputError(f"{folder.parent} cannot be made: {error.strerror}.") from error
     with _alone(folder) as lock:
-        found = read_outcome(recipe, folder)
-        if found is not None:
-            return found
         _check_begun(recipe, folder)
         if _has_ended(folder):
             last = ""
         else:
             check_held_out(recipe)
             last = _train(recipe, folder, threads, lock)
-        outcome = _outcome(recipe, folder, last)
-        folder.mkdir(exist_ok=True)
-        publish_text(folder / OUTCOME_FILE, outcome.model_dump_json() + "\n")
-    return outcome
+        return _outcome(recipe, folder, last)
 
 
 @contextmanager
@@ -124,13 +116,14 @@ def _asked(folder: Path) -> Path:
 
 
 def _check_begun(recipe: Recipe, folder: Path) -> None:
-    """Raise ConfigError if the run was begun with another recipe, or has finished with one and lacks its outcome."""
+    """Raise ConfigError if the run was begun, or has finished, with another recipe."""
     begun = any((folder / name).is_file() for name in (RECIPE_FILE, FAILURE_FILE))
     if begun and digest(load_recipe(str(_asked(folder)))) != digest(recipe):
-        raise _another_recipe(folder)
+        raise another_recipe(folder)
 
 
-def _another_recipe(folder: Path) -> ConfigError:
+def another_recipe(folder: Path) -> ConfigError:
+    """Return the error that a run's folder, or its kept outcome, belongs to another recipe."""
     return ConfigError(f"{folder}: holds a run with another recipe than this study's; name a new folder.")
 
 
@@ -174,24 +167,6 @@ def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
     if process.returncode == -signal.SIGKILL:
         return "the process was killed, as Linux does when memory is short; try fewer --jobs"
     return last
-
-
-def read_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
-    """Read the outcome of a run; None if it has not finished.
-
-    Args:
-        recipe: The recipe that the run should have.
-        folder: The run's folder.
-
-    Raises:
-        ConfigError: the run had another recipe.
-    """
-    if not (folder / OUTCOME_FILE).is_file():
-        return None
-    found = read_json(folder / OUTCOME_FILE, Outcome)
-    if found.recipe != digest(recipe):
-        raise _another_recipe(folder)
-    return found
 
 
 def digest(recipe: Recipe) -> str:

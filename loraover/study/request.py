@@ -28,6 +28,7 @@ class StudyRequest:
         settings: Values of recipe keys that all runs share, by dotted key.
         tuning_seeds: Number of seeds that choose the rates; None: all.
         rulers: Methods that are trained and shown, but are neither baselines nor compared in the verdict.
+        reuse: Folders of other studies, whose finished runs with the same recipe count as runs of this one.
 
     Raises:
         ConfigError: no seed, more tuning seeds than seeds, a ruler among the methods, rates that are not different
@@ -41,6 +42,7 @@ class StudyRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tuning_seeds: int | None = None
     rulers: tuple[str, ...] = ()
+    reuse: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -99,4 +101,5 @@ class StudyRequest:
         words += ["--seeds", str(self.seeds)]
         words += [] if self.tuning_seeds is None else ["--tuning-seeds", str(self.tuning_seeds)]
         words += [word for key, value in self.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        words += [word for study in self.reuse for word in ("--reuse", study)]
         return shlex.join([*words, "-o", str(output)])

@@ -20,7 +20,8 @@ from loraover.reporting.reporter import SILENT, Reporter
 from loraover.study.analysis import Halves
 from loraover.study.grid import DEFAULT_METHODS, Run, make_grid
 from loraover.study.html import to_page
-from loraover.study.outcome import OUTCOME_FILE, Outcome, execute, read_outcome
+from loraover.study.kept_runs import finished, keep
+from loraover.study.outcome import Outcome, execute
 from loraover.study.report import StudyReport, task_results, words
 from loraover.study.request import DEFAULT_SWEEP, StudyRequest
 from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_markdown
@@ -60,6 +61,7 @@ def run_study(
     settings: Mapping[str, Any] | None = None,
     jobs: int = 1,
     ray: str | None = None,
+    reuse: Sequence[str | Path] = (),
     report_only: bool = False,
     report: Reporter = SILENT,
     command: str | None = None,
@@ -84,6 +86,7 @@ def run_study(
         settings: Values of recipe keys for all runs, by dotted key.
         jobs: Number of runs at the same time on this machine.
         ray: Address of a Ray cluster for the runs, or "local" for one on this machine; None: no Ray.
+        reuse: Folders of other studies, whose finished runs with the same recipe count as runs of this one.
         report_only: Judge the runs that are finished, and train nothing.
         report: Receiver of progress.
         command: Command line for the report; None: the one of `loraover study` with these arguments.
@@ -105,12 +108,17 @@ def run_study(
         settings=dict(settings or {}),
         tuning_seeds=tuning_seeds,
         rulers=tuple(rulers),
+        reuse=tuple(map(str, reuse)),
     )
+    others = list(map(Path, request.reuse))
     shared = DEFAULTS | dict(request.settings)
     grid = make_grid(request.recipes, request.rates, seeds, shared, request.task_rates, request.rulers)
-    outcomes = finished(grid, folder) if report_only else run_grid(grid, folder, where, report, tuning_seeds)
+    if report_only:
+        outcomes = finished(grid, folder, others)
+    else:
+        outcomes = run_grid(grid, folder, where, report, tuning_seeds, others)
     found = make_report(grid, outcomes, request.command(folder) if command is None else command, tuning_seeds)
-    (folder / FIGURES).mkdir(exist_ok=True)
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for path, content in {
         folder / REPORT_FILE: found.model_dump_json(indent=1) + "\n",
         folder / TABLE_FILE: to_markdown(found),
@@ -121,7 +129,12 @@ def run_study(
 
 
 def run_grid(
-    grid: Sequence[Run], folder: Path, where: Where, report: Reporter, tuning_seeds: int | None = None
+    grid: Sequence[Run],
+    folder: Path,
+    where: Where,
+    report: Reporter,
+    tuning_seeds: int | None = None,
+    reuse: Sequence[Path] = (),
 ) -> dict[Run, Outcome]:
     """Train the runs that a study needs and are not finished, and read the others.
 
@@ -131,12 +144,13 @@ def run_grid(
         where: The machine to train on.
         report: Receiver of progress.
         tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
+        reuse: Folders of other studies whose runs count, see `finished`.
 
     Raises:
         LoraOverError: a run failed for another reason than that its loss diverged or its memory was too small; finished
             runs are kept.
     """
-    outcomes = finished(grid, folder)
+    outcomes = finished(grid, folder, reuse)
     seconds: dict[str, list[float]] = {}
     plan = plan_runs(grid, outcomes, tuning_seeds)
     left_now = plan.left(outcomes)
@@ -147,6 +161,7 @@ def run_grid(
         while left := [run for run in plan.runs if run not in outcomes]:
             for run, outcome, duration in _executed(left, folder, where):
                 outcomes[run] = outcome
+                keep(folder, {run: outcome})
                 advance(len(outcomes))
                 if duration is not None and outcome.failure is None:
                     seconds.setdefault(run.task, []).append(duration)
@@ -175,12 +190,6 @@ def _seconds_trained(outcomes: Mapping[Run, Outcome]) -> dict[str, list[float]]:
         if steps is not None and outcome.failure is None and outcome.step_seconds is not None:
             seconds.setdefault(run.task, []).append(steps * outcome.step_seconds)
     return seconds
-
-
-def finished(grid: Sequence[Run], folder: Path) -> dict[Run, Outcome]:
-    """Read the outcomes of all runs that are finished."""
-    found = {run: read_outcome(run.recipe, folder / run.folder) for run in grid}
-    return {run: outcome for run, outcome in found.items() if outcome is not None}
 
 
 def _executed(runs: Sequence[Run], folder: Path, where: Where) -> Iterator[tuple[Run, Outcome, float | None]]:
@@ -221,10 +230,7 @@ def _on_ray(runs: Sequence[Run], folder: Path, address: str) -> Iterator[tuple[R
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             run = waiting.pop(done)
-            outcome = Outcome.model_validate_json(ray.get(done))
-            (folder / run.folder).mkdir(parents=True, exist_ok=True)
-            publish_text(folder / run.folder / OUTCOME_FILE, outcome.model_dump_json() + "\n")
-            yield run, outcome
+            yield run, Outcome.model_validate_json(ray.get(done))
 
 
 @contextmanager

@@ -250,8 +250,8 @@ TRAINING = (
     ),
     Mutant(
         "json-infinite-numbers-pass",
-        "number = _finite if finite else float",
-        "number = float",
+        "str(path), _finite if finite else float)",
+        "str(path), float)",
         Selection("test_checkpoint_refused.py", "wrong_adapter_config"),
     ),
     # Adapters, as PEFT reads them

@@ -9,9 +9,11 @@ from typing import Literal
 import pytest
 
 from loraover.study.analysis import Difference, Halves
+from loraover.study.grid import Run
+from loraover.study.kept_runs import finished
 from loraover.study.outcome import Outcome
 from loraover.study.report import StudyReport, TaskResult
-from loraover.study.runner import finished, make_report
+from loraover.study.runner import make_report
 
 from support.planned import planned
 
@@ -23,6 +25,12 @@ HALVES: tuple[Half, ...] = ("validation", "test")
 
 def kept(folder: str) -> StudyReport:
     return StudyReport.model_validate_json((DOCS / folder / "study.json").read_text())
+
+
+def runs_of(target: str, folder: str) -> tuple[list[Run], dict[Run, Outcome]]:
+    """All runs that a target plans, and the finished ones with their outcomes."""
+    grid, _, reused = planned(target)
+    return grid, finished(grid, DOCS / folder, reused)
 
 
 def shown(task: TaskResult, difference: Difference) -> str:
@@ -40,8 +48,8 @@ def _rounded(value: float) -> str:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("target", FOLDERS)
 def test_the_kept_report_is_that_of_the_kept_runs(target: str) -> None:
-    grid, tuning_seeds = planned(target)
-    report = make_report(grid, finished(grid, DOCS / FOLDERS[target]), "", tuning_seeds or None)
+    grid, outcomes = runs_of(target, FOLDERS[target])
+    report = make_report(grid, outcomes, "", planned(target)[1] or None)
     assert report.is_whole
     for task, known_task in zip(report.tasks, kept(FOLDERS[target]).tasks, strict=True):
         assert task.baseline == known_task.baseline
@@ -79,8 +87,7 @@ def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_docs_quote_the_options_of_eigen() -> None:
     quoted = (DOCS / "gauge.md").read_text()
-    grid, _ = planned("study-gauge-options")
-    found = finished(grid, DOCS / "gauge-options")
+    grid, found = runs_of("study-gauge-options", "gauge-options")
     losses = {run.method: [loss_of(outcome, half) for half in HALVES] for run, outcome in found.items()}
     assert len(losses) == len(grid)
     plus, ours, *others = losses.values()
@@ -94,9 +101,9 @@ def test_the_docs_quote_the_options_of_eigen() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_docs_quote_the_losses_by_rate() -> None:
     quoted = (DOCS / "gauge.md").read_text()
-    grid, _ = planned("study-gauge-rates")
     losses: dict[str, dict[float, float]] = {}
-    for run, found in finished(grid, DOCS / "gauge-rates").items():
+    grid, outcomes = runs_of("study-gauge-rates", "gauge-rates")
+    for run, found in outcomes.items():
         losses.setdefault(run.method, {})[run.rate] = loss_of(found, "validation")
     assert sum(map(len, losses.values())) == len(grid)
     for by_rate in losses.values():
@@ -109,9 +116,9 @@ def test_the_docs_quote_the_losses_by_rate() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_docs_quote_the_arms_of_eigen() -> None:
     quoted = (DOCS / "gauge.md").read_text()
-    grid, _ = planned("study-gauge-arms")
+    grid, outcomes = runs_of("study-gauge-arms", "gauge-arms")
     arms: dict[str, dict[float, Outcome]] = {run.method: {} for run in grid}
-    for run, found in finished(grid, DOCS / "gauge-arms").items():
+    for run, found in outcomes.items():
         arms[run.method][run.rate] = found
     assert sum(map(len, arms.values())) == len(grid)
     for by_rate in arms.values():
@@ -126,7 +133,7 @@ def test_the_docs_quote_the_arms_of_eigen() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_docs_quote_the_losses_after_300_steps() -> None:
     quoted = (DOCS / "gauge.md").read_text()
-    arms, long = (finished(planned(f"study-gauge-{kind}")[0], DOCS / f"gauge-{kind}") for kind in ("arms", "long"))
+    arms, long = (runs_of(f"study-gauge-{kind}", f"gauge-{kind}")[1] for kind in ("arms", "long"))
     short = {(run.method, run.rate, run.seed): found for run, found in arms.items()}
     assert long
     for run, after in long.items():

@@ -17,7 +17,7 @@ from loraover.overparam import config as config_module
 from loraover.overparam.decompositions import Mpo
 from loraover.study import outcome as outcome_module
 from loraover.study.grid import make_grid
-from loraover.study.outcome import OUTCOME_FILE, Outcome, digest, execute
+from loraover.study.outcome import Outcome, digest, execute
 from loraover.training.failure import FAILURE_FILE, Failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run_result import read_run
@@ -33,40 +33,42 @@ def one_run(recipe: Path, **settings: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def finished_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outcome(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     folder = tmp_path_factory.mktemp("one") / "run"
-    execute(one_run(recipe), folder, threads=1)
-    return folder
+    return folder, execute(one_run(recipe), folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def finished_run(outcome: tuple[Path, Outcome]) -> Path:
+    return outcome[0]
 
 
 def copy_of(run: Path, folder: Path, *lost: str) -> Path:
-    """The run beside the recipe that it was asked for, without its outcome and what else is lost."""
+    """The run beside the recipe that it was asked for, without what is lost."""
     shutil.copy(run.with_name("run.yaml"), folder.with_name("run.yaml"))
-    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns(OUTCOME_FILE, *lost)))
+    return Path(shutil.copytree(run, folder, ignore=shutil.ignore_patterns(*lost)))
 
 
 @pytest.mark.parametrize("lost", [("run.json", "adapter", "recipe.yaml"), ("run.json",)])
 def test_a_run_that_was_killed_at_its_edges_is_made_again(
-    lost: tuple[str, ...], finished_run: Path, recipe: Path, tmp_path: Path
+    lost: tuple[str, ...], outcome: tuple[Path, Outcome], recipe: Path, tmp_path: Path
 ) -> None:
     """Before its recipe was kept; between its adapter and its result."""
-    folder = copy_of(finished_run, tmp_path / "run", *lost)
+    folder = copy_of(outcome[0], tmp_path / "run", *lost)
     found = execute(one_run(recipe), folder, threads=1)
-    before = Outcome.model_validate_json((finished_run / OUTCOME_FILE).read_text())
-    assert (found.failure, found.nats) == (None, before.nats)
+    assert (found.failure, found.nats) == (None, outcome[1].nats)
 
 
-def test_a_run_without_its_outcome_is_not_trained_again(
-    finished_run: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_has_ended_is_not_trained_again(
+    outcome: tuple[Path, Outcome], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = copy_of(finished_run, tmp_path / "run")
+    folder = copy_of(outcome[0], tmp_path / "run")
     monkeypatch.setattr(outcome_module, "_train", lambda *_: pytest.fail("trained again"))
-    found = execute(one_run(recipe), folder, threads=1)
-    assert found.model_dump_json() + "\n" == (finished_run / OUTCOME_FILE).read_text()
+    assert execute(one_run(recipe), folder, threads=1) == outcome[1]
 
 
 @pytest.mark.parametrize("lost", [(), ("run.json", "adapter")])
-def test_a_run_without_its_outcome_is_no_run_of_another_recipe(
+def test_a_run_is_no_run_of_another_recipe(
     lost: tuple[str, ...], finished_run: Path, recipe: Path, tmp_path: Path
 ) -> None:
     """Finished, or to be resumed."""
@@ -74,7 +76,6 @@ def test_a_run_without_its_outcome_is_no_run_of_another_recipe(
     for _ in range(2):  # asking leaves no trace
         with pytest.raises(ConfigError, match="another recipe"):
             execute(one_run(recipe, **{"lora.r": 2}), folder, threads=1)
-    assert not (folder / OUTCOME_FILE).exists()
 
 
 @pytest.mark.usefixtures("as_users_have_it")
@@ -106,15 +107,13 @@ def test_seconds_are_those_of_the_steps_that_were_timed(finished_run: Path, reci
     result = read_run(folder).model_copy(update={"steps": 100, "timed_steps": 4, "train_seconds": 2.0})
     (folder / "run.json").write_text(result.model_dump_json())
     assert execute(one_run(recipe), folder, threads=1).step_seconds == 0.5
-    (folder / OUTCOME_FILE).unlink()
     (folder / "run.json").write_text(result.model_copy(update={"timed_steps": 0}).model_dump_json())
     assert execute(one_run(recipe), folder, threads=1).step_seconds is None
 
 
 def test_the_commit_of_a_model_is_the_one_that_the_run_pinned(finished_run: Path, recipe: Path, tmp_path: Path) -> None:
-    folder = copy_of(finished_run, tmp_path / "run", "outcome.json")
+    folder = copy_of(finished_run, tmp_path / "run")
     assert execute(one_run(recipe), folder, threads=1).model_revision is None
-    (folder / "outcome.json").unlink()
     pinned = load_recipe(str(folder / "recipe.yaml"), {"model_revision": "c0ffee"})
     (folder / "recipe.yaml").write_text(pinned.model_dump_json())
     assert execute(one_run(recipe), folder, threads=1).model_revision == "c0ffee"
@@ -125,8 +124,7 @@ def test_a_loss_that_is_no_number_is_a_divergence(finished_run: Path, recipe: Pa
     scored = json.loads((folder / "held_out.json").read_text())
     scored[0][0] = float("nan")
     (folder / "held_out.json").write_text(json.dumps(scored))
-    for _ in range(2):  # the second time it is read
-        assert execute(one_run(recipe), folder, threads=1).failure == "training diverged"
+    assert execute(one_run(recipe), folder, threads=1).failure == "training diverged"
 
 
 def test_a_run_that_was_killed_after_it_diverged_has_diverged(recipe: Path, tmp_path: Path) -> None:
@@ -135,7 +133,6 @@ def test_a_run_that_was_killed_after_it_diverged_has_diverged(recipe: Path, tmp_
     asked = load_recipe(str(recipe), diverging | {"training.max_steps": 2, "evaluation.before": False})
     folder = tmp_path / "run"
     assert execute(asked, folder, threads=1).failure == "training diverged"
-    (folder / OUTCOME_FILE).unlink()
     (folder / FAILURE_FILE).unlink()
     assert (folder / "trainer" / "checkpoint-2" / "complete.json").is_file()
     assert execute(asked, folder, threads=1).failure == "training diverged"
@@ -148,8 +145,7 @@ def test_a_run_that_does_not_fit_is_a_failure_of_its_own(
     asked, folder = one_run(recipe, **{"lora.r": 2**52}), tmp_path / "run"
     found = execute(asked, folder, threads=1)
     assert found.failure == "out of memory"
-    assert sorted(path.name for path in folder.iterdir()) == [FAILURE_FILE, OUTCOME_FILE]
-    (folder / OUTCOME_FILE).unlink()
+    assert sorted(path.name for path in folder.iterdir()) == [FAILURE_FILE]
     monkeypatch.setattr(outcome_module, "_train", lambda *_: pytest.fail("trained again"))
     with pytest.raises(ConfigError, match="another recipe"):
         execute(one_run(recipe), folder, threads=1)
@@ -188,7 +184,6 @@ def test_the_kind_of_a_failure_decides_whatever_is_said(
         return
     with pytest.raises(LoraOverError, match=MISLEADING):
         execute(one_run(recipe), tmp_path / "run", threads=1)
-    assert not (tmp_path / "run" / OUTCOME_FILE).exists()
 
 
 def test_a_run_that_leaves_nothing_has_its_last_line_shown(
@@ -209,7 +204,6 @@ def test_a_run_that_was_killed_says_so(
     ends_so(tmp_path, monkeypatch, f"echo '{MISLEADING}'", "kill -9 $$")
     with pytest.raises(LoraOverError, match="the process was killed"):
         execute(one_run(recipe), folder, threads=1)
-    assert not (folder / OUTCOME_FILE).exists()
     monkeypatch.undo()
     assert execute(one_run(recipe), folder, threads=1).failure is None
 

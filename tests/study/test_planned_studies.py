@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("make") is No
 
 
 def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are() -> None:
-    (gauge, tuning), (papers, same) = (planned(name) for name in ("study-gauge", "study-papers"))
+    (gauge, tuning, _), (papers, same, _) = (planned(name) for name in ("study-gauge", "study-papers"))
     assert (tuning, same) == (1, 1)  # or the further seeds would be trained at other rates
     known = {one.folder: digest(one.recipe) for one in gauge}
     shared = [one for one in papers if one.folder in known]
@@ -52,7 +52,9 @@ def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are() -
     ],
 )
 def test_a_further_study_of_the_gauge_takes_the_runs_that_are_the_same(target: str, shared: int, new: int) -> None:
-    (gauge, tuning), (papers, _), (further, same) = (planned(name) for name in ("study-gauge", "study-papers", target))
+    (gauge, tuning, _), (papers, *_), (further, same, _) = (
+        planned(name) for name in ("study-gauge", "study-papers", target)
+    )
     known = {(one.folder, digest(one.recipe)) for one in (*gauge, *papers)}
     sweep = [(one.folder, digest(one.recipe)) in known for one in further if one.seed == 0]
     assert (tuning, same) == (1, 1)
@@ -70,7 +72,7 @@ def test_every_method_has_an_optimizer_that_takes_its_settings(target: str) -> N
 def test_federated_keeps_to_its_budget_and_to_the_rows_of_the_others() -> None:
     federated = pytest.importorskip("loraover.training.methods.federated", reason="pip install 'loraover[private]'")
     pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
-    runs, _ = planned("study-papers")
+    runs, *_ = planned("study-papers")
     one = next(one.recipe for one in runs if one.recipe.method == "federated")
     batch, plain = one.training.per_device_train_batch_size, runs[0].recipe.training
     assert batch * one.federated.clients == plain.per_device_train_batch_size

@@ -21,7 +21,8 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.study.grid import make_grid
-from loraover.study.outcome import OUTCOME_FILE, Outcome
+from loraover.study.kept_runs import KEPT_FILE, read_kept
+from loraover.study.outcome import Outcome
 from loraover.study.report import StudyReport
 from loraover.study.runner import Where, run_grid
 from loraover.training.run_result import read_run
@@ -46,26 +47,20 @@ def report_of(out: Path) -> StudyReport:
     return StudyReport.model_validate_json((out / "study.json").read_text())
 
 
-def outcomes_in(out: Path) -> list[Path]:
-    """Finished outcomes; one that is being written lies in a hidden folder."""
-    folders = (Path(folder) for folder, _, files in os.walk(out) if OUTCOME_FILE in files)  # passes over what vanishes
-    return [folder / OUTCOME_FILE for folder in folders if not folder.name.startswith(".")]
-
-
 @pytest.fixture(scope="module")
 def killed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that was killed after its third run, and then finished."""
     out = tmp_path_factory.mktemp("killed") / "out"
     child = Child(lambda: run(cli, words(recipe, out)), prepare=os.setsid)
     deadline = time.monotonic() + 120
-    while len(outcomes_in(out)) < 3:
+    while len(read_kept(out)) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(child.pid, signal.SIGKILL)
     assert child.end().code == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in outcomes_in(out)}
+    before = read_kept(out)
     assert run(cli, words(recipe, out)) == 0
-    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    assert [one for one in read_kept(out) if one in before] == before  # step times and all: not trained again
     return out
 
 
@@ -93,11 +88,8 @@ def test_a_killed_study_reports_what_an_uninterrupted_one_does(killed: Path, rec
     measured = {"methods": {"__all__": {"step_seconds", "peak_bytes"}}}
     for one, other in zip(whole.tasks, resumed.tasks, strict=True):
         assert one.model_dump(exclude=measured) == other.model_dump(exclude=measured)
-    outcomes = [
-        {path.relative_to(out): json.loads(path.read_text())["nats"] for path in out.rglob(OUTCOME_FILE)}
-        for out in (tmp_path / "whole", killed)
-    ]
-    assert outcomes[0] == outcomes[1]
+    first, second = ([(one.run, one.nats) for one in read_kept(out)] for out in (tmp_path / "whole", killed))
+    assert first == second
 
 
 def test_the_report_can_be_made_again_and_is_the_same(killed: Path, recipe: Path) -> None:
@@ -124,6 +116,18 @@ def test_the_function_prints_nothing_and_returns_the_report(
         loraover.run_study([recipe], killed, seeds=0)
     with pytest.raises(ConfigError, match="--jobs is 0"):
         loraover.run_study([recipe], killed, jobs=0)
+
+
+def test_runs_of_another_study_are_taken_where_the_recipe_is_the_same(
+    killed: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = words(recipe, tmp_path / "out", "--reuse", str(killed), "--report-only")
+    assert run(cli, asked) == 0
+    assert report_of(tmp_path / "out").tasks == report_of(killed).tasks
+    assert not (tmp_path / "out" / KEPT_FILE).exists()  # it stays where it was made
+    assert run(cli, [*asked, "--set", "lora.r=2"]) == 2  # none is the same
+    assert run(cli, words(recipe, tmp_path / "out", "--reuse", str(tmp_path))) == 2
+    assert "expected the folder of a study with finished runs" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +159,7 @@ def test_what_is_no_study_is_refused(
 ) -> None:
     assert run(cli, words(recipe, tmp_path / "out", *more)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not list(tmp_path.rglob(OUTCOME_FILE))
+    assert not list(tmp_path.rglob(KEPT_FILE))
 
 
 def test_a_run_that_diverges_is_worse_than_any_other(recipe: Path, tmp_path: Path) -> None:
@@ -182,9 +186,9 @@ def test_a_study_with_tuning_seeds_and_a_ruler_trains(recipe: Path, tmp_path: Pa
     assert (report.is_whole, report.seeds, report.tuning_seeds, report.runs) == (True, 2, 1, 9)
     (task,) = report.tasks
     assert (task.baseline, task.rulers) == ("lora", ["lora:r=2"])
-    before = {path: path.stat().st_mtime_ns for path in outcomes_in(out)}
+    before = read_kept(out)
     assert run(cli, words(recipe, out, *more)) == 0
-    assert {path: path.stat().st_mtime_ns for path in outcomes_in(out)} == before
+    assert read_kept(out) == before
     assert report_of(out).tasks == report.tasks
 
 
@@ -254,6 +258,6 @@ def test_two_workers_of_ray_run_a_study(recipe: Path, tmp_path: Path) -> None:
     more = ["--ray", "local", "--lr-sweep", "1e-2", "--seeds", "1"]
     assert run(cli, words(recipe, tmp_path / "out", *more)) == 0
     assert report_of(tmp_path / "out").runs == 2
-    outcomes = [Outcome.model_validate_json(path.read_text()) for path in tmp_path.rglob(OUTCOME_FILE)]
+    outcomes = read_kept(tmp_path / "out")
     assert None not in {found.worker for found in outcomes}
     assert len({found.worker for found in outcomes}) == 2

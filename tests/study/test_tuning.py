@@ -15,10 +15,11 @@ from loraover.study import runner
 from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid
 from loraover.study.html import to_page
-from loraover.study.outcome import DIVERGED, OUTCOME_FILE, Outcome, digest
+from loraover.study.kept_runs import finished, keep
+from loraover.study.outcome import DIVERGED, Outcome, digest
 from loraover.study.report import StudyReport
 from loraover.study.request import StudyRequest
-from loraover.study.runner import Where, finished, make_report, run_grid
+from loraover.study.runner import Where, make_report, run_grid
 from loraover.study.show import to_markdown
 from loraover.study.tuning import hours_left, plan_runs
 from loraover.study.verdict import verdict_of
@@ -72,10 +73,7 @@ class Machine:
             raise KeyboardInterrupt
         run = self.runs[folder]
         self.trained.append(run)
-        outcome = outcome_of(run, self.loss)
-        folder.mkdir(parents=True)
-        (folder / OUTCOME_FILE).write_text(outcome.model_dump_json())
-        return outcome
+        return outcome_of(run, self.loss)
 
 
 @pytest.fixture
@@ -269,10 +267,8 @@ def test_the_number_of_runs_comes_first_and_the_hours_with_each_run(
 
 
 def test_a_study_that_goes_on_begins_with_its_hours(grid: list[Run], machine: Machine, tmp_path: Path) -> None:
-    before = tmp_path / "out" / grid[0].folder
-    before.mkdir(parents=True)
     outcome = outcome_of(grid[0], loss_of).model_copy(update={"step_seconds": 900.0})  # of four steps
-    (before / OUTCOME_FILE).write_text(outcome.model_dump_json())
+    keep(tmp_path / "out", {grid[0]: outcome})
     shown = Lines()
     study(grid, tmp_path / "out", shown)
     assert shown.lines[0] == "53 runs to do, 1 finished already; about 53.0 h left"

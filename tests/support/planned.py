@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @cache
-def planned(target: str) -> tuple[list[Run], int]:
-    """All runs that a target of the Makefile asks for, and the number of its tuning seeds, 0 for all."""
+def planned(target: str) -> tuple[list[Run], int, list[Path]]:
+    """All runs that a target of the Makefile asks for, its tuning seeds (0 for all), and the studies that it reuses."""
     dry = ["make", "--dry-run", "--no-print-directory", target]
     printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     (line,) = [line for line in printed.replace("\\\n", " ").splitlines() if "loraover study" in line]
@@ -33,7 +33,7 @@ def planned(target: str) -> tuple[list[Run], int]:
         patch.chdir(ROOT)
         assert run(cli, shlex.split(line)[1:]) == 0
         options: Any = asked.call_args.kwargs
-        fields = {"seeds", "settings", "tuning_seeds", "rulers"}
+        fields = {"seeds", "settings", "tuning_seeds", "rulers", "reuse"}
         request = StudyRequest(
             asked.call_args.args[0],
             tuple(options["methods"]),
@@ -42,4 +42,4 @@ def planned(target: str) -> tuple[list[Run], int]:
         )
         shared = DEFAULTS | dict(request.settings)
         runs = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates)
-    return runs, request.tuning_seeds or 0
+    return runs, request.tuning_seeds or 0, [ROOT / study for study in request.reuse]

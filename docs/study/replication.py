@@ -1,0 +1,160 @@
+"""Train and judge the replication that replication.yaml registers; finished runs are kept, so a second call continues.
+
+    python docs/study/replication.py docs/study/replication.yaml docs/study/replication [--report-only] [--jobs 2]
+
+Writes replication.json and replication.md beside the runs. Only the secondary comparison is not made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from scipy import stats
+
+from loraover.common.atomic_output import publish_text
+from loraover.common.provenance import environment, today
+from loraover.reporting.reporter import ConsoleReporter
+from loraover.study.analysis import LEVEL, Losses, difference, mean_loss
+from loraover.study.grid import Run
+from loraover.study.kept_runs import finished
+from loraover.study.outcome import Outcome
+from loraover.study.runner import DEFAULTS, Where, run_grid
+from loraover.training.recipe import load_recipe
+
+Registration = Mapping[str, Any]
+HERE = Path(__file__).parent
+
+
+def runs_of(plan: Registration, seeds: list[int], tasks: list[str]) -> list[Run]:
+    """Both methods on some tasks with some seeds."""
+    methods = plan["primary"].values()
+    return [
+        _run(plan, task, method, float(plan["learning_rate"]), seed)
+        for seed in seeds
+        for task in plan["tasks"]
+        if task["name"] in tasks
+        for method in methods
+    ]
+
+
+def ruler_of(plan: Registration) -> list[Run]:
+    """Full fine-tuning at each of its rates."""
+    ruler = plan["ruler"]
+    return [
+        _run(plan, task, ruler, float(rate), ruler["seed"])
+        for task in plan["tasks"]
+        for rate in ruler["learning_rates"]
+    ]
+
+
+def _run(plan: Registration, task: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int) -> Run:
+    values = {"training.learning_rate": rate, "training.seed": seed, "training.max_steps": task["max_steps"]}
+    recipe = load_recipe(str(HERE / f"{task['recipe']}.yaml"), DEFAULTS | method["settings"] | values)
+    return Run(task["name"], method["name"], rate, seed, recipe)
+
+
+def losses(outcomes: Mapping[Run, Outcome], task: str, method: str) -> tuple[Losses, Losses]:
+    """Nats of a method on a task, shape (seeds, rows) in the order of the seeds, and tokens, shape (rows,)."""
+    found = sorted((r for r in outcomes if (r.task, r.method) == (task, method)), key=lambda run: run.seed)
+    nats = np.array([outcomes[run].nats for run in found])
+    return nats, np.array(outcomes[found[0]].tokens, dtype=np.float64)
+
+
+def variances(plan: Registration, outcomes: Mapping[Run, Outcome], task: str) -> tuple[float, float]:
+    """Variance of one seed's difference, and that of the mean over rows, in squared per cent of the baseline's loss."""
+    (new, tokens), (old, _) = (losses(outcomes, task, plan["primary"][arm]["name"]) for arm in ("method", "baseline"))
+    gaps = new - old
+    rows = (gaps.mean(0) - mean_loss(gaps, tokens) * tokens) / tokens.mean()
+    scale = (100 / mean_loss(old, tokens)) ** 2
+    return scale * float((gaps.sum(1) / tokens.sum()).var(ddof=1)), scale * float(rows.var(ddof=1)) / len(tokens)
+
+
+def predicted_widths(plan: Registration, outcomes: Mapping[Run, Outcome]) -> dict[str, float]:
+    """Width of each task's interval with all seeds, in per cent, from the pilot."""
+    found = {task["name"]: variances(plan, outcomes, task["name"]) for task in plan["tasks"]}
+    seeds = len(plan["seeds"])
+    of_seeds = sum(seed for seed, _ in found.values()) / len(found) / seeds
+    quantile = stats.t.isf(LEVEL / 2, seeds - 1)
+    rows = {task["name"]: stats.t.isf(LEVEL / 2, task["test_rows"] - 1) for task in plan["tasks"]}
+    return {
+        name: 2 * math.hypot(quantile * math.sqrt(of_seeds), rows[name] * math.sqrt(of_rows))
+        for name, (_, of_rows) in found.items()
+    }
+
+
+def judge(plan: Registration, outcomes: Mapping[Run, Outcome], task: str) -> dict[str, Any]:
+    """Difference of the method to the baseline on one task, with its interval, in per cent of the baseline's loss."""
+    (new, tokens), (old, _) = (losses(outcomes, task, plan["primary"][arm]["name"]) for arm in ("method", "baseline"))
+    found, loss = difference(new, old, tokens), mean_loss(old, tokens)
+    low, high = (100 * end / loss for end in found.interval)
+    return {
+        "baseline_loss": loss,
+        "method_loss": mean_loss(new, tokens),
+        "percent": 100 * found.mean / loss,
+        "interval_percent": [low, high],
+        "is_better": high < 0,
+    }
+
+
+def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, Any]:
+    """State what the finished runs show by the registered rule; a task with unfinished seeds has no interval yet."""
+    names = [task["name"] for task in plan["tasks"]]
+    pilot = finished(runs_of(plan, plan["pilot_seeds"], names), folder)
+    is_piloted = len(pilot) == len(runs_of(plan, plan["pilot_seeds"], names))
+    widths = predicted_widths(plan, pilot) if is_piloted else {}
+    ruler = finished(ruler_of(plan), folder)
+    tasks: dict[str, Any] = {}
+    for name in names:
+        asked = runs_of(plan, plan["seeds"], [name])
+        outcomes = finished(asked, folder)
+        tasks[name] = {"finished_runs": len(outcomes), "predicted_width_percent": widths.get(name)}
+        if is_piloted and widths[name] >= plan["required_width_percent"]:
+            tasks[name]["stopped"] = "after the pilot: the interval would be too wide"
+        elif len(outcomes) == len(asked):
+            tasks[name] |= judge(plan, outcomes, name)
+        full = {
+            run.rate: mean_loss(np.array([o.nats]), np.array(o.tokens)) for run, o in ruler.items() if run.task == name
+        }
+        tasks[name]["full_fine_tuning_losses"] = {f"{rate:g}": loss for rate, loss in sorted(full.items())}
+    return {
+        "registration_sha256": hashlib.sha256(registration).hexdigest(),
+        "tasks": tasks,
+        "versions": environment("scipy", "transformers"),
+        "date": today(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("registration", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--report-only", action="store_true")
+    asked = parser.parse_args()
+    registration = asked.registration.read_bytes()
+    plan = yaml.safe_load(registration)
+    names = [task["name"] for task in plan["tasks"]]
+    if not asked.report_only:
+        progress = ConsoleReporter(Console())
+        pilot = run_grid(runs_of(plan, plan["pilot_seeds"], names), asked.folder, Where(asked.jobs), progress)
+        widths = predicted_widths(plan, pilot)
+        kept = [name for name in names if widths[name] < plan["required_width_percent"]]
+        print(f"predicted widths in per cent: {widths}; continued: {kept}")
+        run_grid(runs_of(plan, plan["seeds"], kept), asked.folder, Where(asked.jobs), progress)
+        run_grid(ruler_of(plan), asked.folder, Where(asked.jobs), progress)
+    found = report(plan, asked.folder, registration)
+    publish_text(asked.folder / "replication.json", json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found["tasks"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
