@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -34,7 +35,8 @@ class OptimizerView:
         self.config = config
         self._hosted: list[tuple[int, CoreGroup]] = []  # with the parameter group of the matrices
         self._stacks: list[nn.Parameter] = []  # of experts that all have cores
-        self._plain_groups: int | None = None
+        self._layout: list[list[int]] = []  # identities of each parameter group's parameters, when last arranged
+        self._twins: list[dict[str, Any]] = []
 
     def check_holds(self, sites: Iterable[Site]) -> None:
         """Check that cores of these sites can be trained, and their rate be scaled, through the optimizer.
@@ -47,8 +49,9 @@ class OptimizerView:
             identity = id(site.parameter)
             if identity not in rates:
                 raise ConfigError(
-                    f"attach: the optimizer does not hold {site.name}. Build it, and OverParameterization, after "
-                    "get_peft_model and after fully_shard."
+                    f"the optimizer does not hold {site.name}. Build it, and OverParameterization, after "
+                    "get_peft_model and after fully_shard. To freeze a matrix during a run, leave it in the optimizer "
+                    "and call requires_grad_(False) on it."
                 )
             if rates[identity] is None and self.config.aux_lr_scale != 1:
                 raise ConfigError(
@@ -79,7 +82,8 @@ class OptimizerView:
         Mutates:
             The optimizer's state of parameters that it leaves alone from now on is dropped.
         """
-        host = {id(p): i for i, g in enumerate(self.optimizer.param_groups) for p in g["params"]}
+        self._layout = self._present_layout()
+        host = {identity: i for i, identities in enumerate(self._layout) for identity in identities}
         self._hosted = []
         for group in groups:
             parts: dict[int, list[int]] = {}
@@ -101,6 +105,13 @@ class OptimizerView:
                 group.move_step_counts()
         return arranged
 
+    def is_regrouped(self) -> bool:
+        """Whether parameters have changed their groups, or the groups their order, since `arranged`."""
+        return self._layout != self._present_layout()
+
+    def _present_layout(self) -> list[list[int]]:
+        return [list(map(id, group["params"])) for group in self.optimizer.param_groups]
+
     def _covered(self, groups: Sequence[CoreGroup]) -> list[nn.Parameter]:
         """Parameters all of whose matrices have cores, so that the optimizer leaves them alone."""
         sites = [site for group in groups for site in group.sites]
@@ -118,7 +129,6 @@ class OptimizerView:
         """Add the cores and their state to the optimizer, in twins of the parameter groups of their matrices."""
         self.leave()
         optimizer = self.optimizer
-        self._plain_groups = len(optimizer.param_groups)
         twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for index, group in self._hosted:
             for k in group.trained:
@@ -131,14 +141,16 @@ class OptimizerView:
                     options["lr"] = options["lr"] * self.config.aux_lr_scale
                 if "weight_decay" in options and not self.config.decay_auxiliary:
                     options["weight_decay"] = 0.0
-            optimizer.param_groups.append({"params": parameters, **options})
+            self._twins.append({"params": parameters, **options})
+        optimizer.param_groups.extend(self._twins)
 
     def leave(self) -> None:
         """Remove the cores and their state from the optimizer again, if they are there."""
-        if self._plain_groups is None:
+        if not self._twins:
             return
-        del self.optimizer.param_groups[self._plain_groups :]
-        self._plain_groups = None
+        twins = set(map(id, self._twins))
+        self.optimizer.param_groups[:] = [group for group in self.optimizer.param_groups if id(group) not in twins]
+        self._twins = []
         for _, group in self._hosted:
             for k in group.trained:
                 for parameter in group.parameters(k):

@@ -131,7 +131,7 @@ class OverParameterization:
         if twice:
             raise ConfigError(f"inject: already over-parameterised: {', '.join(twice[:3])}.")
         if self._view is not None:
-            self._view.check_holds([self.sites[name] for name in chosen])
+            self._view.check_holds([self.sites[name] for name in (*self.injected, *chosen)])
         self.check_unchanged()
         bases = self._measured_bases(chosen)
         owners = {} if self.decomposition.trains_all else shared_columns(bases)
@@ -297,9 +297,12 @@ class OverParameterization:
         return kept + self.followers.numbers
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        view = self._attached()
+        view.leave()  # a step that raised, or one that calls its parent class's, has not
+        if view.is_regrouped():
+            self._regroup(view)
         self._refuse(self._late.ask([group.differs() for group in self.groups]))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        view = self._attached()
         if closure is None:
             self._pull_back(view)
             view.enter()
@@ -309,6 +312,12 @@ class OverParameterization:
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
+
+    def _regroup(self, view: OptimizerView) -> None:
+        """Divide the cores by the groups in which the optimizer now has their matrices."""
+        view.check_holds([self.sites[name] for name in self.injected])
+        self.check_unchanged()  # groups that are divided take the matrices as they are now
+        self.groups = view.arranged(self.groups, self.followers)
 
     def _wrap(self, view: OptimizerView, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that evaluates the model at the cores' values and leaves its gradients on the cores."""
