@@ -15,10 +15,7 @@ REFUSED_OPTIMIZERS = {
     "LayerWiseDummyOptimizer": "it steps inside the backward pass, before gradients can be pulled back",
     "Lomo": "it steps inside the backward pass, before gradients can be pulled back",
     "AdaLomo": "it steps inside the backward pass, before gradients can be pulled back",
-    "AdamWScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
-    "SGDScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
     "SOAP": "it keeps state in lists, which a checkpoint cannot hold; use decomposition eigen with AdamW instead",
-    "RAdamScheduleFree": "its train and eval modes swap parameters outside of a step, when it does not hold the cores",
 }
 
 ELEMENTWISE = (
@@ -70,6 +67,11 @@ def ordinary_optimizer(optimizer: Any) -> Optimizer:
     for name in (base.__name__ for base in kind.__mro__):
         if name in REFUSED_OPTIMIZERS:
             raise ConfigError(f"attach: {kind.__name__} cannot be used: {REFUSED_OPTIMIZERS[name]}.")
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ConfigError(
+            f"attach: {kind.__name__} cannot be used: its train and eval modes swap parameters outside of a step, when "
+            "it does not hold the cores. Use an optimizer without modes, such as AdamW with a learning-rate schedule."
+        )
     if isinstance(optimizer, Adagrad) and Version(torch.__version__) < Version("2.12"):
         raise ConfigError(
             f"attach: Adagrad of torch {torch.__version__} makes its state when it is built, so the cores would have "

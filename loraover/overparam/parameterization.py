@@ -28,6 +28,7 @@ from loraover.overparam.optimizers import ordinary_optimizer, unwrapped
 from loraover.overparam.schedule import Schedule, calibrating
 from loraover.overparam.sharding import gathered, in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
+from loraover.overparam.step_guard import StepGuard
 
 
 class OverParameterization:
@@ -207,6 +208,7 @@ class OverParameterization:
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            StepGuard(optimizer, view.leave),
         ]
         return self
 
@@ -298,7 +300,7 @@ class OverParameterization:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         view = self._attached()
-        view.leave()  # a step that raised, or one that calls its parent class's, has not
+        view.leave()  # a step that calls its parent class's has not
         if view.is_regrouped():
             self._regroup(view)
         self._refuse(self._late.ask([group.differs() for group in self.groups]))

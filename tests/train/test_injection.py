@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LinearLR
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.checkpoint.error_bounds import gamma
@@ -139,16 +142,54 @@ def test_a_step_that_raised_leaves_no_trace_in_the_next() -> None:
     assert same(trained(True), trained(False))
 
 
-def test_finish_after_a_step_that_raised_leaves_a_plain_optimizer() -> None:
-    _, over, optimizer = make()
-
+def raise_in_closure(optimizer: Optimizer) -> None:
     def broken() -> float:
         raise KeyboardInterrupt
 
+    optimizer.step(broken)
+
+
+def raise_in_optimizer(optimizer: Optimizer) -> None:
+    """As memory may run out while the optimizer makes its state."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "_init_group", Mock(side_effect=KeyboardInterrupt))
+        optimizer.step()
+
+
+def raise_in_hook(optimizer: Optimizer) -> None:
+    hook = optimizer.register_step_pre_hook(Mock(side_effect=KeyboardInterrupt))
+    try:
+        optimizer.step()
+    finally:
+        hook.remove()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scheduled", ["before", "after"])
+@pytest.mark.parametrize("broken", [raise_in_closure, raise_in_optimizer, raise_in_hook])
+def test_a_step_that_raised_leaves_a_plain_optimizer(broken: Callable[[Optimizer], None], scheduled: str) -> None:
+    model = tiny_net()
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    over = OverParameterization(model)
+    scheduler = LinearLR(optimizer) if scheduled == "before" else None
+    over.attach(optimizer)
+    scheduler = scheduler or LinearLR(optimizer)
+    for number in range(2):
+        train(model, optimizer, range(number, number + 1))
+        scheduler.step()
+    net_loss(model, 2).backward()
     with pytest.raises(KeyboardInterrupt):
-        optimizer.step(broken)
-    over.finish()
+        broken(optimizer)
     assert [len(group["params"]) for group in optimizer.param_groups] == [6]
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0})
+    before = lora_matrices(model)
+    assert not same(train(model, optimizer, range(3, 4)), before)
+    over.finish()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [6, 1]
+    after = train(model, optimizer, range(4, 5))
+    assert all(optimizer.state[parameter] for parameter in trainable(model))
+    assert not same(after, before)
 
 
 # Seeds

@@ -130,8 +130,12 @@ def test_parameter_groups_keep_their_own_rates() -> None:
 # Refusals
 
 
-class AdamWScheduleFree(AdamW):
-    """Named like the schedulefree package's."""
+class Averaging(AdamW):
+    """Shows the model other values while it is evaluated, as the optimizers of schedulefree and SPlus do."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
 
 
 class PatientLBFGS(torch.optim.LBFGS):
@@ -164,10 +168,10 @@ def test_adagrad_of_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -
         (_deepspeed(object), "DeepSpeedZeroOptimizer steps in DeepSpeed"),
         (_deepspeed(SGD), "DeepSpeedZeroOptimizer steps in DeepSpeed"),
         (_deepspeed_wrapper, "DeepSpeed steps in its engine"),
-        (AdamWScheduleFree, "AdamWScheduleFree"),
+        (Averaging, "Averaging cannot be used: its train and eval modes"),
         (lambda parameters: parameters, r"builtins\.list"),
     ],
-    ids=["lbfgs", "lbfgs-subclass", "deepspeed", "deepspeed-torch", "deepspeed-wrapper", "schedule-free", "list"],
+    ids=["lbfgs", "lbfgs-subclass", "deepspeed", "deepspeed-torch", "deepspeed-wrapper", "averaging", "list"],
 )
 def test_an_optimizer_with_another_kind_of_step_is_refused_by_name(
     build: Callable[[list[nn.Parameter]], Any], named: str
@@ -177,6 +181,18 @@ def test_an_optimizer_with_another_kind_of_step_is_refused_by_name(
     with pytest.raises(ConfigError, match=named):
         over.attach(build(trainable(model)))
     assert over.optimizer is None
+
+
+@pytest.mark.parametrize(
+    "name", ["ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD", "ScheduleFreeWrapper", "SPlus"]
+)
+def test_averaging_optimizers_of_pytorch_optimizer_are_refused(name: str) -> None:
+    library = pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed")
+    kind: Any = getattr(library, name)
+    model = tiny_net()
+    optimizer = kind(AdamW(trainable(model))) if name.endswith("Wrapper") else kind(trainable(model))
+    with pytest.raises(ConfigError, match=f"{name} cannot be used: its train and eval modes"):
+        OverParameterization(model).attach(optimizer)
 
 
 def test_an_optimizer_that_lacks_a_matrix_is_refused() -> None:
