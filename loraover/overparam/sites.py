@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
@@ -128,14 +128,15 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     a layer has a site for each expert's A and B, whose module is named like "model.layers.0.mlp.experts.3.down_proj".
 
     Raises:
-        ConfigError: The model has no LoRA layer or no trainable one, or has a LoRA that is not a plain pair of
-            matrices (DoRA and other variants, AdaLoRA, convolutions, nn.MultiheadAttention), or one of experts that is
+        ConfigError: The model has no LoRA layer or no trainable one, holds several models that are trained, or has a
+            LoRA that is not a plain pair of matrices (DoRA and other variants, AdaLoRA, convolutions, nn.MultiheadAttention), or one of experts that is
             sharded or that a PEFT before 0.19 made.
     """
     sites: dict[str, Site] = {}
     seen: set[int] = set()
     by_memory: dict[int, Site] = {}
     layers = lora_layers(model)
+    _check_complete(model, layers)
     is_alone = len({adapter for layer in layers.values() for _, _, adapter, _ in _trained_matrices(layer)}) == 1
     for module, layer in layers.items():
         _refuse_unsupported(module, layer)
@@ -224,10 +225,35 @@ def base_model_name(model: nn.Module) -> str | None:
 
 
 def _peft_model(model: nn.Module) -> nn.Module:
-    """Return the PeftModel inside wrappers, or the model itself if there is none."""
+    """Return the first PeftModel inside that is trained, else the first one, or the model itself if there is none."""
     from peft import PeftModel
 
-    return next((m for m in model.modules() if isinstance(m, PeftModel)), model)
+    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+    return next(filter(_trained_layer, found), found[0] if found else model)
+
+
+def _trained_layer(model: nn.Module, known: Iterable[Any] = ()) -> str | None:
+    """Return the path of the first trained LoRA layer that is not known, or None."""
+    from peft.tuners.lora import LoraLayer
+
+    skipped = set(map(id, known))
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and id(module) not in skipped and any(_trained_matrices(module)):
+            return path
+    return None
+
+
+def _check_complete(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a LoRA layer outside the PeftModel is trained, which would get no cores."""
+    outside = _trained_layer(model, layers.values())
+    if outside is not None:
+        root = _peft_model(model)
+        where = next(path for path, module in model.named_modules() if module is root)
+        raise ConfigError(
+            f"{outside}: this LoRA is trained, but lies outside of the PeftModel at {where!r}, so it would get no "
+            "cores. Freeze it, or give OverParameterization one of the two models; for both, make one each, with an "
+            "optimizer each."
+        )
 
 
 def _refuse_unsupported(module: str, layer: Any) -> None:

@@ -288,6 +288,23 @@ def test_what_is_not_a_trainable_plain_lora_is_refused(build: Callable[[], Any],
 # Patterns
 
 
+@pytest.mark.parametrize(
+    ("is_peft", "trained"), [(True, ["first"]), (True, ["second"]), (False, ["first"]), (True, []), (False, [])]
+)
+def test_of_two_models_in_a_module_the_trained_one_has_the_sites(is_peft: bool, trained: list[str]) -> None:
+    models: Any = {"first": tiny_net(), "second": tiny_net()}
+    if not is_peft:
+        models["second"] = models["second"].get_base_model()
+    for name in trained and models.keys() - trained:
+        models[name].requires_grad_(False)
+    pair: Any = nn.ModuleDict(models)
+    if not trained:
+        with pytest.raises(ConfigError, match=r"second\.\S*first: .* outside of the PeftModel at 'first'"):
+            find_sites(pair)
+        pair = models["second"]  # as the message suggests
+    assert [id(site.parameter) for site in find_sites(pair).values()] == [id(p) for p in trainable(pair)]
+
+
 def test_patterns_choose_sites_in_the_models_order() -> None:
     names = list(find_sites(tiny_net()))
     assert match_sites(names, ["third.*", "*lora_A"]) == [
