@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from loraover.callbacks.diagnostics import DiagnosticsCallback
     from loraover.callbacks.loraover_callback import LoraOverCallback
     from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, seal
+    from loraover.callbacks.trainer_loss import trainer_loss
     from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint
     from loraover.checkpoint.resume import restore
     from loraover.checkpoint.write_checkpoint import write_checkpoint
@@ -60,6 +61,7 @@ _HOMES = {
     "seal": "callbacks.seal_checkpoints",
     "train": "training.run",
     "trainable_state_dict": "overparam.sharding",
+    "trainer_loss": "callbacks.trainer_loss",
     "write_checkpoint": "checkpoint.write_checkpoint",
 }
 
@@ -93,6 +95,7 @@ __all__ = [
     "seal",
     "train",
     "trainable_state_dict",
+    "trainer_loss",
     "write_checkpoint",
 ]
 

@@ -3,7 +3,7 @@
 Usage: python docs/examples/dpo.py --output runs/dpo
 
 `schedule="static"` and `score="loss_impact"` run the model on training batches. A batch of preferences holds no labels,
-so they need the trainer's loss: LoraOverCallback(config, loss=lambda model, batch: trainer.compute_loss(model, batch)).
+so they need the trainer's loss: `callback.loss = loraover.trainer_loss(trainer)`.
 """
 
 import argparse

@@ -45,6 +45,7 @@ class LoraOverCallback(TrainerCallback):
 
     Attributes:
         config: The configuration that was given.
+        loss: The loss that was given. Where batches hold no labels, set it to `trainer_loss(trainer)`.
         over: The `OverParameterization` of the present or last run; None before the first.
 
     Example:

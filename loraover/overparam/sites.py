@@ -129,8 +129,8 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
     Raises:
         ConfigError: The model has no LoRA layer or no trainable one, holds several models that are trained, or has a
-            LoRA that is not a plain pair of matrices (DoRA and other variants, AdaLoRA, convolutions, nn.MultiheadAttention), or one of experts that is
-            sharded or that a PEFT before 0.19 made.
+            LoRA that is not a plain pair of matrices (DoRA and other variants, AdaLoRA, convolutions,
+            nn.MultiheadAttention), or one of experts that is sharded or that a PEFT before 0.19 made.
     """
     sites: dict[str, Site] = {}
     seen: set[int] = set()
@@ -237,10 +237,8 @@ def _trained_layer(model: nn.Module, known: Iterable[Any] = ()) -> str | None:
     from peft.tuners.lora import LoraLayer
 
     skipped = set(map(id, known))
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and id(module) not in skipped and any(_trained_matrices(module)):
-            return path
-    return None
+    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer))
+    return next((path for path, m in layers if id(m) not in skipped and any(_trained_matrices(m))), None)
 
 
 def _check_complete(model: nn.Module, layers: Mapping[str, Any]) -> None:

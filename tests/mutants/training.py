@@ -173,6 +173,18 @@ TRAINING = (
         Selection("test_schedules.py", "scaler_skips"),
     ),
     Mutant(
+        "hooks-groups-are-looked-up-once",
+        "return self._layout != self._present_layout()",
+        "return not self._layout",
+        Selection("test_changed_groups.py", "follow_the_present or was_deleted"),
+    ),
+    Mutant(
+        "hooks-cores-stay-after-a-step-that-raised",
+        "if self._undo is not None:",
+        "if self._undo is None:",
+        Selection("test_injection.py", "leaves_a_plain_optimizer"),
+    ),
+    Mutant(
         "late-answer-is-never-read",
         "before, self._asked = self._asked, _ask(differs)",
         "before, self._asked = None, _ask(differs)",

@@ -17,15 +17,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
-from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, read_checkpoint
+from loraover import read_checkpoint
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.common.command_line import run
-from loraover.common.errors import ConfigError
 from loraover_export.cli import cli
 from loraover_export.gguf.base import write_base
 from loraover_serve import serve_adapters
@@ -161,38 +160,6 @@ def test_an_example_leaves_cores_that_fold_into_that_lora(ran: Ran, tmp_path: Pa
     assert trained.keys() == kept.keys()
     assert all(torch.equal(matrix, kept[key]) for key, matrix in trained.items())
     assert run(cli, ["fold", str(ran.checkpoint), "-o", str(tmp_path / "folded")]) == 0
-
-
-def train_on_preferences(base: Path, output: Path, score: str, *, with_loss: bool) -> OverParameterization:
-    """DPO with a static schedule, and the trainer's own loss for it as docs/examples/dpo.py has it."""
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    config = LoraOverConfig(schedule="static", score=score, budget=Budget(sites=4))
-    trainer: Any
-    own: Any = {"loss": lambda model, batch: trainer.compute_loss(model, batch)} if with_loss else {}
-    callback = LoraOverCallback(config, **own)
-    trainer = trl.DPOTrainer(
-        str(base),
-        args=trl.DPOConfig(str(output), max_steps=1, bf16=False, save_strategy="no", report_to="none"),
-        train_dataset=datasets.Dataset.from_list([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}] * 8),
-        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[callback],
-    )
-    trainer.train()
-    assert callback.over is not None
-    return callback.over
-
-
-@pytest.mark.parametrize("score", ["fisher", "loss_impact"])
-def test_a_static_schedule_takes_the_loss_of_dpo(score: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    over = train_on_preferences(bases["llama"], tmp_path, score, with_loss=True)
-    assert len(over.injected) == 4
-    assert any(over.schedule.rounds[0].scores.values())
-
-
-def test_a_static_schedule_without_it_says_what_is_missing(bases: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no loss from a batch of input_ids"):
-        train_on_preferences(bases["llama"], tmp_path, "fisher", with_loss=False)
 
 
 def test_folding_from_python(made: Made, folded: Path) -> None:

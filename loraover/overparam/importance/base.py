@@ -29,13 +29,29 @@ def model_loss(model: Any, batch: Any) -> Tensor:
     Raises:
         ConfigError: The model computes no loss from this batch.
     """
+    check_collated(batch)
     loss: Tensor | None = model(**batch).loss
     if loss is None:
         raise ConfigError(
-            f"the model computes no loss from a batch of {', '.join(batch)}; give the trainer's loss as `loss`, "
-            "a function of the model and a batch."
+            f"the model computes no loss from a batch of {', '.join(batch)}; give a function of the model and a batch "
+            "as `loss`, for a trainer's callback `callback.loss = trainer_loss(trainer)`."
         )
     return loss
+
+
+def check_collated(batch: Any) -> None:
+    """Check that a batch holds the arguments of a model's forward by name.
+
+    Raises:
+        ConfigError: It is something else, such as the rows from which an online trainer will make its samples.
+    """
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"no loss can be computed from a batch that is a {type(batch).__name__} and not a dict; give a function of "
+            "the model and a batch as `loss`. A trainer that makes its samples while it trains, such as GRPO and RLOO, "
+            "cannot calibrate: use schedule dynamic with a score other than loss_impact, or schedule all, and with "
+            "eigen the options {short: gradient, long: gradient}."
+        )
 
 
 @dataclass(frozen=True)
