@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint
     from loraover.checkpoint.resume import restore
     from loraover.checkpoint.write_checkpoint import write_checkpoint
+    from loraover.common.reporter import Reporter
     from loraover.evaluation.results import Evaluation
     from loraover.evaluation.run import evaluate
     from loraover.inspection.folder import inspect_folder
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from loraover.overparam.importance import Probe
     from loraover.overparam.parameterization import OverParameterization
     from loraover.overparam.sharding import trainable_state_dict
-    from loraover.reporting.reporter import ConsoleReporter, Reporter
+    from loraover.reporting.reporter import ConsoleReporter
     from loraover.study.report import StudyReport
     from loraover.study.runner import run_study
     from loraover.training.recipe import Recipe, load_recipe
@@ -45,7 +46,7 @@ _HOMES = {
     "OverParameterization": "overparam.parameterization",
     "Probe": "overparam.importance",
     "Recipe": "training.recipe",
-    "Reporter": "reporting.reporter",
+    "Reporter": "common.reporter",
     "RunResult": "training.run_result",
     "SealCheckpoints": "callbacks.seal_checkpoints",
     "StudyReport": "study.report",

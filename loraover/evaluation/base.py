@@ -13,9 +13,9 @@ from loraover.data.formats import check_encodes
 from loraover.data.sources import read_raw
 
 if TYPE_CHECKING:
+    from loraover.common.reporter import Reporter
     from loraover.evaluation.judge import Judge
     from loraover.evaluation.subjects import Subject
-    from loraover.reporting.reporter import Reporter
 
 Row = dict[str, Any]
 

@@ -30,8 +30,8 @@ from loraover.evaluation.base import (
 from loraover.evaluation.final_number import final_number
 
 if TYPE_CHECKING:
+    from loraover.common.reporter import Reporter
     from loraover.evaluation.subjects import Subject
-    from loraover.reporting.reporter import Reporter
 
 SPLIT = "questions"
 DROPPED = ("training_split", "validation_split", "fewshot_split", "filter_list")  # keys of the harness's task

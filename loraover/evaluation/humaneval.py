@@ -27,8 +27,8 @@ from loraover.evaluation.parallel import in_parallel
 from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
 if TYPE_CHECKING:
+    from loraover.common.reporter import Reporter
     from loraover.evaluation.subjects import Subject
-    from loraover.reporting.reporter import Reporter
 
 STOPS = (
     "\nclass",

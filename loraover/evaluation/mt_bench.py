@@ -29,9 +29,9 @@ from loraover.evaluation.base import (
 from loraover.evaluation.parallel import in_parallel
 
 if TYPE_CHECKING:
+    from loraover.common.reporter import Reporter
     from loraover.evaluation.judge import Judge, Rating
     from loraover.evaluation.subjects import Chat, Subject
-    from loraover.reporting.reporter import Reporter
 
 QUESTIONS, PROMPTS = "question.jsonl", "judge_prompts.jsonl"
 REFERENCES = ("reference_answer/gpt-4.jsonl", "reference_answer_gpt-4.jsonl")

@@ -7,7 +7,7 @@ from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from loraover.reporting.reporter import Reporter
+    from loraover.common.reporter import Reporter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -15,6 +15,7 @@ from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.common.provenance import environment, hardware
 from loraover.common.quiet import quiet_libraries_within
+from loraover.common.reporter import SILENT, Reporter
 from loraover.common.strict_json import read_json
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
@@ -24,7 +25,6 @@ from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
-from loraover.reporting.reporter import SILENT, Reporter
 
 BASE_MODEL = "base"
 

@@ -16,8 +16,8 @@ from loraover.evaluation.parallel import in_parallel
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model
 
 if TYPE_CHECKING:
+    from loraover.common.reporter import Reporter
     from loraover.evaluation.endpoint import Endpoint
-    from loraover.reporting.reporter import Reporter
 
 Chat = list[dict[str, str]]
 

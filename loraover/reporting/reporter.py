@@ -1,4 +1,4 @@
-"""Reporters: how functions of this library show their progress."""
+"""Progress on a console."""
 
 from __future__ import annotations
 
@@ -11,46 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loraover.common.command_line import printable
-
-
-class Reporter:
-    """Receiver of progress, which shows nothing.
-
-    Functions of this library print nothing. They take a reporter, to which they report what they are doing. Derive a
-    class and override both methods to show the progress elsewhere.
-
-    Example:
-        ```python
-        class Log(Reporter):
-            def line(self, text):
-                logging.info(text)
-        ```
-    """
-
-    @property
-    def shows_bars(self) -> bool:
-        """Whether progress bars of other libraries may be shown too."""
-        return False
-
-    def line(self, text: str) -> None:
-        """Receive one line of text about the work.
-
-        Args:
-            text: The line.
-        """
-
-    @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Follow one piece of work, done in the `with` block.
-
-        Args:
-            label: Name of the work.
-            total: Amount of work, in units such as steps or files.
-
-        Yields:
-            A function to call with the amount done so far.
-        """
-        yield lambda done: None
+from loraover.common.reporter import Reporter
 
 
 class ConsoleReporter(Reporter):
@@ -99,9 +60,6 @@ class ConsoleReporter(Reporter):
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(escape(label), total=total)
             yield lambda done: progress.update(task, completed=done)
-
-
-SILENT = Reporter()
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:

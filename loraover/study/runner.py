@@ -15,8 +15,8 @@ from typing import Any
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment, today
+from loraover.common.reporter import SILENT, Reporter
 from loraover.reporting.html_page import FIGURES
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover.study.analysis import Halves
 from loraover.study.grid import DEFAULT_METHODS, Run, make_grid
 from loraover.study.html import to_page

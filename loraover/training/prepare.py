@@ -15,11 +15,11 @@ from transformers.training_args import OptimizerNames
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.step_norm import Factors, factors
 from loraover.common.errors import ConfigError, DataError
+from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
-from loraover.reporting.reporter import Reporter
 from loraover.training.adapter import with_adapter
 from loraover.training.examples import Examples, load_examples
 from loraover.training.hf_trainer import make_trainer

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loraover.reporting.reporter import Reporter
+from loraover.common.reporter import Reporter
 
 
 class TrainingProgress(TrainerCallback):

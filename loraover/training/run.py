@@ -20,12 +20,13 @@ from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.errors import ConfigError, DataError, DivergedError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
+from loraover.common.reporter import SILENT, Reporter
 from loraover.evaluation.generation import answer_rooms
 from loraover.evaluation.held_out import any_number, exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
-from loraover.reporting.reporter import SILENT, Reporter, log_shown
+from loraover.reporting.reporter import log_shown
 from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.methods.base import served_size
 from loraover.training.prepare import Prepared, planned_steps, prepare

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from loraover.common.command_line import quiet_libraries, run
-from loraover.reporting.reporter import ConsoleReporter, Reporter
+from loraover.common.reporter import Reporter
+from loraover.reporting.reporter import ConsoleReporter
 from loraover_export import (
     FoldCertificate,
     OnnxReport,

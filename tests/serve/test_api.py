@@ -15,8 +15,8 @@ import pytest
 import loraover_serve
 from loraover.common.command_line import Command, run
 from loraover.common.errors import ConfigError, EngineError
+from loraover.common.reporter import Reporter
 from loraover.models.device import choose_device
-from loraover.reporting.reporter import Reporter
 from loraover_serve import UnwrittenReportError, measure_parity, serve_adapters
 from loraover_serve.cli import cli
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loraover.common.errors import ConfigError, LoraOverError
-from loraover.reporting.reporter import SILENT, Reporter
+from loraover.common.reporter import SILENT, Reporter
 from loraover.study import runner
 from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model
-from loraover.reporting.reporter import SILENT
 from loraover_export.logits.prompts import read_prompts
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.verify.engines.base import Setting

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraover.reporting.reporter import SILENT, Reporter
+from loraover.common.reporter import SILENT, Reporter
 from loraover_export.check.engines import engine_of
 from loraover_export.check.report import CheckReport, EngineCheck, judge
 from loraover_export.check.request import CheckRequest

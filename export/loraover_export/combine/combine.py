@@ -12,7 +12,7 @@ from pathlib import Path
 from loraover.checkpoint.exact_tensors import Exact, ExactAdapter
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import ConfigError
-from loraover.reporting.reporter import SILENT, Reporter
+from loraover.common.reporter import SILENT, Reporter
 from loraover_export.combine.sources import check_plain, deltas_of, held_notes, held_weights, read_sources
 from loraover_export.numerics.delta import Delta, scale
 from loraover_export.numerics.low_rank import concatenate, decompose, factor_noise

@@ -17,9 +17,9 @@ from loraover.checkpoint.exact_tensors import ExactAdapter
 from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
+from loraover.common.reporter import SILENT, Reporter
 from loraover.common.threads import workers
 from loraover.models.device import choose_compute
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.combine.diff_logits import compare_logits
 from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
 from loraover_export.combine.sources import MERGE, Sources, deltas_of, read_sources

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import unfolded
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.combine.diff_report import LogitDiff
 from loraover_export.logits.deviation import RunningDeviation
 from loraover_export.logits.pieces import logits_of

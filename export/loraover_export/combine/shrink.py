@@ -13,8 +13,8 @@ import torch
 from loraover.checkpoint.exact_tensors import ExactAdapter
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import ConfigError, ExportError
+from loraover.common.reporter import SILENT, Reporter
 from loraover.common.threads import workers
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.combine.sources import Sources, check_plain, held_notes, held_weights, read_sources
 from loraover_export.numerics.delta import read_delta
 from loraover_export.numerics.low_rank import decompose, factor_noise, rank_of_energy, singular_values

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.errors import ConfigError
+from loraover.common.reporter import Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
-from loraover.reporting.reporter import Reporter
 from loraover_export.convert.source import Layout
 from loraover_export.logits.deviation import RunningDeviation, largest_of
 from loraover_export.logits.pieces import logits_of, pieces

@@ -12,9 +12,9 @@ from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, saved_labels
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import CheckpointError, ExportError
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.convert.approximate import approximations
 from loraover_export.convert.base_weights import open_base
 from loraover_export.convert.effect import compare_outputs

@@ -12,10 +12,10 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware, today
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.fold.certificate import CERTIFICATE_FILE, FoldCertificate, OutputCertificate
 from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_folded

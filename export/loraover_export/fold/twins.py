@@ -11,8 +11,8 @@ from torch import Tensor
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import open_exact
 from loraover.common.errors import CheckpointError
+from loraover.common.reporter import SILENT, Reporter
 from loraover.overparam.sites import Site, find_sites, lora_layers
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.rounding import STORAGE_DTYPES, round_randomly
 
 FOLDED = "folded"

@@ -11,7 +11,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, publish_file
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
-from loraover.reporting.reporter import SILENT, Reporter
+from loraover.common.reporter import SILENT, Reporter
 from loraover_export.gguf.check import Reference, check_adapter_file, make_reference
 from loraover_export.gguf.llamacpp import check_pair, load_library
 from loraover_export.gguf.refusals import refuse_or_leave_out

@@ -16,11 +16,11 @@ from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exa
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
+from loraover.common.reporter import SILENT, Reporter
 from loraover.common.threads import workers
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.merge.base_files import CONFIG, INDEX, BaseFiles, check_not_gguf, open_base
 from loraover_export.merge.erasure import Lost
 from loraover_export.merge.plan import Plan, plan_merge

@@ -13,9 +13,9 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport
 from loraover_export.mlx.target import Target, lost_settings, read_target, refuse_or_leave_out
 from loraover_export.mlx.write import write_adapter

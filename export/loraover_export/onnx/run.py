@@ -7,9 +7,9 @@ from pathlib import Path
 
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.dtypes import DTYPES
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.onnx.export import Export
 from loraover_export.onnx.report import REPORT_FILE, OnnxReport

@@ -18,10 +18,10 @@ from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.errors import ExportError
 from loraover.common.provenance import environment, hardware
+from loraover.common.reporter import SILENT, Reporter
 from loraover.common.threads import workers
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.low_rank import factor_noise, product_norm, sum_norm
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify, matrix_facts

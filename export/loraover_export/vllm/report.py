@@ -28,3 +28,8 @@ class VllmReport(BaseModel):
     def passed(self) -> bool:
         """Whether pre-flight and certificate passed, so that the adapter was written."""
         return self.certificate is not None and self.certificate.passed
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command: 0: written, 1: a matrix failed its check, 2: the pre-flight found an error."""
+        return 0 if self.passed else 1 if self.preflight.passed else 2

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from loraover.common.errors import ConfigError
+from loraover.common.request import AnyName, AnyPath, Request, argument, option
+from loraover.models.request_fields import stored_dtype
 
 
 @dataclass(frozen=True)
-class VllmRequest:
-    """Arguments of `export_vllm`, where each is described.
+class VllmRequest(Request):
+    """Arguments of `export_vllm`."""
 
-    Raises:
-        ConfigError: a name that no request could carry.
-    """
+    verb = "loraover export vllm"
 
-    source: Path
-    output: Path
-    model: str | None = None
-    dtype: str = "bf16"
-    name: str | None = None
-    vllm_version: str | None = None
-    force: bool = False
+    source: AnyPath = argument("Folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.")
+    output: AnyPath = option("New folder for the adapter, its reports and a model card.", short="-o")
+    model: AnyName | None = option(
+        "Model to be served, folder or hub name.", default=None, default_text="the adapter's base model"
+    )
+    dtype: str = stored_dtype("bf16")
+    name: str | None = option(
+        "Name by which requests choose the adapter.", default=None, default_text="the output folder's name"
+    )
+    vllm_version: str | None = option(
+        "Release of vLLM whose rules apply, such as 0.33.0.", default=None, default_text="0.32.0"
+    )
+    force: bool = option(
+        "Replace the adapter for vLLM that is already at the output.", default=False, is_recorded=False
+    )
 
-    def __post_init__(self) -> None:
+    def faults(self) -> Iterator[str]:
         name = self.adapter_name
         if not name.strip() or not name.isprintable():
-            raise ConfigError(f"--name: {name!r} cannot be sent in a request; choose one of printable characters.")
+            yield f"{self.named('name')}: {name!r} cannot be sent in a request; choose one of printable characters."
 
     @property
     def adapter_name(self) -> str:
         """Name by which requests choose the adapter."""
-        return self.output.absolute().name if self.name is None else self.name
-
-    def command(self) -> str:
-        """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover", "export", "vllm", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
-        words += [] if self.model is None else ["--model", self.model]
-        words += [] if self.vllm_version is None else ["--vllm-version", self.vllm_version]
-        return shlex.join([*words, *([] if self.name is None else ["--name", self.name])])
+        return str(self.output.absolute().name) if self.name is None else self.name

@@ -9,12 +9,11 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
-from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
+from loraover.common.request import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.experts import split_experts, stack_fields
 from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
@@ -28,29 +27,9 @@ from loraover_export.vllm.request import VllmRequest
 from loraover_export.vllm.served import ServedModel, read_served
 
 
-def export_vllm(
-    source: str | Path,
-    output: str | Path,
-    *,
-    model: str | Path | None = None,
-    dtype: str = "bf16",
-    name: str | None = None,
-    vllm_version: str | None = None,
-    force: bool = False,
-    report: Reporter = SILENT,
-) -> VllmReport:
+@verb(VllmRequest)
+def export_vllm(request: VllmRequest) -> VllmReport:
     """Check an adapter against vLLM's rules, and write it in a form that vLLM, SGLang and PEFT read identically.
-
-    Args:
-        source: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
-        output: new folder for the adapter, its reports and a model card.
-        model: model to be served, folder or hub name; None means the adapter's base model.
-        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
-        name: name by which requests choose the adapter; None means the output folder's name.
-        vllm_version: release of vLLM whose rules apply, such as "0.33.0"; None means the release of
-            `architectures.json`, 0.32.0.
-        force: replace an adapter for vLLM that is already at `output`.
-        report: receiver of progress.
 
     Returns:
         The pre-flight, the certificate of what was written, and the commands that serve it. Where `passed` is false,
@@ -63,21 +42,12 @@ def export_vllm(
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    request = VllmRequest(
-        Path(source),
-        Path(output),
-        None if model is None else str(model),
-        short_dtype(dtype),
-        name,
-        vllm_version,
-        force,
-    )
     check_replaceable(
         request.output, "adapter for vLLM", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
     )
     replaces = request.output.exists()
     adapter = read_source(request.source)
-    served, known = _served(request, adapter_of(adapter), report)
+    served, known = _served(request, adapter_of(adapter))
     if served.architecture in known.lora:  # of others, nothing but the configuration is read
         adapter = on_base(adapter, served.experts)
     name, address = request.adapter_name, _address(served.source)
@@ -85,15 +55,15 @@ def export_vllm(
     found = preflight(candidate)
     if not found.passed:
         return VllmReport(preflight=found)
-    certificate = _publish(request, adapter, candidate, found, report)
+    certificate = _publish(request, adapter, candidate, found)
     if not certificate.passed:
         return VllmReport(preflight=found, certificate=certificate)
     commands = launch_commands(candidate, request.output.resolve())
     return VllmReport(preflight=found, certificate=certificate, serve=commands["serve"], load=commands["load"])
 
 
-def _served(request: VllmRequest, adapter: AdapterDir, report: Reporter) -> tuple[ServedModel, Architectures]:
-    source = resolve_base([adapter], request.model, option="--model", say=report.line)
+def _served(request: VllmRequest, adapter: AdapterDir) -> tuple[ServedModel, Architectures]:
+    source = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     known = architectures_of(request.vllm_version)
     return read_served(source, known.lora), known
 
@@ -104,11 +74,11 @@ def _address(source: ModelSource) -> str:
 
 
 def _publish(
-    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, found: Preflight, report: Reporter
+    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, found: Preflight
 ) -> VllmCertificate:
     """Write the adapter with its report, certificate and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
-        certificate = _write(request, source, candidate, draft, report)
+        certificate = _write(request, source, candidate, draft)
         if not certificate.passed:
             raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
@@ -117,9 +87,7 @@ def _publish(
     return certificate
 
 
-def _write(
-    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path, report: Reporter
-) -> VllmCertificate:
+def _write(request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
     others = served.modules.keys() - candidate.modules.keys()
     config = uniform_config(adapter, served.source, name_modules(candidate.modules.keys() - adapter.experts, others))
@@ -130,7 +98,7 @@ def _write(
         pack = split_experts(adapter, projections)
     else:
         config |= stack_fields(adapter.stacks)
-    with report.task("writing matrices", len(adapter.sites)) as done:
+    with request.report.task("writing matrices", len(adapter.sites)) as done:
         matrices = write_uniform(source, draft, request.dtype, config, done, pack)
     return VllmCertificate(
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",

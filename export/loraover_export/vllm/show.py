@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from loraover.reporting.reporter import print_line
@@ -11,11 +9,12 @@ from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.preflight import Preflight
 from loraover_export.vllm.report import VllmReport
+from loraover_export.vllm.request import VllmRequest
 
 STYLES = {"error": "red", "warning": "yellow", "passed": "green"}
 
 
-def show_report(report: VllmReport, output: Path, console: Console) -> None:
+def show_report(report: VllmReport, request: VllmRequest, console: Console) -> None:
     """Print the pre-flight, the certificate, and how to serve the adapter if it was written."""
     _show_preflight(report.preflight, console)
     if report.certificate is not None:
@@ -23,7 +22,7 @@ def show_report(report: VllmReport, output: Path, console: Console) -> None:
     if not report.passed:
         console.print("nothing was written")
         return
-    print_line(console, f"wrote {output}")
+    print_line(console, f"wrote {request.output}")
     print_line(console, f"\nserve it:\n{report.serve}")
     print_line(console, "\nor load it into a running server, started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1:")
     print_line(console, str(report.load))

@@ -48,10 +48,10 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, get_scheduler
 
 from loraover.common.errors import ConfigError
+from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
 from loraover.data.turns import later_turn
 from loraover.overparam.sites import lora_layers
-from loraover.reporting.reporter import Reporter
 from loraover.training.methods.base import ADAPTER, Method, make_optimizer
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.reporter import Reporter
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
 from loraover.models.memory import memory_explained
-from loraover.reporting.reporter import Reporter
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.judge.equivalence import MIN_BLOCKS

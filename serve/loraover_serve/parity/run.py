@@ -10,9 +10,9 @@ from pathlib import Path
 from loraover.common.atomic_output import check_writable, publish_directory, publish_text
 from loraover.common.errors import OutputError
 from loraover.common.provenance import today
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_serve.comparison.report import UnwrittenReportError, machine, versions
 from loraover_serve.engines.sample import Request
 from loraover_serve.parity.collect import Collector, Measured

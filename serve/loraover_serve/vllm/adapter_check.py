@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.command_line import printable
 from loraover.common.errors import ConfigError
+from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource
-from loraover.reporting.reporter import Reporter
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.known_faults import Platform

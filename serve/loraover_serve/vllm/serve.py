@@ -13,8 +13,8 @@ from pathlib import Path
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.load import ModelSource
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_export.uniform.matrices import largest_rank
 from loraover_export.vllm.launch import max_lora_rank
 from loraover_serve.vllm.adapter_check import check_adapters

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.load import ModelSource
-from loraover.reporting.reporter import SILENT, Reporter
 from loraover_serve.verify.answers import Question, Row, window_rows
 
 

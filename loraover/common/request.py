@@ -1,0 +1,301 @@
+"""The arguments of a verb, declared once.
+
+A verb is a command such as `loraover export vllm` and the function beneath it, here `export_vllm`. Its request is a
+frozen dataclass derived from `Request`, whose fields are made by `argument` and `option`. From the fields come the
+checks, the keywords and `Args:` of the function (`verb`), the options of the command (reporting/request_command.py) and
+the command line that reports record (`Request.command`). A module of requests imports nothing heavy, so that `--help`
+is fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeAlias, TypeVar
+
+from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT, Reporter
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+if TYPE_CHECKING:
+    AnyPath: TypeAlias = Any
+    AnyName: TypeAlias = Any
+    AnyPaths: TypeAlias = Any
+    AnyNames: TypeAlias = Any
+else:
+    AnyPath = Path
+    """Type of a field that takes a path or a text, and holds a Path."""
+    AnyName = str
+    """Type of a field that takes a path or a text, and holds a text, such as a folder or a name on the hub."""
+    AnyPaths = tuple[Path, ...]
+    """Type of a field that takes one path or several, and holds a tuple."""
+    AnyNames = tuple[str, ...]
+    """Type of a field that takes one text or several, and holds a tuple."""
+
+_as_flags: ContextVar[bool] = ContextVar("as_flags", default=False)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a field of a request says beyond its name, type and default.
+
+    Args:
+        description: Help text: a noun phrase that makes sense alone, without the default.
+        default_text: What the default means, where its value does not say it.
+        flag: Name of the option in place of the field's name, such as "--engine".
+        short: Short form of the option, such as "-o".
+        metavar: Word for the value in the help text.
+        choices: Values that are allowed; empty: all.
+        also: Other spellings of choices, by spelling.
+        accepts: Function that says whether a value that is none of `choices` is allowed.
+        least: Smallest number that is allowed.
+        above: Largest number that is too small.
+        is_argument: Whether the command takes the value by its place, without a flag.
+        is_rest: Whether the command takes the words after "--" as the value.
+        is_recorded: Whether the recorded command line has the option.
+    """
+
+    description: str
+    default_text: str | None = None
+    flag: str | None = None
+    short: str | None = None
+    metavar: str | None = None
+    choices: Sequence[str] = ()
+    also: Mapping[str, str] = field(default_factory=dict)
+    accepts: Callable[[str], bool] | None = None
+    least: float | None = None
+    above: float | None = None
+    is_argument: bool = False
+    is_rest: bool = False
+    is_recorded: bool = True
+
+
+def option(description: str, *, default: Any = MISSING, **more: Any) -> Any:
+    """Declare a field that the command takes by a flag; see `Spec` for the keywords."""
+    return field(default=default, metadata={"spec": Spec(description, **more)}, kw_only=default is not MISSING)
+
+
+def argument(description: str, **more: Any) -> Any:
+    """Declare a field that the command takes by its place; see `Spec` for the keywords."""
+    return field(metadata={"spec": Spec(description, is_argument=True, **more)})
+
+
+@dataclass(frozen=True)
+class Request:
+    """Base of the requests, whose fields are checked and converted when one is made.
+
+    Args:
+        report: Receiver of progress.
+
+    Raises:
+        ConfigError: values that cannot be used; the message names all of them.
+    """
+
+    verb: ClassVar[str]
+    """Words of the command, such as "loraover export vllm"."""
+
+    report: Reporter = field(default=SILENT, kw_only=True, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name, declared in declarations(type(self)).items():
+            value, fault = declared.converted(getattr(self, name))
+            object.__setattr__(self, name, value)
+            faults += [] if fault is None else [f"{written(type(self), name)} {fault}"]
+        if faults := faults or list(self.faults()):
+            raise ConfigError(" ".join(faults))
+
+    def faults(self) -> Iterator[str]:
+        """Yield a sentence about each fault that no single field has; override it."""
+        yield from ()
+
+    @classmethod
+    def named(cls, name: str) -> str:
+        """Return a field's name as the caller wrote it: as a flag in a command, else as a keyword."""
+        return written(cls, name)
+
+    def command(self) -> str:
+        """Return the command line that repeats this request, without options at their defaults."""
+        places: list[str] = []
+        words: list[str] = []
+        rest: list[str] = []
+        for name, declared in declarations(type(self)).items():
+            value = getattr(self, name)
+            if declared.spec.is_argument:
+                places += map(str, value) if declared.is_several else [str(value)]
+            elif declared.spec.is_rest:
+                rest += ["--", *value] if value else []
+            elif declared.spec.is_recorded and value != declared.default:
+                words += declared.words(value)
+        return shlex.join([*self.verb.split(), *places, *words, *rest])
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One field of a request.
+
+    Args:
+        name: Its name.
+        kind: Type of its value, or of each of several.
+        is_several: Whether the value is a tuple.
+        is_optional: Whether the value may be None.
+        default: Its default; MISSING: it has to be given.
+        spec: What else it says.
+    """
+
+    name: str
+    kind: type
+    is_several: bool
+    is_optional: bool
+    default: Any
+    spec: Spec
+
+    @property
+    def flag(self) -> str:
+        """Name of the command's option."""
+        return self.spec.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def help(self) -> str:
+        """Description with the default, as the function's `Args:` have it."""
+        if self.default in (MISSING, False) or self.default == ():
+            return self.spec.description
+        text = self.spec.default_text or ("none" if self.default is None else repr(self.default))
+        return f"{self.spec.description} Default: {text}."
+
+    def converted(self, value: Any) -> tuple[Any, str | None]:
+        """Return the value in the field's type, and what is wrong with it, if anything."""
+        if value is None and self.is_optional:
+            return None, None
+        if not self.is_several:
+            return self.one(value)
+        several = (value,) if isinstance(value, str | Path) else tuple(value)
+        pairs = [self.one(one) for one in several]
+        return tuple(one for one, _ in pairs), next((fault for _, fault in pairs if fault is not None), None)
+
+    def one(self, value: Any) -> tuple[Any, str | None]:
+        """Convert one value as `converted` does, or one of several."""
+        takes = {Path: (str, Path), str: (str, Path), float: (int, float), int: (int,), bool: (bool,)}
+        allowed = takes.get(self.kind)
+        if allowed is None:
+            return value, None
+        if not isinstance(value, allowed) or (isinstance(value, bool) and self.kind is not bool):
+            return value, f"is {value!r}, expected {'a number' if self.kind is float else self.kind.__name__.lower()}."
+        value = self.kind(self.spec.also.get(value, value) if isinstance(value, str) else value)
+        return value, self._fault(value)
+
+    def _fault(self, value: Any) -> str | None:
+        spec = self.spec
+        if spec.choices and value not in spec.choices and not (spec.accepts and spec.accepts(value)):
+            return f"is {value!r}, expected one of {', '.join(spec.choices)}."
+        if spec.least is not None and not value >= spec.least:
+            return f"is {value}, expected {spec.least:g} or more."
+        if spec.above is not None and not value > spec.above:
+            return f"is {value}, expected more than {spec.above:g}."
+        return None
+
+    def words(self, value: Any) -> list[str]:
+        """Return the words of a command line that give the value."""
+        if value is None:
+            return []
+        if self.kind is bool:
+            return [self.flag] if value else [f"--no-{self.flag[2:]}"]
+        flag = self.spec.short or self.flag
+        return [word for one in (value if self.is_several else (value,)) for word in (flag, str(one))]
+
+
+def declarations(request: type[Request]) -> dict[str, Declared]:
+    """Return the fields of a request by name, without those that only functions take."""
+    hints = typing.get_type_hints(request)
+    found: list[Field[Any]] = [one for one in fields(request) if "spec" in one.metadata]
+    return {one.name: _declared(one, hints[one.name]) for one in found}
+
+
+def _declared(one: Field[Any], hint: Any) -> Declared:
+    is_optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    if is_optional:
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    is_several = typing.get_origin(hint) is tuple
+    kind = typing.get_args(hint)[0] if is_several else hint
+    return Declared(one.name, kind, is_several, is_optional, one.default, one.metadata["spec"])
+
+
+def written(request: type[Request], name: str) -> str:
+    """Return the name of a field as the caller wrote it, see `Request.named`."""
+    declared = declarations(request)[name]
+    if not _as_flags.get():
+        return name
+    return (declared.spec.metavar or name.upper()) if declared.spec.is_argument else declared.flag
+
+
+@contextmanager
+def written_as_flags() -> Iterator[None]:
+    """Let messages name arguments as flags during a block, as a command does."""
+    token = _as_flags.set(True)
+    try:
+        yield
+    finally:
+        _as_flags.reset(token)
+
+
+def verb(request: Callable[P, Any]) -> Callable[[Callable[[Any], Result]], Callable[P, Result]]:
+    """Give a function of a request the request's fields as its arguments; `perform` calls it with a request.
+
+    The function's docstring gets an `Args:` section, before `Returns:` or `Raises:`.
+
+    Args:
+        request: Class of the request.
+    """
+    assert isinstance(request, type)
+    kind: type[Request] = request
+
+    def with_fields(work: Callable[[Any], Result]) -> Callable[P, Result]:
+        @functools.wraps(work)
+        def call(*places: P.args, **keywords: P.kwargs) -> Result:
+            return work(request(*places, **keywords))
+
+        call.__doc__ = _with_args(inspect.getdoc(work) or "", kind)
+        call.__signature__ = _signature(work, kind)  # type: ignore[attr-defined]
+        return call
+
+    return with_fields
+
+
+def _signature(work: Callable[..., Any], request: type[Request]) -> inspect.Signature:
+    """Signature with the fields as parameters, in the words that a reader of `help()` knows."""
+    shown = {"AnyPaths": "Sequence[str | Path]", "AnyNames": "Sequence[str]", "AnyPath": "str | Path"}
+    shown["AnyName"] = shown["AnyPath"]
+    made = inspect.signature(request).parameters
+    others = [
+        one.replace(annotation=_in_words(one.annotation, shown)) for name, one in made.items() if name != "report"
+    ]
+    return inspect.Signature([*others, made["report"]], return_annotation=inspect.signature(work).return_annotation)
+
+
+def _in_words(annotation: str, words: Mapping[str, str]) -> str:
+    first, *more = annotation.split(" | ")
+    return " | ".join([words.get(first, first), *more])
+
+
+def perform(function: Callable[..., Result], request: Request) -> Result:
+    """Call a verb's function with a request that has been made already."""
+    work: Callable[[Request], Result] = typing.cast(Any, function).__wrapped__
+    return work(request)
+
+
+def _with_args(text: str, request: type[Request]) -> str:
+    lines = [f"    {name}: {declared.help}" for name, declared in declarations(request).items()]
+    section = "\n".join(["Args:", *lines, "    report: Receiver of progress.", ""])
+    places = [place for head in ("\nReturns:", "\nRaises:", "\nExample:") if (place := text.find(head)) >= 0]
+    place = min(places, default=len(text))
+    return f"{text[:place].rstrip()}\n\n{section}{text[place:]}"

@@ -1,0 +1,40 @@
+"""Fields that the requests of several verbs have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loraover.common.dtypes import COMPUTE_DTYPES, DTYPES
+from loraover.common.request import option
+from loraover.models.device import DEVICES
+
+
+def stored_dtype(default: str = "fp32", product: str = "adapter") -> Any:
+    """Declare the field `dtype`, the data type in which a verb stores its product."""
+    return option(
+        f"Data type to store the {product} in; PyTorch's names, such as bfloat16, are accepted too.",
+        default=default,
+        choices=tuple(DTYPES),
+        also={long: short for short, long in DTYPES.items()},
+    )
+
+
+def compute_dtype(description: str) -> Any:
+    """Declare a field for the data type in which PyTorch runs models."""
+    return option(
+        description,
+        default="fp32",
+        choices=tuple(COMPUTE_DTYPES),
+        also={long: short for short, long in COMPUTE_DTYPES.items()},
+    )
+
+
+def device(description: str, default: str = "auto") -> Any:
+    """Declare a field for the device on which PyTorch runs models; one GPU of several, such as cuda:1, is allowed."""
+    text = "the first that is there of cuda, mps and cpu" if default == "auto" else default
+    return option(description, default=default, default_text=text, choices=DEVICES, accepts=_is_one_gpu)
+
+
+def _is_one_gpu(name: str) -> bool:
+    kind, _, index = name.partition(":")
+    return kind == "cuda" and index.isascii() and index.isdecimal()

@@ -1,0 +1,141 @@
+"""Commands whose arguments and options come from the fields of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loraover.common.command_line import Command, quiet_libraries
+from loraover.common.request import Declared, Request, declarations, perform, written_as_flags
+
+Body = Callable[[Any, bool], int | None]
+"""What a command does with its request and with `--json`; it returns the exit code, or None for 0."""
+
+
+def request_command(
+    request: type[Request],
+    body: Body,
+    *,
+    help: str,
+    examples: Sequence[str],
+    json: str | None = "Print the report as JSON.",
+) -> click.Command:
+    """Make the command of a verb.
+
+    Args:
+        request: Class of its request; the command's name is the last word of its `verb`.
+        body: What the command does.
+        help: Text above the options.
+        examples: Complete command lines.
+        json: Help text of `--json`; None: the command has no such option.
+    """
+
+    @click.pass_context
+    def callback(context: click.Context, /, as_json: bool = False, **values: Any) -> int | None:
+        with written_as_flags():
+            return body(request(**values, **({rest: context.obj} if rest else {})), as_json)
+
+    fields = declarations(request)
+    rest = next((name for name, declared in fields.items() if declared.spec.is_rest), None)
+    params = [_parameter(declared) for name, declared in fields.items() if name != rest]
+    if json is not None:
+        params.append(click.Option(["--json", "as_json"], is_flag=True, help=json))
+    name = request.verb.split()[-1]
+    cls = Command if rest is None else _SplitAtDashes
+    return cls(name, params=params, callback=callback, help=help, examples=list(examples))
+
+
+class _SplitAtDashes(Command):
+    """A command that keeps the words after "--" for another program, in the context's `obj`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        ctx.obj = tuple(args[end + 1 :])
+        return super().parse_args(ctx, args[:end])
+
+
+def reporting(function: str, show: str) -> Body:
+    """Return the usual body: do the work with progress, show the report, print it as JSON, and return its exit code.
+
+    Args:
+        function: Place of the verb's function, as "module:name"; it is imported when the command runs.
+        show: Place of a function that prints the report, given the report, the request and a console.
+    """
+
+    def body(request: Request, as_json: bool) -> int | None:
+        from dataclasses import replace
+
+        from rich.console import Console
+
+        from loraover.reporting.reporter import ConsoleReporter
+
+        quiet_libraries()
+        console = Console(stderr=as_json)
+        report: Any = perform(found(function), replace(request, report=ConsoleReporter(console)))
+        found(show)(report, request, console)
+        if as_json:
+            print(report.model_dump_json(indent=1))
+        return int(report.exit_code)
+
+    return body
+
+
+def found(place: str) -> Any:
+    """Import what a place, "module:name", names."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _parameter(declared: Declared) -> click.Parameter:
+    spec = declared.spec
+    if spec.is_argument:
+        many: dict[str, Any] = {"nargs": -1} if declared.is_several else {}
+        metavar = spec.metavar or declared.name.upper()
+        return click.Argument([declared.name], type=_type(declared), metavar=metavar, required=True, **many)
+    is_required = declared.default is MISSING
+    shows: str | bool = spec.default_text or declared.default not in (None, (), False, MISSING)
+    names = [*([spec.short] if spec.short else []), declared.flag, declared.name]
+    more: dict[str, Any] = {} if is_required else {"default": declared.default}
+    if declared.kind is bool:
+        more["is_flag"] = True
+        if declared.default:
+            names[-2] = f"{declared.flag}/--no-{declared.flag[2:]}"
+    return click.Option(
+        names,
+        type=None if declared.kind is bool else _type(declared),
+        help=spec.description,
+        required=is_required,
+        multiple=declared.is_several,
+        show_default=shows,
+        metavar=spec.metavar,
+        **more,
+    )
+
+
+class _Choices(click.Choice):  # type: ignore[type-arg]  # has no parameter before click 8.2
+    """Choices of a field, with their other spellings and the values that its function accepts."""
+
+    def __init__(self, declared: Declared) -> None:
+        super().__init__(list(declared.spec.choices))
+        self.declared = declared
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        converted, fault = self.declared.one(value) if isinstance(value, str) else (value, None)
+        return super().convert(value, param, ctx) if fault else converted
+
+
+def _type(declared: Declared) -> Any:
+    spec = declared.spec
+    if spec.choices:
+        return _Choices(declared)
+    if declared.kind in (int, float) and (spec.least is not None or spec.above is not None):
+        kind: Any = click.IntRange if declared.kind is int else click.FloatRange
+        return kind(min=spec.least if spec.above is None else spec.above, min_open=spec.above is not None)
+    if declared.kind is Path:
+        return click.Path(path_type=Path)
+    return click.types.convert_type(declared.kind)

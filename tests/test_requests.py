@@ -1,0 +1,127 @@
+"""Requests: one declaration gives the function's keywords, the command's options and the recorded command line."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
+from loraover.common.request import AnyNames, AnyPath, AnyPaths, Request, argument, option, perform, verb
+from loraover.reporting.request_command import request_command
+
+
+@dataclass(frozen=True)
+class ToyRequest(Request):
+    """Arguments of `toy`."""
+
+    verb = "loraover toy"
+
+    sources: AnyPaths = argument("Folders to read.", metavar="SOURCE...")
+    output: AnyPath = option("New folder.", short="-o")
+    mode: str = option("How to work.", default="fast", choices=("fast", "slow"), also={"quick": "fast"})
+    steps: int | None = option("Number of steps.", default=None, least=1, default_text="all")
+    rate: float = option("Largest rate.", default=0.5, above=0)
+    names: AnyNames = option("Name of a source.", default=(), flag="--name")
+    check: bool = option("Check the result.", default=True)
+    force: bool = option("Replace the output.", default=False, is_recorded=False)
+    words: AnyNames = option("Further words for the engine.", default=(), is_rest=True)
+    added: int = option("Added by this one line.", default=3)
+
+    def faults(self) -> Iterator[str]:
+        if self.names and len(self.names) != len(self.sources):
+            yield f"{self.named('names')} is given {len(self.names)} times for {len(self.sources)} sources."
+
+
+@verb(ToyRequest)
+def toy(request: ToyRequest) -> ToyRequest:
+    """Return the request.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    return request
+
+
+made: list[ToyRequest] = []
+COMMAND = request_command(ToyRequest, lambda request, as_json: made.append(request), help="Toy.", examples=[])
+
+
+def parsed(*words: str) -> ToyRequest:
+    assert run(COMMAND, words) == 0
+    return made.pop()
+
+
+def test_one_line_adds_an_option_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.signature(toy).parameters["added"].default == 3
+    assert "    added: Added by this one line. Default: 3." in str(toy.__doc__)
+    assert "Raises:" in str(toy.__doc__).partition("Args:")[2]
+    assert toy(["a"], "b", added=4).command() == "loraover toy a -o b --added 4"
+    assert parsed("a", "-o", "b", "--added", "4").added == 4
+    assert run(COMMAND, ["--help"]) == 0
+    assert "Added by this one line.  [default: 3]" in " ".join(capsys.readouterr().out.split("\n"))
+
+
+def test_the_recorded_command_line_makes_the_same_request() -> None:
+    asked = toy(
+        ["a", Path("b c")],
+        "out",
+        mode="quick",
+        steps=2,
+        names=("x", "y"),
+        check=False,
+        words=["--dtype", "float32"],
+    )
+    assert (asked.sources, asked.output, asked.mode) == ((Path("a"), Path("b c")), Path("out"), "fast")
+    words = shlex.split(asked.command())[2:]
+    assert words[-3:] == ["--", "--dtype", "float32"]
+    assert parsed(*words) == asked
+    assert parsed("a", "-o", "b", "--mode", "quick") == toy("a", "b") == perform(toy, toy("a", "b"))
+    assert "force" not in toy("a", "b", force=True).command()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words", "message"),
+    [
+        ({"mode": "odd"}, ["--mode", "odd"], "'odd'"),
+        ({"steps": 0}, ["--steps", "0"], "0"),
+        ({"rate": 0.0}, ["--rate", "0"], "0"),
+        ({"rate": float("nan")}, ["--rate", "nan"], "nan"),
+        ({"steps": "2"}, ["--steps", "x"], "x"),
+        ({"names": ["x", "y"]}, ["--name", "x", "--name", "y"], "given 2 times for 1 sources"),
+    ],
+)
+def test_both_callers_are_refused_in_their_own_words(
+    keywords: dict[str, object], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (name,) = keywords
+    with pytest.raises(ConfigError, match=rf"\b{name}\b") as found:
+        toy("a", "b", **keywords)  # type: ignore[arg-type]
+    assert "--" not in str(found.value)
+    assert run(COMMAND, ["a", "-o", "b", *words]) == 2
+    shown = capsys.readouterr().err
+    assert words[0] in shown
+    assert message in shown
+
+
+def test_all_faults_of_single_values_are_named_together() -> None:
+    with pytest.raises(
+        ConfigError, match=r"mode is 'odd', expected one of fast, slow\. steps is 0, expected 1 or more\."
+    ):
+        toy("a", "b", mode="odd", steps=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stpes'"):
+        toy("a", "b", stpes=1)  # type: ignore[call-arg]
+
+
+def test_a_command_takes_what_it_must() -> None:
+    assert run(COMMAND, ["-o", "b"]) == 2
+    assert run(COMMAND, ["a"]) == 2
+    options = {option.opts[-1]: option for option in COMMAND.params if isinstance(option, click.Option)}
+    assert "--words" not in options
+    assert options["--name"].multiple
