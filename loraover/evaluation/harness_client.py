@@ -10,8 +10,8 @@ from aiohttp import ClientError
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from requests import RequestException
 
+from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError, LoraOverError
-from loraover.evaluation.endpoint import Endpoint
 
 FAULTS = (
     ClientError,
@@ -38,7 +38,7 @@ class HarnessClient(LocalCompletionsAPI):
 
     def __init__(self, endpoint: Endpoint, **options: Any) -> None:
         headers = endpoint.headers  # else the harness sends any OpenAI key that it finds
-        super().__init__(base_url=f"{endpoint.url}/completions", header=headers, **options)
+        super().__init__(base_url=f"{endpoint.api}/completions", header=headers, **options)
         self._endpoint = endpoint
 
     async def amodel_call(self, *arguments: Any, **named: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from loraover.evaluation.endpoint import Endpoint, UnansweredError, UnfitRequestError
+from loraover.client.endpoint import Endpoint, UnansweredError, UnfitRequestError
 
 TRIES = 3
 RETRY_TEMPERATURE = 0.7  # at temperature 0 a judge would repeat itself

@@ -108,7 +108,7 @@ class MtBench(Task):
         verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
         if all(verdict.rating is None for verdict in verdicts):
             first = f"its reply to the first one: {verdicts[0].text:.500}"
-            raise EngineError(f"judge {judge.name} at {judge.endpoint.url}: rated none of the answers; {first}")
+            raise EngineError(f"judge {judge.name} at {judge.endpoint.api}: rated none of the answers; {first}")
         examples = [
             replace(example, score=verdict.rating, note=verdict.text)
             for example, verdict in zip(answered, verdicts, strict=True)
@@ -119,7 +119,7 @@ class MtBench(Task):
         assert options.judge is not None
         return {
             "prompt": "chat template" if uses_chat(options, tokenizer) else "Alpaca's",
-            "judge": f"{options.judge.name} at {options.judge.endpoint.url}",
+            "judge": f"{options.judge.name} at {options.judge.endpoint.api}",
             "note": "a rating means nothing without the name of its judge",
         }
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraover.client.endpoint import Endpoint
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import ConfigError
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Options
-from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.judge import Judge
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.common.provenance import environment, hardware
@@ -20,7 +21,6 @@ from loraover.common.strict_json import read_json
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
 from loraover.evaluation.digests import adapter_digest, model_digest
-from loraover.evaluation.endpoint import Endpoint
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, in_memory
@@ -146,7 +146,7 @@ def _evaluate(
     report.line(f"questions: {questions.origin}, {len(questions.rows)} of them")
     tokenizer = load_tokenizer(source)
     candidates = _candidates(request, source, tokenizer, server)
-    engine = f"PyTorch, {request.dtype}" if server is None else f"endpoint {server.url}"
+    engine = f"PyTorch, {request.dtype}" if server is None else f"endpoint {server.api}"
     settings = {"engine": engine, "answers": "greedy"} | _settings(task, options, tokenizer, request.batch_size)
     found = _empty(request, source, questions, settings, command)
     if output is not None:  # what is in the file may be another model's, which the same folder held

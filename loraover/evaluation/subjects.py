@@ -16,8 +16,8 @@ from loraover.evaluation.parallel import in_parallel
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model
 
 if TYPE_CHECKING:
+    from loraover.client.endpoint import Endpoint
     from loraover.common.reporter import Reporter
-    from loraover.evaluation.endpoint import Endpoint
 
 Chat = list[dict[str, str]]
 
@@ -113,7 +113,7 @@ class Served(Subject):
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], report: Reporter
     ) -> list[str]:
         def ask(prompt: str) -> str:
-            return self.endpoint.complete(self.name, prompt, max_tokens=max_new_tokens, stop=stop)
+            return self.endpoint.ask(self.name, prompt, max_tokens=max_new_tokens, stop=stop)
 
         return in_parallel(ask, prompts, self.batch_size, "answers", report)
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraover.client.tokens import Completion, Streamed
     from loraover_serve.comparison.report import UnwrittenReportError
     from loraover_serve.engines.sample import Sample
     from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
@@ -17,34 +18,33 @@ if TYPE_CHECKING:
     from loraover_serve.parity.samples import Measurement
     from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect, VerifyReport
     from loraover_serve.verify.run import verify_adapter
-    from loraover_serve.vllm.client import Completion, Streamed
     from loraover_serve.vllm.serve import serve_adapters
     from loraover_serve.vllm.server import VllmServer
 
 _HOMES = {
-    "Answer": "parity.judge.outputs",
-    "Completion": "vllm.client",
-    "CrossCheck": "parity.measure.cross_check",
-    "Distance": "parity.judge.outputs",
-    "EngineResult": "verify.report",
-    "Greedy": "verify.report",
-    "Latency": "parity.judge.analysis",
-    "LogprobDistance": "verify.report",
-    "Measurement": "parity.samples",
-    "Outputs": "parity.judge.outputs",
-    "ParityReport": "parity.report.parity_report",
-    "PeakMemory": "parity.measure.memory",
-    "Result": "parity.judge.analysis",
-    "Sample": "engines.sample",
-    "Streamed": "vllm.client",
-    "Suspect": "verify.report",
-    "Throughput": "parity.judge.analysis",
-    "UnwrittenReportError": "comparison.report",
-    "VerifyReport": "verify.report",
-    "VllmServer": "vllm.server",
-    "measure_parity": "parity.run",
-    "serve_adapters": "vllm.serve",
-    "verify_adapter": "verify.run",
+    "Answer": "loraover_serve.parity.judge.outputs",
+    "Completion": "loraover.client.tokens",
+    "CrossCheck": "loraover_serve.parity.measure.cross_check",
+    "Distance": "loraover_serve.parity.judge.outputs",
+    "EngineResult": "loraover_serve.verify.report",
+    "Greedy": "loraover_serve.verify.report",
+    "Latency": "loraover_serve.parity.judge.analysis",
+    "LogprobDistance": "loraover_serve.verify.report",
+    "Measurement": "loraover_serve.parity.samples",
+    "Outputs": "loraover_serve.parity.judge.outputs",
+    "ParityReport": "loraover_serve.parity.report.parity_report",
+    "PeakMemory": "loraover_serve.parity.measure.memory",
+    "Result": "loraover_serve.parity.judge.analysis",
+    "Sample": "loraover_serve.engines.sample",
+    "Streamed": "loraover.client.tokens",
+    "Suspect": "loraover_serve.verify.report",
+    "Throughput": "loraover_serve.parity.judge.analysis",
+    "UnwrittenReportError": "loraover_serve.comparison.report",
+    "VerifyReport": "loraover_serve.verify.report",
+    "VllmServer": "loraover_serve.vllm.server",
+    "measure_parity": "loraover_serve.parity.run",
+    "serve_adapters": "loraover_serve.vllm.serve",
+    "verify_adapter": "loraover_serve.verify.run",
 }
 
 __all__ = [
@@ -78,4 +78,4 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that commands start fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'loraover_serve' has no attribute {name!r}")
-    return getattr(import_module(f"loraover_serve.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

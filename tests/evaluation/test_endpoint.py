@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
+from loraover.client import endpoint as module
+from loraover.client.endpoint import Endpoint, UnansweredError
 from loraover.common.errors import ConfigError, EngineError
-from loraover.evaluation import endpoint as module
-from loraover.evaluation.endpoint import Endpoint, UnansweredError
 
-from support.openai_server import openai_server
+from support.openai_server import Refusal, openai_server
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -27,7 +28,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_completes_and_chats() -> None:
     with openai_server(lambda body: "chatted" if "messages" in body else "completed") as server:
         for url in (server.url, f"{server.url}/", f"{server.url}/v1", f"{server.url}/v1/"):
-            assert Endpoint(url).complete("m", "one", max_tokens=3, stop=("x",)) == "completed"
+            assert Endpoint(url).ask("m", "one", max_tokens=3, stop=("x",)) == "completed"
             assert Endpoint(url).chat("m", HELLO, max_tokens=4) == "chatted"
         first, second = server.bodies[:2]
     asked = {"model": "m", "temperature": 0}
@@ -80,27 +81,34 @@ def test_a_server_that_hangs_is_given_up() -> None:
         Endpoint(server.url, timeout_s=0.1).chat("m", HELLO, max_tokens=4)
 
 
-def test_only_silence_is_timed() -> None:
-    """The answer takes longer than `timeout_s`, but never pauses for so long."""
-    answer = b'{"choices": [{"text": "at last"}]}'
-
+def test_a_request_is_given_up_in_time_though_its_answer_trickles() -> None:
     def dawdle(server: socket.socket) -> None:
         connection, _ = server.accept()
-        with connection:
+        with connection, suppress(OSError):
             connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer))
-            for byte in answer:
-                time.sleep(0.03)
+            for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n" + 9000 * b" ":
+                time.sleep(0.01)
                 connection.sendall(bytes([byte]))
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=dawdle, args=(server,), daemon=True)
-        thread.start()
+        threading.Thread(target=dawdle, args=(server,), daemon=True).start()
         before = time.monotonic()
         endpoint = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.6)
-        assert endpoint.complete("m", "one", max_tokens=3) == "at last"
-        assert time.monotonic() - before > 0.6
-        thread.join()
+        with pytest.raises(UnansweredError, match=r"timed out after 0\.6 s"):
+            endpoint.ask("m", "one", max_tokens=3)
+        assert time.monotonic() - before < 5
+
+
+def test_a_pause_that_the_server_asks_for_is_kept_or_told() -> None:
+    replies: Iterator[str | Refusal] = iter([*(3 * [Refusal(429, {"Retry-After": "0.3"})]), "at last"])
+    with openai_server(lambda body: next(replies)) as server:
+        before = time.monotonic()
+        assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == "at last"
+        assert time.monotonic() - before >= 0.9
+    with openai_server(lambda body: Refusal(503, {"Retry-After": "9000"})) as server:
+        with pytest.raises(UnansweredError, match=r"answered 503 \(it asks for a pause of 9000 s\)"):
+            Endpoint(server.url).chat("m", HELLO, max_tokens=4)
+        assert len(server.bodies) == 1
 
 
 def test_a_proxy_is_asked_for_the_outside_world_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +172,7 @@ def test_a_key_that_an_answer_repeats_is_hidden(monkeypatch: pytest.MonkeyPatch)
 def test_a_key_that_is_an_ordinary_word_changes_no_answer(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", key)
     with openai_server(lambda body: f"it is {key}") as server:
-        assert Endpoint(server.url, "MY_KEY").complete("m", "one", max_tokens=4) == f"it is {key}"
+        assert Endpoint(server.url, "MY_KEY").ask("m", "one", max_tokens=4) == f"it is {key}"
 
 
 def test_a_key_is_not_carried_to_another_address(monkeypatch: pytest.MonkeyPatch) -> None:

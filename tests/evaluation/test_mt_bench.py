@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from loraover.cli import cli
+from loraover.client import endpoint as endpoint_module
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover.evaluation import TASKS
-from loraover.evaluation import endpoint as endpoint_module
 from loraover.evaluation.base import Options
 from loraover.evaluation.judge import find_rating
 from loraover.evaluation.mt_bench import QUESTIONS, REFERENCES, MtBench

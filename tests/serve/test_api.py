@@ -79,7 +79,7 @@ def test_serving_reports_its_progress(folded: Path, tmp_path: Path) -> None:
 def test_the_environment_names_the_command_vllm(folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAOVER_VLLM", stand_in(tmp_path, "answers"))
     with serve_adapters(folded, log=tmp_path / "log") as server:
-        assert server.models() == ["base"]
+        assert list(server.models()) == ["base"]
 
 
 def test_arguments_of_serving_are_checked_before_the_block() -> None:

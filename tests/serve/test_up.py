@@ -20,7 +20,7 @@ from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
 from loraover_export.cli import cli as export_cli
 from loraover_serve.cli import cli
-from loraover_serve.vllm import client as vllm_client
+from loraover_serve.vllm import server as vllm_server
 from loraover_serve.vllm.serve import read_named, served_model, server_config
 from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
@@ -177,6 +177,6 @@ def test_a_busy_server_is_alive_and_one_that_reports_a_failure_is_not(
     mode: str, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if mode == "busy":
-        monkeypatch.setattr(vllm_client, "HEALTH_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(vllm_server, "HEALTH_TIMEOUT_S", 0.2)
     with serve_vllm(VllmServerConfig("base"), tmp_path / "log", executable=stand_in(tmp_path, mode)) as server:
         assert server.is_alive() is alive

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from loraover.client.tokens import TokenEndpoint
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve.cli import cli
 from loraover_serve.vllm import serve as serving
-from loraover_serve.vllm.client import VllmClient
 from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm
 
 from support.children import Child
@@ -147,10 +147,10 @@ def test_where_this_machine_reaches_the_server(host: str, url: str) -> None:
 def test_every_request_brings_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     with serve_vllm(VllmServerConfig("base"), tmp_path / "log", executable=stand_in(tmp_path, "answers")) as server:
-        assert server.models() == ["base"]
+        assert list(server.models()) == ["base"]
         assert server.stream("base", [1], max_tokens=2, timeout_s=10).token_ids == (7, 7)
         with pytest.raises(EngineError, match="401"):
-            VllmClient(server.url).complete("base", [1], max_tokens=1)
+            TokenEndpoint(server.url).complete("base", [1], max_tokens=1)
 
 
 @pytest.mark.parametrize("key", ["two words", "a\nline", "schlüssel"])

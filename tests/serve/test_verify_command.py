@@ -99,7 +99,7 @@ def test_prompts_that_are_cut_are_counted(adapter: Path, tmp_path: Path, capsys:
 
 
 def test_a_failure_is_kept_beside_the_others(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraover.evaluation.endpoint.PAUSES_S", ())
+    monkeypatch.setattr("loraover.client.endpoint.PAUSES_S", ())
     with openai_server(lambda body: 500) as server:
         address: dict[str, Any] = {"endpoint": server.url, "served_name": "shop"}
         report = verify_adapter(adapter, engines=["torch"], **address, **BRIEF)

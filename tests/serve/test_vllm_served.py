@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
+from loraover.client.tokens import Completion
 from loraover.common.errors import EngineError
 from loraover_export.vllm.architectures import known_architectures
-from loraover_serve.vllm.client import Completion
 
 from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record

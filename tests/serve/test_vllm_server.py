@@ -14,8 +14,7 @@ import pytest
 
 from loraover.common.errors import EngineError
 from loraover_serve.vllm import server as vllm_server
-from loraover_serve.vllm.client import VllmClient
-from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
+from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
 
 from support.vllm_stand_in import assert_stopped, stand_in
 
@@ -28,7 +27,7 @@ def config(folder: Path) -> VllmServerConfig:
 
 def test_a_server_answers_and_is_stopped_with_its_children(tmp_path: Path) -> None:
     with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "answers")) as client:
-        assert client.models() == ["base"]
+        assert list(client.models()) == ["base"]
         completion = client.complete("a", [1, 2], max_tokens=1)
         assert (completion.text, completion.token_ids, completion.logprobs) == ("x", (7,), (-0.5,))
         assert client.url.startswith("http://127.0.0.1:")
@@ -114,7 +113,7 @@ def test_another_server_on_the_port_does_not_answer_for_one_that_ended(
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         return nullcontext()
 
-    monkeypatch.setattr(VllmClient, "is_healthy", lambda client: True)
+    monkeypatch.setattr(VllmServer, "is_healthy", lambda client: True)
     server = serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "ends"), watch=ended)
     with pytest.raises(EngineError, match="ended with code 1"), server:
         pytest.fail("the block ran")

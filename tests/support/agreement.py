@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover_serve.vllm.client import Completion
+from loraover.client.tokens import Completion
 
 PROMPTS = (
     "The train leaves at nine and arrives at noon, so the journey takes",

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = Callable[[dict[str, Any]], str | int | bytes]
+
+@dataclass(frozen=True)
+class Refusal:
+    """A refusal with headers of its own."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Reply = Callable[[dict[str, Any]], str | int | bytes | Refusal]
 """From a request's body: the text of the answer, or the HTTP status of a refusal, or the bytes to send."""
 
 
@@ -30,29 +39,45 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def openai_server(reply: Reply, models: Sequence[str] = ()) -> Iterator[Recorded]:
-    """Answers `/v1/completions`, `/v1/chat/completions` and, with models to list, `/v1/models` during a block."""
+def openai_server(
+    reply: Reply, models: Sequence[str] | Mapping[str, str | None] = (), key: tuple[str, str] | None = None
+) -> Iterator[Recorded]:
+    """Answers `/v1/completions`, `/v1/chat/completions` and, with models to list, `/v1/models` during a block.
+
+    Args:
+        reply: the answer to a request.
+        models: names to list, or the name of each one's base model by its own.
+        key: header that every request must have, and its value.
+    """
+    parents = models if isinstance(models, Mapping) else dict.fromkeys(models)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            listed = {"data": [{"id": name} for name in models]}
-            self._send(200 if models else 404, json.dumps(listed).encode())
+            listed = {"data": [{"id": name, "parent": parent} for name, parent in parents.items()]}
+            self._send(self._refused() or (200 if parents else 404), json.dumps(listed).encode())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             recorded.bodies.append({"path": self.path, **body})
             recorded.headers.append(dict(self.headers))
-            said = reply(body)
-            if isinstance(said, int):
-                self._send(said, f"refused, for {self.headers.get('Authorization')}".encode())
+            said = self._refused() or reply(body)
+            refusal = Refusal(said) if isinstance(said, int) else said
+            if isinstance(refusal, Refusal):
+                explanation = f"refused, for {self.headers.get('Authorization')}".encode()
+                self._send(refusal.status, explanation, refusal.headers)
             elif isinstance(said, bytes):
                 self._send(200, said)
             else:
                 choice = {"message": {"content": said}} if "messages" in body else {"text": said}
                 self._send(200, json.dumps({"choices": [{"index": 0, **choice}]}).encode())
 
-        def _send(self, status: int, content: bytes) -> None:
+        def _refused(self) -> int:
+            return 0 if key is None or self.headers.get(key[0]) == key[1] else 401
+
+        def _send(self, status: int, content: bytes, headers: Mapping[str, str] = {}) -> None:
             self.send_response(status)
+            for header, value in headers.items():
+                self.send_header(header, value)
             if 300 <= status < 400:
                 self.send_header("Location", f"{recorded.url}/elsewhere")
             self.send_header("Content-Type", "application/json")

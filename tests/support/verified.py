@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,20 @@ BASE_OPTIONS: dict[str, Any] = {"vocab_size": 72}
 
 
 def save_base(
-    folder: Path, seed: int = 0, change: Callable[[Tensor], Tensor] = lambda weight: weight, **options: Any
+    folder: Path,
+    seed: int = 0,
+    change: Callable[[Tensor], Tensor] = lambda weight: weight,
+    *,
+    chat: bool = False,
+    **options: Any,
 ) -> Path:
-    """A tiny Llama with a tokenizer; `options` are fields of its configuration. Returns `folder`."""
+    """A tiny Llama with a tokenizer, with a chat template if asked; `options` are fields of its configuration."""
     model = tiny_decoder("Llama", seed, **(BASE_OPTIONS | options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(change(parameter))
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer(chat=chat).save_pretrained(folder)
     return folder
 
 
@@ -89,9 +94,12 @@ class Case:
         return Setting(folder, adapter_of(read_source(folder)), source, scratch, longest=96)
 
 
-def make_case(base: Path, adapter: Path, new_tokens: int = NEW_TOKENS) -> Case:
+def make_case(
+    base: Path, adapter: Path, new_tokens: int = NEW_TOKENS, asked: Sequence[tuple[int, ...]] | None = None
+) -> Case:
+    """A case with these prompts, or the beginnings of the built-in ones."""
     source, model = read_source(adapter), resolve_model(str(base))
-    reference = make_reference(source, model, prompts(model), new_tokens, "cpu", SILENT)
+    reference = make_reference(source, model, asked or prompts(model), new_tokens, "cpu", SILENT)
     return Case(
         base,
         adapter,
@@ -200,12 +208,20 @@ class Served:
     def __call__(self, body: dict[str, Any]) -> int | bytes:
         return 404 if body["model"] not in self._models else json.dumps(self.answer(body)).encode()
 
+    def _prompt(self, body: dict[str, Any]) -> list[int]:
+        """Tokens of a request, which has them, a text or messages."""
+        if "messages" in body:
+            text = self._tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        given = body["prompt"]
+        return list(self._tokenizer(given).input_ids if isinstance(given, str) else given)
+
     @torch.inference_mode()
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        ids, tops = list(body["prompt"]), []
+        ids, tops = self._prompt(body), []
         for _ in range(body["max_tokens"]):
             logprobs = self._models[body["model"]](torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            tops.append(logprobs.topk(body["logprobs"]))
+            tops.append(logprobs.topk(body["top_logprobs" if "messages" in body else "logprobs"]))
             ids.append(int(logprobs.argmax()))
         choice = {"index": 0, "text": "", "logprobs": self._logprobs(tops)}
         return {"model": body["model"], "choices": [choice]}

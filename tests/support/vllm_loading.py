@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from loraover_serve.vllm.client import VllmClient
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
 
 from support.vllm_command import vllm_command
@@ -28,9 +27,15 @@ def serving_loader(config: VllmServerConfig, log: Path, *, cache_gib: int = 1) -
         yield server
 
 
-def load_adapter(server: VllmClient, name: str, folder: Path) -> None:
-    server._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
+def load_adapter(server: VllmServer, name: str, folder: Path) -> None:
+    _post(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
 
 
-def unload_adapter(server: VllmClient, name: str) -> None:
-    server._request("/v1/unload_lora_adapter", {"lora_name": name})
+def unload_adapter(server: VllmServer, name: str) -> None:
+    _post(server, "/v1/unload_lora_adapter", {"lora_name": name})
+
+
+def _post(server: VllmServer, path: str, body: dict[str, str]) -> None:
+    """Send a request whose answer is no JSON."""
+    with server._open(path, body, silence_s=600) as response:
+        response.read()

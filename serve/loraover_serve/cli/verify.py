@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(1),
     default=120,
     show_default=True,
-    help="Seconds without output before giving up on a server.",
+    help="Seconds that a server may take to answer one request, with its repetitions.",
 )
 @START_TIMEOUT
 @click.option("-o", "--output", type=PATH, help="New folder for verify.json, verify.html and engines' logs.")

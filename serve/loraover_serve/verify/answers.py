@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 BASE, ADAPTER = "base", "adapter"
 """Names of the two arms: requests for the base model, and requests for the adapter."""
 
+OTHER = "other"
+"""Name of another adapter of the same base model, beside which the adapter's answers are compared as well."""
+
 WINDOW = 32
 """Positions of a question that are compared at most, the last ones: logits of all would fill the memory."""
 

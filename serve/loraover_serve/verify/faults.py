@@ -26,6 +26,7 @@ OTHER_BASE = "another base model"
 IN_BASE = "adapter in the base model"
 LEAKS = "adapter leaks into the base model's answers in a mixed batch"
 CHANGED = "the adapter's answers change in a mixed batch"
+CHANGED_BY_OTHER = "the adapter's answers change in a batch with another adapter"
 """Names of the faults."""
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn")

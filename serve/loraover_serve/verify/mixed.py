@@ -1,7 +1,8 @@
 """Answers to requests for the base model and for the adapter that a server gets together, beside those sent apart.
 
 A server computes requests that arrive together in one batch. vLLM 0.32 on a CPU computes a batch's rows for the base
-model with the weights of an adapter, if another row asks for one, and reports nothing.
+model with the weights of an adapter, if another row asks for one, and reports nothing. Batches of two adapters are
+looked at as well, where the server has a second one.
 
 Both answers have the engine's noise, so they may be sqrt(2) times as far apart as one of them may be from PyTorch's.
 """
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loraover_serve.verify.answers import ADAPTER, BASE, Row, Rows
-from loraover_serve.verify.faults import CHANGED, LEAKS
+from loraover_serve.verify.answers import ADAPTER, BASE, OTHER, Row, Rows
+from loraover_serve.verify.faults import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.verify.report import LogprobDistance, MixedBatch
 
 
@@ -24,15 +25,17 @@ def compare_mixed(mixed: Mapping[str, Rows], apart: Mapping[str, Rows]) -> Mixed
     """Distance between the answers that were sent together and those that were sent apart, for each arm.
 
     Args:
-        mixed: logprobs of the base model and the adapter, asked for together.
+        mixed: logprobs of the base model and the adapter, asked for together, and of the adapter beside another one.
         apart: logprobs after the same tokens, asked for one arm at a time.
     """
 
-    def distance(arm: str) -> LogprobDistance:
-        pairs = zip(mixed[arm], apart[arm], strict=True)
-        return LogprobDistance.of([_difference(together, alone) for together, alone in pairs])
+    def distance(name: str, arm: str) -> LogprobDistance:
+        alone = {(row.question, row.position): row for row in apart[arm]}
+        pairs = ((row, alone.get((row.question, row.position))) for row in mixed[name])
+        return LogprobDistance.of([_difference(row, other) for row, other in pairs if other is not None])
 
-    return MixedBatch(base=distance(BASE), adapter=distance(ADAPTER))
+    other = distance(OTHER, ADAPTER) if OTHER in mixed else None
+    return MixedBatch(base=distance(BASE, BASE), adapter=distance(ADAPTER, ADAPTER), other=other)
 
 
 def mixed_fault(mixed: MixedBatch, allowed: float) -> dict[str, Any] | None:
@@ -43,23 +46,20 @@ def mixed_fault(mixed: MixedBatch, allowed: float) -> dict[str, Any] | None:
         allowed: largest distance of the adapter's answers from PyTorch's that noise explains, in nats.
     """
     limit = math.sqrt(2) * allowed
-    if mixed.base.rms > limit:
-        reason = (
-            f"{LEAKS}: requests for the base model, sent together with requests for the adapter, are answered "
-            f"{_words(mixed.base, limit)}; requests for one model at a time are answered right"
-        )
-        return {"verdict": "differs", "reason": reason, "fault": LEAKS}
-    if mixed.adapter.rms > limit:
-        reason = (
-            f"{CHANGED}: sent together with requests for the base model, they are answered "
-            f"{_words(mixed.adapter, limit)}; requests for one model at a time are answered right"
-        )
-        return {"verdict": "differs", "reason": reason, "fault": CHANGED}
+    cases = (
+        (LEAKS, mixed.base, "requests for the base model, sent together with requests for the adapter, are"),
+        (CHANGED, mixed.adapter, "sent together with requests for the base model, they are"),
+        (CHANGED_BY_OTHER, mixed.other, "sent together with requests for the other adapter, they are"),
+    )
+    for fault, found, subject in cases:
+        if found is not None and found.rms > limit:
+            words = f"{found.rms:.2g} nats (at most {found.largest:.2g}) from those sent alone"
+            reason = (
+                f"{fault}: {subject} answered {words}, where noise explains {limit:.2g}; requests for one model at a "
+                "time are answered right"
+            )
+            return {"verdict": "differs", "reason": reason, "fault": fault}
     return None
-
-
-def _words(found: LogprobDistance, limit: float) -> str:
-    return f"{found.rms:.2g} nats (at most {found.largest:.2g}) from those sent alone, where noise explains {limit:.2g}"
 
 
 def _difference(one: Row, other: Row) -> NDArray[np.float64]:

@@ -46,6 +46,11 @@ class MixedBatch(Model):
 
     base: LogprobDistance = Field(description="distance between the base model's answers sent together and apart")
     adapter: LogprobDistance = Field(description="distance between the adapter's answers sent together and apart")
+    other: LogprobDistance | None = Field(
+        default=None,
+        description="distance between the adapter's answers sent together with another adapter's requests and apart; "
+        "None if the engine has no other adapter",
+    )
 
 
 class Greedy(Model):

@@ -15,13 +15,13 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.unfolded_model import target_module
+from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError
 from loraover.common.provenance import today
-from loraover.common.reporter import SILENT, Reporter
-from loraover.evaluation.endpoint import Endpoint
 from loraover.models.device import choose_device
-from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
+from loraover.common.reporter import SILENT, Reporter
 from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_export.numerics.delta import other_tensors
@@ -30,6 +30,7 @@ from loraover_serve.comparison.report import UnwrittenReportError, machine, vers
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines import engine_class
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
+from loraover_serve.verify.engines.endpoint import as_chats, takes_chats_only
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import Answers, Court
@@ -93,7 +94,7 @@ def verify_adapter(
             the temporary folder.
         graph: folder of an earlier swappable ONNX export of the same base model, whose graph ONNX Runtime runs; None
             builds one in the temporary folder.
-        timeout_s: seconds without output before giving up on a server.
+        timeout_s: seconds that a server may take to answer one request, with its repetitions.
         start_timeout_s: seconds that vLLM, mlx-lm or OpenVINO may take until the first answers.
         output: new folder for `verify.json`, `verify.html`, its figures and engines' logs; None keeps the logs of
             engines that failed, in a temporary folder.
@@ -166,10 +167,17 @@ def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRe
     if found.cut:
         report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
     prompts = [tuple(batch[0].tolist()) for batch in found.batches]
+    setting = _setting(request, layout, base, prompts, scratch, report)
+    prompt_source = found.source
+    if request.endpoint is not None and takes_chats_only(setting):
+        report.line("the server answers chats only: each prompt is the message of a chat")
+        prompts, messages = as_chats(load_tokenizer(base), prompts)
+        setting = replace(setting, messages=messages)
+        prompt_source += ", each the message of a chat" if messages else ""
     reference = make_reference(source, base, prompts, request.new_tokens, device, report)
     court = Court(reference, Variants(source, base, device, reference.questions), subject)
-    results, failures = _verify_all(request, _setting(request, layout, base, prompts, scratch, report), court)
-    made = _report(request, base, reference, found.source, results)
+    results, failures = _verify_all(request, setting, court)
+    made = _report(request, base, reference, prompt_source, results)
     logs = sorted(scratch.glob("*/*.log"))
     if request.output is not None and (logs or len(failures) < len(results)):
         _write(made, request.output, request.adapter, logs)

@@ -21,10 +21,11 @@ from typing import Any, BinaryIO
 
 import httpx2
 
+from loraover.client.tokens import TokenEndpoint
 from loraover.common.errors import ConfigError, EngineError, OutputError
 from loraover_export.vllm.launch import lora_module
-from loraover_serve.vllm.client import VllmClient
 
+REQUEST_TIMEOUT_S, HEALTH_TIMEOUT_S = 600.0, 10.0
 POLL_S, HEALTH_S = 0.5, 2.0  # between two questions to a server that starts, and to one that runs
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
 STARTUP_S = 600.0
@@ -106,21 +107,39 @@ class VllmServerConfig:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class VllmServer(VllmClient):
+class VllmServer(TokenEndpoint):
     """A client of a server that this process started.
 
     Args:
         url: address of the server.
         pid: id of the server's process; the processes that it starts belong to its session.
-        api_key: the server's key, sent with every request; None sends none.
+        key_variable: environment variable with the server's key; None sends none.
         names: names of the adapters that the server was started with, which requests address them by.
     """
 
-    def __init__(self, url: str, pid: int, api_key: str | None = None, *, names: Sequence[str] = ()) -> None:
-        super().__init__(url, api_key)
+    def __init__(self, url: str, pid: int, key_variable: str | None = None, *, names: Sequence[str] = ()) -> None:
+        super().__init__(url, key_variable, timeout_s=REQUEST_TIMEOUT_S, repeats=False)
         self.pid = pid
         self.names = tuple(names)
-        self.asks_for_key = api_key is not None
+        self.asks_for_key = key_variable is not None
+
+    def is_healthy(self) -> bool:
+        """Whether the server reports that it is up; a model may still fail at its first request."""
+        try:
+            return self._health().is_success
+        except httpx2.HTTPError:
+            return False
+
+    def _health(self) -> httpx2.Response:
+        return self._client.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S)
+
+    def version(self) -> str:
+        """Version of vLLM that the server runs."""
+        answer = self.request("/version")
+        try:
+            return str(answer["version"])
+        except (LookupError, TypeError) as error:
+            raise EngineError(f"{self.url}/version: the answer has no version: {answer!r:.300}") from error
 
     def is_alive(self) -> bool:
         """Whether the process, a child of this one, runs without reporting a failure; a busy server need not answer."""
@@ -169,7 +188,7 @@ def serve_vllm(
             silent; the message has the end of the log.
         OutputError: a log that cannot be written.
     """
-    key = config.api_key()
+    key = None if config.api_key() is None else KEY_VARIABLE
     port = free_port(config.host) if port is None else _named_port(config.host, port)
     with signals_as_interrupts(), _opened(log) as output:
         try:
@@ -222,7 +241,7 @@ def _opened(log: Path) -> BinaryIO:
 
 
 def _await_answers(
-    client: VllmClient, names: Sequence[str], process: subprocess.Popen[bytes], log: Path, deadline: float
+    client: VllmServer, names: Sequence[str], process: subprocess.Popen[bytes], log: Path, deadline: float
 ) -> None:
     _check_runs(process, log)  # first, since another server on the port would answer in its place
     while not client.is_healthy():

@@ -30,12 +30,13 @@ class Setting:
         device: device for PyTorch.
         vllm: command that starts vLLM.
         start_timeout_s: seconds that a server may take until its first answers.
-        timeout_s: seconds without output before giving up on a server.
+        timeout_s: seconds that a server may take to answer one request.
         options: further words for the engine.
         endpoint: address of a server that already runs; None for other engines.
         key_variable: environment variable with the key of that server; None sends none.
         served_name: name by which that server serves the adapter.
         base_name: name by which that server serves the base model; None finds it out.
+        messages: message of each question's chat, for a server that takes chats alone.
         base_gguf: GGUF file of the base model for llama.cpp; None writes one in F32.
         graph: folder of an earlier swappable ONNX export, whose graph ONNX Runtime runs; None builds one.
         report: receiver of progress.
@@ -55,6 +56,7 @@ class Setting:
     key_variable: str | None = None
     served_name: str | None = None
     base_name: str | None = None
+    messages: tuple[str, ...] = ()
     base_gguf: Path | None = None
     graph: Path | None = None
     report: Reporter = SILENT
@@ -115,6 +117,8 @@ class VerifyEngine(ABC):
 
     def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
         """Return what `rows` does for both arms, with requests for the two sent together.
+
+        The adapter's answers beside those of another adapter, if the engine has one, come under the name "other".
 
         Args:
             questions: the questions.

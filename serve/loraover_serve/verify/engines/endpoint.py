@@ -1,32 +1,28 @@
 """Servers that speak OpenAI's protocol: after each token of a prompt, one new token with its logprobs is asked for.
 
-Logprobs of a prompt (`prompt_logprobs`) are never used: they can miss what an adapter adds to the output head.
+A server that takes chats alone is asked for its greedy answer to each message, and is compared up to the first token
+that is not PyTorch's. Logprobs of a prompt (`prompt_logprobs`) are never used: they can miss what an adapter adds to
+the output head.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from threading import Event
 from typing import Any, TypeVar, final
 
-import numpy as np
-
-from loraover.common.errors import ConfigError, EngineError
-from loraover.evaluation.endpoint import Endpoint, UnfitRequestError
+from loraover.client.dialects import Prompt, Speaker
+from loraover.client.endpoint import Endpoint, is_same_model
+from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.models.load import load_tokenizer
-from loraover_serve.verify.answers import ADAPTER, BASE, Question, Row
+from loraover_serve.verify.answers import ADAPTER, BASE, OTHER, Question, Row
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 
 AT_ONCE = 4  # requests in flight
 COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
-TOP = 20  # logprobs of each token: the most that vLLM gives unless it is started with --max-logprobs
-NO_PENALTY = {"repetition_penalty": 1.0}  # many base models' folders set another, which vLLM takes for its default
-_NUMBERED = re.compile(r"token_id:(\d+)")
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
 
@@ -35,28 +31,26 @@ class OpenAiEngine(VerifyEngine):
     """A running server.
 
     Args:
-        url: address of the server.
-        names: name of each arm's model on the server.
-        tokenizer: the base model's tokenizer, for servers that name tokens by their texts.
-        key_variable: environment variable with the server's key; None sends none.
-        timeout_s: longest silence, in seconds.
+        speaker: the server, with the dialect in which it answers.
+        names: name of each arm's model on the server, and of another adapter if there is one.
+        messages: message of each question's chat, for a server that takes chats alone.
     """
 
-    def __init__(
-        self, url: str, names: Mapping[str, str], tokenizer: Any, key_variable: str | None, timeout_s: float
-    ) -> None:
-        self.endpoint = Endpoint(url, key_variable, timeout_s=timeout_s)
-        self.names = dict(names)
-        self._tokenizer = tokenizer
+    def __init__(self, speaker: Speaker, names: Mapping[str, str], messages: Sequence[str] = ()) -> None:
+        self.speaker, self.names, self._messages = speaker, dict(names), messages
+        self.is_chat = speaker.dialect.is_chat
 
     def rows(self, arm: str, questions: Sequence[Question]) -> list[Row]:
-        return _at_once(lambda place: self._row(arm, questions, *place), _places(questions))
+        found = _at_once(lambda place: self._rows(arm, questions, *place), self._places(questions))
+        return [row for rows in found for row in rows]
 
     def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
+        beside = {BASE: (BASE, ADAPTER), ADAPTER: (ADAPTER, BASE), OTHER: (ADAPTER, OTHER)}
         found = {}
-        for arm, other in ((BASE, ADAPTER), (ADAPTER, BASE)):
-            with self._company(other, questions):
-                found[arm] = self.rows(arm, questions)
+        for name, (arm, companion) in beside.items():
+            if companion in self.names:
+                with self._company(companion, questions):
+                    found[name] = self.rows(arm, questions)
         return found
 
     @contextmanager
@@ -67,13 +61,15 @@ class OpenAiEngine(VerifyEngine):
         are short, since a server sends nothing before an answer is complete, and may be given up as silent meanwhile.
         """
         longest = max(len(question.tokens) for question in questions)  # of which the server certainly takes as many
-        prompt, tokens = questions[0].prompt[:1], max(min(COMPANION_TOKENS, longest - 1), 1)
+        prompt, tokens = self._places(questions)[0][2], max(min(COMPANION_TOKENS, longest - 1), 1)
+        if not isinstance(prompt, str):
+            prompt = prompt[:1]
         enough, begun = Event(), [Event() for _ in range(COMPANIONS)]
 
         def generate(mine: Event) -> None:
             try:
                 while not enough.is_set():
-                    self._complete(arm, prompt, tokens)
+                    self.speaker.answer(self.names[arm], prompt, tokens)
                     mine.set()
             finally:
                 mine.set()
@@ -91,106 +87,47 @@ class OpenAiEngine(VerifyEngine):
             enough.set()
             pool.shutdown(wait=False)
 
-    def _row(self, arm: str, questions: Sequence[Question], index: int, position: int) -> Row:
-        choice = self._complete(arm, questions[index].tokens[: position + 1], 1)
-        found = self._first_logprobs(arm, choice)
-        with self._readable(arm, choice):  # an id may have more digits than any integer type
-            ids, values = np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float32)
-        return Row(index, position, values, ids)
-
     def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-        def ask(prompt: Sequence[int]) -> tuple[int, ...]:
-            choice = self._complete(arm, prompt, tokens)
-            with self._readable(arm, choice):
-                return self._token_ids(choice)
+        def ask(index: int) -> tuple[int, ...]:
+            prompt = self._prompt(index, prompts[index])
+            return () if prompt is None else self.speaker.answer(self.names[arm], prompt, tokens).ids
 
-        return _at_once(ask, prompts)
+        return _at_once(ask, range(len(prompts)))
 
-    def _complete(self, arm: str, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
-        """The first choice of a greedy completion; the fields that only some servers know are left out if refused."""
-        name = self.names[arm]
-        plain = {"model": name, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
-        more = {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
-        try:
-            answer = self.endpoint.post("/completions", plain | more | NO_PENALTY)
-        except UnfitRequestError:
-            answer = self.endpoint.post("/completions", plain)
-        try:
-            choice = dict(answer["choices"][0])
-            speaker = answer.get("model")
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise self._error(f"{name}: the server's answer holds no completion: {answer!r:.300}") from error
-        if speaker not in (None, name):
-            raise self._error(f"{name} was asked, and {speaker!r} answered; is the adapter loaded under that name?")
-        return choice
-
-    def _first_logprobs(self, arm: str, choice: Mapping[str, Any]) -> dict[int, float]:
-        """Logprobs of the first token of an answer, by token id, in either of the two forms that servers use."""
-        with self._readable(arm, choice):
-            pairs = self._pairs(choice)
-            found = {id_: float(value) for entry, value in pairs if (id_ := self._token_id(entry)) is not None}
-        if not pairs:
+    def _places(self, questions: Sequence[Question]) -> list[tuple[int, int, Prompt]]:
+        """Questions and positions after which the server can be asked, and what it has to be asked."""
+        places = [
+            (index, position, self._prompt(index, question.tokens[: position + 1]))
+            for index, question in enumerate(questions)
+            for position in question.answered[: 1 if self.is_chat else None]
+        ]
+        found = [(index, position, prompt) for index, position, prompt in places if prompt is not None]
+        if not found:
             raise EngineError(
-                f"{self.names[arm]}: the server gives no logprobs; start it so that /v1/completions answers "
-                f"logprobs={TOP}, or verify with an engine that runs here (--engine)."
-            )
-        if not found or not all(math.isfinite(value) for value in found.values()):
-            raise self._error(
-                f"{self.names[arm]}: the logprobs are not those of the base model's tokens: {pairs!r:.300}"
+                f"{self.speaker.endpoint.url} takes no token ids, and no text has exactly the tokens of a prompt; give "
+                "other --prompts, or start the server so that it takes token ids."
             )
         return found
 
-    @contextmanager
-    def _readable(self, arm: str, choice: Mapping[str, Any]) -> Iterator[None]:
-        """Turn the errors of an answer that has another form into one that shows it."""
-        try:
-            yield
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise self._error(f"{self.names[arm]}: the server's answer cannot be read: {choice!r:.300}") from error
+    def _prompt(self, index: int, tokens: Sequence[int]) -> Prompt | None:
+        """The tokens of a question in the form that the server takes; None if no text has exactly these."""
+        if self.is_chat:
+            return self._messages[index]
+        return tokens if self.speaker.dialect.takes_ids else self.speaker.text_of(tokens)
 
-    def _error(self, message: str) -> EngineError:
-        """An error about an answer, which may repeat the key."""
-        return EngineError(self.endpoint.hidden(message))
-
-    @staticmethod
-    def _pairs(choice: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-        """The likeliest first tokens of an answer, each with its logprob."""
-        given = choice.get("logprobs") or {}
-        if given.get("content"):
-            first = given["content"][0]
-            return [(entry, entry.get("logprob")) for entry in first.get("top_logprobs") or [first]]
-        tops = given.get("top_logprobs") or [{}]
-        return list((tops[0] or {}).items())
-
-    def _token_id(self, entry: Any) -> int | None:
-        """Id of a token that a server names by its id or its text; None if several tokens have that text."""
-        if isinstance(entry, Mapping):
-            if isinstance(entry.get("id"), int):
-                return int(entry["id"])
-            entry = entry.get("token")
-        numbered = _NUMBERED.fullmatch(str(entry))
-        return int(numbered[1]) if numbered else self._by_text.get(str(entry))
-
-    @cached_property
-    def _by_text(self) -> dict[str, int]:
-        texts: dict[str, set[int]] = {}
-        for index in range(len(self._tokenizer)):
-            for text in (self._tokenizer.decode([index]), self._tokenizer.convert_ids_to_tokens(index)):
-                texts.setdefault(str(text), set()).add(index)
-        return {text: next(iter(ids)) for text, ids in texts.items() if len(ids) == 1}
-
-    def _token_ids(self, choice: Mapping[str, Any]) -> tuple[int, ...]:
-        """Ids of an answer's tokens, up to the first that the server does not identify."""
-        if choice.get("token_ids"):
-            return tuple(map(int, choice["token_ids"]))
-        given = choice.get("logprobs") or {}
-        found: list[int] = []
-        for entry in given.get("content") or given.get("tokens") or []:
-            index = self._token_id(entry)
-            if index is None:
-                break
-            found.append(index)
-        return tuple(found)
+    def _rows(self, arm: str, questions: Sequence[Question], index: int, position: int, prompt: Prompt) -> list[Row]:
+        """Rows from a position on, as long as the tokens of the answer are those of the question."""
+        question = questions[index]
+        asked = len(question.answered) if self.is_chat else 1
+        answer = self.speaker.answer(self.names[arm], prompt, asked)
+        if not answer.tops:
+            raise self.speaker.without_logprobs(self.names[arm])
+        following = zip(answer.ids, question.tokens[position + 1 :], strict=False)
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], following)))
+        return [
+            Row(index, position + step, values, ids)
+            for step, (ids, values) in enumerate(answer.tops[: min(asked, same + 1)])
+        ]
 
 
 @final
@@ -204,30 +141,83 @@ class EndpointEngine(OpenAiEngine):
     @classmethod
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
-        assert setting.endpoint is not None
-        assert setting.served_name is not None
-        names = {BASE: setting.base_name or setting.base.name, ADAPTER: setting.served_name}
-        tokenizer = load_tokenizer(setting.base)
-        engine = cls(setting.endpoint, names, tokenizer, setting.key_variable, setting.timeout_s)
-        listed = engine.endpoint.models()
-        others = [name for name in listed if name != setting.served_name]
-        if setting.base_name is None and listed and setting.base.name not in listed and len(others) == 1:
-            engine.names[BASE] = others[0]
-        absent = [name for name in engine.names.values() if listed and name not in listed]
-        if absent:
-            served = engine.endpoint.hidden(", ".join(listed))
-            raise ConfigError(
-                f"{engine.endpoint.url} serves {served}, and not {', '.join(absent)}; name the adapter with "
-                "--served-name and its base model with --base-name."
+        with _opened(setting) as (speaker, names):
+            if speaker.dialect.is_chat and not setting.messages:
+                raise ConfigError(
+                    f"{speaker.endpoint.url} answers chats only, and the base model's tokenizer has no chat template, "
+                    "so PyTorch cannot be asked the same; use the tokenizer of the server's model (--model), or start "
+                    "the server so that it answers /v1/completions."
+                )
+            yield cls(speaker, names, setting.messages)
+
+
+def takes_chats_only(setting: Setting) -> bool:
+    """Whether the server at --endpoint answers chats alone; False as well if it cannot be asked."""
+    try:
+        with _opened(setting) as (speaker, _):
+            return speaker.dialect.is_chat
+    except LoraOverError:  # it will be told when the engine is asked
+        return False
+
+
+def as_chats(tokenizer: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
+    """Tokens of chats whose messages are these prompts, and the messages.
+
+    Without a chat template the prompts stay as they are, and there are no messages.
+    """
+    if tokenizer.chat_template is None:
+        return list(prompts), ()
+    messages = tuple(str(tokenizer.decode(list(prompt), skip_special_tokens=True)) for prompt in prompts)
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": each}], tokenize=False, add_generation_prompt=True)
+        for each in messages
+    ]
+    return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts], messages
+
+
+@contextmanager
+def _opened(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
+    """The server, and the name of each arm's model there."""
+    assert setting.endpoint is not None
+    assert setting.served_name is not None
+    endpoint = Endpoint(setting.endpoint, setting.key_variable, timeout_s=setting.timeout_s)
+    try:
+        listed = endpoint.models()
+        names = {BASE: _base_name(setting, setting.served_name, listed), ADAPTER: setting.served_name}
+        absent = [name for name in names.values() if listed and name not in listed]
+        unlisted = ConfigError(
+            endpoint.hidden(
+                f"{endpoint.api} serves {', '.join(listed)}, and not {', '.join(absent)}; name the adapter "
             )
-        try:
-            yield engine
-        finally:
-            engine.endpoint.close()
+            + "with --served-name and its base model with --base-name."
+        )
+        if names[BASE] in absent:
+            raise unlisted
+        speaker = Speaker(endpoint, load_tokenizer(setting.base), names[BASE])
+        if absent and not speaker.has(names[ADAPTER]):  # some servers load an adapter when it is first asked for
+            raise unlisted
+        yield speaker, names | _other_adapter(speaker, names, listed)
+    finally:
+        endpoint.close()
 
 
-def _places(questions: Sequence[Question]) -> list[tuple[int, int]]:
-    return [(index, position) for index, question in enumerate(questions) for position in question.answered]
+def _base_name(setting: Setting, served_name: str, listed: Mapping[str, str | None]) -> str:
+    """Name of the base model on the server: as it was given or is listed, or else the only other name there."""
+    name = setting.base_name or setting.base.name
+    alike = [each for each in listed if is_same_model(each, name)]
+    others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, served_name)]
+    if name in listed or setting.base_name is not None:
+        return name
+    return next((found[0] for found in (alike, others) if len(found) == 1), name)
+
+
+def _other_adapter(speaker: Speaker, names: Mapping[str, str], listed: Mapping[str, str | None]) -> dict[str, str]:
+    """Name of an adapter that the server has beside the one in question: one that answers, if the list has any."""
+    told = [name for name, parent in listed.items() if parent is not None] or list(listed)
+    others = [name for name in told if not any(is_same_model(name, known) for known in names.values())]
+    with suppress(EngineError):
+        return {OTHER: others[0]} if others and speaker.has(others[0]) else {}
+    return {}
 
 
 def _at_once(ask: Callable[[Asked], Answered], items: Sequence[Asked]) -> list[Answered]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
+from loraover.client.dialects import Speaker
+from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ExportError
 from loraover.models.load import load_tokenizer
 from loraover_export.vllm.run import export_vllm
@@ -54,7 +56,8 @@ class Vllm(OpenAiEngine):
             base = next(name for name in server.models() if name not in server.names)
             key = KEY_VARIABLE if server.asks_for_key else None
             names = {BASE: base, ADAPTER: server.names[0]}
-            engine = cls(server.url, names, load_tokenizer(setting.base), key, setting.timeout_s)
+            endpoint = Endpoint(server.url, key, timeout_s=setting.timeout_s)
+            engine = cls(Speaker(endpoint, load_tokenizer(setting.base), base), names)
             engine.version = server.version()
             yield engine
 
