@@ -82,8 +82,26 @@ SERVING = (
     ),
     Mutant(
         "verify-mixed-batch-beside-itself",
-        "zip(mixed[arm], apart[arm], strict=True)",
-        "zip(mixed[arm], mixed[arm], strict=True)",
+        "row for row in apart[arm]}",
+        "row for row in mixed[name]}",
         Selection("test_verify_endpoint.py", "mixed_batch"),
+    ),
+    Mutant(
+        "verify-a-chat-is-compared-beyond-its-first-other-token",
+        "answer.tops[: min(asked, same + 1)]",
+        "answer.tops[:asked]",
+        Selection("test_verify_dialects.py", "wrong_one_differs and chats"),
+    ),
+    Mutant(
+        "client-an-asked-pause-is-not-kept",
+        "told = error.pause_s if self._repeats else None",
+        "told = None",
+        Selection("test_endpoint.py", "pause"),
+    ),
+    Mutant(
+        "client-a-trickle-has-no-deadline",
+        "timer.start()",
+        "timer.cancel()",
+        Selection("test_endpoint.py", "trickles"),
     ),
 )

@@ -37,6 +37,9 @@ def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
     print(f"\n{found.verdict}: {found.reason}")
     assert (found.number_format, found.compared) == ("fp32", "top tokens")
     assert_as_trained(found)
+    assert found.mixed is not None
+    assert found.mixed.other is not None
+    print(found.mixed)
     assert found.greedy is not None
     assert found.greedy.equal == 1
     assert (tmp_path / "out" / "vllm.log").is_file()

@@ -163,7 +163,7 @@ def _distances_table(results: Sequence[EngineResult]) -> Table:
             *(short(r.effect), short(r.base.rms if r.base else None), r.number_format or "-"),
             "-" if r.greedy is None else f"{100 * r.greedy.equal:.0f} %",
             short(r.greedy.gap if r.greedy else None),
-            short(r.mixed.base.rms if r.mixed else None),
+            short(r.mixed.rms if r.mixed else None),
             *(r.compared or "-", f"{r.seconds:.0f}"),
         )
         for r in results

@@ -52,6 +52,11 @@ class MixedBatch(Model):
         "None if the engine has no other adapter",
     )
 
+    @property
+    def rms(self) -> float:
+        """The largest of the distances, in nats."""
+        return max(each.rms for each in (self.base, self.adapter, self.other) if each is not None)
+
 
 class Greedy(Model):
     """Greedy answers of the adapter, token by token, beside PyTorch's."""

@@ -185,12 +185,8 @@ def _opened(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
         listed = endpoint.models()
         names = {BASE: _base_name(setting, setting.served_name, listed), ADAPTER: setting.served_name}
         absent = [name for name in names.values() if listed and name not in listed]
-        unlisted = ConfigError(
-            endpoint.hidden(
-                f"{endpoint.api} serves {', '.join(listed)}, and not {', '.join(absent)}; name the adapter "
-            )
-            + "with --served-name and its base model with --base-name."
-        )
+        served = endpoint.hidden(f"{endpoint.api} serves {', '.join(listed)}, and not {', '.join(absent)}")
+        unlisted = ConfigError(f"{served}; name the adapter with --served-name and its base model with --base-name.")
         if names[BASE] in absent:
             raise unlisted
         speaker = Speaker(endpoint, load_tokenizer(setting.base), names[BASE])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
 
@@ -12,9 +12,10 @@ from loraover.client.dialects import Speaker
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ExportError
 from loraover.models.load import load_tokenizer
+from loraover_export.combine.combine import combine_adapters
 from loraover_export.vllm.run import export_vllm
 from loraover_serve.engines.installed import vllm_hint
-from loraover_serve.verify.answers import ADAPTER, BASE
+from loraover_serve.verify.answers import ADAPTER, BASE, OTHER
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.engines.endpoint import OpenAiEngine
 from loraover_serve.vllm.serve import serve_adapters
@@ -44,7 +45,7 @@ class Vllm(OpenAiEngine):
         if not any(option.replace("_", "-").startswith("--max-model-len") for option in options):
             options += ["--max-model-len", str(setting.longest + ROOM)]
         with serve_adapters(
-            folder,
+            [folder, *_opposite(folder)],
             model=setting.base.location,
             vllm=setting.vllm,
             port=free_port(LOOPBACK),  # not vLLM's usual one, which a server that starts meanwhile would take as well
@@ -55,11 +56,20 @@ class Vllm(OpenAiEngine):
         ) as server:
             base = next(name for name in server.models() if name not in server.names)
             key = KEY_VARIABLE if server.asks_for_key else None
-            names = {BASE: base, ADAPTER: server.names[0]}
+            names = {BASE: base, **dict(zip((ADAPTER, OTHER), server.names, strict=False))}
             endpoint = Endpoint(server.url, key, timeout_s=setting.timeout_s)
             engine = cls(Speaker(endpoint, load_tokenizer(setting.base), base), names)
             engine.version = server.version()
             yield engine
+
+
+def _opposite(adapter: Path) -> list[Path]:
+    """A second adapter beside the given one, to mix batches of two: its negative; none if it has more than A and B."""
+    other = adapter.with_name(OTHER)
+    with suppress(ExportError):
+        combine_adapters([adapter], other, weights=[-1.0])
+        return [other]
+    return []
 
 
 def export_uniform(setting: Setting) -> Path:
