@@ -69,7 +69,7 @@ class Generated:
 
     Args:
         ids: Token ids, up to the first that the server does not identify.
-        tops: Ids of the likeliest tokens, and their logprobs in nats, at each place of the answer.
+        tops: Ids of the likeliest tokens, and their logprobs in nats, at the first places of the answer.
     """
 
     ids: tuple[int, ...]
@@ -127,20 +127,21 @@ class Speaker:
             "verify with an engine that runs here (--engine)."
         )
 
-    def answer(self, model: str, prompt: Prompt, tokens: int) -> Generated:
+    def answer(self, model: str, prompt: Prompt, tokens: int, *, scored: int = 0) -> Generated:
         """The greedy answer of a model to a prompt in the form that the dialect takes.
 
         Args:
             model: Name of the model on the server.
             prompt: Token ids or text.
             tokens: Number of tokens to generate; a server may end an answer before.
+            scored: Number of the first places whose logprobs are read.
 
         Raises:
             EngineError: A refusal, or an answer of another model or in another form.
         """
         choice = self._choice(self.dialect, model, prompt, tokens)
         with self.endpoint.readable(model, choice):
-            return Generated(self._ids(choice), [self._logprobs(model, pairs) for pairs in _tops(choice)])
+            return Generated(self._ids(choice), [self._logprobs(model, pairs) for pairs in _tops(choice)[:scored]])
 
     def text_of(self, tokens: Sequence[int]) -> str | None:
         """The text that the tokenizer turns into these tokens; None if there is none."""

@@ -88,8 +88,8 @@ SERVING = (
     ),
     Mutant(
         "verify-a-chat-is-compared-beyond-its-first-other-token",
-        "answer.tops[: min(asked, same + 1)]",
-        "answer.tops[:asked]",
+        "answer.tops[: same + 1]",
+        "answer.tops",
         Selection("test_verify_dialects.py", "wrong_one_differs and chats"),
     ),
     Mutant(

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.process
 STARTED = 4  # completions that show that a server and its adapters are up: one for each arm
 BLOCK = 2 * 4
 FAULTS = {
-    "dies": "no answer from",
+    "dies": "no answer:",
     "hangs": "timed out",
     "answers 500": "the server answered 500",
     "breaks off the error": "the server answered 500: its explanation broke off",

@@ -119,15 +119,12 @@ class OpenAiEngine(VerifyEngine):
         """Rows from a position on, as long as the tokens of the answer are those of the question."""
         question = questions[index]
         asked = len(question.answered) if self.is_chat else 1
-        answer = self.speaker.answer(self.names[arm], prompt, asked)
+        answer = self.speaker.answer(self.names[arm], prompt, asked, scored=asked)
         if not answer.tops:
             raise self.speaker.without_logprobs(self.names[arm])
         following = zip(answer.ids, question.tokens[position + 1 :], strict=False)
         same = len(list(takewhile(lambda pair: pair[0] == pair[1], following)))
-        return [
-            Row(index, position + step, values, ids)
-            for step, (ids, values) in enumerate(answer.tops[: min(asked, same + 1)])
-        ]
+        return [Row(index, position + step, values, ids) for step, (ids, values) in enumerate(answer.tops[: same + 1])]
 
 
 @final
