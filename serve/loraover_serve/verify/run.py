@@ -19,9 +19,9 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError
 from loraover.common.provenance import today
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
-from loraover.common.reporter import SILENT, Reporter
 from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_export.numerics.delta import other_tensors
