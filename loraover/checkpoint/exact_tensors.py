@@ -16,6 +16,7 @@ from loraover.checkpoint.error_bounds import gamma, unit_roundoff
 from loraover.checkpoint.expert_stacks import ExpertWeight
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base, site_key, site_name
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
+from loraover.common.paths import kind_of
 from loraover.common.threads import one_thread
 from loraover.overparam.decompositions import Decomposition
 
@@ -123,7 +124,7 @@ def read_source(path: Path) -> Checkpoint | AdapterDir:
     Raises:
         CheckpointError: The folder holds neither, or its files cannot be trusted.
     """
-    return read_checkpoint(path) if (path / META_FILE).exists() else read_adapter_dir(path)
+    return read_checkpoint(path) if kind_of(path / META_FILE) is not None else read_adapter_dir(path)
 
 
 def adapter_of(source: Checkpoint | AdapterDir) -> AdapterDir:

@@ -45,7 +45,7 @@ KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
 def _are_patterns(patterns: dict[str, T]) -> dict[str, T]:
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            path_pattern(pattern)
         except re.error as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
     return patterns
@@ -335,6 +335,15 @@ def _check_pairs(adapter: AdapterDir) -> None:
 def first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
     """Return the value of the first pattern that matches the end of a module's path, as in PEFT, or the default."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if path_pattern(key).match(module):
             return float(value)
     return default
+
+
+def path_pattern(key: str) -> re.Pattern[str]:
+    """Return a pattern of PEFT's configuration as PEFT compiles it, for the end of a module's path.
+
+    Raises:
+        re.error: It is not a regular expression there, such as one with flags of its own, like `(?i)`.
+    """
+    return re.compile(rf"(.*\.)?({key})$")

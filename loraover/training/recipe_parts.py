@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from loraover.checkpoint.peft_adapter import path_pattern
+
 SOAP = "soap"
 """Name of the optimizer that transformers does not have."""
 
@@ -90,9 +92,10 @@ class Lora(Part):
     @field_validator("target_modules", "rank_pattern", "alpha_pattern")
     @classmethod
     def _are_patterns(cls, value: Any) -> Any:
+        compiled = re.compile if isinstance(value, str) else path_pattern
         for pattern in [value] if isinstance(value, str) else () if isinstance(value, list) else value:
             try:
-                re.compile(pattern)
+                compiled(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression, which PEFT expects: {error}") from error
         return value

@@ -109,6 +109,15 @@ def test_queries_and_keys_have_their_own_numbers_of_heads(tmp_path: Path) -> Non
 # The file
 
 
+def test_an_embeddings_a_of_rank_1(tmp_path: Path) -> None:
+    """It is transposed, and one row has the same bytes as one column, but not the same strides."""
+    made = make_gguf(tmp_path, "Llama", r=1, rank_pattern={}, alpha_pattern={}, target_modules=["embed_tokens"])
+    export_gguf(made.adapter, tmp_path / "out.gguf")
+    stored = load_file(made.adapter / "adapter_model.safetensors")
+    found = read_tensors(tmp_path / "out.gguf")["token_embd.weight.lora_a"]
+    assert torch.equal(found, stored["base_model.model.model.embed_tokens.lora_embedding_A"].mT)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_every_element_is_rounded_once(dtype: str, made: GgufMade, tmp_path: Path) -> None:
     """The oracle scales in float64, pads with zeros, and rounds by `rint`; values are bit for bit its own."""

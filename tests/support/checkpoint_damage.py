@@ -174,6 +174,7 @@ WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "rank_pattern text": (config(rank_pattern={"q_proj": "x"}), ("rank_pattern.q_proj: ",)),
     "rank_pattern zero": (config(rank_pattern={"q_proj": 0}), ("rank",)),
     "rank_pattern no pattern": (config(rank_pattern={"(": 4}), ("rank_pattern",)),
+    "rank_pattern inline flags": (config(rank_pattern={"(?i)q": 4}), ("rank_pattern", "'(?i)q' is not a regular exp")),
     "alpha_pattern no pattern": (config(alpha_pattern={"[": 4.0}), ("alpha_pattern",)),
     "alpha_pattern NaN": (config(alpha_pattern={"q_proj": NAN}), ()),
     "base a number": (config(base_model_name_or_path=4), ("base_model_name_or_path: ",)),

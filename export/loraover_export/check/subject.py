@@ -23,6 +23,7 @@ from loraover.checkpoint.peft_adapter import (
 )
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover.models.load import load_config, resolve_model
 from loraover_export.vllm.served import ServedModel, read_served
@@ -130,7 +131,7 @@ def read_subject(path: Path, model: str | None) -> Subject:
         CheckpointError: no adapter, or files that cannot be read.
         ConfigError: no base model, or one that transformers cannot build.
     """
-    if not path.is_dir():
+    if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
     config = read_json(path / CONFIG_FILE, _Config)
     with open_tensors(path / TENSORS_FILE) as file:

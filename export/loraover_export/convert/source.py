@@ -17,6 +17,7 @@ from torch import Tensor
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError
+from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover_export.convert.base_weights import BaseWeights, is_conv1d, is_embedding
 
@@ -67,7 +68,7 @@ def read_peft_type(path: Path) -> str:
     Raises:
         CheckpointError: the folder holds no adapter.
     """
-    if not path.is_dir():
+    if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
     return read_json(path / CONFIG_FILE, MethodConfig).peft_type
 

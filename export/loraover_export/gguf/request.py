@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraover.common.atomic_output import check_file_writable, check_free
 from loraover.common.errors import ConfigError, EngineError, OutputError
+from loraover.common.paths import kind_of
 from loraover_export.gguf.header import read_header
 
 
@@ -36,11 +37,17 @@ class GgufRequest:
             raise ConfigError(f"--output: {self.output.name!r} cannot name the adapter; choose printable characters.")
 
     def check_output(self) -> None:
-        """Raise OutputError unless a new file can be written, or replace a GGUF adapter if `force` is true."""
+        """Check that a new file can be written, or replace a GGUF adapter if `force` is true.
+
+        Raises:
+            ConfigError: the path is too long, or a folder on it may not be entered.
+            OutputError: the file cannot be written, or another one is there.
+        """
         target = self.output.absolute()
-        if target.is_dir():
+        found = kind_of(target)
+        if found == "folder":
             raise OutputError(f"{target} is a folder; name a file in it, such as {target / 'adapter.gguf'}.")
-        if self.force and target.is_file() and not target.is_symlink():
+        if self.force and found == "file" and not target.is_symlink():
             if not _is_adapter(target):
                 raise OutputError(
                     f"{target} holds no GGUF adapter, and --force replaces GGUF adapters only; choose another output."

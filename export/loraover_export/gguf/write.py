@@ -143,5 +143,6 @@ def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mappi
 
 def _bytes(matrix: Tensor) -> npt.NDArray[np.uint8]:
     """Return a tensor's bytes, row by row, in the machine's order, which GGUF shares on every machine that runs it."""
-    raw: npt.NDArray[np.uint8] = matrix.contiguous().view(torch.uint8).numpy()
+    rows = matrix.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps the strides of a single column
+    raw: npt.NDArray[np.uint8] = rows.view(torch.uint8).numpy()
     return raw
