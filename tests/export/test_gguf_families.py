@@ -56,6 +56,26 @@ def test_heads_that_are_rotated_in_part(tmp_path: Path) -> None:
     assert apart(engine_logits(made.base_gguf), made.base_logits()) <= allowed(made)
 
 
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("SmolLM3", {"num_hidden_layers": 8}),
+        ("Gemma3", {"num_hidden_layers": 6, "sliding_window": 6, "rope_parameters": {"sliding_attention": ROPE}}),
+        ("Gemma3", {"final_logit_softcapping": 0.5}),
+    ],
+)
+def test_layers_that_differ(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Some layers are not rotated, look back less far, or rotate at another rate; and logits that are capped."""
+    rope = changes.get("rope_parameters", {})
+    full = {"rope_parameters": rope | {"full_attention": ROPE | {"rope_theta": 1e6}}} if rope else {}
+    made = make_gguf(tmp_path, family, changes=changes | full)
+    layers = changes.get("num_hidden_layers", 2)
+    assert apart(engine_logits(made.base_gguf), made.base_logits()) <= layers / 2 * allowed(made)
+
+
 def test_a_router_alone(tmp_path: Path) -> None:
     """It is named by its weight, as the experts are, and its pair is that of a linear layer."""
     made = make_gguf(tmp_path, "Qwen3Moe", target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])

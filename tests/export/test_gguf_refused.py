@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loraover.common.errors import ExportError
 from loraover_export.gguf import check, run
 from loraover_export.gguf.base import write_base
 
@@ -146,6 +147,30 @@ def test_another_base_model_is_refused(source: Path, tmp_path: Path, refused: Re
     tiny_decoder("Llama", intermediate_size=80).save_pretrained(tmp_path / "wide")
     refused(source, "--model", str(tmp_path / "wide"), named=("(64, 96) in the adapter and (64, 80)", "--model"))
     refused(source, "--model", str(tmp_path / "absent"), named=("absent",))
+
+
+SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6, "use_sliding_window": True}
+OTHER_MODELS: list[tuple[str, dict[str, Any], str]] = [
+    ("SmolLM3", {"no_rope_layer_interval": 2}, "no_rope_layers"),
+    ("SmolLM3", {"no_rope_layers": [0, 0]}, "no_rope_layers"),
+    ("Qwen2", SLIDING, "layer_types"),
+    ("Gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+    ("Gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar"),
+    ("Gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping"),
+    ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("Gemma", {"hidden_act": "relu"}, "hidden_act"),
+    ("Llama", {"hidden_act": "gelu"}, "hidden_act"),
+]
+"""Models whose files llama.cpp would load, and compute with what it knows of the family instead."""
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), OTHER_MODELS)
+def test_a_model_that_llama_cpp_computes_otherwise_is_not_written(
+    family: str, changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=rf"{named} is .* llama\.cpp computes every .* with"):
+        write_base(tiny_base(family, **changes), tmp_path / "base.gguf")
+    assert not (tmp_path / "base.gguf").exists()
 
 
 # Outputs

@@ -137,6 +137,15 @@ def test_settings_at_the_top_level_are_not_lost(base: Path, tmp_path: Path) -> N
     assert lost_settings(resolve_model(str(moved))) == {}
 
 
+@pytest.mark.parametrize("family", ["Glm4", "Phi", "Phi3", "StableLm"])
+def test_heads_that_are_rotated_in_part_are_not_lost(family: str, tmp_path: Path) -> None:
+    """mlx-lm reads their share at the top level, and has a default for each family."""
+    names = [f"{family}ForCausalLM"]
+    getattr(transformers, f"{family}Config")(partial_rotary_factor=0.3, architectures=names).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text()) | lost_settings(resolve_model(str(tmp_path)))
+    assert found["partial_rotary_factor"] == 0.3
+
+
 def test_an_output_is_replaced_only_if_it_is_an_export(adapter: Path, tmp_path: Path) -> None:
     export_mlx(adapter, tmp_path / "out")
     with pytest.raises(OutputError):

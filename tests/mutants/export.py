@@ -213,4 +213,10 @@ EXPORT = (
         "zip(reversed(names), b.chunk(len(names), dim=1), strict=True)}",
         Selection("test_gguf_families.py", "logits"),
     ),
+    Mutant(
+        "llama.cpp is trusted to leave out any layer's rotation",
+        "([int(k % 4 != 0) for k in layers],)",
+        "(config.no_rope_layers,)",
+        Selection("test_gguf_refused.py", "computes_otherwise"),
+    ),
 )

@@ -137,7 +137,10 @@ REFUSED: dict[str, tuple[Refused, str]] = {
     ),
     "a shell's pattern for PEFT": (lambda t, b: {"lora": {"target_modules": "*.q_proj"}}, "not a regular expression"),
     "a wrong pattern of ranks": (lambda t, b: {"lora": {"rank_pattern": {"(": 4}}}, "not a regular expression"),
-    "a pattern of ranks with flags": (lambda t, b: {"lora": {"rank_pattern": {"(?i)q": 4}}}, "not a regular expression"),
+    "a pattern of ranks with flags": (
+        lambda t, b: {"lora": {"rank_pattern": {"(?i)q": 4}}},
+        "not a regular expression",
+    ),
     "a start that changes the base": (lambda t, b: {"lora": {"init_lora_weights": "pissa"}}, "no fold would be"),
     "content in parts": (
         lambda t, b: with_rows(t, {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "text", "text": "2"}]}]}),

@@ -31,7 +31,8 @@ def write_base(model: Any, path: Path) -> Path:
         path: the new file.
 
     Raises:
-        ExportError: a family that is not known here, or rotary embeddings with a scaling.
+        ExportError: a family that is not known here, rotary embeddings with a scaling, or settings for which llama.cpp
+            has a constant in this family.
         OSError: the file cannot be written.
     """
     import gguf
@@ -39,6 +40,7 @@ def write_base(model: Any, path: Path) -> Path:
     config = model.config.get_text_config()
     name = type(model).__name__
     family = find_family(name, model.name_or_path or name)
+    _check_constants(config, family.name)
     rope = _rope(config, model.name_or_path or name)
     with closing(gguf.GGUFWriter(path, family.name)) as writer:
         writer.add_type("model")
@@ -54,6 +56,41 @@ def write_base(model: Any, path: Path) -> Path:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     return path
+
+
+def _check_constants(config: Any, name: str) -> None:
+    """Refuse settings that no key of the file holds: llama.cpp would load it, and compute with its own constant."""
+    for field, expected in _constants(config, name).items():
+        found = getattr(config, field, expected[0])
+        if found not in expected:
+            raise ExportError(
+                f"{field} is {found!r:.80}, and llama.cpp computes every {name} with {expected[0]!r:.80}; the model "
+                "cannot be written."
+            )
+
+
+def _constants(config: Any, name: str) -> dict[str, tuple[Any, ...]]:
+    """Return what llama.cpp takes for granted in a family, by field, each with other values that mean the same."""
+    layers = range(1, config.num_hidden_layers + 1)
+    period = {"gemma2": 2, "gemma3": 6}.get(name, 1)
+    found: dict[str, tuple[Any, ...]] = {
+        "layer_types": (["sliding_attention" if k % period else "full_attention" for k in layers],)
+    }
+    if name == "qwen3moe":
+        found |= {"norm_topk_prob": (True,), "sliding_window": (None,)}
+    if name == "smollm3":
+        found["no_rope_layers"] = ([int(k % 4 != 0) for k in layers],)
+    if not name.startswith("gemma"):
+        return found | {"hidden_act": ("silu", "swish")}
+    gelu, size = ("gelu_pytorch_tanh", "gelu"), _head_size(config)
+    found["use_bidirectional_attention"] = (False, None)
+    if name == "gemma":
+        return found | {"hidden_act": gelu}
+    if config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[name]:  # those of 27 billion parameters
+        size = config.hidden_size // config.num_attention_heads
+    found |= {"hidden_activation": gelu, "query_pre_attn_scalar": (size,)}
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if name == "gemma2" else {}
+    return found | {field: (getattr(config, field) or cap,) for field, cap in caps.items()}
 
 
 def _rope(config: Any, model: str) -> dict[str, Any]:
@@ -96,6 +133,12 @@ def _add_family(writer: Any, config: Any, name: str) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if name in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
+    if name == "gemma3":
+        rope = getattr(config, "rope_parameters", None)  # since transformers 5
+        local = config.rope_local_base_freq if rope is None else rope["sliding_attention"]["rope_theta"]
+        writer.add_float32("gemma3.rope.freq_base_swa", float(local))
+        if config.final_logit_softcapping is not None:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if name == "phi3":
         writer.add_sliding_window(0)
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
@@ -105,11 +148,6 @@ def _add_family(writer: Any, config: Any, name: str) -> None:
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
     if name == "qwen3moe":
-        if not config.norm_topk_prob:
-            raise ExportError(
-                "norm_topk_prob is false, and llama.cpp normalises the weights of chosen experts of every qwen3moe; "
-                "the model cannot be written."
-            )
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)

@@ -136,8 +136,8 @@ def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
 def lost_settings(source: ModelSource) -> dict[str, Any]:
     """Return what mlx-lm would not find in a base model's `config.json`.
 
-    transformers 5 writes rotary embeddings into `rope_parameters`, and many models of mlx-lm 0.32 read `rope_theta`
-    and `rope_scaling` at the top level only: without a message, they take their own defaults.
+    transformers 5 writes rotary embeddings into `rope_parameters`, and many models of mlx-lm 0.32 read `rope_theta`,
+    `partial_rotary_factor` and `rope_scaling` at the top level only: without a message, they take their own defaults.
 
     Args:
         source: the base model.
@@ -150,9 +150,7 @@ def lost_settings(source: ModelSource) -> dict[str, Any]:
     raw, _ = PretrainedConfig.get_config_dict(source.location, revision=source.revision)
     rope = raw.get("rope_parameters") or {}
     whole = rope.get("full_attention", rope)
-    found: dict[str, Any] = {}
-    if "rope_theta" in whole:
-        found["rope_theta"] = whole["rope_theta"]
+    found = {key: whole[key] for key in ("rope_theta", "partial_rotary_factor") if key in whole}
     if whole.get("rope_type", "default") != "default":
         found["rope_scaling"] = whole
     if "rope_theta" in rope.get("sliding_attention", {}):
