@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
@@ -55,12 +55,17 @@ Patterns = Annotated[dict[str, T], AfterValidator(_are_patterns)]
 """Values by regular expressions of module paths, as `first_match` reads them."""
 
 
+Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+"""Tasks by PEFT's names; PEFT loads no adapter of another one."""
+
+
 class AdapterConfig(BaseModel):
     """The fields of PEFT's LoraConfig that decide what an adapter computes; other fields are kept unread."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: str
+    task_type: Task | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     r: int = Field(8, ge=1)
@@ -330,6 +335,27 @@ def _check_pairs(adapter: AdapterDir) -> None:
             raise CheckpointError(
                 f"{where}: {key} has rank {rank}, but {CONFIG_FILE} gives {module} rank {adapter.config.rank(module)}."
             )
+
+
+def alike_module(path: str, names: Iterable[str]) -> str | None:
+    """Return a module of a base model whose path differs from the given one by a prefix; None if there is none."""
+    return next(
+        (
+            name
+            for name in names
+            if "." in path and "." in name and (name.endswith(f".{path}") or path.endswith(f".{name}"))
+        ),
+        None,
+    )
+
+
+def if_missing(path: str, names: Iterable[str]) -> str:
+    """Return what to do about an adapted module that the base model does not have, to end a message."""
+    alike = alike_module(path, names)
+    if alike is None:
+        return "name the model that the adapter was trained on with --model"
+    head = "without its head" if len(alike) > len(path) else "with a head"
+    return f"it has {alike}, so the adapter may have been trained on the model {head}. Rename its tensors to that"
 
 
 def first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, on_base, open_exact
 from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, if_missing, site_key
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
 from loraover.overparam.expert_part import SIDES
@@ -316,8 +316,8 @@ def target_module(base: nn.Module, module: str, n: int, m: int, adapter: Adapter
         target = base.get_submodule(module)
     except AttributeError as error:
         raise CheckpointError(
-            f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}; the adapter was "
-            f"trained on {adapter.config.base_model_name_or_path!r}. Name that model with --model."
+            f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}, and the adapter was "
+            f"trained on {adapter.config.base_model_name_or_path!r}; {if_missing(module, dict(base.named_modules()))}."
         ) from error
     match target:
         case nn.Linear():

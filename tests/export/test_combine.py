@@ -269,6 +269,21 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         [],
         "merge it into its base model with `loraover export merge`",
     ),
+    "trained tokens": (
+        lambda f: edit_json(f / CONFIG, lambda c: c.update(trainable_token_indices=[1, 2])),
+        [],
+        "or make it a plain LoRA with `loraover export convert`.",
+    ),
+    "a single parameter": (
+        lambda f: edit_json(f / CONFIG, lambda c: c.update(target_parameters=["experts.up"])),
+        [],
+        "or merge it with PEFT.",
+    ),
+    "aLoRA": (
+        lambda f: edit_json(f / CONFIG, lambda c: c.update(alora_invocation_tokens=[1, 2])),
+        [],
+        "or serve it with PEFT.",
+    ),
     "a changed base": (
         lambda f: edit_json(f / CONFIG, lambda c: c.update(init_lora_weights="pissa")),
         [],

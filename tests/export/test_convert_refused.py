@@ -87,6 +87,7 @@ CHANGES: dict[str, tuple[Change, dict[str, Any], type[Exception], str]] = {
         "has no such module",
     ),
     "biases": (dict, {"bias": "all"}, ExportError, "biases were trained too"),
+    "an unknown task": (dict, {"task_type": "GUESSING"}, CheckpointError, "task_type: .*'CAUSAL_LM'.*'GUESSING'"),
     "an unknown field": (dict, {"twisted": True}, ExportError, "a field that this version does not know"),
     "a variant": (dict, {"target_parameters": ["experts"]}, ExportError, "an adapter of single parameters"),
     "a whole module": (
@@ -170,6 +171,10 @@ LORAS: dict[str, tuple[Source, str]] = {
             base="gpt2",
         ),
         "OLoRA of a Conv1D is not converted.*merge_and_unload",
+    ),
+    "trained tokens of both tied ends": (
+        Source("TRAINABLE_TOKENS", {"token_indices": [3], "target_modules": ["embed_tokens", "lm_head"]}, base="tied"),
+        r"lm_head: it has trained tokens twice, .* shares its weight .* train with the embedding alone",
     ),
     "trained tokens beside a lora of a tied head": (
         Source("LORA", {"r": 2, "target_modules": ["lm_head"], "trainable_token_indices": [3, 5, 9]}, base="tied"),

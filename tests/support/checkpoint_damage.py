@@ -170,6 +170,7 @@ WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "use_rslora text": (config(use_rslora="off"), ("use_rslora: ",)),
     "use_rslora number": (config(use_rslora=1), ("use_rslora: ",)),
     "use_dora text": (config(use_dora="off"), ("use_dora: ",)),
+    "a task that PEFT lacks": (config(task_type="GUESSING"), ("task_type: ", "'CAUSAL_LM'", "'GUESSING'")),
     "rank_pattern list": (config(rank_pattern=[4]), ("rank_pattern: ",)),
     "rank_pattern text": (config(rank_pattern={"q_proj": "x"}), ("rank_pattern.q_proj: ",)),
     "rank_pattern zero": (config(rank_pattern={"q_proj": 0}), ("rank",)),

@@ -87,6 +87,12 @@ SOURCES: dict[str, Source] = {
         error=SINGLE,
         base="even",
     ),
+    "vblora with the top 1 only": Source(
+        "VBLORA",
+        {"r": 3, "num_vectors": 16, "vector_length": 4, "topk": 1, "save_only_topk_weights": True},
+        error=SINGLE,
+        base="even",
+    ),
     "loha": Source("LOHA", {"r": 3, "alpha": 7}, error=SINGLE),
     "loha with patterns": Source(
         "LOHA", {"r": 3, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 5}}, error=SINGLE

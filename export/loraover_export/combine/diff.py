@@ -22,9 +22,9 @@ from loraover.common.threads import workers
 from loraover.models.device import choose_compute
 from loraover_export.combine.diff_logits import compare_logits
 from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
-from loraover_export.combine.sources import MERGE, Sources, deltas_of, read_sources
+from loraover_export.combine.sources import Sources, deltas_of, read_sources
 from loraover_export.logits.prompts import read_prompts
-from loraover_export.numerics.delta import Delta, check_no_bias, other_tensors
+from loraover_export.numerics.delta import Delta, adapted_modules, check_no_bias, other_tensors
 from loraover_export.numerics.low_rank import (
     Svd,
     concatenate,
@@ -33,7 +33,7 @@ from loraover_export.numerics.low_rank import (
     principal_angles,
     product_norm,
 )
-from loraover_export.uniform.refusals import check_fields
+from loraover_export.uniform.refusals import check_fields, has_targets
 
 COMPARED = {"bias", "modules_to_save", "trainable_token_indices"}
 """Fields of parameters that are compared, besides those of A and B."""
@@ -112,7 +112,9 @@ def diff_adapters(
     sources = read_sources([request.first, request.second])
     for adapter in sources.adapters:
         check_no_bias(adapter)
-        check_fields(adapter, MERGE, allowed=COMPARED | ({"target_parameters"} if adapter.stacks else set()))
+        weights = (f"{module}.weight" for module in adapted_modules(adapter))
+        present = {"target_parameters"} if has_targets(adapter, weights) else set()
+        check_fields(adapter, "compare their logits in PEFT", allowed=COMPARED | present)
     compare = _comparison(request, sources, report) if request.logits else None
     with (
         sources.opened() as opened,
@@ -144,8 +146,7 @@ def _comparison(request: DiffRequest, sources: Sources, report: Reporter) -> Cal
     Raises:
         ConfigError: adapters of different tasks.
     """
-    named = ((adapter.config.model_extra or {}).get("task_type") for adapter in sources.adapters)
-    tasks = {task for task in named if task is not None}
+    tasks = {task for adapter in sources.adapters if (task := adapter.config.task_type) is not None}
     if len(tasks) > 1:
         raise ConfigError(
             f"--logits: the adapters were trained for different tasks ({', '.join(sorted(tasks))}), whose logits "

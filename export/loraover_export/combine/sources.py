@@ -17,9 +17,14 @@ from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
 from loraover_export.numerics.delta import Delta, adapted_modules, other_tensors, read_delta
-from loraover_export.uniform.refusals import check_fields, check_tensors
+from loraover_export.uniform.refusals import HELD, check_fields, check_tensors, has_targets
 
-MERGE = "merge it into its base model with `loraover export merge`"
+MERGE = "merge it with PEFT"
+REMEDIES = {
+    **dict.fromkeys(HELD, "merge it into its base model with `loraover export merge`"),
+    "trainable_token_indices": "make it a plain LoRA with `loraover export convert`",
+}
+"""What to do instead about fields that a sum of deltas cannot hold, to follow "train without it, or "."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Sources:
     @property
     def task_type(self) -> str | None:
         """PEFT's name of the task of the first adapter that names one."""
-        return next((kind for a in self.adapters if (kind := (a.config.model_extra or {}).get("task_type"))), None)
+        return next((kind for a in self.adapters if (kind := a.config.task_type)), None)
 
     @contextmanager
     def opened(self) -> Iterator[list[ExactAdapter]]:
@@ -94,7 +99,8 @@ def check_plain(sources: Sources) -> None:
         ExportError: another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
     """
     for adapter in sources.adapters:
-        check_fields(adapter, MERGE, allowed={"target_parameters"} if adapter.stacks else ())
+        allowed = {"target_parameters"} if has_targets(adapter) else set()
+        check_fields(adapter, MERGE, allowed=allowed, remedies=REMEDIES)
         check_tensors(adapter, weight_shapes(adapter), MERGE)
 
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE, Task, if_missing
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.paths import kind_of
@@ -28,7 +28,7 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: str
-    task_type: str | None = None
+    task_type: Task | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     modules_to_save: list[str] | None = None
@@ -129,11 +129,16 @@ class Adapter(Generic[Config]):
             ExportError: the base model has no such module, or one that is neither a linear layer nor an embedding.
         """
         if path not in self.base.shapes:
-            kind = type(self.base.modules[path]).__name__ if path in self.base.modules else None
-            found = f"{self.base.source.origin} has no such module" if kind is None else f"it is a {kind} there"
+            there = self.base.modules.get(path)
+            found = (
+                f"{self.base.source.origin} has no such module; {if_missing(path, self.base.modules)}"
+                if there is None
+                else f"it is a {type(there).__name__} there; name the model that the adapter was trained on with "
+                "--model, or merge the adapter into it with PEFT"
+            )
             raise ExportError(
                 f"{self.layout.tensors_path}: {path} must be a linear layer or an embedding of the base model, but "
-                f"{found}; name the model that the adapter was trained on with --model."
+                f"{found}."
             )
         return Module(self, path)
 
@@ -198,7 +203,7 @@ class Module(Generic[Config]):
         if not self.has(name):
             raise CheckpointError(f"{where} is missing; the file is incomplete, or of another kind of adapter.")
         found = _wide(self.adapter.file, f"{KEY_PREFIX}{self.path}.{name}")
-        if 0 in found.shape and not name.startswith("lora_"):  # AdaLoRA may have pruned all ranks
+        if 0 in found.shape and 0 not in shape and not name.startswith("lora_"):  # AdaLoRA may have pruned all ranks
             raise CheckpointError(f"{where} has shape {tuple(found.shape)}; the file is incomplete.")
         if shape and (
             len(shape) != found.ndim or any(e not in (None, n) for e, n in zip(shape, found.shape, strict=True))

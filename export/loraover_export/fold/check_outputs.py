@@ -90,7 +90,7 @@ def _check_outputs(
     device: str,
     compute_dtype: str,
 ) -> OutputCertificate:
-    task, labels = _task_type(checkpoint), saved_labels(checkpoint.adapter.shapes)
+    task, labels = checkpoint.adapter.config.task_type, saved_labels(checkpoint.adapter.shapes)
     at_once = tokens_at_once(load_config(source), torch.device(device), task)
     prompts = read_prompts(source, prompts_file, at_once=at_once)
     report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
@@ -166,8 +166,3 @@ def _sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:
     tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
     copied = {id(tensors[name]) for name in but if name in tensors}
     return copy.deepcopy(model, {id(t): t for t in tensors.values() if id(t) not in copied})
-
-
-def _task_type(checkpoint: Checkpoint) -> str | None:
-    task = (checkpoint.adapter.config.model_extra or {}).get("task_type")
-    return task if isinstance(task, str) else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
 from loraover.common.errors import ExportError
 from loraover_export.gguf.target import Target
 from loraover_export.uniform.matrices import module_of
-from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors
+from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, has_targets
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with llama.cpp"
 NORM = {"norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them"}
@@ -27,19 +27,13 @@ def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
         ExportError: an adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
-    check_fields(adapter, MERGE, allowed={"target_parameters"} if _has_target_parameters(adapter) else ())
+    weights = (f"{module_of(site)}.weight" for site in adapter.sites)  # such as that of a router
+    check_fields(adapter, MERGE, allowed={"target_parameters"} if has_targets(adapter, weights) else ())
     for site in adapter.sites:
         if site.endswith("A"):
             _check_module(adapter, module_of(site), target)
-    weights = {path: module.shape for path, module in target.modules.items()}
-    return check_tensors(adapter, weights, MERGE, OTHERS | NORM)
-
-
-def _has_target_parameters(adapter: AdapterDir) -> bool:
-    """Return whether the file has pairs for all `target_parameters`: stacks, or the pair of a module's weight."""
-    entries = (adapter.config.model_extra or {}).get("target_parameters") or []
-    paths = {stack.path for stack in adapter.stacks} | {f"{module_of(site)}.weight" for site in adapter.sites}
-    return all(any(path == entry or path.endswith(f".{entry}") for path in paths) for entry in entries)
+    shapes = {path: module.shape for path, module in target.modules.items()}
+    return check_tensors(adapter, shapes, MERGE, OTHERS | NORM)
 
 
 def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
@@ -48,7 +42,8 @@ def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
         raise ExportError(f"{where}: adapts {path}, for which llama.cpp's {target.family.name} has no weight; {MERGE}.")
     module = target.modules.get(path)
     if module is None:
-        raise ExportError(f"{where}: adapts {path}, which {base} does not have; name the right base with --model.")
+        names = target.others | target.modules.keys()
+        raise ExportError(f"{where}: adapts {path}, which {base} does not have; {if_missing(path, names)}.")
     check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base)
     is_head = path == "lm_head"
     if target.tied and (module.is_embedding or is_head):

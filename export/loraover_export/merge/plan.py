@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, saved_labels
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
 from loraover_export.merge.base_files import CONFIG, UNQUANTISED, BaseFiles
 from loraover_export.numerics.delta import adapted_modules
+
+CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
+"""Classes of transformers that load a base model with the head of a task."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,7 @@ def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, 
         if key in matrices:
             continue
         if name not in parameters or tuple(parameters[name].shape) != shape:
-            raise CheckpointError(
-                f"{adapter.tensors_path}: {key} fits no parameter of the base model ({type(skeleton).__name__})."
-            )
+            raise CheckpointError(f"{adapter.tensors_path}: {key} {_misfit(skeleton, adapter)}.")
         changes[name] = (key, None)
     for module in adapted_modules(adapter):
         kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.sites else "lora_"
@@ -141,6 +142,19 @@ def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, 
         name = f"{module}.weight"
         changes[name] = (changes.get(name, (None, None))[0], module)
     return changes
+
+
+def _misfit(skeleton: Any, adapter: AdapterDir) -> str:
+    """Return why a base model has no place for a tensor of an adapter, and what to do."""
+    kind, labels = type(skeleton).__name__, saved_labels(adapter.shapes)
+    auto = CLASSIFIERS.get(adapter.config.task_type or "")
+    if auto is None or labels is None:
+        return f"fits no parameter of the base model ({kind})"
+    return (
+        f"is of the head of task_type {adapter.config.task_type}, and the base model is a {kind} without that head. "
+        f"Save it with one ({auto}.from_pretrained(..., num_labels={labels}).save_pretrained(FOLDER)), and name the "
+        "folder with --model"
+    )
 
 
 def _untied(names: _Names, changes: Mapping[str, tuple[str | None, str | None]], plain: TensorFile) -> list[str]:

@@ -29,10 +29,7 @@ from loraover_export.merge.stream import Merged, write_shard
 from loraover_export.numerics.delta import check_no_bias
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.certificate import record_source
-from loraover_export.uniform.refusals import check_fields
-
-HELD = ("bias", "modules_to_save", "ensure_weight_tying")
-"""Fields of PEFT's configuration, beyond A and B, that a merged model can hold."""
+from loraover_export.uniform.refusals import HELD, check_fields
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover_export.uniform.matrices import module_of
@@ -122,8 +122,8 @@ def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
     where, base = adapter.tensors_path, target.source.name
     if path not in target.shapes:
         raise ExportError(
-            f"{where}: adapts {path}, which is neither a linear layer nor an embedding of {base}; name the right base "
-            f"with --model, or {MERGE}."
+            f"{where}: adapts {path}, which is neither a linear layer nor an embedding of {base}; "
+            f"{if_missing(path, target.shapes)}, or {MERGE}."
         )
     check_shape(adapter, path, target.shapes[path], is_embedding=path in target.embeddings, base=base)
     if target.tied and (path in target.embeddings or path == "lm_head"):

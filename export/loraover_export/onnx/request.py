@@ -142,17 +142,11 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
         check_no_experts(adapter, "the export to ONNX")
         if request.mode == "swappable":
             check_swappable(adapter)
-    tasks = set(map(task_type, dirs))
+    tasks = {adapter.config.task_type for adapter in dirs}
     if len(tasks) > 1:
         raise ExportError(f"the sources were trained for different tasks ({', '.join(sorted(map(str, tasks)))}).")
     base = resolve_base(dirs, request.model, option="--model", say=say)
     return Inputs(adapters, base, tasks.pop())
-
-
-def task_type(adapter: AdapterDir) -> str | None:
-    """Return PEFT's name of the task that an adapter was trained for; None if it names none."""
-    task = (adapter.config.model_extra or {}).get("task_type")
-    return task if isinstance(task, str) else None
 
 
 def check_swappable(adapter: AdapterDir) -> None:

@@ -63,7 +63,7 @@ def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: lis
         target_modules,
         base_model=adapter.config.base_model_name_or_path,
         revision=adapter.config.revision,
-        task_type=(adapter.config.model_extra or {}).get("task_type"),
+        task_type=adapter.config.task_type,
     )
     is_named = adapter.config.base_model_name_or_path is not None and served.moved is None
     return config if is_named else naming(config, served)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX, AdapterDir
 from loraover.common.errors import ExportError
-from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
+from loraover_export.uniform.variants import TRAINING_ONLY, UNMERGED, VARIANTS
 
 OTHERS = {
     ".lora_B.bias": "a bias of B",
@@ -17,13 +17,20 @@ OTHERS = {
 """Tensors other than A and B, by a part of their keys."""
 
 
-def check_fields(adapter: AdapterDir, remedy: str, *, allowed: Collection[str] = ()) -> None:
+HELD = ("bias", "modules_to_save", "ensure_weight_tying")
+"""Fields of PEFT's configuration, beyond A and B, that a merged model can hold."""
+
+
+def check_fields(
+    adapter: AdapterDir, remedy: str, *, allowed: Collection[str] = (), remedies: Mapping[str, str] | None = None
+) -> None:
     """Refuse fields of PEFT's variants, of trained parameters, and unknown ones.
 
     Args:
         adapter: the adapter.
         remedy: what to do instead, to follow "train without it, or ".
         allowed: fields of trained parameters or variants that the export can hold.
+        remedies: what to do about a field, where it is not `remedy`.
 
     Raises:
         ExportError: an adapter that is more than A and B.
@@ -42,9 +49,21 @@ def check_fields(adapter: AdapterDir, remedy: str, *, allowed: Collection[str] =
             kind = "parameters were trained in full, which do not fit into A and B"
         else:
             kind = f"this is {VARIANTS[field]}" if field in VARIANTS else "a field that this version does not know"
+        advice = "serve it with PEFT" if field in UNMERGED else (remedies or {}).get(field, remedy)
         raise ExportError(
-            f"{adapter.path / CONFIG_FILE}: {field} is {value!r:.80}: {kind}; train without it, or {remedy}."
+            f"{adapter.path / CONFIG_FILE}: {field} is {value!r:.80}: {kind}; train without it, or {advice}."
         )
+
+
+def has_targets(adapter: AdapterDir, others: Iterable[str] = ()) -> bool:
+    """Whether an adapter has a stack of experts for each entry of `target_parameters`.
+
+    Args:
+        adapter: the adapter.
+        others: paths of further parameters that it has A and B of.
+    """
+    paths = {*(stack.path for stack in adapter.stacks), *others}
+    return all(any(f".{path}".endswith(f".{entry}") for path in paths) for entry in adapter.config.parameters)
 
 
 def check_no_experts(adapter: AdapterDir, reader: str) -> None:

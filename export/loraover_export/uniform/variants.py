@@ -15,6 +15,9 @@ VARIANTS = {
     "use_bdlora": "a block-diagonal LoRA (BD-LoRA)",
     "use_qalora": "a QALoRA adapter, which pools its inputs",
 }
+UNMERGED = {"alora_invocation_tokens", "arrow_config", "use_qalora"}
+"""Variants that PEFT does not merge into the base weights either."""
+
 TRAINING_ONLY = {
     *("auto_mapping", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
     *("layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),

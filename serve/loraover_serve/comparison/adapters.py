@@ -41,7 +41,7 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
     Raises:
         ConfigError: another task.
     """
-    task = (adapter.config.model_extra or {}).get("task_type")
+    task = adapter.config.task_type
     if task in (None, "CAUSAL_LM") and not is_encoder_decoder(base):
         return
     raise ConfigError(

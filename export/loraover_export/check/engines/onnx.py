@@ -25,7 +25,7 @@ from loraover_export.check.engines.base import (
 )
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.onnx.request import check_swappable, task_type
+from loraover_export.onnx.request import check_swappable
 from loraover_export.onnx.tasks import find_task
 
 ONE_SCALING = note("the builder is right, but Olive scales every module by lora_alpha and r")
@@ -73,7 +73,7 @@ class Onnx(EngineRules):
     def exported(self, subject: Subject) -> Iterator[Finding]:
         yield from (found for found in more_than_ab(subject) if found.feature not in MERGEABLE)
         if subject.lora is not None:
-            yield from refused_by(lambda adapter, base: find_task(task_type(adapter), base), subject)
+            yield from refused_by(lambda adapter, base: find_task(adapter.config.task_type, base), subject)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "onnx", "--mode", _mode(subject), ending="-onnx")

@@ -38,6 +38,12 @@ class TrainableTokens(Method[TokenFields]):
 
     def places(self, adapter: Adapter[TokenFields]) -> Iterator[Place]:
         for path in adapter.layout.modules:
+            outer = path.removesuffix(".base_layer")
+            if outer != path and outer in adapter.layout.modules:
+                raise adapter.module(outer).refuse(
+                    "it has trained tokens twice, since it shares its weight with the embedding, and both are targets; "
+                    "train with the embedding alone in target_modules."
+                )
             yield from token_places(adapter.module(path), NAME, adapter.config.token_indices)
 
     def delta(self, module: Module[TokenFields]) -> LowRank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from loraover.checkpoint.peft_adapter import alike_module
 from loraover.overparam.expert_part import FUSED
 from loraover_export.vllm.architectures import EXPERTS_BELOW, Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed
@@ -56,7 +57,7 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
     missing = [path for path in candidate.modules if path not in candidate.present]
     if not missing:
         return
-    alike = _alike(missing[0], candidate)
+    alike = alike_module(missing[0], candidate.served.modules)
     endings = {path.rpartition(".")[2] for path in candidate.served.modules}  # others are refused by name
     yield Problem(
         f"{len(missing)} of {len(candidate.modules)} adapted modules are not in the served model ({listed(missing)}); "
@@ -65,18 +66,6 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
         if alike is not None
         else f"name the model that the adapter was trained on with --model, in place of {candidate.served.source.name}",
         is_silent=all(path.rpartition(".")[2] in endings for path in missing),
-    )
-
-
-def _alike(path: str, candidate: Candidate) -> str | None:
-    """Return a module of the served model whose path differs from the given one by a prefix, if there is one."""
-    return next(
-        (
-            served
-            for served in candidate.served.modules
-            if "." in path and "." in served and (served.endswith(f".{path}") or path.endswith(f".{served}"))
-        ),
-        None,
     )
 
 
