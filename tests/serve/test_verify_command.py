@@ -229,7 +229,10 @@ def test_other_tasks_are_refused_with_what_to_use(adapter: Path, base: Path, tmp
     classifier = shutil.copytree(adapter, tmp_path / "classifier")
     config = json.loads((classifier / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
     (classifier / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"'SEQ_CLS' is not a causal language model.*`loraover export onnx`"):
+    with pytest.raises(ConfigError, match=r"'SEQ_CLS' is not a causal .*`loraover export onnx --mode merged`"):
+        verify_adapter(classifier, engines=["torch"])
+    (classifier / "adapter_config.json").write_text(json.dumps(config | {"task_type": "QUESTION_ANS"}))
+    with pytest.raises(ConfigError, match=r"'QUESTION_ANS' is not a causal .* No export of ours takes such a model"):
         verify_adapter(classifier, engines=["torch"])
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, is_encoder_decoder
+from loraover_export.onnx.tasks import find_task
 from loraover_export.uniform.refusals import check_no_experts
 
 
@@ -44,9 +45,14 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
     task = adapter.config.task_type
     if task in (None, "CAUSAL_LM") and not is_encoder_decoder(base):
         return
+    try:
+        find_task(task, base)
+        remedy = "`loraover export onnx --mode merged` exports such a model and compares its outputs with PyTorch's."
+    except (ConfigError, ExportError):
+        remedy = "No export of ours takes such a model; serve it with PEFT."
     raise ConfigError(
         f"{adapter.path}: {base.name} with task_type {task!r} is not a causal language model, and {command} compares "
-        "next tokens. `loraover export onnx` exports such a model and compares ONNX Runtime's outputs with PyTorch's."
+        f"next tokens. {remedy}"
     )
 
 

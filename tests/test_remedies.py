@@ -1,0 +1,218 @@
+"""Commands that messages name as a remedy: each is run on the case that caused its message, and mends it.
+
+A new message with a command fails here until it has a row in `REMEDIES`, or, if the command is no remedy, in `FACTS`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from peft import AdaLoraConfig, get_peft_model
+
+from loraover import OverParameterization
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
+
+from support import merge_cases
+from support.conversions import SOURCES, fill, make_base, make_source
+from support.onnx_export import OTHER, UNEVEN, tiny_base, tiny_lora
+from support.plain_adapter import make_adapter
+from support.tiny_experts import expert_lora, flip, tiny_moe
+from support.tiny_models import tiny_llama
+from support.verified import save_adapter, save_base
+from support.vllm_command import leaks_in_mixed_batches, vllm_command
+from support.vllm_stand_in import stand_in
+
+PACKAGES = [Path(__file__).parents[1] / name for name in ("loraover", "export", "serve")]
+NAMED = re.compile(
+    r"loraover (?:train|eval|inspect|doctor|compare|study|recipes|export \w+|serve \w+)"
+    r"(?: (?:A|B|\.{3}|--mode \w+|--engine \w+))*"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What causes a message, and how its command is completed.
+
+    Args:
+        cause: the command that shows the message, or a function that does.
+        rest: words that complete the command of the message.
+        again: the command that succeeds afterwards; None if nothing of ours follows.
+        codes: exit codes of the completed command that show that it did what the message promised.
+    """
+
+    cause: list[str] | Callable[[], object]
+    rest: list[str]
+    again: list[str] | None = None
+    codes: tuple[int, ...] = (0,)
+
+
+def words(*parts: object) -> list[str]:
+    return [str(part) for part in parts]
+
+
+def merged(name: str) -> Callable[[Path], Case]:
+    def case(folder: Path) -> Case:
+        adapter = merge_cases.save(name, folder).adapter
+        return Case(words("export", "combine", adapter, "-o", folder / "sum"), words(adapter, "-o", folder / "merged"))
+
+    return case
+
+
+def trained_tokens(folder: Path) -> Case:
+    adapter = make_source(make_base(folder / "base", "prime"), folder / "in", SOURCES["lora with trained tokens"])
+    combine = words("export", "combine", "-o", folder / "sum")
+    return Case([*combine, str(adapter)], words(adapter, "-o", folder / "lora"), [*combine, str(folder / "lora")])
+
+
+def old_experts(folder: Path) -> Case:
+    base = tiny_moe()
+    base.save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    expert_lora(base, folder / "in")
+    flip(folder / "in", "0.18.1")
+    shrink = words("export", "shrink", "--rank", 2, "-o", folder / "small")
+    rest = words(folder / "in", "-o", folder / "lora")
+    return Case([*shrink, str(folder / "in")], rest, [*shrink, str(folder / "lora")])
+
+
+def stacked_experts(folder: Path) -> Case:
+    case = old_experts(folder)
+    up = words("serve", "up", folder / "in", "--vllm", stand_in(folder, "answers"))
+    return Case(up, case.rest)
+
+
+def other_targets(folder: Path) -> Case:
+    base, onnx = tiny_base(folder / "base", "Llama"), words("export", "onnx", "--mode", "swappable", "--no-check")
+    tiny_lora(base, folder / "a", **(UNEVEN | {"target_modules": ["q_proj"]}))
+    tiny_lora(base, folder / "b", **OTHER)
+    assert run(cli, [*onnx, str(folder / "a"), "-o", str(folder / "graph")]) == 0
+    both = words(folder / "a", folder / "b", "-o", folder / "graphs", "--no-check")
+    return Case([*onnx, *words(folder / "b", "-o", folder / "more", "--graph", folder / "graph")], both)
+
+
+def unread_release(folder: Path) -> Case:
+    command, base = vllm_command(), save_base(folder / "base")
+    adapter, out = save_adapter(folder / "in", base), folder / "out"
+    options = ["--vllm", str(command), "--", "--dtype", "float32", "--enforce-eager"]
+    cause = words("export", "vllm", adapter, "-o", out, "--vllm-version", "99.0.0")
+    return Case(cause, [str(out), *options], codes=(0, 1) if leaks_in_mixed_batches() else (0,))
+
+
+def patterns(folder: Path) -> Case:
+    adapter = make_adapter(folder, "Llama", rank_pattern={"q_proj": 6})
+    up = words("serve", "up", "--vllm", stand_in(folder, "answers"))
+    return Case([*up, str(adapter)], [])
+
+
+def adalora(folder: Path) -> Case:
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    tiny_llama().save_pretrained(folder / "base")
+    model = tiny_llama()
+    model.name_or_path = str(folder / "base")
+    adapted = get_peft_model(model, config)
+    fill(adapted, "ADALORA")
+    adapted.save_pretrained(folder / "in")
+
+    def train() -> None:
+        OverParameterization(adapted)
+
+    return Case(train, words(folder / "in", "-o", folder / "lora"))
+
+
+def classifier(folder: Path) -> Case:
+    adapter = merge_cases.save("saved classifier", folder).adapter
+    return Case(words("serve", "verify", adapter, "--engine", "torch"), words(adapter, "-o", folder / "onnx"))
+
+
+REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
+    "merge it into its base model with `loraover export merge`": [
+        *map(merged, ("biases", "saved norm", "saved classifier", "tied, saved head", "tied, kept so"))
+    ],
+    "make it a plain LoRA with `loraover export convert`": [trained_tokens],
+    "Write it again with loraover export convert": [old_experts],
+    "write it with loraover export vllm": [stacked_experts],
+    "Export one graph for all your adapters: loraover export onnx A B ... --mode swappable": [other_targets],
+    "compare the answers with PyTorch's: loraover serve verify --engine vllm": [unread_release],
+    "`loraover export convert` makes a plain LoRA of an AdaLoRA": [adalora],
+    "`loraover export onnx --mode merged` exports such a model": [classifier],
+    "loraover doctor": [lambda folder: Case(["serve", "engines"], ["--offline"])],
+}
+"""Cases of each message that names a command, by the part of the message that names it."""
+
+COMPLETE = "write it for vLLM and serve that: "
+"""Beginning of a remedy whose command is complete, so that no literal holds it."""
+
+FACTS = (
+    "adapters that `loraover export ",
+    "loraover train ended without a result",
+    "of training batches, which loraover train does not measure",
+)
+"""Texts that name a command, and do not say to run it."""
+
+
+def literals(path: Path) -> Iterator[str]:
+    """Texts of a module but for docstrings and the examples of commands, which test_commands.py parses."""
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Expr():
+                skipped.add(node.value)
+            case ast.keyword(arg="examples") | ast.Assign(targets=[ast.Name(id="EXAMPLES")]):
+                skipped |= set(ast.walk(node))
+            case ast.JoinedStr():
+                skipped |= set(node.values)
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            case ast.Constant(value=str(text)) if node not in skipped:
+                yield text
+
+
+def test_every_message_with_a_command_has_a_row() -> None:
+    found = [text for package in PACKAGES for path in package.rglob("*.py") for text in literals(path)]
+    naming = [text for text in found if NAMED.search(text)]
+    known = (*REMEDIES, *FACTS)
+    assert [text for text in naming if not any(part in text for part in known)] == []
+    assert [part for part in known if not any(part in text for text in naming)] == []
+    assert any(text.startswith(COMPLETE) for text in found)
+
+
+CASES = [(part, case) for part, cases in REMEDIES.items() for case in cases] + [(COMPLETE, patterns)]
+ENGINES: list[Callable[[Path], Case]] = [other_targets, classifier, unread_release]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("part", "case"), [pytest.param(*row, marks=[pytest.mark.engine] * (row[1] in ENGINES)) for row in CASES]
+)
+def test_a_remedy_works(
+    part: str, case: Callable[[Path], Case], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = case(tmp_path)
+    message = shown(made.cause, capfd)
+    assert part in message
+    line = message[message.index(part) :]
+    command = line[line.index("loraover ") :].splitlines()[0] if part == COMPLETE else NAMED.search(line)
+    assert command is not None
+    named = shlex.split(command if isinstance(command, str) else command[0])[1:]
+    completed = [word for word in named if word not in ("A", "B", "...")] + made.rest
+    assert run(cli, completed) in made.codes, capfd.readouterr()
+    if made.again is not None:
+        assert run(cli, made.again) == 0, capfd.readouterr()
+
+
+def shown(cause: list[str] | Callable[[], object], capfd: pytest.CaptureFixture[str]) -> str:
+    """What a command or a function says, with the line breaks of a narrow terminal taken out."""
+    if not isinstance(cause, list):
+        with pytest.raises(ConfigError) as caught:
+            cause()
+        return str(caught.value)
+    capfd.readouterr()
+    run(cli, cause)
+    return "".join(capfd.readouterr())
