@@ -177,9 +177,9 @@ def literals(path: Path) -> Iterator[str]:
 def test_every_message_with_a_command_has_a_row() -> None:
     found = [text for package in PACKAGES for path in package.rglob("*.py") for text in literals(path)]
     naming = [text for text in found if NAMED.search(text)]
-    known = (*REMEDIES, *FACTS)
-    assert [text for text in naming if not any(part in text for part in known)] == []
-    assert [part for part in known if not any(part in text for text in naming)] == []
+    assert [text for text in naming if not any(part in text for part in (*REMEDIES, *FACTS))] == []
+    assert [part for part in FACTS if not any(part in text for text in naming)] == []
+    assert [part for part in REMEDIES if sum(part in text for text in naming) != 1] == []
     assert any(text.startswith(COMPLETE) for text in found)
 
 

@@ -219,4 +219,16 @@ EXPORT = (
         "(config.no_rope_layers,)",
         Selection("test_gguf_refused.py", "computes_otherwise"),
     ),
+    Mutant(
+        "a single column keeps its strides in a GGUF file",
+        "matrix.clone(memory_format=torch.contiguous_format)",
+        "matrix.contiguous()",
+        Selection("test_gguf.py", "rank_1"),
+    ),
+    Mutant(
+        "every field that a sum cannot hold is sent to PEFT",
+        "(remedies or {}).get(field, remedy)",
+        "remedy",
+        Selection("test_remedies.py", "trained_tokens or merged"),
+    ),
 )
