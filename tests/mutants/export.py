@@ -229,6 +229,6 @@ EXPORT = (
         "every field that a sum cannot hold is sent to PEFT",
         "(remedies or {}).get(field, remedy)",
         "remedy",
-        Selection("test_remedies.py", "trained_tokens or merged"),
+        Selection("test_combine.py", "bad_input"),
     ),
 )
