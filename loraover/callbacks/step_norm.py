@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loraover.checkpoint.error_bounds import gamma, unit_roundoff
 from loraover.overparam.expert_part import SIDES, part_of
 from loraover.overparam.sharding import full
 from loraover.overparam.sites import lora_layers, matrices_of
@@ -29,8 +30,12 @@ class Factors:
     scaling: float
 
     def square(self) -> float:
-        """Return ||scaling * B A||^2 = scaling^2 trace((B^T B)(A A^T)), from r x r products."""
-        return self.scaling**2 * float(((self.b.mT @ self.b) * (self.a @ self.a.mT)).sum())
+        """Return ||scaling * B A||^2 = scaling^2 trace((B^T B)(A A^T)), from r x r products; 0 within rounding."""
+        terms = (self.b.mT @ self.b) * (self.a @ self.a.mT)
+        roundings = len(self.b) + self.a.shape[1] + terms.numel()
+        total = float(terms.sum())
+        is_zero = total < gamma(roundings, unit_roundoff(torch.float64)) * float(terms.abs().sum())
+        return 0.0 if is_zero else self.scaling**2 * total
 
 
 @torch.no_grad()
@@ -68,9 +73,4 @@ def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> fl
     for module, new in after.items():
         old = before[module]
         total += Factors(torch.cat([new.a, old.a]), torch.cat([new.b, -old.b], dim=1), new.scaling).square()
-    return _root(total)
-
-
-def _root(square: float) -> float:
-    """Return the square root, or 0 for a square that rounding has made negative; NaN stays NaN."""
-    return 0.0 if square < 0 else math.sqrt(square)
+    return math.sqrt(total)

@@ -6,9 +6,7 @@ knows their names and a few of their fields.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -23,7 +21,7 @@ from loraover.inspection.next_steps import next_steps
 from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, Kind, OnnxFacts, RunFacts, VllmFacts
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import METRICS_FILE, PRODUCTS, RECIPE_FILE, TRAINER_FOLDER, step_of
+from loraover.training.run_folder import PRODUCTS, RECIPE_FILE, TRAINER_FOLDER, logged_losses, step_of
 from loraover.training.run_result import RUN_FILE, read_run
 
 FOLD_FILE, PREFLIGHT_FILE, VLLM_FILE = "fold_certificate.json", "preflight.json", "vllm_certificate.json"
@@ -176,7 +174,7 @@ def _run(folder: Path) -> FolderReport:
         model=None if recipe is None else recipe.model,
         data=None if recipe is None else recipe.data.train,
         checkpoint_step=max(steps, default=None),
-        last_loss=_last_loss(folder / METRICS_FILE),
+        last_loss=next(reversed(logged_losses(folder)), None),
         result=result,
         failure=failure,
     )
@@ -187,22 +185,3 @@ def _run(folder: Path) -> FolderReport:
         cores=None if made is None else made.cores,
         run=run,
     )
-
-
-def _last_loss(metrics: Path) -> float | None:
-    """Last training loss of a log; lines that cannot be read are skipped."""
-    losses = [loss for row in _rows(metrics) if isinstance(loss := row.get("loss"), float) and math.isfinite(loss)]
-    return losses[-1] if losses else None
-
-
-def _rows(metrics: Path) -> Iterator[dict[str, object]]:
-    if not metrics.is_file():
-        return
-    with metrics.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row

@@ -17,7 +17,7 @@ from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.callbacks.step_norm import factors, step_norm
 from loraover.checkpoint.write_checkpoint import write_checkpoint
 from loraover.common.atomic_output import publish_directory, publish_text
-from loraover.common.errors import ConfigError, DataError, DivergedError
+from loraover.common.errors import ConfigError, DataError, DivergedError, FoldError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
 from loraover.common.reporter import SILENT, Reporter
@@ -40,6 +40,7 @@ from loraover.training.run_folder import (
     TRAINER_FOLDER,
     claim,
     log_measures,
+    logged_losses,
     product,
     step_of,
     trim_metrics,
@@ -86,6 +87,7 @@ def train(
             found and what was expected. A run that is refused before its first step leaves no folder.
         DivergedError: Weights are no longer finite at the end, or in the checkpoint to resume from; or the held-out
             loss or the norm of the change is not.
+        FoldError: The result is the untrained model, although the training loss fell.
     """
     output = Path(output)
     loaded = load_recipe(recipe, overrides)
@@ -134,6 +136,7 @@ def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, c
         left_out = None if run.method is None else run.method.finish(run.model)
         after = _measure(run, recipe, output, report, AFTER)
         result = _result(run, recipe, timed, before, after, left_out)
+        _check_trained(result, logged_losses(output))
         _publish(run, recipe, output, result, command, resume)
     except BaseException as error:
         has_stepped = run is not None and run.trainer.state.global_step > 0
@@ -183,6 +186,20 @@ def _result(
         versions=environment(),
         hardware=hardware(),
     )
+
+
+def _check_trained(result: RunResult, losses: Sequence[float]) -> None:
+    """Raise FoldError for a result that leaves the model as it was, although training has lowered the loss."""
+    if result.update_norm is not None:
+        is_untrained = result.update_norm == 0
+    else:  # of all weights there is no copy from before training
+        is_untrained = result.before is not None and result.before == result.after
+    if is_untrained and losses and min(losses) < losses[0]:
+        raise FoldError(
+            f"method {result.method} has changed nothing: the trained model equals the one before training, although "
+            f"the training loss fell from {losses[0]:.4g} to {min(losses):.4g}. Nothing was published. If the learning "
+            f"rate of {result.learning_rate:g} is lost in rounding, raise it; otherwise report this as a fault."
+        )
 
 
 def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str, resume: bool) -> None:

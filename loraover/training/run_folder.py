@@ -14,6 +14,7 @@ OUT/failure.json      why there is no run.json, if the run failed
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -224,3 +225,22 @@ def _stays(line: str, step: int) -> bool:
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
     return 0 <= logged <= step and (logged == 0 or "eval_loss" not in row)
+
+
+def logged_losses(output: Path) -> list[float]:
+    """Return the finite training losses of a run's log, by step; lines that cannot be read are skipped."""
+    rows = _rows(output / METRICS_FILE)
+    return [loss for row in rows if isinstance(loss := row.get("loss"), float) and math.isfinite(loss)]
+
+
+def _rows(metrics: Path) -> Iterator[dict[str, object]]:
+    if not metrics.is_file():
+        return
+    with metrics.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row

@@ -50,6 +50,18 @@ TRAINING = (
         Selection("test_served_update.py", "serves_what_it_trained"),
     ),
     Mutant(
+        "trained-factors-share-memory-with-their-start",
+        "value.to(old, copy=True).contiguous()",
+        "value.to(old).contiguous()",
+        Selection("test_served_update.py", "serves_what_it_trained"),
+    ),
+    Mutant(
+        "an-untrained-result-is-published",
+        "is_untrained = result.update_norm == 0",
+        "is_untrained = False",
+        Selection("test_untrained_result.py", "lost_its_training"),
+    ),
+    Mutant(
         "lorasc-forgets-the-last-average",
         "(1 - pace) ** (stages - t) for",
         "(1 - pace) ** (stages - t - 1) for",

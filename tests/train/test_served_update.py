@@ -33,8 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Of LoRASC, what is served is what the last stage trains if nothing is averaged and there is no noise."""
 
 PATTERNS = {
-    tiny_llama: {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 7, "v_proj": 3}},
-    tiny_gpt2: {"rank_pattern": {"c_attn": 2}, "alpha_pattern": {"mlp.c_proj": 7, "c_fc": 3}},
+    tiny_llama: {"rank_pattern": {"q_proj": 2, "down_proj": 1}, "alpha_pattern": {"down_proj": 7, "v_proj": 3}},
+    tiny_gpt2: {"rank_pattern": {"c_attn": 2, "c_fc": 1}, "alpha_pattern": {"mlp.c_proj": 7, "c_fc": 3}},
 }
 
 

@@ -187,7 +187,8 @@ def set_pairs(layers: Mapping[str, LoraLayer], pairs: Mapping[str, Pair]) -> Non
         b, a = pairs[path]
         for module, value in ((layer.lora_A[ADAPTER], a), (layer.lora_B[ADAPTER], b)):
             old = module.weight
-            module.weight = nn.Parameter(value.to(old.device, old.dtype).contiguous())
+            # A copy, since .contiguous() returns a slice of rank 1 itself, and training would change what it came from.
+            module.weight = nn.Parameter(value.to(old, copy=True).contiguous())
         layer.lora_A[ADAPTER].out_features = layer.lora_B[ADAPTER].in_features = layer.r[ADAPTER] = len(a)
 
 

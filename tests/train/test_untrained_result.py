@@ -1,0 +1,56 @@
+"""A run whose result is the untrained model, although its loss fell, fails for every method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loraover
+from loraover.common.errors import FoldError
+from loraover.training import run
+from loraover.training.failure import read_failure
+from loraover.training.methods import METHODS
+
+from support.tiny_hub import write_recipe
+
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
+
+RECIPES: dict[str, dict[str, Any]] = {name: {"method": name} for name in ("full", "lora", "lora-over", *METHODS)}
+RECIPES["dora"] = {"method": "lora", "lora": {"use_dora": True}}
+RECIPES["lorasc"]["lorasc"] = {"stages": 1}
+RECIPES["tensorguide"]["tensorguide"] = {"tt_rank": 2}
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_a_result_that_lost_its_training_is_not_published(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    take_steps = run._take_steps
+
+    def forget(prepared: Any, *args: Any) -> run.Timed:
+        """Take the steps, then put back all that was trained."""
+        trained = [prepared.model, *getattr(prepared.method, "trains", ())]
+        starts = [{name: value.clone() for name, value in module.state_dict().items()} for module in trained]
+        timed = take_steps(prepared, *args)
+        for module, start in zip(trained, starts, strict=True):
+            module.load_state_dict(start)
+        return timed
+
+    path = write_recipe(tmp_path / "r.yaml", base, evaluation={"exact_match": False}, **RECIPES[recipe])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_take_steps", forget)
+        with pytest.raises(FoldError, match=r"has changed nothing: .* the training loss fell from"):
+            loraover.train(path, tmp_path / "lost")
+    failure = read_failure(tmp_path / "lost")
+    assert failure is not None
+    assert failure.kind == "refused"
+    assert not any((tmp_path / "lost" / name).exists() for name in ("adapter", "model", "run.json"))
+    loraover.train(path, tmp_path / "kept")
+
+
+def test_a_step_at_rate_zero_is_a_result(base: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 1, "warmup_steps": 1}
+    path = write_recipe(tmp_path / "r.yaml", base, method="lora", training=training, evaluation={"exact_match": False})
+    assert loraover.train(path, tmp_path / "out").update_norm == 0
