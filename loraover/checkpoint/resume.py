@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import SCORE_PREFIX, Checkpoint, SiteRecord
-from loraover.checkpoint.error_bounds import orthogonality_error
+from loraover.checkpoint.error_bounds import orthogonality_error, unit_roundoff
+from loraover.checkpoint.exact_tensors import open_exact
+from loraover.checkpoint.peft_adapter import AdapterDir, site_key
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.overparam.core_group import CoreGroup
@@ -22,6 +24,9 @@ from loraover.overparam.sites import only_adapter
 
 def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     """Continue training from a checkpoint: put its cores, their optimizer state and its schedule into `over`.
+
+    A and B keep the dtype that the model holds them in. PEFT loads a 16-bit adapter as float32; with
+    `autocast_adapter_dtype=False` it keeps the file's dtype, in which the run repeats the same steps.
 
     Args:
         over: Over-parameterization without cores (`inject=False`) of a model that holds the checkpoint's adapter.
@@ -44,6 +49,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
         ```
     """
     _check_resumable(over, checkpoint)
+    dtypes = stored_dtypes(checkpoint.adapter, checkpoint.sites)
     with open_tensors(checkpoint.cores_path) as file:
         alike: dict[tuple[int, ...], list[SiteRecord]] = {}
         for site in checkpoint.meta.sites:
@@ -52,8 +58,9 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
             for site in sites:
                 cores = checkpoint.read_cores(file, site)
                 _check_orthogonal(checkpoint, cores, site)
-                held = over.sites[site.name].values
-                checkpoint.check_stored(full(held).cpu(), cores, site)
+                held = full(over.sites[site.name].values).cpu()
+                coarser = max(held.dtype, dtypes[site.name], key=unit_roundoff)
+                checkpoint.check_stored(held.to(coarser), cores, site)
             over.inject_as({site.name: site.owner for site in sites}, step=step)
         for name, (group, i) in over.injected.items():
             _load_site(checkpoint, file, checkpoint.sites[name], over, group, i)
@@ -69,6 +76,12 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
         group.write()
     over.schedule.replay(checkpoint.meta.rounds)
     over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer
+
+
+def stored_dtypes(adapter: AdapterDir, names: Iterable[str]) -> dict[str, torch.dtype]:
+    """Return the dtypes in which an adapter's file holds the matrices of these sites."""
+    with open_exact(adapter) as file:
+        return {name: file.stored(site_key(name)).dtype for name in names}
 
 
 def _refreshes(file: TensorFile, record: SiteRecord) -> list[int]:

@@ -132,13 +132,18 @@ def lora_model(base: Path, dtype: torch.dtype = torch.float32, **lora: Any) -> A
 
 
 def reopened(
-    made: Made, make_optimizer: MakeOptimizer, config: LoraOverConfig | None = None, *, total: int | None = None
+    made: Made,
+    make_optimizer: MakeOptimizer,
+    config: LoraOverConfig | None = None,
+    *,
+    total: int | None = None,
+    autocast_adapter_dtype: bool = False,
 ) -> Made:
     """Resume a checkpoint as a new process would: base model, adapter, optimizer, cores."""
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(made.base, dtype=made.model.dtype)
-    model = PeftModel.from_pretrained(base, made.path, is_trainable=True, autocast_adapter_dtype=False)
+    model = PeftModel.from_pretrained(base, made.path, is_trainable=True, autocast_adapter_dtype=autocast_adapter_dtype)
     over = OverParameterization(model, config or made.over.config, steps=total, inject=False)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     restore(over, read_checkpoint(made.path))

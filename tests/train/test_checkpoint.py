@@ -185,6 +185,26 @@ def test_resumed_training_is_uninterrupted_training(decomposition: str, optimize
     assert torch.equal(resumed.logits(), made.logits())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_that_peft_has_widened_resumes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT loads 16-bit matrices as float32, unless it is told not to; then the run repeats the same steps."""
+    made = make_checkpoint(tmp_path, dtype=dtype, make_optimizer=OPTIMIZERS["adamw"])
+    exact = reopened(made, OPTIMIZERS["adamw"])
+    widened = reopened(made, OPTIMIZERS["adamw"], autocast_adapter_dtype=True)
+    assert {site.parameter.dtype for site in widened.over.sites.values()} == {torch.float32}
+    assert_equal(cores_of(widened.over), cores_of(made.over))
+    kept = {name: site.values.to(dtype) for name, site in widened.over.sites.items()}
+    assert all(torch.equal(kept[name], site.values) for name, site in made.over.sites.items())
+    for each in (made, exact, widened):
+        train(each.model, each.optimizer, range(2, 4))
+    assert torch.equal(exact.logits(), made.logits())
+    over = OverParameterization(reopened(made, OPTIMIZERS["adamw"]).model, made.over.config, inject=False)
+    site = next(iter(over.sites.values()))
+    site.values[0, 0] *= 1 + 4 * torch.finfo(dtype).eps
+    with pytest.raises(CheckpointError, match="contradicts its cores"):
+        restore(over, read_checkpoint(made.path))
+
+
 def test_resuming_without_optimizer_state_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_checkpoint(tmp_path)
     monkeypatch.setattr(CoreGroup, "load_core_state", lambda *_: None)
