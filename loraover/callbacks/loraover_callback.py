@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraover.callbacks.trainer_checkpoint import adapter_folder, checkpoint_folder, load_best, save_adapter
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.resume import restore
 from loraover.checkpoint.write_checkpoint import write_checkpoint
@@ -25,7 +26,7 @@ from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.random_state import seeded
 from loraover.overparam.schedule import runs_model
 from loraover.overparam.sharding import trainable_state_dict, world_size
-from loraover.overparam.sites import find_sites, only_adapter
+from loraover.overparam.sites import find_sites, only_adapter, peft_root
 
 
 class LoraOverCallback(TrainerCallback):
@@ -33,7 +34,8 @@ class LoraOverCallback(TrainerCallback):
 
     It is the only change that a script needs. Every checkpoint that the Trainer saves also holds the cores, so that a
     resumed run continues with them. At the end of training, the adapter and its cores are written to `output_dir`,
-    even if the Trainer saves no checkpoints.
+    even if the Trainer saves no checkpoints. In a trial of `hyperparameter_search`, they are written to the trial's
+    folder, which exists if the Trainer saves checkpoints.
 
     Args:
         config: Which matrices get cores, when, and of which decomposition; the defaults of `LoraOverConfig` if absent.
@@ -68,6 +70,7 @@ class LoraOverCallback(TrainerCallback):
         self.loss = loss
         self.over: OverParameterization | None = None
         self._logged_rounds = 0
+        self._saved_into: Path | None = None
 
     def on_train_begin(
         self,
@@ -82,6 +85,7 @@ class LoraOverCallback(TrainerCallback):
         """Give the model's matrices cores, or restore those of the checkpoint, and attach the optimizer."""
         assert model is not None
         only_adapter(find_sites(model).values())
+        self._saved_into = None
         if self.over is not None:
             self.over.detach()  # an interrupted run has left it attached, and the Trainer has kept the optimizer
         self.config = with_measured_bases(self.config, ordinary_optimizer(optimizer))
@@ -114,11 +118,24 @@ class LoraOverCallback(TrainerCallback):
             )
         self._logged_rounds = len(self.over.schedule.rounds)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the cores to the checkpoint that the Trainer has saved."""
-        if self.over is None or not args.should_save:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the cores to the checkpoint that the Trainer has saved, and the adapter if it has saved all weights."""
+        if self.over is None:
             return
-        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}", step=state.global_step)
+        assert model is not None
+        folder = checkpoint_folder(args, state)
+        self._saved_into = folder.parent
+        if not isinstance(model, PeftModel):
+            self._save_all(args, model, folder, state.global_step)
+        elif args.should_save:
+            self.save(folder, step=state.global_step)
 
     def on_train_end(
         self,
@@ -135,24 +152,22 @@ class LoraOverCallback(TrainerCallback):
         step = state.global_step
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.over.detach()  # the model now holds the best checkpoint's matrices, whose cores are in that checkpoint
+            load_best(model, Path(state.best_model_checkpoint), only_adapter(self.over.sites.values()))
             self.restore(model, state.best_model_checkpoint, args.seed, steps=state.max_steps)
             step = state.best_global_step or step
         else:
             self.over.finish()
-        self._leave_checkpoint(args, model, step)
+        output = self._saved_into if state.is_hyper_param_search else Path(args.output_dir)
+        if output is not None:
+            self._save_all(args, model, output, step)
 
-    def _leave_checkpoint(self, args: TrainingArguments, model: nn.Module, step: int) -> None:
-        """Write the adapter and its cores into the Trainer's output folder, from which they can be folded.
-
-        Any model but a PeftModel is left out: it would write all of its weights, or could not save itself.
-        """
-        if self.over is None or not isinstance(model, PeftModel):
-            return
-        weights = trainable_state_dict(model) if world_size() > 1 else None  # in every process
+    def _save_all(self, args: TrainingArguments, model: nn.Module, folder: Path, step: int) -> None:
+        """Write the adapter and its cores into a folder, from which they can be folded."""
+        assert self.over is not None
+        weights = trainable_state_dict(peft_root(model)) if world_size() > 1 else None  # in every process
         if args.should_save:
-            adapter = only_adapter(self.over.sites.values())
-            model.save_pretrained(args.output_dir, state_dict=weights, selected_adapters=[adapter])
-            self.save(args.output_dir, step=step)
+            save_adapter(model, folder, only_adapter(self.over.sites.values()), weights)
+            self.save(folder, step=step)
 
     def save(self, directory: str | os.PathLike[str], *, step: int) -> None:
         """Add the cores to a folder that `model.save_pretrained` has written.
@@ -168,7 +183,7 @@ class LoraOverCallback(TrainerCallback):
         """
         assert self.over is not None, "nothing was trained"
         adapter = only_adapter(self.over.sites.values())
-        write_checkpoint(_adapter_folder(directory, adapter), self.over, step=step, adapter=adapter)
+        write_checkpoint(adapter_folder(Path(directory), adapter), self.over, step=step, adapter=adapter)
 
     def restore(
         self,
@@ -197,7 +212,7 @@ class LoraOverCallback(TrainerCallback):
         """
         self.over = OverParameterization(model, self._seeded(seed), steps=steps, probe=probe, inject=False)
         adapter = only_adapter(self.over.sites.values())
-        restore(self.over, read_checkpoint(_adapter_folder(checkpoint, adapter)))
+        restore(self.over, read_checkpoint(adapter_folder(Path(checkpoint), adapter)))
         return self.over
 
     def _seeded(self, seed: int) -> LoraOverConfig:
@@ -205,19 +220,13 @@ class LoraOverCallback(TrainerCallback):
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         named = self.resume_from or args.resume_from_checkpoint
-        step = f"checkpoint-{state.global_step}"
-        folder = Path(named) if isinstance(named, str | os.PathLike) else Path(args.output_dir) / step
+        folder = Path(named) if isinstance(named, str | os.PathLike) else checkpoint_folder(args, state)
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: the run was resumed at step {state.global_step}, but its cores are not there; "
                 "name the folder with LoraOverCallback(resume_from=...)."
             )
         return folder
-
-
-def _adapter_folder(directory: str | os.PathLike[str], adapter: str) -> Path:
-    """Return the folder in which `model.save_pretrained(directory)` puts an adapter."""
-    return Path(directory) if adapter == "default" else Path(directory) / adapter
 
 
 def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraover.callbacks.trainer_checkpoint import checkpoint_folder
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_text, sync
@@ -86,9 +87,9 @@ class SealCheckpoints(TrainerCallback):
         wait_for_all()  # each process writes its own random state
         if not args.should_save:
             return
-        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        newest = checkpoint_folder(args, state)
         seal(newest)
-        if self._limit is not None:
+        if self._limit is not None and self._limit > 0:  # the Trainer, too, takes 0 and less for no limit
             best = state.best_model_checkpoint
             for folder in _superfluous(newest, self._limit):
                 if best is None or folder.resolve() != Path(best).resolve():
@@ -147,7 +148,7 @@ def _superfluous(newest: Path, limit: int) -> list[Path]:
     earlier one, and checkpoints without a seal, which may have been saved before this callback was in use.
     """
     sealed = [folder for folder in checkpoints(newest.parent) if (folder / SEAL_FILE).is_file()]
-    return sealed[sealed.index(newest) :][max(1, limit) :]
+    return sealed[sealed.index(newest) :][limit:]
 
 
 def _is_whole(folder: Path) -> bool:

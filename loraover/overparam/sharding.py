@@ -21,7 +21,7 @@ def full(tensor: Tensor) -> Tensor:
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the full tensors by name, with one message for all that have the same shape, dtype and sharding."""
-    found = {name: tensor for name, tensor in tensors.items() if not _is_sharded(tensor)}
+    found = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
     alike: dict[Any, list[str]] = {}
     for name in tensors:
         if name not in found:
@@ -68,7 +68,7 @@ def assign(parameters: Sequence[Tensor], values: Tensor) -> None:
         values: Their new values, (G, m, n).
     """
     values = values.to(parameters[0].dtype)
-    if not _is_sharded(parameters[0]):
+    if not is_sharded(parameters[0]):
         torch._foreach_copy_(list(parameters), list(values.unbind()))
         return
     from torch.distributed.tensor import distribute_tensor
@@ -93,7 +93,7 @@ def reshard(model: nn.Module) -> None:
 
 def in_any_process(flags: list[bool], tensor: Tensor) -> list[bool]:
     """Return for each flag whether it is true in any of the processes that share `tensor`."""
-    if not _is_sharded(tensor):
+    if not is_sharded(tensor):
         return flags
     shared = torch.tensor(flags, dtype=torch.uint8, device=tensor.device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
@@ -135,5 +135,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded by FSDP2."""
     return hasattr(tensor, "to_local")

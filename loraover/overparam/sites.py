@@ -156,7 +156,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                     continue
                 sites[site.name] = by_memory[pointer] = site
     if not layers:
-        raise ConfigError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)).")
+        raise ConfigError("the model has no LoRA layers; wrap it with peft.getpeft_root(model, LoraConfig(...)).")
     if not sites:
         raise ConfigError("none of the model's LoRA matrices requires a gradient; activate an adapter for training.")
     return sites
@@ -207,7 +207,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     found = {}
-    for path, module in _peft_model(model).named_modules():
+    for path, module in peft_root(model).named_modules():
         if isinstance(module, LoraLayer):
             for wrapper in WRAPPERS:
                 path = path.replace(wrapper, "")
@@ -219,16 +219,21 @@ def base_model_name(model: nn.Module) -> str | None:
     """Return the hub name or folder that transformers loaded the base model from; None for any other model."""
     from peft import PeftModel
 
-    root = _peft_model(model)
+    root = peft_root(model)
     base = root.get_base_model() if isinstance(root, PeftModel) else root
     return getattr(base, "name_or_path", None) or None
 
 
-def _peft_model(model: nn.Module) -> nn.Module:
-    """Return the first PeftModel inside that is trained, else the first one, or the model itself if there is none."""
-    from peft import PeftModel
+def peft_root(model: nn.Module) -> nn.Module:
+    """Return the PeftModel inside wrappers, or the module into which PEFT has injected an adapter, or the model.
 
-    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+    Of several, the first one that is trained counts, else the first one.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    found = [m for m in model.modules() if isinstance(m, PeftModel)]
+    found = found or [m for m in model.modules() if "peft_config" in vars(m) and not isinstance(m, BaseTuner)]
     return next(filter(_trained_layer, found), found[0] if found else model)
 
 
@@ -245,7 +250,7 @@ def _check_complete(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Raise ConfigError if a LoRA layer outside the PeftModel is trained, which would get no cores."""
     outside = _trained_layer(model, layers.values())
     if outside is not None:
-        root = _peft_model(model)
+        root = peft_root(model)
         where = next(path for path, module in model.named_modules() if module is root)
         raise ConfigError(
             f"{outside}: this LoRA is trained, but lies outside of the PeftModel at {where!r}, so it would get no "

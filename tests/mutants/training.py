@@ -265,6 +265,30 @@ TRAINING = (
         "digest for name, digest",
         Selection("test_seal.py", "seal_covers"),
     ),
+    Mutant(
+        "a-resume-compares-in-the-wider-type",
+        "max(held.dtype, dtypes[site.name], key=unit_roundoff)",
+        "min(held.dtype, dtypes[site.name], key=unit_roundoff)",
+        Selection("test_checkpoint.py", "peft_has_widened"),
+    ),
+    Mutant(
+        "the-best-model-stays-in-float32",
+        "site.parameter.data = site.parameter.data.to(dtypes[site.path])",
+        "pass",
+        Selection("test_callback_resume.py", "best_models"),
+    ),
+    Mutant(
+        "a-trials-checkpoint-is-any-trials",
+        ".trial_params == state.trial_params",
+        ".global_step == state.global_step",
+        Selection("test_trainer_checkpoint.py", "each_trial"),
+    ),
+    Mutant(
+        "no-limit-of-checkpoints-keeps-none",
+        "self._limit is not None and self._limit > 0",
+        "self._limit is not None",
+        Selection("test_seal.py", "rotation"),
+    ),
     # Output and JSON
     Mutant(
         "output-name-before-content",

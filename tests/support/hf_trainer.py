@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
 def assert_holds(model: nn.Module, folder: Path) -> None:
     """The model's matrices are those of the adapter in `folder`, bit for bit."""
     stored = adapter_tensors(folder)
-    held = {key.replace(".default", ""): matrix for key, matrix in lora_matrices(model).items()}
+    held = {re.sub(r"(lora_[AB])\.\w+", r"\1", key): matrix for key, matrix in lora_matrices(model).items()}
     assert held.keys() == stored.keys()
     assert [key for key in held if not torch.equal(held[key], stored[key])] == []
 

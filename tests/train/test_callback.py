@@ -120,12 +120,6 @@ def test_what_training_leaves_is_of_the_adapter_that_was_trained(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"math"}
 
 
-def test_a_model_that_peft_does_not_save_trains_without_leaving_anything(tmp_path: Path) -> None:
-    inner = llama().base_model.model
-    trainer_of(tmp_path, inner).train()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_saved_checkpoint_holds_the_cores(tmp_path: Path) -> None:
     model = llama()
     trainer_of(tmp_path, model, save_strategy="steps", save_steps=2, seed=11).train()

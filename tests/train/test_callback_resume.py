@@ -38,16 +38,24 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """The model with A and B cast as TRL casts those on a quantised base."""
+    for parameter in trainable(model):
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def run(
     folder: Path,
     *,
     resume: str | bool | None = None,
     optim: str = "adamw_torch",
     adapter: str = "default",
+    dtype: torch.dtype = torch.float32,
     **callback: Any,
 ) -> Any:
     """Losses of every micro-batch, and the matrices at the end, of a run of 6 steps."""
-    model, losses = llama(lora_dropout=0.1, adapter=adapter), []
+    model, losses = in_dtype(llama(lora_dropout=0.1, adapter=adapter), dtype), []
     model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
     optimizer = OPTIMIZERS[optim](model) if optim in OPTIMIZERS else None
     changes = {} if optimizer is not None else {"optim": optim}
@@ -90,6 +98,19 @@ def test_an_adapter_of_another_name_is_resumed(tmp_path: Path) -> None:
     meta = read_checkpoint(tmp_path / "checkpoint-6" / "math").meta
     assert [len(found.chosen) for found in meta.rounds] == [4, 4]
     assert list(placed(meta).values()).count(None) == 20
+
+
+def test_a_16_bit_adapter_is_resumed(tmp_path: Path) -> None:
+    """PEFT widens it: the resumed run agrees with the first one but for the rounding of A and B."""
+    losses, matrices = run(tmp_path, dtype=torch.bfloat16)
+    assert {matrix.dtype for matrix in matrices.values()} == {torch.bfloat16}
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed_losses, resumed = run(tmp_path, resume=True, dtype=torch.bfloat16)
+    assert resumed_losses == pytest.approx(losses[6:], rel=1e-3)
+    assert {matrix.dtype for matrix in resumed.values()} == {torch.float32}
+    for key, matrix in matrices.items():
+        torch.testing.assert_close(resumed[key], matrix.float(), rtol=0.02, atol=2e-3)
+    assert_contracted(tmp_path / "checkpoint-6", sites=28)
 
 
 def test_a_resume_that_loses_the_moments_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +168,15 @@ SCHEDULES = {
 """A configuration, and how many sites have cores in the best checkpoint, the first, and in the last."""
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter", ["default", "math"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_best_models_weights_are_kept_at_the_end_with_their_cores(schedule: str, tmp_path: Path) -> None:
+def test_the_best_models_weights_are_kept_at_the_end_with_their_cores(
+    schedule: str, adapter: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     config, first, last = SCHEDULES[schedule]
-    worse = count()
-    model, callback = llama(), LoraOverCallback(config)
+    worse, part = count(), "" if adapter == "default" else adapter
+    model, callback = in_dtype(llama(adapter=adapter), dtype), LoraOverCallback(config)
     trainer = Trainer(
         model,
         arguments(
@@ -171,16 +196,17 @@ def test_the_best_models_weights_are_kept_at_the_end_with_their_cores(schedule: 
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
-    assert_holds(model, tmp_path / "checkpoint-1")
+    assert_holds(model, tmp_path / "checkpoint-1" / part)
     for step, sites in ((1, first), (4, last)):
-        assert_contracted(tmp_path / f"checkpoint-{step}", sites=sites)
+        assert_contracted(tmp_path / f"checkpoint-{step}" / part, sites=sites)
     with pytest.raises(AssertionError):
-        assert_holds(model, tmp_path / "checkpoint-4")
-    assert_holds(model, tmp_path)
-    assert_contracted(tmp_path, sites=first)
-    assert read_checkpoint(tmp_path).meta.step == 1
+        assert_holds(model, tmp_path / "checkpoint-4" / part)
+    assert_holds(model, tmp_path / part)
+    assert_contracted(tmp_path / part, sites=first)
+    assert read_checkpoint(tmp_path / part).meta.step == 1
     model.save_pretrained(tmp_path / "best")
     callback.save(tmp_path / "best", step=4)
-    assert_contracted(tmp_path / "best", sites=first)
-    assert_holds(model, tmp_path / "best")
-    assert read_checkpoint(tmp_path / "best").meta.rounds == read_checkpoint(tmp_path / "checkpoint-1").meta.rounds
+    best = read_checkpoint(tmp_path / "best" / part)
+    assert_contracted(best.path, sites=first)
+    assert_holds(model, best.path)
+    assert best.meta.rounds == read_checkpoint(tmp_path / "checkpoint-1" / part).meta.rounds

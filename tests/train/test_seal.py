@@ -54,6 +54,8 @@ def test_the_latest_checkpoint_is_the_one_with_the_highest_step(tmp_path: Path) 
         (1, [2, 4], [], 2, [2, 5]),
         (1, [4, 8], [6], None, [5, 6, 8]),
         (None, [2, 4], [6], None, [2, 4, 5, 6]),
+        (0, [2, 4], [6], None, [2, 4, 5, 6]),
+        (-1, [2, 4], [6], None, [2, 4, 5, 6]),
     ],
 )
 def test_rotation_counts_what_is_sealed_and_takes_nothing_else(
