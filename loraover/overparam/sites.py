@@ -156,7 +156,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                     continue
                 sites[site.name] = by_memory[pointer] = site
     if not layers:
-        raise ConfigError("the model has no LoRA layers; wrap it with peft.getpeft_root(model, LoraConfig(...)).")
+        raise ConfigError("the model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)).")
     if not sites:
         raise ConfigError("none of the model's LoRA matrices requires a gradient; activate an adapter for training.")
     return sites
