@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -16,7 +17,7 @@ from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup, full_precision
 from loraover.overparam.decompositions import Decomposition, Eigen
 from loraover.overparam.importance import joint_norm
-from loraover.overparam.moments import LINEAR, SQUARED
+from loraover.overparam.moments import LINEAR, SQUARED, converted
 from loraover.overparam.optimizers import BLIND, ROTATED
 from loraover.overparam.sharding import of_first_process
 
@@ -133,22 +134,24 @@ class BasisFollower:
     def _turn(self, turns: Mapping[Side, tuple[Tensor, Tensor]], squares: Mapping[Side, Tensor]) -> None:
         """Turn bases, centre cores and the optimizer's moments of these."""
         group = self.group
-        centre = group.stacks[group.centre]
         for stack, new in zip(group.stacks, self.eigen.turned(group.stacks, turns, *group.shape), strict=True):
             stack.copy_(new)
         changes = {side: change for side, (_, change) in turns.items()}
         for at, parameter in enumerate(group.parameters(group.centre)):
             part = slice(None) if group.is_joined else slice(at, at + 1)
             state = group.state.get(parameter, {})
-            for key, value in state.items():
-                if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                    continue
-                used = changes if key in LINEAR else squares if key in SQUARED else None
-                if used is not None:
-                    moment = value.reshape(-1, *centre.shape[1:])
-                    for side, change in used.items():
-                        moment = turn(moment, change[part].to(moment.dtype), self.blocks[side], side)
-                    value.copy_(moment.reshape(value.shape))
+            moments = {key: value for key, value in state.items() if _is_moment(key, value, parameter)}
+            for key, turned in converted(moments, partial(self._turned, changes, squares, part)).items():
+                state[key].copy_(turned.reshape(parameter.shape))
+
+    def _turned(
+        self, changes: Mapping[Side, Tensor], squares: Mapping[Side, Tensor], part: slice, moment: Tensor, squared: bool
+    ) -> Tensor:
+        """A moment of some sites' centre cores in the new bases: by `changes`, or one of squares by `squares`."""
+        moment = moment.reshape(-1, *self.group.shape)
+        for side, change in (squares if squared else changes).items():
+            moment = turn(moment, change[part].to(moment.dtype), self.blocks[side], side)
+        return moment
 
     def stop(self) -> None:
         """Leave the bases as they are from now on."""
@@ -282,6 +285,11 @@ def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOve
         )
         return config.model_copy(update={"options": options})
     return config
+
+
+def _is_moment(key: str, value: Any, parameter: Tensor) -> bool:
+    """Whether a value of a parameter's state is a mean of its gradients, or of their squares."""
+    return key in LINEAR | SQUARED and isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _wide(flags: Tensor) -> Tensor:

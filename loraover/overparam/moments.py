@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,14 +35,38 @@ def carried_moments(
         converted (8-bit blocks, factors of rows and columns).
     """
     carried: dict[str, Any] = {}
+    moments: dict[str, Tensor] = {}
     for key, value in state.items():
         whole = full(value) if isinstance(value, Tensor) else value
         if not isinstance(whole, Tensor) or whole.ndim == 0:
             carried[key] = whole.clone() if isinstance(whole, Tensor) else whole
         elif key in LINEAR | SQUARED and tuple(whole.shape) == shape and whole.is_floating_point():
-            moment = whole.to(cores[0].dtype).unsqueeze(0)
-            centre = decomposition.to_centre(cores, moment, *shape, squared=key in SQUARED)[0]
-            carried[key] = centre.contiguous()  # as a fused optimizer makes it, which walks through memory
+            moments[key] = whole.to(cores[0].dtype).unsqueeze(0)
         else:
             return {}
-    return carried
+
+    def to_centre(moment: Tensor, squared: bool) -> Tensor:
+        return decomposition.to_centre(cores, moment, *shape, squared=squared)[0]
+
+    # Contiguous, as a fused optimizer makes them, which walks through memory.
+    return carried | {key: moment.contiguous() for key, moment in converted(moments, to_centre).items()}
+
+
+def converted(moments: Mapping[str, Tensor], convert: Callable[[Tensor, bool], Tensor]) -> dict[str, Tensor]:
+    """Convert an optimizer's means of gradients, and of their squares, into another basis.
+
+    A centred RMSprop divides by the root of square_avg - grad_avg^2, which would become negative if both were converted
+    by themselves. What is converted in the place of its squares is that variance.
+
+    Args:
+        moments: Moments by the optimizer's own keys.
+        convert: Function of a moment, and of whether it is one of squares.
+    """
+    given = dict(moments)
+    is_centred = {"square_avg", "grad_avg"} <= given.keys()
+    if is_centred:
+        given["square_avg"] = (given["square_avg"] - given["grad_avg"].square()).clamp(min=0)
+    found = {key: convert(moment, key in SQUARED) for key, moment in given.items()}
+    if is_centred:
+        found["square_avg"] = found["square_avg"] + found["grad_avg"].square()
+    return found

@@ -99,11 +99,18 @@ TRAINING = (
     ),
     Mutant(
         "eigen-turns-the-rounded-matrices",
-        "centre = group.stacks[group.centre]\n",
-        "centre = group.stacks[group.centre]\n"
+        'moments of these."""\n        group = self.group\n',
+        'moments of these."""\n        group = self.group\n'
+        "        centre = group.stacks[group.centre]\n"
         "        values = torch.stack([site.values for site in group.sites]).to(centre)\n"
         "        centre.copy_(self.eigen.to_centre(group.stacks, values, *group.shape))\n",
         Selection("test_block_bases.py", "a_refresh_keeps_every_matrix"),
+    ),
+    Mutant(
+        "a-centred-rmsprop-turns-squares-and-means-apart",
+        'is_centred = {"square_avg", "grad_avg"} <= given.keys()',
+        "is_centred = False",
+        Selection("test_block_bases.py", "centred_rmsprop"),
     ),
     Mutant(
         "calibration-is-silent-without-a-label",

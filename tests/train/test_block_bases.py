@@ -28,8 +28,9 @@ from loraover.overparam.sites import Site
 
 from oracles.contraction import block_diagonal
 from strategies import SEEDS, generators, normal, sizes
+from support.hooked_run import make, ordinary_step
 from support.speed import examples
-from support.tiny_models import tiny_net
+from support.tiny_models import lora_matrices, tiny_net
 from tolerances import UNDERFLOW, UNIT, gamma, isometry_error
 
 LENGTHS, LARGEST = st.integers(1, 150), st.sampled_from([1, 2, 3, 5, 7, 16, 64])
@@ -318,6 +319,26 @@ def test_a_refresh_turns_the_state_of_every_optimizer_whose_state_can_be_turned(
             checked[key] += 1
     assert set(checked.values()) == {6}
     assert len(checked) == {Adam: 3, AdamW: 3, RMSprop: 3, Adagrad: 1}.get(kind, 2)
+
+
+@pytest.mark.parametrize("second_moments", ["kept", "carried"])
+@pytest.mark.parametrize("refresh", [{"growth": 1}, {"growth": None, "refresh": 4}], ids=["often", "once"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_centred_rmsprop_divides_by_a_variance_after_a_refresh(
+    second_moments: str, refresh: dict[str, Any], momentum: float
+) -> None:
+    """Also where gradients hardly change, so that mean and mean square, each turned by itself, would not agree."""
+    model, over, optimizer = make(
+        lambda p: RMSprop(p, lr=1e-3, alpha=0.9, centered=True, momentum=momentum),
+        decomposition="eigen",
+        options={"second_moments": second_moments, **refresh},
+    )
+    for step in range(20):
+        ordinary_step(model, optimizer, step % 2)
+        for state in (state for group in over.groups for state in group.state.values()):
+            variance = state["square_avg"] - state["grad_avg"].square()
+            assert bool((variance >= -4 * UNIT[torch.float32] * state["square_avg"]).all())
+    assert all(bool(matrix.isfinite().all()) for matrix in lora_matrices(model).values())
 
 
 def in_own_axes(eigen: Eigen, group: CoreGroup, cores: Sequence[Tensor], moment: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.overparam import block_bases, eigenbases
+from loraover.overparam import block_bases, eigenbases, moments
 from loraover.overparam.block_bases import Blocks, turn
 from loraover.overparam.decompositions import eigen
 from loraover.overparam.decompositions.eigen import Eigen
@@ -205,7 +205,7 @@ def _moments_stay(key: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _squares_rotate_like_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eigenbases, "LINEAR", BASES.LINEAR | {"exp_avg_sq"})
+    monkeypatch.setattr(moments, "SQUARED", BASES.SQUARED - {"exp_avg_sq"})
 
 
 def _squares_are_not_permuted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,6 +246,26 @@ def test_every_optimizer_goes_on_or_starts_afresh(name: str, carry: bool) -> Non
         assert [key for key, matrix in lora_matrices(model).items() if torch.equal(matrix, before[key])] == []
 
 
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_the_variance_of_a_centred_rmsprop_stays_positive(name: str) -> None:
+    """Also where gradients hardly change, so that mean and mean square, each converted by itself, would not agree."""
+    decomposition, options = DECOMPOSED[name]
+    model = tiny_net()
+    config = LoraOverConfig(sites=["first.lora_A"], decomposition=decomposition, options=options)
+    over = OverParameterization(model, config)
+    over.attach(optimizer := RMSprop(trainable(model), lr=1e-4, alpha=0.9, centered=True))
+    for step in range(10):
+        optimizer.zero_grad()
+        net_loss(model, step % 2).backward()
+        if step == 5:
+            over.inject(later_sites(over), step=step)
+            for state in (state_of(over, site) for site in later_sites(over)):
+                variance = state["square_avg"] - state["grad_avg"].square()
+                assert bool((variance >= -4 * UNIT[torch.float32] * state["square_avg"]).all())
+        optimizer.step()
+    assert all(bool(matrix.isfinite().all()) for matrix in lora_matrices(model).values())
+
+
 def test_moments_of_a_half_precision_adapter_take_the_cores_precision() -> None:
     model = tiny_net(dtype=torch.bfloat16)
     over = OverParameterization(model, LoraOverConfig(sites=["first.lora_A"]))
