@@ -9,8 +9,9 @@ B^T C_out B (of A). While B = 0, its gradient stands for it there, since that is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -129,7 +130,20 @@ def measured_bases(
             "calibration: no batch has a finite loss, so there are no gradients to measure. A batch whose labels are "
             "all -100 has none; check the labels and the truncation of the training data."
         )
+    _check_complete(bases, [(site, side) for site, side, _ in _measured_sides(chosen, eigen)])
     return bases
+
+
+def _check_complete(bases: Mapping[str, Bases], sides: Iterable[tuple[Site, Side]]) -> None:
+    """Raise ConfigError if a side has no basis, since nothing was seen there."""
+    unseen = list(dict.fromkeys(site.name for site, side in sides if side not in bases[site.name]))
+    if unseen:
+        raise ConfigError(
+            f"calibration: the batches give no covariance of {len(unseen)} matrices, first {unseen[0]}: their layers "
+            "were not run, ran without PyTorch's hooks, or had gradients of zero. Give more batches, leave these out "
+            "with `sites`, or give eigen the options {short: gradient, long: gradient}, or none in place of gradient "
+            "if the optimizer's state cannot be turned."
+        )
 
 
 def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:
@@ -161,7 +175,10 @@ def _feature_blocks(site: Site, eigen: Eigen) -> Blocks:
 
 @contextmanager
 def _observed(layers: Mapping[Any, _Moments]) -> Iterator[_Pass]:
-    """Hooks that add up moments; a forward that checkpointing repeats during the backward pass counts once."""
+    """Hooks that add up moments; a forward that checkpointing repeats during the backward pass counts once.
+
+    A compiled model runs as it was written: once traced, it would ignore these hooks.
+    """
     running, handles = _Pass(), []
 
     def hook(found: _Moments) -> Callable[..., None]:
@@ -176,7 +193,8 @@ def _observed(layers: Mapping[Any, _Moments]) -> Iterator[_Pass]:
     try:
         for layer, found in layers.items():
             handles.append(layer.register_forward_hook(hook(found)))
-        yield running
+        with torch.compiler.set_stance("force_eager"):
+            yield running
     finally:
         for handle in handles:
             handle.remove()
@@ -189,28 +207,33 @@ def _bases(
     eigen: Eigen,
 ) -> dict[str, Bases]:
     known: dict[bytes, Tensor] = {}
-    found: dict[str, Bases] = {}
-    for site in chosen:
-        found[site.name] = {}
-        for side in ("rows", "columns"):
-            chosen_for = eigen.of_site(site.name)
-            blocks = chosen_for.blocks(side, *site.shape)
-            if blocks is None or chosen_for.source(side, *site.shape) != "calibration":
-                continue
-            moment = _moment(site, side, blocks, pairs[site.module, site.adapter], moments[site.module])
-            if moment is None or not bool(moment.any()):
-                continue
-            if not bool(moment.isfinite().all()):
-                raise ConfigError(
-                    f"calibration: the inputs or gradients of {site.module} are not finite on the calibration batches, "
-                    "so no basis can be measured; check the data and the base model."
-                )
-            moment = of_first_process(moment).cpu().double()
-            key = hashlib.sha256(moment.numpy().tobytes()).digest() + repr(blocks).encode()
-            if key not in known:
-                known[key] = of_first_process(eigenvectors(moment, blocks), site.parameter.device)
-            found[site.name][side] = known[key]
+    found: dict[str, Bases] = {site.name: {} for site in chosen}
+    for site, side, blocks in _measured_sides(chosen, eigen):
+        moment = _moment(site, side, blocks, pairs[site.module, site.adapter], moments[site.module])
+        if moment is None or not bool(moment.any()):
+            continue
+        if not bool(moment.isfinite().all()):
+            raise ConfigError(
+                f"calibration: the inputs or gradients of {site.module} are not finite on the calibration batches, "
+                "so no basis can be measured; check the data and the base model."
+            )
+        moment = of_first_process(moment).cpu().double()
+        key = hashlib.sha256(moment.numpy().tobytes()).digest() + repr(blocks).encode()
+        if key not in known:
+            known[key] = of_first_process(eigenvectors(moment, blocks), site.parameter.device)
+        found[site.name][side] = known[key]
     return found
+
+
+def _measured_sides(chosen: Sequence[Site], eigen: Eigen) -> Iterator[tuple[Site, Side, Blocks]]:
+    """Sides whose bases come from calibration; a basis that only an embedding's tokens could give is the identity."""
+    sides: tuple[Side, Side] = ("rows", "columns")
+    for site, side in product(chosen, sides):
+        chosen_for = eigen.of_site(site.name)
+        blocks = chosen_for.blocks(side, *site.shape)
+        is_of_tokens = side == "columns" and site.name.endswith(".lora_embedding_B")
+        if blocks is not None and chosen_for.source(side, *site.shape) == "calibration" and not is_of_tokens:
+            yield site, side, blocks
 
 
 def _moment(site: Site, side: Side, blocks: Blocks, pair: Mapping[str, Site], moments: _Moments) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,30 @@ def test_trained_bases_are_steady_where_their_rate_is_zero() -> None:
     matrices = lora_matrices(again)
     # The same but for the order of sums over sites, which share a basis in one of them.
     assert all((matrix - matrices[key]).abs().max() < 1e-4 for key, matrix in lora_matrices(model).items())
+
+
+# Compiled models
+
+COMPILED: dict[str, Callable[[Any], Any]] = {
+    "a wrapper": lambda model: torch.compile(model, backend="eager"),
+    "in place": lambda model: model.compile(backend="eager") or model,
+    "by layer": lambda model: (
+        [layer.compile(backend="eager") for layer in model.get_base_model().model.layers] and model
+    ),
+}
+
+
+@pytest.mark.parametrize("form", COMPILED)
+def test_a_compiled_model_is_measured_as_an_ordinary_one(form: str) -> None:
+    """Also where it was traced before, and Dynamo ignores hooks that come later."""
+    model = COMPILED[form](llama())
+    model.train()
+    model(**BATCHES[0]).loss.backward()
+    model.zero_grad()
+    over, plain = measured(model), measured(llama())
+    for name in plain.sites:
+        for side in ("rows", "columns"):
+            assert torch.equal(basis_of(over, name, side)[0], basis_of(plain, name, side)[0]), (name, side)
 
 
 # Tokens that count

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
+from loraover.common.errors import ConfigError
 from loraover.overparam import covariances
 from loraover.overparam.block_bases import Side
 
@@ -103,17 +104,24 @@ def test_a_static_choice_measures_what_it_chooses() -> None:
         assert not torch.equal(basis, identity)
 
 
-def test_a_side_that_no_batch_reached_keeps_the_identity() -> None:
+@pytest.mark.parametrize("weight", [None, 0.0], ids=["not-run", "no-gradient"])
+def test_sites_that_no_batch_reached_are_refused_by_name(weight: float | None) -> None:
+    """Their layers were not run, or without hooks, or the loss does not depend on them."""
     net = tiny_net()
     config = LoraOverConfig(decomposition="eigen", options=MEASURED)
 
     def loss(model: Any, x: Tensor) -> Tensor:
         hidden: Tensor = model.get_base_model().first(x)
-        return hidden.square().mean()
+        total = hidden.square().mean()
+        return total if weight is None else total + weight * model(x).mean()
 
+    message = r"no covariance of 4 matrices, first second\.lora_A: .* leave these out with `sites`, .*\{short: gradient"
+    before = lora_matrices(net)
+    with pytest.raises(ConfigError, match=message):
+        OverParameterization(net, config, probe=Probe(net, [torch.ones(3, 6)], loss))
+    assert all(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(net).items())
+    config = LoraOverConfig(decomposition="eigen", options=MEASURED, sites=["first.*"])
     over = OverParameterization(net, config, probe=Probe(net, [torch.ones(3, 6)], loss))
-    basis, _ = basis_of(over, "third.lora_A", "columns")
-    assert torch.equal(basis, torch.eye(8))
     assert not torch.equal(basis_of(over, "first.lora_B", "rows")[0], torch.eye(8))
 
 

@@ -167,10 +167,9 @@ class Eigen(Decomposition):
         turns: dict[Side, tuple[Tensor, Tensor]] = {}
         for side in ("rows", "columns"):
             blocks = self.blocks(side, m, n)
-            if blocks is None or not any(side in bases for bases in measured):
+            if blocks is None or side not in measured[0]:
                 continue
-            identity = torch.eye(blocks.size, dtype=cores[0].dtype).repeat(blocks.number, 1, 1)
-            each = [bases.get(side, identity) for bases in measured]
+            each = [bases[side] for bases in measured]
             first = [i for i, basis in enumerate(each) if i == 0 or not torch.equal(basis, each[i - 1])]
             share = len(each) // len(first)
             is_even = self.basis_core(side, m, n) in self.shareable(m, n) and first == list(range(0, len(each), share))
