@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraover.common.errors import ConfigError
 from loraover.common.memory import is_out_of_memory
@@ -63,24 +63,56 @@ class _Moments:
 
 
 class _Pass:
-    """The pass that is running: which of both, and which tokens of its batch are padding."""
+    """The pass that is running: which of both, and which tokens of its batch are padding.
 
-    def __init__(self) -> None:
+    A decoder reads its own tokens, and in its cross-attention those of the encoder, whose output it is given.
+
+    Args:
+        model: The model, whose encoder is told apart from its decoder if it has both.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self.is_forward = True
-        self.mask: Tensor | None = None
+        self.encoder = _encoder(model)
+        self._layers = set() if self.encoder is None else set(self.encoder.modules())
+        self._encoded: Tensor | None = None
+        self._masks: dict[str, Tensor | None] = {}
 
     def begin(self, batch: Any) -> None:
         """Start the forward pass of a batch."""
         self.is_forward = True
-        mask = batch.get("attention_mask") if hasattr(batch, "get") else None
-        self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        for key in ("attention_mask", "decoder_attention_mask"):
+            mask = batch.get(key) if hasattr(batch, "get") else None
+            self._masks[key] = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """(tokens, length), float32, without padding."""
-        kept = x.detach()
-        if self.mask is not None and kept.shape[:-1] == self.mask.shape:
-            kept = kept[self.mask.to(kept.device).bool()]
-        return kept.reshape(-1, kept.shape[-1]).float()
+    def encode(self, encoder: nn.Module, inputs: Any, output: Any) -> None:
+        """Note what the encoder gives, as a hook of it."""
+        self._encoded = output[0]
+
+    def mask(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The mask of the tokens x that a layer reads; None where all of them count."""
+        is_encoded = self._encoded is not None and x.data_ptr() == self._encoded.data_ptr()
+        is_source = self.encoder is None or layer in self._layers or is_encoded
+        return self._masks["attention_mask" if is_source else "decoder_attention_mask"]
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of a model that has a decoder, too."""
+    from transformers import PreTrainedModel
+
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None or not base.config.is_encoder_decoder:
+        return None
+    found: nn.Module = base.get_encoder()
+    return found
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(tokens, length), float32, without padding."""
+    kept = x.detach()
+    if mask is not None and kept.shape[:-1] == mask.shape:
+        kept = kept[mask.to(kept.device).bool()]
+    return kept.reshape(-1, kept.shape[-1]).float()
 
 
 def measured_bases(
@@ -155,7 +187,7 @@ def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:
 def _run(probe: Probe, layers: Mapping[Any, _Moments]) -> bool:
     """Run forward and backward passes of all batches, add up their moments, and say if some loss was finite."""
     has_loss = False
-    with _observed(layers) as running:
+    with _observed(probe.model, layers) as running:
         for batch in probe.batches:
             running.begin(batch)
             with torch.enable_grad():
@@ -174,25 +206,28 @@ def _feature_blocks(site: Site, eigen: Eigen) -> Blocks:
 
 
 @contextmanager
-def _observed(layers: Mapping[Any, _Moments]) -> Iterator[_Pass]:
+def _observed(model: nn.Module, layers: Mapping[Any, _Moments]) -> Iterator[_Pass]:
     """Hooks that add up moments; a forward that checkpointing repeats during the backward pass counts once.
 
     A compiled model runs as it was written: once traced, it would ignore these hooks.
     """
-    running, handles = _Pass(), []
+    running, handles = _Pass(model), []
 
     def hook(found: _Moments) -> Callable[..., None]:
         def note(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            mask = running.mask(module, inputs[0])
             if running.is_forward and inputs[0].is_floating_point():
-                found.add("A", running.tokens(inputs[0]))
+                found.add("A", _tokens(inputs[0], mask))
             if output.requires_grad:
-                output.register_hook(lambda gradient: found.add("B", running.tokens(gradient)))
+                output.register_hook(lambda gradient: found.add("B", _tokens(gradient, mask)))
 
         return note
 
     try:
         for layer, found in layers.items():
             handles.append(layer.register_forward_hook(hook(found)))
+        if running.encoder is not None:
+            handles.append(running.encoder.register_forward_hook(running.encode))
         with torch.compiler.set_stance("force_eager"):
             yield running
     finally:

@@ -113,6 +113,18 @@ TRAINING = (
         Selection("test_block_bases.py", "centred_rmsprop"),
     ),
     Mutant(
+        "calibration-is-silent-about-what-no-batch-reached",
+        "    if unseen:\n",
+        "    if False:\n",
+        Selection("test_measured_injection.py", "no_batch_reached"),
+    ),
+    Mutant(
+        "calibration-takes-the-encoders-mask-for-the-decoder",
+        "is_source = self.encoder is None or layer in self._layers or is_encoded",
+        "is_source = True",
+        Selection("test_measured_bases.py", "encoders_padding"),
+    ),
+    Mutant(
         "calibration-is-silent-without-a-label",
         "if not has_loss:",
         "if False:",

@@ -104,7 +104,8 @@ def tiny_neox(seed: int = 0) -> GPTNeoXForCausalLM:
 def tiny_bart(seed: int = 0) -> BartForConditionalGeneration:
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    return _seeded(BartForConditionalGeneration, BartConfig(vocab_size=VOCABULARY, **sizes, **heads), seed)
+    config = BartConfig(vocab_size=VOCABULARY, dropout=0.0, **sizes, **heads)
+    return _seeded(BartForConditionalGeneration, config, seed)
 
 
 def tiny_t5(seed: int = 0) -> T5ForConditionalGeneration:

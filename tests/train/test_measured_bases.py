@@ -30,7 +30,7 @@ from support.measured import (
     llama,
     measured,
 )
-from support.tiny_models import lora_matrices, token_ids, trainable
+from support.tiny_models import lora_matrices, tiny_bart, tiny_t5, token_ids, trainable, with_lora
 from tolerances import UNDERFLOW, UNIT, gamma
 
 # What is measured
@@ -206,6 +206,26 @@ def test_padding_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = moments_of(llama(), [{"input_ids": padded, "labels": labels}], monkeypatch)
     with pytest.raises(AssertionError):
         assert_close(counted, plain)
+
+
+@pytest.mark.parametrize("is_target_padded", [False, True])
+@pytest.mark.parametrize("base", [tiny_t5, tiny_bart])
+def test_an_encoders_padding_is_not_the_decoders(
+    base: Callable[[], Any], is_target_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both have the same length: cross-attention reads the encoder's tokens, the rest of a decoder its own."""
+    ids, labels = token_ids(0), torch.cat([token_ids(1), token_ids(2)[:, :3]], 1)
+    mask = torch.ones_like(labels)
+    source, source_mask = (torch.cat([x, torch.zeros(4, 3, dtype=torch.long)], 1) for x in (ids, torch.ones_like(ids)))
+    plain = {"input_ids": ids, "labels": labels}
+    padded = {"input_ids": source, "attention_mask": source_mask, "labels": labels}
+    if is_target_padded:
+        mask[:, -2:] = 0
+        plain["labels"] = labels[:, :-2].contiguous()
+        padded |= {"labels": labels.masked_fill(mask == 0, -100), "decoder_attention_mask": mask}
+    expected = moments_of(with_lora(base(), task_type="SEQ_2_SEQ_LM"), [plain], monkeypatch)
+    found = moments_of(with_lora(base(), task_type="SEQ_2_SEQ_LM"), [padded], monkeypatch)
+    assert_close(found, expected)
 
 
 def test_a_batch_counts_as_often_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
