@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import random
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraover.callbacks.calibration import calibration_batches
 from loraover.callbacks.trainer_checkpoint import adapter_folder, checkpoint_folder, load_best, save_adapter
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.resume import restore
@@ -23,7 +21,6 @@ from loraover.overparam.eigenbases import with_measured_bases
 from loraover.overparam.importance.base import Loss, Probe, model_loss
 from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.overparam.parameterization import OverParameterization
-from loraover.overparam.random_state import seeded
 from loraover.overparam.schedule import runs_model
 from loraover.overparam.sharding import trainable_state_dict, world_size
 from loraover.overparam.sites import find_sites, only_adapter, peft_root
@@ -88,15 +85,14 @@ class LoraOverCallback(TrainerCallback):
         self._saved_into = None
         if self.over is not None:
             self.over.detach()  # an interrupted run has left it attached, and the Trainer has kept the optimizer
-        self.config = with_measured_bases(self.config, ordinary_optimizer(optimizer))
-        config = self._seeded(args.seed)
+        config = _seeded(with_measured_bases(self.config, ordinary_optimizer(optimizer)), args.seed)
         probe = None
         if runs_model(config):
             batches = calibration_batches(train_dataloader, config.calibration_batches, args.seed, args.device)
             probe = Probe(model, batches, self.loss)
         if state.global_step > 0:
             checkpoint = self._checkpoint(args, state)
-            self.over = self.restore(model, checkpoint, args.seed, steps=state.max_steps, probe=probe)
+            self.over = self.restore(model, checkpoint, args.seed, steps=state.max_steps, probe=probe, config=config)
             self._logged_rounds = len(self.over.schedule.rounds)  # the checkpoint's log has them already
         else:
             self.over = OverParameterization(model, config, steps=state.max_steps, probe=probe)
@@ -152,8 +148,9 @@ class LoraOverCallback(TrainerCallback):
         step = state.global_step
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.over.detach()  # the model now holds the best checkpoint's matrices, whose cores are in that checkpoint
-            load_best(model, Path(state.best_model_checkpoint), only_adapter(self.over.sites.values()))
-            self.restore(model, state.best_model_checkpoint, args.seed, steps=state.max_steps)
+            checkpoint = state.best_model_checkpoint
+            load_best(model, Path(checkpoint), only_adapter(self.over.sites.values()))
+            self.restore(model, checkpoint, args.seed, steps=state.max_steps, config=self.over.config)
             step = state.best_global_step or step
         else:
             self.over.finish()
@@ -193,6 +190,7 @@ class LoraOverCallback(TrainerCallback):
         *,
         steps: int | None = None,
         probe: Probe | None = None,
+        config: LoraOverConfig | None = None,
     ) -> OverParameterization:
         """Restore the cores of a checkpoint whose adapter the model has loaded.
 
@@ -202,6 +200,7 @@ class LoraOverCallback(TrainerCallback):
             seed: Seed to use if the configuration has none.
             steps: Number of optimizer steps of the run, if training continues.
             probe: Batches on which a schedule runs the model, if training continues.
+            config: Configuration of the run, if its optimizer has changed the callback's.
 
         Returns:
             The restored cores, also in the attribute `over`.
@@ -210,13 +209,11 @@ class LoraOverCallback(TrainerCallback):
             CheckpointError: The checkpoint cannot be trusted, or does not fit the model or the configuration.
             ConfigError: Several adapters are trained.
         """
-        self.over = OverParameterization(model, self._seeded(seed), steps=steps, probe=probe, inject=False)
+        config = _seeded(config or self.config, seed)
+        self.over = OverParameterization(model, config, steps=steps, probe=probe, inject=False)
         adapter = only_adapter(self.over.sites.values())
         restore(self.over, read_checkpoint(adapter_folder(Path(checkpoint), adapter)))
         return self.over
-
-    def _seeded(self, seed: int) -> LoraOverConfig:
-        return self.config if self.config.seed is not None else self.config.model_copy(update={"seed": seed})
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         named = self.resume_from or args.resume_from_checkpoint
@@ -229,22 +226,5 @@ class LoraOverCallback(TrainerCallback):
         return folder
 
 
-def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:
-    """Draw batches of training data without changing the data loader's state or the random state.
-
-    Args:
-        dataloader: The Trainer's data loader, whose data set and collator are used.
-        count: Number of batches; fewer if the data set is too small.
-        seed: Seed by which rows are drawn.
-        device: Device to put the batches on.
-    """
-    size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
-    dataset = dataloader.dataset
-    with seeded(seed, []):  # a dataset may draw crops, a collator masks
-        if hasattr(dataset, "__len__"):
-            chosen = random.Random(seed).sample(range(len(dataset)), min(count * size, len(dataset)))
-            rows = [dataset[i] for i in chosen]
-        else:
-            rows = list(islice(iter(dataset), count * size))
-        batches = [dataloader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
-    return [send_to_device(batch, device) for batch in batches]
+def _seeded(config: LoraOverConfig, seed: int) -> LoraOverConfig:
+    return config if config.seed is not None else config.model_copy(update={"seed": seed})

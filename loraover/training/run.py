@@ -25,6 +25,8 @@ from loraover.evaluation.generation import answer_rooms
 from loraover.evaluation.held_out import any_number, exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
+from loraover.overparam.eigenbases import with_measured_bases
+from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
 from loraover.training.failure import FAILURE_FILE, record_failure
@@ -251,7 +253,8 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
     else:
         load_weights(run.model, checkpoint / "model.safetensors")
     if run.callback is not None:
-        run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=steps)
+        config = with_measured_bases(run.callback.config, ordinary_optimizer(run.trainer.create_optimizer()))
+        run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=steps, config=config)
     if run.method is not None:
         run.method.restore(checkpoint)
     run.trainer.state.global_step = step

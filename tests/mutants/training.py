@@ -113,6 +113,12 @@ TRAINING = (
         Selection("test_block_bases.py", "centred_rmsprop"),
     ),
     Mutant(
+        "calibration-takes-rows-from-training",
+        "    if not _same(rows[:1], again):\n",
+        "    if False:\n",
+        Selection("test_calibration.py", "read_only_once"),
+    ),
+    Mutant(
         "calibration-is-silent-about-what-no-batch-reached",
         "    if unseen:\n",
         "    if False:\n",

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe
-from loraover.callbacks.loraover_callback import calibration_batches
+from loraover.callbacks.calibration import calibration_batches
+from loraover.common.errors import ConfigError
 
 from support.tiny_models import tiny_llama, tiny_net, token_ids, with_lora
 
@@ -39,6 +40,30 @@ def masked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class Stream(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(ROWS)
+
+
+class Counted(Stream):
+    """A stream that knows its length, as the Trainer wants it for epochs."""
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+
+class OnePass(Stream):
+    """A stream that goes on where it was left, as one of a socket or a generator does."""
+
+    def __init__(self) -> None:
+        self.rest = iter(ROWS)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from self.rest
+
+
+class Shuffled(Stream):
+    """A stream whose order comes from the random state."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (ROWS[i] for i in torch.randperm(len(ROWS)).tolist())
 
 
 def rows_of(batches: list[dict[str, Tensor]]) -> list[Any]:
@@ -67,9 +92,21 @@ def test_a_small_dataset_is_taken_whole() -> None:
     assert sorted(rows_of(batches)) == sorted(row["input_ids"].tolist() for row in ROWS)
 
 
-def test_a_stream_gives_its_first_rows() -> None:
-    loader = loader_of(Stream(), batch_size=4)
+@pytest.mark.parametrize("kind", [Stream, Counted])
+def test_a_stream_gives_its_first_rows(kind: type[Stream]) -> None:
+    loader = loader_of(kind(), batch_size=4)
     assert rows_of(calibration_batches(loader, 2, seed=1, device="cpu")) == [r["input_ids"].tolist() for r in ROWS[:8]]
+
+
+def test_a_stream_in_random_order_is_no_stream_that_can_be_read_once() -> None:
+    drawn = rows_of(calibration_batches(loader_of(Shuffled(), batch_size=4), 2, seed=1, device="cpu"))
+    assert len({tuple(row) for row in drawn}) == 8
+
+
+def test_a_stream_that_can_be_read_only_once_is_refused() -> None:
+    """Training would never see the rows that calibration has taken from it."""
+    with pytest.raises(ConfigError, match=r"OnePass: .* a second pass does not begin with the row that the first"):
+        calibration_batches(loader_of(OnePass(), batch_size=4), 2, seed=1, device="cpu")
 
 
 def test_neither_the_random_state_nor_the_loaders_order_changes() -> None:

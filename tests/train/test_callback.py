@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, read_checkpoint
-from loraover.callbacks.loraover_callback import calibration_batches
+from loraover.callbacks.calibration import calibration_batches
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.command_line import run as run_command
 from loraover.common.errors import ConfigError
@@ -88,6 +88,14 @@ def test_bases_are_measured_where_the_optimizers_state_cannot_be_turned(
             blocks = basis.reshape(-1, basis.shape[-1], basis.shape[-1])
             assert not any(torch.equal(block, torch.eye(len(block))) for block in blocks)
     assert_holds(model, tmp_path / "run")
+
+
+def test_options_of_one_run_are_not_those_of_the_next(tmp_path: Path) -> None:
+    callback = LoraOverCallback(config := LoraOverConfig(decomposition="eigen", options={"block": 8}))
+    for optim, sources in (("adafactor", {"short": "calibration", "long": "calibration"}), ("adamw_torch", {})):
+        trainer_of(tmp_path / optim, callback=callback, optim=optim, max_steps=1).train()
+        assert callback.config == config
+        assert read_checkpoint(tmp_path / optim).meta.config.options == {"block": 8, **sources}
 
 
 def test_fold_takes_what_training_leaves_and_says_what_a_plain_lora_is(

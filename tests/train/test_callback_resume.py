@@ -164,6 +164,7 @@ def test_cores_of_another_run_are_refused(tmp_path: Path) -> None:
 SCHEDULES = {
     "all": (LoraOverConfig(), 28, 28),
     "dynamic": (LoraOverConfig(schedule="dynamic", budget=Budget(sites=8), rounds=2, start=0.25, end=0.75), 4, 8),
+    "measured": (LoraOverConfig(decomposition="eigen", options={"block": 8}), 28, 28),
 }
 """A configuration, and how many sites have cores in the best checkpoint, the first, and in the last."""
 
@@ -188,6 +189,7 @@ def test_the_best_models_weights_are_kept_at_the_end_with_their_cores(
             load_best_model_at_end=True,
             metric_for_best_model="score",
             greater_is_better=True,
+            optim="adafactor" if schedule == "measured" else "adamw_torch",
         ),
         train_dataset=DATA,
         eval_dataset=DATA[:4],

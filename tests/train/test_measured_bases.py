@@ -213,7 +213,7 @@ def test_padding_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_encoders_padding_is_not_the_decoders(
     base: Callable[[], Any], is_target_padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where both have the same length: cross-attention reads the encoder's tokens, the rest of a decoder its own."""
+    """Also where both have the same length: of a decoder, only cross-attention reads the encoder's tokens."""
     ids, labels = token_ids(0), torch.cat([token_ids(1), token_ids(2)[:, :3]], 1)
     mask = torch.ones_like(labels)
     source, source_mask = (torch.cat([x, torch.zeros(4, 3, dtype=torch.long)], 1) for x in (ids, torch.ones_like(ids)))

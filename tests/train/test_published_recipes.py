@@ -220,11 +220,25 @@ def test_an_epoch_is_resumed_where_it_stopped(
     assert whole.after == cut.after
 
 
-@pytest.mark.parametrize("name", ["adapter", "run.json"])
+EIGEN = ["--set", "over.decomposition=eigen", "--set", "over.options={}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adapter", []),
+        ("run.json", []),
+        ("adapter", [*EIGEN, "--set", "training.optim=adafactor"]),
+        ("adapter", [*EIGEN, "--set", "training.optim=adamw_bnb_8bit"]),
+    ],
+    ids=["adapter", "run.json", "eigen-adafactor", "eigen-8-bit"],
+)
 def test_a_run_that_was_stopped_after_its_last_step_is_finished(
-    name: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, options: list[str], bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was stopped before one of the two things that it leaves, of which the second makes it finished."""
+    if "training.optim=adamw_bnb_8bit" in options:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     publish: Any = {"adapter": publish_directory, "run.json": publish_text}[name]
 
     def interrupt(path: Path, *args: Any, **options: Any) -> Any:
@@ -234,10 +248,10 @@ def test_a_run_that_was_stopped_after_its_last_step_is_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(f"loraover.training.run.{publish.__name__}", interrupt)
-        assert train("glue-qnli-t5-base", bases, tmp_path) == 130
+        assert train("glue-qnli-t5-base", bases, tmp_path, *options) == 130
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("took another step"))
-        assert train("glue-qnli-t5-base", bases, tmp_path, "--resume") == 0
+        assert train("glue-qnli-t5-base", bases, tmp_path, *options, "--resume") == 0
     assert read_run(tmp_path / "run").steps == STEPS
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
