@@ -230,8 +230,8 @@ TRAINING = (
     # Moments and shards
     Mutant(
         "moments-squares-are-carried-like-means",
-        "squared=key in SQUARED",
-        "squared=key in LINEAR",
+        "convert(moment, key in SQUARED)",
+        "convert(moment, key in LINEAR)",
         Selection("test_moments.py", "carried_moments_are_those"),
     ),
     Mutant(
