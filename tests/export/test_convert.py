@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,20 +16,33 @@ from hypothesis import strategies as st
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from loraover_export import convert_adapter
 from loraover_export.convert.engines import fit, fit_in_words
-from loraover_export.convert.methods import METHODS
-from loraover_export.convert.methods.base import INERT, OTHER_KINDS, Refused
+from loraover_export.convert.methods import METHODS, tokens
+from loraover_export.convert.methods.base import INERT, OTHER_KINDS, LowRank, Refused
 from loraover_export.convert.methods.householder import _compact
+from loraover_export.logits.pieces import logits_of
 
 from oracles import conversions as oracle
-from support.conversions import BASES, SOURCES, Source, make_base, make_source, our_deltas, peft_deltas
-from support.make_checkpoint import edit_tensors
+from support.conversions import (
+    BASES,
+    SOURCES,
+    Source,
+    load_base,
+    make_base,
+    make_source,
+    our_deltas,
+    peft_deltas,
+)
+from support.make_checkpoint import edit_tensors, save_tokenizer
 
-TIED = "trained tokens of a tied model"
-"""PEFT's merge adds the LoRAs of the embedding and of the head to the one weight that they share."""
+TIED = (
+    "trained tokens of a tied model",
+    "trained tokens of an encoder-decoder",
+    "lora with trained tokens of an encoder-decoder",
+)
+"""PEFT's merge adds the LoRAs of embeddings and of the head to the one weight that they share."""
 STORED = 1e-6
 """Largest relative error of delta_W by rounding A and B to float32, some units of 6e-8 times the root of the rank."""
 
@@ -76,7 +90,7 @@ def test_the_delta_is_pefts(name: str, made: Make) -> None:
         assert ranks[path] == numerical_rank(delta), path
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != TIED])
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in TIED])
 def test_the_written_lora_is_the_source(name: str, made: Make, tmp_path: Path) -> None:
     """Where the rank is finite, exactly; else the best approximation, whose error is that of NumPy's SVD."""
     source, adapter = SOURCES[name], made(name)
@@ -100,19 +114,47 @@ def test_the_written_lora_is_the_source(name: str, made: Make, tmp_path: Path) -
 
 
 @torch.no_grad()
-def test_trained_tokens_of_a_tied_model_reach_its_head(made: Make, tmp_path: Path) -> None:
-    adapter = made(TIED)
+@pytest.mark.parametrize("name", TIED)
+def test_trained_tokens_of_a_tied_model_reach_all_that_is_tied(name: str, made: Make, tmp_path: Path) -> None:
+    adapter = made(name)
     report = convert_adapter(adapter.folder, tmp_path / "lora")
-    assert any("merge_and_unload would add both" in note for note in report.certificate.notes)
+    assert any("merge_and_unload would add" in note for note in report.certificate.notes)
     ids = torch.tensor([[5, 7, 2, 9]])
     models = [
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(adapter.base), folder).eval()
+        PeftModel.from_pretrained(load_base(adapter.base), folder).eval()
         for folder in (adapter.folder, tmp_path / "lora")
     ]
-    expected, found = (model(input_ids=ids).logits for model in models)
+    expected, found = (logits_of(model, ids, None) for model in models)
     assert float((found - expected).abs().max()) <= 1e-5
     with models[1].disable_adapter():
-        assert float((models[1](input_ids=ids).logits - expected).abs().max()) >= 1e-2
+        assert float((logits_of(models[1], ids, None) - expected).abs().max()) >= 1e-2
+
+
+def test_tokens_of_a_decoder_alone_keep_the_encoders(tmp_path: Path) -> None:
+    """The base's file holds the weight that both share under one name only."""
+    options = {"target_modules": ["q"], "trainable_token_indices": {"decoder.embed_tokens": [5, 2]}}
+    source = Source("LORA", options | {"task_type": "SEQ_2_SEQ_LM"}, base="t5")
+    adapter = make_source(make_base(tmp_path / "base", "t5"), tmp_path / "source", source)
+    report = convert_adapter(adapter, tmp_path / "lora", check_error=True, device="cpu")
+    assert report.passed
+    assert "decoder.embed_tokens" in (modules := [module.module for module in report.certificate.modules])
+    assert "encoder.embed_tokens" not in modules
+
+
+def test_a_check_runs_on_the_trained_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts seldom contain new tokens, and a conversion that leaves them out passes on all other tokens."""
+    base = make_base(tmp_path / "base", "even")
+    save_tokenizer(base)
+    adapter = make_source(base, tmp_path / "source", Source("LORA", {"r": 2, "trainable_token_indices": [61, 62]}))
+    assert convert_adapter(adapter, tmp_path / "right", check_error=True, device="cpu").passed
+    right = tokens._rows
+
+    def halved(module: Any, name: str, indices: Any) -> LowRank:
+        rows = right(module, name, indices)
+        return LowRank(rows.b / 2, rows.a)
+
+    monkeypatch.setattr(tokens, "_rows", halved)
+    assert not convert_adapter(adapter, tmp_path / "wrong", check_error=True, device="cpu").passed
 
 
 @pytest.mark.parametrize("name", ["loha", "lokr", "hra", "adalora", "pissa"])
@@ -177,7 +219,7 @@ class TestOracles:
         return [file[f"base_model.model.{self.PATH}.{name}"].double().numpy() for name in names]
 
     def weight(self, base: Path) -> oracle.Matrix:
-        model = AutoModelForCausalLM.from_pretrained(base)
+        model = load_base(base)
         found: oracle.Matrix = model.get_submodule(self.PATH).weight.detach().double().numpy()
         return found
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover_export.convert.base_weights import open_base
@@ -20,9 +20,9 @@ from loraover_export.convert.methods.base import Dense
 from loraover_export.convert.run import read_method
 from loraover_export.convert.source import open_adapter
 
-from support.tiny_models import tiny_gpt2, tiny_llama
+from support.tiny_models import tiny_bart, tiny_gpt2, tiny_llama, tiny_t5
 
-BOTH = ["q_proj", "down_proj"]
+BOTH = ["q_proj", "down_proj", "fc2"]
 DOUBLE, SINGLE = 1e-11, 3e-6
 """Largest error relative to the norm of delta_W, where PEFT computes in float64 and where it insists on float32."""
 
@@ -54,6 +54,8 @@ BASES: dict[str, Callable[[], Any]] = {
     "bias": lambda: tiny_llama(hidden_size=32, intermediate_size=48, attention_bias=True),
     "tied": lambda: tiny_llama(tie_word_embeddings=True),
     "gpt2": tiny_gpt2,
+    "t5": tiny_t5,
+    "bart": tiny_bart,
 }
 
 SOURCES: dict[str, Source] = {
@@ -151,6 +153,14 @@ SOURCES: dict[str, Source] = {
     "trained tokens of a tied model": Source(
         "TRAINABLE_TOKENS", {"token_indices": [5, 2], "target_modules": ["embed_tokens"]}, base="tied"
     ),
+    "trained tokens of an encoder-decoder": Source(
+        "TRAINABLE_TOKENS",
+        {"token_indices": [5, 2], "target_modules": ["shared"], "task_type": "SEQ_2_SEQ_LM"},
+        base="t5",
+    ),
+    "lora with trained tokens of an encoder-decoder": Source(
+        "LORA", {"trainable_token_indices": [5, 2], "task_type": "SEQ_2_SEQ_LM"}, base="bart"
+    ),
 }
 """Adapters by name; every kind that is converted has at least one."""
 
@@ -161,6 +171,12 @@ def make_base(folder: Path, name: str) -> Path:
     return folder
 
 
+def load_base(folder: Path) -> Any:
+    """The base model with its head."""
+    config = AutoConfig.from_pretrained(folder)
+    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_pretrained(folder)
+
+
 def make_source(base: Path, folder: Path, source: Source) -> Path:
     """Write an adapter as training would leave it; returns its folder."""
     options = {"target_modules": BOTH, "task_type": "CAUSAL_LM"} | source.options
@@ -168,7 +184,7 @@ def make_source(base: Path, folder: Path, source: Source) -> Path:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        model = get_peft_model(load_base(base), config)
         fill(model, source.kind)
         if source.pruned:
             kept = [(name, e) for name, e in model.base_model.model.named_parameters() if "lora_E" in name]
@@ -190,10 +206,10 @@ def fill(model: nn.Module, kind: str) -> None:
 @torch.no_grad()
 def peft_deltas(base: Path, folder: Path) -> dict[str, Tensor]:
     """Merged weights minus base weights, in float64 as far as PEFT can, by module; embeddings are transposed."""
-    before = _weights(AutoModelForCausalLM.from_pretrained(base))
+    before = _weights(load_base(base))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        model: Any = PeftModel.from_pretrained(load_base(base), folder)
         merged = _weights(model.double().merge_and_unload())
     deltas = {path: merged[path] - weight for path, weight in before.items()}
     return {path: delta for path, delta in deltas.items() if delta.any()}

@@ -51,14 +51,17 @@ class BaseWeights:
             if is_conv1d(module) or is_linear(module) or is_embedding(module)
         }
 
-    @property
-    def is_tied(self) -> bool:
-        """Whether the output head shares the weight of the input embedding."""
-        return bool(self.model.config.get_text_config().tie_word_embeddings)
+    @cached_property
+    def tied(self) -> list[str]:
+        """Paths of the modules that share the input embedding's weight, the embedding first; of it alone if none do.
 
-    def name_of(self, module: Any) -> str | None:
-        """Return the path of a module; None if the model has no such module."""
-        return next((path for path, found in self.modules.items() if found is module), None)
+        They may be the output head, and the embeddings of an encoder and a decoder.
+        """
+        embedding = self.model.get_input_embeddings()
+        if embedding is None:
+            return []
+        alike = [path for path, found in self.modules.items() if found._parameters.get("weight") is embedding.weight]
+        return sorted(alike, key=lambda path: self.modules[path] is not embedding)
 
     def weight(self, path: str) -> Tensor:
         """Read the weight of a module, as it is stored but shaped like `shapes`.
@@ -69,7 +72,7 @@ class BaseWeights:
             ExportError: The model is quantised.
         """
         with self._lock:  # files are opened once
-            key = self._key(f"{path}.weight")
+            key = self._key(path)
         weight = self._tensors[key].read(key)
         weight = weight.T if is_conv1d(self.modules[path]) else weight
         if not weight.is_floating_point() or tuple(weight.shape) != self.shapes[path]:
@@ -85,17 +88,16 @@ class BaseWeights:
         shards = open_files(self.source, self._files).shards.values()
         return {key: shard for shard in shards for key in shard.keys}
 
-    def _key(self, name: str) -> str:
-        """Return the key of a parameter in the files, which may lack the prefix of a head's model, or be tied."""
+    def _key(self, path: str) -> str:
+        """Return the key of a module's weight in the files, which may lack the prefix of a head's model, or be tied."""
         prefix = f"{self.model.base_model_prefix}."
-        names = [name, name.removeprefix(prefix), prefix + name]
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if self.is_tied and name == f"{self.name_of(head)}.weight":
-            tied = f"{self.name_of(embedding)}.weight"
-            names += [tied, tied.removeprefix(prefix)]
-        key = next((key for key in names if key in self._tensors), None)
+        paths = [path, *(self.tied if path in self.tied else ())]
+        names = (form for found in paths for form in (found, found.removeprefix(prefix), prefix + found))
+        key = next((key for name in names if (key := f"{name}.weight") in self._tensors), None)
         if key is None:
-            raise ConfigError(f"model: {self.source.origin}: its files hold no tensor {name}, which is needed here.")
+            raise ConfigError(
+                f"model: {self.source.origin}: its files hold no tensor {path}.weight, which is needed here."
+            )
         return key
 
 

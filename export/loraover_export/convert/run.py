@@ -95,7 +95,7 @@ def convert_adapter(
     base = resolve_base([layout], request.model, option="--model", say=report.line)
     ranks: dict[str, int] = {}
     with open_base(base) as weights, open_adapter(layout, weights) as adapter:
-        compare = _comparison(request, adapter, base, report) if request.check_error else None
+        compare = _comparison(request, method, adapter, base, report) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
             if compare is None:
@@ -143,7 +143,7 @@ def read_method(path: Path) -> tuple[AnyMethod, Layout[Any]]:
 
 
 def _comparison(
-    request: ConvertRequest, adapter: Adapter[Any], base: ModelSource, report: Reporter
+    request: ConvertRequest, method: AnyMethod, adapter: Adapter[Any], base: ModelSource, report: Reporter
 ) -> Callable[..., OutputsOfConversion]:
     """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
 
@@ -159,11 +159,13 @@ def _comparison(
         )
     place, _ = choose_compute(request.device, request.compute_dtype)
     config, layout = adapter.base.model.config, adapter.layout
+    at_once = tokens_at_once(config, place, layout.config.task_type)
+    prompts = read_prompts(base, request.prompts, at_once=at_once, tokens=method.trained_tokens(layout.config))
     return partial(
         compare_outputs,
         layout,
         base=base,
-        prompts=read_prompts(base, request.prompts, at_once=tokens_at_once(config, place, layout.config.task_type)),
+        prompts=prompts,
         report=report,
         dtype=request.dtype,
         num_labels=saved_labels({key: adapter.file.shape(key) for key in layout.others}),
@@ -206,17 +208,11 @@ def _convert(
 
 
 def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:
-    """Return a warning if an embedding and the head that shares its weight are both adapted."""
-    adapted = {place.embedding for place in places if place.path in _ends(adapter)}
-    if not adapter.base.is_tied or len(adapted) < 2:
+    """Return a warning if several modules that share one weight are adapted."""
+    adapted = [place.path for place in places if place.path in adapter.base.tied]
+    if len(adapted) < 2:
         return []
     return [
-        "the embedding and the output head share one weight, and each has its LoRA: applied beside the model, both are "
-        "right, but PEFT's merge_and_unload would add both to the one weight"
+        f"{', '.join(adapted)} share one weight, and each has its LoRA: applied beside the model, all are right, but "
+        "PEFT's merge_and_unload would add all of them to the one weight"
     ]
-
-
-def _ends(adapter: Adapter[Any]) -> set[str | None]:
-    """Return the paths of the input embedding and of the output head."""
-    model = adapter.base.model
-    return {adapter.base.name_of(model.get_input_embeddings()), adapter.base.name_of(model.get_output_embeddings())}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.models.load import ModelSource, load_config, load_tokenizer
 
 MAX_TOKENS = 256
+SEQUENCE = 32
+"""Number of tokens in a prompt that is made without a text."""
 
 BUILT_IN_PROMPTS = (
     "The train leaves at nine and arrives at noon, so the journey takes three hours.",
@@ -42,15 +44,23 @@ class Prompts:
 
 
 def read_prompts(
-    source: ModelSource, file: Path | None = None, *, at_once: int = 1, longest: int = MAX_TOKENS
+    source: ModelSource,
+    file: Path | None = None,
+    *,
+    at_once: int = 1,
+    longest: int = MAX_TOKENS,
+    tokens: Iterable[int] = (),
 ) -> Prompts:
     """Return token ids: of a file's lines, of a built-in set, or at random if the model has no tokenizer.
+
+    Tokens that are asked for and that none of these contain make further prompts, whose only tokens they are.
 
     Args:
         source: the base model, with its tokenizer.
         file: text file with one prompt a line; None means a built-in set.
         at_once: largest number of tokens in a batch of several prompts of one length.
         longest: number of tokens to which longer prompts are cut.
+        tokens: ids of tokens that the prompts have to contain.
 
     Raises:
         DataError: no usable prompt in the file.
@@ -75,13 +85,24 @@ def read_prompts(
     if prompts:
         cut = sum(ids.numel() > longest for ids in encoded)
         shown = f", {cut} of them cut to their first {longest} tokens" if cut else ""
-        return Prompts(_batches(prompts, at_once), f"{len(prompts)} of {name}{shown}", cut)
+        return _prompts(prompts, f"{len(prompts)} of {name}{shown}", cut, tokens, min(SEQUENCE, longest), at_once)
     if file is not None:
         raise DataError(f"{file}: holds no prompt; expected one a line.")
     vocabulary = load_config(source).get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (8, 32), generator=torch.Generator().manual_seed(0))[:, :longest]
-    source_name = "8 random token sequences (the base model has no tokenizer)"
-    return Prompts(_batches(list(torch.split(ids, 1)), at_once), source_name)
+    ids = torch.randint(vocabulary, (8, SEQUENCE), generator=torch.Generator().manual_seed(0))[:, :longest]
+    name = "8 random token sequences (the base model has no tokenizer)"
+    return _prompts(list(torch.split(ids, 1)), name, 0, tokens, min(SEQUENCE, longest), at_once)
+
+
+def _prompts(
+    prompts: Sequence[Tensor], name: str, cut: int, tokens: Iterable[int], length: int, at_once: int
+) -> Prompts:
+    """Return prompts in batches, with further ones of at most `length` tokens for those that they lack."""
+    found = {token for ids in prompts for token in ids.flatten().tolist()}
+    lacking = torch.tensor(sorted({*tokens} - found), dtype=torch.long)
+    more = [ids[None] for ids in torch.split(lacking, length) if ids.numel()]
+    shown = f", and {lacking.numel()} trained tokens that they lack" if more else ""
+    return Prompts(_batches([*prompts, *more], at_once), name + shown, cut)
 
 
 def _batches(prompts: Sequence[Tensor], at_once: int) -> tuple[Tensor, ...]:

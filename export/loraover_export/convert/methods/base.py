@@ -132,6 +132,10 @@ class Method(ABC, Generic[Config]):
             raise module.refuse("it is an embedding, which is converted for LoRA and trained tokens only.")
         yield Place(path, module.is_embedding, partial(self.delta, module))
 
+    def trained_tokens(self, config: Config) -> set[int]:
+        """Return the tokens that were trained alone, which a check has to run on."""
+        return set()
+
     @abstractmethod
     def delta(self, module: Module[Config]) -> LowRank | Dense:
         """Return what the adapter adds to the weight of a module.

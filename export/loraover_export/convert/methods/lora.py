@@ -74,6 +74,10 @@ class Lora(Method[LoraFields]):
                 raise module.refuse("it has both a LoRA and single trained tokens; train with one of them.")
             yield from token_places(module, TOKENS, _indices(module))
 
+    def trained_tokens(self, config: LoraFields) -> set[int]:
+        found = config.trainable_token_indices or []
+        return {token for tokens in found.values() for token in tokens} if isinstance(found, dict) else {*found}
+
     def delta(self, module: Module[LoraFields]) -> LowRank | Dense:
         m, n = module.shape
         s = module.config.scaling(module.path)

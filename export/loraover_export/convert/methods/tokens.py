@@ -1,8 +1,10 @@
 """Trained tokens: k rows of an embedding that are replaced, which are an embedding LoRA of rank k.
 
 The new rows E' stand in the file, so delta_W^T = S (E' - E) with S (tokens, k) a column of the identity for each
-trained token, and E the base model's rows. Where the output head shares the embedding's weight, PEFT replaces its rows
-as well, so the head gets the same LoRA, transposed.
+trained token, and E the base model's rows. PEFT replaces them in all modules that share the input embedding's weight,
+so each of them gets the same LoRA: the output head, transposed, and the embeddings of an encoder and a decoder.
+
+Source: set_additional_trainable_modules in peft/utils/other.py and TrainableTokensModel of PEFT 0.21.2.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from loraover_export.convert.base_weights import is_embedding
 from loraover_export.convert.methods.base import LowRank, Method, Place
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 
@@ -46,12 +49,15 @@ class TrainableTokens(Method[TokenFields]):
                 )
             yield from token_places(adapter.module(path), NAME, adapter.config.token_indices)
 
+    def trained_tokens(self, config: TokenFields) -> set[int]:
+        return {*config.token_indices}
+
     def delta(self, module: Module[TokenFields]) -> LowRank:
         return _rows(module, NAME, module.config.token_indices)
 
 
 def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iterator[Place]:
-    """Yield the embedding, and the head that shares its weight, unless the head has other trained tokens.
+    """Yield the embedding, and the modules that share its weight, unless they have other trained tokens.
 
     Args:
         module: the embedding, or a head with its own weight.
@@ -59,22 +65,22 @@ def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iter
         indices: the trained tokens, in the order of the rows.
 
     Raises:
-        ExportError: the head has a LoRA, to which PEFT adds the new rows.
+        ExportError: such a module has a LoRA, to which PEFT adds the new rows.
     """
     base = module.adapter.base
     find = partial(_rows, module, name, indices)
     yield Place(module.path, module.is_embedding, find)
-    head = base.name_of(base.model.get_output_embeddings())
-    is_input = base.modules[module.path] is base.model.get_input_embeddings()
-    if not base.is_tied or not is_input or head is None:
+    if [module.path] != base.tied[:1]:
         return
-    of_head = module.adapter.layout.modules.get(head)
-    if of_head is None:
-        yield Place(head, False, lambda: find().transposed())
-    elif name not in of_head:
-        raise module.refuse(
-            f"it has trained tokens, and {head}, which shares its weight, has a LoRA; train with one of them."
-        )
+    for path in base.tied[1:]:
+        other = module.adapter.layout.modules.get(path)
+        if other is None:
+            other_is_embedding = is_embedding(base.modules[path])
+            yield Place(path, other_is_embedding, find if other_is_embedding else lambda: find().transposed())
+        elif name not in other:
+            raise module.refuse(
+                f"it has trained tokens, and {path}, which shares its weight, has a LoRA; train with one of them."
+            )
 
 
 def _rows(module: Module[Any], name: str, indices: Sequence[int]) -> LowRank:
