@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX
 from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
 from loraover_export.convert.source import Adapter, Layout
+from loraover_export.merge.base_weights import changed_weight, module_of_copy, refuse_changed
 
 SERVED_HEADS = ("classifier", "score")
 """Modules of `modules_to_save` that engines take: vLLM's rule, and PEFT loads any."""
@@ -47,7 +47,10 @@ def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]
     modules: set[str] = set()
     for key in adapter.layout.others:
         name = key.removeprefix(KEY_PREFIX)
-        if _is_copy(adapter, key):
+        path = module_of_copy(key)
+        if key.endswith(BASE_WEIGHT) and adapter.base.shapes.get(path) == adapter.file.shape(key):
+            changed = changed_weight(key, adapter.file, path, adapter.base)
+            refuse_changed(changed, adapter.layout.tensors_path, "merge the adapter with `loraover export merge`")
             continue
         saved = next((module for module in adapter.config.modules_to_save or () if _is_below(name, module)), None)
         if saved is None or saved.rpartition(".")[2] not in SERVED_HEADS:
@@ -55,14 +58,6 @@ def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]
         tensors[key] = adapter.file.read(key)
         modules.add(saved)
     return tensors, sorted(modules)
-
-
-def _is_copy(adapter: Adapter[Any], key: str) -> bool:
-    path = key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
-    if not key.endswith(BASE_WEIGHT) or path not in adapter.base.shapes:
-        return False
-    stored, weight = adapter.file.read(key), adapter.base.weight(path)
-    return stored.shape == weight.shape and torch.equal(stored.double(), weight.double())
 
 
 def _is_below(name: str, module: str) -> bool:

@@ -16,7 +16,6 @@ from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.convert.approximate import approximations
-from loraover_export.convert.base_weights import open_base
 from loraover_export.convert.effect import compare_outputs
 from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS
@@ -28,6 +27,7 @@ from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
 from loraover_export.logits.pieces import tokens_at_once
 from loraover_export.logits.prompts import read_prompts
+from loraover_export.merge.base_weights import open_base
 from loraover_export.uniform.certificate import LoraCertificate, OutputsOfConversion
 from loraover_export.uniform.write_lora import Check, LoraOutput, write_lora
 

@@ -19,7 +19,7 @@ from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
-from loraover_export.convert.base_weights import BaseWeights, is_conv1d, is_embedding
+from loraover_export.merge.base_weights import BaseWeights, is_conv1d, is_embedding
 
 
 class MethodConfig(BaseModel):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
 from loraover.common.errors import ExportError
 from loraover_export.gguf.target import Target
+from loraover_export.merge.base_weights import check_base_weights
 from loraover_export.uniform.matrices import module_of
-from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, has_targets
+from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with llama.cpp"
 NORM = {"norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them"}
@@ -24,16 +25,18 @@ def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
 
     Raises:
         CheckpointError: an adapter for changed base weights.
+        ConfigError: the adapter holds base weights, and the base model's cannot be read.
         ExportError: an adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
-    weights = (f"{module_of(site)}.weight" for site in adapter.sites)  # such as that of a router
-    check_fields(adapter, MERGE, allowed={"target_parameters"} if has_targets(adapter, weights) else ())
+    check_fields(adapter, MERGE, allowed=written_parameters(adapter))
     for site in adapter.sites:
         if site.endswith("A"):
             _check_module(adapter, module_of(site), target)
-    shapes = {path: module.shape for path, module in target.modules.items()}
-    return check_tensors(adapter, shapes, MERGE, OTHERS | NORM)
+    weights = {path: module.shape for path, module in target.modules.items()}
+    copies = check_tensors(adapter, weights, MERGE, OTHERS | NORM)
+    check_base_weights(adapter, copies, target.source, MERGE)
+    return copies
 
 
 def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:

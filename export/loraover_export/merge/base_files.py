@@ -71,8 +71,13 @@ def check_not_gguf(model: str | None) -> None:
         raise ExportError(f"{model} is a GGUF file, whose weights are quantised or in another layout; {UNQUANTISED}.")
 
 
-def open_base(source: ModelSource, stack: ExitStack) -> BaseFiles:
+def open_base(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool = False) -> BaseFiles:
     """Open a base model's files for as long as a stack of contexts lasts.
+
+    Args:
+        source: place of the model.
+        stack: the stack.
+        may_be_quantised: whether a quantised model is taken, of which some tensors are not.
 
     Raises:
         ConfigError: no usable `config.json`, no safetensors files, or an index that does not fit them.
@@ -81,7 +86,7 @@ def open_base(source: ModelSource, stack: ExitStack) -> BaseFiles:
     """
     folder = _folder(source)
     config = _read(folder / CONFIG, _Config, source)
-    if config.quantization_config:
+    if config.quantization_config and not may_be_quantised:
         method = config.quantization_config.get("quant_method", "an unnamed method")
         raise ExportError(f"{source.origin} is quantised ({method}), and a sum would be rounded again; {UNQUANTISED}.")
     names = _shard_names(folder, source)

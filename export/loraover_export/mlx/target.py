@@ -11,6 +11,7 @@ from torch import nn
 from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover_export.merge.base_weights import check_base_weights
 from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
 
@@ -109,13 +110,16 @@ def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
 
     Raises:
         CheckpointError: an adapter for changed base weights.
+        ConfigError: the adapter holds base weights, and the base model's cannot be read.
         ExportError: an adapter that is more than A and B, or that mlx-lm cannot apply.
     """
     adapter.check_keeps_base()
     check_fields(adapter, MERGE)
     for path in dict.fromkeys(map(module_of, adapter.sites)):
         _check_module(adapter, path, target)
-    return check_tensors(adapter, target.shapes, MERGE)
+    copies = check_tensors(adapter, target.shapes, MERGE)
+    check_base_weights(adapter, copies, target.source, MERGE)
+    return copies
 
 
 def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:

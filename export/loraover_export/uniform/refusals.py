@@ -66,6 +66,12 @@ def has_targets(adapter: AdapterDir, others: Iterable[str] = ()) -> bool:
     return all(any(f".{path}".endswith(f".{entry}") for path in paths) for entry in adapter.config.parameters)
 
 
+def written_parameters(adapter: AdapterDir) -> set[str]:
+    """Return the field `target_parameters` if the file has pairs for all of it: stacks, or those of modules."""
+    weights = (f"{module_of(site)}.weight" for site in adapter.sites)  # such as that of a router
+    return {"target_parameters"} if has_targets(adapter, weights) else set()
+
+
 def check_no_experts(adapter: AdapterDir, reader: str) -> None:
     """Refuse LoRA of experts that share one parameter.
 
@@ -90,7 +96,7 @@ def check_tensors(
     remedy: str,
     kinds: Mapping[str, str] = OTHERS,
 ) -> list[str]:
-    """Refuse tensors that are neither A nor B, nor copies of the base model's frozen weights.
+    """Refuse tensors that are neither A nor B, nor base weights that PEFT saves beside an adapted embedding.
 
     Args:
         adapter: the adapter.
@@ -99,7 +105,7 @@ def check_tensors(
         kinds: descriptions of other tensors, by a part of their keys.
 
     Returns:
-        Keys of the copies, which are left out.
+        Keys of the base weights, of which only the shape was compared.
 
     Raises:
         ExportError: any other tensor.

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from loraover_export.convert.base_weights import is_embedding
 from loraover_export.convert.methods.base import LowRank, Method, Place
 from loraover_export.convert.source import Adapter, MethodConfig, Module
+from loraover_export.merge.base_weights import is_embedding
 
 NAME = "trainable_tokens_delta"
 

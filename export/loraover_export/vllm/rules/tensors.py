@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover_export.merge.base_weights import changed_weight, module_of_copy, open_base
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 
 KINDS = {
@@ -20,13 +22,12 @@ def tensors(candidate: Candidate) -> Iterator[Problem]:
     """Tensors in the file that are not the A or B of a module."""
     matrices = set(candidate.adapter.sites.values())
     others = [key for key in candidate.adapter.shapes if key not in matrices]
-    copies = [key for key in others if _is_copy(candidate, key)]
-    if copies:
+    copies = [key for key in others if _is_base_weight(candidate, key)]
+    for changed in _changed(candidate, copies):
         yield Problem(
-            f"{listed(copies)}: assumed to be an unchanged copy of the base model's weights; not written, since vLLM "
-            "skips such tensors",
-            "save with PEFT's save_embedding_layers=False; if the base model was changed, serve the changed one",
-            is_warning=True,
+            f"{changed}; vLLM skips such tensors",
+            "serve the changed model and name it with --model, or write it with `loraover export merge`",
+            is_silent=True,
         )
     for kind in dict.fromkeys(_kind(key) for key in others if key not in copies):
         keys = [key for key in others if key not in copies and _kind(key) == kind]
@@ -40,9 +41,19 @@ def _kind(key: str) -> str:
     return next((kind for part, kind in KINDS.items() if part in key), "an unknown tensor")
 
 
-def _is_copy(candidate: Candidate, key: str) -> bool:
+def _changed(candidate: Candidate, keys: list[str]) -> list[str]:
+    """Return in words which of these base weights are not the served model's, whose own are read if there are any."""
+    if not keys:
+        return []
+    served = candidate.served.source
+    with open_base(served, may_be_quantised=True) as base, open_tensors(candidate.adapter.tensors_path) as file:
+        found = (changed_weight(key, file, candidate.present[module_of_copy(key)], base) for key in keys)
+        return [changed for changed in found if changed is not None]
+
+
+def _is_base_weight(candidate: Candidate, key: str) -> bool:
     """Whether PEFT saved the frozen weights of an adapted embedding or head, in the served model's shape."""
-    module = key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
+    module = module_of_copy(key)
     if not key.endswith(BASE_WEIGHT) or module not in candidate.present:
         return False
     served = candidate.served_module(module)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from torch import Tensor
 
-from loraover.checkpoint.tensor_file import TensorFile
-from loraover.common.errors import ConfigError
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
+from loraover.checkpoint.tensor_file import TensorFile, open_tensors
+from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
 from loraover_export.merge.base_files import CONFIG
 from loraover_export.merge.base_files import open_base as open_files
@@ -25,11 +27,13 @@ class BaseWeights:
     Args:
         source: Place of the model.
         files: Stack that closes the files of weights.
+        may_be_quantised: Whether a quantised model is taken, of which some weights are not.
     """
 
-    def __init__(self, source: ModelSource, files: ExitStack) -> None:
+    def __init__(self, source: ModelSource, files: ExitStack, *, may_be_quantised: bool = False) -> None:
         self.source = source
         self._files = files
+        self._may_be_quantised = may_be_quantised
         self._lock = Lock()
         self.model: Any = load_skeleton(source)
         self._modules: dict[str, Any] = dict(self.model.named_modules())
@@ -85,7 +89,8 @@ class BaseWeights:
     @cached_property
     def _tensors(self) -> dict[str, TensorFile]:
         """The file that holds each tensor, by key."""
-        shards = open_files(self.source, self._files).shards.values()
+        opened = open_files(self.source, self._files, may_be_quantised=self._may_be_quantised)
+        shards = opened.shards.values()
         return {key: shard for shard in shards for key in shard.keys}
 
     def _key(self, path: str) -> str:
@@ -102,14 +107,69 @@ class BaseWeights:
 
 
 @contextmanager
-def open_base(source: ModelSource) -> Iterator[BaseWeights]:
+def open_base(source: ModelSource, *, may_be_quantised: bool = False) -> Iterator[BaseWeights]:
     """Open the weights of a base model.
 
     Raises:
         ConfigError: The model's configuration cannot be used; see `load_skeleton`.
     """
     with ExitStack() as files:
-        yield BaseWeights(source, files)
+        yield BaseWeights(source, files, may_be_quantised=may_be_quantised)
+
+
+def changed_weight(key: str, stored: TensorFile, path: str, base: BaseWeights) -> str | None:
+    """Return in words how a base weight in an adapter's file differs from the base model's; None if it does not.
+
+    PEFT saves it beside an adapted embedding, in the type that training loaded it in, and loads it over the base
+    model's. An adapter's new or changed rows are there and nowhere else.
+
+    Args:
+        key: Key of the weight in the adapter's file.
+        stored: The adapter's open file.
+        path: Path of the module in the base model, whose weight has the same shape.
+        base: The base model.
+    """
+    found = stored.read(key)
+    rows = (found != base.weight(path).to(found.dtype)).any(dim=1).nonzero().flatten()
+    if not rows.numel():
+        return None
+    return (
+        f"{key}: {rows.numel()} of its {len(found)} rows, the first of them row {int(rows[0])}, are not those of "
+        f"{base.source.name}"
+    )
+
+
+def check_base_weights(adapter: AdapterDir, keys: Sequence[str], source: ModelSource, remedy: str) -> None:
+    """Refuse base weights in an adapter's file that are not the base model's.
+
+    Args:
+        adapter: The adapter.
+        keys: Keys of its base weights, each of the shape of the base model's.
+        source: The base model, whose weights are read if there are such keys.
+        remedy: What to do instead.
+
+    Raises:
+        ExportError: A changed weight.
+        ConfigError: No safetensors files of the base model; see `BaseWeights.weight`.
+    """
+    if not keys:
+        return
+    with open_base(source, may_be_quantised=True) as base, open_tensors(adapter.tensors_path) as file:
+        for key in keys:
+            refuse_changed(changed_weight(key, file, module_of_copy(key), base), adapter.tensors_path, remedy)
+
+
+def refuse_changed(changed: str | None, path: Path, remedy: str) -> None:
+    """Raise ExportError for what `changed_weight` found in an adapter's file."""
+    if changed is not None:
+        raise ExportError(
+            f"{path}: {changed}, and A and B cannot hold them. Name the changed model with --model, or {remedy}."
+        )
+
+
+def module_of_copy(key: str) -> str:
+    """Return the path of the module whose frozen weight a tensor of an adapter's file is."""
+    return key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
 
 
 def is_linear(module: Any) -> bool:

@@ -1,0 +1,62 @@
+"""Base weights that PEFT saves beside an adapted embedding: left out where they are the base model's, else refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraover.common.errors import ExportError
+from loraover_export import convert_adapter, export_gguf, export_mlx, export_vllm
+
+from support.make_checkpoint import edit_tensors
+from support.plain_adapter import make_adapter
+
+KEY = "base_model.model.model.embed_tokens.base_layer.weight"
+CHANGED = "2 of its 64 rows, the first of them row 7, are not those of"
+
+
+def vllm(source: Path, output: Path) -> bool:
+    report = export_vllm(source, output, dtype="fp32")
+    for finding in report.preflight.findings:
+        if finding.rule == "tensors":
+            raise ExportError(finding.found)
+    return report.passed
+
+
+EXPORTS: dict[str, Callable[[Path, Path], bool]] = {
+    "gguf": lambda source, output: export_gguf(source, output).verdict != "failed",
+    "mlx": lambda source, output: export_mlx(source, output).passed,
+    "vllm": vllm,
+    "convert": lambda source, output: convert_adapter(source, output).passed,
+}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return make_adapter(tmp_path, "Llama", target_modules=["embed_tokens", "q_proj"])
+
+
+def edit(adapter: Path, change: Callable[[Tensor], Tensor]) -> None:
+    edit_tensors(adapter / "adapter_model.safetensors", lambda found: found.update({KEY: change(found[KEY])}))
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_changed_rows_are_refused(export: str, adapter: Path, tmp_path: Path) -> None:
+    """PEFT loads them over the base model's rows, and no engine does."""
+    edit(adapter, lambda weight: weight.index_fill(0, torch.tensor([7, 9]), 0.5))
+    with pytest.raises(ExportError, match=rf"{KEY}: {CHANGED} {tmp_path / 'base'}"):
+        EXPORTS[export](adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("export", EXPORTS)
+def test_a_copy_in_the_type_that_training_loaded_is_left_out(
+    export: str, dtype: torch.dtype, adapter: Path, tmp_path: Path
+) -> None:
+    edit(adapter, lambda weight: weight.to(dtype))
+    assert EXPORTS[export](adapter, tmp_path / "out")
