@@ -205,6 +205,12 @@ def site_name(key: str) -> str | None:
     return name if _SITE_KEY.fullmatch(name) and site_key(name) == key else None
 
 
+def other_tensors(adapter: AdapterDir) -> dict[str, str]:
+    """Return the parameters that the adapter replaces (`modules_to_save`, biases): keys in its file, by their names."""
+    keys = [key for key in adapter.shapes if site_name(key) is None]
+    return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", "."): key for key in keys}
+
+
 def saved_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Return the number of rows of a classification head that an adapter replaces; None if it replaces none.
 

@@ -197,6 +197,15 @@ def unfolded(
         put_parameters(base, saved)
 
 
+def check_fits(base: nn.Module, adapter: AdapterDir) -> None:
+    """Raise CheckpointError unless a base model has every layer that an adapter changes, in its dimensions."""
+    layers = _layers(adapter)
+    for module in layers.keys() - _weights(base, layers, adapter, find_expert_weights(base)):
+        kind = "lora_embedding_" if layers[module] else "lora_"
+        a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in SIDES)
+        target_module(base, module, a[1], b[0], adapter)
+
+
 def _layers(adapter: AdapterDir) -> dict[str, bool]:
     """Return the adapted modules but for experts, and whether each is adapted as an embedding."""
     of_experts = adapter.experts

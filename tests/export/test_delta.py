@@ -18,10 +18,10 @@ from torch import Tensor
 
 from loraover import LoraOverConfig, read_checkpoint
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.checkpoint.peft_adapter import other_tensors, read_adapter_dir
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.overparam.decompositions import DECOMPOSITIONS
-from loraover_export.numerics.delta import Delta, other_tensors, read_deltas
+from loraover_export.numerics.delta import Delta, read_deltas
 
 from strategies import matrices, normal, sizes
 from support.make_checkpoint import EMBEDDING, LINEAR, edit_tensors, make_checkpoint, oracle_matrices

@@ -163,6 +163,10 @@ def changed(change: Callable[[dict[str, Tensor]], object]) -> Damage:
     return lambda folder: edit_tensors(folder / TENSORS, change)
 
 
+def configured(**fields: Any) -> Damage:
+    return lambda folder: edit_json(folder / CONFIG, lambda config: config.update(fields))
+
+
 def cut(folder: Path) -> None:
     content = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(content[: len(content) // 2])
@@ -196,11 +200,12 @@ WRONG_ADAPTERS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ),
         (TENSORS, MODULE, "listed twice"),
     ),
-    "PiSSA": (
-        lambda folder: edit_json(folder / CONFIG, lambda config: config.update(init_lora_weights="pissa")),
-        ("init_lora_weights is 'pissa'",),
-    ),
-    "DoRA": (lambda folder: edit_json(folder / CONFIG, lambda config: config.update(use_dora=True)), ("use_dora",)),
+    "PiSSA": (configured(init_lora_weights="pissa"), ("init_lora_weights is 'pissa'",)),
+    "DoRA": (configured(use_dora=True), ("use_dora",)),
+    "aLoRA": (configured(alora_invocation_tokens=[5]), ("alora_invocation_tokens", "aLoRA", "PEFT")),
+    "repeated layers": (configured(layer_replication=[[0, 2], [1, 2]]), ("layer_replication", "repeated layers")),
+    "an unknown field": (configured(use_future_lora=True), ("use_future_lora", "does not know")),
+    "trained tokens": (configured(trainable_token_indices=[3]), ("trainable_token_indices", "in full")),
 }
 
 

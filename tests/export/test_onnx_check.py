@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import AdapterConfig
 from loraover_export.merge import arithmetic, in_memory
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest, round_tensor
@@ -105,6 +106,16 @@ def test_another_delta_is_rejected(mode: str, mutant: str, monkeypatch: pytest.M
     found = rejected(mode)
     assert all(matrix.passed for matrix in found.matrices)
     assert not next(check for check in found.checks if check.adapter == "first").passed
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_configuration_that_we_misread_is_rejected(
+    mode: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected
+) -> None:
+    """The reference is read by PEFT, so it does not share our mistakes."""
+    right = AdapterConfig.scaling
+    monkeypatch.setattr(AdapterConfig, "scaling", lambda config, module: 1.01 * right(config, module))
+    rejected(mode)
 
 
 def test_matrices_of_two_modules_swapped_are_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.exact_tensors import ExactAdapter
-from loraover.checkpoint.peft_adapter import saved_labels
+from loraover.checkpoint.peft_adapter import other_tensors, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import SILENT, Reporter
@@ -24,7 +24,7 @@ from loraover_export.combine.diff_logits import compare_logits
 from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
 from loraover_export.combine.sources import Sources, deltas_of, read_sources
 from loraover_export.logits.prompts import read_prompts
-from loraover_export.numerics.delta import Delta, adapted_modules, check_no_bias, other_tensors
+from loraover_export.numerics.delta import Delta, adapted_modules, check_no_bias
 from loraover_export.numerics.low_rank import (
     Svd,
     concatenate,

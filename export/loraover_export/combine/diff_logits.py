@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import unfolded
+from loraover.checkpoint.reference_model import reference_model
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
@@ -30,7 +31,7 @@ def compare_logits(
     """Run the base model, then each of two adapters on it, on the same prompts one at a time.
 
     Args:
-        adapters: the two adapters; cores are applied as they are, and A and B of plain adapters as stored.
+        adapters: the two adapters; cores are applied as they are, and PEFT runs plain adapters.
         source: the base model.
         prompts: token ids to run.
         report: receiver of progress.
@@ -49,14 +50,13 @@ def compare_logits(
     difference, effects = RunningDeviation(), (RunningDeviation(), RunningDeviation())
     tokens = sum(ids.numel() for ids in prompts.batches)
     done = 0
-    with report.task(f"running the base model and both adapters on {prompts.source}, tokens", tokens) as advance:
+    label = f"running the base model and both adapters on {prompts.source}, tokens"
+    with ExitStack() as stack, report.task(label, tokens) as advance:
+        models = [stack.enter_context(reference_model(base, adapter)) for adapter in adapters]
         for batch in prompts.batches:
             ids = batch.to(place)
             plain = logits_of(base, ids, None)
-            found = []
-            for adapter in adapters:
-                with unfolded(base, adapter) as adapted:
-                    found.append(logits_of(adapted, ids, None))
+            found = [logits_of(model, ids, None) for model in models]
             for effect, logits in zip(effects, found, strict=True):
                 effect.add(logits, plain)
             difference.add(found[0], found[1])

@@ -13,10 +13,10 @@ from loraover.checkpoint.base_model import described
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir, other_tensors
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
-from loraover_export.numerics.delta import Delta, adapted_modules, other_tensors, read_delta
+from loraover_export.numerics.delta import Delta, adapted_modules, read_delta
 from loraover_export.uniform.refusals import HELD, check_fields, check_tensors, has_targets
 
 MERGE = "merge it with PEFT"

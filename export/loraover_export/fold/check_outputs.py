@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
 from functools import partial
-from itertools import chain, combinations
+from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels
+from loraover.checkpoint.peft_adapter import other_tensors, read_adapter_dir, saved_labels
+from loraover.checkpoint.reference_model import sharing_weights
 from loraover.checkpoint.unfolded_model import Sampled, multiplications, unfolded
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
@@ -25,7 +24,6 @@ from loraover_export.fold.twins import FOLDED, FoldedAndTwins
 from loraover_export.logits.deviation import RunningDeviation, largest_of
 from loraover_export.logits.pieces import logits_of, pieces, tokens_at_once
 from loraover_export.logits.prompts import read_prompts
-from loraover_export.numerics.delta import other_tensors
 
 TWINS = 3
 CORES_AT_MOST = 8.0
@@ -96,10 +94,10 @@ def _check_outputs(
     report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
     base = load_model(source, dtype=compute_dtype, task_type=task, num_labels=labels, device=device)
     sampled = _sampled(base, checkpoint, folded)
-    with unfolded(_sharing_weights(base), checkpoint, sampled=sampled) as reference:
+    with unfolded(sharing_weights(base), checkpoint, sampled=sampled) as reference:
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = other_tensors(checkpoint.adapter)
-        adapters = FoldedAndTwins(_sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS, report)
+        adapters = FoldedAndTwins(sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS, report)
         compared, tokens = _Compared(), sum(batch.numel() for batch in prompts.batches)
         done = seen = 0
         label = f"running the unfolded model, the folded adapter and the roundings on {prompts.source}, tokens"
@@ -159,10 +157,3 @@ class _Compared:
         twins = [logits_of(adapters.active(name), ids, positions) for name in adapters.twins]
         for noise, (one, other) in zip(self.noises, combinations(twins, 2), strict=True):
             noise.add(one, other)
-
-
-def _sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:
-    """Return a second model on the same tensors, but with copies of the named ones, of which it may lack some."""
-    tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
-    copied = {id(tensors[name]) for name in but if name in tensors}
-    return copy.deepcopy(model, {id(t): t for t in tensors.values() if id(t) not in copied})

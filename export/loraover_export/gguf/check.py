@@ -1,4 +1,4 @@
-"""Comparison of llama.cpp's logits with the unfolded PyTorch model's, on a GGUF file of the base model."""
+"""Comparison of llama.cpp's logits with PyTorch's, on a GGUF file of the base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
-from loraover.checkpoint.unfolded_model import unfolded
+from loraover.checkpoint.reference_model import reference_model
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
 from loraover_export.gguf.families import Family
@@ -50,7 +50,7 @@ class Reference:
 def make_reference(
     source: Checkpoint | AdapterDir, base: ModelSource, dtype: str, base_gguf: Path, threads: int | None
 ) -> Reference:
-    """Run the base model in PyTorch and in llama.cpp, and the unfolded model in PyTorch.
+    """Run the base model in PyTorch and in llama.cpp, and the adapted model in PyTorch.
 
     Raises:
         ConfigError: a base model that cannot be loaded.
@@ -117,8 +117,8 @@ def _rounded(source: Checkpoint | AdapterDir, folder: Path, dtype: str) -> Adapt
 
 
 def _adapted_logits(model: Any, source: Checkpoint | AdapterDir, prompts: Prompts) -> list[Tensor]:
-    with unfolded(model, source) as whole:
-        return [_logits(whole, ids) for ids in prompts.batches]
+    with reference_model(model, source) as adapted:
+        return [_logits(adapted, ids) for ids in prompts.batches]
 
 
 @torch.no_grad()

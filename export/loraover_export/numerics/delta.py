@@ -12,7 +12,7 @@ from torch import Tensor
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, adapter_of, open_exact
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, site_key, site_name
+from loraover.checkpoint.peft_adapter import AdapterDir, site_key
 from loraover.checkpoint.tensor_file import have_same_bits
 from loraover.common.errors import ExportError
 
@@ -95,12 +95,6 @@ def read_delta(exact: ExactAdapter, module: str) -> Delta:
     kind = "lora_embedding_" if embedding else "lora_"
     a, b = (exact.tensor(site_key(f"{module}.{kind}{matrix}")) for matrix in "AB")
     return Delta(module, embedding, a, scale(b, adapter.config.scaling(module)))
-
-
-def other_tensors(adapter: AdapterDir) -> dict[str, str]:
-    """Return the parameters that the adapter replaces (`modules_to_save`, biases): keys in its file, by their names."""
-    keys = [key for key in adapter.shapes if site_name(key) is None]
-    return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", "."): key for key in keys}
 
 
 def is_power_of_two(number: float) -> bool:

@@ -1,11 +1,11 @@
-"""Comparison of the written graphs in ONNX Runtime with the unfolded model in PyTorch."""
+"""Comparison of the written graphs in ONNX Runtime with PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64, unfolded
+from loraover.checkpoint.reference_model import reference_model
+from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64
 from loraover_export.onnx.int4 import rounded_copy
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphRunner
 from loraover_export.onnx.report import CaseError, GraphCheck, Greedy
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Reference:
-    """PyTorch's outputs, on the CPU, computed without ever forming A or B.
+    """PyTorch's outputs, on the CPU, of PEFT's model, or of the unfolded model if there are cores.
 
     Args:
         logits: logits of each case, (positions, vocabulary).
@@ -68,7 +69,7 @@ def make_reference(
     merged: bool = False,
     compute: Compute = IN_FLOAT32,
 ) -> Reference:
-    """Run the unfolded model in PyTorch, or the base model if `source` is None.
+    """Run the adapted model in PyTorch, or the base model if `source` is None.
 
     The noise is the effect of rounding alone: float32 against float64 (transformers keeps its norms in float32),
     float16 against float32, or weights and activations rounded as in an int4 graph. Where PyTorch computes in bfloat16
@@ -130,12 +131,13 @@ def _adapted(
     compute: Compute,
     delta_dtype: torch.dtype = torch.float64,
 ) -> Iterator[Any]:
-    """The unfolded model where and in the type that it is to compute in; the base model if `source` is None."""
-    with (
-        _converted(model, compute) as working,
-        nullcontext(working) if source is None else unfolded(working, source, delta_dtype=delta_dtype) as adapted,
-    ):
-        yield adapted
+    """The adapted model where and in the type that it is to compute in; the base model if `source` is None."""
+    with _converted(model, compute) as working:
+        if source is None:
+            yield working
+            return
+        with reference_model(working, source, delta_dtype=delta_dtype) as adapted:
+            yield adapted
 
 
 @contextmanager

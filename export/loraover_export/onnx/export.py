@@ -13,7 +13,7 @@ import torch
 
 from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import saved_labels
-from loraover.checkpoint.unfolded_model import target_module
+from loraover.checkpoint.unfolded_model import check_fits
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import SILENT, Reporter
@@ -93,10 +93,8 @@ class Export:
         found = (saved_labels(adapter_of(source).shapes) for source in self.inputs.adapters.values())
         labels = next(filter(None, found), None)
         self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
-        for name, source in self.inputs.adapters.items():
-            for delta in self.deltas[name]:
-                n, m = delta.a.value.shape[1], delta.b.value.shape[0]
-                target_module(self.model, delta.module, n, m, adapter_of(source))
+        for source in self.inputs.adapters.values():
+            check_fits(self.model, adapter_of(source))
 
     def run(self) -> OnnxReport:
         """Write graphs and adapters, check them, and return the report.
@@ -124,7 +122,7 @@ class Export:
         sources = [(None, None), *self.inputs.adapters.items()]
         with (
             memory_explained("the check in PyTorch", needs=needs, option="--check-device", **where),
-            self.report.task("running the unfolded model in PyTorch, adapters", len(sources)) as done,
+            self.report.task("running the adapted models in PyTorch, adapters", len(sources)) as done,
         ):
             for count, (name, source) in enumerate(sources, 1):
                 found[name] = make_reference(

@@ -11,12 +11,11 @@ from pathlib import Path
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
-from loraover_export.numerics.delta import other_tensors
-from loraover_export.uniform.refusals import check_no_experts
+from loraover_export.uniform.refusals import HELD, check_fields, check_no_experts, written_parameters
 
 CHOICES = {"mode": ("merged", "swappable"), "precision": ("fp32", "fp16", "int4"), "device": ("cpu", "cuda")}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -139,6 +138,7 @@ def read_inputs(request: OnnxRequest, say: Callable[[str], None] = lambda line: 
     dirs = [adapter_of(source) for source in adapters.values()]
     for adapter in dirs:
         adapter.check_keeps_base()
+        check_fields(adapter, "run it with PEFT", allowed={*HELD, *written_parameters(adapter)})
         check_no_experts(adapter, "the export to ONNX")
         if request.mode == "swappable":
             check_swappable(adapter)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX, AdapterDir
 from loraover.common.errors import ExportError
+from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.variants import TRAINING_ONLY, UNMERGED, VARIANTS
 
 OTHERS = {

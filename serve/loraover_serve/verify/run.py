@@ -13,7 +13,7 @@ from pathlib import Path
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
 from loraover.checkpoint.unfolded_model import target_module
 from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
@@ -24,7 +24,6 @@ from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
 from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
-from loraover_export.numerics.delta import other_tensors
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.report import UnwrittenReportError, machine, versions
 from loraover_serve.verify.answers import ADAPTER, BASE

@@ -178,13 +178,13 @@ def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[dict[str
         checkpoint if there is one; and the folded one's name.
     """
     from loraover.checkpoint.checkpoint import read_checkpoint
-    from loraover.checkpoint.unfolded_model import unfolded
+    from loraover.checkpoint.reference_model import reference_model
 
     base = load_model(arms.base, dtype=compute_dtype, device=device)
     found: dict[str, Reference] = {BASE: lambda: nullcontext(base)}
     for arm in (VANILLA, FOLDED, *arms.also):
-        found[arm] = partial(unfolded, base, read_adapter_dir(arms.adapters[arm]))
+        found[arm] = partial(reference_model, base, read_adapter_dir(arms.adapters[arm]))
     if arms.checkpoint is None:
         return found, "the folded adapter"
-    found[FOLDED] = partial(unfolded, base, read_checkpoint(arms.checkpoint))
+    found[FOLDED] = partial(reference_model, base, read_checkpoint(arms.checkpoint))
     return found, "the unfolded checkpoint"

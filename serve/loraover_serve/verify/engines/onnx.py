@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
-from loraover_export.numerics.delta import other_tensors
+from loraover.checkpoint.peft_adapter import other_tensors
 from loraover_serve.comparison.adapters import make_idle
 from loraover_serve.engines.distributions import ONNX_GENAI, installed_version
 from loraover_serve.verify.answers import ADAPTER, BASE

@@ -1,0 +1,80 @@
+"""The model that outputs are compared with: PEFT's own of a plain adapter, the unfolded one of a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.exact_tensors import adapter_of, on_base
+from loraover.checkpoint.expert_stacks import find_expert_weights
+from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
+from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64, check_fits, unfolded
+from loraover.common.errors import CheckpointError
+from loraover.overparam.sites import lora_layers
+
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+"""Tasks for which PEFT asks for a head in the file even if `modules_to_save` names none."""
+
+
+@contextmanager
+def reference_model(
+    base: nn.Module, source: Checkpoint | AdapterDir, *, delta_dtype: torch.dtype = torch.float64
+) -> Iterator[Any]:
+    """Adapt a base model for the length of a block, by code that shares nothing with an export where it can.
+
+    PEFT reads a plain adapter from its files and runs it, so that a field or tensor that we misread shows in the
+    comparison. The cores of a checkpoint are known to the unfolded model alone. It also runs experts of a PEFT before
+    0.19, which the installed one would read transposed.
+
+    Args:
+        base: Plain base model, in eval mode, on the device and in the dtype to compute in; it is left as it was.
+        source: Checkpoint or plain adapter.
+        delta_dtype: Data type in which cores, or A and B, are applied, if the device has it.
+
+    Yields:
+        A model on the weights of the base model.
+
+    Raises:
+        CheckpointError: The adapter was trained on another base model, or PEFT cannot load it.
+    """
+    adapter = adapter_of(on_base(source, find_expert_weights(base)))
+    if isinstance(source, Checkpoint) or any(stack.is_flipped for stack in adapter.stacks):
+        with unfolded(sharing_weights(base), source, delta_dtype=delta_dtype) as model:
+            yield model
+    else:
+        yield _peft_model(base, adapter, delta_dtype)
+
+
+def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
+    """Let PEFT load an adapter beside the weights of a base model, with A and B in a data type."""
+    from peft import PeftConfig, PeftModel
+
+    adapter.check_keeps_base()
+    check_fits(base, adapter)
+    shared = sharing_weights(base, but=other_tensors(adapter))
+    try:
+        config = PeftConfig.from_pretrained(str(adapter.path))
+        if config.task_type in CLASSIFIERS:
+            config.task_type = None
+        model = PeftModel.from_pretrained(shared, str(adapter.path), config=config, torch_device=str(base.device))
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{adapter.path}: PEFT cannot load it on {type(base).__name__}: {error}") from error
+    if base.device.type not in WITHOUT_FLOAT64:
+        for layer in lora_layers(model).values():
+            for name in layer.adapter_layer_names:
+                getattr(layer, name).to(dtype)
+    return model.eval()
+
+
+def sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:
+    """Return a second model on the same tensors, but with copies of the named ones, of which it may lack some."""
+    tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    copied = {id(tensors[name]) for name in but if name in tensors}
+    return copy.deepcopy(model, {id(t): t for t in tensors.values() if id(t) not in copied})
