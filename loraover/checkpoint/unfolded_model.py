@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, on_base, open_exact
 from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, if_missing, site_key
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, if_missing, site_key
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
 from loraover.overparam.expert_part import SIDES
@@ -352,7 +352,8 @@ def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict
     """Put an adapter's other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
 
     A parameter that modules share, such as an embedding tied to the head, is replaced only under the names that the
-    adapter has, as PEFT does. It stays shared if the adapter has both names with equal values.
+    adapter has, as PEFT does. It stays shared if the adapter has both names with equal values. A base weight, which
+    PEFT loads into the parameter itself, replaces it under all names.
 
     Returns:
         The parameters that were replaced, by name.
@@ -362,6 +363,7 @@ def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict
     """
     parameters = dict(base.named_parameters(remove_duplicate=False))
     others: dict[str, nn.Parameter] = {}
+    shared: dict[str, nn.Parameter] = {}
     matrices = {*adapter.sites.values(), *(part.key for part in adapter.parts.values())}
     for key in plain.keys:
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
@@ -372,6 +374,9 @@ def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict
         value = nn.Parameter(plain.read(key).to(parameters[name]), requires_grad=False)
         twins = (o for other, o in others.items() if parameters[other] is parameters[name] and torch.equal(o, value))
         others[name] = next(twins, value)
+        if key.endswith(BASE_WEIGHT):
+            shared |= {other: value for other, p in parameters.items() if p is parameters[name]}
+    others = shared | others
     replaced = {name: parameters[name] for name in others}
     put_parameters(base, others)
     return replaced

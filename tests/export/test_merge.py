@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import CheckpointError, FoldError
+from loraover_export import merge_adapter
 from loraover_export.merge import arithmetic
 from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import Delta
@@ -72,6 +74,27 @@ def test_the_merged_model_is_pefts(name: str, tmp_path: Path) -> None:
     for merged in (model, saved.case.auto.from_pretrained(tmp_path / "merged")):
         assert float((outputs(merged) - expected).abs().max()) <= allowed
     assert float((base - expected).abs().max()) > 1000 * allowed
+
+
+@pytest.mark.parametrize("name", ["embedding", "tied embedding", "tied head", "tied, both"])
+def test_changed_base_weights_reach_all_that_is_tied(name: str, tmp_path: Path) -> None:
+    """PEFT loads them into the parameter that the embedding and the head share."""
+    saved = save(name, tmp_path)
+
+    def change(found: dict[str, Tensor]) -> None:
+        for key in (key for key in found if key.endswith(".base_layer.weight")):
+            found[key][7] += 1
+
+    edit_tensors(saved.adapter / "adapter_model.safetensors", change)
+    expected = outputs(PeftModel.from_pretrained(saved.base(), saved.adapter).eval())
+    model = saved.base()
+    with unfolded(model, read_adapter_dir(saved.adapter)) as whole:
+        found = [outputs(whole)]
+    merge(model, read_adapter_dir(saved.adapter))
+    assert merge_adapter(saved.adapter, tmp_path / "files", model=saved.folder / "base").passed
+    found += [outputs(model), outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "files"))]
+    for logits_ in found:
+        assert float((logits_ - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])

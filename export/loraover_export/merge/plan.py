@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, saved_labels
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, saved_labels
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
@@ -126,6 +126,7 @@ class _Names:
 def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, str | None]]:
     """Return the adapter's tensor and the adapted module of each parameter that changes, by its name."""
     changes: dict[str, tuple[str | None, str | None]] = {}
+    shared: dict[str, tuple[str | None, str | None]] = {}
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     matrices = set(adapter.sites.values())
     for key, shape in adapter.shapes.items():
@@ -135,6 +136,9 @@ def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, 
         if name not in parameters or tuple(parameters[name].shape) != shape:
             raise CheckpointError(f"{adapter.tensors_path}: {key} {_misfit(skeleton, adapter)}.")
         changes[name] = (key, None)
+        if key.endswith(BASE_WEIGHT):  # PEFT loads it into the parameter itself, whatever shares it
+            shared |= {other: (key, None) for other, found in parameters.items() if found is parameters[name]}
+    changes = shared | changes
     for module in adapted_modules(adapter):
         kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.sites else "lora_"
         a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in "AB")
