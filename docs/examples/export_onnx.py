@@ -1,4 +1,4 @@
-"""Write an ONNX graph whose LoRA adapters can be swapped at run time, checked against the unfolded PyTorch model.
+"""Write an ONNX graph whose LoRA adapters can be swapped at run time, checked against the PyTorch reference.
 
 Usage: python docs/examples/export_onnx.py CHECKPOINT OUTPUT    (without arguments: the checkpoint of `make demo`)
 """

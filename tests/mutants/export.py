@@ -31,6 +31,18 @@ EXPORT = (
         Selection("test_merge.py", "oracles_sum"),
     ),
     Mutant(
+        "base-weights-are-copies-by-their-shape",
+        "(found != base.weight(path).to(found.dtype))",
+        "(found != found)",
+        Selection("test_base_weights.py", "changed_rows"),
+    ),
+    Mutant(
+        "convert-tokens-reach-the-head-alone",
+        "for path in base.tied[1:]:",
+        "for path in base.tied[-1:]:",
+        Selection("test_convert.py", "all_that_is_tied"),
+    ),
+    Mutant(
         "merge-trusts-the-shapes-of-the-files",
         "if shard.shape(key) != tuple(parameter.shape):",
         "if len(shard.shape(key)) != parameter.ndim:",

@@ -329,6 +329,12 @@ TRAINING = (
     ),
     # Adapters, as PEFT reads them
     Mutant(
+        "reference-of-a-plain-adapter-is-unfolded",
+        "isinstance(source, Checkpoint) or any(stack.is_flipped for stack in adapter.stacks)",
+        "True",
+        Selection("test_reference_model.py", "reads_what_peft"),
+    ),
+    Mutant(
         "unfolded-router-that-is-a-linear-layer-gets-a-hook",
         'any(targeted_parameter(target, module) == "weight" for target in self.parameters)',
         "False",

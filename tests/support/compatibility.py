@@ -59,7 +59,7 @@ The reasons, in the engine's words or verify's:
 
 All families but SmolLM2 are tiny random models.
 
-The largest error is that of any logit against the unfolded PyTorch model, unless the mode says otherwise. The bound
+The largest error is that of any logit against the PyTorch reference, unless the mode says otherwise. The bound
 comes from noise that was measured in the same run ([error bounds](error-bounds.md)). *Failed* means that the command
 refused the combination, or that its check rejected the result; nothing was written.
 """

@@ -95,7 +95,7 @@ def onnx(
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA; swappable takes several. Decoder models
     become one onnxruntime-genai graph with a KV cache, T5 an encoder and a decoder, classifiers one graph.
 
-    Exit code 1: ONNX Runtime's outputs are too far from the unfolded PyTorch model's, and nothing was left at the
+    Exit code 1: ONNX Runtime's outputs are too far from the PyTorch reference's, and nothing was left at the
     output. Exit code 3: the export was written, but an adapter changes logits too little for the check to distinguish
     it from one that does nothing.
     """

@@ -17,7 +17,7 @@ TABLE = 2.0**-9
 
 
 class GgufCheck(BaseModel):
-    """Logits of llama.cpp with the adapter, on a GGUF file of the base model, against the unfolded PyTorch model's."""
+    """Logits of llama.cpp with the adapter, on a GGUF file of the base model, against the PyTorch reference's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

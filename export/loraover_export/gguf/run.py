@@ -41,7 +41,7 @@ def export_gguf(
         model: base model, folder or hub name; None means the one that the adapter names.
         dtype: data type to store the adapter in: "fp32", "fp16", "bf16", or PyTorch's names of them.
         base_gguf: GGUF file of the base model, quantised or not; llama.cpp runs the adapter on it, and its logits are
-            compared with those of the unfolded PyTorch model.
+            compared with those of the PyTorch reference.
         threads: number of threads for llama.cpp; None means one for each core.
         force: replace a GGUF adapter that is already at `output`.
         report: receiver of progress.
@@ -86,7 +86,7 @@ def _publish(
     """Write the file, run it and judge it; where it fails, publish nothing."""
     reference = None
     if request.base_gguf is not None:
-        report.line(f"running the base model and the unfolded model in PyTorch, and {request.base_gguf} in llama.cpp")
+        report.line(f"running the base model and the reference in PyTorch, and {request.base_gguf} in llama.cpp")
         reference = make_reference(source, target.source, request.dtype, request.base_gguf, request.threads)
     made: list[GgufReport] = []
 

@@ -34,7 +34,7 @@ def show_report(report: GgufReport, output: Path, console: Console) -> None:
 
 def _show_check(check: GgufCheck, console: Console) -> None:
     print_line(
-        console, f"llama.cpp against the unfolded PyTorch model, {check.tokens} tokens, {'/'.join(check.weight_types)}:"
+        console, f"llama.cpp against the PyTorch reference, {check.tokens} tokens, {'/'.join(check.weight_types)}:"
     )
     print_line(console, f"  largest logit error {check.error:.2e}, allowed {check.bound:.2e}")
     print_line(console, f"  base model against base model {check.base_distance:.2e}")

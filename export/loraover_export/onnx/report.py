@@ -40,7 +40,7 @@ class Greedy(BaseModel):
 
 
 class GraphCheck(BaseModel):
-    """Outputs of a graph with one adapter, or with none, against the unfolded PyTorch model's."""
+    """Outputs of a graph with one adapter, or with none, against the PyTorch reference's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

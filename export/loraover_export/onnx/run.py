@@ -53,7 +53,7 @@ def export_onnx(
             written, and `precision`, `device` and `cache` have to be those of that export.
         web: form for onnxruntime-web: the LoRA inputs of a swappable graph are required, and adapters are safetensors
             files.
-        check: compare ONNX Runtime's outputs with those of the unfolded PyTorch model.
+        check: compare ONNX Runtime's outputs with those of the PyTorch reference.
         check_device: device that PyTorch runs on for the check: "auto" (the first that is there of cuda, mps and cpu),
             "cpu", "cuda", "mps", or one GPU such as "cuda:1". `device` is where the graph will run.
         compute_dtype: data type that PyTorch runs in for the check: "fp32", "bf16", "fp16" or "fp64".

@@ -47,7 +47,7 @@ def show_report(report: OnnxReport, output: Path, console: Console) -> None:
 
 
 def _title(report: OnnxReport) -> str:
-    return f"ONNX Runtime against the unfolded PyTorch model, {report.compute_dtype} on {report.check_device}"
+    return f"ONNX Runtime against the PyTorch reference, {report.compute_dtype} on {report.check_device}"
 
 
 def _greedy(check: GraphCheck) -> str:
