@@ -22,6 +22,7 @@ from loraover.common.errors import ConfigError
 
 from support import merge_cases
 from support.conversions import SOURCES, fill, make_base, make_source
+from support.make_checkpoint import edit_tensors
 from support.onnx_export import OTHER, UNEVEN, tiny_base, tiny_lora
 from support.plain_adapter import make_adapter
 from support.tiny_experts import expert_lora, flip, tiny_moe
@@ -132,10 +133,22 @@ def classifier(folder: Path) -> Case:
     return Case(words("serve", "verify", adapter, "--engine", "torch"), words(adapter, "-o", folder / "onnx"))
 
 
+def changed_rows(verb: str) -> Callable[[Path], Case]:
+    def case(folder: Path) -> Case:
+        adapter = make_adapter(folder, "Llama", target_modules=["embed_tokens", "q_proj"])
+        key = "base_model.model.model.embed_tokens.base_layer.weight"
+        edit_tensors(adapter / "adapter_model.safetensors", lambda found: found.update({key: found[key] + 1}))
+        return Case(words("export", verb, adapter, "-o", folder / "out"), words(adapter, "-o", folder / "merged"))
+
+    return case
+
+
 REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "merge it into its base model with `loraover export merge`": [
         *map(merged, ("biases", "saved norm", "saved classifier", "tied, saved head", "tied, kept so"))
     ],
+    "merge the adapter with `loraover export merge`": [changed_rows("convert")],
+    "name it with --model, or write it with `loraover export merge`": [changed_rows("vllm")],
     "make it a plain LoRA with `loraover export convert`": [trained_tokens],
     "Write it again with loraover export convert": [old_experts],
     "write it with loraover export vllm": [stacked_experts],
@@ -165,7 +178,7 @@ def literals(path: Path) -> Iterator[str]:
         match node:
             case ast.Expr():
                 skipped.add(node.value)
-            case ast.keyword(arg="examples") | ast.Assign(targets=[ast.Name(id="EXAMPLES")]):
+            case ast.keyword(arg="examples") | ast.Assign(targets=[ast.Name(id="EXAMPLES" | "verb")]):
                 skipped |= set(ast.walk(node))
             case ast.JoinedStr():
                 skipped |= set(node.values)
