@@ -24,6 +24,7 @@ from loraover.checkpoint.expert_stacks import (
     is_flipped,
     targeted_parameter,
 )
+from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of
@@ -158,6 +159,14 @@ class AdapterDir:
         """File that holds the tensors."""
         return self.path / TENSORS_FILE
 
+    def check_complete(self, modules: Iterable[str]) -> None:
+        """Raise CheckpointError if the configuration names modules of the base model that the file lacks.
+
+        Args:
+            modules: Paths of all modules of the base model.
+        """
+        check_complete(self.path / CONFIG_FILE, {name.rpartition(".")[0] for name in self.sites}, modules)
+
     def check_keeps_base(self) -> None:
         """Raise CheckpointError unless A and B fit the unchanged base weights."""
         if not self.config.keeps_base:
@@ -226,7 +235,8 @@ def read_adapter_dir(path: Path) -> AdapterDir:
 
     Raises:
         CheckpointError: The folder holds no adapter, or one that is not a LoRA of plain products B A; it has no LoRA
-            matrices; or the shapes of A and B contradict each other or the configuration.
+            matrices, or some of modules that the configuration does not name; or the shapes of A and B contradict each
+            other or the configuration.
         ConfigError: The path is too long, or a folder on it may not be entered.
     """
     if kind_of(path) != "folder":
@@ -242,6 +252,8 @@ def read_adapter_dir(path: Path) -> AdapterDir:
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}
         dtypes = {key: file.dtype(key) for key in file.keys}
+    names = [name for key in shapes if (name := site_name(key)) is not None]
+    check_named(path / CONFIG_FILE, list(dict.fromkeys(name.rpartition(".")[0] for name in names)))
     for key in shapes:
         if site_name(key) is not None and dtypes[key] not in FLOATS:
             raise CheckpointError(

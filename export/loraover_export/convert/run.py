@@ -10,6 +10,7 @@ from typing import Any
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, saved_labels
+from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.common.dtypes import short_dtype
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.reporter import SILENT, Reporter
@@ -73,7 +74,8 @@ def convert_adapter(
     Raises:
         ConfigError: arguments that cannot be used, or a base model that cannot be read.
         DataError: no usable prompt in the file.
-        CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
+        CheckpointError: an adapter that cannot be trusted, of a kind that is not known, or whose file does not have the
+            modules that its configuration names.
         ExportError: an adapter that does not change weights, changes more than weights, or has full rank while `rank`
             is None; or `check_error` for experts that PEFT before 0.19 saved.
         FoldError: an element beyond the range of `dtype`.
@@ -95,6 +97,8 @@ def convert_adapter(
     base = resolve_base([layout], request.model, option="--model", say=report.line)
     ranks: dict[str, int] = {}
     with open_base(base) as weights, open_adapter(layout, weights) as adapter:
+        check_named(request.source / CONFIG_FILE, method.named(adapter))
+        check_complete(request.source / CONFIG_FILE, layout.modules, weights.modules)
         compare = _comparison(request, method, adapter, base, report) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:

@@ -24,11 +24,12 @@ def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
         Keys of tensors that are left out, because they are copies of the base model's frozen weights.
 
     Raises:
-        CheckpointError: an adapter for changed base weights.
+        CheckpointError: an adapter for changed base weights, or one that lacks modules that its configuration names.
         ConfigError: the adapter holds base weights, and the base model's cannot be read.
         ExportError: an adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
+    adapter.check_complete([*target.modules, *target.others])
     check_fields(adapter, MERGE, allowed=written_parameters(adapter))
     for site in adapter.sites:
         if site.endswith("A"):

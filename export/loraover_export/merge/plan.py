@@ -73,11 +73,12 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
         plain: the adapter's open file.
 
     Raises:
-        CheckpointError: an adapter of another base model.
+        CheckpointError: an adapter of another base model, or one that lacks modules that its configuration names.
         ConfigError: a tensor of another shape than `config.json` gives it.
         ExportError: a tensor that is quantised, or that the base model's files hold under another name.
     """
     skeleton = load_skeleton(source)
+    adapter.check_complete(path for path, _ in skeleton.named_modules())
     names = _Names(skeleton, base, source)
     changes = _changes(skeleton, adapter)
     tied = _untied(names, changes, plain)

@@ -116,6 +116,10 @@ class Method(ABC, Generic[Config]):
     needs_weights: ClassVar[bool] = False
     embeddings: ClassVar[bool] = False
 
+    def named(self, adapter: Adapter[Config]) -> list[str]:
+        """Return the adapted modules that the configuration has to name as its target modules."""
+        return list(adapter.layout.modules)
+
     def places(self, adapter: Adapter[Config]) -> Iterator[Place]:
         """Yield the modules of the base model whose weights the adapter changes."""
         for path in adapter.layout.modules:

@@ -60,6 +60,9 @@ class Lora(Method[LoraFields]):
     inert = frozenset({"target_parameters"})
     rank: ClassVar[str] = "r; PiSSA and OLoRA 2 r; DoRA full"
 
+    def named(self, adapter: Adapter[LoraFields]) -> list[str]:
+        return [path for path, tensors in adapter.layout.modules.items() if tensors != {TOKENS}]
+
     def places(self, adapter: Adapter[LoraFields]) -> Iterator[Place]:
         yield from expert_places(adapter)
         wrappers = {stack.wrapper for stack in stacks_of(adapter)}

@@ -39,6 +39,12 @@ class TrainableTokens(Method[TokenFields]):
     needs_weights = True
     embeddings = True
 
+    def named(self, adapter: Adapter[TokenFields]) -> list[str]:
+        """Return the embeddings: PEFT adds a head that shares its weight with one of them."""
+        base = adapter.base
+        head = base.name_of(base.model.get_output_embeddings()) if base.is_tied else None
+        return [path for path in adapter.layout.modules if path != head]
+
     def places(self, adapter: Adapter[TokenFields]) -> Iterator[Place]:
         for path in adapter.layout.modules:
             outer = path.removesuffix(".base_layer")

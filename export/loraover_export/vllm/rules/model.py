@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraover.checkpoint.peft_adapter import alike_module
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, alike_module
+from loraover.checkpoint.target_modules import LOST, lost_modules
 from loraover.overparam.expert_part import FUSED
 from loraover_export.vllm.architectures import EXPERTS_BELOW, Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed
@@ -51,9 +52,13 @@ def base_model(candidate: Candidate) -> Iterator[Problem]:
 
 
 def modules(candidate: Candidate) -> Iterator[Problem]:
-    """Adapted modules that the served model does not have."""
+    """Adapted modules that the served model does not have, and those that the configuration names in vain."""
     if candidate.architecture is None:
         return
+    if all(candidate.present.get(path) == path for path in candidate.modules):  # else another class was trained
+        lost = lost_modules(candidate.adapter.path / CONFIG_FILE, candidate.modules, candidate.served.modules)
+        if lost is not None:
+            yield Problem(lost, LOST, is_silent=True)
     missing = [path for path in candidate.modules if path not in candidate.present]
     if not missing:
         return

@@ -1,0 +1,161 @@
+"""Which modules an adapter's configuration names: PEFT adapts those, and ignores the matrices of all others.
+
+Source: check_target_module_exists and _inject_parameters in peft/tuners/tuners_utils.py of PEFT 0.21.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from loraover.checkpoint.expert_stacks import targeted_parameter
+from loraover.common.errors import CheckpointError
+from loraover.common.strict_json import read_json
+from loraover.overparam.expert_part import without_base_layers
+
+ALL_LINEAR = "all-linear"
+"""Value of `target_modules`, in any case, that PEFT resolves on the model."""
+
+SHOWN = 5
+"""Number of modules that a message lists."""
+
+LOST = "a part of the adapter is lost; save it again, or name only the modules that were trained"
+"""What to do about modules that the configuration names and the file lacks."""
+
+
+class Targets(BaseModel):
+    """The fields of PEFT's configurations that choose the adapted modules; a text is a regular expression."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    ensure_weight_tying: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the model decides what is adapted: all linear layers, or what PEFT adapts in models of its type."""
+        found = self.target_modules
+        return not self.target_parameters if found is None else isinstance(found, str) and found.lower() == ALL_LINEAR
+
+    def names(self, module: str) -> bool:
+        """Return whether PEFT adapts a module of this path, or may adapt it where the model decides.
+
+        A path in a file has `.base_layer` in it where PEFT wraps several parameters of one module.
+        """
+        owner = without_base_layers(module)
+        if any(targeted_parameter(target, owner) is not None for target in self.target_parameters or ()):
+            return True
+        module = module.partition(".base_layer")[0]
+        return not self._is_excluded(module) and self._is_targeted(module)
+
+    def _is_excluded(self, module: str) -> bool:
+        saved = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save or ()
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+            return True
+        return bool(self.exclude_modules) and _matches(self.exclude_modules or (), module)
+
+    def _is_targeted(self, module: str) -> bool:
+        targets = self.target_modules
+        if self.is_open:
+            return targets is not None or self._is_layer(module)
+        if targets is None or not _matches(targets, module):
+            return False
+        return isinstance(targets, str) or module in targets or self._is_layer(module)
+
+    def _is_layer(self, module: str) -> bool:
+        """Whether `layers_to_transform` has the first number in a path, or that behind one of `layers_pattern`."""
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if not layers:
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in patterns or ()] or [r".*?\.[^.]*"]
+        found = next((match for start in starts if (match := re.match(rf"{start}\.(?P<idx>\d+)\.", module))), None)
+        return found is not None and int(found["idx"]) in layers
+
+
+def _matches(targets: Sequence[str], module: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(f".{module}".endswith(f".{target}") for target in targets)
+
+
+def check_named(config: Path, adapted: Collection[str]) -> None:
+    """Refuse matrices of modules that the configuration does not name.
+
+    Args:
+        config: Path of `adapter_config.json`.
+        adapted: Paths of the modules that the adapter's file has matrices for.
+
+    Raises:
+        CheckpointError: PEFT would ignore some of the matrices.
+    """
+    targets = read_json(config, Targets)
+    if targets.ensure_weight_tying:  # PEFT adds the modules that share a weight with a named one
+        return
+    others = _chosen(config, targets, adapted, is_named=False)
+    if others:
+        raise CheckpointError(
+            f"{config}: {_described(targets)} does not name {_listed(others)}, whose matrices the file of tensors "
+            f"holds beside those of {_listed([path for path in adapted if path not in others])}. PEFT ignores "
+            "matrices of modules that are not named, so it is not clear which ones count: name all of them, or "
+            "remove the others' matrices."
+        )
+
+
+def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str]) -> str | None:
+    """Return what a file lacks of the modules that the configuration names, in words; None if it lacks nothing.
+
+    Args:
+        config: Path of `adapter_config.json`.
+        adapted: Paths of the modules that the adapter's file has matrices for.
+        modules: Paths of all modules of the base model.
+
+    Raises:
+        CheckpointError: A regular expression that Python cannot read.
+    """
+    targets = read_json(config, Targets).model_copy(update={"target_parameters": None})
+    if targets.is_open:
+        return None
+    lost = _chosen(config, targets, [path for path in modules if path and path not in adapted], is_named=True)
+    if not lost:
+        return None
+    return f"{_described(targets)} names {_listed(lost)}, and the file of tensors holds only {_listed(list(adapted))}"
+
+
+def check_complete(config: Path, adapted: Collection[str], modules: Iterable[str]) -> None:
+    """Refuse a file that lacks matrices of modules that the configuration names; see `lost_modules`.
+
+    Raises:
+        CheckpointError: PEFT would start these modules again, as if they had not been trained.
+    """
+    lost = lost_modules(config, adapted, modules)
+    if lost is not None:
+        raise CheckpointError(f"{config}: {lost}: {LOST}.")
+
+
+def _chosen(config: Path, targets: Targets, paths: Iterable[str], *, is_named: bool) -> list[str]:
+    try:
+        return [path for path in paths if targets.names(path) == is_named]
+    except re.error as error:
+        raise CheckpointError(
+            f"{config}: {_described(targets)} holds {error.pattern!r}, which is not a regular expression: {error}; "
+            "correct it."
+        ) from error
+
+
+def _described(targets: Targets) -> str:
+    fields = targets.model_dump(exclude_none=True, exclude_defaults=True)
+    return ", ".join(f"{name} {value!r:.200}" for name, value in fields.items())
+
+
+def _listed(paths: Sequence[str]) -> str:
+    rest = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return (", ".join(paths[:SHOWN]) or "no other module") + rest

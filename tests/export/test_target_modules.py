@@ -1,0 +1,187 @@
+"""Adapters whose configuration and file do not have the same modules: PEFT applies the named ones only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.checkpoint.target_modules import Targets
+from loraover.common.errors import CheckpointError, ExportError
+from loraover_export import combine_adapters, convert_adapter, export_gguf, export_mlx, export_vllm, merge_adapter
+
+from support.adapters_on_disk import save_base, save_lora
+from support.conversions import SOURCES, Source, make_base, make_source
+from support.make_checkpoint import edit_json, edit_tensors
+from support.tiny_experts import expert_lora, tiny_moe
+from support.versions import needs_expert_stacks
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+PATHS = [
+    *(f"model.layers.{i}.{name}" for i in (0, 1, 11) for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp")),
+    *("model.layers.1.mlp.experts.0.up_proj", "model.decoder.block.1.q_proj", "lm_head", "model.embed_tokens"),
+    *("q_proj", "layers.0.q_proj", "h.0.attn.q_proj", "encoder.layers.1.q_proj", "score.q_proj"),
+]
+FIELDS: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["proj", "lm_head", "self_attn.q_proj"]},
+    {"target_modules": ["model.layers.1.self_attn.q_proj", "gate_proj"], "layers_to_transform": 0},
+    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 11]},
+    {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": []},
+    {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "block"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", r"lay\w+"]},
+    {"target_modules": r".*layers\.[01]\..*_proj"},
+    {"target_modules": r"layers\.0"},
+    {"target_modules": ["q_proj", "gate_proj"], "exclude_modules": ["self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "gate_proj"], "exclude_modules": r".*\.1\..*"},
+    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["score", "lm_head"]},
+    {"target_modules": [], "target_parameters": ["w"]},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_modules_are_named_as_in_peft(fields: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(**fields)
+    found = [path for path in PATHS if Targets(**fields).names(path)]
+    assert found == [path for path in PATHS if check_target_module_exists(config, path)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": "All-Linear", "exclude_modules": ["q_proj"]}, False),
+        ({}, True),
+        ({"layers_to_transform": [0]}, False),
+        ({"target_parameters": ["mlp.gate.weight"]}, False),
+        ({"target_parameters": ["q_proj.weight"]}, True),
+    ],
+    ids=str,
+)
+def test_what_the_model_decides_is_accepted(fields: dict[str, Any], named: bool) -> None:
+    assert Targets(**fields).names("model.layers.1.self_attn.q_proj") == named
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("targets") / "base")
+
+
+FEWER: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": r".*\.q_proj"},
+    {"layers_to_transform": [0]},
+    {"exclude_modules": ["down_proj"]},
+    {"modules_to_save": ["mlp"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*down_proj"},
+]
+READERS: dict[str, Callable[[Path, Path], object]] = {
+    "convert": lambda source, out: convert_adapter(source, out),
+    "combine": lambda source, out: combine_adapters([source], out),
+    "vllm": lambda source, out: export_vllm(source, out),
+}
+
+
+@pytest.mark.parametrize("fields", FEWER, ids=str)
+@pytest.mark.parametrize("reader", READERS)
+def test_matrices_that_peft_ignores_are_refused(
+    reader: str, fields: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    """The message names the modules on both sides."""
+    source = save_lora(base, tmp_path / "source", target_modules=["q_proj", "down_proj"])
+    edit_json(source / CONFIG, lambda config: config.update(fields))
+    with pytest.raises(CheckpointError, match=r"does not name .*(down_proj|layers\.1).* beside those of .*q_proj"):
+        READERS[reader](source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["loha", "ia3", "vera", "trained tokens"])
+def test_other_kinds_are_held_to_their_names(name: str, tmp_path: Path) -> None:
+    prime = make_base(tmp_path / "base", "prime")
+    source = make_source(prime, tmp_path / "source", SOURCES[name])
+    edit_json(source / CONFIG, lambda config: config.update(target_modules=["v_proj"]))
+    with pytest.raises(CheckpointError, match="does not name .* beside those of no other module"):
+        convert_adapter(source, tmp_path / "out", rank=4)
+
+
+WITH_BASE: dict[str, Callable[[Path, Path], object]] = {
+    "convert": lambda source, out: convert_adapter(source, out),
+    "gguf": lambda source, out: export_gguf(source, out),
+    "merge": lambda source, out: merge_adapter(source, out),
+    "mlx": lambda source, out: export_mlx(source, out),
+}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"layers_to_transform": [0, 1]}, {"target_modules": r".*\.(q|down)_proj"}], ids=str
+)
+@pytest.mark.parametrize("reader", WITH_BASE)
+def test_a_file_that_lacks_named_modules_is_refused(
+    reader: str, fields: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    source = save_lora(base, tmp_path / "source", target_modules=["q_proj", "down_proj"])
+    edit_json(source / CONFIG, lambda config: config.update(fields))
+    edit_tensors(source / TENSORS, lose_layer_1)
+    with pytest.raises(
+        (CheckpointError, ExportError), match=r"names .*layers\.1.*, and the file .* holds only .*layers\.0"
+    ):
+        WITH_BASE[reader](source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def lose_layer_1(found: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in found if "layers.1" in key]:
+        del found[key]
+
+
+def test_the_preflight_finds_a_lost_layer(base: Path, tmp_path: Path) -> None:
+    source = save_lora(base, tmp_path / "source", target_modules=["q_proj", "down_proj"])
+    edit_tensors(source / TENSORS, lose_layer_1)
+    report = export_vllm(source, tmp_path / "out")
+    (error,) = [finding for finding in report.preflight.findings if finding.level == "error"]
+    assert error.rule == "modules"
+    assert "model.layers.1.self_attn.q_proj" in error.found
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj", "absent"], "all-linear"], ids=str)
+def test_names_that_no_module_has_are_right(targets: list[str] | str, base: Path, tmp_path: Path) -> None:
+    """PEFT accepts them, and many configurations hold names of several families of models."""
+    source = save_lora(base, tmp_path / "source", target_modules=["q_proj", "down_proj"])
+    edit_json(source / CONFIG, lambda config: config.update(target_modules=targets))
+    assert convert_adapter(source, tmp_path / "out").passed
+
+
+def test_a_name_that_is_no_expression_is_refused(base: Path, tmp_path: Path) -> None:
+    source = save_lora(base, tmp_path / "source", target_modules=["q_proj"])
+    edit_json(source / CONFIG, lambda config: config.update(target_modules="(q_proj"))
+    with pytest.raises(CheckpointError, match="is not a regular expression"):
+        read_adapter_dir(source)
+
+
+@needs_expert_stacks
+def test_experts_and_routers_are_named_by_their_parameters(tmp_path: Path) -> None:
+    expert_lora(tiny_moe(), tmp_path, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    assert read_adapter_dir(tmp_path).stacks
+    edit_json(tmp_path / CONFIG, lambda config: config.update(target_parameters=None))
+    with pytest.raises(CheckpointError, match=r"does not name model\.layers\.0\.mlp\.experts"):
+        read_adapter_dir(tmp_path)
+
+
+def test_what_peft_adds_to_tied_ends_need_not_be_named(tmp_path: Path) -> None:
+    """The head of a tied model has matrices or new rows in the file, and only the embedding is named."""
+    tied = make_base(tmp_path / "base", "tied")
+    lora = save_lora(tied, tmp_path / "lora", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    assert "lm_head.lora_A" in read_adapter_dir(lora).sites
+    tokens = Source("TRAINABLE_TOKENS", {"token_indices": [5, 2], "target_modules": None}, base="tied")
+    assert convert_adapter(make_source(tied, tmp_path / "tokens", tokens), tmp_path / "out").passed
