@@ -88,30 +88,44 @@ def _matches(targets: Sequence[str], module: str) -> bool:
 
 
 def check_named(config: Path, adapted: Collection[str]) -> None:
-    """Refuse matrices of modules that the configuration does not name.
+    """Refuse matrices of modules that the configuration does not name; see `unnamed_modules`.
+
+    Raises:
+        CheckpointError: PEFT would ignore some of the matrices.
+    """
+    others = unnamed_modules(config, adapted)
+    if others is not None:
+        raise CheckpointError(
+            f"{config}: {others}. PEFT ignores matrices of modules that are not named, so it is not clear which ones "
+            "count: name all of them, or remove the others' matrices."
+        )
+
+
+def unnamed_modules(config: Path, adapted: Collection[str]) -> str | None:
+    """Return which modules a file has matrices for and the configuration does not name, in words; None if none.
 
     Args:
         config: Path of `adapter_config.json`.
         adapted: Paths of the modules that the adapter's file has matrices for.
 
     Raises:
-        CheckpointError: PEFT would ignore some of the matrices.
+        CheckpointError: A regular expression that Python cannot read.
     """
     targets = read_json(config, Targets)
     if targets.ensure_weight_tying:  # PEFT adds the modules that share a weight with a named one
-        return
+        return None
     others = _chosen(config, targets, adapted, is_named=False)
-    if others:
-        raise CheckpointError(
-            f"{config}: {_described(targets)} does not name {_listed(others)}, whose matrices the file of tensors "
-            f"holds beside those of {_listed([path for path in adapted if path not in others])}. PEFT ignores "
-            "matrices of modules that are not named, so it is not clear which ones count: name all of them, or "
-            "remove the others' matrices."
-        )
+    if not others:
+        return None
+    named = _listed([path for path in adapted if path not in others])
+    return (
+        f"{_described(targets)} does not name {_listed(others)}, whose matrices the file of tensors holds beside those "
+        f"of {named}"
+    )
 
 
 def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str]) -> str | None:
-    """Return what a file lacks of the modules that the configuration names, in words; None if it lacks nothing.
+    """Return which modules the configuration names and a file lacks, in words; None if it lacks none.
 
     Args:
         config: Path of `adapter_config.json`.

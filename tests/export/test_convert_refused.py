@@ -82,7 +82,14 @@ CHANGES: dict[str, tuple[Change, dict[str, Any], type[Exception], str]] = {
     "no tensor of the kind": (lambda t: {"other": torch.zeros(1)}, {}, CheckpointError, "names no adapted module"),
     "another module": (
         lambda t: {key.replace("layers.1", "layers.7"): tensor for key, tensor in t.items()},
-        {},
+        {
+            "target_modules": [
+                "layers.0.mlp.down_proj",
+                "layers.0.self_attn.q_proj",
+                "7.mlp.down_proj",
+                "7.self_attn.q_proj",
+            ]
+        },
         ExportError,
         "has no such module",
     ),

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import on_base, read_source
 from loraover.checkpoint.expert_stacks import find_expert_weights
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE
 from loraover.common.errors import CheckpointError, ExportError
 from loraover_export import combine_adapters, convert_adapter, diff_adapters, export_onnx, merge_adapter
 from loraover_export.numerics.delta import read_deltas
 from loraover_serve import measure_parity, verify_adapter
 
-from support.make_checkpoint import edit_tensors
+from support.make_checkpoint import edit_json, edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
 from support.tiny_hub import tiny_tokenizer
@@ -150,6 +150,7 @@ EXPERTS_KEY = "base_model.model.model.layers.0.mlp.experts"
 def test_damaged_files_are_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
     expert_lora(tiny_moe(), tmp_path)
     edit_tensors(tmp_path / TENSORS_FILE, lambda found: found.update(tensors))
+    edit_json(tmp_path / CONFIG_FILE, lambda config: config["target_modules"].append("0.down_proj"))
     with pytest.raises(CheckpointError, match=message):
         read_source(tmp_path)
 

@@ -113,6 +113,9 @@ def test_what_llama_cpp_cannot_hold_is_named(damage: str, source: Path, refused:
 
 def test_a_module_without_a_tensor_is_named(source: Path, refused: Refused) -> None:
     edit_tensors(source / TENSORS, lambda tensors: tensors.update(renamed(tensors, "self_attn.q_proj", "self_attn.w")))
+    edit_json(
+        source / CONFIG, lambda config: config.update(target_modules=r".*\.(w|[kvo]_proj|gate_proj|up_proj|down_proj)")
+    )
     refused(source, named=("layers.0.self_attn.w, which", "does not have", "--model"))
 
 

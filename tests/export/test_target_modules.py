@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -18,6 +17,7 @@ from loraover.common.errors import CheckpointError, ExportError
 from loraover_export import combine_adapters, convert_adapter, export_gguf, export_mlx, export_vllm, merge_adapter
 
 from support.adapters_on_disk import save_base, save_lora
+from support.check_cases import lose_layer_1
 from support.conversions import SOURCES, Source, make_base, make_source
 from support.make_checkpoint import edit_json, edit_tensors
 from support.tiny_experts import expert_lora, tiny_moe
@@ -138,11 +138,6 @@ def test_a_file_that_lacks_named_modules_is_refused(
     ):
         WITH_BASE[reader](source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def lose_layer_1(found: dict[str, torch.Tensor]) -> None:
-    for key in [key for key in found if "layers.1" in key]:
-        del found[key]
 
 
 def test_the_preflight_finds_a_lost_layer(base: Path, tmp_path: Path) -> None:

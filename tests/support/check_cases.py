@@ -55,6 +55,11 @@ def loha(folder: Path) -> None:
     edit_tensors(folder / TENSORS, replaced)
 
 
+def lose_layer_1(found: dict[str, Tensor]) -> None:
+    for key in [key for key in found if "layers.1" in key]:
+        del found[key]
+
+
 CASES: dict[str, Change] = {
     "plain": lambda folder: None,
     "scaled": config(lora_alpha=8),
@@ -85,9 +90,12 @@ CASES: dict[str, Change] = {
     "no prefix": renamed("base_model.model.", ""),
     "another prefix": renamed("model.model.model.", "model.model."),
     "another shape": narrower,
+    "unnamed modules": config(target_modules=["q_proj"]),
+    "lost modules": lambda folder: edit_tensors(folder / TENSORS, lose_layer_1),
 }
 
 R, S, OK = "refused", "wrong silently", "right"
+UNLIKE = ("unnamed modules", "lost modules")
 EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "vllm": {
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head", "rank 32"), (OK, OK)),
@@ -95,6 +103,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("a trained head", "a trained norm", "trained tokens", "rank 520"), (R, R)),
         **dict.fromkeys(("a field of the future", "experts", "another prefix"), (S, R)),
         **dict.fromkeys(("another rank in the configuration", "another shape"), (S, R)),
+        **dict.fromkeys(UNLIKE, (S, R)),
         "no prefix": (OK, R),
     },
     "llamacpp": {
@@ -107,6 +116,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("another prefix", "another shape"), (R, R)),
         "another rank in the configuration": (S, R),
         **dict.fromkeys(("aLoRA", "no prefix"), (OK, R)),
+        **dict.fromkeys(UNLIKE, (S, R)),
     },
     "onnx": {
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "rank 32", "rank 520"), (OK, OK)),
@@ -117,6 +127,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "a bias of B", "trained tokens"), (S, R)),
         **dict.fromkeys(("no prefix", "another prefix"), (S, R)),
         **dict.fromkeys(("experts", "another rank in the configuration", "another shape"), (R, R)),
+        **dict.fromkeys(UNLIKE, (S, R)),
     },
     "openvino": {
         **dict.fromkeys(("plain", "head", "rank 32"), (OK, OK)),
@@ -127,6 +138,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("biases", "a bias of B", "a trained norm", "trained tokens", "no prefix"), (S, R)),
         "another rank in the configuration": (S, R),
         "another shape": (R, R),
+        **dict.fromkeys(UNLIKE, (S, R)),
         "a trained head": (OK, R),
     },
     "mlx": {
@@ -134,7 +146,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("rank 32", "rank 520"), (R, OK)),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (R, R)),
         **dict.fromkeys(("biases", "a bias of B", "a trained head", "a trained norm", "trained tokens"), (R, R)),
-        **dict.fromkeys(("no prefix", "another prefix"), (R, R)),
+        **dict.fromkeys(("no prefix", "another prefix", *UNLIKE), (R, R)),
         **dict.fromkeys(("another rank in the configuration", "another shape"), (R, R)),
     },
     "torch": {
@@ -142,7 +154,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "rank 32": (OK, OK),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (OK, R)),
         **dict.fromkeys(("biases", "a bias of B", "a trained head", "a trained norm", "trained tokens"), (OK, R)),
-        **dict.fromkeys(("no prefix", "another prefix"), (S, R)),
+        **dict.fromkeys(("no prefix", "another prefix", *UNLIKE), (S, R)),
         **dict.fromkeys(("another rank in the configuration", "another shape"), (R, R)),
         "rank 520": (OK, R),
     },

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from support.make_checkpoint import edit_json, edit_tensors
@@ -36,9 +38,21 @@ def config(**values: Any) -> Callable[[Path], object]:
     return lambda folder: edit_json(folder / CONFIG, lambda content: content.update(values))
 
 
+def name_all(folder: Path) -> None:
+    """Let the configuration name the modules that the file has matrices for."""
+    keys = load_file(folder / TENSORS)
+    modules = {re.split(r"\.lora_", key.removeprefix("base_model.model."))[0] for key in keys if ".lora_" in key}
+    config(target_modules=sorted(modules))(folder)
+
+
 def added(**tensors: Tensor) -> Callable[[Path], object]:
     named = {key.replace("__", "."): tensor for key, tensor in tensors.items()}
-    return lambda folder: edit_tensors(folder / TENSORS, lambda found: found.update(named))
+
+    def change(folder: Path) -> None:
+        edit_tensors(folder / TENSORS, lambda found: found.update(named))
+        name_all(folder)
+
+    return change
 
 
 def renamed(old: str, new: str) -> Callable[[Path], object]:
@@ -46,7 +60,11 @@ def renamed(old: str, new: str) -> Callable[[Path], object]:
         for key in list(found):
             found[key.replace(old, new)] = found.pop(key)
 
-    return lambda folder: edit_tensors(folder / TENSORS, change)
+    def rename(folder: Path) -> None:
+        edit_tensors(folder / TENSORS, change)
+        name_all(folder)
+
+    return rename
 
 
 def narrower(found: dict[str, Tensor]) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from loraover.checkpoint.peft_adapter import KEPT_BASE, KEY_PREFIX
+from loraover.checkpoint import target_modules
+from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEPT_BASE, KEY_PREFIX
 from loraover_export.check.subject import Subject
 from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
 from loraover_export.vllm.candidate import listed
@@ -163,6 +164,20 @@ def missing_modules(subject: Subject) -> str | None:
     return f"{len(missing)} of {len(subject.modules)} adapted modules are not in {_base(subject)} ({listed(missing)})"
 
 
+def unnamed_modules(subject: Subject) -> str | None:
+    """Matrices of modules that the configuration does not name, which keep the exports from reading the adapter."""
+    if subject.fields is None or subject.lora is not None:
+        return None
+    return target_modules.unnamed_modules(subject.path / CONFIG_FILE, subject.modules)
+
+
+def lost_modules(subject: Subject) -> str | None:
+    """Modules of the base model that the configuration names, and the file has no matrices for."""
+    if subject.lora is None or missing_modules(subject) is not None:
+        return None
+    return target_modules.lost_modules(subject.path / CONFIG_FILE, subject.modules, subject.served.modules)
+
+
 def other_shapes(subject: Subject) -> str | None:
     """Matrices that do not fit the base model's modules."""
     wrong = []
@@ -248,6 +263,8 @@ FEATURES: dict[str, Feature] = {
     "rank": wrong_rank,
     "key prefix": prefix,
     "missing modules": missing_modules,
+    "unnamed modules": unnamed_modules,
+    "lost modules": lost_modules,
     "other shapes": other_shapes,
     "embedding": embedding,
     "tied embedding": tied_embedding,
@@ -260,6 +277,7 @@ FEATURES: dict[str, Feature] = {
 
 MORE_THAN_AB = (
     *("method", "DoRA", "variant", "aLoRA", "experts", "initialisation", "biases", "LoRA bias"),
-    *("modules_to_save", "trained vocabulary", "norms", "trained tokens", "rank", "missing modules", "other shapes"),
+    *("modules_to_save", "trained vocabulary", "norms", "trained tokens", "rank", "missing modules", "unnamed modules"),
+    *("lost modules", "other shapes"),
 )
 """Features that A and B of the base model's modules cannot express."""

@@ -44,9 +44,10 @@ def note(text: str) -> Reaction:
 
 
 CORES = note("A and B are read, which are the cores' product, rounded; the export contracts the cores")
+LOST = silent("it answers without them")
 OTHER_BASE = note("the engine runs other weights than those that the adapter was trained beside")
 
-UNREADABLE = ("method", "DoRA", "rank", "key prefix")
+UNREADABLE = ("method", "DoRA", "rank", "key prefix", "unnamed modules")
 """Features of adapters that the exports cannot read, but some engines can."""
 
 

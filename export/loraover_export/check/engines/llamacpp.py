@@ -13,6 +13,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.models.load import ModelSource
 from loraover_export.check.engines.base import (
     CORES,
+    LOST,
     OTHER_BASE,
     EngineRules,
     command,
@@ -51,6 +52,8 @@ PEFT_FORM = {
     "rank": silent("llama.cpp scales by the rank of the matrices"),
     "key prefix": note("the converter takes them as well"),
     "missing modules": refused("llama.cpp refuses names that its model does not have"),
+    "unnamed modules": silent("the converter does not read these fields, and writes all matrices"),
+    "lost modules": LOST,
     "other shapes": refused("llama.cpp refuses shapes that its model does not have"),
     "tied embedding": silent("llama.cpp applies it to the head as well, or ends its process"),
     "tied head": refused("llama.cpp has no weight of the head"),

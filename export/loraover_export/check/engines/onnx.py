@@ -13,6 +13,7 @@ from typing import final
 from loraover.common.errors import ExportError
 from loraover_export.check.engines.base import (
     CORES,
+    LOST,
     OTHER_BASE,
     EngineRules,
     command,
@@ -30,7 +31,7 @@ from loraover_export.onnx.tasks import find_task
 
 ONE_SCALING = note("the builder is right, but Olive scales every module by lora_alpha and r")
 NO_INPUTS = note("the builder is right, but Olive writes tensors that its graph has no inputs for")
-NOT_LOADED = silent("PEFT, which the builder uses, ignores such keys but for a Python warning")
+NOT_LOADED = silent("PEFT, which the builder uses, ignores such matrices but for a Python warning")
 
 PEFT_FORM = {
     "task": refused("the builder builds causal language models only"),
@@ -50,6 +51,8 @@ PEFT_FORM = {
     "rank": refused("PEFT, which the builder uses, cannot load it"),
     "key prefix": NOT_LOADED,
     "missing modules": NOT_LOADED,
+    "unnamed modules": NOT_LOADED,
+    "lost modules": LOST,
     "other shapes": refused("PEFT, which the builder uses, cannot load it"),
     "embedding": silent("the builder leaves out its adapter"),
     "adapted head": refused("the builder's graph is invalid, and ONNX Runtime does not load it"),

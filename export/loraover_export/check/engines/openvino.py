@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import CORES, OTHER_BASE, EngineRules, command, note, react, refused, silent
+from loraover_export.check.engines.base import (
+    CORES,
+    LOST,
+    OTHER_BASE,
+    EngineRules,
+    command,
+    note,
+    react,
+    refused,
+    silent,
+)
 from loraover_export.check.engines.vllm import uniform_form
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
@@ -37,6 +47,8 @@ PEFT_FORM = {
     "rank": silent("OpenVINO reads neither rank nor alpha"),
     "scaling": silent("OpenVINO multiplies B A by the alpha that the program gives, 1 by default"),
     "key prefix": silent("OpenVINO ignores such keys, and answers as the base model"),
+    "unnamed modules": silent("OpenVINO does not read adapter_config.json, and applies all matrices"),
+    "lost modules": LOST,
     "other shapes": refused("OpenVINO cannot set a state of another shape"),
     "embedding": silent("OpenVINO knows lora_A and lora_B only, and ignores lora_embedding_A and B"),
     "quantised base": OTHER_BASE,

@@ -20,6 +20,8 @@ PEFT_FORM = {
     "rank": refused("PEFT cannot load matrices of another rank"),
     "key prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
     "missing modules": silent("PEFT ignores their matrices, with a Python warning at most"),
+    "unnamed modules": silent("PEFT ignores these matrices, with a Python warning at most"),
+    "lost modules": silent("PEFT starts these modules again, so they do nothing, with a Python warning only"),
     "other shapes": refused("PEFT cannot load matrices of other shapes"),
     "cores": CORES,
 }

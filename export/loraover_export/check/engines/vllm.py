@@ -19,6 +19,7 @@ NO_LORA = {
     "rank": silent("vLLM scales by the configuration's rank"),
     "key prefix": note("vLLM takes them as well, as names of modules of its own class"),
     "missing modules": silent("vLLM ignores matrices below an unknown prefix and answers as the base model"),
+    "unnamed modules": silent("vLLM does not read these fields, and applies all matrices"),
     "other shapes": silent("vLLM would fill only a part of a larger module"),
 }
 """Reactions to adapters that the exports cannot read, and the rules of the pre-flight are not made for."""
