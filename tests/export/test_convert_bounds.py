@@ -125,6 +125,10 @@ def repeated(weight: Tensor) -> Tensor:
     return torch.cat([weight[:, :1], weight[:, :1], weight[:, 2:]], dim=1)
 
 
+def almost_repeated(weight: Tensor) -> Tensor:
+    return torch.cat([weight[:, :1], weight[:, :1] * (1 + 1e-5 * weight[:, 1:2]), weight[:, 2:]], dim=1)
+
+
 UNDETERMINED: dict[str, tuple[str, Tensor, str]] = {
     "pissa": (
         "pissa",
@@ -136,6 +140,11 @@ UNDETERMINED: dict[str, tuple[str, Tensor, str]] = {
         "olora",
         repeated(normal(1, 34, 34).float()),
         "first 3 columns of the base weight are linearly",
+    ),
+    "olora of columns alike": (
+        "olora",
+        almost_repeated(normal(1, 34, 34).float()),
+        "first 3 columns of the base weight are almost linearly dependent",
     ),
 }
 
@@ -186,6 +195,43 @@ def test_dependent_columns_of_deft_are_refused(tmp_path: Path) -> None:
     edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.deft_P": repeated(p)}))
     with pytest.raises(ExportError, match="columns of deft_P are linearly dependent"):
         convert_adapter(adapter, tmp_path / "out")
+
+
+def nearly_pairs(gap: float) -> Tensor:
+    """Columns (34, 4) of which each second differs from the one before by about `gap` times its norm."""
+    found = normal(6, 34, 4).float()
+    found[:, 1::2] = found[:, ::2] + gap * found[:, 1::2]
+    return found
+
+
+def gram_schmidt(folder: Path, u: Tensor) -> Path:
+    adapter = made(folder, Source("HRA", {"r": u.shape[1], "apply_GS": True}), normal(1, 34, 34).float())
+    edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.hra_u": u}))
+    return adapter
+
+
+@pytest.mark.parametrize("gap", [1.0, 1e-2, 1e-4])
+def test_the_bound_covers_pefts_gram_schmidt(gap: float, tmp_path: Path) -> None:
+    """PEFT makes the columns orthonormal in float32, which the more alike they are the less determines the result."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = gram_schmidt(tmp_path, nearly_pairs(gap))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter)
+    turn = model.get_submodule(KEY).get_delta_weight("default").detach().double()
+    weight = normal(1, 34, 34).float().double()
+    found = delta_of(adapter)
+    assert isinstance(found, LowRank)
+    error = float((found.b @ found.a - weight @ (turn - torch.eye(34))).norm())
+    assert error <= found.left_out <= 1e3 * error
+
+
+@pytest.mark.parametrize(
+    "u", [nearly_pairs(1e-6), nearly_pairs(0.0), normal(6, 34, 36).float()], ids=["alike", "same", "more"]
+)
+def test_dependent_columns_of_gram_schmidt_are_refused(u: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"columns of hra_u.*merge_and_unload"):
+        convert_adapter(gram_schmidt(tmp_path, u), tmp_path / "out")
 
 
 def exact(matrix: Tensor) -> Any:

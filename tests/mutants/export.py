@@ -154,8 +154,8 @@ EXPORT = (
     ),
     Mutant(
         "any-part-determined",
-        "if part.apart > LARGEST_SHARE * norm:",
-        "if part.apart > 2 * LARGEST_SHARE * norm:",
+        "apart > LARGEST_SHARE * norm:",
+        "apart > 2 * LARGEST_SHARE * norm:",
         Selection("test_convert_bounds.py", "half"),
     ),
     Mutant(

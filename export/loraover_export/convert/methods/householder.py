@@ -1,7 +1,8 @@
 """HRA: the base weight times a product of Householder reflections, W' = W H, H = prod_i (I - 2 u_i u_i^T).
 
 H = I - U T U^T with U of r columns and T upper triangular, built column by column (compact WY form), so that
-delta_W = W (H - I) = -(W U T) U^T, of rank r. With `apply_GS`, the u_i are made orthonormal first and T = 2 I.
+delta_W = W (H - I) = -(W U T) U^T, of rank r. With `apply_GS`, the u_i are made orthonormal first, in float32, and
+T = 2 I: H = I - 2 Q Q^T, which changes by at most 2 (2 + a) a if Q changes by a.
 
 Sources: Yuan et al. 2024, arXiv:2405.17484; Schreiber and Van Loan 1989, doi:10.1137/0910005.
 """
@@ -15,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from loraover_export.convert.methods.base import LowRank, Method, rounding
+from loraover_export.convert.methods.determined import determined, orthonormal
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -39,11 +41,17 @@ class Hra(Method[HraFields]):
         u = module.tensor("hra_u", n, r)
         if not bool((u.norm(dim=0) > 0).all()):
             raise module.refuse("a column of hra_u is zero and has no direction; train the adapter again.")
-        u, t = (_orthonormal(u), 2 * torch.eye(r, dtype=u.dtype)) if module.config.gram_schmidt else _compact(u)
-        weight = module.weight()
+        weight, apart = module.weight(), 0.0
+        if module.config.gram_schmidt:
+            (u, apart), t = orthonormal(module, "hra_u", u), 2 * torch.eye(r, dtype=u.dtype)
+        else:
+            u, t = _compact(u)
         # the terms of W U may cancel, so their rounding is not that of the factors
-        size = float(weight.norm()) * float(u.norm()) * float(t.norm()) * float(u.norm())
-        return LowRank(-(weight @ u) @ t, u.T.contiguous(), rounding(m, n, r) * size)
+        norm = float(weight.norm())
+        turned = 2 * (2 + apart) * apart * norm
+        rounded = rounding(m, n, r) * norm * float(u.norm()) * float(t.norm()) * float(u.norm())
+        delta = LowRank(-(weight @ u) @ t, u.T.contiguous(), rounded + turned)
+        return determined(module, delta, turned, norm, "the columns of hra_u are almost linearly dependent")
 
 
 def _compact(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,13 +63,3 @@ def _compact(u: Tensor) -> tuple[Tensor, Tensor]:
         t[:i, i] = -2 * t[:i, :i] @ gram[:i, i]
         t[i, i] = 2
     return u, t
-
-
-def _orthonormal(u: Tensor) -> Tensor:
-    """Return the columns after modified Gram-Schmidt, in PEFT's order of operations."""
-    columns: list[Tensor] = []
-    for column in u.T:
-        for earlier in columns:
-            column = column - (earlier @ column) * earlier
-        columns.append(column / column.norm())
-    return torch.stack(columns, dim=1)

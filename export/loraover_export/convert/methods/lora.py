@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import KEPT_BASE, AdapterConfig
 from loraover_export.convert.methods.base import Dense, LowRank, Method, Place
+from loraover_export.convert.methods.determined import MERGE_THERE, determined
 from loraover_export.convert.methods.experts import expert_places, stacks_of
-from loraover_export.convert.methods.singular import MERGE_THERE, Part, determined, singular_part
+from loraover_export.convert.methods.singular import singular_part
 from loraover_export.convert.methods.tokens import token_places
 from loraover_export.convert.source import Adapter, MethodConfig, Module
+from loraover_export.numerics.low_rank import product_norm
 from loraover_export.numerics.single_precision import QR_ROUNDINGS, U32, basis_error
 
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -105,9 +107,9 @@ class Lora(Method[LoraFields]):
             return LowRank(b, a)
         if kind != "lora_":
             raise module.refuse(f"init_lora_weights is {start!r}, which embeddings do not have.")
-        b0, a0, left_out, part = _start(module, start, r, s)
-        found = LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)
-        return found if part is None else determined(module, part, found)
+        first = _start(module, start, r, s)
+        found = LowRank(torch.cat([b, -first.b], dim=1), torch.cat([a, first.a]), first.rounded + first.apart)
+        return determined(module, found, first.apart, product_norm(first.b, first.a), first.reason)
 
 
 def _indices(module: Module[LoraFields]) -> list[int]:
@@ -122,19 +124,32 @@ def _indices(module: Module[LoraFields]) -> list[int]:
     return found
 
 
-def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, Tensor, float, Part | None]:
-    """Return s B_0, A_0, a bound of their distance from what PEFT takes out of the base weight, and PiSSA's part.
+class _Start(NamedTuple):
+    """What PEFT takes out of the base weight.
 
-    The arithmetic is PEFT's, in float32. The bound has two parts: what another machine's factorization may find, and
-    what the base's data type rounds away of W - s B_0 A_0.
+    Args:
+        b: s B_0.
+        a: A_0.
+        rounded: Frobenius norm of what the base's data type rounds away of W - s B_0 A_0.
+        apart: bound of the norm by which another machine's s B_0 A_0 may differ.
+        reason: why machines may differ, in words.
     """
-    part = None
+
+    b: Tensor
+    a: Tensor
+    rounded: float
+    apart: float
+    reason: str
+
+
+def _start(module: Module[Any], start: str, r: int, s: float) -> _Start:
+    """Return s B_0 and A_0 of an adapter, in PEFT's arithmetic, which is float32."""
     stored = module.stored_weight()
     weight = stored.float()
     if start == "olora":
         q, upper = torch.linalg.qr(weight)
         b0, a0 = q[:, :r], upper[:r]
-        norm = float(weight.norm())
+        norm, reason = float(weight.norm()), f"the first {r} columns of the base weight are almost linearly dependent"
         apart = abs(s) * (2 * basis_error(upper[:r, :r]) * norm + math.sqrt(r) * QR_ROUNDINGS * U32 * norm)
         if not math.isfinite(apart):
             raise module.refuse(
@@ -143,7 +158,7 @@ def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, T
             )
     elif start == "pissa":
         part = singular_part(weight, r)
-        root, apart = torch.sqrt(part.s / s), part.apart
+        root, apart, reason = torch.sqrt(part.s / s), part.apart, part.reason
         b0, a0 = part.u * root, root[:, None] * part.vt
     else:
         raise module.refuse(
@@ -152,7 +167,7 @@ def _start(module: Module[Any], start: str, r: int, s: float) -> tuple[Tensor, T
         )
     residual = (weight - s * b0 @ a0).to(stored.dtype).double()
     b0, a0 = b0.double() * s, a0.double()
-    return b0, a0, float((residual - (stored.double() - b0 @ a0)).norm()) + apart, part
+    return _Start(b0, a0, float((residual - (stored.double() - b0 @ a0)).norm()), apart, reason)
 
 
 def _dora(module: Module[Any], product: Tensor) -> Dense:

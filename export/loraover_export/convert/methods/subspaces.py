@@ -10,7 +10,6 @@ Sources: PEFT's `DeftLinear`; Zhong et al. 2025, arXiv:2410.01870; Nayak et al. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, final
 
@@ -21,9 +20,9 @@ from torch.nn import functional
 
 from loraover.checkpoint.error_bounds import unit_roundoff
 from loraover_export.convert.methods.base import LowRank, Method, rounding
-from loraover_export.convert.methods.singular import MERGE_THERE, determined, singular_part
+from loraover_export.convert.methods.determined import determined, orthonormal
+from loraover_export.convert.methods.singular import singular_part
 from loraover_export.convert.source import MethodConfig, Module
-from loraover_export.numerics.single_precision import basis_error
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -61,7 +60,10 @@ class Deft(Method[DeftFields]):
     def delta(self, module: Module[DeftFields]) -> LowRank:
         m, n = module.shape
         p = module.tensor("deft_P", m, None)
-        q, right, apart = (p, p.relu(), 0.0) if module.config.decomposition_method == "relu" else _basis(module, p)
+        q, right, apart = p, p.relu(), 0.0
+        if module.config.decomposition_method == "qr":
+            q, apart = orthonormal(module, "deft_P", p)
+            right = q
         weight = module.weight()
         r = p.shape[1]
         a, size = -right.T @ weight, float(right.norm()) * float(weight.norm())
@@ -70,17 +72,10 @@ class Deft(Method[DeftFields]):
             replaced = scaling * module.tensor("deft_R", r, n)
             a, size = a + replaced, size + float(replaced.norm())
         # R and P^T W may cancel, so their rounding is not that of the sum
-        rounded = rounding(m, n, r) * float(q.norm()) * size
-        return LowRank(q, a, rounded + apart * (float(a.norm()) + float(weight.norm())))
-
-
-def _basis(module: Module[DeftFields], p: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return the orthonormal columns of P twice, and how far PEFT's, in float32, may be from them."""
-    q, upper = torch.linalg.qr(p)
-    apart = basis_error(upper) if upper.shape[0] == upper.shape[1] else math.inf
-    if not math.isfinite(apart):
-        raise module.refuse(f"the columns of deft_P are linearly dependent. {MERGE_THERE}")
-    return q, q, apart
+        rounded, norm = rounding(m, n, r) * float(q.norm()) * size, float(weight.norm())
+        turned = apart * (float(a.norm()) + norm)
+        delta = LowRank(q, a, rounded + turned)
+        return determined(module, delta, turned, norm, "the columns of deft_P are almost linearly dependent")
 
 
 class PeanutFields(MethodConfig):
@@ -158,4 +153,4 @@ class Osf(Method[OsfFields]):
         u0, s0, v0 = (factor.to(stored.dtype).double() for factor in (start.u, start.s, start.vt))
         rounded = 0.0 if stored.dtype == torch.float32 else 8 * unit_roundoff(stored.dtype) * float(start.s.norm())
         delta = LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]), start.apart + rounded)
-        return determined(module, start, delta)
+        return determined(module, delta, start.apart, float(start.s.norm()), start.reason)
