@@ -52,8 +52,8 @@ def test_both_measure_the_same(name: str, dtype: str) -> None:
     kept = written.clone()
     narrow, wide = certificates(written, value)
     assert torch.equal(written, kept), "measuring changes nothing"
-    assert narrow.passed
-    assert wide.passed
+    assert narrow.passed == wide.passed
+    assert narrow.passed == (dtype != "fp16" or name not in ("squares underflow", "subnormal"))
     for field in ("relative_error", "relative_bound", "worst_to_bound"):
         assert getattr(narrow, field) == pytest.approx(getattr(wide, field), rel=1e-5), field
     assert (narrow.flushed_to_zero, narrow.subnormal) == (wide.flushed_to_zero, wide.subnormal)

@@ -27,6 +27,7 @@ from loraover_serve.verify.reference import make_reference
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 
+from support.make_checkpoint import LINEAR
 from support.plain_adapter import tiny_decoder
 from support.tiny_hub import tiny_tokenizer
 from support.tiny_models import fill_b
@@ -171,7 +172,7 @@ FAULTS = {
 WRONG_PREFIX = Planted(
     NOT_APPLIED,
     "the adapter is not loaded",
-    {},
+    {"target_modules": LINEAR},
     lambda tensors: {key.replace("model.layers", "layers"): t for key, t in tensors.items()},
 )
 """Names that PEFT's form allows and the base model does not have; our exports refuse them."""

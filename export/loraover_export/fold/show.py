@@ -11,6 +11,7 @@ from rich.table import Table
 
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.logits.judge import POWER
+from loraover_export.numerics.matrix_certificate import underflow_facts
 
 WORST_SHOWN = 8
 
@@ -55,12 +56,8 @@ def _show_matrices(certificate: FoldCertificate, console: Console) -> None:
             f"{m.worst_to_bound:.3f}",
         )
     console.print(table)
-    flushed = sum(m.flushed_to_zero for m in certificate.matrices)
-    subnormal = sum(m.subnormal for m in certificate.matrices)
-    if flushed or subnormal:
-        console.print(
-            f"{certificate.dtype} range: {flushed} elements became zero, {subnormal} are subnormal with fewer bits"
-        )
+    for fact in underflow_facts(certificate.matrices).values():
+        console.print(f"{certificate.dtype} range: {fact}", soft_wrap=True)
 
 
 def _show_outputs(outputs: OutputCertificate, console: Console) -> None:

@@ -18,6 +18,12 @@ from loraover_export.numerics.rounding import Underflow, underflow
 DIVISION = 2 * unit_roundoff(torch.float32)
 """What a quotient in float32 may be too small by, relative to itself."""
 
+LARGEST_LOSS = 0.5
+"""Largest relative error of a matrix that passes.
+
+Rounding gives 2^-9 at most, so more is a loss to underflow, which the bounds of the elements allow.
+"""
+
 
 class MatrixCertificate(BaseModel):
     """Error of one written matrix against its exact value: the contraction of its cores, or the stored value."""
@@ -28,7 +34,8 @@ class MatrixCertificate(BaseModel):
     shape: tuple[int, int] = Field(description="rows and columns")
     over_parameterised: bool = Field(description="whether the matrix was trained as cores")
     relative_error: float = Field(
-        description="Frobenius norm of the error over that of the matrix; 0 for a zero matrix"
+        description="Frobenius norm of the error over that of the matrix; 0 for a zero matrix; above 0.5, underflow "
+        "has left less than half of it, which fails"
     )
     relative_bound: float = Field(description="Frobenius norm of the elementwise bound over that of the matrix")
     worst_to_bound: float = Field(description="largest ratio of an element's error to its bound; at most 1 passes")
@@ -37,8 +44,13 @@ class MatrixCertificate(BaseModel):
 
     @property
     def passed(self) -> bool:
-        """Whether the error of every element is within its bound."""
-        return self.worst_to_bound <= 1
+        """Whether the error of every element is within its bound, and underflow has left most of the matrix."""
+        return self.worst_to_bound <= 1 and not self.is_lost
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether underflow took more than half of the matrix's norm."""
+        return self.relative_error > LARGEST_LOSS
 
 
 def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
@@ -47,7 +59,18 @@ def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
         "matrices": f"{sum(matrix.passed for matrix in matrices)} of {len(matrices)} within their bounds",
         "largest relative error": f"{max(matrix.relative_error for matrix in matrices):.2e}",
         "worst error / bound": f"{max(matrix.worst_to_bound for matrix in matrices):.3f}",
+        **underflow_facts(matrices),
     }
+
+
+def underflow_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
+    """Return the row of `matrix_facts` that counts what is too small for the storage type, if anything is."""
+    zero, subnormal = sum(m.flushed_to_zero for m in matrices), sum(m.subnormal for m in matrices)
+    if not zero and not subnormal:
+        return {}
+    lost = sum(matrix.is_lost for matrix in matrices)
+    remedy = f"; {lost} lost more than half of their norm, which a type of wider range such as bf16 keeps"
+    return {"underflow": f"{zero} elements became zero, {subnormal} are subnormal with fewer bits{remedy * bool(lost)}"}
 
 
 class Errors(NamedTuple):
@@ -79,14 +102,15 @@ def certify_parts(
 ) -> MatrixCertificate:
     """Return the certificate of a matrix from the errors of its parts."""
     norm, error, bound = (math.hypot(*sizes) for sizes in zip(*(part[:3] for part in parts), strict=True))
+    flushed = sum(part.lost.to_zero for part in parts)
     return MatrixCertificate(
         name=name,
         shape=shape,
         over_parameterised=over_parameterised,
-        relative_error=error / (norm or 1.0),
+        relative_error=error / norm if norm else float(flushed > 0),  # the squares of all elements may vanish
         relative_bound=bound / (norm or 1.0),
         worst_to_bound=float(np.max([part.worst for part in parts])),  # NaN if there is one
-        flushed_to_zero=sum(part.lost.to_zero for part in parts),
+        flushed_to_zero=flushed,
         subnormal=sum(part.lost.to_subnormal for part in parts),
     )
 
