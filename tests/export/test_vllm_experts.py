@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraover_export import VllmReport, export_vllm
+from loraover_export import VllmReport, check_adapter, export_vllm
 from loraover_export.vllm.architectures import known_architectures
 
+from support.make_checkpoint import edit_tensors
 from support.plain_adapter import tiny_decoder
-from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_llama4, tiny_moe
+from support.tiny_experts import EXPERT_SIZES, EXPERTS, expert_lora, flip, peft_deltas, tiny_llama4, tiny_moe
 from support.tiny_models import token_ids
 from support.versions import needs_expert_stacks
 from support.vllm_command import vllm_command
@@ -75,8 +77,55 @@ def test_each_expert_gets_its_pairs(
         )
         torch.testing.assert_close(down, deltas[f"{module}.down_proj"].double(), rtol=1e-5, atol=1e-6)
     config = json.loads((folder.parent / "out" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    assert config["target_modules"] == ["down_proj", "gate_proj", "q_proj", "up_proj", "v_proj"]
     assert "target_parameters" not in config
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Qwen2Moe"])
+def test_the_pairs_are_read_again(family: str, tmp_path: Path) -> None:
+    """Qwen2-MoE's shared expert has projections of the same names, which the configuration must not name."""
+    base = tiny_decoder(family, **EXPERT_SIZES, shared_expert_intermediate_size=48)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    expert_lora(base, tmp_path / "adapter")
+    for source, out in (("adapter", "first"), ("first", "second")):
+        assert export_vllm(tmp_path / source, tmp_path / out, dtype="fp32").passed
+    first, second = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    verdicts = {e.engine: (e.as_it_is.verdict, e.exported.verdict) for e in check_adapter(tmp_path / "first").engines}
+    assert verdicts["vllm"] == ("right", "right")
+    assert verdicts["torch"] == verdicts["openvino"] == ("wrong silently", "wrong silently")
+    assert check_adapter(tmp_path / "adapter", engines="torch").engines[0].exported.verdict == "wrong silently"
+
+
+def lose(found: dict[str, Tensor]) -> None:
+    for side in "AB":
+        del found[f"{KEY}.2.up_proj.lora_{side}.weight"]
+
+
+def narrow(found: dict[str, Tensor]) -> None:
+    key = f"{KEY}.2.up_proj.lora_B.weight"
+    found[key] = found[key][:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "words"),
+    [
+        (lose, "experts", f"11 of {EXPERTS * 3} pairs of model.layers.1.mlp.experts"),
+        (narrow, "shapes", "64 to 47 features in the adapter, 64 to 48"),
+    ],
+)
+def test_pairs_that_vllm_cannot_load_are_refused(
+    change: Callable[[dict[str, Tensor]], object], rule: str, words: str, adapter: tuple[Path, Any]
+) -> None:
+    folder = adapter[0].parent
+    export_vllm(adapter[0], folder / "pairs")
+    edit_tensors(folder / "pairs" / "adapter_model.safetensors", change)
+    report = export_vllm(folder / "pairs", folder / "out")
+    (error,) = [finding for finding in report.preflight.findings if finding.level == "error"]
+    assert error.rule == rule
+    assert words in error.found
 
 
 @pytest.mark.parametrize("version", [None, "0.18.0"], ids=["as saved", "flipped"])

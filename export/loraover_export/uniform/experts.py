@@ -21,6 +21,21 @@ def stack_fields(stacks: Sequence[ExpertStack]) -> dict[str, Any]:
     return {"target_parameters": [stack.path for stack in stacks], "peft_version": PRESENT_LAYOUT}
 
 
+def parts_of(parameter: str, projections: Projections) -> tuple[str, ...]:
+    """Return the projections that a parameter of all experts holds: gate and up, or down."""
+    return projections[:2] if parameter == "gate_up_proj" else projections[2:]
+
+
+def split_paths(stacks: Sequence[ExpertStack], projections: Projections) -> set[str]:
+    """Return the paths by which `split_experts` names the pairs of all experts."""
+    return {
+        f"{stack.module}.{expert}.{name}"
+        for stack in stacks
+        for expert in range(stack.experts)
+        for name in parts_of(stack.parameter, projections)
+    }
+
+
 def split_experts(adapter: AdapterDir, projections: Projections) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """Return a function that gives every projection of every expert its pair: experts.3.gate_proj.lora_A, and so on.
 
@@ -30,12 +45,11 @@ def split_experts(adapter: AdapterDir, projections: Projections) -> Callable[[di
         adapter: the adapter whose experts the function gets, by their keys.
         projections: names of the three projections.
     """
-    gate, up, down = projections
 
     def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {key: tensor for key, tensor in tensors.items() if key not in adapter.parts}
         for stack in adapter.stacks:
-            names = (gate, up) if stack.parameter == "gate_up_proj" else (down,)
+            names = parts_of(stack.parameter, projections)
             for expert in range(stack.experts):
                 a, b = (tensors[site_key(f"{stack.expert(expert)}.lora_{matrix}")] for matrix in "AB")
                 for name, rows in zip(names, b.chunk(len(names)), strict=True):

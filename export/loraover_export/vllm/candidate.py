@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover_export.uniform.experts import parts_of
 from loraover_export.uniform.matrices import largest_rank, module_of
-from loraover_export.vllm.architectures import Architecture, Architectures
+from loraover_export.vllm.architectures import Architecture, Architectures, projections_of
 from loraover_export.vllm.known_faults import Platform
 from loraover_export.vllm.served import ServedModel, ServedModule
 from loraover_export.vllm.versions import Versions
@@ -89,22 +90,36 @@ class Candidate:
         return {module_of(site) for site in self.adapter.sites if site.endswith("lora_embedding_A")}
 
     @cached_property
+    def places(self) -> dict[str, ServedModule]:
+        """Modules of the served model; with the projections of each expert, if its class reads a pair for each."""
+        found = dict(self.served.modules)
+        if self.architecture is None or self.architecture.stacked_experts:
+            return found
+        for path, weight in self.served.experts.items():
+            owner, _, parameter = path.rpartition(".")
+            names = parts_of(parameter, projections_of(self.served.architecture))
+            m, n = weight.shape
+            described = ServedModule("expert", "part of a parameter", (n, m // len(names)))
+            found |= {f"{owner}.{index}.{name}": described for index in range(weight.experts) for name in names}
+        return found
+
+    @cached_property
     def present(self) -> dict[str, str]:
         """Adapted modules that the served model has, each with the served model's name for it."""
         allowed = self.architecture
         if allowed is None:
-            return {path: path for path in self.modules if path in self.served.modules}
-        names = {allowed.rename(path): path for path in self.served.modules}
+            return {path: path for path in self.modules if path in self.places}
+        names = {allowed.rename(path): path for path in self.places}
         if self.architectures.version in TEXT_NAMES:
             texts = {text: path for name, path in names.items() for text in _text_names(name, allowed)}
             names = texts | names
-        names |= {allowed.rename(path): path for path in self.modules if path in self.served.modules}
+        names |= {allowed.rename(path): path for path in self.modules if path in self.places}
         found = {path: names.get(allowed.rename(path)) for path in self.modules}
         return {path: served for path, served in found.items() if served is not None}
 
     def served_module(self, path: str) -> ServedModule:
         """Return the served module for an adapted module of `present`."""
-        return self.served.modules[self.present[path]]
+        return self.places[self.present[path]]
 
 
 def _text_names(name: str, allowed: Architecture) -> list[str]:

@@ -15,7 +15,7 @@ from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover_export.numerics.matrix_certificate import matrix_facts
-from loraover_export.uniform.experts import split_experts, stack_fields
+from loraover_export.uniform.experts import split_experts, split_paths, stack_fields
 from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
 from loraover_export.vllm.architectures import Architectures, architectures_of, projections_of
 from loraover_export.vllm.candidate import Candidate
@@ -89,14 +89,15 @@ def _publish(
 
 def _write(request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
-    others = served.modules.keys() - candidate.modules.keys()
-    config = uniform_config(adapter, served.source, name_modules(candidate.modules.keys() - adapter.experts, others))
-    pack = None
-    if adapter.stacks and not (candidate.architecture and candidate.architecture.stacked_experts):
+    others, adapted, pack = served.modules.keys() - candidate.modules.keys(), candidate.modules.keys(), None
+    is_split = candidate.architecture is not None and not candidate.architecture.stacked_experts
+    if adapter.stacks:
+        adapted = adapted - adapter.experts
+    if adapter.stacks and is_split:
         projections = projections_of(served.architecture)
-        config["target_modules"] += projections
-        pack = split_experts(adapter, projections)
-    else:
+        adapted, pack = adapted | split_paths(adapter.stacks, projections), split_experts(adapter, projections)
+    config = uniform_config(adapter, served.source, name_modules(adapted, others))
+    if pack is None:
         config |= stack_fields(adapter.stacks)
     with request.report.task("writing matrices", len(adapter.sites)) as done:
         matrices = write_uniform(source, draft, request.dtype, config, done, pack)

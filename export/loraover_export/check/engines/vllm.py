@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import final
 
 from loraover_export.check.engines.base import CORES, EngineRules, command, more_than_ab, note, react, refused, silent
+from loraover_export.check.features import missing_modules
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
 from loraover_export.vllm.architectures import known_architectures
@@ -76,7 +77,13 @@ def uniform_form(subject: Subject) -> Iterator[Finding]:
     if subject.lora is None:
         yield from more_than_ab(subject)
         return
-    yield from (found for found in apply_rules(subject, dtype=DTYPE) if found.level != "note")
+    found = [finding for finding in apply_rules(subject, dtype=DTYPE) if finding.level != "note"]
+    yield from found
+    described = known_architectures().lora.get(subject.served.architecture)
+    is_split = subject.lora.stacks and described is not None and not described.stacked_experts
+    if not found and (is_split or missing_modules(subject) is not None):
+        text = "the export writes a pair for each projection of each expert, which only vLLM and SGLang read"
+        yield Finding(feature="experts", level="wrong silently", found=text)
 
 
 def _rank(subject: Subject) -> Iterator[Finding]:

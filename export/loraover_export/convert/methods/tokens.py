@@ -40,10 +40,8 @@ class TrainableTokens(Method[TokenFields]):
     embeddings = True
 
     def named(self, adapter: Adapter[TokenFields]) -> list[str]:
-        """Return the embeddings: PEFT adds a head that shares its weight with one of them."""
-        base = adapter.base
-        head = base.name_of(base.model.get_output_embeddings()) if base.is_tied else None
-        return [path for path in adapter.layout.modules if path != head]
+        """Return the embeddings: PEFT adds the modules that share the input embedding's weight."""
+        return [path for path in adapter.layout.modules if path not in adapter.base.tied[1:]]
 
     def places(self, adapter: Adapter[TokenFields]) -> Iterator[Place]:
         for path in adapter.layout.modules:

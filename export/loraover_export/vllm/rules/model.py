@@ -62,8 +62,8 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
     missing = [path for path in candidate.modules if path not in candidate.present]
     if not missing:
         return
-    alike = alike_module(missing[0], candidate.served.modules)
-    endings = {path.rpartition(".")[2] for path in candidate.served.modules}  # others are refused by name
+    alike = alike_module(missing[0], candidate.places)
+    endings = {path.rpartition(".")[2] for path in candidate.places}  # others are refused by name
     yield Problem(
         f"{len(missing)} of {len(candidate.modules)} adapted modules are not in the served model ({listed(missing)}); "
         "vLLM ignores matrices below an unknown prefix and answers as the base model",
@@ -138,20 +138,19 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
 def experts(candidate: Candidate) -> Iterator[Problem]:
     """LoRA of experts in a form that vLLM's class does not read: vllm/lora/model_manager.py and lora_weights.py."""
     allowed, adapter = candidate.architecture, candidate.adapter
-    if allowed is None or not adapter.stacks:
+    pairs = _pairs(candidate)
+    owners = list(dict.fromkeys([*(stack.module for stack in adapter.stacks), *pairs]))
+    if allowed is None or not owners:
         return
-    kinds: dict[str, set[str]] = {}
-    for stack in adapter.stacks:
-        kinds.setdefault(stack.module, set()).add(stack.parameter)
     below = EXPERTS_BELOW.get(candidate.served.architecture)
     if below is not None:
         yield Problem(
-            f"{listed(list(kinds))}: vLLM's {candidate.served.architecture} has its experts below {below}, and ignores "
+            f"{listed(owners)}: vLLM's {candidate.served.architecture} has its experts below {below}, and ignores "
             "matrices below an unknown prefix",
             MERGE,
             is_silent=True,
         )
-    unknown = [module for module in kinds if not _has_gates_among_outputs(module, candidate)]
+    unknown = [module for module in owners if not _has_gates_among_outputs(module, candidate)]
     if unknown:
         yield Problem(
             f"{listed(unknown)}: the shapes of {' and '.join(FUSED)} do not fit each other as (outputs, inputs); the "
@@ -159,6 +158,32 @@ def experts(candidate: Candidate) -> Iterator[Problem]:
             MERGE,
             is_silent=True,
         )
+    yield from _partial(candidate, pairs)
+    if candidate.platform == "cpu":
+        yield Problem("vLLM has no LoRA of experts on a CPU", f"serve on a GPU, or {MERGE}")
+    if candidate.dtype is None and adapter.stacks and not allowed.stacked_experts:
+        yield Problem(
+            f"the file stacks the experts, and vLLM's {candidate.served.architecture} reads a pair for each expert",
+            EXPORT,
+        )
+    elif candidate.dtype is None and any(stack.is_flipped for stack in adapter.stacks):
+        yield Problem("A and B of the experts are swapped, as PEFT before 0.19 saved them", EXPORT, is_silent=True)
+
+
+def _pairs(candidate: Candidate) -> dict[str, set[str]]:
+    """Return the paths of experts' projections that have a pair each, by the served module that holds all experts."""
+    found: dict[str, set[str]] = {}
+    for path, place in candidate.present.items():
+        if path not in candidate.adapter.experts and candidate.places[place].kind == "expert":
+            found.setdefault(place.rsplit(".", 2)[0], set()).add(place)
+    return found
+
+
+def _partial(candidate: Candidate, pairs: dict[str, set[str]]) -> Iterator[Problem]:
+    """Yield experts of which only a part is adapted."""
+    kinds: dict[str, set[str]] = {}
+    for stack in candidate.adapter.stacks:
+        kinds.setdefault(stack.module, set()).add(stack.parameter)
     partial = [module for module, parameters in kinds.items() if len(parameters) < len(FUSED)]
     if partial:
         yield Problem(
@@ -166,15 +191,14 @@ def experts(candidate: Candidate) -> Iterator[Problem]:
             "are adapted",
             f"train with both in target_parameters, or {MERGE}",
         )
-    if candidate.platform == "cpu":
-        yield Problem("vLLM has no LoRA of experts on a CPU", f"serve on a GPU, or {MERGE}")
-    if candidate.dtype is None and not allowed.stacked_experts:
-        yield Problem(
-            f"the file stacks the experts, and vLLM's {candidate.served.architecture} reads a pair for each expert",
-            EXPORT,
-        )
-    elif candidate.dtype is None and any(stack.is_flipped for stack in adapter.stacks):
-        yield Problem("A and B of the experts are swapped, as PEFT before 0.19 saved them", EXPORT, is_silent=True)
+    for module, paths in pairs.items():
+        expected = 3 * candidate.served.experts[f"{module}.{FUSED[0]}"].experts
+        if len(paths) < expected:
+            yield Problem(
+                f"the file has {len(paths)} of {expected} pairs of {module}, and vLLM fails to load it unless each "
+                "projection of each expert has one",
+                f"train with all of them, or {MERGE}",
+            )
 
 
 def _has_gates_among_outputs(module: str, candidate: Candidate) -> bool:
