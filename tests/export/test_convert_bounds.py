@@ -119,6 +119,22 @@ def test_osf_starts_from_what_peft_stores(tmp_path: Path) -> None:
     expected = (u * s) @ v - (start[0] * start[1]) @ start[2]
     assert isinstance(found, LowRank)
     assert float((found.b @ found.a - expected).norm()) <= 1e-12 * float(expected.norm())
+    wide = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), adapter
+    )
+    other = wide.get_submodule(KEY).get_delta_weight("default").detach().double()
+    assert 1e-4 < float((other - expected).norm()) <= found.left_out
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "fp64", "bf16"])
+def test_osf_is_compared_as_it_was_started(compute_dtype: str, tmp_path: Path) -> None:
+    """A base model that is loaded in float32 gives another start, and logits that rounding does not explain."""
+    adapter = made(tmp_path, SOURCES["osf"], weight_with_gap(1e-2, 28), torch.bfloat16)
+    report = convert_adapter(adapter, tmp_path / "out", check_error=True, device="cpu", compute_dtype=compute_dtype)
+    assert report.certificate.verdict != "failed"
+    assert report.outputs is not None
+    assert report.outputs.error.max_logit < (1e-5 if compute_dtype != "bf16" else 1e-2)
+    assert any("loaded in bf16" in note and "answers differently" in note for note in report.certificate.notes)
 
 
 def repeated(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
 from loraover.models.device import choose_compute
@@ -36,6 +37,7 @@ def compare_outputs(
     *,
     is_exact: bool,
     dtype: str,
+    start_dtype: str | None,
     num_labels: int | None,
     device: str,
     compute_dtype: str,
@@ -54,6 +56,8 @@ def compare_outputs(
         report: receiver of progress.
         is_exact: whether the conversion left nothing out, so that its logits have to be the source's.
         dtype: data type that the adapter is stored in: fp32, bf16 or fp16.
+        start_dtype: data type to load the base model in, where PEFT starts the source from the loaded weights; None means
+            `compute_dtype`.
         num_labels: number of labels of a classification head that the source replaces; None if it replaces none.
         device: device to run on.
         compute_dtype: data type to run the models in: fp32, bf16, fp16 or fp64.
@@ -64,7 +68,7 @@ def compare_outputs(
     place, _ = choose_compute(device, compute_dtype)
     times = "three times" if is_exact else "twice"
     report.line(f"loading the base model from {base.origin} {times}, to {place}, {compute_dtype}")
-    load = partial(_load, base, source, num_labels, compute_dtype, str(place))
+    load = partial(_load, base, source, num_labels, start_dtype or compute_dtype, compute_dtype, str(place))
     (trained, _), (written, matrices) = load(source.path), load(converted)
     trained_twin = load(source.path, is_twin=True)[0] if is_exact else None
     elsewhere = list(_moved(matrices, STORAGE_DTYPES[dtype])) if is_exact else []
@@ -102,19 +106,24 @@ def _load(
     base: ModelSource,
     source: Layout[Any],
     num_labels: int | None,
+    start_dtype: str,
     dtype: str,
     device: str,
     folder: Path,
     *,
     is_twin: bool = False,
 ) -> tuple[Any, list[nn.Parameter]]:
-    """Load an adapter on a base model, and return the parameters that PEFT added; a twin has all of them moved."""
+    """Load an adapter on a base model, and return the parameters that PEFT added; a twin has all of them moved.
+
+    The base model is brought to `dtype` after PEFT has started the adapter from its weights in `start_dtype`. A twin's
+    weights are moved before that where the types are the same, so that its start moves with them.
+    """
     from peft import PeftModel
 
     task = source.config.task_type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # transformers draws a head that the base model lacks: the same one each time
-        model = load_model(base, dtype=dtype, task_type=task, num_labels=num_labels, device=device)
+        model = load_model(base, dtype=start_dtype, task_type=task, num_labels=num_labels, device=device)
     lost = {without_base_layers(path) for path in source.modules} - dict(model.named_modules()).keys()
     if lost:
         raise ConfigError(
@@ -122,10 +131,16 @@ def _load(
             f"{type(model).__name__}, and that has no module {min(lost)}. Write the adapter's task there, or leave out "
             "--check-error."
         )
-    before = {id(parameter) for parameter in model.parameters()}
-    if is_twin:
-        _move(list(model.parameters()))
+    weights = list(model.parameters())
+    before = {id(parameter) for parameter in weights}
+    if is_twin and start_dtype == dtype:
+        _move(weights)
     adapted = PeftModel.from_pretrained(model, str(folder), torch_device=device).eval()
+    if start_dtype != dtype:
+        for weight in weights:
+            weight.data = weight.data.to(getattr(torch, COMPUTE_DTYPES[dtype]))
+        if is_twin:
+            _move(weights)
     added = [parameter for parameter in adapted.parameters() if id(parameter) not in before]
     if is_twin:
         _move(added)

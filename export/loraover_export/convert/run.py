@@ -11,7 +11,7 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named
-from loraover.common.dtypes import short_dtype
+from loraover.common.dtypes import COMPUTE_DTYPES, short_dtype
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
@@ -99,7 +99,8 @@ def convert_adapter(
     with open_base(base) as weights, open_adapter(layout, weights) as adapter:
         check_named(request.source / CONFIG_FILE, method.named(adapter))
         check_complete(request.source / CONFIG_FILE, layout.modules, weights.modules)
-        compare = _comparison(request, method, adapter, base, report) if request.check_error else None
+        start_dtype = _start_dtype(method, adapter)
+        compare = _comparison(request, method, adapter, base, start_dtype, report) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
             if compare is None:
@@ -108,7 +109,8 @@ def convert_adapter(
             found = {"outputs": outputs, "output_bound": outputs.bound}
             return certificate.model_copy(update=found | {"verdict": outputs.verdict or certificate.verdict})
 
-        certificate = _convert(request, method, adapter, base, ranks, report, check)
+        notes = _start_notes(start_dtype)
+        certificate = _convert(request, method, adapter, base, ranks, notes, report, check)
     exact = max(ranks.values())
     return ConvertReport(
         method=layout.config.peft_type,
@@ -147,7 +149,12 @@ def read_method(path: Path) -> tuple[AnyMethod, Layout[Any]]:
 
 
 def _comparison(
-    request: ConvertRequest, method: AnyMethod, adapter: Adapter[Any], base: ModelSource, report: Reporter
+    request: ConvertRequest,
+    method: AnyMethod,
+    adapter: Adapter[Any],
+    base: ModelSource,
+    start_dtype: str | None,
+    report: Reporter,
 ) -> Callable[..., OutputsOfConversion]:
     """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
 
@@ -172,6 +179,7 @@ def _comparison(
         prompts=prompts,
         report=report,
         dtype=request.dtype,
+        start_dtype=start_dtype,
         num_labels=saved_labels({key: adapter.file.shape(key) for key in layout.others}),
         device=request.device,
         compute_dtype=request.compute_dtype,
@@ -184,6 +192,7 @@ def _convert(
     adapter: Adapter[Any],
     base: ModelSource,
     ranks: dict[str, int],
+    notes: list[str],
     report: Reporter,
     check: Check,
 ) -> LoraCertificate:
@@ -205,10 +214,30 @@ def _convert(
         others,
         modules or None,
         stacks_of(adapter),
-        [*carried_notes(others, modules), *_tied_notes(places, adapter)],
+        [*notes, *carried_notes(others, modules), *_tied_notes(places, adapter)],
     )
     work = approximations(places, adapter.layout, request.rank, ranks)
     return write_lora(work, len(places), target, report, check)
+
+
+def _start_dtype(method: AnyMethod, adapter: Adapter[Any]) -> str | None:
+    """Return the data type in which PEFT has to load the base model for the adapter to start as it was converted."""
+    if not method.starts_in_stored:
+        return None
+    stored = str(adapter.base.weight(next(iter(adapter.layout.modules))).dtype).removeprefix("torch.")
+    return next(short for short, long in COMPUTE_DTYPES.items() if long == stored)
+
+
+def _start_notes(start_dtype: str | None) -> list[str]:
+    """Return a warning if PEFT starts the adapter from rounded factors of the base weights."""
+    if start_dtype in (None, "fp32", "fp64"):
+        return []
+    return [
+        f"PEFT starts this adapter from factors of the base weights in the type that it loads them in. This LoRA is the "
+        f"adapter on weights loaded in {start_dtype}, as the base model's files hold them; on weights loaded in another "
+        "type, PEFT itself answers differently, by about a rounding of the weights. For these, name a copy of the base "
+        "model in that type with --model."
+    ]
 
 
 def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:

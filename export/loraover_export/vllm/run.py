@@ -89,7 +89,7 @@ def _publish(
 
 def _write(request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
-    others, adapted, pack = served.modules.keys() - candidate.modules.keys(), candidate.modules.keys(), None
+    others, adapted, pack = served.modules.keys() - candidate.modules.keys(), set(candidate.modules), None
     is_split = candidate.architecture is not None and not candidate.architecture.stacked_experts
     if adapter.stacks:
         adapted = adapted - adapter.experts

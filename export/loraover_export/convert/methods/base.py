@@ -106,6 +106,8 @@ class Method(ABC, Generic[Config]):
         rank: rank of delta_W in words, for documentation.
         needs_weights: whether delta_W depends on the base model's weights.
         embeddings: whether it also adapts embeddings.
+        starts_in_stored: whether PEFT starts it from base weights in the data type that it loads them in, so that
+            delta_W is that of a base model that is loaded in the data type of its files.
     """
 
     config: type[Config]
@@ -115,6 +117,7 @@ class Method(ABC, Generic[Config]):
     rank: ClassVar[str]
     needs_weights: ClassVar[bool] = False
     embeddings: ClassVar[bool] = False
+    starts_in_stored: ClassVar[bool] = False
 
     def named(self, adapter: Adapter[Config]) -> list[str]:
         """Return the adapted modules that the configuration has to name as its target modules."""

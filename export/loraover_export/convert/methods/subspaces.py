@@ -139,6 +139,7 @@ class Osf(Method[OsfFields]):
     inert: ClassVar[frozenset[str]] = frozenset({"effective_rank", "rank_pattern", "target_svd_config"})
     rank: ClassVar[str] = "2 (min(shape) - effective_rank)"
     needs_weights = True
+    starts_in_stored = True
 
     def delta(self, module: Module[OsfFields]) -> LowRank:
         m, n = module.shape
@@ -149,7 +150,7 @@ class Osf(Method[OsfFields]):
             raise module.refuse(f"it trains {len(s)} singular triplets, and its weight has {min(m, n)}.")
         stored = module.stored_weight()
         start = singular_part(stored.float(), min(m, n) - len(s), tail=True)
-        # PEFT stores the three factors in the weight's data type; another machine's round differently
+        # PEFT stores the three factors in the data type that it loads the weight in; another machine's round differently
         u0, s0, v0 = (factor.to(stored.dtype).double() for factor in (start.u, start.s, start.vt))
         rounded = 0.0 if stored.dtype == torch.float32 else 8 * unit_roundoff(stored.dtype) * float(start.s.norm())
         delta = LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]), start.apart + rounded)
