@@ -124,8 +124,8 @@ EXPORT = (
     ),
     Mutant(
         "pissa-start-kept",
-        "found = LowRank(torch.cat([b, -b0], dim=1), torch.cat([a, a0]), left_out)",
-        "found = LowRank(torch.cat([b, b0 * 0], dim=1), torch.cat([a, a0]), left_out)",
+        "found = LowRank(torch.cat([b, -first.b], dim=1)",
+        "found = LowRank(torch.cat([b, first.b * 0], dim=1)",
         Selection("test_convert.py", "delta_is_pefts"),
     ),
     Mutant(
@@ -136,8 +136,8 @@ EXPORT = (
     ),
     Mutant(
         "pissa-start-alike-on-all-machines",
-        "float((residual - (stored.double() - b0 @ a0)).norm()) + apart, part",
-        "float((residual - (stored.double() - b0 @ a0)).norm()), part",
+        "torch.cat([a, first.a]), first.rounded + first.apart)",
+        "torch.cat([a, first.a]), first.rounded)",
         Selection("test_convert_bounds.py", "another_machine"),
     ),
     Mutant(
@@ -157,6 +157,42 @@ EXPORT = (
         "apart > LARGEST_SHARE * norm:",
         "apart > 2 * LARGEST_SHARE * norm:",
         Selection("test_convert_bounds.py", "half"),
+    ),
+    Mutant(
+        "gram-schmidt-without-its-condition",
+        "u.T.contiguous(), rounded + turned)",
+        "u.T.contiguous(), rounded)",
+        Selection("test_convert_bounds.py", "gram_schmidt"),
+    ),
+    Mutant(
+        "osf-compared-on-wide-weights",
+        "start_dtype or compute_dtype, compute_dtype",
+        "compute_dtype, compute_dtype",
+        Selection("test_convert_bounds.py", "as_it_was_started"),
+    ),
+    Mutant(
+        "excluded-modules-named",
+        "return not self._is_excluded(module) and self._is_targeted(module)",
+        "return self._is_targeted(module)",
+        Selection("test_target_modules.py", "named_as_in_peft"),
+    ),
+    Mutant(
+        "any-layer-named",
+        'int(found["idx"]) in layers',
+        'int(found["idx"]) >= 0',
+        Selection("test_target_modules.py", "named_as_in_peft"),
+    ),
+    Mutant(
+        "an-emptied-matrix-passes",
+        "return self.worst_to_bound <= 1 and not self.is_lost",
+        "return self.worst_to_bound <= 1",
+        Selection("test_underflow.py", "half_of_its_norm"),
+    ),
+    Mutant(
+        "gate-and-up-as-large-as-both",
+        "(n, m // len(names))",
+        "(n, m)",
+        Selection("test_vllm_experts.py", "read_again"),
     ),
     Mutant(
         "olora-bound-without-scaling",
@@ -215,8 +251,8 @@ EXPORT = (
     ),
     Mutant(
         "gate and up of vLLM's experts are swapped",
-        "names = (gate, up) if stack.parameter",
-        "names = (up, gate) if stack.parameter",
+        'return projections[:2] if parameter == "gate_up_proj"',
+        'return projections[1::-1] if parameter == "gate_up_proj"',
         Selection("test_vllm_experts.py", "pairs"),
     ),
     Mutant(

@@ -56,8 +56,8 @@ def compare_outputs(
         report: receiver of progress.
         is_exact: whether the conversion left nothing out, so that its logits have to be the source's.
         dtype: data type that the adapter is stored in: fp32, bf16 or fp16.
-        start_dtype: data type to load the base model in, where PEFT starts the source from the loaded weights; None means
-            `compute_dtype`.
+        start_dtype: data type to load the base model in, where PEFT starts the source from the loaded weights; None
+            means `compute_dtype`.
         num_labels: number of labels of a classification head that the source replaces; None if it replaces none.
         device: device to run on.
         compute_dtype: data type to run the models in: fp32, bf16, fp16 or fp64.

@@ -233,10 +233,10 @@ def _start_notes(start_dtype: str | None) -> list[str]:
     if start_dtype in (None, "fp32", "fp64"):
         return []
     return [
-        f"PEFT starts this adapter from factors of the base weights in the type that it loads them in. This LoRA is the "
-        f"adapter on weights loaded in {start_dtype}, as the base model's files hold them; on weights loaded in another "
-        "type, PEFT itself answers differently, by about a rounding of the weights. For these, name a copy of the base "
-        "model in that type with --model."
+        "PEFT starts this adapter from factors of the base weights in the type that it loads them in. This LoRA is for "
+        f"weights loaded in {start_dtype}, as the base model's files hold them. Loaded in another type, PEFT itself "
+        "answers differently, by about a rounding of the weights; for that, name a copy of the base model in that type "
+        "with --model."
     ]
 
 

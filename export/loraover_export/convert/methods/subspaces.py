@@ -72,7 +72,8 @@ class Deft(Method[DeftFields]):
             replaced = scaling * module.tensor("deft_R", r, n)
             a, size = a + replaced, size + float(replaced.norm())
         # R and P^T W may cancel, so their rounding is not that of the sum
-        rounded, norm = rounding(m, n, r) * float(q.norm()) * size, float(weight.norm())
+        rounded = rounding(m, n, r) * float(q.norm()) * size
+        norm = float(weight.norm())
         turned = apart * (float(a.norm()) + norm)
         delta = LowRank(q, a, rounded + turned)
         return determined(module, delta, turned, norm, "the columns of deft_P are almost linearly dependent")
@@ -150,7 +151,7 @@ class Osf(Method[OsfFields]):
             raise module.refuse(f"it trains {len(s)} singular triplets, and its weight has {min(m, n)}.")
         stored = module.stored_weight()
         start = singular_part(stored.float(), min(m, n) - len(s), tail=True)
-        # PEFT stores the three factors in the data type that it loads the weight in; another machine's round differently
+        # PEFT stores the factors in the data type that it loads the weight in; another machine's round differently
         u0, s0, v0 = (factor.to(stored.dtype).double() for factor in (start.u, start.s, start.vt))
         rounded = 0.0 if stored.dtype == torch.float32 else 8 * unit_roundoff(stored.dtype) * float(start.s.norm())
         delta = LowRank(torch.cat([u * s, -u0 * s0], dim=1), torch.cat([v, v0]), start.apart + rounded)
