@@ -89,11 +89,9 @@ def _publish(
 
 def _write(request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
-    others, adapted, pack = served.modules.keys() - candidate.modules.keys(), set(candidate.modules), None
-    is_split = candidate.architecture is not None and not candidate.architecture.stacked_experts
-    if adapter.stacks:
-        adapted = adapted - adapter.experts
-    if adapter.stacks and is_split:
+    others = served.modules.keys() - candidate.modules.keys()
+    adapted, pack = candidate.modules.keys() - adapter.experts, None
+    if adapter.stacks and candidate.architecture and not candidate.architecture.stacked_experts:
         projections = projections_of(served.architecture)
         adapted, pack = adapted | split_paths(adapter.stacks, projections), split_experts(adapter, projections)
     config = uniform_config(adapter, served.source, name_modules(adapted, others))
