@@ -17,7 +17,7 @@ export LORAOVER_OPENVINO ?= $(abspath $(OPENVINO_VENV))/bin/python
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino vllm-architectures lint \
+.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino vllm-architectures lint fuzz \
 	docs bench schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages.
@@ -127,6 +127,10 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --no-logo > /dev/null || $(BIN)/lint-imports
 	$(BIN)/python docs/draw_rooms.py --check
 	$(BIN)/mypy
+
+# Random adapters against PEFT's own forward, for FUZZ_SECONDS; failing cases are kept in tests/fuzz/regressions.
+fuzz: $(VENV)/.installed
+	cd tests && ../$(BIN)/python -m fuzz
 
 # Every benchmark, and the tables of docs/results.md with it; BENCH='--only training --no-write' runs one and prints.
 bench: $(VENV)/.installed

@@ -1,0 +1,54 @@
+"""The fuzzer itself: what it draws, and that it notices faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.checkpoint.peft_adapter import AdapterConfig
+from loraover_export.convert.methods import METHODS
+
+from fuzz import run as fuzz_run
+from fuzz.cases import BASES, VERBS, Case, draw
+from fuzz.run import keep, read, run
+
+PLAIN = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 2}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+def test_every_kind_base_and_verb_is_drawn() -> None:
+    cases = [draw(seed) for seed in range(3000)]
+    assert {case.kind for case in cases} == METHODS.keys()
+    assert {case.base for case in cases} == BASES.keys()
+    assert {case.verb for case in cases} == VERBS.keys() == fuzz_run.VERBS.keys()
+    assert draw(7) == cases[7]
+
+
+def test_a_kept_case_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_run, "REGRESSIONS", tmp_path)
+    assert read(keep(draw(3))) == draw(3)
+
+
+@pytest.mark.parametrize("verb", ["convert", "combine", "shrink", "merge", "vllm", "gguf", "mlx"])
+def test_a_wrong_scaling_is_a_fault(verb: str, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verb reads twice the scaling; PEFT reads the right one."""
+    case = Case(0, "LORA", "qwen2", PLAIN, verb, dict(VERBS[verb][0]))
+    assert run(case, bases).outcome == "agrees"
+    scaling = AdapterConfig.scaling
+    monkeypatch.setattr(AdapterConfig, "scaling", lambda self, module: 2 * scaling(self, module))
+    assert run(case, bases).outcome == "fault"
+
+
+def test_an_exception_that_is_not_ours_is_a_fault(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("loraover_export.export_gguf", broken, raising=False)
+    found = run(Case(0, "LORA", "qwen2", PLAIN, "gguf", {"dtype": "fp32"}), bases)
+    assert (found.outcome, "lost" in found.found) == ("fault", True)
