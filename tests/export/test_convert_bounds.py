@@ -24,7 +24,7 @@ from loraover_export.convert.source import open_adapter
 from loraover_export.merge.base_weights import open_base
 
 from strategies import normal
-from support.conversions import SOURCES, Source, make_base, make_source
+from support.conversions import BASES, SOURCES, Source, make_base, make_source, peft_deltas
 from support.make_checkpoint import edit_tensors
 
 PATH = "model.layers.1.self_attn.q_proj"
@@ -101,6 +101,18 @@ def test_the_bound_covers_the_start_on_another_machine(
     report = convert_adapter(adapter, tmp_path / "out")
     module = next(module for module in report.certificate.modules if module.module == PATH)
     assert module.arithmetic_bound >= found.left_out
+
+
+@pytest.mark.parametrize("name", ["vera from its seed", "pvera from its seed"])
+def test_the_bound_covers_projections_that_peft_rounds_to_the_bases_type(name: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    BASES["prime"]().bfloat16().save_pretrained(base)
+    adapter = make_source(base, tmp_path / "adapter", SOURCES[name])
+    report = convert_adapter(adapter, tmp_path / "out")
+    source, written = (peft_deltas(base, folder) for folder in (adapter, tmp_path / "out"))
+    for module in report.certificate.modules:
+        error = float((written[module.module] - source[module.module]).norm())
+        assert 1e-4 * module.norm < error <= module.error_bound <= 0.05 * module.norm
 
 
 def test_osf_starts_from_what_peft_stores(tmp_path: Path) -> None:

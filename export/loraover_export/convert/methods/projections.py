@@ -9,8 +9,9 @@ Uni-LoRA: every element of A and B is an element of one vector theta, chosen by 
 often it is chosen; delta_W = B A.
 
 A VeRA or PVeRA file that does not hold the projections (`save_projection`) holds their seed. They are then drawn again
-as PEFT draws them, with PyTorch's generator on the CPU. RandLoRA's are drawn in a data type that depends on the
-machine, and a Uni-LoRA file without `save_indices` does not name its modules: both are refused.
+as PEFT draws them, with PyTorch's generator on the CPU; the bound covers that PEFT rounds them to the base model's data
+type. RandLoRA's are drawn in a data type that depends on the machine, and a Uni-LoRA file without `save_indices` does
+not name its modules: both are refused.
 
 Sources: Kopiczko et al. 2023, arXiv:2310.11454; Albert et al. 2025, arXiv:2502.00987; Li et al. 2025, arXiv:2506.00799;
 PEFT 0.21's `_init_vera_A_vera_B` and `_init_pvera_A_pvera_B`.
@@ -25,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
+from loraover.checkpoint.error_bounds import unit_roundoff
 from loraover.common.errors import CheckpointError
 from loraover_export.convert.methods.base import Dense, LowRank, Method
 from loraover_export.convert.source import Adapter, MethodConfig, Module
@@ -52,7 +54,7 @@ class Vera(Method[VeraFields]):
         r = module.config.r
         inner = module.tensor("vera_lambda_d", r)  # before anything of a size that only the configuration gives
         a, b = _projections(module.adapter, *self.shared, rows=r)
-        return _between(module, a[:r], b, inner, "vera_lambda_b")
+        return _between(module, a[:r], b, inner, "vera")
 
 
 @final
@@ -71,7 +73,7 @@ class Pvera(Method[VeraFields]):
         r = module.config.r
         inner = module.tensor("pvera_lambda_d", 2 * r)[:r]
         a, b = _projections(module.adapter, *self.shared, rows=2 * r)
-        return _between(module, a[:r], b, inner, "pvera_lambda_b")
+        return _between(module, a[:r], b, inner, "pvera")
 
 
 def _projections(adapter: Adapter[VeraFields], name_a: str, name_b: str, rows: int) -> tuple[Tensor, Tensor]:
@@ -94,10 +96,16 @@ def _covers(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return tensor.ndim == len(shape) and all(found >= least for found, least in zip(tensor.shape, shape, strict=True))
 
 
-def _between(module: Module[VeraFields], a: Tensor, b: Tensor, inner: Tensor, outer: str) -> LowRank:
+def _between(module: Module[VeraFields], a: Tensor, b: Tensor, inner: Tensor, kind: str) -> LowRank:
     """Return the cut projections with a scale on each side; `inner` has one for each row of `a`."""
     m, n = module.shape
-    return LowRank(module.tensor(outer, m)[:, None] * b[:m, : len(a)], inner[:, None] * a[:, :n])
+    left, right = module.tensor(f"{kind}_lambda_b", m)[:, None] * b[:m, : len(a)], inner[:, None] * a[:, :n]
+    if f"{kind}_A" in module.adapter.layout.shared:
+        return LowRank(left, right)
+    # PEFT rounds projections that it draws to the data type that it loads the base model in
+    unit = unit_roundoff(module.stored_weight().dtype)
+    apart = 0.0 if unit <= unit_roundoff(torch.float32) else unit * (2 + unit)
+    return LowRank(left, right, apart * float(left.norm()) * float(right.norm()))
 
 
 class RandLoraFields(MethodConfig):
