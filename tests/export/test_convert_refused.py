@@ -363,3 +363,12 @@ class TestTheCommand:
     def test_one_message(self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert run(cli, ["convert", str(folder / "oft"), "-o", str(tmp_path / "out")]) == 2
         assert "--rank" in only_error(capfd.readouterr().err)
+
+
+def test_trained_tokens_of_a_classifier_are_refused_until_no_task_is_named(bases: Any, tmp_path: Path) -> None:
+    """PEFT loads a LoRA of that task only with a head in its file."""
+    source = make_source(bases("prime"), tmp_path / "tokens", SOURCES["trained tokens"])
+    classifier = changed(source, tmp_path / "classifier", task_type="SEQ_CLS")
+    with pytest.raises(ExportError, match=r"task_type is 'SEQ_CLS'.*Write null there"):
+        convert_adapter(classifier, tmp_path / "out")
+    assert convert_adapter(changed(source, tmp_path / "mended", task_type=None), tmp_path / "out").passed

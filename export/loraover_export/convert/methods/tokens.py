@@ -16,11 +16,15 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import LowRank, Method, Place
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 from loraover_export.merge.base_weights import is_embedding
 
 NAME = "trainable_tokens_delta"
+HEADED = ("SEQ_CLS", "TOKEN_CLS")
+"""Tasks for which PEFT trains a head beside a LoRA."""
 
 
 class TokenFields(MethodConfig):
@@ -44,6 +48,12 @@ class TrainableTokens(Method[TokenFields]):
         return [path for path in adapter.layout.modules if path not in adapter.base.tied[1:]]
 
     def places(self, adapter: Adapter[TokenFields]) -> Iterator[Place]:
+        task = adapter.config.task_type
+        if task in HEADED:
+            raise ExportError(
+                f"{adapter.layout.path / CONFIG_FILE}: task_type is {task!r}, for which PEFT loads a LoRA only if its "
+                "file holds a classification head, and an adapter of trained tokens holds none. Write null there."
+            )
         for path in adapter.layout.modules:
             outer = path.removesuffix(".base_layer")
             if outer != path and outer in adapter.layout.modules:
