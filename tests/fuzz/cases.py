@@ -91,7 +91,7 @@ LORA: Values = {
     "init_lora_weights": ("gaussian", "pissa", "pissa_niter_2", "olora", "orthogonal"),
     "trainable_token_indices": ([3, 61], [0]),
     "lora_bias": (True,),
-    "layer_replication": ([[0, 2], [1, 2]],),
+    "layer_replication": ([[0, 1], [0, 2]],),
     "alora_invocation_tokens": ([5],),
     "ensure_weight_tying": (True,),
 }

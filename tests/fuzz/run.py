@@ -152,7 +152,7 @@ def _compare(place: Place, written: Written) -> Result:
         return Result("agrees")
     found = effects(written.model, plain)
     own = single(place.case.kind, place.case.options)
-    for path in written.zeros & expected.keys():
+    for path in sorted(written.zeros & expected.keys()):
         if expected[path].norm() > max(own, 1e-9) * sizes[path]:
             raise Fault(f"the delta of {_leaf(path)} vanished, of norm {expected[path].norm():.3g}")
     allowed = _compare_effects(expected, found, written, own, sizes)
@@ -179,7 +179,7 @@ def _compare_effects(expected: Effects, found: Effects, written: Written, own: f
         Fault: an error above its bound.
     """
     bounds, worst = written.bounds or {}, 0.0
-    for path in expected.keys() | found.keys():
+    for path in sorted(expected.keys() | found.keys()):
         zero = torch.zeros(())
         wanted, got = expected.get(path, zero), found.get(path, zero)
         norm, error = float(wanted.norm()), float((got - wanted).norm())
@@ -371,7 +371,7 @@ def simplest(case: Case, cause: str, bases: Path) -> Case:
 def keep(case: Case) -> Path:
     """Write a failing case as a regression file; returns it."""
     REGRESSIONS.mkdir(exist_ok=True)
-    file = REGRESSIONS / f"{case.verb}-{case.kind.lower()}-{case.seed}.json"
+    file = REGRESSIONS / f"{'-'.join([case.verb, case.kind.lower(), *case.edits, str(case.seed)])}.json"
     file.write_text(json.dumps(asdict(case), indent=1) + "\n", encoding="utf-8")
     return file
 
