@@ -1,4 +1,4 @@
-"""The fuzzer itself: what it draws, and that it notices faults."""
+"""The fuzzer itself, the cases that once failed, and a minute of new ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from loraover.checkpoint.peft_adapter import AdapterConfig
 from loraover_export.convert.methods import METHODS
 
 from fuzz import run as fuzz_run
+from fuzz.__main__ import run_for
 from fuzz.cases import BASES, VERBS, Case, draw
-from fuzz.run import keep, read, run
+from fuzz.run import REGRESSIONS, keep, read, run
 
 PLAIN = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 2}
 
@@ -52,3 +53,17 @@ def test_an_exception_that_is_not_ours_is_a_fault(bases: Path, monkeypatch: pyte
     monkeypatch.setattr("loraover_export.export_gguf", broken, raising=False)
     found = run(Case(0, "LORA", "qwen2", PLAIN, "gguf", {"dtype": "fp32"}), bases)
     assert (found.outcome, "lost" in found.found) == ("fault", True)
+
+
+@pytest.mark.parametrize("file", sorted(REGRESSIONS.glob("*.json")), ids=lambda file: str(file.stem))
+def test_a_kept_case_does_not_fail_again(file: Path, bases: Path) -> None:
+    found = run(read(file), bases)
+    assert found.outcome != "fault", found.found
+
+
+@pytest.mark.statistical
+def test_a_minute_of_cases_without_a_fault(bases: Path) -> None:
+    """Graphs are left out, since building one takes seconds; `make fuzz` builds them."""
+    results = list(run_for(60.0, 0, bases, without="onnx"))
+    assert sum(result.outcome == "agrees" for _, result in results) >= 10
+    assert not [(case, result.found) for case, result in results if result.outcome == "fault"]
