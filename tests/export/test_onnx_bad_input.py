@@ -13,8 +13,9 @@ from torch import Tensor
 
 from support.make_checkpoint import edit_json, edit_tensors, save_tokenizer
 from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
-from support.plain_adapter import write_adapter
-from support.tiny_models import tiny_bart, tiny_bert, tiny_gpt2, tiny_t5
+from support.plain_adapter import tiny_decoder, write_adapter
+from support.tiny_experts import tiny_moe
+from support.tiny_models import VOCABULARY, tiny_bart, tiny_bert, tiny_gpt2, tiny_t5
 
 pytestmark = pytest.mark.engine
 
@@ -150,6 +151,22 @@ def seq2seq_adapter(folder: Path, base: Any) -> Path:
 def test_t5_without_a_cache_is_refused(tmp_path: Path, refused: Refused) -> None:
     adapter = seq2seq_adapter(tmp_path, tiny_t5())
     refused(adapter, *MERGED, "--no-cache", named=("--no-cache is for decoder models", "t5"))
+
+
+def test_experts_in_a_graph_without_a_cache_are_refused(tmp_path: Path, refused: Refused) -> None:
+    """The check computes them in float64, which only one of transformers' implementations does."""
+    base = tmp_path / "base"
+    tiny_moe().save_pretrained(base)
+    save_tokenizer(base)
+    tiny_lora(base, tmp_path / "in", target_modules=["k_proj"], rank_pattern={}, alpha_pattern={})
+    refused(tmp_path / "in", *MERGED, "--no-cache", named=("torch.onnx.export cannot trace",))
+
+
+def test_a_tokenizer_that_knows_no_text_is_no_endless_loop(tmp_path: Path) -> None:
+    """Such as the empty one that transformers makes for a Qwen2 without files of a tokenizer."""
+    tiny_decoder("Qwen2", vocab_size=VOCABULARY).save_pretrained(tmp_path / "base")
+    tiny_lora(tmp_path / "base", tmp_path / "in")
+    assert export(tmp_path / "in", tmp_path / "out", *MERGED, "--no-cache") == 0
 
 
 def test_encoder_decoder_models_other_than_t5_are_refused(tmp_path: Path, refused: Refused) -> None:

@@ -93,6 +93,8 @@ class Export:
         found = (saved_labels(adapter_of(source).shapes) for source in self.inputs.adapters.values())
         labels = next(filter(None, found), None)
         self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
+        if (choose := getattr(self.model, "set_experts_implementation", None)) is not None:  # transformers 5 on
+            choose("eager")  # the others have no float64, in which the check runs
         for source in self.inputs.adapters.values():
             check_fits(self.model, adapter_of(source))
 
@@ -149,10 +151,11 @@ class Export:
         )
 
     def _tokens(self) -> torch.Tensor:
-        """Token ids of real text, repeated until there are enough."""
+        """Token ids of real text, repeated until there are enough; all ids in turn if the tokenizer knows no text."""
         ids: list[int] = []
         for prompt in BUILT_IN_PROMPTS:
             ids += self.tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = ids or list(range(self.model.get_input_embeddings().num_embeddings))
         while len(ids) < STREAM:
             ids += ids
         return torch.tensor(ids[:STREAM])
