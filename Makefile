@@ -153,7 +153,7 @@ study:
 		--lr-sweep gsm8k=1e-3,3e-3,1e-2 --lr-sweep qnli=3e-4,1e-3,3e-3 --lr-sweep subj=1e-3,3e-3,1e-2 \
 		--seeds 5 --jobs 2 -o docs/study/smollm2
 
-# The studies of docs/study/gauge.md, which has their protocols and hours.
+# The studies of docs/study/gauge.md and docs/research/eigen.md, which have their protocols and hours.
 PLUS := training.loraplus_lr_ratio=4
 AXES := lora-over:decomposition=eigen:options
 EIGEN := $(AXES)={long: calibration}:$(PLUS)
@@ -202,7 +202,7 @@ study-gauge-rates:
 		--lr-sweep gsm8k-long/lora=9e-4,$(FAST),9e-3 --seeds 1 --reuse docs/study/gauge \
 		-o docs/study/gauge-rates
 
-# The study of docs/study/papers.md, whose protocol it follows. It should come after study-gauge, whose runs it shares.
+# The study of docs/research/papers.md, whose protocol it follows. It should come after study-gauge, whose runs it shares.
 FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.precision=fp32
 study-papers:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml \
@@ -211,7 +211,7 @@ study-papers:
 		--lr-sweep soma=$(SLOW),6e-3 --lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2,2e-2 --lr-sweep "$(FEDERATED)=1e-3,3e-3,1e-2,3e-2,1e-1" --seeds 3 \
 		--reuse docs/study/gauge -o docs/study/papers
 
-# The table of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
+# The figures of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 schedules: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks.schedules --jobs 2 --out $(CURDIR)/runs/schedules
 

@@ -33,7 +33,7 @@ from loraover.common.command_line import Command
 @click.option(
     "--method",
     type=click.Choice(["lora", "lora-over", "full", "soma", "lorasc", "federated", "tensorguide"]),
-    help="Method in place of the recipe's: plain LoRA, LoRA-Over, all weights (full), or one of docs/methods.md.",
+    help="Method in place of the recipe's: lora, lora-over, full (all weights), or one of docs/research/methods.md.",
 )
 @click.option("--model", help="Base model: folder or hub name.")
 @click.option("--data", help="Training data: JSONL file, folder, hub name, or 'word-problems' (built in).")

@@ -1,4 +1,4 @@
-"""Conversion of every kind of adapter that PEFT has, on one layer of 1024 x 4096, beside PEFT's `convert_to_lora`.
+"""Conversion of every kind that `convert` takes, on one layer of 1024 x 4096, beside PEFT's `convert_to_lora`.
 
 Both write the exact rank, or rank 64 where the exact one is larger than 1000. A conversion is timed from the adapter's
 file to factors in float64 with their error; PEFT's from a loaded model to factors in float32, without an error. The
@@ -27,8 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover_export.convert.approximate import approximations
-from loraover_export.convert.methods import METHODS
-from loraover_export.convert.methods.base import Dense, Refused
+from loraover_export.convert.methods.base import Dense
 from loraover_export.convert.run import read_method
 from loraover_export.convert.source import open_adapter
 from loraover_export.merge.base_weights import open_base
@@ -148,7 +147,7 @@ def peft_time(base: Path, adapter: Path, rank: int, rounds: int) -> str:
 
 
 def measure(rounds: int = 1) -> Iterable[Table]:
-    """Yield the table of conversions, and the table of refusals; together they hold every kind of PEFT."""
+    """Yield the table of conversions."""
     table = Table(box=SIMPLE, title=f"One layer of {OUT} x {IN}, rank {RANK} where the kind has one, one thread")
     table.add_column("adapter")
     for column in ("exact rank", "written", "left out", "error", "s", "PEFT, s"):
@@ -158,13 +157,6 @@ def measure(rounds: int = 1) -> Iterable[Table]:
         for index, name in enumerate(CHOSEN):
             table.add_row(*row(name, base, Path(scratch) / str(index), rounds))
     yield table
-    refused = Table(box=SIMPLE, title="Kinds that are refused")
-    refused.add_column("kind")
-    refused.add_column("because it")
-    for kind, method in METHODS.items():
-        if isinstance(method, Refused):
-            refused.add_row(kind, method.reason)
-    yield refused
 
 
 @click.command()

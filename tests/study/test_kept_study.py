@@ -1,4 +1,4 @@
-"""The studies that `docs/study/` reports are what their kept runs say."""
+"""The studies that `docs/study/` and `docs/research/` report are what their kept runs say."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from loraover.study.runner import make_report
 from support.planned import planned
 
 DOCS = Path(__file__).parents[2] / "docs" / "study"
+RESEARCH = DOCS.parent / "research"
 FOLDERS = {"study": "smollm2", "study-gauge": "gauge", "study-papers": "papers"}
 Half = Literal["validation", "test"]
 HALVES: tuple[Half, ...] = ("validation", "test")
@@ -86,7 +87,7 @@ def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
 @pytest.mark.process
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_docs_quote_the_options_of_eigen() -> None:
-    quoted = (DOCS / "gauge.md").read_text()
+    quoted = (RESEARCH / "eigen.md").read_text()
     grid, found = runs_of("study-gauge-options", "gauge-options")
     losses = {run.method: [loss_of(outcome, half) for half in HALVES] for run, outcome in found.items()}
     assert len(losses) == len(grid)
@@ -100,7 +101,7 @@ def test_the_docs_quote_the_options_of_eigen() -> None:
 @pytest.mark.process
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_docs_quote_the_losses_by_rate() -> None:
-    quoted = (DOCS / "gauge.md").read_text()
+    quoted = (RESEARCH / "eigen.md").read_text()
     losses: dict[str, dict[float, float]] = {}
     grid, outcomes = runs_of("study-gauge-rates", "gauge-rates")
     for run, found in outcomes.items():
@@ -115,7 +116,7 @@ def test_the_docs_quote_the_losses_by_rate() -> None:
 @pytest.mark.process
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_docs_quote_the_arms_of_eigen() -> None:
-    quoted = (DOCS / "gauge.md").read_text()
+    quoted = (RESEARCH / "eigen.md").read_text()
     grid, outcomes = runs_of("study-gauge-arms", "gauge-arms")
     arms: dict[str, dict[float, Outcome]] = {run.method: {} for run in grid}
     for run, found in outcomes.items():
@@ -132,7 +133,7 @@ def test_the_docs_quote_the_arms_of_eigen() -> None:
 @pytest.mark.process
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_docs_quote_the_losses_after_300_steps() -> None:
-    quoted = (DOCS / "gauge.md").read_text()
+    quoted = (RESEARCH / "eigen.md").read_text()
     arms, long = (runs_of(f"study-gauge-{kind}", f"gauge-{kind}")[1] for kind in ("arms", "long"))
     short = {(run.method, run.rate, run.seed): found for run, found in arms.items()}
     assert long
@@ -148,7 +149,7 @@ def loss_of(outcome: Outcome, half: Half) -> float:
 
 
 def test_the_docs_quote_the_study_of_80_steps() -> None:
-    quoted = (DOCS / "gauge.md").read_text()
+    quoted = (RESEARCH / "eigen.md").read_text()
     for task in kept("gauge-steps").tasks:
         plain, _, ours = task.methods
         assert ours.difference is not None
@@ -158,7 +159,7 @@ def test_the_docs_quote_the_study_of_80_steps() -> None:
 
 
 def test_the_docs_quote_the_study_of_other_methods() -> None:
-    quoted = (DOCS / "papers.md").read_text()
+    quoted = (RESEARCH / "papers.md").read_text()
     (task,) = kept("papers").tasks
     for result in task.methods:
         difference = result.difference

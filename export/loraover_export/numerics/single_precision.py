@@ -1,8 +1,8 @@
 """How far two machines' factorizations of one matrix W in float32 may be apart.
 
 Some adapters start from a part of the base weight, which PEFT computes in float32 whenever it loads them. Libraries
-round differently, and each computes the exact factors of some W + E. `docs/base-weight-bounds.md` derives what E does
-to the part.
+round differently, and each computes the exact factors of some W + E. `docs/research/base-weight-bounds.md` derives
+what E does to the part.
 """
 
 from __future__ import annotations
