@@ -29,6 +29,7 @@ class ToyRequest(Request):
     steps: int | None = option("Number of steps.", default=None, least=1, default_text="all")
     rate: float = option("Largest rate.", default=0.5, above=0)
     names: AnyNames = option("Name of a source.", default=(), flag="--name")
+    weights: tuple[float, ...] | None = option("Weight of each source.", default=None, has_commas=True)
     check: bool = option("Check the result.", default=True)
     force: bool = option("Replace the output.", default=False, is_recorded=False)
     words: AnyNames = option("Further words for the engine.", default=(), is_rest=True)
@@ -75,6 +76,7 @@ def test_the_recorded_command_line_makes_the_same_request() -> None:
         mode="quick",
         steps=2,
         names=("x", "y"),
+        weights=[-1, 0.5],
         check=False,
         words=["--dtype", "float32"],
     )
@@ -84,6 +86,8 @@ def test_the_recorded_command_line_makes_the_same_request() -> None:
     assert parsed(*words) == asked
     assert parsed("a", "-o", "b", "--mode", "quick") == toy("a", "b") == perform(toy, toy("a", "b"))
     assert "force" not in toy("a", "b", force=True).command()
+    assert (asked.weights, toy("a", "b").weights) == ((-1.0, 0.5), None)
+    assert asked.given("steps", "rate", "check") == "steps, check"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,7 @@ def test_the_recorded_command_line_makes_the_same_request() -> None:
         ({"rate": 0.0}, ["--rate", "0"], "0"),
         ({"rate": float("nan")}, ["--rate", "nan"], "nan"),
         ({"steps": "2"}, ["--steps", "x"], "x"),
+        ({"weights": ["x"]}, ["--weights", "x"], "'x'"),
         ({"names": ["x", "y"]}, ["--name", "x", "--name", "y"], "given 2 times for 1 sources"),
     ],
 )
@@ -115,6 +120,8 @@ def test_all_faults_of_single_values_are_named_together() -> None:
         ConfigError, match=r"mode is 'odd', expected one of fast, slow\. steps is 0, expected 1 or more\."
     ):
         toy("a", "b", mode="odd", steps=0)
+    with pytest.raises(ConfigError, match=r"sources is empty, expected one or more\."):
+        toy([], "b")
     with pytest.raises(TypeError, match="unexpected keyword argument 'stpes'"):
         toy("a", "b", stpes=1)  # type: ignore[call-arg]
 

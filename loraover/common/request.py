@@ -62,6 +62,7 @@ class Spec:
         above: Largest number that is too small.
         is_argument: Whether the command takes the value by its place, without a flag.
         is_rest: Whether the command takes the words after "--" as the value.
+        has_commas: Whether the command takes several values as one word, with commas between them.
         is_recorded: Whether the recorded command line has the option.
     """
 
@@ -77,6 +78,7 @@ class Spec:
     above: float | None = None
     is_argument: bool = False
     is_rest: bool = False
+    has_commas: bool = False
     is_recorded: bool = True
 
 
@@ -124,6 +126,11 @@ class Request:
         """Return a field's name as the caller wrote it: as a flag in a command, else as a keyword."""
         return written(cls, name)
 
+    def given(self, *names: str) -> str:
+        """Return those of some arguments that are not at their defaults, as the caller wrote them."""
+        declared = declarations(type(self))
+        return ", ".join(self.named(name) for name in names if getattr(self, name) != declared[name].default)
+
     def command(self) -> str:
         """Return the command line that repeats this request, without options at their defaults."""
         places: list[str] = []
@@ -168,9 +175,9 @@ class Declared:
     @property
     def help(self) -> str:
         """Description with the default, as the function's `Args:` have it."""
-        if self.default in (MISSING, False) or self.default == ():
-            return self.spec.description
         text = self.spec.default_text or ("none" if self.default is None else repr(self.default))
+        if self.spec.default_text is None and (self.default in (MISSING, False) or self.default == ()):
+            return self.spec.description
         return f"{self.spec.description} Default: {text}."
 
     def converted(self, value: Any) -> tuple[Any, str | None]:
@@ -180,6 +187,8 @@ class Declared:
         if not self.is_several:
             return self.one(value)
         several = (value,) if isinstance(value, str | Path) else tuple(value)
+        if self.spec.is_argument and not several:
+            return several, "is empty, expected one or more."
         pairs = [self.one(one) for one in several]
         return tuple(one for one, _ in pairs), next((fault for _, fault in pairs if fault is not None), None)
 
@@ -211,6 +220,8 @@ class Declared:
         if self.kind is bool:
             return [self.flag] if value else [f"--no-{self.flag[2:]}"]
         flag = self.spec.short or self.flag
+        if self.spec.has_commas:
+            return [f"{flag}={','.join(map(str, value))}"]
         return [word for one in (value if self.is_several else (value,)) for word in (flag, str(one))]
 
 

@@ -110,7 +110,7 @@ def _parameter(declared: Declared) -> click.Parameter:
         type=None if declared.kind is bool else _type(declared),
         help=spec.description,
         required=is_required,
-        multiple=declared.is_several,
+        multiple=declared.is_several and not spec.has_commas,
         show_default=shows,
         metavar=spec.metavar,
         **more,
@@ -129,8 +129,27 @@ class _Choices(click.Choice):  # type: ignore[type-arg]  # has no parameter befo
         return super().convert(value, param, ctx) if fault else converted
 
 
+class _Commas(click.ParamType):
+    """Several numbers in one word, with commas between them."""
+
+    name = "numbers"
+
+    def __init__(self, declared: Declared) -> None:
+        self.declared = declared
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(map(self.declared.kind, value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers, with commas between them.", param, ctx)
+
+
 def _type(declared: Declared) -> Any:
     spec = declared.spec
+    if spec.has_commas:
+        return _Commas(declared)
     if spec.choices:
         return _Choices(declared)
     if declared.kind in (int, float) and (spec.least is not None or spec.above is not None):
