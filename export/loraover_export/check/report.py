@@ -67,6 +67,11 @@ class CheckReport(BaseModel):
         """Whether every engine is right on the adapter as it is."""
         return self.verdict == "passed"
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command: 0 if every engine is right on the adapter as it is, else 1."""
+        return 0 if self.passed else 1
+
 
 def judge(findings: Iterable[Finding]) -> Judgement:
     """Return findings with the verdict that follows from them.

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from loraover.common.errors import ConfigError
+from loraover.common.request import AnyName, AnyNames, AnyPath, Request, argument, option
 from loraover_export.check.engines import ENGINES
+from loraover_export.uniform.request_fields import base_model
 
 
 @dataclass(frozen=True)
-class CheckRequest:
-    """Arguments of `check_adapter`, where each is described.
+class CheckRequest(Request):
+    """Arguments of `check_adapter`."""
 
-    Raises:
-        ConfigError: an engine that is not known.
-    """
+    verb = "loraover export check"
 
-    adapter: Path
-    engines: tuple[str, ...] = ()
-    model: str | None = None
-
-    def __post_init__(self) -> None:
-        for engine in self.engines:
-            if engine not in ENGINES:
-                raise ConfigError(f"--engine: found {engine!r}, expected one of {', '.join(ENGINES)}.")
+    adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint, or of a PEFT adapter of any method.")
+    engines: AnyNames = option(
+        "Engine to judge for (repeatable).", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
+    )
+    model: AnyName | None = base_model()
 
     @property
     def chosen(self) -> tuple[str, ...]:

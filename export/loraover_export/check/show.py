@@ -9,17 +9,18 @@ from rich.console import Console
 
 from loraover.reporting.reporter import print_line
 from loraover_export.check.report import CheckReport, EngineCheck, Finding
+from loraover_export.check.request import CheckRequest
 
 WIDTH = 80
 COLUMNS = "{:<10}{:<16}{:<16}{}"
 STYLES = {"right": "green", "refused": "yellow", "wrong silently": "red"}
 
 
-def show_report(report: CheckReport, console: Console) -> None:
+def show_report(report: CheckReport, request: CheckRequest, console: Console) -> None:
     """Print a table of verdicts, then what each rests on and the export that mends it."""
     ranks = ", ".join(map(str, report.ranks))
     matrices = f"A and B of {report.modules} modules, rank {ranks}" if report.ranks else "no A and B"
-    print_line(console, f"{report.adapter}: {report.peft_type}, {matrices}")
+    print_line(console, f"{request.adapter}: {report.peft_type}, {matrices}")
     print_line(console, f"base model {report.base_model} ({report.architecture})")
     console.print()
     print_line(console, COLUMNS.format("engine", "as it is", "as exported", "reader"), "bold")

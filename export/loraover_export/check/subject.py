@@ -26,6 +26,7 @@ from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover.models.load import load_config, resolve_model
+from loraover_export.check.request import CheckRequest
 from loraover_export.vllm.served import ServedModel, read_served
 
 _MATRIX = re.compile(
@@ -120,17 +121,14 @@ class Subject:
         return sorted({matrix.shape[0] for matrix in found if matrix.side == "A" and len(matrix.shape) == 2})
 
 
-def read_subject(path: Path, model: str | None) -> Subject:
+def read_subject(request: CheckRequest) -> Subject:
     """Read an adapter's configuration and tensor layout, and the configuration of its base model.
-
-    Args:
-        path: folder of a LoRA-Over checkpoint or of any PEFT adapter.
-        model: base model, folder or hub name; None means the one that the adapter names.
 
     Raises:
         CheckpointError: no adapter, or files that cannot be read.
         ConfigError: no base model, or one that transformers cannot build.
     """
+    path, model = request.adapter, request.model
     if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
     config = read_json(path / CONFIG_FILE, _Config)
@@ -138,7 +136,7 @@ def read_subject(path: Path, model: str | None) -> Subject:
         shapes = {key: file.shape(key) for key in file.keys}
     named = model or config.base_model_name_or_path
     if named is None:
-        raise ConfigError(f"{path}: names no base model; name the base model with --model.")
+        raise ConfigError(f"{path}: names no base model; name the base model with {request.named('model')}.")
     revision = config.revision if named == config.base_model_name_or_path else None
     source = resolve_model(named, *([] if revision is None else [revision]))
     base = load_config(source)

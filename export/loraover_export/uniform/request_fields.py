@@ -1,0 +1,61 @@
+"""Fields that the requests of several exports have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from loraover.common.request import Request, argument, option
+from loraover.models.device import choose_compute
+from loraover.models.request_fields import compute_dtype, device
+
+
+def plain_adapter() -> Any:
+    """Declare the field `source`, the adapter to export."""
+    return argument("Folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.")
+
+
+def base_model(purpose: str = "") -> Any:
+    """Declare the field `model`, the base model."""
+    return option(
+        f"Base model{purpose}, folder or hub name.", default=None, default_text="the one that the adapter names"
+    )
+
+
+def replaces(product: str) -> Any:
+    """Declare the field `force`, which allows an export to replace an earlier one of its kind."""
+    return option(f"Replace the {product} that is already at the output.", default=False, is_recorded=False)
+
+
+def prompts() -> Any:
+    """Declare the field `prompts`, the texts for a comparison of logits."""
+    return option(
+        "Text file with one prompt a line for the comparison of logits.", default=None, default_text="a built-in set"
+    )
+
+
+def logits_device() -> Any:
+    """Declare the field `device`, where a comparison of logits runs models."""
+    return device("Device to run the models on for the comparison of logits; cuda:1 names one GPU of several.")
+
+
+def logits_dtype() -> Any:
+    """Declare the field `compute_dtype`, in which a comparison of logits runs models."""
+    return compute_dtype("Data type to run the models in for the comparison of logits.")
+
+
+def check_faults(request: Request, switch: str, *names: str) -> Iterator[str]:
+    """Yield what is wrong with the arguments of a check that runs models.
+
+    Args:
+        request: Request of the check.
+        switch: Name of the argument that asks for the check.
+        names: Names of the other arguments of the check; the last two are its device and its data type.
+
+    Raises:
+        ConfigError: The device is not there, or does not compute in that type.
+    """
+    if getattr(request, switch):
+        choose_compute(*(getattr(request, name) for name in names[-2:]))
+    elif given := request.given(*names):
+        yield f"{given}: for {request.named(switch)} only, which runs the model; ask for it, or leave this out."
