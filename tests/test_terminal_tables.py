@@ -14,6 +14,7 @@ from rich.table import Table
 
 from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
+from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.show import show_certificate
 from loraover_export.onnx.report import CaseError, GraphCheck, Greedy, OnnxReport
 from loraover_export.onnx.show import show_report as show_onnx
@@ -102,7 +103,7 @@ def onnx_report() -> OnnxReport:
 
 
 SHOWN: dict[str, Callable[[Console], object]] = {
-    "fold": lambda console: show_certificate(fold_certificate(), Path("folded"), console),
+    "fold": lambda console: show_certificate(fold_certificate(), FoldRequest("checkpoint", "folded"), console),
     "onnx": lambda console: show_onnx(onnx_report(), Path("onnx"), console),
     "verify": lambda console: show_verification(verification(engine_result("llamacpp", "inconclusive")), console),
     "parity": lambda console: show_parity(parity_with("onnx swappable", 1), console),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_export.logits.deviation import Deviation
-from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, judge
+from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "fold_certificate.json"
@@ -79,3 +79,8 @@ class FoldCertificate(BaseModel):
     def passed(self) -> bool:
         """Whether the verdict is "passed"."""
         return self.verdict == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return EXIT_CODES[self.verdict]

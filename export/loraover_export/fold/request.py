@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from loraover.common.errors import ConfigError
-from loraover.models.device import choose_compute
+from loraover.common.request import AnyName, AnyPath, Request, argument, option
+from loraover.models.request_fields import stored_dtype
+from loraover_export.uniform.request_fields import (
+    base_model,
+    check_faults,
+    logits_device,
+    logits_dtype,
+    prompts,
+    replaces,
+)
 
 
 @dataclass(frozen=True)
-class FoldRequest:
-    """Arguments of `fold_checkpoint`, where each is described.
+class FoldRequest(Request):
+    """Arguments of `fold_checkpoint`."""
 
-    Raises:
-        ConfigError: an option of the check without `check_error`, or a device that is not there.
-    """
+    verb = "loraover export fold"
 
-    checkpoint: Path
-    output: Path
-    dtype: str = "fp32"
-    check_error: bool = False
-    model: str | None = None
-    prompts: Path | None = None
-    device: str = "auto"
-    compute_dtype: str = "fp32"
-    force: bool = False
+    checkpoint: AnyPath = argument("Folder of a LoRA-Over checkpoint, or checkpoint-N of a Hugging Face Trainer.")
+    output: AnyPath = option("New folder for the adapter, its certificate, its report and a model card.", short="-o")
+    dtype: str = stored_dtype()
+    check_error: bool = option(
+        "Also compare the adapter's logits with those of the model that still computes with cores.", default=False
+    )
+    model: AnyName | None = base_model(" for the comparison of logits")
+    prompts: AnyPath | None = prompts()
+    device: str = logits_device()
+    compute_dtype: str = logits_dtype()
+    force: bool = replaces("folded adapter")
 
-    def __post_init__(self) -> None:
-        given = (self.model, self.prompts, self.device, self.compute_dtype)
-        if given != (None, None, "auto", "fp32") and not self.check_error:
-            raise ConfigError(
-                "--model, --prompts, --device and --compute-dtype are for --check-error, which runs the model; add it."
-            )
-        if self.check_error:
-            choose_compute(self.device, self.compute_dtype)
-
-    def command(self) -> str:
-        """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover", "export", "fold", str(self.checkpoint), "-o", str(self.output), "--dtype", self.dtype]
-        words += ["--check-error"] if self.check_error else []
-        words += [] if self.model is None else ["--model", self.model]
-        words += [] if self.prompts is None else ["--prompts", str(self.prompts)]
-        if self.check_error:
-            words += ["--device", self.device, "--compute-dtype", self.compute_dtype]
-        return shlex.join(words)
+    def faults(self) -> Iterator[str]:
+        yield from check_faults(self, "check_error", "model", "prompts", "device", "compute_dtype")

@@ -10,9 +10,8 @@ from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
-from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware, today
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
@@ -26,38 +25,14 @@ from loraover_export.numerics.matrix_certificate import MatrixCertificate, matri
 from loraover_export.numerics.rounded_adapter import write_config
 
 
-def fold_checkpoint(
-    checkpoint: str | Path,
-    output: str | Path,
-    *,
-    dtype: str = "fp32",
-    check_error: bool = False,
-    model: str | Path | None = None,
-    prompts: str | Path | None = None,
-    device: str = "auto",
-    compute_dtype: str = "fp32",
-    force: bool = False,
-    report: Reporter = SILENT,
-) -> FoldCertificate:
+@verb(FoldRequest)
+def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
     """Contract a checkpoint's cores into a plain PEFT adapter on disk, and certify every matrix.
 
-    Args:
-        checkpoint: folder of a LoRA-Over checkpoint, or a `checkpoint-N` of a Hugging Face Trainer.
-        output: new folder for the adapter, its certificate, its report `fold.html` with figures, and a model card.
-        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
-        check_error: also run the folded adapter, as PEFT loads it, beside the unfolded model and compare all logits.
-        model: base model to run for `check_error`, folder or hub name; None means the one that the checkpoint names.
-        prompts: text file with one prompt a line for `check_error`; None means a built-in set.
-        device: device to run the models on for `check_error`: "auto" (the first that is there of cuda, mps and cpu),
-            "cpu", "cuda", "mps", or one GPU such as "cuda:1".
-        compute_dtype: data type to run the models in for `check_error`: "fp32", "bf16", "fp16" or "fp64".
-        force: replace a folded adapter that is already at `output`.
-        report: receiver of progress.
-
     Returns:
-        The certificate, which the output holds too. If its verdict is "failed", nothing was written. If it is
-        "inconclusive", the adapter was written, but it changes logits too little for `check_error` to distinguish it
-        from an adapter that does nothing.
+        The certificate, which the output holds too, beside `fold.html` with figures. If its verdict is "failed",
+        nothing was written. If it is "inconclusive", the adapter was written, but it changes logits too little for
+        `check_error` to distinguish it from an adapter that does nothing.
 
     Raises:
         ConfigError: arguments that cannot be used, a base model that cannot be loaded, or memory that does not
@@ -67,17 +42,6 @@ def fold_checkpoint(
         DataError: a file of prompts that cannot be used.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    request = FoldRequest(
-        Path(checkpoint),
-        Path(output),
-        short_dtype(dtype),
-        check_error,
-        None if model is None else str(model),
-        None if prompts is None else Path(prompts),
-        device,
-        compute_dtype,
-        force,
-    )
     check_replaceable(
         request.output, "folded adapter", CERTIFICATE_FILE, inputs=[request.checkpoint], replace=request.force
     )
@@ -85,9 +49,9 @@ def fold_checkpoint(
     source.adapter.check_keeps_base()
     base = None
     if request.check_error:
-        base = resolve_base([source.adapter], request.model, option="--model", say=report.line)
+        base = resolve_base([source.adapter], request.model, option=request.named("model"), say=request.report.line)
     with publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft:
-        certificate = _fold(request, source, base, draft, report)
+        certificate = _fold(request, source, base, draft)
         if certificate.verdict == "failed":
             raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
@@ -96,11 +60,9 @@ def fold_checkpoint(
     return certificate
 
 
-def _fold(
-    request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None, draft: Path, report: Reporter
-) -> FoldCertificate:
+def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None, draft: Path) -> FoldCertificate:
     """Write the folded adapter and judge it; with a base model, by its outputs too."""
-    with report.task("folding tensors", len(checkpoint.adapter.shapes)) as done:
+    with request.report.task("folding tensors", len(checkpoint.adapter.shapes)) as done:
         sums = [partial(checkpoint.check_sum, name) for name in HASHED_LATER]
         matrices = write_folded(checkpoint, draft, request.dtype, done, sums)
     outputs, base_model = None, checkpoint.meta.base_model
@@ -114,7 +76,7 @@ def _fold(
             request.dtype,
             base,
             request.prompts,
-            report,
+            request.report,
             device=request.device,
             compute_dtype=request.compute_dtype,
         )

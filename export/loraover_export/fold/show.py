@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
+from loraover_export.fold.request import FoldRequest
 from loraover_export.logits.judge import POWER
 from loraover_export.numerics.matrix_certificate import underflow_facts
 
 WORST_SHOWN = 8
 
 
-def show_certificate(certificate: FoldCertificate, output: Path, console: Console) -> None:
+def show_certificate(certificate: FoldCertificate, request: FoldRequest, console: Console) -> None:
     """Print the worst matrices, the check of the outputs, the verdict, and where the adapter is."""
     _show_matrices(certificate, console)
     if certificate.outputs is not None:
@@ -33,7 +32,7 @@ def show_certificate(certificate: FoldCertificate, output: Path, console: Consol
     if certificate.verdict == "failed":
         console.print("nothing was written: an adapter that fails its check is not left behind")
     else:
-        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
+        console.print(f"wrote {escape(str(request.output))}", soft_wrap=True)
 
 
 def _show_matrices(certificate: FoldCertificate, console: Console) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.logits.judge import CheckVerdict, judge
+from loraover_export.logits.judge import EXIT_CODES, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 NOISE_FACTOR = 6.0
@@ -82,6 +82,11 @@ class GgufReport(BaseModel):
     def passed(self) -> bool:
         """Whether the verdict is "passed": run by llama.cpp, and within every bound."""
         return self.verdict == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return EXIT_CODES[self.verdict]
 
 
 def judge_export(

@@ -9,6 +9,8 @@ POWER = 2.0
 """Multiple of the allowed error by which an adapter must change some logit, so that its loss would be noticed."""
 
 CheckVerdict = Literal["passed", "failed", "inconclusive"]
+EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
+"""Exit code of the command of each verdict."""
 
 
 def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.logits.judge import CheckVerdict, judge
+from loraover_export.logits.judge import EXIT_CODES, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 REPORT_FILE = "onnx_report.json"
@@ -122,6 +122,11 @@ class OnnxReport(BaseModel):
     def passed(self) -> bool:
         """Whether the verdict is "passed": checked, and within every bound."""
         return self.verdict == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return EXIT_CODES[self.verdict]
 
 
 def judge_export(

@@ -11,7 +11,7 @@ from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover_export.logits.deviation import Deviation
-from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, judge
+from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "lora_certificate.json"
@@ -131,6 +131,11 @@ class LoraCertificate(BaseModel):
     def passed(self) -> bool:
         """Whether the verdict is "passed"."""
         return self.verdict == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return EXIT_CODES[self.verdict]
 
 
 def module_facts(modules: list[ModuleCertificate]) -> dict[str, str]:
