@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from loraover.checkpoint.exact_tensors import Exact, ExactAdapter
-from loraover.common.dtypes import short_dtype
-from loraover.common.errors import ConfigError
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import verb
+from loraover_export.combine.requests import CombineRequest
 from loraover_export.combine.sources import check_plain, deltas_of, held_notes, held_weights, read_sources
 from loraover_export.numerics.delta import Delta, scale
 from loraover_export.numerics.low_rank import concatenate, decompose, factor_noise
@@ -21,68 +16,18 @@ from loraover_export.uniform.write_lora import Approximation, LoraOutput, write_
 
 ZERO = (
     "the sum of the deltas is zero to rounding in every module, so the adapter would do nothing: the adapters are "
-    "untrained, or their weights cancel; train the adapters, or change --weights."
+    "untrained, or their weights cancel; train the adapters, or change {weights}."
 )
 
 
-@dataclass(frozen=True)
-class CombineRequest:
-    """Arguments of `combine_adapters`, where each is described.
-
-    Raises:
-        ConfigError: no source, or weights that do not fit the sources or cannot be used.
-    """
-
-    sources: tuple[Path, ...]
-    output: Path
-    weights: tuple[float, ...]
-    dtype: str = "fp32"
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise ConfigError("no adapter to combine; name one or more.")
-        if len(self.weights) != len(self.sources):
-            raise ConfigError(
-                f"--weights has {len(self.weights)} numbers for {len(self.sources)} adapters; give one for each."
-            )
-        wrong = [weight for weight in self.weights if weight == 0 or not math.isfinite(weight)]
-        if wrong:
-            raise ConfigError(f"--weights: {wrong[0]} cannot be used; give finite numbers other than 0.")
-
-    def listed_weights(self) -> str:
-        """Return the weights as the option takes them."""
-        return ",".join(f"{weight:g}" if float(f"{weight:g}") == weight else repr(weight) for weight in self.weights)
-
-    def command(self) -> str:
-        """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover", "export", "combine", *map(str, self.sources), "-o", str(self.output)]
-        return shlex.join([*words, f"--weights={self.listed_weights()}", "--dtype", self.dtype])
-
-
-def combine_adapters(
-    sources: Sequence[str | Path],
-    output: str | Path,
-    *,
-    weights: Sequence[float] | None = None,
-    dtype: str = "fp32",
-    force: bool = False,
-    report: Reporter = SILENT,
-) -> LoraCertificate:
+@verb(CombineRequest)
+def combine_adapters(request: CombineRequest) -> LoraCertificate:
     """Write the weighted sum of adapters of one base model as one plain LoRA.
 
     The delta of each module is the sum of weight * scaling * B @ A over the adapters, exactly: their ranks are
     concatenated, and the weights multiply B. Where adapters share directions, such as two that began with the same A,
     the rank of the sum is smaller; it is then written with that rank. What this drops is rounding, and the certificate
     bounds it. A single adapter keeps its A and B. Base weights that a file holds beside A and B are taken over.
-
-    Args:
-        sources: folders of LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs.
-        output: new folder for the adapter, its certificate and a model card.
-        weights: weight of each adapter; None means 1 for each.
-        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
-        force: replace an adapter with such a certificate that is already at `output`.
-        report: receiver of progress.
 
     Returns:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
@@ -94,13 +39,6 @@ def combine_adapters(
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    request = CombineRequest(
-        tuple(map(Path, sources)),
-        Path(output),
-        (1.0,) * len(sources) if weights is None else tuple(map(float, weights)),
-        short_dtype(dtype),
-        force,
-    )
     adapters = read_sources(request.sources)
     check_plain(adapters)
     held = held_weights(adapters)
@@ -108,7 +46,7 @@ def combine_adapters(
         output=request.output,
         command=request.command(),
         title="Sum of LoRA adapters" if len(request.sources) > 1 else "LoRA adapter",
-        asked={"weights": request.listed_weights()},
+        asked={"weights": ",".join(map(str, request.each_weight))},
         sources=request.sources,
         base_model=adapters.base_model,
         revision=adapters.revision,
@@ -118,11 +56,11 @@ def combine_adapters(
         others=held,
         stacks=adapters.stacks,
         notes=held_notes(held),
-        if_zero=ZERO,
+        if_zero=ZERO.format(weights=request.named("weights")),
     )
     with adapters.opened() as opened:
-        work = [partial(_combined, opened, request.weights, module) for module in adapters.modules]
-        return write_lora(work, len(work), target, report)
+        work = [partial(_combined, opened, request.each_weight, module) for module in adapters.modules]
+        return write_lora(work, len(work), target, request.report)
 
 
 def _combined(opened: Sequence[ExactAdapter], weights: Sequence[float], module: str) -> Approximation:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,11 +15,11 @@ from loraover.checkpoint.exact_tensors import ExactAdapter
 from loraover.checkpoint.peft_adapter import other_tensors, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import verb
 from loraover.common.threads import workers
-from loraover.models.device import choose_compute
 from loraover_export.combine.diff_logits import compare_logits
 from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
+from loraover_export.combine.requests import DiffRequest
 from loraover_export.combine.sources import Sources, deltas_of, read_sources
 from loraover_export.logits.prompts import read_prompts
 from loraover_export.numerics.delta import Delta, adapted_modules, check_no_bias
@@ -39,59 +37,13 @@ COMPARED = {"bias", "modules_to_save", "trainable_token_indices"}
 """Fields of parameters that are compared, besides those of A and B."""
 
 
-@dataclass(frozen=True)
-class DiffRequest:
-    """Arguments of `diff_adapters`, where each is described.
-
-    Raises:
-        ConfigError: an option of the comparison of logits without `logits`, or a device that is not there.
-    """
-
-    first: Path
-    second: Path
-    logits: bool = False
-    model: str | None = None
-    prompts: Path | None = None
-    device: str = "auto"
-    compute_dtype: str = "fp32"
-
-    def __post_init__(self) -> None:
-        given = (self.model, self.prompts, self.device, self.compute_dtype)
-        if given != (None, None, "auto", "fp32") and not self.logits:
-            raise ConfigError(
-                "--model, --prompts, --device and --compute-dtype are for --logits, which runs the model; add it."
-            )
-        if self.logits:
-            choose_compute(self.device, self.compute_dtype)
-
-
-def diff_adapters(
-    first: str | Path,
-    second: str | Path,
-    *,
-    logits: bool = False,
-    model: str | Path | None = None,
-    prompts: str | Path | None = None,
-    device: str = "auto",
-    compute_dtype: str = "fp32",
-    report: Reporter = SILENT,
-) -> DiffReport:
+@verb(DiffRequest)
+def diff_adapters(request: DiffRequest) -> DiffReport:
     """Compare two adapters of one base model, module by module, from their factors.
 
     A and B are not unique, so the comparison is between the deltas scaling * B @ A: their norms, the norm of their
     difference, and the principal angles between their column spaces (what the module's output gains) and their row
     spaces (the inputs that they react to).
-
-    Args:
-        first: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
-        second: folder of the other adapter.
-        logits: also run both adapters on the base model, and compare their logits.
-        model: base model to run for `logits`, folder or hub name; None means the one that the adapters name.
-        prompts: text file with one prompt a line for `logits`; None means a built-in set.
-        device: device to run on for `logits`: "auto" (the first that is there of cuda, mps and cpu), "cpu", "cuda",
-            "mps", or one GPU such as "cuda:1".
-        compute_dtype: data type to run in for `logits`: "fp32", "bf16", "fp16" or "fp64".
-        report: receiver of progress.
 
     Raises:
         ConfigError: arguments that cannot be used, a base model that cannot be loaded, or adapters of different tasks
@@ -100,26 +52,17 @@ def diff_adapters(
         ExportError: adapters of different base models.
         DataError: a file of prompts that cannot be used.
     """
-    request = DiffRequest(
-        Path(first),
-        Path(second),
-        logits,
-        None if model is None else str(model),
-        None if prompts is None else Path(prompts),
-        device,
-        compute_dtype,
-    )
     sources = read_sources([request.first, request.second])
     for adapter in sources.adapters:
         check_no_bias(adapter)
         weights = (f"{module}.weight" for module in adapted_modules(adapter))
         present = {"target_parameters"} if has_targets(adapter, weights) else set()
         check_fields(adapter, "compare their logits in PEFT", allowed=COMPARED | present)
-    compare = _comparison(request, sources, report) if request.logits else None
+    compare = _comparison(request, sources) if request.logits else None
     with (
         sources.opened() as opened,
         workers() as threads,
-        report.task("comparing modules", len(sources.modules)) as done,
+        request.report.task("comparing modules", len(sources.modules)) as done,
     ):
         modules: list[ModuleDiff] = []
         for module in threads.map(partial(_compared, opened), sources.modules):
@@ -140,7 +83,7 @@ def diff_adapters(
     )
 
 
-def _comparison(request: DiffRequest, sources: Sources, report: Reporter) -> Callable[[], LogitDiff]:
+def _comparison(request: DiffRequest, sources: Sources) -> Callable[[], LogitDiff]:
     """Read the prompts, and return the comparison of the adapters' logits.
 
     Raises:
@@ -149,17 +92,17 @@ def _comparison(request: DiffRequest, sources: Sources, report: Reporter) -> Cal
     tasks = {task for adapter in sources.adapters if (task := adapter.config.task_type) is not None}
     if len(tasks) > 1:
         raise ConfigError(
-            f"--logits: the adapters were trained for different tasks ({', '.join(sorted(tasks))}), whose logits "
-            "cannot be compared; leave it out."
+            f"{request.named('logits')}: the adapters were trained for different tasks ({', '.join(sorted(tasks))}), "
+            "whose logits cannot be compared; leave it out."
         )
-    base = resolve_base(sources.adapters, request.model, option="--model", say=report.line)
+    base = resolve_base(sources.adapters, request.model, option=request.named("model"), say=request.report.line)
     labels = (saved_labels(adapter.shapes) for adapter in sources.adapters)
     return partial(
         compare_logits,
         sources.read,
         base,
         read_prompts(base, request.prompts),
-        report,
+        request.report,
         task_type=sources.task_type,
         num_labels=next(filter(None, labels), None),
         device=request.device,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_export.logits.deviation import Deviation
@@ -64,6 +66,9 @@ class DiffReport(BaseModel):
     logits: LogitDiff | None = Field(description="comparison of the logits; None if it was not asked for")
     versions: dict[str, str] = Field(description="versions of Python and packages, by name")
     hardware: str = Field(description="processor and accelerator of the machine, in words")
+
+    exit_code: ClassVar[int] = 0
+    """Exit code of the command, which judges nothing."""
 
     @property
     def relative_difference(self) -> float:

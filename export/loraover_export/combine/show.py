@@ -9,12 +9,13 @@ from rich.table import Table
 
 from loraover.reporting.reporter import print_line
 from loraover_export.combine.diff_report import DiffReport, LogitDiff
+from loraover_export.combine.requests import DiffRequest
 from loraover_export.uniform.show import fill_table
 
 SHOWN = 12
 
 
-def show_diff(report: DiffReport, console: Console) -> None:
+def show_diff(report: DiffReport, request: DiffRequest, console: Console) -> None:
     """Print the modules that differ most, the totals, and the logits if they were compared."""
     _show_modules(report, console)
     if report.other_tensors:

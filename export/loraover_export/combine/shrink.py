@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from loraover.checkpoint.exact_tensors import ExactAdapter
-from loraover.common.dtypes import short_dtype
-from loraover.common.errors import ConfigError, ExportError
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.errors import ExportError
+from loraover.common.reporter import Reporter
+from loraover.common.request import verb
 from loraover.common.threads import workers
+from loraover_export.combine.requests import ShrinkRequest
 from loraover_export.combine.sources import Sources, check_plain, held_notes, held_weights, read_sources
 from loraover_export.numerics.delta import read_delta
 from loraover_export.numerics.low_rank import decompose, factor_noise, rank_of_energy, singular_values
@@ -22,65 +20,14 @@ from loraover_export.uniform.certificate import LoraCertificate
 from loraover_export.uniform.write_lora import Approximation, LoraOutput, Work, write_lora
 
 
-@dataclass(frozen=True)
-class ShrinkRequest:
-    """Arguments of `shrink_adapter`, where each is described.
-
-    Raises:
-        ConfigError: neither a rank nor an energy, both, or one out of range.
-    """
-
-    source: Path
-    output: Path
-    rank: int | None = None
-    energy: float | None = None
-    dtype: str = "fp32"
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.rank is None) == (self.energy is None):
-            raise ConfigError("give either --rank or --energy, which say how much to keep.")
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"--rank is {self.rank}, expected 1 or more.")
-        if self.energy is not None and not 0 < self.energy < 1:
-            raise ConfigError(f"--energy is {self.energy}, expected a share between 0 and 1, such as 0.99.")
-
-    def asked(self) -> dict[str, str]:
-        """Return what was asked for, by the names of the options."""
-        return {"energy": repr(self.energy)} if self.rank is None else {"rank": str(self.rank)}
-
-    def command(self) -> str:
-        """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover", "export", "shrink", str(self.source), "-o", str(self.output)]
-        words += [word for name, value in self.asked().items() for word in (f"--{name}", value)]
-        return shlex.join([*words, "--dtype", self.dtype])
-
-
-def shrink_adapter(
-    source: str | Path,
-    output: str | Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    dtype: str = "fp32",
-    force: bool = False,
-    report: Reporter = SILENT,
-) -> LoraCertificate:
+@verb(ShrinkRequest)
+def shrink_adapter(request: ShrinkRequest) -> LoraCertificate:
     """Write an adapter with a smaller rank, whose every delta is the best approximation of the original delta.
 
     The singular values of scaling * B @ A come from its factors, without forming it. The error of a module is the root
     of the sum of squares of the singular values that are left out (Eckart and Young), and no adapter of that rank has a
-    smaller one. The certificate states it for each module, with a bound of the arithmetic's error.
-
-    Args:
-        source: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
-        output: new folder for the adapter, its certificate and a model card.
-        rank: rank to keep in every module; modules of that rank or less keep their A and B.
-        energy: share of the squared Frobenius norm that every module keeps at least, between 0 and 1. The rank is the
-            smallest that keeps it in all modules, since an adapter has one rank; the other modules keep more.
-        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
-        force: replace an adapter with such a certificate that is already at `output`.
-        report: receiver of progress.
+    smaller one. The certificate states it for each module, with a bound of the arithmetic's error. An adapter has one
+    rank, so that with `energy` all modules but one keep more than that share.
 
     Returns:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
@@ -92,7 +39,6 @@ def shrink_adapter(
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    request = ShrinkRequest(Path(source), Path(output), rank, energy, short_dtype(dtype), force)
     adapter = read_sources([request.source])
     check_plain(adapter)
     held = held_weights(adapter)
@@ -113,12 +59,12 @@ def shrink_adapter(
     )
     target.check()
     with adapter.opened() as (opened,):
-        kept = _rank(request, adapter, opened, report)
+        kept = _rank(request, adapter, opened)
         work: list[Work] = [partial(_shrunk, opened, kept, module) for module in adapter.modules]
-        return write_lora(work, len(work), target, report)
+        return write_lora(work, len(work), target, request.report)
 
 
-def _rank(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter, report: Reporter) -> int:
+def _rank(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter) -> int:
     """Return the rank to keep, which is smaller than that of some module."""
     largest = max(adapter.adapters[0].config.rank(module) for module in adapter.modules)
     if request.rank is not None:
@@ -128,12 +74,12 @@ def _rank(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter, report
             )
         return request.rank
     share = request.energy or 1.0
-    found = [rank_of_energy(values, share) for values in _spectra(adapter, opened, report)]
+    found = [rank_of_energy(values, share) for values in _spectra(adapter, opened, request.report)]
     if max(found) >= largest:
         module = adapter.modules[found.index(max(found))]
         raise ExportError(
             f"{request.source}: {module} needs all of its rank, {largest}, to keep {share} of its squared norm; ask "
-            "for a smaller --energy, or for a --rank."
+            f"for a smaller {request.named('energy')}, or for a {request.named('rank')}."
         )
     return max(found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -18,7 +18,7 @@ from loraover_export.uniform.certificate import LoraCertificate, ModuleCertifica
 WORST_SHOWN = 12
 
 
-def show_lora(certificate: LoraCertificate, output: Path, console: Console) -> None:
+def show_lora(certificate: LoraCertificate, request: Any, console: Console) -> None:
     """Print the modules with the largest errors, the verdict, and where the adapter is."""
     _show_modules(certificate, console)
     for note in certificate.notes:
@@ -33,7 +33,7 @@ def show_lora(certificate: LoraCertificate, output: Path, console: Console) -> N
         {"passed": "green", "failed": "red"}.get(certificate.verdict, "yellow"),
     )
     if certificate.verdict != "failed":
-        print_line(console, f"wrote {output}")
+        print_line(console, f"wrote {request.output}")
     elif all(matrix.passed for matrix in certificate.matrices):
         print_line(console, "nothing was written: the logits are further from the source's than rounding explains")
     else:
