@@ -38,6 +38,8 @@ class ToyRequest(Request):
     def faults(self) -> Iterator[str]:
         if self.names and len(self.names) != len(self.sources):
             yield f"{self.named('names')} is given {len(self.names)} times for {len(self.sources)} sources."
+        if self.names and self.mode == "slow":
+            yield f"{self.named('names')}: for {self.named('mode', 'fast')} only."
 
 
 @verb(ToyRequest)
@@ -99,13 +101,14 @@ def test_the_recorded_command_line_makes_the_same_request() -> None:
         ({"rate": float("nan")}, ["--rate", "nan"], "nan"),
         ({"steps": "2"}, ["--steps", "x"], "x"),
         ({"weights": ["x"]}, ["--weights", "x"], "'x'"),
+        ({"names": ["x"], "mode": "slow"}, ["--name", "x", "--mode", "slow"], "--name: for --mode fast only."),
         ({"names": ["x", "y"]}, ["--name", "x", "--name", "y"], "given 2 times for 1 sources"),
     ],
 )
 def test_both_callers_are_refused_in_their_own_words(
     keywords: dict[str, object], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (name,) = keywords
+    name = next(iter(keywords))
     with pytest.raises(ConfigError, match=rf"\b{name}\b") as found:
         toy("a", "b", **keywords)  # type: ignore[arg-type]
     assert "--" not in str(found.value)

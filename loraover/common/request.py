@@ -113,7 +113,7 @@ class Request:
         for name, declared in declarations(type(self)).items():
             value, fault = declared.converted(getattr(self, name))
             object.__setattr__(self, name, value)
-            faults += [] if fault is None else [f"{written(type(self), name)} {fault}"]
+            faults += [] if fault is None else [f"{self.named(name)} {fault}"]
         if faults := faults or list(self.faults()):
             raise ConfigError(" ".join(faults))
 
@@ -122,9 +122,17 @@ class Request:
         yield from ()
 
     @classmethod
-    def named(cls, name: str) -> str:
-        """Return a field's name as the caller wrote it: as a flag in a command, else as a keyword."""
-        return written(cls, name)
+    def named(cls, name: str, value: Any = MISSING) -> str:
+        """Return a field's name as the caller wrote it, with a value if one is given.
+
+        In a command that is a flag such as "--engine vllm", else a keyword such as "engine='vllm'".
+        """
+        declared = declarations(cls)[name]
+        if not _as_flags.get():
+            return name if value is MISSING else f"{name}={value!r}"
+        if declared.spec.is_argument:
+            return declared.spec.metavar or name.upper()
+        return declared.flag if value is MISSING else shlex.join(declared.words(value))
 
     def given(self, *names: str) -> str:
         """Return those of some arguments that are not at their defaults, as the caller wrote them."""
@@ -239,14 +247,6 @@ def _declared(one: Field[Any], hint: Any) -> Declared:
     is_several = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if is_several else hint
     return Declared(one.name, kind, is_several, is_optional, one.default, one.metadata["spec"])
-
-
-def written(request: type[Request], name: str) -> str:
-    """Return the name of a field as the caller wrote it, see `Request.named`."""
-    declared = declarations(request)[name]
-    if not _as_flags.get():
-        return name
-    return (declared.spec.metavar or name.upper()) if declared.spec.is_argument else declared.flag
 
 
 @contextmanager

@@ -17,7 +17,7 @@ class CheckRequest(Request):
 
     adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint, or of a PEFT adapter of any method.")
     engines: AnyNames = option(
-        "Engine to judge for (repeatable).", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
+        "Engine to judge for.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
     )
     model: AnyName | None = base_model()
 
