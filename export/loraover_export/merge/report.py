@@ -51,3 +51,8 @@ class MergeReport(BaseModel):
     def passed(self) -> bool:
         """Whether every element of every merged weight is within its bound."""
         return self.verdict == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return 0 if self.passed else 1

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exa
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.reporter import Reporter
+from loraover.common.request import verb
 from loraover.common.threads import workers
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
@@ -25,6 +24,7 @@ from loraover_export.merge.base_files import CONFIG, INDEX, BaseFiles, check_not
 from loraover_export.merge.erasure import Lost
 from loraover_export.merge.plan import Plan, plan_merge
 from loraover_export.merge.report import CERTIFICATE_FILE, MergeReport
+from loraover_export.merge.request import MergeRequest
 from loraover_export.merge.stream import Merged, write_shard
 from loraover_export.numerics.delta import check_no_bias
 from loraover_export.numerics.matrix_certificate import matrix_facts
@@ -32,29 +32,8 @@ from loraover_export.uniform.certificate import record_source
 from loraover_export.uniform.refusals import HELD, check_fields
 
 
-@dataclass(frozen=True)
-class MergeRequest:
-    """Arguments of `merge_adapter`, where each is described."""
-
-    source: Path
-    output: Path
-    model: str | None = None
-    force: bool = False
-
-    def command(self) -> str:
-        """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover", "export", "merge", str(self.source), "-o", str(self.output)]
-        return shlex.join([*words, *([] if self.model is None else ["--model", self.model])])
-
-
-def merge_adapter(
-    source: str | Path,
-    output: str | Path,
-    *,
-    model: str | Path | None = None,
-    force: bool = False,
-    report: Reporter = SILENT,
-) -> MergeReport:
+@verb(MergeRequest)
+def merge_adapter(request: MergeRequest) -> MergeReport:
     """Write the base model with an adapter merged into its weights, as a Hugging Face checkpoint.
 
     Every adapted weight becomes W + scaling * B @ A, computed in float64 and rounded once to the data type of W. The
@@ -62,13 +41,6 @@ def merge_adapter(
     Parameters that the adapter holds in full (`modules_to_save`, biases) replace those of the base model. Where the
     adapter changes the embedding or the head of a model that has one matrix for both, they become two, and
     `config.json` then states that they are not tied. The tokenizer and the other files of the base model come along.
-
-    Args:
-        source: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
-        output: new folder for the merged model, its certificate and a model card.
-        model: base model, folder or hub name; None means the one that the adapter names.
-        force: replace a merged model that is already at `output`.
-        report: receiver of progress.
 
     Returns:
         The report, which the output holds too: the error of every merged weight with its bound, and which share of
@@ -83,7 +55,6 @@ def merge_adapter(
         FoldError: an element beyond the range of its data type.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    request = MergeRequest(Path(source), Path(output), None if model is None else str(model), force)
     check_not_gguf(request.model)
     inputs = [request.source, *(Path(found) for found in (request.model,) if found is not None)]
     check_replaceable(request.output, "merged model", CERTIFICATE_FILE, inputs=inputs, replace=request.force)
@@ -94,20 +65,20 @@ def merge_adapter(
     check_fields(adapter, "merge it with PEFT", allowed=HELD)
     if request.model is None:
         check_not_gguf(adapter.config.base_model_name_or_path)
-    base = resolve_base([adapter], request.model, option="--model", say=report.line)
+    base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     with ExitStack() as stack:
         files = open_base(base, stack)
         exact = stack.enter_context(open_exact(read))
         plan = plan_merge(base, files, adapter, exact.plain)
-        return _publish(request, base, files, plan, exact, report)
+        return _publish(request, base, files, plan, exact)
 
 
 def _publish(
-    request: MergeRequest, base: ModelSource, files: BaseFiles, plan: Plan, exact: ExactAdapter, report: Reporter
+    request: MergeRequest, base: ModelSource, files: BaseFiles, plan: Plan, exact: ExactAdapter
 ) -> MergeReport:
     """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=files.folder, replace=request.force) as draft:
-        merged = _write(files, plan, exact, draft, report)
+        merged = _write(files, plan, exact, draft, request.report)
         result = _report(request, base, plan, merged)
         if not result.passed:
             raise AbandonedError

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from loraover.reporting.reporter import print_line
 from loraover_export.merge.report import MergeReport
+from loraover_export.merge.request import MergeRequest
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.show import fill_table
 
 WORST_SHOWN = 12
 
 
-def show_merge(report: MergeReport, output: Path, console: Console) -> None:
+def show_merge(report: MergeReport, request: MergeRequest, console: Console) -> None:
     """Print the weights that lost most of their delta, the totals, the verdict, and where the model is."""
     _show_weights(report, console)
     dtypes = ", ".join(sorted({weight.dtype for weight in report.weights}))
@@ -34,7 +33,9 @@ def show_merge(report: MergeReport, output: Path, console: Console) -> None:
         print_line(console, f"no longer tied: {', '.join(report.untied)}")
     facts = ", ".join(f"{k} {v}" for k, v in matrix_facts([weight.matrix for weight in report.weights]).items())
     print_line(console, f"merge {report.verdict}: {facts}", "green" if report.passed else "red")
-    print_line(console, f"wrote {output}" if report.passed else "nothing was written: a weight failed its check")
+    print_line(
+        console, f"wrote {request.output}" if report.passed else "nothing was written: a weight failed its check"
+    )
 
 
 def _show_weights(report: MergeReport, console: Console) -> None:
