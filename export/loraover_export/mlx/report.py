@@ -37,3 +37,8 @@ class MlxReport(BaseModel):
     def passed(self) -> bool:
         """Whether every matrix is within its bound, so that the adapter was written."""
         return self.verdict == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return 0 if self.passed else 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
@@ -11,52 +9,21 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
-from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import verb
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport
+from loraover_export.mlx.request import MlxRequest
 from loraover_export.mlx.target import Target, lost_settings, read_target, refuse_or_leave_out
 from loraover_export.mlx.write import write_adapter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.matrices import largest_rank, module_of
 
 
-@dataclass(frozen=True)
-class MlxRequest:
-    """Arguments of `export_mlx`, where each is described."""
-
-    source: Path
-    output: Path
-    model: str | None = None
-    dtype: str = "fp32"
-    force: bool = False
-
-    def command(self) -> str:
-        """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover", "export", "mlx", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
-        return shlex.join([*words, *([] if self.model is None else ["--model", self.model])])
-
-
-def export_mlx(
-    source: str | Path,
-    output: str | Path,
-    *,
-    model: str | Path | None = None,
-    dtype: str = "fp32",
-    force: bool = False,
-    report: Reporter = SILENT,
-) -> MlxReport:
+@verb(MlxRequest)
+def export_mlx(request: MlxRequest) -> MlxReport:
     """Write an adapter as a folder that mlx-lm loads, with each module's scaling in B.
-
-    Args:
-        source: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
-        output: new folder for the adapter, its certificate and a model card.
-        model: base model, folder or hub name; None means the one that the adapter names.
-        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
-        force: replace an adapter for mlx-lm that is already at `output`.
-        report: receiver of progress.
 
     Returns:
         The certificate of what was written. If its verdict is "failed", nothing was written.
@@ -68,17 +35,16 @@ def export_mlx(
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    request = MlxRequest(Path(source), Path(output), None if model is None else str(model), short_dtype(dtype), force)
     check_replaceable(
         request.output, "adapter for mlx-lm", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
     )
     adapter = read_source(request.source)
-    base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
+    base = resolve_base([adapter_of(adapter)], request.model, option=request.named("model"), say=request.report.line)
     target = read_target(base)
     left_out = refuse_or_leave_out(adapter_of(adapter), target)
     made: list[MlxReport] = []
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
-        made.append(_write(request, adapter, target, draft, left_out, report))
+        made.append(_write(request, adapter, target, draft, left_out))
         if not made[0].passed:
             raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(made[0].model_dump_json(indent=1) + "\n")
@@ -92,10 +58,9 @@ def _write(
     target: Target,
     draft: Path,
     left_out: list[str],
-    report: Reporter,
 ) -> MlxReport:
     adapter = adapter_of(source)
-    with report.task("writing matrices", len(adapter.sites)) as done:
+    with request.report.task("writing matrices", len(adapter.sites)) as done:
         matrices = write_adapter(source, target, draft, request.dtype, done)
     return MlxReport(
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 
 from rich.console import Console
 
 from loraover.reporting.reporter import print_line
 from loraover_export.mlx.report import MlxReport
+from loraover_export.mlx.request import MlxRequest
 from loraover_export.numerics.matrix_certificate import matrix_facts
 
 
-def show_report(report: MlxReport, output: Path, console: Console) -> None:
+def show_report(report: MlxReport, request: MlxRequest, console: Console) -> None:
     """Print the certificate, and how to run the adapter if it was written."""
     facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(report.matrices).items())
     print_line(
@@ -33,6 +33,6 @@ def show_report(report: MlxReport, output: Path, console: Console) -> None:
             f"does not look for all models; add them at its top level: {json.dumps(report.lost_settings)}",
             "yellow",
         )
-    print_line(console, f"wrote {output}")
-    words = ["mlx_lm.generate", "--model", report.base_model, "--adapter-path", str(output), "--prompt", "Hello"]
-    print_line(console, f"run it: {shlex.join(words)}")
+    print_line(console, f"wrote {request.output}")
+    words = ["mlx_lm.generate", "--model", report.base_model, "--adapter-path", str(request.output)]
+    print_line(console, f"run it: {shlex.join([*words, '--prompt', 'Hello'])}")
