@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.common.atomic_output import check_file_writable, check_free
-from loraover.common.errors import ConfigError, EngineError, OutputError
+from loraover.common.errors import EngineError, OutputError
 from loraover.common.paths import kind_of
+from loraover.common.request import AnyName, AnyPath, Request, option
+from loraover.models.request_fields import stored_dtype
 from loraover_export.gguf.header import read_header
+from loraover_export.uniform.request_fields import base_model, plain_adapter, replaces
 
 
 @dataclass(frozen=True)
-class GgufRequest:
-    """Arguments of `export_gguf`, where each is described.
+class GgufRequest(Request):
+    """Arguments of `export_gguf`."""
 
-    Raises:
-        ConfigError: a number of threads below 1, or one without `base_gguf`; or an output without a name that can be
-            printed.
-    """
+    verb = "loraover export gguf"
 
-    source: Path
-    output: Path
-    model: str | None = None
-    dtype: str = "fp32"
-    base_gguf: Path | None = None
-    threads: int | None = None
-    force: bool = False
+    source: AnyPath = plain_adapter()
+    output: AnyPath = option("New file for the adapter, such as adapter.gguf.", short="-o")
+    model: AnyName | None = base_model()
+    dtype: str = stored_dtype()
+    base_gguf: AnyPath | None = option(
+        "GGUF file of the base model, on which llama.cpp runs the adapter for a comparison with PyTorch.", default=None
+    )
+    threads: int | None = option(
+        "Number of threads for llama.cpp on that file.", default=None, default_text="one for each core", least=1
+    )
+    force: bool = replaces("GGUF adapter")
 
-    def __post_init__(self) -> None:
+    def faults(self) -> Iterator[str]:
         if self.threads is not None and self.base_gguf is None:
-            raise ConfigError("--threads is for the run in llama.cpp; use it with --base-gguf.")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"--threads is {self.threads}, expected 1 or more.")
+            yield f"{self.named('threads')} is for the run in llama.cpp; use it with {self.named('base_gguf')}."
         if not self.output.name.isprintable() or not self.output.stem.strip():
-            raise ConfigError(f"--output: {self.output.name!r} cannot name the adapter; choose printable characters.")
+            yield (
+                f"{self.named('output')}: {self.output.name!r} cannot name the adapter; choose printable characters."
+            )
 
     def check_output(self) -> None:
         """Check that a new file can be written, or replace a GGUF adapter if `force` is true.
@@ -50,7 +55,8 @@ class GgufRequest:
         if self.force and found == "file" and not target.is_symlink():
             if not _is_adapter(target):
                 raise OutputError(
-                    f"{target} holds no GGUF adapter, and --force replaces GGUF adapters only; choose another output."
+                    f"{target} holds no GGUF adapter, and {self.named('force')} replaces GGUF adapters only; choose "
+                    "another output."
                 )
         else:
             check_free(target, outside=self.source)

@@ -9,9 +9,8 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, publish_file
-from loraover.common.dtypes import short_dtype
 from loraover.common.provenance import environment, hardware
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import verb
 from loraover_export.gguf.check import Reference, check_adapter_file, make_reference
 from loraover_export.gguf.llamacpp import check_pair, load_library
 from loraover_export.gguf.refusals import refuse_or_leave_out
@@ -22,29 +21,9 @@ from loraover_export.gguf.write import write_adapter
 from loraover_export.uniform.matrices import largest_rank, module_of
 
 
-def export_gguf(
-    source: str | Path,
-    output: str | Path,
-    *,
-    model: str | Path | None = None,
-    dtype: str = "fp32",
-    base_gguf: str | Path | None = None,
-    threads: int | None = None,
-    force: bool = False,
-    report: Reporter = SILENT,
-) -> GgufReport:
+@verb(GgufRequest)
+def export_gguf(request: GgufRequest) -> GgufReport:
     """Write an adapter as a GGUF file for llama.cpp, and run it there if a GGUF file of the base model is given.
-
-    Args:
-        source: folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.
-        output: new file for the adapter, such as "adapter.gguf".
-        model: base model, folder or hub name; None means the one that the adapter names.
-        dtype: data type to store the adapter in: "fp32", "fp16", "bf16", or PyTorch's names of them.
-        base_gguf: GGUF file of the base model, quantised or not; llama.cpp runs the adapter on it, and its logits are
-            compared with those of the PyTorch reference.
-        threads: number of threads for llama.cpp; None means one for each core.
-        force: replace a GGUF adapter that is already at `output`.
-        report: receiver of progress.
 
     Returns:
         The report. If its verdict is "failed", nothing was written. If it is "inconclusive", the adapter was written,
@@ -59,39 +38,30 @@ def export_gguf(
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    request = GgufRequest(
-        Path(source),
-        Path(output),
-        None if model is None else str(model),
-        short_dtype(dtype),
-        None if base_gguf is None else Path(base_gguf),
-        threads,
-        force,
-    )
     request.check_output()
     if request.base_gguf is not None:
         check_pair(request.base_gguf, None)
         load_library()
     adapter = read_source(request.source)
-    base = resolve_base([adapter_of(adapter)], request.model, option="--model", say=report.line)
+    base = resolve_base([adapter_of(adapter)], request.model, option=request.named("model"), say=request.report.line)
     target = read_target(base)
     adapter = on_base(adapter, target.experts)
     left_out = refuse_or_leave_out(adapter_of(adapter), target)
-    return _publish(request, adapter, target, left_out, report)
+    return _publish(request, adapter, target, left_out)
 
 
-def _publish(
-    request: GgufRequest, source: Checkpoint | AdapterDir, target: Target, left_out: list[str], report: Reporter
-) -> GgufReport:
+def _publish(request: GgufRequest, source: Checkpoint | AdapterDir, target: Target, left_out: list[str]) -> GgufReport:
     """Write the file, run it and judge it; where it fails, publish nothing."""
     reference = None
     if request.base_gguf is not None:
-        report.line(f"running the base model and the reference in PyTorch, and {request.base_gguf} in llama.cpp")
+        request.report.line(
+            f"running the base model and the reference in PyTorch, and {request.base_gguf} in llama.cpp"
+        )
         reference = make_reference(source, target.source, request.dtype, request.base_gguf, request.threads)
     made: list[GgufReport] = []
 
     def fill(draft: Path) -> None:
-        made.append(_write(request, source, target, draft, left_out, reference, report))
+        made.append(_write(request, source, target, draft, left_out, reference))
         if made[0].verdict == "failed":
             raise AbandonedError
 
@@ -106,15 +76,14 @@ def _write(
     draft: Path,
     left_out: list[str],
     reference: Reference | None,
-    report: Reporter,
 ) -> GgufReport:
     adapter = adapter_of(source)
     modules = list(dict.fromkeys(map(module_of, adapter.sites)))
-    with report.task("writing matrices", len(adapter.sites)) as done:
+    with request.report.task("writing matrices", len(adapter.sites)) as done:
         matrices = write_adapter(source, target, draft, dtype=request.dtype, name=request.output.stem, on_tensor=done)
     check = None
     if reference is not None:
-        report.line("running the written adapter in llama.cpp")
+        request.report.line("running the written adapter in llama.cpp")
         check = check_adapter_file(reference, draft, target.family, request.threads)
     return GgufReport(
         verdict=judge_export(matrices, check),

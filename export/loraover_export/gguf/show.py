@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from rich.console import Console
 
 from loraover.reporting.reporter import print_line
 from loraover_export.gguf.report import GgufCheck, GgufReport
+from loraover_export.gguf.request import GgufRequest
 from loraover_export.logits.judge import POWER
 from loraover_export.numerics.matrix_certificate import matrix_facts
 
 
-def show_report(report: GgufReport, output: Path, console: Console) -> None:
+def show_report(report: GgufReport, request: GgufRequest, console: Console) -> None:
     """Print the certificate, the check, the verdict, and how to run the adapter if it was written."""
     facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(report.matrices).items())
     print_line(console, f"{report.family}, rank {report.rank}, {report.dtype}, {facts}")
@@ -28,8 +28,8 @@ def show_report(report: GgufReport, output: Path, console: Console) -> None:
         return
     if report.verdict == "not checked":
         print_line(console, "llama.cpp was not run; --base-gguf FILE compares its logits with PyTorch's")
-    print_line(console, f"wrote {output}")
-    print_line(console, f"run it: {shlex.join(['llama-server', '-m', 'BASE.gguf', '--lora', str(output)])}")
+    print_line(console, f"wrote {request.output}")
+    print_line(console, f"run it: {shlex.join(['llama-server', '-m', 'BASE.gguf', '--lora', str(request.output)])}")
 
 
 def _show_check(check: GgufCheck, console: Console) -> None:
