@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from threading import Event
 from typing import TypeVar
 
@@ -48,7 +49,7 @@ class Workers:
 
     def start(self, work: Callable[..., T], *arguments: object) -> Future[T]:
         """Run a function when a thread is free; `result()` returns what it returns, or raises what it raises."""
-        return self._pool.submit(work, *arguments)
+        return self._pool.submit(copy_context().run, work, *arguments)
 
     def map(self, work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
         """Yield what a function returns for each item, in order, computed some items ahead of the caller.

@@ -279,4 +279,4 @@ def test_the_engines_that_take_a_rank_are_named() -> None:
     assert (fit(512).takes, fit(513).takes) == (True, False)
     assert (fit(9).max_lora_rank, fit(513).max_lora_rank) == (16, None)
     assert "--max-lora-rank 16;" in fit_in_words(9)
-    assert "--rank 512 would fit" in fit_in_words(576)
+    assert "rank 512 would fit" in fit_in_words(576)

@@ -12,6 +12,7 @@ from torch import Tensor
 from loraover.common.errors import ExportError
 from loraover_export.convert.engines import fit_in_words
 from loraover_export.convert.methods.base import LowRank, Place, rounding
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Layout
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.low_rank import Svd, decompose, dense_svd, product_norm
@@ -52,8 +53,8 @@ def _approximate(place: Place, layout: Layout[Any], rank: int | None, ranks: dic
     if rank is None and exact:
         raise ExportError(
             f"{layout.tensors_path}: {place.path}: this {layout.config.peft_type} adapter changes the weight by a "
-            f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with --rank R; its error is "
-            f"shown. With rank {exact}, {fit_in_words(exact)}."
+            f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with "
+            f"{ConvertRequest.named('rank')} R; its error is shown. With rank {exact}, {fit_in_words(exact)}."
         )
     noise = rounding(*found.value.shape) * found.size
     if rank is not None and exact > rank:

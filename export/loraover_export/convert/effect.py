@@ -17,6 +17,7 @@ from loraover.common.reporter import Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Layout
 from loraover_export.logits.deviation import RunningDeviation, largest_of
 from loraover_export.logits.pieces import logits_of, pieces
@@ -129,7 +130,7 @@ def _load(
         raise ConfigError(
             f"{source.path / CONFIG_FILE}: task_type is {task!r}, for which the base model is loaded as a "
             f"{type(model).__name__}, and that has no module {min(lost)}. Write the adapter's task there, or leave out "
-            "--check-error."
+            f"{ConvertRequest.named('check_error')}."
         )
     weights = list(model.parameters())
     before = {id(parameter) for parameter in weights}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
 
 WITHOUT_LIMIT = "PEFT, llama.cpp, MLX, ONNX Runtime and OpenVINO name no largest rank"
@@ -25,9 +26,9 @@ def fit(rank: int) -> VllmFit:
 
 
 def fit_in_words(rank: int) -> str:
-    """Return which engines take a rank, and the --rank that fits all of them."""
+    """Return which engines take a rank, and the rank that fits all of them."""
     allowed = max_lora_rank(rank)
     if allowed is None:
-        largest = MAX_LORA_RANKS[-1]
-        return f"vLLM takes at most rank {largest}, so --rank {largest} would fit it; {WITHOUT_LIMIT}"
+        largest, option = MAX_LORA_RANKS[-1], ConvertRequest.named("rank")
+        return f"vLLM takes at most rank {largest}, so {option} {largest} would fit it; {WITHOUT_LIMIT}"
     return f"vLLM takes it with --max-lora-rank {allowed}; {WITHOUT_LIMIT}"

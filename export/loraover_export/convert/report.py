@@ -29,3 +29,8 @@ class ConvertReport(BaseModel):
     def passed(self) -> bool:
         """Whether the certificate's verdict is "passed"."""
         return self.certificate.passed
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return self.certificate.exit_code

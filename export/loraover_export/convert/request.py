@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from loraover.common.errors import ConfigError
-from loraover.models.device import choose_compute
+from loraover.common.request import AnyName, AnyPath, Request, argument, option
+from loraover.models.request_fields import stored_dtype
+from loraover_export.uniform.request_fields import (
+    base_model,
+    check_faults,
+    logits_device,
+    logits_dtype,
+    prompts,
+    replaces,
+)
 
 
 @dataclass(frozen=True)
-class ConvertRequest:
-    """Arguments of `convert_adapter`, where each is described.
+class ConvertRequest(Request):
+    """Arguments of `convert_adapter`."""
 
-    Raises:
-        ConfigError: a rank below 1, an option of the check without `check_error`, or a device that is not there.
-    """
+    verb = "loraover export convert"
 
-    source: Path
-    output: Path
-    rank: int | None = None
-    model: str | None = None
-    dtype: str = "fp32"
-    check_error: bool = False
-    prompts: Path | None = None
-    device: str = "auto"
-    compute_dtype: str = "fp32"
-    force: bool = False
+    source: AnyPath = argument("Folder of a PEFT adapter of any kind.")
+    output: AnyPath = option("New folder for the LoRA, its certificate and a model card.", short="-o")
+    rank: int | None = option(
+        "Largest rank of the LoRA; what does not fit into it is lost, and the loss is shown.",
+        default=None,
+        default_text="the exact one",
+        least=1,
+    )
+    model: AnyName | None = base_model()
+    dtype: str = stored_dtype(product="LoRA")
+    check_error: bool = option(
+        "Also compare the LoRA's logits with the source's; an exact LoRA has to keep them but for rounding.",
+        default=False,
+    )
+    prompts: AnyPath | None = prompts()
+    device: str = logits_device()
+    compute_dtype: str = logits_dtype()
+    force: bool = replaces("certified LoRA")
 
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"--rank is {self.rank}; expected at least 1.")
-        if (self.prompts, self.device, self.compute_dtype) != (None, "auto", "fp32") and not self.check_error:
-            raise ConfigError(
-                "--prompts, --device and --compute-dtype are for --check-error, which runs the model; add it."
-            )
-        if self.check_error:
-            choose_compute(self.device, self.compute_dtype)
-
-    def command(self) -> str:
-        """Return the command line for the model card, without --force, which depends on what was at the output."""
-        words = ["loraover", "export", "convert", str(self.source), "-o", str(self.output), "--dtype", self.dtype]
-        words += [] if self.rank is None else ["--rank", str(self.rank)]
-        words += [] if self.model is None else ["--model", self.model]
-        words += ["--check-error"] if self.check_error else []
-        words += [] if self.prompts is None else ["--prompts", str(self.prompts)]
-        if self.check_error:
-            words += ["--device", self.device, "--compute-dtype", self.compute_dtype]
-        return shlex.join(words)
+    def faults(self) -> Iterator[str]:
+        yield from check_faults(self, "check_error", "prompts", "device", "compute_dtype")

@@ -11,9 +11,9 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
 from loraover.checkpoint.peft_adapter import CONFIG_FILE, saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named
-from loraover.common.dtypes import COMPUTE_DTYPES, short_dtype
+from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import CheckpointError, ExportError
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import verb
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.convert.approximate import approximations
@@ -33,38 +33,12 @@ from loraover_export.uniform.certificate import LoraCertificate, OutputsOfConver
 from loraover_export.uniform.write_lora import Check, LoraOutput, write_lora
 
 
-def convert_adapter(
-    source: str | Path,
-    output: str | Path,
-    *,
-    rank: int | None = None,
-    model: str | Path | None = None,
-    dtype: str = "fp32",
-    check_error: bool = False,
-    prompts: str | Path | None = None,
-    device: str = "auto",
-    compute_dtype: str = "fp32",
-    force: bool = False,
-    report: Reporter = SILENT,
-) -> ConvertReport:
+@verb(ConvertRequest)
+def convert_adapter(request: ConvertRequest) -> ConvertReport:
     """Write an adapter of any kind that PEFT trains as a plain LoRA, which every engine reads.
 
     The conversion is exact where delta_W has a finite rank, and computed from the adapter's factors in float64.
     Otherwise, or with a smaller `rank`, it is the best approximation of that rank, with its error in the certificate.
-
-    Args:
-        source: folder of a PEFT adapter of any kind.
-        output: new folder for the LoRA, its certificate and a model card.
-        rank: largest rank of the result; what does not fit into it is lost. None means that the result must be exact.
-        model: base model, folder or hub name; None means the adapter's.
-        dtype: data type to store the adapter in: "fp32", "bf16", "fp16", or PyTorch's names of them.
-        check_error: also compare logits of the source and of the result, both as PEFT loads them; an exact result has
-            to keep them but for rounding.
-        prompts: text file with one prompt a line for `check_error`; None means a built-in set.
-        device: device to run the models on for `check_error`.
-        compute_dtype: data type to run the models in for `check_error`.
-        force: replace a converted adapter that is already at `output`.
-        report: receiver of progress.
 
     Returns:
         The ranks and the certificate. If the certificate's verdict is "failed", nothing was written. If it is
@@ -81,26 +55,14 @@ def convert_adapter(
         FoldError: an element beyond the range of `dtype`.
         OutputError: an output that cannot be written, or that exists and may not be replaced.
     """
-    request = ConvertRequest(
-        Path(source),
-        Path(output),
-        rank,
-        None if model is None else str(model),
-        short_dtype(dtype),
-        check_error,
-        None if prompts is None else Path(prompts),
-        device,
-        compute_dtype,
-        force,
-    )
     method, layout = read_method(request.source)
-    base = resolve_base([layout], request.model, option="--model", say=report.line)
+    base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
     ranks: dict[str, int] = {}
     with open_base(base) as weights, open_adapter(layout, weights) as adapter:
         check_named(request.source / CONFIG_FILE, method.named(adapter))
         check_complete(request.source / CONFIG_FILE, layout.modules, weights.modules)
         start_dtype = _start_dtype(method, adapter)
-        compare = _comparison(request, method, adapter, base, start_dtype, report) if request.check_error else None
+        compare = _comparison(request, method, adapter, base, start_dtype) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
             if compare is None:
@@ -110,7 +72,7 @@ def convert_adapter(
             return certificate.model_copy(update=found | {"verdict": outputs.verdict or certificate.verdict})
 
         notes = _start_notes(start_dtype)
-        certificate = _convert(request, method, adapter, base, ranks, notes, report, check)
+        certificate = _convert(request, method, adapter, base, ranks, notes, check)
     exact = max(ranks.values())
     return ConvertReport(
         method=layout.config.peft_type,
@@ -154,7 +116,6 @@ def _comparison(
     adapter: Adapter[Any],
     base: ModelSource,
     start_dtype: str | None,
-    report: Reporter,
 ) -> Callable[..., OutputsOfConversion]:
     """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
 
@@ -166,7 +127,7 @@ def _comparison(
         raise ExportError(
             f"{adapter.layout.tensors_path}: {flipped.path} has A and B as PEFT before {PRESENT_LAYOUT} saved them. "
             "The installed PEFT reads them in its own layout, so the logits of the source cannot be computed. Leave "
-            "out --check-error; the certificate does not need it."
+            f"out {request.named('check_error')}; the certificate does not need it."
         )
     place, _ = choose_compute(request.device, request.compute_dtype)
     config, layout = adapter.base.model.config, adapter.layout
@@ -177,7 +138,7 @@ def _comparison(
         layout,
         base=base,
         prompts=prompts,
-        report=report,
+        report=request.report,
         dtype=request.dtype,
         start_dtype=start_dtype,
         num_labels=saved_labels({key: adapter.file.shape(key) for key in layout.others}),
@@ -193,7 +154,6 @@ def _convert(
     base: ModelSource,
     ranks: dict[str, int],
     notes: list[str],
-    report: Reporter,
     check: Check,
 ) -> LoraCertificate:
     others, modules = carried_tensors(adapter)
@@ -217,7 +177,7 @@ def _convert(
         [*notes, *carried_notes(others, modules), *_tied_notes(places, adapter)],
     )
     work = approximations(places, adapter.layout, request.rank, ranks)
-    return write_lora(work, len(places), target, report, check)
+    return write_lora(work, len(places), target, request.report, check)
 
 
 def _start_dtype(method: AnyMethod, adapter: Adapter[Any]) -> str | None:

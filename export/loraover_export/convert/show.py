@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from loraover.reporting.reporter import print_line
 from loraover_export.convert.report import ConvertReport
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.logits.judge import POWER
 from loraover_export.uniform.show import show_lora
 
 
-def show_report(report: ConvertReport, output: Path, console: Console) -> None:
+def show_report(report: ConvertReport, request: ConvertRequest, console: Console) -> None:
     """Print the ranks, the certificate, the effect on logits, and where the adapter is."""
     done = "the best approximation of rank" if report.truncated else "exact, of rank"
     lines = [
@@ -35,4 +34,4 @@ def show_report(report: ConvertReport, output: Path, console: Console) -> None:
         )
     for line in lines:
         print_line(console, line)
-    show_lora(report.certificate, output, console)
+    show_lora(report.certificate, request, console)

@@ -19,6 +19,7 @@ from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.merge.base_weights import BaseWeights, is_conv1d, is_embedding
 
 
@@ -134,7 +135,7 @@ class Adapter(Generic[Config]):
                 f"{self.base.source.origin} has no such module; {if_missing(path, self.base.modules)}"
                 if there is None
                 else f"it is a {type(there).__name__} there; name the model that the adapter was trained on with "
-                "--model, or merge the adapter into it with PEFT"
+                f"{ConvertRequest.named('model')}, or merge the adapter into it with PEFT"
             )
             raise ExportError(
                 f"{self.layout.tensors_path}: {path} must be a linear layer or an embedding of the base model, but "
@@ -211,8 +212,8 @@ class Module(Generic[Config]):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise CheckpointError(
                 f"{where} has shape {tuple(found.shape)}, expected ({wanted}) for the base model and the rank "
-                f"in {CONFIG_FILE}; name the model that the adapter was trained on with --model. Convolutions are not "
-                "converted."
+                f"in {CONFIG_FILE}; name the model that the adapter was trained on with "
+                f"{ConvertRequest.named('model')}. Convolutions are not converted."
             )
         return found
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import Patterns, first_match
 from loraover_export.convert.methods.base import LowRank, Method, rounding
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -72,7 +73,7 @@ class LoKr(Method[LycorisFields]):
         if made != module.shape:
             raise module.refuse(
                 f"the Kronecker product has shape {made}, the base model's weight {module.shape}; name "
-                "the model that the adapter was trained on with --model."
+                f"the model that the adapter was trained on with {ConvertRequest.named('model')}."
             )
         size1, size2 = (float(p.norm()) * float(q.norm()) for p, q in ((p1, q1), (p2, q2)))
         scaling = module.config.scaling(module.path)

@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 from loraover.checkpoint.error_bounds import unit_roundoff
 from loraover.common.errors import CheckpointError
 from loraover_export.convert.methods.base import Dense, LowRank, Method
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 
 
@@ -136,7 +137,7 @@ class RandLora(Method[RandLoraFields]):
         if not _covers(a, (module.config.r, 1, min(m, n))) or not _covers(b, (max(m, n), bases, module.config.r)):
             raise module.refuse(
                 f"its random bases have shapes {tuple(a.shape)} and {tuple(b.shape)}, which are too small for it; name "
-                "the model that the adapter was trained on with --model."
+                f"the model that the adapter was trained on with {ConvertRequest.named('model')}."
             )
         r = module.config.r
         inner = (lam[:, :, None] * a[:r, :1, : min(m, n)] * gamma).flatten(end_dim=1)  # (r bases, smaller)
