@@ -153,7 +153,9 @@ def test_these_have_been_renamed(name: str, old: str, new: str) -> None:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom loraover.cli import cli\nfrom loraover.common.command_line import run\n"
-        "for words in ([], ['train'], ['study'], ['compare'], ['eval'], ['inspect'], ['recipes'], ['doctor']):\n"
+        "from loraover_export.cli import COMMANDS\n"
+        "exports = [['export', name] for name in COMMANDS]\n"
+        "for words in (*exports, [], ['train'], ['study'], ['compare'], ['eval'], ['inspect'], ['recipes'], ['doctor']):\n"
         "    assert run(cli, [*words, '--help']) == 0\n"
         "slow = {'torch', 'transformers', 'peft', 'scipy', 'numpy', 'pydantic'} & sys.modules.keys()\n"
         "sys.exit(f'imported {slow}' if slow else 0)"

@@ -13,7 +13,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
-from loraover.common.request import AnyNames, AnyPath, AnyPaths, Request, argument, option, perform, verb
+from loraover.common.request import AnyNames, AnyNumbers, AnyPath, AnyPaths, Request, argument, option, perform, verb
 from loraover.reporting.request_command import request_command
 
 
@@ -29,7 +29,7 @@ class ToyRequest(Request):
     steps: int | None = option("Number of steps.", default=None, least=1, default_text="all")
     rate: float = option("Largest rate.", default=0.5, above=0)
     names: AnyNames = option("Name of a source.", default=(), flag="--name")
-    weights: tuple[float, ...] | None = option("Weight of each source.", default=None, has_commas=True)
+    weights: AnyNumbers | None = option("Weight of each source.", default=None, has_commas=True)
     check: bool = option("Check the result.", default=True)
     force: bool = option("Replace the output.", default=False, is_recorded=False)
     words: AnyNames = option("Further words for the engine.", default=(), is_rest=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from loraover.training.show import show_runs
 from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.show import show_certificate
 from loraover_export.onnx.report import CaseError, GraphCheck, Greedy, OnnxReport
+from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.show import show_report as show_onnx
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
@@ -104,7 +104,7 @@ def onnx_report() -> OnnxReport:
 
 SHOWN: dict[str, Callable[[Console], object]] = {
     "fold": lambda console: show_certificate(fold_certificate(), FoldRequest("checkpoint", "folded"), console),
-    "onnx": lambda console: show_onnx(onnx_report(), Path("onnx"), console),
+    "onnx": lambda console: show_onnx(onnx_report(), OnnxRequest("source", "onnx", "merged"), console),
     "verify": lambda console: show_verification(verification(engine_result("llamacpp", "inconclusive")), console),
     "parity": lambda console: show_parity(parity_with("onnx swappable", 1), console),
     "parity of many requests": lambda console: show_parity(parity_with("vllm", 128), console),

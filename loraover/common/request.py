@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     AnyName: TypeAlias = Any
     AnyPaths: TypeAlias = Any
     AnyNames: TypeAlias = Any
+    AnyNumbers: TypeAlias = Any
 else:
     AnyPath = Path
     """Type of a field that takes a path or a text, and holds a Path."""
@@ -41,6 +42,8 @@ else:
     """Type of a field that takes one path or several, and holds a tuple."""
     AnyNames = tuple[str, ...]
     """Type of a field that takes one text or several, and holds a tuple."""
+    AnyNumbers = tuple[float, ...]
+    """Type of a field that takes several numbers, and holds a tuple."""
 
 _as_flags: ContextVar[bool] = ContextVar("as_flags", default=False)
 
@@ -285,7 +288,7 @@ def verb(request: Callable[P, Any]) -> Callable[[Callable[[Any], Result]], Calla
 def _signature(work: Callable[..., Any], request: type[Request]) -> inspect.Signature:
     """Signature with the fields as parameters, in the words that a reader of `help()` knows."""
     shown = {"AnyPaths": "Sequence[str | Path]", "AnyNames": "Sequence[str]", "AnyPath": "str | Path"}
-    shown["AnyName"] = shown["AnyPath"]
+    shown |= {"AnyName": shown["AnyPath"], "AnyNumbers": "Sequence[float]"}
     made = inspect.signature(request).parameters
     others = [
         one.replace(annotation=_in_words(one.annotation, shown)) for name, one in made.items() if name != "report"

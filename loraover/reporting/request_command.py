@@ -129,7 +129,7 @@ class _Choices(click.Choice):  # type: ignore[type-arg]  # has no parameter befo
         return super().convert(value, param, ctx) if fault else converted
 
 
-class _Commas(click.ParamType):
+class _Commas(click.ParamType):  # type: ignore[type-arg]  # has no parameter before click 8.2
     """Several numbers in one word, with commas between them."""
 
     name = "numbers"

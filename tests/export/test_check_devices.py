@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from loraover.common.command_line import run
-from loraover.common.errors import ConfigError
 from loraover_export import fold_checkpoint
 from loraover_export.cli import cli
 from loraover_export.fold import check_outputs as check_outputs_module
 from loraover_export.fold import run as run_fold
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.fold import write_folded
-from loraover_export.fold.request import FoldRequest
 
 from support.devices import ALL_DEVICES
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint
@@ -106,12 +104,6 @@ def test_large_cores_are_applied_at_some_tokens_of_every_layer(
 
 
 # What cannot be
-
-
-@pytest.mark.parametrize("options", [{"device": "cpu"}, {"compute_dtype": "bf16"}], ids=str)
-def test_options_of_the_check_need_the_check(options: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="--device and --compute-dtype are for --check-error"):
-        FoldRequest(Path("in"), Path("out"), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,6 @@ def test_out_of_memory_says_what_was_needed_and_what_would_fit(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("options", [{"check_device": "cpu"}, {"compute_dtype": "bf16"}], ids=str)
-def test_options_of_the_check_need_the_check(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="are for the check, which --no-check leaves out"):
-        OnnxRequest((Path("a"),), Path("out"), "merged", check=False, **options)
-
-
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="there is no cuda:9 here"):
         OnnxRequest((Path("a"),), Path("out"), "merged", check_device="cuda:9")

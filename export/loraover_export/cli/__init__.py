@@ -25,8 +25,6 @@ EXAMPLES = [
     "loraover export convert oft -o lora --rank 64 --check-error",
     "loraover export onnx folded -o onnx-merged --mode merged",
 ]
-EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
-"""Exit code of each verdict of a fold, a conversion, or an export to ONNX, GGUF or MLX."""
 
 
 @click.group(cls=LazyGroup, commands_at=COMMANDS, examples=EXAMPLES)

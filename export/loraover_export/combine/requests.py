@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyPath, AnyPaths, Request, argument, option
+from loraover.common.request import AnyName, AnyNumbers, AnyPath, AnyPaths, Request, argument, option
 from loraover.models.request_fields import stored_dtype
 from loraover_export.uniform.request_fields import (
     base_model,
@@ -29,7 +29,7 @@ class CombineRequest(Request):
         "Folders of LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs of one base model.", metavar="SOURCES..."
     )
     output: AnyPath = option("New folder for the adapter, its certificate and a model card.", short="-o")
-    weights: tuple[float, ...] | None = option(
+    weights: AnyNumbers | None = option(
         "Weight of each adapter, with commas between them, such as 0.7,0.3.",
         default=None,
         default_text="1 for each",

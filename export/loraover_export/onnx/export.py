@@ -16,7 +16,6 @@ from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.unfolded_model import check_fits
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
-from loraover.common.reporter import SILENT, Reporter
 from loraover.common.strict_json import read_json
 from loraover.models.device import choose_compute, choose_device
 from loraover.models.load import ModelSource, load_model, load_tokenizer
@@ -27,13 +26,14 @@ from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.check import Compute, Reference, check_graph, make_reference, run_cases
 from loraover_export.onnx.graph_file import check_file
+from loraover_export.onnx.inputs import Inputs
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan
 from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.kinds.seq2seq import Seq2Seq
 from loraover_export.onnx.kinds.stateless import Stateless
 from loraover_export.onnx.layout import SwappableLayout, read_layout
 from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, judge_export
-from loraover_export.onnx.request import Inputs, OnnxRequest
+from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.session import has_provider
 from loraover_export.onnx.swappable import markers, write_adapter, write_swappable
 from loraover_export.onnx.tasks import find_task
@@ -58,26 +58,25 @@ class Export:
         request: the arguments of the export.
         inputs: the sources and their base model.
         draft: an empty folder for the files.
-        report: receiver of progress.
 
     Raises:
         ConfigError: no such base model, a task that no graph is made for, or an option that does not fit it.
         ExportError: an earlier graph that has another base model or form, or an encoder-decoder model that is no T5.
     """
 
-    def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path, report: Reporter = SILENT) -> None:
-        self.inputs, self.draft, self.report = inputs, draft, report
+    def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path) -> None:
+        self.inputs, self.draft, self.report = inputs, draft, request.report
         if request.graph is not None:
             request = _as_exported(request, request.graph, read_earlier(request.graph, inputs.base))
         self.plan = GraphPlan(request.precision or "fp32", request.device or "cpu")
         self.request = replace(request, precision=self.plan.precision, device=self.plan.device)
         if self.request.web and self.plan.precision == "int4":
-            report.line(WEB_INT4)
+            self.report.line(WEB_INT4)
         self.task = find_task(inputs.task_type, inputs.base)
         if KINDS[self.task] is Seq2Seq and not self.request.cache:
             raise ConfigError(
-                f"--no-cache is for decoder models; {inputs.base.origin} is an encoder-decoder model, whose graphs "
-                "always have a cache. Leave it out."
+                f"{request.named('cache', False)} is for decoder models; {inputs.base.origin} is an encoder-decoder "
+                "model, whose graphs always have a cache. Leave it out."
             )
         self.kind = KINDS[self.task]() if self.request.cache else Stateless()
         self.deltas = {name: list(read_deltas(source)) for name, source in inputs.adapters.items()}
@@ -263,7 +262,7 @@ def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
     if exported.base_model != base.name:
         raise ExportError(
             f"{graph} is a graph of {exported.base_model}, but the adapters belong to {base.name}; export a graph of "
-            "that model, or name a copy of it with --model."
+            f"that model, or name a copy of it with {OnnxRequest.named('model')}."
         )
     return exported
 
@@ -275,16 +274,21 @@ def _as_exported(request: OnnxRequest, graph: Path, exported: OnnxReport) -> Onn
         ExportError: a graph in another form than the request's.
     """
     if request.web and not exported.web:
-        raise ExportError(f"{graph} was exported without --web; leave it out, or export another graph with it.")
+        raise ExportError(
+            f"{graph} was exported without {request.named('web')}; leave it out, or export another graph with it."
+        )
     for field in ("precision", "device"):
         asked, found = getattr(request, field), getattr(exported, field)
         if asked not in (None, found):
             raise ExportError(
-                f"{graph} was exported with --{field} {found}, not {asked}; leave --{field} {asked} out, or export "
-                "another graph with it."
+                f"{graph} was exported with {request.named(field, found)}; leave {request.named(field, asked)} out, "
+                "or export another graph with it."
             )
     if exported.cache and not request.cache:
-        raise ExportError(f"{graph} was exported with a cache; leave out --no-cache, or export another graph with it.")
+        raise ExportError(
+            f"{graph} was exported with a cache; leave out {request.named('cache', False)}, or export another graph "
+            "with it."
+        )
     return replace(
         request, precision=exported.precision, device=exported.device, cache=exported.cache, web=exported.web
     )

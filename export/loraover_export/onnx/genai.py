@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loraover.common.errors import ExportError
+from loraover_export.onnx.request import OnnxRequest
 
 GRAPH_FILE, CONFIG_FILE = "model.onnx", "genai_config.json"
 
@@ -103,7 +104,8 @@ def build_decoder(
     name = f"onnxruntime-genai {version('onnxruntime-genai')}"
     if "is not currently supported" in done.stderr:
         raise ExportError(
-            f"{name} has no decoder graph for {architecture(model)}; --no-cache exports one without a KV cache."
+            f"{name} has no decoder graph for {architecture(model)}; {OnnxRequest.named('cache', False)} exports one "
+            "without a KV cache."
         )
     reason = next(reversed((done.stderr or done.stdout).strip().splitlines()), f"exit code {done.returncode}")[:600]
     raise ExportError(f"{name} could not build a {precision} graph of {architecture(model)}: {reason}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -11,11 +9,12 @@ from rich.table import Table
 
 from loraover_export.logits.judge import POWER
 from loraover_export.onnx.report import GraphCheck, OnnxReport
+from loraover_export.onnx.request import OnnxRequest
 
 CAPTION = "largest errors of logits; effect: the adapter's change of a logit"
 
 
-def show_report(report: OnnxReport, output: Path, console: Console) -> None:
+def show_report(report: OnnxReport, request: OnnxRequest, console: Console) -> None:
     """Print errors and bounds of each adapter, the verdict, and where the files are."""
     if report.checks:
         table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title=_title(report), caption=CAPTION)
@@ -43,7 +42,7 @@ def show_report(report: OnnxReport, output: Path, console: Console) -> None:
     if report.verdict == "failed":
         console.print("nothing was written: an export that fails its check is not left behind")
     else:
-        console.print(f"wrote {escape(str(output))}", soft_wrap=True)
+        console.print(f"wrote {escape(str(request.output))}", soft_wrap=True)
 
 
 def _title(report: OnnxReport) -> str:

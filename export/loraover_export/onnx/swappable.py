@@ -24,6 +24,7 @@ from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.onnx.layout import LAYOUT_FILE, AdapterInput, SwappableLayout
+from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.web import WEB_SUFFIX, require_inputs, write_tensors
 
 ADAPTER_SUFFIX = ".onnx_adapter"
@@ -146,7 +147,7 @@ def write_swappable(
     if missing:
         raise ExportError(
             f"the graph has no place for {len(missing)} of {len(drawn)} matrices, first {missing[0]}; "
-            "use --mode merged, which changes the weights themselves."
+            f"use {OnnxRequest.named('mode', 'merged')}, which changes the weights themselves."
         )
     layout = SwappableLayout(base_model=base_model, dtype=dtype, web=web, places=places)
     (folder / LAYOUT_FILE).write_text(layout.model_dump_json(indent=1) + "\n")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyPath, Request, argument, option
+from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
+from loraover_export.uniform.request_fields import plain_adapter, replaces
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class VllmRequest(Request):
 
     verb = "loraover export vllm"
 
-    source: AnyPath = argument("Folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.")
+    source: AnyPath = plain_adapter()
     output: AnyPath = option("New folder for the adapter, its reports and a model card.", short="-o")
     model: AnyName | None = option(
         "Model to be served, folder or hub name.", default=None, default_text="the adapter's base model"
@@ -27,9 +28,7 @@ class VllmRequest(Request):
     vllm_version: str | None = option(
         "Release of vLLM whose rules apply, such as 0.33.0.", default=None, default_text="0.32.0"
     )
-    force: bool = option(
-        "Replace the adapter for vLLM that is already at the output.", default=False, is_recorded=False
-    )
+    force: bool = replaces("adapter for vLLM")
 
     def faults(self) -> Iterator[str]:
         name = self.adapter_name

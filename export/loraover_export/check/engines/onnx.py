@@ -26,7 +26,7 @@ from loraover_export.check.engines.base import (
 )
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.onnx.request import check_swappable
+from loraover_export.onnx.inputs import check_swappable
 from loraover_export.onnx.tasks import find_task
 
 ONE_SCALING = note("the builder is right, but Olive scales every module by lora_alpha and r")

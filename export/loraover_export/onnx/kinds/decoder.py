@@ -17,6 +17,7 @@ from loraover.common.errors import ExportError
 from loraover_export.onnx import genai
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan, GraphRunner, greedy
 from loraover_export.onnx.padding import accept_left_padding
+from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.session import GraphSession, has_provider
 from loraover_export.onnx.swappable import adapter_file, open_inputs, write_marker_adapter
 from loraover_export.onnx.web import lora_feed
@@ -151,7 +152,7 @@ def _check_widths(model: Any) -> None:
         if isinstance(module, nn.Linear) and module is not head and module.out_features == rows:
             raise ExportError(
                 f"{name} has as many rows as the vocabulary, {rows}, so onnxruntime-genai's builder would mistake it "
-                "for the head; --no-cache exports a graph without a KV cache."
+                f"for the head; {OnnxRequest.named('cache', False)} exports a graph without a KV cache."
             )
 
 
