@@ -104,7 +104,7 @@ def test_the_logits_of_a_conversion_are_compared(tmp_path: Path) -> None:
     assert outputs is not None
     assert outputs.error.max_logit < 1e-4 < 1e-2 < outputs.adapter_effect
     flip(tmp_path / "adapter", "0.18.1")
-    with pytest.raises(ExportError, match=r"as PEFT before 0\.19\.0 saved them.*Leave out --check-error"):
+    with pytest.raises(ExportError, match=r"as PEFT before 0\.19\.0 saved them.*Leave out check_error"):
         convert_adapter(tmp_path / "adapter", tmp_path / "old", **asked)
     assert not (tmp_path / "old").exists()
 

@@ -93,7 +93,7 @@ def test_a_file_that_is_no_model_is_refused_before_anything_runs(case: Case, tmp
 
 def test_a_base_model_that_is_not_written_asks_for_a_file(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(ExportError, match=r"of the type 'linear', which are not written here.*--base-gguf"):
+    with pytest.raises(ExportError, match=r"of the type 'linear', which are not written here.*with base_gguf"):
         write_base(tiny_decoder("Llama", rope_parameters=rope), tmp_path / "base.gguf")
     assert not list(tmp_path.iterdir())
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.common.errors import ExportError
 from loraover_export.gguf.families import Family, find_family, interleave
+from loraover_export.gguf.request import GgufRequest
 from loraover_export.gguf.target import expert_tensors, tensor_names
 from loraover_export.gguf.write import Written
 
@@ -103,7 +104,7 @@ def _rope(config: Any, model: str) -> dict[str, Any]:
     if found.get("rope_type") not in PLAIN_ROPE:
         raise ExportError(
             f"{model} has rotary embeddings of the type {found['rope_type']!r}, which are not written here; convert "
-            "the model with llama.cpp, and name the file with --base-gguf."
+            f"the model with llama.cpp, and name the file with {GgufRequest.named('base_gguf')}."
         )
     return found
 

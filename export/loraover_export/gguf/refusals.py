@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
 from loraover.common.errors import ExportError
+from loraover_export.gguf.request import GgufRequest
 from loraover_export.gguf.target import Target
 from loraover_export.merge.base_weights import check_base_weights
 from loraover_export.uniform.matrices import module_of
@@ -48,7 +49,8 @@ def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
     if module is None:
         names = target.others | target.modules.keys()
         raise ExportError(f"{where}: adapts {path}, which {base} does not have; {if_missing(path, names)}.")
-    check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base)
+    option = GgufRequest.named("model")
+    check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base, option=option)
     is_head = path == "lm_head"
     if target.tied and (module.is_embedding or is_head):
         reason = (

@@ -15,6 +15,7 @@ from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
 from loraover_export.merge.base_files import CONFIG, UNQUANTISED, BaseFiles
+from loraover_export.merge.request import MergeRequest
 from loraover_export.numerics.delta import adapted_modules
 
 CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
@@ -120,7 +121,8 @@ class _Names:
                 return self._shards[key], key
         raise ExportError(
             f"{self._source.origin}: its files hold no tensor {name!r}, which transformers makes from others when it "
-            "loads the model. Load it, save it with save_pretrained, and name that folder with --model."
+            "loads the model. Load it, save it with save_pretrained, and name that folder with "
+            f"{MergeRequest.named('model')}."
         )
 
 
@@ -158,7 +160,7 @@ def _misfit(skeleton: Any, adapter: AdapterDir) -> str:
     return (
         f"is of the head of task_type {adapter.config.task_type}, and the base model is a {kind} without that head. "
         f"Save it with one ({auto}.from_pretrained(..., num_labels={labels}).save_pretrained(FOLDER)), and name the "
-        "folder with --model"
+        f"folder with {MergeRequest.named('model')}"
     )
 
 

@@ -12,6 +12,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover_export.merge.base_weights import check_base_weights
+from loraover_export.mlx.request import MlxRequest
 from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
 
@@ -130,8 +131,9 @@ def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
             f"{where}: adapts {path}, which is neither a linear layer nor an embedding of {base}; "
             f"{if_missing(path, target.shapes)}, or {MERGE}."
         )
-    check_shape(adapter, path, target.shapes[path], is_embedding=path in target.embeddings, base=base)
-    if target.tied and (path in target.embeddings or path == "lm_head"):
+    option, is_embedding = MlxRequest.named("model"), path in target.embeddings
+    check_shape(adapter, path, target.shapes[path], is_embedding=is_embedding, base=base, option=option)
+    if target.tied and (is_embedding or path == "lm_head"):
         raise ExportError(
             f"{where}: adapts {path}, but the embedding and the head of {base} are one matrix, which mlx-lm adapts in "
             f"both places or not at all. Train without {path.rpartition('.')[2]}, or {MERGE}."

@@ -125,7 +125,9 @@ def check_tensors(
     return copies
 
 
-def check_shape(adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_embedding: bool, base: str) -> None:
+def check_shape(
+    adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_embedding: bool, base: str, option: str
+) -> None:
     """Compare the shape of B @ A with that of the weight that it is for.
 
     Args:
@@ -134,6 +136,7 @@ def check_shape(adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_em
         shape: shape of its weight, (out_features, in_features) or (tokens, dimension).
         is_embedding: whether it is an embedding.
         base: name of the base model.
+        option: name of the argument for the base model, as the caller wrote it.
 
     Raises:
         ExportError: an adapter of another model.
@@ -145,5 +148,5 @@ def check_shape(adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_em
     if adapts_embedding != is_embedding or found != shape:
         raise ExportError(
             f"{adapter.tensors_path}: {path} has shape {found} in the adapter and {shape} in {base}; name the model "
-            "that the adapter was trained on with --model."
+            f"that the adapter was trained on with {option}."
         )
