@@ -362,7 +362,7 @@ class TestTheCommand:
 
     def test_one_message(self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert run(cli, ["convert", str(folder / "oft"), "-o", str(tmp_path / "out")]) == 2
-        assert "--rank" in only_error(capfd.readouterr().err)
+        assert "with --rank R" in only_error(capfd.readouterr().err)
 
 
 def test_trained_tokens_of_a_classifier_are_refused_until_no_task_is_named(bases: Any, tmp_path: Path) -> None:

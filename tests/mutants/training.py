@@ -434,4 +434,10 @@ TRAINING = (
         "taken[id(site.parameter)] >= 1]",
         Selection("test_experts.py", "other_experts"),
     ),
+    Mutant(
+        "messages of a thread name keywords to a command's user",
+        "submit(copy_context().run, work, *arguments)",
+        "submit(work, *arguments)",
+        Selection("test_convert_refused.py", "one_message"),
+    ),
 )
