@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,11 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover.common.request import AnyNames, AnyNumbers, AnyPath, AnyPaths, Request, argument, option, perform, verb
 from loraover.reporting.request_command import request_command
+
+
+def split(given: Iterable[str]) -> list[str]:
+    """Numbers, of which one text may hold several with a "+" between them."""
+    return [str(int(part)) for text in given for part in text.split("+")]
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class ToyRequest(Request):
     names: AnyNames = option("Name of a source.", default=(), flag="--name")
     weights: AnyNumbers | None = option("Weight of each source.", default=None, has_commas=True)
     check: bool = option("Check the result.", default=True)
+    jobs: AnyNames = option("Jobs by number.", default=("1",), converts=split, writes=tuple, are_different=True)
+    share: float = option("Share of jobs.", default=1, most=1, needs="steps")
+    speaks: bool | None = option("Say what is done.", default=None, default_text="on a terminal")
+    on_step: Callable[[int], None] | None = option("Function to call at each step.", default=None, is_hidden=True)
     force: bool = option("Replace the output.", default=False, is_recorded=False)
     words: AnyNames = option("Further words for the engine.", default=(), is_rest=True)
     added: int = option("Added by this one line.", default=3)
@@ -40,6 +49,8 @@ class ToyRequest(Request):
             yield f"{self.named('names')} is given {len(self.names)} times for {len(self.sources)} sources."
         if self.names and self.mode == "slow":
             yield f"{self.named('names')}: for {self.named('mode', 'fast')} only."
+        if "-x" in self.words:
+            yield f"{self.named('words')} hold -x; use {self.named('mode', 'slow')}."
 
 
 @verb(ToyRequest)
@@ -79,7 +90,10 @@ def test_the_recorded_command_line_makes_the_same_request() -> None:
         steps=2,
         names=("x", "y"),
         weights=[-1, 0.5],
+        jobs=["2+3"],
+        share=0.5,
         check=False,
+        speaks=False,
         words=["--dtype", "float32"],
     )
     assert (asked.sources, asked.output, asked.mode) == ((Path("a"), Path("b c")), Path("out"), "fast")
@@ -87,7 +101,8 @@ def test_the_recorded_command_line_makes_the_same_request() -> None:
     assert words[-3:] == ["--", "--dtype", "float32"]
     assert parsed(*words) == asked
     assert parsed("a", "-o", "b", "--mode", "quick") == toy("a", "b") == perform(toy, toy("a", "b"))
-    assert "force" not in toy("a", "b", force=True).command()
+    assert toy("a", "b", force=True, on_step=print, jobs=["01"]).command() == "loraover toy a -o b"
+    assert parsed("a", "-o", "b", "--jobs", "2", "--jobs", "3+4").jobs == ("2", "3", "4")
     assert (asked.weights, toy("a", "b").weights) == ((-1.0, 0.5), None)
     assert asked.given("steps", "rate", "check") == "steps, check"
 
@@ -102,6 +117,10 @@ def test_the_recorded_command_line_makes_the_same_request() -> None:
         ({"steps": "2"}, ["--steps", "x"], "x"),
         ({"weights": ["x"]}, ["--weights", "x"], "'x'"),
         ({"names": ["x"], "mode": "slow"}, ["--name", "x", "--mode", "slow"], "--name: for --mode fast only."),
+        ({"jobs": ["2+2"]}, ["--jobs", "2+2"], "names one twice: 2, 2"),
+        ({"jobs": ["x"]}, ["--jobs", "x"], "invalid literal for int"),
+        ({"share": 2}, ["--share", "2"], "2"),
+        ({"share": 0.5}, ["--share", "0.5"], "missing"),
         ({"names": ["x", "y"]}, ["--name", "x", "--name", "y"], "given 2 times for 1 sources"),
     ],
 )
@@ -125,13 +144,23 @@ def test_all_faults_of_single_values_are_named_together() -> None:
         toy("a", "b", mode="odd", steps=0)
     with pytest.raises(ConfigError, match=r"sources is empty, expected one or more\."):
         toy([], "b")
+    with pytest.raises(ConfigError, match=r"jobs is empty"):
+        toy("a", "b", jobs=[])
     with pytest.raises(TypeError, match="unexpected keyword argument 'stpes'"):
         toy("a", "b", stpes=1)  # type: ignore[call-arg]
+
+
+def test_a_remedy_is_in_the_callers_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="words hold -x; use mode='slow'"):
+        toy("a", "b", words=["-x"])
+    assert run(COMMAND, ["a", "-o", "b", "--", "-x"]) == 2
+    assert 'the words after "--" hold -x; use --mode slow.' in capsys.readouterr().err
 
 
 def test_a_command_takes_what_it_must() -> None:
     assert run(COMMAND, ["-o", "b"]) == 2
     assert run(COMMAND, ["a"]) == 2
     options = {option.opts[-1]: option for option in COMMAND.params if isinstance(option, click.Option)}
-    assert "--words" not in options
+    assert not {"--words", "--on-step"} & options.keys()
+    assert [*options["--speaks"].opts, *options["--speaks"].secondary_opts] == ["--speaks", "--no-speaks"]
     assert options["--name"].multiple

@@ -11,9 +11,14 @@
     ├── EngineError      (RuntimeError)  an inference engine that does not start, or refuses a request
     ├── ParityError      (ValueError)    measurements that cannot answer what was asked
     └── OutputError      (OSError)       a destination that cannot be written
+        └── UnwrittenReportError         a finished measurement whose report could not be written
 
 Commands turn each of them into one message on standard error and exit code 2.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class LoraOverError(Exception):
@@ -58,3 +63,17 @@ class ParityError(LoraOverError, ValueError):
 
 class OutputError(LoraOverError, OSError):
     """A destination that cannot be written."""
+
+
+class UnwrittenReportError(OutputError):
+    """A finished measurement or verification whose output could not be written.
+
+    Args:
+        message: Reason why the output could not be written.
+        report: The `ParityReport` or `VerifyReport`. The folder `report.kept` holds it as a file, with engines' logs;
+            None means that it could not be written there either.
+    """
+
+    def __init__(self, message: str, report: Any) -> None:
+        super().__init__(message)
+        self.report = report

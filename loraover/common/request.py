@@ -63,7 +63,14 @@ class Spec:
         accepts: Function that says whether a value that is none of `choices` is allowed.
         least: Smallest number that is allowed.
         above: Largest number that is too small.
+        most: Largest number that is allowed.
+        needs: Name of another field that has to be given with this one.
+        converts: Function that makes the value of what a caller gives, such as the texts of a command line; where it
+            raises a ValueError, the message says what is wrong.
+        writes: Function that gives the texts of the option on a command line, which is repeated for each of them.
+        are_different: Whether several values have to be different.
         is_argument: Whether the command takes the value by its place, without a flag.
+        is_hidden: Whether only the function takes the value.
         is_rest: Whether the command takes the words after "--" as the value.
         has_commas: Whether the command takes several values as one word, with commas between them.
         is_recorded: Whether the recorded command line has the option.
@@ -79,7 +86,13 @@ class Spec:
     accepts: Callable[[str], bool] | None = None
     least: float | None = None
     above: float | None = None
+    most: float | None = None
+    needs: str | None = None
+    converts: Callable[[Any], Any] | None = None
+    writes: Callable[[Any], Sequence[str]] | None = None
+    are_different: bool = False
     is_argument: bool = False
+    is_hidden: bool = False
     is_rest: bool = False
     has_commas: bool = False
     is_recorded: bool = True
@@ -90,9 +103,9 @@ def option(description: str, *, default: Any = MISSING, **more: Any) -> Any:
     return field(default=default, metadata={"spec": Spec(description, **more)}, kw_only=default is not MISSING)
 
 
-def argument(description: str, **more: Any) -> Any:
+def argument(description: str, *, default: Any = MISSING, **more: Any) -> Any:
     """Declare a field that the command takes by its place; see `Spec` for the keywords."""
-    return field(metadata={"spec": Spec(description, is_argument=True, **more)})
+    return field(default=default, metadata={"spec": Spec(description, is_argument=True, **more)})
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,19 @@ class Request:
             value, fault = declared.converted(getattr(self, name))
             object.__setattr__(self, name, value)
             faults += [] if fault is None else [f"{self.named(name)} {fault}"]
-        if faults := faults or list(self.faults()):
+        if faults := faults or [*self._missing(), *self.faults()]:
             raise ConfigError(" ".join(faults))
+
+    def _missing(self) -> Iterator[str]:
+        fields = declarations(type(self))
+        for name, declared in fields.items():
+            needs = declared.spec.needs
+            if needs and self._is_given(name) and not self._is_given(needs):
+                yield f"{self.named(name)} needs {self.named(needs)}, which is missing."
+
+    def _is_given(self, name: str) -> bool:
+        """Whether an argument is not at its default."""
+        return not declarations(type(self))[name].is_default(getattr(self, name))
 
     def faults(self) -> Iterator[str]:
         """Yield a sentence about each fault that no single field has; override it."""
@@ -128,19 +152,20 @@ class Request:
     def named(cls, name: str, value: Any = MISSING) -> str:
         """Return a field's name as the caller wrote it, with a value if one is given.
 
-        In a command that is a flag such as "--engine vllm", else a keyword such as "engine='vllm'".
+        In a command that is a flag such as "--engine vllm", else a keyword such as "engines='vllm'".
         """
         declared = declarations(cls)[name]
         if not _as_flags.get():
             return name if value is MISSING else f"{name}={value!r}"
+        if declared.spec.is_rest:
+            return 'the words after "--"'
         if declared.spec.is_argument:
             return declared.spec.metavar or name.upper()
-        return declared.flag if value is MISSING else shlex.join(declared.words(value))
+        return declared.flag if value is MISSING else shlex.join(declared.words(declared.converted(value)[0]))
 
     def given(self, *names: str) -> str:
         """Return those of some arguments that are not at their defaults, as the caller wrote them."""
-        declared = declarations(type(self))
-        return ", ".join(self.named(name) for name in names if getattr(self, name) != declared[name].default)
+        return ", ".join(self.named(name) for name in names if self._is_given(name))
 
     def command(self) -> str:
         """Return the command line that repeats this request, without options at their defaults."""
@@ -149,11 +174,13 @@ class Request:
         rest: list[str] = []
         for name, declared in declarations(type(self)).items():
             value = getattr(self, name)
+            if declared.is_default(value) or declared.spec.is_hidden or not declared.spec.is_recorded:
+                continue
             if declared.spec.is_argument:
                 places += map(str, value) if declared.is_several else [str(value)]
             elif declared.spec.is_rest:
-                rest += ["--", *value] if value else []
-            elif declared.spec.is_recorded and value != declared.default:
+                rest += ["--", *value]
+            else:
                 words += declared.words(value)
         return shlex.join([*self.verb.split(), *places, *words, *rest])
 
@@ -187,21 +214,41 @@ class Declared:
     def help(self) -> str:
         """Description with the default, as the function's `Args:` have it."""
         text = self.spec.default_text or ("none" if self.default is None else repr(self.default))
-        if self.spec.default_text is None and (self.default in (MISSING, False) or self.default == ()):
+        if self.spec.default_text is None and (self.default is MISSING or self.default is False or self.default == ()):
             return self.spec.description
         return f"{self.spec.description} Default: {text}."
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the command takes the option several times."""
+        return (self.is_several and not self.spec.has_commas) or self.spec.writes is not None
+
+    def is_default(self, value: Any) -> bool:
+        """Whether a converted value is the default."""
+        return self.default is not MISSING and bool(value == self.converted(self.default)[0])
+
     def converted(self, value: Any) -> tuple[Any, str | None]:
         """Return the value in the field's type, and what is wrong with it, if anything."""
+        if self.spec.converts is not None:
+            try:
+                value = self.spec.converts(value)
+            except ValueError as error:
+                return value, str(error)
         if value is None and self.is_optional:
             return None, None
         if not self.is_several:
             return self.one(value)
-        several = (value,) if isinstance(value, str | Path) else tuple(value)
-        if self.spec.is_argument and not several:
-            return several, "is empty, expected one or more."
-        pairs = [self.one(one) for one in several]
-        return tuple(one for one, _ in pairs), next((fault for _, fault in pairs if fault is not None), None)
+        pairs = [self.one(one) for one in ((value,) if isinstance(value, str | Path) else value)]
+        several = tuple(one for one, _ in pairs)
+        fault = next((fault for _, fault in pairs if fault is not None), None)
+        return several, fault or self._fault_of_all(several)
+
+    def _fault_of_all(self, several: Sequence[Any]) -> str | None:
+        if not several and (self.default is MISSING or self.default):
+            return "is empty, expected one or more."
+        if self.spec.are_different and len(set(several)) < len(several):
+            return f"names one twice: {', '.join(map(str, several))}; name each once."
+        return None
 
     def one(self, value: Any) -> tuple[Any, str | None]:
         """Convert one value as `converted` does, or one of several."""
@@ -222,6 +269,8 @@ class Declared:
             return f"is {value}, expected {spec.least:g} or more."
         if spec.above is not None and not value > spec.above:
             return f"is {value}, expected more than {spec.above:g}."
+        if spec.most is not None and not value <= spec.most:
+            return f"is {value}, expected {spec.most:g} at most."
         return None
 
     def words(self, value: Any) -> list[str]:
@@ -233,7 +282,10 @@ class Declared:
         flag = self.spec.short or self.flag
         if self.spec.has_commas:
             return [f"{flag}={','.join(map(str, value))}"]
-        return [word for one in (value if self.is_several else (value,)) for word in (flag, str(one))]
+        if self.spec.writes is not None:
+            value = self.spec.writes(value)
+        several = value if self.is_repeated and not isinstance(value, str | Path) else (value,)
+        return [word for one in several for word in (flag, str(one))]
 
 
 def declarations(request: type[Request]) -> dict[str, Declared]:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from loraover.common.command_line import Command, quiet_libraries
+from loraover.common.errors import UnwrittenReportError
 from loraover.common.request import Declared, Request, declarations, perform, written_as_flags
 
 Body = Callable[[Any, bool], int | None]
@@ -37,21 +38,33 @@ def request_command(
 
     @click.pass_context
     def callback(context: click.Context, /, as_json: bool = False, **values: Any) -> int | None:
+        given = {name: value for name, value in values.items() if value != ()}
         with written_as_flags():
-            return body(request(**values, **({rest: context.obj} if rest else {})), as_json)
+            return body(request(**given, **({rest: context.obj} if rest else {})), as_json)
 
     fields = declarations(request)
     rest = next((name for name, declared in fields.items() if declared.spec.is_rest), None)
-    params = [_parameter(declared) for name, declared in fields.items() if name != rest]
+    params = [_parameter(one) for name, one in fields.items() if name != rest and not one.spec.is_hidden]
     if json is not None:
         params.append(click.Option(["--json", "as_json"], is_flag=True, help=json))
     name = request.verb.split()[-1]
-    cls = Command if rest is None else _SplitAtDashes
-    return cls(name, params=params, callback=callback, help=help, examples=list(examples))
+    more: dict[str, Any] = {"params": params, "callback": callback, "help": help, "examples": examples}
+    return Command(name, **more) if rest is None else _SplitAtDashes(name, rest=fields[rest].spec.metavar, **more)
 
 
 class _SplitAtDashes(Command):
-    """A command that keeps the words after "--" for another program, in the context's `obj`."""
+    """A command that keeps the words after "--" for another program, in the context's `obj`.
+
+    Args:
+        rest: What these words are, for the help text.
+    """
+
+    def __init__(self, *args: Any, rest: str | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rest = rest or "WORDS"
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), f"[-- {self.rest}]"]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
@@ -59,15 +72,16 @@ class _SplitAtDashes(Command):
         return super().parse_args(ctx, args[:end])
 
 
-def reporting(function: str, show: str) -> Body:
+def reporting(function: str, show: str, *, leaves_out: Sequence[str] = ()) -> Body:
     """Return the usual body: do the work with progress, show the report, print it as JSON, and return its exit code.
 
     Args:
         function: Place of the verb's function, as "module:name"; it is imported when the command runs.
         show: Place of a function that prints the report, given the report, the request and a console.
+        leaves_out: Fields of the report that the JSON does not have.
     """
 
-    def body(request: Request, as_json: bool) -> int | None:
+    def body(request: Any, as_json: bool) -> int | None:
         from dataclasses import replace
 
         from rich.console import Console
@@ -76,11 +90,19 @@ def reporting(function: str, show: str) -> Body:
 
         quiet_libraries()
         console = Console(stderr=as_json)
-        report: Any = perform(found(function), replace(request, report=ConsoleReporter(console)))
-        found(show)(report, request, console)
-        if as_json:
-            print(report.model_dump_json(indent=1))
-        return int(report.exit_code)
+
+        def present(report: Any, of: Request) -> int:
+            found(show)(report, of, console)
+            if as_json:
+                print(report.model_dump_json(exclude=set(leaves_out), indent=1))
+            return int(report.exit_code)
+
+        try:
+            report = perform(found(function), replace(request, report=ConsoleReporter(console)))
+        except UnwrittenReportError as error:
+            present(error.report, replace(request, output=None))
+            raise
+        return present(report, request)
 
     return body
 
@@ -96,22 +118,23 @@ def _parameter(declared: Declared) -> click.Parameter:
     if spec.is_argument:
         many: dict[str, Any] = {"nargs": -1} if declared.is_several else {}
         metavar = spec.metavar or declared.name.upper()
-        return click.Argument([declared.name], type=_type(declared), metavar=metavar, required=True, **many)
+        is_required = declared.default is MISSING
+        return click.Argument([declared.name], type=_type(declared), metavar=metavar, required=is_required, **many)
     is_required = declared.default is MISSING
-    shows: str | bool = spec.default_text or declared.default not in (None, (), False, MISSING)
+    says_nothing = declared.default in (None, (), MISSING) or declared.default is False
     names = [*([spec.short] if spec.short else []), declared.flag, declared.name]
-    more: dict[str, Any] = {} if is_required else {"default": declared.default}
+    more: dict[str, Any] = {} if is_required else {"default": None if spec.writes else declared.default}
     if declared.kind is bool:
         more["is_flag"] = True
-        if declared.default:
+        if declared.default is not False:
             names[-2] = f"{declared.flag}/--no-{declared.flag[2:]}"
     return click.Option(
         names,
         type=None if declared.kind is bool else _type(declared),
-        help=spec.description,
+        help=f"{spec.description}{' Can be repeated.' if declared.is_repeated else ''}",
         required=is_required,
-        multiple=declared.is_several and not spec.has_commas,
-        show_default=shows,
+        multiple=declared.is_repeated,
+        show_default=spec.default_text or not says_nothing,
         metavar=spec.metavar,
         **more,
     )
@@ -152,9 +175,12 @@ def _type(declared: Declared) -> Any:
         return _Commas(declared)
     if spec.choices:
         return _Choices(declared)
-    if declared.kind in (int, float) and (spec.least is not None or spec.above is not None):
+    if spec.writes is not None:
+        return click.STRING
+    if declared.kind in (int, float) and {spec.least, spec.above, spec.most} != {None}:
         kind: Any = click.IntRange if declared.kind is int else click.FloatRange
-        return kind(min=spec.least if spec.above is None else spec.above, min_open=spec.above is not None)
+        least = spec.least if spec.above is None else spec.above
+        return kind(min=least, max=spec.most, min_open=spec.above is not None)
     if declared.kind is Path:
         return click.Path(path_type=Path)
     return click.types.convert_type(declared.kind)
