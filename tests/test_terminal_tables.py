@@ -21,6 +21,8 @@ from loraover_export.onnx.show import show_report as show_onnx
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.show import show_report as show_parity
+from loraover_serve.parity.request import ParityRequest
+from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.show import show_report as show_verification
 
 from support.reports import engine_result, fold_certificate, parity, verification
@@ -105,9 +107,11 @@ def onnx_report() -> OnnxReport:
 SHOWN: dict[str, Callable[[Console], object]] = {
     "fold": lambda console: show_certificate(fold_certificate(), FoldRequest("checkpoint", "folded"), console),
     "onnx": lambda console: show_onnx(onnx_report(), OnnxRequest("source", "onnx", "merged"), console),
-    "verify": lambda console: show_verification(verification(engine_result("llamacpp", "inconclusive")), console),
-    "parity": lambda console: show_parity(parity_with("onnx swappable", 1), console),
-    "parity of many requests": lambda console: show_parity(parity_with("vllm", 128), console),
+    "verify": lambda console: show_verification(
+        verification(engine_result("llamacpp", "inconclusive")), VerifyRequest("a"), console
+    ),
+    "parity": lambda console: show_parity(parity_with("onnx swappable", 1), ParityRequest("a"), console),
+    "parity of many requests": lambda console: show_parity(parity_with("vllm", 128), ParityRequest("a"), console),
 }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraover.client.tokens import Completion, Streamed
-    from loraover_serve.comparison.report import UnwrittenReportError
+    from loraover.common.errors import UnwrittenReportError
     from loraover_serve.engines.sample import Sample
     from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
     from loraover_serve.parity.judge.outputs import Answer, Distance, Outputs
@@ -39,7 +39,7 @@ _HOMES = {
     "Streamed": "loraover.client.tokens",
     "Suspect": "loraover_serve.verify.report",
     "Throughput": "loraover_serve.parity.judge.analysis",
-    "UnwrittenReportError": "loraover_serve.comparison.report",
+    "UnwrittenReportError": "loraover.common.errors",
     "VerifyReport": "loraover_serve.verify.report",
     "VllmServer": "loraover_serve.vllm.server",
     "measure_parity": "loraover_serve.parity.run",

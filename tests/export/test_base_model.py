@@ -7,9 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 
 from loraover.common.command_line import run
@@ -18,8 +16,6 @@ from loraover.models.stand_in import STAND_INS
 from loraover_export.cli import cli
 from loraover_export.onnx.inputs import read_inputs
 from loraover_export.onnx.request import OnnxRequest
-from loraover_serve.cli import cli as serve_cli
-from loraover_serve.parity.request import ParityRequest
 
 from support import onnx_export
 from support.make_checkpoint import SERVABLE, Made, edit_json, make_checkpoint, reseal, tree
@@ -159,31 +155,3 @@ def test_a_recorded_command_gives_the_same_again(
     assert run(cli, [*words[2:], "--json"]) == 0
     assert capfd.readouterr().out == printed
     assert tree(out) == before
-
-
-def command(group: click.Group, name: str) -> click.Command:
-    found = group.get_command(click.Context(group), name)
-    assert found is not None
-    return found
-
-
-def parsed(command: Any, words: list[str]) -> dict[str, Any]:
-    """A command's parameters, and as "options" what stands after "--"."""
-    context = command.make_context(command.name, words)
-    values = {name: value for name, value in context.params.items() if name not in ("as_json", "force")}
-    return values if context.obj is None else values | {"options": context.obj}
-
-
-def test_a_parity_report_records_every_option() -> None:
-    words = ["--adapter", "f", "--baseline", "v", "--checkpoint", "c", "--engine", "vllm", "--engine", "torch"]
-    words += ["--num-prompts", "40", "--max-concurrency", "1,4", "--margin", "0.1", "-o", "out", "--model", "m"]
-    words += ["--vllm", "bin/vllm", "--new-tokens", "6", "--memory", "3", "--cross-check", "--timeout", "7"]
-    words += ["--start-timeout", "8", "--seed", "9", "--device", "cpu", "--compute-dtype", "bf16", "--allow-unequal"]
-    defaults = {p.name: p.default for p in command(serve_cli, "parity").params}
-    changed: set[str] = set()
-    for workload in (["--workload", "mixed", "--prompt-tokens", "5"], ["--workload", "file", "--prompts", "p"]):
-        values = parsed(command(serve_cli, "parity"), [*words, *workload, "--", "--max-num-seqs", "4"])
-        changed |= {name for name, value in values.items() if value != defaults.get(name)}
-        again = shlex.split(ParityRequest(**values).command())
-        assert parsed(command(serve_cli, "parity"), again[3:]) == values
-    assert changed == values.keys()

@@ -13,7 +13,7 @@ import click
 import pytest
 
 import loraover_serve
-from loraover.common.command_line import Command, run
+from loraover.common.command_line import Command
 from loraover.common.errors import ConfigError, EngineError
 from loraover.common.reporter import Reporter
 from loraover.models.device import choose_device
@@ -83,8 +83,10 @@ def test_the_environment_names_the_command_vllm(folded: Path, tmp_path: Path, mo
 
 
 def test_arguments_of_serving_are_checked_before_the_block() -> None:
-    with pytest.raises(ConfigError, match=r"--port cannot be given.*no adapter was given.*port is 0.*start_timeout_s"):
-        serve_adapters([], port=0, start_timeout_s=0, options=["--port=1"])
+    with pytest.raises(ConfigError, match=r"adapters is empty.*port is 0.*start_timeout_s is 0"):
+        serve_adapters([], port=0, start_timeout_s=0)
+    with pytest.raises(ConfigError, match="--port cannot be given to vLLM here: name it with port, not in options"):
+        serve_adapters(["shop"], options=["--port=1"])
 
 
 def test_parity_is_measured_without_output(folded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -142,35 +144,26 @@ def test_a_measurement_that_cannot_be_written_is_in_the_error(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engines": []}, "--engine is missing"),
-        ({"engines": ["onnx", "tgi"]}, "--engine is tgi, expected some of vllm, onnx, torch"),
-        ({"workload": "poisson"}, "--workload is 'poisson'"),
-        ({"workload": "file"}, "go together"),
+        ({"engines": []}, "engines is empty"),
+        ({"engines": ["onnx", "tgi"]}, "engines is 'tgi', expected one of vllm, onnx, torch"),
+        ({"engines": ["onnx", "onnx"]}, "engines names one twice: onnx, onnx"),
+        ({"workload": "poisson"}, "workload is 'poisson'"),
+        ({"workload": "file"}, "workload='file' and prompts go together"),
         ({"prompts": "p"}, "go together"),
-        ({"workload": "file", "prompts": "p", "prompt_tokens": 5}, "--prompt-tokens is for prompts of the built-in"),
-        ({"cross_check": True}, "--cross-check is for vLLM, which is not measured; add --engine vllm"),
-        ({"max_concurrency": []}, "expected positive numbers"),
-        ({"max_concurrency": [0]}, "expected positive numbers"),
-        ({"margin": 0}, "--margin is 0"),
-        ({"margin": float("nan")}, "--margin is nan"),
-        ({"prompt_tokens": 0}, "--prompt-tokens is 0"),
-        ({"new_tokens": 1}, "--new-tokens is 1"),
-        ({"memory": -1}, "--memory is -1"),
-        ({"timeout_s": 0}, "--timeout is 0"),
-        ({"margin": 2, "num_prompts": 9}, r"--margin is 2.*--num-prompts 10 or more"),
+        ({"workload": "file", "prompts": "p", "prompt_tokens": 5}, "prompt_tokens is for prompts of the built-in"),
+        ({"cross_check": True}, "cross_check: only for vLLM, which is not measured; add engines='vllm'"),
+        ({"max_concurrency": [4]}, "max_concurrency: only for vLLM"),
+        ({"max_concurrency": []}, "max_concurrency is empty"),
+        ({"max_concurrency": [0]}, "max_concurrency is 0"),
+        ({"margin": 0}, "margin is 0"),
+        ({"margin": float("nan")}, "margin is nan"),
+        ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"new_tokens": 1}, "new_tokens is 1"),
+        ({"memory": -1}, "memory is -1"),
+        ({"timeout_s": 0, "margin": 2}, r"margin is 2.*, expected 1 at most.*timeout_s is 0"),
+        ({"num_prompts": 9}, "num_prompts=10 or more"),
     ],
 )
 def test_arguments_of_parity_are_checked_first(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         measure_parity("no such folder", **arguments)
-
-
-@pytest.mark.parametrize("old", ["--folded", "--vanilla", "--requests", "--concurrency", "--out"])
-def test_an_old_option_is_refused_with_its_new_name(old: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["parity", old, "1"]) == 2
-    assert f"{old} is now called {command('parity').renamed[old]}." in capsys.readouterr().err
-
-
-def test_the_command_engines_is_refused_with_its_new_name(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["engines"]) == 2
-    assert "engines is now called loraover doctor." in capsys.readouterr().err

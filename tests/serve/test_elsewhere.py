@@ -58,7 +58,7 @@ def test_a_process_that_ended_is_reported(running: Runner) -> None:
 def test_a_silent_process_is_given_up(here: Elsewhere, tmp_path: Path) -> None:
     with (
         here.run(ARGUMENTS, tmp_path / "log", 1e-4) as running,
-        pytest.raises(EngineError, match=r"mlx: no answer within 0.0001 s; raise --start-timeout"),
+        pytest.raises(EngineError, match=r"mlx: no answer within 0.0001 s; raise the start timeout"),
     ):
         running.ask("version")
 

@@ -17,14 +17,8 @@ from loraover.common.errors import ParityError
 from loraover.common.multiple_testing import holm
 from loraover_serve.parity.judge import bootstrap
 from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of, studentised
-from loraover_serve.parity.judge.equivalence import (
-    MIN_BLOCKS,
-    Comparison,
-    blocks_needed,
-    compare,
-    decide,
-    holm_levels,
-)
+from loraover_serve.parity.judge.equivalence import Comparison, blocks_needed, compare, decide, holm_levels
+from loraover_serve.parity.request import MIN_BLOCKS
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 

@@ -13,7 +13,8 @@ from loraover.training.recipe import OTHER_METHODS
 from loraover_export import export_vllm
 from loraover_serve import EngineResult, serve_adapters, verify_adapter
 from loraover_serve.verify.faults import NOT_APPLIED
-from loraover_serve.vllm.server import LOOPBACK, VllmServer, free_port
+from loraover_serve.vllm.request import LOOPBACK
+from loraover_serve.vllm.server import VllmServer, free_port
 
 from support.engine_forms import TINY
 from support.tiny_hub import write_recipe

@@ -90,10 +90,10 @@ def test_a_fault_before_any_block_leaves_no_report(
     vllm = stand_in(tmp_path, fault, after=STARTED + BLOCK + 3)
     assert parity(made, vllm, tmp_path / "out") == 2
     assert_stopped(tmp_path)
-    shown = capsys.readouterr().err
-    assert FAULTS[fault] in shown
+    shown = capsys.readouterr()
+    assert FAULTS[fault] in shown.err
     assert not (tmp_path / "out").exists()
-    (kept,) = re.findall(r"kept in (\S+): vllm\.log", shown)
+    (kept,) = re.findall(r"kept in (\S+): vllm\.log", shown.out)
     assert "words:" in (Path(kept) / "vllm.log").read_text()
 
 

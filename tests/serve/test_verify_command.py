@@ -93,7 +93,7 @@ def test_prompts_that_are_cut_are_counted(adapter: Path, tmp_path: Path, capsys:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The train leaves at nine.\n" + "the train leaves " * 60 + "\n")
     assert verify(adapter, "--engine", "torch", "--prompts", prompts, "-o", tmp_path / "out") == 0
-    assert "prompts that were cut to their first 125 tokens: 1" in capsys.readouterr().err
+    assert "prompts that were cut to their first 125 tokens: 1" in capsys.readouterr().out
     report = VerifyReport.model_validate_json((tmp_path / "out" / "verify.json").read_text())
     assert report.prompt_source == "2 of the prompts of prompts.txt, 1 of them cut to their first 125 tokens"
 
@@ -188,18 +188,18 @@ def test_a_missing_vllm_is_found(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engines": ["tgi"]}, "--engine is tgi, expected some of vllm, onnx, llamacpp"),
-        ({"engines": ["onnx", "onnx"]}, "--engine names one twice"),
-        ({"endpoint": "http://localhost:1"}, "--endpoint and --served-name go together"),
-        ({"served_name": "shop"}, "--endpoint and --served-name go together"),
-        ({"base_name": "b", "endpoint_key_variable": "K"}, r"--base-name is .*--endpoint-key-variable is for a server"),
+        ({"engines": ["tgi"]}, "engines is 'tgi', expected one of vllm, onnx, llamacpp"),
+        ({"engines": ["onnx", "onnx"]}, "engines names one twice"),
+        ({"endpoint": "http://localhost:1"}, "endpoint needs served_name, which is missing"),
+        ({"served_name": "shop"}, "served_name needs endpoint, which is missing"),
+        ({"base_name": "b", "endpoint_key_variable": "K"}, r"base_name needs .*endpoint_key_variable needs endpoint"),
         (
             {"engines": ["torch"], "options": ["--dtype"]},
-            "the words after -- are for an engine that has a command line",
+            "options are for an engine that has a command line; add engines='vllm'",
         ),
-        ({"engines": ["onnx"], "base_gguf": "base.gguf"}, "--base-gguf is for llama.cpp; add --engine llamacpp"),
+        ({"engines": ["onnx"], "base_gguf": "base.gguf"}, "base_gguf is for llama.cpp; add engines='llamacpp'"),
         ({"engines": ["vllm"], "options": ["--port=1"]}, "--port cannot be given to vLLM here: verify sets it"),
-        ({"new_tokens": 0, "timeout_s": 0}, r"--new-tokens is 0.*--timeout is 0"),
+        ({"new_tokens": 0, "timeout_s": 0}, r"new_tokens is 0.*timeout_s is 0"),
         ({"device": "gpu"}, "device is 'gpu', expected one of auto, cpu"),
     ],
 )
@@ -250,7 +250,7 @@ def test_a_bias_of_a_lora_is_refused(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_prompts_and_answers_must_fit_the_model(adapter: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--new-tokens is 128, and .* takes 128 tokens"):
+    with pytest.raises(ConfigError, match=r"new_tokens is 128, and .* takes 128 tokens"):
         verify_adapter(adapter, engines=["torch"], new_tokens=128)
 
 

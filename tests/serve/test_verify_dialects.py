@@ -104,8 +104,9 @@ def test_a_right_adapter_is_as_trained_and_a_wrong_one_differs(
 
 
 def asked(case: Case, scratch: Path, url: str, **changes: Any) -> EngineResult:
-    setting = replace(case.setting(scratch), endpoint=url, **({"served_name": "shop"} | changes))
-    return verify_engine("endpoint", setting, case.court)
+    setting = case.setting(scratch)
+    request = replace(setting.request, endpoint=url, **({"served_name": "shop"} | changes))
+    return verify_engine("endpoint", replace(setting, request=request), case.court)
 
 
 def right(case: Case, **names: Path | None) -> Served:
@@ -123,7 +124,7 @@ def test_a_key_may_have_a_header_of_its_own(case: Case, tmp_path: Path, monkeypa
     monkeypatch.setenv(KEY_VARIABLE, "sk-sesame")
     for key in (("x-api-key", "sk-sesame"), ("Authorization", "Bearer sk-sesame")):
         with openai_server(right(case), NAMES, key) as server:
-            assert asked(case, tmp_path, server.url, key_variable=KEY_VARIABLE).verdict == "as trained"
+            assert asked(case, tmp_path, server.url, endpoint_key_variable=KEY_VARIABLE).verdict == "as trained"
 
 
 def test_chats_are_refused_without_a_template_to_ask_pytorch_with(case: Case) -> None:
@@ -169,7 +170,7 @@ def test_an_adapter_may_be_listed_by_another_name_or_not_at_all(case: Case, tmp_
             assert asked(case, tmp_path, server.url, served_name=name).verdict == "as trained"
     with (
         openai_server(right(case), ("base",)) as server,
-        pytest.raises(ConfigError, match="serves base, and not absent; name the adapter with --served-name"),
+        pytest.raises(ConfigError, match="serves base, and not absent; name the adapter with served_name"),
     ):
         asked(case, tmp_path, server.url, served_name="absent")
 

@@ -44,7 +44,8 @@ def ask(case: Case, tmp_path: Path) -> Callable[..., EngineResult]:
 
 
 def setting(case: Case, url: str, scratch: Path, **changes: Any) -> Setting:
-    return replace(case.setting(scratch), endpoint=url, served_name="shop", **changes)
+    found = case.setting(scratch)
+    return replace(found, request=replace(found.request, endpoint=url, served_name="shop", **changes))
 
 
 def right(case: Case, form: str = "ids") -> Served:
@@ -155,7 +156,7 @@ def test_the_base_models_name_can_be_found_or_given(case: Case, ask: Callable[..
     served = Served(case.base, {"another name": None, "shop": case.adapter})
     assert ask(served, ("another name", "shop")).verdict == "as trained"
     assert ask(served, (), base_name="another name").verdict == "as trained"
-    with pytest.raises(ConfigError, match=r"serves a, b, and not .*base, shop; name the adapter with --served-name"):
+    with pytest.raises(ConfigError, match=r"serves a, b, and not .*base, shop; name the adapter with served_name"):
         ask(served, ("a", "b"))
 
 
@@ -167,16 +168,18 @@ def test_the_key_is_sent_and_never_shown(
     monkeypatch.setenv(KEY_VARIABLE, key)
     served = right(case)
     with openai_server(served, NAMES) as server:
-        found = verify_engine("endpoint", setting(case, server.url, tmp_path, key_variable=KEY_VARIABLE), case.court)
+        found = verify_engine(
+            "endpoint", setting(case, server.url, tmp_path, endpoint_key_variable=KEY_VARIABLE), case.court
+        )
         assert found.verdict == "as trained"
         assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
     with pytest.raises(EngineError, match=r"answered 401: refused, for Bearer \*\*\*"):
-        ask(lambda body: 401, key_variable=KEY_VARIABLE)
+        ask(lambda body: 401, endpoint_key_variable=KEY_VARIABLE)
     with pytest.raises(EngineError, match=r"base was asked, and '\*\*\*' answered"):
-        ask(_changed(case, answer={"model": key}), key_variable=KEY_VARIABLE)
+        ask(_changed(case, answer={"model": key}), endpoint_key_variable=KEY_VARIABLE)
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(ConfigError, match="no environment variable of the name that was given is set"):
-        ask(served, key_variable=KEY_VARIABLE)
+        ask(served, endpoint_key_variable=KEY_VARIABLE)
 
 
 def _changed(case: Case, **changes: Any) -> Callable[[dict[str, Any]], bytes]:

@@ -132,7 +132,8 @@ def _served(setting: Setting, adapter: Path, running: Running) -> Iterator[Verif
     server, name = running.vllm(setting.base.location), setting.scratch.name
     load_adapter(server, name, adapter)
     try:
-        asked = replace(setting, endpoint=server.url, served_name=name, base_name=setting.base.location)
+        request = replace(setting.request, endpoint=server.url, served_name=name, base_name=setting.base.location)
+        asked = replace(setting, request=request)
         with engine_class(ENDPOINT).start(asked) as engine:
             engine.version = server.version()
             yield engine

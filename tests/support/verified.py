@@ -24,6 +24,7 @@ from loraover_serve.verify.engines.base import Setting
 from loraover_serve.verify.faults import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.judge import Court
 from loraover_serve.verify.reference import make_reference
+from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 
@@ -92,7 +93,7 @@ class Case:
     def setting(self, scratch: Path, *, adapter: Path | None = None, base: Path | None = None) -> Setting:
         """What an engine is started with: another adapter or base model than the judge's is a planted fault."""
         folder, source = adapter or self.adapter, resolve_model(str(base or self.base))
-        return Setting(folder, adapter_of(read_source(folder)), source, scratch, longest=96)
+        return Setting(VerifyRequest(folder), folder, adapter_of(read_source(folder)), source, scratch, longest=96)
 
 
 def make_case(

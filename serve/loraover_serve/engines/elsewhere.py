@@ -118,7 +118,9 @@ class Runner:
             line = reader.submit(self._process.stdout.readline).result(self._timeout_s)
         except LateError:
             self._process.kill()
-            raise EngineError(f"{self._name}: no answer within {self._timeout_s:g} s; raise --start-timeout.") from None
+            raise EngineError(
+                f"{self._name}: no answer within {self._timeout_s:g} s; raise the start timeout."
+            ) from None
         except OSError:
             line = ""
         finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraover_serve.engines.distributions import LLAMA_CPP, ONNX, ONNX_GENAI, VLLM, installed_version, version_beside
 from loraover_serve.engines.elsewhere import MLX, OPENVINO
-from loraover_serve.vllm.command import vllm_command
+from loraover_serve.vllm.request import vllm_command
 
 
 @dataclass(frozen=True)

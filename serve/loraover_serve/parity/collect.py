@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraover.common.errors import EngineError, LoraOverError
-from loraover.common.reporter import Reporter
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
 from loraover.models.memory import memory_explained
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request, Sample
-from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
 from loraover_serve.parity.judge.outputs import Outputs, compare_outputs
 from loraover_serve.parity.judge.several import Together, compare_together
 from loraover_serve.parity.measure.arms import Arms
@@ -34,7 +32,7 @@ from loraover_serve.parity.measure.start import (
     started,
     started_vllm,
 )
-from loraover_serve.parity.request import ParityRequest
+from loraover_serve.parity.request import MIN_BLOCKS, ParityRequest
 from loraover_serve.parity.samples import BASE, FOLDED, Measurement
 
 if TYPE_CHECKING:
@@ -105,7 +103,6 @@ class Collector:
         requests: the requests that every arm answers.
         folder: folder for exports and copies of adapters.
         launch: command line and limits of vLLM servers.
-        report: receiver of progress.
     """
 
     request: ParityRequest
@@ -113,7 +110,6 @@ class Collector:
     requests: Sequence[Request]
     folder: Path
     launch: Launch
-    report: Reporter
 
     def collect(self) -> Measured:
         """Measure every engine at every concurrency, then compare its answers with PyTorch's.
@@ -142,7 +138,7 @@ class Collector:
         """Compare the answers of each run with those of PyTorch."""
         models, folded_name = references(self.arms, **self._compute)
         runs = measured.testable
-        with self.report.task("comparing outputs with PyTorch, runs", len(runs)) as done:
+        with self.request.report.task("comparing outputs with PyTorch, runs", len(runs)) as done:
             for count, run in enumerate(runs, 1):
                 found = compare_outputs(run, self.requests, models, folded_name, COMPARED_PROMPTS)
                 measured.outputs.append(found)
@@ -153,7 +149,7 @@ class Collector:
                 done(count)
 
     def _measure(self, name: str, measured: Measured) -> None:
-        say, graph = self.report.line, self.request.graph
+        say, graph = self.request.report.line, self.request.graph
         start = started(name, self.arms, self.requests, self.folder, self.launch, say, graph=graph, **self._compute)
         with start as engines:
             for engine in engines:
@@ -187,7 +183,9 @@ class Collector:
 
     def _alone(self, engine: Engine, run: Measurement) -> Alone:
         """Answers of each adapter alone to the first waves in which every adapter has its turns."""
-        self.report.line(f"{engine.name}, concurrency {run.concurrency}: {' and '.join(self._several)}, each alone")
+        self.request.report.line(
+            f"{engine.name}, concurrency {run.concurrency}: {' and '.join(self._several)}, each alone"
+        )
         size = self.request.waves * run.concurrency
         waves = size * math.ceil(COMPARED_PROMPTS / size)
         indices = sorted({sample.request for sample in run.samples})[:waves]
@@ -196,7 +194,7 @@ class Collector:
     def _run(self, engine: Engine, concurrency: int) -> Measurement:
         blocks = self.request.blocks(concurrency)
         label = f"{engine.name}, concurrency {concurrency}, {len(engine.arms)} arms, blocks"
-        with self.report.task(label, blocks) as done:
+        with self.request.report.task(label, blocks) as done:
             count = itertools.count(1)
             return measure(
                 engine,
@@ -216,7 +214,7 @@ class Collector:
         with measured.optional("version of vLLM"):
             measured.versions["vllm"] = engine.server.version()
         if self.request.cross_check:
-            self.report.line("vllm bench serve, on each arm")
+            self.request.report.line("vllm bench serve, on each arm")
             with measured.optional("cross-check"):
                 self._cross_check(engine, run, measured)
 
@@ -242,6 +240,8 @@ class Collector:
             alone = {arm: self.arms.adapters[arm]} if arm != BASE else {}
             start = partial(started_vllm, alone, self.arms, self.requests, self.folder, launch)
             for concurrency in self.request.max_concurrency:
-                self.report.line(f"peak memory of {arm}, concurrency {concurrency}: starting {servers} server(s)")
+                self.request.report.line(
+                    f"peak memory of {arm}, concurrency {concurrency}: starting {servers} server(s)"
+                )
                 few = self.requests[: MEMORY_WAVES * concurrency]
                 measured.memory.append(measure_memory(start, arm, few, concurrency=concurrency, servers=servers))

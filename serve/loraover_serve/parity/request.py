@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import get_args
 
-from loraover.common.errors import ConfigError
+from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, option
 from loraover.models.device import choose_compute
+from loraover.models.request_fields import compute_dtype, device
 from loraover_serve.engines import ENGINES
-from loraover_serve.parity.judge.equivalence import MIN_BLOCKS
-from loraover_serve.parity.measure.several import ROUNDS
-from loraover_serve.parity.measure.workload import WorkloadKind
-from loraover_serve.vllm.serve import SET_BY_SERVE, option_faults
+from loraover_serve.vllm.request import (
+    SET_BY_SERVE,
+    base_model,
+    graph,
+    option_faults,
+    start_timeout,
+    vllm,
+    vllm_words,
+)
 
 PROMPT_TOKENS = 32
 """Length of a prompt if none is given, in tokens."""
+
+MIN_BLOCKS = 5
+"""Smallest number of blocks that a comparison takes."""
+
+ROUNDS = 2
+"""Turns that each of several adapters gets in a run."""
 
 _CACHE_OFF = "the prefix cache is always off, or a later arm would reuse an earlier one's work"
 SET_BY_PARITY = (
@@ -29,89 +38,104 @@ SET_BY_PARITY = (
 
 
 @dataclass(frozen=True)
-class ParityRequest:
-    """The arguments of `measure_parity`, which documents them.
+class ParityRequest(Request):
+    """Arguments of `measure_parity`."""
 
-    Raises:
-        ConfigError: arguments that cannot be used; the message names all of them.
-    """
+    verb = "loraover serve parity"
 
-    adapter: Path
-    baseline: Path | None
-    checkpoint: Path | None
-    also_adapters: tuple[Path, ...]
-    engines: tuple[str, ...]
-    num_prompts: int
-    max_concurrency: tuple[int, ...]
-    margin: float
-    output: Path | None
-    model: str | None
-    vllm: str
-    workload: WorkloadKind
-    prompts: Path | None
-    prompt_tokens: int
-    new_tokens: int
-    seed: int
-    allow_unequal: bool
-    memory: int
-    cross_check: bool
-    timeout_s: float
-    start_timeout_s: float
-    device: str = "auto"
-    compute_dtype: str = "fp32"
-    options: tuple[str, ...] = ()
-    graph: Path | None = None
+    adapter: AnyPath = option("Folder of the folded adapter.")
+    baseline: AnyPath | None = option(
+        "Folder of a plain LoRA with the same ranks and targets, to compare with.",
+        default=None,
+        default_text="random weights of the adapter's shapes",
+    )
+    checkpoint: AnyPath | None = option(
+        "Folder of the LoRA-Over checkpoint that was folded; answers are then compared with its unfolded model, which "
+        "also becomes an arm of the engine torch.",
+        default=None,
+    )
+    also_adapters: AnyPaths = option(
+        "Folder of a further adapter of the same ranks and targets, to measure requests that switch among adapters or, "
+        "on vLLM, share a batch.",
+        default=(),
+        flag="--also-adapter",
+    )
+    engines: AnyNames = option(
+        "Engine to measure on: vLLM, ONNX Runtime, or PyTorch with PEFT.",
+        default=("onnx",),
+        flag="--engine",
+        choices=ENGINES,
+        are_different=True,
+    )
+    num_prompts: int = option("Number of requests that each arm answers, at every concurrency.", default=100, least=1)
+    max_concurrency: tuple[int, ...] = option(
+        "Number of simultaneous requests to vLLM; each of several numbers is measured.",
+        default=(1,),
+        least=1,
+        has_commas=True,
+        are_different=True,
+    )
+    margin: float = option(
+        "Largest difference of times that still counts as equal (0.05 is 5 %).", default=0.05, above=0, most=1
+    )
+    output: AnyPath | None = option(
+        "New folder for parity.json, parity.html and vLLM's logs.", default=None, short="-o"
+    )
+    model: AnyName | None = base_model()
+    vllm: AnyName = vllm()
+    graph: AnyPath | None = graph()
+    workload: str = option(
+        "Prompts of one length (fixed), of log-normal lengths (mixed), or of a file (file).",
+        default="fixed",
+        choices=("fixed", "mixed", "file"),
+    )
+    prompts: AnyPath | None = option("UTF-8 text file with one prompt in each line.", default=None)
+    prompt_tokens: int = option(
+        "Length of a prompt, in tokens; the median of a mixed workload.", default=PROMPT_TOKENS, least=1
+    )
+    new_tokens: int = option("Length of an answer, in tokens; the median of a mixed workload.", default=32, least=2)
+    memory: int = option(
+        "Number of vLLM servers to start for each arm to measure peak memory; 3 or more give an interval.",
+        default=1,
+        least=0,
+    )
+    cross_check: bool = option("Run `vllm bench serve` against the same server too.", default=False)
+    timeout_s: float = option(
+        "Seconds without output before giving up on a server.", default=120.0, flag="--timeout", least=1
+    )
+    start_timeout_s: float = start_timeout()
+    device: str = device(
+        "Device that PyTorch runs on: the engine torch, and the models that answers are compared with."
+    )
+    compute_dtype: str = compute_dtype("Data type in which PyTorch computes.")
+    seed: int = option("Seed of random weights, of lengths and of the order of arms.", default=0)
+    allow_unequal: bool = option("Compare adapters of different ranks or targets.", default=False)
+    options: AnyNames = vllm_words()
 
     def __post_init__(self) -> None:
-        faults = [*self._range_faults(), *self._engine_faults(), *option_faults(self.options, SET_BY_PARITY)]
-        if faults:
-            raise ConfigError(" ".join(faults))
+        super().__post_init__()
         choose_compute(self.device, self.compute_dtype)
 
-    def _range_faults(self) -> Iterator[str]:
-        for option, number, least in (
-            ("prompt-tokens", self.prompt_tokens, 1),
-            ("memory", self.memory, 0),
-            ("timeout", self.timeout_s, 1),
-            ("start-timeout", self.start_timeout_s, 1),
-        ):
-            if not number >= least:
-                yield f"--{option} is {number}, expected {least} at least."
-        if not 0 < self.margin <= 1:
-            yield f"--margin is {self.margin}, expected more than 0 and at most 1."
-        if self.new_tokens < 2:
-            yield f"--new-tokens is {self.new_tokens}; the time per output token takes two tokens at least."
-        if self.workload not in get_args(WorkloadKind):
-            yield f"--workload is {self.workload!r}, expected one of {', '.join(get_args(WorkloadKind))}."
+    def faults(self) -> Iterator[str]:
         if (self.workload == "file") != (self.prompts is not None):
-            yield "--workload file and --prompts go together; give both or neither."
+            yield f"{self.named('workload', 'file')} and {self.named('prompts')} go together; give both or neither."
         if self.workload == "file" and self.prompt_tokens != PROMPT_TOKENS:
-            yield "--prompt-tokens is for prompts of the built-in text; leave it out with --workload file."
-
-    def _engine_faults(self) -> Iterator[str]:
-        unknown = [engine for engine in self.engines if engine not in ENGINES]
-        if unknown or not self.engines:
-            yield f"--engine is {', '.join(unknown) or 'missing'}, expected some of {', '.join(ENGINES)}."
-        for option, given in (("--engine", self.engines), ("--max-concurrency", self.max_concurrency)):
-            if len(set(given)) < len(given):
-                yield f"{option} names one twice: {', '.join(map(str, given))}; name each once."
+            yield f"{self.named('prompt_tokens')} is for prompts of the built-in text; leave it out."
         if self.graph is not None and "onnx" not in self.engines:
-            yield "--graph is for ONNX Runtime; add --engine onnx."
-        if self.cross_check and "vllm" not in self.engines:
-            yield "--cross-check is for vLLM, which is not measured; add --engine vllm."
-        if self.options and "vllm" not in self.engines:
-            yield "the words after -- are for vLLM, which is not measured; add --engine vllm."
-        if self.max_concurrency != (1,) and "vllm" not in self.engines:
-            yield "--max-concurrency is for vLLM; onnx and torch answer one request at a time."
-        if not self.max_concurrency or min(self.max_concurrency) < 1:
-            yield f"--max-concurrency is {self.max_concurrency}, expected positive numbers."
-            return
+            yield f"{self.named('graph')} is for ONNX Runtime; add {self.named('engines', 'onnx')}."
+        if "vllm" not in self.engines and (given := self.given("max_concurrency", "cross_check", "options")):
+            yield f"{given}: only for vLLM, which is not measured; add {self.named('engines', 'vllm')}."
+        yield from option_faults(self, self.options, SET_BY_PARITY)
+        yield from self._block_faults()
+
+    def _block_faults(self) -> Iterator[str]:
         for concurrency in self.max_concurrency:
             if self.blocks(concurrency) < MIN_BLOCKS:
+                enough = self.named("num_prompts", 2 * MIN_BLOCKS * self.waves * concurrency)
                 yield (
                     f"{self.num_prompts} prompts make {self.blocks(concurrency)} blocks of "
                     f"2 x {self.waves * concurrency} at concurrency {concurrency}, and the tests take {MIN_BLOCKS} at "
-                    f"least; give --num-prompts {2 * MIN_BLOCKS * self.waves * concurrency} or more."
+                    f"least; give {enough} or more."
                 )
 
     def blocks(self, concurrency: int) -> int:
@@ -126,26 +150,3 @@ class ParityRequest:
     def concurrencies(self, engine: str) -> tuple[int, ...]:
         """The concurrencies to measure an engine at; only a server answers several requests at once."""
         return self.max_concurrency if engine == "vllm" else (1,)
-
-    def command(self) -> str:
-        """The command line, for the report."""
-        words = ["loraover", "serve", "parity", "--adapter", str(self.adapter)]
-        words += [] if self.baseline is None else ["--baseline", str(self.baseline)]
-        words += [] if self.checkpoint is None else ["--checkpoint", str(self.checkpoint)]
-        words += [word for folder in self.also_adapters for word in ("--also-adapter", str(folder))]
-        words += [word for engine in self.engines for word in ("--engine", engine)]
-        words += ["--num-prompts", str(self.num_prompts)]
-        words += ["--max-concurrency", ",".join(map(str, self.max_concurrency))]
-        words += ["--margin", str(self.margin), "--workload", self.workload, "--seed", str(self.seed)]
-        words += ["--prompt-tokens", str(self.prompt_tokens), "--new-tokens", str(self.new_tokens)]
-        words += [] if self.prompts is None else ["--prompts", str(self.prompts)]
-        words += [] if self.model is None else ["--model", self.model]
-        words += [] if self.graph is None else ["--graph", str(self.graph)]
-        if "vllm" in self.engines:
-            words += ["--memory", str(self.memory), "--vllm", self.vllm, "--start-timeout", str(self.start_timeout_s)]
-        words += ["--timeout", str(self.timeout_s), "--device", self.device, "--compute-dtype", self.compute_dtype]
-        words += ["--cross-check"] if self.cross_check else []
-        words += ["--allow-unequal"] if self.allow_unequal else []
-        words += [] if self.output is None else ["--output", str(self.output)]
-        words += ["--", *self.options] if self.options else []
-        return shlex.join(words)

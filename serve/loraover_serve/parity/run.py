@@ -4,98 +4,38 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from loraover.common.atomic_output import check_writable, publish_directory, publish_text
-from loraover.common.errors import OutputError
+from loraover.common.errors import OutputError, UnwrittenReportError
 from loraover.common.provenance import today
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.reporter import Reporter
+from loraover.common.request import verb
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
-from loraover_serve.comparison.report import UnwrittenReportError, machine, versions
+from loraover_serve.comparison.report import machine, versions
 from loraover_serve.engines.sample import Request
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
 from loraover_serve.parity.measure.start import LOG_FILE, Launch
-from loraover_serve.parity.measure.workload import WorkloadKind, make_requests
+from loraover_serve.parity.measure.workload import make_requests
 from loraover_serve.parity.report.html import HTML_FILE, to_page
 from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
-from loraover_serve.vllm.command import vllm_command
 
 ALPHA = 0.05
 
 
-def measure_parity(
-    adapter: str | Path,
-    *,
-    baseline: str | Path | None = None,
-    checkpoint: str | Path | None = None,
-    also_adapters: Sequence[str | Path] = (),
-    engines: Sequence[str] = ("onnx",),
-    num_prompts: int = 100,
-    max_concurrency: Sequence[int] = (1,),
-    margin: float = 0.05,
-    output: str | Path | None = None,
-    model: str | Path | None = None,
-    vllm: str | Path | None = None,
-    graph: str | Path | None = None,
-    workload: WorkloadKind = "fixed",
-    prompts: str | Path | None = None,
-    prompt_tokens: int = 32,
-    new_tokens: int = 32,
-    memory: int = 1,
-    cross_check: bool = False,
-    timeout_s: float = 120,
-    start_timeout_s: float = 600,
-    device: str = "auto",
-    compute_dtype: str = "fp32",
-    seed: int = 0,
-    allow_unequal: bool = False,
-    options: Sequence[str] = (),
-    report: Reporter = SILENT,
-) -> ParityReport:
+@verb(ParityRequest)
+def measure_parity(request: ParityRequest) -> ParityReport:
     """Measure whether a folded adapter is as fast as a plain LoRA, and gives the answers it should.
 
     Every engine answers the same prompts with four arms: the base model, the baseline (a plain LoRA), a second copy of
     the baseline as control, and the folded adapter. An equivalence test compares the times of the folded adapter with
     the baseline's. The report's `verdict` is "equivalent", "different", "inconclusive", or "failed" if an engine failed
     after it had answered a part; the report then has that part.
-
-    Args:
-        adapter: folder of the folded adapter.
-        baseline: folder of a plain LoRA with the same ranks and targets; None draws random weights.
-        checkpoint: folder of the LoRA-Over checkpoint that was folded. Answers are then compared with its unfolded
-            model, which also becomes an arm of the engine torch.
-        also_adapters: folders of further adapters of the same ranks and targets. Two arms are added: "switching", whose
-            requests go to the folded adapter and these in turn, and "mixed", where they share a batch (vLLM only).
-        engines: engines to measure on: "vllm", "onnx" (ONNX Runtime) or "torch" (PyTorch with PEFT).
-        num_prompts: number of requests that each arm answers, at every concurrency.
-        max_concurrency: numbers of simultaneous requests; each is measured. Other engines than vLLM take one at a time.
-        margin: largest difference of times that still counts as equal (0.05 is 5 %).
-        output: new folder for `parity.json`, `parity.html` and vLLM's logs; None writes nothing.
-        model: base model, folder or hub name; None means the one that the adapter names.
-        vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
-        graph: folder of an earlier swappable ONNX export of the same base model. ONNX Runtime is then measured on its
-            graph alone; None builds a swappable graph and a merged one for each adapter, and measures both modes.
-        workload: "fixed" for prompts of one length, "mixed" for log-normal lengths, "file" for the lines of `prompts`.
-        prompts: UTF-8 text file with one prompt in each line.
-        prompt_tokens: length of a prompt, in tokens; the median if `workload` is "mixed".
-        new_tokens: length of an answer, in tokens; the median if `workload` is "mixed".
-        memory: number of vLLM servers to start for each arm to measure peak memory; 3 or more give an interval.
-        cross_check: whether to run `vllm bench serve` against the same server, too.
-        timeout_s: seconds without output before giving up on a server.
-        start_timeout_s: seconds that a vLLM server may take until its first answers.
-        device: device that PyTorch runs on, in the engine torch and to compare answers with: "auto" (the first that is
-            there of cuda, mps and cpu), "cpu", "cuda", "mps", or one GPU such as "cuda:1".
-        compute_dtype: data type that PyTorch runs in: "fp32", "bf16", "fp16" or "fp64".
-        seed: seed of random weights, of lengths and of the order of arms.
-        allow_unequal: whether adapters may have different ranks or targets.
-        options: further words for `vllm serve`, alike for every arm.
-        report: receiver of progress.
 
     Raises:
         ConfigError: arguments that cannot be used, an adapter that names no base model, or a task that is not a causal
@@ -109,54 +49,18 @@ def measure_parity(
         ParityError: adapters of different ranks or targets.
         UnwrittenReportError: an output that could not be written after the measurement; `error.report` has the report.
     """
-    request = ParityRequest(
-        adapter=Path(adapter),
-        baseline=_path(baseline),
-        checkpoint=_path(checkpoint),
-        also_adapters=tuple(map(Path, also_adapters)),
-        engines=tuple(engines),
-        num_prompts=num_prompts,
-        max_concurrency=tuple(max_concurrency),
-        margin=margin,
-        output=_path(output),
-        model=None if model is None else str(model),
-        vllm=vllm_command(vllm),
-        workload=workload,
-        prompts=_path(prompts),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        seed=seed,
-        allow_unequal=allow_unequal,
-        memory=memory,
-        cross_check=cross_check,
-        timeout_s=timeout_s,
-        start_timeout_s=start_timeout_s,
-        device=device,
-        compute_dtype=compute_dtype,
-        options=tuple(options),
-        graph=_path(graph),
-    )
-    return _run(request, report)
-
-
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)
-
-
-def _run(request: ParityRequest, reporter: Reporter) -> ParityReport:
-    """Measure, judge and write; after a failure, keep the logs and the samples, and report their place."""
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
     kept = Path(tempfile.mkdtemp(prefix="loraover-parity-kept-"))
     try:
-        report = _measured_report(request, kept, reporter)
+        report = _measured_report(request, kept)
         if request.output is not None:
             _write(report, request.output, request.adapter, kept)
     except BaseException as error:
-        if place := _kept_in(kept, reporter):
+        if place := _kept_in(kept, request.report):
             error.add_note(place)
         raise
-    if request.output is None and (report.notes or report.verdict == "failed") and _kept_in(kept, reporter):
+    if request.output is None and (report.notes or report.verdict == "failed") and _kept_in(kept, request.report):
         return report.model_copy(update={"kept": kept})
     shutil.rmtree(kept, ignore_errors=True)  # `_kept_in` has removed it if it was empty
     return report
@@ -173,19 +77,9 @@ def _kept_in(folder: Path, reporter: Reporter) -> str:
     return place
 
 
-def _measured_report(request: ParityRequest, logs: Path, reporter: Reporter) -> ParityReport:
+def _measured_report(request: ParityRequest, logs: Path) -> ParityReport:
     with tempfile.TemporaryDirectory(prefix="loraover-parity-") as scratch:
-        arms = prepare_arms(
-            request.adapter,
-            request.baseline,
-            request.checkpoint,
-            Path(scratch),
-            also=request.also_adapters,
-            model=request.model,
-            allow_unequal=request.allow_unequal,
-            seed=request.seed,
-            say=reporter.line,
-        )
+        arms = prepare_arms(request, Path(scratch))
         if request.graph is not None:
             from loraover_serve.engines.onnx_graphs import check_graph
 
@@ -196,7 +90,6 @@ def _measured_report(request: ParityRequest, logs: Path, reporter: Reporter) -> 
             _requests(request, arms),
             Path(scratch),
             Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s, request.options),
-            reporter,
         )
         return _report(request, arms, collector.collect())
 

@@ -2,106 +2,106 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from loraover.common.errors import ConfigError
+from loraover.common.request import AnyName, AnyNames, AnyPath, Request, argument, option
 from loraover.models.device import choose_device
+from loraover.models.request_fields import device
 from loraover_serve.verify.engines import ENDPOINT, ENGINES, engine_class
-from loraover_serve.vllm.serve import SET_BY_SERVE, option_faults
+from loraover_serve.vllm.request import (
+    SET_BY_SERVE,
+    base_model,
+    graph,
+    option_faults,
+    start_timeout,
+    vllm,
+    vllm_words,
+)
 
 SET_BY_VERIFY = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 """Options of `vllm serve` that a verification sets itself."""
 
 
 @dataclass(frozen=True)
-class VerifyRequest:
-    """The arguments of `verify_adapter`, which documents them.
+class VerifyRequest(Request):
+    """Arguments of `verify_adapter`."""
 
-    Raises:
-        ConfigError: arguments that cannot be used; the message names all of them.
-    """
+    verb = "loraover serve verify"
 
-    adapter: Path
-    engines: tuple[str, ...]
-    endpoint: str | None
-    served_name: str | None
-    base_name: str | None
-    endpoint_key_variable: str | None
-    model: str | None
-    prompts: Path | None
-    new_tokens: int
-    device: str
-    vllm: str
-    timeout_s: float
-    start_timeout_s: float
-    output: Path | None
-    base_gguf: Path | None = None
-    graph: Path | None = None
-    options: tuple[str, ...] = ()
+    adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint or a PEFT LoRA.")
+    engines: AnyNames = option(
+        "Engine to start and verify; several are verified one after the other.",
+        default=(),
+        default_text="onnx, unless there is an endpoint",
+        flag="--engine",
+        choices=tuple(ENGINES),
+        are_different=True,
+    )
+    endpoint: str | None = option(
+        "Address of an OpenAI-compatible server that already serves the adapter.", default=None, needs="served_name"
+    )
+    served_name: str | None = option(
+        "Name by which the server at the endpoint serves the adapter.", default=None, needs="endpoint"
+    )
+    base_name: str | None = option(
+        "Name by which the server at the endpoint serves the base model.",
+        default=None,
+        default_text="the base model's own name, or the only other name there",
+        needs="endpoint",
+    )
+    endpoint_key_variable: str | None = option(
+        "Environment variable that holds the key of the server at the endpoint.", default=None, needs="endpoint"
+    )
+    model: AnyName | None = base_model()
+    prompts: AnyPath | None = option(
+        "UTF-8 text file, one prompt a line; the first 256 tokens of each are used.",
+        default=None,
+        default_text="eight built-in prompts",
+    )
+    new_tokens: int = option(
+        "Length of PyTorch's greedy answers, in tokens; servers are compared at each of these tokens.",
+        default=8,
+        least=1,
+    )
+    device: str = device("Device that PyTorch runs on, such as cpu or cuda:1.", "cpu")
+    vllm: AnyName = vllm()
+    base_gguf: AnyPath | None = option(
+        "GGUF file of the base model for llama.cpp, quantised or not.",
+        default=None,
+        default_text="one in F32 that is written for the comparison",
+    )
+    graph: AnyPath | None = graph()
+    timeout_s: float = option(
+        "Seconds that a server may take to answer one request, with its repetitions.",
+        default=120.0,
+        flag="--timeout",
+        least=1,
+    )
+    start_timeout_s: float = start_timeout()
+    output: AnyPath | None = option(
+        "New folder for verify.json, verify.html, its figures and engines' logs.", default=None, short="-o"
+    )
+    options: AnyNames = vllm_words()
 
     def __post_init__(self) -> None:
-        faults = [*self._engine_faults(), *self._endpoint_faults()]
-        if self.new_tokens < 1:
-            faults.append(f"--new-tokens is {self.new_tokens}, expected 1 at least.")
-        for option, seconds in (("timeout", self.timeout_s), ("start-timeout", self.start_timeout_s)):
-            if not seconds >= 1:
-                faults.append(f"--{option} is {seconds}, expected 1 second at least.")
-        if faults:
-            raise ConfigError(" ".join(faults))
+        super().__post_init__()
         choose_device(self.device)
 
-    def _engine_faults(self) -> Iterator[str]:
-        unknown = [engine for engine in self.engines if engine not in ENGINES]
-        if unknown:
-            yield f"--engine is {', '.join(unknown)}, expected some of {', '.join(ENGINES)}."
-            return
-        if len(set(self.engines)) < len(self.engines):
-            yield f"--engine names one twice: {', '.join(self.engines)}; name each once."
+    def faults(self) -> Iterator[str]:
         if self.options:
             takers = [engine for engine in self.engines if engine_class(engine).takes_options]
             if len(takers) != 1:
-                yield "the words after -- are for an engine that has a command line; add --engine vllm."
-            yield from option_faults(self.options, SET_BY_VERIFY)
+                takes = f"an engine that has a command line; add {self.named('engines', 'vllm')}"
+                yield f"{self.named('options')} are for {takes}."
+            yield from option_faults(self, self.options, SET_BY_VERIFY)
         if self.base_gguf is not None and "llamacpp" not in self.engines:
-            yield "--base-gguf is for llama.cpp; add --engine llamacpp."
+            yield f"{self.named('base_gguf')} is for llama.cpp; add {self.named('engines', 'llamacpp')}."
         if self.graph is not None and "onnx" not in self.asked:
-            yield "--graph is for ONNX Runtime; add --engine onnx."
-
-    def _endpoint_faults(self) -> Iterator[str]:
-        if (self.endpoint is None) != (self.served_name is None):
-            yield "--endpoint and --served-name go together: the server's address, and the adapter's name on it."
-        for option, given in (("base-name", self.base_name), ("endpoint-key-variable", self.endpoint_key_variable)):
-            if given is not None and self.endpoint is None:
-                yield f"--{option} is for a server at --endpoint."
+            yield f"{self.named('graph')} is for ONNX Runtime; add {self.named('engines', 'onnx')}."
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """The engines with the server at --endpoint; ONNX Runtime if neither is given."""
+        """The engines with the server at the endpoint; ONNX Runtime if neither is given."""
         given = (*self.engines, *(() if self.endpoint is None else (ENDPOINT,)))
         return given or ("onnx",)
-
-    def command(self) -> str:
-        """The command line, for the report; it names the variable with the key, and not the key."""
-        words = ["loraover", "serve", "verify", str(self.adapter)]
-        words += [word for engine in self.asked if engine in ENGINES for word in ("--engine", engine)]
-        values = {
-            "--endpoint": self.endpoint,
-            "--served-name": self.served_name,
-            "--base-name": self.base_name,
-            "--endpoint-key-variable": self.endpoint_key_variable,
-            "--model": self.model,
-            "--prompts": self.prompts,
-            "--base-gguf": self.base_gguf,
-            "--graph": self.graph,
-            "--output": self.output,
-        }
-        words += [word for option, value in values.items() if value is not None for word in (option, str(value))]
-        words += ["--new-tokens", str(self.new_tokens), "--device", self.device]
-        if "vllm" in self.engines:
-            words += ["--vllm", self.vllm]
-        words += ["--start-timeout", str(self.start_timeout_s), "--timeout", str(self.timeout_s)]
-        words += ["--", *self.options] if self.options else []
-        return shlex.join(words)

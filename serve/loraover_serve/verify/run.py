@@ -15,21 +15,20 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, read_source
 from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
 from loraover.checkpoint.unfolded_model import target_module
-from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
-from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError
+from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError, UnwrittenReportError
 from loraover.common.provenance import today
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import verb
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
 from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task
-from loraover_serve.comparison.report import UnwrittenReportError, machine, versions
+from loraover_serve.comparison.report import machine, versions
 from loraover_serve.verify.answers import ADAPTER, BASE
 from loraover_serve.verify.engines import engine_class
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
-from loraover_serve.verify.engines.endpoint import as_chats, takes_chats_only
+from loraover_serve.verify.engines.endpoint import as_chats, opened, takes_chats_only
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import Answers, Court
@@ -37,34 +36,14 @@ from loraover_serve.verify.reference import Reference, make_reference
 from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
-from loraover_serve.vllm.command import vllm_command
 from loraover_serve.vllm.server import signals_as_interrupts
 
 KEPT_PREFIX = "loraover-verify-kept-"
 """Beginning of the names of temporary folders that outlive a verification."""
 
 
-def verify_adapter(
-    adapter: str | Path,
-    *,
-    engines: Sequence[str] = (),
-    endpoint: str | None = None,
-    served_name: str | None = None,
-    base_name: str | None = None,
-    endpoint_key_variable: str | None = None,
-    model: str | Path | None = None,
-    prompts: str | Path | None = None,
-    new_tokens: int = 8,
-    device: str = "cpu",
-    vllm: str | Path | None = None,
-    base_gguf: str | Path | None = None,
-    graph: str | Path | None = None,
-    timeout_s: float = 120,
-    start_timeout_s: float = 600,
-    output: str | Path | None = None,
-    options: Sequence[str] = (),
-    report: Reporter = SILENT,
-) -> VerifyReport:
+@verb(VerifyRequest)
+def verify_adapter(request: VerifyRequest) -> VerifyReport:
     """Verify that engines answer as an adapter was trained, and name the likely fault of one that does not.
 
     Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
@@ -73,32 +52,6 @@ def verify_adapter(
     noise. A server is asked for each of the two models again while it answers for the other one. The report's `verdict`
     is "as trained", "differs", "inconclusive" if the adapter moves the answers less than the noise, or "failed" if an
     engine failed after another had answered.
-
-    Args:
-        adapter: folder of a LoRA-Over checkpoint or a PEFT LoRA.
-        engines: engines to start here: "vllm", "onnx" (ONNX Runtime), "llamacpp", "mlx" (mlx-lm), "openvino" (OpenVINO
-            GenAI) or "torch" (PyTorch with PEFT). None of them and no `endpoint` means "onnx".
-        endpoint: address of an OpenAI-compatible server that already runs and serves the adapter.
-        served_name: name by which that server serves the adapter.
-        base_name: name by which that server serves the base model; None means the base model's own name, or the only
-            other name that the server lists.
-        endpoint_key_variable: environment variable with that server's key; None sends none.
-        model: base model, folder or hub name; None means the one that the adapter names.
-        prompts: UTF-8 text file with one prompt in each line, of which the first 256 tokens are used; None means eight
-            built-in prompts.
-        new_tokens: length of PyTorch's greedy answers, in tokens; servers are compared at each of these tokens.
-        device: device that PyTorch runs on: "cpu", "cuda", "mps", "auto", or one GPU such as "cuda:1".
-        vllm: command that starts vLLM, in any environment; None means $LORAOVER_VLLM, or `vllm` if that is not set.
-        base_gguf: GGUF file of the base model for llama.cpp, quantised or not; None means that one in F32 is written to
-            the temporary folder.
-        graph: folder of an earlier swappable ONNX export of the same base model, whose graph ONNX Runtime runs; None
-            builds one in the temporary folder.
-        timeout_s: seconds that a server may take to answer one request, with its repetitions.
-        start_timeout_s: seconds that vLLM, mlx-lm or OpenVINO may take until the first answers.
-        output: new folder for `verify.json`, `verify.html`, its figures and engines' logs; None keeps the logs of
-            engines that failed, in a temporary folder.
-        options: further words for `vllm serve`.
-        report: receiver of progress.
 
     Raises:
         ConfigError: arguments that cannot be used, a task that is not a causal language model, or a base model that
@@ -110,28 +63,9 @@ def verify_adapter(
         OutputError: an output that exists or cannot be written.
         UnwrittenReportError: an output that could not be written after the verification; `error.report` has the report.
     """
-    request = VerifyRequest(
-        adapter=Path(adapter),
-        engines=tuple(engines),
-        endpoint=endpoint,
-        served_name=served_name,
-        base_name=base_name,
-        endpoint_key_variable=endpoint_key_variable,
-        model=None if model is None else str(model),
-        prompts=None if prompts is None else Path(prompts),
-        new_tokens=new_tokens,
-        device=device,
-        vllm=vllm_command(vllm),
-        timeout_s=timeout_s,
-        start_timeout_s=start_timeout_s,
-        output=None if output is None else Path(output),
-        base_gguf=None if base_gguf is None else Path(base_gguf),
-        graph=None if graph is None else Path(graph),
-        options=tuple(options),
-    )
     _check_possible(request)
     with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
-        return _verify(request, Path(scratch), report)
+        return _verify(request, Path(scratch))
 
 
 def _check_possible(request: VerifyRequest) -> None:
@@ -139,21 +73,25 @@ def _check_possible(request: VerifyRequest) -> None:
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
     lacking = {name: engine_class(name).install(request.vllm) for name in request.asked}
-    faults = [f"--engine {name} is not installed here; install it: {how}" for name, how in lacking.items() if how]
+    faults = [
+        f"{request.named('engines', name)} is not installed here; install it: {how}"
+        for name, how in lacking.items()
+        if how
+    ]
     if faults:
         raise EngineError("; ".join(faults) + ".")
     if request.endpoint is not None:
-        Endpoint(request.endpoint, request.endpoint_key_variable, timeout_s=request.timeout_s).close()
+        opened(request).close()
     if request.base_gguf is not None:
         check_pair(request.base_gguf, None)
 
 
-def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyReport:
+def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     """Ask PyTorch, then each engine, and write the report; if every engine failed, raise the first one's error."""
     source = read_source(request.adapter)
     layout = adapter_of(source)
     check_plain(layout, "the check of engines")
-    base = resolve_base([layout], request.model, option="--model", say=report.line)
+    base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
     check_task(layout, base, "verify")
     if request.graph is not None:
         from loraover_serve.engines.onnx_graphs import check_graph
@@ -161,19 +99,20 @@ def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRe
         check_graph(request.graph, base)
     device = str(choose_device(request.device))
     subject = make_subject(source, base)
-    longest = _longest(base, request.new_tokens)
+    longest = _longest(base, request)
     found = read_prompts(base, request.prompts, longest=longest)
     if found.cut:
-        report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
+        request.report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
     prompts = [tuple(batch[0].tolist()) for batch in found.batches]
-    setting = _setting(request, layout, base, prompts, scratch, report)
+    longest = max(map(len, prompts)) + request.new_tokens
+    setting = Setting(request, request.adapter.resolve(), layout, base, scratch, longest)
     prompt_source = found.source
     if request.endpoint is not None and takes_chats_only(setting):
-        report.line("the server answers chats only: each prompt is the message of a chat")
+        request.report.line("the server answers chats only: each prompt is the message of a chat")
         prompts, messages = as_chats(load_tokenizer(base), prompts)
         setting = replace(setting, messages=messages)
         prompt_source += ", each the message of a chat" if messages else ""
-    reference = make_reference(source, base, prompts, request.new_tokens, device, report)
+    reference = make_reference(source, base, prompts, request.new_tokens, device, request.report)
     court = Court(reference, Variants(source, base, device, reference.questions), subject)
     results, failures = _verify_all(request, setting, court)
     made = _report(request, base, reference, prompt_source, results)
@@ -183,34 +122,6 @@ def _verify(request: VerifyRequest, scratch: Path, report: Reporter) -> VerifyRe
     if len(failures) == len(results):
         raise failures[0]
     return made
-
-
-def _setting(
-    request: VerifyRequest,
-    layout: AdapterDir,
-    base: ModelSource,
-    prompts: Sequence[tuple[int, ...]],
-    scratch: Path,
-    report: Reporter,
-) -> Setting:
-    return Setting(
-        adapter=request.adapter.resolve(),
-        layout=layout,
-        base=base,
-        scratch=scratch,
-        longest=max(map(len, prompts)) + request.new_tokens,
-        device=str(choose_device(request.device)),
-        vllm=request.vllm,
-        start_timeout_s=request.start_timeout_s,
-        timeout_s=request.timeout_s,
-        endpoint=request.endpoint,
-        key_variable=request.endpoint_key_variable,
-        served_name=request.served_name,
-        base_name=request.base_name,
-        base_gguf=request.base_gguf,
-        graph=request.graph,
-        report=report,
-    )
 
 
 def _report(
@@ -260,10 +171,9 @@ def _verify_all(
     for name in request.asked:
         folder = setting.scratch / name
         folder.mkdir()
-        options = request.options if engine_class(name).takes_options else ()
         start = time.perf_counter()
         try:
-            results.append(verify_engine(name, replace(setting, scratch=folder, options=options), court))
+            results.append(verify_engine(name, replace(setting, scratch=folder), court))
         except LoraOverError as error:
             error.args = (_with_logs(str(error), folder, request.output),)
             failures.append(error)
@@ -304,10 +214,10 @@ def verify_engine(name: str, setting: Setting, court: Court) -> EngineResult:
     """
     start = time.perf_counter()
     with engine_class(name).start(setting) as engine:
-        setting.report.line(f"asking {name}, the base model first")
+        setting.request.report.line(f"asking {name}, the base model first")
         answers, version = ask(engine, court.reference), engine.version
     seconds = time.perf_counter() - start
-    setting.report.line(f"comparing the answers of {name} with PyTorch's")
+    setting.request.report.line(f"comparing the answers of {name} with PyTorch's")
     return court.judge(name, version, answers, seconds)
 
 
@@ -332,17 +242,20 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
     return Answers(base, adapter, greedy, mixed)
 
 
-def _longest(base: ModelSource, new_tokens: int) -> int:
+def _longest(base: ModelSource, request: VerifyRequest) -> int:
     """Largest number of tokens of a prompt: what the base model takes together with an answer, and MAX_TOKENS at most.
 
     Raises:
         ConfigError: a base model that does not take such answers.
     """
+    new_tokens = request.new_tokens
     limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return MAX_TOKENS
     if limit <= new_tokens:
-        raise ConfigError(f"--new-tokens is {new_tokens}, and {base.name} takes {limit} tokens; choose a smaller one.")
+        raise ConfigError(
+            f"{request.named('new_tokens')} is {new_tokens}, and {base.name} takes {limit} tokens; choose fewer."
+        )
     return min(MAX_TOKENS, int(limit) - new_tokens)
 
 

@@ -8,15 +8,17 @@ from rich.table import Table
 
 from loraover.reporting.reporter import print_line
 from loraover_serve.verify.report import EngineResult, VerifyReport
+from loraover_serve.verify.request import VerifyRequest
 
 COLORS = {"as trained": "green", "differs": "red", "failed": "red", "inconclusive": "yellow"}
 
 
-def show_report(report: VerifyReport, console: Console) -> None:
-    """Print one table for all engines, and the reason for each verdict.
+def show_report(report: VerifyReport, request: VerifyRequest, console: Console) -> None:
+    """Print one table for all engines, the reason for each verdict, and the output.
 
     Args:
         report: the report.
+        request: what it answers.
         console: where to print.
     """
     table = Table(
@@ -31,6 +33,8 @@ def show_report(report: VerifyReport, console: Console) -> None:
     console.print(table)
     for result in report.engines:
         print_line(console, f"{result.engine}: {result.verdict}: {result.reason}", COLORS[result.verdict])
+    if request.output is not None:
+        print_line(console, f"wrote {request.output}")
 
 
 def _figures(result: EngineResult) -> list[str]:

@@ -24,18 +24,13 @@ import httpx2
 from loraover.client.tokens import TokenEndpoint
 from loraover.common.errors import ConfigError, EngineError, OutputError
 from loraover_export.vllm.launch import lora_module
+from loraover_serve.vllm.request import KEY_VARIABLE, LAST_PORT, LOOPBACK, STARTUP_S
 
 REQUEST_TIMEOUT_S, HEALTH_TIMEOUT_S = 600.0, 10.0
 POLL_S, HEALTH_S = 0.5, 2.0  # between two questions to a server that starts, and to one that runs
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
-STARTUP_S = 600.0
 LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
 VERSION_S = 120.0  # for `vllm --version`, which imports torch
-LAST_PORT = 65535
-LOOPBACK = "127.0.0.1"
-KEY_VARIABLE = "VLLM_API_KEY"
-"""The environment variable that vLLM reads the server's key from; on a command line, every user would see it."""
-
 CPU_CACHE_GIB = 4  # for keys and values; vLLM's own default is most of the machine's memory
 _VERSION = re.compile(r"\d+\.\d+\S*")
 _SCRIPT = re.compile(rb"#!(/\S*python\S*)\n.*^from vllm\.", re.DOTALL | re.MULTILINE)

@@ -25,9 +25,9 @@ from scipy import stats
 from loraover.common.errors import ParityError
 from loraover.common.multiple_testing import holm
 from loraover_serve.parity.judge.bootstrap import RESAMPLES, studentised
+from loraover_serve.parity.request import MIN_BLOCKS
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
-MIN_BLOCKS = 5
 FEWEST_NEEDED = 8  # with fewer blocks the bootstrap interval is wider than Student's, which `blocks_needed` uses
 MAX_BLOCKS = 100_000
 LARGEST = 700.0  # a logarithm whose exponential is still finite

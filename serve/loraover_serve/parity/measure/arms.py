@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ParityError
 from loraover.models.load import ModelSource
 from loraover_serve.comparison.adapters import check_plain, check_task, write_like
+from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import ALSO, CONTROL, FOLDED, VANILLA
 
 
@@ -38,30 +39,12 @@ class Arms:
     also: tuple[str, ...] = ()
 
 
-def prepare_arms(
-    folded: Path,
-    vanilla: Path | None,
-    checkpoint: Path | None,
-    scratch: Path,
-    *,
-    also: Sequence[Path] = (),
-    model: str | None,
-    allow_unequal: bool,
-    seed: int,
-    say: Callable[[str], None],
-) -> Arms:
+def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
     """Read the folded adapter, and read or make the vanilla one.
 
     Args:
-        folded: folder of the folded adapter.
-        vanilla: folder of a plain LoRA; None draws random weights.
-        checkpoint: folder of the checkpoint that was folded; None if there is none.
+        request: the arguments of the run.
         scratch: folder for the adapters that are made.
-        also: folders of further adapters, which answer along with the folded one.
-        model: base model, folder or hub name; None means the folded adapter's.
-        allow_unequal: whether adapters may have different ranks or targets.
-        seed: seed of random weights.
-        say: receiver of a warning about the base model.
 
     Raises:
         ParityError: adapters of different ranks or targets, or a checkpoint of other modules.
@@ -69,28 +52,28 @@ def prepare_arms(
         CheckpointError: files that cannot be read as an adapter or a checkpoint, or A and B of a changed base model.
         ExportError: an adapter of stacked experts.
     """
-    first = read_adapter_dir(folded)
-    others = {ALSO.format(i): read_adapter_dir(path) for i, path in enumerate(also, 2)}
-    given = [first, *([] if vanilla is None else [read_adapter_dir(vanilla)]), *others.values()]
+    first = read_adapter_dir(request.adapter)
+    others = {ALSO.format(i): read_adapter_dir(path) for i, path in enumerate(request.also_adapters, 2)}
+    given = [first, *([] if request.baseline is None else [read_adapter_dir(request.baseline)]), *others.values()]
     for adapter in given:
         check_plain(adapter, "the parity measurement")
-    if vanilla is None:
-        vanilla = make_vanilla(first, scratch / VANILLA, seed)
+    vanilla = request.baseline or make_vanilla(first, scratch / VANILLA, request.seed)
     second = read_adapter_dir(vanilla)
     for name, other in {"vanilla one": second, **others}.items():
-        if first.shapes != other.shapes and not allow_unequal:
+        if first.shapes != other.shapes and not request.allow_unequal:
             raise ParityError(
                 f"{_difference(first, other, name)}, so a difference of speed would say nothing about folding; "
-                "compare adapters of equal ranks and targets, or add --allow-unequal."
+                f"compare adapters of equal ranks and targets, or add {request.named('allow_unequal', True)}."
             )
+    checkpoint = request.checkpoint
     if checkpoint is not None and read_checkpoint(checkpoint).adapter.sites.keys() != first.sites.keys():
-        raise ParityError(f"{checkpoint} adapts other modules than {folded}; name the checkpoint that was folded.")
-    base = resolve_base([first], model, option="--model", say=say)
+        raise ParityError(f"{checkpoint} adapts other modules than {request.adapter}; name the one that was folded.")
+    base = resolve_base([first], request.model, option=request.named("model"), say=request.report.line)
     for adapter in given:
         check_task(adapter, base, "parity")
     control = scratch / CONTROL
     shutil.copytree(vanilla, control)
-    adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: folded.resolve()}
+    adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: request.adapter.resolve()}
     adapters |= {name: other.path.resolve() for name, other in others.items()}
     return Arms(adapters, base, checkpoint, tuple(others))
 

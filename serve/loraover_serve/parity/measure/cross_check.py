@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.common.errors import EngineError
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import Measurement
-from loraover_serve.vllm.server import KEY_VARIABLE
+from loraover_serve.vllm.request import KEY_VARIABLE
 
 TIMEOUT_S = 3600
 FIGURES = {

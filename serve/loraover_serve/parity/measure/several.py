@@ -10,9 +10,6 @@ from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import MIXED, SWITCHING
 
-ROUNDS = 2
-"""Turns that each adapter gets in a run."""
-
 Together = Callable[[Sequence[str], str, int, int, Sequence[Request]], list[Sample]]
 """Answers each request with the arm of its own: arms, name in the samples, block, first index, requests."""
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loraover.common.errors import DataError
 from loraover_serve.engines.sample import Request
 
-WorkloadKind = Literal["fixed", "mixed", "file"]
 TEXT = (
     "The train leaves at nine and arrives at noon, so the journey takes three hours. A farmer has 17 sheep and buys 25 "
     "more; two of them are lost on the way home. Water boils at a lower temperature on a mountain because the air "
@@ -20,7 +19,7 @@ SPREAD = 0.5  # standard deviation of the logarithms of a mixed workload's lengt
 
 
 def make_requests(
-    kind: WorkloadKind,
+    kind: str,
     tokenizer: Any,
     count: int,
     *,

@@ -9,22 +9,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loraover.reporting.reporter import print_line
 from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result, Throughput
 from loraover_serve.parity.judge.outputs import Outputs
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.tables import deciding_first
+from loraover_serve.parity.request import ParityRequest
 
 SHORT = {"time to first token": "first token", "time per output token": "per token", "end-to-end latency": "end to end"}
 GIB = 2**30
 COLORS = {"equivalent": "green", "different": "red", "failed": "red", "inconclusive": "yellow"}
 
 
-def show_report(report: ParityReport, console: Console) -> None:
-    """Print a report's tables, notes and verdict.
+def show_report(report: ParityReport, request: ParityRequest, console: Console) -> None:
+    """Print a report's tables, notes and verdict, and the output.
 
     Args:
         report: the report.
+        request: what it answers.
         console: where to print.
     """
     table = Table(
@@ -58,6 +61,8 @@ def show_report(report: ParityReport, console: Console) -> None:
     for note in report.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
     console.print(f"{report.verdict}: {escape(report.reason)}", style=COLORS[report.verdict], soft_wrap=True)
+    if request.output is not None:
+        print_line(console, f"wrote {request.output}")
 
 
 def _place(found: Result | Latency | Throughput | Outputs | Together) -> str:

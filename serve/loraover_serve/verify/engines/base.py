@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.common.reporter import SILENT, Reporter
 from loraover.models.load import ModelSource
 from loraover_serve.verify.answers import Question, Row, window_rows
+from loraover_serve.verify.request import VerifyRequest
 
 
 @dataclass(frozen=True)
@@ -22,44 +22,22 @@ class Setting:
     """What an engine is started with.
 
     Args:
+        request: what the verification was asked for.
         adapter: folder of the adapter or checkpoint.
         layout: the adapter that this folder holds.
         base: the base model.
         scratch: empty folder for exports and logs.
         longest: number of tokens of the longest request with its answer.
-        device: device for PyTorch.
-        vllm: command that starts vLLM.
-        start_timeout_s: seconds that a server may take until its first answers.
-        timeout_s: seconds that a server may take to answer one request.
-        options: further words for the engine.
-        endpoint: address of a server that already runs; None for other engines.
-        key_variable: environment variable with the key of that server; None sends none.
-        served_name: name by which that server serves the adapter.
-        base_name: name by which that server serves the base model; None finds it out.
         messages: message of each question's chat, for a server that takes chats alone.
-        base_gguf: GGUF file of the base model for llama.cpp; None writes one in F32.
-        graph: folder of an earlier swappable ONNX export, whose graph ONNX Runtime runs; None builds one.
-        report: receiver of progress.
     """
 
+    request: VerifyRequest
     adapter: Path
     layout: AdapterDir
     base: ModelSource
     scratch: Path
     longest: int
-    device: str = "cpu"
-    vllm: str = "vllm"
-    start_timeout_s: float = 600.0
-    timeout_s: float = 120.0
-    options: tuple[str, ...] = ()
-    endpoint: str | None = None
-    key_variable: str | None = None
-    served_name: str | None = None
-    base_name: str | None = None
     messages: tuple[str, ...] = ()
-    base_gguf: Path | None = None
-    graph: Path | None = None
-    report: Reporter = SILENT
 
 
 class VerifyEngine(ABC):

@@ -20,6 +20,7 @@ from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.models.load import load_tokenizer
 from loraover_serve.verify.answers import ADAPTER, BASE, OTHER, Question, Row
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
+from loraover_serve.verify.request import VerifyRequest
 
 AT_ONCE = 4  # requests in flight
 COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
@@ -105,7 +106,7 @@ class OpenAiEngine(VerifyEngine):
         if not found:
             raise EngineError(
                 f"{self.speaker.endpoint.url} takes no token ids, and no text has exactly the tokens of a prompt; give "
-                "other --prompts, or start the server so that it takes token ids."
+                f"other {VerifyRequest.named('prompts')}, or start the server so that it takes token ids."
             )
         return found
 
@@ -138,20 +139,20 @@ class EndpointEngine(OpenAiEngine):
     @classmethod
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
-        with _opened(setting) as (speaker, names):
+        with _spoken_to(setting) as (speaker, names):
             if speaker.dialect.is_chat and not setting.messages:
                 raise ConfigError(
                     f"{speaker.endpoint.url} answers chats only, and the base model's tokenizer has no chat template, "
-                    "so PyTorch cannot be asked the same; use the tokenizer of the server's model (--model), or start "
-                    "the server so that it answers /v1/completions."
+                    "so PyTorch cannot be asked the same; use the tokenizer of the server's model "
+                    f"({VerifyRequest.named('model')}), or start the server so that it answers /v1/completions."
                 )
             yield cls(speaker, names, setting.messages)
 
 
 def takes_chats_only(setting: Setting) -> bool:
-    """Whether the server at --endpoint answers chats alone; False as well if it cannot be asked."""
+    """Whether the server at the endpoint answers chats alone; False as well if it cannot be asked."""
     try:
-        with _opened(setting) as (speaker, _):
+        with _spoken_to(setting) as (speaker, _):
             return speaker.dialect.is_chat
     except LoraOverError:  # it will be told when the engine is asked
         return False
@@ -172,18 +173,30 @@ def as_chats(tokenizer: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[list[t
     return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts], messages
 
 
+def opened(request: VerifyRequest) -> Endpoint:
+    """The server at the endpoint.
+
+    Raises:
+        ConfigError: an address or a key that cannot be used.
+    """
+    assert request.endpoint is not None
+    return Endpoint(request.endpoint, request.endpoint_key_variable, timeout_s=request.timeout_s)
+
+
 @contextmanager
-def _opened(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
+def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
     """The server, and the name of each arm's model there."""
-    assert setting.endpoint is not None
-    assert setting.served_name is not None
-    endpoint = Endpoint(setting.endpoint, setting.key_variable, timeout_s=setting.timeout_s)
+    named, served_name = setting.request.named, setting.request.served_name
+    assert served_name is not None
+    endpoint = opened(setting.request)
     try:
         listed = endpoint.models()
-        names = {BASE: _base_name(setting, setting.served_name, listed), ADAPTER: setting.served_name}
+        names = {BASE: _base_name(setting, served_name, listed), ADAPTER: served_name}
         absent = [name for name in names.values() if listed and name not in listed]
         served = endpoint.hidden(f"{endpoint.api} serves {', '.join(listed)}, and not {', '.join(absent)}")
-        unlisted = ConfigError(f"{served}; name the adapter with --served-name and its base model with --base-name.")
+        unlisted = ConfigError(
+            f"{served}; name the adapter with {named('served_name')} and its base model with {named('base_name')}."
+        )
         if names[BASE] in absent:
             raise unlisted
         speaker = Speaker(endpoint, load_tokenizer(setting.base), names[BASE])
@@ -196,10 +209,11 @@ def _opened(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
 
 def _base_name(setting: Setting, served_name: str, listed: Mapping[str, str | None]) -> str:
     """Name of the base model on the server: as it was given or is listed, or else the only other name there."""
-    name = setting.base_name or setting.base.name
+    given = setting.request.base_name
+    name = given or setting.base.name
     alike = [each for each in listed if is_same_model(each, name)]
     others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, served_name)]
-    if name in listed or setting.base_name is not None:
+    if name in listed or given is not None:
         return name
     return next((found[0] for found in (alike, others) if len(found) == 1), name)
 

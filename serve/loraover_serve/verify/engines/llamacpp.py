@@ -41,7 +41,7 @@ class LlamaCppEngine(LogitEngine):
         exported = export_gguf(setting.adapter, output, model=setting.base.location)
         if exported.verdict == "failed":
             raise ExportError("llamacpp: a matrix of the GGUF adapter is not within its error bound.")
-        base = setting.base_gguf or _write_base(setting)
+        base = setting.request.base_gguf or _write_base(setting)
         with ExitStack() as stack:
             paths = {BASE: None, ADAPTER: output}
             yield cls({arm: stack.enter_context(LlamaCpp(base, path)) for arm, path in paths.items()})
@@ -57,11 +57,11 @@ def _write_base(setting: Setting) -> Path:
     """Write the base model as GGUF in F32, and return its path."""
     from loraover_export.gguf.base import write_base
 
-    setting.report.line(f"writing {setting.base.name} as GGUF in F32")
+    setting.request.report.line(f"writing {setting.base.name} as GGUF in F32")
     try:
         return write_base(load_model(setting.base), setting.scratch / "base.gguf")
     except OSError as error:
         raise OutputError(
             f"cannot write the base model to {setting.scratch}: {error.strerror or error}; name a GGUF file of it with "
-            "--base-gguf, or another temporary folder with TMPDIR."
+            f"{setting.request.named('base_gguf')}, or another temporary folder with TMPDIR."
         ) from error

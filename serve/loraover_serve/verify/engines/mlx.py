@@ -42,13 +42,15 @@ class Mlx(LogitEngine):
             raise ExportError("mlx: a matrix of the exported adapter is not within its error bound.")
         if exported.lost_settings:
             names = ", ".join(exported.lost_settings)
-            setting.report.line(f"mlx-lm does not find {names} in the model's config.json, and is given it here")
+            setting.request.report.line(
+                f"mlx-lm does not find {names} in the model's config.json, and is given it here"
+            )
         arguments = {
             "model": local_folder(setting.base),
             "settings": exported.lost_settings,
             "adapters": {BASE: None, ADAPTER: str(folder)},
         }
-        with MLX.run(arguments, setting.scratch / "mlx.log", setting.start_timeout_s) as runner:
+        with MLX.run(arguments, setting.scratch / "mlx.log", setting.request.start_timeout_s) as runner:
             yield cls(runner, setting.scratch)
 
     def logits(self, arm: str, tokens: Sequence[int]) -> Any:

@@ -40,13 +40,19 @@ class Onnx(LogitEngine):
         from loraover_serve.engines.onnx_graphs import merged_arm, swappable_arms
 
         name, scratch = setting.adapter.name, setting.scratch
-        if setting.graph is not None or _fits_swappable(setting):
-            place = "building the swappable ONNX graph of" if setting.graph is None else f"using {setting.graph} for"
-            setting.report.line(f"{place} {name}")
-            arms = swappable_arms({ADAPTER: setting.adapter}, scratch / "swappable", setting.base, setting.graph)
+        if setting.request.graph is not None or _fits_swappable(setting):
+            place = (
+                "building the swappable ONNX graph of"
+                if setting.request.graph is None
+                else f"using {setting.request.graph} for"
+            )
+            setting.request.report.line(f"{place} {name}")
+            arms = swappable_arms(
+                {ADAPTER: setting.adapter}, scratch / "swappable", setting.base, setting.request.graph
+            )
             arms[BASE] = OnnxArm(arms[ADAPTER].graph)
         else:
-            setting.report.line(f"building the merged ONNX graphs of {name} and of the base model")
+            setting.request.report.line(f"building the merged ONNX graphs of {name} and of the base model")
             idle = make_idle(setting.layout, scratch / "idle")  # merges into the base model
             folders = {BASE: idle, ADAPTER: setting.adapter}
             arms = {arm: merged_arm(folder, scratch / f"merged-{arm}", setting.base) for arm, folder in folders.items()}

@@ -46,7 +46,7 @@ class OpenVino(VerifyEngine):
     def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
         file = export_uniform(setting) / TENSORS_FILE
         arguments = {"model": str(_convert(setting)), "adapters": {BASE: None, ADAPTER: str(file)}}
-        with OPENVINO.run(arguments, setting.scratch / "openvino.log", setting.start_timeout_s) as runner:
+        with OPENVINO.run(arguments, setting.scratch / "openvino.log", setting.request.start_timeout_s) as runner:
             yield cls(runner)
 
     def rows(self, arm: str, questions: Sequence[Question]) -> list[Row]:
@@ -68,15 +68,16 @@ class OpenVino(VerifyEngine):
 def _convert(setting: Setting) -> Path:
     """Export the base model with optimum-intel in float32, and return its folder."""
     output, log = setting.scratch / "model", setting.scratch / "optimum.log"
-    setting.report.line(f"exporting {setting.base.name} with optimum-intel")
+    setting.request.report.line(f"exporting {setting.base.name} with optimum-intel")
     words = [str(OPENVINO.python()), "-I", "-c", CONVERT, "export", "openvino", "--model", local_folder(setting.base)]
     with log.open("wb") as errors:
         process = start_process("openvino", [*words, *OPTIONS, str(output)], errors)
     try:
-        process.communicate(timeout=setting.start_timeout_s)
+        process.communicate(timeout=setting.request.start_timeout_s)
     except subprocess.TimeoutExpired:
         raise EngineError(
-            f"openvino: optimum-intel takes more than {setting.start_timeout_s:g} s; raise --start-timeout."
+            f"openvino: optimum-intel takes more than {setting.request.start_timeout_s:g} s; raise "
+            f"{setting.request.named('start_timeout_s')}."
         ) from None
     finally:
         end_process(process, 0)

@@ -34,8 +34,8 @@ class Torch(LogitEngine):
     @classmethod
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
-        setting.report.line("loading the adapter with PEFT")
-        load = partial(load_model, setting.base, device=setting.device)
+        setting.request.report.line("loading the adapter with PEFT")
+        load = partial(load_model, setting.base, device=setting.request.device)
         yield cls(torch_engine(load, {ADAPTER: setting.adapter}, None))
 
     def logits(self, arm: str, tokens: Sequence[int]) -> Any:

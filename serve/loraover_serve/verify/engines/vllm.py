@@ -18,8 +18,9 @@ from loraover_serve.engines.installed import vllm_hint
 from loraover_serve.verify.answers import ADAPTER, BASE, OTHER
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.engines.endpoint import OpenAiEngine
+from loraover_serve.vllm.request import KEY_VARIABLE, LOOPBACK
 from loraover_serve.vllm.serve import serve_adapters
-from loraover_serve.vllm.server import KEY_VARIABLE, LOOPBACK, free_port
+from loraover_serve.vllm.server import free_port
 
 LOG_FILE = "vllm.log"
 ROOM = 8  # tokens by which the server's largest length exceeds the longest request
@@ -41,23 +42,23 @@ class Vllm(OpenAiEngine):
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
         folder = export_uniform(setting)
-        options = list(setting.options)
+        options = list(setting.request.options)
         if not any(option.replace("_", "-").startswith("--max-model-len") for option in options):
             options += ["--max-model-len", str(setting.longest + ROOM)]
         with serve_adapters(
             [folder, *_opposite(folder)],
             model=setting.base.location,
-            vllm=setting.vllm,
+            vllm=setting.request.vllm,
             port=free_port(LOOPBACK),  # not vLLM's usual one, which a server that starts meanwhile would take as well
             log=setting.scratch / LOG_FILE,
-            start_timeout_s=setting.start_timeout_s,
+            start_timeout_s=setting.request.start_timeout_s,
             options=options,
-            report=setting.report,
+            report=setting.request.report,
         ) as server:
             base = next(name for name in server.models() if name not in server.names)
             key = KEY_VARIABLE if server.asks_for_key else None
             names = {BASE: base, **dict(zip((ADAPTER, OTHER), server.names, strict=False))}
-            endpoint = Endpoint(server.url, key, timeout_s=setting.timeout_s)
+            endpoint = Endpoint(server.url, key, timeout_s=setting.request.timeout_s)
             engine = cls(Speaker(endpoint, load_tokenizer(setting.base), base), names)
             engine.version = server.version()
             yield engine
