@@ -296,9 +296,11 @@ def declarations(request: type[Request]) -> dict[str, Declared]:
 
 
 def _declared(one: Field[Any], hint: Any) -> Declared:
-    is_optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    if is_optional:
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    is_optional = False
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        is_optional = len(parts) < len(typing.get_args(hint))
+        hint = parts[0] if len(parts) == 1 else object
     is_several = typing.get_origin(hint) is tuple
     kind = typing.get_args(hint)[0] if is_several else hint
     return Declared(one.name, kind, is_several, is_optional, one.default, one.metadata["spec"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from loraover.common.errors import ConfigError
 from loraover.models.load import load_skeleton, resolve_model
+from loraover.study.request import StudyRequest, split_outside_brackets
 from loraover.training.recipe import OTHER_METHODS, Recipe, load_recipe, parse_override
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
@@ -42,12 +43,8 @@ VARIANTS |= {"training.optim"}
 RECIPE_PARTS = ("data.", "lora.", "over.", "training.", *(f"{method}." for method in OTHER_METHODS))
 """Beginnings of the settings that are keys of the recipe as they stand."""
 
-SWEPT = {"training.learning_rate": "--lr-sweep", "training.seed": "--seeds", "method": "--methods"}
-"""Options that set what neither a method nor `--set` may set."""
-
-QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
-DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
-"""What a sceptic asks for: a tuned LoRA, one with as many trained numbers, and matrices chosen by chance."""
+SWEPT = {"training.learning_rate": "lr_sweep", "training.seed": "seeds", "method": "methods"}
+"""Arguments of a study that set what neither a method nor `settings` may set."""
 
 FEWEST_EXAMPLES = 4
 """Smallest number of held-out examples: half of them choose the rates, and an interval needs two."""
@@ -113,8 +110,10 @@ def make_grid(
             that compares nothing.
     """
     if not any(is_plain(method) for method in rates if method not in rulers):
-        raise ConfigError(f"--methods: a study compares with plain LoRA; add {' or '.join(PLAIN)}.")
-    _refuse_swept(settings, "--set sets")
+        raise ConfigError(
+            f"{StudyRequest.named('methods')}: a study compares with plain LoRA; add {' or '.join(PLAIN)}."
+        )
+    _refuse_swept(settings, f"{StudyRequest.named('settings')} sets")
     special = task_rates or {}
     own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
     runs = []
@@ -155,13 +154,15 @@ def is_plain(method: str) -> bool:
 def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any]:
     name, *own = split_outside_brackets(method, ":")
     if name not in METHOD_SETTINGS:
-        raise ConfigError(f"--methods: {name!r} is none of {', '.join(METHOD_SETTINGS)}.")
+        raise ConfigError(f"{StudyRequest.named('methods')}: {name!r} is none of {', '.join(METHOD_SETTINGS)}.")
     part = "over" if name == "lora-over" else "lora"
     given = {key if key.startswith(RECIPE_PARTS) else f"{part}.{key}": value for key, value in map(parse_override, own)}
-    _refuse_swept(given, f"--methods: {method} sets")
+    _refuse_swept(given, f"{StudyRequest.named('methods')}: {method} sets")
     if name == "lora-matched":
         if "lora.r" in given:
-            raise ConfigError("--methods: lora-matched chooses its rank; write lora:r=N for another one.")
+            raise ConfigError(
+                f"{StudyRequest.named('methods')}: lora-matched chooses its rank; write lora:r=N for another one."
+            )
         given["lora.r"] = matched_rank(load_recipe(recipe, shared | METHOD_SETTINGS[name] | given))
     return METHOD_SETTINGS[name] | given
 
@@ -169,19 +170,7 @@ def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any
 def _refuse_swept(settings: Collection[str], who: str) -> None:
     for key, option in SWEPT.items():
         if key in settings:
-            raise ConfigError(f"{who} {key}, which a study varies; use {option}.")
-
-
-def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """Split a text, but not within [...] and {...}, where a separator is part of a YAML value."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if character == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+            raise ConfigError(f"{who} {key}, which a study varies; use {StudyRequest.named(option)}.")
 
 
 def matched_rank(recipe: Recipe) -> int:
@@ -194,8 +183,8 @@ def matched_rank(recipe: Recipe) -> int:
     """
     if recipe.lora.rank_pattern:
         raise ConfigError(
-            "--methods: lora-matched chooses lora.r, and the modules of lora.rank_pattern would keep their ranks; "
-            "leave out one of the two."
+            f"{StudyRequest.named('methods')}: lora-matched chooses lora.r, and the modules of lora.rank_pattern would "
+            "keep their ranks; leave out one of the two."
         )
     from loraover.overparam.schedule import Schedule
     from loraover.overparam.sites import find_sites

@@ -13,6 +13,7 @@ from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import read_json_lines
 from loraover.study.grid import Run
 from loraover.study.outcome import Outcome, another_recipe, digest
+from loraover.study.request import StudyRequest
 
 KEPT_FILE = "runs.jsonl"
 
@@ -54,7 +55,8 @@ def read_kept(folder: Path) -> list[KeptRun]:
 
 def _other(folder: Path) -> list[KeptRun]:
     if not (found := read_kept(folder)):
-        raise ConfigError(f"--reuse {folder}: expected the folder of a study with finished runs, found no {KEPT_FILE}.")
+        reuse = StudyRequest.named("reuse")
+        raise ConfigError(f"{reuse} {folder}: expected the folder of a study with finished runs, found no {KEPT_FILE}.")
     return found
 
 

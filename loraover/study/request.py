@@ -2,74 +2,143 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraover.common.errors import ConfigError
+from loraover.common.request import AnyNames, AnyPath, AnyPaths, Request, argument, option
+from loraover.training.request_fields import settings
+
+Sweeps = Mapping[str, tuple[float, ...]]
+"""Learning rates by name: of a method on a task ("TASK/METHOD"), of a task, of a method, or "" for all others."""
 
 DEFAULT_SWEEP = (3e-4, 1e-3, 3e-3)
 EXAMPLE = "expected different positive numbers such as 3e-4,1e-3,3e-3."
+QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
+DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
+"""What a sceptic asks for: a tuned LoRA, one with as many trained numbers, and matrices chosen by chance."""
+
+
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """Split a text, but not within [...] and {...}, where a separator is part of a YAML value."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _methods(given: str | Iterable[str]) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    return [method for text in texts for method in split_outside_brackets(text, ",")]
+
+
+def _sweeps(given: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Sweeps:
+    """Learning rates by name, from those of Python or from texts such as "lora=1e-3,3e-3"."""
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    elif texts := [one for one in given if isinstance(one, str)]:
+        pairs = [(name, rates.split(",")) for name, _, rates in (text.rpartition("=") for text in texts)]
+    else:
+        pairs = [("", given)]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("gives two sweeps to one name, or two without a name.")
+    return {name: _rates(name, rates) for name, rates in pairs}
+
+
+def _rates(name: str, given: Sequence[Any]) -> tuple[float, ...]:
+    try:
+        rates = tuple(map(float, given))
+    except ValueError:
+        rates = ()
+    if rates and all(0 < rate < float("inf") for rate in rates) and len(set(rates)) == len(rates):
+        return rates
+    raise ValueError(f"{_sweep_text(name, given)}: {EXAMPLE}")
+
+
+def _sweep_text(name: str, rates: Sequence[Any]) -> str:
+    return f"{name}{'=' if name else ''}{','.join(map(str, rates))}"
 
 
 @dataclass(frozen=True)
-class StudyRequest:
-    """Tasks, methods, learning rates and seeds to compare.
+class StudyRequest(Request):
+    """Arguments of `run_study`: tasks, methods, learning rates and seeds to compare."""
 
-    Args:
-        recipes: Names of recipes that ship, or YAML files; each is a task.
-        methods: Names of `METHOD_SETTINGS`, each with settings where wanted, see `make_grid`.
-        lr_sweep: Learning rates by name: of a method on a task ("TASK/METHOD"), of a task (a recipe's name, for its
-            other methods), of a method, or under the empty name of all other methods.
-        seeds: Number of seeds, from 0.
-        settings: Values of recipe keys that all runs share, by dotted key.
-        tuning_seeds: Number of seeds that choose the rates; None: all.
-        rulers: Methods that are trained and shown, but are neither baselines nor compared in the verdict.
-        reuse: Folders of other studies, whose finished runs with the same recipe count as runs of this one.
+    verb = "loraover study"
 
-    Raises:
-        ConfigError: no seed, more tuning seeds than seeds, a ruler among the methods, rates that are not different
-            positive numbers, an unknown name in `lr_sweep`, or a method without rates.
-    """
+    recipes: AnyNames = argument("Names of recipes that ship, or YAML files; each is a task.", metavar="RECIPE...")
+    output: AnyPath = option("Folder of the study: new, or one to continue.", short="-o")
+    methods: AnyNames = option(
+        "Methods to compare, separated by commas, with settings where wanted; see docs/study/.",
+        default=DEFAULT_METHODS,
+        default_text="plain LoRA, plain LoRA with as many trained numbers as LoRA-Over, LoRA-Over of all matrices, and "
+        "of a quarter of them chosen by score and by chance",
+        converts=_methods,
+        writes=lambda methods: [",".join(methods)],
+    )
+    lr_sweep: Sequence[float] | Mapping[str, Sequence[float]] = option(
+        "Learning rates to try. NAME limits them to one method (lora), one task (a recipe's name) or one method on one "
+        "task (demo/lora); rates without a name apply to all others.",
+        default=DEFAULT_SWEEP,
+        default_text="3e-4,1e-3,3e-3",
+        metavar="[NAME=]RATES",
+        converts=_sweeps,
+        writes=lambda sweeps: [_sweep_text(*sweep) for sweep in sweeps.items()],
+    )
+    seeds: int = option("Number of seeds, which are 0, 1, 2 and so on.", default=3, least=1)
+    tuning_seeds: int | None = option(
+        "Number of seeds that choose each method's rate; the others are trained at the chosen one only.",
+        default=None,
+        default_text="all",
+        least=1,
+    )
+    rulers: AnyNames = option(
+        "Method to show for scale, such as lora:r=16. It is not a baseline and does not count in the verdict.",
+        default=(),
+        flag="--ruler",
+        metavar="METHOD",
+    )
+    settings: Mapping[str, Any] | None = settings("Value of a recipe key for all runs, such as training.max_steps=60.")
+    jobs: int = option("Number of runs at the same time on this machine.", default=1, least=1, is_recorded=False)
+    ray: str | None = option(
+        "Address of a Ray cluster for the runs, or 'local' for one on this machine.", default=None, is_recorded=False
+    )
+    reuse: AnyPaths = option(
+        "Folder of another study, whose finished runs with the same recipe count as runs of this one.",
+        default=(),
+        metavar="STUDY",
+    )
+    report_only: bool = option("Judge the runs that are finished, and train nothing.", default=False, is_recorded=False)
 
-    recipes: tuple[str, ...]
-    methods: tuple[str, ...]
-    lr_sweep: Mapping[str, tuple[float, ...]]
-    seeds: int = 3
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    tuning_seeds: int | None = None
-    rulers: tuple[str, ...] = ()
-    reuse: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"--seeds is {self.seeds}, expected 1 or more.")
-        if self.tuning_seeds is not None and not 1 <= self.tuning_seeds <= self.seeds:
-            raise ConfigError(f"--tuning-seeds is {self.tuning_seeds}, expected 1 to {self.seeds}, which is --seeds.")
+    def faults(self) -> Iterator[str]:
+        sweep, ruler, methods = map(self.named, ("lr_sweep", "rulers", "methods"))
+        if self.tuning_seeds is not None and self.tuning_seeds > self.seeds:
+            seeds = self.named("seeds")
+            yield f"{self.named('tuning_seeds')} is {self.tuning_seeds}, expected 1 to {self.seeds}, which is {seeds}."
         if both := sorted({*self.rulers} & {*self.methods}):
-            raise ConfigError(f"--ruler names {both[0]!r}, which is one of --methods; name it once.")
-        for name, rates in self.lr_sweep.items():
-            is_usable = rates and all(0 < rate < float("inf") for rate in rates) and len(set(rates)) == len(rates)
-            if not is_usable:
-                found = ",".join(map(str, rates))
-                raise ConfigError(f"--lr-sweep {f'{name}=' if name else ''}{found}: {EXAMPLE}")
-        named = {name for name in self.lr_sweep if name}
+            yield f"{ruler} names {both[0]!r}, which is one of {methods}; name it once."
+        named = {name for name in self.sweeps if name}
         if both := sorted({*self.trained} & {*self.tasks} & named):
-            raise ConfigError(
-                f"--lr-sweep names {both[0]!r}, which is a method and a recipe; give the recipe another name."
-            )
+            yield f"{sweep} names {both[0]!r}, which is a method and a recipe; give the recipe another name."
         pairs = {f"{task}/{method}": (task, method) for task in self.tasks for method in self.trained}
         if unknown := sorted(named - {*self.trained, *self.tasks, *pairs}):
-            raise ConfigError(
-                f"--lr-sweep names {unknown[0]!r}, which is none of --methods and --ruler, not a recipe's name, and "
-                "not RECIPE/METHOD."
+            yield (
+                f"{sweep} names {unknown[0]!r}, which is none of {methods} and {ruler}, not a recipe's name, and not "
+                "RECIPE/METHOD."
             )
         for pair, (task, method) in pairs.items():
             if not (pair in named or task in named or self.rates[method]):
-                raise ConfigError(f"--lr-sweep gives no rates for {method!r}.")
+                yield f"{sweep} gives no rates for {method!r}."
+
+    @property
+    def sweeps(self) -> Sweeps:
+        """Learning rates by name, from `lr_sweep`."""
+        assert isinstance(self.lr_sweep, Mapping)
+        return {name: tuple(rates) for name, rates in self.lr_sweep.items()}
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -84,22 +153,10 @@ class StudyRequest:
     @property
     def rates(self) -> dict[str, tuple[float, ...]]:
         """Learning rates of each method and ruler, where `task_rates` has none."""
-        common = self.lr_sweep.get("", ())
-        return {method: self.lr_sweep.get(method, common) for method in self.trained}
+        common = self.sweeps.get("", ())
+        return {method: self.sweeps.get(method, common) for method in self.trained}
 
     @property
     def task_rates(self) -> dict[str, tuple[float, ...]]:
         """Learning rates of the tasks that have their own, by task or "TASK/METHOD"."""
-        return {name: rates for name, rates in self.lr_sweep.items() if name and name not in self.trained}
-
-    def command(self, output: Path) -> str:
-        """Command line of this study."""
-        words = ["loraover", "study", *self.recipes, "--methods", ",".join(self.methods)]
-        words += [word for ruler in self.rulers for word in ("--ruler", ruler)]
-        for name, rates in self.lr_sweep.items():
-            words += ["--lr-sweep", f"{name}{'=' if name else ''}{','.join(map(str, rates))}"]
-        words += ["--seeds", str(self.seeds)]
-        words += [] if self.tuning_seeds is None else ["--tuning-seeds", str(self.tuning_seeds)]
-        words += [word for key, value in self.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        words += [word for study in self.reuse for word in ("--reuse", study)]
-        return shlex.join([*words, "-o", str(output)])
+        return {name: rates for name, rates in self.sweeps.items() if name and name not in self.trained}

@@ -8,22 +8,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment, today
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import verb
 from loraover.reporting.html_page import FIGURES
 from loraover.study.analysis import Halves
-from loraover.study.grid import DEFAULT_METHODS, Run, make_grid
+from loraover.study.grid import Run, make_grid
 from loraover.study.html import to_page
 from loraover.study.kept_runs import finished, keep
 from loraover.study.outcome import Outcome, execute
 from loraover.study.report import StudyReport, task_results, words
-from loraover.study.request import DEFAULT_SWEEP, StudyRequest
+from loraover.study.request import StudyRequest
 from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_markdown
 from loraover.study.tuning import RunPlan, hours_left, plan_runs
 from loraover.training.recipe import Recipe
@@ -32,64 +31,16 @@ DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagno
 """What a study sets unless it is asked otherwise: losses after training judge, and steps are measured."""
 
 
-@dataclass(frozen=True)
-class Where:
-    """Which machine the runs are for.
-
-    Args:
-        jobs: Number of runs at the same time on this machine.
-        ray: Address of a Ray cluster, or "local" for one on this machine; None: no Ray.
-    """
-
-    jobs: int = 1
-    ray: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ConfigError(f"--jobs is {self.jobs}, expected 1 or more.")
-
-
-def run_study(
-    recipes: Sequence[str | Path],
-    output: str | Path,
-    *,
-    methods: Sequence[str] = DEFAULT_METHODS,
-    lr_sweep: Sequence[float] | Mapping[str, Sequence[float]] = DEFAULT_SWEEP,
-    seeds: int = 3,
-    tuning_seeds: int | None = None,
-    rulers: Sequence[str] = (),
-    settings: Mapping[str, Any] | None = None,
-    jobs: int = 1,
-    ray: str | None = None,
-    reuse: Sequence[str | Path] = (),
-    report_only: bool = False,
-    report: Reporter = SILENT,
-    command: str | None = None,
-) -> StudyReport:
+@verb(StudyRequest)
+def run_study(request: StudyRequest) -> StudyReport:
     """Compare training methods, each at its best learning rate.
 
     Every combination of recipe, method, rate and seed is trained in a process; with `tuning_seeds`, further seeds are
     trained at the chosen rates only. Runs that are finished are kept, so the same call continues a study that was
-    stopped. `study.json`, `study.md`, `study.html` and its figures are
-    written to `output`.
+    stopped. `study.json`, `study.md`, `study.html` and its figures are written to `output`.
 
-    Args:
-        recipes: Names of recipes that ship, or YAML files; each is a task.
-        output: Folder of the study: new, or one to continue.
-        methods: Names of `loraover.study.grid.METHOD_SETTINGS`, with settings where wanted, such as
-            "lora-over:schedule=dynamic:budget={fraction: 0.25}".
-        lr_sweep: Learning rates of every method; or rates by the name of a method, of a task or of both
-            ("TASK/METHOD"), and under the empty name those of all other methods.
-        seeds: Number of seeds, from 0.
-        tuning_seeds: Number of seeds, from 0, that choose each method's rate; None: all.
-        rulers: Methods that are trained and shown, but are neither baselines nor compared in the verdict.
-        settings: Values of recipe keys for all runs, by dotted key.
-        jobs: Number of runs at the same time on this machine.
-        ray: Address of a Ray cluster for the runs, or "local" for one on this machine; None: no Ray.
-        reuse: Folders of other studies, whose finished runs with the same recipe count as runs of this one.
-        report_only: Judge the runs that are finished, and train nothing.
-        report: Receiver of progress.
-        command: Command line for the report; None: the one of `loraover study` with these arguments.
+    A method is a name of `loraover.study.grid.METHOD_SETTINGS`, with settings where wanted, such as
+    "lora-over:schedule=dynamic:budget={fraction: 0.25}".
 
     Returns:
         The contents of `study.json`.
@@ -98,26 +49,11 @@ def run_study(
         ConfigError: the request is not a study, or not the one that was begun in `output`.
         LoraOverError: a run failed for another reason than its rate or its size, or no seed is finished yet.
     """
-    folder, where = Path(output), Where(jobs, ray)
-    by_name = lr_sweep if isinstance(lr_sweep, Mapping) else {"": lr_sweep}
-    request = StudyRequest(
-        recipes=tuple(map(str, recipes)),
-        methods=tuple(methods),
-        lr_sweep={name: tuple(rates) for name, rates in by_name.items()},
-        seeds=seeds,
-        settings=dict(settings or {}),
-        tuning_seeds=tuning_seeds,
-        rulers=tuple(rulers),
-        reuse=tuple(map(str, reuse)),
-    )
-    others = list(map(Path, request.reuse))
-    shared = DEFAULTS | dict(request.settings)
-    grid = make_grid(request.recipes, request.rates, seeds, shared, request.task_rates, request.rulers)
-    if report_only:
-        outcomes = finished(grid, folder, others)
-    else:
-        outcomes = run_grid(grid, folder, where, report, tuning_seeds, others)
-    found = make_report(grid, outcomes, request.command(folder) if command is None else command, tuning_seeds)
+    folder = request.output
+    shared = DEFAULTS | dict(request.settings or {})
+    grid = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates, request.rulers)
+    outcomes = finished(grid, folder, request.reuse) if request.report_only else run_grid(grid, request)
+    found = make_report(grid, outcomes, request.command(), request.tuning_seeds)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for path, content in {
         folder / REPORT_FILE: found.model_dump_json(indent=1) + "\n",
@@ -128,46 +64,35 @@ def run_study(
     return found
 
 
-def run_grid(
-    grid: Sequence[Run],
-    folder: Path,
-    where: Where,
-    report: Reporter,
-    tuning_seeds: int | None = None,
-    reuse: Sequence[Path] = (),
-) -> dict[Run, Outcome]:
+def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, Outcome]:
     """Train the runs that a study needs and are not finished, and read the others.
 
     Args:
         grid: All runs.
-        folder: The study's folder.
-        where: The machine to train on.
-        report: Receiver of progress.
-        tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
-        reuse: Folders of other studies whose runs count, see `finished`.
+        request: What the study was asked for.
 
     Raises:
         LoraOverError: a run failed for another reason than that its loss diverged or its memory was too small; finished
             runs are kept.
     """
-    outcomes = finished(grid, folder, reuse)
+    outcomes = finished(grid, request.output, request.reuse)
     seconds: dict[str, list[float]] = {}
-    plan = plan_runs(grid, outcomes, tuning_seeds)
+    plan = plan_runs(grid, outcomes, request.tuning_seeds)
     left_now = plan.left(outcomes)
     begin = f"{left_now.total()} runs to do, {len(outcomes)} finished already"
-    report.line(begin + _estimate(hours_left(left_now, _seconds_trained(outcomes), where.jobs)))
-    with report.task("runs", plan.total) as advance:
+    request.report.line(begin + _estimate(hours_left(left_now, _seconds_trained(outcomes), request.jobs)))
+    with request.report.task("runs", plan.total) as advance:
         advance(len(outcomes))
         while left := [run for run in plan.runs if run not in outcomes]:
-            for run, outcome, duration in _executed(left, folder, where):
+            for run, outcome, duration in _executed(left, request):
                 outcomes[run] = outcome
-                keep(folder, {run: outcome})
+                keep(request.output, {run: outcome})
                 advance(len(outcomes))
                 if duration is not None and outcome.failure is None:
                     seconds.setdefault(run.task, []).append(duration)
-                plan = plan_runs(grid, outcomes, tuning_seeds)
-                hours = hours_left(plan.left(outcomes), seconds, where.jobs)
-                report.line(f"{len(outcomes)}/{plan.total} {_ending(run, outcome)}{_estimate(hours)}")
+                plan = plan_runs(grid, outcomes, request.tuning_seeds)
+                hours = hours_left(plan.left(outcomes), seconds, request.jobs)
+                request.report.line(f"{len(outcomes)}/{plan.total} {_ending(run, outcome)}{_estimate(hours)}")
     return outcomes
 
 
@@ -192,22 +117,22 @@ def _seconds_trained(outcomes: Mapping[Run, Outcome]) -> dict[str, list[float]]:
     return seconds
 
 
-def _executed(runs: Sequence[Run], folder: Path, where: Where) -> Iterator[tuple[Run, Outcome, float | None]]:
+def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run, Outcome, float | None]]:
     """Yield each run with its outcome and its seconds, which Ray's workers do not measure."""
-    if where.ray is not None:
-        yield from ((run, outcome, None) for run, outcome in _on_ray(runs, folder, where.ray))
+    if request.ray is not None:
+        yield from ((run, outcome, None) for run, outcome in _on_ray(runs, request.ray))
         return
-    threads = max(1, (os.cpu_count() or 1) // where.jobs)
+    threads = max(1, (os.cpu_count() or 1) // request.jobs)
 
     def timed(run: Run) -> tuple[Run, Outcome, float]:
         started = time.perf_counter()
-        outcome = execute(run.recipe, folder / run.folder, threads)
+        outcome = execute(run.recipe, request.output / run.folder, threads)
         return run, outcome, time.perf_counter() - started
 
-    if where.jobs == 1:
+    if request.jobs == 1:
         yield from map(timed, runs)
         return
-    with ThreadPoolExecutor(where.jobs) as pool:
+    with ThreadPoolExecutor(request.jobs) as pool:
         futures = [pool.submit(timed, run) for run in runs]
         try:
             for future in as_completed(futures):
@@ -216,12 +141,12 @@ def _executed(runs: Sequence[Run], folder: Path, where: Where) -> Iterator[tuple
             pool.shutdown(cancel_futures=True)
 
 
-def _on_ray(runs: Sequence[Run], folder: Path, address: str) -> Iterator[tuple[Run, Outcome]]:
+def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, Outcome]]:
     """One task for each run; a worker trains in a temporary folder and sends back the outcome."""
     try:
         import ray as imported
     except ImportError as error:
-        raise ConfigError("--ray needs Ray: pip install 'loraover[ray]'.") from error
+        raise ConfigError(f"{StudyRequest.named('ray')} needs Ray: pip install 'loraover[ray]'.") from error
     ray: Any = imported
     with _cluster(ray, address):
         gpus = 1 if ray.cluster_resources().get("GPU") else 0

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from loraover.study.report import MethodResult, StudyReport, TaskResult
+from loraover.study.request import StudyRequest
 from loraover.study.verdict import verdict_of
 
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
@@ -17,9 +16,9 @@ COLUMNS = (
 END_NOTE = " (end): the best rate is at an end of the sweep."
 
 
-def show_study(report: StudyReport, folder: Path, console: Console) -> None:
+def show_study(report: StudyReport, request: StudyRequest, console: Console) -> None:
     """Print what the figures say, and which files hold them."""
-    written = f"wrote {folder / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"
+    written = f"wrote {request.output / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"
     for line in (verdict_of(report).sentence, *report.words, written):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 

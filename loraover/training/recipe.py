@@ -210,11 +210,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise ConfigError(f"--set {text!r}: expected key=value, e.g. training.seed=1.")
+        raise ConfigError(f"{text!r}: expected key=value, e.g. training.seed=1.")
     try:
         return key.strip(), yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
-        raise ConfigError(f"--set {text!r}: the value is not YAML.") from error
+        raise ConfigError(f"{text!r}: the value is not YAML.") from error
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:

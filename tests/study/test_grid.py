@@ -10,8 +10,8 @@ import pytest
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.config import Budget
-from loraover.study.grid import DEFAULT_METHODS, is_plain, make_grid, matched_rank, split_outside_brackets
-from loraover.study.request import StudyRequest
+from loraover.study.grid import is_plain, make_grid, matched_rank
+from loraover.study.request import DEFAULT_METHODS, StudyRequest, split_outside_brackets
 from loraover.training.examples import load_examples
 from loraover.training.recipe import load_recipe
 
@@ -107,8 +107,8 @@ def test_a_setting_may_be_any_key_of_a_recipe(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("lora:training.learning_rate=1", "training.learning_rate, which a study varies; use --lr-sweep"),
-        ("lora:training.seed=1", "training.seed, which a study varies; use --seeds"),
+        ("lora:training.learning_rate=1", "training.learning_rate, which a study varies; use lr_sweep"),
+        ("lora:training.seed=1", "training.seed, which a study varies; use seeds"),
         ("lora:training.loraplus_ratio=4", "did you mean 'loraplus_lr_ratio'"),
         ("lora-matched:lora.r=4", "lora-matched chooses its rank"),
     ],
@@ -120,10 +120,10 @@ def test_a_setting_that_a_study_cannot_take_is_refused(method: str, message: str
 
 @pytest.mark.parametrize(
     ("key", "option"),
-    [("training.learning_rate", "--lr-sweep"), ("training.seed", "--seeds"), ("method", "--methods")],
+    [("training.learning_rate", "lr_sweep"), ("training.seed", "seeds"), ("method", "methods")],
 )
 def test_what_a_study_varies_is_no_setting_of_all_runs(key: str, option: str, recipe: Path) -> None:
-    with pytest.raises(ConfigError, match=f"--set sets {key}, which a study varies; use {option}"):
+    with pytest.raises(ConfigError, match=f"settings sets {key}, which a study varies; use {option}"):
         make_grid([str(recipe)], {"lora": [1e-3]}, 1, {key: 7})
 
 
@@ -155,7 +155,7 @@ def test_seeds_come_one_after_the_other(recipe: Path) -> None:
 
 def asked(methods: Sequence[str], recipes: Sequence[str], **lr_sweep: tuple[float, ...]) -> StudyRequest:
     sweep = {"" if name == "others" else name: rates for name, rates in lr_sweep.items()}
-    return StudyRequest(tuple(recipes), tuple(methods), sweep)
+    return StudyRequest(recipes, "out", methods=methods, lr_sweep=sweep)
 
 
 def test_a_method_may_have_a_sweep_of_its_own() -> None:

@@ -13,18 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 import loraover
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
-from loraover.reporting.reporter import ConsoleReporter
 from loraover.study.grid import make_grid
 from loraover.study.kept_runs import KEPT_FILE, read_kept
 from loraover.study.outcome import Outcome
 from loraover.study.report import StudyReport
-from loraover.study.runner import Where, run_grid
+from loraover.study.request import StudyRequest
+from loraover.study.runner import run_grid
 from loraover.training.run_result import read_run
 
 from support.children import Child
@@ -111,10 +110,10 @@ def test_the_function_prints_nothing_and_returns_the_report(
     assert capfd.readouterr() == ("", "")
     assert found == report_of(killed)
     sweep = "--methods lora,lora-over --lr-sweep 0.001,0.01 --seeds 2"
-    assert found.command == f"loraover study {recipe} {sweep} -o {killed}"
+    assert found.command == f"loraover study {recipe} -o {killed} {sweep}"
     with pytest.raises(ConfigError, match="expected 1 or more"):
         loraover.run_study([recipe], killed, seeds=0)
-    with pytest.raises(ConfigError, match="--jobs is 0"):
+    with pytest.raises(ConfigError, match="jobs is 0"):
         loraover.run_study([recipe], killed, jobs=0)
 
 
@@ -247,7 +246,7 @@ def test_a_run_reserves_a_gpu_where_a_cluster_has_any(
     )
     monkeypatch.setitem(sys.modules, "ray", cluster)
     grid = make_grid([str(recipe)], {"lora": [1e-3, 1e-2]}, 1, {})
-    found = run_grid(grid, tmp_path, Where(ray="local"), ConsoleReporter(Console()))
+    found = run_grid(grid, StudyRequest([recipe], tmp_path, ray="local"))
     assert len(found) == 2
     assert reserved == [{"num_cpus": 1, "num_gpus": gpus}]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from loraover.study.kept_runs import finished, keep
 from loraover.study.outcome import DIVERGED, Outcome, digest
 from loraover.study.report import StudyReport
 from loraover.study.request import StudyRequest
-from loraover.study.runner import Where, make_report, run_grid
+from loraover.study.runner import make_report, run_grid
 from loraover.study.show import to_markdown
 from loraover.study.tuning import hours_left, plan_runs
 from loraover.study.verdict import verdict_of
@@ -84,7 +85,8 @@ def machine(grid: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def study(grid: list[Run], folder: Path, report: Reporter = SILENT, tuning: int | None = TUNING) -> StudyReport:
-    return make_report(grid, run_grid(grid, folder, Where(), report, tuning), "", tuning)
+    request = StudyRequest(["demo"], folder, seeds=SEEDS, tuning_seeds=tuning, report=report)
+    return make_report(grid, run_grid(grid, request), "", tuning)
 
 
 def test_further_seeds_are_trained_at_the_chosen_rate_only(grid: list[Run], machine: Machine, tmp_path: Path) -> None:
@@ -298,18 +300,19 @@ def test_without_tuning_seeds_every_seed_has_every_rate(grid: list[Run]) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"tuning_seeds": 4}, "--tuning-seeds is 4, expected 1 to 3"),
-        ({"tuning_seeds": 0}, "--tuning-seeds is 0, expected 1 to 3"),
-        ({"rulers": ("lora",)}, "--ruler names 'lora', which is one of --methods"),
+        ({"tuning_seeds": 4}, "tuning_seeds is 4, expected 1 to 3"),
+        ({"tuning_seeds": 0}, "tuning_seeds is 0, expected 1 or more"),
+        ({"rulers": ("lora",)}, "rulers names 'lora', which is one of methods"),
         ({"lr_sweep": {"lora": (1e-3,)}, "rulers": (RULER,)}, "no rates for 'lora:r=16'"),
     ],
 )
 def test_what_cannot_be_tuned_or_shown_is_refused(more: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        StudyRequest(**({"recipes": ("demo",), "methods": ("lora",), "lr_sweep": {"": (1e-3,)}} | more))  # type: ignore[arg-type]
+        StudyRequest("demo", "out", **({"methods": ("lora",), "lr_sweep": {"": (1e-3,)}} | more))  # type: ignore[arg-type]
 
 
 def test_the_command_line_names_both() -> None:
-    request = StudyRequest(("demo",), ("lora",), {"": (1e-3,)}, seeds=5, tuning_seeds=2, rulers=(RULER, "dora"))
-    expected = "loraover study demo --methods lora --ruler lora:r=16 --ruler dora --lr-sweep 0.001"
-    assert request.command(Path("out")) == f"{expected} --seeds 5 --tuning-seeds 2 -o out"
+    tuned = StudyRequest("demo", "out", methods="lora", lr_sweep=(1e-3,), seeds=5, tuning_seeds=2)
+    request = replace(tuned, rulers=(RULER, "dora"), settings={"lora.r": 2})
+    expected = "loraover study demo -o out --methods lora --lr-sweep 0.001 --seeds 5 --tuning-seeds 2"
+    assert request.command() == f"{expected} --ruler lora:r=16 --ruler dora --set lora.r=2"

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -26,20 +26,18 @@ def planned(target: str) -> tuple[list[Run], int, list[Path]]:
     dry = ["make", "--dry-run", "--no-print-directory", target]
     printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     (line,) = [line for line in printed.replace("\\\n", " ").splitlines() if "loraover study" in line]
-    asked = Mock()
+    asked: list[StudyRequest] = []
+
+    def keep(request: StudyRequest) -> SimpleNamespace:
+        asked.append(request)
+        return SimpleNamespace(exit_code=0)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loraover.study.runner.run_study", asked)
+        patch.setattr("loraover.study.runner.run_study", SimpleNamespace(__wrapped__=keep))
         patch.setattr("loraover.study.show.show_study", Mock())
         patch.chdir(ROOT)
         assert run(cli, shlex.split(line)[1:]) == 0
-        options: Any = asked.call_args.kwargs
-        fields = {"seeds", "settings", "tuning_seeds", "rulers", "reuse"}
-        request = StudyRequest(
-            asked.call_args.args[0],
-            tuple(options["methods"]),
-            options["lr_sweep"],
-            **{name: value for name, value in options.items() if name in fields},
-        )
-        shared = DEFAULTS | dict(request.settings)
+        (request,) = asked
+        shared = DEFAULTS | dict(request.settings or {})
         runs = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates)
     return runs, request.tuning_seeds or 0, [ROOT / study for study in request.reuse]

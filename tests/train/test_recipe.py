@@ -323,12 +323,12 @@ def test_an_override_is_a_key_and_a_yaml_value(text: str, expected: tuple[str, A
     "text", ["training.seed", "=1", "", "a=[", "a=!!python/object/apply:os.system ['x']", "a=2024-13-01"]
 )
 def test_an_override_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--set"):
+    with pytest.raises(ConfigError, match=r"expected key=value|is not YAML"):
         parse_override(text)
 
 
 def test_an_override_nested_without_end_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--set"):
+    with pytest.raises(ConfigError, match="is not YAML"):
         parse_override("a=" + "[" * 20_000)
 
 

@@ -1,0 +1,26 @@
+"""The field of requests that sets keys of recipes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loraover.common.request import option
+
+
+def settings(description: str) -> Any:
+    """Declare the field `settings`: values of recipe keys, by dotted key."""
+    return option(description, default=None, flag="--set", metavar="KEY=VALUE", converts=_by_key, writes=_as_texts)
+
+
+def _by_key(given: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
+    if given is None or isinstance(given, Mapping):
+        return dict(given or {})
+    from loraover.training.recipe import parse_override
+
+    return dict(map(parse_override, given))
+
+
+def _as_texts(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
