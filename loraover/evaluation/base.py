@@ -32,6 +32,7 @@ class Options:
             open; None: if there is one.
         allow_code_execution: Whether code that a model writes may run, in a sandbox.
         judge: Model that rates open answers.
+        named: Function that names an argument as the caller wrote it, see `Request.named`.
     """
 
     data: str | None = None
@@ -40,6 +41,7 @@ class Options:
     apply_chat_template: bool | None = None
     allow_code_execution: bool = False
     judge: Judge | None = None
+    named: Callable[..., str] = lambda name, value=None: name
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Task(ABC):
             ConfigError: an option is missing, or is one that would do nothing in this task.
         """
         if options.judge is not None:
-            raise ConfigError("--judge-url and --judge-model are for --task mtbench; no answer of this task is rated.")
+            judge, task = options.named("judge_url"), options.named("task", "mtbench")
+            raise ConfigError(f"{judge} is for {task}; no answer of this task is rated.")
 
     @abstractmethod
     def read(self, options: Options) -> Questions:
@@ -166,7 +169,7 @@ def uses_chat(options: Options, tokenizer: Any) -> bool:
     has_template = tokenizer.chat_template is not None
     wanted = options.apply_chat_template
     if wanted and not has_template:
-        raise ConfigError("--apply-chat-template: the model's tokenizer has no chat template.")
+        raise ConfigError(f"{options.named('apply_chat_template')}: the model's tokenizer has no chat template.")
     return has_template if wanted is None else wanted
 
 

@@ -61,8 +61,8 @@ class HarnessTask(Task):
         super().check(options)
         if self.labels and options.max_new_tokens is not None:
             raise ConfigError(
-                f"--max-new-tokens: {self.name} compares the likelihoods of its labels and generates nothing; leave it "
-                "out."
+                f"{options.named('max_new_tokens')}: {self.name} compares the likelihoods of its labels and generates "
+                "nothing; leave it out."
             )
 
     def read(self, options: Options) -> Questions:

@@ -52,10 +52,12 @@ class HumanEval(Task):
     def check(self, options: Options) -> None:
         super().check(options)
         if options.apply_chat_template:
-            raise ConfigError("--apply-chat-template: the prompts of humaneval are always plain text; leave it out.")
+            template = options.named("apply_chat_template")
+            raise ConfigError(f"{template}: the prompts of humaneval are always plain text; leave it out.")
         if not options.allow_code_execution:
             raise ConfigError(
-                "humaneval runs code that a model writes, in a sandbox. To agree, add --allow-code-execution."
+                "humaneval runs code that a model writes, in a sandbox. To agree, add "
+                f"{options.named('allow_code_execution', True)}."
             )
         check_sandbox()
 

@@ -55,11 +55,12 @@ class MtBench(Task):
     def check(self, options: Options) -> None:
         if options.data is None or kind_of(options.data) != "folder":
             raise ConfigError(
-                f"mtbench needs --data FOLDER with {QUESTIONS}, {PROMPTS} and {REFERENCES[0]}, as in "
-                "fastchat/llm_judge/data of github.com/lm-sys/FastChat."
+                f"mtbench needs {options.named('data')}, a folder with {QUESTIONS}, {PROMPTS} and {REFERENCES[0]}, as "
+                "in fastchat/llm_judge/data of github.com/lm-sys/FastChat."
             )
         if options.judge is None:
-            raise ConfigError("mtbench needs a judge: --judge-url and --judge-model.")
+            judge = f"{options.named('judge_url')} and {options.named('judge_model')}"
+            raise ConfigError(f"mtbench needs a judge: {judge}.")
 
     def read(self, options: Options) -> Questions:
         folder = Path(str(options.data))

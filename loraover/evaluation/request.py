@@ -2,112 +2,80 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from loraover.client.endpoint import Endpoint
-from loraover.common.dtypes import short_dtype
-from loraover.common.errors import ConfigError
+from loraover.common.dtypes import DTYPES
+from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
 from loraover.evaluation import TASKS
-from loraover.evaluation.base import Options
-from loraover.evaluation.judge import Judge
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
-    """The arguments of `evaluate`, see there.
+class EvaluationRequest(Request):
+    """Arguments of `evaluate`."""
 
-    Raises:
-        ConfigError: an unknown task or data type, a number below 1, or options that do not go together.
-    """
+    verb = "loraover eval"
 
-    model: str
-    task: str
-    adapters: tuple[Path, ...] = ()
-    data: str | None = None
-    limit: int | None = None
-    endpoint: str | None = None
-    endpoint_models: tuple[str, ...] = ()
-    endpoint_key_variable: str | None = None
-    batch_size: int = 8
-    dtype: str = "fp32"
-    max_new_tokens: int | None = None
-    apply_chat_template: bool | None = None
-    allow_code_execution: bool = False
-    judge_url: str | None = None
-    judge_model: str | None = None
-    judge_key_variable: str | None = None
+    model: AnyName = argument("Base model, folder or hub name.")
+    task: str = option("Benchmark, see docs/evaluation.md.", choices=tuple(TASKS))
+    adapters: AnyPaths = option("Folder of an adapter to compare with the base model.", default=(), flag="--adapter")
+    data: AnyName | None = option(
+        "Questions: JSONL file, folder or hub name.", default=None, default_text="the task's data set on the hub"
+    )
+    limit: int | None = option("Number of questions, from the first.", default=None, default_text="all", least=1)
+    endpoint: str | None = option(
+        "Address of an OpenAI-compatible server, such as vLLM, that answers in place of PyTorch; the model names the "
+        "tokenizer.",
+        default=None,
+        needs="endpoint_models",
+    )
+    endpoint_models: AnyNames = option(
+        "Name of a model at the endpoint, the base model's first.",
+        default=(),
+        flag="--endpoint-model",
+        needs="endpoint",
+    )
+    endpoint_key_variable: str | None = option(
+        "Environment variable that holds the endpoint's key.", default=None, needs="endpoint"
+    )
+    batch_size: int = option("Number of questions at the same time.", default=8, least=1)
+    dtype: str = option(
+        "Data type of the weights in memory; PyTorch's names, such as bfloat16, are accepted too.",
+        default="fp32",
+        choices=tuple(DTYPES),
+        also={long: short for short, long in DTYPES.items()},
+    )
+    max_new_tokens: int | None = option(
+        "Largest number of tokens in an answer.", default=None, default_text="the task's number", least=1
+    )
+    apply_chat_template: bool | None = option(
+        "Put questions into the tokenizer's chat template, or not.",
+        default=None,
+        default_text="yes if the tokenizer has one",
+    )
+    allow_code_execution: bool = option("Run code that the model writes, in a sandbox.", default=False)
+    judge_url: str | None = option(
+        "Address of the OpenAI-compatible server of the judge, the model that rates answers.",
+        default=None,
+        needs="judge_model",
+    )
+    judge_model: str | None = option("Name of the judge on its server.", default=None, needs="judge_url")
+    judge_key_variable: str | None = option(
+        "Environment variable that holds the judge's key.", default=None, needs="judge_url"
+    )
+    output: AnyPath | None = option(
+        "JSON file for the results, written after each model; an unfinished file of the same evaluation is resumed.",
+        default=None,
+        short="-o",
+    )
+    on_result: Callable[[Any], None] | None = option(
+        "Function that is called after each model with the evaluation so far, which the caller then has if a later "
+        "model is interrupted or this function raises.",
+        default=None,
+        is_hidden=True,
+    )
 
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ConfigError(f"--task {self.task!r}: expected one of {', '.join(TASKS)}.")
-        for name in ("limit", "batch_size", "max_new_tokens"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{_option(name)} is {number}, expected 1 or more.")
-        object.__setattr__(self, "dtype", short_dtype(self.dtype))
-        if (self.judge_url is None) != (self.judge_model is None):
-            raise ConfigError("--judge-url and --judge-model go together.")
-        if self.endpoint is not None and (not self.endpoint_models or self.adapters):
-            raise ConfigError("--endpoint needs --endpoint-model for each model it serves, and takes no --adapter.")
-        if self.endpoint is not None and self.dtype != "fp32":
-            raise ConfigError("--dtype is for models in memory; the server of --endpoint chooses its own.")
-        if self.endpoint is None and self.endpoint_models:
-            raise ConfigError("--endpoint-model names models of an --endpoint; add its address.")
-        if self.endpoint is None and self.endpoint_key_variable is not None:
-            raise ConfigError("--endpoint-key-variable is for an --endpoint; add its address.")
-        if self.judge_url is None and self.judge_key_variable is not None:
-            raise ConfigError("--judge-key-variable is for a judge; add --judge-url and --judge-model.")
-
-    def options(self) -> Options:
-        """What tasks read.
-
-        Raises:
-            ConfigError: the judge's address or key cannot be used.
-        """
-        judge = None
-        if self.judge_url is not None and self.judge_model is not None:
-            judge = Judge(Endpoint(self.judge_url, self.judge_key_variable), self.judge_model)
-        return Options(
-            data=self.data,
-            limit=self.limit,
-            max_new_tokens=self.max_new_tokens,
-            apply_chat_template=self.apply_chat_template,
-            allow_code_execution=self.allow_code_execution,
-            judge=judge,
-        )
-
-    def server(self) -> Endpoint | None:
-        """The server that answers; None for models in memory.
-
-        Raises:
-            ConfigError: its address or key cannot be used.
-        """
-        return None if self.endpoint is None else Endpoint(self.endpoint, self.endpoint_key_variable)
-
-    def command(self, output: Path | None) -> str:
-        """Command line of this evaluation."""
-        words = ["loraover", "eval", self.model, "--task", self.task]
-        words += _repeated("--adapter", self.adapters) + _repeated("--endpoint-model", self.endpoint_models)
-        for name in ("data", "limit", "endpoint", "endpoint_key_variable", "batch_size", "dtype", "max_new_tokens"):
-            words += _given(name, getattr(self, name))
-        for name in ("judge_url", "judge_model", "judge_key_variable"):
-            words += _given(name, getattr(self, name))
-        if self.apply_chat_template is not None:
-            words.append(f"--{'' if self.apply_chat_template else 'no-'}apply-chat-template")
-        words += ["--allow-code-execution"] * self.allow_code_execution
-        return shlex.join([*words, *(() if output is None else ("-o", str(output)))])
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _given(name: str, value: object) -> list[str]:
-    return [] if value is None else [_option(name), str(value)]
-
-
-def _repeated(option: str, values: Sequence[object]) -> list[str]:
-    return [word for value in values for word in (option, str(value))]
+    def faults(self) -> Iterator[str]:
+        if self.endpoint is not None and (given := self.given("adapters", "dtype")):
+            yield f"{given}: only for models in memory, and not for the server of {self.named('endpoint')}."

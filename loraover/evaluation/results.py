@@ -57,6 +57,11 @@ class Evaluation(BaseModel):
         default_factory=list, description="Result of each model, the base model's first."
     )
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command: 1 if a model failed, else 0."""
+        return int(any(result.failure for result in self.results))
+
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """95 % interval of a share.

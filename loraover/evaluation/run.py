@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,13 @@ from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.common.provenance import environment, hardware
 from loraover.common.quiet import quiet_libraries_within
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.reporter import Reporter
+from loraover.common.request import verb
 from loraover.common.strict_json import read_json
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
 from loraover.evaluation.digests import adapter_digest, model_digest
+from loraover.evaluation.judge import Judge
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
 from loraover.evaluation.subjects import Served, Subject, in_memory
@@ -49,55 +51,12 @@ class _Candidate:
         return self.name, self.sha256
 
 
-def evaluate(
-    model: str | Path,
-    task: str,
-    *,
-    adapters: Sequence[str | Path] = (),
-    data: str | Path | None = None,
-    limit: int | None = None,
-    endpoint: str | None = None,
-    endpoint_models: Sequence[str] = (),
-    endpoint_key_variable: str | None = None,
-    batch_size: int = 8,
-    dtype: str = "fp32",
-    max_new_tokens: int | None = None,
-    apply_chat_template: bool | None = None,
-    allow_code_execution: bool = False,
-    judge_url: str | None = None,
-    judge_model: str | None = None,
-    judge_key_variable: str | None = None,
-    output: str | Path | None = None,
-    on_result: Callable[[Evaluation], None] = lambda evaluation: None,
-    report: Reporter = SILENT,
-    command: str | None = None,
-) -> Evaluation:
+@verb(EvaluationRequest)
+def evaluate(request: EvaluationRequest) -> Evaluation:
     """Put a benchmark's questions to a base model, then to each adapter.
 
-    Args:
-        model: Base model: folder or hub name.
-        task: Name of the benchmark, a key of `loraover.evaluation.TASKS`.
-        adapters: Folders of adapters of that model.
-        data: File, folder or hub name with the questions; None: the task's data set on the hub.
-        limit: Number of questions, from the first; None: all.
-        endpoint: Address of an OpenAI-compatible server that answers in place of PyTorch; `model` names the tokenizer.
-        endpoint_models: Names at the endpoint, the base model's first.
-        endpoint_key_variable: Environment variable that holds the endpoint's key.
-        batch_size: Questions at the same time.
-        dtype: Data type of the weights in memory: fp32, bf16 or fp16, or PyTorch's name.
-        max_new_tokens: Largest number of tokens in an answer; None: the task's number.
-        apply_chat_template: Whether to put questions into the chat template; None: if the tokenizer has one.
-        allow_code_execution: Whether code that a model writes may run, in a sandbox.
-        judge_url: Address of an OpenAI-compatible server with the model that rates open answers.
-        judge_model: Name of that model on its server.
-        judge_key_variable: Environment variable that holds the judge's key.
-        output: JSON file, written after each model. An unfinished file of the same evaluation is resumed: adapters
-            whose files are the same, and models of the same name at the same endpoint, are not asked again, and answers
-            without ratings are only rated.
-        on_result: Called after each model with the evaluation so far, which the caller then has if a later model is
-            interrupted or this function raises.
-        report: Receiver of progress.
-        command: Command line for the output; None: the one of `loraover eval` with these arguments.
+    Adapters whose files are the same as in an unfinished output, and models of the same name at the same endpoint, are
+    not asked again, and answers without ratings are only rated.
 
     Returns:
         The contents of the output file. A failure of a model after the first one is that model's result.
@@ -105,38 +64,42 @@ def evaluate(
     Raises:
         LoraOverError: the request cannot be used, or the first model fails.
     """
-    request = EvaluationRequest(
-        model=str(model),
-        task=task,
-        adapters=tuple(map(Path, adapters)),
-        data=None if data is None else str(data),
-        limit=limit,
-        endpoint=endpoint,
-        endpoint_models=tuple(endpoint_models),
-        endpoint_key_variable=endpoint_key_variable,
-        batch_size=batch_size,
-        dtype=dtype,
-        max_new_tokens=max_new_tokens,
-        apply_chat_template=apply_chat_template,
-        allow_code_execution=allow_code_execution,
-        judge_url=judge_url,
-        judge_model=judge_model,
-        judge_key_variable=judge_key_variable,
+    with quiet_libraries_within(bars=request.report.shows_bars):
+        return _evaluate(request)
+
+
+def _options(request: EvaluationRequest) -> Options:
+    """What tasks read.
+
+    Raises:
+        ConfigError: the judge's address or key cannot be used.
+    """
+    judge = None
+    if request.judge_url is not None and request.judge_model is not None:
+        judge = Judge(Endpoint(request.judge_url, request.judge_key_variable), request.judge_model)
+    return Options(
+        data=request.data,
+        limit=request.limit,
+        max_new_tokens=request.max_new_tokens,
+        apply_chat_template=request.apply_chat_template,
+        allow_code_execution=request.allow_code_execution,
+        judge=judge,
+        named=request.named,
     )
-    path = None if output is None else Path(output)
-    typed = request.command(path) if command is None else command
-    with quiet_libraries_within(bars=report.shows_bars):
-        return _evaluate(request, path, on_result, report, typed)
 
 
-def _evaluate(
-    request: EvaluationRequest,
-    output: Path | None,
-    on_result: Callable[[Evaluation], None],
-    report: Reporter,
-    command: str,
-) -> Evaluation:
-    task, options, server = TASKS[request.task], request.options(), request.server()
+def _server(request: EvaluationRequest) -> Endpoint | None:
+    """The server that answers; None for models in memory.
+
+    Raises:
+        ConfigError: its address or key cannot be used.
+    """
+    return None if request.endpoint is None else Endpoint(request.endpoint, request.endpoint_key_variable)
+
+
+def _evaluate(request: EvaluationRequest) -> Evaluation:
+    report, output = request.report, request.output
+    task, options, server = TASKS[request.task], _options(request), _server(request)
     task.check(options)
     if output is not None:
         check_file_writable(output)
@@ -148,7 +111,7 @@ def _evaluate(
     candidates = _candidates(request, source, tokenizer, server)
     engine = f"PyTorch, {request.dtype}" if server is None else f"endpoint {server.api}"
     settings = {"engine": engine, "answers": "greedy"} | _settings(task, options, tokenizer, request.batch_size)
-    found = _empty(request, source, questions, settings, command)
+    found = _empty(request, source, questions, settings)
     if output is not None:  # what is in the file may be another model's, which the same folder held
         found = found.model_copy(update={"model_digest": model_digest(source, weights=server is None)})
     names, keys = {c.name for c in candidates}, {c.key for c in candidates}
@@ -168,7 +131,8 @@ def _evaluate(
                 result = _failure(candidate, str(error), answered)
             publish(result)
         found = found.model_copy(update={"results": [*found.results, result]})
-        on_result(found)
+        if request.on_result is not None:
+            request.on_result(found)
         if result.failure is not None and len(found.results) == 1:
             kept = "" if output is None else f" Its answers are kept in {output}; the same command rates them."
             raise EngineError(result.failure + kept)
@@ -200,7 +164,7 @@ def _settings(task: Task, options: Options, tokenizer: Any, batch_size: int) -> 
 
 
 def _empty(
-    request: EvaluationRequest, source: ModelSource, questions: Questions, settings: dict[str, str], command: str
+    request: EvaluationRequest, source: ModelSource, questions: Questions, settings: dict[str, str]
 ) -> Evaluation:
     task = TASKS[request.task]
     return Evaluation(
@@ -214,7 +178,7 @@ def _empty(
         settings=settings,
         versions=environment(*task.packages),
         hardware=hardware(),
-        command=command,
+        command=request.command(),
     )
 
 

@@ -313,9 +313,9 @@ def test_the_function_prints_nothing_and_returns_what_is_written(
     assert found.model_digest is not None
     assert seen == [1, 2, 3]
     assert found.results[2].failure is not None
-    questions = ["--data", str(folder / "questions.jsonl"), "--batch-size", "8", "--dtype", "fp32"]
     adapters = ["--adapter", str(folder / "a"), "--adapter", str(folder / "other")]
-    words = ["loraover", "eval", str(folder / "base"), "--task", "gsm8k", *adapters, *questions]
+    words = ["loraover", "eval", str(folder / "base"), "--task", "gsm8k", *adapters]
+    words += ["--data", str(folder / "questions.jsonl")]
     assert found.command == shlex.join([*words, "--max-new-tokens", "4", "-o", str(out)])
 
 
@@ -345,13 +345,13 @@ def test_a_caller_has_what_was_finished_before_an_interruption(folder: Path, mon
     ("options", "message"),
     [
         ({"task": "gsm9k"}, "expected one of gsm8k"),
-        ({"limit": 0}, "--limit is 0, expected 1 or more"),
-        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"limit": 0}, "limit is 0, expected 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"judge_model": "m"}, "go together"),
-        ({"endpoint": "http://localhost:1"}, "--endpoint-model"),
-        ({"endpoint_key_variable": "KEY"}, "add its address"),
-        ({"judge_key_variable": "KEY"}, "add --judge-url"),
+        ({"judge_model": "m"}, "judge_model needs judge_url, which is missing"),
+        ({"endpoint": "http://localhost:1"}, "endpoint needs endpoint_models"),
+        ({"endpoint_key_variable": "KEY"}, "endpoint_key_variable needs endpoint"),
+        ({"judge_key_variable": "KEY"}, "judge_key_variable needs judge_url"),
     ],
 )
 def test_a_request_is_checked_where_it_is_made(options: dict[str, Any], message: str) -> None:
