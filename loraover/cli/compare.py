@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
-import click
+from loraover.common.request import AnyPaths, Request, argument
+from loraover.reporting.request_command import request_command
 
-from loraover.common.command_line import Command
+
+@dataclass(frozen=True)
+class CompareRequest(Request):
+    """Arguments of the command `loraover compare`."""
+
+    verb = "loraover compare"
+
+    runs: AnyPaths = argument("Folders of finished runs.", metavar="RUN...")
 
 
-@click.command(cls=Command, examples=["loraover compare runs/demo-1 runs/demo-2"])
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def compare(runs: tuple[Path, ...], as_json: bool) -> None:
-    """Show finished runs side by side: method, data, parameters, losses. Each RUN is a folder of `loraover train`."""
+def _compare(request: CompareRequest, as_json: bool) -> None:
     import json
 
     from loraover.training.run_result import read_run
 
-    results = {str(run): read_run(run) for run in runs}
+    results = {str(run): read_run(run) for run in request.runs}
     if as_json:
         print(json.dumps({run: result.model_dump(mode="json") for run, result in results.items()}, indent=1))
         return
@@ -27,3 +31,15 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     from loraover.training.show import show_runs
 
     show_runs(results, Console())
+
+
+compare = request_command(
+    CompareRequest,
+    _compare,
+    json="Print the results as JSON.",
+    examples=["loraover compare runs/demo-1 runs/demo-2"],
+    help="""Show finished runs side by side: method, data, parameters, losses.
+
+    Each RUN is a folder of `loraover train`.
+    """,
+)

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
-
-import click
-
-from loraover.common.command_line import Command
+from loraover.inspection.request import InspectRequest
+from loraover.reporting.request_command import request_command
 
 
-@click.command(
-    cls=Command,
-    examples=["loraover inspect runs/demo-1", "loraover inspect runs/demo-1/adapter --html inspect.html"],
-)
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    help="New .svg file for a map of the matrices with cores, and for their scores over time.",
-)
-@click.option("--html", type=click.Path(path_type=Path), help="New .html file for the description, with these figures.")
-@click.option("--json", "as_json", is_flag=True, help="Print the description, with every score, as JSON.")
-def inspect(path: Path, plot: Path | None, html: Path | None, as_json: bool) -> None:
-    """Describe PATH: what it is, what was trained, and what may be done with it.
-
-    PATH is the folder of a run, a LoRA-Over checkpoint, a plain or folded adapter, an export for vLLM or to ONNX.
-    For a checkpoint, a map shows which matrices got cores, the extra parameters during training, and when.
-    """
+def _inspect(request: InspectRequest, as_json: bool) -> None:
     from rich.console import Console
 
     from loraover.inspection.folder import inspect_folder, read_schedule
@@ -36,12 +15,13 @@ def inspect(path: Path, plot: Path | None, html: Path | None, as_json: bool) -> 
     from loraover.reporting.schedule_figures import plot_schedule, schedule_figures
     from loraover.reporting.schedule_map import show_schedule
 
+    path, plot, html = request.path, request.plot, request.html
     report = inspect_folder(path)
     if plot is not None:
         plot_schedule(read_schedule(path), plot)
     if html is not None:
         figures = [] if report.cores is None else schedule_figures(read_schedule(path))
-        write_page(report, figures, html, shlex.join(["loraover", "inspect", str(path), "--html", str(html)]))
+        write_page(report, figures, html, request.command())
     if as_json:
         print(report.model_dump_json(indent=1))
         return
@@ -52,3 +32,16 @@ def inspect(path: Path, plot: Path | None, html: Path | None, as_json: bool) -> 
     show_next_steps(report, console)
     for file in filter(None, (plot, html)):
         console.print(f"wrote {file}", soft_wrap=True, markup=False, highlight=False)
+
+
+inspect = request_command(
+    InspectRequest,
+    _inspect,
+    json="Print the description, with every score, as JSON.",
+    examples=["loraover inspect runs/demo-1", "loraover inspect runs/demo-1/adapter --html inspect.html"],
+    help="""Describe PATH: what it is, what was trained, and what may be done with it.
+
+    PATH is the folder of a run, a LoRA-Over checkpoint, a plain or folded adapter, an export for vLLM or to ONNX.
+    For a checkpoint, a map shows which matrices got cores, the extra parameters during training, and when.
+    """,
+)

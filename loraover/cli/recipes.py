@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import click
 
-from loraover.common.command_line import Command
+from loraover.common.request import Request, argument
+from loraover.reporting.request_command import request_command
 
 
-@click.command(
-    cls=Command, examples=["loraover recipes", "loraover recipes demo > my-recipe.yaml", "loraover recipes --json"]
-)
-@click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print every value, defaults included, as JSON.")
-def recipes(name: str | None, as_json: bool) -> None:
-    """List the recipes that ship, or print the recipe NAME as YAML. A recipe holds the settings of one training run."""
+@dataclass(frozen=True)
+class RecipesRequest(Request):
+    """Arguments of the command `loraover recipes`."""
+
+    verb = "loraover recipes"
+
+    name: str | None = argument("Name of the recipe to print.", default=None)
+
+
+def _recipes(request: RecipesRequest, as_json: bool) -> None:
     import json
 
     from loraover.training.recipe import load_recipe, recipe_names, recipe_text
 
-    if name is not None and not as_json:
-        click.echo(recipe_text(name), nl=False)
+    if request.name is not None and not as_json:
+        click.echo(recipe_text(request.name), nl=False)
         return
-    names = recipe_names() if name is None else [name]
+    names = recipe_names() if request.name is None else [request.name]
     loaded = {one: load_recipe(one) for one in names}
     if as_json:
         click.echo(json.dumps({one: recipe.model_dump(mode="json") for one, recipe in loaded.items()}, indent=1))
@@ -31,3 +37,15 @@ def recipes(name: str | None, as_json: bool) -> None:
     from loraover.training.show import show_recipes
 
     show_recipes(loaded.items(), Console())
+
+
+recipes = request_command(
+    RecipesRequest,
+    _recipes,
+    json="Print every value, defaults included, as JSON.",
+    examples=["loraover recipes", "loraover recipes demo > my-recipe.yaml", "loraover recipes --json"],
+    help="""List the recipes that ship, or print the recipe NAME as YAML.
+
+    A recipe holds the settings of one training run.
+    """,
+)

@@ -30,7 +30,7 @@ def write_page(report: FolderReport, figures: Sequence[Figure], path: Path, comm
     Raises:
         ConfigError: The file exists, or its name has another ending.
     """
-    check_new(path, ".html", "--html")
+    check_new(path, ".html")
     publish_text(path, to_page(report, figures, command).html)
 
 

@@ -12,7 +12,9 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import ConfigError
+from loraover.common.request import verb
 from loraover.common.version import __version__
+from loraover.inspection.request import DoctorRequest
 from loraover.models.device import total_memory
 
 ENGINE_GROUP = "loraover.doctor"
@@ -70,13 +72,15 @@ class Installation(_Part):
     engines: list[Engine] = Field(description="Inference engines.")
     faults: list[str] = Field(description="Packages whose engines could not be asked for, and why.")
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command, which is 0."""
+        return 0
 
-def check_installation(*, offline: bool = False) -> Installation:
-    """Describe this installation.
 
-    Args:
-        offline: Skip the question whether the hub can be reached, which takes up to three seconds.
-    """
+@verb(DoctorRequest)
+def check_installation(request: DoctorRequest) -> Installation:
+    """Describe this installation."""
     engines, faults = find_engines(entry_points(group=ENGINE_GROUP))
     return Installation(
         loraover=__version__,
@@ -84,7 +88,7 @@ def check_installation(*, offline: bool = False) -> Installation:
         devices=_devices(),
         libraries={name: _version(name) for name in LIBRARIES},
         extras=missing_extras(metadata("loraover").get_all("Provides-Extra") or [], requires("loraover") or []),
-        hub="not asked (offline)" if offline else _hub(),
+        hub="not asked (offline)" if request.offline else _hub(),
         sandbox=_sandbox(),
         engines=engines,
         faults=faults,

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from loraover.inspection.installation import Installation
 from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, OnnxFacts, RunFacts, VllmFacts
+from loraover.inspection.request import DoctorRequest
 from loraover.reporting.reporter import print_line
 
 Rows = Iterator[tuple[str, str]]
@@ -85,7 +86,7 @@ def _onnx_rows(onnx: OnnxFacts) -> Rows:
     yield "check", onnx.verdict
 
 
-def show_installation(found: Installation, console: Console) -> None:
+def show_installation(found: Installation, request: DoctorRequest, console: Console) -> None:
     """Print what this installation has, what is missing, and how to get it."""
     rows: list[tuple[str, str]] = [("python", found.python)]
     rows += [("device", device.describe()) for device in found.devices]

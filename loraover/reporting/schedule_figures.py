@@ -36,16 +36,16 @@ def plot_schedule(meta: Meta, path: Path) -> None:
     Raises:
         ConfigError: The file exists, or its name has another ending.
     """
-    check_new(path, ".svg", "--plot")
+    check_new(path, ".svg")
     publish_text(path, stacked("schedule", schedule_figures(meta)).file())
 
 
-def check_new(path: Path, ending: str, option: str) -> None:
+def check_new(path: Path, ending: str) -> None:
     """Raise ConfigError unless a file is new and its name has the right ending."""
     if path.suffix != ending:
-        raise ConfigError(f"{option} {path}: expected a name that ends in {ending}.")
+        raise ConfigError(f"{path}: expected a name that ends in {ending}.")
     if path.exists():
-        raise ConfigError(f"{option} {path}: is there already; name a new file.")
+        raise ConfigError(f"{path}: is there already; name a new file.")
 
 
 def _map(rounds: Mapping[MapCell, int | None]) -> Figure:

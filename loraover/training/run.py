@@ -110,8 +110,8 @@ def _command(recipe: Recipe | str | Path, output: Path, overrides: Mapping[str, 
 def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:
     if resume and not recipe.can_resume:
         raise ConfigError(
-            f"--resume: a run of method {recipe.method} keeps no checkpoints, since a step taken twice with other "
-            "noise would spend privacy that is not accounted for. Start a new run in another folder."
+            f"a run of method {recipe.method} cannot be resumed: it keeps no checkpoints, since a step taken twice "
+            "with other noise would spend privacy that is not accounted for. Start a new run in another folder."
         )
     with claim(output, resume=resume):
         asked = with_commits(recipe, output) if resume else recipe

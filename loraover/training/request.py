@@ -1,0 +1,81 @@
+"""What `loraover train` is asked for: a recipe, and values in place of some of its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraover.common.request import AnyName, AnyPath, Request, argument, option
+from loraover.training.request_fields import settings
+
+KEYS = {
+    "method": "method",
+    "model": "model",
+    "data": "data.train",
+    "test_data": "data.test",
+    "steps": "training.max_steps",
+    "learning_rate": "training.learning_rate",
+    "seed": "training.seed",
+    "push_model": "push_model",
+}
+"""Key of the recipe that each field sets, in place of the recipe's value."""
+
+
+@dataclass(frozen=True)
+class TrainRequest(Request):
+    """Arguments of the command `loraover train`."""
+
+    verb = "loraover train"
+
+    recipe: AnyName = argument("Name of a recipe that ships (see `loraover recipes`), or a YAML file.")
+    output: AnyPath | None = option(
+        "New folder for the run.",
+        default=None,
+        default_text="runs/RECIPE-N with the first free number N; with --resume, the newest unfinished run of the "
+        "recipe there",
+        short="-o",
+    )
+    method: str | None = option(
+        "Method: plain LoRA, LoRA-Over, all weights (full), or one of docs/methods.md.",
+        default=None,
+        default_text="the recipe's",
+        choices=("lora", "lora-over", "full", "soma", "lorasc", "federated", "tensorguide"),
+    )
+    model: AnyName | None = option("Base model: folder or hub name.", default=None, default_text="the recipe's")
+    data: AnyName | None = option(
+        "Training data: JSONL file, folder, hub name, or 'word-problems' (built in).",
+        default=None,
+        default_text="the recipe's",
+    )
+    test_data: AnyName | None = option(
+        "Held-out data: JSONL file, folder, hub name, or 'word-problems' (built in).",
+        default=None,
+        default_text="the recipe's",
+    )
+    steps: int | None = option("Number of optimizer steps.", default=None, default_text="the recipe's steps or epochs")
+    learning_rate: float | None = option("Peak learning rate.", default=None, default_text="the recipe's")
+    seed: int | None = option(
+        "Seed of weights, data order and built-in data.", default=None, default_text="the recipe's"
+    )
+    settings: Mapping[str, Any] | None = settings(
+        "Value of any other key of the recipe, such as training.weight_decay=0.01."
+    )
+    push_model: AnyName | None = option(
+        "Base model that an adapter names on the hub, if it was trained on a local copy of that model.",
+        default=None,
+        default_text="the recipe's",
+    )
+    resume: bool = option(
+        "Continue the run in the output folder from its last complete checkpoint.", default=False, is_recorded=False
+    )
+    plan: bool = option(
+        "Print memory, steps and tokens that the run would need, and train nothing.", default=False, is_recorded=False
+    )
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Values in place of the recipe's, by dotted key."""
+        given = {key: getattr(self, name) for name, key in KEYS.items() if getattr(self, name) is not None}
+        epochs = {} if self.steps is None else {"training.num_train_epochs": None}
+        return given | epochs | dict(self.settings or {})
