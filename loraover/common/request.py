@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     AnyPaths: TypeAlias = Any
     AnyNames: TypeAlias = Any
     AnyNumbers: TypeAlias = Any
+    AnyIntegers: TypeAlias = Any
 else:
     AnyPath = Path
     """Type of a field that takes a path or a text, and holds a Path."""
@@ -44,6 +45,8 @@ else:
     """Type of a field that takes one text or several, and holds a tuple."""
     AnyNumbers = tuple[float, ...]
     """Type of a field that takes several numbers, and holds a tuple."""
+    AnyIntegers = tuple[int, ...]
+    """Type of a field that takes several integers, and holds a tuple."""
 
 _as_flags: ContextVar[bool] = ContextVar("as_flags", default=False)
 
@@ -342,7 +345,7 @@ def verb(request: Callable[P, Any]) -> Callable[[Callable[[Any], Result]], Calla
 def _signature(work: Callable[..., Any], request: type[Request]) -> inspect.Signature:
     """Signature with the fields as parameters, in the words that a reader of `help()` knows."""
     shown = {"AnyPaths": "Sequence[str | Path]", "AnyNames": "Sequence[str]", "AnyPath": "str | Path"}
-    shown |= {"AnyName": shown["AnyPath"], "AnyNumbers": "Sequence[float]"}
+    shown |= {"AnyName": shown["AnyPath"], "AnyNumbers": "Sequence[float]", "AnyIntegers": "Sequence[int]"}
     made = inspect.signature(request).parameters
     others = [
         one.replace(annotation=_in_words(one.annotation, shown)) for name, one in made.items() if name != "report"

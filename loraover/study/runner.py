@@ -40,7 +40,8 @@ def run_study(request: StudyRequest) -> StudyReport:
     stopped. `study.json`, `study.md`, `study.html` and its figures are written to `output`.
 
     A method is a name of `loraover.study.grid.METHOD_SETTINGS`, with settings where wanted, such as
-    "lora-over:schedule=dynamic:budget={fraction: 0.25}".
+    "lora-over:schedule=dynamic:budget={fraction: 0.25}". `lr_sweep` may also map such names as "lora", "demo" or
+    "demo/lora" to their rates, and "" to those of all others.
 
     Returns:
         The contents of `study.json`.

@@ -37,7 +37,7 @@ class TrainRequest(Request):
         short="-o",
     )
     method: str | None = option(
-        "Method: plain LoRA, LoRA-Over, all weights (full), or one of docs/methods.md.",
+        "Method: plain LoRA, LoRA-Over, all weights (full), or one of docs/research/methods.md.",
         default=None,
         default_text="the recipe's",
         choices=("lora", "lora-over", "full", "soma", "lorasc", "federated", "tensorguide"),

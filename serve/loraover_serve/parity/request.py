@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, option
+from loraover.common.request import AnyIntegers, AnyName, AnyNames, AnyPath, AnyPaths, Request, option
 from loraover.models.device import choose_compute
 from loraover.models.request_fields import compute_dtype, device
 from loraover_serve.engines import ENGINES
@@ -68,7 +68,7 @@ class ParityRequest(Request):
         are_different=True,
     )
     num_prompts: int = option("Number of requests that each arm answers, at every concurrency.", default=100, least=1)
-    max_concurrency: tuple[int, ...] = option(
+    max_concurrency: AnyIntegers = option(
         "Number of simultaneous requests to vLLM; each of several numbers is measured.",
         default=(1,),
         least=1,
