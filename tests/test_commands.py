@@ -15,7 +15,7 @@ import pytest
 from click.shell_completion import get_completion_class
 
 from loraover.cli import cli
-from loraover.common.command_line import INTERRUPTED, Command, LazyGroup, run
+from loraover.common.command_line import INTERRUPTED, Command, LazyGroup
 
 ROOT = Path(__file__).parents[1]
 FRAGMENTS = ("Of ", "That ", "For ", "Likewise")
@@ -122,41 +122,17 @@ def test_each_command_has_examples_that_it_parses(name: str) -> None:
         parse(line.partition(" > ")[0])
 
 
-@pytest.mark.parametrize("name", list(LEAVES))
-def test_old_spellings_are_refused_with_the_new_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = LEAVES[name]
-    assert isinstance(found, Command)
-    known = {word for option in found.params for word in (*option.opts, *option.secondary_opts)}
-    for old, new in found.renamed.items():
-        assert new.rpartition("/")[2] in known
-        assert old not in known
-        for spelling in (old, f"{old}=value"):
-            assert run(cli, [*name.split()[1:], spelling]) == 2
-            assert f"{old} is now called {new}." in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        ("loraover eval", "--examples", "--limit"),
-        ("loraover eval", "--chat", "--apply-chat-template"),
-        ("loraover eval", "--no-chat", "--no-apply-chat-template"),
-        ("loraover train", "--base", "--push-model"),
-    ],
-)
-def test_these_have_been_renamed(name: str, old: str, new: str) -> None:
-    found = LEAVES[name]
-    assert isinstance(found, Command)
-    assert found.renamed[old] == new
-
-
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom loraover.cli import cli\nfrom loraover.common.command_line import run\n"
-        "from loraover_export.cli import COMMANDS\n"
-        "exports = [['export', name] for name in COMMANDS]\n"
-        "others = [[], ['train'], ['study'], ['compare'], ['eval'], ['inspect'], ['recipes'], ['doctor']]\n"
-        "for words in (*exports, *others):\n"
+        "from loraover_export.cli import COMMANDS
+"
+        "verbs = ('train', 'study', 'compare', 'eval', 'inspect', 'recipes', 'doctor')
+"
+        "others = [*(['export', verb] for verb in COMMANDS), *(['serve', verb] for verb in ('up', 'verify', 'parity'))]
+"
+        "for words in ([], *([verb] for verb in verbs), *others):
+"
         "    assert run(cli, [*words, '--help']) == 0\n"
         "slow = {'torch', 'transformers', 'peft', 'scipy', 'numpy', 'pydantic'} & sys.modules.keys()\n"
         "sys.exit(f'imported {slow}' if slow else 0)"

@@ -23,13 +23,7 @@ EXAMPLES = [
 ]
 
 
-@click.group(
-    cls=LazyGroup,
-    commands_at=COMMANDS,
-    plugins="loraover.commands",
-    renamed={"schedule": "inspect"},
-    examples=EXAMPLES,
-)
+@click.group(cls=LazyGroup, commands_at=COMMANDS, plugins="loraover.commands", examples=EXAMPLES)
 @click.version_option(package_name="loraover")
 def cli() -> None:
     """Train LoRA adapters with extra parameters during training, and ship plain LoRA."""

@@ -7,7 +7,6 @@ and `parity`.
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import sys
@@ -69,8 +68,12 @@ class DeviceChoice(_NameChoice):
         return value if kind == "cuda" and index.isdecimal() else super().convert(value, param, ctx)
 
 
-class _WithExamples(click.Command):
-    """A command that shows complete command lines under "Examples" below its help."""
+class Command(click.Command):
+    """A command that shows complete command lines under "Examples" below its help.
+
+    Args:
+        examples: These command lines.
+    """
 
     def __init__(self, *args: Any, examples: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,34 +86,13 @@ class _WithExamples(click.Command):
         super().format_epilog(ctx, formatter)
 
 
-class Command(_WithExamples):
-    """A command with examples below its help, which refuses old spellings of its options by naming the new ones.
-
-    Args:
-        examples: Complete command lines.
-        renamed: New spelling of each option that has been renamed, for instance `{"--base": "--model"}`.
-    """
-
-    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.renamed = dict(renamed or {})
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        for word in itertools.takewhile(lambda word: word != "--", args):
-            name = word.partition("=")[0]
-            if name in self.renamed:
-                raise click.UsageError(f"{name} is now called {self.renamed[name]}.", ctx)
-        return super().parse_args(ctx, args)
-
-
-class LazyGroup(_WithExamples, click.Group):
+class LazyGroup(Command, click.Group):
     """A group of commands, each of which is imported only when it is needed.
 
     Args:
         examples: Complete command lines.
         commands_at: Place of each command, as "module:attribute", by the command's name.
         plugins: Group of entry points that add commands of packages that depend on this one.
-        renamed: New name of each command that has been renamed, by its old name.
     """
 
     def __init__(
@@ -118,13 +100,11 @@ class LazyGroup(_WithExamples, click.Group):
         *args: Any,
         commands_at: Mapping[str, str],
         plugins: str | None = None,
-        renamed: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._commands_at = dict(commands_at)
         self._plugins = plugins
-        self._renamed = dict(renamed or {})
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self._commands_at, *sorted(self._found())]
@@ -136,13 +116,6 @@ class LazyGroup(_WithExamples, click.Group):
             return found
         plugin = self._found().get(cmd_name)
         return None if plugin is None else plugin.load()
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] in self._renamed:
-            ctx.fail(f"{args[0]} is now called {self._renamed[args[0]]}.")
-        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands with the full first sentence of each one's help, on several lines if needed."""

@@ -27,9 +27,6 @@ OTHER_METHODS = ("soma", "lorasc", "federated", "tensorguide")
 PLAIN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
 """Optimizers that methods federated and tensorguide take, since they make them themselves."""
 
-RENAMED = {"push_base": "push_model"}
-"""New name of each key that has been renamed."""
-
 _short = reprlib.Repr()
 _short.maxlevel = 2  # YAML aliases can unfold a few bytes into a giant
 
@@ -227,13 +224,11 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _faults(error: ValidationError) -> list[str]:
-    """One line for each fault; an unknown key comes with its new name, or else the nearest known one."""
+    """One line for each fault; an unknown key comes with the nearest known one."""
     faults = []
     for fault in error.errors(include_url=False):
         place = ".".join(map(str, fault["loc"]))
-        if fault["type"] == "extra_forbidden" and place in RENAMED:
-            faults.append(f"{place}: is now called {RENAMED[place]}")
-        elif fault["type"] == "extra_forbidden":
+        if fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(fault["loc"][:-1]), n=1)
             faults.append(f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
         elif fault["type"] == "missing":

@@ -357,8 +357,3 @@ def test_a_failed_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "failed" in shown
     assert "no room" in shown
-
-
-def test_the_old_name_is_refused_with_the_new_one(dynamic: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["schedule", str(dynamic)]) == 2
-    assert "schedule is now called inspect" in capsys.readouterr().err

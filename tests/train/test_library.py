@@ -78,8 +78,8 @@ def test_an_interrupted_run_is_continued(recipe: Path, tmp_path: Path, monkeypat
 def test_what_cannot_be_used_is_an_exception(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         loraover.train("demmo", tmp_path / "out")
-    with pytest.raises(ConfigError, match="push_base: is now called push_model"):
-        loraover.train(recipe, tmp_path / "out", overrides={"push_base": "owner/model"})
+    with pytest.raises(ConfigError, match="push_modle: unknown key; did you mean 'push_model'"):
+        loraover.train(recipe, tmp_path / "out", overrides={"push_modle": "owner/model"})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(OutputError, match="exists already"):

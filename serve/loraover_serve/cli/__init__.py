@@ -18,7 +18,7 @@ EXAMPLES = [
 ]
 
 
-@click.group(cls=LazyGroup, commands_at=COMMANDS, renamed={"engines": "loraover doctor"}, examples=EXAMPLES)
+@click.group(cls=LazyGroup, commands_at=COMMANDS, examples=EXAMPLES)
 @click.version_option(package_name="loraover")
 def cli() -> None:
     """Serve adapters with vLLM, verify that engines answer as they were trained, and measure how fast they are."""
