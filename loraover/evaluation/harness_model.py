@@ -40,6 +40,6 @@ class HarnessModel(HFLM):
         if tokens > self.max_length:
             raise DataError(
                 f"question {request.doc_id + 1}: it needs {tokens} tokens with its answer, but the model's context has "
-                f"{self.max_length}; leave it out of --data, lower --max-new-tokens, or take a model with a longer "
+                f"{self.max_length}; leave it out of the data, ask for fewer new tokens, or take a model with a longer "
                 "context."
             )

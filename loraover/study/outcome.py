@@ -165,7 +165,7 @@ def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
         log.seek(0)
         last = next((line for line in reversed(log.read().splitlines()) if line.strip()), "it printed nothing")
     if process.returncode == -signal.SIGKILL:
-        return "the process was killed, as Linux does when memory is short; try fewer --jobs"
+        return "the process was killed, as Linux does when memory is short; try fewer runs at the same time"
     return last
 
 

@@ -37,7 +37,7 @@ FAULTS = {
     "leaves out": "the server's answer cannot be read",
     "hides logprobs": "3 logprobs arrived with 4 tokens",
     "errs within": "failed in the middle of an answer",
-    "comes in one piece": "--new-tokens",
+    "comes in one piece": "more new tokens",
 }
 
 

@@ -28,7 +28,7 @@ def check_graph(graph: Path, base: ModelSource) -> None:
         option = "--web" if earlier.web else "--no-cache"
         raise ExportError(
             f"{graph} was exported with {option}, and onnxruntime-genai cannot run such a graph; export one without "
-            "it, or leave out --graph to have one built."
+            "it, or name none to have one built."
         )
 
 

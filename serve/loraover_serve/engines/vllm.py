@@ -53,7 +53,7 @@ class VllmEngine(Engine):
             if len(done.piece_s) == 1:
                 raise EngineError(
                     f"{arm}: an answer of {request.new_tokens} tokens arrived in one piece, so the time per token is "
-                    "unknown; ask for longer answers with --new-tokens."
+                    "unknown; ask for more new tokens."
                 )
             return Sample(arm, block, index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
 
