@@ -125,14 +125,10 @@ def test_each_command_has_examples_that_it_parses(name: str) -> None:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom loraover.cli import cli\nfrom loraover.common.command_line import run\n"
-        "from loraover_export.cli import COMMANDS
-"
-        "verbs = ('train', 'study', 'compare', 'eval', 'inspect', 'recipes', 'doctor')
-"
-        "others = [*(['export', verb] for verb in COMMANDS), *(['serve', verb] for verb in ('up', 'verify', 'parity'))]
-"
-        "for words in ([], *([verb] for verb in verbs), *others):
-"
+        "from loraover_export.cli import COMMANDS\n"
+        "verbs = ('train', 'study', 'compare', 'eval', 'inspect', 'recipes', 'doctor')\n"
+        "others = [*(['export', verb] for verb in COMMANDS), *(['serve', verb] for verb in ('up', 'verify', 'parity'))]\n"
+        "for words in ([], *([verb] for verb in verbs), *others):\n"
         "    assert run(cli, [*words, '--help']) == 0\n"
         "slow = {'torch', 'transformers', 'peft', 'scipy', 'numpy', 'pydantic'} & sys.modules.keys()\n"
         "sys.exit(f'imported {slow}' if slow else 0)"

@@ -36,7 +36,7 @@ class ToyRequest(Request):
     names: AnyNames = option("Name of a source.", default=(), flag="--name")
     weights: AnyNumbers | None = option("Weight of each source.", default=None, has_commas=True)
     check: bool = option("Check the result.", default=True)
-    jobs: AnyNames = option("Jobs by number.", default=("1",), converts=split, writes=tuple, are_different=True)
+    jobs: AnyNames = option("Jobs by number.", default=("01",), converts=split, writes=tuple, are_different=True)
     share: float = option("Share of jobs.", default=1, most=1, needs="steps")
     speaks: bool | None = option("Say what is done.", default=None, default_text="on a terminal")
     on_step: Callable[[int], None] | None = option("Function to call at each step.", default=None, is_hidden=True)
@@ -101,7 +101,7 @@ def test_the_recorded_command_line_makes_the_same_request() -> None:
     assert words[-3:] == ["--", "--dtype", "float32"]
     assert parsed(*words) == asked
     assert parsed("a", "-o", "b", "--mode", "quick") == toy("a", "b") == perform(toy, toy("a", "b"))
-    assert toy("a", "b", force=True, on_step=print, jobs=["01"]).command() == "loraover toy a -o b"
+    assert toy("a", "b", force=True, on_step=print, jobs=["1"]).command() == "loraover toy a -o b"
     assert parsed("a", "-o", "b", "--jobs", "2", "--jobs", "3+4").jobs == ("2", "3", "4")
     assert (asked.weights, toy("a", "b").weights) == ((-1.0, 0.5), None)
     assert asked.given("steps", "rate", "check") == "steps, check"

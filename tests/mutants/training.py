@@ -440,4 +440,17 @@ TRAINING = (
         "submit(work, *arguments)",
         Selection("test_convert_refused.py", "one_message"),
     ),
+    # Requests
+    Mutant(
+        "an argument is given without the one that it needs",
+        "if needs and self._is_given(name) and not self._is_given(needs):",
+        "if needs and self._is_given(name) and not self._is_given(name):",
+        Selection("test_requests.py", "in_their_own_words"),
+    ),
+    Mutant(
+        "a recorded command line has defaults that were converted",
+        "bool(value == self.converted(self.default)[0])",
+        "bool(value == self.default)",
+        Selection("test_requests.py", "makes_the_same_request"),
+    ),
 )
