@@ -156,7 +156,6 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "compare the answers with PyTorch's: loraover serve verify --engine vllm": [unread_release],
     "`loraover export convert` makes a plain LoRA of an AdaLoRA": [adalora],
     "`loraover export onnx --mode merged` exports such a model": [classifier],
-    "loraover doctor": [lambda folder: Case(["serve", "engines"], ["--offline"])],
 }
 """Cases of each message that names a command, by the part of the message that names it."""
 
@@ -172,13 +171,15 @@ FACTS = (
 
 
 def literals(path: Path) -> Iterator[str]:
-    """Texts of a module but for docstrings and the examples of commands, which test_commands.py parses."""
+    """Texts of a module but for docstrings and what describes commands, whose examples test_commands.py parses."""
     skipped: set[ast.AST] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
             case ast.Expr():
                 skipped.add(node.value)
-            case ast.keyword(arg="examples") | ast.Assign(targets=[ast.Name(id="EXAMPLES" | "verb")]):
+            case ast.keyword(arg="examples" | "help") | ast.Assign(targets=[ast.Name(id="EXAMPLES" | "verb")]):
+                skipped |= set(ast.walk(node))
+            case ast.Call(func=ast.Name(id="option" | "argument")):
                 skipped |= set(ast.walk(node))
             case ast.JoinedStr():
                 skipped |= set(node.values)
