@@ -55,7 +55,7 @@ class MtBench(Task):
     def check(self, options: Options) -> None:
         if options.data is None or kind_of(options.data) != "folder":
             raise ConfigError(
-                f"mtbench needs {options.named('data')}, a folder with {QUESTIONS}, {PROMPTS} and {REFERENCES[0]}, as "
+                f"mtbench needs {options.named('data', 'FOLDER')} with {QUESTIONS}, {PROMPTS} and {REFERENCES[0]}, as "
                 "in fastchat/llm_judge/data of github.com/lm-sys/FastChat."
             )
         if options.judge is None:

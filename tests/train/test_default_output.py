@@ -95,7 +95,7 @@ def test_a_run_is_told_its_folder_and_continued_without_it(
         assert run(cli, ["train", str(recipe)]) == 130
     shown = capsys.readouterr()
     assert "run: runs/recipe-1" in shown.out.splitlines()
-    assert re.search(r"To continue from the last complete checkpoint: loraover .*--resume -o runs/recipe-1", shown.err)
+    assert re.search(r"last complete checkpoint: loraover train .* -o runs/recipe-1 --resume\n", shown.err)
     assert run(cli, ["train", str(recipe), "--resume"]) == 0
     assert (here / "runs" / "recipe-1" / "run.json").is_file()
     assert run(cli, ["train", str(recipe), "--resume"]) == 2  # it is finished now
