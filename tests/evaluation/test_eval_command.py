@@ -99,7 +99,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
         (["--apply-chat-template"], "no chat template"),
         (["--judge-url", "http://localhost:1"], "--judge-url needs --judge-model"),
         (["--judge-url", "http://localhost:1", "--judge-model", "m"], "--judge-url is for --task mtbench"),
-        (["--endpoint-model", "m", "--endpoint", "http://localhost:1", "--dtype", "bf16"], "--dtype: only for models in"),
+        (["--endpoint", "http://localhost:1", "--endpoint-model", "m", "--dtype", "bf16"], "--dtype: only for models"),
         (["--task", "qnli"], "--max-new-tokens: qnli compares the likelihoods"),
         (["--task", "humaneval", "--apply-chat-template"], "prompts of humaneval are always plain text"),
         (["--task", "humaneval"], "--allow-code-execution"),
