@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from loraover.reporting.html_page import Page
-from loraover.reporting.palette import GROUNDS, INKS, PALETTE, contrast
+from loraover.reporting.palette import GROUNDS, INKS, PALETTE
 
 from support.chromium import chromium, looked_at
 from support.reports import REPORTS
@@ -98,6 +98,18 @@ def test_figures_are_files_too(is_hostile: bool, page: Page, hostile_page: Page,
     for file in files:
         assert ElementTree.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
         assert "var(" not in file.read_text(), "other programs than browsers do not know the page's colours"
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours such as "#777777", from 1 to 21: its ratio of luminances in WCAG 2.2."""
+    low, high = sorted(map(_luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(color: str) -> float:
+    shares = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @pytest.mark.parametrize("color", INKS)

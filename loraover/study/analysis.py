@@ -34,9 +34,7 @@ class Difference(BaseModel):
     mean: float = Field(description="Mean difference; below 0: better than the baseline.")
     interval: tuple[float, float] = Field(description="95 % interval, over seeds and examples together.")
     p: float = Field(description="Two-sided p value, Holm-adjusted over tasks.")
-    detectable: float | None = Field(
-        None, description="Smallest true difference that four of five such studies would show; None in older files."
-    )
+    detectable: float = Field(description="Smallest true difference that four of five such studies would show.")
 
 
 class RateSensitivity(BaseModel):
@@ -45,9 +43,7 @@ class RateSensitivity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     losses: dict[str, float] = Field(description="Mean validation loss by rate; rates that diverged are left out.")
-    seed_losses: dict[str, list[float]] = Field(
-        default_factory=dict, description="Validation loss of each seed by rate; empty in older files."
-    )
+    seed_losses: dict[str, list[float]] = Field(description="Validation loss of each seed by rate.")
     best_rate: float = Field(description="Rate with the lowest mean validation loss.")
     is_bracketed: bool = Field(description="Whether the sweep has rates below and above the best one.")
     basin_decades: float = Field(
@@ -158,9 +154,7 @@ def difference(method: Losses, baseline: Losses, tokens: Losses) -> Difference:
     return Difference(mean=mean, interval=(mean - half, mean + half), p=spread.p(mean), detectable=spread.detectable())
 
 
-def sensitivity(
-    by_rate: Mapping[float, float], seed_losses: Mapping[float, Sequence[float]] | None = None
-) -> RateSensitivity:
+def sensitivity(by_rate: Mapping[float, float], seed_losses: Mapping[float, Sequence[float]]) -> RateSensitivity:
     """Describe how a method's loss depends on its rate.
 
     Args:
@@ -176,7 +170,7 @@ def sensitivity(
     diverged = losses.count(math.inf)
     return RateSensitivity(
         losses={f"{rate:g}": loss for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)},
-        seed_losses={f"{rate:g}": list(each) for rate, each in sorted((seed_losses or {}).items())},
+        seed_losses={f"{rate:g}": list(each) for rate, each in sorted(seed_losses.items())},
         best_rate=rates[best],
         is_bracketed=0 < best < len(rates) - 1,
         basin_decades=high - low,

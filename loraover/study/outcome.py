@@ -59,10 +59,10 @@ class Outcome(BaseModel):
     update_norm: float | None = Field(None, description="Frobenius norm of the change of scaling * B A.")
     step_norm: float | None = Field(None, description="Norm of the change of B A in one step, mean over logged steps.")
     fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
-    train_rows: str | None = Field(None, description="SHA-256 of the training rows; None: the run kept none.")
-    test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None in older files.")
+    train_rows: str | None = Field(None, description="SHA-256 of the training rows; None: not known.")
+    test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None: not known.")
     model_revision: str | None = Field(
-        None, description="Commit of the base model on the hub; None for a folder, and in older files."
+        None, description="Commit of the base model on the hub; None: a folder, or not known."
     )
 
     @model_validator(mode="after")
@@ -197,9 +197,7 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
         step_seconds=result.train_seconds / result.timed_steps if result.timed_steps else None,
         peak_bytes=result.peak_bytes,
         hardware=result.hardware,
-        trained_parameters=result.lora_parameters + result.added_parameters
-        if result.trained_parameters is None
-        else result.trained_parameters,
+        trained_parameters=result.trained_parameters,
         served_parameters=result.lora_parameters,
         served_rank=result.served_rank,
         served_bytes=result.served_bytes,

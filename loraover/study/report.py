@@ -73,7 +73,7 @@ class StudyReport(BaseModel):
     command: str = Field(description="Command line of the study.")
     versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     hardware: str = Field(description="Machines that trained.")
-    date: str | None = Field(None, description="Day on which the runs were judged, in UTC; None in older files.")
+    date: str = Field(description="Day on which the runs were judged, in UTC.")
 
     @property
     def exit_code(self) -> int:
@@ -171,7 +171,7 @@ def _method(
 
 
 def _known(values: Iterable[Number | None]) -> list[Number]:
-    """Return the values that were measured; outcomes of older versions lack some."""
+    """Return the values that are not None."""
     return [value for value in values if value is not None]
 
 

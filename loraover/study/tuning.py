@@ -70,7 +70,7 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
 
 
 def check_inputs(outcomes: Mapping[Run, Outcome]) -> None:
-    """Check that runs which should have had the same rows and base model had them; older outcomes do not say theirs.
+    """Check that runs which should have had the same rows and base model had them, where that is known.
 
     Runs of one task share their held-out rows. Those with the same settings of `data` share their training rows, but
     for the built-in word problems, which are made anew for each seed. A model of the hub has one commit throughout.

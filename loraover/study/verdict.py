@@ -53,7 +53,7 @@ def changes(report: StudyReport) -> list[Change]:
 
 def _change(task: TaskResult, method: str, found: Difference) -> Change | None:
     loss = next((result.test_loss for result in task.methods if result.method == task.baseline), 0.0)
-    if loss <= 0 or found.detectable is None:
+    if loss <= 0:
         return None
     low, high = (100 * end / loss for end in found.interval)
     return Change(task.task, method, found, 100 * found.mean / loss, (low, high), 100 * found.detectable / loss)

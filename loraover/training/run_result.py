@@ -41,7 +41,7 @@ class Privacy(BaseModel):
     sample_rate: float = Field(description="Probability with which a step draws an example of the smallest client.")
     accountant: str = Field(description="What computed epsilon.")
     has_noise_seed: bool = Field(
-        False, description="Whether federated.noise_seed gives the noise, so that epsilon presumes a secret seed."
+        description="Whether federated.noise_seed gives the noise, so that epsilon presumes a secret seed."
     )
 
     def __str__(self) -> str:
@@ -65,10 +65,8 @@ class RunResult(BaseModel):
     seed: int = Field(description="Seed of the recipe.")
     steps: int = Field(description="Optimizer steps of the run.")
     train_seconds: float = Field(description="Seconds of training in this process; a resumed run trained longer.")
-    timed_steps: int | None = Field(None, description="Optimizer steps within train_seconds.")
-    peak_bytes: int | None = Field(
-        None, description="Largest memory in bytes: PyTorch's on a CUDA device, else the process's."
-    )
+    timed_steps: int = Field(description="Optimizer steps within train_seconds.")
+    peak_bytes: int = Field(description="Largest memory in bytes: PyTorch's on a CUDA device, else the process's.")
     lora_parameters: int = Field(description="Numbers in A and B, which are served; for method full, all weights.")
     served_rank: int | None = Field(None, description="Largest rank of a module as served; None: there is no adapter.")
     served_bytes: int | None = Field(None, description="Bytes of A and B as served; None: there is no adapter.")
@@ -77,9 +75,7 @@ class RunResult(BaseModel):
         description="Frobenius norm, over all modules, of what the served adapter leaves out of the trained update; "
         "None: nothing.",
     )
-    trained_parameters: int | None = Field(
-        None, description="Numbers trained at the same time; None in older files: those of A, B and the cores."
-    )
+    trained_parameters: int = Field(description="Numbers trained at the same time: of A, B and the cores.")
     privacy: Privacy | None = Field(None, description="Guarantee of differential privacy; None: there is none.")
     added_parameters: int = Field(description="Numbers in the cores beyond those of the matrices that they represent.")
     gauge_numbers: int = Field(0, description="Numbers in bases that are not trained, and in their moments.")
@@ -90,7 +86,7 @@ class RunResult(BaseModel):
     before: Measures | None = Field(description="Held-out measures before training; None: not measured.")
     after: Measures | None = Field(description="Held-out measures after training; None: not measured.")
     versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
-    hardware: str | None = Field(None, description="Processor and accelerator.")
+    hardware: str = Field(description="Processor and accelerator.")
 
     def facts(self) -> dict[str, str]:
         """Name and value of each row of a table."""
@@ -101,9 +97,8 @@ class RunResult(BaseModel):
             "steps, learning rate, seed": f"{self.steps}, {self.learning_rate:g}, {self.seed}",
             "parameters served": f"{self.lora_parameters:,}",
             "parameters added while training": f"{self.added_parameters:,}",
+            "parameters trained": f"{self.trained_parameters:,}",
         }
-        if self.trained_parameters is not None:
-            rows["parameters trained"] = f"{self.trained_parameters:,}"
         if self.served_rank is not None:
             rows["rank and bytes served"] = f"{self.served_rank}, {self.served_bytes:,}"
         if self.served_error is not None:

@@ -234,4 +234,5 @@ def report_of(tasks: list[TaskResult]) -> StudyReport:
         command="",
         versions={},
         hardware="",
+        date="",
     )

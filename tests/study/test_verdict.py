@@ -32,6 +32,7 @@ def method(name: str, gap: tuple[float, float] | None = None, *, is_bracketed: b
         difference=found,
         sensitivity=RateSensitivity(
             losses={"0.001": 2.0},
+            seed_losses={},
             best_rate=1e-3,
             is_bracketed=is_bracketed,
             basin_decades=0.1,
