@@ -15,7 +15,6 @@ from loraover.checkpoint.peft_adapter import AdapterDir, site_key
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.overparam.core_group import CoreGroup
-from loraover.overparam.decompositions import Eigen
 from loraover.overparam.importance import GradientScore
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.sharding import full, world_size
@@ -93,7 +92,7 @@ def _refreshes(file: TensorFile, record: SiteRecord) -> list[int]:
 def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Tensor], record: SiteRecord) -> None:
     """Raise CheckpointError if bases that the optimizer does not step have lost their orthogonality."""
     decomposition = checkpoint.decomposition.of_site(record.name)
-    if not isinstance(decomposition, Eigen) or decomposition.train_auxiliary:
+    if decomposition.trains_all:
         return
     sides = [decomposition.blocks(side, record.m, record.n) for side in ("rows", "columns")]
     size = max([blocks.size for blocks in sides if blocks is not None], default=1)

@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from loraover.overparam.block_bases import Bases
-from loraover.overparam.decompositions import Decomposition, Eigen
+from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.fingerprint import fingerprints
 from loraover.overparam.sharding import assign, full, local
 from loraover.overparam.sites import Site
@@ -72,7 +72,7 @@ class CoreGroup:
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [seeded_generator(seed, site.name) for site in sites]
         cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
-        if isinstance(decomposition, Eigen) and bases:
+        if bases:
             measured = [{side: basis.cpu().double() for side, basis in bases[site.name].items()} for site in sites]
             cores = decomposition.started(cores, measured, *sites[0].shape)
         stacks = [core.to(dtype).to(matrices.device).contiguous() for core in cores]

@@ -21,8 +21,8 @@ from loraover.common.errors import ConfigError
 from loraover.common.memory import is_out_of_memory
 from loraover.overparam.block_bases import Bases, Blocks, Side, eigenvectors
 from loraover.overparam.core_group import full_precision
-from loraover.overparam.decompositions import Eigen
-from loraover.overparam.decompositions.eigen import MAX_BLOCK
+from loraover.overparam.decompositions import Decomposition
+from loraover.overparam.decompositions.base import MAX_BLOCK
 from loraover.overparam.importance import Probe
 from loraover.overparam.sharding import full, of_first_process
 from loraover.overparam.sites import Site, lora_layers
@@ -116,7 +116,7 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def measured_bases(
-    probe: Probe, chosen: Sequence[Site], everything: Mapping[str, Site], eigen: Eigen
+    probe: Probe, chosen: Sequence[Site], everything: Mapping[str, Site], decomposition: Decomposition
 ) -> dict[str, Bases]:
     """Bases of those sides of the chosen sites that come from calibration, by the sites' names.
 
@@ -124,8 +124,10 @@ def measured_bases(
         probe: Batches, and the model in the mode in which it is to be run. The gradients that it leaves are cleared.
         chosen: Sites to measure.
         everything: All sites of the model, among them the other matrix of each module.
-        eigen: Sources and blocks.
+        decomposition: Sources and blocks.
     """
+    assert decomposition.moments is not None
+    largest = decomposition.moments.block
     if any(site.part is not None for site in chosen):
         raise ConfigError(
             "bases from calibration are measured on a layer's inputs, and the module of several experts is one layer; "
@@ -137,17 +139,17 @@ def measured_bases(
         pairs.setdefault((site.module, site.adapter), {})[site.matrix] = site
     moments = {}
     for site in chosen:
-        pair = pairs[site.module, site.adapter]
-        moments[site.module] = _Moments({matrix: _feature_blocks(trained, eigen) for matrix, trained in pair.items()})
+        pair = pairs[site.module, site.adapter].items()
+        moments[site.module] = _Moments({name: _feature_blocks(side, decomposition, largest) for name, side in pair})
     layers = lora_layers(probe.model)
     try:
         has_loss = _run(probe, {layers[module]: found for module, found in moments.items()})
         with torch.no_grad():
-            bases = _bases(chosen, pairs, moments, eigen)
+            bases = _bases(chosen, pairs, moments, decomposition)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        block = max(1, eigen.block // 2)
+        block = max(1, largest // 2)
         kept, smaller = (sum(found.mebibytes(at_most) for found in moments.values()) for at_most in (MAX_BLOCK, block))
         raise ConfigError(
             "calibration ran out of memory: it needs a forward and a backward pass of one batch, as a training step "
@@ -162,7 +164,7 @@ def measured_bases(
             "calibration: no batch has a finite loss, so there are no gradients to measure. A batch whose labels are "
             "all -100 has none; check the labels and the truncation of the training data."
         )
-    _check_complete(bases, [(site, side) for site, side, _ in _measured_sides(chosen, eigen)])
+    _check_complete(bases, [(site, side) for site, side, _ in _measured_sides(chosen, decomposition)])
     return bases
 
 
@@ -198,11 +200,11 @@ def _run(probe: Probe, layers: Mapping[Any, _Moments]) -> bool:
     return has_loss
 
 
-def _feature_blocks(site: Site, eigen: Eigen) -> Blocks:
+def _feature_blocks(site: Site, decomposition: Decomposition, largest: int) -> Blocks:
     """Blocks of the side of a matrix that is not the rank."""
     side: Side = "columns" if site.matrix == "A" else "rows"
     m, n = site.shape
-    return eigen.of_site(site.name).blocks(side, m, n) or Blocks.of(n if side == "columns" else m, eigen.block)
+    return decomposition.of_site(site.name).blocks(side, m, n) or Blocks.of(n if side == "columns" else m, largest)
 
 
 @contextmanager
@@ -239,11 +241,11 @@ def _bases(
     chosen: Sequence[Site],
     pairs: Mapping[tuple[str, str], Mapping[str, Site]],
     moments: Mapping[str, _Moments],
-    eigen: Eigen,
+    decomposition: Decomposition,
 ) -> dict[str, Bases]:
     known: dict[bytes, Tensor] = {}
     found: dict[str, Bases] = {site.name: {} for site in chosen}
-    for site, side, blocks in _measured_sides(chosen, eigen):
+    for site, side, blocks in _measured_sides(chosen, decomposition):
         moment = _moment(site, side, blocks, pairs[site.module, site.adapter], moments[site.module])
         if moment is None or not bool(moment.any()):
             continue
@@ -260,11 +262,11 @@ def _bases(
     return found
 
 
-def _measured_sides(chosen: Sequence[Site], eigen: Eigen) -> Iterator[tuple[Site, Side, Blocks]]:
+def _measured_sides(chosen: Sequence[Site], decomposition: Decomposition) -> Iterator[tuple[Site, Side, Blocks]]:
     """Sides whose bases come from calibration; a basis that only an embedding's tokens could give is the identity."""
     sides: tuple[Side, Side] = ("rows", "columns")
     for site, side in product(chosen, sides):
-        chosen_for = eigen.of_site(site.name)
+        chosen_for = decomposition.of_site(site.name)
         blocks = chosen_for.blocks(side, *site.shape)
         is_of_tokens = side == "columns" and site.name.endswith(".lora_embedding_B")
         if blocks is not None and chosen_for.source(side, *site.shape) == "calibration" and not is_of_tokens:

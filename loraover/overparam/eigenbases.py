@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from loraover.overparam.block_bases import Blocks, Side, eigenvectors, next_eigenvectors, turn
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup, full_precision
-from loraover.overparam.decompositions import Decomposition, Eigen
+from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.importance import joint_norm
 from loraover.overparam.moments import LINEAR, SQUARED, converted
 from loraover.overparam.optimizers import BLIND, ROTATED
@@ -33,21 +33,21 @@ class BasisFollower:
     sign. Each turn leaves M and the exact part of the optimizer's state as they are.
 
     Args:
-        group: Group whose decomposition is `eigen`.
+        group: Group whose decomposition has bases.
     """
 
     def __init__(self, group: CoreGroup) -> None:
-        assert isinstance(group.decomposition, Eigen)
+        assert group.decomposition.moments is not None
         self.group = group
-        self.eigen = group.decomposition
+        self.rule = group.decomposition.moments
         m, n = group.shape
         count, device = len(group.sites), group.stacks[0].device
         self.blocks: dict[Side, Blocks] = {}
         self.moments: dict[Side, Tensor] = {}
         self.started: dict[Side, Tensor] = {}
         for side in ("rows", "columns"):
-            blocks = self.eigen.blocks(side, m, n)
-            if blocks is None or self.eigen.source(side, m, n) != "gradient":
+            blocks = group.decomposition.blocks(side, m, n)
+            if blocks is None or group.decomposition.source(side, m, n) != "gradient":
                 continue
             self.blocks[side] = blocks
             self.moments[side] = torch.zeros(
@@ -57,7 +57,7 @@ class BasisFollower:
         self.seen = torch.zeros(count, dtype=torch.long, device=device)
         self.counted = torch.zeros((), dtype=torch.long, device=device)
         self.steps = 0  # at least `counted`, which would have to be waited for
-        self.due: int | None = self.eigen.refresh if self.blocks else None
+        self.due: int | None = self.rule.refresh if self.blocks else None
 
     @property
     def numbers(self) -> int:
@@ -84,7 +84,7 @@ class BasisFollower:
             split = blocks.split(clean if side == "columns" else clean.mT).transpose(1, 2)  # (G, count, other, size)
             with full_precision(split.device):
                 new = split.mT @ split
-            weight = (1 - self.eigen.decay) * has_gradient.to(new.dtype)
+            weight = (1 - self.rule.decay) * has_gradient.to(new.dtype)
             self.moments[side].lerp_(new, weight[:, None, None, None])
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class BasisFollower:
             other = self.group.shape[1 if side == "rows" else 0]
             has_started = self.started[side]
             is_ready = self.seen >= ceil(blocks.size / other)
-            if self.eigen.growth is None:
+            if self.rule.growth is None:
                 is_ready &= ~has_started
             old = self._basis(side, blocks)
             new, order = next_eigenvectors(self.moments[side], old, blocks)
@@ -115,26 +115,27 @@ class BasisFollower:
             new = of_first_process(torch.where(_wide(is_ready), new, old))
             identity = torch.eye(blocks.size, dtype=new.dtype, device=new.device)
             change = torch.where(_wide(is_ready), old.mT @ new, identity)
-            is_kept = has_started & is_ready & (self.eigen.second_moments == "kept")
+            is_kept = has_started & is_ready & (self.rule.second_moments == "kept")
             turns[side] = new, change
             squares[side] = torch.where(_wide(is_kept), of_first_process(order), change.square())
             self.started[side] = has_started | is_ready
         self._turn(turns, squares)
 
     def _next_due(self) -> int | None:
-        if self.eigen.growth is not None:
-            return self.eigen.next_refresh(self.steps)
+        if self.rule.growth is not None:
+            return self.rule.next_refresh(self.steps)
         return None if all(bool(started.all()) for started in self.started.values()) else 2 * self.steps
 
     def _basis(self, side: Side, blocks: Blocks) -> Tensor:
-        k = self.eigen.basis_core(side, *self.group.shape)
+        k = self.group.decomposition.basis_core(side, *self.group.shape)
         assert k is not None
         return self.group.stacks[k].reshape(-1, blocks.number, blocks.size, blocks.size)
 
     def _turn(self, turns: Mapping[Side, tuple[Tensor, Tensor]], squares: Mapping[Side, Tensor]) -> None:
         """Turn bases, centre cores and the optimizer's moments of these."""
         group = self.group
-        for stack, new in zip(group.stacks, self.eigen.turned(group.stacks, turns, *group.shape), strict=True):
+        turned_stacks = group.decomposition.turned(group.stacks, turns, *group.shape)
+        for stack, new in zip(group.stacks, turned_stacks, strict=True):
             stack.copy_(new)
         changes = {side: change for side, (_, change) in turns.items()}
         for at, parameter in enumerate(group.parameters(group.centre)):
@@ -183,7 +184,7 @@ class BasisFollower:
 
 
 class Followers(Mapping[CoreGroup, BasisFollower]):
-    """The followers of a run, by the group that each follows; empty unless the decomposition is `eigen`.
+    """The followers of a run, by the group that each follows; empty unless the decomposition has bases.
 
     Args:
         decomposition: Decomposition of the run.
@@ -210,8 +211,8 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
         return sum(follower.numbers for follower in self.values())
 
     def add(self, group: CoreGroup) -> None:
-        """Follow a new group from now on, if its decomposition is `eigen`."""
-        if isinstance(self._decomposition, Eigen):
+        """Follow a new group from now on, if its decomposition has bases."""
+        if self._decomposition.moments is not None:
             self._followers[group] = BasisFollower(group)
 
     def divide(self, group: CoreGroup, parts: Mapping[CoreGroup, Sequence[int]]) -> None:
@@ -227,7 +228,7 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Warn of an optimizer for which bases do nothing, or whose state cannot be turned into another basis."""
-        if isinstance(self._decomposition, Eigen) and type(optimizer) in BLIND:
+        if self._decomposition.moments is not None and type(optimizer) in BLIND:
             logger.warning(
                 "%s takes the same step in every basis, so decomposition eigen changes nothing with it",
                 type(optimizer).__name__,
@@ -266,17 +267,14 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
 
 
 def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOverConfig:
-    """Return a configuration whose bases of `eigen` are measured before the run where they could not follow gradients.
+    """Return a configuration whose bases are measured before the run where they could not follow gradients.
 
     Args:
         config: Configuration of a run.
         optimizer: PyTorch's optimizer of the run.
     """
-    eigen, kind = config.make_decomposition(), type(optimizer)
-    if not isinstance(eigen, Eigen) or kind in (*BLIND, *ROTATED):
-        return config
-    changed = {side: "calibration" for side in ("short", "long") if getattr(eigen, side) == "gradient"}
-    if changed:
+    kind = type(optimizer)
+    if kind not in (*BLIND, *ROTATED) and (changed := config.make_decomposition().unfollowed()):
         logger.warning(
             "%s keeps state that cannot be turned into another basis, so the bases of eigen are measured before the "
             "run and do not follow its gradients: its options are %s",

@@ -19,7 +19,6 @@ from loraover.overparam.block_bases import Bases
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup, grouped
 from loraover.overparam.covariances import measured_bases, shared_columns
-from loraover.overparam.decompositions import Eigen
 from loraover.overparam.eigenbases import Followers
 from loraover.overparam.fingerprint import LateAnswer
 from loraover.overparam.importance import Probe
@@ -166,7 +165,7 @@ class OverParameterization:
     def _measured_bases(self, names: Sequence[str]) -> dict[str, Bases]:
         """Bases from calibration batches, where the decomposition asks for them."""
         probe = self.schedule.probe
-        if not isinstance(self.decomposition, Eigen) or not self.decomposition.calibrates:
+        if not self.decomposition.calibrates:
             return {}
         if probe is None or not probe.batches:
             raise ConfigError(

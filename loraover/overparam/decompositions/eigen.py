@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
-from math import ceil
 from typing import Annotated, Literal, final
 
 import torch
@@ -13,11 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from loraover.overparam.block_bases import Bases, Blocks, Side, turn
-from loraover.overparam.decompositions.base import Decomposition
-
-Source = Literal["gradient", "calibration", "none"]
-
-MAX_BLOCK = 4096
+from loraover.overparam.decompositions.base import MAX_BLOCK, Decomposition, MomentRule, Source
 
 WHOLE_SHORT_SIDE = 256
 """Largest shorter side whose basis is one block."""
@@ -84,17 +79,17 @@ class Eigen(Decomposition):
                 found += blocks.number * blocks.size**2 * (2 if is_followed else 1)
         return found
 
-    def next_refresh(self, step: int) -> int:
-        """The step of the refresh that follows one at `step`, if `growth` is not None."""
-        assert self.growth is not None
-        return step + self.refresh if self.growth == 1 else max(step + 1, ceil(step * self.growth))
+    @property
+    def moments(self) -> MomentRule:
+        return MomentRule(self.block, self.refresh, self.growth, self.decay, self.second_moments)
+
+    def unfollowed(self) -> dict[str, str]:
+        return {side: "calibration" for side in ("short", "long") if getattr(self, side) == "gradient"}
 
     def source(self, side: Side, m: int, n: int) -> Source:
-        """Where the basis of a side of an m x n matrix comes from."""
         return self.short if (side == "rows") == (m <= n) else self.long
 
     def blocks(self, side: Side, m: int, n: int) -> Blocks | None:
-        """How a side of an m x n matrix is divided; None where it keeps the identity."""
         if self.source(side, m, n) == "none":
             return None
         length = m if side == "rows" else n
@@ -102,7 +97,6 @@ class Eigen(Decomposition):
         return Blocks.of(length, length if is_whole else self.block)
 
     def basis_core(self, side: Side, m: int, n: int) -> int | None:
-        """Index of the core that is a side's basis; None where it keeps the identity."""
         if self.blocks(side, m, n) is None:
             return None
         return 0 if side == "rows" else self.centre(m, n) + 1
@@ -158,12 +152,6 @@ class Eigen(Decomposition):
         return self._turned(used, matrices, m, n, inverse=False)
 
     def started(self, cores: Sequence[Tensor], measured: Sequence[Bases], m: int, n: int) -> tuple[Tensor, ...]:
-        """Cores in measured bases; a basis of columns that neighbours share is kept once.
-
-        Args:
-            cores: Cores of G sites, in identity bases.
-            measured: The bases of each site.
-        """
         turns: dict[Side, tuple[Tensor, Tensor]] = {}
         for side in ("rows", "columns"):
             blocks = self.blocks(side, m, n)
@@ -180,12 +168,6 @@ class Eigen(Decomposition):
     def turned(
         self, cores: Sequence[Tensor], turns: Mapping[Side, tuple[Tensor, Tensor]], m: int, n: int
     ) -> tuple[Tensor, ...]:
-        """Cores of the same matrices in other bases.
-
-        Args:
-            cores: Core k (G, p_k, q_k).
-            turns: The new basis (H, count, size, size) of some sides, and the blocks old^T new.
-        """
         result = list(cores)
         centre = cores[self.centre(m, n)]
         for side, (basis, change) in turns.items():
@@ -198,13 +180,6 @@ class Eigen(Decomposition):
         return tuple(result)
 
     def departure(self, cores: Sequence[Tensor], m: int, n: int) -> float:
-        """Largest element of V^T V - I of the bases V, and of what lies in their padding beside the identity.
-
-        Args:
-            cores: Cores of G matrices, float64.
-            m: Rows of the matrices.
-            n: Columns of the matrices.
-        """
         found = [0.0]
         for side in ("rows", "columns"):
             bases = self._bases(cores, side, m, n)
