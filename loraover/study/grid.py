@@ -13,7 +13,8 @@ from typing import Any
 from loraover.common.errors import ConfigError
 from loraover.models.load import load_skeleton, resolve_model
 from loraover.study.request import StudyRequest, split_outside_brackets
-from loraover.training.recipe import OTHER_METHODS, Recipe, load_recipe, parse_override
+from loraover.training.methods import METHODS
+from loraover.training.recipe import Recipe, load_recipe, parse_override
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -24,10 +25,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora-matched": {"method": "lora"},
     "full": {"method": "full"},
     "lora-over": {"method": "lora-over"},
-    "soma": {"method": "soma"},
-    "lorasc": {"method": "lorasc"},
-    "federated": {"method": "federated"},
-    "tensorguide": {"method": "tensorguide"},
+    **{name: {"method": name} for name in METHODS},
 }
 """What each method sets in a recipe; `lora-matched` also takes the rank at which A and B are as many as the cores."""
 
@@ -40,7 +38,7 @@ VARIANTS = {
 VARIANTS |= {"training.optim"}
 """Settings with which plain LoRA counts as another method."""
 
-RECIPE_PARTS = ("data.", "lora.", "over.", "training.", *(f"{method}." for method in OTHER_METHODS))
+RECIPE_PARTS = ("data.", "lora.", "over.", "training.", *(f"{method}." for method in METHODS))
 """Beginnings of the settings that are keys of the recipe as they stand."""
 
 SWEPT = {"training.learning_rate": "lr_sweep", "training.seed": "seeds", "method": "methods"}

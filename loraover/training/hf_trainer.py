@@ -41,7 +41,7 @@ def make_trainer(
     is_seq2seq: bool,
     progress: TrainingProgress,
     over: LoraOverCallback | None,
-    method: Method | None,
+    method: Method,
 ) -> Trainer:
     """Make TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
 
@@ -54,7 +54,7 @@ def make_trainer(
         is_seq2seq: Whether the model is an encoder-decoder.
         progress: Writer of the run's log.
         over: Owner of the cores; None for other methods.
-        method: What is done beside plain LoRA; None for plain LoRA, LoRA-Over and full fine-tuning.
+        method: The recipe's method.
 
     Raises:
         ConfigError: a value that the trainer refuses.
@@ -84,7 +84,7 @@ def make_trainer(
     train_set = Dataset.from_list(examples.train.rows)
     eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
     callbacks: list[TrainerCallback] = [] if over is None else [over]
-    callbacks += [] if method is None else method.callbacks()
+    callbacks += [MethodCallback(method)]
     callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics and recipe.trains_only_products else []
     callbacks += [progress, SealCheckpoints()]
     if is_seq2seq:
@@ -104,6 +104,23 @@ def make_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class MethodCallback(TrainerCallback):
+    """Callback that lets a method act before the Trainer's steps and with its checkpoints, before they are sealed."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.method.before_step(state.global_step, state.max_steps, optimizer)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            self.method.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def _arguments(kind: Any, options: dict[str, Any]) -> Any:

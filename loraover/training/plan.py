@@ -98,28 +98,25 @@ def make_plan(recipe: Recipe) -> Plan:
     steps = recipe.steps(examples or 0)
 
     model: Any = base
-    method = None
+    method = make_method(recipe, is_seq2seq=is_seq2seq)
     if recipe.method != "full":
         lora = recipe.lora.model_copy(update={"init_lora_weights": True})  # others decompose weights, which are absent
         task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
         with torch.device("meta"):
-            method = make_method(recipe, is_seq2seq=is_seq2seq)
             model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source, method)
-    adapter = trained = _bytes(p for p in model.parameters() if p.requires_grad)
-    clients = rows = 1
-    if method is not None and recipe.method == "federated":
-        method.start(model)  # freezes A
-        trained = _bytes(p for p in model.parameters() if p.requires_grad)
-        clients, rows = recipe.federated.clients, 1 + training.per_device_train_batch_size
+    adapter = _bytes(p for p in model.parameters() if p.requires_grad)
+    method.freeze(model)
+    trained = _bytes(p for p in model.parameters() if p.requires_grad)
     cores = added = gauge = 0
     if recipe.method == "lora-over":
         schedule = Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
         cores, added = schedule.most_parameters
         gauge = schedule.most_gauge_numbers
-    elif method is not None and (cores := method.count_cores(model)):
+    elif cores := method.count_cores(model):
         added = cores - trained // CORE_BYTES
     batch = training.per_device_train_batch_size
-    seen = steps * batch * training.gradient_accumulation_steps * clients
+    rows = 1 + batch if method.keeps_row_gradients else 1
+    seen = steps * batch * training.gradient_accumulation_steps * recipe.clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
     return Plan(
@@ -130,7 +127,7 @@ def make_plan(recipe: Recipe) -> Plan:
         cores=cores * CORE_BYTES,
         gauge=gauge * CORE_BYTES,
         gradients=rows * trained + cores * CORE_BYTES,
-        optimizer_states=2 * (trained + added * CORE_BYTES) * clients,
+        optimizer_states=2 * (trained + added * CORE_BYTES) * recipe.clients,
         activations=_activations(model, recipe),
         steps=steps,
         examples=seen,

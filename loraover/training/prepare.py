@@ -46,7 +46,7 @@ class Prepared:
         trainer: Trainer of transformers or TRL.
         progress: Writer of its log, and of its steps.
         callback: Owner of the cores while training; None unless the method is LoRA-Over.
-        method: What is done beside plain LoRA; None for plain LoRA, LoRA-Over and full fine-tuning.
+        method: The recipe's method.
         trained: Numbers in the parameters that the optimizer has before any cores.
         pushed_base: Model that a pushed adapter names in place of the stand-in that it was trained on.
     """
@@ -59,7 +59,7 @@ class Prepared:
     trainer: Trainer
     progress: TrainingProgress
     callback: LoraOverCallback | None
-    method: Method | None
+    method: Method
     trained: int
     pushed_base: ModelSource | None
 
@@ -94,8 +94,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         raise DataError(
             f"{recipe.data.train}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
         )
-    if method is not None:
-        method.check_rows(examples.train.rows)
+    method.check_rows(examples.train.rows)
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
     if examples.shared and examples.test is not None:
         report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
@@ -107,15 +106,14 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
     model = base if recipe.method == "full" else with_adapter(base, recipe, task, source, method)
     untrained = factors(model) if recipe.trains_only_products else None
-    if method is not None:
-        method.start(model)
+    method.freeze(model)
+    method.start(model)
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     progress = TrainingProgress(report, output / METRICS_FILE)
     trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, progress, over, method)
     _check_trainer(trainer, recipe, len(examples.train.rows), report)
-    if method is not None:
-        method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
+    method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
     return Prepared(source, tokenizer, examples, model, untrained, trainer, progress, over, method, trained, named)

@@ -8,56 +8,34 @@ import reprlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from loraover.checkpoint.peft_adapter import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
-from loraover.overparam.config import LoraOverConfig
-from loraover.training.method_settings import FederatedSettings, LoraScSettings, SomaSettings, TensorGuideSettings
-from loraover.training.recipe_parts import SOAP, Data, EvaluationSettings, Lora, Part, Training
+from loraover.training.methods import METHODS, MethodKeys
+from loraover.training.recipe_parts import SOAP
 
 MAX_YAML_BYTES = 2**20
 
-OTHER_METHODS = ("soma", "lorasc", "federated", "tensorguide")
-"""Methods whose settings stand under a key with their name."""
-
-PLAIN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
-"""Optimizers that methods federated and tensorguide take, since they make them themselves."""
+METHOD_NAMES = ("lora", "lora-over", "full", *METHODS)
+"""Values of the key `method`."""
 
 _short = reprlib.Repr()
 _short.maxlevel = 2  # YAML aliases can unfold a few bytes into a giant
 
 
-class Recipe(Part):
+class Recipe(MethodKeys):
     """One training run."""
 
-    description: str = Field("", description="What the recipe does, for people.")
-    model: str = Field(description="Base model: folder or hub name.")
-    model_revision: str | None = Field(
-        None, description="Commit or tag on the hub; the run's copy of the recipe names the commit."
-    )
-    method: Literal["lora", "lora-over", "full", "soma", "lorasc", "federated", "tensorguide"] = Field(
-        "lora-over",
-        description="Plain LoRA, LoRA-Over, full (all weights), or a method of docs/research/methods.md.",
-    )
-    data: Data = Field(description="Where examples come from.")
-    lora: Lora = Field(Lora(), description="The adapter, in PEFT's terms.")
-    over: LoraOverConfig = Field(LoraOverConfig(), description="Decomposition, schedule and budget of the cores.")
-    soma: SomaSettings = Field(SomaSettings(), description="Settings of method soma.")
-    lorasc: LoraScSettings = Field(LoraScSettings(), description="Settings of method lorasc.")
-    federated: FederatedSettings = Field(FederatedSettings(), description="Settings of method federated.")
-    tensorguide: TensorGuideSettings = Field(TensorGuideSettings(), description="Settings of method tensorguide.")
-    training: Training = Field(description="The run, in the terms of transformers' TrainingArguments.")
-    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
-    tensorboard: bool = Field(False, description="Log to TensorBoard too.")
-    diagnostics: bool = Field(False, description="Log step norms, and the norms and condition numbers of the cores.")
-    push_to_hub: str | None = Field(None, description="Repository to upload the adapter to.")
-    push_model: str | None = Field(
-        None, description="Base model that a pushed adapter names in place of the stand-in that it was trained on."
-    )
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, method: str) -> str:
+        if method not in METHOD_NAMES:
+            raise ValueError(f"expected one of {', '.join(METHOD_NAMES)}")
+        return method
 
     @model_validator(mode="after")
     def _can_be_folded(self) -> Recipe:
@@ -76,57 +54,34 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
-    def _has_settings_of_its_method(self) -> Recipe:
-        for method in OTHER_METHODS:
+    def _suits_its_method(self) -> Recipe:
+        for method, kind in METHODS.items():
             part = getattr(self, method)
-            if method != self.method and part != type(part)():
+            if method == self.method:
+                kind.check_recipe(self)
+            elif part != type(part)():
                 raise ValueError(
                     f"the key {method} is only for method {method}, and this recipe's method is {self.method}"
                 )
-        if self.method in OTHER_METHODS and (self.lora.use_dora or self.lora.init_lora_weights is not True):
-            raise ValueError(
-                f"method {self.method} chooses its first A and B itself: leave out lora.use_dora and "
-                "lora.init_lora_weights"
-            )
-        if self.method in OTHER_METHODS and self.lora.target_parameters:
-            raise ValueError(f"method {self.method} adapts modules only: leave out lora.target_parameters")
-        if self.method == "soma" and self.training.weight_decay:
-            raise ValueError("method soma takes soma.weight_decay in place of training.weight_decay")
-        return self
-
-    @model_validator(mode="after")
-    def _suits_a_method_with_its_own_optimizer(self) -> Recipe:
-        if self.method not in ("federated", "tensorguide"):
-            return self
-        training = self.training
-        if training.optim not in PLAIN_OPTIMIZERS or training.loraplus_lr_ratio is not None:
-            raise ValueError(f"method {self.method} takes training.optim {', '.join(PLAIN_OPTIMIZERS)}, without LoRA+")
-        if self.method == "federated" and (training.precision != "fp32" or training.gradient_checkpointing):
-            raise ValueError("method federated takes training.precision fp32, without gradient_checkpointing")
-        unused = {"training.max_grad_norm": training.max_grad_norm == 1, "tensorboard": not self.tensorboard}
-        unused["training.save_total_limit"] = training.save_total_limit == 2
-        if self.method == "federated" and (given := [key for key, is_default in unused.items() if not is_default]):
-            raise ValueError(f"method federated does not use {', '.join(given)}; leave it out")
-        if self.method == "tensorguide" and (training.precision == "fp16" or training.weight_decay):
-            raise ValueError(
-                "method tensorguide takes training.precision fp32 or bf16, and no training.weight_decay: smaller cores "
-                "would not bring B back to zero"
-            )
         return self
 
     @property
     def can_resume(self) -> bool:
         """Whether a run that was interrupted can be continued."""
-        return self.method != "federated"
+        return self.method not in METHODS or not METHODS[self.method].no_resume
+
+    @property
+    def clients(self) -> int:
+        """Number of parts into which the rows are divided, each with its own optimizer; 1 for most methods."""
+        return METHODS[self.method].count_clients(self) if self.method in METHODS else 1
 
     def steps(self, examples: int) -> int:
-        """Count the run's optimizer steps on one process, which are those of each client for method federated.
+        """Count the run's optimizer steps on one process, which are those of each client where there are several.
 
         Args:
             examples: Number of training examples.
         """
-        clients = self.federated.clients if self.method == "federated" else 1
-        return self.training.steps(math.ceil(examples / clients))
+        return self.training.steps(math.ceil(examples / self.clients))
 
     @property
     def trains_only_products(self) -> bool:

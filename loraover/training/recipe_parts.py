@@ -1,4 +1,4 @@
-"""Parts of a recipe: its keys `data`, `lora`, `training` and `evaluation`."""
+"""Parts of a recipe: its keys but for the settings of the methods in `loraover.training.methods`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loraover.checkpoint.peft_adapter import path_pattern
+from loraover.overparam.config import LoraOverConfig
 
 SOAP = "soap"
 """Name of the optimizer that transformers does not have."""
@@ -186,3 +187,33 @@ class EvaluationSettings(Part):
     )
     max_new_tokens: int = Field(256, ge=1, description="Largest number of tokens in a generated answer.")
     batch_size: int = Field(16, ge=1, description="Answers generated at the same time.")
+
+
+class BaseRecipe(Part):
+    """Keys that a recipe has whatever its method is."""
+
+    description: str = Field("", description="What the recipe does, for people.")
+    model: str = Field(description="Base model: folder or hub name.")
+    model_revision: str | None = Field(
+        None, description="Commit or tag on the hub; the run's copy of the recipe names the commit."
+    )
+    method: str = Field(
+        "lora-over",
+        description="Plain LoRA, LoRA-Over, full (all weights, for comparison), or a method of docs/research/methods.md.",
+    )
+    data: Data = Field(description="Where examples come from.")
+    lora: Lora = Field(Lora(), description="The adapter, in PEFT's terms.")
+    over: LoraOverConfig = Field(LoraOverConfig(), description="Decomposition, schedule and budget of the cores.")
+    training: Training = Field(description="The run, in the terms of transformers' TrainingArguments.")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
+    tensorboard: bool = Field(False, description="Log to TensorBoard too.")
+    diagnostics: bool = Field(False, description="Log step norms, and the norms and condition numbers of the cores.")
+    push_to_hub: str | None = Field(None, description="Repository to upload the adapter to.")
+    push_model: str | None = Field(
+        None, description="Base model that a pushed adapter names in place of the stand-in that it was trained on."
+    )
+
+    @property
+    def settings(self) -> Any:
+        """What the recipe has under the name of its method; None: no such key."""
+        return getattr(self, self.method, None)

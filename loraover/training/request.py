@@ -40,7 +40,7 @@ class TrainRequest(Request):
         "Method: plain LoRA, LoRA-Over, all weights (full), or one of docs/research/methods.md.",
         default=None,
         default_text="the recipe's",
-        choices=("lora", "lora-over", "full", "soma", "lorasc", "federated", "tensorguide"),
+        metavar="NAME",
     )
     model: AnyName | None = option("Base model: folder or hub name.", default=None, default_text="the recipe's")
     data: AnyName | None = option(

@@ -30,6 +30,7 @@ from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
 from loraover.training.failure import FAILURE_FILE, record_failure
+from loraover.training.methods import METHODS
 from loraover.training.methods.base import served_size
 from loraover.training.prepare import Prepared, planned_steps, prepare
 from loraover.training.push import moved_copy, push
@@ -110,8 +111,8 @@ def _command(recipe: Recipe | str | Path, output: Path, overrides: Mapping[str, 
 def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:
     if resume and not recipe.can_resume:
         raise ConfigError(
-            f"a run of method {recipe.method} cannot be resumed: it keeps no checkpoints, since a step taken twice "
-            "with other noise would spend privacy that is not accounted for. Start a new run in another folder."
+            f"a run of method {recipe.method} cannot be resumed: it keeps no checkpoints, since "
+            f"{METHODS[recipe.method].no_resume}. Start a new run in another folder."
         )
     with claim(output, resume=resume):
         asked = with_commits(recipe, output) if resume else recipe
@@ -135,7 +136,7 @@ def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, c
                 "training diverged: the loss is no longer a number at learning rate "
                 f"{recipe.training.learning_rate:g}; lower it. The log is {output / METRICS_FILE}."
             )
-        left_out = None if run.method is None else run.method.finish(run.model)
+        left_out = run.method.finish(run.model)
         after = _measure(run, recipe, output, report, AFTER)
         result = _result(run, recipe, timed, before, after, left_out)
         _check_trained(result, logged_losses(output))
@@ -179,7 +180,7 @@ def _result(
         served_bytes=None if served is None else served.bytes,
         served_error=left_out,
         trained_parameters=run.trained + cores - matrices,
-        privacy=None if run.method is None else run.method.privacy,
+        privacy=run.method.privacy,
         added_parameters=cores - matrices,
         gauge_numbers=0 if run.over is None else run.over.gauge_numbers(),
         update_norm=change,
@@ -243,10 +244,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
     if checkpoint is None or step < steps:
         started = time.perf_counter()
         with report.task("training steps", steps) as run.progress.advance:
-            if run.method is None:
-                run.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            else:
-                run.method.train(run.trainer, checkpoint, steps, run.progress)
+            run.method.train(run.trainer, checkpoint, steps, run.progress)
         return Timed(run.trainer.state.global_step - step, time.perf_counter() - started)
     if isinstance(run.model, PeftModel):
         set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
@@ -255,8 +253,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
     if run.callback is not None:
         config = with_measured_bases(run.callback.config, ordinary_optimizer(run.trainer.create_optimizer()))
         run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=steps, config=config)
-    if run.method is not None:
-        run.method.restore(checkpoint)
+    run.method.restore(checkpoint)
     run.trainer.state.global_step = step
     return Timed(0, 0.0)
 

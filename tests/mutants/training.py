@@ -38,9 +38,15 @@ TRAINING = (
         Selection("test_soma.py", "exact_update"),
     ),
     Mutant(
+        "a-method-takes-every-recipe",
+        "                kind.check_recipe(self)\n",
+        "                pass\n",
+        Selection("test_methods.py", "no_method_takes"),
+    ),
+    Mutant(
         "soma-weight-decay-never-starts",
-        "return [AnnealedWeightDecay(settings.weight_decay, settings.final_weight_decay)]",
-        "return []",
+        'for group in optimizer.param_groups:\n            group["weight_decay"]',
+        'for group in ():\n            group["weight_decay"]',
         Selection("test_soma.py", "weight_decay"),
     ),
     Mutant(
@@ -75,13 +81,13 @@ TRAINING = (
     ),
     Mutant(
         "lorasc-first-stage-has-no-noise",
-        "        self.method.set_base()",
-        "        pass",
+        "    def begin(self) -> None:\n        self.set_base()",
+        "    def begin(self) -> None:\n        pass",
         Selection("test_lorasc.py", "stage_trains_on"),
     ),
     Mutant(
         "lorasc-stages-train-on-the-first-base",
-        "            method.set_base()\n            optimizer",
+        "            self.set_base()\n            optimizer",
         "            optimizer",
         Selection("test_lorasc.py", "stage_trains_on"),
     ),
@@ -103,7 +109,7 @@ TRAINING = (
         'moments of these."""\n        group = self.group\n'
         "        centre = group.stacks[group.centre]\n"
         "        values = torch.stack([site.values for site in group.sites]).to(centre)\n"
-        "        centre.copy_(self.eigen.to_centre(group.stacks, values, *group.shape))\n",
+        "        centre.copy_(group.decomposition.to_centre(group.stacks, values, *group.shape))\n",
         Selection("test_block_bases.py", "a_refresh_keeps_every_matrix"),
     ),
     Mutant(
@@ -138,8 +144,8 @@ TRAINING = (
     ),
     Mutant(
         "eigen-bases-stay-where-state-cannot-be-turned",
-        'changed = {side: "calibration" for side in ("short", "long") if getattr(eigen, side) == "gradient"}',
-        "changed: dict[str, str] = {}",
+        'return {side: "calibration" for side in ("short", "long") if getattr(self, side) == "gradient"}',
+        "return {}",
         Selection("test_callback.py", "bases_are_measured"),
     ),
     Mutant(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import loraover
-from loraover.training.recipe import OTHER_METHODS
+from loraover.training.methods import METHODS
 from loraover_export import export_vllm
 from loraover_serve import EngineResult, serve_adapters, verify_adapter
 from loraover_serve.verify.faults import NOT_APPLIED
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vllm_command()  # skips the tests before anything is trained
     folder = tmp_path_factory.mktemp("methods")
     base = save_base(folder / "base")
-    for name in OTHER_METHODS:
+    for name in METHODS:
         parts = {
             "method": name,
             name: SETTINGS.get(name, {}),
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[VllmServer]:
     """One server of all four adapters; its --max-lora-rank holds the largest."""
-    adapters, log = [folder / name for name in OTHER_METHODS], folder / "vllm.log"
+    adapters, log = [folder / name for name in METHODS], folder / "vllm.log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         with serve_adapters(adapters, vllm=vllm_command(), port=free_port(LOOPBACK), log=log, options=TINY) as server:
@@ -75,7 +75,7 @@ def verify(server: VllmServer, folder: Path, method: str, served_name: str) -> E
     return found
 
 
-@pytest.mark.parametrize("method", OTHER_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_vllm_serves_a_method_as_trained(method: str, server: VllmServer, folder: Path) -> None:
     found = verify(server, folder, method, method)
     assert_as_trained(found)
@@ -83,7 +83,7 @@ def test_vllm_serves_a_method_as_trained(method: str, server: VllmServer, folder
     assert found.greedy.equal == 1
 
 
-@pytest.mark.parametrize("method", OTHER_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_base_models_answers_would_not_pass(method: str, server: VllmServer, folder: Path) -> None:
     found = verify(server, folder, method, str(folder / "base"))
     assert (found.verdict, found.fault) == ("differs", NOT_APPLIED)

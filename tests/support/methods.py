@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from loraover.training.adapter import with_adapter
+from loraover.training.hf_trainer import MethodCallback
 from loraover.training.methods import METHODS
 from loraover.training.recipe import load_recipe
 
@@ -42,6 +43,7 @@ def started(
     method = METHODS[name](recipe)
     source: Any = SimpleNamespace(name="base", revision=None)
     model = with_adapter(base, recipe, task, source, method)
+    method.freeze(model)
     method.start(model)
     return model, method
 
@@ -51,20 +53,16 @@ Watch = Callable[[Any, Any, bool], None]
 
 
 @contextmanager
-def watched_steps(name: str, watch: Watch) -> Iterator[None]:
+def watched_steps(watch: Watch) -> Iterator[None]:
     """Let `watch` see every optimizer step of the block's runs, before and after it."""
-    callbacks = METHODS[name].callbacks
+
+    class Watched(MethodCallback):
+        def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            watch(self.method, optimizer, False)
+
+        def on_optimizer_step(self, *_: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            watch(self.method, optimizer, True)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(METHODS[name], "callbacks", lambda self: [*callbacks(self), _Watcher(self, watch)])
+        patch.setattr("loraover.training.hf_trainer.MethodCallback", Watched)
         yield
-
-
-class _Watcher(TrainerCallback):
-    def __init__(self, method: Any, watch: Watch) -> None:
-        self.method, self.watch = method, watch
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self.watch(self.method, optimizer, False)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self.watch(self.method, optimizer, True)

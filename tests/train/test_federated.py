@@ -220,7 +220,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "checkpoints": ({"training.save_total_limit": 1}, "does not use training.save_total_limit; leave it out"),
     "TensorBoard": ({"tensorboard": True}, "does not use tensorboard; leave it out"),
     "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "is an embedding, whose B federated cannot train"),
-    "another method": ({"method": "lora"}, "federated is only for method federated, and this recipe's method is lora"),
 }
 
 
@@ -261,11 +260,6 @@ def test_a_module_whose_inputs_are_no_rows_is_refused(tmp_path: Path) -> None:
         train(recipe, tmp_path / "out", lora__target_modules=["fc1"], training__max_steps=2)
     result, _ = train(recipe, tmp_path / "other", lora__target_modules=["q_proj"], training__max_steps=2)
     assert result.steps == 2
-
-
-def test_an_encoder_decoder_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"federated, which trains causal models only.*lorasc"):
-        loraover.train(make(tmp_path / "r.yaml", bases["t5"], clients=2), tmp_path / "out")
 
 
 def test_a_resumption_is_refused_with_its_reason(base: Path, tmp_path: Path) -> None:

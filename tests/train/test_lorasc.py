@@ -200,7 +200,7 @@ def watched_run(recipe: Path, output: Path) -> list[Step]:
         gradients = {key: numpy64(factor.grad).copy() for key, factor in factors.items()}
         steps.append(Step(weights, values, gradients, optimizer.param_groups[0]["lr"]))
 
-    with watched_steps("lorasc", watch):
+    with watched_steps(watch):
         loraover.train(recipe, output)
     return steps
 
@@ -324,11 +324,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
     "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
     "no pace": ({"lorasc.pace": 0}, "greater than 0"),
-    "DoRA": ({"lora.use_dora": True}, "chooses its first A and B itself"),
-    "another method": (
-        {"method": "lora-over"},
-        "lorasc is only for method lorasc, and this recipe's method is lora-over",
-    ),
 }
 
 

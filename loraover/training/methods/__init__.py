@@ -1,30 +1,38 @@
 """Methods beside plain LoRA and LoRA-Over, which end as plain LoRAs on the original base model.
 
-A new method is one file with a class, one line here, its settings in `loraover.training.method_settings`, and its name
-in `Recipe` and in the option `--method`.
+A new method is one file, whose settings name the class that trains it, and one line here.
 """
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from loraover.common.errors import ConfigError
 from loraover.training.methods.base import Method
-from loraover.training.methods.federated import Federated
-from loraover.training.methods.lorasc import LoraSc
-from loraover.training.methods.soma import Soma
-from loraover.training.methods.tensorguide import TensorGuide
-from loraover.training.recipe import Recipe
+from loraover.training.methods.federated import FederatedSettings
+from loraover.training.methods.lorasc import LoraScSettings
+from loraover.training.methods.soma import SomaSettings
+from loraover.training.methods.tensorguide import TensorGuideSettings
+from loraover.training.recipe_parts import BaseRecipe
+
+
+class MethodKeys(BaseRecipe):
+    """Keys of a recipe with the settings of one method each, by its name."""
+
+    soma: SomaSettings = Field(SomaSettings(), description="Settings of method soma.")
+    lorasc: LoraScSettings = Field(LoraScSettings(), description="Settings of method lorasc.")
+    federated: FederatedSettings = Field(FederatedSettings(), description="Settings of method federated.")
+    tensorguide: TensorGuideSettings = Field(TensorGuideSettings(), description="Settings of method tensorguide.")
+
 
 METHODS: dict[str, type[Method]] = {
-    "soma": Soma,
-    "lorasc": LoraSc,
-    "federated": Federated,
-    "tensorguide": TensorGuide,
+    name: field.default.method for name, field in MethodKeys.model_fields.items() if name not in BaseRecipe.model_fields
 }
 """Classes of the methods, by the recipe's `method`."""
 
 
-def make_method(recipe: Recipe, *, is_seq2seq: bool) -> Method | None:
-    """Return the method of a recipe; None for plain LoRA, LoRA-Over and full fine-tuning.
+def make_method(recipe: BaseRecipe, *, is_seq2seq: bool) -> Method:
+    """Return the method of a recipe; `Method` itself for plain LoRA, LoRA-Over and full fine-tuning.
 
     Args:
         recipe: The recipe.
@@ -33,13 +41,11 @@ def make_method(recipe: Recipe, *, is_seq2seq: bool) -> Method | None:
     Raises:
         ConfigError: the method does not train encoder-decoders, or needs a package that is not installed.
     """
-    kind = METHODS.get(recipe.method)
-    if kind is None:
-        return None
+    kind = METHODS.get(recipe.method, Method)
     if is_seq2seq and not kind.trains_seq2seq:
         trained = ", ".join(name for name, method in METHODS.items() if method.trains_seq2seq)
         raise ConfigError(
             f"method is {recipe.method}, which trains causal models only, and {recipe.model} is an encoder-decoder. "
-            f"Use lora, lora-over or {trained}."
+            f"Use one of lora, lora-over, {trained}."
         )
     return kind(recipe)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.pytorch_utils import Conv1D
 
 from loraover.common.errors import ConfigError
 from loraover.data.formats import Row
 from loraover.overparam.sites import lora_layers
-from loraover.training.progress import TrainingProgress
-from loraover.training.recipe import Recipe
-from loraover.training.recipe_parts import Training
+from loraover.training.recipe_parts import BaseRecipe, Training
 from loraover.training.run_result import Privacy
 
+if TYPE_CHECKING:  # recipes are read without PEFT and transformers, which take seconds to import
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel, Trainer
+
+    from loraover.training.progress import TrainingProgress
+
 ADAPTER = "default"  # PEFT's name of the only adapter
+
+PLAIN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")
+"""Optimizers that `make_optimizer` makes."""
 
 
 class Pair(NamedTuple):
@@ -35,24 +38,51 @@ class Pair(NamedTuple):
     a: Tensor
 
 
-class Method(ABC):
-    """A method of training, made for one run.
+class Method:
+    """A method of training, made for one run; as it stands, training that needs nothing beside the Trainer.
 
-    A run calls `check_rows`, `lora_options`, `start`, `check`, `train` (or `restore`) and `finish`, in this order.
+    A recipe is checked by `check_recipe`. A run calls `check_rows`, `lora_options`, `freeze`, `start`, `check`, `train`
+    (or `restore`) and `finish`, in this order.
 
     Args:
         recipe: The recipe of the run.
 
     Attributes:
         trains_seq2seq: Whether the method trains encoder-decoders too.
+        no_resume: Reason why a run keeps no checkpoints, as the end of a sentence; empty if it can be resumed.
+        keeps_row_gradients: Whether a step holds the gradients of each row of a micro-batch.
+        settings: Settings that the recipe has under the method's name.
         privacy: Guarantee of the finished run; None for methods without one.
     """
 
-    trains_seq2seq: ClassVar[bool]
+    trains_seq2seq: ClassVar[bool] = True
+    no_resume: ClassVar[str] = ""
+    keeps_row_gradients: ClassVar[bool] = False
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: BaseRecipe) -> None:
         self.recipe = recipe
+        self.settings: Any = recipe.settings
         self.privacy: Privacy | None = None
+
+    @classmethod
+    def check_recipe(cls, recipe: BaseRecipe) -> None:
+        """Check the rest of a recipe that asks for one of `METHODS`, when it is read.
+
+        Raises:
+            ValueError: keys that the method does not take.
+        """
+        if recipe.lora.use_dora or recipe.lora.init_lora_weights is not True:
+            raise ValueError(
+                f"method {recipe.method} chooses its first A and B itself: leave out lora.use_dora and "
+                "lora.init_lora_weights"
+            )
+        if recipe.lora.target_parameters:
+            raise ValueError(f"method {recipe.method} adapts modules only: leave out lora.target_parameters")
+
+    @classmethod
+    def count_clients(cls, recipe: BaseRecipe) -> int:
+        """Count the parts into which the rows are divided, each of which has its own optimizer."""
+        return 1
 
     def lora_options(self, base: PreTrainedModel) -> dict[str, Any]:
         """Return options of PEFT's LoraConfig beside those of the recipe.
@@ -62,7 +92,13 @@ class Method(ABC):
         """
         return {}
 
-    @abstractmethod
+    def freeze(self, model: PeftModel) -> None:
+        """Take the gradient from those of A and B that stay as PEFT has drawn them.
+
+        Raises:
+            ConfigError: the method cannot train the model.
+        """
+
     def start(self, model: PeftModel) -> None:
         """Prepare a model whose LoRA has just been made.
 
@@ -78,11 +114,7 @@ class Method(ABC):
         """
         return 0
 
-    def callbacks(self) -> list[TrainerCallback]:
-        """Return callbacks for the Trainer, which come before the one that seals checkpoints."""
-        return []
-
-    def check_rows(self, rows: Sequence[Row]) -> None:  # noqa: B027, most methods need nothing
+    def check_rows(self, rows: Sequence[Row]) -> None:
         """Check the training rows, before the model is loaded.
 
         Args:
@@ -92,7 +124,7 @@ class Method(ABC):
             ConfigError: rows that the method cannot take.
         """
 
-    def check(self, steps: int, examples: int) -> None:  # noqa: B027, most methods need nothing
+    def check(self, steps: int, examples: int) -> None:
         """Check the settings against the size of the run, before its first step.
 
         Args:
@@ -109,16 +141,31 @@ class Method(ABC):
             self.restore(checkpoint)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
-    def restore(self, checkpoint: Path) -> None:  # noqa: B027, the Trainer restores A and B
-        """Read what the method has added to a checkpoint of the Trainer."""
+    def begin(self) -> None:
+        """Prepare the first step that the Trainer takes, after `restore` where a run is resumed."""
 
-    @abstractmethod
+    def before_step(self, step: int, steps: int, optimizer: Optimizer) -> None:
+        """Prepare an optimizer step of the Trainer.
+
+        Args:
+            step: Optimizer steps taken before.
+            steps: Optimizer steps of the run.
+            optimizer: The Trainer's optimizer.
+        """
+
+    def save(self, checkpoint: Path) -> None:
+        """Add what the method needs to a checkpoint of the Trainer, before it is sealed."""
+
+    def restore(self, checkpoint: Path) -> None:
+        """Read what `save` has added."""
+
     def finish(self, model: PeftModel) -> float | None:
         """Turn what was trained into one plain LoRA on the original base weights.
 
         Returns:
             Frobenius norm, over all modules, of what the plain LoRA leaves out; None: nothing.
         """
+        return None
 
 
 def linear_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
@@ -131,6 +178,8 @@ def linear_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
     Raises:
         ConfigError: a layer that is not linear, is quantised, or shares its weight with another module.
     """
+    from transformers.pytorch_utils import Conv1D
+
     layers = lora_layers(model)
     count = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, layer in layers.items():
@@ -151,6 +200,8 @@ def linear_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
 
 def get_weight(layer: LoraLayer) -> Tensor:
     """Return the base weight of an adapted layer as a view of shape (out_features, in_features)."""
+    from transformers.pytorch_utils import Conv1D
+
     base = layer.get_base_layer()
     weight: Tensor = base.weight.detach()
     return weight.mT if isinstance(base, Conv1D) else weight
@@ -232,6 +283,13 @@ def truncate(b: Tensor, a: Tensor, rank: int) -> tuple[Pair, float]:
     return Pair(*kept), float(values[rank:].norm())
 
 
+def check_optimizer(recipe: BaseRecipe) -> None:
+    """Raise ValueError if a recipe asks for an optimizer that `make_optimizer` does not make."""
+    training = recipe.training
+    if training.optim not in PLAIN_OPTIMIZERS or training.loraplus_lr_ratio is not None:
+        raise ValueError(f"method {recipe.method} takes training.optim {', '.join(PLAIN_OPTIMIZERS)}, without LoRA+")
+
+
 def make_optimizer(training: Training, parameters: list[nn.Parameter]) -> Optimizer:
     """Return the optimizer of a recipe, one of `PLAIN_OPTIMIZERS`, for a method that makes it itself."""
     options: Any = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
@@ -240,10 +298,9 @@ def make_optimizer(training: Training, parameters: list[nn.Parameter]) -> Optimi
     return torch.optim.AdamW(parameters, fused=training.optim == "adamw_torch_fused", **options)
 
 
-def count_trained(model: Any, method: Method | None) -> int:
+def count_trained(model: Any, method: Method) -> int:
     """Count the numbers that the optimizer steps: those of the method's cores, or else of the model's parameters."""
-    cores = 0 if method is None else method.count_cores(model)
-    return cores or sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return method.count_cores(model) or sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 class ServedSize(NamedTuple):

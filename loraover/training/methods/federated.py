@@ -37,26 +37,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
-from peft import PeftModel
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, get_scheduler
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
 from loraover.data.turns import later_turn
 from loraover.overparam.sites import lora_layers
-from loraover.training.methods.base import ADAPTER, Method, make_optimizer
-from loraover.training.progress import TrainingProgress
-from loraover.training.recipe import Recipe
-from loraover.training.run_folder import log_measures
+from loraover.training.methods.base import ADAPTER, Method, check_optimizer, make_optimizer
+from loraover.training.recipe_parts import BaseRecipe, Part
 from loraover.training.run_result import Privacy
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Trainer
+
+    from loraover.training.progress import TrainingProgress
 
 
 @dataclass
@@ -78,11 +80,13 @@ class Client:
 class Federated(Method):
     """B trained by clients with differential privacy."""
 
+    settings: FederatedSettings
     trains_seq2seq: ClassVar[bool] = False
+    no_resume: ClassVar[str] = "a step taken twice with other noise would spend privacy that is not accounted for"
+    keeps_row_gradients: ClassVar[bool] = True
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)
-        self.settings = recipe.federated
         self.batch = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
         try:
             import opacus
@@ -90,7 +94,23 @@ class Federated(Method):
             raise ConfigError("method federated needs Opacus: pip install 'loraover[private]'.") from error
         self._accountant = f"RDP accountant of Opacus {opacus.__version__}"
 
-    def start(self, model: PeftModel) -> None:
+    @classmethod
+    def check_recipe(cls, recipe: BaseRecipe) -> None:
+        super().check_recipe(recipe)
+        check_optimizer(recipe)
+        training = recipe.training
+        if training.precision != "fp32" or training.gradient_checkpointing:
+            raise ValueError("method federated takes training.precision fp32, without gradient_checkpointing")
+        unused = {"training.max_grad_norm": training.max_grad_norm == 1, "tensorboard": not recipe.tensorboard}
+        unused["training.save_total_limit"] = training.save_total_limit == 2
+        if given := [key for key, is_default in unused.items() if not is_default]:
+            raise ValueError(f"method federated does not use {', '.join(given)}; leave it out")
+
+    @classmethod
+    def count_clients(cls, recipe: BaseRecipe) -> int:
+        return int(recipe.settings.clients)
+
+    def freeze(self, model: PeftModel) -> None:
         for path, layer in lora_layers(model).items():
             if ADAPTER not in layer.lora_B:
                 raise ConfigError(
@@ -164,9 +184,6 @@ class Federated(Method):
         wrapped.to_standard_module()
         self.privacy = self._guarantee(clients, steps)
 
-    def finish(self, model: PeftModel) -> None:
-        """Leave A and the averaged B as they are: they are the plain LoRA."""
-
     def _rate(self, rows: int) -> float:
         return min(1.0, self.batch / rows)
 
@@ -193,6 +210,8 @@ class Federated(Method):
         self, wrapped: Any, loader: Any, client: Client, learning_rate: float, drawing: torch.Generator
     ) -> list[float]:
         """Take one step of a client; returns the losses of the rows that it drew, in nats per token."""
+        from accelerate.utils import send_to_device
+
         drawn = client.rows[torch.rand(len(client.rows), generator=drawing) < client.rate]
         pieces = torch.split(drawn, self.recipe.training.per_device_train_batch_size)
         optimizer, losses = client.optimizer, []
@@ -225,6 +244,8 @@ class Federated(Method):
         report: Reporter,
     ) -> list[float]:
         """Log the mean loss since the last line, if one is due after this round; returns the losses still to log."""
+        from loraover.training.run_folder import log_measures
+
         step, every = trainer.state.global_step, self.recipe.training.logging_steps
         if (step // every == begun // every and step < steps) or not losses:
             return losses
@@ -317,6 +338,8 @@ def _copy(values: list[Tensor], parameters: list[torch.nn.Parameter]) -> None:
 
 def _learning_rates(trainer: Trainer, steps: int) -> list[float]:
     """Return the learning rate of every step, by the Trainer's schedule."""
+    from transformers import get_scheduler
+
     args = trainer.args
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
     schedule = get_scheduler(
@@ -332,3 +355,28 @@ def _learning_rates(trainer: Trainer, steps: int) -> list[float]:
         stand_in.step()
         schedule.step()
     return rates
+
+
+class FederatedSettings(Part):
+    """Settings of `method: federated`."""
+
+    method: ClassVar[type[Method]] = Federated
+
+    clients: int = Field(4, ge=1, description="Number of simulated clients, among which the rows are divided.")
+    local_steps: int = Field(1, ge=1, description="Optimizer steps of a client between two averages of B.")
+    clip: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Largest norm of the gradient of one example, over all modules."
+    )
+    noise_multiplier: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="Standard deviation of the noise as a multiple of clip; 0: none."
+    )
+    epsilon: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Privacy budget that a run may not exceed; None: no limit."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="Delta at which epsilon is stated.")
+    noise_seed: int | None = Field(
+        None,
+        ge=0,
+        description="Seed of the noise and of the draws of rows, with which a run can be repeated. Whoever knows it "
+        "can compute the noise. None: a seed from the operating system, which is not kept.",
+    )

@@ -25,13 +25,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from pydantic import Field
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
 from loraover.training.methods.base import (
@@ -47,7 +46,11 @@ from loraover.training.methods.base import (
     truncate,
     widen,
 )
-from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import BaseRecipe, Part
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 STAGES_FILE = "lorasc.safetensors"
 
@@ -56,11 +59,10 @@ STAGES_FILE = "lorasc.safetensors"
 class LoraSc(Method):
     """Stages of a fast LoRA that are blended into a slow one."""
 
-    trains_seq2seq: ClassVar[bool] = True
+    settings: LoraScSettings
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)
-        self.settings = recipe.lorasc
         self.layers: dict[str, LoraLayer] = {}
         self.original: OriginalWeights
         self.ended: list[dict[str, Pair]] = []
@@ -68,9 +70,6 @@ class LoraSc(Method):
     def start(self, model: PeftModel) -> None:
         self.layers = linear_layers(model, "lorasc")
         self.original = OriginalWeights(self.layers)
-
-    def callbacks(self) -> list[TrainerCallback]:
-        return [_Stages(self)]
 
     def check(self, steps: int, examples: int) -> None:
         if self.settings.stages > steps:
@@ -92,8 +91,19 @@ class LoraSc(Method):
             for t in range(stages)
         ]
 
+    def begin(self) -> None:
+        self.set_base()
+
+    def before_step(self, step: int, steps: int, optimizer: Optimizer) -> None:
+        """End a stage before the first step of the next one."""
+        if stage_of(step, steps, self.settings.stages) > len(self.ended):
+            self.end_stage()
+            self.begin_fast_lora()
+            self.set_base()
+            optimizer.state.clear()
+
     def save(self, checkpoint: Path) -> None:
-        """Add the factors of the stages that have ended to a checkpoint."""
+        """Add the factors of the stages that have ended."""
         tensors = {
             f"{t}.{path}.{name}": value.contiguous()
             for t, stage in enumerate(self.ended)
@@ -189,32 +199,19 @@ def stage_of(step: int, steps: int, stages: int) -> int:
     return step * stages // steps
 
 
-class _Stages(TrainerCallback):
-    """Callback that ends a stage before the first step of the next one, and keeps the ended ones in checkpoints."""
+class LoraScSettings(Part):
+    """Settings of `method: lorasc`."""
 
-    def __init__(self, method: LoraSc) -> None:
-        self.method = method
+    method: ClassVar[type[Method]] = LoraSc
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.method.set_base()
-
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        method = self.method
-        if stage_of(state.global_step, state.max_steps, method.settings.stages) > len(method.ended):
-            method.end_stage()
-            method.begin_fast_lora()
-            method.set_base()
-            optimizer.state.clear()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            self.method.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    stages: int = Field(3, ge=1, description="Number of fast LoRAs that are trained one after the other.")
+    pace: float = Field(0.8, gt=0, le=1, description="Share of a stage's fast LoRA in the slow one; 1: no averaging.")
+    noise: float = Field(
+        0.15,
+        ge=0,
+        allow_inf_nan=False,
+        description="Width of the uniform noise on the adapted base weights, in standard deviations of each weight.",
+    )
+    rank: int | None = Field(
+        None, ge=1, description="Rank of the result, as its best approximation; None: stages times r, exactly."
+    )

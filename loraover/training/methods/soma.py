@@ -25,13 +25,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
 from loraover.training.methods.base import (
@@ -45,7 +44,12 @@ from loraover.training.methods.base import (
     set_pairs,
     widen,
 )
-from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import BaseRecipe, Part
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 SHARE_FROZEN = 3
 """Number of blocks of which one is frozen by default."""
@@ -55,18 +59,25 @@ SHARE_FROZEN = 3
 class Soma(Method):
     """Minor singular components."""
 
+    settings: SomaSettings
     trains_seq2seq: ClassVar[bool] = False
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)
         self._layers: dict[str, LoraLayer] = {}
         self._original: OriginalWeights
         self._first: dict[str, Pair] = {}
         self._rounding = 0.0
 
+    @classmethod
+    def check_recipe(cls, recipe: BaseRecipe) -> None:
+        super().check_recipe(recipe)
+        if recipe.training.weight_decay:
+            raise ValueError("method soma takes soma.weight_decay in place of training.weight_decay")
+
     def lora_options(self, base: PreTrainedModel) -> dict[str, Any]:
         path, blocks = find_blocks(base)
-        frozen = self.recipe.soma.frozen_blocks
+        frozen = self.settings.frozen_blocks
         if frozen is None:
             frozen = blocks // SHARE_FROZEN
         if frozen >= blocks:
@@ -98,9 +109,12 @@ class Soma(Method):
         set_pairs(self._layers, self._first)
         self._rounding = math.sqrt(square)
 
-    def callbacks(self) -> list[TrainerCallback]:
-        settings = self.recipe.soma
-        return [AnnealedWeightDecay(settings.weight_decay, settings.final_weight_decay)]
+    def before_step(self, step: int, steps: int, optimizer: Optimizer) -> None:
+        """Let the weight decay fall along half a cosine, from the first step to the end of training."""
+        start, end = self.settings.weight_decay, self.settings.final_weight_decay
+        share = (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["weight_decay"] = end + (start - end) * share
 
     def finish(self, model: PeftModel) -> float:
         pairs = {}
@@ -144,26 +158,17 @@ def split(weight: Tensor, r: int, scaling: float) -> Pair:
     return Pair(u[:, -r:] * root, root[:, None] * vt[-r:])
 
 
-class AnnealedWeightDecay(TrainerCallback):
-    """Callback that lets the weight decay fall along half a cosine, from the first step to the end of training.
+class SomaSettings(Part):
+    """Settings of `method: soma`."""
 
-    Args:
-        start: Weight decay of the first step.
-        end: Weight decay that the cosine reaches after the last step.
-    """
+    method: ClassVar[type[Method]] = Soma
 
-    def __init__(self, start: float, end: float) -> None:
-        self.start, self.end = start, end
-
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Set the weight decay of the step."""
-        share = (1 + math.cos(math.pi * state.global_step / state.max_steps)) / 2
-        for group in optimizer.param_groups:
-            group["weight_decay"] = self.end + (self.start - self.end) * share
+    frozen_blocks: int | None = Field(
+        None, ge=0, description="Number of blocks, from the first one on, that get no LoRA; None: a third of them."
+    )
+    weight_decay: float = Field(
+        0.05, ge=0, allow_inf_nan=False, description="Weight decay at the first step; training.weight_decay stays 0."
+    )
+    final_weight_decay: float = Field(
+        1e-5, ge=0, allow_inf_nan=False, description="Weight decay at the end of a cosine over all steps."
+    )

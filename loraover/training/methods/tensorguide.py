@@ -29,25 +29,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, final
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.core_group import full_precision, seeded_generator
 from loraover.overparam.decompositions.mpo import balanced_factors
 from loraover.overparam.sharding import assign
 from loraover.overparam.sites import lora_layers
-from loraover.training.method_settings import TensorGuideSettings
-from loraover.training.methods.base import ADAPTER, Method, Pair, make_optimizer
-from loraover.training.progress import TrainingProgress
-from loraover.training.recipe import Recipe
+from loraover.training.methods.base import ADAPTER, Method, Pair, check_optimizer, make_optimizer
+from loraover.training.recipe_parts import BaseRecipe, Part
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import Trainer
+
+    from loraover.training.progress import TrainingProgress
 
 TRAINS_FILE = "tensorguide.safetensors"
 
@@ -213,12 +216,21 @@ def draw_cores(layout: Layout, z: Tensor, generator: torch.Generator) -> list[Te
 class TensorGuide(Method):
     """A and B of each module from one tensor train."""
 
-    trains_seq2seq: ClassVar[bool] = True
+    settings: TensorGuideSettings
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)
-        self.settings = recipe.tensorguide
         self.trains: list[Trains] = []
+
+    @classmethod
+    def check_recipe(cls, recipe: BaseRecipe) -> None:
+        super().check_recipe(recipe)
+        check_optimizer(recipe)
+        if recipe.training.precision == "fp16" or recipe.training.weight_decay:
+            raise ValueError(
+                "method tensorguide takes training.precision fp32 or bf16, and no training.weight_decay: smaller cores "
+                "would not bring B back to zero"
+            )
 
     def start(self, model: PeftModel) -> None:
         seed = self.recipe.training.seed
@@ -232,9 +244,6 @@ class TensorGuide(Method):
 
     def count_cores(self, model: PeftModel) -> int:
         return sum(layout.num_parameters() for _, layout in self._layouts(model).values())
-
-    def callbacks(self) -> list[TrainerCallback]:
-        return [_SavedCores(self)]
 
     def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, progress: TrainingProgress) -> None:
         for trains in self.trains:
@@ -266,7 +275,7 @@ class TensorGuide(Method):
         nn.ModuleList(self.trains).load_state_dict(tensors)
 
     def save(self, checkpoint: Path) -> None:
-        """Add the cores, those of the start and the inputs to a checkpoint."""
+        """Add the cores, those of the start and the inputs."""
         save_file(nn.ModuleList(self.trains).state_dict(), checkpoint / TRAINS_FILE)
 
     def finish(self, model: PeftModel) -> None:
@@ -291,12 +300,15 @@ class TensorGuide(Method):
         return found
 
 
-class _SavedCores(TrainerCallback):
-    """Callback that adds the cores to checkpoints."""
+class TensorGuideSettings(Part):
+    """Settings of `method: tensorguide`."""
 
-    def __init__(self, method: TensorGuide) -> None:
-        self.method = method
+    method: ClassVar[type[Method]] = TensorGuide
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            self.method.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    tt_rank: int = Field(8, ge=1, description="Largest bond between two cores of a tensor train.")
+    cores: int = Field(
+        4, ge=2, le=12, description="Number of cores, among which r (in_features + out_features) is divided as factors."
+    )
+    input_seed: int | None = Field(
+        None, ge=0, lt=2**32, description="Seed of the frozen Gaussian inputs; None: training.seed."
+    )
