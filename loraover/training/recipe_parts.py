@@ -199,7 +199,7 @@ class BaseRecipe(Part):
     )
     method: str = Field(
         "lora-over",
-        description="Plain LoRA, LoRA-Over, full (all weights, for comparison), or a method of docs/research/methods.md.",
+        description="Plain LoRA, LoRA-Over, full (all weights), or a method of docs/research/methods.md.",
     )
     data: Data = Field(description="Where examples come from.")
     lora: Lora = Field(Lora(), description="The adapter, in PEFT's terms.")
