@@ -23,7 +23,6 @@ from support.checkpoint_damage import (
     META,
     Q_A,
     TENSORS,
-    WRONG_BYTES,
     WRONG_CONFIG,
     WRONG_META,
     WRONG_TENSORS,
@@ -83,18 +82,10 @@ def test_a_missing_folder_is_named(tmp_path: Path, refused: Callable[..., str]) 
     refused(tmp_path / "absent", named=(f"{tmp_path / 'absent'}: no such folder",))
 
 
-def test_a_file_is_no_checkpoint(source: Path, refused: Callable[..., str]) -> None:
-    refused(source / TENSORS, named=(f"{source / TENSORS}: no such folder",))
-
-
 CASES = [
     (WRONG_TENSORS, "core transposed"),
-    (WRONG_TENSORS, "A nan"),
-    (WRONG_TENSORS, "B scaled"),
     (WRONG_CONFIG, "DoRA"),
-    (WRONG_CONFIG, "duplicate key"),
     (WRONG_META, "schema 2"),
-    (WRONG_META, "site twice"),
 ]
 
 
@@ -106,11 +97,6 @@ def test_a_damaged_checkpoint_is_named(
     damage(source)
     reseal(source)
     refused(source, named=(str(source), *named))
-
-
-def test_bytes_that_are_no_json_are_named(source: Path, refused: Callable[..., str]) -> None:
-    (source / META).write_bytes(WRONG_BYTES["deep"])
-    refused(source, named=(str(source / META),))
 
 
 class Bomb:
@@ -142,9 +128,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(source: Path, re
 
 
 BASES: dict[str, Callable[[], Any]] = {
-    "narrower": lambda: tiny_llama(hidden_size=16),
     "fewer heads": lambda: tiny_llama(num_key_value_heads=1),
-    "fewer layers": lambda: tiny_llama(num_hidden_layers=1),
     "another architecture": tiny_gpt2,
 }
 
@@ -165,16 +149,10 @@ def unloadable(folder: Path, case: str) -> None:
             (folder / "config.json").unlink()
         case "no weights":
             weights.unlink()
-        case "config is no JSON":
-            (folder / "config.json").write_text("{")
-        case "config of other dimensions":
-            edit_json(folder / "config.json", lambda content: content.update(hidden_size=64))
         case "unknown architecture":
             edit_json(folder / "config.json", lambda content: content.update(model_type="unheard-of"))
         case "weights cut off":
             weights.write_bytes(weights.read_bytes()[:-100])
-        case "weights empty":
-            weights.write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -182,11 +160,8 @@ def unloadable(folder: Path, case: str) -> None:
     [
         "no config",
         "no weights",
-        "config is no JSON",
-        "config of other dimensions",
         "unknown architecture",
         "weights cut off",
-        "weights empty",
     ],
 )
 def test_a_base_model_that_does_not_load_is_named(
@@ -200,7 +175,7 @@ def test_a_base_model_that_does_not_load_is_named(
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["/absent/model", "./absent", "absent", "a/b/c", "~/absent"])
+@pytest.mark.parametrize("name", ["./absent", "absent"])
 def test_a_base_model_that_is_nowhere_is_named(name: str, source: Path, refused: Callable[..., str]) -> None:
     refused(source, "--check-error", "--model", name, named=(repr(name),))
 
@@ -212,7 +187,7 @@ def test_a_checkpoint_without_a_base_model_asks_for_one(source: Path, refused: C
     refused(source, "--check-error", named=(str(source), "--model"))
 
 
-@pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe\x00"], ids=str)
+@pytest.mark.parametrize("content", [None, b" \n\n"], ids=str)
 def test_prompts_that_cannot_be_used_are_named(
     content: bytes | None,
     source: Path,
@@ -226,10 +201,6 @@ def test_prompts_that_cannot_be_used_are_named(
     if content is not None:
         prompts.write_bytes(content)
     refused(source, "--check-error", "--prompts", str(prompts), named=(str(prompts),))
-
-
-def test_a_folder_of_prompts_is_refused(source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    refused(source, "--check-error", "--prompts", str(tmp_path), named=(str(tmp_path),))
 
 
 def test_prompts_need_a_tokenizer(made: Made, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,41 +228,10 @@ def test_unusable_arguments_exit_with_2(
 # Outputs that cannot be
 
 
-@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link", "dangling link"])
-def test_an_existing_output_is_refused_untouched(
-    kind: str, source: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    target = tmp_path / "out"
-    match kind:
-        case "folder":
-            (target / "mine").mkdir(parents=True)
-        case "empty folder":
-            target.mkdir()
-        case "file":
-            target.write_text("mine")
-        case "link":
-            target.symlink_to(source)
-        case _:
-            target.symlink_to(tmp_path / "nowhere")
-    refused(source, named=(str(target), "exists already"))
-
-
-@pytest.mark.parametrize("where", ["out", "deep/er/out", "../input/out"])
-def test_an_output_inside_the_input_is_refused(where: str, source: Path, refused: Callable[..., str]) -> None:
-    refused(source, output=source / where, named=("inside the input", str(source)))
-
-
-def test_an_output_inside_the_input_through_a_link_is_refused(
-    source: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    (tmp_path / "link").symlink_to(source)
-    refused(source, output=tmp_path / "link" / "out", named=("inside the input",))
-
-
-@pytest.mark.parametrize("where", ["file/out", "file/deep/out", "n" * 300], ids=lambda where: where[:15])
-def test_an_impossible_output_is_named(where: str, source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "file").write_text("mine")
-    refused(source, output=tmp_path / where, named=(str(tmp_path / where),))
+def test_an_output_that_cannot_be_is_named(source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "out").mkdir()
+    refused(source, named=(str(tmp_path / "out"), "exists already"))
+    refused(source, output=source / "out", named=("inside the input", str(source)))
 
 
 def test_a_refused_fold_makes_no_parents(source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

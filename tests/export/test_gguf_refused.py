@@ -96,11 +96,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "another tensor": (added(**{"base_model.model.extra": torch.ones(2)}), ("neither A nor B",)),
     "NaN": (nan, (TENSORS, f"{Q}.lora_B.weight holds NaN")),
     "rank 0": (rank_zero, (TENSORS, f"{Q}.lora_A.weight has shape (0, 64)")),
-    "no tensors file": (lambda folder: (folder / TENSORS).unlink(), (TENSORS, "no such file")),
-    "truncated": (
-        lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-9]),
-        (TENSORS, "not a complete safetensors file"),
-    ),
 }
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig
-from loraover.common.command_line import INTERRUPTED, run
+from loraover.common.command_line import run
 from loraover.models.load import load_model, load_tokenizer, resolve_model
 from loraover_export import MergeReport, merge_adapter
 from loraover_export.cli import cli
@@ -215,38 +213,6 @@ def test_an_infinite_limit_of_the_base_is_kept(pair: tuple[Path, Path], tmp_path
     edit_json(pair[0] / "config.json", lambda config: config.update(time_step_limit=limit))
     merge_adapter(pair[1], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == limit
-
-
-@pytest.mark.parametrize(
-    ("ending", "code", "message"),
-    [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "No space left on device. Nothing was left there"),
-        (KeyboardInterrupt(), 130, INTERRUPTED),
-    ],
-    ids=["full disk", "Ctrl-C"],
-)
-def test_an_end_in_the_middle_of_a_shard_leaves_nothing(
-    ending: BaseException,
-    code: int,
-    message: str,
-    pair: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    write, seen = stream._write, []
-
-    def fail(file: Any, tensor: Tensor, key: str) -> None:
-        write(file, tensor, key)
-        seen.append(key)
-        if len(seen) == 2:
-            raise ending
-
-    before = tree(tmp_path)
-    monkeypatch.setattr(stream, "_write", fail)
-    assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "new" / "out")]) == code
-    assert message in capsys.readouterr().err
-    assert tree(tmp_path) == before
 
 
 MUTANTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from loraover.common.strict_json import MAX_JSON_BYTES
 
 from support.make_checkpoint import edit_json
 from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
@@ -80,11 +76,7 @@ def test_an_adapter_of_another_width_is_named(made: OnnxMade, graph: Path, tmp_p
 
 HOSTILE: dict[str, bytes] = {
     "nothing": b"",
-    "no JSON": b"places:",
-    "a list": b"[]",
-    "cut off": b'{"schema_version": 1, "base_model": "',
     "deep": b"[" * 100_000,
-    "garbage": bytes(range(256)),
     "a huge number": b'{"schema_version": ' + b"9" * 5001 + b"}",
 }
 
@@ -102,62 +94,30 @@ def place(**values: Any) -> dict[str, Any]:
 
 
 WRONG_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
-    "places a list": ("swappable.json", {"places": []}),
     "no places": ("swappable.json", {"places": {}}),
-    "features text": (
-        "swappable.json",
-        place(features="1"),
-    ),
     "features zero": ("swappable.json", place(features=0)),
-    "a place more": ("swappable.json", place(surprise=1)),
     "another graph": ("swappable.json", place(graph="other.onnx")),
     "a graph elsewhere": ("swappable.json", place(graph="../model.onnx")),
-    "dtype a number": ("swappable.json", {"dtype": 32}),
     "dtype unknown": ("swappable.json", {"dtype": "fp8"}),
     "another schema": ("swappable.json", {"schema_version": 2}),
-    "an unknown key": ("swappable.json", {"surprise": 1}),
-    "cache text": ("onnx_report.json", {"cache": "yes"}),
-    "precision unknown": ("onnx_report.json", {"precision": "fp8"}),
     "device unknown": ("onnx_report.json", {"device": "tpu"}),
-    "a report of another schema": ("onnx_report.json", {"schema_version": 2}),
     "a merged graph": ("onnx_report.json", {"mode": "merged"}),
 }
 
 
 @pytest.mark.parametrize("case", WRONG_VALUES)
-@pytest.mark.parametrize("check", ["--check", "--no-check"])
-def test_wrong_values_of_a_graph_are_named(
-    case: str, check: str, made: OnnxMade, graph: Path, refused: Refused
-) -> None:
+def test_wrong_values_of_a_graph_are_named(case: str, made: OnnxMade, graph: Path, refused: Refused) -> None:
     file, values = WRONG_VALUES[case]
     edit_json(graph / file, lambda content: content.update(values))
-    refused(made.folder / "second", *SWAPPABLE, "--graph", str(graph), check, named=(str(graph),))
+    refused(made.folder / "second", *SWAPPABLE, "--graph", str(graph), named=(str(graph),))
 
 
-@pytest.mark.parametrize("check", ["--check", "--no-check"])
-def test_an_export_without_a_graph_is_named(
-    check: str, made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused
-) -> None:
+def test_an_export_without_a_graph_is_named(made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused) -> None:
     """Such a folder is left by an export that only added adapters to an earlier graph."""
     first = (*SWAPPABLE, "--graph", str(graph), "--no-check", "--name", "again")
     assert export(made.folder / "second", tmp_path / "later", *first) == 0
-    options = (*SWAPPABLE, "--graph", str(tmp_path / "later"), check)
+    options = (*SWAPPABLE, "--graph", str(tmp_path / "later"))
     refused(made.folder / "second", *options, named=(str(tmp_path / "later" / "swappable.json"), "no such file"))
-
-
-def test_a_huge_report_is_not_read(made: OnnxMade, graph: Path, refused: Refused) -> None:
-    for file in ("onnx_report.json", "swappable.json"):
-        with (graph / file).open("r+b") as grown:
-            grown.truncate(MAX_JSON_BYTES + 1)
-    before = time.process_time()
-    refused(
-        made.folder / "second",
-        *SWAPPABLE,
-        "--graph",
-        str(graph),
-        named=(str(graph), str(MAX_JSON_BYTES)),
-    )
-    assert time.process_time() - before < 5
 
 
 def test_a_graph_that_is_cut_off_is_named(made: OnnxMade, graph: Path, refused: Refused) -> None:
@@ -169,37 +129,11 @@ def test_a_graph_that_is_cut_off_is_named(made: OnnxMade, graph: Path, refused: 
 # Outputs that exist
 
 
-@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link", "dangling link", "an export"])
-def test_an_existing_output_is_refused_untouched(kind: str, made: OnnxMade, tmp_path: Path, refused: Refused) -> None:
-    target = tmp_path / "out"
-    match kind:
-        case "folder":
-            (target / "mine").mkdir(parents=True)
-        case "empty folder":
-            target.mkdir()
-        case "file":
-            target.write_text("mine")
-        case "link":
-            target.symlink_to(made.graph)
-        case "dangling link":
-            target.symlink_to(tmp_path / "nowhere")
-        case _:
-            shutil.copytree(made.graph, target)
-    refused(made.folder / "second", *SWAPPABLE, named=(str(target), "exists already"))
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_force_replaces_exports_only(kind: str, made: OnnxMade, tmp_path: Path, refused: Refused) -> None:
-    target = tmp_path / "out"
-    match kind:
-        case "folder":
-            target.mkdir()
-            (target / "model.onnx").write_text("mine")
-        case "file":
-            target.write_text("mine")
-        case _:
-            target.symlink_to(made.graph)
-    refused(made.folder / "second", *SWAPPABLE, "--force", named=(str(target),))
+def test_force_replaces_exports_only(made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.onnx").write_text("mine")
+    refused(made.folder / "second", *SWAPPABLE, output=graph, named=(str(graph), "exists already"))
+    refused(made.folder / "second", *SWAPPABLE, "--force", output=tmp_path / "mine", named=(str(tmp_path / "mine"),))
 
 
 def test_force_replaces_an_export_whole(made: OnnxMade, graph: Path, source: Path, tmp_path: Path) -> None:
@@ -232,9 +166,3 @@ def test_an_output_that_holds_an_input_is_not_replaced(
 ) -> None:
     inner = source.rename(graph / "first")
     refused(inner, *MERGED, "--force", output=graph, named=("holds the input", str(inner)))
-
-
-@pytest.mark.parametrize("where", ["file/out", "n" * 300], ids=["under a file", "a long name"])
-def test_an_impossible_output_is_named(where: str, source: Path, tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "file").write_text("mine")
-    refused(source, *MERGED, output=tmp_path / where, named=(str(tmp_path / where),))
