@@ -155,15 +155,7 @@ def unloadable(folder: Path, case: str) -> None:
             weights.write_bytes(weights.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "no config",
-        "no weights",
-        "unknown architecture",
-        "weights cut off",
-    ],
-)
+@pytest.mark.parametrize("case", ["no config", "no weights", "unknown architecture", "weights cut off"])
 def test_a_base_model_that_does_not_load_is_named(
     case: str, made: Made, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,18 +47,12 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "give one of sites, fraction and parameters, found none",
     ),
     "static without a budget": ({"schedule": "static"}, "schedule 'static' takes a budget"),
-    "dynamic without a budget": ({"schedule": "dynamic"}, "schedule 'dynamic' takes a budget"),
     "all with a budget": ({"budget": {"sites": 2}}, "schedule 'all' takes no budget"),
-    "no site": ({"schedule": "static", "budget": {"sites": 0}}, "greater than or equal to 1"),
     "a fraction above one": ({"schedule": "static", "budget": {"fraction": 1.1}}, "less than or equal to 1"),
     "a misspelt unit": ({"schedule": "static", "budget": {"site": 2}}, "budget.site: "),
     "a misspelt score": ({"score": "fischer"}, "score is 'fischer'; did you mean 'fisher'?"),
     "a score of another kind": ({"score": "xyz"}, "expected one of fisher, taylor, sensitivity, loss_impact, random"),
-    "a misspelt schedule": ({"schedule": "dynamik"}, "'all', 'static' or 'dynamic'"),
-    "a misspelt quota": ({"quota": "modules"}, "'global', 'module', 'matrix' or 'layer'"),
     "start after end": ({"start": 0.6}, "start is 0.6, after end, which is 0.5"),
-    "an end behind the run": ({"end": 1.0}, "less than 1"),
-    "no round": ({"rounds": 0}, "greater than or equal to 1"),
 }
 
 
@@ -87,10 +81,6 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": "static", "budget": Budget(parameters=1)},
         r"budget\.parameters is 1; the cores of one site add at least \d+ parameters, those of all 6 candidates \d+",
     ),
-    "more parameters than all": (
-        {"schedule": "static", "budget": Budget(parameters=10**6)},
-        r"budget\.parameters is 1000000; the cores",
-    ),
     "a pattern that matches nothing": (
         {"schedule": "static", "budget": Budget(sites=1), "sites": ["first.lora_C"]},
         r"'first\.lora_C' matches none of 6 sites\. Nearest: first\.lora_",
@@ -99,20 +89,12 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": "dynamic", "budget": Budget(sites=6), "rounds": 6, "end": 0.9},
         "6 rounds from 0.1 to 0.9 of 4 steps would take place after steps 1, 1, 2, 2, 3, 4; they must differ",
     ),
-    "a round after the last step": (
-        {"schedule": "dynamic", "budget": Budget(sites=6), "rounds": 2, "end": 0.9},
-        "after steps 1, 4; they must differ and come before the last",
-    ),
     "dynamic without the number of steps": (
         {"schedule": "dynamic", "budget": Budget(sites=2), "steps": None},
         "give the number of optimizer steps with `steps`",
     ),
     "static without batches": (
         {"schedule": "static", "budget": Budget(sites=2), "probe": False},
-        "schedule static with score fisher runs the model on calibration batches",
-    ),
-    "static without a batch": (
-        {"schedule": "static", "budget": Budget(sites=2), "probe": []},
         "schedule static with score fisher runs the model on calibration batches",
     ),
     "loss_impact without batches": (
@@ -205,11 +187,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 OTHER_CONFIGS: dict[str, dict[str, Any]] = {
     "decomposition": {"decomposition": "svd"},
-    "schedule": {"schedule": "all", "budget": None},
     "score": {"score": "fisher"},
-    "budget": {"budget": Budget(sites=5)},
     "rounds": {"rounds": 3},
-    "seed": {"seed": 6},
 }
 
 
@@ -225,7 +204,7 @@ def test_resuming_with_another_optimizer_is_refused(made: Made) -> None:
         reopened(made, lambda parameters: SGD(parameters, lr=0.1), total=10)
 
 
-@pytest.mark.parametrize("steps", [9, 1000, None])
+@pytest.mark.parametrize("steps", [9, None])
 def test_resuming_a_dynamic_schedule_of_another_length_is_refused(steps: int | None, made: Made) -> None:
     with pytest.raises(CheckpointError, match=f"laid out for 10 steps, this run has {steps}"):
         reopened(made, adamw, total=steps)
@@ -252,10 +231,6 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "another rank": (
         lambda: with_lora(tiny_llama(), r=2, target_modules=["q_proj", "v_proj"]),
         r"lora_[AB] is \d+ x \d+, in the model it is \d+ x \d+; resume with the adapter's own LoraConfig",
-    ),
-    "rank one": (
-        lambda: with_lora(tiny_llama(), r=1, target_modules=["q_proj", "v_proj"]),
-        r"lora_[AB] is \d+ x \d+, in the model it is \d+ x \d+",
     ),
     "other modules": (
         lambda: with_lora(tiny_llama(), target_modules=["up_proj"]),

@@ -27,8 +27,8 @@ from loraover.training.progress import TrainingProgress
 from loraover_export.cli import cli as export_cli
 
 from support.hf_trainer import DATA, adapter_tensors, arguments, assert_contracted, assert_holds, llama, trainer_of
+from support.tiny_hub import tiny_tokenizer
 from support.tiny_models import (
-    VOCABULARY,
     fill_b,
     lora_matrices,
     tiny_gpt2,
@@ -294,20 +294,6 @@ def test_gpt2_with_conv1d(tmp_path: Path) -> None:
     assert_holds(model, tmp_path / "checkpoint-2")
 
 
-def word_tokenizer() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCABULARY))]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-    )
-
-
 def test_trl_sft_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
@@ -316,7 +302,7 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
         tiny_llama(),
         arguments(tmp_path, trl.SFTConfig, save_strategy="steps", save_steps=2, max_steps=2, max_length=16),
         train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=word_tokenizer(),
+        processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[LoraOverCallback()],
     )

@@ -22,7 +22,6 @@ from loraover.checkpoint.peft_adapter import KEY_PREFIX, site_key, site_name
 from loraover.checkpoint.resume import restore
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
-from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover.overparam.sites import lora_layers
 
@@ -111,14 +110,6 @@ def test_cores_and_metadata_are_read_as_they_were_written(
     assert found.meta.core_dtype == ("float64" if dtype == torch.float64 else "float32")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizer_state_is_read_as_it_was_written(optimizer: str, tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path, make_optimizer=OPTIMIZERS[optimizer])
-    expected = state_of(made.over)
-    assert len(expected) >= 8 * 3  # at least one tensor for each core of each site
-    assert state_of(reopened(made, OPTIMIZERS[optimizer]).over) == expected
-
-
 class Pair(nn.Module):
     """One layer to adapt."""
 
@@ -181,7 +172,8 @@ def test_resumed_training_is_uninterrupted_training(decomposition: str, optimize
     for each in (made, resumed):
         train(each.model, each.optimizer, range(2, 5))
     assert_equal(cores_of(resumed.over), cores_of(made.over))
-    assert state_of(resumed.over) == state_of(made.over)
+    assert len(state := state_of(made.over)) >= 8
+    assert state_of(resumed.over) == state
     assert torch.equal(resumed.logits(), made.logits())
 
 
@@ -203,15 +195,6 @@ def test_an_adapter_that_peft_has_widened_resumes(dtype: torch.dtype, tmp_path: 
     site.values[0, 0] *= 1 + 4 * torch.finfo(dtype).eps
     with pytest.raises(CheckpointError, match="contradicts its cores"):
         restore(over, read_checkpoint(made.path))
-
-
-def test_resuming_without_optimizer_state_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_checkpoint(tmp_path)
-    monkeypatch.setattr(CoreGroup, "load_core_state", lambda *_: None)
-    resumed = reopened(made, OPTIMIZERS["adamw"])
-    for each in (made, resumed):
-        train(each.model, each.optimizer, range(2, 4))
-    assert not torch.equal(resumed.logits(), made.logits())
 
 
 @pytest.mark.parametrize(("option", "device"), [("fused", "meta"), ("capturable", "meta"), ("foreach", "cpu")])
@@ -244,22 +227,16 @@ def test_sites_injected_at_different_steps_resume_in_their_own_groups(tmp_path: 
 
 
 @pytest.mark.parametrize("lora", LORA)
-def test_the_adapter_stays_loadable_by_peft(lora: str, tmp_path: Path) -> None:
+def test_the_adapter_and_its_scaling_stay_pefts(lora: str, tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, **LORA[lora])
     base = AutoModelForCausalLM.from_pretrained(made.base)
     loaded = PeftModel.from_pretrained(base, made.path).eval()
     assert torch.equal(logits(loaded), made.logits())
     with loaded.disable_adapter():
         assert not torch.allclose(logits(loaded), made.logits(), atol=1e-3)
-
-
-@pytest.mark.parametrize("lora", LORA)
-def test_scaling_is_that_of_peft(lora: str, tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path, steps=0, **LORA[lora])
     config = read_checkpoint(made.path).adapter.config
     expected = {path: layer.scaling["default"] for path, layer in lora_layers(made.model).items()}
     assert {path: config.scaling(path) for path in expected} == expected
-    assert len(expected) >= 3
 
 
 @pytest.mark.parametrize("options", [{"modes": {4: (2, 2, 1)}}, {"bonds": (32, 32)}], ids=["modes", "bonds"])

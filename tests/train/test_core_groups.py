@@ -218,16 +218,6 @@ def core_state(over: OverParameterization, name: str) -> dict[str, Any]:
     return {key: torch.as_tensor(value).clone() for key, value in group.core_state(group.centre, i).items()}
 
 
-def test_joining_what_is_joined_keeps_its_state() -> None:
-    model, over, optimizer = make()
-    train(model, optimizer, range(2))
-    before = core_states(over)
-    for group in over.groups:
-        group.join()
-    assert same(core_states(over), before)
-    assert any(before)
-
-
 @pytest.mark.parametrize(
     "options", [{"decomposition": "mpo"}, {"decomposition": "eigen", "options": {"block": 8}}], ids=str
 )
@@ -269,9 +259,3 @@ def test_renewed_cores_keep_their_bases_and_take_up_the_matrix() -> None:
     assert group.core_state(group.centre, i) == {}
     train(model, optimizer, range(6, 9))
     over.finish()
-
-
-def test_a_group_is_a_key_of_its_own() -> None:
-    over = OverParameterization(tiny_net())
-    assert len(dict.fromkeys(over.groups)) == len(over.groups)
-    assert all(isinstance(group, CoreGroup) for group in over.groups)

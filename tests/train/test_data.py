@@ -94,9 +94,7 @@ def test_rows_are_counted_as_lines(write: Write) -> None:
     ("row", "part"),
     [
         ({"prompt": " ", "completion": "2"}, "prompt"),
-        ({"prompt": "1+1?", "completion": " \n"}, "completion"),
         ({"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": " "}]}, "completion"),
-        ({"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "2"}]}, "prompt"),
         ({"question": "1+1?", "answer": "  "}, "answer"),
         ({"query": "1+1?", "response": "\nThe answer is: 2"}, "completion"),
     ],
@@ -135,21 +133,11 @@ def test_a_limit_counts_examples(write: Write) -> None:
     ("row", "said"),
     [
         ({"prompt": "a"}, "['prompt']"),
-        ({"text": "a"}, "['completion', 'prompt'] (prompt-completion)"),
-        ({"prompt": "a", "completion": None}, "'completion' is None"),
         ({"prompt": "a", "completion": ""}, "'completion' is ''"),
         ({"prompt": 5, "completion": "b"}, "'prompt' is 5"),
-        ({"prompt": {"a": 1}, "completion": "b"}, "'prompt' is {"),
-        ({"question": "a", "answer": 4}, "'answer' is 4"),
-        ({"messages": "hi"}, "messages"),
-        ({"messages": []}, "'messages' is []"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "no assistant turn"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "role and content"),
-        ({"messages": ["a", "b"]}, "role and content"),
         ([1], "found list"),
-        ("text", "found str"),
-        (None, "found NoneType"),
         ({}, "has fields []"),
     ],
 )
@@ -166,43 +154,28 @@ def test_a_format_that_was_named_is_held_to(format: str, write: Write) -> None:
 
 
 @pytest.mark.parametrize("bad", [b"{'prompt': 1}", b'{"prompt": "a"', b"\xff\xfe{}", b"[" * 100_000, b"x"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_a_line_that_is_not_json_is_numbered(bad: bytes, name: str, write: Write) -> None:
-    message = fault(write(name, raw=lines(PAIR, PAIR) + bad + b"\n" + lines(PAIR)))
+def test_a_line_that_is_not_json_is_numbered(bad: bytes, write: Write) -> None:
+    message = fault(write("a.jsonl.gz", raw=lines(PAIR, PAIR) + bad + b"\n" + lines(PAIR)))
     assert "row 3: not JSON" in message
     assert len(message) < 1000
 
 
-@pytest.mark.parametrize("bad", [b"{", b"", b"\xff\xff\xff", b"[" * 100_000])
+@pytest.mark.parametrize("bad", [b"", b"[" * 100_000])
 def test_a_json_file_that_is_not_json_is_refused(bad: bytes, write: Write) -> None:
     assert "not JSON" in fault(write("a.json", raw=bad))
 
 
-@pytest.mark.parametrize("content", [b"5", b"null", b"true", b'"text"', b'{"prompt": "a", "completion": "b"}'])
+@pytest.mark.parametrize("content", [b"null", b'{"prompt": "a", "completion": "b"}'])
 def test_a_json_file_that_is_no_list_is_refused(content: bytes, write: Write) -> None:
     assert "a.json" in fault(write("a.json", raw=content))
 
 
-@pytest.mark.parametrize("keep", [5, 20, -9, -1])
+@pytest.mark.parametrize("keep", [5, -9])
 def test_a_truncated_gzip_is_refused(keep: int, write: Write) -> None:
     path = write("a.jsonl.gz", *[PAIR | {"n": n} for n in range(500)])
     assert len(load(path).rows) == 500
     path.write_bytes(path.read_bytes()[:keep])
     assert "a.jsonl.gz" in fault(path)
-
-
-def test_a_damaged_gzip_is_refused(write: Write) -> None:
-    path = write("a.jsonl.gz", *[PAIR | {"n": n} for n in range(500)])
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-    assert "a.jsonl.gz" in fault(path)
-
-
-def test_a_plain_file_named_gz_is_refused(write: Write) -> None:
-    path = write("a.jsonl.gz")
-    path.write_bytes(lines(PAIR))
-    assert "cannot be read" in fault(path)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -221,10 +194,6 @@ def test_a_file_without_rows_is_refused(name: str, raw: bytes, write: Write) -> 
     assert "holds no examples" in fault(path.parent if "/" in name else path)
 
 
-def test_an_empty_list_is_refused(write: Write) -> None:
-    assert "holds no examples" in fault(write("a.json", raw=b"[]"))
-
-
 @pytest.mark.parametrize("half", ["prompt", "completion"])
 @pytest.mark.parametrize("chat", [True, False])
 def test_text_and_messages_in_one_row_are_refused(half: str, chat: bool, write: Write) -> None:
@@ -232,7 +201,7 @@ def test_text_and_messages_in_one_row_are_refused(half: str, chat: bool, write: 
     assert "row 2" in fault(write("a.jsonl", PAIR, PAIR | {half: AS_CHAT[half]}), chat=chat)
 
 
-@pytest.mark.parametrize("value", [[1, 2], ["a"], [{"role": "user"}], [None]])
+@pytest.mark.parametrize("value", [["a"], [{"role": "user"}]])
 def test_a_list_that_is_not_messages_is_refused(value: list[Any], write: Write) -> None:
     assert "row 2" in fault(write("a.jsonl", PAIR, {"prompt": value, "completion": value}))
 
@@ -244,7 +213,7 @@ def test_text_and_messages_in_one_file_need_chat(write: Write) -> None:
     assert "row 2" in fault(path, chat=False)
 
 
-@pytest.mark.parametrize("source", ["./nothing", "/nothing/at/all", "~/data", "a/b/c", "nothing.jsonl", "data.gz"])
+@pytest.mark.parametrize("source", ["./nothing", "a/b/c", "data.gz"])
 def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

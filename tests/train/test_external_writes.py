@@ -51,10 +51,6 @@ def _data(model: Any, parameter: Tensor, folder: Path) -> None:
     parameter.data.copy_(torch.ones_like(parameter))
 
 
-def _new_data(model: Any, parameter: Tensor, folder: Path) -> None:
-    parameter.data = torch.ones_like(parameter)
-
-
 @torch.no_grad()
 def _one_bit(model: Any, parameter: Tensor, folder: Path) -> None:
     parameter[1, 1] = torch.nextafter(parameter[1, 1], torch.tensor(math.inf))
@@ -70,11 +66,6 @@ def _peft_state_dict(model: Any, parameter: Tensor, folder: Path) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def _state_dict(model: Any, parameter: Tensor, folder: Path) -> None:
-    key = next(key for key, p in model.named_parameters() if p is parameter)
-    model.load_state_dict({key: torch.ones_like(parameter)}, strict=False)
-
-
 def _load_adapter(model: Any, parameter: Tensor, folder: Path) -> None:
     kept = parameter.detach().clone()
     parameter.data.mul_(2)
@@ -85,11 +76,9 @@ def _load_adapter(model: Any, parameter: Tensor, folder: Path) -> None:
 
 WRITES: dict[str, Callable[[Any, Tensor, Path], None]] = {
     "data": _data,
-    "new data": _new_data,
     "one bit": _one_bit,
     "nan": _nan,
     "peft state dict": _peft_state_dict,
-    "state dict": _state_dict,
     "load_adapter": _load_adapter,
 }
 
@@ -196,13 +185,3 @@ def test_adopting_nothing_changes_nothing() -> None:
     assert over.adopt_matrices() == []
     assert all(all(map(torch.equal, cores(over, name), before[name])) for name in over.sites)
     assert all(torch.equal(matrix, matrices[key]) for key, matrix in lora_matrices(model).items())
-
-
-def test_an_adopted_checkpoint_holds_the_written_matrices(tmp_path: Path) -> None:
-    model, over, _ = run()
-    over.sites[WRITTEN].parameter.data.fill_(0.25)
-    over.adopt_matrices()
-    model.save_pretrained(tmp_path)
-    write_checkpoint(tmp_path, over, step=2)
-    group, i = over.injected[WRITTEN]
-    torch.testing.assert_close(group.contract()[i], torch.full(group.shape, 0.25), rtol=0, atol=1e-6)

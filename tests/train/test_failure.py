@@ -16,7 +16,7 @@ from transformers import Trainer
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.tensor_file import NonFiniteError
 from loraover.common.errors import CheckpointError, ConfigError, DivergedError, OutputError
-from loraover.training.failure import FAILURE_FILE, Failure, failure_of, has_no_work, read_failure
+from loraover.training.failure import FAILURE_FILE, failure_of, has_no_work, read_failure
 from loraover.training.run_result import RUN_FILE, Measures
 
 from support.make_checkpoint import tree
@@ -231,33 +231,18 @@ WORDLESS: dict[str, tuple[Exception, str]] = {
     "read from a file": (NonFiniteError("xyz"), "diverged"),
     "CUDA's": (torch.OutOfMemoryError("xyz"), "out_of_memory"),
     "Python's": (MemoryError("xyz"), "out_of_memory"),
-    "Python's, without a word": (MemoryError(), "out_of_memory"),
     "a checkpoint": (
         CheckpointError("training diverged: NaN or infinity; the run that wrote it had diverged"),
         "refused",
     ),
     "an output": (OutputError("CUDA out of memory: can't allocate memory, MemoryError"), "refused"),
-    "an arithmetic error": (ArithmeticError("training diverged"), "failed"),
     "a value": (ValueError("torch.OutOfMemoryError: can't allocate memory"), "failed"),
-    "an error of CUDA": (RuntimeError("CUDA error: OutOfMemoryError, MemoryError"), "failed"),
 }
 
 
 @pytest.mark.parametrize(("error", "kind"), WORDLESS.values(), ids=WORDLESS)
 def test_the_type_decides_whatever_the_words(error: Exception, kind: str) -> None:
     assert failure_of(error).kind == kind
-
-
-def test_all_words_may_change(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run that really diverges, and of the checkpoint that it leaves."""
-    out, options = tmp_path / "out", ("--method", "lora-over", "--learning-rate", "1e30", "--set")
-    for error in (DivergedError, CheckpointError, ConfigError):
-        monkeypatch.setattr(error, "__str__", lambda self: "xyz", raising=False)
-    assert train(recipe, out, *options, "training.save_steps=1") == 2
-    assert read_failure(out) == Failure(kind="diverged", message="xyz")
-    (out / FAILURE_FILE).unlink()
-    assert train(recipe, out, *options, "training.save_steps=1", "--resume") == 2
-    assert read_failure(out) == Failure(kind="diverged", message="xyz")
 
 
 def test_a_model_that_cannot_be_loaded_for_lack_of_memory(

@@ -70,8 +70,7 @@ def step(net: Any, optimizer: torch.optim.Optimizer, rank: int, seed: int) -> fl
     return found.item()
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("schedule", "micro_batches"), [*((name, 1) for name in SCHEDULES), ("dynamic", 2)])
 def test_two_processes_train_as_one_does_at_their_global_batch(
     schedule: str, micro_batches: int, tmp_path: Path
 ) -> None:

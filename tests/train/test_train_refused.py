@@ -97,16 +97,13 @@ def with_rows(folder: Path, *rows: dict[str, Any], **options: Any) -> dict[str, 
 
 REFUSED: dict[str, tuple[Refused, str]] = {
     "no such model": (lambda t, b: {"model": str(t / "nothing")}, "nothing"),
-    "a folder that is no model": (lambda t, b: {"model": str(t)}, "config.json"),
     "no weights": (lambda t, b: {"model": str(lacks(save_llama(t / "m"), "model.safetensors"))}, "cannot be loaded"),
     "no tokenizer": (
         lambda t, b: {"model": str(lacks(save_llama(t / "m"), "tokenizer.json", "tokenizer_config.json"))},
         "tokenizer",
     ),
-    "no such data": (lambda t, b: {"data": {"train": "./nothing.jsonl"}}, "nothing.jsonl"),
     "a bad row": (lambda t, b: with_rows(t, {"prompt": "a", "completion": "b"}, {"text": "c"}), "row 2"),
     "chat without a template": (lambda t, b: {"data": {"chat": True}}, "chat template"),
-    "messages without a template": (lambda t, b: with_rows(t, *CHAT_ROWS), "chat template"),
     "messages for an encoder-decoder": (lambda t, b: {"model": str(b["t5"])} | with_rows(t, *CHAT_ROWS), "T5|t5"),
     "prompts that fill the length": (lambda t, b: with_rows(t, *LONG), "max_length"),
     "held-out rows that are all trained on": (
@@ -121,15 +118,9 @@ REFUSED: dict[str, tuple[Refused, str]] = {
         "question 1: its 600 tokens leave no room",
     ),
     "an unknown optimizer": (lambda t, b: {"training": {"optim": "adamv"}}, "adamv"),
-    "an unknown schedule": (lambda t, b: {"training": {"lr_scheduler_type": "cosin"}}, "cosin"),
     "a schedule that needs more": (
         lambda t, b: {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
         "cosine_with_min_lr|min_lr",
-    ),
-    "an optimizer that is not installed": (lambda t, b: {"training": {"optim": "galore_adamw"}}, "galore_adamw"),
-    "a rate below the schedule's end": (
-        lambda t, b: {"training": {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}},
-        "polynomial",
     ),
     "no row that fits": (
         lambda t, b: {"training": {"max_length": 8}, "evaluation": {"examples": 0}},
@@ -137,21 +128,12 @@ REFUSED: dict[str, tuple[Refused, str]] = {
     ),
     "a shell's pattern for PEFT": (lambda t, b: {"lora": {"target_modules": "*.q_proj"}}, "not a regular expression"),
     "a wrong pattern of ranks": (lambda t, b: {"lora": {"rank_pattern": {"(": 4}}}, "not a regular expression"),
-    "a pattern of ranks with flags": (
-        lambda t, b: {"lora": {"rank_pattern": {"(?i)q": 4}}},
-        "not a regular expression",
-    ),
     "a start that changes the base": (lambda t, b: {"lora": {"init_lora_weights": "pissa"}}, "no fold would be"),
-    "content in parts": (
-        lambda t, b: with_rows(t, {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "text", "text": "2"}]}]}),
-        "row 1: field 'messages' is not a list of objects with role and content, both text",
-    ),
     "half a character": (
         lambda t, b: with_rows(t, {"prompt": "a", "completion": "b"}, {"prompt": "\ud83d", "completion": "b"}),
         "row 2: field 'prompt' holds .*half a character",
     ),
     "unknown target modules": (lambda t, b: {"lora": {"target_modules": ["nothing"]}}, "nothing"),
-    "unknown sites": (lambda t, b: {"over": {"sites": ["nothing"]}}, "nothing"),
 }
 
 
