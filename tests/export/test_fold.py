@@ -45,8 +45,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True)
 
 
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-@pytest.mark.parametrize("lora", LORA)
+@pytest.mark.parametrize(
+    ("lora", "decomposition"),
+    [*((lora, "mpo") for lora in LORA), *(("plain", name) for name in DECOMPOSITIONS if name != "mpo")],
+)
 def test_every_site_is_the_oracles_contraction(lora: str, decomposition: str, tmp_path: Path) -> None:
     config = LoraOverConfig(decomposition=decomposition, seed=5)
     made = make_checkpoint(tmp_path, config=config, **LORA[lora])

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.process
 
 @pytest.mark.parametrize("options", [{}, {"modes": {4: (4, 1, 1), 32: (2, 4, 4), 16: (1, 1, 16)}}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("training", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [torch.float32, torch.float64], ids=str)
 def test_every_element_is_correctly_rounded(
     training: torch.dtype, dtype: str, options: dict[str, Any], tmp_path: Path
 ) -> None:

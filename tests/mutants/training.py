@@ -104,6 +104,36 @@ TRAINING = (
         Selection("test_federated.py", "two_clients"),
     ),
     Mutant(
+        "eigen-squares-are-turned-like-means",
+        "for side, change in (squares if squared else changes).items():",
+        "for side, change in changes.items():",
+        Selection("test_eigen.py", "the_oracles and default"),
+    ),
+    Mutant(
+        "eigen-centre-stays-as-bases-turn",
+        "            stack.copy_(new)\n        changes = {",
+        "            stack.copy_(new if stack is not group.stacks[group.centre] else stack)\n        changes = {",
+        Selection("test_eigen.py", "the_oracles and default"),
+    ),
+    Mutant(
+        "eigen-bases-are-never-refreshed",
+        "        with full_precision(self.group.stacks[0].device):\n            self._refresh()\n",
+        "",
+        Selection("test_measured_updates.py", "the_oracles"),
+    ),
+    Mutant(
+        "eigen-each-process-has-bases-of-its-own",
+        "new = of_first_process(torch.where(_wide(is_ready), new, old))",
+        "new = torch.where(_wide(is_ready), new, old)",
+        Selection("test_eigen_processes.py", "eigenvectors_differ and gradient"),
+    ),
+    Mutant(
+        "cores-gradients-are-off-by-a-hundredth",
+        "                self._whole[k].grad = stack\n",
+        "                self._whole[k].grad = 1.01 * stack\n",
+        Selection("test_exactness.py", "beside_the_optimizer_equals"),
+    ),
+    Mutant(
         "eigen-turns-the-rounded-matrices",
         'moments of these."""\n        group = self.group\n',
         'moments of these."""\n        group = self.group\n'

@@ -16,9 +16,7 @@ from torch.optim import AdamW
 
 from loraover import LoraOverConfig, OverParameterization, Probe
 from loraover.overparam.block_bases import Side
-from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import Eigen
-from loraover.overparam.eigenbases import BasisFollower
 
 from oracles.contraction import Array
 from oracles.eigen import EigenAdamW, Rule, SteppedFactors
@@ -142,34 +140,3 @@ def test_a_run_is_the_oracles(case: str) -> None:
     ours, oracles = CASES[case]()
     assert ours.keys() == oracles.keys()
     assert deviation(ours, oracles) < TOLERANCE
-
-
-def _never_turned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shorter side stays at the identity."""
-    monkeypatch.setattr(BasisFollower, "refresh", lambda self: None)
-
-
-def _pulled_back_by_the_transpose(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of a basis come out with its blocks transposed."""
-    pull = CoreGroup.pull_back
-
-    def mutant(self: CoreGroup, dense: Any) -> None:
-        pull(self, dense)
-        pulled = self.parameters(0)[0].grad
-        if pulled is not None and pulled.shape[-1] == pulled.shape[-2]:
-            pulled.copy_(pulled.mT.clone())
-
-    monkeypatch.setattr(CoreGroup, "pull_back", mutant)
-
-
-MUTANTS = {
-    "never turned": ("as the study has it", _never_turned),
-    "pulled back by the transpose": ("stepped", _pulled_back_by_the_transpose),
-}
-
-
-@pytest.mark.parametrize("fault", MUTANTS)
-def test_a_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, plant = MUTANTS[fault]
-    plant(monkeypatch)
-    assert deviation(*CASES[case]()) > 1e3 * TOLERANCE
