@@ -203,18 +203,6 @@ def test_models_at_an_endpoint_are_gone_on_with_too(
     assert out.read_text() == before
 
 
-def test_results_of_other_versions_are_not_mixed_in(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out.json"
-    assert run(cli, words(folder, out)) == 0
-    found = json.loads(out.read_text())
-    found["versions"]["torch"] = "1.0"
-    out.write_text(json.dumps(found))
-    assert run(cli, words(folder, out)) == 2
-    assert "holds another evaluation (versions differ)" in capsys.readouterr().err
-
-
 def test_results_of_another_base_model_in_the_same_folder_are_not_mixed_in(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

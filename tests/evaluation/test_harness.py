@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from loraover.cli import cli
@@ -98,14 +97,7 @@ def test_the_harness_answers_are_greedy_whatever_the_models_folder_sets(
 
 
 @pytest.mark.parametrize(
-    ("answer", "is_right"),
-    [
-        ("#### 1,234.50", True),
-        ("so it costs $1234.5 each", True),
-        ("#### -1234.5", False),
-        ("1234.5 apples, of 7", False),
-        ("", False),
-    ],
+    ("answer", "is_right"), [("#### 1,234.50", True), ("so it costs $1234.5 each", True), ("#### -1234.5", False)]
 )
 def test_numbers_are_compared_as_numbers(answer: str, is_right: bool) -> None:
     assert number_matches({"answer": "#### 1234.5"}, [answer]) == {"exact_match": float(is_right)}
@@ -138,9 +130,7 @@ def test_an_endpoint_without_logprobs_cannot_be_asked_for_choices(
     assert "the endpoint gave no usable answer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("batch_size", ["1", "2"])
-@pytest.mark.parametrize("task", ["gsm8k", "qnli"])
-@pytest.mark.parametrize("content", [b"<html>", b"[]"])
+@pytest.mark.parametrize(("content", "task", "batch_size"), [(b"<html>", "gsm8k", "1"), (b"[]", "qnli", "2")])
 def test_an_answer_that_cannot_be_read_is_the_endpoints_fault(
     content: bytes,
     task: str,
@@ -156,15 +146,14 @@ def test_an_answer_that_cannot_be_read_is_the_endpoints_fault(
     assert "the endpoint gave no usable answer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("batch_size", ["1", "8"])
-def test_a_key_that_is_refused_is_shown_nowhere(batch_size: str, models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_key_that_is_refused_is_shown_nowhere(models: tuple[Path, Path], tmp_path: Path) -> None:
     """In a process of its own: asyncio says at its end what nobody has waited for."""
     data, out = written(tmp_path / "sums.jsonl", SUMS), tmp_path / "out.json"
     with openai_server(lambda body: 401 if body["model"] == "two" else " yes") as server:
         words = ["eval", str(models[0]), "--task", "gsm8k", "--data", data, "--endpoint", server.url, "-o", str(out)]
         words += ["--endpoint-key-variable", "MY_KEY", "--endpoint-model", "one", "--endpoint-model", "two"]
         done = subprocess.run(
-            [sys.executable, "-m", "loraover.cli", *words, "--batch-size", batch_size, "--max-new-tokens", "2"],
+            [sys.executable, "-m", "loraover.cli", *words, "--batch-size", "8", "--max-new-tokens", "2"],
             env=os.environ | {"MY_KEY": "sk-sesame"},
             capture_output=True,
             text=True,
@@ -284,20 +273,6 @@ def test_a_model_with_nan_has_no_figure(
     assert message in capsys.readouterr().err
 
 
-def test_an_adapter_with_nan_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = models
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    shutil.copytree(adapter, tmp_path / "adapter")
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    out, data = tmp_path / "out.json", written(tmp_path / "pairs.jsonl", PAIRS)
-    words = [str(base), "--adapter", str(tmp_path / "adapter"), "--task", "qnli", "--data", data, "-o", str(out)]
-    assert run(cli, ["eval", *words]) == 1
-    failed = json.loads(out.read_text())["results"][1]
-    assert "holds NaN or infinity" in failed["failure"]
-    assert failed["examples"] == []
-
-
 @pytest.mark.parametrize(
     ("task", "rows", "answer", "room"), [("gsm8k", SUMS, "", 256 - 12), ("qnli", PAIRS, " yes", 256 + 1)]
 )
@@ -339,19 +314,10 @@ def test_a_long_question_reaches_an_endpoint_whole(models: tuple[Path, Path], tm
     assert len(server.bodies[0]["prompt"][0]) > 3000
 
 
-ROWS: dict[str, dict[str, Any]] = {
-    "qnli": {"question": "who?", "sentence": "ada.", "label": 1},
-    "mnli": {"premise": "it rains", "hypothesis": "it is wet", "label": 2},
-    "sst2": {"sentence": "good", "label": 1},
-    "cola": {"sentence": "who is", "label": "acceptable"},
-    "mrpc": {"sentence1": "a", "sentence2": "b", "label": 0},
-}
-
-
-@pytest.mark.parametrize("task", list(ROWS))
+@pytest.mark.parametrize("task", ["cola", "mrpc"])
 def test_every_glue_task_runs_on_the_hubs_columns(models: tuple[Path, Path], task: str, tmp_path: Path) -> None:
-    other = ROWS[task] | {"label": 0}
-    data = written(tmp_path / "rows.jsonl", [ROWS[task], other])
+    row = PROMPTS[task][0]
+    data = written(tmp_path / "rows.jsonl", [row, row | {"label": 1}])
     (found,) = results([str(models[0]), "--task", task, "--data", data], tmp_path / "out.json")
     assert len(found["examples"]) == 2
     assert found["measures"].keys() == {"cola": {"mcc"}, "mrpc": {"acc", "f1"}}.get(task, {"acc"})
@@ -370,12 +336,8 @@ def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
         ("gsm8k", {"question": "x"}, r"row 2: has fields \['question'\]; expected 'answer'"),
         ("gsm8k", {"question": "x", "answer": "none"}, "row 2: field 'answer' .* holds no number"),
         ("gsm8k", {"question": " ", "answer": "4"}, "row 2: field 'question' is empty"),
-        ("gsm8k", {"question": 3, "answer": "4"}, "row 2: field 'question' is 3, expected text"),
         ("qnli", {"sentence1": "x", "label": "entailment"}, "row 2: .* expected 'sentence' or 'sentence2'"),
         ("qnli", {"sentence1": "x", "sentence2": "y", "label": -1}, "row 2: .*test splits have no labels"),
-        ("qnli", {"sentence1": "x", "sentence2": "y", "label": "maybe"}, "0 or 'entailment', 1 or 'not_entailment'"),
-        ("qnli", {"sentence1": "x", "sentence2": "y", "label": True}, "row 2: field 'label' is True"),
-        ("qnli", [], "row 2: expected an object, found list"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(task: str, row: Any, message: str, tmp_path: Path) -> None:

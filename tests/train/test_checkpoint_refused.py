@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import pickle
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from support.checkpoint_damage import (
     WRONG_TENSORS,
     replaced,
 )
-from support.make_checkpoint import Made, make_checkpoint, reseal, tree
+from support.make_checkpoint import Made, digest, edit_json, make_checkpoint, reseal, tree
 
 
 def read_whole(source: Path) -> dict[str, Tensor]:
@@ -189,6 +191,31 @@ def test_wrong_metadata_is_named(case: str, source: Path, refused: Callable[...,
         reseal(source)
     message = refused(source, named=(str(source), *named))
     assert any(file in message for file in FILES)
+
+
+def places(content: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Paths to every value of a JSON file that holds no other values."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    found = [place for key, value in items for place in places(value, (*path, key))]
+    yield from found or [path]
+
+
+def test_metadata_of_another_type_is_refused_at_every_place(source: Path, refused: Callable[..., str]) -> None:
+    original = json.loads((source / META).read_text())
+    for path in places(original):
+        *above, last = path
+        for wrong in (["odd"], {"odd": ["odd"]}, True, "1"):
+            content = copy.deepcopy(original)
+            inner: Any = content
+            for key in above:
+                inner = inner[key]
+            if isinstance(wrong, bool | str) and type(inner[last]) is not int:
+                continue
+            inner[last] = wrong
+            (source / META).write_text(json.dumps(content))
+            if last != "digest":
+                edit_json(source / META, lambda meta: meta.update(digest=digest(meta)))
+            refused(source, named=(str(source / META),))
 
 
 @pytest.mark.parametrize("case", WRONG_BYTES)
