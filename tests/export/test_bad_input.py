@@ -27,7 +27,6 @@ from support.checkpoint_damage import (
     WRONG_META,
     WRONG_TENSORS,
     Damage,
-    config,
     meta,
     replaced,
     site,
@@ -35,6 +34,7 @@ from support.checkpoint_damage import (
 from support.make_checkpoint import Made, edit_json, make_checkpoint, reseal, tree
 from support.refusals import fold, one_message, only_error
 from support.tiny_models import tiny_gpt2, tiny_llama
+from support.vllm_damage import config
 
 pytestmark = pytest.mark.process
 

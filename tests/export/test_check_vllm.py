@@ -17,7 +17,7 @@ from support.vllm_command import vllm_command
 
 pytestmark = pytest.mark.engine
 
-READER = Path(__file__).resolve().parents[1] / "support" / "vllm_reader.py"
+READER = Path(__file__).with_name("vllm_reader.py")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
 
 

@@ -26,10 +26,10 @@ from loraover_export.numerics.rounding import round_tensor
 from loraover_export.uniform import write_lora as write_module
 
 from support.adapters_on_disk import deltas, save_base, save_lora
-from support.checkpoint_damage import config
 from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
 from support.refusals import one_message
 from support.tiny_models import fill_b, token_ids
+from support.vllm_damage import config
 from tolerances import UNIT
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

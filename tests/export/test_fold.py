@@ -18,7 +18,7 @@ from loraover import LoraOverConfig, OverParameterization
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
-from support.fold_cases import ADAPTER, FILES, LORA, Q_B, certificate, fold, load_base, tensors
+from support.fold_cases import ADAPTER, FILES, LORA, Q_B, certificate, load_base, tensors
 from support.make_checkpoint import (
     LINEAR,
     Made,
@@ -34,6 +34,7 @@ from support.make_checkpoint import (
     train,
     tree,
 )
+from support.refusals import fold
 from support.tiny_models import fill_b, token_ids
 
 pytestmark = pytest.mark.process

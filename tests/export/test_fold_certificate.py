@@ -15,8 +15,9 @@ from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover_export.fold.certificate import FoldCertificate
 
 from oracles.contraction import Array
-from support.fold_cases import HALF, certificate, fold, tensors
+from support.fold_cases import HALF, certificate, tensors
 from support.make_checkpoint import LINEAR, Made, make_checkpoint, numpy64, oracle_matrices
+from support.refusals import fold
 
 pytestmark = pytest.mark.process
 

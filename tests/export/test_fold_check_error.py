@@ -29,8 +29,9 @@ from loraover_export.logits.judge import judge
 from loraover_export.logits.pieces import logits_of
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
-from support.fold_cases import LORA, Q_B, certificate, fold, load_base
+from support.fold_cases import LORA, Q_B, certificate, load_base
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, save, tree
+from support.refusals import fold
 from support.tiny_models import VOCABULARY, tiny_llama, with_lora
 
 pytestmark = pytest.mark.process

@@ -14,8 +14,9 @@ from loraover_export.fold.certificate import FoldCertificate
 from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
 
-from support.fold_cases import FILES, certificate, fold
+from support.fold_cases import FILES, certificate
 from support.make_checkpoint import Made, make_checkpoint, tree
+from support.refusals import fold
 
 pytestmark = pytest.mark.process
 

@@ -22,8 +22,9 @@ from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounding import round_tensor
 
-from support.fold_cases import Q_A, Q_B, fold
+from support.fold_cases import Q_A, Q_B
 from support.make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
+from support.refusals import fold
 
 pytestmark = pytest.mark.process
 

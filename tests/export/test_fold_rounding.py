@@ -13,8 +13,9 @@ from torch import Tensor
 
 from loraover import LoraOverConfig
 
-from support.fold_cases import DTYPES, HALF, Q_A, certificate, fold, tensors
+from support.fold_cases import DTYPES, HALF, Q_A, certificate, tensors
 from support.make_checkpoint import edit_tensors, make_checkpoint, nearest, numpy64, oracle_matrices, reseal
+from support.refusals import fold
 
 pytestmark = pytest.mark.process
 

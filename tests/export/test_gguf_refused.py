@@ -16,10 +16,11 @@ from loraover_export.gguf import check, run
 from loraover_export.gguf.base import write_base
 
 from support.gguf_export import GgufMade, adapted, export, large_weights, make_gguf, tiny_base
-from support.make_checkpoint import edit_json, edit_tensors, tree
+from support.make_checkpoint import edit_tensors, tree
 from support.plain_adapter import tiny_decoder
 from support.refusals import one_message
 from support.tiny_models import tiny_gpt2
+from support.vllm_damage import config
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -56,10 +57,6 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         return message
 
     return check
-
-
-def config(**fields: Any) -> Callable[[Path], object]:
-    return lambda folder: edit_json(folder / CONFIG, lambda content: content.update(fields))
 
 
 def added(**tensors: torch.Tensor) -> Callable[[Path], object]:

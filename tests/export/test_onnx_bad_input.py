@@ -16,6 +16,7 @@ from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
 from support.plain_adapter import tiny_decoder, write_adapter
 from support.tiny_experts import tiny_moe
 from support.tiny_models import VOCABULARY, tiny_bart, tiny_bert, tiny_gpt2, tiny_t5
+from support.vllm_damage import config
 
 pytestmark = pytest.mark.engine
 
@@ -170,10 +171,6 @@ def changed(change: Callable[[dict[str, Tensor]], object]) -> Damage:
     return lambda folder: edit_tensors(folder / TENSORS, change)
 
 
-def configured(**fields: Any) -> Damage:
-    return lambda folder: edit_json(folder / CONFIG, lambda config: config.update(fields))
-
-
 def cut(folder: Path) -> None:
     content = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(content[: len(content) // 2])
@@ -201,9 +198,9 @@ WRONG_ADAPTERS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ),
         (TENSORS, MODULE, "listed twice"),
     ),
-    "DoRA": (configured(use_dora=True), ("use_dora",)),
-    "an unknown field": (configured(use_future_lora=True), ("use_future_lora", "does not know")),
-    "trained tokens": (configured(trainable_token_indices=[3]), ("trainable_token_indices", "in full")),
+    "DoRA": (config(use_dora=True), ("use_dora",)),
+    "an unknown field": (config(use_future_lora=True), ("use_future_lora", "does not know")),
+    "trained tokens": (config(trainable_token_indices=[3]), ("trainable_token_indices", "in full")),
 }
 
 

@@ -27,7 +27,7 @@ from support.vllm_command import vllm_command
 
 pytestmark = needs_expert_stacks
 
-READER = Path(__file__).resolve().parents[1] / "support" / "vllm_reader.py"
+READER = Path(__file__).with_name("vllm_reader.py")
 KEY = "base_model.model.model.layers.1.mlp.experts"
 
 

@@ -32,7 +32,7 @@ from tolerances import UNIT, gamma
 
 pytestmark = pytest.mark.engine
 
-READER = Path(__file__).resolve().parents[1] / "support" / "vllm_reader.py"
+READER = Path(__file__).with_name("vllm_reader.py")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 READ_BY = f"vLLM {known_architectures().version}, its loader"
 NAMES = {

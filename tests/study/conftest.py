@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 from unittest.mock import patch
 
 import pytest
 
-from support.forked_training import ForkedTraining
+from loraover.cli import cli
+from loraover.common.command_line import run
+
 from support.tiny_hub import save_llama, write_recipe
+
+
+class ForkedTraining:
+    """Takes the place of `subprocess.Popen` of `python -m loraover.cli ARGUMENTS`; descriptors are passed on anyway."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int,
+        stdout: IO[str],
+        stderr: IO[str],
+        env: Mapping[str, str],
+        pass_fds: Sequence[int],
+    ) -> None:
+        interpreter, option, module, *arguments = command
+        assert (interpreter, option, module) == (sys.executable, "-m", "loraover.cli")
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 99
+        try:
+            os.environ.update(env)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+            code = run(cli, arguments)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            code = 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self) -> int:
+        """Wait for its end; returns the exit code, negative for a signal."""
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from support.make_checkpoint import edit_json, edit_tensors
+from support.vllm_damage import config
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 META, CORES = "loraover.json", "loraover.safetensors"
@@ -99,10 +100,6 @@ def raw(file: str, old: str, new: str) -> Damage:
         (folder / file).write_text(text.replace(old, new, 1))
 
     return change
-
-
-def config(**values: Any) -> Damage:
-    return lambda folder: edit_json(folder / CONFIG, lambda content: content.update(values))
 
 
 def meta(**values: Any) -> Damage:

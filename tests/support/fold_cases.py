@@ -10,8 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraover.common.command_line import run
-from loraover_export.cli import cli
 from loraover_export.fold.certificate import FoldCertificate
 
 from support.make_checkpoint import EMBEDDING, LINEAR, Made
@@ -32,10 +30,6 @@ Q_A, Q_B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{kind}.weigh
 """Names of the tensors of the first query projection."""
 HALF = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Largest error of one rounding to nearest, relative to the number, by the type."""
-
-
-def fold(source: Path, output: Path, *options: str) -> int:
-    return run(cli, ["fold", str(source), "-o", str(output), *options])
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

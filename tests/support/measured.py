@@ -14,15 +14,11 @@ from loraover.overparam.decompositions import Eigen
 from loraover.overparam.sites import lora_layers
 
 from oracles.contraction import Array
-from support.tiny_models import tiny_llama, token_ids, with_lora
+from support.tiny_models import token_ids
 
 MEASURED = {"short": "calibration", "long": "calibration", "block": 16}
 BATCHES = [{"input_ids": batch, "labels": batch} for batch in (token_ids(seed) for seed in range(3))]
 LAYER = "model.layers.1.self_attn"
-
-
-def llama(**options: Any) -> Any:
-    return with_lora(tiny_llama(), task_type="CAUSAL_LM", **options)
 
 
 def measured(model: Any, batches: Any = BATCHES, **options: Any) -> OverParameterization:

@@ -18,18 +18,9 @@ from loraover.overparam.block_bases import Blocks
 from loraover.overparam.decompositions import Eigen
 from loraover.overparam.sites import lora_layers
 
+from support.hf_trainer import llama
 from support.hooked_run import same
-from support.measured import (
-    BATCHES,
-    LAYER,
-    MEASURED,
-    Recorded,
-    assert_diagonalises,
-    basis_of,
-    kept,
-    llama,
-    measured,
-)
+from support.measured import BATCHES, LAYER, MEASURED, Recorded, assert_diagonalises, basis_of, kept, measured
 from support.no_memory import NO_MEMORY, failing
 from support.tiny_models import lora_matrices, tiny_bart, tiny_t5, token_ids, trainable, with_lora
 from tolerances import UNDERFLOW, UNIT, gamma

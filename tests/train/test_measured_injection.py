@@ -14,16 +14,8 @@ from loraover.common.errors import ConfigError
 from loraover.overparam import covariances
 from loraover.overparam.block_bases import Side
 
-from support.measured import (
-    BATCHES,
-    LAYER,
-    MEASURED,
-    Recorded,
-    assert_diagonalises,
-    basis_of,
-    llama,
-    measured,
-)
+from support.hf_trainer import llama
+from support.measured import BATCHES, LAYER, MEASURED, Recorded, assert_diagonalises, basis_of, measured
 from support.tiny_models import lora_matrices, tiny_llama, tiny_net, token_ids, trainable, with_lora
 
 

@@ -20,7 +20,8 @@ from loraover.overparam.decompositions import Eigen
 
 from oracles.contraction import Array
 from oracles.eigen import EigenAdamW, Rule, SteppedFactors
-from support.measured import BATCHES, blocks_of, llama
+from support.hf_trainer import llama
+from support.measured import BATCHES, blocks_of
 from support.tiny_models import token_ids
 
 STEPS, LR, RATIO, BLOCK, AUX = 12, 3e-3, 4.0, 20, 0.3  # neither 32 nor 48 is a multiple of the block
