@@ -67,24 +67,20 @@ def test_check_error_accepts_every_fold(lora: str, dtype: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-@pytest.mark.parametrize("training", [torch.bfloat16], ids=str)
-def test_check_error_accepts_every_decomposition_and_training_dtype(
-    decomposition: str, training: torch.dtype, tmp_path: Path
-) -> None:
-    made = make_checkpoint(tmp_path, config=LoraOverConfig(decomposition=decomposition, seed=5), dtype=training)
+def test_check_error_accepts_every_decomposition(decomposition: str, tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, config=LoraOverConfig(decomposition=decomposition, seed=5), dtype=torch.bfloat16)
     assert fold(made.path, tmp_path / "out", "--check-error") == 0
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_check_error_accepts_a_deep_chain(seed: int, tmp_path: Path) -> None:
+def test_check_error_accepts_a_deep_chain(tmp_path: Path) -> None:
     """The reference applies eight cores, the folded adapter two matrices; their difference is not an error of the fold.
 
     Between the cores, bonds are stretched in some directions and shrunk again, which changes no matrix, and multiplies
     what a reference in float32 would round away.
     """
-    config = LoraOverConfig(decomposition="chain", options={"depth": 8}, seed=seed)
+    config = LoraOverConfig(decomposition="chain", options={"depth": 8}, seed=0)
     made = make_checkpoint(tmp_path, config=config, target_modules=LINEAR, tokenizer=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def turn(found: dict[str, Tensor]) -> None:
         for site in dict.fromkeys(key.rpartition(".core.")[0] for key in found if ".core." in key):
@@ -260,13 +256,6 @@ def test_the_base_model_is_left_as_it_was_by_an_adapter_with_biases(tmp_path: Pa
     with torch.no_grad():
         effect = float((model(input_ids=ids).logits - load_base(made)(input_ids=ids).logits).abs().max())
     assert outputs.adapter_effect > 0.1 * effect > 10 * outputs.bound
-
-
-def test_the_built_in_prompts_are_the_default(made: Made, tmp_path: Path) -> None:
-    assert fold(made.path, tmp_path / "out", "--check-error") == 0
-    outputs = certificate(tmp_path / "out").outputs
-    assert outputs is not None
-    assert (outputs.prompts, outputs.prompt_source) == (8, "8 of the built-in prompts")
 
 
 def test_check_error_of_a_classifier_takes_the_number_of_labels_from_the_adapter(tmp_path: Path) -> None:

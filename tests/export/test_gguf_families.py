@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from loraover_export import GgufReport, export_gguf
@@ -81,18 +80,6 @@ def test_a_router_alone(tmp_path: Path) -> None:
     made = make_gguf(tmp_path, "Qwen3Moe", target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
     assert export_gguf(made.adapter, tmp_path / "out.gguf", base_gguf=made.base_gguf, threads=1).verdict == "passed"
     assert any("ffn_gate_inp" in name for name in read_tensors(tmp_path / "out.gguf"))
-
-
-def test_a_lost_module_would_be_seen(made: GgufMade) -> None:
-    """The logits of the test above depend on every adapted module by much more than it allows."""
-    whole = made.logits()
-    for path, module in made.model.named_modules():
-        scaling: Any = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):
-            kept, scaling["default"] = scaling["default"], 0.0
-            assert apart(made.logits(), whole) > 5 * allowed(made), path
-            scaling["default"] = kept
-    assert torch.equal(made.logits(), whole)
 
 
 def test_the_other_row_order_is_rejected(

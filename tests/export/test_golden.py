@@ -22,18 +22,13 @@ from loraover import OverParameterization, read_checkpoint
 from loraover.checkpoint.checkpoint import SCHEMA_VERSION, Checkpoint, SiteRecord
 from loraover.checkpoint.resume import restore
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
-from loraover.common.command_line import run
 from loraover.overparam.importance import GradientScore
-from loraover_export.cli import cli
 
 from support.make_checkpoint import tree
+from support.refusals import fold
 from support.tiny_models import tiny_llama
 
 CHECKPOINT = ["adapter_config.json", "adapter_model.safetensors", "loraover.json", "loraover.safetensors"]
-
-
-def fold(source: Path, output: Path, *options: str) -> int:
-    return run(cli, ["fold", str(source), "-o", str(output), *options])
 
 
 KEPT = sorted(path for path in FOLDER.parent.glob("schema_*/*") if path.is_dir())

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig
@@ -45,8 +44,10 @@ def tail(matrix: Array, rank: int) -> float:
     return float(np.linalg.norm(np.linalg.svd(matrix, compute_uv=False)[rank:]))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", ["plain", "bf16", "patterns", "embedding"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("plain", "fp32"), ("plain", "bf16"), ("bf16", "fp32"), ("patterns", "fp16"), ("embedding", "bf16")],
+)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_every_error_is_the_tail(rank: int, name: str, dtype: str, made: Path, tmp_path: Path) -> None:
     certificate = shrink_adapter(made / name, tmp_path / "out", rank=rank, dtype=dtype)
@@ -92,17 +93,6 @@ def test_a_checkpoint_is_read_from_its_cores(tmp_path: Path) -> None:
     for module in certificate.modules:
         a, b = (exact[f"base_model.model.{module.module}.lora_{matrix}.weight"] for matrix in "AB")
         assert abs(module.truncation_error - tail(2 * (b @ a), 2)) <= module.arithmetic_bound + 1e-13 * module.norm
-
-
-def test_no_other_adapter_of_that_rank_is_nearer(made: Path, tmp_path: Path) -> None:
-    """Cutting A and B to their first ranks, or changing the result a little, only adds to the error."""
-    shrink_adapter(made / "plain", tmp_path / "out", rank=3)
-    stored, after = load_file(made / "plain" / TENSORS), deltas(tmp_path / "out")
-    for module, delta in deltas(made / "plain").items():
-        best = np.linalg.norm(delta - after[module])
-        a, b = (stored[f"base_model.model.{module}.lora_{m}.weight"].double().numpy() for m in "AB")
-        assert np.linalg.norm(delta - 5 / 8 * b[:, :3] @ a[:3]) > 1.1 * best
-        assert np.linalg.norm(delta - 1.01 * after[module]) > best
 
 
 def test_peft_loads_it(made: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
 
 from oracles.contraction import Array
+from support.check_cases import CASES, EXPECTED
 from support.compatibility import ARCHITECTURES, record
 from support.make_checkpoint import logits, make_checkpoint, numpy64, oracle_matrices
 from support.plain_adapter import FAMILIES, make_adapter
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.engine
 
 READER = Path(__file__).with_name("vllm_reader.py")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EMBEDDINGS = ("embed_tokens", "lm_head")
 READ_BY = f"vLLM {known_architectures().version}, its loader"
 NAMES = {
     "Gemma3ForConditionalGeneration": ("model.language_model.layers.0.mlp.up_proj", "lm_head", "model.vision_tower.x"),
@@ -55,11 +57,12 @@ UNSERVED = ("GPT2LMHeadModel", "BertForSequenceClassification", "T5ForConditiona
 
 @dataclass(frozen=True)
 class Written:
-    """Adapters before and after the command, by family, and `loraover` for a checkpoint; damaged ones by name."""
+    """Adapters before and after the command, by family, and `loraover` for a checkpoint; other ones by name."""
 
     source: Mapping[str, Path]
     output: Mapping[str, Path]
     damaged: Mapping[str, Path]
+    cases: Mapping[str, Path]
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +77,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     source["loraover"] = make_checkpoint(folder / "loraover", base_options={"head_dim": 8}, **lora).path
     for name, path in source.items():
         assert run(cli, ["vllm", str(path), "-o", str(folder / "out" / name), "--dtype", "fp32"]) == 0
-    damaged = {name: folder / "damaged" / name for name in DAMAGES}
-    for name, path in damaged.items():
-        shutil.copytree(source["Llama"], path)
-        DAMAGES[name].change(path)
-    return Written(source, {name: folder / "out" / name for name in source}, damaged)
+    plain = make_adapter(folder / "plain", "Llama", rank_pattern={}, r=4, lora_alpha=4)
+    damaged = {name: changed(source["Llama"], folder / "damaged" / name, DAMAGES[name].change) for name in DAMAGES}
+    cases = {name: changed(plain, folder / "cases" / name, CASES[name]) for name in CASES}
+    return Written(source, {name: folder / "out" / name for name in source}, damaged, cases)
+
+
+def changed(source: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    shutil.copytree(source, folder)
+    change(folder)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,10 @@ class VllmsReading:
 def vllm(written: Written, tmp_path_factory: pytest.TempPathFactory) -> VllmsReading:
     python, out = vllm_command().parent / "python", tmp_path_factory.mktemp("vllm")
     paths = {**written.output, **{f"source of {name}": path for name, path in written.source.items()}}
-    paths |= written.damaged
-    adapters = [
-        {"path": str(path), "expected": PROJECTIONS, "rank": 512 if path in written.damaged.values() else 8}
-        for path in paths.values()
-    ]
+    adapters = [{"path": str(path), "expected": PROJECTIONS, "rank": 8} for path in paths.values()]
+    for group, modules in ((written.damaged, PROJECTIONS), (written.cases, PROJECTIONS + EMBEDDINGS)):
+        adapters += [{"path": str(path), "expected": modules, "rank": MAX_LORA_RANKS[-1]} for path in group.values()]
+    paths |= written.damaged | {f"case {name}": path for name, path in written.cases.items()}
     classes = [f"{family}ForCausalLM" for family in FAMILIES] + list(UNSERVED) + list(NAMES)
     request = json.dumps({"adapters": adapters, "architectures": classes, "names": NAMES, "out": str(out)})
     done = subprocess.run([python, READER], input=request, capture_output=True, text=True)
@@ -130,10 +137,10 @@ def source_deltas(path: Path) -> dict[str, tuple[Array, Array]]:
     return deltas
 
 
-CASES = (*FAMILIES, "loraover")
+SOURCES = (*FAMILIES, "loraover")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SOURCES)
 def test_vllm_reads_the_sources_delta(name: str, written: Written, vllm: VllmsReading) -> None:
     assert vllm.refused[name] is None
     expected, found = source_deltas(written.source[name]), vllm.deltas[name]
@@ -150,7 +157,7 @@ def test_vllm_reads_the_sources_delta(name: str, written: Written, vllm: VllmsRe
         record(name, READ_BY, "LoRA, elements of delta_W", "fp32", "passed", max(errors), max(limits))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SOURCES)
 def test_peft_reads_the_sources_function(name: str, written: Written) -> None:
     base = written.source[name].parent / "base"
     outputs = []
@@ -174,6 +181,13 @@ def test_peft_reads_the_sources_function(name: str, written: Written) -> None:
 def test_what_vllm_does_with_a_mistake(name: str, vllm: VllmsReading) -> None:
     """What it refuses, and what the pre-flight alone keeps from being served wrongly."""
     assert (vllm.refused[name] is not None) == DAMAGES[name].vllm_refuses, vllm.refused[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vllm_loads_what_a_check_does_not_call_refused(name: str, vllm: VllmsReading) -> None:
+    """With `test_check.py`, where the verdicts of `loraover export check` are those of the same table."""
+    refused = vllm.refused[f"case {name}"]
+    assert (refused is not None) == (EXPECTED["vllm"][name][0] == "refused"), refused
 
 
 def test_the_table_is_what_vllm_says(vllm: VllmsReading) -> None:

@@ -13,6 +13,12 @@ TRAINING = (
         Selection("test_decompositions.py", "contraction_equals_the_oracle"),
     ),
     Mutant(
+        "svd-loses-the-signs-of-its-values",
+        "return (u * s) @ v",
+        "return (u * s.abs()) @ v",
+        Selection("test_decompositions.py", "contraction_equals_the_oracle"),
+    ),
+    Mutant(
         "mpo-random-gauge-is-the-identity",
         'self.gauge == "identity" and rows == columns',
         "rows == columns",

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import LoraConfig, get_peft_model
 
 from support import merge_cases
 from support.make_checkpoint import LINEAR
-from support.tiny_models import fill_b, tiny_llama
+from support.tiny_models import tiny_llama, with_lora
 
 Array = npt.NDArray[np.float64]
 
@@ -28,10 +27,7 @@ def save_lora(base: Path, folder: Path, seed: int = 1, dtype: torch.dtype = torc
     from transformers import AutoModelForCausalLM
 
     chosen = {"r": 4, "lora_alpha": 5, "target_modules": LINEAR, "task_type": "CAUSAL_LM"} | options
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**chosen))
-    fill_b(model, seed)
+    model = with_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), seed=seed, **chosen)
     model.to(dtype).save_pretrained(folder)
     return folder
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 
 from loraover.common.command_line import run
@@ -19,7 +19,7 @@ from loraover_export.gguf.llamacpp import LlamaCpp
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, PARAMETERS
-from support.tiny_models import VOCABULARY, fill_b
+from support.tiny_models import VOCABULARY, fill_b, with_lora
 
 UNEVEN: dict[str, Any] = {
     "r": 4,
@@ -99,9 +99,7 @@ def tiny_base(family: str, **changes: Any) -> Any:
 
 def adapted(model: Any, folder: Path, **lora: Any) -> PeftModel:
     """Put an adapter on a model and save it in `folder`; returns PEFT's model."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        wrapped = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **UNEVEN, **lora}))
+    wrapped = with_lora(model, draw_b=False, seed=1, **{"task_type": "CAUSAL_LM", **UNEVEN, **lora})
     fill_b(wrapped, seed=2)
     wrapped.save_pretrained(folder)
     return wrapped.eval()

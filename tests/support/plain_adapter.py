@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from support.tiny_models import VOCABULARY, fill_b
+from support.tiny_models import VOCABULARY, fill_b, with_lora
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma")
 """Decoders that vLLM serves with adapters; `tiny_decoder` makes each."""
@@ -77,9 +76,7 @@ def make_adapter(folder: Path, family: str, **lora: Any) -> Path:
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = get_peft_model(base, LoraConfig(**(options | lora)))
+    model = with_lora(base, draw_b=False, seed=1, **(options | lora))
     fill_b(model, seed=2)
     model.save_pretrained(folder / "adapter")
     return folder / "adapter"

@@ -140,9 +140,9 @@ def test_accumulated_gradients_equal_one_large_batch() -> None:
 # Steps that must change nothing
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize(
+    ("fused", "unscale", "bad"), [(False, False, 0), (False, True, 2), (True, False, 2), (True, True, 0)]
+)
 def test_a_step_skipped_for_infinity_changes_nothing(fused: bool, unscale: bool, bad: int) -> None:
     scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
 

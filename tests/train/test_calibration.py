@@ -160,9 +160,10 @@ def chosen(model: Any, batches: Any = BATCHES, **config: Any) -> dict[str, float
     return over.schedule.rounds[0].scores
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(("draw_b", "backwards"), [(True, 3), (False, 5)], ids=["b", "zero-b"])
+@pytest.mark.parametrize(
+    ("draw_b", "backwards", "reentrant", "mode"),
+    [(True, 3, False, "train"), (True, 3, True, "eval"), (False, 5, True, "train"), (False, 5, False, "eval")],
+)
 def test_calibration_checkpoints_as_training_does(draw_b: bool, backwards: int, reentrant: bool, mode: str) -> None:
     """With checkpointing, each backward runs every layer once more; 2 warm-up steps come first where B = 0."""
     model = with_lora(tiny_llama(), task_type="CAUSAL_LM", draw_b=draw_b).train(mode == "train")
@@ -187,8 +188,9 @@ def test_loss_impact_warms_up_with_checkpointing_and_compares_losses_without_dro
     assert set(modes[2:]) == {(False, False)}
 
 
-@pytest.mark.parametrize("score", ["fisher", "sensitivity", "loss_impact"])
-@pytest.mark.parametrize("draw_b", [True, False])
+@pytest.mark.parametrize(
+    ("score", "draw_b"), [("fisher", True), ("sensitivity", False), ("loss_impact", True), ("loss_impact", False)]
+)
 def test_a_choice_with_dropout_depends_on_the_seed_alone(score: str, draw_b: bool) -> None:
     def scores(state: int, seed: int) -> tuple[dict[str, float], Any]:
         random.seed(state)

@@ -85,13 +85,11 @@ def test_plain_lora_has_step_norms_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({"logging_first_step": True}, [1, 2, 4]),
         ({"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, [6, 12]),
-        ({"logging_steps": 0.6}, [3]),
         ({"logging_strategy": "no"}, []),
         ({"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 3}, [1, 2, 3]),
     ],
-    ids=["first", "epoch", "share", "no", "evaluated"],
+    ids=["epoch", "no", "evaluated"],
 )
 def test_numbers_are_of_the_step_that_is_logged(tmp_path: Path, changes: dict[str, Any], steps: list[int]) -> None:
     each = trained(tmp_path / "each", None, **(changes | {"logging_strategy": "steps", "logging_steps": 1}))

@@ -67,10 +67,6 @@ def _one_bit(cores: dict[str, Tensor]) -> None:
     cores[f"{CORE}.core.2"][5, 3] += 2.0**-10
 
 
-def _two_equal_columns(cores: dict[str, Tensor]) -> None:
-    cores[f"{CORE}.core.0"][:, 1] = cores[f"{CORE}.core.0"][:, 0]
-
-
 def _zero(cores: dict[str, Tensor]) -> None:
     cores[f"{CORE}.core.0"].zero_()
 
@@ -81,9 +77,7 @@ def _padding_mixed_in(cores: dict[str, Tensor]) -> None:
     basis[2] = torch.linalg.qr(normal(0, 11, 11).float())[0]
 
 
-@pytest.mark.parametrize(
-    "change", [_scaled, _one_bit, _two_equal_columns, _zero, _padding_mixed_in], ids=lambda change: change.__name__
-)
+@pytest.mark.parametrize("change", [_one_bit, _zero, _padding_mixed_in], ids=lambda change: change.__name__)
 def test_bases_that_are_not_orthogonal_are_refused(change: Change, copy_of: Copy, tmp_path: Path) -> None:
     made = copy_of("gradient")
     damaged(made, change)
@@ -106,16 +100,12 @@ def shares(name: str, value: dict[str, str]) -> Callable[[dict[str, Any]], None]
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "another core": (shares(V, {"0": CORE}), f"{V}: shares: core 0 cannot be shared"),
     "the centre": (shares(V, {"1": CORE}), f"{V}: shares: core 1 cannot be shared"),
-    "no such core": (shares(V, {"7": CORE}), f"{V}: shares: core 7 cannot be shared"),
     "a negative core": (shares(V, {"-1": CORE}), f"{V}: shares: core -1 cannot be shared"),
     "no such site": (shares(V, {"2": "nothing"}), f"{V}: shares: there is no site 'nothing'"),
     "another shape": (shares(V, {"2": B}), f"{V}: shares: {B} has another shape or step"),
     "one that holds none": (shares(V, {"2": OUT}), f"{V}: shares: {OUT} does not hold it itself"),
     "a circle": (shares(CORE, {"2": V}), "does not hold it itself"),
-    "a number": (shares(V, {"2": 3}), r"sites\.\d+\.shares"),  # type: ignore[dict-item]
-    "a key that is none": (shares(V, {"two": CORE}), r"sites\.\d+\.shares"),
     "absent": (lambda meta: meta["sites"][0].pop("shares"), r"sites\.0\.shares"),
 }
 
@@ -150,7 +140,6 @@ def test_a_core_of_another_decomposition_is_not_shared(tmp_path: Path) -> None:
 
 GAUGE: dict[str, tuple[Change, str]] = {
     "no counts": (lambda t: t.pop(f"{CORE}.gauge.counts"), "no tensor"),
-    "no moment": (lambda t: t.pop(f"{CORE}.gauge.moment.rows"), "no tensor"),
     "another shape": (
         lambda t: t.update({f"{CORE}.gauge.moment.rows": torch.ones(3, 3)}),
         r"gauge\.moment\.rows is torch\.float32 \(3, 3\), expected torch\.float32 \(1, 4, 4\)",
@@ -160,7 +149,6 @@ GAUGE: dict[str, tuple[Change, str]] = {
         lambda t: t.update({f"{CORE}.gauge.counts": torch.tensor([1, 1])}),
         r"expected \S+ \(3,\)",
     ),
-    "counts without a shape": (lambda t: t.update({f"{CORE}.gauge.counts": torch.tensor(3)}), r"expected torch\.int64"),
     "not finite": (lambda t: t[f"{CORE}.gauge.moment.rows"].fill_(torch.nan), "holds NaN"),
     "state of a basis": (
         lambda t: t.update({f"{CORE}.core.0.exp_avg": torch.ones(4, 4)}),

@@ -208,10 +208,3 @@ def test_the_seed_and_the_name_decide_the_cores() -> None:
     other = drawn(2)
     assert not any(same(one[name], other[name]) for name in one)
     assert not same(one["second.lora_A"][0], one["third.lora_A"][0])
-
-
-def test_the_global_random_state_is_left_alone() -> None:
-    before = torch.get_rng_state()
-    model, _, optimizer = make()
-    train(model, optimizer, range(2))
-    assert torch.equal(torch.get_rng_state(), before)
