@@ -113,13 +113,13 @@ TRAINING = (
         "eigen-squares-are-turned-like-means",
         "for side, change in (squares if squared else changes).items():",
         "for side, change in changes.items():",
-        Selection("test_eigen.py", "the_oracles and default"),
+        Selection("test_eigen.py", "the_oracles"),
     ),
     Mutant(
         "eigen-centre-stays-as-bases-turn",
         "            stack.copy_(new)\n        changes = {",
         "            stack.copy_(new if stack is not group.stacks[group.centre] else stack)\n        changes = {",
-        Selection("test_eigen.py", "the_oracles and default"),
+        Selection("test_eigen.py", "the_oracles"),
     ),
     Mutant(
         "eigen-bases-are-never-refreshed",
@@ -131,7 +131,7 @@ TRAINING = (
         "eigen-each-process-has-bases-of-its-own",
         "new = of_first_process(torch.where(_wide(is_ready), new, old))",
         "new = torch.where(_wide(is_ready), new, old)",
-        Selection("test_eigen_processes.py", "eigenvectors_differ and gradient"),
+        Selection("test_eigen_processes.py", "eigenvectors_differ"),
     ),
     Mutant(
         "cores-gradients-are-off-by-a-hundredth",

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, read_checkpoint
-from loraover.callbacks.calibration import calibration_batches
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.command_line import run as run_command
 from loraover.common.errors import ConfigError
-from loraover.overparam.random_state import seeded
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.training.progress import TrainingProgress
 from loraover_export.cli import cli as export_cli
@@ -163,27 +157,6 @@ def test_the_first_loss_and_gradient_norm_are_plain_loras(tmp_path: Path) -> Non
 def test_a_model_without_lora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no LoRA layers"):
         trainer_of(tmp_path, tiny_llama()).train()
-
-
-def test_drawing_batches_leaves_every_random_state_as_it_was() -> None:
-    def collate(rows: list[int]) -> Tensor:
-        return torch.rand(1) + random.random() + np.random.rand()
-
-    def draws() -> tuple[float, float, float]:
-        return float(torch.rand(1)), random.random(), float(np.random.rand())
-
-    loader: Any = DataLoader(
-        range(8),  # type: ignore[arg-type]
-        batch_size=2,
-        collate_fn=collate,
-    )
-    found = []
-    for count in (0, 3):
-        with seeded(7, []):
-            drawn = calibration_batches(loader, count, 0, "cpu")
-            found.append(draws())
-    assert len(drawn) == 3
-    assert found[0] == found[1]
 
 
 def test_a_second_training_begins_anew(tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def test_an_export_for_llama_cpp_from_python(
     assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "adapter.gguf", "unchecked.gguf"}
 
 
+@pytest.mark.matrix
 @pytest.mark.engine
 def test_serving_from_python(
     folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -278,6 +278,7 @@ def test_accumulated_micro_batches_are_one_step_of_a_score() -> None:
     assert run(4) == pytest.approx(run(8), rel=gamma(1000, UNIT[torch.float32]))
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_a_model_that_inductor_compiles_trains_as_an_eager_one() -> None:
     def run(compiled: bool) -> tuple[dict[str, Tensor], list[Round]]:
