@@ -96,7 +96,7 @@ DELTAS: dict[str, Callable[[Delta], Delta]] = {
 }
 
 
-@pytest.mark.parametrize(("mode", "mutant"), zip(("merged", "swappable", "swappable"), DELTAS, strict=True))
+@pytest.mark.parametrize(("mode", "mutant"), [*zip(("merged", "swappable", "swappable"), DELTAS, strict=True)])
 def test_another_delta_is_rejected(mode: str, mutant: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
     """The certificates pass, since they cover the rounding alone."""
     changed(DELTAS[mutant])(monkeypatch)
@@ -239,7 +239,7 @@ GRAPHS: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize(("mode", "mutant"), zip(("merged", "swappable", "merged"), GRAPHS, strict=True))
+@pytest.mark.parametrize(("mode", "mutant"), [*zip(("merged", "swappable", "merged"), GRAPHS, strict=True)])
 def test_another_graph_is_rejected(mode: str, mutant: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
     edited(GRAPHS[mutant])(monkeypatch)
     assert not any(check.passed for check in rejected(mode).checks)

@@ -106,7 +106,7 @@ def vllm(written: Written, tmp_path_factory: pytest.TempPathFactory) -> VllmsRea
     adapters = [{"path": str(path), "expected": PROJECTIONS, "rank": 8} for path in paths.values()]
     for group, modules in ((written.damaged, PROJECTIONS), (written.cases, PROJECTIONS + EMBEDDINGS)):
         adapters += [{"path": str(path), "expected": modules, "rank": MAX_LORA_RANKS[-1]} for path in group.values()]
-    paths |= written.damaged | {f"case {name}": path for name, path in written.cases.items()}
+    paths |= {**written.damaged, **{f"case {name}": path for name, path in written.cases.items()}}
     classes = [f"{family}ForCausalLM" for family in FAMILIES] + list(UNSERVED) + list(NAMES)
     request = json.dumps({"adapters": adapters, "architectures": classes, "names": NAMES, "out": str(out)})
     done = subprocess.run([python, READER], input=request, capture_output=True, text=True)

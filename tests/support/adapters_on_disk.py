@@ -26,7 +26,7 @@ def save_lora(base: Path, folder: Path, seed: int = 1, dtype: torch.dtype = torc
     """A LoRA that PEFT made and saved, with no matrix of zeros."""
     from transformers import AutoModelForCausalLM
 
-    chosen = {"r": 4, "lora_alpha": 5, "target_modules": LINEAR, "task_type": "CAUSAL_LM"} | options
+    chosen: dict[str, Any] = {"r": 4, "lora_alpha": 5, "target_modules": LINEAR, "task_type": "CAUSAL_LM"} | options
     model = with_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), seed=seed, **chosen)
     model.to(dtype).save_pretrained(folder)
     return folder

@@ -69,7 +69,7 @@ def make_adapter(folder: Path, family: str, **lora: Any) -> Path:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    options = {
+    options: dict[str, Any] = {
         "r": 4,
         "lora_alpha": 12,
         "rank_pattern": {"q_proj": 6},
