@@ -16,7 +16,7 @@ from loraover_export.gguf import check, run
 from loraover_export.gguf.base import write_base
 
 from support.gguf_export import GgufMade, adapted, export, large_weights, make_gguf, tiny_base
-from support.make_checkpoint import edit_tensors, tree
+from support.make_checkpoint import edit_json, edit_tensors, tree
 from support.plain_adapter import tiny_decoder
 from support.refusals import one_message
 from support.tiny_models import tiny_gpt2
