@@ -39,7 +39,8 @@ METHODS = ["--methods", "lora,lora-over"]
 
 def words(recipe: Path, out: Path, *more: str) -> list[str]:
     sweep = [] if "--lr-sweep" in more else ["--lr-sweep", RATES]
-    return ["study", str(recipe), *METHODS, "--seeds", "2", *sweep, "--jobs", "2", "-o", str(out), *more]
+    methods = [] if "--methods" in more else METHODS
+    return ["study", str(recipe), *methods, "--seeds", "2", *sweep, "--jobs", "2", "-o", str(out), *more]
 
 
 def report_of(out: Path) -> StudyReport:
