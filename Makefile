@@ -138,7 +138,8 @@ bench: $(VENV)/.installed
 
 # Studies are resumable, and keep their finished runs in docs/study. glibc would give the memory of each step back to the kernel
 # and have it cleared for the next one, which takes a fifth of a step.
-STUDIES := study study-gauge study-gauge-arms study-gauge-options study-gauge-steps study-gauge-long study-gauge-rates study-papers
+STUDIES := study study-gauge study-gauge-arms study-gauge-options study-gauge-steps study-gauge-long study-gauge-rates study-papers \
+	study-replication
 $(STUDIES): export MALLOC_MMAP_MAX_ = 0
 $(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 100000000000
 $(STUDIES): study-data
