@@ -98,7 +98,7 @@ def test_a_cached_hub_model_is_pinned(processes: dict[str, Ended]) -> None:
 def test_the_card_shows_the_command(processes: dict[str, Ended]) -> None:
     folder = processes["local"].folder
     card = (folder / "out" / "adapter" / "README.md").read_text()
-    assert f"\nloraover train {folder / 'recipe.yaml'} -o {folder / 'out'} --json\n" in card
+    assert f"\nloraover train {folder / 'recipe.yaml'} -o {folder / 'out'}\n" in card
 
 
 @pytest.mark.parametrize("name", ["local", "cached"])
