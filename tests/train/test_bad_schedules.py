@@ -126,14 +126,6 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor], optimizer: Any
 # Optimizers
 
 
-def test_an_optimizer_without_a_lora_matrix_is_refused() -> None:
-    model = tiny_net()
-    over = OverParameterization(model, LoraOverConfig(schedule="dynamic", budget=Budget(sites=2)), steps=10)
-    optimizer = SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
-    with pytest.raises(ConfigError, match=r"does not hold first\.lora_A\. Build it"):
-        over.attach(optimizer)
-
-
 def test_an_optimizer_without_a_site_that_a_later_round_could_choose_is_refused() -> None:
     model = tiny_net()
     over = OverParameterization(model, LoraOverConfig(schedule="dynamic", budget=Budget(sites=2)), steps=10)

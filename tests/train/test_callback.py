@@ -193,16 +193,6 @@ def test_a_seal_that_would_come_before_the_cores_is_refused(tmp_path: Path) -> N
     assert trainer.state.global_step == 0
 
 
-def test_several_adapters_at_once_are_refused(tmp_path: Path) -> None:
-    model = llama()
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    model.base_model.set_adapter(["default", "second"])
-    before = lora_matrices(model)
-    with pytest.raises(ConfigError, match=r"2 adapters are trained at once \(default, second\)"):
-        trainer_of(tmp_path, model).train()
-    assert all(torch.equal(matrix, before[key]) for key, matrix in lora_matrices(model).items())
-
-
 @pytest.mark.parametrize(
     ("schedule", "steps"),
     [({}, []), ({"schedule": "static"}, [1]), ({"schedule": "dynamic", "rounds": 2}, [1, 2])],
