@@ -27,7 +27,8 @@ from loraover.study.analysis import LEVEL, Losses, difference, mean_loss
 from loraover.study.grid import Run
 from loraover.study.kept_runs import finished
 from loraover.study.outcome import Outcome
-from loraover.study.runner import DEFAULTS, Where, run_grid
+from loraover.study.request import StudyRequest
+from loraover.study.runner import DEFAULTS, run_grid
 from loraover.training.recipe import load_recipe
 
 Registration = Mapping[str, Any]
@@ -144,13 +145,16 @@ def main() -> None:
     plan = yaml.safe_load(registration)
     names = [task["name"] for task in plan["tasks"]]
     if not asked.report_only:
-        progress = ConsoleReporter(Console())
-        pilot = run_grid(runs_of(plan, plan["pilot_seeds"], names), asked.folder, Where(asked.jobs), progress)
+        recipes = [str(HERE / f"{task['recipe']}.yaml") for task in plan["tasks"]]
+        study = StudyRequest(
+            [*dict.fromkeys(recipes)], asked.folder, jobs=asked.jobs, report=ConsoleReporter(Console())
+        )
+        pilot = run_grid(runs_of(plan, plan["pilot_seeds"], names), study)
         widths = predicted_widths(plan, pilot)
         kept = [name for name in names if widths[name] < plan["required_width_percent"]]
         print(f"predicted widths in per cent: {widths}; continued: {kept}")
-        run_grid(runs_of(plan, plan["seeds"], kept), asked.folder, Where(asked.jobs), progress)
-        run_grid(ruler_of(plan), asked.folder, Where(asked.jobs), progress)
+        run_grid(runs_of(plan, plan["seeds"], kept), study)
+        run_grid(ruler_of(plan), study)
     found = report(plan, asked.folder, registration)
     publish_text(asked.folder / "replication.json", json.dumps(found, indent=1) + "\n")
     print(json.dumps(found["tasks"], indent=1))

@@ -16,11 +16,10 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.common.quiet import ignore_idle_warnings
 
@@ -36,36 +35,6 @@ EXTRAS = {
     **dict.fromkeys(("gguf", "llama_cpp_py_sync"), "llamacpp"),
     "scipy": "train,eval,serve",
 }
-
-
-_SHORT = {long: short for short, long in COMPUTE_DTYPES.items()}
-
-
-if TYPE_CHECKING:
-    _NameChoice = click.Choice[str]
-else:
-    _NameChoice = click.Choice  # has no parameter before click 8.2
-
-
-class DtypeChoice(_NameChoice):
-    """A choice of data types, each under its short name and under PyTorch's name; the value is the short name."""
-
-    def __init__(self, *names: str) -> None:
-        super().__init__(names)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(_SHORT.get(value, value), param, ctx)
-
-
-class DeviceChoice(_NameChoice):
-    """A choice of devices, or one GPU of several, such as cuda:1."""
-
-    def __init__(self, *names: str) -> None:
-        super().__init__(names)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        kind, _, index = str(value).partition(":")
-        return value if kind == "cuda" and index.isdecimal() else super().convert(value, param, ctx)
 
 
 class Command(click.Command):
