@@ -95,7 +95,7 @@ def test_a_width_like_the_vocabularys_is_refused(mode: str, tmp_path: Path, refu
 
 
 def test_merged_takes_one_source(made: OnnxMade, source: Path, refused: Refused) -> None:
-    refused([source, made.folder / "second"], *MERGED, named=("--mode merged takes one SOURCE, found 2",))
+    refused([source, made.folder / "second"], *MERGED, named=("--mode merged takes one adapter, found 2",))
 
 
 def test_two_sources_of_one_name_ask_for_names(made: OnnxMade, source: Path, refused: Refused) -> None:
