@@ -183,7 +183,7 @@ def test_a_classifier_swaps_adapters(web: Web, scripts: Path) -> None:
     save_tokenizer(root / "base")
     module = "bert.encoder.layer.1.attention.output.dense"
     a, b = torch.randn(2, 32), torch.randn(32, 2)
-    config = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(root / "base")}
+    config = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(root / "base"), "target_modules": [module]}
     adapter = write_adapter(root / "adapter", {module: (a, b)}, **config)
     exported("BERT", adapter, root / "web", *WEB)
     adapters = [None, "bert/web/adapter.safetensors"]

@@ -92,13 +92,13 @@ def test_a_run_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--num-prompts", "100", "--max-concurrency", "1,16", "--engine", "vllm"], "--num-prompts 160 or more"),
         (["--baseline", "nowhere"], "no such folder"),
         (["--checkpoint", "nowhere"], "no such folder"),
-        (["--max-concurrency", "4"], "one request at a time"),
+        (["--max-concurrency", "4"], "only for vLLM, which is not measured"),
         (["--max-concurrency", "4,1,4", "--engine", "vllm"], "--max-concurrency names one twice: 4, 1, 4"),
         (["--engine", "torch"], "--engine names one twice: torch, torch"),
         (["--", "--max-num-seqs", "4"], "add --engine vllm"),
         (["--engine", "vllm", "--", "--enable_prefix_caching"], "the prefix cache is always off"),
         (["--engine", "vllm", "--", "--lora-modules=a=b"], "--lora-modules cannot be given to vLLM here"),
-        (["--engine", "vllm", "--", "--model", "x"], "name it with --model before the --"),
+        (["--engine", "vllm", "--", "--model", "x"], "name it with --model, not in the words after"),
     ],
 )
 def test_requests_that_cannot_be_used(
