@@ -147,10 +147,13 @@ def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str])
 def check_complete(config: Path, adapted: Collection[str], modules: Iterable[str]) -> None:
     """Refuse a file that lacks matrices of modules that the configuration names; see `lost_modules`.
 
+    An adapter none of whose modules is in the model belongs to another one, which its readers say.
+
     Raises:
         CheckpointError: PEFT would start these modules again, as if they had not been trained.
     """
-    lost = lost_modules(config, adapted, modules)
+    found = {*modules}
+    lost = lost_modules(config, adapted, found) if found & {*adapted} else None
     if lost is not None:
         raise CheckpointError(f"{config}: {lost}: {LOST}.")
 
