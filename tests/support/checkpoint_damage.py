@@ -42,7 +42,7 @@ def retyped(file: str, key: str, dtype: torch.dtype) -> Damage:
     return replaced(file, key, lambda tensor: tensor.to(dtype))
 
 
-Z_A, Z_B = "base_model.model.z.lora_A.weight", "base_model.model.z.lora_B.weight"
+Z_A, Z_B = "base_model.model.z.q_proj.lora_A.weight", "base_model.model.z.q_proj.lora_B.weight"
 
 
 def added_pair(in_features: int, dtype: torch.dtype = torch.float32) -> Damage:
@@ -81,7 +81,7 @@ WRONG_TENSORS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     **{f"A {dtype}": (retyped(TENSORS, Q_A, dtype), (TENSORS, Q_A)) for dtype in ODD_DTYPES},
     **{f"core {dtype}": (retyped(CORES, CORE, dtype), (CORES, CORE)) for dtype in ODD_DTYPES},
-    **{f"pair {dtype}": (added_pair(3, dtype), (TENSORS, "base_model.model.z.lora_")) for dtype in ODD_DTYPES},
+    **{f"pair {dtype}": (added_pair(3, dtype), (TENSORS, "base_model.model.z.q_proj.lora_")) for dtype in ODD_DTYPES},
     "core of another float": (retyped(CORES, CORE, torch.float64), (CORES, CORE, "float64")),
     "saved module float8": (
         added("base_model.model.lm_head.weight", 2, 2, dtype=torch.float8_e4m3fn),

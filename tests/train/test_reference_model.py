@@ -22,8 +22,6 @@ EMBEDDING = "base_model.model.model.embed_tokens.base_layer.weight"
 FIELDS: dict[str, dict[str, Any]] = {
     "aLoRA": {"alora_invocation_tokens": token_ids(seed=100, batch=3, length=7)[0, 2:4].tolist()},  # as `outputs` has
     "repeated layers": {"layer_replication": [[0, 2], [1, 2]]},
-    "fewer modules": {"target_modules": ["q_proj"]},
-    "fewer layers": {"layers_to_transform": [1]},
     "another pattern": {"alpha_pattern": {"q_proj": 50}},
 }
 """Fields that change what an adapter computes, whether or not we read them."""
