@@ -117,7 +117,7 @@ def test_vllm_serves_it_as_trained(converted: Converted, served: Served, tmp_pat
     (found,) = report.engines
     print(f"\n{name}: {found.verdict}: {found.reason}")
     # The bfloat16 of some processors is so coarse that 16 positions decide nothing; the distance has to fit even so.
-    allowed = {("as trained", None), ("inconclusive", None)}
+    allowed: set[tuple[str, str | None]] = {("as trained", None), ("inconclusive", None)}
     allowed |= {("differs", LEAKS)} if leaks_in_mixed_batches() else set()
     assert (found.verdict, found.fault) in allowed, found.reason
     assert found.adapter is not None
