@@ -184,7 +184,8 @@ def _start_dtype(method: AnyMethod, adapter: Adapter[Any]) -> str | None:
     """Return the data type in which PEFT has to load the base model for the adapter to start as it was converted."""
     if not method.starts_in_stored:
         return None
-    stored = str(adapter.base.weight(next(iter(adapter.layout.modules))).dtype).removeprefix("torch.")
+    first = adapter.module(next(iter(adapter.layout.modules)))
+    stored = str(first.stored_weight().dtype).removeprefix("torch.")
     return next(short for short, long in COMPUTE_DTYPES.items() if long == stored)
 
 
