@@ -168,7 +168,8 @@ class Speaker:
             return tuple(map(int, choice["token_ids"]))
         given = choice.get("logprobs") or {}
         found: list[int] = []
-        for entry in given.get("content") or given.get("tokens") or []:
+        likeliest = [max(place, key=place.__getitem__) for place in given.get("top_logprobs") or [] if place]
+        for entry in given.get("content") or given.get("tokens") or likeliest:
             index = self._token_id(entry)
             if index is None:
                 break

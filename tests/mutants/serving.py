@@ -52,14 +52,14 @@ SERVING = (
     # Verification
     Mutant(
         "verify-no-noise-is-allowed",
-        "return sensitivity * noise.rms * (1 + sure_errors(noise.positions) * math.sqrt(2) * relative) + FLOOR",
+        "return sensitivity * noise.rms * (1 + sure_errors(noise.prompts) * math.sqrt(2) * relative) + FLOOR",
         "return FLOOR",
-        Selection("test_verify.py", "coarser_base_model"),
+        Selection("test_verify.py", "allowed_distance"),
     ),
     Mutant(
         "verify-noise-of-the-adapted-model",
-        "noise = distance(answers.base, reference.base)",
-        "noise = distance(answers.adapter, reference.adapter)",
+        "noise, found = distance(base_rows, base), distance(adapter_rows, adapter)",
+        "noise, found = distance(adapter_rows, adapter), distance(adapter_rows, adapter)",
         Selection("test_verify.py", "planted_fault"),
     ),
     Mutant(
@@ -76,8 +76,8 @@ SERVING = (
     ),
     Mutant(
         "verify-weak-adapter-passes",
-        "if effect <= APPLIED * allowed:",
-        "if effect < 0:",
+        "if found.effect > FLOOR and is_narrow(found.strength, case.allowed):",
+        "if found.effect >= 0:",
         Selection("test_verify.py", "below_the_noise"),
     ),
     Mutant(

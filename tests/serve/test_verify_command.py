@@ -35,7 +35,7 @@ def verify(*words: str | Path) -> int:
 def test_a_verification_is_shown_and_written(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(adapter, "--engine", "torch", "-o", tmp_path / "out") == 0
     shown = capsys.readouterr()
-    assert "torch: as trained: off by" in shown.out
+    assert "torch: as trained: the adapter has the strength" in shown.out
     assert max(map(len, shown.out.partition("torch: ")[0].splitlines())) <= 80
     assert shown.out.rstrip().endswith(f"wrote {tmp_path / 'out'}")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figures", "verify.html", "verify.json"]

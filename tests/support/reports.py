@@ -23,7 +23,7 @@ from loraover_export.logits.deviation import Deviation
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_serve.parity.report.html import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page
-from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect, VerifyReport
+from loraover_serve.verify.report import EngineResult, Greedy, Interval, LogprobDistance, Suspect, VerifyReport
 
 from support.clockwork import whole_report
 
@@ -43,8 +43,10 @@ def kept_study() -> StudyReport:
 def engine_result(engine: str, verdict: Any, reason: str = "", *, off: float = 2e-4, **more: Any) -> EngineResult:
     """A result of an engine whose base model is 1e-4 nats off, and whose noise explains 3e-4."""
     found = {
-        "base": LogprobDistance(rms=1e-4, error=1e-5, largest=4e-4, positions=64),
-        "adapter": LogprobDistance(rms=off, error=1e-5, largest=9 * off, positions=64),
+        "base": LogprobDistance(rms=1e-4, error=1e-5, largest=4e-4, positions=64, prompts=8),
+        "adapter": LogprobDistance(rms=off, error=1e-5, largest=9 * off, positions=64, prompts=8),
+        "strength": Interval(value=1.0, low=0.999, high=1.001),
+        "allowed_strength": (0.998, 1.002),
         "effect": 0.19,
         "allowed": 3e-4,
         "number_format": "fp32",
@@ -69,6 +71,8 @@ def verification(*results: EngineResult) -> VerifyReport:
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
         reference="the unfolded checkpoint",
         sensitivity=1.4,
+        bias=0.98,
+        served_format="bf16",
         prompts=8,
         prompt_source="the built-in prompts",
         new_tokens=8,

@@ -195,12 +195,21 @@ class Served:
         base: folder of the base model.
         adapters: folder of an adapter, or None for the base model, by the name that requests use.
         form: how logprobs name tokens: "ids" as vLLM does, "content" as llama.cpp does, or "texts".
+        change: what becomes of logits, by these and the tokens that were read.
     """
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path | None], form: str = "ids") -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapters: Mapping[str, Path | None],
+        form: str = "ids",
+        change: Callable[[Tensor, list[int]], Tensor] = lambda logits, ids: logits,
+    ) -> None:
+        self._change = change
         self._models = {name: self._load(base, path) for name, path in adapters.items()}
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._form = form
+        self.first = int(next(iter(self._models.values())).config.bos_token_id or 0)
 
     @staticmethod
     def _load(base: Path, adapter: Path | None) -> Any:
@@ -222,7 +231,8 @@ class Served:
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, tops = self._prompt(body), []
         for _ in range(body["max_tokens"]):
-            logprobs = self._models[body["model"]](torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            logits = self._models[body["model"]](torch.tensor([ids])).logits[0, -1]
+            logprobs = self._change(logits, ids).log_softmax(-1)
             tops.append(logprobs.topk(body["top_logprobs" if "messages" in body else "logprobs"]))
             ids.append(int(logprobs.argmax()))
         choice = {"index": 0, "text": "", "logprobs": self._logprobs(tops)}

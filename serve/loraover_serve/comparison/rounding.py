@@ -43,10 +43,18 @@ def _levels(largest: int, block: int | None) -> Round:
     return round_
 
 
+def _float8(x: Tensor) -> Tensor:
+    """Rounding to float8 with 4 bits of exponent and 3 of mantissa, with one scale for each row."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / largest
+    return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
 FORMATS = {
     "fp16": Format(_cast(torch.float16), _cast(torch.float16)),
     "bf16": Format(_cast(torch.bfloat16), _cast(torch.bfloat16)),
     "int8": Format(_levels(127, None)),
+    "fp8": Format(_float8),
     "int4": Format(_levels(7, 32)),
 }
 """Number formats from fine to coarse: the floating-point ones round weights and layers' outputs, the others weights."""

@@ -67,6 +67,21 @@ class Row:
 Rows = Sequence[Row]
 
 
+@dataclass(frozen=True)
+class GreedyAnswer:
+    """A greedy answer to one question.
+
+    Args:
+        tokens: its tokens, up to the first that the engine does not identify.
+        length: its number of tokens.
+        rows: its logprobs, as far as its tokens are PyTorch's; empty if the engine does not return them.
+    """
+
+    tokens: tuple[int, ...]
+    length: int
+    rows: tuple[Row, ...] = ()
+
+
 def window_rows(index: int, question: Question, logits: Any) -> list[Row]:
     """Rows of the last positions of a question, from the logits of its last positions, (positions, vocabulary)."""
     kept = np.asarray(logits, dtype=np.float64)[-len(question.window) :]
@@ -74,6 +89,29 @@ def window_rows(index: int, question: Question, logits: Any) -> list[Row]:
     kept -= np.log(np.exp(kept).sum(-1, keepdims=True))
     logprobs = kept.astype(np.float32)
     return [Row(index, position, row) for position, row in zip(question.window, logprobs, strict=True)]
+
+
+def paired(one: Rows, other: Rows) -> list[tuple[Row, Row]]:
+    """Rows of two arms at the same places, each with the tokens that both arms have; places without any are left out.
+
+    Args:
+        one: rows of one arm.
+        other: rows of the other arm.
+    """
+    places = {(row.question, row.position): row for row in other}
+    found = []
+    for row in one:
+        twin = places.get((row.question, row.position))
+        if twin is None:
+            continue
+        if row.ids is None or twin.ids is None:
+            found.append((row, twin))
+            continue
+        ids, here, there = np.intersect1d(row.ids, twin.ids, return_indices=True)
+        if len(ids):
+            place = (row.question, row.position)
+            found.append((Row(*place, row.logprobs[here], ids), Row(*place, twin.logprobs[there], ids)))
+    return found
 
 
 class Expected:

@@ -7,6 +7,7 @@ candidate whose answers are nearest to the engine's names the likely fault.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -27,9 +28,23 @@ IN_BASE = "adapter in the base model"
 LEAKS = "adapter leaks into the base model's answers in a mixed batch"
 CHANGED = "the adapter's answers change in a mixed batch"
 CHANGED_BY_OTHER = "the adapter's answers change in a batch with another adapter"
+TEMPERATURE = "logprobs at another temperature"
+PENALTY = "logprobs with a repetition penalty"
+EXTRA_TOKEN = "a token added to each prompt"
+POSITIONS = "positions of the base model (rope_theta)"
+WINDOW = "attention window of the base model"
+BASE_LAYERS = "layers of the base model missing or swapped"
+INTERMITTENT = "some answers are the base model's"
+ENDS_EARLY = "answers end early"
+DECODED = "generated answers lack the adapter"
+UNLIKE = "base model answered by something else"
+ANOTHER = "another adapter"
+STALE = "an earlier step of the adapter"
+LAYERS = "layers of the adapter missing or swapped"
 """Names of the faults."""
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn")
+LAYER = re.compile(r"\.(\d+)\.")
 Rule = Callable[[AdapterConfig, int, float], float]
 
 
@@ -142,6 +157,29 @@ def left_out(subject: RightAdapter) -> Iterator[FaultyAdapter]:
         yield FaultyAdapter(LEFT_OUT, "fully trained parameters (modules_to_save) are ignored", subject.deltas, False)
 
 
+def misplaced(subject: RightAdapter) -> Iterator[FaultyAdapter]:
+    """One layer of the adapter is missing, or two neighbours are swapped."""
+    layers: dict[int, dict[str, LowRank]] = {}
+    for module, delta in subject.deltas.items():
+        number = LAYER.search(module)
+        if number:
+            layers.setdefault(int(number[1]), {})[module] = delta
+    if len(layers) < 2:
+        return
+    for layer, mine in layers.items():
+        rest = {module: delta for module, delta in subject.deltas.items() if module not in mine}
+        yield FaultyAdapter(LAYERS, f"layer {layer} is not adapted", rest)
+        moved = {_in_layer(module, layer + 1): delta for module, delta in mine.items()}
+        back = {_in_layer(module, layer): delta for module, delta in layers.get(layer + 1, {}).items()}
+        if moved.keys() == layers.get(layer + 1, {}).keys() and back.keys() == mine.keys():
+            detail = f"layers {layer} and {layer + 1} are swapped"
+            yield FaultyAdapter(LAYERS, detail, {**subject.deltas, **moved, **back})
+
+
+def _in_layer(module: str, layer: int) -> str:
+    return LAYER.sub(f".{layer}.", module, count=1)
+
+
 def rounded(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """A and B rounded to a coarser number format."""
     for name, format_ in FORMATS.items():
@@ -158,6 +196,7 @@ FAULTS: tuple[Callable[[RightAdapter], Iterator[FaultyAdapter]], ...] = (
     transposed,
     permuted,
     left_out,
+    misplaced,
     rounded,
 )
 """All faults that are looked for; a new one is a function above and a name here."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from loraover_serve.verify.answers import ADAPTER, BASE, OTHER, Row, Rows
 from loraover_serve.verify.faults import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.verify.report import LogprobDistance, MixedBatch
+from loraover_serve.verify.rules import Finding
 
 
 def compare_mixed(mixed: Mapping[str, Rows], apart: Mapping[str, Rows]) -> MixedBatch:
@@ -31,15 +31,16 @@ def compare_mixed(mixed: Mapping[str, Rows], apart: Mapping[str, Rows]) -> Mixed
 
     def distance(name: str, arm: str) -> LogprobDistance:
         alone = {(row.question, row.position): row for row in apart[arm]}
-        pairs = ((row, alone.get((row.question, row.position))) for row in mixed[name])
-        return LogprobDistance.of([_difference(row, other) for row, other in pairs if other is not None])
+        found = ((row, alone.get((row.question, row.position))) for row in mixed[name])
+        pairs = [(row, other) for row, other in found if other is not None]
+        return LogprobDistance.of([_difference(*pair) for pair in pairs], [row.question for row, _ in pairs])
 
     other = distance(OTHER, ADAPTER) if OTHER in mixed else None
     return MixedBatch(base=distance(BASE, BASE), adapter=distance(ADAPTER, ADAPTER), other=other)
 
 
-def mixed_fault(mixed: MixedBatch, allowed: float) -> dict[str, Any] | None:
-    """Verdict, reason and fault if answers change in a mixed batch; None if they do not.
+def mixed_fault(mixed: MixedBatch, allowed: float) -> Finding | None:
+    """The finding if answers change in a mixed batch; None if they do not.
 
     Args:
         mixed: distance between answers sent together and apart.
@@ -58,7 +59,7 @@ def mixed_fault(mixed: MixedBatch, allowed: float) -> dict[str, Any] | None:
                 f"{fault}: {subject} answered {words}, where noise explains {limit:.2g}; requests for one model at a "
                 "time are answered right"
             )
-            return {"verdict": "differs", "reason": reason, "fault": fault}
+            return Finding("differs", reason, fault)
     return None
 
 

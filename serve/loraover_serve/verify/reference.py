@@ -18,7 +18,8 @@ from loraover.models.load import ModelSource, load_config, load_model
 from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.engines.sample import Request
 from loraover_serve.engines.torch import TorchEngine, Within, torch_engine
-from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Question, Row, window_rows
+from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
+from loraover_serve.verify.strength import between_arms, strength
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Reference:
         adapter: logprobs of the adapted model.
         sensitivity: ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's,
             at least 1.
+        bias: strength of the adapter if PyTorch computes in bfloat16; 1 if such rounding shrinks no change.
         ends: ids of the tokens that end a text.
     """
 
@@ -40,6 +42,7 @@ class Reference:
     base: Expected
     adapter: Expected
     sensitivity: float
+    bias: float = 1.0
     ends: frozenset[int] = frozenset()
 
 
@@ -75,13 +78,24 @@ def make_reference(
         name, engine = "PEFT", torch_engine(load, {ADAPTER: source.path}, None)
     report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
     answers = engine.run(ADAPTER, 0, 0, [Request(prompt, new_tokens) for prompt in prompts])
-    questions = tuple(Question(p, answer.token_ids) for p, answer in zip(prompts, answers, strict=True))
+    ends = _ends(base)
+    questions = tuple(Question(p, _first(answer.token_ids, ends)) for p, answer in zip(prompts, answers, strict=True))
     plain = {arm: _rows(engine, arm, questions) for arm in (BASE, ADAPTER)}
     coarse = partial(rounding, format_=FORMATS["bf16"])
-    moved = {arm: _rms(plain[arm], _rows(engine, arm, questions, within=coarse)) for arm in (BASE, ADAPTER)}
+    rounded = {arm: _rows(engine, arm, questions, within=coarse) for arm in (BASE, ADAPTER)}
+    moved = {arm: _rms(plain[arm], rounded[arm]) for arm in (BASE, ADAPTER)}
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
     expected = {arm: Expected(plain[arm]) for arm in (BASE, ADAPTER)}
-    return Reference(name, questions, expected[BASE], expected[ADAPTER], sensitivity, _ends(base))
+    bias = float(
+        strength(between_arms(paired(rounded[BASE], rounded[ADAPTER]), expected[BASE], expected[ADAPTER])).value
+    )
+    return Reference(name, questions, expected[BASE], expected[ADAPTER], sensitivity, bias or 1.0, ends)
+
+
+def _first(tokens: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
+    """The tokens up to the first end of the text: what follows it is not what anybody trained or reads."""
+    last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]
 
 
 def _ends(base: ModelSource) -> frozenset[int]:

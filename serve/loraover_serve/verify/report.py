@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_serve.comparison.thresholds import root_mean
+from loraover_serve.verify.strength import Estimate
 
 REPORT_FILE = "verify.json"
 Verdict = Literal["as trained", "differs", "inconclusive", "failed"]
@@ -28,17 +30,44 @@ class LogprobDistance(Model):
     """Distance of an engine's logprobs from a model's in PyTorch, or from its own."""
 
     rms: float = Field(description="RMS difference of logprobs, in nats")
-    error: float = Field(description="standard error of rms, in nats; with a single position rms itself")
+    error: float = Field(description="standard error of rms over prompts, in nats; with a single prompt rms itself")
     largest: float = Field(description="largest difference of a logprob, in nats")
     positions: int = Field(description="number of positions at which next tokens were compared")
+    prompts: int = Field(description="number of prompts to which they belong")
 
     @classmethod
-    def of(cls, differences: Sequence[NDArray[np.float64]]) -> LogprobDistance:
-        """Summarise differences of logprobs, one array for each position."""
-        squares = [float(np.mean(np.square(each))) for each in differences]
-        rms, error = root_mean(squares)
+    def of(cls, differences: Sequence[NDArray[np.float64]], prompts: Sequence[int]) -> LogprobDistance:
+        """Summarise differences of logprobs.
+
+        Args:
+            differences: one array for each position.
+            prompts: the prompt to which each position belongs.
+        """
+        squares = np.array([float(np.mean(np.square(each))) for each in differences])
+        _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
+        counts = np.bincount(prompt)
+        sums = np.bincount(prompt, weights=squares) * len(counts) / len(squares)  # whose mean is that of the squares
+        rms, error = root_mean(sums)
         largest = max(float(np.abs(each).max()) for each in differences)
-        return cls(rms=rms, error=error, largest=largest, positions=len(squares))
+        return cls(rms=rms, error=error, largest=largest, positions=len(squares), prompts=len(counts))
+
+
+class Interval(Model):
+    """A strength: 1 if the engine applies the adapter as it was trained, 0 if it does not."""
+
+    value: float = Field(description="the estimate")
+    low: float = Field(description="lower end of the interval over prompts")
+    high: float = Field(description="upper end of the interval over prompts")
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> Interval | None:
+        """The interval of an estimate; None if it has no ends."""
+        if not math.isfinite(estimate.half):
+            return None
+        return cls(value=float(estimate.value), low=float(estimate.low), high=float(estimate.high))
 
 
 class MixedBatch(Model):
@@ -62,6 +91,9 @@ class Greedy(Model):
     """Greedy answers of the adapter, token by token, beside PyTorch's."""
 
     equal: float = Field(description="share of prompts that both answer with the same tokens")
+    early: float = Field(
+        default=0.0, description="share of prompts whose answers end before PyTorch's and before an end"
+    )
     gap: float = Field(
         description="largest difference of the two tokens' logprobs in PyTorch, in nats, where an answer first differs"
     )
@@ -74,8 +106,8 @@ class Suspect(Model):
     fault: str = Field(description="name of the fault")
     detail: str = Field(description="the fault in words")
     rms: float = Field(
-        description="RMS difference between the engine's logprobs and the fault's, in nats: over all prompts for the "
-        "nearest faults, over the first three for the others"
+        description="RMS difference, in nats, between what the engine's adapter changes and what the fault changes: "
+        "over all prompts for the nearest faults, over the first three for the others"
     )
     explains: bool = Field(description="whether the fault explains the engine's answers within noise")
 
@@ -96,6 +128,12 @@ class EngineResult(Model):
     )
     number_format: str | None = Field(
         default=None, description="number format whose rounding moves PyTorch's base model about as far"
+    )
+    strength: Interval | None = Field(
+        default=None, description="strength of the adapter; None after a failure, and where prompts are too few"
+    )
+    allowed_strength: tuple[float, float] | None = Field(
+        default=None, description="least and largest strength that a right adapter has on this engine"
     )
     adapter: LogprobDistance | None = Field(
         default=None, description="distance of the adapter's answers from PyTorch's"
@@ -126,6 +164,8 @@ class VerifyReport(Model):
         description="ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's, "
         "at least 1"
     )
+    bias: float = Field(description="strength of the adapter if PyTorch computes in bfloat16")
+    served_format: str = Field(description="coarsest number format of the base model that was declared")
     prompts: int = Field(description="number of prompts")
     prompt_source: str = Field(description="origin of the prompts, in words")
     new_tokens: int = Field(description="number of tokens of each greedy answer")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loraover.common.request import AnyName, AnyNames, AnyPath, Request, argument, option
 from loraover.models.device import choose_device
 from loraover.models.request_fields import device
+from loraover_serve.comparison.thresholds import NUMBER_FORMATS
 from loraover_serve.verify.engines import ENDPOINT, ENGINES, engine_class
 from loraover_serve.vllm.request import (
     SET_BY_SERVE,
@@ -52,6 +53,11 @@ class VerifyRequest(Request):
     )
     endpoint_key_variable: str | None = option(
         "Environment variable that holds the key of the server at the endpoint.", default=None, needs="endpoint"
+    )
+    served_format: str = option(
+        "Coarsest number format in which the engine is known to hold the base model, or its KV cache.",
+        default="bf16",
+        choices=NUMBER_FORMATS,
     )
     model: AnyName | None = base_model()
     prompts: AnyPath | None = option(

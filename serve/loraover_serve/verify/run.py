@@ -113,7 +113,8 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
         setting = replace(setting, messages=messages)
         prompt_source += ", each the message of a chat" if messages else ""
     reference = make_reference(source, base, prompts, request.new_tokens, device, request.report)
-    court = Court(reference, Variants(source, base, device, reference.questions), subject)
+    variants = Variants(source, base, device, reference.questions)
+    court = Court(reference, variants, subject, request.served_format)
     results, failures = _verify_all(request, setting, court)
     made = _report(request, base, reference, prompt_source, results)
     logs = sorted(scratch.glob("*/*.log"))
@@ -134,6 +135,8 @@ def _report(
         base_model=base.name,
         reference=reference.name,
         sensitivity=reference.sensitivity,
+        bias=reference.bias,
+        served_format=request.served_format,
         prompts=len(reference.questions),
         prompt_source=prompt_source,
         new_tokens=request.new_tokens,
@@ -233,8 +236,7 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
     """
     questions = reference.questions
     base, adapter = (engine.rows(arm, questions) for arm in (BASE, ADAPTER))
-    prompts = [question.prompt for question in questions]
-    greedy = engine.greedy(ADAPTER, prompts, len(questions[0].continuation))
+    greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
     try:
         mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
     except EngineError as error:  # what was answered before is judged all the same

@@ -26,7 +26,7 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
         padding=(0, 1, 0, 0),
         title=f"RMS distance of logprobs from {report.reference}, in nats",
     )
-    for column in ("engine", "verdict", "noise", "adapter", "allowed", "effect", "same text"):
+    for column in ("engine", "verdict", "strength", "noise", "adapter", "effect", "same text"):
         table.add_column(column, no_wrap=True)
     for result in report.engines:
         table.add_row(result.engine, f"[{COLORS[result.verdict]}]{result.verdict}[/]", *_figures(result))
@@ -38,7 +38,8 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
 
 
 def _figures(result: EngineResult) -> list[str]:
-    """Noise of the base model, distance and allowed distance of the adapter, its effect, share of equal answers."""
-    distances = [result.base and result.base.rms, result.adapter and result.adapter.rms, result.allowed, result.effect]
+    """Strength, noise of the base model, distance of the adapter, its effect, share of equal answers."""
+    distances = [result.base and result.base.rms, result.adapter and result.adapter.rms, result.effect]
     shown = ["-" if distance is None else f"{distance:.1e}" for distance in distances]
-    return [*shown, "-" if result.greedy is None else f"{result.greedy.equal:.0%}"]
+    strength = "-" if result.strength is None else str(result.strength)
+    return [strength, *shown, "-" if result.greedy is None else f"{result.greedy.equal:.0%}"]

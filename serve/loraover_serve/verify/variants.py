@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import Format, rounding
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.verify.answers import Expected, Question, window_rows
+from loraover_serve.verify.base_variants import Change, base_faults
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,23 @@ class Variants:
         with _adding(self.model, deltas, adapter_of(self._source)), self._others(with_others):
             return self._run(prompts)
 
-    def rounded(self, format_: Format) -> Expected:
-        """Logprobs of the base model in a coarser number format."""
+    def rounded(self, format_: Format, deltas: Deltas | None = None) -> Expected:
+        """Logprobs of the base model in a coarser number format, with an adapter if deltas are given."""
         with rounding(self.model, format_):
-            return self._run()
+            return self._run() if deltas is None else self.adapted(deltas)
+
+    def base_faults(self) -> Iterator[tuple[str, str, Callable[[int | None], Expected]]]:
+        """The base model with faults of its own: kind, words, and what runs it on the first prompts, or on all."""
+        for kind, detail, changed in base_faults(self.model, self._longest):
+            yield kind, detail, partial(self._changed, changed)
+
+    def _changed(self, changed: Change, prompts: int | None) -> Expected:
+        with changed() as before:
+            return self._run(prompts, before)
+
+    @property
+    def _longest(self) -> int:
+        return max(len(question.tokens) for question in self._questions)
 
     @contextmanager
     def _others(self, are_used: bool) -> Iterator[None]:
@@ -110,12 +124,12 @@ class Variants:
             put_parameters(self.model, saved)
 
     @torch.inference_mode()
-    def _run(self, prompts: int | None = None) -> Expected:
+    def _run(self, prompts: int | None = None, before: Sequence[int] = ()) -> Expected:
         return Expected(
             [
                 row
                 for index, question in enumerate(self._questions[:prompts])
-                for row in window_rows(index, question, model_logits(self.model, question.tokens))
+                for row in window_rows(index, question, model_logits(self.model, [*before, *question.tokens]))
             ]
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource
-from loraover_serve.verify.answers import Question, Row, window_rows
+from loraover_serve.verify.answers import ADAPTER, GreedyAnswer, Question, Row, window_rows
 from loraover_serve.verify.request import VerifyRequest
 
 
@@ -92,6 +92,19 @@ class VerifyEngine(ABC):
         Raises:
             EngineError: a request that failed.
         """
+
+    def generated(self, questions: Sequence[Question], tokens: int) -> list[GreedyAnswer]:
+        """Return the adapter's greedy answers, with their logprobs where the engine gives them.
+
+        Args:
+            questions: the questions.
+            tokens: number of tokens to generate.
+
+        Raises:
+            EngineError: a request that failed.
+        """
+        found = self.greedy(ADAPTER, [question.prompt for question in questions], tokens)
+        return [GreedyAnswer(answer, len(answer)) for answer in found]
 
     def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
         """Return what `rows` does for both arms, with requests for the two sent together.

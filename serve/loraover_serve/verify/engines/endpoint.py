@@ -14,11 +14,11 @@ from itertools import takewhile
 from threading import Event
 from typing import Any, TypeVar, final
 
-from loraover.client.dialects import Prompt, Speaker
+from loraover.client.dialects import Generated, Prompt, Speaker
 from loraover.client.endpoint import Endpoint, is_same_model
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.models.load import load_tokenizer
-from loraover_serve.verify.answers import ADAPTER, BASE, OTHER, Question, Row
+from loraover_serve.verify.answers import ADAPTER, BASE, OTHER, GreedyAnswer, Question, Row
 from loraover_serve.verify.engines.base import Setting, VerifyEngine
 from loraover_serve.verify.request import VerifyRequest
 
@@ -89,11 +89,24 @@ class OpenAiEngine(VerifyEngine):
             pool.shutdown(wait=False)
 
     def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-        def ask(index: int) -> tuple[int, ...]:
-            prompt = self._prompt(index, prompts[index])
-            return () if prompt is None else self.speaker.answer(self.names[arm], prompt, tokens).ids
+        found = _at_once(lambda index: self._generate(arm, index, prompts[index], tokens), range(len(prompts)))
+        return [() if answer is None else answer.ids for answer in found]
 
-        return _at_once(ask, range(len(prompts)))
+    def generated(self, questions: Sequence[Question], tokens: int) -> list[GreedyAnswer]:
+        def ask(index: int) -> GreedyAnswer:
+            question = questions[index]
+            answer = self._generate(ADAPTER, index, question.prompt, tokens)
+            if answer is None:
+                return GreedyAnswer((), 0)
+            rows = _shared_rows(index, len(question.prompt) - 1, question, answer)
+            length = max(len(answer.ids), len(answer.tops))
+            return GreedyAnswer(answer.ids, length, tuple(rows[: len(question.answered)]))
+
+        return _at_once(ask, range(len(questions)))
+
+    def _generate(self, arm: str, index: int, prompt: Sequence[int], tokens: int) -> Generated | None:
+        form = self._prompt(index, prompt)
+        return None if form is None else self.speaker.answer(self.names[arm], form, tokens, scored=tokens)
 
     def _places(self, questions: Sequence[Question]) -> list[tuple[int, int, Prompt]]:
         """Questions and positions after which the server can be asked, and what it has to be asked."""
@@ -123,9 +136,14 @@ class OpenAiEngine(VerifyEngine):
         answer = self.speaker.answer(self.names[arm], prompt, asked, scored=asked)
         if not answer.tops:
             raise self.speaker.without_logprobs(self.names[arm])
-        following = zip(answer.ids, question.tokens[position + 1 :], strict=False)
-        same = len(list(takewhile(lambda pair: pair[0] == pair[1], following)))
-        return [Row(index, position + step, values, ids) for step, (ids, values) in enumerate(answer.tops[: same + 1])]
+        return _shared_rows(index, position, question, answer)
+
+
+def _shared_rows(index: int, position: int, question: Question, answer: Generated) -> list[Row]:
+    """Rows of an answer from a position on, as long as its tokens are those of the question."""
+    following = zip(answer.ids, question.tokens[position + 1 :], strict=False)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], following)))
+    return [Row(index, position + step, values, ids) for step, (ids, values) in enumerate(answer.tops[: same + 1])]
 
 
 @final

@@ -1,0 +1,112 @@
+"""The base model in PyTorch as engines compute it wrongly: an extra token, other positions, a window, other layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+Change = Callable[[], AbstractContextManager[tuple[int, ...]]]
+"""Changes the model during a block, which gets the tokens to read before each prompt."""
+
+THETAS = (10_000.0, 500_000.0, 1_000_000.0)
+WINDOWS = (8, 16, 32, 64, 128)
+
+
+def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
+    """Yield the kind of each fault, the fault in words, and what makes it.
+
+    Args:
+        model: the base model.
+        longest: number of tokens of the longest prompt.
+    """
+    config = model.config.get_text_config()
+    if config.bos_token_id is not None:
+        yield "token", "a token of the beginning of the text is added", partial(_before, int(config.bos_token_id))
+    rotary = next(
+        (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), None
+    )
+    if rotary is not None:
+        mine = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+        for theta in THETAS:
+            if theta != mine:
+                yield "positions", f"rope_theta is {theta:g} instead of {mine}", partial(_rotated, rotary, theta)
+    layers = _layers(model, config.num_hidden_layers)
+    if layers is None:
+        return
+    for size in WINDOWS:
+        if size < longest:
+            yield "window", f"attention reaches {size} tokens back", partial(_windowed, layers, size)
+    for index in range(len(layers)):
+        yield "layers", f"layer {index} is missing", partial(_skipping, layers[index])
+        if index + 1 < len(layers):
+            yield "layers", f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
+
+
+def _layers(model: nn.Module, number: int) -> nn.ModuleList | None:
+    """The list of the model's layers."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == number)
+    return next(lists, None)
+
+
+@contextmanager
+def _before(token: int) -> Iterator[tuple[int, ...]]:
+    yield (token,)
+
+
+@contextmanager
+def _rotated(rotary: Any, theta: float) -> Iterator[tuple[int, ...]]:
+    exact = rotary.inv_freq
+    steps = torch.arange(len(exact), device=exact.device, dtype=torch.float32) / len(exact)
+    rotary.inv_freq = (theta**-steps).to(exact)
+    try:
+        yield ()
+    finally:
+        rotary.inv_freq = exact
+
+
+@contextmanager
+def _windowed(layers: nn.ModuleList, size: int) -> Iterator[tuple[int, ...]]:
+    def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        far = places[None, :] - places[:, None]
+        seen = (far <= 0) & (far > -size)
+        mask = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
+        return args, kwargs | {"attention_mask": mask[None, None]}
+
+    handles = [layer.register_forward_pre_hook(narrow, with_kwargs=True) for layer in layers]
+    try:
+        yield ()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _skipping(layer: nn.Module) -> Iterator[tuple[int, ...]]:
+    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = layer.register_forward_hook(skip, with_kwargs=True)
+    try:
+        yield ()
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _swapped(layers: nn.ModuleList, index: int) -> Iterator[tuple[int, ...]]:
+    def swap() -> None:
+        layers[index], layers[index + 1] = layers[index + 1], layers[index]
+
+    swap()
+    try:
+        yield ()
+    finally:
+        swap()

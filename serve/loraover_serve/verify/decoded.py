@@ -1,0 +1,79 @@
+"""Greedy answers, which go through an engine's cache, beside PyTorch's: their tokens, their ends and their logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+from loraover_serve.verify.answers import GreedyAnswer
+from loraover_serve.verify.evidence import count_base, like
+from loraover_serve.verify.faults import DECODED, ENDS_EARLY
+from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.report import Greedy
+from loraover_serve.verify.rules import Finding
+
+FEW = 3  # answers that end early, or lack the adapter, without being chance
+
+
+def compare_greedy(found: Sequence[GreedyAnswer], reference: Reference, allowed: float) -> Greedy | None:
+    """Greedy answers beside PyTorch's; those of which the engine identifies no token are left out.
+
+    Args:
+        found: the answer to each question.
+        reference: PyTorch's answers.
+        allowed: largest gap that the engine's noise explains, in nats.
+    """
+    gaps, equal, early = [], 0, 0
+    for index, (question, answer) in enumerate(zip(reference.questions, found, strict=True)):
+        tokens = answer.tokens
+        pairs = enumerate(zip(question.continuation, tokens, strict=False))
+        parted = next((i for i, (expected, token) in pairs if expected != token), None)
+        if parted is not None:
+            logprobs = reference.adapter.at(index, question.answered[parted])
+            gaps.append(float(logprobs[question.continuation[parted]] - logprobs[tokens[parted]]))
+        elif tokens:
+            gaps.append(0.0)
+            complete = _is_complete(answer, question.continuation, reference.ends)
+            equal += complete
+            early += not complete
+    if not gaps:
+        return None
+    return Greedy(equal=equal / len(gaps), early=early / len(gaps), gap=max(gaps), allowed=allowed)
+
+
+def decoded_fault(greedy: Greedy | None, answers: Sequence[GreedyAnswer], reference: Reference) -> Finding | None:
+    """The finding if generated answers are wrong though logprobs agree; None if they are not.
+
+    Args:
+        greedy: greedy answers beside PyTorch's.
+        answers: greedy answers.
+        reference: PyTorch's answers.
+    """
+    if greedy is None:
+        return None
+    later = [row for answer in answers for row in answer.rows[1:]]  # the first token has not been through the cache
+    if later:
+        pairs = [(like(row, reference.base), row) for row in later]
+        as_base, clear = count_base(pairs, reference.base, reference.adapter)
+        if as_base >= FEW:
+            reason = f"logprobs agree, but {as_base} of {clear} generated tokens have the base model's logprobs"
+            return Finding("differs", reason, DECODED)
+    if greedy.gap > greedy.allowed:
+        reason = (
+            f"logprobs agree, but a greedy answer leaves PyTorch's where the two tokens are {greedy.gap:.2g} nats "
+            f"apart, and noise explains {greedy.allowed:.2g}: the engine generates other tokens than it scores"
+        )
+        return Finding("differs", reason)
+    if greedy.early * len(answers) >= min(FEW, len(answers)):
+        reason = f"logprobs agree, but {greedy.early:.0%} of the answers end before PyTorch's, at no end of the text"
+        return Finding("differs", reason, ENDS_EARLY)
+    return None
+
+
+def _is_complete(answer: GreedyAnswer, expected: tuple[int, ...], ends: AbstractSet[int]) -> bool:
+    """Whether the beginning of the expected answer is all of it, or all before the end of the text.
+
+    Servers return the token of the end of the text or leave it out.
+    """
+    tokens = answer.tokens
+    return answer.length >= len(expected) or tokens[-1] in ends or expected[len(tokens)] in ends
