@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loraover_serve.parity.report.parity_report import ParityReport
     from loraover_serve.parity.run import measure_parity
     from loraover_serve.parity.samples import Measurement
-    from loraover_serve.verify.report import EngineResult, Greedy, LogprobDistance, Suspect, VerifyReport
+    from loraover_serve.verify.report import EngineResult, Greedy, Interval, LogprobDistance, Suspect, VerifyReport
     from loraover_serve.verify.run import verify_adapter
     from loraover_serve.vllm.serve import serve_adapters
     from loraover_serve.vllm.server import VllmServer
@@ -28,6 +28,7 @@ _HOMES = {
     "Distance": "loraover_serve.parity.judge.outputs",
     "EngineResult": "loraover_serve.verify.report",
     "Greedy": "loraover_serve.verify.report",
+    "Interval": "loraover_serve.verify.report",
     "Latency": "loraover_serve.parity.judge.analysis",
     "LogprobDistance": "loraover_serve.verify.report",
     "Measurement": "loraover_serve.parity.samples",
@@ -54,6 +55,7 @@ __all__ = [
     "Distance",
     "EngineResult",
     "Greedy",
+    "Interval",
     "Latency",
     "LogprobDistance",
     "Measurement",

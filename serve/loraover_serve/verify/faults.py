@@ -38,8 +38,6 @@ INTERMITTENT = "some answers are the base model's"
 ENDS_EARLY = "answers end early"
 DECODED = "generated answers lack the adapter"
 UNLIKE = "base model answered by something else"
-ANOTHER = "another adapter"
-STALE = "an earlier step of the adapter"
 LAYERS = "layers of the adapter missing or swapped"
 """Names of the faults."""
 

@@ -154,12 +154,13 @@ def _suspects(result: EngineResult) -> Figure:
 
 def _distances_table(results: Sequence[EngineResult]) -> Table:
     columns = (
-        *("engine", "verdict", "adapter", "allowed", "effect", "noise", "as", "same text", "largest gap"),
+        *("engine", "verdict", "strength", "adapter", "allowed", "effect", "noise", "as", "same text", "largest gap"),
         *("mixed batch", "compared", "seconds"),
     )
     rows = [
         (
-            *(r.engine, r.verdict, short(r.adapter.rms if r.adapter else None), short(r.allowed)),
+            *(r.engine, r.verdict, "-" if r.strength is None else str(r.strength)),
+            *(short(r.adapter.rms if r.adapter else None), short(r.allowed)),
             *(short(r.effect), short(r.base.rms if r.base else None), r.number_format or "-"),
             "-" if r.greedy is None else f"{100 * r.greedy.equal:.0f} %",
             short(r.greedy.gap if r.greedy else None),
