@@ -60,14 +60,14 @@ class LazyGroup(Command, click.Group):
 
     Args:
         examples: Complete command lines.
-        commands_at: Place of each command, as "module:attribute", by the command's name.
+        commands_at: Place of each command, as "module:name", or a function that makes it, by the command's name.
         plugins: Group of entry points that add commands of packages that depend on this one.
     """
 
     def __init__(
         self,
         *args: Any,
-        commands_at: Mapping[str, str],
+        commands_at: Mapping[str, str | Callable[[], click.Command]],
         plugins: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -80,9 +80,9 @@ class LazyGroup(Command, click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in self._commands_at:
-            module, _, attribute = self._commands_at[cmd_name].partition(":")
-            found: click.Command = getattr(import_module(module), attribute)
-            return found
+            place = self._commands_at[cmd_name]
+            command: click.Command = imported(place) if isinstance(place, str) else place()
+            return command
         plugin = self._found().get(cmd_name)
         return None if plugin is None else plugin.load()
 
@@ -96,6 +96,12 @@ class LazyGroup(Command, click.Group):
 
     def _found(self) -> dict[str, EntryPoint]:
         return {} if self._plugins is None else {point.name: point for point in entry_points(group=self._plugins)}
+
+
+def imported(place: str) -> Any:
+    """Import what a place, "module:name", names."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:

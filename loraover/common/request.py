@@ -123,7 +123,11 @@ class Request:
     """
 
     verb: ClassVar[str]
-    """Words of the command, such as "loraover export vllm"."""
+    """Words of the command, such as "loraover export vllm"; its help is the request's docstring."""
+    examples: ClassVar[Sequence[str]] = ()
+    """Complete command lines."""
+    json_help: ClassVar[str | None] = "Print the report as JSON."
+    """Help text of `--json`; None: the command has no such option."""
 
     report: Reporter = field(default=SILENT, kw_only=True, repr=False, compare=False)
 

@@ -39,9 +39,23 @@ SET_BY_PARITY = (
 
 @dataclass(frozen=True)
 class ParityRequest(Request):
-    """Arguments of `measure_parity`."""
+    """Measure whether a folded adapter is as fast as a plain LoRA, and gives the answers it should.
+
+    An equivalence test compares their times with a margin; a second copy of the plain LoRA shows the machine's noise.
+    Answers are compared with PyTorch's.
+
+    Words after -- are passed to `vllm serve`, except options that this command sets itself, such as the prefix cache.
+
+    Exit code 0: equivalent; 1: different; 3: inconclusive; 2: unusable request, or an engine that failed.
+    """
 
     verb = "loraover serve parity"
+    examples = (
+        "loraover serve parity --adapter folded --checkpoint runs/a/adapter -o parity",
+        "loraover serve parity --adapter shop --also-adapter news --engine vllm --max-concurrency 4 --num-prompts 200",
+        "loraover serve parity --adapter for-vllm --engine vllm --max-concurrency 1,4 --num-prompts 200 -o parity",
+    )
+    json_help = "Print the report as JSON, without the samples."
 
     adapter: AnyPath = option("Folder of the folded adapter.")
     baseline: AnyPath | None = option(

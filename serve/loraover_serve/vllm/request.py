@@ -91,9 +91,23 @@ def option_faults(request: Request, options: AnyNames, refused: Mapping[str, str
 
 @dataclass(frozen=True)
 class ServeRequest(Request):
-    """Arguments of `serve_adapters`."""
+    """Start vLLM with adapters, and print a request that works.
+
+    Each ADAPTER is a folder that `loraover export vllm` has written; requests address the adapter by the folder's name.
+    Adapters that vLLM would refuse, or would serve wrongly without a message, are refused before it starts.
+
+    The server is ready when the base model and each adapter have answered. Ctrl-C, SIGTERM and SIGHUP stop it. If the
+    environment variable VLLM_API_KEY is set, the server asks for that key.
+
+    Words after -- are passed to `vllm serve`, except options that this command sets itself, such as --port.
+    """
 
     verb = "loraover serve up"
+    examples = (
+        "loraover serve up for-vllm",
+        "loraover serve up shop support --port 8080 -- --max-model-len 2048",
+    )
+    json_help = None
 
     adapters: AnyPaths = argument(
         "Folders of the adapters; requests address each adapter by its folder's name.", metavar="ADAPTER..."
