@@ -116,17 +116,6 @@ def test_they_reach_tensorboard_and_the_trainers_own_record(tmp_path: Path) -> N
     assert PREFIX + "gauge_condition" in record["log_history"][0]
 
 
-def test_without_them_nothing_is_logged(tmp_path: Path) -> None:
-    args = TrainingArguments(
-        str(tmp_path), max_steps=1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True
-    )
-    trainer = Trainer(
-        with_lora(tiny_llama(), task_type="CAUSAL_LM"), args, train_dataset=DATA, callbacks=[LoraOverCallback()]
-    )
-    trainer.train()
-    assert not any(key.startswith(PREFIX) for row in trainer.state.log_history for key in row)
-
-
 @pytest.mark.parametrize("decomposition", ["mpo", "svd", "chain"])
 def test_the_gauge_is_isometric_at_injection(decomposition: str) -> None:
     over = OverParameterization(tiny_net(), LoraOverConfig(decomposition=decomposition))

@@ -70,7 +70,7 @@ def end_of(recipe: Path, out: Path) -> int | Exception:
 # Kinds from real runs
 
 
-@pytest.mark.parametrize("method", ["lora", "lora-over", "full"])
+@pytest.mark.parametrize("method", ["lora-over", "full"])
 def test_a_rate_that_is_far_too_large_diverges(method: str, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert train(recipe, out, "--method", method, "--learning-rate", "1e30") == 2
@@ -115,13 +115,11 @@ def test_a_result_holds_finite_numbers_only() -> None:
         Measures(examples=1, loss=math.nan)
 
 
-@pytest.mark.parametrize("steps", [3, 4])
-def test_cores_that_are_not_finite_cannot_be_resumed_from(steps: int, recipe: Path, tmp_path: Path) -> None:
-    """Whether steps are left to take or not."""
+def test_cores_that_are_not_finite_cannot_be_resumed_from(recipe: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ("--method", "lora-over", "--learning-rate", "1e30", "--set")
     assert train(recipe, out, *options, "training.save_steps=1") == 2
     for folder in (out / "trainer").glob("checkpoint-*"):
-        if folder.name > f"checkpoint-{steps}":
+        if folder.name > "checkpoint-3":
             shutil.rmtree(folder)
     (out / FAILURE_FILE).unlink()
     assert train(recipe, out, *options, "training.save_steps=1", "--resume") == 2

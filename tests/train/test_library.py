@@ -66,15 +66,6 @@ def test_a_reporter_shows_progress_and_no_bar_of_another_library(
     assert "after training: held-out loss" in (tmp_path / "log").read_text()
 
 
-def test_an_interrupted_run_is_continued(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("loraover.training.run._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            loraover.train(recipe, str(tmp_path / "out"))
-    result = loraover.train(recipe, str(tmp_path / "out"), resume=True)
-    assert result.steps == 4
-
-
 def test_what_cannot_be_used_is_an_exception(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         loraover.train("demmo", tmp_path / "out")

@@ -184,8 +184,8 @@ EIGEN = ["--set", "over.decomposition=eigen", "--set", "over.options={}"]
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("adapter", []), ("run.json", []), ("adapter", [*EIGEN, "--set", "training.optim=adafactor"])],
-    ids=["adapter", "run.json", "eigen-adafactor"],
+    [("run.json", []), ("adapter", [*EIGEN, "--set", "training.optim=adafactor"])],
+    ids=["run.json", "adapter-eigen-adafactor"],
 )
 def test_a_run_that_was_stopped_after_its_last_step_is_finished(
     name: str, options: list[str], bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,18 @@ import yaml
 
 import loraover.callbacks.seal_checkpoints
 import loraover.training.run
-from loraover.callbacks.seal_checkpoints import last_whole_checkpoint, seal
+from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.common.command_line import INTERRUPTED
 from loraover.training.failure import read_failure
+from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import load_recipe
 from loraover.training.run_folder import with_commits, write_recipe
 
+from support.children import Child
 from support.resumed_run import KINDS, assert_same_run, interrupted_at, losses, steps_taken, stopped
 from support.train_command import train
 from support.trained_run import metrics
-from support.versions import needs_order_of_batches
 
 pytestmark = pytest.mark.process
 
@@ -61,17 +60,6 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(
     assert_same_run(out, whole["llama", "lora-over"])
 
 
-@needs_order_of_batches
-def test_a_run_can_be_interrupted_again_and_again(recipe: Path, whole: dict[Any, Path], tmp_path: Path) -> None:
-    out = stopped(recipe, tmp_path / "out", step=4)
-    for step in (5, 7):
-        with interrupted_at(step):
-            assert train(recipe, out, "--resume") == 130
-        assert not (out / "run.json").exists()
-    assert train(recipe, out, "--resume") == 0
-    assert_same_run(out, whole["llama", "lora-over"])
-
-
 def test_a_run_interrupted_after_its_last_step_takes_no_more(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,17 +83,6 @@ def test_a_run_interrupted_after_its_last_step_takes_no_more(
     assert_same_run(out, tmp_path / "whole")
 
 
-def test_metrics_of_a_resumed_run_tell_each_thing_once(
-    recipe: Path, whole: dict[Any, Path], halted: dict[Any, Path], tmp_path: Path
-) -> None:
-    kind = ("llama", "lora-over")
-    out = Path(shutil.copytree(halted[kind], tmp_path / "out"))
-    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3, 4, 5]
-    assert train(recipe, out, "--resume") == 0
-    told = [[(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics(f)] for f in (out, whole[kind])]
-    assert told[0] == told[1]
-
-
 def test_a_run_that_was_killed_before_its_result_logs_its_measures_once(
     recipe: Path, whole: dict[Any, Path], tmp_path: Path
 ) -> None:
@@ -115,7 +92,7 @@ def test_a_run_that_was_killed_before_its_result_logs_its_measures_once(
     assert metrics(out) == metrics(kept)
 
 
-def test_metrics_that_were_cut_off_are_mended(
+def test_metrics_that_were_cut_off_are_mended_and_tell_each_thing_once(
     recipe: Path, whole: dict[Any, Path], halted: dict[Any, Path], tmp_path: Path
 ) -> None:
     kind = ("llama", "lora-over")
@@ -123,7 +100,8 @@ def test_metrics_that_were_cut_off_are_mended(
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:-1]) + '{"step": 5, "lo')
     assert train(recipe, out, "--resume") == 0
-    assert losses(out) == losses(whole[kind])
+    told = [[(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics(f)] for f in (out, whole[kind])]
+    assert told[0] == told[1]
 
 
 def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,24 +111,15 @@ def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, caps
     assert message == f"{INTERRUPTED}\n"
 
 
-KILL = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-from loraover.training.progress import TrainingProgress
-def kill(self, args, state, control, **kwargs):
-    if state.global_step == STEP:
+def kill(self: TrainingProgress, args: Any, state: Any, control: Any, **_: Any) -> None:
+    if state.global_step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-TrainingProgress.on_step_end = kill
-from loraover.cli import main
-main()
-"""
 
 
 def test_a_killed_process_is_resumed_by_another(recipe: Path, whole: dict[Any, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILL.replace("STEP", "5", 1), "train", str(recipe), "-o", str(out)]
-    ended = subprocess.run(command, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    ended = Child(lambda: train(recipe, out), prepare=lambda: setattr(TrainingProgress, "on_step_end", kill)).end()
+    assert ended.code == -signal.SIGKILL, ended.output
     assert read_failure(out) is None
     with steps_taken() as taken:
         assert train(recipe, out, "--resume") == 0
@@ -213,24 +182,6 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
         assert train(recipe, out, "--resume") == 0
     assert taken == [3, 4, 5, 6, 7]
     assert_same_run(out, whole[kind])
-
-
-def test_an_interruption_while_a_checkpoint_is_sealed_costs_that_checkpoint_only(
-    recipe: Path, whole: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(folder: Path) -> None:
-        if folder.name == "checkpoint-6":
-            raise KeyboardInterrupt
-        seal(folder)
-
-    monkeypatch.setattr(loraover.callbacks.seal_checkpoints, "seal", interrupt)
-    out = tmp_path / "out"
-    assert train(recipe, out) == 130
-    monkeypatch.undo()
-    assert (out / "trainer" / "checkpoint-6" / "trainer_state.json").is_file()
-    assert last_whole_checkpoint(out / "trainer") == out / "trainer" / "checkpoint-4"
-    assert train(recipe, out, "--resume") == 0
-    assert_same_run(out, whole["llama", "lora-over"])
 
 
 def test_a_run_is_continued_at_its_commits_when_the_hub_has_newer_ones(

@@ -28,11 +28,8 @@ def recipe(recipes: dict[tuple[str, str], Path]) -> Path:
     ("options", "named"),
     [
         (["--seed", "3"], "training"),
-        (["--learning-rate", "0.5"], "training"),
         (["--method", "lora"], "method"),
-        (["--set", "lora.r=8"], "lora"),
         (["--set", "over.decomposition=svd"], "over"),
-        (["--set", "data.train_examples=24"], "data"),
     ],
     ids=str,
 )

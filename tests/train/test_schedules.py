@@ -58,19 +58,12 @@ def steps_of(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
 
 @pytest.mark.parametrize("draw_b", [False, True])
 @pytest.mark.parametrize("score", SCORES)
-def test_a_static_choice_is_undone_bit_for_bit(score: str, draw_b: bool, caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_net(lora_dropout=0.5, draw_b=draw_b).train()
-    model.get_base_model().second.eval()
-    before, modes, random = lora_matrices(model), [m.training for m in model.modules()], torch.get_rng_state()
+def test_warm_up_steps_are_told_where_b_is_zero(score: str, draw_b: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """That they are undone is shown in test_importance.py."""
     with caplog.at_level(logging.INFO, "loraover"):
-        found = static(model, score=score).choose(0)
+        found = static(tiny_net(draw_b=draw_b), score=score).choose(0)
     assert found is not None
     assert len(found.chosen) == 2
-    after = lora_matrices(model)
-    assert [key for key in before if not torch.equal(before[key], after[key])] == []
-    assert [m.training for m in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(parameter.grad is None for parameter in model.parameters())
     told = [record.levelname for record in caplog.records if "8 warm-up steps on 3 batches" in record.message]
     assert told == (["WARNING"] if score != "random" and not draw_b else [])
 
@@ -125,9 +118,8 @@ def test_a_static_schedule_trains_what_it_chose() -> None:
     assert over.schedule.rounds == [found]
 
 
-@pytest.mark.parametrize("score", SCORES)
-def test_a_schedule_that_takes_all_needs_no_score(score: str) -> None:
-    over = OverParameterization(model := tiny_net(), LoraOverConfig(score=score))
+def test_a_schedule_that_takes_all_needs_no_score() -> None:
+    over = OverParameterization(model := tiny_net(), LoraOverConfig(score="loss_impact"))
     over.attach(AdamW(trainable(model)))
     (found,) = over.schedule.rounds
     assert found.chosen == list(over.sites)
@@ -310,7 +302,7 @@ def test_a_model_that_inductor_compiles_trains_as_an_eager_one() -> None:
 EIGEN: dict[str, Any] = {"decomposition": "eigen", "options": {"block": 16, "refresh": 2, "growth": 1}}
 
 
-@pytest.mark.parametrize("settings", [{"score": "fisher"}, {"score": "sensitivity"}, EIGEN], ids=str)
+@pytest.mark.parametrize("settings", [{"score": "sensitivity"}, EIGEN], ids=str)
 @pytest.mark.parametrize("saved_at", [1, 3, 6])
 def test_every_decision_survives_a_checkpoint(settings: dict[str, Any], saved_at: int, tmp_path: Path) -> None:
     config = LoraOverConfig(schedule="dynamic", budget=Budget(sites=5), rounds=2, start=0.2, seed=5, **settings)
