@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe
 from loraover.checkpoint import checkpoint, resume
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.training.recipe import load_recipe
 
+from support.hf_trainer import DATA, arguments, llama
 from support.make_checkpoint import Made, adamw, make_checkpoint, reopened
 from support.tiny_models import (
     batch_loss,
@@ -27,7 +28,6 @@ from support.tiny_models import (
     net_loss,
     tiny_llama,
     tiny_net,
-    token_ids,
     trainable,
     with_lora,
 )
@@ -138,16 +138,11 @@ def test_two_on_one_optimizer_are_refused() -> None:
     second.attach(optimizer)
 
 
-def trainer_of(folder: Path, *callbacks: LoraOverCallback) -> Trainer:
-    args = TrainingArguments(str(folder), max_steps=4, report_to="none", use_cpu=True, disable_tqdm=True)
-    rows = [{"input_ids": row, "labels": row} for row in token_ids(batch=8)]
-    model = with_lora(tiny_llama(), task_type="CAUSAL_LM")
-    return Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))
-
-
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one callback is enough"):
-        trainer_of(tmp_path, LoraOverCallback(), LoraOverCallback()).train()
+        Trainer(
+            llama(), arguments(tmp_path), train_dataset=DATA, callbacks=[LoraOverCallback(), LoraOverCallback()]
+        ).train()
 
 
 # Resuming

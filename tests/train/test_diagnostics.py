@@ -11,34 +11,24 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from loraover import DiagnosticsCallback, LoraOverCallback, LoraOverConfig, OverParameterization
 from loraover.callbacks.diagnostics import PREFIX, core_numbers
 from loraover.callbacks.step_norm import factors, step_norm
 
-from support.tiny_models import tiny_llama, tiny_net, token_ids, with_lora
+from support.hf_trainer import DATA, arguments, llama
+from support.tiny_models import tiny_net
 
 pytestmark = pytest.mark.process
 
-DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 STEPS = 5
 
 
 def trained(folder: Path, over: LoraOverCallback | None, adapter: str = "default", **changes: Any) -> Trainer:
-    options: dict[str, Any] = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = TrainingArguments(str(folder), **(options | changes))
-    model = with_lora(tiny_llama(), task_type="CAUSAL_LM", adapter=adapter)
+    args = arguments(folder, **({"max_steps": STEPS, "logging_steps": 2} | changes))
     callbacks: list[Any] = [DiagnosticsCallback(over)] if over is None else [over, DiagnosticsCallback(over)]
+    model = llama(adapter=adapter)
     trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=callbacks)
     trainer.train()
     return trainer

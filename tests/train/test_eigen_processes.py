@@ -57,12 +57,9 @@ def config(source: str) -> LoraOverConfig:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @by_source
 def test_two_processes_train_as_one_does_at_their_global_batch(source: str, kind: str, tmp_path: Path) -> None:
-    micro_batches = 2
-    alone = train(model(), config(source), micro_batches=micro_batches)
-    work = ddp_run if kind == "ddp" else fsdp_run
-    first, second = in_two_processes(
-        lambda rank: work(rank, model(), config(source), micro_batches=micro_batches), tmp_path
-    )
+    alone = train(model(), config(source), micro_batches=2)
+    run = ddp_run if kind == "ddp" else fsdp_run
+    first, second = in_two_processes(lambda rank: run(rank, model(), config(source), micro_batches=2), tmp_path)
     assert equal(first["matrices"], second["matrices"])
     assert equal(first["cores"], second["cores"])
     assert deviation(first["matrices"], alone["matrices"]) < TOLERANCE

@@ -114,14 +114,14 @@ def test_a_step_gathers_the_gradients_that_it_pulls_back_and_sends_nothing_else(
         """Bytes of these matrices, whose rows are filled up to an even number."""
         return sum(16 * ceil(sites[name].shape[0] / 2) * sites[name].shape[1] for name in names)
 
-    for step in range(STEPS):
-        before, after = plain["messages"][step], over["messages"][step]
+    for number in range(STEPS):
+        before, after = plain["messages"][number], over["messages"][number]
         assert after[: len(before)] == before
-        is_scoring = schedule == "dynamic" and step < rounds[-1]["step"]
-        injected = [name for found in rounds if found["step"] <= step for name in found["chosen"]]
+        is_scoring = schedule == "dynamic" and number < rounds[-1]["step"]
+        injected = [name for found in rounds if found["step"] <= number for name in found["chosen"]]
         expected = gathered(sites if is_scoring else injected)
         for found in rounds:
-            if found["step"] == step + 1:  # scores, and matrices with both of their moments
+            if found["step"] == number + 1:  # scores, and matrices with both of their moments
                 expected += 8 * len(sites) + 3 * gathered(found["chosen"])
         assert sum(size for _, size in after[len(before) :]) == expected
     scattered = sum(size for name, size in plain["messages"][0] if name == "_reduce_scatter_base_")

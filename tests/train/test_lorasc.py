@@ -6,7 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -183,6 +183,13 @@ class Step:
     after: dict[tuple[str, str], Matrix] = field(default_factory=dict)
 
 
+class NoisyRun(NamedTuple):
+    """The steps of a run, and the strength of the noise on its base."""
+
+    noise: float
+    steps: list[Step]
+
+
 def watched_run(recipe: Path, output: Path) -> list[Step]:
     steps: list[Step] = []
 
@@ -205,9 +212,15 @@ def watched_run(recipe: Path, output: Path) -> list[Step]:
     return steps
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.2])
-def test_a_stage_trains_on_the_slow_updates_and_its_noise(base: Path, tmp_path: Path, noise: float) -> None:
-    steps = watched_run(make(tmp_path / "r.yaml", base, noise=noise), tmp_path / "out")
+@pytest.fixture(scope="module", params=[0.0, 0.2])
+def noisy(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> NoisyRun:
+    folder = tmp_path_factory.mktemp("noisy")
+    recipe = make(folder / "r.yaml", base, noise=request.param)
+    return NoisyRun(request.param, watched_run(recipe, folder / "out"))
+
+
+def test_a_stage_trains_on_the_slow_updates_and_its_noise(base: Path, noisy: NoisyRun) -> None:
+    noise, steps = noisy.noise, noisy.steps
     assert len(steps) == len(STAGE_OF_STEP)
     original = load_file(base / "model.safetensors")
     for path in steps[0].weights:
@@ -229,9 +242,9 @@ def test_a_stage_trains_on_the_slow_updates_and_its_noise(base: Path, tmp_path: 
             assert all(abs(np.corrcoef(noises[s].ravel(), noises[0].ravel())[0, 1]) < 0.2 for s in (2, 4))
 
 
-def test_the_optimizer_starts_again_in_each_stage(base: Path, tmp_path: Path) -> None:
+def test_the_optimizer_starts_again_in_each_stage(noisy: NoisyRun) -> None:
     """Each stage is Adam from its first step on: Kingma and Ba 2015, algorithm 1, on a new A and a zero B."""
-    steps = watched_run(make(tmp_path / "r.yaml", base), tmp_path / "out")
+    steps = noisy.steps
     for key in steps[0].before:
         mean = square = value = np.zeros(())
         for at, step in enumerate(steps):
