@@ -63,12 +63,11 @@ def test_an_encoder_decoder_reads_the_prompt_and_learns_the_completion(
         assert learnt == completions[whole.removesuffix(EOS)] + EOS
 
 
-@pytest.mark.parametrize("chat", [None, True])
-def test_chat_turns_are_learnt_one_by_one(chat: bool | None, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_chat_turns_are_learnt_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
     file = data_file(tmp_path / "chat.jsonl", *[{"messages": TURNS}] * 4)
     other = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "3"}]
     test = data_file(tmp_path / "test.jsonl", {"messages": TURNS}, {"messages": other})
-    data = {"train": str(file), "test": str(test), "chat": chat}
+    data = {"train": str(file), "test": str(test)}
     recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
     with watched() as seen:
         assert train(recipe, tmp_path / "out") == 0
