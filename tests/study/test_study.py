@@ -202,7 +202,7 @@ def test_a_study_without_a_place_is_refused(
     assert recipe.read_bytes() == before
 
 
-@pytest.mark.parametrize("method", ["dora", "pissa", "lora+", "full"])
+@pytest.mark.parametrize("method", ["dora", "pissa", "full"])
 def test_the_other_methods_train(method: str, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     _, found = make_grid(

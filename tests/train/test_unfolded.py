@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, read_checkpoint
@@ -17,6 +16,7 @@ from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import CheckpointError
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
+from support.apple import apple_gpu
 from support.make_checkpoint import (
     EMBEDDING,
     LINEAR,
@@ -122,32 +122,6 @@ def test_its_delta_is_exact_beside_a_float32_model(decomposition: str, tmp_path:
     assert bool(((found.double() - exact).abs() <= 2.0**-24 * 1.0001 * exact.abs() + 1e-13).all())
 
 
-class OnMps(Tensor):
-    """Says that it lies on an Apple GPU."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("mps")
-
-
-class AppleGpu(TorchFunctionMode):
-    """Moves tensors to and from a GPU that refuses float64, as PyTorch's MPS backend does."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.double and isinstance(args[0], OnMps):
-            raise TypeError("MPS has no float64")
-        if func is Tensor.to:
-            tensor, place = args
-            if place == torch.device("mps"):
-                assert tensor.dtype != torch.float64
-                return tensor.as_subclass(OnMps)
-            if place == torch.device("cpu"):
-                return tensor.as_subclass(Tensor)
-            if place == torch.float64 and isinstance(tensor, OnMps):
-                raise TypeError("MPS has no float64")
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_cpu_computes_what_an_apple_gpu_cannot(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, lora_bias=True)
     base = load_base(made)
@@ -155,10 +129,10 @@ def test_the_cpu_computes_what_an_apple_gpu_cannot(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), unfolded(base, read_checkpoint(made.path)):
         expected = layer(x)
-        with AppleGpu():
-            found = layer(x.as_subclass(OnMps))
-    assert isinstance(found, OnMps)
-    assert torch.equal(found.as_subclass(Tensor), expected)
+        with apple_gpu(base):
+            found = layer(x.to("mps"))
+            assert found.device == torch.device("mps")
+    assert torch.equal(found, expected)
 
 
 def test_sites_without_cores_keep_their_matrices(tmp_path: Path) -> None:
