@@ -165,19 +165,6 @@ def test_digits_of_the_prompt_are_no_answer() -> None:
     assert exact_match(Parrot(tokenizer, ["none"]), tokenizer, rows, max_new_tokens=7, batch_size=1) == 0
 
 
-def test_chat_messages_are_asked_through_the_template() -> None:
-    tokenizer = tiny_tokenizer(chat=True)
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": "what is 7?"}],
-            "completion": [{"role": "assistant", "content": "#### 7"}],
-        }
-    ]
-    model = Parrot(tokenizer, ["7"])
-    assert exact_match(model, tokenizer, rows, max_new_tokens=7, batch_size=1) == 1
-    assert tokenizer.decode(model.asked[0]) == "<user>what is 7?<assistant>"
-
-
 def test_a_chat_prompt_starts_with_one_bos() -> None:
     """Llama's template writes the BOS that its tokenizer adds to plain text too."""
     tokenizer = tiny_tokenizer(chat=True, adds=f"{BOS} $A")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from rich.console import Console
 from transformers import Trainer, TrainerCallback
 
@@ -23,37 +23,9 @@ from loraover_export.cli import cli as export_cli
 from support.hf_trainer import DATA, adapter_tensors, arguments, assert_contracted, assert_holds, llama, trainer_of
 from support.tiny_models import (
     lora_matrices,
-    tiny_llama,
-    token_ids,
 )
 
 pytestmark = pytest.mark.process
-
-
-def test_the_three_lines_of_a_users_script(tmp_path: Path) -> None:
-    base, data = tiny_llama(), DATA
-    args = arguments(tmp_path / "run")
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    before = lora_matrices(model)
-    callback = LoraOverCallback(LoraOverConfig())
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
-    trainer.train()
-    model.save_pretrained(tmp_path / "adapter")
-
-    assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(model).items())
-    assert_holds(model, tmp_path / "adapter")
-    assert {p.name for p in (tmp_path / "adapter").iterdir()} <= {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    reloaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
-    tokens = token_ids(1)
-    assert torch.equal(reloaded.eval()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
-    assert callback.over is not None
-    for group in callback.over.groups:
-        for site, matrix in zip(group.sites, group.contract(), strict=True):
-            assert torch.equal(site.parameter, matrix)
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "adamw_torch"])

@@ -7,32 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint, write_checkpoint
-from loraover.checkpoint.resume import restore
+from loraover import LoraOverConfig
 from loraover.overparam import covariances, eigenbases
-from loraover.overparam.sharding import trainable_state_dict
 
 from support.parallel_run import (
     STEPS,
-    cores,
     ddp_run,
     deviation,
     equal,
-    fresh,
     fsdp_run,
-    loss,
     model,
-    sharded,
-    share,
-    step,
     train,
 )
 from support.processes import in_two_processes
-from support.tiny_models import trainable
 
 pytestmark = pytest.mark.process
 
@@ -112,35 +102,3 @@ def test_only_a_refresh_sends_more_than_plain_lora(tmp_path: Path) -> None:
     assert more[2] > 0
     assert [count for step, count in enumerate(more) if step != 2] == [0] * (STEPS - 1)
     assert over["messages_before"] == []
-
-
-def test_a_sharded_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    source, folder = "both", tmp_path / "checkpoint"
-
-    def work(rank: int) -> dict[str, Any]:
-        net = sharded(model())
-        probe = Probe(net, [share(100, 0, 1)], loss)
-        over = OverParameterization(net, config(source), probe=probe)
-        over.attach(optimizer := torch.optim.AdamW(trainable(net)))
-        for seed in range(3):
-            step(net, optimizer, rank, seed)
-        state = trainable_state_dict(net)
-        if rank == 0:
-            net.save_pretrained(folder, state_dict=state)
-            write_checkpoint(folder, over, step=3)
-        distributed.barrier()
-        losses = [step(net, optimizer, rank, seed) for seed in range(3, 8)]
-
-        again = sharded(PeftModel.from_pretrained(fresh("all").unload(), folder, is_trainable=True))
-        resumed = OverParameterization(again, config(source), inject=False)
-        restore(resumed, read_checkpoint(folder))
-        resumed.attach(optimizer := torch.optim.AdamW(trainable(again)))
-        return {
-            "losses": losses,
-            "resumed": [step(again, optimizer, rank, seed) for seed in range(3, 8)],
-            "cores": [cores(over), cores(resumed)],
-        }
-
-    for found in in_two_processes(work, tmp_path / "results"):
-        assert found["resumed"] == found["losses"]
-        assert equal(*found["cores"])

@@ -19,12 +19,11 @@ from loraover.common.errors import ConfigError
 from loraover.training.methods.base import Pair, get_weight, truncate
 from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
 from loraover.training.run_result import read_run
-from loraover_export import combine_adapters, shrink_adapter
+from loraover_export import shrink_adapter
 
 from oracles.methods import Matrix, slow_sum
 from support.make_checkpoint import numpy64
 from support.methods import PREFIX, RANK, SCALING, started, watched_steps
-from support.plain_adapter import write_adapter
 from support.tiny_hub import write_recipe
 from support.tiny_models import fill_b, tiny_llama
 from tolerances import UNIT, gamma
@@ -110,18 +109,6 @@ def test_a_smaller_rank_is_the_best_one_as_of_shrink_and_its_error_is_measured(
     assert square > 1e-6
     assert shrink_adapter(run[0] / "adapter", tmp_path / "shrunk", rank=RANK).verdict == "passed"
     check_same_products(folder / "adapter", tmp_path / "shrunk")
-
-
-def test_the_result_is_what_combine_makes_of_the_stages(
-    run: tuple[Path, list[dict[str, Pair]]], tmp_path: Path
-) -> None:
-    folder, stages = run
-    for t, stage in enumerate(stages):
-        write_adapter(tmp_path / str(t), {path: (pair.a, pair.b) for path, pair in stage.items()})
-    sources = [tmp_path / str(t) for t in range(STAGES)]
-    weights = [1 - (1 - PACE) ** (STAGES - t) for t in range(STAGES)]
-    assert combine_adapters(sources, tmp_path / "sum", weights=weights).verdict == "passed"
-    check_same_products(folder / "adapter", tmp_path / "sum")
 
 
 def check_same_products(first: Path, second: Path) -> None:

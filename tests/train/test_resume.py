@@ -17,7 +17,6 @@ import loraover.callbacks.seal_checkpoints
 import loraover.training.run
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
-from loraover.common.command_line import INTERRUPTED
 from loraover.training.failure import read_failure
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import load_recipe
@@ -102,13 +101,6 @@ def test_metrics_that_were_cut_off_are_mended_and_tell_each_thing_once(
     assert train(recipe, out, "--resume") == 0
     told = [[(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics(f)] for f in (out, whole[kind])]
     assert told[0] == told[1]
-
-
-def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stopped(recipe, tmp_path / "out", step=3)
-    advice, message = capsys.readouterr().err.split("\n\n")  # click ends the line of the ^C
-    assert "--resume" in advice
-    assert message == f"{INTERRUPTED}\n"
 
 
 def kill(self: TrainingProgress, args: Any, state: Any, control: Any, **_: Any) -> None:

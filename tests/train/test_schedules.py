@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,23 +251,6 @@ def test_a_step_that_a_scaler_skips_neither_counts_nor_feeds_a_score(fused: bool
     assert [found.step for found in over.schedule.rounds] == [2, 5]
     assert skipping.schedule.rounds == over.schedule.rounds
     assert [key for key in matrices if not torch.equal(matrices[key], others[key])] == []
-
-
-def test_accumulated_micro_batches_are_one_step_of_a_score() -> None:
-    def run(rows: int) -> Mapping[str, float]:
-        model = tiny_net()
-        optimizer = SGD(trainable(model), lr=0.0)
-        over = dynamic(model, optimizer, quota="global")
-        for step in range(2):
-            optimizer.zero_grad()
-            x, y = net_batch(step, 8)
-            for part in range(0, 8, rows):
-                loss = batch_loss(model, (x[part : part + rows], y[part : part + rows]))
-                torch.autograd.backward(loss * rows / 8)
-            optimizer.step()
-        return over.schedule.rounds[0].scores
-
-    assert run(4) == pytest.approx(run(8), rel=gamma(1000, UNIT[torch.float32]))
 
 
 @pytest.mark.matrix
