@@ -31,16 +31,16 @@ pytestmark = pytest.mark.process
 
 
 @pytest.fixture
-def recipe(recipes: dict[tuple[str, str], Path]) -> Path:
-    return recipes["llama", "lora-over"]
+def recipe(recipes: dict[str, Path]) -> Path:
+    return recipes["llama"]
 
 
 # Whole runs
 
 
-@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_equals_one_that_was_never_interrupted(
-    kind: tuple[str, str], recipes: dict[Any, Path], whole: dict[Any, Path], halted: dict[Any, Path], tmp_path: Path
+    kind: str, recipes: dict[str, Path], whole: dict[str, Path], halted: dict[str, Path], tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(halted[kind], tmp_path / "out"))
     with steps_taken() as taken:
@@ -51,12 +51,12 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
 
 
 def test_a_run_interrupted_before_its_first_checkpoint_starts_again(
-    recipe: Path, whole: dict[Any, Path], tmp_path: Path
+    recipe: Path, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     out = stopped(recipe, tmp_path / "out", step=2)
     assert last_whole_checkpoint(out / "trainer") is None
     assert train(recipe, out, "--resume") == 0
-    assert_same_run(out, whole["llama", "lora-over"])
+    assert_same_run(out, whole["llama"])
 
 
 def test_a_run_interrupted_after_its_last_step_takes_no_more(
@@ -83,18 +83,18 @@ def test_a_run_interrupted_after_its_last_step_takes_no_more(
 
 
 def test_a_run_that_was_killed_before_its_result_logs_its_measures_once(
-    recipe: Path, whole: dict[Any, Path], tmp_path: Path
+    recipe: Path, whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    kept = whole["llama", "lora-over"]
+    kept = whole["llama"]
     out = Path(shutil.copytree(kept, tmp_path / "out", ignore=shutil.ignore_patterns("run.json", "adapter")))
     assert train(recipe, out, "--resume") == 0
     assert metrics(out) == metrics(kept)
 
 
 def test_metrics_that_were_cut_off_are_mended_and_tell_each_thing_once(
-    recipe: Path, whole: dict[Any, Path], halted: dict[Any, Path], tmp_path: Path
+    recipe: Path, whole: dict[str, Path], halted: dict[str, Path], tmp_path: Path
 ) -> None:
-    kind = ("llama", "lora-over")
+    kind = "llama"
     out = Path(shutil.copytree(halted[kind], tmp_path / "out"))
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:-1]) + '{"step": 5, "lo')
@@ -108,7 +108,7 @@ def kill(self: TrainingProgress, args: Any, state: Any, control: Any, **_: Any) 
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_is_resumed_by_another(recipe: Path, whole: dict[Any, Path], tmp_path: Path) -> None:
+def test_a_killed_process_is_resumed_by_another(recipe: Path, whole: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended = Child(lambda: train(recipe, out), prepare=lambda: setattr(TrainingProgress, "on_step_end", kill)).end()
     assert ended.code == -signal.SIGKILL, ended.output
@@ -116,7 +116,7 @@ def test_a_killed_process_is_resumed_by_another(recipe: Path, whole: dict[Any, P
     with steps_taken() as taken:
         assert train(recipe, out, "--resume") == 0
     assert taken == [5, 6, 7]
-    assert_same_run(out, whole["llama", "lora-over"])
+    assert_same_run(out, whole["llama"])
 
 
 # Half-written checkpoints
@@ -154,9 +154,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    damage: Callable[[Path], object], halted: dict[Any, Path], tmp_path: Path
+    damage: Callable[[Path], object], halted: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(halted["llama", "lora-over"] / "trainer", tmp_path / "trainer"))
+    folder = Path(shutil.copytree(halted["llama"] / "trainer", tmp_path / "trainer"))
     assert last_whole_checkpoint(folder) == folder / "checkpoint-4"
     damage(folder / "checkpoint-4")
     assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
@@ -165,9 +165,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
-    recipe: Path, whole: dict[Any, Path], halted: dict[Any, Path], tmp_path: Path
+    recipe: Path, whole: dict[str, Path], halted: dict[str, Path], tmp_path: Path
 ) -> None:
-    kind = ("llama", "lora-over")
+    kind = "llama"
     out = Path(shutil.copytree(halted[kind], tmp_path / "out"))
     DAMAGE["a truncated adapter"](out / "trainer" / "checkpoint-4")
     with steps_taken() as taken:
@@ -203,8 +203,8 @@ def test_commits_are_those_of_the_same_model_and_data(tmp_path: Path) -> None:
     assert with_commits(others, tmp_path) == others
 
 
-def test_the_recipe_of_a_run_is_there_from_its_first_step(halted: dict[Any, Path]) -> None:
-    for (_, method), out in halted.items():
-        assert yaml.safe_load((out / "recipe.yaml").read_text())["method"] == method
+def test_the_recipe_of_a_run_is_there_from_its_first_step(halted: dict[str, Path]) -> None:
+    for out in halted.values():
+        assert yaml.safe_load((out / "recipe.yaml").read_text())["method"] == "lora-over"
         assert not (out / "adapter").exists()
         assert not (out / "run.json").exists()
