@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.common.errors import ConfigError
 from loraover.training.methods.base import Pair, get_weight, truncate
 from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
 from loraover.training.run_result import read_run
@@ -289,18 +288,3 @@ def test_an_encoder_decoder_trains(bases: dict[str, Path], tmp_path: Path) -> No
     folder, stages = train(make(tmp_path / "r.yaml", bases["t5"], stages=2), tmp_path / "out")
     assert len(stages) == 2
     assert read_run(folder).served_rank == 2 * RANK
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "more stages than steps": ({"lorasc.stages": 6}, "stages is 6, and the run has 5 optimizer steps"),
-    "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
-    "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
-    "no pace": ({"lorasc.pace": 0}, "greater than 0"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_what_lorasc_cannot_train_is_refused(base: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        loraover.train(make(tmp_path / "r.yaml", base), tmp_path / "out", overrides=changes)
-    assert not (tmp_path / "out").exists()
