@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from loraover.common.command_line import run
-from loraover.common.errors import CheckpointError, ConfigError, DataError, ExportError, OutputError
+from loraover.common.errors import CheckpointError, ConfigError, DataError, ExportError
 from loraover_export import LoraCertificate, convert_adapter
 from loraover_export.cli import cli
 from loraover_export.convert.methods import METHODS
@@ -66,11 +66,11 @@ def first(change: Callable[[Tensor], Tensor]) -> Change:
     return applied
 
 
-@pytest.mark.parametrize("kind", [kind for kind, method in METHODS.items() if isinstance(method, Refused)])
-def test_a_kind_that_is_no_delta_is_refused(kind: str, folder: Path, tmp_path: Path) -> None:
-    source = changed(folder / "loha", tmp_path / "source", peft_type=kind)
-    with pytest.raises(ExportError, match=f"a {kind} adapter cannot become a LoRA"):
-        convert_adapter(source, tmp_path / "out")
+def test_a_kind_that_is_no_delta_is_refused(folder: Path, tmp_path: Path) -> None:
+    for kind in (kind for kind, method in METHODS.items() if isinstance(method, Refused)):
+        source = changed(folder / "loha", tmp_path / kind, peft_type=kind)
+        with pytest.raises(ExportError, match=f"a {kind} adapter cannot become a LoRA"):
+            convert_adapter(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -219,15 +219,6 @@ def test_projections_of_another_model_are_refused(folder: Path, tmp_path: Path) 
 def test_arguments_are_checked(arguments: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         convert_adapter(folder / "loha", tmp_path / "out", **arguments)
-
-
-def test_only_a_certified_adapter_is_replaced(folder: Path, tmp_path: Path) -> None:
-    convert_adapter(folder / "loha", tmp_path / "out")
-    with pytest.raises(OutputError, match="exists"):
-        convert_adapter(folder / "loha", tmp_path / "out")
-    convert_adapter(folder / "loha", tmp_path / "out", force=True, rank=2)
-    with pytest.raises(OutputError, match="holds no certified adapter"):
-        convert_adapter(folder / "vera", folder / "loha", force=True)
 
 
 def test_a_classifier_is_taken_over(folder: Path, tmp_path: Path) -> None:

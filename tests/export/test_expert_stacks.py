@@ -25,6 +25,7 @@ from support.make_checkpoint import edit_json, edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
 from support.tiny_hub import tiny_tokenizer
+from support.tiny_models import saved
 from support.versions import needs_expert_stacks
 
 pytestmark = needs_expert_stacks
@@ -75,9 +76,7 @@ def test_other_experts_have_pefts_deltas(tmp_path: Path, build: Callable[[], Any
 @pytest.mark.parametrize("version", ["0.21.2", "0.18.1"])
 def test_a_conversion_is_read_by_peft(tmp_path: Path, version: str) -> None:
     """From either layout, two ranks and rsLoRA to PEFT's present stacks of one rank."""
-    base = tiny_moe()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_moe(), tmp_path / "base")
     deltas = peft_deltas(expert_lora(base, tmp_path / "adapter"))
     if version == "0.18.1":
         flip(tmp_path / "adapter", version)
@@ -185,9 +184,7 @@ def test_sums_over_different_numbers_of_experts_are_refused(tmp_path: Path, expe
 
 
 def test_what_applies_no_experts_says_so(tmp_path: Path) -> None:
-    base = tiny_moe()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_moe(), tmp_path / "base")
     expert_lora(base, tmp_path / "adapter")
     with pytest.raises(ExportError, match=r"gate_up_proj, which holds all experts; the export to ONNX"):
         export_onnx(tmp_path / "adapter", tmp_path / "onnx", mode="merged")

@@ -156,14 +156,3 @@ def test_a_saved_head_on_a_tied_model_is_merged(tmp_path: Path) -> None:
     exported("Llama", made.path, tmp_path / "merged", "--mode", "merged")
     errors = worst_error(Graph(tmp_path / "merged" / "model.onnx"), made.model)
     assert max(errors.values()) <= 1, errors
-
-
-def test_json_is_one_object_on_standard_output(
-    swappable: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--mode", "swappable", "--graph", str(swappable.graph), "--no-check", "--json")
-    capsys.readouterr()
-    assert export(swappable.folder / "other", tmp_path / "out", *options) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out) == json.loads((tmp_path / "out" / "onnx_report.json").read_text())
-    assert f"wrote {tmp_path / 'out'}" in err

@@ -253,9 +253,8 @@ def test_random_rounding_has_no_bias(name: str, data: st.DataObject, seed: int) 
 
 
 @every_type
-@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.75, 0.99])
 @pytest.mark.parametrize("place", ["normal", "subnormal", "below a power of two", "above zero"])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("sign", "fraction"), [(1, 0.01), (-1, 0.75)])
 def test_random_rounding_goes_up_as_often_as_it_should(name: str, fraction: float, place: str, sign: int) -> None:
     form, draws = FORMATS[name], 100_000
     unit = 2.0 ** (1 - form.precision)

@@ -21,7 +21,7 @@ from loraover_export.vllm.architectures import known_architectures
 from support.make_checkpoint import edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, EXPERTS, expert_lora, flip, peft_deltas, tiny_llama4, tiny_moe
-from support.tiny_models import token_ids
+from support.tiny_models import saved, token_ids
 from support.versions import needs_expert_stacks
 from support.vllm_command import vllm_command
 
@@ -33,9 +33,7 @@ KEY = "base_model.model.model.layers.1.mlp.experts"
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> tuple[Path, Any]:
-    base = tiny_moe()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_moe(), tmp_path / "base")
     return tmp_path / "adapter", expert_lora(base, tmp_path / "adapter")
 
 
@@ -84,9 +82,7 @@ def test_each_expert_gets_its_pairs(
 @pytest.mark.parametrize("family", ["Qwen3Moe", "Qwen2Moe"])
 def test_the_pairs_are_read_again(family: str, tmp_path: Path) -> None:
     """Qwen2-MoE's shared expert has projections of the same names, which the configuration must not name."""
-    base = tiny_decoder(family, **EXPERT_SIZES, shared_expert_intermediate_size=48)
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_decoder(family, **EXPERT_SIZES, shared_expert_intermediate_size=48), tmp_path / "base")
     expert_lora(base, tmp_path / "adapter")
     for source, out in (("adapter", "first"), ("first", "second")):
         assert export_vllm(tmp_path / source, tmp_path / out, dtype="fp32").passed
@@ -170,9 +166,7 @@ def test_vllm_loads_the_pairs(adapter: tuple[Path, Any], tmp_path: Path, monkeyp
 
 def test_experts_that_hide_their_orientation_are_refused(tmp_path: Path) -> None:
     """Llama-4's gate and up are columns, which the model does not say; B's rows would be cut in the wrong place."""
-    base = tiny_llama4()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_llama4(), tmp_path / "base")
     names = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
     expert_lora(base, tmp_path / "adapter", target_parameters=names)
     report = export_vllm(tmp_path / "adapter", tmp_path / "out")
@@ -182,9 +176,7 @@ def test_experts_that_hide_their_orientation_are_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", ["Mixtral", "MiniMaxM2"])
 def test_experts_below_a_module_of_another_name_are_refused(family: str, tmp_path: Path) -> None:
-    base = tiny_decoder(family, num_local_experts=EXPERTS)
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_decoder(family, num_local_experts=EXPERTS), tmp_path / "base")
     expert_lora(base, tmp_path / "adapter")
     described = known_architectures().lora[f"{family}ForCausalLM"]
     assert described.rename("model.layers.0.mlp.experts.0.w1") == "model.layers.0.mlp.experts.0.w1"
@@ -202,9 +194,7 @@ def test_a_class_without_adapters_is_named(adapter: tuple[Path, Any], monkeypatc
 
 
 def test_half_of_an_expert_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_moe()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_moe(), tmp_path / "base")
     expert_lora(base, tmp_path / "adapter", target_parameters=["mlp.experts.down_proj"])
     report = export(tmp_path / "adapter", stacked=False, monkeypatch=monkeypatch)
     assert [finding.rule for finding in report.preflight.findings if finding.level == "error"] == ["experts"]

@@ -76,7 +76,7 @@ EXPORT = (
         "merge-says-that-weights-are-still-tied",
         'return config | nested | {"tie_word_embeddings": False}',
         "return config | nested",
-        Selection("test_merge_files.py", "untied_where"),
+        Selection("test_merge.py", "untied_where"),
     ),
     Mutant(
         "merge-counts-what-rounding-kept",
