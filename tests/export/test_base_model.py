@@ -14,6 +14,7 @@ from loraover.common.command_line import run
 from loraover.models.load import ModelSource
 from loraover.models.stand_in import STAND_INS
 from loraover_export.cli import cli
+from loraover_export.onnx import genai
 from loraover_export.onnx.inputs import read_inputs
 from loraover_export.onnx.request import OnnxRequest
 
@@ -128,12 +129,17 @@ def recorded(folder: Path) -> list[str]:
     [
         ("fold", ("--dtype", "bf16", "--model", "{copy}", "--prompts", "{prompts}")),
         ("vllm", ("--dtype", "fp32", "--model", "{copy}", "--name", "other name")),
-        ("onnx", ("--model", "{copy}", "--no-cache")),
+        ("onnx", ("--model", "{copy}", "--precision", "fp16")),
     ],
 )
 def test_a_recorded_command_gives_the_same_again(
-    command: str, options: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    command: str,
+    options: tuple[str, ...],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(genai, "BuilderProcess", onnx_export.ForkedBuilder)
     made = make_checkpoint(tmp_path / "made", tokenizer=True, base_options=SERVABLE)
     copy = as_stand_in(shutil.copytree(as_stand_in(made.base), tmp_path / "copy"))
     places = {"copy": copy, "prompts": tmp_path / "prompts.txt"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -124,25 +124,19 @@ def test_a_quantised_base_is_noted_and_keeps_peft_from_pissa(source: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("config_of", "verdicts"),
+    "saved_as",
     [
-        (LoHaConfig(target_modules=["q_proj"]), ("refused", "refused", "wrong silently")),
-        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), ("refused", "refused", "wrong silently")),
-        (AdaLoraConfig(target_modules=["q_proj"], total_step=9), ("refused", "refused", "wrong silently")),
-        (OFTConfig(target_modules=["q_proj"], oft_block_size=4), ("refused", "refused", "wrong silently")),
-        (
-            LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]}),
-            ("refused", "refused", "wrong silently"),
-        ),
-        (LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]), ("refused", "refused", "wrong silently")),
+        LoHaConfig(target_modules=["q_proj"]),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]}),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]),
     ],
-    ids=lambda value: value.peft_type.value if isinstance(value, PeftConfig) else "",
+    ids=["LoHa", "trained tokens", "a trained module"],
 )
-def test_what_peft_saves(config_of: PeftConfig, verdicts: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+def test_what_peft_saves(saved_as: PeftConfig, source: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.parent / "base")
-    get_peft_model(model, config_of).save_pretrained(tmp_path / "in")
+    get_peft_model(model, saved_as).save_pretrained(tmp_path / "in")
     report = check_adapter(tmp_path / "in", engines=("vllm", "llamacpp", "openvino", "torch"))
-    assert tuple(check.as_it_is.verdict for check in report.engines) == (*verdicts, "right")
+    assert [check.as_it_is.verdict for check in report.engines] == ["refused", "refused", "wrong silently", "right"]
     assert {check.exported.verdict for check in report.engines} == {"refused"}
 
 

@@ -100,16 +100,6 @@ def test_stored_matrices(case: Case) -> None:
         assert bool((long(product.bound) <= (case.ranks[k] + 3) * UNIT[torch.float64] * magnitude).all())
 
 
-@pytest.mark.parametrize("alpha", [2.0**-3, 1.0, 2.0**10])
-def test_a_power_of_two_scales_bit_for_bit(alpha: float, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(4, 7, generator=generator), torch.randn(5, 4, generator=generator)
-    folder = write_adapter(tmp_path / "a", {Q: (a, b)}, lora_alpha=4 * alpha)
-    (delta,) = read_deltas(read_adapter_dir(folder))
-    assert torch.equal(delta.a.value, a.double())
-    assert torch.equal(delta.b.value, alpha * b.double())
-
-
 LORA: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": LINEAR, "lora_alpha": 8},
     "r = 1": {"target_modules": LINEAR, "r": 1, "lora_alpha": 3},

@@ -290,30 +290,13 @@ def test_a_file_that_holds_something_else_is_noticed(
     assert tree(tmp_path) == {}
 
 
-def quantised(source: Path, output: Path, kind: gguf.GGMLQuantizationType) -> Path:
-    """A copy of a model whose matrices in layers are stored in another type."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(output, "llama")
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(name, field.contents(), field.types[0])
-    for name, tensor in read_tensors(source).items():
-        is_matrix = tensor.ndim == 2 and name.startswith("blk.")
-        data = gguf.quants.quantize(tensor.numpy(), kind) if is_matrix else tensor.numpy()
-        writer.add_tensor(name, data, raw_dtype=kind if is_matrix else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return output
-
-
 @pytest.mark.engine
 def test_quantisation_has_its_own_distance(made: GgufMade, tmp_path: Path) -> None:
     """The coarser the base, the larger the distance of base from base, and what the check allows."""
     distances = [0.0]
     for name in ("F16", "Q8_0", "Q4_0"):
-        base = quantised(made.base_gguf, tmp_path / f"{name}.gguf", gguf.GGMLQuantizationType[name])
+        kind = gguf.GGMLQuantizationType[name]
+        base = rewrite(made.base_gguf, tmp_path / f"{name}.gguf", lambda *_: None, matrices_as=kind)
         report = checked(made, tmp_path / f"adapter-{name}.gguf", base_gguf=base)
         assert report.check is not None
         assert name in report.check.weight_types

@@ -132,8 +132,6 @@ def test_a_sum_beyond_the_base_models_type_names_the_weight(tmp_path: Path) -> N
 ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "GGUF": ({"base_model_name_or_path": "./model-Q4_K_M.gguf"}, "is a GGUF file"),
-    "no base": ({"base_model_name_or_path": None}, "names no base model"),
-    "a lost base": ({"base_model_name_or_path": "./lost"}, "./lost"),
 }
 
 

@@ -109,17 +109,12 @@ def zero_b(found: dict[str, Any]) -> None:
     found.update({key: 0 * tensor for key, tensor in found.items() if "lora_B" in key})
 
 
-def nan_b(found: dict[str, Any]) -> None:
-    found.update({key: tensor * float("nan") for key, tensor in found.items() if "lora_B" in key})
-
-
 REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "nothing asked": (None, [], "give either --rank or --energy"),
     "energy 1": (None, ["--energy", "1"], "--energy is 1.0, expected a share between 0 and 1"),
     "energy NaN": (None, ["--energy", "nan"], "expected a share between 0 and 1"),
     "not smaller": (None, ["--rank", "8"], "its rank is 8, so there is nothing to shrink to 8"),
     "needs all": (None, ["--energy", "0.9999999"], "needs all of its rank, 8, to keep 0.9999999 of its squared norm"),
-    "NaN": (nan_b, ["--rank", "2"], "holds NaN or infinity"),
     "untrained": (zero_b, ["--rank", "2"], "every delta_W is zero"),
 }
 

@@ -101,7 +101,7 @@ def test_matrices_that_peft_ignores_are_refused(fields: dict[str, Any], base: Pa
             export(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["loha", "ia3", "vera", "trained tokens"])
+@pytest.mark.parametrize("name", ["loha", "trained tokens"])
 def test_other_kinds_are_held_to_their_names(name: str, tmp_path: Path) -> None:
     prime = make_base(tmp_path / "base", "prime")
     source = make_source(prime, tmp_path / "source", SOURCES[name])

@@ -146,8 +146,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     }
 
 
-def rewrite(source: Path, output: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Path:
-    """A copy of a GGUF file in F32 whose fields and tensors `change` has edited in place; returns `output`."""
+def rewrite(
+    source: Path,
+    output: Path,
+    change: Callable[[dict[str, Any], dict[str, Tensor]], object],
+    matrices_as: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> Path:
+    """A copy of a GGUF file in F32 whose fields and tensors `change` has edited in place; returns `output`.
+
+    Args:
+        matrices_as: type that the matrices of layers are stored in.
+    """
     reader = gguf.GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     tensors = read_tensors(source)
@@ -157,7 +166,8 @@ def rewrite(source: Path, output: Path, change: Callable[[dict[str, Any], dict[s
         kind = reader.fields[name].types[0] if name in reader.fields else gguf.GGUFValueType.get_type(value)
         writer.add_key_value(name, value, kind)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.contiguous().numpy())
+        kind = matrices_as if tensor.ndim == 2 and name.startswith("blk.") else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
