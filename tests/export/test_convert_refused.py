@@ -259,28 +259,19 @@ def test_unreadable_prompts_end_it_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_check_that_cannot_run_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    """A BERT without a head becomes another class as a causal language model, in which PEFT would find no module."""
+@torch.no_grad()
+def test_an_adapter_without_a_task_stays_so(tmp_path: Path) -> None:
+    """PEFT loads it on a model without a head; a check would load a causal language model, which lacks its modules."""
     tiny_bert().bert.save_pretrained(tmp_path / "base")
-    trained = get_peft_model(BertModel.from_pretrained(tmp_path / "base"), LoHaConfig(r=2, target_modules=["query"]))
-    fill(trained, "LOHA")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        base = BertModel.from_pretrained(tmp_path / "base")
+        trained = get_peft_model(base, LoHaConfig(r=2, target_modules=["query"]))
+        fill(trained, "LOHA")
     trained.save_pretrained(tmp_path / "source")
     with pytest.raises(ConfigError, match=r"task_type is None.* has no module encoder\.layer\.0\.attention"):
         convert_adapter(tmp_path / "source", tmp_path / "out", check_error=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "source"]
-
-
-@torch.no_grad()
-def test_an_adapter_without_a_task_stays_so(folder: Path, tmp_path: Path) -> None:
-    """PEFT loads it on a model without a head, which a causal language model's adapter would not fit."""
-    model = tiny_bert()
-    model.bert.save_pretrained(tmp_path / "base")
-    base = BertModel.from_pretrained(tmp_path / "base")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        trained = get_peft_model(base, LoHaConfig(r=2, target_modules=["query"]))
-        fill(trained, "LOHA")
-    trained.save_pretrained(tmp_path / "source")
     convert_adapter(tmp_path / "source", tmp_path / "out")
     expected = trained.eval()(input_ids=token_ids()).last_hidden_state
     loaded = PeftModel.from_pretrained(BertModel.from_pretrained(tmp_path / "base"), tmp_path / "out").eval()

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from loraover_export.fold.certificate import FoldCertificate
-from loraover_export.numerics import rounded_adapter
-from loraover_export.numerics.rounding import round_tensor
 
 from support.fold_cases import FILES, certificate
-from support.make_checkpoint import Made, make_checkpoint, tree
+from support.make_checkpoint import Made, make_checkpoint
 from support.refusals import Refused, fold
 
 pytestmark = pytest.mark.process
@@ -30,17 +28,6 @@ def test_force_replaces_a_folded_adapter_whole(made: Made, tmp_path: Path) -> No
     assert certificate(tmp_path / "out").dtype == "fp32"
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_fold_that_fails_leaves_the_older_adapter(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fold(made.path, tmp_path / "out") == 0
-    before = tree(tmp_path)
-    right = round_tensor
-    monkeypatch.setattr(rounded_adapter, "round_tensor", lambda *arguments: 2 * right(*arguments))
-    assert fold(made.path, tmp_path / "out", "--force") == 1
-    assert tree(tmp_path) == before
 
 
 def test_force_replaces_folded_adapters_only(made: Made, tmp_path: Path, refused: Refused) -> None:

@@ -237,13 +237,8 @@ def scaling_forgotten(exact: Exact, scaling: float) -> Exact:
     return exact
 
 
-def one_head(rows: Tensor, heads: int) -> Tensor:
-    return interleave(rows, 1)
-
-
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "scaling dropped": (matrices_module, "scale", scaling_forgotten),
-    "permutation over all heads": (target_module, "interleave", one_head),
     "layers swapped": (
         target_module.Target,
         "tensor_name",
