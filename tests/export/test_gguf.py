@@ -192,10 +192,11 @@ def test_the_function_is_silent_and_writes_what_its_command_writes(
 ) -> None:
     """Progress bars of transformers are the caller's to silence, as the command does."""
     quiet_libraries()
-    report = export_gguf(str(made.adapter), str(tmp_path / "out.gguf"), dtype="float16", base_gguf=str(made.base_gguf))
+    source, out, base = map(str, (made.adapter, tmp_path / "out.gguf", made.base_gguf))
+    report = export_gguf(source, out, dtype="float16", base_gguf=base, threads=1)
     assert capfd.readouterr() == ("", "")
     written = (tmp_path / "out.gguf").read_bytes()
-    options = ("--dtype", "fp16", "--base-gguf", str(made.base_gguf), "--force", "--json")
+    options = ("--dtype", "fp16", "--base-gguf", base, "--threads", "1", "--force", "--json")
     assert export(made.adapter, tmp_path / "out.gguf", *options) == 0
     assert GgufReport.model_validate_json(capfd.readouterr().out) == report
     assert (tmp_path / "out.gguf").read_bytes() == written

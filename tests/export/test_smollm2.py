@@ -136,7 +136,7 @@ def test_llama_cpp(smollm2: SmolLM2) -> None:
     """Its rows one after another, since it takes no padding."""
     base_gguf, output = smollm2.output("base.gguf"), smollm2.output("adapter.gguf")
     write_base(load_model(smollm2.source), base_gguf)
-    report = export_gguf(smollm2.checkpoint, output, model=MODEL, base_gguf=base_gguf)
+    report = export_gguf(smollm2.checkpoint, output, model=MODEL, base_gguf=base_gguf, threads=1)
     assert report.check is not None
     record(NAME, "llama.cpp", "LoRA", "fp32", report.verdict, report.check.error, report.check.bound)
     assert report.verdict == "passed"
@@ -144,7 +144,7 @@ def test_llama_cpp(smollm2: SmolLM2) -> None:
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(smollm2.text.ids, smollm2.text.mask, strict=True)]
     found = []
     for adapter in (output, None):
-        with LlamaCpp(base_gguf, adapter) as engine:
+        with LlamaCpp(base_gguf, adapter, threads=1) as engine:
             found.append(torch.cat([torch.from_numpy(engine.logits(row).copy()) for row in rows]))
     smollm2.assert_right(found[0])
     assert float((found[1] - smollm2.base).abs().max()) <= ALLOWED
