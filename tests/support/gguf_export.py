@@ -166,8 +166,8 @@ def rewrite(
         kind = reader.fields[name].types[0] if name in reader.fields else gguf.GGUFValueType.get_type(value)
         writer.add_key_value(name, value, kind)
     for name, tensor in tensors.items():
-        kind = matrices_as if tensor.ndim == 2 and name.startswith("blk.") else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
+        dtype = matrices_as if tensor.ndim == 2 and name.startswith("blk.") else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
