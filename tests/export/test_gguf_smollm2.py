@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
+from loraover.reference.unfolded_model import unfolded
 from loraover_export import export_gguf
 from loraover_export.gguf.base import write_base
 from loraover_export.gguf.llamacpp import LlamaCpp

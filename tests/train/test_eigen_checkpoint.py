@@ -12,9 +12,9 @@ from torch.optim import AdamW, NAdam
 from transformers import AutoModelForCausalLM
 
 from loraover import OverParameterization, read_checkpoint
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.command_line import run
 from loraover.overparam.eigenbases import BasisFollower
+from loraover.reference.unfolded_model import unfolded
 from loraover_export.cli import cli
 from loraover_export.fold.certificate import FoldCertificate
 

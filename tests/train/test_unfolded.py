@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, read_checkpoint
 from loraover.checkpoint.peft_adapter import site_key
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import CheckpointError
 from loraover.overparam.decompositions import DECOMPOSITIONS
+from loraover.reference.unfolded_model import unfolded
 
 from support.make_checkpoint import (
     EMBEDDING,

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.reference_model import reference_model
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_export.combine.diff_report import LogitDiff
 from loraover_export.logits.deviation import RunningDeviation
 from loraover_export.logits.pieces import logits_of

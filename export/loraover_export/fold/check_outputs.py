@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import other_tensors, read_adapter_dir, saved_labels
-from loraover.checkpoint.reference_model import sharing_weights
-from loraover.checkpoint.unfolded_model import Sampled, multiplications, unfolded
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.models.memory import Needs, memory_explained
+from loraover.reference.reference_model import sharing_weights
+from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
 from loraover_export.fold.certificate import OutputCertificate
 from loraover_export.fold.twins import FOLDED, FoldedAndTwins
 from loraover_export.logits.deviation import RunningDeviation, largest_of

@@ -15,9 +15,9 @@ from torch import Tensor
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
-from loraover.checkpoint.reference_model import reference_model
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCpp

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import load_others, target_module
 from loraover.common.threads import workers
+from loraover.reference.unfolded_model import load_others, target_module
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
 from loraover_export.numerics.delta import Delta, read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate

@@ -13,13 +13,13 @@ import torch
 
 from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import saved_labels
-from loraover.checkpoint.unfolded_model import check_fits
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import read_json
 from loraover.models.device import choose_compute, choose_device
 from loraover.models.load import ModelSource, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
+from loraover.reference.unfolded_model import check_fits
 from loraover_export.logits.prompts import BUILT_IN_PROMPTS
 from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import read_deltas

@@ -12,9 +12,9 @@ import numpy as np
 
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, load_config, load_model
+from loraover.reference.unfolded_model import unfolded
 from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.engines.sample import Request
 from loraover_serve.engines.torch import TorchEngine, Within, torch_engine

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, open_exact
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import load_others, put_parameters, target_module
 from loraover.models.load import ModelSource, load_model
+from loraover.reference.unfolded_model import load_others, put_parameters, target_module
 from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import Format, rounding
 from loraover_serve.engines.torch import model_logits

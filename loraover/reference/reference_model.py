@@ -15,9 +15,9 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import adapter_of, on_base
 from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
-from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64, check_fits, unfolded
 from loraover.common.errors import CheckpointError
 from loraover.overparam.sites import lora_layers
+from loraover.reference.unfolded_model import WITHOUT_FLOAT64, check_fits, unfolded
 
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks for which PEFT asks for a head in the file even if `modules_to_save` names none."""
