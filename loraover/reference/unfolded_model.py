@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, on_base, open_exact
+from loraover.checkpoint.exact_tensors import Factor
 from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, if_missing, site_key
+from loraover.checkpoint.peft_adapter import (
+    BASE_WEIGHT,
+    KEY_PREFIX,
+    AdaptedModule,
+    AdapterDir,
+    ExactAdapter,
+    read_on_base,
+)
+from loraover.checkpoint.target_modules import if_missing
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
-from loraover.overparam.expert_part import SIDES
 
 WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
 ONE_HOT_AT_ONCE = 2**24  # numbers of the one-hot rows of an embedding's tokens: 128 MiB in float64
@@ -144,12 +151,12 @@ class _Delta:
 @contextmanager
 def unfolded(
     base: nn.Module,
-    source: Checkpoint | AdapterDir,
+    adapter: AdapterDir,
     *,
     delta_dtype: torch.dtype = torch.float64,
     sampled: Sampled | None = None,
 ) -> Iterator[nn.Module]:
-    """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
+    """Apply an adapter's cores beside the weights of the base model, for the length of a block.
 
     Each adapted module returns W x + scaling * B(A(x)), where A and B are applied core by core, or as stored if they
     have no cores. It is for evaluation only: LoRA dropout is not applied. Parameters of `target_parameters`, such as
@@ -161,7 +168,7 @@ def unfolded(
 
     Args:
         base: Plain base model, in eval mode, on the device and in the dtype to compute in.
-        source: Checkpoint or plain adapter.
+        adapter: The adapter.
         delta_dtype: Data type in which cores are applied.
         sampled: Tokens at which cores are applied; None means all.
 
@@ -175,17 +182,14 @@ def unfolded(
     handles = []
     saved: dict[str, nn.Parameter] = {}
     experts = find_expert_weights(base)
-    source = on_base(source, experts)
-    adapter = adapter_of(source)
+    adapter = read_on_base(adapter, experts)
     adapter.check_keeps_base()
-    layers = _layers(adapter)
-    weights = _weights(base, layers, adapter, experts)
+    weights = _weights(base, adapter, experts)
     try:
         with ExitStack() as files:
-            exact = files.enter_context(open_exact(source))
-            others = None if sampled is None else files.enter_context(open_exact(sampled.others))
-            hooked = {module: is_embedding for module, is_embedding in layers.items() if module not in weights}
-            for target, delta in _hooks(base, hooked, exact, delta_dtype, sampled, others):
+            exact = files.enter_context(adapter.open())
+            others = None if sampled is None else files.enter_context(sampled.others.open())
+            for target, delta in _hooks(base, weights, exact, delta_dtype, sampled, others):
                 handles.append(target.register_forward_hook(delta))
             for name, added in _deltas(experts, weights, exact):
                 saved |= _add(base, name, added)
@@ -199,36 +203,22 @@ def unfolded(
 
 def check_fits(base: nn.Module, adapter: AdapterDir) -> None:
     """Raise CheckpointError unless a base model has every layer that an adapter changes, in its dimensions."""
-    layers = _layers(adapter)
-    for module in layers.keys() - _weights(base, layers, adapter, find_expert_weights(base)):
-        kind = "lora_embedding_" if layers[module] else "lora_"
-        a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in SIDES)
-        target_module(base, module, a[1], b[0], adapter)
+    for module in adapter.modules.keys() - adapter.experts - _weights(base, adapter, find_expert_weights(base)):
+        target_module(base, adapter, module)
 
 
-def _layers(adapter: AdapterDir) -> dict[str, bool]:
-    """Return the adapted modules but for experts, and whether each is adapted as an embedding."""
-    of_experts = adapter.experts
-    return {
-        module: name.rpartition(".")[2].startswith("lora_embedding")
-        for name in adapter.sites
-        if (module := name.rpartition(".")[0]) not in of_experts
-    }
-
-
-def _weights(
-    base: nn.Module, layers: Mapping[str, bool], adapter: AdapterDir, experts: Mapping[str, ExpertWeight]
-) -> set[str]:
+def _weights(base: nn.Module, adapter: AdapterDir, experts: Mapping[str, ExpertWeight]) -> set[str]:
     """Return the modules whose weight PEFT changes: those that `target_parameters` names, and routers beside experts.
 
     Source: _convert_peft_config_moe in peft/utils/transformers_weight_conversion.py of PEFT 0.21.2, which turns the
     target module `gate` into the parameter `gate.weight`, because routers were linear layers before transformers 5.
     """
+    linear = {path for path, module in adapter.modules.items() if not module.is_embedding}
     blocks = {path.rpartition(".")[0].rpartition(".")[0] for path in experts}
     return {
         path
         for path, module in base.named_modules()
-        if not layers.get(path, True)
+        if path in linear
         and any(name == "weight" and p.ndim == 2 for name, p in module.named_parameters(recurse=False))
         and (
             adapter.config.adapts_weight(path)
@@ -239,25 +229,26 @@ def _weights(
 
 def _hooks(
     base: nn.Module,
-    layers: Mapping[str, bool],
+    weights: set[str],
     exact: ExactAdapter,
     dtype: torch.dtype,
     sampled: Sampled | None,
     others: ExactAdapter | None,
 ) -> Iterator[tuple[nn.Module, _Delta]]:
-    """Yield each of these modules with the hook that adapts it."""
+    """Yield each adapted module with the hook that adapts it, but for experts and modules whose weight changes."""
     adapter, widened = exact.adapter, _Widened()
-    for module, is_embedding in layers.items():
-        pair = _pair(exact, module, is_embedding)
-        target = target_module(base, module, pair[0].n, pair[1].m, adapter)
-        bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
+    for path, module in adapter.modules.items():
+        if path in weights or path in adapter.experts:
+            continue
+        target = target_module(base, adapter, path)
+        bias_key = f"{KEY_PREFIX}{path}.lora_B.bias"
         hook = _Delta(
-            pair=pair,
+            pair=_pair(exact, module),
             sampled=sampled,
-            others=None if others is None else _pair(others, module, is_embedding),
+            others=None if others is None else _pair(others, module),
             bias=exact.plain.read(bias_key) if bias_key in exact.plain.keys else None,
-            scaling=adapter.config.scaling(module),
-            is_embedding=is_embedding,
+            scaling=module.scaling,
+            is_embedding=module.is_embedding,
             dtype=dtype,
             widened=widened,
         )
@@ -269,12 +260,13 @@ def _deltas(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names of these modules' weights and of experts' parameters, with delta_W in their shape, in float64."""
 
-    def delta(module: str) -> Tensor:
-        a, b = (exact.tensor(site_key(f"{module}.lora_{matrix}")).value.double() for matrix in SIDES)
-        return exact.adapter.config.scaling(module) * b @ a
+    def delta(path: str) -> Tensor:
+        module = exact.adapter.modules[path]
+        a, b = (exact.tensor(key).value.double() for key in module.keys)
+        return module.scaling * b @ a
 
-    for module in modules:
-        yield f"{module}.weight", delta(module)
+    for path in modules:
+        yield f"{path}.weight", delta(path)
     for stack in exact.adapter.stacks:
         found = torch.stack([delta(stack.expert(index)) for index in range(stack.experts)])
         yield stack.path, found.mT if experts[stack.path].is_transposed else found
@@ -294,10 +286,9 @@ def _add(base: nn.Module, name: str, delta: Tensor) -> dict[str, nn.Parameter]:
     return {name: parameter}
 
 
-def _pair(exact: ExactAdapter, module: str, is_embedding: bool) -> tuple[_Apply, _Apply]:
+def _pair(exact: ExactAdapter, module: AdaptedModule) -> tuple[_Apply, _Apply]:
     """A and B of a module."""
-    kind = "lora_embedding_" if is_embedding else "lora_"
-    return _Apply(exact.factor(f"{module}.{kind}A")), _Apply(exact.factor(f"{module}.{kind}B"))
+    return _Apply(exact.factor(module.site("A"))), _Apply(exact.factor(module.site("B")))
 
 
 def multiplications(source: Checkpoint, tokens: int) -> int:
@@ -306,21 +297,20 @@ def multiplications(source: Checkpoint, tokens: int) -> int:
     return sum(of_site(name).multiplications(site.m, site.n, tokens) for name, site in source.sites.items())
 
 
-def target_module(base: nn.Module, module: str, n: int, m: int, adapter: AdapterDir) -> nn.Module:
-    """Return the module of the base model that an adapter changes.
+def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Module:
+    """Return a module of the base model that an adapter changes.
 
     Args:
         base: The base model.
+        adapter: The adapter.
         module: Path of the module.
-        n: Number of input features that the adapter expects.
-        m: Number of output features that the adapter expects.
-        adapter: The adapter, for messages.
 
     Raises:
         CheckpointError: The base model has no such module, or one of other dimensions.
     """
     from transformers.pytorch_utils import Conv1D
 
+    m, n = adapter.modules[module].shape
     try:
         target = base.get_submodule(module)
     except AttributeError as error:
@@ -364,7 +354,7 @@ def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict
     parameters = dict(base.named_parameters(remove_duplicate=False))
     others: dict[str, nn.Parameter] = {}
     shared: dict[str, nn.Parameter] = {}
-    matrices = {*adapter.sites.values(), *(part.key for part in adapter.parts.values())}
+    matrices = {*adapter.matrices.values(), *(part.key for part in adapter.parts.values())}
     for key in plain.keys:
         name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
         if key in matrices or name.endswith(".lora_B.bias"):

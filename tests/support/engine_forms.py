@@ -169,7 +169,7 @@ def write_as_llamacpp_does(model: Any, setting: Setting, path: Path) -> Path:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(setting.layout.config.lora_alpha))
     with open_tensors(setting.layout.tensors_path) as file:
-        for key, full_name in setting.layout.sites.items():
+        for key, full_name in setting.layout.matrices.items():
             module, _, kind = key.rpartition(".")
             matrix = file.read(full_name).float()
             if kind == "lora_B" and family.interleaved and module.endswith(("q_proj", "k_proj")):

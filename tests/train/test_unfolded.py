@@ -177,7 +177,7 @@ def test_sites_without_cores_keep_their_matrices(tmp_path: Path) -> None:
     config = LoraOverConfig(sites=["*.layers.0.*.lora_A", "*.v_proj.lora_B"], seed=5)
     made = make_checkpoint(tmp_path, config=config, dtype=torch.float64)
     checkpoint = read_checkpoint(made.path)
-    assert 0 < len(checkpoint.sites) < len(checkpoint.adapter.sites)
+    assert 0 < len(checkpoint.sites) < len(checkpoint.matrices)
     with unfolded(load_base(made), checkpoint) as model:
         assert largest_difference(logits(model), made.logits()) < TOLERANCE
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
@@ -18,7 +17,7 @@ from loraover_export.logits.prompts import Prompts
 
 
 def compare_logits(
-    adapters: Sequence[Checkpoint | AdapterDir],
+    adapters: Sequence[AdapterDir],
     source: ModelSource,
     prompts: Prompts,
     report: Reporter = SILENT,

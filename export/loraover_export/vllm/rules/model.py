@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, alike_module
-from loraover.checkpoint.target_modules import LOST, lost_modules
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.target_modules import LOST, alike_module, lost_modules
 from loraover.overparam.expert_part import FUSED
 from loraover_export.vllm.architectures import EXPERTS_BELOW, Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed

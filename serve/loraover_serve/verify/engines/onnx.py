@@ -67,5 +67,5 @@ class Onnx(LogitEngine):
 
 def _fits_swappable(setting: Setting) -> bool:
     """Whether a swappable graph holds the adapter: it takes A and B of linear layers, and nothing else."""
-    embeddings = any(name.rpartition(".")[2].startswith("lora_embedding") for name in setting.layout.sites)
+    embeddings = any(module.is_embedding for module in setting.layout.modules.values())
     return not embeddings and not other_tensors(setting.layout)
