@@ -268,7 +268,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             f"{path / CONFIG_FILE}: base_model_name_or_path is {adapter.config.base_model_name_or_path!r}, but the "
             f"cores were trained on {meta.base_model!r}; undo the edit and use --model to name a copy of that model."
         )
-    checkpoint = Checkpoint(adapter.path, adapter.config, adapter.shapes, adapter.matrices, adapter.stacks, meta=meta)
+    checkpoint = Checkpoint(adapter.path, adapter.config, adapter.shapes, adapter.stacks, meta=meta)
     _check_layout(checkpoint)
     checkpoint.check_sum(CONFIG_FILE)
     return checkpoint

@@ -85,27 +85,37 @@ class AdapterDir:
         path: Folder of the adapter.
         config: Contents of `adapter_config.json`.
         shapes: Shape of every tensor, by key. The A or B of one expert counts as a tensor, and its stack does not.
-        matrices: Tensor key of each A and B matrix, by site name such as "model.layers.0.q_proj.lora_A".
         stacks: Stacked pairs of experts, whose matrices are read from their stacks.
     """
 
     path: Path
     config: AdapterConfig
     shapes: Mapping[str, tuple[int, ...]]
-    matrices: Mapping[str, str]
     stacks: tuple[ExpertStack, ...] = ()
 
     @cached_property
     def modules(self) -> dict[str, AdaptedModule]:
         """The adapted modules by their paths, in the order of the file."""
         found = {}
-        for name, key in self.matrices.items():
-            module, _, kind = name.rpartition(".")
+        for name, key in _sites(self.shapes).items():
+            path, _, kind = name.rpartition(".")
             if kind.endswith("A"):
-                (r, n), (m, _) = self.shapes[key], self.shapes[self.matrices[f"{name[:-1]}B"]]
-                is_embedding = kind.startswith("lora_embedding")
-                found[module] = AdaptedModule(module, is_embedding, (m, n), r, self.config.scaling(module))
+                (r, n), (m, _) = self.shapes[key], self.shapes[site_key(f"{name[:-1]}B")]
+                scaling, is_embedding = self.config.scaling(path), kind.startswith("lora_embedding")
+                found[path] = AdaptedModule(path, is_embedding, (m, n), r, scaling)
         return found
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[AdaptedModule, MatrixName]]:
+        """Module of each A and B, and which of the two it is, by keys in the order of the file."""
+        found = {site_key(module.site(side)): (module, side) for module in self.modules.values() for side in SIDES}
+        return {key: found[key] for key in self.shapes if key in found}
+
+    @cached_property
+    def others(self) -> dict[str, str]:
+        """Parameters that the adapter replaces (`modules_to_save`, biases): their names, by keys in the file."""
+        keys = [key for key in self.shapes if key not in self.matrices]
+        return {key: key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
 
     @property
     def rank(self) -> int:
@@ -254,10 +264,9 @@ def site_name(key: str) -> str | None:
     return name if _SITE_KEY.fullmatch(name) and site_key(name) == key else None
 
 
-def other_tensors(adapter: AdapterDir) -> dict[str, str]:
-    """Return the parameters that the adapter replaces (`modules_to_save`, biases): keys in its file, by their names."""
-    keys = [key for key in adapter.shapes if site_name(key) is None]
-    return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", "."): key for key in keys}
+def _sites(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return the keys of all A and B in a file, by the names of the sites."""
+    return {name: key for key in shapes if (name := site_name(key)) is not None}
 
 
 def saved_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -306,7 +315,7 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         if len(a) == len(b := shapes.get(site_key(f"{name[:-1]}B"), ())) == 2  # others are refused with all sites
     }
     stacks = find_stacks(config.parameters, pairs, config.rank, path / TENSORS_FILE)
-    adapter = _expanded(AdapterDir(path, config, shapes, {}), stacks)
+    adapter = _expanded(AdapterDir(path, config, shapes), stacks)
     _check_pairs(adapter)
     return adapter
 
@@ -367,25 +376,24 @@ def _expanded(adapter: Adapter, stacks: Sequence[ExpertStack]) -> Adapter:
     if config.alpha_pattern:
         alphas = {k: first_match(config.alpha_pattern, path, config.lora_alpha) for k, path in every.items()}
         config = config.model_copy(update={"alpha_pattern": alphas | config.alpha_pattern})
-    matrices = {name: key for key in shapes if (name := site_name(key)) is not None}
-    return replace(adapter, config=config, shapes=shapes, matrices=matrices, stacks=tuple(stacks))
+    return replace(adapter, config=config, shapes=shapes, stacks=tuple(stacks))
 
 
 def _check_pairs(adapter: AdapterDir) -> None:
-    where = adapter.tensors_path
-    if not adapter.matrices:
+    where, sites = adapter.tensors_path, _sites(adapter.shapes)
+    if not sites:
         raise CheckpointError(f"{where}: no lora_A or lora_B tensors; this adapter has no LoRA layers.")
-    for name, key in adapter.matrices.items():
+    for name, key in sites.items():
         match = _SITE_KEY.fullmatch(name)
         assert match is not None
         module, kind = match["module"], match["kind"]
         if len(adapter.shapes[key]) != 2 or 0 in adapter.shapes[key]:
             raise CheckpointError(f"{where}: {key} has shape {adapter.shapes[key]}, expected a matrix.")
         embedding = kind.replace("lora_", "lora_embedding_")
-        if f"{module}.{embedding}" in adapter.matrices:
+        if f"{module}.{embedding}" in sites:
             raise CheckpointError(f"{where}: {module} is listed twice, with {kind} and with {embedding}; remove one.")
         is_a = kind.endswith("A")
-        twin = adapter.matrices.get(f"{module}.{kind[:-1]}{'B' if is_a else 'A'}")
+        twin = sites.get(f"{module}.{kind[:-1]}{'B' if is_a else 'A'}")
         if twin is None:
             raise CheckpointError(f"{where}: {key} has no {'B' if is_a else 'A'} beside it.")
         rank = adapter.shapes[key][0 if is_a else 1]

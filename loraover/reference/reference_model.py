@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loraover.checkpoint.expert_stacks import find_expert_weights
-from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors, read_on_base
+from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.errors import CheckpointError
 from loraover.overparam.sites import lora_layers
 from loraover.reference.unfolded_model import WITHOUT_FLOAT64, check_fits, unfolded
@@ -59,7 +59,7 @@ def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
 
     adapter.check_keeps_base()
     check_fits(base, adapter)
-    shared = sharing_weights(base, but=other_tensors(adapter))
+    shared = sharing_weights(base, but=adapter.others.values())
     try:
         config = PeftConfig.from_pretrained(str(adapter.path))
         if config.task_type in CLASSIFIERS:

@@ -354,10 +354,8 @@ def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict
     parameters = dict(base.named_parameters(remove_duplicate=False))
     others: dict[str, nn.Parameter] = {}
     shared: dict[str, nn.Parameter] = {}
-    matrices = {*adapter.matrices.values(), *(part.key for part in adapter.parts.values())}
-    for key in plain.keys:
-        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-        if key in matrices or name.endswith(".lora_B.bias"):
+    for key, name in adapter.others.items():
+        if name.endswith(".lora_B.bias"):
             continue
         if name not in parameters or tuple(parameters[name].shape) != plain.shape(key):
             raise CheckpointError(f"{plain.path}: {key} fits no parameter of the base model ({type(base).__name__}).")

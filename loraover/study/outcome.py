@@ -233,7 +233,7 @@ def _fold_error(adapter: Path) -> float | None:
         return None
     worst = 0.0
     with read_checkpoint(adapter).open() as exact:
-        for key in exact.adapter.matrices.values():
+        for key in exact.adapter.matrices:
             found = exact.tensor(key)
             if found.site is not None and found.value.any():
                 error = (exact.stored(key).double() - found.value).norm() / found.value.norm()

@@ -155,13 +155,13 @@ def time_conversion(source: Path, output: Path) -> float:
     read = read_source(source)
     converted = {}
     with one_thread(), read.open() as files:
-        for name, key in read.matrices.items():
-            factor = files.factor(name)
+        for key, (module, side) in read.matrices.items():
+            factor = files.factor(module.site(side))
             matrix, made = factor.cores[0], factor.decomposition
             if made is not None:
                 cores = [core.double() for core in factor.cores]
                 matrix = made.contract(cores, factor.m, factor.n)[0]
-            scaling = read.config.scaling(name.rpartition(".")[0]) if name.endswith("B") else 1.0
+            scaling = module.scaling if side == "B" else 1.0
             converted[key] = (matrix * scaling).bfloat16().contiguous()
     if isinstance(read, Checkpoint):
         hashlib.sha256(read.cores_path.read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.peft_adapter import ExactAdapter, other_tensors, saved_labels
+from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
 from loraover.common.request import verb
@@ -154,7 +154,7 @@ def _decomposed(delta: Delta | None) -> _Decomposed | None:
 
 def _others(opened: Sequence[ExactAdapter]) -> list[str]:
     """Return the names of parameters that the adapters hold in full, and that differ or that only one of them has."""
-    one, other = (other_tensors(exact.adapter) for exact in opened)
+    one, other = ({name: key for key, name in exact.adapter.others.items()} for exact in opened)
     differing = [
         name
         for name in one.keys() & other.keys()

@@ -13,7 +13,7 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import described
 from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
-from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, other_tensors
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
 from loraover_export.numerics.delta import Delta, read_delta
@@ -109,7 +109,7 @@ def held_weights(sources: Sources) -> dict[str, Tensor]:
     found: dict[str, tuple[Tensor, Path]] = {}
     for adapter in sources.adapters:
         with open_tensors(adapter.tensors_path) as file:
-            for key in other_tensors(adapter).values():
+            for key in adapter.others:
                 weight = file.read(key)
                 first, path = found.setdefault(key, (weight, adapter.path))
                 if first.shape != weight.shape or bool((first != weight).any()):

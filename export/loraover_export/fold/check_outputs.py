@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import other_tensors, read_adapter_dir, saved_labels
+from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
@@ -96,7 +96,7 @@ def _check_outputs(
     sampled = _sampled(base, checkpoint, folded)
     with unfolded(sharing_weights(base), checkpoint, sampled=sampled) as reference:
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
-        others = other_tensors(checkpoint)
+        others = checkpoint.others.values()
         adapters = FoldedAndTwins(sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS, report)
         compared, tokens = _Compared(), sum(batch.numel() for batch in prompts.batches)
         done = seen = 0
@@ -135,7 +135,7 @@ def _sampled(base: nn.Module, checkpoint: Checkpoint, folded: Path) -> Sampled |
 def _needs(checkpoint: Checkpoint, source: ModelSource, place: torch.device) -> Needs:
     """Estimate what a check needs: the base model, the folded adapter with its twins and cores, and a prompt."""
     shapes = checkpoint.shapes
-    adapter = sum(prod(shapes[key]) for key in checkpoint.matrices.values())
+    adapter = sum(prod(shapes[key]) for key in checkpoint.matrices)
     at_once = tokens_at_once(load_config(source), place)
     copies = 2 + TWINS + 2  # the folded one in PEFT and kept; cores are hardly more numbers, but in float64
     return Needs.of_model(source, adapters=copies * adapter, tokens=at_once, logits=4)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.peft_adapter import site_key
 from loraover.common.errors import CheckpointError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.overparam.sites import Site, find_sites, lora_layers
@@ -77,8 +78,8 @@ def _round_twins(
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     with checkpoint.open() as source, report.task("rounding matrices for the noise floor", len(sites)) as done:
         for count, site in enumerate(sites, 1):
-            key = checkpoint.matrices.get(site.path)
-            if key is None:
+            key = site_key(site.path)
+            if key not in checkpoint.matrices:
                 raise CheckpointError(
                     f"{checkpoint.tensors_path}: lacks {site.path}, which PEFT made from adapter_config.json."
                 )

@@ -106,7 +106,7 @@ def _rounded(adapter: AdapterDir, folder: Path, dtype: str) -> AdapterDir:
     The scaling stays in the configuration, so that a fault of the uniform form is no noise of this comparison.
     """
     try:
-        write_rounded(adapter, adapter.matrices.values(), folder, dtype)
+        write_rounded(adapter, adapter.matrices, folder, dtype)
         write_config(adapter.config.model_dump(), folder)
     except OSError as error:
         raise OutputError(f"cannot write to the temporary folder {folder}: {error.strerror or error}.") from error

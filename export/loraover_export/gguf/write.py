@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import FoldError
 from loraover_export.gguf.target import Target
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
@@ -53,13 +53,15 @@ def write_adapter(
     form = to_uniform(adapter)
     rounded, certificates = round_exact(
         adapter,
-        adapter.matrices.values(),
+        adapter.matrices,
         dtype,
-        prepare=lambda key, exact: target.lay_out(key, form(key, exact)),
+        prepare=lambda key, exact: target.lay_out(*adapter.matrices[key], form(key, exact)),
         on_tensor=on_tensor,
     )
     tensors = {
-        target.tensor_name(site_name(key) or key): matrix for key, matrix in rounded.items() if key not in adapter.parts
+        target.tensor_name(*adapter.matrices[key]): matrix
+        for key, matrix in rounded.items()
+        if key not in adapter.parts
     }
     for stack in adapter.stacks:
         tensors |= target.pack_experts(stack, rounded)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, saved_labels
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, saved_labels
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
@@ -130,12 +130,8 @@ def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, 
     changes: dict[str, tuple[str | None, str | None]] = {}
     shared: dict[str, tuple[str | None, str | None]] = {}
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    matrices = set(adapter.matrices.values())
-    for key, shape in adapter.shapes.items():
-        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-        if key in matrices:
-            continue
-        if name not in parameters or tuple(parameters[name].shape) != shape:
+    for key, name in adapter.others.items():
+        if name not in parameters or tuple(parameters[name].shape) != adapter.shapes[key]:
             raise CheckpointError(f"{adapter.tensors_path}: {key} {_misfit(skeleton, adapter)}.")
         changes[name] = (key, None)
         if key.endswith(BASE_WEIGHT):  # PEFT loads it into the parameter itself, whatever shares it

@@ -13,12 +13,12 @@ from typing import Any
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover_export.mlx.target import Target
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import not_kept, round_exact
-from loraover_export.uniform.matrices import module_of, to_uniform
+from loraover_export.uniform.matrices import to_uniform
 
 TENSORS_FILE = "adapters.safetensors"
 
@@ -50,9 +50,9 @@ def write_adapter(
         matrix = form(key, exact)
         return Exact(matrix.value.mT.contiguous(), matrix.bound.mT.contiguous(), matrix.site)
 
-    keys = adapter.matrices.values()
-    rounded, certificates = round_exact(adapter, keys, dtype, prepare=transposed, on_tensor=on_tensor)
-    tensors = {f"{module_of(_site(key))}.lora_{key_side(key)}": matrix for key, matrix in rounded.items()}
+    rounded, certificates = round_exact(adapter, adapter.matrices, dtype, prepare=transposed, on_tensor=on_tensor)
+    places = adapter.matrices.items()
+    tensors = {f"{module.path}.lora_{side.lower()}": rounded[key] for key, (module, side) in places}
     save_tensors(tensors, directory / TENSORS_FILE)
     lost = first_difference(directory / TENSORS_FILE, tensors)
     if lost is not None:
@@ -74,14 +74,3 @@ def adapter_config(adapter: AdapterDir, target: Target) -> dict[str, Any]:
             "keys": list(adapter.modules),
         },
     }
-
-
-def key_side(key: str) -> str:
-    """Return "a" or "b" for the key of an A or B matrix."""
-    return _site(key)[-1].lower()
-
-
-def _site(key: str) -> str:
-    name = site_name(key)
-    assert name is not None
-    return name

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.checkpoint import read_source
-from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.onnx.request import OnnxRequest
@@ -55,10 +55,10 @@ def read_inputs(request: OnnxRequest) -> Inputs:
 
 def check_swappable(adapter: AdapterDir) -> None:
     """Raise ExportError unless a swappable graph can take the adapter as inputs."""
-    others = other_tensors(adapter)
-    if others:
+    other = next(iter(adapter.others.values()), None)
+    if other is not None:
         raise ExportError(
-            f"{adapter.tensors_path}: also holds {next(iter(others))}, which replaces a parameter of the base model; a "
+            f"{adapter.tensors_path}: also holds {other}, which replaces a parameter of the base model; a "
             f"swappable adapter holds A and B only. Use {OnnxRequest.named('mode', 'merged')}."
         )
     embedding = next((module for module in adapter.modules.values() if module.is_embedding), None)

@@ -41,7 +41,7 @@ def write_uniform(
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
     """
-    prepare, keys = to_uniform(adapter), adapter.matrices.values()
+    prepare, keys = to_uniform(adapter), adapter.matrices
     certificates = write_rounded(adapter, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
     write_config(config, directory)
     return certificates

@@ -11,13 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.numerics.delta import scale
-
-
-def module_of(site: str) -> str:
-    """Return the path of the module that a site, one A or B matrix, belongs to."""
-    return site.rpartition(".")[0]
 
 
 def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
@@ -29,12 +24,10 @@ def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
     r = adapter.rank
 
     def form(key: str, exact: Exact) -> Exact:
-        site = site_name(key)
-        assert site is not None
-        if site.endswith("A"):
-            return _padded(exact, (0, 0, 0, r - len(exact.value)))
-        scaled = scale(exact, adapter.modules[module_of(site)].scaling)
-        return _padded(scaled, (0, r - exact.value.shape[1]))
+        module, side = adapter.matrices[key]
+        if side == "A":
+            return _padded(exact, (0, 0, 0, r - module.rank))
+        return _padded(scale(exact, module.scaling), (0, r - module.rank))
 
     return form
 

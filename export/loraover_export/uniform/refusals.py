@@ -112,12 +112,9 @@ def check_tensors(
         ExportError: any other tensor.
     """
     copies = []
-    matrices = set(adapter.matrices.values())
-    for key, shape in adapter.shapes.items():
-        if key in matrices:
-            continue
+    for key in adapter.others:
         weight = weights.get(key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT))
-        if key.endswith(BASE_WEIGHT) and shape == weight:
+        if key.endswith(BASE_WEIGHT) and adapter.shapes[key] == weight:
             copies.append(key)
             continue
         kind = next((kind for part, kind in kinds.items() if part in key), "neither A nor B of a module")

@@ -60,7 +60,7 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
 def make_idle(like: AdapterDir, folder: Path) -> Path:
     """Write a LoRA with the ranks and targets of another whose A and B are zero, so that it changes nothing."""
     with open_tensors(like.tensors_path) as file:
-        tensors = {key: torch.zeros_like(file.read(key)) for key in like.matrices.values()}
+        tensors = {key: torch.zeros_like(file.read(key)) for key in like.matrices}
     return write_like(like, tensors, folder)
 
 

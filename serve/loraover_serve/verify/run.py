@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.checkpoint import read_source
-from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError, UnwrittenReportError
 from loraover.common.provenance import today
@@ -157,7 +157,7 @@ def make_subject(adapter: AdapterDir, base: ModelSource) -> RightAdapter:
     queries = getattr(text, "num_attention_heads", None)  # GPT-2 and others have no heads for keys of their own
     keys = getattr(text, "num_key_value_heads", None) or queries
     heads = {} if queries is None else {"q_proj": queries, "k_proj": keys}
-    return RightAdapter(adapter.config, deltas, heads, bool(other_tensors(adapter)))
+    return RightAdapter(adapter.config, deltas, heads, bool(adapter.others))
 
 
 def _verify_all(

@@ -92,9 +92,9 @@ def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     with open_tensors(like.tensors_path) as file:
-        for name, key in like.matrices.items():
+        for key, (_, side) in like.matrices.items():
             matrix = file.read(key)
-            if name.endswith("A"):
+            if side == "A":
                 limit = 1 / math.sqrt(matrix.shape[1])
                 drawn = (2 * torch.rand(matrix.shape, generator=generator) - 1) * limit
             else:
