@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from loraover.checkpoint.metadata import SiteRecord
@@ -40,3 +41,13 @@ class Factor:
     cores: tuple[Tensor, ...]
     m: int
     n: int
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factor:
+        """Return the factor with its cores in another place and type."""
+        return replace(self, cores=tuple(core.to(device).to(dtype) for core in self.cores))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return x M^T (tokens, m) of inputs x (tokens, n), without forming a matrix M that has cores."""
+        if self.decomposition is None:
+            return x @ self.cores[0].mT
+        return self.decomposition.apply(self.cores, x.unsqueeze(0), self.m, self.n)[0]

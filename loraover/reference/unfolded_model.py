@@ -53,24 +53,6 @@ class Sampled:
         return torch.arange(1, count + 1) * tokens // count - 1
 
 
-class _Apply:
-    """The map x -> x M^T, for a matrix M given by its cores, or as it is if it has none."""
-
-    def __init__(self, factor: Factor) -> None:
-        self.m, self.n = factor.m, factor.n
-        self._decomposition = factor.decomposition
-        self._cores = factor.cores
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the cores to where they are applied; they stay there."""
-        self._cores = tuple(core.to(device).to(dtype) for core in self._cores)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._decomposition is None:
-            return x @ self._cores[0].mT
-        return self._decomposition.apply(self._cores, x.unsqueeze(0), self.m, self.n)[0]
-
-
 class _Widened:
     """The latest input in the type to compute in, which layers with a common input (q, k and v) ask for in turn."""
 
@@ -104,9 +86,9 @@ class _Delta:
         widened: Inputs in that type, common to all modules.
     """
 
-    pair: tuple[_Apply, _Apply]
+    pair: tuple[Factor, Factor]
     sampled: Sampled | None
-    others: tuple[_Apply, _Apply] | None
+    others: tuple[Factor, Factor] | None
     bias: Tensor | None
     scaling: float
     is_embedding: bool
@@ -117,8 +99,9 @@ class _Delta:
         wide = torch.promote_types(output.dtype, self.dtype)
         on_cpu = wide == torch.float64 and output.device.type in WITHOUT_FLOAT64
         device = torch.device("cpu") if on_cpu else output.device
-        for applied in (*self.pair, *(self.others or ())):
-            applied.to(device, wide)
+        self.pair = self.pair[0].to(device, wide), self.pair[1].to(device, wide)
+        if self.others is not None:
+            self.others = self.others[0].to(device, wide), self.others[1].to(device, wide)
         scale = self.scaling
         if self.is_embedding:
             x = args[0].to(device).flatten()
@@ -140,12 +123,12 @@ class _Delta:
         chosen = self.sampled.positions(len(x)).to(x.device)
         return delta.index_copy(0, chosen, self._product(self.pair, x[chosen], dtype))
 
-    def _product(self, pair: tuple[_Apply, _Apply], x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _product(self, pair: tuple[Factor, Factor], x: Tensor, dtype: torch.dtype) -> Tensor:
         a, b = pair
         if not self.is_embedding:
-            return b(a(x))
+            return b.apply(a.apply(x))
         pieces = torch.split(x, max(1, ONE_HOT_AT_ONCE // a.n))
-        return torch.cat([b(a(nn.functional.one_hot(piece, a.n).to(dtype))) for piece in pieces])
+        return torch.cat([b.apply(a.apply(nn.functional.one_hot(piece, a.n).to(dtype))) for piece in pieces])
 
 
 @contextmanager
@@ -286,9 +269,9 @@ def _add(base: nn.Module, name: str, delta: Tensor) -> dict[str, nn.Parameter]:
     return {name: parameter}
 
 
-def _pair(exact: ExactAdapter, module: AdaptedModule) -> tuple[_Apply, _Apply]:
+def _pair(exact: ExactAdapter, module: AdaptedModule) -> tuple[Factor, Factor]:
     """A and B of a module."""
-    return _Apply(exact.factor(module.site("A"))), _Apply(exact.factor(module.site("B")))
+    return exact.factor(module.site("A")), exact.factor(module.site("B"))
 
 
 def multiplications(source: Checkpoint, tokens: int) -> int:
