@@ -69,19 +69,9 @@ class Candidate:
         return self.architectures.lora.get(self.served.architecture)
 
     @cached_property
-    def rank(self) -> int:
-        """Largest rank of a module."""
-        return self.adapter.rank
-
-    @cached_property
     def modules(self) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of each adapted module, or (vocabulary, dimension) of an embedding."""
         return {path: (module.shape[1], module.shape[0]) for path, module in self.adapter.modules.items()}
-
-    @cached_property
-    def embeddings(self) -> set[str]:
-        """Modules that are adapted as embeddings."""
-        return {path for path, module in self.adapter.modules.items() if module.is_embedding}
 
     @cached_property
     def places(self) -> dict[str, ServedModule]:

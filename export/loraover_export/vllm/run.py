@@ -100,7 +100,7 @@ def _write(request: VllmRequest, candidate: Candidate, draft: Path) -> VllmCerti
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",
         base_model=config["base_model_name_or_path"],
         dtype=request.dtype,
-        rank=candidate.rank,
+        rank=candidate.adapter.rank,
         scaling={path: module.scaling for path, module in adapter.modules.items()},
         matrices=matrices,
         versions=environment(),

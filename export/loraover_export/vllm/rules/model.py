@@ -124,7 +124,7 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
         return None
     if served.kind == "other":
         return f"a {served.type_name}, neither a linear layer nor an embedding"
-    if (served.kind == "embedding") != (path in candidate.embeddings):
+    if (served.kind == "embedding") != candidate.adapter.modules[path].is_embedding:
         return f"a {served.type_name} in the served model, but adapted as another kind of layer"
     if allowed.language_model is not None and not mapped.startswith(allowed.language_model):
         return f"outside of {allowed.language_model}, the language model; vLLM adapts only that by default"
