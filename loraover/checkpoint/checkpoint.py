@@ -84,6 +84,11 @@ class Checkpoint(AdapterDir):
 
     @contextmanager
     def open(self) -> Iterator[ExactAdapter]:
+        """Open the files, to read tensors; a matrix that has cores is their contraction in float64.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+        """
         with open_tensors(self.tensors_path) as plain, open_tensors(self.cores_path) as cores:
             yield ExactCheckpoint(self, plain, cores)
 
