@@ -22,7 +22,6 @@ from loraover.checkpoint.expert_stacks import (
     StoredPart,
     expert_paths,
     find_stacks,
-    has_present_layout,
     is_flipped,
 )
 from loraover.checkpoint.target_modules import check_complete, check_named
@@ -146,19 +145,6 @@ class AdapterDir:
     def experts(self) -> set[str]:
         """Adapted experts, such as "model.layers.0.mlp.experts.3.down_proj"."""
         return expert_paths(self.stacks)
-
-    def packed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors as PEFT's file holds them: the experts' matrices in stacks, in the layout since PEFT 0.19.
-
-        Args:
-            tensors: Tensors by the keys of `shapes`, with every expert of a stack or none.
-        """
-        return pack_stacks(self.stacks, tensors)
-
-    @property
-    def has_present_layout(self) -> bool:
-        """Whether a PEFT that takes A of experts for their inputs is recorded to have saved the adapter."""
-        return has_present_layout(self.config.peft_version) is True
 
     @property
     def tensors_path(self) -> Path:
@@ -344,7 +330,7 @@ def read_on_base(adapter: Adapter, weights: Mapping[str, ExpertWeight]) -> Adapt
         stacks.append(replace(stack, is_flipped=flipped != stack.is_flipped))
     if tuple(stacks) == adapter.stacks:
         return adapter
-    config = adapter.config.model_copy(update={"peft_version": PRESENT_LAYOUT})  # the layout that `packed` writes
+    config = adapter.config.model_copy(update={"peft_version": PRESENT_LAYOUT})  # the layout that `pack_stacks` writes
     with open_tensors(adapter.tensors_path) as file:
         shapes = {key: file.shape(key) for key in file.keys}
     return _expanded(replace(adapter, shapes=shapes, config=config), stacks)

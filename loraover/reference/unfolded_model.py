@@ -12,19 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loraover.checkpoint.base_modules import load_others, put_parameters, target_module
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.exact_tensors import Factor
 from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
 from loraover.checkpoint.peft_adapter import (
-    BASE_WEIGHT,
     KEY_PREFIX,
     AdaptedModule,
     AdapterDir,
     ExactAdapter,
     read_on_base,
 )
-from loraover.checkpoint.target_modules import if_missing
-from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
 
 WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
@@ -176,7 +174,7 @@ def unfolded(
                 handles.append(target.register_forward_hook(delta))
             for name, added in _deltas(experts, weights, exact):
                 saved |= _add(base, name, added)
-            saved.update(load_others(base, adapter, exact.plain))
+            saved.update(load_others(base, exact))
         yield base
     finally:
         for handle in handles:
@@ -278,83 +276,3 @@ def multiplications(source: Checkpoint, tokens: int) -> int:
     """Multiplications that apply a checkpoint's cores to so many tokens of every layer, by count."""
     of_site = source.decomposition.of_site
     return sum(of_site(name).multiplications(site.m, site.n, tokens) for name, site in source.sites.items())
-
-
-def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Module:
-    """Return a module of the base model that an adapter changes.
-
-    Args:
-        base: The base model.
-        adapter: The adapter.
-        module: Path of the module.
-
-    Raises:
-        CheckpointError: The base model has no such module, or one of other dimensions.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    m, n = adapter.modules[module].shape
-    try:
-        target = base.get_submodule(module)
-    except AttributeError as error:
-        raise CheckpointError(
-            f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}, and the adapter was "
-            f"trained on {adapter.config.base_model_name_or_path!r}; {if_missing(module, dict(base.named_modules()))}."
-        ) from error
-    match target:
-        case nn.Linear():
-            found = (target.in_features, target.out_features)
-        case Conv1D():
-            found = (target.nx, target.nf)
-        case nn.Embedding():
-            found = (target.num_embeddings, target.embedding_dim)
-        case _:
-            raise CheckpointError(
-                f"{adapter.path}: {module} is a {type(target).__name__}; expected a linear layer or embedding."
-            )
-    if found != (n, m):
-        raise CheckpointError(
-            f"{adapter.path}: {module} maps {found[0]} to {found[1]} features in the base model, but {n} to "
-            f"{m} in the adapter, which was trained on {adapter.config.base_model_name_or_path!r}. "
-            "Name that model with --model."
-        )
-    return target
-
-
-def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict[str, nn.Parameter]:
-    """Put an adapter's other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
-
-    A parameter that modules share, such as an embedding tied to the head, is replaced only under the names that the
-    adapter has, as PEFT does. It stays shared if the adapter has both names with equal values. A base weight, which
-    PEFT loads into the parameter itself, replaces it under all names.
-
-    Returns:
-        The parameters that were replaced, by name.
-
-    Raises:
-        CheckpointError: A parameter of the adapter fits none of the model; nothing has been replaced then.
-    """
-    parameters = dict(base.named_parameters(remove_duplicate=False))
-    others: dict[str, nn.Parameter] = {}
-    shared: dict[str, nn.Parameter] = {}
-    for key, name in adapter.others.items():
-        if name.endswith(".lora_B.bias"):
-            continue
-        if name not in parameters or tuple(parameters[name].shape) != plain.shape(key):
-            raise CheckpointError(f"{plain.path}: {key} fits no parameter of the base model ({type(base).__name__}).")
-        value = nn.Parameter(plain.read(key).to(parameters[name]), requires_grad=False)
-        twins = (o for other, o in others.items() if parameters[other] is parameters[name] and torch.equal(o, value))
-        others[name] = next(twins, value)
-        if key.endswith(BASE_WEIGHT):
-            shared |= {other: value for other, p in parameters.items() if p is parameters[name]}
-    others = shared | others
-    replaced = {name: parameters[name] for name in others}
-    put_parameters(base, others)
-    return replaced
-
-
-def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Replace parameters by name."""
-    for name, parameter in parameters.items():
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, parameter)

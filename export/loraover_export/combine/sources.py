@@ -12,7 +12,7 @@ from torch import Tensor
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import described
 from loraover.checkpoint.checkpoint import read_source
-from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
+from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack, has_present_layout
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
@@ -135,7 +135,7 @@ def deltas_of(opened: Sequence[ExactAdapter], module: str) -> list[Delta | None]
 def _check_experts(sources: Sources) -> None:
     """Refuse experts whose A and B may be swapped, and adapters whose stacks differ."""
     for adapter in sources.adapters:
-        if adapter.stacks and not adapter.has_present_layout:
+        if adapter.stacks and not has_present_layout(adapter.config.peft_version):
             raise ExportError(
                 f"{adapter.path}: adapts experts, and was not saved by PEFT {PRESENT_LAYOUT} or newer. Older releases "
                 "stored A and B of experts swapped. Write it again with loraover export convert, which compares it "

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraover.checkpoint.base_modules import load_others, target_module
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.threads import workers
-from loraover.reference.unfolded_model import load_others, target_module
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
 from loraover_export.numerics.delta import Delta, read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
@@ -39,7 +39,7 @@ def merge(model: Any, adapter: AdapterDir, deltas: Iterable[Delta] | None = None
     """
     tied = _is_tied(model)
     with adapter.open() as exact:
-        load_others(model, adapter, exact.plain)
+        load_others(model, exact)
     holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
     with workers() as threads:
         merges = []

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraover.checkpoint.base_modules import target_module
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, saved_labels
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
-from loraover.reference.unfolded_model import target_module
 from loraover_export.merge.base_files import CONFIG, UNQUANTISED, BaseFiles
 from loraover_export.merge.request import MergeRequest
 

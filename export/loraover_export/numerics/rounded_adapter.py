@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir, ExactAdapter, site_name
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir, ExactAdapter, pack_stacks, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError
@@ -56,7 +56,7 @@ def write_rounded(
     """
     rounded, certificates = round_exact(adapter, keys, dtype, prepare=prepare, on_tensor=on_tensor, beside=beside)
     file = directory / TENSORS_FILE
-    rounded = (pack or adapter.packed)(rounded)
+    rounded = pack_stacks(adapter.stacks, rounded) if pack is None else pack(rounded)
     save_tensors(rounded, file)
     with workers() as threads:
         flushed = threads.start(sync, file)  # the disk works while the file is read back

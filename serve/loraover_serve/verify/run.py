@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.base_modules import target_module
 from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
@@ -19,7 +20,6 @@ from loraover.common.provenance import today
 from loraover.common.request import verb
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
-from loraover.reference.unfolded_model import target_module
 from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraover.checkpoint.base_modules import load_others, put_parameters, target_module
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
-from loraover.reference.unfolded_model import load_others, put_parameters, target_module
 from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import Format, rounding
 from loraover_serve.engines.torch import model_logits
@@ -99,7 +99,7 @@ class Variants:
             yield
             return
         with self._adapter.open() as exact:
-            saved = load_others(self.model, self._adapter, exact.plain)
+            saved = load_others(self.model, exact)
         try:
             yield
         finally:
