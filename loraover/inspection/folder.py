@@ -11,8 +11,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.checkpoint.checkpoint import META_FILE, SEAL_FILE, Meta, open_checkpoint, read_checkpoint
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_adapter_dir, site_name
+from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from loraover.checkpoint.checkpoint import SEAL_FILE, open_checkpoint, read_checkpoint
+from loraover.checkpoint.metadata import META_FILE, Meta
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir, site_name
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of

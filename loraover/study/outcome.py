@@ -18,8 +18,8 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loraover.checkpoint.checkpoint import META_FILE, read_checkpoint
-from loraover.checkpoint.exact_tensors import open_exact
+from loraover.checkpoint.checkpoint import read_checkpoint
+from loraover.checkpoint.metadata import META_FILE
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
@@ -231,10 +231,9 @@ def _fold_error(adapter: Path) -> float | None:
     """Largest relative error of the stored matrices against the float64 contraction of their cores."""
     if not (adapter / META_FILE).is_file():
         return None
-    source = read_checkpoint(adapter)
     worst = 0.0
-    with open_exact(source) as exact:
-        for key in exact.adapter.sites.values():
+    with read_checkpoint(adapter).open() as exact:
+        for key in exact.adapter.matrices:
             found = exact.tensor(key)
             if found.site is not None and found.value.any():
                 error = (exact.stored(key).double() - found.value).norm() / found.value.norm()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from loraover.checkpoint.peft_adapter import path_pattern
+from loraover.checkpoint.adapter_config import path_pattern
 from loraover.overparam.config import LoraOverConfig
 
 SOAP = "soap"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraover import LoraOverConfig, read_checkpoint
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import other_tensors, read_adapter_dir
+from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover_export.numerics.delta import Delta, read_deltas
@@ -179,4 +179,4 @@ def test_other_tensors_by_their_names_in_the_base_model(tmp_path: Path) -> None:
         tensors[f"base_model.model.{Q}.base_layer.bias"] = torch.ones(2)
 
     edit_tensors(folder / "adapter_model.safetensors", add)
-    assert sorted(other_tensors(read_adapter_dir(folder))) == ["lm_head.weight", f"{Q}.bias"]
+    assert sorted(read_adapter_dir(folder).others.values()) == ["lm_head.weight", f"{Q}.bias"]

@@ -243,9 +243,8 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "layers swapped": (
         target_module.Target,
         "tensor_name",
-        lambda self, site: (
-            f"blk.{1 - int(site.split('.')[2])}.{self.modules[site.rpartition('.')[0]].tensor[6:]}"
-            f".lora_{site[-1].lower()}"
+        lambda self, adapted, side: (
+            f"blk.{1 - int(adapted.path.split('.')[2])}.{self.modules[adapted.path].tensor[6:]}.lora_{side.lower()}"
         ),
     ),
 }

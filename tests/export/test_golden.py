@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover import OverParameterization, read_checkpoint
-from loraover.checkpoint.checkpoint import SCHEMA_VERSION, Checkpoint, SiteRecord
+from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.metadata import SCHEMA_VERSION, SiteRecord
 from loraover.checkpoint.resume import restore
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.overparam.importance import GradientScore
@@ -77,7 +78,7 @@ def test_todays_reader_understands_the_metadata(kept: Path, golden: Path) -> Non
     assert found.meta.config == RECIPES[golden.name].config
     assert {name.rsplit(".", 1)[1] for name in found.sites} == {"lora_A", "lora_B"}
     scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0, "dynamic": 4.0, "eigen": 4.0}[golden.name]
-    assert found.adapter.config.scaling("model.layers.0.self_attn.q_proj") == scaling
+    assert found.config.scaling("model.layers.0.self_attn.q_proj") == scaling
     rounds = {"dynamic": [(1, 1), (2, 1)]}.get(golden.name, [(0, len(found.sites))])
     assert [(r.step, len(r.chosen)) for r in found.meta.rounds] == rounds
 
@@ -226,7 +227,7 @@ def test_a_literal_checkpoint_is_read(literal: Path) -> None:
     assert (found.meta.optimizer_steps, found.meta.optimizer, found.meta.world_size) == (8, "SGD", 1)
     assert found.sites["q.lora_B"].step == 4
     assert found.sites["q.lora_B"].state == {"q.lora_B.core.0.step": 5}
-    assert found.adapter.config.scaling("q") == 3
+    assert found.config.scaling("q") == 3
     with open_tensors(found.cores_path) as file:
         assert [core[0].tolist() for core in found.read_cores(file, found.sites["q.lora_A"])] == [[[2]], [[3, 4]]]
         assert [core[0].tolist() for core in found.read_cores(file, found.sites["q.lora_B"])] == [[[5], [7]], [[2]]]

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loraover import LoraOverConfig, read_checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import CheckpointError, FoldError
+from loraover.reference.unfolded_model import unfolded
 from loraover_export import MergeReport, merge_adapter
 from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import AdapterConfig
 from loraover_export.merge import arithmetic, in_memory
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest, round_tensor

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
+from loraover.reference.unfolded_model import unfolded
 from loraover_export import export_gguf, merge_adapter
 from loraover_export.gguf.base import write_base
 from loraover_export.gguf.llamacpp import LlamaCpp

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraover.checkpoint.peft_adapter import AdapterConfig
+from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover_export.convert.methods import METHODS
 
 from fuzz import run as fuzz_run

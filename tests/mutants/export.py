@@ -87,8 +87,8 @@ EXPORT = (
     # vLLM and ONNX
     Mutant(
         "uniform-pads-b-in-front",
-        "_padded(scaled, (0, r - exact.value.shape[1]))",
-        "_padded(scaled, (r - exact.value.shape[1], 0))",
+        "_padded(scale(exact, module.scaling), (0, r - module.rank))",
+        "_padded(scale(exact, module.scaling), (r - module.rank, 0))",
         Selection("test_vllm_uniform.py", "delta_is_the_sources"),
     ),
     Mutant(

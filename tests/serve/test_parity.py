@@ -19,7 +19,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loraover import LoraOverConfig
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.common.command_line import run
 from loraover.common.errors import OutputError
 from loraover_serve import UnwrittenReportError, measure_parity
@@ -306,7 +307,7 @@ def test_a_vanilla_adapter_holds_what_the_folded_one_holds_besides_a_and_b(tmp_p
     like = read_adapter_dir(made.path)
     vanilla = read_adapter_dir(make_vanilla(like, tmp_path / "vanilla", seed=0))
     assert vanilla.shapes == like.shapes
-    assert len(vanilla.shapes) > len(vanilla.sites)
+    assert len(vanilla.shapes) > len(vanilla.matrices)
 
 
 def weakened(adapter: Path, copy: Path) -> Path:

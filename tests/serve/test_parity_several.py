@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.command_line import run
+from loraover.reference.unfolded_model import unfolded
 from loraover_serve.cli import cli
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.sample import Request, Sample

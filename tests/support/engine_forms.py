@@ -169,16 +169,15 @@ def write_as_llamacpp_does(model: Any, setting: Setting, path: Path) -> Path:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(setting.layout.config.lora_alpha))
     with open_tensors(setting.layout.tensors_path) as file:
-        for key, full_name in setting.layout.sites.items():
-            module, _, kind = key.rpartition(".")
-            matrix = file.read(full_name).float()
-            if kind == "lora_B" and family.interleaved and module.endswith(("q_proj", "k_proj")):
+        for key, (adapted, side) in setting.layout.matrices.items():
+            module, matrix = adapted.path, file.read(key).float()
+            if side == "B" and family.interleaved and module.endswith(("q_proj", "k_proj")):
                 matrix = interleave(matrix, len(matrix) // model.config.head_dim)
-            if kind == "lora_embedding_A":
+            if side == "A" and adapted.is_embedding:
                 matrix = matrix.mT
             target = names.get_name(module)
             assert target is not None, module
-            writer.add_tensor(f"{target}.weight.lora_{kind[-1].lower()}", matrix.contiguous().numpy())
+            writer.add_tensor(f"{target}.weight.lora_{side.lower()}", matrix.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

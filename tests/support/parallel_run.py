@@ -197,5 +197,5 @@ def assert_example_folds(name: str, folder: Path, start: Callable[..., None] = s
     start(EXAMPLES / f"{name}.py", "--steps", 5, "--output", folder / "adapter")
     checkpoint = read_checkpoint(folder / "adapter")
     assert (len(checkpoint.sites), checkpoint.meta.step, checkpoint.meta.world_size) == (28, 5, 2)
-    assert all(matrix.any() for matrix in load_file(checkpoint.adapter.tensors_path).values())
+    assert all(matrix.any() for matrix in load_file(checkpoint.tensors_path).values())
     assert run(cli, ["fold", str(folder / "adapter"), "-o", str(folder / "folded")]) == 0

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.checkpoint import read_source
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model
 from loraover_export.logits.prompts import read_prompts
@@ -93,7 +93,7 @@ class Case:
     def setting(self, scratch: Path, *, adapter: Path | None = None, base: Path | None = None) -> Setting:
         """What an engine is started with: another adapter or base model than the judge's is a planted fault."""
         folder, source = adapter or self.adapter, resolve_model(str(base or self.base))
-        return Setting(VerifyRequest(folder), folder, adapter_of(read_source(folder)), source, scratch, longest=96)
+        return Setting(VerifyRequest(folder), folder, read_source(folder), source, scratch, longest=96)
 
 
 def make_case(

@@ -101,7 +101,7 @@ def test_cores_and_metadata_are_read_as_they_were_written(
     assert_equal(read_cores(found), cores_of(made.over))
     assert found.sites.keys() == made.over.injected.keys()
     assert len(found.sites) == 6
-    assert len(found.adapter.sites) == 8
+    assert len(found.matrices) == 8
     assert found.meta.config == config
     assert found.meta.step == 3
     assert found.meta.base_model == str(made.base)
@@ -221,7 +221,7 @@ def test_the_adapter_and_its_scaling_stay_pefts(lora: str, tmp_path: Path) -> No
     assert torch.equal(logits(loaded), made.logits())
     with loaded.disable_adapter():
         assert not torch.allclose(logits(loaded), made.logits(), atol=1e-3)
-    config = read_checkpoint(made.path).adapter.config
+    config = read_checkpoint(made.path).config
     expected = {path: layer.scaling["default"] for path, layer in lora_layers(made.model).items()}
     assert {path: config.scaling(path) for path in expected} == expected
 

@@ -11,16 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.checkpoint.checkpoint import META_FILE
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import (
-    CONFIG_FILE,
-    KEY_PREFIX,
-    TENSORS_FILE,
-    AdapterConfig,
-    AdapterDir,
-    read_on_base,
-)
+from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.metadata import META_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE, AdapterDir, read_on_base
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.paths import kind_of
@@ -162,7 +156,7 @@ def read_subject(request: CheckRequest) -> Subject:
 def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[AdapterDir | None, str | None]:
     """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
     try:
-        return read_on_base(adapter_of(read_source(path)), served.experts), None
+        return read_on_base(read_source(path), served.experts), None
     except CheckpointError as error:
         if has_cores:
             raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from loraover.checkpoint.exact_tensors import Exact, ExactAdapter
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.common.request import verb
 from loraover_export.combine.requests import CombineRequest
 from loraover_export.combine.sources import check_plain, deltas_of, held_notes, held_weights, read_sources

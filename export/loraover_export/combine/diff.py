@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.exact_tensors import ExactAdapter
-from loraover.checkpoint.peft_adapter import other_tensors, saved_labels
+from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
 from loraover.common.request import verb
@@ -22,7 +21,7 @@ from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDif
 from loraover_export.combine.requests import DiffRequest
 from loraover_export.combine.sources import Sources, deltas_of, read_sources
 from loraover_export.logits.prompts import read_prompts
-from loraover_export.numerics.delta import Delta, adapted_modules, check_no_bias
+from loraover_export.numerics.delta import Delta, check_no_bias
 from loraover_export.numerics.low_rank import (
     Svd,
     concatenate,
@@ -31,7 +30,7 @@ from loraover_export.numerics.low_rank import (
     principal_angles,
     product_norm,
 )
-from loraover_export.uniform.refusals import check_fields, has_targets
+from loraover_export.uniform.refusals import check_fields, written_parameters
 
 COMPARED = {"bias", "modules_to_save", "trainable_token_indices"}
 """Fields of parameters that are compared, besides those of A and B."""
@@ -55,9 +54,7 @@ def diff_adapters(request: DiffRequest) -> DiffReport:
     sources = read_sources([request.first, request.second])
     for adapter in sources.adapters:
         check_no_bias(adapter)
-        weights = (f"{module}.weight" for module in adapted_modules(adapter))
-        present = {"target_parameters"} if has_targets(adapter, weights) else set()
-        check_fields(adapter, "compare their logits in PEFT", allowed=COMPARED | present)
+        check_fields(adapter, "compare their logits in PEFT", allowed=COMPARED | written_parameters(adapter))
     compare = _comparison(request, sources) if request.logits else None
     with (
         sources.opened() as opened,
@@ -99,7 +96,7 @@ def _comparison(request: DiffRequest, sources: Sources) -> Callable[[], LogitDif
     labels = (saved_labels(adapter.shapes) for adapter in sources.adapters)
     return partial(
         compare_logits,
-        sources.read,
+        sources.adapters,
         base,
         read_prompts(base, request.prompts),
         request.report,
@@ -157,7 +154,7 @@ def _decomposed(delta: Delta | None) -> _Decomposed | None:
 
 def _others(opened: Sequence[ExactAdapter]) -> list[str]:
     """Return the names of parameters that the adapters hold in full, and that differ or that only one of them has."""
-    one, other = (other_tensors(exact.adapter) for exact in opened)
+    one, other = ({name: key for key, name in exact.adapter.others.items()} for exact in opened)
     differing = [
         name
         for name in one.keys() & other.keys()

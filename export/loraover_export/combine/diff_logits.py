@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.reference_model import reference_model
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_export.combine.diff_report import LogitDiff
 from loraover_export.logits.deviation import RunningDeviation
 from loraover_export.logits.pieces import logits_of
@@ -18,7 +17,7 @@ from loraover_export.logits.prompts import Prompts
 
 
 def compare_logits(
-    adapters: Sequence[Checkpoint | AdapterDir],
+    adapters: Sequence[AdapterDir],
     source: ModelSource,
     prompts: Prompts,
     report: Reporter = SILENT,

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from loraover.checkpoint.exact_tensors import ExactAdapter
+from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.common.errors import ExportError
 from loraover.common.reporter import Reporter
 from loraover.common.request import verb
@@ -66,7 +66,7 @@ def shrink_adapter(request: ShrinkRequest) -> LoraCertificate:
 
 def _rank(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter) -> int:
     """Return the rank to keep, which is smaller than that of some module."""
-    largest = max(adapter.adapters[0].config.rank(module) for module in adapter.modules)
+    largest = adapter.adapters[0].rank
     if request.rank is not None:
         if request.rank >= largest:
             raise ExportError(

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
 from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
 from loraover_export.convert.source import Adapter, Layout

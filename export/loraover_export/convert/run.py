@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, saved_labels
+from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import CheckpointError, ExportError

@@ -14,7 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE, Task, if_missing
+from loraover.checkpoint.adapter_config import CONFIG_FILE, Task
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE
+from loraover.checkpoint.target_modules import if_missing
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.paths import kind_of

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import write_config, write_rounded
 
@@ -42,7 +42,7 @@ def write_folded(
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
         OutputError: the folder cannot be written.
     """
-    keys = checkpoint.adapter.shapes
+    keys = checkpoint.shapes
     certificates = write_rounded(checkpoint, keys, directory, dtype, on_tensor=on_tensor, beside=beside)
     config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
     write_config(config | {"inference_mode": True}, directory)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import open_exact
+from loraover.checkpoint.peft_adapter import site_key
 from loraover.common.errors import CheckpointError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.overparam.sites import Site, find_sites, lora_layers
@@ -76,12 +76,12 @@ def _round_twins(
     generators = {name: torch.Generator().manual_seed(seed) for seed, name in enumerate(names)}
     orders: dict[tuple[str, str], Tensor] = {}
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    with open_exact(checkpoint) as source, report.task("rounding matrices for the noise floor", len(sites)) as done:
+    with checkpoint.open() as source, report.task("rounding matrices for the noise floor", len(sites)) as done:
         for count, site in enumerate(sites, 1):
-            key = checkpoint.adapter.sites.get(site.path)
-            if key is None:
+            key = site_key(site.path)
+            if key not in checkpoint.matrices:
                 raise CheckpointError(
-                    f"{checkpoint.adapter.tensors_path}: lacks {site.path}, which PEFT made from adapter_config.json."
+                    f"{checkpoint.tensors_path}: lacks {site.path}, which PEFT made from adapter_config.json."
                 )
             exact, rank_dim = source.tensor(key).value, 0 if site.matrix == "A" else 1
             for name, generator in generators.items():

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
-from loraover.checkpoint.reference_model import reference_model
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCpp
@@ -48,7 +46,7 @@ class Reference:
 
 
 def make_reference(
-    source: Checkpoint | AdapterDir, base: ModelSource, dtype: str, base_gguf: Path, threads: int | None
+    adapter: AdapterDir, base: ModelSource, dtype: str, base_gguf: Path, threads: int | None
 ) -> Reference:
     """Run the base model in PyTorch and in llama.cpp, and the adapted model in PyTorch.
 
@@ -61,9 +59,9 @@ def make_reference(
     model = load_model(base)
     prompts = read_prompts(base)
     plain = [_logits(model, ids) for ids in prompts.batches]
-    adapted = _adapted_logits(model, source, prompts)
+    adapted = _adapted_logits(model, adapter, prompts)
     with TemporaryDirectory() as folder:
-        rounded = _adapted_logits(model, _rounded(source, Path(folder), dtype), prompts)
+        rounded = _adapted_logits(model, _rounded(adapter, Path(folder), dtype), prompts)
     found = _engine_logits(base_gguf, None, prompts, threads)
     if found[0].shape != plain[0].shape:
         raise ExportError(
@@ -102,22 +100,21 @@ def largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float(torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(one, other, strict=True)]).max())
 
 
-def _rounded(source: Checkpoint | AdapterDir, folder: Path, dtype: str) -> AdapterDir:
+def _rounded(adapter: AdapterDir, folder: Path, dtype: str) -> AdapterDir:
     """Write A and B in a data type as a PEFT folder, so that PyTorch can run them.
 
     The scaling stays in the configuration, so that a fault of the uniform form is no noise of this comparison.
     """
-    adapter = adapter_of(source)
     try:
-        write_rounded(source, adapter.sites.values(), folder, dtype)
+        write_rounded(adapter, adapter.matrices, folder, dtype)
         write_config(adapter.config.model_dump(), folder)
     except OSError as error:
         raise OutputError(f"cannot write to the temporary folder {folder}: {error.strerror or error}.") from error
     return read_adapter_dir(folder)
 
 
-def _adapted_logits(model: Any, source: Checkpoint | AdapterDir, prompts: Prompts) -> list[Tensor]:
-    with reference_model(model, source) as adapted:
+def _adapted_logits(model: Any, adapter: AdapterDir, prompts: Prompts) -> list[Tensor]:
+    with reference_model(model, adapter) as adapted:
         return [_logits(adapted, ids) for ids in prompts.batches]
 
 

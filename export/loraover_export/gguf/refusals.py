@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover_export.gguf.request import GgufRequest
 from loraover_export.gguf.target import Target
 from loraover_export.merge.base_weights import check_base_weights
-from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with llama.cpp"
@@ -32,9 +32,8 @@ def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
     adapter.check_keeps_base()
     adapter.check_complete([*target.modules, *target.others])
     check_fields(adapter, MERGE, allowed=written_parameters(adapter))
-    for site in adapter.sites:
-        if site.endswith("A"):
-            _check_module(adapter, module_of(site), target)
+    for path in adapter.modules:
+        _check_module(adapter, path, target)
     weights = {path: module.shape for path, module in target.modules.items()}
     copies = check_tensors(adapter, weights, MERGE, OTHERS | NORM)
     check_base_weights(adapter, copies, target.source, MERGE)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.expert_stacks import ExpertStack, ExpertWeight, find_expert_weights
-from loraover.checkpoint.peft_adapter import site_key, site_name
+from loraover.checkpoint.peft_adapter import AdaptedModule, site_key
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover.overparam.expert_part import MatrixName
 from loraover_export.gguf.families import Family, find_family, interleave
-from loraover_export.uniform.matrices import module_of
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,16 @@ class Target:
         found = {f"{name}.lora_a": a for name in names}
         return found | {f"{name}.lora_b": rows for name, rows in zip(names, b.chunk(len(names), dim=1), strict=True)}
 
-    def tensor_name(self, site: str) -> str:
-        """Return llama.cpp's name of an A or B matrix."""
-        return f"{self.modules[module_of(site)].tensor}.lora_{site[-1].lower()}"
+    def tensor_name(self, adapted: AdaptedModule, side: MatrixName) -> str:
+        """Return llama.cpp's name of the A or B of a module."""
+        return f"{self.modules[adapted.path].tensor}.lora_{side.lower()}"
 
-    def lay_out(self, key: str, matrix: Exact) -> Exact:
+    def lay_out(self, adapted: AdaptedModule, side: MatrixName, matrix: Exact) -> Exact:
         """Return a matrix of the uniform form as llama.cpp keeps it; the bound moves along with the value."""
-        site = site_name(key)
-        assert site is not None
-        module = self.modules[module_of(site)]
+        module = self.modules[adapted.path]
 
         def laid_out(values: Tensor) -> Tensor:
-            if site.endswith("A"):
+            if side == "A":
                 return values.mT.contiguous() if module.is_embedding else values
             return values if module.heads is None else interleave(values, module.heads)
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64
+from loraover.reference.unfolded_model import WITHOUT_FLOAT64
 
 ELEMENTS_AT_ONCE = 2**20
 """Logits that are compared at once: 8 MiB in float64, and a comparison holds about six such tensors."""

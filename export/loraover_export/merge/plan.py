@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, saved_labels
+from loraover.checkpoint.base_modules import target_module
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, saved_labels
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
-from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
 from loraover_export.merge.base_files import CONFIG, UNQUANTISED, BaseFiles
 from loraover_export.merge.request import MergeRequest
-from loraover_export.numerics.delta import adapted_modules
 
 CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
 """Classes of transformers that load a base model with the head of a task."""
@@ -131,21 +130,15 @@ def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, 
     changes: dict[str, tuple[str | None, str | None]] = {}
     shared: dict[str, tuple[str | None, str | None]] = {}
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    matrices = set(adapter.sites.values())
-    for key, shape in adapter.shapes.items():
-        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-        if key in matrices:
-            continue
-        if name not in parameters or tuple(parameters[name].shape) != shape:
+    for key, name in adapter.others.items():
+        if name not in parameters or tuple(parameters[name].shape) != adapter.shapes[key]:
             raise CheckpointError(f"{adapter.tensors_path}: {key} {_misfit(skeleton, adapter)}.")
         changes[name] = (key, None)
         if key.endswith(BASE_WEIGHT):  # PEFT loads it into the parameter itself, whatever shares it
             shared |= {other: (key, None) for other, found in parameters.items() if found is parameters[name]}
     changes = shared | changes
-    for module in adapted_modules(adapter):
-        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.sites else "lora_"
-        a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in "AB")
-        target_module(skeleton, module, a[1], b[0], adapter)
+    for module in adapter.modules:
+        target_module(skeleton, adapter, module)
         name = f"{module}.weight"
         changes[name] = (changes.get(name, (None, None))[0], module)
     return changes

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
-from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import Reporter
@@ -58,8 +58,7 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
     check_not_gguf(request.model)
     inputs = [request.source, *(Path(found) for found in (request.model,) if found is not None)]
     check_replaceable(request.output, "merged model", CERTIFICATE_FILE, inputs=inputs, replace=request.force)
-    read = read_source(request.source)
-    adapter = adapter_of(read)
+    adapter = read_source(request.source)
     adapter.check_keeps_base()
     check_no_bias(adapter)
     check_fields(adapter, "merge it with PEFT", allowed=HELD)
@@ -68,7 +67,7 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     with ExitStack() as stack:
         files = open_base(base, stack)
-        exact = stack.enter_context(open_exact(read))
+        exact = stack.enter_context(adapter.open())
         plan = plan_merge(base, files, adapter, exact.plain)
         return _publish(request, base, files, plan, exact)
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.exact_tensors import ExactAdapter
+from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, FLOATS, TensorFile, open_tensors
 from loraover.common.errors import FoldError
 from loraover.common.threads import Workers

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover_export.merge.base_weights import check_base_weights
 from loraover_export.mlx.request import MlxRequest
-from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with mlx_lm.convert"
@@ -117,7 +117,7 @@ def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
     adapter.check_keeps_base()
     adapter.check_complete(target.shapes)
     check_fields(adapter, MERGE)
-    for path in dict.fromkeys(map(module_of, adapter.sites)):
+    for path in adapter.modules:
         _check_module(adapter, path, target)
     copies = check_tensors(adapter, target.shapes, MERGE)
     check_base_weights(adapter, copies, target.source, MERGE)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.reference_model import reference_model
-from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64
+from loraover.reference.reference_model import reference_model
+from loraover.reference.unfolded_model import WITHOUT_FLOAT64
 from loraover_export.onnx.int4 import rounded_copy
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphRunner
 from loraover_export.onnx.report import CaseError, GraphCheck, Greedy
@@ -62,14 +61,14 @@ IN_FLOAT32 = Compute(CPU, torch.float32)
 def make_reference(
     kind: GraphKind,
     model: Any,
-    source: Checkpoint | AdapterDir | None,
+    adapter: AdapterDir | None,
     cases: list[Case],
     precision: str,
     *,
     merged: bool = False,
     compute: Compute = IN_FLOAT32,
 ) -> Reference:
-    """Run the adapted model in PyTorch, or the base model if `source` is None.
+    """Run the adapted model in PyTorch, or the base model if `adapter` is None.
 
     The noise is the effect of rounding alone: float32 against float64 (transformers keeps its norms in float32),
     float16 against float32, or weights and activations rounded as in an int4 graph. Where PyTorch computes in bfloat16
@@ -78,31 +77,31 @@ def make_reference(
     Args:
         kind: the kind of model.
         model: the base model in float32, on the CPU; it is left as it was.
-        source: the adapter or checkpoint.
+        adapter: the adapter.
         cases: tokens to run.
         precision: fp32, fp16 or int4.
         merged: whether the graph's weights, which int4 rounds, include the adapter.
         compute: where and in which type to compute.
     """
     run = partial(_run, kind, cases)
-    logits = run(model, source, compute)
+    logits = run(model, adapter, compute)
     prompt = cases[0].ids[:1]
-    with _adapted(model, source, compute) as adapted:
+    with _adapted(model, adapter, compute) as adapted:
         greedy = kind.generate_reference(adapted, prompt.to(compute.device), GENERATED)
     single, rounded = replace(compute, dtype=torch.float32), None
     if precision == "fp32":
-        in_float32 = run(model, source, single, torch.float32)
+        in_float32 = run(model, adapter, single, torch.float32)
         double = Compute(CPU if compute.device.type in WITHOUT_FLOAT64 else compute.device, torch.float64)
-        noise, noise_of = _finite_noise(in_float32, run(model, source, double)), "PyTorch in float32 against float64"
+        noise, noise_of = _finite_noise(in_float32, run(model, adapter, double)), "PyTorch in float32 against float64"
     elif precision == "int4":
-        rounded = run(rounded_copy(model, source if merged else None), None if merged else source, compute)
+        rounded = run(rounded_copy(model, adapter if merged else None), None if merged else adapter, compute)
         noise, noise_of = largest(logits, rounded), "PyTorch with weights in 4 bits and activations in 8"
     else:
-        half = run(copy.deepcopy(model).half(), source, replace(compute, dtype=None))
-        exact = logits if compute.dtype == torch.float32 else run(model, source, single)
+        half = run(copy.deepcopy(model).half(), adapter, replace(compute, dtype=None))
+        exact = logits if compute.dtype == torch.float32 else run(model, adapter, single)
         noise, noise_of = largest(exact, half), "PyTorch in float16 against float32"
     if compute.dtype in (torch.bfloat16, torch.float16):
-        coarse = largest(run(model, source, single), logits)
+        coarse = largest(run(model, adapter, single), logits)
         if coarse > noise:
             noise, noise_of = coarse, f"PyTorch in {str(compute.dtype).removeprefix('torch.')} against float32"
     if greedy is not None:
@@ -114,29 +113,29 @@ def _run(
     kind: GraphKind,
     cases: list[Case],
     model: Any,
-    source: Checkpoint | AdapterDir | None,
+    adapter: AdapterDir | None,
     compute: Compute,
     delta_dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
     """Logits of each case, on the CPU and without padding."""
     placed = [replace(case, ids=case.ids.to(compute.device)) for case in cases]
-    with _adapted(model, source, compute, delta_dtype) as adapted:
+    with _adapted(model, adapter, compute, delta_dtype) as adapted:
         return [kind.compared(case, kind.reference(adapted, case)).cpu() for case in placed]
 
 
 @contextmanager
 def _adapted(
     model: Any,
-    source: Checkpoint | AdapterDir | None,
+    adapter: AdapterDir | None,
     compute: Compute,
     delta_dtype: torch.dtype = torch.float64,
 ) -> Iterator[Any]:
-    """The adapted model where and in the type that it is to compute in; the base model if `source` is None."""
+    """The adapted model where and in the type that it is to compute in; the base model if `adapter` is None."""
     with _converted(model, compute) as working:
-        if source is None:
+        if adapter is None:
             yield working
             return
-        with reference_model(working, source, delta_dtype=delta_dtype) as adapted:
+        with reference_model(working, adapter, delta_dtype=delta_dtype) as adapted:
             yield adapted
 
 

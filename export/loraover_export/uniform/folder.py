@@ -9,18 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from loraover.checkpoint.base_model import naming
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import write_config, write_rounded
-from loraover_export.uniform.matrices import largest_rank, to_uniform
+from loraover_export.uniform.matrices import to_uniform
 
 
 def write_uniform(
-    source: Checkpoint | AdapterDir,
+    adapter: AdapterDir,
     directory: Path,
     dtype: str,
     config: dict[str, Any],
@@ -32,7 +30,7 @@ def write_uniform(
     Each matrix is that of `to_uniform`, rounded once. Tensors other than A and B are not written.
 
     Args:
-        source: checkpoint or adapter whose cores or stored values are the exact ones.
+        adapter: adapter whose cores or stored values are the exact ones.
         directory: an empty folder.
         dtype: fp32, bf16 or fp16.
         config: contents of `adapter_config.json`, from `uniform_config`.
@@ -43,9 +41,8 @@ def write_uniform(
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
         FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
     """
-    adapter = adapter_of(source)
-    prepare, keys = to_uniform(adapter), adapter.sites.values()
-    certificates = write_rounded(source, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
+    prepare, keys = to_uniform(adapter), adapter.matrices
+    certificates = write_rounded(adapter, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
     write_config(config, directory)
     return certificates
 
@@ -59,7 +56,7 @@ def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: lis
         target_modules: suffixes that match exactly the adapted modules; see `name_modules`.
     """
     config = plain_config(
-        largest_rank(adapter),
+        adapter.rank,
         target_modules,
         base_model=adapter.config.base_model_name_or_path,
         revision=adapter.config.revision,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX, AdapterDir
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
 from loraover.common.errors import ExportError
-from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.variants import TRAINING_ONLY, UNMERGED, VARIANTS
 
 OTHERS = {
@@ -69,7 +69,7 @@ def has_targets(adapter: AdapterDir, others: Iterable[str] = ()) -> bool:
 
 def written_parameters(adapter: AdapterDir) -> set[str]:
     """Return the field `target_parameters` if the file has pairs for all of it: stacks, or those of modules."""
-    weights = (f"{module_of(site)}.weight" for site in adapter.sites)  # such as that of a router
+    weights = (f"{path}.weight" for path in adapter.modules)  # such as that of a router
     return {"target_parameters"} if has_targets(adapter, weights) else set()
 
 
@@ -112,12 +112,9 @@ def check_tensors(
         ExportError: any other tensor.
     """
     copies = []
-    matrices = set(adapter.sites.values())
-    for key, shape in adapter.shapes.items():
-        if key in matrices:
-            continue
+    for key in adapter.others:
         weight = weights.get(key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT))
-        if key.endswith(BASE_WEIGHT) and shape == weight:
+        if key.endswith(BASE_WEIGHT) and adapter.shapes[key] == weight:
             copies.append(key)
             continue
         kind = next((kind for part, kind in kinds.items() if part in key), "neither A nor B of a module")
@@ -141,12 +138,9 @@ def check_shape(
     Raises:
         ExportError: an adapter of another model.
     """
-    adapts_embedding = f"{path}.lora_embedding_A" in adapter.sites
-    kind = "lora_embedding_" if adapts_embedding else "lora_"
-    a, b = (adapter.shapes[adapter.sites[f"{path}.{kind}{side}"]] for side in "AB")
-    found = (a[1], b[0]) if adapts_embedding else (b[0], a[1])
-    if adapts_embedding != is_embedding or found != shape:
+    module = adapter.modules[path]
+    if module.is_embedding != is_embedding or module.weight_shape != shape:
         raise ExportError(
-            f"{adapter.tensors_path}: {path} has shape {found} in the adapter and {shape} in {base}; name the model "
-            f"that the adapter was trained on with {option}."
+            f"{adapter.tensors_path}: {path} has shape {module.weight_shape} in the adapter and {shape} in {base}; "
+            f"name the model that the adapter was trained on with {option}."
         )

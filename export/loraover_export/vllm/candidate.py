@@ -8,7 +8,6 @@ from typing import Any
 
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.uniform.experts import parts_of
-from loraover_export.uniform.matrices import largest_rank, module_of
 from loraover_export.vllm.architectures import Architecture, Architectures, projections_of
 from loraover_export.vllm.known_faults import Platform
 from loraover_export.vllm.served import ServedModel, ServedModule
@@ -70,24 +69,9 @@ class Candidate:
         return self.architectures.lora.get(self.served.architecture)
 
     @cached_property
-    def rank(self) -> int:
-        """Largest rank of a module."""
-        return largest_rank(self.adapter)
-
-    @cached_property
     def modules(self) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of each adapted module, or (vocabulary, dimension) of an embedding."""
-        found: dict[str, tuple[int, int]] = {}
-        for site, key in self.adapter.sites.items():
-            if site.endswith("A"):
-                twin = self.adapter.sites[f"{site[:-1]}B"]
-                found[module_of(site)] = (self.adapter.shapes[key][1], self.adapter.shapes[twin][0])
-        return found
-
-    @cached_property
-    def embeddings(self) -> set[str]:
-        """Modules that are adapted as embeddings."""
-        return {module_of(site) for site in self.adapter.sites if site.endswith("lora_embedding_A")}
+        return {path: (module.shape[1], module.shape[0]) for path, module in self.adapter.modules.items()}
 
     @cached_property
     def places(self) -> dict[str, ServedModule]:

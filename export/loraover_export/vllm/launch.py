@@ -41,7 +41,7 @@ def launch_commands(candidate: Candidate, path: Path) -> dict[str, str]:
         candidate: the adapter and the served model.
         path: absolute path of the written adapter, so that the commands work in any folder.
     """
-    revision, rank = candidate.served.source.revision, max_lora_rank(candidate.rank)
+    revision, rank = candidate.served.source.revision, max_lora_rank(candidate.adapter.rank)
     pinned = [] if revision is None else ["--revision", revision]
     serve = ["vllm", "serve", candidate.address, *pinned, "--enable-lora", "--max-lora-rank", str(rank)]
     body = json.dumps({"lora_name": candidate.name, "lora_path": str(path)})

@@ -56,8 +56,8 @@ def preflight(candidate: Candidate) -> Preflight:
         served_model=candidate.served.source.name,
         architecture=candidate.served.architecture,
         modules=len(candidate.modules),
-        rank=candidate.rank,
-        max_lora_rank=max_lora_rank(candidate.rank),
+        rank=candidate.adapter.rank,
+        max_lora_rank=max_lora_rank(candidate.adapter.rank),
         rules={rule: _outcome([finding.level for finding in findings if finding.rule == rule]) for rule in RULES},
         findings=findings,
     )

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from loraover.checkpoint.checkpoint import read_checkpoint
-from loraover.checkpoint.unfolded_model import unfolded
+from loraover.reference.unfolded_model import unfolded
 from loraover_serve.engines.base import Engine, engine_errors
 from loraover_serve.engines.sample import Request, Sample
 

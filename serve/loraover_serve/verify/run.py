@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
-from loraover.checkpoint.unfolded_model import target_module
+from loraover.checkpoint.base_modules import target_module
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError, UnwrittenReportError
 from loraover.common.provenance import today
@@ -88,32 +87,31 @@ def _check_possible(request: VerifyRequest) -> None:
 
 def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     """Ask PyTorch, then each engine, and write the report; if every engine failed, raise the first one's error."""
-    source = read_source(request.adapter)
-    layout = adapter_of(source)
-    check_plain(layout, "the check of engines")
-    base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
-    check_task(layout, base, "verify")
+    adapter = read_source(request.adapter)
+    check_plain(adapter, "the check of engines")
+    base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
+    check_task(adapter, base, "verify")
     if request.graph is not None:
         from loraover_serve.engines.onnx_graphs import check_graph
 
         check_graph(request.graph, base)
     device = str(choose_device(request.device))
-    subject = make_subject(source, base)
+    subject = make_subject(adapter, base)
     longest = _longest(base, request)
     found = read_prompts(base, request.prompts, longest=longest)
     if found.cut:
         request.report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
     prompts = [tuple(batch[0].tolist()) for batch in found.batches]
     longest = max(map(len, prompts)) + request.new_tokens
-    setting = Setting(request, request.adapter.resolve(), layout, base, scratch, longest)
+    setting = Setting(request, request.adapter.resolve(), adapter, base, scratch, longest)
     prompt_source = found.source
     if request.endpoint is not None and takes_chats_only(setting):
         request.report.line("the server answers chats only: each prompt is the message of a chat")
         prompts, messages = as_chats(load_tokenizer(base), prompts)
         setting = replace(setting, messages=messages)
         prompt_source += ", each the message of a chat" if messages else ""
-    reference = make_reference(source, base, prompts, request.new_tokens, device, request.report)
-    court = Court(reference, Variants(source, base, device, reference.questions), subject)
+    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
+    court = Court(reference, Variants(adapter, base, device, reference.questions), subject)
     results, failures = _verify_all(request, setting, court)
     made = _report(request, base, reference, prompt_source, results)
     logs = sorted(scratch.glob("*/*.log"))
@@ -145,21 +143,21 @@ def _report(
     )
 
 
-def make_subject(source: Checkpoint | AdapterDir, base: ModelSource) -> RightAdapter:
+def make_subject(adapter: AdapterDir, base: ModelSource) -> RightAdapter:
     """The adapter whose faults are looked for, with what its base model's configuration says of its heads.
 
     Raises:
         ExportError: a LoRA with a bias.
         CheckpointError: an adapter of another base model.
     """
-    layout, text = adapter_of(source), load_config(base).get_text_config()
-    deltas, skeleton = read_lora(source), load_skeleton(base)
-    for module, delta in deltas.items():  # PEFT leaves out what fits nowhere, with a warning only
-        target_module(skeleton, module, delta.a.shape[1], delta.b.shape[0], layout)
+    text, skeleton = load_config(base).get_text_config(), load_skeleton(base)
+    deltas = read_lora(adapter)
+    for module in deltas:  # PEFT leaves out what fits nowhere, with a warning only
+        target_module(skeleton, adapter, module)
     queries = getattr(text, "num_attention_heads", None)  # GPT-2 and others have no heads for keys of their own
     keys = getattr(text, "num_key_value_heads", None) or queries
     heads = {} if queries is None else {"q_proj": queries, "k_proj": keys}
-    return RightAdapter(layout.config, deltas, heads, bool(other_tensors(layout)))
+    return RightAdapter(adapter.config, deltas, heads, bool(adapter.others))
 
 
 def _verify_all(

@@ -16,7 +16,6 @@ from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import verb
 from loraover.models.load import ModelSource
-from loraover_export.uniform.matrices import largest_rank
 from loraover_export.vllm.launch import max_lora_rank
 from loraover_serve.vllm.adapter_check import check_adapters
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest
@@ -123,7 +122,7 @@ def server_config(
     Raises:
         ConfigError: a rank that vLLM does not take.
     """
-    largest = max(map(largest_rank, adapters.values()), default=1)
+    largest = max((adapter.rank for adapter in adapters.values()), default=1)
     rank = max_lora_rank(largest)
     if rank is None:
         raise ConfigError(f"an adapter has rank {largest}; vLLM takes 512 at most.")

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import KEPT_BASE, AdapterConfig
+from loraover.checkpoint.adapter_config import KEPT_BASE, AdapterConfig
 from loraover_export.convert.methods.base import Dense, LowRank, Method, Place
 from loraover_export.convert.methods.determined import MERGE_THERE, determined
 from loraover_export.convert.methods.experts import expert_places, stacks_of

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import Patterns, first_match
+from loraover.checkpoint.adapter_config import Patterns, first_match
 from loraover_export.convert.methods.base import Dense, Method
 from loraover_export.convert.source import MethodConfig, Module
 

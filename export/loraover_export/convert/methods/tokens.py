@@ -16,7 +16,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import LowRank, Method, Place
 from loraover_export.convert.source import Adapter, MethodConfig, Module

@@ -66,7 +66,7 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
                 f"compare adapters of equal ranks and targets, or add {request.named('allow_unequal', True)}."
             )
     checkpoint = request.checkpoint
-    if checkpoint is not None and read_checkpoint(checkpoint).adapter.sites.keys() != first.sites.keys():
+    if checkpoint is not None and read_checkpoint(checkpoint).matrices.keys() != first.matrices.keys():
         raise ParityError(f"{checkpoint} adapts other modules than {request.adapter}; name the one that was folded.")
     base = resolve_base([first], request.model, option=request.named("model"), say=request.report.line)
     for adapter in given:
@@ -92,9 +92,9 @@ def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     with open_tensors(like.tensors_path) as file:
-        for name, key in like.sites.items():
+        for key, (_, side) in like.matrices.items():
             matrix = file.read(key)
-            if name.endswith("A"):
+            if side == "A":
                 limit = 1 / math.sqrt(matrix.shape[1])
                 drawn = (2 * torch.rand(matrix.shape, generator=generator) - 1) * limit
             else:

@@ -178,7 +178,7 @@ def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[dict[str
         checkpoint if there is one; and the folded one's name.
     """
     from loraover.checkpoint.checkpoint import read_checkpoint
-    from loraover.checkpoint.reference_model import reference_model
+    from loraover.reference.reference_model import reference_model
 
     base = load_model(arms.base, dtype=compute_dtype, device=device)
     found: dict[str, Reference] = {BASE: lambda: nullcontext(base)}

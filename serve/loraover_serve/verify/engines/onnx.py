@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
-from loraover.checkpoint.peft_adapter import other_tensors
 from loraover_serve.comparison.adapters import make_idle
 from loraover_serve.engines.distributions import ONNX_GENAI, installed_version
 from loraover_serve.verify.answers import ADAPTER, BASE
@@ -67,5 +66,5 @@ class Onnx(LogitEngine):
 
 def _fits_swappable(setting: Setting) -> bool:
     """Whether a swappable graph holds the adapter: it takes A and B of linear layers, and nothing else."""
-    embeddings = any(name.rpartition(".")[2].startswith("lora_embedding") for name in setting.layout.sites)
-    return not embeddings and not other_tensors(setting.layout)
+    embeddings = any(module.is_embedding for module in setting.layout.modules.values())
+    return not embeddings and not setting.layout.others
