@@ -73,7 +73,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def here(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
     """mlx-lm's runner in this environment, which holds no mlx-lm."""
     monkeypatch.delenv("LORAOVER_HERE", raising=False)
-    return Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx")
+    return Elsewhere("mlx", "LORAOVER_HERE", "pytest")
 
 
 @pytest.fixture

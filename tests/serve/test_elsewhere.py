@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.elsewhere import MLX, OPENVINO, Elsewhere, Runner, tail
+from loraover_serve.engines.elsewhere import Elsewhere, Runner, tail
+from loraover_serve.engines.mlx import MlxEngine
+from loraover_serve.engines.openvino import OpenVinoEngine
 
 ARGUMENTS: dict[str, Any] = {"model": "nowhere", "settings": {}, "adapters": {"base": None}}
 
@@ -25,11 +27,11 @@ def test_an_engine_in_this_environment_needs_no_variable(here: Elsewhere) -> Non
     assert (here.python(), here.version(), here.install()) == (sys.executable, pytest.__version__, None)
 
 
-@pytest.mark.parametrize("engine", [MLX, OPENVINO], ids=lambda engine: engine.name)
+@pytest.mark.parametrize("engine", [MlxEngine.environment, OpenVinoEngine.environment], ids=lambda engine: engine.name)
 def test_a_missing_engine_says_how_to_get_it(engine: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(engine.variable, raising=False)
     assert engine.install() == (
-        f"make {engine.target}, and name its python with {engine.variable} ({engine.variable} is not set)"
+        f"make {engine.name}, and name its python with {engine.variable} ({engine.variable} is not set)"
     )
     for python in ("/nowhere/bin/python", "/bin/sh"):
         monkeypatch.setenv(engine.variable, python)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
 
 import pytest
 
-from loraover_serve.engines import installed
+from loraover_serve.engines import ENGINES, base, engine_class
+from loraover_serve.engines import vllm as vllm_engine
+from loraover_serve.engines.base import BatchingEngine, TimedEngine
 from loraover_serve.engines.installed import InstalledEngine, find_engines
 
+ADDED = """
+import sys
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover_export.check.engines import ENGINES as RULES
+from loraover_serve.engines import ENGINES, EngineEntry
+ENGINES["toy"] = EngineEntry("Toy", "support.toy_engine:ToyEngine", "PEFT's adapters", is_timed=True)
+RULES["toy"] = "support.toy_engine:ToyRules"
+sys.exit(run(cli, sys.argv[1:]))
+"""
+"""A program that adds an engine by one line in each table, and runs a command line."""
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
@@ -33,15 +49,22 @@ def test_the_doctor_finds_the_engines() -> None:
     assert EntryPoint("engines", value, "loraover.doctor").load() is find_engines
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_table_says_what_parity_can_measure(name: str) -> None:
+    kind, entry = engine_class(name), ENGINES[name]
+    assert (issubclass(kind, TimedEngine), issubclass(kind, BatchingEngine)) == (entry.is_timed, entry.is_batching)
+
+
 def test_the_installed_peft_is_found() -> None:
     assert found("PyTorch with PEFT").version == version("peft")
 
 
 def test_a_missing_engine_has_a_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed, "installed_version", lambda *_: None)
+    for module in (base, vllm_engine):
+        monkeypatch.setattr(module, "installed_version", lambda *_: None)
     for name in ("VLLM", "MLX", "OPENVINO"):
         monkeypatch.setenv(f"LORAOVER_{name}", "/nowhere")
-    assert [engine.version for engine in find_engines()] == [None] * 7
+    assert [engine.version for engine in find_engines()] == [None] * len(ENGINES)
     assert all(engine.install.startswith(("pip install ", "make ")) for engine in find_engines())
 
 
@@ -60,3 +83,23 @@ def test_vllm_on_the_path_is_found(vllm: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("LORAOVER_VLLM")
     monkeypatch.setenv("PATH", str(vllm.parent))
     assert found("vLLM").version == f"found at {vllm}"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("words", "codes", "shown"),
+    [
+        ("export check ADAPTER --engine toy", (0,), "Toy computes it"),
+        ("serve verify ADAPTER --engine toy --new-tokens 3", (0,), "toy: as trained"),
+        ("serve parity --adapter ADAPTER --engine toy --num-prompts 10 --new-tokens 3", (0, 1, 3), "| toy "),
+        ("doctor --offline", (0,), "Toy"),
+    ],
+)
+def test_an_engine_is_added_by_a_file_and_a_line(words: str, codes: tuple[int, ...], shown: str, adapter: Path) -> None:
+    given = [str(adapter) if word == "ADAPTER" else word for word in words.split()]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", ADDED, *given], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode in codes, done.stderr
+    assert shown in done.stdout

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
-from loraover_serve.engines.elsewhere import OPENVINO
-from loraover_serve.verify.answers import ADAPTER, BASE
-from loraover_serve.verify.engines import openvino
-from loraover_serve.verify.engines.vllm import export_uniform
+from loraover_serve.engines.answers import ADAPTER, BASE
+from loraover_serve.engines.openvino import OpenVinoEngine
+from loraover_serve.engines.vllm import export_uniform
 
 from support import openvino_pipeline
 from support.verified import make_case, save_adapter, save_base
@@ -24,6 +23,8 @@ PROMPT = list(range(3, 67))
 TOP = openvino_pipeline.TOP
 WITHIN = 1e-4
 """Nats; the adapter moves these logprobs by more than a hundred times that."""
+
+OPENVINO = OpenVinoEngine.environment
 
 Answer = list[list[float]]
 
@@ -37,7 +38,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = save_base(folder / "base")
     setting = make_case(base, save_adapter(folder / "mine", base)).setting(folder)
     file = export_uniform(setting) / TENSORS_FILE
-    return openvino._convert(setting), file
+    return OpenVinoEngine.convert(setting), file
 
 
 def in_one_pipeline(served: tuple[Path, Path], cache: str) -> list[Answer]:

@@ -12,8 +12,8 @@ import pytest
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.comparison.thresholds import SURE
-from loraover_serve.verify.answers import Expected, Row
-from loraover_serve.verify.engines import vllm
+from loraover_serve.engines import vllm
+from loraover_serve.engines.answers import Expected, Row
 from loraover_serve.verify.faults import IN_BASE, NOT_APPLIED, OTHER_BASE, permuted
 from loraover_serve.verify.judge import FLOOR, Answers, allowed_distance, distance, sure_errors
 from loraover_serve.verify.report import LogprobDistance

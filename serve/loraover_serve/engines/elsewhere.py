@@ -1,4 +1,4 @@
-"""Engines in environments of their own, whose python this package starts: their libraries do not fit beside ours."""
+"""Engines in separate environments, whose python this package starts: their libraries do not fit beside ours."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from concurrent.futures import TimeoutError as LateError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loraover.common.errors import EngineError
 from loraover.models.load import ModelSource
 from loraover_serve.engines import runner
-from loraover_serve.engines.distributions import installed_version, version_beside
+from loraover_serve.engines.base import Engine
+from loraover_serve.engines.installed import installed_version, version_beside
+from loraover_serve.engines.request import EngineRequest
 
 TAIL = 1500  # characters of a log in a message
 ENDING_S = 10.0
@@ -26,19 +28,17 @@ ENDING_S = 10.0
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """An engine in an environment of its own.
+    """A separate environment of an engine, which the Makefile's target of the engine's name makes.
 
     Args:
         name: name of the engine in `runner.RUNNERS`.
         variable: environment variable that names the environment's python.
         distribution: the engine's distribution on PyPI.
-        target: target of the Makefile that makes the environment.
     """
 
     name: str
     variable: str
     distribution: str
-    target: str
 
     def python(self) -> str | None:
         """The python that runs the engine: the one that the variable names, or this one; None if it has no engine."""
@@ -63,7 +63,7 @@ class Elsewhere:
     @property
     def hint(self) -> str:
         """Command that makes the environment."""
-        return f"make {self.target}"
+        return f"make {self.name}"
 
     @contextmanager
     def run(self, arguments: Mapping[str, Any], log: Path, timeout_s: float) -> Iterator[Runner]:
@@ -84,10 +84,6 @@ class Elsewhere:
             yield Runner(self.name, process, log, timeout_s)
         finally:
             end_process(process, ENDING_S)
-
-
-MLX = Elsewhere("mlx", "LORAOVER_MLX", "mlx-lm", "mlx")
-OPENVINO = Elsewhere("openvino", "LORAOVER_OPENVINO", "openvino-genai", "openvino")
 
 
 class Runner:
@@ -131,6 +127,31 @@ class Runner:
         if "error" in answer:
             raise EngineError(f"{self._name}: {answer['error']}")
         return answer["result"]
+
+
+class ElsewhereEngine(Engine):
+    """An engine in a separate environment.
+
+    Args:
+        runner: the running engine.
+        scratch: folder for what it writes.
+    """
+
+    environment: ClassVar[Elsewhere]
+
+    def __init__(self, runner: Runner, scratch: Path) -> None:
+        self._runner, self._scratch = runner, scratch
+
+    @classmethod
+    def installed(cls) -> str | None:
+        return cls.environment.version()
+
+    @classmethod
+    def lacking(cls, request: EngineRequest) -> str | None:
+        return cls.environment.install()
+
+    def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+        return [tuple(self._runner.ask("greedy", arm=arm, prompt=list(prompt), tokens=tokens)) for prompt in prompts]
 
 
 def start_process(name: str, words: Sequence[str], errors: Any) -> subprocess.Popen[str]:
