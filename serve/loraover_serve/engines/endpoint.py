@@ -177,7 +177,8 @@ class EndpointEngine(OpenAiEngine):
     @classmethod
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[EndpointEngine]:
-        with _spoken_to(setting) as (speaker, names, messages):
+        with _spoken_to(setting) as (speaker, names):
+            messages = setting.server.messages if setting.server is not None else ()
             if speaker.dialect.is_chat and not messages:
                 raise ConfigError(
                     f"{speaker.endpoint.url} answers chats only, and the base model's tokenizer has no chat template, "
@@ -190,7 +191,7 @@ class EndpointEngine(OpenAiEngine):
 def takes_chats_only(setting: Setting) -> bool:
     """Whether the server at the endpoint answers chats alone; False as well if it cannot be asked."""
     try:
-        with _spoken_to(setting) as (speaker, *_):
+        with _spoken_to(setting) as (speaker, _):
             return speaker.dialect.is_chat
     except LoraOverError:  # it will be told when the engine is asked
         return False
@@ -222,8 +223,8 @@ def _opened(setting: Setting) -> Endpoint:
 
 
 @contextmanager
-def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str], tuple[str, ...]]]:
-    """The server, the name of each arm's model there, and the messages of chats."""
+def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
+    """The server, and the name of each arm's model there."""
     named, server = setting.request.named, setting.server
     assert server is not None
     endpoint = _opened(setting)
@@ -240,7 +241,7 @@ def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str], tupl
         speaker = Speaker(endpoint, load_tokenizer(setting.base), names[BASE])
         if absent and not speaker.has(names[ADAPTER]):  # some servers load an adapter when it is first asked for
             raise unlisted
-        yield speaker, names | _other_adapter(speaker, names, listed), server.messages
+        yield speaker, names | _other_adapter(speaker, names, listed)
     finally:
         endpoint.close()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 from loraover.common.errors import EngineError
@@ -74,17 +75,8 @@ def installed_version(names: Sequence[str], folders: Sequence[Path] | None = Non
         names: names of distributions.
         folders: folders that hold installed packages; None means those of this environment.
     """
-    for name in names:
-        if folders is not None:
-            found = next(iter(distributions(name=name, path=list(map(str, folders)))), None)
-            if found is not None:
-                return found.version
-            continue
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
+    path = sys.path if folders is None else list(map(str, folders))
+    return next((found.version for name in names for found in distributions(name=name, path=path)), None)
 
 
 def version_beside(command: str, names: Sequence[str]) -> str | None:
