@@ -10,33 +10,35 @@ from typing import Any
 import pytest
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.elsewhere import Elsewhere, Runner, tail
+from loraover_serve.engines.elsewhere import ElsewhereEngine, Runner, tail
 from loraover_serve.engines.mlx import MlxEngine
 from loraover_serve.engines.openvino import OpenVinoEngine
+from loraover_serve.verify.request import VerifyRequest
 
+REQUEST = VerifyRequest("adapter")
 ARGUMENTS: dict[str, Any] = {"model": "nowhere", "settings": {}, "adapters": {"base": None}}
 
 
 @pytest.fixture
-def running(here: Elsewhere, tmp_path: Path) -> Iterator[Runner]:
+def running(here: type[MlxEngine], tmp_path: Path) -> Iterator[Runner]:
     with here.run(ARGUMENTS, tmp_path / "log", 60) as runner:
         yield runner
 
 
-def test_an_engine_in_this_environment_needs_no_variable(here: Elsewhere) -> None:
-    assert (here.python(), here.version(), here.install()) == (sys.executable, pytest.__version__, None)
+def test_an_engine_in_this_environment_needs_no_variable(here: type[MlxEngine]) -> None:
+    assert (here.python(), here.installed(), here.lacking(REQUEST)) == (sys.executable, pytest.__version__, None)
 
 
-@pytest.mark.parametrize("engine", [MlxEngine.environment, OpenVinoEngine.environment], ids=lambda engine: engine.name)
-def test_a_missing_engine_says_how_to_get_it(engine: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", [MlxEngine, OpenVinoEngine], ids=lambda engine: engine.name)
+def test_a_missing_engine_says_how_to_get_it(engine: type[ElsewhereEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(engine.variable, raising=False)
-    assert engine.install() == (
+    assert engine.lacking(REQUEST) == (
         f"make {engine.name}, and name its python with {engine.variable} ({engine.variable} is not set)"
     )
     for python in ("/nowhere/bin/python", "/bin/sh"):
         monkeypatch.setenv(engine.variable, python)
-        assert engine.version() is None
-        assert f"found no {engine.distribution} in {python}" in str(engine.install())
+        assert engine.installed() is None
+        assert f"found no {engine.distributions[0]} in {python}" in str(engine.lacking(REQUEST))
 
 
 @pytest.mark.process
@@ -57,7 +59,7 @@ def test_a_process_that_ended_is_reported(running: Runner) -> None:
 
 
 @pytest.mark.process
-def test_a_silent_process_is_given_up(here: Elsewhere, tmp_path: Path) -> None:
+def test_a_silent_process_is_given_up(here: type[MlxEngine], tmp_path: Path) -> None:
     with (
         here.run(ARGUMENTS, tmp_path / "log", 1e-4) as running,
         pytest.raises(EngineError, match=r"mlx: no answer within 0.0001 s; raise the start timeout"),
@@ -66,7 +68,7 @@ def test_a_silent_process_is_given_up(here: Elsewhere, tmp_path: Path) -> None:
 
 
 def test_a_python_that_is_gone_cannot_be_started(
-    here: Elsewhere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: type[MlxEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "python").write_text("no program")
     (tmp_path / "python").chmod(0o755)

@@ -18,7 +18,6 @@ from loraover.common.errors import CheckpointError, ConfigError, EngineError, Ex
 from loraover_serve import VerifyReport, verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.engines import ENGINES, engine_class
-from loraover_serve.engines.elsewhere import Elsewhere
 from loraover_serve.engines.mlx import MlxEngine
 
 from support.openai_server import openai_server
@@ -110,15 +109,9 @@ def test_a_failure_is_kept_beside_the_others(adapter: Path, monkeypatch: pytest.
             verify_adapter(adapter, **address, **BRIEF)
 
 
-@pytest.fixture
-def failing(here: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mlx-lm fails."""
-    monkeypatch.setattr(MlxEngine, "environment", here)
-
-
 @pytest.mark.process
 def test_the_log_of_an_engine_that_failed_is_beside_the_report(
-    failing: None, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    here: type[MlxEngine], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert verify(adapter, "--engine", "mlx", "-o", out) == 2
@@ -130,7 +123,9 @@ def test_the_log_of_an_engine_that_failed_is_beside_the_report(
 
 
 @pytest.mark.process
-def test_the_log_is_kept_without_an_output(failing: None, adapter: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_log_is_kept_without_an_output(
+    here: type[MlxEngine], adapter: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     report = verify_adapter(adapter, engines=["torch", "mlx"], **BRIEF)
     (kept,) = tmp_path.glob("loraover-verify-kept-*/mlx.log")

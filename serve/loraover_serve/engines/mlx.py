@@ -12,15 +12,17 @@ from loraover.common.errors import ExportError
 from loraover_export.mlx.run import export_mlx
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import LogitEngine, Setting
-from loraover_serve.engines.elsewhere import Elsewhere, ElsewhereEngine, local_folder
+from loraover_serve.engines.elsewhere import ElsewhereEngine, local_folder
 
 
 @final
 class MlxEngine(ElsewhereEngine, LogitEngine):
     """mlx-lm, which loads the base model in float32 and adapts it for the second arm."""
 
-    environment = Elsewhere("mlx", "LORAOVER_MLX", "mlx-lm")
-    hint = environment.hint
+    name = "mlx"
+    distributions = ("mlx-lm",)
+    variable = "LORAOVER_MLX"
+    hint = "make mlx"
 
     @classmethod
     @contextmanager
@@ -37,7 +39,7 @@ class MlxEngine(ElsewhereEngine, LogitEngine):
             "settings": exported.lost_settings,
             "adapters": {BASE: None, ADAPTER: str(folder)},
         }
-        with cls.environment.run(arguments, setting.log, request.start_timeout_s) as runner:
+        with cls.run(arguments, setting.log, request.start_timeout_s) as runner:
             yield cls(runner, setting.scratch)
 
     def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[Any]:

@@ -17,14 +17,7 @@ from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.common.errors import EngineError
 from loraover_serve.engines.answers import ADAPTER, BASE, Question, Row
 from loraover_serve.engines.base import Setting
-from loraover_serve.engines.elsewhere import (
-    Elsewhere,
-    ElsewhereEngine,
-    end_process,
-    local_folder,
-    start_process,
-    tail,
-)
+from loraover_serve.engines.elsewhere import ElsewhereEngine, end_process, local_folder, start_process, tail
 from loraover_serve.engines.vllm import export_uniform
 
 TOP = 20  # logprobs of each token, as servers give them
@@ -36,22 +29,24 @@ OPTIONS = ("--task", "text-generation-with-past", "--weight-format", "fp32", "--
 class OpenVinoEngine(ElsewhereEngine):
     """OpenVINO GenAI, in a pipeline without the adapter and then in one with it."""
 
-    environment = Elsewhere("openvino", "LORAOVER_OPENVINO", "openvino-genai")
-    hint = environment.hint
+    name = "openvino"
+    distributions = ("openvino-genai",)
+    variable = "LORAOVER_OPENVINO"
+    hint = "make openvino"
 
     @classmethod
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[OpenVinoEngine]:
         file = export_uniform(setting) / TENSORS_FILE
         arguments = {"model": str(cls.convert(setting)), "adapters": {BASE: None, ADAPTER: str(file)}}
-        with cls.environment.run(arguments, setting.log, setting.request.start_timeout_s) as runner:
+        with cls.run(arguments, setting.log, setting.request.start_timeout_s) as runner:
             yield cls(runner, setting.scratch)
 
     @classmethod
     def convert(cls, setting: Setting) -> Path:
         """Export the base model with optimum-intel in float32, and return its folder."""
         output, log = setting.scratch / "model", setting.log.with_name("optimum.log")
-        request, python, model = setting.request, str(cls.environment.python()), local_folder(setting.base)
+        request, python, model = setting.request, str(cls.python()), local_folder(setting.base)
         request.report.line(f"exporting {setting.base.name} with optimum-intel")
         words = [python, "-I", "-c", CONVERT, "export", "openvino", "--model", model, *OPTIONS, str(output)]
         with log.open("wb") as errors:
