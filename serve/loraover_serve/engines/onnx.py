@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
 
     distributions = ("onnxruntime-genai", "onnxruntime-genai-cuda")
     needs = ("onnx",)
-    reported = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "onnxruntime-genai": distributions}  # noqa: RUF012
+    reported: ClassVar = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "onnxruntime-genai": distributions}
     hint = "pip install 'loraover[export]'"
 
     def __init__(self, name: str, arms: Mapping[str, OnnxArm]) -> None:
