@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import click
 
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.places import imported
 from loraover.common.quiet import ignore_idle_warnings
 
 # Keeps it private which models a user trains; huggingface_hub reads this when it is imported.
@@ -96,12 +96,6 @@ class LazyGroup(Command, click.Group):
 
     def _found(self) -> dict[str, EntryPoint]:
         return {} if self._plugins is None else {point.name: point for point in entry_points(group=self._plugins)}
-
-
-def imported(place: str) -> Any:
-    """Import what a place, "module:name", names."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:

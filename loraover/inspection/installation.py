@@ -108,10 +108,7 @@ def find_engines(points: Iterable[EntryPoint]) -> tuple[list[Engine], list[str]]
     faults = []
     for point in points:
         try:
-            engines += [
-                Engine(name=found.name, version=found.version, takes=found.takes, install=found.install)
-                for found in point.load()()
-            ]
+            engines += [Engine.model_validate(found, from_attributes=True) for found in point.load()()]
         except Exception as error:  # another package's code: whatever is wrong with it is what the user asked for
             faults.append(f"{point.value} failed: {type(error).__name__}: {error}")
     return engines, faults

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from loraover.common.command_line import Command, imported, quiet_libraries
+from loraover.common.command_line import Command, quiet_libraries
 from loraover.common.errors import UnwrittenReportError
+from loraover.common.places import imported
 from loraover.common.request import Declared, Request, declarations, perform, written_as_flags
 
 Body = Callable[[Any, bool], int | None]

@@ -18,10 +18,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 
 from loraover_export import convert_adapter
-from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS, tokens
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, LowRank, Refused
 from loraover_export.convert.methods.householder import _compact
+from loraover_export.convert.report import VllmFit
 from loraover_export.logits.pieces import logits_of
 
 from oracles import conversions as oracle
@@ -279,7 +279,7 @@ class TestTheTable:
 
 
 def test_the_engines_that_take_a_rank_are_named() -> None:
-    assert (fit(512).takes, fit(513).takes) == (True, False)
-    assert (fit(9).max_lora_rank, fit(513).max_lora_rank) == (16, None)
-    assert "--max-lora-rank 16;" in fit_in_words(9)
-    assert "rank 512 would fit" in fit_in_words(576)
+    assert (VllmFit.of(512).takes, VllmFit.of(513).takes) == (True, False)
+    assert (VllmFit.of(9).max_lora_rank, VllmFit.of(513).max_lora_rank) == (16, None)
+    assert "--max-lora-rank 16;" in VllmFit.of(9).in_words()
+    assert "rank 512 would fit" in VllmFit.of(576).in_words()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from loraover.common.errors import ExportError
-from loraover_export.convert.engines import fit_in_words
 from loraover_export.convert.methods.base import LowRank, Place, rounding
+from loraover_export.convert.report import VllmFit
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Layout
 from loraover_export.numerics.delta import Delta
@@ -54,7 +54,7 @@ def _approximate(place: Place, layout: Layout[Any], rank: int | None, ranks: dic
         raise ExportError(
             f"{layout.tensors_path}: {place.path}: this {layout.config.peft_type} adapter changes the weight by a "
             f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with "
-            f"{ConvertRequest.named('rank')} R; its error is shown. With rank {exact}, {fit_in_words(exact)}."
+            f"{ConvertRequest.named('rank')} R; its error is shown. With rank {exact}, {VllmFit.of(exact).in_words()}."
         )
     noise = rounding(*found.value.shape) * found.size
     if rank is not None and exact > rank:

@@ -4,8 +4,31 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.convert.engines import VllmFit
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.uniform.certificate import LoraCertificate, OutputsOfConversion
+from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
+
+
+class VllmFit(BaseModel):
+    """Whether vLLM takes adapters of a rank; no other engine names a largest rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    takes: bool = Field(description="whether vLLM takes the rank")
+    max_lora_rank: int | None = Field(description="value of --max-lora-rank to start vLLM with; None if none suffices")
+    largest: int = Field(default=MAX_LORA_RANKS[-1], description="largest rank that vLLM takes")
+
+    @classmethod
+    def of(cls, rank: int) -> VllmFit:
+        """Return whether vLLM takes adapters of a rank."""
+        return cls(takes=max_lora_rank(rank) is not None, max_lora_rank=max_lora_rank(rank))
+
+    def in_words(self) -> str:
+        """Return which engines take the rank, and the rank that fits all of them."""
+        if self.takes:
+            return f"vLLM takes it with --max-lora-rank {self.max_lora_rank}; no other engine names a largest rank"
+        option = ConvertRequest.named("rank")
+        return f"only vLLM names a largest rank, {self.largest}, so {option} {self.largest} would fit it"
 
 
 class ConvertReport(BaseModel):

@@ -19,12 +19,11 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.convert.approximate import approximations
 from loraover_export.convert.effect import compare_outputs
-from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import AnyMethod, Place, Refused
 from loraover_export.convert.methods.experts import stacks_of
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
-from loraover_export.convert.report import ConvertReport
+from loraover_export.convert.report import ConvertReport, VllmFit
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
 from loraover_export.logits.pieces import tokens_at_once
@@ -79,8 +78,8 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         method=layout.config.peft_type,
         exact_rank=exact,
         truncated=exact > certificate.rank,
-        vllm=fit(certificate.rank),
-        engines=fit_in_words(exact),
+        vllm=VllmFit.of(certificate.rank),
+        engines=VllmFit.of(exact).in_words(),
         certificate=certificate,
     )
 

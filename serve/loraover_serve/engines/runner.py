@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,6 @@ class Mlx:
     def __init__(self, model: str, settings: dict[str, Any], adapters: dict[str, str | None]) -> None:
         self._model, self._settings, self._adapters = model, settings, adapters
         self._loaded: dict[str, Any] = {}
-
-    def version(self) -> str:
-        """Version of mlx-lm."""
-        return version("mlx-lm")
 
     def logits(self, arm: str, tokens: list[int], file: str) -> None:
         """Write the logits after each token to a file."""
@@ -83,10 +78,6 @@ class OpenVino:
     def __init__(self, model: str, adapters: dict[str, str | None]) -> None:
         self._model, self._adapters = model, adapters
         self._loaded: dict[str, Any] = {}
-
-    def version(self) -> str:
-        """Version of OpenVINO GenAI."""
-        return version("openvino-genai")
 
     def top(self, arm: str, tokens: list[int], number: int) -> list[tuple[int, float]]:
         """The likeliest next tokens with their logprobs: the scores of as many beams of one token each."""

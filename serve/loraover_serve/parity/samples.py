@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from loraover_serve.engines.sample import Sample
 
-BASE, VANILLA, CONTROL, FOLDED = "base", "vanilla", "control", "folded"
-"""Names of the arms: the base model, a plain LoRA (the baseline), a copy of that LoRA, and the folded adapter."""
+VANILLA, CONTROL, FOLDED = "vanilla", "control", "folded"
+"""Names of the arms beside the base model: a plain LoRA (the baseline), a copy of that LoRA, and the folded adapter."""
 
 SWITCHING, MIXED = "switching", "mixed"
 """Names of the arms that several adapters answer: one after the other, and together in one batch."""

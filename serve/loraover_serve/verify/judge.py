@@ -26,7 +26,7 @@ from scipy import stats
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.comparison.thresholds import APPLIED, SURE
-from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Rows
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Rows
 from loraover_serve.verify.faults import FAULTS, IN_BASE, OTHER_BASE, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.mixed import compare_mixed, mixed_fault
 from loraover_serve.verify.reference import Reference

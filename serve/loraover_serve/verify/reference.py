@@ -14,9 +14,9 @@ from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.reference.reference_model import reference_model, reference_name
 from loraover_serve.comparison.rounding import FORMATS, rounding
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, window_rows
 from loraover_serve.engines.sample import Request
 from loraover_serve.engines.torch import TorchEngine, Within
-from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Question, Row, window_rows
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from loraover.common.provenance import today
 from loraover.common.request import verb
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
-from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task
-from loraover_serve.comparison.report import machine, versions
-from loraover_serve.verify.answers import ADAPTER, BASE
-from loraover_serve.verify.engines import engine_class
-from loraover_serve.verify.engines.base import Setting, VerifyEngine
-from loraover_serve.verify.engines.endpoint import as_chats, opened, takes_chats_only
+from loraover_serve.comparison.report import machine
+from loraover_serve.engines import engine_class
+from loraover_serve.engines.answers import ADAPTER, BASE
+from loraover_serve.engines.base import Engine, RunningServer, Setting
+from loraover_serve.engines.endpoint import as_chats, takes_chats_only
+from loraover_serve.engines.installed import check_installed, versions
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import Answers, Court
@@ -62,27 +62,11 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
         OutputError: an output that exists or cannot be written.
         UnwrittenReportError: an output that could not be written after the verification; `error.report` has the report.
     """
-    _check_possible(request)
-    with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
-        return _verify(request, Path(scratch))
-
-
-def _check_possible(request: VerifyRequest) -> None:
-    """Raise the error of a request that cannot be carried out, before anything is read or started."""
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
-    lacking = {name: engine_class(name).install(request.vllm) for name in request.asked}
-    faults = [
-        f"{request.named('engines', name)} is not installed here; install it: {how}"
-        for name, how in lacking.items()
-        if how
-    ]
-    if faults:
-        raise EngineError("; ".join(faults) + ".")
-    if request.endpoint is not None:
-        opened(request).close()
-    if request.base_gguf is not None:
-        check_pair(request.base_gguf, None)
+    check_installed(request)
+    with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
+        return _verify(request, Path(scratch))
 
 
 def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
@@ -91,24 +75,22 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     check_plain(adapter, "the check of engines")
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     check_task(adapter, base, "verify")
-    if request.graph is not None:
-        from loraover_serve.engines.onnx_graphs import check_graph
-
-        check_graph(request.graph, base)
+    longest = _longest(base, request)
     device = str(choose_device(request.device))
     subject = make_subject(adapter, base)
-    longest = _longest(base, request)
     found = read_prompts(base, request.prompts, longest=longest)
     if found.cut:
         request.report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
     prompts = [tuple(batch[0].tolist()) for batch in found.batches]
     longest = max(map(len, prompts)) + request.new_tokens
-    setting = Setting(request, request.adapter.resolve(), adapter, base, scratch, longest)
+    setting = make_setting(request, base, scratch, longest)
+    for name in request.asked:
+        engine_class(name).check(setting)
     prompt_source = found.source
-    if request.endpoint is not None and takes_chats_only(setting):
+    if setting.server is not None and takes_chats_only(setting):
         request.report.line("the server answers chats only: each prompt is the message of a chat")
         prompts, messages = as_chats(load_tokenizer(base), prompts)
-        setting = replace(setting, messages=messages)
+        setting = replace(setting, server=replace(setting.server, messages=messages))
         prompt_source += ", each the message of a chat" if messages else ""
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
     court = Court(reference, Variants(adapter, base, device, reference.questions), subject)
@@ -120,6 +102,18 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     if len(failures) == len(results):
         raise failures[0]
     return made
+
+
+def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longest: int) -> Setting:
+    """What engines are started with, but for the folders of each."""
+    server = None
+    if request.endpoint is not None and request.served_name is not None:
+        key = request.endpoint_key_variable
+        server = RunningServer(request.endpoint, request.served_name, request.base_name, key)
+    adapters, log, device = {ADAPTER: request.adapter.resolve()}, scratch / "log", str(choose_device(request.device))
+    return Setting(
+        request, adapters, base, scratch, log, longest, device=device, base_gguf=request.base_gguf, server=server
+    )
 
 
 def _report(
@@ -171,7 +165,7 @@ def _verify_all(
         folder.mkdir()
         start = time.perf_counter()
         try:
-            results.append(verify_engine(name, replace(setting, scratch=folder), court))
+            results.append(verify_engine(name, replace(setting, scratch=folder, log=folder / f"{name}.log"), court))
         except LoraOverError as error:
             error.args = (_with_logs(str(error), folder, request.output),)
             failures.append(error)
@@ -213,13 +207,13 @@ def verify_engine(name: str, setting: Setting, court: Court) -> EngineResult:
     start = time.perf_counter()
     with engine_class(name).start(setting) as engine:
         setting.request.report.line(f"asking {name}, the base model first")
-        answers, version = ask(engine, court.reference), engine.version
+        answers, version = ask(engine, court.reference), engine.version()
     seconds = time.perf_counter() - start
     setting.request.report.line(f"comparing the answers of {name} with PyTorch's")
     return court.judge(name, version, answers, seconds)
 
 
-def ask(engine: VerifyEngine, reference: Reference) -> Answers:
+def ask(engine: Engine, reference: Reference) -> Answers:
     """Ask a running engine everything that the judge needs.
 
     Args:
@@ -230,9 +224,9 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
         EngineError: a request that failed, other than one of those that are sent together.
     """
     questions = reference.questions
-    base, adapter = (engine.rows(arm, questions) for arm in (BASE, ADAPTER))
+    base, adapter = (engine.logprobs(arm, questions) for arm in (BASE, ADAPTER))
     prompts = [question.prompt for question in questions]
-    greedy = engine.greedy(ADAPTER, prompts, len(questions[0].continuation))
+    greedy = engine.generate(ADAPTER, prompts, len(questions[0].continuation))
     try:
         mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
     except EngineError as error:  # what was answered before is judged all the same

@@ -16,8 +16,8 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import Format, rounding
+from loraover_serve.engines.answers import Expected, Question, window_rows
 from loraover_serve.engines.torch import model_logits
-from loraover_serve.verify.answers import Expected, Question, window_rows
 
 
 @dataclass(frozen=True)

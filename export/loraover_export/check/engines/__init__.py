@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from loraover.common.places import imported
 
 if TYPE_CHECKING:
     from loraover_export.check.engines.base import EngineRules
 
+_HERE = "loraover_export.check.engines"
 ENGINES = {
-    "vllm": "vllm:Vllm",
-    "llamacpp": "llamacpp:LlamaCpp",
-    "onnx": "onnx:Onnx",
-    "openvino": "openvino:OpenVino",
-    "mlx": "mlx:Mlx",
-    "torch": "torch:Torch",
+    "vllm": f"{_HERE}.vllm:Vllm",
+    "llamacpp": f"{_HERE}.llamacpp:LlamaCpp",
+    "onnx": f"{_HERE}.onnx:Onnx",
+    "openvino": f"{_HERE}.openvino:OpenVino",
+    "mlx": f"{_HERE}.mlx:Mlx",
+    "torch": f"{_HERE}.torch:Torch",
 }
-"""Module and class of each engine, by the name that `--engine` takes."""
+"""Place of each engine's class, as "module:name", by the name that `--engine` takes."""
 
 
 def engine_of(name: str) -> EngineRules:
     """Import and make one of `ENGINES`."""
-    module, _, attribute = ENGINES[name].partition(":")
-    found: type[EngineRules] = getattr(import_module(f"{__name__}.{module}"), attribute)
+    found: type[EngineRules] = imported(ENGINES[name])
     return found()

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.comparison.thresholds import APPLIED, SURE, root_mean
+from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import engine_errors
 from loraover_serve.engines.sample import Request, Sample
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 ROUNDING = 1e-3  # nats by which float32's rounding sets apart two engines that otherwise compute alike
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +18,11 @@ from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ParityError
-from loraover.models.load import ModelSource
+from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_serve.comparison.adapters import check_plain, check_task, write_like
+from loraover_serve.engines.answers import BASE
+from loraover_serve.parity.judge.outputs import Reference
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import ALSO, CONTROL, FOLDED, VANILLA
 
@@ -76,6 +81,28 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
     adapters = {VANILLA: vanilla.resolve(), CONTROL: control.resolve(), FOLDED: request.adapter.resolve()}
     adapters |= {name: other.path.resolve() for name, other in others.items()}
     return Arms(adapters, base, checkpoint, tuple(others))
+
+
+def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[dict[str, Reference], str]:
+    """Models in PyTorch to compare answers with.
+
+    Args:
+        arms: the adapters.
+        device: device to run on.
+        compute_dtype: data type to run in.
+
+    Returns:
+        The base model and the model of each adapter by the names of their arms, where the folded one's is the unfolded
+        checkpoint if there is one; and the folded one's name.
+    """
+    base = load_model(arms.base, dtype=compute_dtype, device=device)
+    found: dict[str, Reference] = {BASE: lambda: nullcontext(base)}
+    for arm in (VANILLA, FOLDED, *arms.also):
+        found[arm] = partial(reference_model, base, read_adapter_dir(arms.adapters[arm]))
+    if arms.checkpoint is None:
+        return found, "the folded adapter"
+    found[FOLDED] = partial(reference_model, base, read_checkpoint(arms.checkpoint))
+    return found, "the unfolded checkpoint"
 
 
 def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.measure.design import block_orders
 from loraover_serve.parity.samples import Measurement
 
 
 def measure(
-    engine: Engine,
+    engine: Timed,
     requests: Sequence[Request],
     *,
     concurrency: int,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import final
 
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import MIXED, SWITCHING
 
@@ -15,7 +15,7 @@ Together = Callable[[Sequence[str], str, int, int, Sequence[Request]], list[Samp
 
 
 @final
-class SeveralAdapters(Engine):
+class SeveralAdapters(Timed):
     """An engine whose arms answer waves of simultaneous requests, several in a row.
 
     The waves of "switching" go to the adapters in turn, and the requests of one wave of "mixed" go to the adapters in
@@ -28,7 +28,7 @@ class SeveralAdapters(Engine):
         together: function that sends the requests of a wave to different adapters; None leaves "mixed" out.
     """
 
-    def __init__(self, engine: Engine, adapters: Sequence[str], concurrency: int, together: Together | None) -> None:
+    def __init__(self, engine: Timed, adapters: Sequence[str], concurrency: int, together: Together | None) -> None:
         self.name = engine.name
         self.adapters, self.concurrency = tuple(adapters), concurrency
         alone = tuple(arm for arm in engine.arms if arm not in self.adapters[1:])
@@ -68,7 +68,7 @@ def adapter_of(adapters: Sequence[str], concurrency: int, arm: str, request: int
 
 
 def answers_alone(
-    engine: Engine, adapters: Sequence[str], requests: Sequence[Request], indices: Sequence[int], concurrency: int
+    engine: Timed, adapters: Sequence[str], requests: Sequence[Request], indices: Sequence[int], concurrency: int
 ) -> dict[tuple[str, int], Sample]:
     """Answers of each adapter alone to the same waves of requests, by its name and the index of the request.
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from loraover.reporting.figures import Band, Curve, Key, Point, Row, curves_figure, rows_figure
 from loraover.reporting.svg import Axis, Figure
+from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
 from loraover_serve.parity.report.tables import deciding_first
 from loraover_serve.parity.report.verdict import PER, at_once
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 COLORS = {FOLDED: "subject", VANILLA: "baseline", CONTROL: "noise", BASE: "base"}
 """Colours of the arms; further arms are "other"."""

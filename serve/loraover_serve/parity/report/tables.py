@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loraover.reporting.html_page import Table
+from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
+from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
 
 GIB = 2**30
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from loraover.reporting.html_page import Tone, Verdict
+from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import Result, requests_needed
 from loraover_serve.parity.judge.outputs import Distance
 from loraover_serve.parity.report.parity_report import EngineVerdict, ParityReport
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED
+from loraover_serve.parity.samples import CONTROL, FOLDED
 
 PER = {"time per output token": "per token", "end-to-end latency": "per answer"}
 """Short names of the measures."""
