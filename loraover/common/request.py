@@ -119,7 +119,7 @@ class Request:
         report: Receiver of progress.
 
     Raises:
-        ConfigError: values that cannot be used; the message names all of them.
+        ConfigError: Values that cannot be used; the message names all of them.
     """
 
     verb: ClassVar[str]

@@ -158,7 +158,7 @@ def unfolded(
 
     Raises:
         CheckpointError: The adapter was trained on another base model: a module is missing or has other dimensions, or
-            the initialization of A and B had changed the base weights.
+            the initialisation of A and B had changed the base weights.
     """
     handles = []
     saved: dict[str, nn.Parameter] = {}

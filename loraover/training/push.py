@@ -31,7 +31,7 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
         None where the adapter names the model that it was trained on.
 
     Raises:
-        ConfigError: an adapter of a stand-in would be pushed and the recipe names no model for it that can be read;
+        ConfigError: An adapter of a stand-in would be pushed and the recipe names no model for it that can be read;
             or the recipe names one although no adapter of a stand-in is pushed.
     """
     needs_base = recipe.push_to_hub is not None and recipe.method != "full" and trained.stand_in is not None
@@ -66,7 +66,7 @@ def push(repository: str, folder: Path, kept: Path) -> None:
         kept: Folder where the run keeps what was trained, for messages.
 
     Raises:
-        OutputError: the hub refuses, or cannot be reached.
+        OutputError: The hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
 

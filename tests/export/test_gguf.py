@@ -241,7 +241,7 @@ def scaling_forgotten(exact: Exact, scaling: float) -> Exact:
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "scaling dropped": (matrices_module, "scale", scaling_forgotten),
     "layers swapped": (
-        target_module.Target,
+        target_module.GgufTarget,
         "tensor_name",
         lambda self, adapted, side: (
             f"blk.{1 - int(adapted.path.split('.')[2])}.{self.modules[adapted.path].tensor[6:]}.lora_{side.lower()}"

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from loraover.common.command_line import run
 from loraover_export import merge_adapter
 from loraover_export.cli import cli
-from loraover_export.merge import arithmetic, erasure, stream
-from loraover_export.merge.erasure import NF4, Erasure, Lost, four_bits, lost_by_four_bits
+from loraover_export.merge import arithmetic, rounding_loss, stream
+from loraover_export.merge.rounding_loss import NF4, Lost, RoundingLoss, four_bits, lost_by_four_bits
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest
 
@@ -97,7 +97,7 @@ def test_small_deltas_are_said_to_be_erased(pair: tuple[Path, Path], tmp_path: P
 def test_every_row_counts_where_some_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tall weight of equal rows loses much, and a low one little: the sample has to weigh them by their heights."""
 
-    def of_both() -> Erasure:
+    def of_both() -> RoundingLoss:
         both = Lost()
         for seed, height, size in ((1, 2000, 1e-3), (2, 100, 1.0)):
             row, a = normal(seed, 1, 64), normal(seed + 2, 1, 64)
@@ -106,7 +106,7 @@ def test_every_row_counts_where_some_are_tried(monkeypatch: pytest.MonkeyPatch) 
         return both.result()
 
     found = of_both()
-    monkeypatch.setattr(erasure, "ROWS", 10**6)
+    monkeypatch.setattr(rounding_loss, "ROWS", 10**6)
     expected = of_both()
     assert found.erased == pytest.approx(expected.erased, rel=1e-9)
     assert found.error == pytest.approx(expected.error, rel=1e-9)

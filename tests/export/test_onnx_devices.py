@@ -14,7 +14,7 @@ from loraover.common.errors import ConfigError
 from loraover.models.device import choose_compute
 from loraover.models.load import load_model, resolve_model
 from loraover_export.onnx import export as export_module
-from loraover_export.onnx.check import Compute, Reference, largest, make_reference
+from loraover_export.onnx.check import Compute, OnnxReference, largest, make_reference
 from loraover_export.onnx.kinds.stateless import Stateless
 from loraover_export.onnx.request import OnnxRequest
 
@@ -35,11 +35,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.fixture(scope="module")
-def reference(llama: Made) -> Callable[[str, str, str], Reference]:
+def reference(llama: Made) -> Callable[[str, str, str], OnnxReference]:
     """The reference of a tiny Llama's checkpoint by precision, device and type; the model stays as it was."""
 
     @cache
-    def make(precision: str, device: str, dtype: str) -> Reference:
+    def make(precision: str, device: str, dtype: str) -> OnnxReference:
         model, kind = load_model(resolve_model(str(llama.base))), Stateless()
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         cases = kind.cases(torch.arange(36) % 40 + 3)
@@ -57,7 +57,7 @@ def reference(llama: Made) -> Callable[[str, str, str], Reference]:
 )
 @pytest.mark.parametrize("device", ALL_DEVICES)
 def test_a_reference_lies_within_its_noise(
-    device: str, precision: str, dtype: str, reference: Callable[[str, str, str], Reference]
+    device: str, precision: str, dtype: str, reference: Callable[[str, str, str], OnnxReference]
 ) -> None:
     if (device, dtype) == ("mps", "fp64"):
         pytest.skip("Apple GPUs have no float64")
@@ -67,7 +67,7 @@ def test_a_reference_lies_within_its_noise(
     assert largest(exact.logits, found.logits) <= 3 * found.noise
 
 
-def test_a_coarser_type_has_more_noise(reference: Callable[[str, str, str], Reference]) -> None:
+def test_a_coarser_type_has_more_noise(reference: Callable[[str, str, str], OnnxReference]) -> None:
     found = {dtype: reference("fp32", "cpu", dtype) for dtype in TYPES}
     assert found["fp64"].noise == found["fp32"].noise
     assert found["bf16"].noise > 2 * found["fp16"].noise > 100 * found["fp32"].noise

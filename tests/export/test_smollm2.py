@@ -19,7 +19,7 @@ from loraover.models.load import ModelSource, load_model, load_tokenizer, resolv
 from loraover.reference.unfolded_model import unfolded
 from loraover_export import export_gguf, merge_adapter
 from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.onnx.report import ENGINE_FACTOR, OnnxReport
 
 from support.agreement import PROMPTS
@@ -144,7 +144,7 @@ def test_llama_cpp(smollm2: SmolLM2) -> None:
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(smollm2.text.ids, smollm2.text.mask, strict=True)]
     found = []
     for adapter in (output, None):
-        with LlamaCpp(base_gguf, adapter, threads=1) as engine:
+        with LlamaCppModel(base_gguf, adapter, threads=1) as engine:
             found.append(torch.cat([torch.from_numpy(engine.logits(row).copy()) for row in rows]))
     smollm2.assert_right(found[0])
     assert float((found[1] - smollm2.base).abs().max()) <= ALLOWED

@@ -14,7 +14,7 @@ from loraover.common.errors import EngineError, ExportError
 from loraover.models.load import load_model, resolve_model
 from loraover_export.gguf import target
 from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.uniform import matrices
 from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.verify.run import verify_engine
@@ -46,7 +46,7 @@ def no_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     started = "loraover_serve.engines.llamacpp.LlamaCpp"
-    monkeypatch.setattr(started, lambda base, adapter: LlamaCpp(base))
+    monkeypatch.setattr(started, lambda base, adapter: LlamaCppModel(base))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover.study.grid import make_grid
 from loraover.study.kept_runs import KEPT_FILE, read_kept
-from loraover.study.outcome import Outcome
+from loraover.study.outcome import RunOutcome
 from loraover.study.report import StudyReport
 from loraover.study.request import StudyRequest
 from loraover.study.runner import run_grid
@@ -217,7 +217,7 @@ def test_a_run_reserves_a_gpu_where_a_cluster_has_any(
 ) -> None:
     """On a cluster that only notes what it is asked for."""
     reserved: list[dict[str, int]] = []
-    outcome = Outcome(recipe="", nats=[1.0], tokens=[1]).model_dump_json()
+    outcome = RunOutcome(recipe="", nats=[1.0], tokens=[1]).model_dump_json()
 
     def remote(**options: int) -> Callable[[object], SimpleNamespace]:
         reserved.append(options)

@@ -25,7 +25,7 @@ from loraover_export import export_vllm
 from loraover_export.gguf import llamacpp
 from loraover_export.gguf.base import write_base
 from loraover_export.gguf.families import FAMILIES, interleave
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.onnx import genai
 from loraover_serve.engines import engine_class, mlx, openvino
 from loraover_serve.engines.answers import ADAPTER, BASE
@@ -151,7 +151,7 @@ def peft_in_llamacpp(setting: Setting, running: Running) -> Iterator[Engine]:
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(llamacpp, "check_pair", lambda base, adapter: None)
-            loaded = {BASE: LlamaCpp(base, threads=1), ADAPTER: LlamaCpp(base, file, threads=1)}
+            loaded = {BASE: LlamaCppModel(base, threads=1), ADAPTER: LlamaCppModel(base, file, threads=1)}
         yield LlamaCppEngine({arm: stack.enter_context(running) for arm, running in loaded.items()})
 
 

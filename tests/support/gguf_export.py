@@ -15,7 +15,7 @@ from torch import Tensor
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, PARAMETERS
@@ -130,7 +130,7 @@ def logits(model: Any) -> Tensor:
 
 def engine_logits(base: Path, adapter: Path | None = None) -> Tensor:
     """llama.cpp's logits of IDS."""
-    with LlamaCpp(base, adapter, threads=1) as engine:
+    with LlamaCppModel(base, adapter, threads=1) as engine:
         return torch.from_numpy(engine.logits(IDS[0].tolist()))
 
 

@@ -19,7 +19,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover.models.hub import HubUnreachableError
 from loraover.models.load import load_model, resolve_model
-from loraover.training.plan import Plan, kept_bytes, make_plan
+from loraover.training.plan import TrainingPlan, kept_bytes, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
@@ -37,9 +37,9 @@ def configs(bases: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     return {kind: tmp_path / kind for kind in bases}
 
 
-def plan(recipe: Path | str, capsys: pytest.CaptureFixture[str], *options: object) -> Plan:
+def plan(recipe: Path | str, capsys: pytest.CaptureFixture[str], *options: object) -> TrainingPlan:
     assert run(cli, ["train", str(recipe), "--plan", "--json", *map(str, options)]) == 0
-    return Plan.model_validate_json(capsys.readouterr().out)
+    return TrainingPlan.model_validate_json(capsys.readouterr().out)
 
 
 @pytest.mark.process

@@ -19,7 +19,7 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.overparam.sites import lora_layers
 from loraover.training.methods.base import get_pair
 from loraover.training.methods.tensorguide import (
-    Layout,
+    CoreLayout,
     TensorGuide,
     TensorGuideSettings,
     contract,
@@ -58,7 +58,9 @@ def make(path: Path, base: Path, **settings: Any) -> Path:
     return write_recipe(path, base, method="tensorguide", tensorguide=settings, evaluation={"exact_match": False})
 
 
-def drawn(r: int, in_features: int, out_features: int, seed: int = 0, **settings: Any) -> tuple[Layout, Any, list[Any]]:
+def drawn(
+    r: int, in_features: int, out_features: int, seed: int = 0, **settings: Any
+) -> tuple[CoreLayout, Any, list[Any]]:
     """Layout, input and cores of one module, float64."""
     layout = make_layout(TensorGuideSettings(**settings), "q_proj", r, in_features, out_features)
     generator = torch.Generator().manual_seed(seed)

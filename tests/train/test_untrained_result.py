@@ -30,7 +30,7 @@ def test_a_result_that_lost_its_training_is_not_published(
 ) -> None:
     take_steps = run._take_steps
 
-    def forget(prepared: Any, *args: Any) -> run.Timed:
+    def forget(prepared: Any, *args: Any) -> run.TimedSteps:
         """Take the steps, then put back all that was trained."""
         trained = [prepared.model, *getattr(prepared.method, "trains", ())]
         starts = [{name: value.clone() for name, value in module.state_dict().items()} for module in trained]

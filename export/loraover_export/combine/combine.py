@@ -34,11 +34,11 @@ def combine_adapters(request: CombineRequest) -> LoraCertificate:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
 
     Raises:
-        ConfigError: weights that cannot be used.
-        CheckpointError: an adapter that cannot be trusted, or that holds NaN.
-        ExportError: adapters of different base models, adapters that are more than A and B, or a sum of zero.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        ConfigError: Weights that cannot be used.
+        CheckpointError: An adapter that cannot be trusted, or that holds NaN.
+        ExportError: Adapters of different base models, adapters that are more than A and B, or a sum of zero.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     adapters = read_sources(request.sources)
     check_plain(adapters)

@@ -23,7 +23,7 @@ from loraover_export.combine.sources import Sources, deltas_of, read_sources
 from loraover_export.logits.prompts import read_prompts
 from loraover_export.numerics.delta import Delta, check_no_bias
 from loraover_export.numerics.low_rank import (
-    Svd,
+    SingularValues,
     concatenate,
     decompose,
     factor_noise,
@@ -45,11 +45,11 @@ def diff_adapters(request: DiffRequest) -> DiffReport:
     spaces (the inputs that they react to).
 
     Raises:
-        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or adapters of different tasks
+        ConfigError: Arguments that cannot be used, a base model that cannot be loaded, or adapters of different tasks
             with `logits`.
-        CheckpointError: an adapter that cannot be trusted, or that holds NaN.
-        ExportError: adapters of different base models.
-        DataError: a file of prompts that cannot be used.
+        CheckpointError: An adapter that cannot be trusted, or that holds NaN.
+        ExportError: Adapters of different base models.
+        DataError: A file of prompts that cannot be used.
     """
     sources = read_sources([request.first, request.second])
     for adapter in sources.adapters:
@@ -84,7 +84,7 @@ def _comparison(request: DiffRequest, sources: Sources) -> Callable[[], LogitDif
     """Read the prompts, and return the comparison of the adapters' logits.
 
     Raises:
-        ConfigError: adapters of different tasks.
+        ConfigError: Adapters of different tasks.
     """
     tasks = {task for adapter in sources.adapters if (task := adapter.config.task_type) is not None}
     if len(tasks) > 1:
@@ -135,7 +135,7 @@ def compare_deltas(module: str, first: Delta | None, second: Delta | None) -> Mo
 class _Decomposed(NamedTuple):
     """A delta's singular value decomposition, and the rank up to which it is more than rounding."""
 
-    svd: Svd
+    svd: SingularValues
     rank: int
 
     def columns(self) -> Tensor:

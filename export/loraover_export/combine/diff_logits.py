@@ -30,18 +30,18 @@ def compare_logits(
     """Run the base model, then each of two adapters on it, on the same prompts one at a time.
 
     Args:
-        adapters: the two adapters; cores are applied as they are, and PEFT runs plain adapters.
-        source: the base model.
-        prompts: token ids to run.
-        report: receiver of progress.
+        adapters: The two adapters; cores are applied as they are, and PEFT runs plain adapters.
+        source: The base model.
+        prompts: Token ids to run.
+        report: Receiver of progress.
         task_type: PEFT's name of the adapters' task; None means CAUSAL_LM.
-        num_labels: number of labels of a classification head that an adapter replaces; None if none does.
-        device: device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
-        compute_dtype: data type to run in: fp32, bf16, fp16 or fp64.
+        num_labels: Number of labels of a classification head that an adapter replaces; None if none does.
+        device: Device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
+        compute_dtype: Data type to run in: fp32, bf16, fp16 or fp64.
 
     Raises:
-        CheckpointError: the base model is not the one that an adapter was trained on.
-        ConfigError: a base model that cannot be loaded, or a device that is not there.
+        CheckpointError: The base model is not the one that an adapter was trained on.
+        ConfigError: A base model that cannot be loaded, or a device that is not there.
     """
     place, _ = choose_compute(device, compute_dtype)
     report.line(f"loading the base model from {source.origin} to {place}, {compute_dtype}")

@@ -32,7 +32,7 @@ class Sources:
     """Adapters that have been read and checked.
 
     Args:
-        adapters: the adapters.
+        adapters: The adapters.
     """
 
     adapters: tuple[AdapterDir, ...]
@@ -73,8 +73,8 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     """Read adapters whose deltas are to be added or compared.
 
     Raises:
-        CheckpointError: an adapter that cannot be trusted, or that was trained on changed base weights.
-        ExportError: adapters of different base models, or of modules with different shapes.
+        CheckpointError: An adapter that cannot be trusted, or that was trained on changed base weights.
+        ExportError: Adapters of different base models, or of modules with different shapes.
     """
     sources = Sources(tuple(map(read_source, paths)))
     for adapter in sources.adapters:
@@ -89,7 +89,7 @@ def check_plain(sources: Sources) -> None:
     """Refuse adapters that are more than A and B, and the base weights of `held_weights`.
 
     Raises:
-        ExportError: another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
+        ExportError: Another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
     """
     for adapter in sources.adapters:
         allowed = {"target_parameters"} if has_targets(adapter) else set()
@@ -104,7 +104,7 @@ def held_weights(sources: Sources) -> dict[str, Tensor]:
     PEFT saves them beside adapted embeddings. Where the vocabulary was resized, no other file holds the new rows.
 
     Raises:
-        ExportError: two adapters hold different weights for one module.
+        ExportError: Two adapters hold different weights for one module.
     """
     found: dict[str, tuple[Tensor, Path]] = {}
     for adapter in sources.adapters:

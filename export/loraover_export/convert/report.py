@@ -14,9 +14,9 @@ class VllmFit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    takes: bool = Field(description="whether vLLM takes the rank")
-    max_lora_rank: int | None = Field(description="value of --max-lora-rank to start vLLM with; None if none suffices")
-    largest: int = Field(default=MAX_LORA_RANKS[-1], description="largest rank that vLLM takes")
+    takes: bool = Field(description="Whether vLLM takes the rank")
+    max_lora_rank: int | None = Field(description="Value of --max-lora-rank to start vLLM with; None if none suffices")
+    largest: int = Field(default=MAX_LORA_RANKS[-1], description="Largest rank that vLLM takes")
 
     @classmethod
     def of(cls, rank: int) -> VllmFit:
@@ -36,12 +36,12 @@ class ConvertReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field(description="kind of the source, as PEFT names it")
-    exact_rank: int = Field(description="largest rank of any module's exact delta_W")
-    truncated: bool = Field(description="whether a smaller rank than the exact one was asked for")
-    vllm: VllmFit = Field(description="whether vLLM takes the written rank")
-    engines: str = Field(description="which engines take the exact rank, in words")
-    certificate: LoraCertificate = Field(description="verdict and errors of the written adapter")
+    method: str = Field(description="Kind of the source, as PEFT names it")
+    exact_rank: int = Field(description="Largest rank of any module's exact delta_W")
+    truncated: bool = Field(description="Whether a smaller rank than the exact one was asked for")
+    vllm: VllmFit = Field(description="Whether vLLM takes the written rank")
+    engines: str = Field(description="Which engines take the exact rank, in words")
+    certificate: LoraCertificate = Field(description="Verdict and errors of the written adapter")
 
     @property
     def outputs(self) -> OutputsOfConversion | None:

@@ -58,19 +58,19 @@ def check_outputs(
     evenly spaced tokens of every layer, and the folded A and B at the others. Logits of all tokens are compared.
 
     Args:
-        checkpoint: the checkpoint that was folded.
-        folded: folder of the written adapter.
-        dtype: data type that it is stored in.
-        source: the base model.
-        prompts_file: text file with one prompt a line; None means a built-in set.
-        report: receiver of progress.
-        device: device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
-        compute_dtype: data type to run in: fp32, bf16, fp16 or fp64.
+        checkpoint: The checkpoint that was folded.
+        folded: Folder of the written adapter.
+        dtype: Data type that it is stored in.
+        source: The base model.
+        prompts_file: Text file with one prompt a line; None means a built-in set.
+        report: Receiver of progress.
+        device: Device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
+        compute_dtype: Data type to run in: fp32, bf16, fp16 or fp64.
 
     Raises:
-        CheckpointError: the base model is not the one that was trained.
-        ConfigError: a device that is not there, or memory that does not suffice; the message says what would fit.
-        DataError: no usable prompt in the file.
+        CheckpointError: The base model is not the one that was trained.
+        ConfigError: A device that is not there, or memory that does not suffice; the message says what would fit.
+        DataError: No usable prompt in the file.
     """
     place, _ = choose_compute(device, compute_dtype)
     where, needs = {"device": str(place), "compute_dtype": compute_dtype}, partial(_needs, checkpoint, source, place)

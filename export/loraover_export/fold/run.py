@@ -35,12 +35,12 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         `check_error` to distinguish it from an adapter that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or memory that does not
+        ConfigError: Arguments that cannot be used, a base model that cannot be loaded, or memory that does not
             suffice for `check_error`; the message says what would fit.
-        CheckpointError: a checkpoint that cannot be trusted, or that belongs to another base model.
-        FoldError: an element beyond the range of `dtype`.
-        DataError: a file of prompts that cannot be used.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        CheckpointError: A checkpoint that cannot be trusted, or that belongs to another base model.
+        FoldError: An element beyond the range of `dtype`.
+        DataError: A file of prompts that cannot be used.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
         request.output, "folded adapter", CERTIFICATE_FILE, inputs=[request.checkpoint], replace=request.force

@@ -26,12 +26,12 @@ class FoldedAndTwins:
     storage type, or in the compute dtype if that is coarser: a check cannot see finer than it computes.
 
     Args:
-        base: the plain base model, which becomes part of the PEFT model.
-        checkpoint: the checkpoint, which holds the exact matrices.
-        folded: folder of the written adapter.
-        dtype: data type that it is stored in.
-        twins: number of twins.
-        report: receiver of progress.
+        base: The plain base model, which becomes part of the PEFT model.
+        checkpoint: The checkpoint, which holds the exact matrices.
+        folded: Folder of the written adapter.
+        dtype: Data type that it is stored in.
+        twins: Number of twins.
+        report: Receiver of progress.
 
     Raises:
         CheckpointError: PEFT has made a matrix that the checkpoint does not hold.

@@ -18,23 +18,23 @@ from loraover.models.load import ModelSource, load_model
 from loraover.reference.reference_model import reference_model
 from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
 from loraover_export.logits.prompts import Prompts, read_prompts
 from loraover_export.numerics.rounded_adapter import write_config, write_rounded
 
 
 @dataclass(frozen=True)
-class Reference:
+class LlamaCppReference:
     """What PyTorch gives in float32, and llama.cpp without an adapter.
 
     Args:
-        base_gguf: file of the base model that llama.cpp runs.
-        prompts: token ids.
-        adapted: logits with the adapter for each prompt, (tokens, vocabulary).
-        base_distance: largest difference of the two base models' logits.
-        rounding_distance: largest change of a logit in PyTorch by the rounding of A and B.
-        adapter_effect: largest change that the adapter makes to a logit in PyTorch.
+        base_gguf: File of the base model that llama.cpp runs.
+        prompts: Token ids.
+        adapted: Logits with the adapter for each prompt, (tokens, vocabulary).
+        base_distance: Largest difference of the two base models' logits.
+        rounding_distance: Largest change of a logit in PyTorch by the rounding of A and B.
+        adapter_effect: Largest change that the adapter makes to a logit in PyTorch.
     """
 
     base_gguf: Path
@@ -47,14 +47,14 @@ class Reference:
 
 def make_reference(
     adapter: AdapterDir, base: ModelSource, dtype: str, base_gguf: Path, threads: int | None
-) -> Reference:
+) -> LlamaCppReference:
     """Run the base model in PyTorch and in llama.cpp, and the adapted model in PyTorch.
 
     Raises:
-        ConfigError: a base model that cannot be loaded.
-        CheckpointError: an adapter of another base model.
-        EngineError: a GGUF file that llama.cpp cannot load.
-        ExportError: a GGUF file with another vocabulary.
+        ConfigError: A base model that cannot be loaded.
+        CheckpointError: An adapter of another base model.
+        EngineError: A GGUF file that llama.cpp cannot load.
+        ExportError: A GGUF file with another vocabulary.
     """
     model = load_model(base)
     prompts = read_prompts(base)
@@ -68,16 +68,16 @@ def make_reference(
             f"{base_gguf}: has {found[0].shape[1]} tokens, {base.name} has {plain[0].shape[1]}; name a GGUF file of "
             "the base model."
         )
-    return Reference(
+    return LlamaCppReference(
         base_gguf, prompts, adapted, largest(plain, found), largest(adapted, rounded), largest(plain, adapted)
     )
 
 
-def check_adapter_file(reference: Reference, adapter: Path, family: Family, threads: int | None) -> GgufCheck:
+def check_adapter_file(reference: LlamaCppReference, adapter: Path, family: Family, threads: int | None) -> GgufCheck:
     """Run a written adapter in llama.cpp, and compare every logit.
 
     Raises:
-        EngineError: an adapter that llama.cpp cannot load on this base.
+        EngineError: An adapter that llama.cpp cannot load on this base.
     """
     found = _engine_logits(reference.base_gguf, adapter, reference.prompts, threads)
     return GgufCheck(
@@ -125,5 +125,5 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _engine_logits(base: Path, adapter: Path | None, prompts: Prompts, threads: int | None) -> list[Tensor]:
-    with LlamaCpp(base, adapter, threads) as engine:
+    with LlamaCppModel(base, adapter, threads) as engine:
         return [torch.from_numpy(engine.logits(ids[0].tolist())) for ids in prompts.batches]

@@ -57,8 +57,8 @@ class GgufRequest(Request):
         """Check that a new file can be written, or replace a GGUF adapter if `force` is true.
 
         Raises:
-            ConfigError: the path is too long, or a folder on it may not be entered.
-            OutputError: the file cannot be written, or another one is there.
+            ConfigError: The path is too long, or a folder on it may not be entered.
+            OutputError: The file cannot be written, or another one is there.
         """
         target = self.output.absolute()
         found = kind_of(target)

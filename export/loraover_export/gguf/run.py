@@ -10,12 +10,12 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.atomic_output import AbandonedError, publish_file
 from loraover.common.provenance import environment, hardware
 from loraover.common.request import verb
-from loraover_export.gguf.check import Reference, check_adapter_file, make_reference
+from loraover_export.gguf.check import LlamaCppReference, check_adapter_file, make_reference
 from loraover_export.gguf.llamacpp import check_pair, load_library
 from loraover_export.gguf.refusals import refuse_or_leave_out
 from loraover_export.gguf.report import GgufReport, judge_export
 from loraover_export.gguf.request import GgufRequest
-from loraover_export.gguf.target import Target, read_target
+from loraover_export.gguf.target import GgufTarget, read_target
 from loraover_export.gguf.write import write_adapter
 
 
@@ -28,13 +28,13 @@ def export_gguf(request: GgufRequest) -> GgufReport:
         but it changes logits too little for the check to distinguish it from one that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
-        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: a model family that is not known here, or an adapter that llama.cpp cannot apply.
-        EngineError: a GGUF file of the base model that llama.cpp cannot run.
+        ConfigError: Arguments that cannot be used, or a base model that cannot be loaded.
+        CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: A model family that is not known here, or an adapter that llama.cpp cannot apply.
+        EngineError: A GGUF file of the base model that llama.cpp cannot run.
         ModuleNotFoundError: `base_gguf` is given, and llama-cpp-py-sync is not installed.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     request.check_output()
     if request.base_gguf is not None:
@@ -48,7 +48,7 @@ def export_gguf(request: GgufRequest) -> GgufReport:
     return _publish(request, adapter, target, left_out)
 
 
-def _publish(request: GgufRequest, adapter: AdapterDir, target: Target, left_out: list[str]) -> GgufReport:
+def _publish(request: GgufRequest, adapter: AdapterDir, target: GgufTarget, left_out: list[str]) -> GgufReport:
     """Write the file, run it and judge it; where it fails, publish nothing."""
     reference = None
     if request.base_gguf is not None:
@@ -70,10 +70,10 @@ def _publish(request: GgufRequest, adapter: AdapterDir, target: Target, left_out
 def _write(
     request: GgufRequest,
     adapter: AdapterDir,
-    target: Target,
+    target: GgufTarget,
     draft: Path,
     left_out: list[str],
-    reference: Reference | None,
+    reference: LlamaCppReference | None,
 ) -> GgufReport:
     with request.report.task("writing matrices", len(adapter.matrices)) as done:
         matrices = write_adapter(adapter, target, draft, dtype=request.dtype, name=request.output.stem, on_tensor=done)

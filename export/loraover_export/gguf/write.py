@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import FoldError
-from loraover_export.gguf.target import Target
+from loraover_export.gguf.target import GgufTarget
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import not_kept, round_exact
 from loraover_export.uniform.matrices import to_uniform
@@ -25,7 +25,7 @@ FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
 def write_adapter(
     adapter: AdapterDir,
-    target: Target,
+    target: GgufTarget,
     path: Path,
     *,
     dtype: str,
@@ -38,17 +38,17 @@ def write_adapter(
     B. The file is read back with `gguf.GGUFReader`, and must equal the certified tensors bit for bit.
 
     Args:
-        adapter: adapter whose cores or stored values are the exact ones.
-        target: the base model.
-        path: the new file.
+        adapter: Adapter whose cores or stored values are the exact ones.
+        target: The base model.
+        path: The new file.
         dtype: fp32, fp16 or bf16.
-        name: name of the adapter in the file's metadata.
-        on_tensor: called after each tensor with the number of tensors so far.
+        name: Name of the adapter in the file's metadata.
+        on_tensor: Called after each tensor with the number of tensors so far.
 
     Raises:
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
-        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
-        OSError: the file cannot be written.
+        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
+        OSError: The file cannot be written.
     """
     form = to_uniform(adapter)
     rounded, certificates = round_exact(

@@ -25,17 +25,17 @@ def merge(model: Any, adapter: AdapterDir, deltas: Iterable[Delta] | None = None
     configuration then states that they are no longer tied.
 
     Args:
-        model: the base model, a transformers PreTrainedModel; it is changed.
-        adapter: adapter with the deltas and other trained parameters.
-        deltas: the adapter's deltas, if they have been read already; None reads them.
+        model: The base model, a transformers PreTrainedModel; it is changed.
+        adapter: Adapter with the deltas and other trained parameters.
+        deltas: The adapter's deltas, if they have been read already; None reads them.
 
     Returns:
         One certificate for each module: the error of the written weight against float64, and its bound, which is the
         product's bound, u64 |W + delta_W| for the sum, and one rounding.
 
     Raises:
-        CheckpointError: the adapter belongs to another base model.
-        FoldError: a weight beyond the range of its dtype.
+        CheckpointError: The adapter belongs to another base model.
+        FoldError: A weight beyond the range of its dtype.
     """
     tied = _is_tied(model)
     with adapter.open() as exact:

@@ -26,11 +26,11 @@ class Planned:
     """One tensor of the merged model.
 
     Args:
-        key: its key in the merged model's file.
-        read: key of the base model's tensor that it begins with, in the same shard.
-        replaced: key of the adapter's tensor that it begins with instead; None if there is none.
-        module: adapted module whose delta is added; None if there is none.
-        layer: adapted module of the base model, without weights; None if there is none.
+        key: Its key in the merged model's file.
+        read: Key of the base model's tensor that it begins with, in the same shard.
+        replaced: Key of the adapter's tensor that it begins with instead; None if there is none.
+        module: Adapted module whose delta is added; None if there is none.
+        layer: Adapted module of the base model, without weights; None if there is none.
     """
 
     key: str
@@ -46,12 +46,12 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """Tensors of the merged model by shard, and whether weights that were tied have become different.
 
     Args:
-        shards: tensors of each file.
-        untied: names of weights that shared a tensor, and no longer do.
+        shards: Tensors of each file.
+        untied: Names of weights that shared a tensor, and no longer do.
     """
 
     shards: Mapping[str, list[Planned]]
@@ -63,19 +63,19 @@ class Plan:
         return [planned for shard in self.shards.values() for planned in shard if planned.changes]
 
 
-def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain: TensorFile) -> Plan:
+def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain: TensorFile) -> MergePlan:
     """Decide what becomes of every tensor.
 
     Args:
-        source: the base model.
-        base: its open files.
-        adapter: the adapter.
-        plain: the adapter's open file.
+        source: The base model.
+        base: Its open files.
+        adapter: The adapter.
+        plain: The adapter's open file.
 
     Raises:
-        CheckpointError: an adapter of another base model, or one that lacks modules that its configuration names.
-        ConfigError: a tensor of another shape than `config.json` gives it.
-        ExportError: a tensor that is quantised, or that the base model's files hold under another name.
+        CheckpointError: An adapter of another base model, or one that lacks modules that its configuration names.
+        ConfigError: A tensor of another shape than `config.json` gives it.
+        ExportError: A tensor that is quantised, or that the base model's files hold under another name.
     """
     skeleton = load_skeleton(source)
     adapter.check_complete(path for path, _ in skeleton.named_modules())
@@ -89,7 +89,7 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
         layer = None if module is None else skeleton.get_submodule(module)
         _check(base.shards[shard], read, names.parameters[name], source)
         shards[shard][key] = Planned(key, read, replaced, module, layer)
-    return Plan({shard: list(tensors.values()) for shard, tensors in shards.items()}, tied)
+    return MergePlan({shard: list(tensors.values()) for shard, tensors in shards.items()}, tied)
 
 
 class _Names:
@@ -113,7 +113,7 @@ class _Names:
         """Return the shard and the key of a parameter, or of another that it shares its tensor with.
 
         Raises:
-            ExportError: there is none, since transformers makes the parameter from other tensors.
+            ExportError: There is none, since transformers makes the parameter from other tensors.
         """
         for key in map(self.own_key, (name, *self.sharing(name))):
             if key is not None:

@@ -21,10 +21,10 @@ from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover_export.merge.base_files import CONFIG, INDEX, BaseFiles, check_not_gguf, open_base
-from loraover_export.merge.erasure import Lost
-from loraover_export.merge.plan import Plan, plan_merge
+from loraover_export.merge.plan import MergePlan, plan_merge
 from loraover_export.merge.report import CERTIFICATE_FILE, MergeReport
 from loraover_export.merge.request import MergeRequest
+from loraover_export.merge.rounding_loss import Lost
 from loraover_export.merge.stream import Merged, write_shard
 from loraover_export.numerics.delta import check_no_bias
 from loraover_export.numerics.matrix_certificate import matrix_facts
@@ -48,12 +48,12 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
         was written.
 
     Raises:
-        ConfigError: a base model that cannot be read.
-        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: a quantised base model, one whose files name tensors in another way than transformers does, or an
+        ConfigError: A base model that cannot be read.
+        CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: A quantised base model, one whose files name tensors in another way than transformers does, or an
             adapter that a merged model cannot hold.
-        FoldError: an element beyond the range of its data type.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        FoldError: An element beyond the range of its data type.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_not_gguf(request.model)
     inputs = [request.source, *(Path(found) for found in (request.model,) if found is not None)]
@@ -73,7 +73,7 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
 
 
 def _publish(
-    request: MergeRequest, base: ModelSource, files: BaseFiles, plan: Plan, exact: ExactAdapter
+    request: MergeRequest, base: ModelSource, files: BaseFiles, plan: MergePlan, exact: ExactAdapter
 ) -> MergeReport:
     """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=files.folder, replace=request.force) as draft:
@@ -91,7 +91,7 @@ def _publish(
     return result
 
 
-def _write(files: BaseFiles, plan: Plan, exact: ExactAdapter, draft: Path, report: Reporter) -> list[Merged]:
+def _write(files: BaseFiles, plan: MergePlan, exact: ExactAdapter, draft: Path, report: Reporter) -> list[Merged]:
     merged: list[Merged] = []
     total, written = sum(map(len, plan.shards.values())), 0
     with workers() as threads, report.task("writing tensors", total) as done:
@@ -106,7 +106,7 @@ def _write(files: BaseFiles, plan: Plan, exact: ExactAdapter, draft: Path, repor
     return merged
 
 
-def _report(request: MergeRequest, base: ModelSource, plan: Plan, merged: Sequence[Merged]) -> MergeReport:
+def _report(request: MergeRequest, base: ModelSource, plan: MergePlan, merged: Sequence[Merged]) -> MergeReport:
     stored, four_bit = Lost(), Lost()
     for _, rounding, quantising in merged:
         stored.add(rounding)
@@ -128,7 +128,7 @@ def _report(request: MergeRequest, base: ModelSource, plan: Plan, merged: Sequen
     )
 
 
-def _config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def _config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     if not plan.untied:
         return config
     inner = config.get("text_config")
@@ -136,7 +136,7 @@ def _config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return config | nested | {"tie_word_embeddings": False}
 
 
-def _index(files: BaseFiles, plan: Plan) -> dict[str, Any]:
+def _index(files: BaseFiles, plan: MergePlan) -> dict[str, Any]:
     places = {planned.key: name for name, tensors in plan.shards.items() for planned in tensors}
     sizes = (files.shards[name].size(planned.read) for name, tensors in plan.shards.items() for planned in tensors)
     return {"metadata": {"total_size": sum(sizes)}, "weight_map": places}

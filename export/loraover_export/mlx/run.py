@@ -14,7 +14,7 @@ from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport
 from loraover_export.mlx.request import MlxRequest
-from loraover_export.mlx.target import Target, lost_settings, read_target, refuse_or_leave_out
+from loraover_export.mlx.target import MlxTarget, lost_settings, read_target, refuse_or_leave_out
 from loraover_export.mlx.write import write_adapter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 
@@ -27,11 +27,11 @@ def export_mlx(request: MlxRequest) -> MlxReport:
         The certificate of what was written. If its verdict is "failed", nothing was written.
 
     Raises:
-        ConfigError: a base model that cannot be loaded.
-        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: an adapter that mlx-lm cannot apply.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        ConfigError: A base model that cannot be loaded.
+        CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: An adapter that mlx-lm cannot apply.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
         request.output, "adapter for mlx-lm", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
@@ -53,7 +53,7 @@ def export_mlx(request: MlxRequest) -> MlxReport:
 def _write(
     request: MlxRequest,
     adapter: AdapterDir,
-    target: Target,
+    target: MlxTarget,
     draft: Path,
     left_out: list[str],
 ) -> MlxReport:
@@ -74,7 +74,7 @@ def _write(
     )
 
 
-def _card(request: MlxRequest, target: Target, report: MlxReport) -> str:
+def _card(request: MlxRequest, target: MlxTarget, report: MlxReport) -> str:
     source = target.source
     facts = {
         "rank": str(report.rank),

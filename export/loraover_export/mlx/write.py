@@ -15,7 +15,7 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
-from loraover_export.mlx.target import Target
+from loraover_export.mlx.target import MlxTarget
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import not_kept, round_exact
 from loraover_export.uniform.matrices import to_uniform
@@ -25,7 +25,7 @@ TENSORS_FILE = "adapters.safetensors"
 
 def write_adapter(
     adapter: AdapterDir,
-    target: Target,
+    target: MlxTarget,
     directory: Path,
     dtype: str,
     on_tensor: Callable[[int], None] = lambda done: None,
@@ -33,16 +33,16 @@ def write_adapter(
     """Write the tensors and the configuration, and certify each matrix against its exact value.
 
     Args:
-        adapter: adapter whose cores or stored values are the exact ones.
-        target: the base model.
-        directory: an empty folder.
+        adapter: Adapter whose cores or stored values are the exact ones.
+        target: The base model.
+        directory: An empty folder.
         dtype: fp32, bf16 or fp16.
-        on_tensor: called after each tensor with the number of tensors so far.
+        on_tensor: Called after each tensor with the number of tensors so far.
 
     Raises:
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
-        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
-        OutputError: the folder cannot be written.
+        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
+        OutputError: The folder cannot be written.
     """
     form = to_uniform(adapter)
 
@@ -61,7 +61,7 @@ def write_adapter(
     return certificates
 
 
-def adapter_config(adapter: AdapterDir, target: Target) -> dict[str, Any]:
+def adapter_config(adapter: AdapterDir, target: MlxTarget) -> dict[str, Any]:
     """Return the contents of mlx-lm's `adapter_config.json`: which modules are adapted, by their full paths."""
     return {
         "model": target.source.name,

@@ -23,10 +23,10 @@ class Delta:
     """delta_W = B @ A of one module, with the scaling in B.
 
     Args:
-        module: path of the module in the base model.
-        embedding: whether the module is an embedding, whose A has one column for each token.
+        module: Path of the module in the base model.
+        embedding: Whether the module is an embedding, whose A has one column for each token.
         a: A with its error bound, (r, in_features).
-        b: scaling * B with its error bound, (out_features, r).
+        b: Scaling * B with its error bound, (out_features, r).
     """
 
     module: str
@@ -62,8 +62,8 @@ def read_deltas(adapter: AdapterDir) -> Iterator[Delta]:
     """Yield the delta of every adapted module of an adapter, one at a time.
 
     Raises:
-        ExportError: a LoRA with a bias, which B @ A cannot express.
-        CheckpointError: files that cannot be trusted.
+        ExportError: A LoRA with a bias, which B @ A cannot express.
+        CheckpointError: Files that cannot be trusted.
     """
     check_no_bias(adapter)
     with adapter.open() as exact:

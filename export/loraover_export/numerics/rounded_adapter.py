@@ -41,15 +41,15 @@ def write_rounded(
     """Write tensors of an adapter, each rounded once from its exact value, and certify the A and B matrices.
 
     Args:
-        adapter: the adapter that holds the exact values.
-        keys: keys of the tensors, in the order of the certificates.
-        directory: an empty folder.
+        adapter: The adapter that holds the exact values.
+        keys: Keys of the tensors, in the order of the certificates.
+        directory: An empty folder.
         dtype: fp32, bf16 or fp16.
-        prepare: change of an exact tensor before the rounding; returns it with the bound of its new error. Several
+        prepare: Change of an exact tensor before the rounding; returns it with the bound of its new error. Several
             threads call it.
-        pack: change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
-        on_tensor: called with the number of tensors so far.
-        beside: functions to run at the same time, such as the comparison of checksums. What one of them raises is
+        pack: Change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
+        on_tensor: Called with the number of tensors so far.
+        beside: Functions to run at the same time, such as the comparison of checksums. What one of them raises is
             raised before any other error. Each is given an event that is set when it should stop.
 
     Returns and raises as `write_folded` does.

@@ -23,7 +23,7 @@ from loraover_export.logits.prompts import BUILT_IN_PROMPTS
 from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.onnx.check import Compute, Reference, check_graph, make_reference, run_cases
+from loraover_export.onnx.check import Compute, OnnxReference, check_graph, make_reference, run_cases
 from loraover_export.onnx.graph_file import check_file
 from loraover_export.onnx.inputs import Inputs
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan
@@ -54,13 +54,13 @@ class Export:
     """One ONNX export, step by step.
 
     Args:
-        request: the arguments of the export.
-        inputs: the sources and their base model.
-        draft: an empty folder for the files.
+        request: The arguments of the export.
+        inputs: The sources and their base model.
+        draft: An empty folder for the files.
 
     Raises:
-        ConfigError: no such base model, a task that no graph is made for, or an option that does not fit it.
-        ExportError: an earlier graph that has another base model or form, or an encoder-decoder model that is no T5.
+        ConfigError: No such base model, a task that no graph is made for, or an option that does not fit it.
+        ExportError: An earlier graph that has another base model or form, or an encoder-decoder model that is no T5.
     """
 
     def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path) -> None:
@@ -84,7 +84,7 @@ class Export:
         """Load the base model and its tokenizer, and check that every adapter fits.
 
         Raises:
-            CheckpointError: an adapter of another model.
+            CheckpointError: An adapter of another model.
         """
         self.report.line(f"loading the base model from {self.inputs.base.origin}")
         self.tokenizer = load_tokenizer(self.inputs.base)
@@ -100,7 +100,7 @@ class Export:
         """Write graphs and adapters, check them, and return the report.
 
         Raises:
-            LoraOverError: a model or an adapter that cannot be exported; a check that fails is in the report.
+            LoraOverError: A model or an adapter that cannot be exported; a check that fails is in the report.
         """
         with nullcontext() if self.request.graph else self.kind.prepared():
             return self._run()
@@ -114,11 +114,11 @@ class Export:
         checks = self._check(cases, references, found_base) if self.request.check else []
         return self._result(matrices, checks)
 
-    def _references(self, cases: list[Case]) -> dict[str | None, Reference]:
+    def _references(self, cases: list[Case]) -> dict[str | None, OnnxReference]:
         """PyTorch's outputs with each adapter, and under None without one."""
         device, dtype = choose_compute(self.request.check_device, self.request.compute_dtype)
         where, needs = {"device": str(device), "compute_dtype": self.request.compute_dtype}, partial(self._needs, cases)
-        found: dict[str | None, Reference] = {}
+        found: dict[str | None, OnnxReference] = {}
         adapters = [(None, None), *self.inputs.adapters.items()]
         with (
             memory_explained("the check in PyTorch", needs=needs, option="--check-device", **where),
@@ -204,7 +204,7 @@ class Export:
         ]
 
     def _check(
-        self, cases: list[Case], references: dict[str | None, Reference], found_base: list[torch.Tensor] | None
+        self, cases: list[Case], references: dict[str | None, OnnxReference], found_base: list[torch.Tensor] | None
     ) -> list[GraphCheck]:
         folder = self.request.graph or self.draft
         if found_base is None and self.plan.precision == "int4":
@@ -248,12 +248,12 @@ def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
     """Read the report of a swappable export whose graph further adapters are for.
 
     Args:
-        graph: folder of the export.
-        base: base model of the adapters.
+        graph: Folder of the export.
+        base: Base model of the adapters.
 
     Raises:
-        CheckpointError: no report of an ONNX export in the folder.
-        ExportError: a merged export, or a graph of another base model.
+        CheckpointError: No report of an ONNX export in the folder.
+        ExportError: A merged export, or a graph of another base model.
     """
     exported = read_json(graph / REPORT_FILE, OnnxReport)
     if exported.mode != "swappable":
@@ -270,7 +270,7 @@ def _as_exported(request: OnnxRequest, graph: Path, exported: OnnxReport) -> Onn
     """Return the request with the settings of the earlier graph that adapters are added to.
 
     Raises:
-        ExportError: a graph in another form than the request's.
+        ExportError: A graph in another form than the request's.
     """
     if request.web and not exported.web:
         raise ExportError(

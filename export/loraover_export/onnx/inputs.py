@@ -18,8 +18,8 @@ class Inputs:
     """The sources by name, and their base model.
 
     Args:
-        adapters: the adapters, by the names of their files.
-        base: the base model.
+        adapters: The adapters, by the names of their files.
+        base: The base model.
         task_type: PEFT's name of the task; None if the adapters name none.
     """
 
@@ -32,12 +32,12 @@ def read_inputs(request: OnnxRequest) -> Inputs:
     """Read every source and find the base model that they share.
 
     Args:
-        request: the arguments of the export.
+        request: The arguments of the export.
 
     Raises:
-        ConfigError: no base model, or several.
-        ExportError: tensors that a graph of this mode cannot hold, or sources of different tasks.
-        CheckpointError: files that cannot be trusted.
+        ConfigError: No base model, or several.
+        ExportError: Tensors that a graph of this mode cannot hold, or sources of different tasks.
+        CheckpointError: Files that cannot be trusted.
     """
     adapters = dict(zip(request.adapter_names, map(read_source, request.sources), strict=True))
     for adapter in adapters.values():

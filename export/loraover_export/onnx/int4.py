@@ -24,8 +24,8 @@ def rounded_copy(model: Any, merged: AdapterDir | None) -> Any:
     as much as those of this copy, within 10 %.
 
     Args:
-        model: a transformers model in float32; it is not changed.
-        merged: adapter to merge before the rounding, as in a merged graph; None merges nothing.
+        model: A transformers model in float32; it is not changed.
+        merged: Adapter to merge before the rounding, as in a merged graph; None merges nothing.
 
     Source: ONNX Runtime 1.32, contrib operator MatMulNBits with symmetric blocks and accuracy level 4.
     """

@@ -28,13 +28,13 @@ def check_fields(
     """Refuse fields of PEFT's variants, of trained parameters, and unknown ones.
 
     Args:
-        adapter: the adapter.
-        remedy: what to do instead, to follow "train without it, or ".
-        allowed: fields of trained parameters or variants that the export can hold.
-        remedies: what to do about a field, where it is not `remedy`.
+        adapter: The adapter.
+        remedy: What to do instead, to follow "train without it, or ".
+        allowed: Fields of trained parameters or variants that the export can hold.
+        remedies: What to do about a field, where it is not `remedy`.
 
     Raises:
-        ExportError: an adapter that is more than A and B.
+        ExportError: An adapter that is more than A and B.
     """
     expected = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
     for field, value in (adapter.config.model_extra or {}).items():
@@ -60,8 +60,8 @@ def has_targets(adapter: AdapterDir, others: Iterable[str] = ()) -> bool:
     """Whether an adapter has a stack of experts for each entry of `target_parameters`.
 
     Args:
-        adapter: the adapter.
-        others: paths of further parameters that it has A and B of.
+        adapter: The adapter.
+        others: Paths of further parameters that it has A and B of.
     """
     paths = {*(stack.path for stack in adapter.stacks), *others}
     return all(any(f".{path}".endswith(f".{entry}") for path in paths) for entry in adapter.config.parameters)
@@ -77,11 +77,11 @@ def check_no_experts(adapter: AdapterDir, reader: str) -> None:
     """Refuse LoRA of experts that share one parameter.
 
     Args:
-        adapter: the adapter.
-        reader: what cannot read it, as the subject of "does not support LoRA".
+        adapter: The adapter.
+        reader: What cannot read it, as the subject of "does not support LoRA".
 
     Raises:
-        ExportError: an adapter with stacked pairs.
+        ExportError: An adapter with stacked pairs.
     """
     if adapter.stacks:
         raise ExportError(
@@ -100,16 +100,16 @@ def check_tensors(
     """Refuse tensors that are neither A nor B, nor base weights that PEFT saves beside an adapted embedding.
 
     Args:
-        adapter: the adapter.
-        weights: shapes of the base model's weights, by the paths of their modules.
-        remedy: what to do instead, to follow "train without it, or ".
-        kinds: descriptions of other tensors, by a part of their keys.
+        adapter: The adapter.
+        weights: Shapes of the base model's weights, by the paths of their modules.
+        remedy: What to do instead, to follow "train without it, or ".
+        kinds: Descriptions of other tensors, by a part of their keys.
 
     Returns:
         Keys of the base weights, of which only the shape was compared.
 
     Raises:
-        ExportError: any other tensor.
+        ExportError: Any other tensor.
     """
     copies = []
     for key in adapter.others:
@@ -128,15 +128,15 @@ def check_shape(
     """Compare the shape of B @ A with that of the weight that it is for.
 
     Args:
-        adapter: the adapter.
-        path: path of the module.
-        shape: shape of its weight, (out_features, in_features) or (tokens, dimension).
-        is_embedding: whether it is an embedding.
-        base: name of the base model.
-        option: name of the argument for the base model, as the caller wrote it.
+        adapter: The adapter.
+        path: Path of the module.
+        shape: Shape of its weight, (out_features, in_features) or (tokens, dimension).
+        is_embedding: Whether it is an embedding.
+        base: Name of the base model.
+        option: Name of the argument for the base model, as the caller wrote it.
 
     Raises:
-        ExportError: an adapter of another model.
+        ExportError: An adapter of another model.
     """
     module = adapter.modules[path]
     if module.is_embedding != is_embedding or module.weight_shape != shape:

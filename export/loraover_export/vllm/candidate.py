@@ -22,10 +22,10 @@ class Problem:
     """What a rule found, and what to do about it.
 
     Args:
-        found: the violation, in words.
-        remedy: next step for the user.
-        is_warning: whether the adapter may be written nevertheless.
-        is_silent: whether vLLM loads the adapter without a message, and then answers wrongly.
+        found: The violation, in words.
+        remedy: Next step for the user.
+        is_warning: Whether the adapter may be written nevertheless.
+        is_silent: Whether vLLM loads the adapter without a message, and then answers wrongly.
     """
 
     found: str
@@ -39,14 +39,14 @@ class Candidate:
     """An adapter, the model that it is to be served on, and how: the subject of a pre-flight.
 
     Args:
-        adapter: the adapter.
-        served: the model to be served.
-        architectures: the classes of the release of vLLM whose rules apply.
-        name: name by which requests choose the adapter.
-        address: model that vLLM is started with, which is also the base model's name in requests.
-        dtype: storage type to write, fp32, bf16 or fp16; None if the adapter's folder is served unchanged.
-        replaces: whether an adapter is already at the destination.
-        platform: kind of device that the server computes on; None if it is not known.
+        adapter: The adapter.
+        served: The model to be served.
+        architectures: The classes of the release of vLLM whose rules apply.
+        name: Name by which requests choose the adapter.
+        address: Model that vLLM is started with, which is also the base model's name in requests.
+        dtype: Storage type to write, fp32, bf16 or fp16; None if the adapter's folder is served unchanged.
+        replaces: Whether an adapter is already at the destination.
+        platform: Kind of device that the server computes on; None if it is not known.
     """
 
     adapter: AdapterDir

@@ -35,11 +35,11 @@ def export_vllm(request: VllmRequest) -> VllmReport:
         nothing was written: the pre-flight found an error, and there is no certificate, or a matrix failed its check.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a served model that cannot be read.
-        CheckpointError: an adapter that cannot be trusted.
-        ExportError: adapted modules that no list of target modules can name.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        ConfigError: Arguments that cannot be used, or a served model that cannot be read.
+        CheckpointError: An adapter that cannot be trusted.
+        ExportError: Adapted modules that no list of target modules can name.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
         request.output, "adapter for vLLM", CERTIFICATE_FILE, inputs=[request.source], replace=request.force

@@ -16,12 +16,12 @@ class EngineEntry:
     """What commands, `loraover doctor` and the documentation say about an engine without importing it.
 
     Args:
-        title: the engine's usual name.
-        place: place of its class, as "module:name".
-        takes: files that it loads.
-        options: fields of requests that are for this engine alone.
-        is_timed: whether parity can measure it: its class is a `TimedEngine`.
-        is_batching: whether it answers several requests at once: its class is a `BatchingEngine`.
+        title: The engine's usual name.
+        place: Place of its class, as "module:name".
+        takes: Files that it loads.
+        options: Fields of requests that are for this engine alone.
+        is_timed: Whether parity can measure it: its class is a `TimedEngine`.
+        is_batching: Whether it answers several requests at once: its class is a `BatchingEngine`.
     """
 
     title: str

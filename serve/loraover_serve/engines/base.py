@@ -25,11 +25,11 @@ class RunningServer:
     """A server that somebody else has started.
 
     Args:
-        url: its address.
-        adapter: name by which it serves the adapter.
-        base: name by which it serves the base model; None means the model's own name, or the only other name there.
-        key_variable: environment variable with its key; None sends none.
-        messages: message of each question's chat, if the server takes chats alone.
+        url: Its address.
+        adapter: Name by which it serves the adapter.
+        base: Name by which it serves the base model; None means the model's own name, or the only other name there.
+        key_variable: Environment variable with its key; None sends none.
+        messages: Message of each question's chat, if the server takes chats alone.
     """
 
     url: str
@@ -44,19 +44,19 @@ class Setting:
     """What an engine is started with.
 
     Args:
-        request: what the user asked for.
-        adapters: folder of each arm's adapter or checkpoint, by the arm's name. The base model is one more arm.
-        base: the base model.
-        scratch: folder for exports, empty at first.
-        log: file for what the engine prints.
-        longest: number of tokens of the longest request with its answer.
-        device: device that PyTorch runs on.
-        compute_dtype: data type that PyTorch runs in.
-        checkpoint: folder of a checkpoint whose unfolded model is an arm, if the engine has one; None for no such arm.
-        copies: names of the arms that are copies of other arms, with the names of those.
+        request: What the user asked for.
+        adapters: Folder of each arm's adapter or checkpoint, by the arm's name. The base model is one more arm.
+        base: The base model.
+        scratch: Folder for exports, empty at first.
+        log: File for what the engine prints.
+        longest: Number of tokens of the longest request with its answer.
+        device: Device that PyTorch runs on.
+        compute_dtype: Data type that PyTorch runs in.
+        checkpoint: Folder of a checkpoint whose unfolded model is an arm, if the engine has one; None for no such arm.
+        copies: Names of the arms that are copies of other arms, with the names of those.
         base_gguf: GGUF file of the base model; None has one written.
-        server: server that already runs, for the engine that is one.
-        watch: context manager that runs as long as a server; it is called with the id of the server's process.
+        server: Server that already runs, for the engine that is one.
+        watch: Context manager that runs as long as a server; it is called with the id of the server's process.
     """
 
     request: EngineRequest
@@ -104,7 +104,7 @@ class Engine(ABC):
         """Return how to install what the engine lacks here, in words; None if it can be started.
 
         Args:
-            request: what the user asked for.
+            request: What the user asked for.
         """
         is_here = cls.installed() is not None and all(installed_version([name]) is not None for name in cls.needs)
         return None if is_here else cls.hint
@@ -114,7 +114,7 @@ class Engine(ABC):
         """Refuse a request that the engine cannot carry out, before any model is loaded.
 
         Raises:
-            LoraOverError: what is wrong with it.
+            LoraOverError: What is wrong with it.
         """
         return
 
@@ -124,15 +124,15 @@ class Engine(ABC):
         """Export the adapter in the form that the engine takes, start it, and stop it after the block.
 
         Raises:
-            EngineError: an engine that does not start.
-            ExportError: an adapter that cannot be exported for it.
+            EngineError: An engine that does not start.
+            ExportError: An adapter that cannot be exported for it.
         """
 
     def version(self) -> str | None:
         """Version that runs; None if the engine reports none.
 
         Raises:
-            EngineError: a server that does not answer.
+            EngineError: A server that does not answer.
         """
         return self.installed()
 
@@ -141,11 +141,11 @@ class Engine(ABC):
         """Return the arm's logprobs of next tokens after positions of every question.
 
         Args:
-            arm: name of the arm.
-            questions: the questions.
+            arm: Name of the arm.
+            questions: The questions.
 
         Raises:
-            EngineError: a request that failed.
+            EngineError: A request that failed.
         """
 
     @abstractmethod
@@ -153,12 +153,12 @@ class Engine(ABC):
         """Return the arm's greedy answer to each prompt; one may be shorter if the engine ends it or hides its ids.
 
         Args:
-            arm: name of the arm.
-            prompts: token ids.
-            tokens: number of tokens to generate.
+            arm: Name of the arm.
+            prompts: Token ids.
+            tokens: Number of tokens to generate.
 
         Raises:
-            EngineError: a request that failed.
+            EngineError: A request that failed.
         """
 
     def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
@@ -167,13 +167,13 @@ class Engine(ABC):
         The adapter's answers beside those of another adapter, if the engine has one, come under the name "other".
 
         Args:
-            questions: the questions.
+            questions: The questions.
 
         Returns:
             Rows by arm; None if the engine takes one request at a time.
 
         Raises:
-            EngineError: a request that failed.
+            EngineError: A request that failed.
         """
         return None
 
@@ -186,7 +186,7 @@ class LogitEngine(Engine):
         """Yield the logits after each token of each sequence, an array of shape (tokens, vocabulary).
 
         Raises:
-            EngineError: a request that failed.
+            EngineError: A request that failed.
         """
 
     def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
@@ -205,13 +205,13 @@ class Timed(ABC):
         """Answer requests at the same time, greedily and with exactly `new_tokens` tokens each.
 
         Args:
-            arm: name of the arm that answers.
-            block: number of the block that the requests belong to, recorded in the samples.
-            first: index of the first request, recorded in the samples.
-            requests: the prompts and lengths.
+            arm: Name of the arm that answers.
+            block: Number of the block that the requests belong to, recorded in the samples.
+            first: Index of the first request, recorded in the samples.
+            requests: The prompts and lengths.
 
         Raises:
-            EngineError: a request that failed, or that got no answer in time.
+            EngineError: A request that failed, or that got no answer in time.
         """
 
 
@@ -224,9 +224,9 @@ class TimedEngine(Engine, Timed):
         """Start the engine in each way to be measured, with the adapters as they are, and stop it after the block.
 
         Raises:
-            ConfigError: memory that does not suffice; the message says what would fit.
-            EngineError: an engine that does not start, or that refuses an adapter.
-            ExportError: a model or an adapter that cannot be written in the form that the engine takes.
+            ConfigError: Memory that does not suffice; the message says what would fit.
+            EngineError: An engine that does not start, or that refuses an adapter.
+            ExportError: A model or an adapter that cannot be written in the form that the engine takes.
         """
 
 
@@ -240,14 +240,14 @@ class BatchingEngine(TimedEngine):
         """Answer requests as `run` does, each with the model of another arm.
 
         Args:
-            models: name of the arm whose model answers each request.
-            arm: name that the samples get.
-            block: number of the block.
-            first: index of the first request.
-            requests: the prompts and lengths.
+            models: Name of the arm whose model answers each request.
+            arm: Name that the samples get.
+            block: Number of the block.
+            first: Index of the first request.
+            requests: The prompts and lengths.
 
         Raises:
-            EngineError: a request that failed, or that got no answer in time.
+            EngineError: A request that failed, or that got no answer in time.
         """
 
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
@@ -259,10 +259,10 @@ def engine_errors(engine: str) -> Iterator[None]:
     """Turn the errors of torch, PEFT and onnxruntime-genai into one that names the engine.
 
     Args:
-        engine: name of the engine.
+        engine: Name of the engine.
 
     Raises:
-        EngineError: an error within the block.
+        EngineError: An error within the block.
     """
     try:
         yield

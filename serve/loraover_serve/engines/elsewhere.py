@@ -29,10 +29,10 @@ class Runner:
     """A running engine, which answers one request after the other.
 
     Args:
-        name: name of the engine.
-        process: its process.
-        log: file with what it printed.
-        timeout_s: seconds that an answer may take.
+        name: Name of the engine.
+        process: Its process.
+        log: File with what it printed.
+        timeout_s: Seconds that an answer may take.
     """
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path, timeout_s: float) -> None:
@@ -42,7 +42,7 @@ class Runner:
         """Call a method of the engine, and return its result.
 
         Raises:
-            EngineError: an error of the engine, or a process that ended or gives no answer.
+            EngineError: An error of the engine, or a process that ended or gives no answer.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -72,8 +72,8 @@ class ElsewhereEngine(Engine):
     """An engine in a separate environment, which the Makefile's target of the engine's name makes.
 
     Args:
-        runner: the running engine.
-        scratch: folder for what it writes.
+        runner: The running engine.
+        scratch: Folder for what it writes.
     """
 
     name: ClassVar[str]
@@ -112,12 +112,12 @@ class ElsewhereEngine(Engine):
         """Start the engine's program, and stop it after the block.
 
         Args:
-            arguments: what its class in `runner.RUNNERS` is made with.
-            log: file for what the engine prints.
-            timeout_s: seconds that an answer may take.
+            arguments: What its class in `runner.RUNNERS` is made with.
+            log: File for what the engine prints.
+            timeout_s: Seconds that an answer may take.
 
         Raises:
-            EngineError: a process that does not start.
+            EngineError: A process that does not start.
         """
         words = [str(cls.python()), "-I", runner.__file__, cls.name, json.dumps(arguments)]
         with log.open("wb") as errors:
@@ -135,7 +135,7 @@ def start_process(name: str, words: Sequence[str], errors: Any) -> subprocess.Po
     """Start a command with pipes. Given to a python, -I keeps this environment's packages from it.
 
     Raises:
-        EngineError: a command that cannot be started.
+        EngineError: A command that cannot be started.
     """
     pipe = subprocess.PIPE
     try:

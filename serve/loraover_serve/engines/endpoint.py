@@ -34,8 +34,8 @@ class OpenAiEngine(Engine):
     """A running server.
 
     Args:
-        names: name of each arm's model on the server, and of another adapter if there is one.
-        messages: message of each question's chat, for a server that takes chats alone.
+        names: Name of each arm's model on the server, and of another adapter if there is one.
+        messages: Message of each question's chat, for a server that takes chats alone.
     """
 
     def __init__(self, names: Mapping[str, str], messages: Sequence[str] = ()) -> None:
@@ -46,7 +46,7 @@ class OpenAiEngine(Engine):
         """Find the dialect in which the server answers.
 
         Raises:
-            EngineError: a server that answers in none of them, or without logprobs.
+            EngineError: A server that answers in none of them, or without logprobs.
         """
 
     @cached_property
@@ -151,9 +151,9 @@ class EndpointEngine(OpenAiEngine):
     """A server that somebody else has started, with the adapter loaded.
 
     Args:
-        speaker: the server, with the dialect in which it answers.
-        names: see `OpenAiEngine`.
-        messages: see `OpenAiEngine`.
+        speaker: The server, with the dialect in which it answers.
+        names: See `OpenAiEngine`.
+        messages: See `OpenAiEngine`.
     """
 
     def __init__(self, speaker: Speaker, names: Mapping[str, str], messages: Sequence[str]) -> None:
@@ -216,7 +216,7 @@ def _opened(setting: Setting) -> Endpoint:
     """The server at the endpoint.
 
     Raises:
-        ConfigError: an address or a key that cannot be used.
+        ConfigError: An address or a key that cannot be used.
     """
     assert setting.server is not None
     return Endpoint(setting.server.url, setting.server.key_variable, timeout_s=setting.request.timeout_s)

@@ -20,10 +20,10 @@ class InstalledEngine:
     """One inference engine.
 
     Args:
-        name: the engine's usual name.
-        version: installed version, or the path of a command whose version is not recorded; None if it is missing.
-        takes: files that the engine loads.
-        install: command line that installs it.
+        name: The engine's usual name.
+        version: Installed version, or the path of a command whose version is not recorded; None if it is missing.
+        takes: Files that the engine loads.
+        install: Command line that installs it.
     """
 
     name: str
@@ -45,7 +45,7 @@ def check_installed(request: EngineRequest) -> None:
     """Check that all engines of a request can be started here.
 
     Raises:
-        EngineError: some are not installed; the message says how to install each.
+        EngineError: Some are not installed; the message says how to install each.
     """
     lacking = {name: engine_class(name).lacking(request) for name in request.asked}
     faults = [
@@ -61,7 +61,7 @@ def versions(engines: Iterable[str]) -> dict[str, str]:
     """Versions of the packages in this environment; a vLLM server reports its version itself.
 
     Args:
-        engines: names of the engines that were asked.
+        engines: Names of the engines that were asked.
     """
     reported = [package for name in engines for package in engine_class(name).reported.items()]
     found = {name: installed_version(names) for name, names in reported}
@@ -72,8 +72,8 @@ def installed_version(names: Sequence[str], folders: Sequence[Path] | None = Non
     """Version of the first of some distributions that is installed; None if none is.
 
     Args:
-        names: names of distributions.
-        folders: folders that hold installed packages; None means those of this environment.
+        names: Names of distributions.
+        folders: Folders that hold installed packages; None means those of this environment.
     """
     path = sys.path if folders is None else list(map(str, folders))
     return next((found.version for name in names for found in distributions(name=name, path=path)), None)
@@ -83,8 +83,8 @@ def version_beside(command: str, names: Sequence[str]) -> str | None:
     """Version of the first of some distributions in the environment that a command belongs to; None if none is there.
 
     Args:
-        command: path of a command, such as an environment's `python`.
-        names: names of distributions.
+        command: Path of a command, such as an environment's `python`.
+        names: Names of distributions.
     """
     root = Path(shutil.which(command) or command).absolute().parent.parent
     folders = [*root.glob("lib*/python3*/site-packages"), *root.glob("lib/python3*/dist-packages")]

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import load_model
-from loraover_export.gguf.llamacpp import LlamaCpp, check_pair
+from loraover_export.gguf.llamacpp import LlamaCppModel, check_pair
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import LogitEngine, Setting
 
@@ -19,14 +19,14 @@ class LlamaCppEngine(LogitEngine):
     """One GGUF model, without the adapter and with it.
 
     Args:
-        running: the loaded model of each arm.
+        running: The loaded model of each arm.
     """
 
     distributions = ("llama-cpp-py-sync",)
     needs = ("gguf",)
     hint = "pip install 'loraover[llamacpp]'"
 
-    def __init__(self, running: Mapping[str, LlamaCpp]) -> None:
+    def __init__(self, running: Mapping[str, LlamaCppModel]) -> None:
         self._running = running
 
     @classmethod
@@ -46,7 +46,7 @@ class LlamaCppEngine(LogitEngine):
         base = setting.base_gguf or _write_base(setting)
         with ExitStack() as stack:
             paths = {BASE: None, ADAPTER: output}
-            yield cls({arm: stack.enter_context(LlamaCpp(base, path)) for arm, path in paths.items()})
+            yield cls({arm: stack.enter_context(LlamaCppModel(base, path)) for arm, path in paths.items()})
 
     def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[Any]:
         return map(self._running[arm].logits, sequences)

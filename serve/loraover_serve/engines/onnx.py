@@ -30,9 +30,9 @@ class OnnxArm:
     """A graph, and the adapter to run it with.
 
     Args:
-        graph: folder of the graph.
+        graph: Folder of the graph.
         adapter: `.onnx_adapter` file; None if the graph needs no adapter.
-        session: number of the session. Arms with the same graph and number share a session, and so the place of its
+        session: Number of the session. Arms with the same graph and number share a session, and so the place of its
             weights in memory, which changes speed by some percent.
     """
 
@@ -47,10 +47,10 @@ class OnnxEngine(LogitEngine, TimedEngine):
 
     Args:
         name: "onnx", or "onnx merged" and "onnx swappable" where both are measured.
-        arms: graph and adapter of each arm, by the arm's name.
+        arms: Graph and adapter of each arm, by the arm's name.
 
     Raises:
-        EngineError: a graph or an adapter that cannot be loaded.
+        EngineError: A graph or an adapter that cannot be loaded.
     """
 
     distributions = ("onnxruntime-genai", "onnxruntime-genai-cuda")
@@ -83,8 +83,8 @@ class OnnxEngine(LogitEngine, TimedEngine):
         """Check that onnxruntime-genai can run an earlier export with other adapters of the same base model.
 
         Raises:
-            CheckpointError: no ONNX export in the folder.
-            ExportError: a merged export, one of another base model, or one that onnxruntime-genai cannot run.
+            CheckpointError: No ONNX export in the folder.
+            ExportError: A merged export, one of another base model, or one that onnxruntime-genai cannot run.
         """
         from loraover_export.onnx.export import read_earlier
 
@@ -209,8 +209,8 @@ def _merged_arms(setting: Setting) -> dict[str, OnnxArm]:
     Arms are loaded in the order of the result, which changes speed by some percent.
 
     Raises:
-        EngineError: a matrix beyond its error bound.
-        ExportError: a model or an adapter that cannot be written as a graph.
+        EngineError: A matrix beyond its error bound.
+        ExportError: A model or an adapter that cannot be written as a graph.
     """
     like = read_adapter_dir(next(iter(setting.adapters.values())))
     arms: dict[str, OnnxArm] = {}
@@ -227,8 +227,8 @@ def _swappable_arms(setting: Setting) -> dict[str, OnnxArm]:
     """Write adapters for one graph, which answers as the base model without an adapter.
 
     Raises:
-        EngineError: a matrix beyond its error bound.
-        ExportError: a model or an adapter that cannot be written, or an earlier graph that the adapters do not fit.
+        EngineError: A matrix beyond its error bound.
+        ExportError: A model or an adapter that cannot be written, or an earlier graph that the adapters do not fit.
     """
     output, graph = setting.scratch / "swappable", setting.request.graph
     adapters = {arm: folder for arm, folder in setting.adapters.items() if arm not in setting.copies}

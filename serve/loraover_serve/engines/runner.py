@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 
-class Mlx:
+class MlxProcess:
     """mlx-lm in float32, with one model in memory at a time.
 
     Args:
-        model: folder of the base model.
-        settings: entries that mlx-lm needs beside those of the model's `config.json`.
-        adapters: folder of each arm's adapter; None for the base model.
+        model: Folder of the base model.
+        settings: Entries that mlx-lm needs beside those of the model's `config.json`.
+        adapters: Folder of each arm's adapter; None for the base model.
     """
 
     def __init__(self, model: str, settings: dict[str, Any], adapters: dict[str, str | None]) -> None:
@@ -64,15 +64,15 @@ class Mlx:
         return self._loaded[arm]
 
 
-class OpenVino:
+class OpenVinoProcess:
     """OpenVINO GenAI in float32, with one pipeline in memory at a time.
 
     One pipeline for both arms would mix them: release 2026.4.1 caches the keys and values of a prompt, and uses them
     again for a request with another adapter.
 
     Args:
-        model: folder of the model that optimum-intel exported.
-        adapters: file of each arm's adapter; None for the base model.
+        model: Folder of the model that optimum-intel exported.
+        adapters: File of each arm's adapter; None for the base model.
     """
 
     def __init__(self, model: str, adapters: dict[str, str | None]) -> None:
@@ -108,7 +108,7 @@ class OpenVino:
         return self._loaded[arm]
 
 
-RUNNERS = {"mlx": Mlx, "openvino": OpenVino}
+RUNNERS = {"mlx": MlxProcess, "openvino": OpenVinoProcess}
 """Engines by name."""
 
 

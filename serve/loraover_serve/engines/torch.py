@@ -36,7 +36,7 @@ class TorchEngine(LogitEngine, TimedEngine):
     """PyTorch with PEFT; arms share one copy of the base model where they can.
 
     Args:
-        switches: functions that select each arm's model, by the arm's name.
+        switches: Functions that select each arm's model, by the arm's name.
     """
 
     name = "torch"
@@ -67,9 +67,9 @@ class TorchEngine(LogitEngine, TimedEngine):
         """Yield an arm's logits after each token of each sequence, of shape (tokens, vocabulary).
 
         Args:
-            arm: name of the arm.
-            sequences: token ids.
-            within: context manager that changes how the model computes; it is called with the model.
+            arm: Name of the arm.
+            sequences: Token ids.
+            within: Context manager that changes how the model computes; it is called with the model.
         """
         with engine_errors(self.name), self._switches[arm]() as model, within(model):
             for tokens in sequences:
@@ -88,13 +88,13 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
     """Load the base model, every adapter with PEFT, and the unfolded model of a checkpoint.
 
     Args:
-        load_base: function that loads a plain transformers model in eval mode, to the device to run on. It is called
+        load_base: Function that loads a plain transformers model in eval mode, to the device to run on. It is called
             twice if there is a checkpoint, because PEFT changes the model that it gets.
-        adapters: folder of each arm's adapter.
-        checkpoint: folder of a LoRA-Over checkpoint; None for no unfolded model.
+        adapters: Folder of each arm's adapter.
+        checkpoint: Folder of a LoRA-Over checkpoint; None for no unfolded model.
 
     Raises:
-        EngineError: an adapter that PEFT refuses.
+        EngineError: An adapter that PEFT refuses.
     """
     from peft import PeftModel
 

@@ -35,10 +35,10 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
     """A running vLLM server.
 
     Args:
-        server: client of the server.
-        names: name of each arm's model on the server.
-        timeout_s: longest silence in the middle of an answer, in seconds.
-        base: the base model, whose tokenizer verify's questions need; None: it gets none.
+        server: Client of the server.
+        names: Name of each arm's model on the server.
+        timeout_s: Longest silence in the middle of an answer, in seconds.
+        base: The base model, whose tokenizer verify's questions need; None: it gets none.
     """
 
     name = "vllm"
@@ -92,7 +92,7 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
         """Start one server for the base model and the adapters, under the names of their arms.
 
         Raises:
-            EngineError: a server that does not start, or that refuses an adapter.
+            EngineError: A server that does not start, or that refuses an adapter.
         """
         request = setting.request
         request.report.line(f"starting vLLM with {', '.join(setting.adapters) or 'the base model'}")
@@ -148,7 +148,7 @@ def export_uniform(setting: Setting) -> Path:
     """Export the adapter in the form that vLLM, SGLang, OpenVINO GenAI and PEFT read alike, and return its folder.
 
     Raises:
-        ExportError: an adapter that vLLM's rules refuse.
+        ExportError: An adapter that vLLM's rules refuse.
     """
     folder = setting.scratch / ADAPTER
     # float32: the engine rounds to its own type, as it would round the trained weights

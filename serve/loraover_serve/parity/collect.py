@@ -38,15 +38,15 @@ class Measured:
     """The measurements so far, and why there are no more.
 
     Args:
-        runs: samples of every engine at every concurrency.
-        memory: peak memory of vLLM servers.
-        cross_checks: medians of `vllm bench serve` beside ours.
-        outputs: comparisons of answers with PyTorch's.
-        together: comparisons of several adapters' answers with those of each alone.
-        alone: answers of each of several adapters alone, by engine and concurrency.
-        notes: failures of measurements that the verdict does not depend on.
-        versions: versions that servers report.
-        failure: reason why the run ended early; None if it did not.
+        runs: Samples of every engine at every concurrency.
+        memory: Peak memory of vLLM servers.
+        cross_checks: Medians of `vllm bench serve` beside ours.
+        outputs: Comparisons of answers with PyTorch's.
+        together: Comparisons of several adapters' answers with those of each alone.
+        alone: Answers of each of several adapters alone, by engine and concurrency.
+        notes: Failures of measurements that the verdict does not depend on.
+        versions: Versions that servers report.
+        failure: Reason why the run ended early; None if it did not.
     """
 
     runs: list[Measurement] = field(default_factory=list)
@@ -88,10 +88,10 @@ class Collector:
     """One parity run.
 
     Args:
-        request: the arguments of the run.
-        arms: the adapters to compare.
-        requests: the requests that every arm answers.
-        setting: what engines are started with.
+        request: The arguments of the run.
+        arms: The adapters to compare.
+        requests: The requests that every arm answers.
+        setting: What engines are started with.
     """
 
     request: ParityRequest
@@ -103,7 +103,7 @@ class Collector:
         """Measure every engine at every concurrency, then compare its answers with PyTorch's.
 
         Raises:
-            LoraOverError: an engine that failed before one block was complete.
+            LoraOverError: An engine that failed before one block was complete.
             KeyboardInterrupt: Ctrl-C before one block was complete.
         """
         measured = Measured()

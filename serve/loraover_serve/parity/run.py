@@ -40,16 +40,16 @@ def measure_parity(request: ParityRequest) -> ParityReport:
     after it had answered a part; the report then has that part.
 
     Raises:
-        ConfigError: arguments that cannot be used, an adapter that names no base model, or a task that is not a causal
+        ConfigError: Arguments that cannot be used, an adapter that names no base model, or a task that is not a causal
             language model.
-        CheckpointError: files that cannot be read as an adapter, a checkpoint or an ONNX export, or an adapter that
+        CheckpointError: Files that cannot be read as an adapter, a checkpoint or an ONNX export, or an adapter that
             only fits a changed base model.
-        DataError: a file of prompts that cannot be read.
-        EngineError: an engine that failed before one block of requests was complete.
-        ExportError: a model that cannot be written as an ONNX graph, or a `graph` that adapters cannot be run on.
-        OutputError: an output that exists or cannot be written.
-        ParityError: adapters of different ranks or targets.
-        UnwrittenReportError: an output that could not be written after the measurement; `error.report` has the report.
+        DataError: A file of prompts that cannot be read.
+        EngineError: An engine that failed before one block of requests was complete.
+        ExportError: A model that cannot be written as an ONNX graph, or a `graph` that adapters cannot be run on.
+        OutputError: An output that exists or cannot be written.
+        ParityError: Adapters of different ranks or targets.
+        UnwrittenReportError: An output that could not be written after the measurement; `error.report` has the report.
     """
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)

@@ -20,12 +20,12 @@ class Measurement:
     """Answers of one engine at one concurrency.
 
     Args:
-        engine: name of the engine.
-        concurrency: number of simultaneous requests.
-        blocks: number of complete blocks.
-        samples: answers of the complete blocks, without warm-up.
-        failure: reason why the measurement ended early; None if it did not.
-        waves: number of waves of simultaneous requests that an arm answers in a row.
+        engine: Name of the engine.
+        concurrency: Number of simultaneous requests.
+        blocks: Number of complete blocks.
+        samples: Answers of the complete blocks, without warm-up.
+        failure: Reason why the measurement ended early; None if it did not.
+        waves: Number of waves of simultaneous requests that an arm answers in a row.
     """
 
     engine: str

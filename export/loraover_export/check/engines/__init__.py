@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 _HERE = "loraover_export.check.engines"
 ENGINES = {
-    "vllm": f"{_HERE}.vllm:Vllm",
-    "llamacpp": f"{_HERE}.llamacpp:LlamaCpp",
-    "onnx": f"{_HERE}.onnx:Onnx",
-    "openvino": f"{_HERE}.openvino:OpenVino",
-    "mlx": f"{_HERE}.mlx:Mlx",
-    "torch": f"{_HERE}.torch:Torch",
+    "vllm": f"{_HERE}.vllm:VllmRules",
+    "llamacpp": f"{_HERE}.llamacpp:LlamaCppRules",
+    "onnx": f"{_HERE}.onnx:OnnxRules",
+    "openvino": f"{_HERE}.openvino:OpenVinoRules",
+    "mlx": f"{_HERE}.mlx:MlxRules",
+    "torch": f"{_HERE}.torch:TorchRules",
 }
 """Place of each engine's class, as "module:name", by the name that `--engine` takes."""
 

@@ -18,7 +18,7 @@ def stacks_of(adapter: Adapter[Any]) -> Sequence[ExpertStack]:
     """Return the stacked pairs of an adapter of any kind.
 
     Raises:
-        CheckpointError: stacks that do not fit the base model.
+        CheckpointError: Stacks that do not fit the base model.
     """
     found = _read(adapter)
     return () if found is None else found.stacks
@@ -28,7 +28,7 @@ def expert_places(adapter: Adapter[Any]) -> Iterator[Place]:
     """Yield every expert of every stacked pair.
 
     Raises:
-        CheckpointError: stacks that do not fit the base model, or an adapter for changed base weights.
+        CheckpointError: Stacks that do not fit the base model, or an adapter for changed base weights.
     """
     found = _read(adapter)
     if found is None or not found.stacks:

@@ -32,10 +32,10 @@ class Arms:
     """Adapters of equal ranks and targets on one base model.
 
     Args:
-        adapters: folder of each arm's adapter, by the arm's name.
-        base: the base model.
-        checkpoint: folder of the checkpoint that was folded, for the unfolded model; None if there is none.
-        also: names of further adapters, which answer along with the folded one.
+        adapters: Folder of each arm's adapter, by the arm's name.
+        base: The base model.
+        checkpoint: Folder of the checkpoint that was folded, for the unfolded model; None if there is none.
+        also: Names of further adapters, which answer along with the folded one.
     """
 
     adapters: Mapping[str, Path]
@@ -48,14 +48,14 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
     """Read the folded adapter, and read or make the vanilla one.
 
     Args:
-        request: the arguments of the run.
-        scratch: folder for the adapters that are made.
+        request: The arguments of the run.
+        scratch: Folder for the adapters that are made.
 
     Raises:
-        ParityError: adapters of different ranks or targets, or a checkpoint of other modules.
-        ConfigError: an adapter that names no base model, or one of another task than causal language modelling.
-        CheckpointError: files that cannot be read as an adapter or a checkpoint, or A and B of a changed base model.
-        ExportError: an adapter of stacked experts.
+        ParityError: Adapters of different ranks or targets, or a checkpoint of other modules.
+        ConfigError: An adapter that names no base model, or one of another task than causal language modelling.
+        CheckpointError: Files that cannot be read as an adapter or a checkpoint, or A and B of a changed base model.
+        ExportError: An adapter of stacked experts.
     """
     first = read_adapter_dir(request.adapter)
     others = {ALSO.format(i): read_adapter_dir(path) for i, path in enumerate(request.also_adapters, 2)}
@@ -87,9 +87,9 @@ def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[dict[str
     """Models in PyTorch to compare answers with.
 
     Args:
-        arms: the adapters.
-        device: device to run on.
-        compute_dtype: data type to run in.
+        arms: The adapters.
+        device: Device to run on.
+        compute_dtype: Data type to run in.
 
     Returns:
         The base model and the model of each adapter by the names of their arms, where the folded one's is the unfolded
@@ -112,9 +112,9 @@ def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
     with the other's root mean square. Biases and fully trained modules are copied.
 
     Args:
-        like: the other adapter.
-        folder: folder to write to.
-        seed: seed of the draws.
+        like: The other adapter.
+        folder: Folder to write to.
+        seed: Seed of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}

@@ -26,7 +26,7 @@ class PeakMemory(BaseModel):
 
     concurrency: int
     arm: str
-    bytes: list[int] = Field(description="peak memory of each server that was started, in bytes")
+    bytes: list[int] = Field(description="Peak memory of each server that was started, in bytes")
     interval: tuple[float, float] | None = Field(
         description="95 % t interval of the mean, in bytes; None for fewer than 3 servers"
     )
@@ -46,7 +46,7 @@ def peak_of(session: int) -> Iterator[Peak]:
     Memory that processes share is divided among them (proportional set size) if the system reports that.
 
     Args:
-        session: id of the process.
+        session: Id of the process.
     """
     peak, done = Peak(), threading.Event()
 
@@ -88,15 +88,15 @@ def measure_memory(
     """Start servers with one arm alone, one after another, and send the requests to each.
 
     Args:
-        kind: class of the engine whose servers are started.
-        setting: what each is started with.
-        arm: name of the arm.
-        requests: the requests to send.
-        concurrency: number of simultaneous requests.
-        servers: number of servers to start.
+        kind: Class of the engine whose servers are started.
+        setting: What each is started with.
+        arm: Name of the arm.
+        requests: The requests to send.
+        concurrency: Number of simultaneous requests.
+        servers: Number of servers to start.
 
     Raises:
-        EngineError: a server that does not start or answer.
+        EngineError: A server that does not start or answer.
     """
     peaks: list[Peak] = []
 

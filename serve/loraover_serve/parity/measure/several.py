@@ -22,10 +22,10 @@ class SeveralAdapters(Timed):
     turn. All waves of another arm go to that arm.
 
     Args:
-        engine: the engine, with every adapter loaded as an arm.
-        adapters: names of the arms that the adapters have; the first one is an arm here, too.
-        concurrency: number of requests of a wave.
-        together: function that sends the requests of a wave to different adapters; None leaves "mixed" out.
+        engine: The engine, with every adapter loaded as an arm.
+        adapters: Names of the arms that the adapters have; the first one is an arm here, too.
+        concurrency: Number of requests of a wave.
+        together: Function that sends the requests of a wave to different adapters; None leaves "mixed" out.
     """
 
     def __init__(self, engine: Timed, adapters: Sequence[str], concurrency: int, together: Together | None) -> None:
@@ -56,10 +56,10 @@ def adapter_of(adapters: Sequence[str], concurrency: int, arm: str, request: int
     """Name of the adapter that answers a request of an arm.
 
     Args:
-        adapters: names of the adapters that take turns.
-        concurrency: number of requests of a wave.
-        arm: name of the arm.
-        request: index of the request.
+        adapters: Names of the adapters that take turns.
+        concurrency: Number of requests of a wave.
+        arm: Name of the arm.
+        request: Index of the request.
     """
     if arm not in (SWITCHING, MIXED):
         return arm
@@ -73,14 +73,14 @@ def answers_alone(
     """Answers of each adapter alone to the same waves of requests, by its name and the index of the request.
 
     Args:
-        engine: the engine, with every adapter loaded as an arm.
-        adapters: names of the adapters.
-        requests: requests in the order in which they are sent, and from the start again when they run out.
-        indices: indices of the requests, as many as a number of waves has.
-        concurrency: number of requests of a wave.
+        engine: The engine, with every adapter loaded as an arm.
+        adapters: Names of the adapters.
+        requests: Requests in the order in which they are sent, and from the start again when they run out.
+        indices: Indices of the requests, as many as a number of waves has.
+        concurrency: Number of requests of a wave.
 
     Raises:
-        EngineError: a request that failed.
+        EngineError: A request that failed.
     """
     found: dict[tuple[str, int], Sample] = {}
     for adapter in adapters:

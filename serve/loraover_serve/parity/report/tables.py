@@ -34,7 +34,7 @@ def deciding_first(results: Sequence[Result]) -> list[Result]:
     """Return the ratios in another order: the folded arm's, the control's, and the base model's last.
 
     Args:
-        results: the ratios.
+        results: The ratios.
     """
     turn = {FOLDED: 0, CONTROL: 1, BASE: 3}
     return sorted(results, key=lambda result: turn.get(result.arm, 2))

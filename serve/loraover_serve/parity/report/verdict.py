@@ -21,7 +21,7 @@ def verdict_of(report: ParityReport) -> Verdict:
     """Return the verdict of a report in one or two plain sentences with their figures.
 
     Args:
-        report: the report.
+        report: The report.
     """
     speed, answers, cost = _speed(report), _answers(report), _cost(report.results)
     are_wrong = not all([o.agree for o in report.outputs] + [t.agree for t in report.together])
@@ -71,8 +71,8 @@ def change(result: Result, with_engine: bool) -> str:
     """Return a difference of times with its interval, such as "+0.5 % per token, 95 % interval -0.1 to +1.4".
 
     Args:
-        result: the comparison.
-        with_engine: whether to name the engine and the concurrency.
+        result: The comparison.
+        with_engine: Whether to name the engine and the concurrency.
     """
     low, high = (100 * (end - 1) for end in result.interval)
     where = f" ({result.engine}, {at_once(result.concurrency)})" if with_engine else ""
