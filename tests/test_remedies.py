@@ -175,7 +175,7 @@ def literals(path: Path) -> Iterator[str]:
         match node:
             case ast.Expr():
                 skipped.add(node.value)
-            case ast.keyword(arg="examples" | "help") | ast.Assign(targets=[ast.Name(id="EXAMPLES" | "verb")]):
+            case ast.Assign(targets=[ast.Name(id="EXAMPLES" | "examples" | "verb")]):
                 skipped |= set(ast.walk(node))
             case ast.Call(func=ast.Name(id="option" | "argument")):
                 skipped |= set(ast.walk(node))
